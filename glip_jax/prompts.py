@@ -1,0 +1,230 @@
+"""Prompts: captions whose phrases have character spans, their tokens, and the map from spans to tokens.
+
+All text in glip_jax is arithmetic on phrases: a caption is built once together with the spans of its phrases, tokens
+are found from spans, and a phrase is known by its index ever after. Nothing is rebuilt from tokens.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, overload
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from glip_jax.structures import Prompt, TokenizedPrompt
+
+__all__ = [
+    "Losses", "PromptError", "Tokenizer", "chunk", "clean_name", "load_tokenizer", "positive_map",
+    "prompt_from_categories", "tokenize",
+]  # fmt: skip
+
+Spans = Sequence[tuple[int, int]]
+
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+class PromptError(ValueError):
+    """A prompt that cannot be built, or does not fit into its token budget."""
+
+
+class Tokenizer(Protocol):
+    """What we need of a `tokenizers` tokenizer: ids and character offsets, [CLS] and [SEP] included."""
+
+    def encode(self, sequence: str) -> Any:
+        """Returns an object with `ids` (list of int) and `offsets` (list of (begin, end) characters)."""
+        ...
+
+
+class Losses(NamedTuple):
+    """What truncation to the token budget took from a prompt."""
+
+    cut: int
+    """Phrases that lost at least one token to the cut."""
+    without_token: int
+    """Phrases that have no token even without a cut (only white space or control characters)."""
+
+
+def clean_name(name: str) -> str:
+    """A category name as it stands in a caption (the original's rule, glip-reference 4.1).
+
+    Removes everything from the first "(" to the last ")", turns "_" into a space and, in one pass, each double space
+    into a single one. Neither strips nor lower-cases: `bow_(decorative_ribbons)` becomes `"bow "`.
+    """
+    name = re.sub(r"\(.*\)", "", name)
+    return name.replace("_", " ").replace("  ", " ")
+
+
+def prompt_from_categories(names: Sequence[str], separator: str = ". ") -> Prompt:
+    """The caption "name. name. name" of the cleaned `names`, in their order; phrase i is names[i].
+
+    Raises PromptError for a name of which cleaning leaves nothing but white space.
+    """
+    pieces, spans, begin = [], [], 0
+    for index, name in enumerate(names):
+        piece = clean_name(name)
+        if not piece.strip():
+            raise PromptError(
+                f"category {index} is named {name!r}, of which nothing is left after cleaning (parentheses are removed, "
+                "underscores become spaces): give it a name with letters"
+            )
+        pieces.append(piece)
+        spans.append(((begin, begin + len(piece)),))
+        begin += len(piece) + len(separator)
+    return Prompt(separator.join(pieces), tuple(spans))
+
+
+def load_tokenizer(vocabulary_path: str | Path, lowercase: bool = True) -> Tokenizer:
+    """The BERT WordPiece tokenizer of a `vocab.txt` (one token a line), through the library `tokenizers`.
+
+    Raises PromptError if the file is missing or lacks one of BERT's special tokens.
+    """
+    from tokenizers.implementations import BertWordPieceTokenizer
+
+    path = Path(vocabulary_path)
+    if not path.is_file():
+        raise PromptError(f"vocabulary {str(path)!r} is not a file: set model.text.vocabulary to a BERT vocab.txt")
+    try:
+        tokens = set(path.read_text(encoding="utf-8").splitlines())
+    except UnicodeDecodeError as error:
+        raise PromptError(f"vocabulary {str(path)!r} is not UTF-8 text ({error}): expected a BERT vocab.txt") from None
+    missing = [token for token in _SPECIAL if token not in tokens]
+    if missing:
+        raise PromptError(
+            f"vocabulary {str(path)!r} lacks {', '.join(missing)}: expected a BERT vocab.txt, one token a line"
+        )
+    return BertWordPieceTokenizer(str(path), lowercase=lowercase)
+
+
+def positive_map(offsets: Int32[np.ndarray, "T 2"], spans: Sequence[Spans]) -> Bool[np.ndarray, "P T"]:
+    """Which tokens each phrase (or box) covers, as the original finds them (glip-reference 3.3).
+
+    `offsets` are the tokens' (begin, end) characters, (0, 0) for special tokens and padding; `spans` holds for every
+    row its (begin, end) character spans, end exclusive. A span runs from the token of its first character to the
+    token of its last. Where that character belongs to no token (white space), the next two characters inward are
+    tried; if none of them does, or it was cut off, the span has no token.
+    """
+    result = np.zeros((len(spans), len(offsets)), bool)
+    token_of: dict[int, int] = {}
+    for token, (begin, end) in enumerate(offsets.tolist()):
+        for character in range(begin, end):
+            token_of.setdefault(character, token)
+    for row, row_spans in enumerate(spans):
+        for begin, end in row_spans:
+            first = next((token_of[c] for c in range(begin, begin + 3) if c in token_of), None)
+            last = next((token_of[c] for c in range(end - 1, end - 4, -1) if c in token_of), None)
+            if first is not None and last is not None:
+                result[row, first : last + 1] = True
+    return result
+
+
+@overload
+def tokenize(
+    prompt: Prompt, tokenizer: Tokenizer, max_tokens: int, truncate: Literal[False] = False
+) -> TokenizedPrompt: ...
+
+
+@overload
+def tokenize(
+    prompt: Prompt, tokenizer: Tokenizer, max_tokens: int, truncate: Literal[True]
+) -> tuple[TokenizedPrompt, Losses]: ...
+
+
+def tokenize(
+    prompt: Prompt, tokenizer: Tokenizer, max_tokens: int, truncate: bool = False
+) -> TokenizedPrompt | tuple[TokenizedPrompt, Losses]:
+    """Token ids, mask and phrase map of `prompt`, padded with 0 to `max_tokens` ([CLS] and [SEP] count).
+
+    Without `truncate` every phrase keeps its tokens: PromptError names the token count, the budget and the first
+    phrase beyond it, or a phrase that has no token. With `truncate` (grounding captions at training time) the text is
+    cut to the budget as the original does, [SEP] kept as the last token, and what was lost is returned as well.
+    Spans that leave the caption are refused either way.
+    """
+    if max_tokens < 2:
+        raise PromptError(f"max_tokens is {max_tokens}: [CLS] and [SEP] alone take 2")
+    _check_spans(prompt)
+    encoding = tokenizer.encode(prompt.caption)
+    ids = np.asarray(encoding.ids, np.int32)
+    offsets = np.asarray(encoding.offsets, np.int32).reshape(-1, 2)
+    whole = positive_map(offsets, prompt.spans)
+    empty = ~whole.any(1)
+    count = len(ids)
+    if not truncate:
+        if count > max_tokens:
+            raise PromptError(_over_budget(prompt, whole, count, max_tokens))
+        if empty.any():
+            index = int(np.argmax(empty))
+            raise PromptError(f"phrase {index} ({_words(prompt, index)!r}) has no token: give it letters")
+    elif count > max_tokens:
+        ids = np.concatenate([ids[: max_tokens - 1], ids[-1:]])
+        offsets = np.concatenate([offsets[: max_tokens - 1], offsets[-1:]])
+    kept = min(count, max_tokens)
+    tokens = np.zeros(max_tokens, np.int32)
+    tokens[:kept] = ids
+    mask = np.arange(max_tokens) < kept
+    phrase_map = np.zeros((len(prompt.spans), max_tokens), bool)
+    phrase_map[:, :kept] = positive_map(offsets, prompt.spans) if kept < count else whole
+    tokenized = TokenizedPrompt(tokens, mask, phrase_map)
+    if not truncate:
+        return tokenized
+    lost = phrase_map.sum(1) < whole.sum(1)
+    return tokenized, Losses(int(lost.sum()), int(empty.sum()))
+
+
+def chunk(
+    names: Sequence[str], tokenizer: Tokenizer, max_tokens: int, separator: str = ". ", limit: int = 0
+) -> list[list[int]]:
+    """Splits category names into prompts that fit: lists of consecutive indices, each as long as the budget admits.
+
+    A list's `prompt_from_categories` has at most `max_tokens` tokens ([CLS] and [SEP] included) and, if `limit` > 0,
+    at most `limit` names. Depends on nothing but its arguments. Raises PromptError for a name that alone exceeds the
+    budget.
+    """
+
+    def count(indices: list[int]) -> int:
+        return len(tokenizer.encode(prompt_from_categories([names[i] for i in indices], separator).caption).ids)
+
+    chunks: list[list[int]] = []
+    for index, name in enumerate(names):
+        full = not chunks or (limit > 0 and len(chunks[-1]) >= limit)
+        if not full and count([*chunks[-1], index]) <= max_tokens:
+            chunks[-1].append(index)
+            continue
+        alone = count([index])
+        if alone > max_tokens:
+            raise PromptError(
+                f"category {index} ({name!r}) alone takes {alone} tokens with [CLS] and [SEP], the budget is "
+                f"{max_tokens}: shorten the name or raise model.text.max_tokens"
+            )
+        chunks.append([index])
+    return chunks
+
+
+def _check_spans(prompt: Prompt) -> None:
+    """Refuses spans that leave the caption."""
+    length = len(prompt.caption)
+    for index, spans in enumerate(prompt.spans):
+        for begin, end in spans:
+            if not 0 <= begin < end <= length:
+                raise PromptError(
+                    f"phrase {index} has the span ({begin}, {end}) in a caption of {length} characters: expected "
+                    "0 <= begin < end <= length, end exclusive"
+                )
+
+
+def _over_budget(prompt: Prompt, whole: np.ndarray, count: int, max_tokens: int) -> str:
+    """The message for a prompt of `count` tokens; names the first phrase that does not fit."""
+    beyond = whole[:, max_tokens - 1 :].any(1)
+    where = ""
+    if beyond.any():
+        index = int(np.argmax(beyond))
+        where = f"; the first phrase beyond it is {index} ({_words(prompt, index)!r})"
+    return (
+        f"the prompt has {count} tokens with [CLS] and [SEP], the budget is {max_tokens}{where}: "
+        "split it with prompts.chunk or raise model.text.max_tokens"
+    )
+
+
+def _words(prompt: Prompt, index: int) -> str:
+    """The characters of a phrase, its spans joined by ' ... '."""
+    return " ... ".join(prompt.caption[begin:end] for begin, end in prompt.spans[index])
