@@ -17,14 +17,21 @@ class AssetError(FileNotFoundError):
 def resolve(path: str) -> epath.Path:
     """Returns where `path` lies: a local or gs:// path as it stands, `package:NAME/inner/file` inside package NAME.
 
-    The package is found without being imported, so nothing that it would import is needed. Only `package:` paths are
-    looked up here; that any other path exists is for its reader to say.
+    The package is found without being imported, so none of its code runs and nothing that it would import is needed.
 
     Raises:
-        AssetError: the path has another form, the package is not installed, or it has no such file.
+        AssetError: the path is empty or malformed, the package is not installed, or nothing is there.
     """
+    if not path:
+        raise AssetError("a file or folder is needed and its setting is empty: give a path, gs:// or package:NAME/file")
     if not path.startswith(_SCHEME):
-        return epath.Path(path)
+        found = epath.Path(path)
+        if not found.exists():
+            where = "" if "://" in path or found.is_absolute() else f" (looked in {Path.cwd()})"
+            raise AssetError(
+                f"{path} does not exist{where}: give an existing local or gs:// path, or package:NAME/file"
+            )
+        return found
     name, _, inner = path.removeprefix(_SCHEME).partition("/")
     parts = [part for part in inner.split("/") if part]
     if not name.isidentifier() or not parts or ".." in parts or inner.startswith("/"):
