@@ -7,7 +7,7 @@ are found from spans, and a phrase is known by its index ever after. Nothing is 
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, overload
+from typing import Any, Literal, NamedTuple, Protocol, overload, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -28,6 +28,7 @@ class PromptError(ValueError):
     """A prompt that cannot be built, or does not fit into its token budget."""
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What we need of a `tokenizers` tokenizer: ids and character offsets, [CLS] and [SEP] included."""
 
