@@ -1,0 +1,110 @@
+"""BERT encoder in Hugging Face's sizes (arXiv 1810.04805), and its layer as the detection head uses it.
+
+Layers are stacked along a leading axis by one scan. Padding rows are inert: nobody attends to them.
+"""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from glip_jax.config import TextConfig
+from glip_jax.models.initial import torch_dense
+
+__all__ = ["Bert", "BertLayer", "LOGIT_BOUND", "bounded"]
+
+LOGIT_BOUND = 50000.0
+"""The original clips attention logits and activations of its head to this (CLAMP_*, glip-reference 1.1)."""
+
+
+def bounded(x: jax.Array) -> jax.Array:
+    """`x` clipped to +-50000."""
+    return jnp.clip(x, -LOGIT_BOUND, LOGIT_BOUND)
+
+
+class BertLayer(nn.Module):
+    """Post-norm self-attention and feed-forward.
+
+    `clip` adds the head's clips (glip-reference 2.6); `start` is "bert" for N(0, 0.02), or "torch" for the linear
+    layers' default, which the original leaves its in-head layers at.
+    """
+
+    config: TextConfig
+    train: bool
+    dtype: Any
+    clip: bool = False
+    start: Literal["bert", "torch"] = "bert"
+
+    def _dense(self, features: int, fan_in: int, name: str) -> nn.Dense:
+        if self.start == "torch":
+            return torch_dense(features, fan_in, self.dtype, name)
+        return nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02), name=name)
+
+    def _norm(self, name: str) -> nn.LayerNorm:
+        return nn.LayerNorm(epsilon=1e-12, dtype=self.dtype, use_fast_variance=False, name=name)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T C"], mask: Bool[Array, "B T"]) -> tuple[Float[Array, "B T C"], None]:
+        """Returns (new x, None): the form of a scan's body."""
+        width, heads = self.config.width, self.config.heads
+        drop = nn.Dropout(self.config.dropout, deterministic=not self.train)
+        clip = bounded if self.clip else lambda y: y
+        split = (*x.shape[:2], heads, width // heads)
+        query = self._dense(width, width, "query")(x).reshape(split)
+        key = self._dense(width, width, "key")(x).reshape(split)
+        value = self._dense(width, width, "value")(x).reshape(split)
+        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+        logits = clip(logits * (width // heads) ** -0.5)
+        logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
+        weights = drop(jax.nn.softmax(logits, axis=-1)).astype(self.dtype)
+        context = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(x.shape)
+        x = self._norm("attention_norm")(drop(self._dense(width, width, "attention_output")(context)) + x)
+        hidden = clip(self._dense(self.config.hidden, width, "intermediate")(x))
+        hidden = clip(nn.gelu(hidden, approximate=False))
+        out = clip(drop(self._dense(width, self.config.hidden, "output")(hidden)))
+        return clip(self._norm("output_norm")(out + x)), None
+
+
+class _Embeddings(nn.Module):
+    """Word, position and type embeddings, normalised."""
+
+    config: TextConfig
+    train: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T C"]:
+        start, width = nn.initializers.normal(0.02), self.config.width
+        word = self.param("word", start, (self.config.vocabulary_size, width))
+        position = self.param("position", start, (self.config.positions, width))
+        kind = self.param("type", start, (2, width))
+        x = word[tokens] + position[None, : tokens.shape[1]] + kind[0]
+        x = nn.LayerNorm(epsilon=1e-12, dtype=self.dtype, use_fast_variance=False, name="norm")(x)
+        return nn.Dropout(self.config.dropout, deterministic=not self.train)(x)
+
+
+class Bert(nn.Module):
+    """The text encoder without pooler (glip-reference 2.1)."""
+
+    config: TextConfig
+    train: bool = False
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T C"]:
+        """Token ids and mask to hidden states of the last layer; padding rows are not zeroed."""
+        train = self.train and not self.config.frozen
+        x = _Embeddings(self.config, train, self.dtype, name="embeddings")(tokens)
+        layer = nn.remat(BertLayer, prevent_cse=False) if self.remat else BertLayer
+        layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,  # type: ignore[arg-type]
+            length=self.config.layers,
+        )
+        x, _ = layers(self.config, train, self.dtype, name="layers")(x, mask)
+        return jax.lax.stop_gradient(x) if self.config.frozen else x

@@ -1,0 +1,183 @@
+"""EfficientNet-Lite0 (arXiv 1905.11946, the Lite variant without squeeze-and-excitation) as a backbone for CPUs.
+
+TensorFlow's SAME padding at stride 2 depends on the parity of the size, so extents and canvases are multiples of 32:
+then the padding is (0, 1) for 3 x 3 and (1, 2) for 5 x 5 at every level, and what an image reads beyond its extent is
+zero, as if it stood alone. Batch normalisation is frozen always: its statistics and affine form are folded into
+`frozen_scale` and `frozen_shift`, which get no gradient.
+"""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from glip_jax.config import BackboneConfig
+from glip_jax.models.extents import level_size, zero_beyond
+
+__all__ = ["STAGES", "EfficientNetLite0", "depthwise"]
+
+STAGES: tuple[tuple[int, int, int, int, int], ...] = (
+    (1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)  # fmt: skip
+"""Blocks, kernel, stride of the first block, expansion, output channels of each stage."""
+STEM = 32
+MULTIPLE = 32
+_OUTPUTS = (3, 5, 7)
+"""Stages whose outputs have strides 8, 16, 32."""
+
+
+def _padding(kernel: int, stride: int) -> tuple[int, int]:
+    """TensorFlow's SAME padding of even sizes: cells before and after."""
+    total = kernel - stride
+    return total // 2, total - total // 2
+
+
+def depthwise(
+    x: Float[Array, "B h w C"],
+    kernel: Float[Array, "k k 1 C"],
+    stride: int,
+    form: Literal["platform", "shifted", "grouped"] = "platform",
+) -> Float[Array, "B H W C"]:
+    """Each channel convolved with its own k x k kernel, SAME padding of even sizes.
+
+    XLA is slow at grouped convolutions on CPUs; there k x k shifted multiply-adds are several times faster. `platform`
+    lets the platform that is compiled for decide.
+    """
+    size, channels = kernel.shape[0], kernel.shape[-1]
+    pad = _padding(size, stride)
+
+    def shifted(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        height, width = x.shape[1] // stride, x.shape[2] // stride
+        padded = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
+        total = jnp.zeros((x.shape[0], height, width, channels), x.dtype)
+        for row in range(size):
+            for column in range(size):
+                stop = (row + stride * (height - 1) + 1, column + stride * (width - 1) + 1)
+                total += padded[:, row : stop[0] : stride, column : stop[1] : stride] * kernel[row, column, 0]
+        return total
+
+    def grouped(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            (pad, pad),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=channels,
+        )
+
+    match form:
+        case "platform":
+            return jax.lax.platform_dependent(x, kernel, cpu=shifted, default=grouped)
+        case "shifted":
+            return shifted(x, kernel)
+        case "grouped":
+            return grouped(x, kernel)
+
+
+class _FrozenNorm(nn.Module):
+    """Batch normalisation with fixed statistics: y = frozen_scale x + frozen_shift."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+        scale = self.param("frozen_scale", nn.initializers.ones, (x.shape[-1],))
+        shift = self.param("frozen_shift", nn.initializers.zeros, (x.shape[-1],))
+        return x * jax.lax.stop_gradient(scale).astype(self.dtype) + jax.lax.stop_gradient(shift).astype(self.dtype)
+
+
+class _Block(nn.Module):
+    """Inverted residual: expand, depthwise, project; the input is added where shapes agree."""
+
+    kernel: int
+    stride: int
+    expansion: int
+    channels: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w C"], size: Int[Array, "B 2"]) -> Float[Array, "B H W D"]:
+        start = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        y = x
+        if self.expansion > 1:
+            wide = self.expansion * x.shape[-1]
+            y = nn.Dense(wide, use_bias=False, dtype=self.dtype, kernel_init=start, name="expand")(y)
+            y = nn.relu6(_FrozenNorm(self.dtype, name="expand_norm")(y))
+        # Of a depthwise kernel only its own k x k values feed an output.
+        own = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+        kernel = self.param("depthwise", own, (self.kernel, self.kernel, 1, y.shape[-1]))
+        y = depthwise(zero_beyond(y, size), kernel.astype(self.dtype), self.stride)
+        y = nn.relu6(_FrozenNorm(self.dtype, name="depthwise_norm")(y))
+        y = nn.Dense(self.channels, use_bias=False, dtype=self.dtype, kernel_init=start, name="project")(y)
+        y = _FrozenNorm(self.dtype, name="project_norm")(y)
+        return x + y if self.stride == 1 and x.shape == y.shape else y
+
+
+class _Stage(nn.Module):
+    """Blocks of one kernel and width; the first one strides."""
+
+    blocks: int
+    kernel: int
+    stride: int
+    expansion: int
+    channels: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w C"], size: Int[Array, "B 2"]) -> Float[Array, "B H W D"]:
+        for number in range(self.blocks):
+            stride = self.stride if number == 0 else 1
+            block = _Block(self.kernel, stride, self.expansion, self.channels, self.dtype, name=f"block{number + 1}")
+            x = block(x, size)
+            size = level_size(size, stride)
+        return x
+
+
+class EfficientNetLite0(nn.Module):
+    """The backbone, without its classifier."""
+
+    config: BackboneConfig
+    train: bool = False
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self, image: Float[Array, "B H W 3"], extent: Int[Array, "B 2"]
+    ) -> tuple[Float[Array, "B h8 w8 C8"], Float[Array, "B h16 w16 C16"], Float[Array, "B h32 w32 C32"]]:
+        """Normalised images, zero beyond their size, to maps of strides 8, 16, 32, zero beyond the extent.
+
+        Extents are multiples of 32 (`model.input.extent_multiple`). Raises ValueError for a canvas that is not.
+        `train` changes nothing: there is no dropout and batch normalisation is frozen.
+        """
+        height, width = image.shape[1:3]
+        if height % MULTIPLE or width % MULTIPLE:
+            raise ValueError(
+                f"EfficientNet-Lite0 got a canvas of {height} x {width} pixels; its padding needs multiples of {MULTIPLE}"
+            )
+        frozen = self.config.frozen_stages
+        start = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        x = zero_beyond(image.astype(self.dtype), extent)
+        pad = _padding(3, 2)
+        conv = nn.Conv(
+            STEM, (3, 3), (2, 2), (pad, pad), use_bias=False, dtype=self.dtype, kernel_init=start, name="stem"
+        )
+        x = nn.relu6(_FrozenNorm(self.dtype, name="stem_norm")(conv(x)))
+        stage_of = nn.remat(_Stage) if self.remat else _Stage
+        stride, outputs = 2, []
+        for number, (blocks, kernel, step, expansion, channels) in enumerate(STAGES, start=1):
+            if number == frozen + 1 and frozen:
+                x = jax.lax.stop_gradient(x)
+            stage = stage_of(blocks, kernel, step, expansion, channels, self.dtype, name=f"stage{number}")
+            x = stage(x, level_size(extent, stride))
+            stride *= step
+            if number in _OUTPUTS:
+                # An output of a frozen stage feeds the pyramid too; no gradient may pass there either.
+                output = zero_beyond(x, level_size(extent, stride))
+                outputs.append(jax.lax.stop_gradient(output) if number <= frozen else output)
+        c3, c4, c5 = outputs
+        return c3, c4, c5

@@ -1,0 +1,32 @@
+"""Initial values that the original inherits from PyTorch's layer defaults."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+
+__all__ = ["kaiming_uniform", "small_normal", "torch_dense", "uniform", "xavier_uniform"]
+
+
+def uniform(bound: float) -> Initializer:
+    """U(-bound, bound)."""
+
+    def initialise(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return initialise
+
+
+kaiming_uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
+"""torch's kaiming_uniform_(a=1): U(+-sqrt(3 / fan in))."""
+xavier_uniform = nn.initializers.xavier_uniform()
+small_normal = nn.initializers.normal(0.01)
+
+
+def torch_dense(features: int, fan_in: int, dtype: Any, name: str) -> nn.Dense:
+    """A dense layer that starts like torch.nn.Linear: weights and bias U(+-1/sqrt(fan in))."""
+    start = uniform(1 / math.sqrt(fan_in))
+    return nn.Dense(features, dtype=dtype, kernel_init=start, bias_init=start, name=name)

@@ -1,0 +1,82 @@
+"""Feature pyramid (arXiv 1612.03144, P6 and P7 as in RetinaNet) with DropBlock (arXiv 1810.12890) in training.
+
+glip-reference 2.3: laterals and outputs without norm or activation; P6 from P5, P7 from relu(P6); DropBlock on the
+merged laterals below the coarsest one, just before their output convolution, while the top-down stream stays whole.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from glip_jax.config import PyramidConfig
+from glip_jax.models.extents import inside, level_size, resize_nearest, zero_beyond
+from glip_jax.models.initial import kaiming_uniform
+
+__all__ = ["Pyramid", "drop_block"]
+
+
+def drop_block(
+    key: jax.Array, x: Float[Array, "B h w C"], size: Int[Array, "B 2"], config: PyramidConfig
+) -> Float[Array, "B h w C"]:
+    """Zeroes squares of `drop_block_size` cells over all channels and rescales what is kept.
+
+    Seeds are Bernoulli(rate / size^2) per cell. The kept share is taken per image over its own cells, or over the
+    whole canvas of the batch as the original does.
+    """
+    block = config.drop_block_size
+    seeds = jax.random.bernoulli(key, config.drop_block / block**2, (*x.shape[:3], 1)).astype(jnp.float32)
+    own = inside(size, x.shape[1], x.shape[2])
+    if config.drop_block_over == "image":
+        seeds = jnp.where(own, seeds, 0.0)
+    keep = 1.0 - nn.max_pool(seeds, (block, block), padding="SAME")
+    match config.drop_block_over:
+        case "image":
+            keep = jnp.where(own, keep, 0.0)
+            share = own.sum((1, 2), keepdims=True) / jnp.maximum(keep.sum((1, 2), keepdims=True), 1.0)
+        case "batch":
+            share = keep.size / jnp.maximum(keep.sum(), 1.0)
+    return (x * keep * share).astype(x.dtype)
+
+
+class Pyramid(nn.Module):
+    """Maps of the strides in the config from the backbone's maps of strides 8, 16 and 32."""
+
+    config: PyramidConfig
+    train: bool = False
+    dtype: Any = jnp.float32
+
+    def _conv(self, name: str, kernel: int, stride: int = 1) -> nn.Conv:
+        return nn.Conv(
+            self.config.channels, (kernel, kernel), stride, padding=kernel // 2, dtype=self.dtype,
+            kernel_init=kaiming_uniform, name=name,
+        )  # fmt: skip
+
+    @nn.compact
+    def __call__(
+        self, features: tuple[Float[Array, "B _ _ _"], ...], extent: Int[Array, "B 2"]
+    ) -> tuple[Float[Array, "B _ _ C"], ...]:
+        """(c3, c4, c5) to (p3, ..., p7) or the part that `strides` names; zero beyond the extent."""
+        strides = self.config.strides
+        merged: Array | None = None
+        outputs: dict[int, Array] = {}
+        for level, feature in reversed(list(enumerate(features, start=3))):
+            stride = 2**level
+            if stride < strides[0]:
+                break
+            size = level_size(extent, stride)
+            lateral = zero_beyond(self._conv(f"lateral{level}", 1)(feature), size)
+            if merged is not None:
+                lateral += resize_nearest(merged, level_size(extent, 2 * stride), size, lateral.shape[1:3])
+            merged, kept = lateral, lateral
+            if self.train and self.config.drop_block > 0 and stride < 32:
+                kept = drop_block(self.make_rng("dropout"), merged, size, self.config)
+            outputs[stride] = zero_beyond(self._conv(f"output{level}", 3)(kept), size)
+        for level, stride in enumerate(strides, start=strides[0].bit_length() - 1):
+            if stride > 32:
+                finer = outputs[stride // 2]
+                x = nn.relu(finer) if stride > 64 else finer
+                outputs[stride] = zero_beyond(self._conv(f"extra{level}", 3, 2)(x), level_size(extent, stride))
+        return tuple(outputs[stride] for stride in strides)
