@@ -1,0 +1,162 @@
+"""AdamW with GLIP's parameter groups, its schedule, global-norm clipping and the moving average.
+
+Parameters are nested dicts; a parameter's path is its keys joined by "/" (`text/encoder/.../kernel`). Which group a
+parameter belongs to is read from its path alone (glip-reference 1.6: solver/build.py of the original), so that
+`groups` can be compared name by name with a fixture of the original.
+"""
+
+import bisect
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float, Float32, Int
+
+from glip_jax.config import ModelConfig, OptimizerConfig
+
+__all__ = [
+    "Group",
+    "apply_gradients",
+    "average",
+    "clip",
+    "frozen",
+    "groups",
+    "init",
+    "merge",
+    "milestone_steps",
+    "rate_multiplier",
+    "split",
+]
+
+Params: TypeAlias = Mapping[str, Any]
+
+_CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
+
+
+class Group(NamedTuple):
+    """What AdamW does to one parameter before the schedule: its rate and its decoupled decay; both 0 when frozen."""
+
+    rate: float
+    decay: float
+
+
+def frozen(path: str, model: ModelConfig) -> bool:
+    """Whether a parameter is never trained: a frozen text tower, the backbone's stem and its first frozen stages.
+
+    The EfficientNet's folded BatchNorm is always frozen. Stages count from 1 (`stage1`); a Swin stage ends with its
+    `merge`; its output norm belongs to no stage, as in the original.
+    """
+    if path.startswith("text/"):
+        return model.text.frozen
+    if not path.startswith("backbone/"):
+        return False
+    if path.rsplit("/", 1)[-1] in ("frozen_scale", "frozen_shift"):
+        return True
+    stages = model.backbone.frozen_stages
+    if match := re.match(r"backbone/(?:stage|merge)(\d+)/", path):
+        return int(match[1]) <= stages
+    return stages > 0 and path.startswith(("backbone/stem", "backbone/patch"))
+
+
+def groups(params: Params, model: ModelConfig, optimizer: OptimizerConfig) -> dict[str, Group]:
+    """Rate and decay of every parameter path, by the original's ordered rules (glip-reference 1.6).
+
+    Text tower: `text_rate`; backbone: `rate` x `backbone_rate_factor`; then any bias (position tables and the
+    head's scalar biases included): rate x `bias_rate_factor` and `bias_decay`. The BERT layers inside the head take
+    the base rate. Norm scales are decayed like kernels.
+    """
+    result = {}
+    for path in flatten_dict(params, sep="/"):
+        rate, decay = optimizer.rate, optimizer.decay
+        if path.startswith("text/"):
+            rate = optimizer.text_rate
+        elif path.startswith("backbone/"):
+            rate = optimizer.rate * optimizer.backbone_rate_factor
+        if "bias" in path.rsplit("/", 1)[-1]:  # bias, bias_table, bias_lang, bias0
+            rate, decay = rate * optimizer.bias_rate_factor, optimizer.bias_decay
+        result[path] = Group(0.0, 0.0) if frozen(path, model) else Group(rate, decay)
+    return result
+
+
+def split(params: Params, model: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(trainable, frozen) parameters as two nested dicts without common leaves; `merge` is the inverse."""
+    flat = flatten_dict(params, sep="/")
+    trained = {path: leaf for path, leaf in flat.items() if not frozen(path, model)}
+    held = {path: leaf for path, leaf in flat.items() if frozen(path, model)}
+    return unflatten_dict(trained, sep="/"), unflatten_dict(held, sep="/")
+
+
+def merge(first: Params, second: Params) -> dict[str, Any]:
+    """One nested dict of both; where a leaf is in both, `second` wins (so `merge(params, ema)` are the averages)."""
+    return unflatten_dict({**flatten_dict(first, sep="/"), **flatten_dict(second, sep="/")}, sep="/")
+
+
+def milestone_steps(steps: int, optimizer: OptimizerConfig) -> list[int]:
+    """Steps at which the rate falls: the fractions of `steps`, rounded half to even as Python's round does."""
+    return sorted(round(fraction * steps) for fraction in optimizer.milestones)
+
+
+def rate_multiplier(step: Int[Array, ""] | int, steps: int, optimizer: OptimizerConfig) -> Float[Array, ""]:
+    """What every group's rate is multiplied by at the 0-based `step` of `steps`.
+
+    w(t) 0.1^#{milestones <= t}; w rises linearly from `warmup_factor` at t = 0 to 1 at `warmup_steps`.
+    """
+    milestones = milestone_steps(steps, optimizer)
+    if isinstance(step, int):
+        passed: Any = bisect.bisect_right(milestones, step)
+    else:
+        passed = jnp.sum(jnp.asarray(milestones, jnp.int32) <= step)
+    done = jnp.float32(step) / max(optimizer.warmup_steps, 1)
+    warm = jnp.where(step < optimizer.warmup_steps, optimizer.warmup_factor * (1 - done) + done, 1.0)
+    return (warm * jnp.float32(optimizer.milestone_factor) ** passed).astype(jnp.float32)
+
+
+def init(trainable: Params, optimizer: OptimizerConfig) -> optax.ScaleByAdamState:
+    """Zero moments of the trainable parameters."""
+    return _adam(optimizer).init(trainable)  # pyright: ignore[reportReturnType]
+
+
+def clip(gradients: Params, bound: float) -> tuple[Any, Float32[Array, ""]]:
+    """(clipped gradients, global norm before clipping); torch's coefficient min(1, bound / (norm + 1e-6))."""
+    norm = optax.global_norm(gradients).astype(jnp.float32)
+    if bound == 0:
+        return gradients, norm
+    coefficient = jnp.minimum(1.0, bound / (norm + _CLIP_EPSILON))
+    return jax.tree.map(lambda g: g * coefficient, gradients), norm
+
+
+def apply_gradients(
+    gradients: Params,
+    moments: optax.ScaleByAdamState,
+    trainable: Params,
+    multiplier: Float[Array, ""],
+    group: Mapping[str, Group],
+    optimizer: OptimizerConfig,
+) -> tuple[dict[str, Any], optax.ScaleByAdamState]:
+    """One AdamW step as torch.optim.AdamW makes it: p - r d p - r m̂ / (√v̂ + ε), r = group's rate x `multiplier`.
+
+    `gradients` are already clipped. Returns (new parameters, new moments), both of the trainable parameters only.
+    """
+    directions, moments = _adam(optimizer).update(gradients, moments)  # pyright: ignore[reportAssignmentType, reportArgumentType]
+    flat_directions = flatten_dict(directions, sep="/")  # pyright: ignore[reportArgumentType]
+
+    def moved(path: str, parameter: Float32[Array, "..."]) -> Float32[Array, "..."]:
+        rate, decay = group[path]
+        return parameter - multiplier * rate * (flat_directions[path] + decay * parameter)
+
+    flat = {path: moved(path, leaf) for path, leaf in flatten_dict(trainable, sep="/").items()}
+    return unflatten_dict(flat, sep="/"), moments
+
+
+def average(ema: Params, trainable: Params, decay: float) -> Any:
+    """Moving average e <- decay e + (1 - decay) p, without warm-up (glip-reference 1.6)."""
+    return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, trainable)
+
+
+def _adam(optimizer: OptimizerConfig) -> optax.GradientTransformation:
+    # eps is added outside the root, after bias correction: the same formula as torch's.
+    return optax.scale_by_adam(optimizer.beta1, optimizer.beta2, optimizer.epsilon)
