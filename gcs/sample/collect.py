@@ -89,6 +89,7 @@ def collect(assets: Path, out: Path) -> dict[str, dict[str, str]]:
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("assets", type=Path, help="folder `assets` of the unpacked package")
     parser.add_argument("out", type=Path, help="folder to write")
