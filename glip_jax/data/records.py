@@ -1,0 +1,202 @@
+"""The record: one example as it lies on disk, the same type for detection, grounding and pseudo-labelled data.
+
+Boxes are xyxy in pixels of the stored image and, as in the original GLIP, inclusive: a box of w x h pixels has
+x2 = x + w - 1. Targets, flips and clipping are defined on such boxes (glip-reference 0.5).
+
+On disk a record is a MessagePack map; boxes are little-endian float32.
+"""
+
+import hashlib
+import io
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import msgpack
+import numpy as np
+from jaxtyping import Float32, UInt8
+from PIL import Image
+
+__all__ = [
+    "FORMAT",
+    "Kind",
+    "Record",
+    "RecordError",
+    "boxes_array",
+    "content_hash",
+    "decode",
+    "decode_image",
+    "encode",
+    "validate",
+]
+
+FORMAT = 1
+"""Version of the encoding, kept in every record and manifest."""
+
+Kind = Literal["detection", "grounding", "pseudo"]
+Spans = tuple[tuple[int, int], ...]
+
+_KEYS = ("format", "id", "kind", "image", "height", "width", "boxes", "categories", "caption", "spans", "scores")
+
+
+class RecordError(ValueError):
+    """A record that cannot be read or breaks a rule; names the record and the field."""
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """One image with its boxes and what is known of their words."""
+
+    id: str
+    """The image (or image and caption) in its source; names the record in messages."""
+    kind: Kind
+    image: bytes
+    """JPEG or PNG, as found."""
+    height: int
+    width: int
+    boxes: Any
+    """Float32[N 4]: xyxy, inclusive pixels of the stored image."""
+    categories: tuple[int, ...] = ()
+    """Detection: per box an index into the source's list of names, which the manifest keeps."""
+    caption: str = ""
+    """Grounding and pseudo: the text, verbatim."""
+    spans: tuple[Spans, ...] = ()
+    """Grounding and pseudo: per box the (begin, end) character spans of its phrase, end exclusive."""
+    scores: tuple[float, ...] = ()
+    """Pseudo: per box the teacher's score in (0, 1]."""
+    known_absent: tuple[str, ...] | None = None
+    """Names known not to be in the image. None: detection, every name without a box is absent (exhaustively labelled);
+    other kinds, nothing is known."""
+    provenance: str = ""
+    """Pseudo: the teacher that made boxes and spans; otherwise the annotation file."""
+
+
+def validate(record: Record, names: int | None = None) -> Record:
+    """Returns `record` if it keeps the rules, else raises RecordError; `names` is the length of the source's list."""
+
+    def need(fits: bool, field: str, message: str) -> None:
+        if not fits:
+            raise RecordError(f"record {record.id!r}, field {field}: {message}")
+
+    boxes, kind, count = record.boxes, record.kind, len(record.boxes)
+    need(kind in get_args(Kind), "kind", f"is {kind!r}, expected one of {', '.join(get_args(Kind))}")
+    need(
+        record.height > 0 and record.width > 0, "height/width", f"is {record.height} x {record.width}, expected pixels"
+    )
+    need(len(record.image) > 0, "image", "is empty")
+    need(
+        isinstance(boxes, np.ndarray) and boxes.dtype == np.float32 and boxes.shape == (count, 4),
+        "boxes", f"is {getattr(boxes, 'dtype', type(boxes))} of shape {np.shape(boxes)}, expected float32 [N, 4]",
+    )  # fmt: skip
+    need(bool(np.isfinite(boxes).all()), "boxes", "has a value that is not finite")
+    inside = (boxes >= 0).all() and (boxes <= np.array([record.width, record.height] * 2) - 1).all()
+    need(bool(inside), "boxes", f"has a box outside the image of {record.height} x {record.width}")
+    need(bool((boxes[:, 2:] > boxes[:, :2]).all()), "boxes", "has a box without area (x2 <= x1 or y2 <= y1)")
+    if kind == "detection":
+        need(len(record.categories) == count, "categories", f"has {len(record.categories)} entries for {count} boxes")
+        need(not record.spans and not record.caption, "caption", "stands in a detection record, which has none")
+        beyond = [c for c in record.categories if c < 0 or (names is not None and c >= names)]
+        need(not beyond, "categories", f"has the index {beyond[:1]}, the source has {names} names")
+    else:
+        need(len(record.spans) == count, "spans", f"has {len(record.spans)} entries for {count} boxes")
+        need(not record.categories, "categories", f"stands in a {kind} record, which has none")
+        for box, spans in enumerate(record.spans):
+            need(len(spans) > 0, "spans", f"of box {box} is empty")
+            for begin, end in spans:
+                fits = 0 <= begin < end <= len(record.caption)
+                need(
+                    fits, "spans", f"of box {box} has ({begin}, {end}) in a caption of {len(record.caption)} characters"
+                )
+    need(
+        len(record.scores) == (count if kind == "pseudo" else 0),
+        "scores", f"has {len(record.scores)} entries for {count} boxes of a {kind} record",
+    )  # fmt: skip
+    need(all(0 < score <= 1 for score in record.scores), "scores", "has a value outside (0, 1]")
+    return record
+
+
+def encode(record: Record) -> bytes:
+    """The record as bytes; validates it first."""
+    validate(record)
+    fields = msgpack.packb(
+        {
+            "format": FORMAT,
+            "id": record.id,
+            "kind": record.kind,
+            "image": record.image,
+            "height": record.height,
+            "width": record.width,
+            "boxes": np.ascontiguousarray(record.boxes, "<f4").tobytes(),
+            "categories": list(record.categories),
+            "caption": record.caption,
+            "spans": [[list(span) for span in spans] for spans in record.spans],
+            "scores": list(record.scores),
+            "known_absent": None if record.known_absent is None else list(record.known_absent),
+            "provenance": record.provenance,
+        }
+    )
+    return cast(bytes, fields)
+
+
+def decode(data: bytes, names: int | None = None) -> Record:
+    """The record in `data`, validated; RecordError names the fault."""
+    try:
+        fields = msgpack.unpackb(data)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise RecordError(f"a record of {len(data)} bytes is not MessagePack ({error})") from None
+    if not isinstance(fields, dict):
+        raise RecordError(f"a record holds a {type(fields).__name__}, expected a map of fields")
+    identity = fields.get("id", "(no id)")
+    missing = [key for key in _KEYS if key not in fields]
+    if missing:
+        raise RecordError(f"record {identity!r} lacks the fields {', '.join(missing)}")
+    if fields["format"] != FORMAT:
+        raise RecordError(
+            f"record {identity!r} has format {fields['format']}, this version reads {FORMAT}: import again"
+        )
+    try:
+        absent = fields.get("known_absent")
+        record = Record(
+            id=str(identity),
+            kind=cast(Kind, fields["kind"]),
+            image=bytes(fields["image"]),
+            height=int(fields["height"]),
+            width=int(fields["width"]),
+            boxes=np.frombuffer(fields["boxes"], "<f4").reshape(-1, 4).astype(np.float32),
+            categories=tuple(int(c) for c in fields["categories"]),
+            caption=str(fields["caption"]),
+            spans=tuple(tuple((int(b), int(e)) for b, e in spans) for spans in fields["spans"]),
+            scores=tuple(float(s) for s in fields["scores"]),
+            known_absent=None if absent is None else tuple(str(name) for name in absent),
+            provenance=str(fields.get("provenance", "")),
+        )
+    except (TypeError, ValueError) as error:
+        raise RecordError(f"record {identity!r} has a field of the wrong type ({error})") from None
+    return validate(record, names)
+
+
+def decode_image(record: Record) -> UInt8[np.ndarray, "H W 3"]:
+    """The pixels, RGB, without regard to EXIF orientation (as in the original: boxes are on the stored pixels).
+
+    Raises RecordError if the bytes are no readable image or its size is not the record's.
+    """
+    try:
+        with Image.open(io.BytesIO(record.image)) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise RecordError(f"record {record.id!r}, field image: cannot be decoded ({error})") from None
+    if pixels.shape != (record.height, record.width, 3):
+        raise RecordError(
+            f"record {record.id!r}, field image: is {pixels.shape[0]} x {pixels.shape[1]}, "
+            f"height and width say {record.height} x {record.width}"
+        )
+    return pixels
+
+
+def content_hash(image: bytes) -> int:
+    """First eight bytes of the SHA-256 of the image file, as an unsigned integer: for exclusion and duplicates."""
+    return int.from_bytes(hashlib.sha256(image).digest()[:8], "big")
+
+
+def boxes_array(boxes: list[tuple[float, float, float, float]]) -> Float32[np.ndarray, "N 4"]:
+    """Boxes as a record holds them, also for none."""
+    return np.asarray(boxes, np.float32).reshape(-1, 4)

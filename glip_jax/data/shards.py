@@ -1,0 +1,217 @@
+"""Folders of records: ArrayRecord shards, `manifest.json`, and `columns.npz` with what scheduling needs of each record.
+
+A folder is written under a temporary name and renamed when complete; its manifest is what marks it as finished. A
+finished folder is never made twice. Opening reads the manifest and the columns only.
+"""
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
+
+from glip_jax.data.records import FORMAT, Kind, Record, content_hash, decode, encode
+
+__all__ = ["KINDS", "Manifest", "ShardError", "Shards", "finished", "verify", "write"]
+
+KINDS: tuple[Kind, ...] = ("detection", "grounding", "pseudo")
+"""Codes of the column `kind`."""
+
+_COLUMNS = ("height", "width", "kind", "hash")
+
+
+class ShardError(ValueError):
+    """A folder of shards that is missing, unfinished or damaged, or cannot be written."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is in a folder of shards and where it came from."""
+
+    name: str
+    licence: str
+    source: str
+    """The annotation file (or whatever the records were made of)."""
+    command: str
+    """The command that made the folder."""
+    names: tuple[str, ...]
+    """Category names; `Record.categories` are indices into them."""
+    records: int
+    boxes: int
+    kinds: dict[str, int]
+    drops: dict[str, int]
+    """What was left out, by reason."""
+    shards: tuple[dict[str, Any], ...]
+    """Per shard: file, records, bytes, sha256."""
+    columns: dict[str, Any]
+    """The side file: file, sha256."""
+    format: int = FORMAT
+
+
+def finished(directory: epath.PathLike) -> Manifest | None:
+    """The manifest of a finished folder, None where there is none yet; ShardError for one that cannot be read."""
+    path = epath.Path(directory) / "manifest.json"
+    if not path.exists():
+        return None
+    try:
+        fields = json.loads(path.read_text())
+        fields.update(names=tuple(fields["names"]), shards=tuple(fields["shards"]))
+        manifest = Manifest(**fields)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ShardError(f"{path} is no manifest of shards ({error}): remove the folder and import again") from None
+    if manifest.format != FORMAT:
+        raise ShardError(f"{path} has format {manifest.format}, this version reads {FORMAT}: import again")
+    return manifest
+
+
+def write(
+    records: Iterable[Record],
+    directory: epath.PathLike,
+    *,
+    name: str,
+    names: Sequence[str] = (),
+    licence: str = "unknown",
+    source: str = "",
+    command: str = "",
+    shards: int = 1,
+    drops: Callable[[], dict[str, int]] = dict,
+) -> Manifest:
+    """Writes `records` to `shards` files in `directory` and returns the manifest.
+
+    Records go to the shards in turn. `drops` is asked after the last record. Raises ShardError if the folder exists
+    (finished or not empty), or if there is no record; the folder appears only when everything is in it.
+    """
+    target = epath.Path(directory)
+    if target.exists() and any(target.iterdir()):
+        state = "finished" if finished(target) else "not empty, without a manifest"
+        raise ShardError(f"{target} is {state}: shards are never made twice; remove it or name another folder")
+    if "://" in str(target):
+        raise ShardError(f"{target}: shards are written to a local folder; copy the finished folder to the bucket")
+    if shards < 1:
+        raise ShardError(f"shards is {shards}: expected at least 1")
+    local = Path(target).absolute()
+    partial = local.parent / f".{local.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        files = [f"records-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
+        columns, boxes = _write_records(records, [partial / file for file in files], len(names))
+        if not len(columns["kind"]):
+            raise ShardError(f"nothing to write to {target}: no record came out of {source or name}")
+        np.savez(partial / "columns.npz", allow_pickle=False, **columns)
+        counts = _per_shard(len(columns["kind"]), shards)
+        manifest = Manifest(
+            name=name, licence=licence, source=source, command=command, names=tuple(names),
+            records=len(columns["kind"]), boxes=boxes,
+            kinds={KINDS[code]: n for code, n in sorted(Counter(columns["kind"].tolist()).items())},
+            drops=dict(drops()),
+            shards=tuple(
+                {"file": f, "records": n, "bytes": (partial / f).stat().st_size, "sha256": _sha256(partial / f)}
+                for f, n in zip(files, counts)
+            ),
+            columns={"file": "columns.npz", "sha256": _sha256(partial / "columns.npz")},
+        )  # fmt: skip
+        (partial / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1, ensure_ascii=False))
+        if local.exists():
+            local.rmdir()
+        partial.rename(local)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+class Shards:
+    """Random access to the records of a finished folder. Files are opened at the first read; pickles by path.
+
+    `height`, `width`, `kind` (index into KINDS) and `hash` are arrays with one entry per record, in reading order.
+    """
+
+    def __init__(self, directory: epath.PathLike) -> None:
+        """Reads manifest and columns; ShardError if the folder is missing, unfinished or does not fit together."""
+        self.path = epath.Path(directory)
+        if "://" in str(self.path):
+            raise ShardError(f"{self.path}: shards are read from local or mounted folders (gcsfuse); name the mount")
+        manifest = finished(self.path)
+        if manifest is None:
+            raise ShardError(f"{self.path} has no manifest.json: there are no finished shards here")
+        self.manifest = manifest
+        for shard in manifest.shards:
+            file = self.path / shard["file"]
+            if not file.exists() or file.stat().length != shard["bytes"]:
+                found = f"{file.stat().length} bytes" if file.exists() else "nothing"
+                raise ShardError(f"{file}: the manifest says {shard['bytes']} bytes, found {found}: import again")
+        try:
+            with np.load(self.path / manifest.columns["file"]) as columns:
+                self.height, self.width, self.kind, self.hash = (columns[key] for key in _COLUMNS)
+        except (OSError, ValueError, KeyError) as error:
+            raise ShardError(f"{self.path / manifest.columns['file']} cannot be read ({error}): import again") from None
+        if len(self.height) != manifest.records:
+            raise ShardError(f"{self.path}: {len(self.height)} rows of columns for {manifest.records} records")
+        self._data = ArrayRecordDataSource(
+            [f"{self.path / s['file']}[0:{s['records']}]" for s in manifest.shards if s["records"]]
+        )
+
+    def __len__(self) -> int:
+        return self.manifest.records
+
+    def read(self, index: int) -> bytes:
+        """The bytes of record `index`."""
+        return self._data[index]
+
+    def __getitem__(self, index: int) -> Record:
+        """Record `index`, decoded and validated; RecordError if it is corrupt."""
+        return decode(self.read(index), len(self.manifest.names))
+
+
+def verify(directory: epath.PathLike) -> Literal[True]:
+    """Compares every file with the hash in the manifest; ShardError names the first that differs."""
+    path = epath.Path(directory)
+    manifest = finished(path)
+    if manifest is None:
+        raise ShardError(f"{path} has no manifest.json: there are no finished shards here")
+    for entry in (*manifest.shards, manifest.columns):
+        found = _sha256(Path(path / entry["file"]))
+        if found != entry["sha256"]:
+            raise ShardError(f"{path / entry['file']}: sha256 is {found}, the manifest says {entry['sha256']}")
+    return True
+
+
+def _write_records(records: Iterable[Record], files: list[Path], names: int) -> tuple[dict[str, np.ndarray], int]:
+    """Writes records in turn; returns the columns in reading order (shard after shard) and the number of boxes."""
+    writers = [ArrayRecordWriter(str(file), "group_size:1") for file in files]
+    rows: list[list[tuple[int, int, int, int]]] = [[] for _ in files]
+    boxes = 0
+    try:
+        for index, record in enumerate(records):
+            shard = index % len(files)
+            writers[shard].write(encode(record))
+            rows[shard].append((record.height, record.width, KINDS.index(record.kind), content_hash(record.image)))
+            boxes += len(record.boxes)
+            beyond = [c for c in record.categories if c >= names]
+            if beyond:
+                raise ShardError(f"record {record.id!r} has category {beyond[0]}, there are {names} names")
+    finally:
+        for writer in writers:
+            writer.close()
+    flat = [row for part in rows for row in part]
+    types = (np.int32, np.int32, np.uint8, np.uint64)
+    return {key: np.array([row[i] for row in flat], kind) for i, (key, kind) in enumerate(zip(_COLUMNS, types))}, boxes
+
+
+def _per_shard(records: int, shards: int) -> list[int]:
+    """How many of `records` each shard got, dealt in turn."""
+    return [(records - i + shards - 1) // shards for i in range(shards)]
+
+
+def _sha256(path: Path) -> str:
+    """Of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
