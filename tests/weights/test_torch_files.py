@@ -57,6 +57,8 @@ def pickled(monkeypatch):
         setattr(utils, name, rebuild)
 
     class Pickler(pickle.Pickler):
+        extra: tuple = ()
+
         def persistent_id(self, obj):
             if isinstance(obj, Storage):
                 kind = getattr(torch, STORAGES[obj.array.dtype])
