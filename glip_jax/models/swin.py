@@ -37,9 +37,7 @@ def _partition(x: jax.Array, window: int) -> jax.Array:
     return jnp.moveaxis(x, 3, 2).reshape(b, -1, window * window, *rest)
 
 
-def _separation(
-    size: Int[Array, "B 2"], height: int, width: int, window: int
-) -> Float[Array, "B windows n n"]:
+def _separation(size: Int[Array, "B 2"], height: int, width: int, window: int) -> Float[Array, "B windows n n"]:
     """What shifted attention adds to its logits on a padded height x width map."""
     shift = window // 2
     whole = -(-size // window) * window

@@ -1,0 +1,139 @@
+"""Deep fusion (paper section 3.2, equations 4-6): image and text attend to each other through one map of logits.
+
+The parameters are the original's (glip-reference 2.5), the order of products is not: with visual width C equal to the
+head's, the query projection folds into the text keys, the visual output projection into the text values, and the
+visual value projection is applied after the text-side attention. That leaves three products over the image's A
+locations instead of six dense layers. The logits [A, T] of one attention head at a time live in memory, and the
+backward pass computes them again.
+
+Softmax over the text leaves padding tokens out; softmax over the image leaves out what lies beyond an image's extent.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from glip_jax.config import FusionConfig
+from glip_jax.models.bert import bounded
+from glip_jax.models.initial import xavier_uniform
+
+__all__ = ["Fusion"]
+
+_NEVER = -1e30
+
+
+class _Dense(NamedTuple):
+    kernel: Array
+    bias: Array
+
+
+class _Operands(NamedTuple):
+    """The text folded for one attention head (leading axis of all: heads)."""
+
+    keys: Float[Array, "heads B T C"]
+    key_bias: Float[Array, "heads B T"]
+    values: Float[Array, "heads B T C"]
+
+
+def _dropped(key: jax.Array | None, weights: Float[Array, "B A T"], rate: float) -> Float[Array, "B A T"]:
+    if key is None:
+        return weights
+    # 16 random bits a weight are enough to decide, and half the work of a float.
+    kept = jax.random.bits(key, weights.shape, jnp.uint16) >= round(rate * 65536)
+    return jnp.where(kept, weights / (1.0 - rate), 0.0)
+
+
+class Fusion(nn.Module):
+    """One bidirectional attention block over all locations and tokens."""
+
+    config: FusionConfig
+    train: bool
+    dtype: Any
+
+    def _dense(self, name: str, inputs: int, outputs: int) -> _Dense:
+        kernel = self.param(f"{name}_kernel", xavier_uniform, (inputs, outputs))
+        return _Dense(kernel, self.param(f"{name}_bias", nn.initializers.zeros, (outputs,)))
+
+    @nn.compact
+    def __call__(
+        self,
+        visual: Float[Array, "B A C"],
+        text: Float[Array, "B T D"],
+        inside: Bool[Array, "B A"],
+        mask: Bool[Array, "B T"],
+    ) -> tuple[Float[Array, "B A C"], Float[Array, "B T D"]]:
+        """New (visual, text). The residual starts from the normed inputs, as in the original."""
+        config, channels, text_width = self.config, visual.shape[-1], text.shape[-1]
+        heads, depth = config.heads, config.width // config.heads
+        norm = {"epsilon": 1e-5, "dtype": self.dtype, "use_fast_variance": False}
+        visual = nn.LayerNorm(**norm, name="visual_norm")(visual)
+        text = nn.LayerNorm(**norm, name="text_norm")(text)
+        query = self._dense("visual_query", channels, config.width)
+        key = self._dense("text_key", text_width, config.width)
+        value = self._dense("visual_value", channels, config.width)
+        text_value = self._dense("text_value", text_width, config.width)
+        output = self._dense("visual_output", config.width, channels)
+        text_output = self._dense("text_output", config.width, text_width)
+        start = nn.initializers.constant(config.gamma)
+        gamma, text_gamma = (
+            self.param("visual_gamma", start, (channels,)),
+            self.param("text_gamma", start, (text_width,)),
+        )
+
+        # Folding sums over few text rows and many products: float32.
+        text32 = text.astype(jnp.float32)
+        by_head = (*text.shape[:2], heads, depth)
+        keys = (text32 @ key.kernel + key.bias).reshape(by_head) * depth**-0.5
+        values = (text32 @ text_value.kernel + text_value.bias).reshape(by_head)
+        operands = _Operands(
+            jnp.einsum("bthd,chd->hbtc", keys, query.kernel.reshape(channels, heads, depth)).astype(self.dtype),
+            jnp.einsum("bthd,hd->hbt", keys, query.bias.reshape(heads, depth)),
+            jnp.einsum("bthd,hdc->hbtc", values, output.kernel.reshape(heads, depth, channels)).astype(self.dtype),
+        )
+        rate = config.dropout if self.train else 0.0
+        random = jax.random.split(self.make_rng("dropout"), (heads, 2)) if rate > 0 else None
+        for_image, for_text, share = _attend(visual, operands, inside, mask, random, rate)
+
+        # Dropout makes the attention over the image sum to `share`, not to 1; the value's bias goes with it.
+        read = jnp.einsum("hbtc,chd->bthd", for_text, value.kernel.reshape(channels, heads, depth))
+        read += jnp.moveaxis(share, 0, 2)[..., None] * value.bias.reshape(heads, depth)
+        new_text = read.reshape(*text.shape[:2], -1) @ text_output.kernel + text_output.bias
+        visual = visual + (gamma * (for_image + output.bias)).astype(self.dtype)
+        return visual, text + (text_gamma * new_text).astype(self.dtype)
+
+
+def _attend(
+    visual: Float[Array, "B A C"],
+    operands: _Operands,
+    inside: Bool[Array, "B A"],
+    mask: Bool[Array, "B T"],
+    random: Any,
+    rate: float,
+) -> tuple[Float[Array, "B A C"], Float[Array, "heads B T C"], Float[Array, "heads B T"]]:
+    """Both directions over a scan of attention heads.
+
+    Returns what the image reads (summed over heads, float32), what the text reads of `visual` per head, and the sum of
+    each token's attention weights per head.
+    """
+
+    @jax.checkpoint
+    def head(
+        for_image: Float[Array, "B A C"], item: tuple[_Operands, Any]
+    ) -> tuple[Float[Array, "B A C"], tuple[Float[Array, "B T C"], Float[Array, "B T"]]]:
+        own, keys = item
+        logits = jnp.einsum("bac,btc->bat", visual, own.keys, preferred_element_type=jnp.float32)
+        logits = bounded(logits + own.key_bias[:, None, :])
+        over_text = jax.nn.softmax(jnp.where(mask[:, None, :], logits, _NEVER), axis=2)
+        over_text = _dropped(None if keys is None else keys[0], over_text, rate).astype(visual.dtype)
+        for_image += jnp.einsum("bat,btc->bac", over_text, own.values, preferred_element_type=jnp.float32)
+        over_image = jax.nn.softmax(jnp.where(inside[:, :, None], logits, _NEVER), axis=1)
+        over_image = _dropped(None if keys is None else keys[1], over_image, rate)
+        read = jnp.einsum("bat,bac->btc", over_image.astype(visual.dtype), visual, preferred_element_type=jnp.float32)
+        return for_image, (read, over_image.sum(1))
+
+    start = jnp.zeros(visual.shape, jnp.float32)
+    for_image, (for_text, share) = jax.lax.scan(head, start, (operands, random))
+    return for_image, for_text, share

@@ -1,0 +1,165 @@
+"""GLIP: image and text towers, the pyramid, the fused head and its outputs (paper section 3, glip-reference 2).
+
+The three steps `encode_image`, `encode_text` and `ground` may be applied on their own, so that an image's features
+serve many prompts and a prompt's many images.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
+
+from glip_jax.config import HeadConfig, InputConfig, ModelConfig
+from glip_jax.models.bert import Bert, BertLayer, bounded
+from glip_jax.models.dynamic_head import DynamicConvolution
+from glip_jax.models.efficientnet import EfficientNetLite0
+from glip_jax.models.extents import inside, level_size
+from glip_jax.models.fusion import Fusion
+from glip_jax.models.initial import small_normal, torch_dense
+from glip_jax.models.pyramid import Pyramid
+from glip_jax.models.swin import Swin
+from glip_jax.structures import Predictions
+
+__all__ = ["GLIP", "normalize"]
+
+
+def normalize(
+    image: UInt8[Array, "B H W 3"], size: Int[Array, "B 2"], config: InputConfig
+) -> Float32[Array, "B H W 3"]:
+    """RGB bytes to the network's input: channel order, mean, spread; zero beyond each image's `size`."""
+    x = image.astype(jnp.float32)
+    x = x[..., ::-1] if config.order == "bgr" else x
+    x = (x - jnp.asarray(config.mean)) / jnp.asarray(config.std)
+    return jnp.where(inside(size, *image.shape[1:3]), x, 0.0)
+
+
+class _Block(nn.Module):
+    """One block of the head's tower: fusion, BERT layer, dynamic convolution; without fusion the last alone."""
+
+    config: ModelConfig
+    train: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        state: tuple[tuple[Float[Array, "B _ _ C"], ...], Float[Array, "B T D"]],
+        sizes: tuple[Int[Array, "B 2"], ...],
+        mask: Bool[Array, "B T"],
+    ) -> tuple[tuple[tuple[Float[Array, "B _ _ C"], ...], Float[Array, "B T D"]], None]:
+        levels, text = state
+        if self.config.fusion.enabled:
+            shapes = [x.shape[1:3] for x in levels]
+            own = jnp.concatenate([inside(s, *hw).reshape(s.shape[0], -1) for s, hw in zip(sizes, shapes)], 1)
+            visual = jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in levels], 1)
+            visual, text = Fusion(self.config.fusion, self.train, self.dtype, name="fusion")(visual, text, own, mask)
+            text, _ = BertLayer(self.config.text, self.train, self.dtype, clip=True, start="torch", name="text")(
+                text, mask
+            )
+            ends = [sum(h * w for h, w in shapes[: i + 1]) for i in range(len(shapes) - 1)]
+            parts = jnp.split(visual, ends, 1)
+            levels = tuple(x.reshape(x.shape[0], *hw, x.shape[-1]) for x, hw in zip(parts, shapes))
+        levels = DynamicConvolution(self.config.head, self.dtype, name="convolution")(levels, sizes)
+        return (levels, text), None
+
+
+class _Head(nn.Module):
+    """The tower and the three outputs of every location (glip-reference 2.4, 2.8)."""
+
+    config: ModelConfig
+    train: bool
+    dtype: Any
+
+    def _tower(self, head: HeadConfig) -> Any:
+        block = nn.remat(_Block, prevent_cse=False) if self.config.remat == "blocks" else _Block
+        scan = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=head.blocks,
+        )
+        return scan(self.config, self.train, self.dtype, name="tower")
+
+    @nn.compact
+    def __call__(
+        self,
+        levels: tuple[Float[Array, "B _ _ C"], ...],
+        extent: Int[Array, "B 2"],
+        text: Float[Array, "B T D"],
+        mask: Bool[Array, "B T"],
+    ) -> Predictions:
+        config, channels = self.config, self.config.pyramid.channels
+        sizes = tuple(level_size(extent, stride) for stride in config.pyramid.strides)
+        (levels, fused), _ = self._tower(config.head)((levels, text), sizes, mask)
+        embedding = fused if config.fusion.enabled else text * mask[..., None]
+        embedding = embedding.astype(jnp.float32)
+        norm = jnp.sqrt(jnp.maximum(jnp.square(embedding).sum(-1, keepdims=True), 1e-24))
+        embedding = embedding / norm
+        tokens = torch_dense(channels, embedding.shape[-1], jnp.float32, "projection")(embedding / 2.0)
+        bias_text = self.param("bias_text", nn.initializers.zeros, (embedding.shape[-1],))
+        bias = self.param("bias0", nn.initializers.constant(-math.log(99)), (1,))
+        log_scale = self.param("log_scale", nn.initializers.zeros, (1,))
+        scales = self.param("scales", nn.initializers.ones, (len(levels),))
+        box = nn.Dense(4, dtype=jnp.float32, kernel_init=small_normal, name="box")
+        center = nn.Dense(1, dtype=jnp.float32, kernel_init=small_normal, name="centerness")
+
+        flat = [x.reshape(x.shape[0], -1, channels) for x in levels]
+        deltas = jnp.concatenate([box(x) * scales[i] for i, x in enumerate(flat)], 1)
+        visual = jnp.concatenate(flat, 1)
+        aligned = jnp.einsum("bac,btc->bat", visual, tokens.astype(visual.dtype), preferred_element_type=jnp.float32)
+        logits = bounded(aligned / jnp.exp(log_scale) + (embedding @ bias_text + bias)[:, None, :])
+        return Predictions(logits, deltas, center(visual)[..., 0])
+
+
+class GLIP(nn.Module):
+    """The whole network. `train` switches dropout, drop path and DropBlock on (rng collection "dropout")."""
+
+    config: ModelConfig
+    train: bool = False
+
+    def setup(self) -> None:
+        """Builds the four parts: backbone, pyramid, text, head."""
+        config, dtype, remat = self.config, jnp.dtype(self.config.dtype), self.config.remat == "blocks"
+        match config.backbone.kind:
+            case "swin":
+                self.backbone = Swin(config.backbone, self.train, dtype, remat)
+            case "efficientnet_lite0":
+                self.backbone = EfficientNetLite0(config.backbone, self.train, dtype)
+        self.pyramid = Pyramid(config.pyramid, self.train, dtype)
+        self.text = Bert(config.text, self.train, dtype, remat)
+        self.head = _Head(config, self.train, dtype)
+
+    def encode_image(
+        self, image: Float[Array, "B H W 3"], extent: Int[Array, "B 2"]
+    ) -> tuple[Float[Array, "B _ _ C"], ...]:
+        """Normalised images to pyramid levels, zero beyond each image's extent."""
+        return self.pyramid(self.backbone(image, extent), extent)
+
+    def encode_text(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Tokens to the text encoder's last hidden states."""
+        return self.text(tokens, mask)
+
+    def ground(
+        self,
+        levels: tuple[Float[Array, "B _ _ C"], ...],
+        extent: Int[Array, "B 2"],
+        text: Float[Array, "B T D"],
+        mask: Bool[Array, "B T"],
+    ) -> Predictions:
+        """Pyramid levels and text states to predictions for every anchor."""
+        return self.head(levels, extent, text, mask)
+
+    def __call__(
+        self,
+        image: Float[Array, "B H W 3"],
+        extent: Int[Array, "B 2"],
+        tokens: Int[Array, "B T"],
+        token_mask: Bool[Array, "B T"],
+    ) -> Predictions:
+        """Normalised images (zero beyond their size), extents, tokens: predictions for every anchor."""
+        levels = self.encode_image(image, extent)
+        return self.ground(levels, extent, self.encode_text(tokens, token_mask), token_mask)
