@@ -1,0 +1,200 @@
+"""Pictures of what goes in and comes out: boxes with their phrases, sheets of scenes, curves of a run."""
+
+import colorsys
+import io
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int32, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from glip_jax.structures import Batch
+
+__all__ = ["Mark", "colour", "contact_sheet", "draw_batch", "draw_boxes", "draw_curves", "phrase_words", "png"]
+
+
+class Mark(NamedTuple):
+    """A box with its words on an image."""
+
+    box: tuple[float, float, float, float]
+    """xyxy, pixels."""
+    words: str = ""
+    colour: tuple[int, int, int] = (230, 30, 60)
+
+
+def colour(index: int) -> tuple[int, int, int]:
+    """A colour that differs from those of nearby indices: hues a golden angle apart, dark enough for white words."""
+    red, green, blue = colorsys.hsv_to_rgb((index * 0.618034) % 1, 0.85, 0.8 if index % 2 else 0.95)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def draw_boxes(image: UInt8[np.ndarray, "H W 3"], marks: Sequence[Mark], scale: float = 1.0) -> Image.Image:
+    """Draws `marks` with their words on a copy of `image`, enlarged by `scale`.
+
+    Boxes beyond the image are cut at its edge; a box without an area or with a value that is no number is not drawn.
+    Characters that the built-in font lacks appear as its box sign.
+    """
+    height, width = image.shape[:2]
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    if size != picture.size:
+        picture = picture.resize(size, Image.Resampling.BILINEAR)
+    pen = ImageDraw.Draw(picture)
+    line = max(1, round(min(size) / 200))
+    font = ImageFont.load_default(max(9, min(16, round(min(size) / 26))))
+    for mark in marks:
+        values = np.asarray(mark.box, np.float64) * np.array([size[0] / width, size[1] / height] * 2)
+        if not np.isfinite(values).all():
+            continue
+        values = np.clip(values, 0, [size[0] - 1, size[1] - 1] * 2)
+        x1, y1, x2, y2 = (float(value) for value in values)
+        if x2 <= x1 or y2 <= y1:
+            continue
+        pen.rectangle((x1, y1, x2, y2), outline=mark.colour, width=line)
+        if mark.words:
+            _write(pen, size, (x1, y1), " ".join(mark.words.split()), font, mark.colour)
+    return picture
+
+
+def _write(
+    pen: ImageDraw.ImageDraw,
+    size: tuple[int, int],
+    corner: tuple[float, float],
+    words: str,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    background: tuple[int, int, int],
+) -> None:
+    """Words on a plate of their colour, above the corner where there is room, else below it; kept inside the image."""
+    left, top, right, bottom = pen.textbbox((0, 0), words, font=font)
+    width, height = right - left + 4, bottom - top + 4
+    x = max(0.0, min(corner[0], size[0] - width))
+    y = corner[1] - height if corner[1] >= height else corner[1]
+    pen.rectangle((x, y, x + width, y + height), fill=background)
+    pen.text((x + 2 - left, y + 2 - top), words, fill=(255, 255, 255), font=font)
+
+
+def contact_sheet(
+    pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 4, margin: int = 8
+) -> Image.Image:
+    """Lays pictures out in rows of `columns`, each over its caption, which is broken into lines.
+
+    Raises:
+        ValueError: no pictures, or another number of captions.
+    """
+    if not pictures or len(pictures) != len(captions):
+        raise ValueError(f"{len(pictures)} pictures and {len(captions)} captions: expected as many, and at least one")
+    font = ImageFont.load_default(12)
+    width = max(picture.width for picture in pictures)
+    columns = min(columns, len(pictures))
+    texts = [_broken(caption, font, width) for caption in captions]
+    rows = [range(start, min(start + columns, len(pictures))) for start in range(0, len(pictures), columns)]
+    heights = [max(pictures[i].height + 16 * len(texts[i]) for i in row) + margin for row in rows]
+    sheet = Image.new("RGB", (margin + columns * (width + margin), margin + sum(heights)), (255, 255, 255))
+    pen = ImageDraw.Draw(sheet)
+    y = margin
+    for row, height in zip(rows, heights, strict=True):
+        for column, index in enumerate(row):
+            x = margin + column * (width + margin)
+            sheet.paste(pictures[index], (x, y))
+            for number, text in enumerate(texts[index]):
+                pen.text((x, y + pictures[index].height + 1 + 16 * number), text, fill=(20, 20, 20), font=font)
+        y += height
+    return sheet
+
+
+def _broken(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Lines of at most `width` pixels, at most eight, broken at spaces; the last one says what is left out."""
+    lines, line = [], ""
+    words = text.split()
+    for number, word in enumerate(words):
+        longer = f"{line} {word}".strip()
+        if line and font.getlength(longer) > width:
+            lines.append(line)
+            line = word
+            if len(lines) == 8:
+                lines[-1] += f" ... ({len(words) - number} more words)"
+                return lines
+        else:
+            line = longer
+    return [*lines, line] if line else lines
+
+
+def phrase_words(tokens: Int32[np.ndarray, " T"], chosen: Bool[np.ndarray, " T"], vocabulary: Sequence[str]) -> str:
+    """The chosen tokens as words for a reader's eye: WordPieces joined again, a gap written as '...'.
+
+    Ids beyond the vocabulary appear as [id]. For pictures only: no program reads phrases back from tokens.
+    """
+    words, last = "", -1
+    for position in np.flatnonzero(chosen).tolist():
+        number = int(tokens[position])
+        piece = vocabulary[number] if 0 <= number < len(vocabulary) else f"[{number}]"
+        if words and position != last + 1:
+            words += " ... "
+            words += piece
+        elif piece.startswith("##") and words:
+            words += piece[2:]
+        else:
+            words += f" {piece}" if words else piece
+        last = position
+    return words
+
+
+def draw_batch(batch: Batch, vocabulary: Sequence[str], limit: int = 16) -> Image.Image:
+    """A sheet of the first `limit` examples of a batch, as the network gets them: pixels, boxes, their tokens' words.
+
+    The caption below is what the token ids spell. Each example's real area is framed by the sheet's white; what a
+    batch masks out as not valid says so.
+    """
+    images, tokens = np.asarray(batch.image), np.asarray(batch.tokens)
+    boxes, box_mask, positive = np.asarray(batch.boxes), np.asarray(batch.box_mask), np.asarray(batch.positive_map)
+    valid, sizes, mask = np.asarray(batch.valid), np.asarray(batch.size), np.asarray(batch.token_mask)
+    # Canvases of any size become about 320 pixels wide, so that a sheet of four columns fits a screen.
+    scale = min(2.0, 320 / images.shape[2])
+    pictures, captions = [], []
+    for index in range(min(limit, len(images))):
+        height, width = (max(1, int(value)) for value in sizes[index])
+        marks = [
+            Mark(tuple(boxes[index, slot].tolist()), phrase_words(tokens[index], positive[index, slot], vocabulary),
+                 colour(number))
+            for number, slot in enumerate(np.flatnonzero(box_mask[index]))
+        ]  # fmt: skip
+        pictures.append(draw_boxes(images[index, :height, :width], marks, scale))
+        text = mask[index].copy()
+        # [CLS] and [SEP] are no words of the caption.
+        text[np.flatnonzero(text)[[0, -1]] if text.any() else []] = False
+        words = phrase_words(tokens[index], text, vocabulary)
+        captions.append(words if valid[index] else f"(masked out) {words}")
+    return contact_sheet(pictures, captions)
+
+
+def draw_curves(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], label: str = "loss") -> bytes:
+    """A PNG of the named curves (steps, values), one panel, values that are no numbers left as gaps.
+
+    Raises:
+        ValueError: no curve has a point.
+    """
+    # The object interface leaves pyplot's global state, and any display, alone.
+    from matplotlib.figure import Figure
+
+    if not any(len(steps) for steps, _ in curves.values()):
+        raise ValueError("there is nothing to draw: no curve has a point")
+    figure = Figure(figsize=(7.5, 3.6), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    for name, (steps, values) in curves.items():
+        axes.plot(steps, values, label=name, linewidth=1.3, marker="." if len(steps) < 3 else "")
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    if len(curves) > 1:
+        axes.legend(fontsize=8)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def png(picture: Image.Image) -> bytes:
+    """The picture as PNG bytes."""
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()

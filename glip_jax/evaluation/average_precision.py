@@ -1,0 +1,179 @@
+"""COCO's twelve numbers, through pycocotools, of detections on any COCO JSON."""
+
+import contextlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float, Float64
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from glip_jax.structures import Detections
+
+__all__ = [
+    "NUMBERS", "AveragePrecision", "GroundTruth", "GroundTruthError", "average_precision", "coco_results",
+    "load_ground_truth",
+]  # fmt: skip
+
+NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+"""Names of COCO's numbers in pycocotools' order; -1 where the ground truth has nothing to measure."""
+
+
+class GroundTruthError(ValueError):
+    """A COCO JSON that cannot be evaluated on."""
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """A COCO detection JSON with its categories in the order in which a detector is asked for them (by id)."""
+
+    path: str
+    content: dict[str, Any]
+    category_ids: tuple[int, ...]
+    names: tuple[str, ...]
+
+
+class AveragePrecision(NamedTuple):
+    """What an evaluation says."""
+
+    numbers: dict[str, float]
+    """The twelve of `NUMBERS`."""
+    per_class: dict[str, float]
+    """AP of each category by name, -1 for one without boxes."""
+    per_class_50: dict[str, float]
+    """AP50 of each category by name."""
+
+
+def load_ground_truth(path: str) -> GroundTruth:
+    """Reads a COCO detection JSON.
+
+    Raises:
+        GroundTruthError: not there, not JSON, a list missing, ids twice, boxes of unknown images or categories.
+    """
+    file = epath.Path(path)
+    if not file.exists():
+        raise GroundTruthError(f"{path} is not there: expected a COCO JSON with images, annotations and categories")
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise GroundTruthError(f"{path} is no JSON: {error}") from error
+    missing = [k for k in ("images", "annotations", "categories") if not isinstance(content, dict) or k not in content]
+    if missing:
+        raise GroundTruthError(f"{path} lacks {', '.join(missing)}: expected a COCO detection JSON")
+    try:
+        for key in ("images", "annotations", "categories"):
+            ids = [entry["id"] for entry in content[key]]
+            if len(ids) != len(set(ids)):
+                raise GroundTruthError(f"{path}: ids of {key} occur twice: expected one entry an id")
+        for entry in content["annotations"]:
+            if not isinstance(entry["bbox"], list) or len(entry["bbox"]) != 4:
+                raise GroundTruthError(
+                    f"{path}: annotation {entry['id']} has bbox {entry['bbox']}: expected x, y, w, h"
+                )
+            # COCO's rules: these two may be left out of one's own data.
+            entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
+            entry.setdefault("iscrowd", 0)
+        categories = sorted((entry["id"], str(entry["name"])) for entry in content["categories"])
+        images = {entry["id"] for entry in content["images"]}
+        known = {number for number, _ in categories}
+        lost = [a["id"] for a in content["annotations"] if a["image_id"] not in images or a["category_id"] not in known]
+    except (KeyError, TypeError) as error:
+        raise GroundTruthError(f"{path}: an entry lacks {error}: expected a COCO detection JSON") from error
+    if lost:
+        raise GroundTruthError(f"{path}: {len(lost)} annotations (first {lost[:3]}) name unknown images or categories")
+    return GroundTruth(path, content, tuple(i for i, _ in categories), tuple(name for _, name in categories))
+
+
+def coco_results(
+    truth: GroundTruth, detections: Mapping[int, Detections], widths: Literal["plus_one", "plain"] = "plus_one"
+) -> list[dict[str, Any]]:
+    """Detections by image id in COCO's results form; unused rows (phrase -1) are left out.
+
+    Boxes are xyxy in original pixels, phrases index `truth.names`. `plus_one` writes w = x2 - x1 + 1 as the original
+    does for COCO (glip-reference 5.2: its boxes are inclusive pixels); `plain` writes w = x2 - x1.
+    """
+    extra = 1.0 if widths == "plus_one" else 0.0
+    rows = []
+    for image, found in detections.items():
+        for box, score, phrase in zip(np.asarray(found.boxes), np.asarray(found.scores), np.asarray(found.phrases)):
+            if phrase < 0:
+                continue
+            x1, y1, x2, y2 = (float(value) for value in box)
+            rows.append({
+                "image_id": image, "category_id": truth.category_ids[int(phrase)],
+                "bbox": [x1, y1, x2 - x1 + extra, y2 - y1 + extra], "score": float(score),
+            })  # fmt: skip
+    return rows
+
+
+def average_precision(
+    truth: GroundTruth, results: list[dict[str, Any]], image_ids: list[int] | None = None
+) -> AveragePrecision:
+    """COCO's box AP and AR of `results` (COCO's results form), on `image_ids` or on all images.
+
+    No result at all is a measurement too: zeros wherever the ground truth has boxes.
+
+    Raises:
+        GroundTruthError: a result or an id of `image_ids` names an image that the ground truth does not have.
+    """
+    known = {entry["id"] for entry in truth.content["images"]}
+    named = {row["image_id"] for row in results} | set(image_ids or ())
+    if named - known:
+        raise GroundTruthError(f"{truth.path} has no images {sorted(named - known)[:5]} which detections speak of")
+    # pycocotools prints its progress and writes into what it is given; both stay inside.
+    with contextlib.redirect_stdout(io.StringIO()):
+        dataset = _indexed({
+            "info": truth.content.get("info", {}),
+            "images": truth.content["images"],
+            "categories": truth.content["categories"],
+            "annotations": [dict(entry) for entry in truth.content["annotations"]],
+        })  # fmt: skip
+        found = _results(dataset, results)
+        evaluation = COCOeval(dataset, found, "bbox")
+        evaluation.params.catIds = list(truth.category_ids)
+        evaluation.params.imgIds = sorted(known if image_ids is None else set(image_ids))
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    precision = np.asarray(evaluation.eval["precision"], np.float64)[:, :, :, 0, -1]
+    return AveragePrecision(
+        dict(zip(NUMBERS, (float(value) for value in evaluation.stats), strict=True)),
+        dict(zip(_labels(truth), _mean_precision(precision), strict=True)),
+        dict(zip(_labels(truth), _mean_precision(precision[:1]), strict=True)),
+    )
+
+
+def _indexed(content: dict[str, Any]) -> COCO:
+    dataset: Any = COCO()
+    dataset.dataset = content
+    dataset.createIndex()
+    return dataset
+
+
+def _results(dataset: Any, results: list[dict[str, Any]]) -> COCO:
+    if results:
+        return dataset.loadRes([dict(row) for row in results])
+    # loadRes looks at its first row, so no rows need a set of their own.
+    return _indexed({**dataset.dataset, "annotations": []})
+
+
+def _labels(truth: GroundTruth) -> list[str]:
+    """The names, with their id where two categories share one."""
+    return [
+        name if truth.names.count(name) == 1 else f"{name} (id {number})"
+        for name, number in zip(truth.names, truth.category_ids, strict=True)
+    ]
+
+
+def _mean_precision(precision: Float64[np.ndarray, "thresholds recalls K"]) -> list[float]:
+    """Mean over thresholds and recall points per category; -1 where pycocotools has no value (no boxes)."""
+    values: list[float] = []
+    for index in range(precision.shape[2]):
+        column: Float[np.ndarray, " n"] = precision[:, :, index][precision[:, :, index] > -1]
+        values.append(float(column.mean()) if column.size else -1.0)
+    return values
