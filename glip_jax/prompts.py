@@ -36,6 +36,10 @@ class Tokenizer(Protocol):
         """Returns an object with `ids` (list of int) and `offsets` (list of (begin, end) characters)."""
         ...
 
+    def get_vocab_size(self, with_added_tokens: bool = True) -> int:
+        """Returns the number of tokens in the vocabulary."""
+        ...
+
 
 class Losses(NamedTuple):
     """What truncation to the token budget took from a prompt."""
