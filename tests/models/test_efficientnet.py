@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,8 +102,8 @@ def test_frozen_stages_and_norms_get_no_gradient(params, frozen):
     @jax.jit
     def gradients(params):
         def total(params):
-            features = model.apply({"params": params}, image, jnp.array([[32, 32]]))
-            return sum((f**2).sum() for f in features)
+            features: Any = model.apply({"params": params}, image, jnp.array([[32, 32]]))
+            return sum(jnp.square(f).sum() for f in features)
 
         return jax.grad(total)(params)
 

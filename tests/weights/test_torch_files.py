@@ -1,119 +1,40 @@
 """The files are made here by hand, byte for byte as torch writes them; torch itself is not needed."""
 
-import io
 import pickle
-import sys
-import types
-import zipfile
 from collections import OrderedDict
 
-import ml_dtypes
 import numpy as np
 import pytest
 from etils import epath
 
 from glip_jax.weights.torch_files import TorchFileError, load_arrays, load_tree, sha256
-
-STORAGES = {
-    np.dtype(np.float32): "FloatStorage", np.dtype(np.float16): "HalfStorage", np.dtype(np.int64): "LongStorage",
-    np.dtype(ml_dtypes.bfloat16): "BFloat16Storage", np.dtype(np.uint8): "ByteStorage", np.dtype(bool): "BoolStorage",
-    np.dtype(np.float64): "DoubleStorage",
-}  # fmt: skip
-MAGIC, PROTOCOL, SYSTEM = 0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True}
-
-
-class Storage:
-    def __init__(self, key, array):
-        self.key, self.array = key, array.ravel()
-
-
-class Tensor:
-    """Pickles as a torch tensor would."""
-
-    def __init__(self, storage, offset, size, stride):
-        self.parts = (storage, offset, size, stride)
-
-    def __reduce__(self):
-        return sys.modules["torch._utils"]._rebuild_tensor_v2, (*self.parts, False, OrderedDict())
-
-
-class Parameter(Tensor):
-    def __reduce__(self):
-        return sys.modules["torch._utils"]._rebuild_parameter, (Tensor(*self.parts), True, OrderedDict())
-
-
-@pytest.fixture
-def pickled(monkeypatch):
-    """A function that pickles as torch does, with a torch that has names only."""
-    torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
-    for name in STORAGES.values():
-        setattr(torch, name, type(name, (), {"__module__": "torch"}))
-    for name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
-
-        def rebuild():
-            raise AssertionError("never called")
-
-        rebuild.__module__, rebuild.__qualname__ = "torch._utils", name
-        setattr(utils, name, rebuild)
-
-    class Pickler(pickle.Pickler):
-        extra: tuple = ()
-
-        def persistent_id(self, obj):
-            if isinstance(obj, Storage):
-                kind = getattr(torch, STORAGES[obj.array.dtype])
-                return ("storage", kind, obj.key, "cpu", obj.array.size, *self.extra)
-            return None
-
-    def dump(tree, *extra):
-        file = io.BytesIO()
-        pickler = Pickler(file, protocol=2)
-        pickler.extra = extra
-        with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, "torch", torch)
-            patch.setitem(sys.modules, "torch._utils", utils)
-            pickler.dump(tree)
-        return file.getvalue()
-
-    return dump
+from tests.weights import pth_writer
+from tests.weights.pth_writer import STORAGES, Parameter, Storage, Tensor, pickled, whole
 
 
 def write_zip(path, data, storages):
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("model/data.pkl", data)
-        archive.writestr("model/byteorder", "little")
-        for storage in storages:
-            archive.writestr(f"model/data/{storage.key}", storage.array.tobytes())
+    pth_writer.write_zip(path, data, storages)
     return epath.Path(path)
 
 
 def write_legacy(path, data, storages):
-    keys = [storage.key for storage in storages]
-    blocks = b"".join(s.array.size.to_bytes(8, "little") + s.array.tobytes() for s in storages)
-    heads = [pickle.dumps(value, protocol=2) for value in (MAGIC, PROTOCOL, SYSTEM)]
-    path.write_bytes(b"".join(heads) + data + pickle.dumps(keys, protocol=2) + blocks)
+    pth_writer.write_legacy(path, data, storages)
     return epath.Path(path)
-
-
-def whole(key, array):
-    storage = Storage(key, array)
-    stride = tuple(s // array.itemsize for s in array.strides)
-    return storage, Tensor(storage, 0, array.shape, stride)
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy"])
 @pytest.mark.parametrize("dtype", list(STORAGES), ids=str)
-def test_every_dtype_in_both_formats(tmp_path, pickled, form, dtype):
+def test_every_dtype_in_both_formats(tmp_path, form, dtype):
     array = np.arange(6).reshape(2, 3).astype(dtype)
     storage, tensor = whole("0", array)
-    data = pickled(OrderedDict(weight=tensor), *((None,) if form == "legacy" else ()))
+    data = pickled(OrderedDict(weight=tensor), legacy=form == "legacy")
     write = write_zip if form == "zip" else write_legacy
     loaded = load_arrays(write(tmp_path / "m.pth", data, [storage]))
     assert loaded["weight"].dtype == dtype
     np.testing.assert_array_equal(loaded["weight"], array)
 
 
-def test_views_share_a_storage_and_keep_their_strides(tmp_path, pickled):
+def test_views_share_a_storage_and_keep_their_strides(tmp_path):
     storage = Storage("7", np.arange(12, dtype=np.float32))
     tree = {"a": Tensor(storage, 0, (3, 4), (4, 1)), "transposed": Tensor(storage, 0, (4, 3), (1, 4)),
             "tail": Parameter(storage, 10, (2,), (1,)), "scalar": Tensor(storage, 5, (), ()),
@@ -129,7 +50,7 @@ def test_views_share_a_storage_and_keep_their_strides(tmp_path, pickled):
 
 
 @pytest.mark.parametrize("key", ["model", "state_dict"])
-def test_training_checkpoints_keep_their_state_dict_inside(tmp_path, pickled, key):
+def test_training_checkpoints_keep_their_state_dict_inside(tmp_path, key):
     storage, tensor = whole("0", np.ones((2,), np.float32))
     tree = {key: OrderedDict(w=tensor), "iteration": 3, "rates": [0.1, (1, 2)]}
     path = write_zip(tmp_path / "m.pth", pickled(tree), [storage])
@@ -166,7 +87,7 @@ def test_names_by_any_opcode_are_refused(tmp_path, code):
     ("offset", "size", "stride"),
     [(4, (3,), (1,)), (-1, (2,), (1,)), (0, (2, 3), (3, 2)), (0, (1 << 40,), (0,)), (5, (2,), (-1,))],
 )
-def test_a_view_beyond_its_storage_is_refused(tmp_path, pickled, offset, size, stride):
+def test_a_view_beyond_its_storage_is_refused(tmp_path, offset, size, stride):
     storage = Storage("0", np.zeros(6, np.float32))
     path = write_zip(tmp_path / "m.pth", pickled({"w": Tensor(storage, offset, size, stride)}), [storage])
     with pytest.raises(TorchFileError, match="does not fit its storage of 6 values"):
@@ -174,10 +95,10 @@ def test_a_view_beyond_its_storage_is_refused(tmp_path, pickled, offset, size, s
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy"])
-def test_a_missing_half_is_reported(tmp_path, pickled, form):
+def test_a_missing_half_is_reported(tmp_path, form):
     storage, tensor = whole("0", np.zeros((64,), np.float32))
     short = Storage("0", np.zeros((32,), np.float32))
-    data = pickled({"w": tensor}, *((None,) if form == "legacy" else ()))
+    data = pickled({"w": tensor}, legacy=form == "legacy")
     if form == "zip":
         path = write_zip(tmp_path / "m.pth", data, [short])
     else:

