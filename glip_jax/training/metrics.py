@@ -9,6 +9,7 @@ On resume both are cut back to the restored step, so a run that was killed reads
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ __all__ = ["Progress", "Window", "Writer", "cut_back", "read"]
 
 _COUNTS = ("examples", "positives", "corrupt", "dropped")
 _LAST = ("rate", "text_rate")
+_UPLOAD_SECONDS = 30
 
 
 class Window:
@@ -77,17 +79,22 @@ class Writer:
         # Object stores cannot append: there the lines are kept and the small file is written whole.
         self._lines = cut_back(workdir, step)
         self._remote = "://" in str(workdir)
-        events = tensorboardX.SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1, flush_secs=10)
-        self._events = events
+        self._local = epath.Path(tempfile.mkdtemp()) if self._remote else self._folder / "tensorboard"
+        # Names hold whole seconds only: without the suffix a quick second start would overwrite the first one's file.
+        suffix = f".{time.time_ns()}"
+        self._events = tensorboardX.SummaryWriter(
+            str(self._local), purge_step=step + 1, flush_secs=10, filename_suffix=suffix
+        )
         self._written = 0.0
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._remote:
-            self._path.write_text("".join(self._lines))
         self._events.close()
+        if self._remote:
+            self._upload()
+            self._local.rmtree()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line and its events; numbers that are not finite are written as strings, which JSON can hold."""
@@ -95,14 +102,21 @@ class Writer:
         line = json.dumps({"step": step, **plain}) + "\n"
         if self._remote:
             self._lines.append(line)
-            if time.monotonic() - self._written > 30:
-                self._path.write_text("".join(self._lines))
-                self._written = time.monotonic()
+            if time.monotonic() - self._written > _UPLOAD_SECONDS:
+                self._upload()
         else:
             with self._path.open("a") as file:
                 file.write(line)
         for name, value in metrics.items():
             self._events.add_scalar(name, value, step)
+
+    def _upload(self) -> None:
+        self._path.write_text("".join(self._lines))
+        target = self._folder / "tensorboard"
+        target.mkdir(parents=True, exist_ok=True)
+        for file in self._local.iterdir():
+            file.copy(target / file.name, overwrite=True)
+        self._written = time.monotonic()
 
 
 def read(workdir: str) -> list[dict[str, Any]]:
@@ -148,7 +162,9 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
             return
-        parts = [f"{name.removeprefix('loss/')} {value:.4f}" for name, value in metrics.items() if name.startswith("loss/")]
+        parts = [
+            f"{name.removeprefix('loss/')} {value:.4f}" for name, value in metrics.items() if name.startswith("loss/")
+        ]
         parts += [f"{name} {metrics.get(f'source/{name}/examples', 0):.0f} ex" for name in sources if len(sources) > 1]
         dropped = sum(value for name, value in metrics.items() if name.startswith("dropped/"))
         parts += [f"positives {metrics['positives']:.0f}", f"dropped {dropped:.0f}", f"grad {shown['grad']:.3f}"]

@@ -74,7 +74,9 @@ def initial_state(params: Any, config: Config) -> State:
     return State(params, adamw.init(trainable, config.optimizer), ema, jnp.zeros((), jnp.int32))
 
 
-def make_step(config: Config, mesh: Mesh, objective: Objective, state: State, names: tuple[str, ...] = ()) -> StepFunction:
+def make_step(
+    config: Config, mesh: Mesh, objective: Objective, state: State, names: tuple[str, ...] = ()
+) -> StepFunction:
     """The jitted step on `mesh`. `state` gives the shapes; it is donated at each call. `names`: sources, in order.
 
     The step returns (state, metrics). Scalars: `loss`, `loss/PART`, `gradient_norm` (before clipping), `rate`,

@@ -1,0 +1,89 @@
+"""The job `train`: settings and flags to `glip_jax.training.loop.train`."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from etils import epath
+
+from glip_jax import drawing
+from glip_jax.assets import AssetError, resolve
+from glip_jax.checkpoint import CheckpointError
+from glip_jax.config import Config, ConfigError
+from glip_jax.data.mixture import MixtureError
+from glip_jax.evaluation.evaluate import evaluate
+from glip_jax.jobs.command_line import Arguments, CommandLineError, parse
+from glip_jax.parallel import MeshError
+from glip_jax.structures import Batch
+from glip_jax.training.loop import NonFiniteLoss, train
+from glip_jax.weights import pretrained, torch_files
+
+__all__ = ["TrainArguments", "main"]
+
+_FAULTS = (
+    AssetError,
+    CheckpointError,
+    CommandLineError,
+    ConfigError,
+    MeshError,
+    MixtureError,
+    pretrained.PretrainedError,
+    torch_files.TorchFileError,
+)
+
+
+@dataclass(frozen=True)
+class TrainArguments(Arguments):
+    """Train in --workdir; the same command again goes on from the newest checkpoint there."""
+
+    resume_with_changes: bool = False
+    """Go on although settings that change numbers differ: a new phase, recorded in WORKDIR/phases.json."""
+    distributed: bool = False
+    """Join the other hosts of a pod or cluster first (jax.distributed)."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the job; returns 0, 2 after a message about settings or files, 1 after a non-finite loss.
+
+    After SIGTERM the process exits with 75, after Ctrl-C with 130, both with the last step saved.
+    """
+    try:
+        arguments = parse(argv, TrainArguments, "train")
+        if not arguments.workdir:
+            raise CommandLineError("train: no working folder: expected --workdir=DIR (made if it is not there)")
+        if arguments.distributed:
+            jax.distributed.initialize()
+        config = arguments.config
+        train(
+            config,
+            arguments.workdir,
+            evaluate=_evaluator(config) if config.evaluation.sets else None,
+            draw=_drawer(config),
+            towers=pretrained.initialize,
+            resume_with_changes=arguments.resume_with_changes,
+        )
+    except _FAULTS as fault:
+        print(f"train: {fault}", file=sys.stderr)
+        return 2
+    except NonFiniteLoss as fault:
+        print(f"train: {fault}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _drawer(config: Config) -> Any:
+    """Draws the first batch with its phrases into WORKDIR/first_batch.png."""
+
+    def draw(batch: Batch, folder: epath.Path) -> None:
+        vocabulary = resolve(config.model.text.vocabulary).read_text().split("\n")
+        path = folder / "first_batch.png"
+        path.write_bytes(drawing.png(drawing.draw_batch(batch, vocabulary)))
+        print(f"first batch drawn: {path}", flush=True)
+
+    return draw
+
+
+def _evaluator(config: Config) -> Any:
+    return lambda params, step: evaluate(config, params)

@@ -1,0 +1,319 @@
+"""Training from the first step, or from the newest checkpoint, to the last: what `python -m glip_jax train` runs.
+
+The loop dispatches a step, then reads the numbers of the one before, so the accelerator never waits for the host.
+"""
+
+import contextlib
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu import parameter_overview
+from etils import epath
+from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from glip_jax.checkpoint import Checkpoints, Saved, check_config, write_config
+from glip_jax.config import Config, ConfigError, validate
+from glip_jax.data.mixture import Mixture
+from glip_jax.models.glip import GLIP
+from glip_jax.parallel import abstract, check_batch, make_mesh, place_batch, shardings
+from glip_jax.structures import Batch
+from glip_jax.training import optimizer as adamw
+from glip_jax.training.metrics import Progress, Window, Writer
+from glip_jax.training.step import State, glip_objective, initial_state, make_step
+
+__all__ = [
+    "CANCELLED",
+    "PREEMPTED",
+    "NonFiniteLoss",
+    "Towers",
+    "enable_compilation_cache",
+    "evaluation_parameters",
+    "fingerprint",
+    "fresh_parameters",
+    "train",
+]
+
+PREEMPTED = 75
+"""Exit code after SIGTERM: saved, run the same command again (EX_TEMPFAIL of sysexits.h)."""
+CANCELLED = 130
+"""Exit code after Ctrl-C: saved as well (128 + SIGINT)."""
+
+Towers = Callable[[dict[str, Any], Config], dict[str, Any]]
+"""(parameters, config) to parameters whose towers come from `config.init`: `glip_jax.weights.pretrained.initialize`."""
+
+_PER_EXAMPLE = ("bad", "source", "record")
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or a gradient is NaN or infinite; the message names step, parts and examples."""
+
+
+class _Pending(NamedTuple):
+    """A dispatched step whose numbers were not read yet."""
+
+    step: int
+    metrics: dict[str, Any]
+    wait: float
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, by default ~/.cache/glip_jax/jax, for later runs."""
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path.home() / ".cache" / "glip_jax" / "jax")
+    jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def fresh_parameters(config: Config, mesh: Mesh, towers: Towers | None = None) -> dict[str, Any]:
+    """Parameters at their initial values, made where they lie on the mesh; towers from `config.init` where it names any."""
+    shapes, init = _initializer(config)
+    params = jax.jit(init, out_shardings=shardings(shapes, mesh))(jax.random.key(config.train.seed))
+    if not (config.init.backbone or config.init.text):
+        return params
+    if towers is None:
+        raise ConfigError(f"init is {config.init}, but this caller of train() gave no `towers` to read the files with")
+    return jax.device_put(towers(params, config), shardings(shapes, mesh))
+
+
+def _initializer(config: Config) -> tuple[dict[str, Any], Callable[[jax.Array], dict[str, Any]]]:
+    model = GLIP(config.model, train=False)
+    side, tokens = 2 * config.model.pyramid.strides[-1], config.model.text.max_tokens
+    inputs = (
+        jnp.zeros((1, side, side, 3)),
+        jnp.full((1, 2), side, jnp.int32),
+        jnp.zeros((1, tokens), jnp.int32),
+        jnp.ones((1, tokens), bool),
+    )
+
+    def init(key: jax.Array) -> dict[str, Any]:
+        return model.init(key, *inputs)["params"]  # pyright: ignore[reportReturnType]
+
+    return jax.eval_shape(init, jax.random.key(0)), init
+
+
+def fingerprint(params: Any) -> str:
+    """SHA-256 of the parameters: float32 bytes in sorted order of paths. Every process must call it."""
+    digest = hashlib.sha256()
+    for _, leaf in sorted(flatten_dict(params, sep="/").items()):
+        whole = multihost_utils.process_allgather(leaf, tiled=True) if jax.process_count() > 1 else leaf
+        digest.update(np.ascontiguousarray(whole, np.float32).tobytes())
+    return digest.hexdigest()
+
+
+def evaluation_parameters(state: State, config: Config) -> dict[str, Any]:
+    """The parameters that `evaluation.parameters` names; raw ones where no average is kept."""
+    return adamw.merge(state.params, state.ema) if config.evaluation.parameters == "ema" else state.params
+
+
+def train(
+    config: Config,
+    workdir: str,
+    evaluate: Callable[[dict[str, Any], int], dict[str, float]] | None = None,
+    draw: Callable[[Batch, epath.Path], None] | None = None,
+    towers: Towers | None = None,
+    resume_with_changes: bool = False,
+) -> State:
+    """Trains to `config.train.steps` in `workdir`, going on from its newest complete checkpoint if there is one.
+
+    `evaluate(parameters, step)` returns numbers to record, every `train.evaluate_every` steps and at the end;
+    `draw(batch, folder)` is given the first batch before step 1; `towers` reads the files of `config.init`.
+    Ends with a line `fingerprint: SHA-256`.
+
+    Raises CheckpointError if the checkpoint has other settings and `resume_with_changes` is not set, MeshError if
+    batch, devices and mesh do not fit, NonFiniteLoss; SystemExit with PREEMPTED or CANCELLED after a signal, saved.
+    """
+    validate(config)
+    enable_compilation_cache()
+    mesh = make_mesh(config.mesh)
+    check_batch(config.train.batch_size, config.optimizer.accumulate, mesh)
+    first = jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint.keep))
+        state = _start(config, workdir, mesh, checkpoints, towers, resume_with_changes)
+        start = int(state.step)
+        progress = Progress(start, config.train.steps, quiet=not first)
+        stack.callback(progress.close)
+        writer = stack.enter_context(Writer(workdir, start)) if first else None
+        write_config(workdir, config)
+        run = _Run(config, workdir, mesh, checkpoints, writer, progress, evaluate)
+        if start < config.train.steps:
+            state = run.steps(state, start, draw)
+        elif evaluate is not None:
+            run.evaluation(state, start)
+        checkpoints.wait()
+        digest = fingerprint(state.params)
+        if first:
+            progress.say(f"fingerprint: {digest}")
+    return state
+
+
+def _start(
+    config: Config, workdir: str, mesh: Mesh, checkpoints: Checkpoints, towers: Towers | None, resume_with_changes: bool
+) -> State:
+    """What to start from: 1. the newest complete checkpoint, 2. the towers of `config.init`, 3. random values."""
+    first = jax.process_index() == 0
+    say = print if first else lambda *_, **__: None
+    step = checkpoints.latest()
+    if step is None:
+        state = initial_state(fresh_parameters(config, mesh, towers), config)
+        read = " and ".join(name for name in ("backbone", "text") if getattr(config.init, name))
+        say(f"starting at step 0 from {f'pretrained {read}, the rest random' if read else 'random values'}", flush=True)
+        if first:
+            overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+            (epath.Path(workdir) / "parameters.txt").write_text(overview + "\n")
+        return jax.device_put(state, shardings(state, mesh))
+    changes = check_config(workdir, step, checkpoints.run(step), config, accept=resume_with_changes)
+    for line in changes:
+        say(f"new phase from step {step}: {line}")
+    shapes, _ = _initializer(config)
+    like = abstract(jax.eval_shape(lambda params: initial_state(params, config), shapes), mesh)
+    params, moments, ema = checkpoints.restore(step, Saved(like.params, like.optimizer, like.ema))
+    say(f"resuming at step {step} from {checkpoints.folder / str(step)}", flush=True)
+    return State(params, moments, ema, jax.device_put(jnp.int32(step), like.step.sharding))
+
+
+class _Run:
+    """The steps of one process: what stays the same from step to step, and the windows of numbers."""
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: str,
+        mesh: Mesh,
+        checkpoints: Checkpoints,
+        writer: Writer | None,
+        progress: Progress,
+        evaluate: Callable[[dict[str, Any], int], dict[str, float]] | None,
+    ) -> None:
+        self.config, self.mesh, self.folder = config, mesh, epath.Path(workdir)
+        self.checkpoints, self.writer, self.progress, self.evaluate = checkpoints, writer, progress, evaluate
+        self.window = Window()
+        self.names: tuple[str, ...] = ()
+
+    def steps(self, state: State, start: int, draw: Callable[[Batch, epath.Path], None] | None) -> State:
+        """Runs the steps after `start`; see `train`."""
+        config, pending = self.config, None
+        mixture = Mixture(config)
+        self.names = tuple(mixture.source_names)
+        step_function = make_step(config, self.mesh, glip_objective(config), state, self.names)
+        canvases: set[tuple[int, ...]] = set()
+        batches = iter(mixture.batches(start, jax.process_index(), jax.process_count()))
+        with _signals() as received, contextlib.ExitStack() as stack:
+            stack.callback(getattr(batches, "close", lambda: None))  # Grain's threads end before the process does
+            for step in range(start + 1, config.train.steps + 1):
+                begin = time.perf_counter()
+                batch = next(batches)
+                wait = time.perf_counter() - begin
+                if step == start + 1 and start == 0 and draw is not None and config.train.draw_first_batch:
+                    if self.writer is not None:
+                        draw(batch, self.folder)
+                new = batch.image.shape[1:3] not in canvases
+                begin = time.perf_counter()
+                state, metrics = step_function(state, place_batch(batch, self.mesh))
+                if new:
+                    canvases.add(batch.image.shape[1:3])
+                    height, width = batch.image.shape[1:3]
+                    self.progress.say(f"canvas {height}x{width}: step ready in {time.perf_counter() - begin:.1f} s")
+                self._read(pending)
+                pending = _Pending(step, metrics, wait)
+                last, stop = step == config.train.steps, _stop(received, step)
+                if last or stop or step % config.checkpoint.every == 0:
+                    # The numbers first: a state that is not finite is never saved.
+                    self._read(pending, flush=True)
+                    pending = None
+                    self.checkpoints.save(step, Saved(state.params, state.optimizer, state.ema), config)
+                if stop and not last:
+                    self._leave(step, stop)
+                every = config.train.evaluate_every
+                if self.evaluate is not None and (last or (every and step % every == 0)):
+                    self._read(pending)
+                    pending = None
+                    self.evaluation(state, step)
+        return state
+
+    def evaluation(self, state: State, step: int) -> None:
+        """Evaluates and records the numbers at `step`."""
+        assert self.evaluate is not None
+        numbers = self.evaluate(evaluation_parameters(state, self.config), step)
+        self.progress.say(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+        if self.writer is not None:
+            self.writer.write(step, numbers)
+
+    def _read(self, pending: _Pending | None, flush: bool = False) -> None:
+        """Waits for a step's numbers, checks them and closes the window where one ends (or on `flush`)."""
+        if pending is None:
+            return
+        numbers = jax.device_get(pending.metrics)
+        if not numbers["finite"]:
+            raise NonFiniteLoss(self._complaint(pending.step, numbers))
+        scalars = {name: value for name, value in numbers.items() if name not in (*_PER_EXAMPLE, "finite")}
+        self.window.add({**scalars, "wait_seconds": pending.wait})
+        self.progress.advance()
+        if flush or pending.step % self.config.train.log_every == 0:
+            metrics = self.window.take()
+            self.progress.window(pending.step, metrics, self.names)
+            if self.writer is not None:
+                self.writer.write(pending.step, metrics)
+
+    def _complaint(self, step: int, numbers: dict[str, Any]) -> str:
+        parts = {name: float(value) for name, value in numbers.items() if name == "loss" or name.startswith("loss/")}
+        parts["gradient_norm"] = float(numbers["gradient_norm"])
+        listed = ", ".join(f"{name} {value:g}" for name, value in parts.items())
+        chosen = np.flatnonzero(numbers["bad"]) if numbers["bad"].any() else np.arange(len(numbers["bad"]))
+        which = (
+            "examples with a non-finite loss" if numbers["bad"].any() else "no single example's loss is; the batch was"
+        )
+        examples = ", ".join(f"{self.names[numbers['source'][i]]} record {numbers['record'][i]}" for i in chosen)
+        latest = self.checkpoints.latest()
+        return (
+            f"step {step}: loss or gradient is not finite: {listed}\n{which}: {examples}\n"
+            f"Newest checkpoint: {'none' if latest is None else f'step {latest}'}. Nothing was skipped or saved; look at "
+            "those records, or lower optimizer.rate, lengthen optimizer.warmup_steps or lower optimizer.clip_norm."
+        )
+
+    def _leave(self, step: int, stop: int) -> None:
+        self.checkpoints.wait()
+        code = PREEMPTED if stop == signal.SIGTERM else CANCELLED
+        name = signal.Signals(stop).name
+        self.progress.say(f"{name}: saved step {step}; the same command goes on from there (exit code {code})")
+        raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of dying from the first; a second one acts as usual."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def note(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread: signals are someone else's
+        pass
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _stop(received: list[int], step: int) -> int:
+    """The signal to stop for after this step, 0 for none; agreed between processes."""
+    if jax.process_count() > 1:
+        # jax's own handler of SIGTERM tells all processes, and they agree on one step.
+        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
+    return received[0] if received else 0
