@@ -10,6 +10,7 @@ JOBS = {
     "data": "import annotations into shards, and check shards",
     "train": "train, or go on training, in a working folder",
     "evaluate": "evaluate a checkpoint on COCO-style sets",
+    "report": "draw the page of a run again from what it recorded",
     "scenes": "make the picture scenes of the demo",
 }
 

@@ -3,7 +3,7 @@
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -51,15 +51,22 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(
-    config: Config, params: dict[str, Any], dataset: EvaluationSet, *, name: str = "", progress: bool = True
+    config: Config, params: dict[str, Any], sets: Mapping[str, EvaluationSet] | None = None, *, progress: bool = True
 ) -> dict[str, float]:
-    """COCO's twelve numbers of `params` on `dataset`, by their names, and `images`, the number of images.
+    """COCO's twelve numbers of `params` on every set (default: `config.evaluation.sets`).
 
-    `name` is written before the progress bar. Settings: `config.evaluation` (batch size, sides, max_images, chunk) and
+    Names are `evaluation/SET/AP` and so on, with `evaluation/SET/images` beside them; a number that a set has nothing
+    to measure on is left out. Settings: `config.evaluation` (batch size, sides, max_images, chunk) and
     `config.detection`. Raises EvaluationError or GroundTruthError for a set that cannot be evaluated.
     """
-    result = evaluate_set(Detector(config, params), config, dataset, name=name, progress=progress)
-    return {**result.precision.numbers, "images": float(len(result.image_ids))}
+    numbers: dict[str, float] = {}
+    detector = Detector(config, params)
+    for name, dataset in (config.evaluation.sets if sets is None else sets).items():
+        result = evaluate_set(detector, config, dataset, name=name, progress=progress)
+        found = {number: value for number, value in result.precision.numbers.items() if value >= 0}
+        numbers |= {f"evaluation/{name}/{number}": value for number, value in found.items()}
+        numbers[f"evaluation/{name}/images"] = float(len(result.image_ids))
+    return numbers
 
 
 def evaluate_set(
