@@ -143,7 +143,6 @@ class EfficientNetLite0(nn.Module):
     config: BackboneConfig
     train: bool = False
     dtype: Any = jnp.float32
-    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -167,12 +166,11 @@ class EfficientNetLite0(nn.Module):
             STEM, (3, 3), (2, 2), (pad, pad), use_bias=False, dtype=self.dtype, kernel_init=start, name="stem"
         )
         x = nn.relu6(_FrozenNorm(self.dtype, name="stem_norm")(conv(x)))
-        stage_of = nn.remat(_Stage) if self.remat else _Stage
         stride, outputs = 2, []
         for number, (blocks, kernel, step, expansion, channels) in enumerate(STAGES, start=1):
             if number == frozen + 1 and frozen:
                 x = jax.lax.stop_gradient(x)
-            stage = stage_of(blocks, kernel, step, expansion, channels, self.dtype, name=f"stage{number}")
+            stage = _Stage(blocks, kernel, step, expansion, channels, self.dtype, name=f"stage{number}")
             x = stage(x, level_size(extent, stride))
             stride *= step
             if number in _OUTPUTS:

@@ -45,7 +45,7 @@ def test_shifted_sums_equal_grouped_convolution(kernel, stride):
 
     def run(form):
         outcome = depthwise(x, weights, stride, form)
-        gradients = jax.grad(lambda *both: (depthwise(*both, stride, form) * probe).sum(), (0, 1))(x, weights)
+        gradients = jax.grad(lambda x, w: (depthwise(x, w, stride, form) * probe).sum(), (0, 1))(x, weights)
         return outcome, *gradients
 
     for form in ("shifted", "platform"):

@@ -56,7 +56,8 @@ def bert_arrays():
                "embeddings.token_type_embeddings.weight": (2, "C")}  # fmt: skip
     sizes = {"C": 8, "M": 12}
     arrays = {
-        name: rng.normal(size=[sizes.get(n, n) for n in shape]).astype(np.float32) for name, shape in shapes.items()
+        name: rng.normal(size=tuple(int(sizes.get(n, n)) for n in shape)).astype(np.float32)
+        for name, shape in shapes.items()
     }
     return arrays | {"embeddings.position_ids": np.arange(9)[None]}
 

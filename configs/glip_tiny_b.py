@@ -1,0 +1,16 @@
+"""GLIP-T (B): with fusion, detection data alone."""
+
+from dataclasses import replace
+
+from configs import glip_tiny
+from glip_jax.config import Config, TrainConfig
+
+
+def get_config() -> Config:
+    base = glip_tiny.get_config()
+    return replace(
+        base,
+        name="glip_tiny_b",
+        data=replace(base.data, sources={"objects365": glip_tiny.OBJECTS365}),
+        train=TrainConfig(steps=30 * 609_000 // 64, batch_size=64),
+    )
