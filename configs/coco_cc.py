@@ -1,11 +1,11 @@
-"""Detection and grounding mixed in one run: a few dozen COCO photographs, their boxes and their captions with boxes.
+r"""Detection and grounding mixed in one run: a few dozen COCO photographs, their boxes and their captions with boxes.
 
 Far too little to learn from; it shows that the losses of both sources fall together. Shards, relative to the working
 folder, from a COCO JSON and an MDETR-form JSON of the same photographs:
 
-    python -m glip_jax data coco data/coco_cc_photographs/annotations/instances_train.json \\
+    python -m glip_jax data coco data/coco_cc_photographs/annotations/instances_train.json \
         --images=data/coco_cc_photographs/images --out=data/coco_cc/detection
-    python -m glip_jax data mdetr data/coco_cc_photographs/annotations/grounding_train.json \\
+    python -m glip_jax data mdetr data/coco_cc_photographs/annotations/grounding_train.json \
         --images=data/coco_cc_photographs/images --out=data/coco_cc/grounding
 """
 
