@@ -19,6 +19,7 @@ from absl import flags
 from grain.transforms import DatasetSelectionMap
 from jaxtyping import Int32
 
+from glip_jax.assets import AssetError, resolve
 from glip_jax.config import Config, ConfigError, SourceConfig
 from glip_jax.data import transforms
 from glip_jax.data.captions import Captioner, rng_of
@@ -322,8 +323,8 @@ def _tokenizer(config: Config) -> Tokenizer:
     """The tokenizer of the text encoder, checked against the size of its embedding."""
     text = config.model.text
     try:
-        tokenizer = load_tokenizer(text.vocabulary)
-    except PromptError as error:
+        tokenizer = load_tokenizer(resolve(text.vocabulary))
+    except (AssetError, PromptError) as error:
         raise ConfigError(str(error)) from None
     if tokenizer.get_vocab_size() > text.vocabulary_size:
         raise ConfigError(
