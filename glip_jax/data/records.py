@@ -8,6 +8,7 @@ On disk a record is a MessagePack map; boxes are little-endian float32.
 
 import hashlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -78,7 +79,6 @@ def validate(record: Record, names: int | None = None) -> Record:
             raise RecordError(f"record {record.id!r}, field {field}: {message}")
 
     boxes, kind, count = record.boxes, record.kind, len(record.boxes)
-    need(kind in get_args(Kind), "kind", f"is {kind!r}, expected one of {', '.join(get_args(Kind))}")
     need(
         record.height > 0 and record.width > 0, "height/width", f"is {record.height} x {record.width}, expected pixels"
     )
@@ -153,6 +153,9 @@ def decode(data: bytes, names: int | None = None) -> Record:
         raise RecordError(
             f"record {identity!r} has format {fields['format']}, this version reads {FORMAT}: import again"
         )
+    if fields["kind"] not in get_args(Kind):
+        kinds = ", ".join(get_args(Kind))
+        raise RecordError(f"record {identity!r}, field kind: is {fields['kind']!r}, expected one of {kinds}")
     try:
         absent = fields.get("known_absent")
         record = Record(
@@ -197,6 +200,6 @@ def content_hash(image: bytes) -> int:
     return int.from_bytes(hashlib.sha256(image).digest()[:8], "big")
 
 
-def boxes_array(boxes: list[tuple[float, float, float, float]]) -> Float32[np.ndarray, "N 4"]:
+def boxes_array(boxes: Sequence[Sequence[float | int]]) -> Float32[np.ndarray, "N 4"]:
     """Boxes as a record holds them, also for none."""
     return np.asarray(boxes, np.float32).reshape(-1, 4)

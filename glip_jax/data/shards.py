@@ -18,7 +18,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from glip_jax.data.records import FORMAT, Kind, Record, content_hash, decode, encode
+from glip_jax.data.records import FORMAT, Kind, Record, RecordError, content_hash, decode, encode
 
 __all__ = ["KINDS", "Manifest", "ShardError", "Shards", "finished", "verify", "write"]
 
@@ -163,8 +163,11 @@ class Shards:
         return self.manifest.records
 
     def read(self, index: int) -> bytes:
-        """The bytes of record `index`."""
-        return self._data[index]
+        """The bytes of record `index`; RecordError if the file is damaged there."""
+        try:
+            return self._data[index]
+        except RuntimeError as error:  # what array_record raises for a block whose checksum differs
+            raise RecordError(f"record {index} of {self.path} cannot be read ({error})") from None
 
     def __getitem__(self, index: int) -> Record:
         """Record `index`, decoded and validated; RecordError if it is corrupt."""

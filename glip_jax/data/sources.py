@@ -274,12 +274,12 @@ def _box(
         report.drop("box: not finite", where)
         return None
     x2, y2 = x + max(w - 1, 0), y + max(h - 1, 0)
-    right, bottom = entry["width"] - 1, entry["height"] - 1
+    right, bottom = entry["width"] - 1.0, entry["height"] - 1.0
     if w <= 1 or h <= 1:
         report.drop("box: no area", where)
         return None
-    x, x2 = (min(max(v, 0), right) for v in (x, x2))
-    y, y2 = (min(max(v, 0), bottom) for v in (y, y2))
+    x, x2 = (min(max(v, 0.0), right) for v in (x, x2))
+    y, y2 = (min(max(v, 0.0), bottom) for v in (y, y2))
     box = boxes_array([(x, y, x2, y2)])[0]
     # In float32, as stored: a sliver may lose its area there.
     if box[2] <= box[0] or box[3] <= box[1]:

@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
             return 0
         source = _open(job)
         manifest = shards.write(
-            tqdm(source.records, "import", source.images, unit="image", disable=None),
+            (record for record in tqdm(source.records, "import", source.images, unit="image", disable=None)),
             job.out,
             name=job.name or job.out.name,
             names=source.names,

@@ -1,0 +1,91 @@
+"""Geometry: the original's size rule, canvases that always hold the image, boxes that move with their pixels."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glip_jax.data import transforms
+
+sides = st.integers(1, 900)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((480, 640), (800, 1066)),
+        ((640, 480), (1066, 800)),
+        ((500, 500), (800, 800)),
+        ((800, 1333), (800, 1333)),
+        ((400, 800), (666, 1332)),  # round(666.5) is 666: halves go to even
+        ((100, 2927), (46, 1346)),  # longer than 1333, as the short side is rounded first
+        ((1, 5000), (1, 5000)),
+    ],
+)
+def test_target_size_is_the_originals(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert transforms.target_size(*size, 800, 1333) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((480, 0.75, 640), (480, 640)),
+        ((480, 1.333333, 640), (640, 480)),
+        ((320, 1.0, 999), (320, 320)),
+        ((800, 0.75, 1333), (800, 1088)),
+        ((800, 0.5, 1333), (672, 1344)),
+        ((8, 1.0, 100), (32, 32)),
+    ],
+)
+def test_canvas_sizes(arguments: tuple, expected: tuple[int, int]) -> None:
+    assert transforms.canvas_size(*arguments) == expected
+
+
+@given(sides, sides, st.integers(16, 200), st.sampled_from([0.5, 0.75, 1.0, 4 / 3, 2.0]), st.integers(200, 300))
+def test_every_image_fits_its_canvas(height: int, width: int, short: int, aspect: float, long: int) -> None:
+    canvas = transforms.canvas_size(short, aspect, long)
+    assert canvas[0] % 32 == canvas[1] % 32 == 0
+    h, w = transforms.fit(height, width, short, long, canvas)
+    assert 1 <= h <= canvas[0]
+    assert 1 <= w <= canvas[1]
+    if transforms.target_size(height, width, short, long) <= canvas and h < canvas[0] and w < canvas[1]:
+        assert (h, w) == transforms.target_size(height, width, short, long)
+
+
+@settings(deadline=None)
+@given(st.integers(4, 20), st.integers(4, 20), st.integers(0, 2**31))
+def test_flip_moves_boxes_with_their_pixels_and_undoes_itself(height: int, width: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x1, y1 = rng.integers(0, width - 1), rng.integers(0, height - 1)
+    x2, y2 = rng.integers(x1 + 1, width), rng.integers(y1 + 1, height)
+    image = np.zeros((height, width, 3), np.uint8)
+    image[y1 : y2 + 1, x1 : x2 + 1] = 9
+    boxes = np.array([[x1, y1, x2, y2]], np.float32)
+    mirrored, moved = transforms.flip(image, boxes)
+    ys, xs = np.nonzero(mirrored[:, :, 0])
+    assert moved[0].tolist() == [xs.min(), ys.min(), xs.max(), ys.max()]
+    back, again = transforms.flip(mirrored, moved)
+    assert np.array_equal(back, image)
+    assert np.array_equal(again, boxes)
+
+
+def test_resize_scales_image_and_boxes_together() -> None:
+    image = np.zeros((10, 20, 3), np.uint8)
+    image[:, 10:] = 200
+    larger = transforms.resize(image, (20, 60))
+    assert larger.shape == (20, 60, 3)
+    assert larger[:, :27].max() == 0
+    assert larger[:, 33:].min() == 200
+    boxes = transforms.scale_boxes(np.array([[2, 3, 10, 9]], np.float32), (10, 20), (20, 60))
+    assert boxes.tolist() == [[6, 6, 30, 18]]
+    assert boxes.dtype == np.float32
+    assert transforms.resize(image, (10, 20)) is image
+
+
+def test_place_pads_below_and_right_with_zeros() -> None:
+    canvas = transforms.place(np.full((3, 4, 3), 5, np.uint8), (32, 64))
+    assert canvas.shape == (32, 64, 3)
+    assert canvas[:3, :4].min() == 5
+    assert canvas.sum() == 3 * 4 * 3 * 5
+    with pytest.raises(ValueError, match="33 x 4 does not fit on a canvas of 32 x 64"):
+        transforms.place(np.zeros((33, 4, 3), np.uint8), (32, 64))
