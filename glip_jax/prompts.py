@@ -4,6 +4,7 @@ All text in glip_jax is arithmetic on phrases: a caption is built once together 
 are found from spans, and a phrase is known by its index ever after. Nothing is rebuilt from tokens.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,7 +80,7 @@ def prompt_from_categories(names: Sequence[str], separator: str = ". ") -> Promp
     return Prompt(separator.join(pieces), tuple(spans))
 
 
-def load_tokenizer(vocabulary_path: str | Path, lowercase: bool = True) -> Tokenizer:
+def load_tokenizer(vocabulary_path: str | os.PathLike[str], lowercase: bool = True) -> Tokenizer:
     """The BERT WordPiece tokenizer of a `vocab.txt` (one token a line), through the library `tokenizers`.
 
     Raises PromptError if the file is missing or lacks one of BERT's special tokens.

@@ -254,6 +254,7 @@ class Mixture:
         place = f"{self.source_names[source]}[{record}]"
         try:
             found = self.shards[source][record]
+            decode_image(found)
         except RecordError as error:
             return f"{place} (corrupt: {error})"
         return f"{place} (image {found.id}, {found.provenance})"

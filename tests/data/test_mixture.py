@@ -1,0 +1,253 @@
+"""The mixture: the step is the data's state, weights are kept, corrupt records are masked and counted."""
+
+import dataclasses
+import hashlib
+import itertools
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glip_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    InputConfig,
+    ModelConfig,
+    SourceConfig,
+    TextConfig,
+    TrainConfig,
+)
+from glip_jax.data.mixture import Mixture, schedule
+from glip_jax.data.shards import Shards
+from glip_jax.structures import DROPS, Batch
+
+VOCABULARY = str(Path(__file__).parents[1] / "fixtures" / "vocab_tiny1.txt")
+STEPS = 7
+
+
+def config(sources: dict[str, SourceConfig], batch_size: int = 8, seed: int = 0, **data: object) -> Config:
+    data = {"short_sides": (32, 64), "long_side": 96, "max_boxes": 4, "threads": 2, "prefetch": 2} | data
+    return Config(
+        model=ModelConfig(text=TextConfig(vocabulary=VOCABULARY, vocabulary_size=512, max_tokens=32)),
+        data=DataConfig(sources=sources, **data),  # type: ignore[arg-type]
+        train=TrainConfig(batch_size=batch_size, seed=seed),
+    )
+
+
+@pytest.fixture
+def sources(folders: dict[str, Path]) -> dict[str, SourceConfig]:
+    return {"boxes": SourceConfig(str(folders["boxes"]), 3.0), "captions": SourceConfig(str(folders["captions"]), 1.0)}
+
+
+def draw(mixture: Mixture, count: int, start: int = 0, host: int = 0, hosts: int = 1) -> list[Batch]:
+    iterator = mixture.batches(start, host, hosts)
+    batches = list(itertools.islice(iterator, count))
+    iterator.close()  # type: ignore[attr-defined]
+    return batches
+
+
+def digest(batch: Batch) -> str:
+    content = hashlib.sha256()
+    for field in batch:
+        content.update(f"{field.dtype}{field.shape}".encode() + np.ascontiguousarray(field).tobytes())
+    return content.hexdigest()
+
+
+@pytest.fixture
+def expected(sources: dict[str, SourceConfig]) -> list[str]:
+    return [digest(batch) for batch in draw(Mixture(config(sources)), STEPS)]
+
+
+@pytest.mark.parametrize("hosts", [2, 4, 8])
+@pytest.mark.parametrize("start", [0, 3])
+def test_hosts_see_slices_of_the_same_batches(
+    sources: dict[str, SourceConfig], expected: list[str], hosts: int, start: int
+) -> None:
+    mixture = Mixture(config(sources))
+    slices = [draw(mixture, 3, start, host, hosts) for host in range(hosts)]
+    joined = [Batch(*(np.concatenate(field) for field in zip(*parts))) for parts in zip(*slices)]
+    assert [digest(batch) for batch in joined] == expected[start : start + 3]
+
+
+def test_any_start_step_continues_the_same_stream(sources: dict[str, SourceConfig], expected: list[str]) -> None:
+    mixture = Mixture(config(sources))
+    for start in range(1, STEPS):
+        assert digest(draw(mixture, 1, start)[0]) == expected[start]
+
+
+def test_worker_processes_and_threads_do_not_matter(sources: dict[str, SourceConfig], expected: list[str]) -> None:
+    for settings_ in ({"workers": 2}, {"threads": 1, "prefetch": 1}, {"threads": 8, "prefetch": 4}):
+        mixture = Mixture(config(sources, **settings_))
+        assert [digest(b) for b in draw(mixture, STEPS)] == expected, settings_
+    assert [digest(b) for b in draw(Mixture(config(sources, workers=2)), 2, 3)] == expected[3:5]
+
+
+def test_the_seed_matters_and_nothing_repeats(sources: dict[str, SourceConfig], expected: list[str]) -> None:
+    other = [digest(batch) for batch in draw(Mixture(config(sources, seed=1)), STEPS)]
+    assert len({*expected, *other}) == 2 * STEPS
+
+
+def test_shapes_contents_and_canvases(sources: dict[str, SourceConfig]) -> None:
+    mixture = Mixture(config(sources))
+    assert mixture.source_names == ("boxes", "captions")
+    seen = set()
+    for step, batch in enumerate(draw(mixture, 16)):
+        height, width = mixture.canvas(step)
+        seen.add((height, width))
+        assert batch.image.shape == (8, height, width, 3)
+        assert batch.image.dtype == np.uint8
+        assert batch.valid.all()
+        for i in range(8):
+            h, w = batch.size[i]
+            assert h <= batch.extent[i, 0] <= height
+            assert w <= batch.extent[i, 1] <= width
+            assert (batch.extent[i] % 32 == 0).all()
+            assert batch.image[i, :h, :w].any()
+            assert not batch.image[i, h:].any()
+            assert not batch.image[i, :, w:].any()
+            boxes = batch.boxes[i, batch.box_mask[i]]
+            assert len(boxes)
+            assert (boxes[:, 2:] > boxes[:, :2]).all()
+            assert (boxes[:, 2:] < [w, h]).all()
+            assert not batch.boxes[i, ~batch.box_mask[i]].any()
+            assert batch.positive_map[i].any(1).tolist() == batch.box_mask[i].tolist()
+            assert not batch.positive_map[i, :, ~batch.token_mask[i]].any()
+            assert batch.tokens[i][0] == 6
+    assert seen == set(mixture.canvases)
+    assert len(seen) == 6
+
+
+def test_boxes_keep_their_own_words(sources: dict[str, SourceConfig]) -> None:
+    """Through sampling, shuffling and batching, each detection box still carries its category's tokens."""
+    mixture = Mixture(config(sources))
+    names = mixture.shards[0].manifest.names
+    tokenizer = mixture._captioners[0].tokenizer
+    for batch in draw(mixture, 5):
+        for i in np.flatnonzero(batch.source == 0):
+            record = mixture.shards[0][int(batch.record[i])]
+            for slot, label in enumerate(record.categories):
+                found = batch.tokens[i][batch.positive_map[i, slot]].tolist()
+                assert found == tokenizer.encode(names[label].replace("_(animal)", "")).ids[1:-1]
+
+
+def test_flip_probability(sources: dict[str, SourceConfig]) -> None:
+    left = draw(Mixture(config(sources, flip=0.0)), 3)
+    right = draw(Mixture(config(sources, flip=1.0)), 3)
+    for a, b in zip(left, right):
+        for i in range(8):
+            h, w = a.size[i]
+            assert np.array_equal(a.image[i, :h, :w], b.image[i, :h, :w][:, ::-1])
+            assert np.array_equal(a.tokens[i], b.tokens[i])
+            mask = a.box_mask[i]
+            assert np.allclose(a.boxes[i, mask, 0], w - 1 - b.boxes[i, mask, 2])
+
+
+@pytest.mark.parametrize(("weights", "size"), [((3.0, 1.0), 8), ((1.0, 9.0), 10)])
+def test_weights_are_the_shares_of_examples(folders: dict[str, Path], weights: tuple[float, float], size: int) -> None:
+    sources = {name: SourceConfig(str(folders[name]), w) for name, w in zip(("boxes", "captions"), weights)}
+    plan = Mixture(config(sources, batch_size=size, short_sides=(32,)))
+    counts = Counter(s for batch in draw(plan, 40) for s in batch.source.tolist())
+    assert counts[0] / (counts[0] + counts[1]) == pytest.approx(weights[0] / sum(weights), abs=0.02)
+
+
+def test_every_record_of_a_source_comes_equally_often(folders: dict[str, Path]) -> None:
+    mixture = Mixture(config({"boxes": SourceConfig(str(folders["boxes"]))}, short_sides=(32,)))
+    counts = Counter(r for batch in draw(mixture, 17 * 3) for r in batch.record.tolist())
+    assert set(counts) == set(range(17))
+    assert min(counts.values()) >= 18
+    assert max(counts.values()) <= 30
+
+
+def test_aspects_without_records_have_no_step(folders: dict[str, Path]) -> None:
+    only = config({"captions": SourceConfig(str(folders["captions"]))}, aspects=(0.25, 0.75, 1.333333, 4.0))
+    mixture = Mixture(only)
+    assert mixture.schedule.counts.tolist()[0] == mixture.schedule.counts.tolist()[3] == 0
+    assert {b.image.shape[1:3] for b in draw(mixture, 8)} == {(32, 64), (64, 96), (64, 32), (96, 64)}
+
+
+def test_extent_of_the_batch_is_the_canvas(sources: dict[str, SourceConfig]) -> None:
+    base = config(sources)
+    whole = dataclasses.replace(base, model=dataclasses.replace(base.model, input=InputConfig(extent="batch")))
+    for batch in draw(Mixture(whole), 3):
+        assert (batch.extent == batch.image.shape[1:3]).all()
+
+
+def test_boxes_over_the_limit_are_counted(sources: dict[str, SourceConfig]) -> None:
+    for batch in draw(Mixture(config(sources, max_boxes=2)), 3):
+        over = batch.dropped[:, DROPS.index("boxes_over_limit")]
+        assert over.tolist() == [1 if s == 0 else 0 for s in batch.source]
+
+
+def test_corrupt_records_are_masked_and_counted(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A record whose picture does not decode: same batch otherwise, the example masked out, always the same."""
+    from glip_jax.data import shards
+
+    def spoilt():
+        opened = Shards(folders["boxes"])
+        for i in range(len(opened)):
+            record = opened[i]
+            yield dataclasses.replace(record, image=record.image[:50]) if i == 4 else record
+
+    shards.write(spoilt(), tmp_path / "spoilt", name="s", names=Shards(folders["boxes"]).manifest.names)
+    mixture = Mixture(config({"s": SourceConfig(str(tmp_path / "spoilt"))}))
+    batches, again = draw(mixture, 12), draw(mixture, 12)
+    assert [digest(b) for b in batches] == [digest(b) for b in again]
+    bad = 0
+    for batch in batches:
+        assert (batch.valid == (batch.record != 4)).all()
+        assert batch.dropped[:, DROPS.index("corrupt_records")].tolist() == (~batch.valid).tolist()
+        for i in np.flatnonzero(~batch.valid):
+            bad += 1
+            assert not batch.image[i].any()
+            assert not batch.box_mask[i].any()
+            assert batch.tokens[i, :3].tolist() == [6, 7, 0]
+    assert bad > 0
+    assert mixture.describe(0, 4).startswith("s[4] (corrupt: record '13', field image: cannot be decoded")
+    assert mixture.describe(0, 5) == "s[5] (image 16, boxes.json)"
+
+
+def test_settings_that_cannot_be(sources: dict[str, SourceConfig], tmp_path: Path, folders: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match=r"data\.sources is empty"):
+        Mixture(config({}))
+    with pytest.raises(ConfigError, match=r"data\.sources\.x: .*absent.* no manifest.*python -m glip_jax data coco"):
+        Mixture(config({"x": SourceConfig(str(tmp_path / "absent"))}))
+    shutil.copytree(folders["boxes"], tmp_path / "copy")
+    next((tmp_path / "copy").glob("*.array_record")).unlink()
+    with pytest.raises(ConfigError, match=r"data\.sources\.x: .*found nothing"):
+        Mixture(config({"x": SourceConfig(str(tmp_path / "copy"))}))
+    with pytest.raises(ConfigError, match="not a multiple of the 3 hosts"):
+        Mixture(config(sources)).batches(0, 0, 3)
+    with pytest.raises(ConfigError, match="host 2 of 2"):
+        Mixture(config(sources)).batches(0, 2, 2)
+    with pytest.raises(ConfigError, match=r"data\.short_sides is \(\)"):
+        Mixture(config(sources, short_sides=()))
+    base = config(sources)
+    for text, message in (
+        (dataclasses.replace(base.model.text, vocabulary="absent.txt"), "absent.txt"),
+        (dataclasses.replace(base.model.text, vocabulary_size=100), "512 tokens, model.text.vocabulary_size is 100"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Mixture(dataclasses.replace(base, model=dataclasses.replace(base.model, text=text)))
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=5).filter(lambda s: sum(s) > 0.1), st.integers(0, 10**6))
+def test_schedule_is_periodic_even_and_counts_right(shares: list[float], step: int) -> None:
+    plan = schedule(shares, 64)
+    weights = np.array(shares) / sum(shares)
+    assert plan.counts.sum() == 64
+    assert ((plan.counts > 0) == (weights > 0)).all()
+    assert (np.abs(plan.counts - weights * 64) <= len(shares)).all()
+    assert plan.aspect(step) == plan.aspect(step + 64)
+    assert plan.occurrence(step + 64) == plan.occurrence(step) + plan.counts[plan.aspect(step)]
+    for aspect in range(len(shares)):
+        seen = np.flatnonzero(plan.aspects == aspect)
+        assert [plan.occurrence(int(s)) for s in seen] == list(range(len(seen)))
+        # Smooth weighted round robin: never far from the share, at any point of the period.
+        running = np.cumsum(plan.aspects == aspect) - np.arange(1, 65) * plan.counts[aspect] / 64
+        assert np.abs(running).max() < len(shares)
