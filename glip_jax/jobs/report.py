@@ -104,7 +104,7 @@ def _detections(truth: GroundTruth, rows: list[dict[str, Any]]) -> Detections:
 
 
 def _curves(lines: list[dict[str, Any]]) -> dict[str, dict[str, Curve]]:
-    """Panels of curves: the loss and its parts, the loss of each source, AP and AP50 of each set."""
+    """Panels of curves: the loss and its parts, those of each source, AP and AP50 of the sets."""
 
     def curve(key: str) -> Curve:
         # Values that are not finite are recorded as words, which float() reads.
@@ -112,13 +112,13 @@ def _curves(lines: list[dict[str, Any]]) -> dict[str, dict[str, Curve]]:
         return [step for step, _ in points], [value for _, value in points]
 
     keys = list(dict.fromkeys(key for line in lines for key in line))
-    panels: dict[str, dict[str, Curve]] = {"loss": {}, "loss by source": {}, "average precision": {}}
+    panels: defaultdict[str, dict[str, Curve]] = defaultdict(dict)
     for key in keys:
         parts = key.split("/")
         if key == "loss" or parts[0] == "loss":
             panels["loss"][key] = curve(key)
-        elif parts[0] == "source" and parts[-2:] == ["loss", "total"]:
-            panels["loss by source"][parts[1]] = curve(key)
+        elif parts[0] == "source" and parts[-2] == "loss":
+            panels[f"losses of {'/'.join(parts[1:-2])}"][parts[-1]] = curve(key)
         elif parts[0] == "evaluation" and parts[-1] in ("AP", "AP50"):
             panels["average precision"]["/".join(parts[1:])] = curve(key)
-    return {name: lines for name, lines in panels.items() if lines}
+    return dict(panels)

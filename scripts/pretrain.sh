@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Trains.
+#   scripts/pretrain.sh                       the demo: environment, picture scenes, training, evaluation, a drawn page
+#   scripts/pretrain.sh --short               the same in a minute or so, to see that everything works (used by .ci/run)
+#   scripts/pretrain.sh --config=configs/NAME.py --workdir=DIR [...]   environment, then `python -m glip_jax train` with these
+# The same command again goes on where it stopped. Ctrl-C is safe.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/environment.sh
+
+case "${1:-}" in
+-h | --help)
+    sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit 0
+    ;;
+esac
+
+trap 'echo "stopped; the same command again goes on from here" >&2; exit 130' INT
+environment requirements.txt
+
+run=runs/demo
+scenes=(--out=runs/demo/scenes)
+settings=(--config=configs/demo.py)
+if [ "${1:-}" = --short ] && [ $# = 1 ]; then
+    run=runs/demo-short
+    scenes=(--out=runs/demo-short/scenes --count=40 --validation=8)
+    settings+=(
+        --config.data.sources.detection.path=runs/demo-short/scenes/shards/detection
+        --config.data.sources.grounding.path=runs/demo-short/scenes/shards/grounding
+        --config.evaluation.sets.scenes.annotations=runs/demo-short/scenes/validation/annotations.json
+        --config.evaluation.sets.scenes.images=runs/demo-short/scenes/validation/images
+        --config.train.steps=20 --config.train.batch-size=4 --config.train.log-every=5 --config.checkpoint.every=10
+    )
+elif [ $# -gt 0 ]; then
+    # An exec'd job gets signals itself: it saves on SIGTERM and Ctrl-C.
+    exec .venv/bin/python -m glip_jax train "$@"
+fi
+
+.venv/bin/python -m glip_jax scenes "${scenes[@]}"
+.venv/bin/python -m glip_jax train "${settings[@]}" --workdir="$run"
+.venv/bin/python -m glip_jax evaluate "${settings[@]}" --workdir="$run"
