@@ -324,7 +324,7 @@ def _tokenizer(config: Config) -> Tokenizer:
     """The tokenizer of the text encoder, checked against the size of its embedding."""
     text = config.model.text
     try:
-        tokenizer = load_tokenizer(resolve(text.vocabulary))
+        tokenizer = load_tokenizer(str(resolve(text.vocabulary)))
     except (AssetError, PromptError) as error:
         raise ConfigError(str(error)) from None
     if tokenizer.get_vocab_size() > text.vocabulary_size:
