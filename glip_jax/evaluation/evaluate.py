@@ -4,7 +4,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
@@ -30,6 +30,7 @@ class EvaluationError(ValueError):
     """A set whose pictures or names do not fit its annotations."""
 
 
+@runtime_checkable
 class FindsCategories(Protocol):
     """What an evaluation needs of a detector (`glip_jax.inference.Detector`)."""
 
