@@ -1,0 +1,95 @@
+"""Which anchors answer for which box: ATSS (arXiv 1912.02424) as GLIP runs it (glip-reference 3.1).
+
+Per box, the nearest anchors of each level are candidates; those whose IoU reaches mean + standard deviation of all
+candidates' and whose centre lies in the box are positive; an anchor claimed twice goes to the box of highest IoU. Ties
+go to the upper left anchor and the lower box slot. Anchors beyond an image's extent do not exist for it.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from glip_jax import boxes as box
+from glip_jax.config import LossConfig, ModelConfig
+from glip_jax.models.extents import inside, level_size
+from glip_jax.structures import Targets
+
+__all__ = ["anchors_inside", "assign"]
+
+_UNCLAIMED = -1e8
+_MARGIN = 0.01
+"""Pixels that an anchor's centre must lie inside the box."""
+
+
+def anchors_inside(extent: Int[Array, "B 2"], canvas: tuple[int, int], strides: tuple[int, ...]) -> Bool[Array, "B A"]:
+    """Anchors whose cell belongs to the image's extent."""
+    parts = [
+        inside(level_size(extent, stride), *box.level_shape(canvas, stride)).reshape(extent.shape[0], -1)
+        for stride in strides
+    ]
+    return jnp.concatenate(parts, 1)
+
+
+def _candidates(
+    boxes: Float[Array, "N 4"], own: Bool[Array, " A"], anchors: Float[Array, "A 4"], ends: list[int], count: int
+) -> tuple[Int[Array, "N K"], Bool[Array, "N K"]]:
+    """Indices of the nearest anchors per level, and which of them exist."""
+    offset = box.centers(boxes)[:, None] - box.centers(anchors)[None]
+    distance = jnp.where(own[None], jnp.sqrt(jnp.square(offset).sum(-1)), jnp.inf)
+    found, begin = [], 0
+    for end in ends:
+        _, nearest = jax.lax.top_k(-distance[:, begin:end], min(count, end - begin))
+        found.append(nearest + begin)
+        begin = end
+    indices = jnp.concatenate(found, 1)
+    return indices, own[indices]
+
+
+def _assign_one(
+    boxes: Float[Array, "N 4"], mask: Bool[Array, " N"], own: Bool[Array, " A"], anchors: Float[Array, "A 4"],
+    ends: list[int], count: int,
+) -> Targets:  # fmt: skip
+    # Empty slots get a box of positive size, so that nothing is divided by zero; they claim nothing.
+    safe = jnp.where(mask[:, None], boxes, jnp.array([0.0, 0.0, 1.0, 1.0]))
+    indices, real = _candidates(safe, own, anchors, ends, count)
+    near = anchors[indices]
+    overlap = box.iou(near, safe[:, None])
+    number = real.sum(1)
+    mean = jnp.where(real, overlap, 0.0).sum(1) / number
+    spread = jnp.where(real, jnp.square(overlap - mean[:, None]), 0.0).sum(1)
+    threshold = mean + jnp.sqrt(spread / jnp.maximum(number - 1, 1))
+    x, y = jnp.moveaxis(box.centers(near), -1, 0)
+    x1, y1, x2, y2 = jnp.moveaxis(safe[:, None], -1, 0)
+    within = jnp.minimum(jnp.minimum(x - x1, y - y1), jnp.minimum(x2 - x, y2 - y)) > _MARGIN
+    claims = real & within & (overlap >= threshold[:, None]) & mask[:, None]
+
+    claimed = jnp.full((boxes.shape[0], anchors.shape[0]), _UNCLAIMED)
+    slots = jnp.arange(boxes.shape[0])[:, None]
+    claimed = claimed.at[slots, indices].max(jnp.where(claims, overlap, _UNCLAIMED))
+    index = jnp.argmax(claimed, 0)
+    positive = claimed.max(0) > _UNCLAIMED
+    index = jnp.where(positive, index, 0)
+    target = box.decode(box.encode(safe[index], anchors), anchors)
+    sides = jnp.concatenate([box.centers(anchors) - target[:, :2], target[:, 2:] - box.centers(anchors)], 1)
+    low = jnp.minimum(sides[:, :2], sides[:, 2:])
+    ratio = jnp.where(positive[:, None], low / jnp.maximum(sides[:, :2], sides[:, 2:]), 0.0)
+    centerness = jnp.sqrt(jnp.maximum(ratio[:, 0] * ratio[:, 1], 0.0))
+    return Targets(positive, index.astype(jnp.int32), jnp.where(positive[:, None], target, 0.0), centerness)
+
+
+def assign(
+    boxes: Float[Array, "B N 4"],
+    box_mask: Bool[Array, "B N"],
+    extent: Int[Array, "B 2"],
+    canvas: tuple[int, int],
+    model: ModelConfig,
+    loss: LossConfig,
+) -> Targets:
+    """Targets of every anchor on `canvas` (height, width), per image. Images without boxes are normal input."""
+    strides = model.pyramid.strides
+    anchors = box.anchors(canvas, strides, model.anchors.sizes)
+    ends = np.cumsum([np.prod(box.level_shape(canvas, stride)) for stride in strides]).tolist()
+    own = anchors_inside(extent, canvas, strides)
+    each = jax.vmap(lambda b, m, o: _assign_one(b, m, o, jnp.asarray(anchors), ends, loss.atss_candidates))
+    return jax.lax.stop_gradient(each(boxes, box_mask, own))

@@ -1,0 +1,85 @@
+"""Token focal loss, GIoU and centerness, as sums per image and denominators over the whole batch.
+
+Sums are each image's own; what they are divided by is global (glip-reference 3.4, 3.5), so a batch may be cut into
+micro-batches or spread over devices without changing the loss.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from glip_jax import boxes as box
+from glip_jax.config import Config, LossConfig
+from glip_jax.structures import Batch, Predictions, Targets
+from glip_jax.training.assignment import anchors_inside
+
+__all__ = ["Denominators", "LossSums", "denominators", "loss_sums", "total_loss"]
+
+
+class LossSums(NamedTuple):
+    """Undivided losses; leading axis: images."""
+
+    token: Float[Array, " B"]
+    box: Float[Array, " B"]
+    centerness: Float[Array, " B"]
+
+
+class Denominators(NamedTuple):
+    """What the sums are divided by."""
+
+    positives: Float[Array, ""]
+    """Positive anchors of the whole batch, at least the floor."""
+    box_weight: Float[Array, ""]
+    """Sum of the centerness targets of the whole batch."""
+
+
+def denominators(targets: Targets, valid: Bool[Array, " B"], floor: float) -> Denominators:
+    """From the targets of the whole batch; examples that are not `valid` do not count."""
+    positive = targets.positive & valid[:, None]
+    weight = jnp.where(valid[:, None], targets.centerness, 0.0)
+    return Denominators(jnp.maximum(positive.sum().astype(jnp.float32), floor), weight.sum())
+
+
+def _focal(logits: Float[Array, "B A T"], target: Bool[Array, "B A T"], config: LossConfig) -> Float[Array, "B A T"]:
+    """Focal loss (arXiv 1708.02002) of each location and token."""
+    # With x signed towards its target, cross-entropy is softplus(-x) and p_t is sigmoid(x).
+    signed = jnp.where(target, logits, -logits)
+    weight = jnp.where(target, config.focal_alpha, 1.0 - config.focal_alpha)
+    return weight * jax.nn.sigmoid(-signed) ** config.focal_gamma * jax.nn.softplus(-signed)
+
+
+def loss_sums(
+    predictions: Predictions, targets: Targets, batch: Batch, canvas: tuple[int, int], config: Config
+) -> LossSums:
+    """Loss sums of each image, float32; zero for examples that are not valid."""
+    model = config.model
+    own = anchors_inside(batch.extent, canvas, model.pyramid.strides)
+    rows = jnp.take_along_axis(batch.positive_map, targets.box_index[:, :, None], axis=1)
+    wanted = rows & targets.positive[:, :, None]
+    if not config.loss.last_token_negative:
+        wanted |= ~targets.positive[:, :, None] & (jnp.arange(batch.tokens.shape[1]) == batch.tokens.shape[1] - 1)
+    counted = own[:, :, None] & batch.token_mask[:, None, :]
+    token = jnp.where(counted, _focal(predictions.logits, wanted, config.loss), 0.0).sum((1, 2))
+
+    anchors = jnp.asarray(box.anchors(canvas, model.pyramid.strides, model.anchors.sizes))
+    deltas = jnp.where(targets.positive[:, :, None], predictions.deltas, 0.0)
+    apart = 1.0 - box.giou(box.decode(deltas, anchors), targets.boxes)
+    boxes = jnp.where(targets.positive, apart * targets.centerness, 0.0).sum(1)
+    cross = jax.nn.softplus(predictions.centerness) - predictions.centerness * targets.centerness
+    centerness = jnp.where(targets.positive, cross, 0.0).sum(1)
+    return LossSums(*(jnp.where(batch.valid, part, 0.0) for part in (token, boxes, centerness)))
+
+
+def total_loss(
+    sums: LossSums, over: Denominators, config: LossConfig
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The loss and its parts (`token`, `box` with its weight, `centerness`). No box weight: no box loss."""
+    share = jnp.where(over.box_weight > 0, 1.0 / jnp.where(over.box_weight > 0, over.box_weight, 1.0), 0.0)
+    parts = {
+        "token": sums.token.sum() / over.positives,
+        "box": config.box_weight * sums.box.sum() * share,
+        "centerness": sums.centerness.sum() / over.positives,
+    }
+    return parts["token"] + parts["box"] + parts["centerness"], parts

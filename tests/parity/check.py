@@ -1,0 +1,343 @@
+"""Compares the whole of glip_jax with the original on a folder of fixtures: `python -m tests.parity.check DIR`.
+
+Prints one line per tensor: its largest difference relative to its largest value, and the tolerance. Exits 1 beyond
+2e-5 (forward, targets, losses, detections) or 1e-4 (gradients and the optimizer step), 2 for a folder that cannot be
+read. Runs the original's own way: extent = batch maximum, text uncut, matrix products in full float32.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glip_jax import boxes as box
+from glip_jax import prompts
+from glip_jax.config import ConfigError, OptimizerConfig
+from glip_jax.inference import detect
+from glip_jax.models.bert import BertLayer
+from glip_jax.models.dynamic_head import DynamicConvolution
+from glip_jax.models.fusion import Fusion
+from glip_jax.models.glip import GLIP
+from glip_jax.structures import Batch
+from glip_jax.training import optimizer
+from glip_jax.training.assignment import assign
+from glip_jax.training.losses import denominators, loss_sums, total_loss
+from glip_jax.weights.names import WeightError, entries, export_state
+from tests.parity.folder import Case, FixtureError, read_cases, read_meta
+
+FORWARD, BACKWARD = 2e-5, 1e-4
+ZERO = 1e-6
+"""Gradients and norms below this share of the global norm count as zero."""
+DEAD = ("cls_logits", "aggregate")
+"""Stored by the original for completeness; nothing needs them."""
+
+
+class Line(NamedTuple):
+    """One comparison."""
+
+    name: str
+    difference: float
+    tolerance: float
+
+
+def _relative(found: Any, wanted: np.ndarray) -> float:
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    if found.shape != wanted.shape:
+        return float("inf")
+    if wanted.size == 0:
+        return 0.0
+    difference = np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-30)
+    return float(difference) if np.isfinite(difference) else float("inf")
+
+
+def _channels_first(x: Any) -> np.ndarray:
+    return np.asarray(x).transpose(0, 3, 1, 2)
+
+
+def _per_level(flat: Any, canvas: tuple[int, int], strides: tuple[int, ...]) -> list[np.ndarray]:
+    """[B A ...] -> per level [B ... h w]."""
+    flat, parts, begin = np.asarray(flat), [], 0
+    for stride in strides:
+        h, w = box.level_shape(canvas, stride)
+        part = flat[:, begin : begin + h * w].reshape(flat.shape[0], h, w, -1)
+        parts.append(part.transpose(0, 3, 1, 2))
+        begin += h * w
+    return parts
+
+
+def _text_and_backbone(case: Case) -> dict[str, Any]:
+    model, batch = GLIP(case.config.model), case.batch
+
+    @jax.jit
+    def run(params: Any, image: Any, extent: Any, tokens: Any, mask: Any) -> Any:
+        variables = {"params": params}
+        features = model.apply(variables, image, extent, method=lambda m, *a: m.backbone(*a))
+        levels = model.apply(variables, features, extent, method=lambda m, *a: m.pyramid(*a))
+        return features, levels, model.apply(variables, tokens, mask, method="encode_text")
+
+    features, levels, hidden = run(case.params, case.image, batch.extent, batch.tokens, batch.token_mask)
+    found = {"eval.lang.hidden": hidden, "eval.lang.embedded": np.asarray(hidden) * batch.token_mask[..., None],
+             "eval.lang.masks": batch.token_mask}  # fmt: skip
+    found |= {f"eval.backbone.c{i}": _channels_first(c) for i, c in enumerate(features, start=3)}
+    return found | {f"eval.fpn.p{i}": _channels_first(p) for i, p in enumerate(levels, start=3)}
+
+
+def _tower(case: Case, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Outputs of every module of the tower, one block after the other."""
+    config, batch = case.config.model, case.batch
+    text: Any = before["eval.lang.hidden"]
+    levels: Any = tuple(
+        np.asarray(before[f"eval.fpn.p{i}"]).transpose(0, 2, 3, 1)
+        for i, _ in enumerate(config.pyramid.strides, start=3)
+    )
+    shapes = [x.shape[1:3] for x in levels]
+    sizes = tuple(-(-batch.extent // stride) for stride in config.pyramid.strides)
+    own = np.ones((len(batch.extent), sum(h * w for h, w in shapes)), bool)
+    convolve = jax.jit(lambda p, x, s: DynamicConvolution(config.head, jnp.float32).apply({"params": p}, x, s))
+    fuse = jax.jit(lambda p, *a: Fusion(config.fusion, False, jnp.float32).apply({"params": p}, *a))
+    layer = BertLayer(config.text, False, jnp.float32, clip=True, start="torch")
+    attend = jax.jit(lambda p, *a: layer.apply({"params": p}, *a))
+    found: dict[str, Any] = {}
+    for block in range(config.head.blocks):
+        params = jax.tree.map(lambda x, i=block: x[i], case.params["head"]["tower"])
+        at = block * (3 if config.fusion.enabled else 1)
+        if config.fusion.enabled:
+            visual = jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in levels], 1)
+            visual, text = fuse(params["fusion"], visual, text, own, batch.token_mask)
+            ends = np.cumsum([h * w for h, w in shapes])[:-1].tolist()
+            levels = tuple(x.reshape(x.shape[0], *hw, -1) for x, hw in zip(jnp.split(visual, ends, 1), shapes))
+            found[f"eval.tower{at}.VLFuse.lang"] = text
+            found |= {f"eval.tower{at}.VLFuse.visual{i}": _channels_first(x) for i, x in enumerate(levels)}
+            text, _ = attend(params["text"], text, batch.token_mask)
+            found[f"eval.tower{at + 1}.BertEncoderLayer.lang"] = text
+            at += 2
+        levels = convolve(params["convolution"], levels, sizes)
+        found |= {f"eval.tower{at}.DyConv.visual{i}": _channels_first(x) for i, x in enumerate(levels)}
+    return found
+
+
+def _heads_and_detections(case: Case) -> dict[str, Any]:
+    config, batch = case.config.model, case.batch
+    canvas = case.image.shape[1:3]
+    strides = config.pyramid.strides
+    predictions = jax.jit(GLIP(config).apply)(
+        {"params": case.params}, case.image, batch.extent, batch.tokens, batch.token_mask
+    )
+    found: dict[str, Any] = {}
+    for level, (bbox, center, stride) in enumerate(
+        zip(
+            _per_level(predictions.deltas, canvas, strides),
+            _per_level(predictions.centerness, canvas, strides),
+            strides,
+        )
+    ):
+        found |= {f"eval.head.bbox_reg{level}": bbox, f"eval.head.centerness{level}": center}
+        part = slice(
+            sum(int(np.prod(box.level_shape(canvas, s))) for s in strides[:level]),
+            sum(int(np.prod(box.level_shape(canvas, s))) for s in strides[: level + 1]),
+        )
+        found[f"eval.head.dot_product_logits{level}"] = np.asarray(predictions.logits)[:, part]
+        found[f"eval.anchors{level}"] = box.anchors(canvas, (stride,), config.anchors.sizes[level : level + 1])
+    if not any(name.startswith("eval.det") for name in case.wanted):
+        return found
+    detections = jax.jit(detect, static_argnums=(4, 5, 6))(
+        predictions, case.class_map, batch.size, batch.extent, canvas, config, case.config.detection
+    )
+    for i in range(len(batch.size)):
+        real = np.asarray(detections.phrases[i]) >= 0
+        found[f"eval.det{i}.boxes"] = np.asarray(detections.boxes[i])[real]
+        found[f"eval.det{i}.scores"] = np.asarray(detections.scores[i])[real]
+        found[f"eval.det{i}.labels"] = np.asarray(detections.phrases[i])[real] + 1
+    return found
+
+
+def _training(case: Case) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Assignment and losses under their names, and the gradients under the parameters' names."""
+    config, batch, canvas = case.config, case.batch, case.image.shape[1:3]
+
+    def loss_of(params: Any, image: Any, batch: Batch) -> tuple[Any, Any]:
+        predictions = GLIP(config.model).apply({"params": params}, image, batch.extent, batch.tokens, batch.token_mask)
+        targets = assign(batch.boxes, batch.box_mask, batch.extent, canvas, config.model, config.loss)
+        over = denominators(targets, batch.valid, config.loss.positives_floor)
+        sums = loss_sums(predictions, targets, batch, canvas, config)  # pyright: ignore[reportArgumentType]
+        loss, parts = total_loss(sums, over, config.loss)
+        return loss, (parts, targets)
+
+    gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
+    (loss, (parts, targets)), gradients = gradient(case.params, case.image, batch)
+    found = {
+        "train.loss.total": loss, "train.loss.loss_reg": parts["box"],
+        "train.loss.loss_centerness": parts["centerness"], "train.loss.loss_dot_product_token": parts["token"],
+    }  # fmt: skip
+    anchors = box.anchors(case.image.shape[1:3], config.model.pyramid.strides, config.model.anchors.sizes)
+    last = np.arange(batch.tokens.shape[1]) == batch.tokens.shape[1] - 1
+    for i in range(len(batch.size)):
+        positive, index = np.asarray(targets.positive[i]), np.asarray(targets.box_index[i])
+        found[f"train.atss.labels{i}"] = positive
+        deltas = box.encode(batch.boxes[i][index], anchors)
+        found[f"train.atss.reg_targets{i}"] = np.where(positive[:, None], deltas, 0)
+        rows = np.where(positive[:, None], batch.positive_map[i][index], last[None])
+        found[f"train.atss.token_labels{i}"] = rows
+    return found, export_state(gradients, config.model)
+
+
+def _training_wanted(case: Case) -> dict[str, np.ndarray]:
+    """The original's assignment in comparable form: positives instead of class labels, targets of positives only."""
+    wanted = {}
+    for name, value in case.wanted.items():
+        if name.startswith("train.atss.labels"):
+            wanted[name] = value > 0
+        elif name.startswith("train.atss.reg_targets"):
+            positive = case.wanted[name.replace("reg_targets", "labels")] > 0
+            wanted[name] = np.where(positive[:, None], value, 0)
+        elif name.startswith(("train.atss.", "train.loss.")) and name != "train.loss.loss_cls":
+            wanted[name] = value
+    return wanted
+
+
+def _gradients(case: Case, found: Mapping[str, np.ndarray]) -> tuple[list[Line], list[str]]:
+    """Full gradients and norms of all; and the names whose gradient counts as zero on both sides."""
+    norms = dict(zip(case.wanted["train.grad_names"].tolist(), case.wanted["train.grad_norms"].tolist()))
+    norms = {name: norm for name, norm in norms.items() if not any(part in name for part in DEAD)}
+    floor = ZERO * float(np.sqrt(sum(max(norm, 0.0) ** 2 for norm in norms.values())))
+    full = {n.removeprefix("train.grad."): v for n, v in case.wanted.items() if n.startswith("train.grad.")}
+    # Where the fixture made an optimizer step, clipping has scaled the full gradients (not the norms) in place; the
+    # stored arrays themselves say so.
+    scales = [np.linalg.norm(v.astype(np.float64)) / norms[n] for n, v in full.items() if norms[n] > floor]
+    scale = float(np.median(scales)) if scales else 1.0
+    lines, zeros = [], []
+    if scales:
+        clipped = 1.0 / max(1.0, floor / ZERO)
+        lines.append(
+            Line("scale of full gradients: 1 or clipped", min(abs(scale - 1), abs(scale - clipped) / clipped), BACKWARD)
+        )
+    for name, wanted in full.items():
+        if norms[name] > floor:
+            lines.append(Line(f"train.grad.{name}", _relative(found[name] * scale, wanted), BACKWARD))
+    for name, norm in norms.items():
+        own = float(np.linalg.norm(found[name].astype(np.float64))) if name in found else float("nan")
+        if max(norm, 0.0) <= floor and own <= floor:
+            zeros.append(name)
+        else:
+            lines.append(Line(f"train.grad_norm.{name}", abs(own - norm) / max(norm, floor), BACKWARD))
+    return lines, zeros
+
+
+def _step(case: Case, gradients: Mapping[str, np.ndarray]) -> list[Line]:
+    """One step of AdamW: rate and decay groups, and each parameter's change in units of rate x root of its size."""
+    settings = OptimizerConfig()
+    groups = optimizer.groups(case.params, case.config.model, settings)
+    table = entries(case.config.model)
+    ours = {entry.name: groups[entry.path] for entry in table}
+    state = export_state(case.params, case.config.model)
+    grads = {name: jnp.asarray(gradients[name]) for name in state}
+    clipped, _ = optimizer.clip(grads, settings.clip_norm)
+    moments = optimizer.init({k: jnp.asarray(v) for k, v in state.items()}, settings)
+    new, _ = optimizer.apply_gradients(
+        clipped, moments, {k: jnp.asarray(v) for k, v in state.items()}, jnp.float32(1.0), ours, settings
+    )
+    new = flax.traverse_util.flatten_dict(new, sep="/")
+    total = float(np.sqrt(sum(np.square(g.astype(np.float64)).sum() for g in gradients.values())))
+    lines, wanted = [], case.wanted
+    for name, rate, decay, norm in zip(
+        wanted["step.names"].tolist(), wanted["step.lr"], wanted["step.weight_decay"], wanted["step.delta_norms"]
+    ):
+        if any(part in name for part in DEAD):
+            continue
+        lines.append(Line(f"step.lr.{name}", abs(ours[name].rate - rate) / rate, BACKWARD))
+        lines.append(Line(f"step.weight_decay.{name}", abs(ours[name].decay - decay), BACKWARD))
+        # Adam makes a full step of what is only rounding: such parameters have no defined change.
+        if np.linalg.norm(gradients[name]) > ZERO * total:
+            change = np.asarray(new[name], np.float64) - state[name]
+            difference = abs(np.linalg.norm(change) - norm) / (rate * np.sqrt(change.size))
+            lines.append(Line(f"step.delta_norm.{name}", float(difference), BACKWARD))
+    return lines
+
+
+def _tokens(case: Case, vocabulary: Path) -> list[Line]:
+    captions = case.wanted.get("in.captions")
+    if captions is None or not vocabulary.is_file():
+        return []
+    tokenizer = prompts.load_tokenizer(vocabulary)
+    lines = []
+    for i, caption in enumerate(captions.tolist()):
+        found, _ = prompts.tokenize(prompts.Prompt(caption, ()), tokenizer, case.batch.tokens.shape[1], truncate=True)
+        same = np.array_equal(found.tokens, case.batch.tokens[i]) and np.array_equal(
+            found.mask, case.batch.token_mask[i]
+        )
+        lines.append(Line(f"in.input_ids[{i}] from the caption", 0.0 if same else float("inf"), FORWARD))
+    return lines
+
+
+def check_case(case: Case, vocabulary: Path) -> tuple[list[Line], list[str], list[str]]:
+    """Lines of one case, names of zero gradients, and names of stored tensors that were not compared."""
+    wanted = {n: v for n, v in case.wanted.items() if n.startswith("eval.") and not any(part in n for part in DEAD)}
+    found = _text_and_backbone(case) if wanted else {}
+    if any(name.startswith("eval.tower") for name in wanted):
+        found |= _tower(case, found)
+    if any(name.startswith(("eval.head", "eval.det", "eval.anchors")) for name in wanted):
+        found |= _heads_and_detections(case)
+    lines, zeros = _tokens(case, vocabulary), []
+    if any(name.startswith("train.") for name in case.wanted):
+        training, gradients = _training(case)
+        found, wanted = found | training, wanted | _training_wanted(case)
+        if "train.grad_names" in case.wanted:
+            more, zeros = _gradients(case, gradients)
+            lines += more
+        if "step.names" in case.wanted:
+            lines += _step(case, gradients)
+    lines += [Line(name, _relative(found[name], value), FORWARD) for name, value in wanted.items() if name in found]
+    known = set(found) | {"train.grad_names", "train.grad_norms", "train.loss.loss_cls", "anchor_sizes"}
+    left = [
+        name for name in case.wanted
+        if name not in known and not name.startswith(("in.", "train.grad.", "step."))
+    ]  # fmt: skip
+    return lines, zeros, left
+
+
+def _report(case: Case, vocabulary: Path) -> Iterator[str]:
+    """Lines of text; raises nothing for differences, the caller counts 'FAIL'."""
+    lines, zeros, left = check_case(case, vocabulary)
+    for line in lines:
+        verdict = "ok  " if line.difference <= line.tolerance else "FAIL"
+        yield f"{verdict} {case.name:15s} {line.name:90s} {line.difference:.2e} (<= {line.tolerance:.0e})"
+    for name in zeros:
+        yield f"zero {case.name:15s} gradient of {name}"
+    for name in left:
+        yield f"left {case.name:15s} {name} (stored, not compared)"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the check; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.parity.check", description=__doc__)
+    parser.add_argument("folder", type=Path, help="fixture folder: meta.json, weights, npz files")
+    parser.add_argument("--quiet", action="store_true", help="print only failures and the summary")
+    arguments = parser.parse_args(argv)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    try:
+        meta = read_meta(arguments.folder)
+        cases, others = read_cases(arguments.folder)
+    except (FixtureError, WeightError, ConfigError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    failures = compared = 0
+    for case in cases:
+        for text in _report(case, arguments.folder.parent / meta["vocab"]):
+            failures += text.startswith("FAIL")
+            compared += text.startswith(("ok", "FAIL"))
+            if not arguments.quiet or text.startswith("FAIL"):
+                print(text, flush=True)
+    for name in others:
+        print(f"left {name} (a file of no known case)")
+    print(f"{compared} comparisons over {len(cases)} cases, {failures} beyond tolerance")
+    return 1 if failures or not compared else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
