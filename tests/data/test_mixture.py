@@ -136,7 +136,8 @@ def test_boxes_keep_their_own_words(sources: dict[str, SourceConfig]) -> None:
 
 
 def test_flip_probability(sources: dict[str, SourceConfig]) -> None:
-    left = draw(Mixture(config(sources, flip=0.0)), 3)
+    mixture = Mixture(config(sources, flip=0.0))
+    left = draw(mixture, 3)
     right = draw(Mixture(config(sources, flip=1.0)), 3)
     for a, b in zip(left, right):
         for i in range(8):
@@ -145,6 +146,9 @@ def test_flip_probability(sources: dict[str, SourceConfig]) -> None:
             assert np.array_equal(a.tokens[i], b.tokens[i])
             mask = a.box_mask[i]
             assert np.allclose(a.boxes[i, mask, 0], w - 1 - b.boxes[i, mask, 2])
+            record = mixture.shards[a.source[i]][int(a.record[i])]
+            ratio = [w / record.width, h / record.height] * 2
+            assert np.allclose(a.boxes[i, mask], record.boxes * ratio)
 
 
 @pytest.mark.parametrize(("weights", "size"), [((3.0, 1.0), 8), ((1.0, 9.0), 10)])
