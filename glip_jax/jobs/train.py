@@ -12,7 +12,6 @@ from glip_jax import drawing
 from glip_jax.assets import AssetError, resolve
 from glip_jax.checkpoint import CheckpointError
 from glip_jax.config import Config, ConfigError
-from glip_jax.data.mixture import MixtureError
 from glip_jax.evaluation.evaluate import evaluate
 from glip_jax.jobs.command_line import Arguments, CommandLineError, parse
 from glip_jax.parallel import MeshError
@@ -28,7 +27,6 @@ _FAULTS = (
     CommandLineError,
     ConfigError,
     MeshError,
-    MixtureError,
     pretrained.PretrainedError,
     torch_files.TorchFileError,
 )

@@ -198,12 +198,13 @@ class _Run:
         self.checkpoints, self.writer, self.progress, self.evaluate = checkpoints, writer, progress, evaluate
         self.window = Window()
         self.names: tuple[str, ...] = ()
+        self.describe: Callable[[int, int], str] = "{}[{}]".format
 
     def steps(self, state: State, start: int, draw: Callable[[Batch, epath.Path], None] | None) -> State:
         """Runs the steps after `start`; see `train`."""
         config, pending = self.config, None
         mixture = Mixture(config)
-        self.names = tuple(mixture.source_names)
+        self.names, self.describe = tuple(mixture.source_names), mixture.describe
         step_function = make_step(config, self.mesh, glip_objective(config), state, self.names)
         canvases: set[tuple[int, ...]] = set()
         batches = iter(mixture.batches(start, jax.process_index(), jax.process_count()))
@@ -272,7 +273,8 @@ class _Run:
         which = (
             "examples with a non-finite loss" if numbers["bad"].any() else "no single example's loss is; the batch was"
         )
-        examples = ", ".join(f"{self.names[numbers['source'][i]]} record {numbers['record'][i]}" for i in chosen)
+        places = [(int(numbers["source"][i]), int(numbers["record"][i])) for i in chosen]
+        examples = "; ".join(self.describe(*place) for place in places)
         latest = self.checkpoints.latest()
         return (
             f"step {step}: loss or gradient is not finite: {listed}\n{which}: {examples}\n"

@@ -1,0 +1,167 @@
+"""The loop on real data with a stand-in network: resume, signals, records, evaluation, complaints."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glip_jax.checkpoint import CheckpointError, latest_step
+from glip_jax.config import ConfigError, InitConfig, MeshConfig
+from glip_jax.parallel import MeshError, make_mesh
+from glip_jax.training import loop, metrics
+from glip_jax.training.loop import CANCELLED, PREEMPTED, NonFiniteLoss, train
+from tests import tiny_run
+from tests.training import stand_in
+
+
+@pytest.fixture(autouse=True)
+def _stand_in(monkeypatch):
+    def initializer(config):
+        def init(key):
+            return stand_in.parameters(config, key)
+
+        return jax.eval_shape(init, jax.random.key(0)), init
+
+    monkeypatch.setattr(loop, "_initializer", initializer)
+    monkeypatch.setattr(loop, "glip_objective", stand_in.objective)
+    # One device: these tests are about the loop, and a program for one compiles in less time.
+    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return tiny_run.config(tiny_run.write_sources(tmp_path_factory.mktemp("sources")))
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return str(tmp_path / "run")
+
+
+def _losses(workdir):
+    return {line["step"]: line["loss"] for line in metrics.read(workdir) if "loss" in line}
+
+
+def test_a_run_leaves_its_records(config, workdir, tmp_path, capsys):
+    drawn, evaluated = [], []
+
+    def evaluate(params, step):
+        evaluated.append((step, float(np.sum(params["head"]["box"]["kernel"]))))
+        return {"evaluation/set/AP": 0.5}
+
+    config = tiny_run.replace(config, "train", evaluate_every=4, draw_first_batch=True)
+    state = train(config, workdir, evaluate, lambda batch, folder: drawn.append((batch.image.shape, str(folder))))
+    out = capsys.readouterr().out
+    assert f"fingerprint: {loop.fingerprint(state.params)}" in out and "starting at step 0 from random values" in out
+    assert int(state.step) == 6 and latest_step(workdir) == 6
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["4", "6"], "keep = 2"
+    assert list(_losses(workdir)) == [2, 4, 6] and drawn == [((8, 64, 64, 3), workdir)]
+    averages = float(np.sum(state.ema["head"]["box"]["kernel"]))
+    assert [step for step, _ in evaluated] == [4, 6] and evaluated[-1][1] == pytest.approx(averages)
+    assert any(line.get("evaluation/set/AP") == 0.5 for line in metrics.read(workdir))
+    line = metrics.read(workdir)[0]
+    wanted = {"wait_seconds", "images_per_second", "rate", "text_rate", "gradient_norm", "positives", "loss/token"}
+    assert wanted | {"source/boxes/loss/token", "dropped/corrupt_records"} <= set(line)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["name"] == "tiny"
+    assert "head/projection/kernel" in (tmp_path / "run" / "parameters.txt").read_text()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, CANCELLED)])
+def test_a_signal_saves_and_the_same_call_ends_bit_for_bit(config, workdir, tmp_path, monkeypatch, number, code):
+    straight = loop.fingerprint(train(config, str(tmp_path / "straight")).params)
+    real = loop.place_batch
+    calls = []
+
+    def interrupted(batch, mesh):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return real(batch, mesh)
+
+    monkeypatch.setattr(loop, "place_batch", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        train(config, workdir)
+    assert caught.value.code == code and latest_step(workdir) == 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    # What a killed run wrote after its checkpoint goes away.
+    with open(f"{workdir}/metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "loss": 77.0}\n{"step": 6, "lo')
+    assert loop.fingerprint(train(config, workdir).params) == straight
+    assert [*_losses(workdir)] == [2, 3, 4, 6] and 77.0 not in _losses(workdir).values()
+    assert _losses(workdir)[6] == _losses(str(tmp_path / "straight"))[6]
+
+
+def test_other_settings_are_refused_or_become_a_phase(config, workdir, tmp_path, capsys):
+    train(config, workdir)
+    longer = tiny_run.replace(config, "train", steps=8)
+    with pytest.raises(CheckpointError, match="train.steps: 6 -> 8"):
+        train(longer, workdir)
+    free = tiny_run.replace(config, "train", log_every=1)
+    assert int(train(free, workdir).step) == 6
+    capsys.readouterr()
+    assert int(train(longer, workdir, resume_with_changes=True).step) == 8
+    assert "new phase from step 6: train.steps: 6 -> 8" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "phases.json").read_text())[0]["step"] == 6
+    assert int(train(longer, workdir).step) == 8, "the new settings are now the run's"
+
+
+def test_a_loss_that_is_not_finite_stops_with_names(config, workdir, monkeypatch):
+    """The rate explodes at step 3: nothing after the checkpoint of step 2 is saved."""
+    real = loop.place_batch
+    calls = []
+
+    def poisoned(batch, mesh):
+        calls.append(1)
+        if len(calls) == 3:
+            boxes = batch.boxes.copy()
+            boxes[1, 0] = np.nan
+            batch = batch._replace(boxes=boxes)
+        return real(batch, mesh)
+
+    def objective(config, train=True):
+        inner = stand_in.objective(config, train)
+
+        def sums(params, batch, targets, key):
+            bad = jnp.isnan(batch.boxes).any((1, 2))
+            result = inner.sums(params, batch, targets, key)
+            return result._replace(token=jnp.where(bad, jnp.nan, result.token))
+
+        return inner._replace(sums=sums)
+
+    monkeypatch.setattr(loop, "place_batch", poisoned)
+    monkeypatch.setattr(loop, "glip_objective", objective)
+    with pytest.raises(NonFiniteLoss) as caught:
+        train(config, workdir)
+    message = str(caught.value)
+    assert message.startswith("step 3: loss or gradient is not finite") and "loss/token nan" in message
+    examples = message.splitlines()[1]
+    assert "examples with a non-finite loss: " in examples and examples.count("[") == 1 and "(image " in examples
+    assert "Newest checkpoint: step 2" in message and latest_step(workdir) == 2
+
+
+def test_what_does_not_fit_is_refused_at_once(config, workdir):
+    with pytest.raises(MeshError, match="its product is 3, but there are 1 devices"):
+        train(dataclasses.replace(config, mesh=MeshConfig(data=3)), workdir)
+    named = dataclasses.replace(config, init=InitConfig(text="nowhere"))
+    with pytest.raises(ConfigError, match="gave no `towers`"):
+        train(named, workdir)
+    with contextlib.suppress(FileNotFoundError):
+        assert os.listdir(f"{workdir}/checkpoints") == []
+
+
+def test_towers_are_asked_for(config, workdir, capsys):
+    def towers(params, config):
+        assert config.init.text == "somewhere"
+        return {**params, "text": {"embeddings": {"word": jnp.full((512, stand_in.WIDTH), 0.25)}}}
+
+    config = dataclasses.replace(config, init=InitConfig(text="somewhere"))
+    config = tiny_run.replace(config, "model", text=dataclasses.replace(config.model.text, frozen=True))
+    state = train(config, workdir, towers=towers)
+    assert (np.asarray(state.params["text"]["embeddings"]["word"]) == 0.25).all()
+    assert "from pretrained text, the rest random" in capsys.readouterr().out

@@ -1,0 +1,184 @@
+"""The step: any mesh and any number of micro-batches give one result; averages, frozen towers, counts, complaints."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from glip_jax.config import MeshConfig, TextConfig
+from glip_jax.data.mixture import Mixture
+from glip_jax.parallel import make_mesh, place_batch, shardings
+from glip_jax.training.loop import fresh_parameters
+from glip_jax.training.step import first_gradients, glip_objective, initial_state, make_step
+from tests import tiny_run
+from tests.training import stand_in
+
+ONE = MeshConfig(data=1)
+NAMES = ("boxes", "captions")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    return tiny_run.write_sources(tmp_path_factory.mktemp("sources"))
+
+
+def _batches(config, number):
+    batches = Mixture(config).batches()
+    result = [next(batches) for _ in range(number)]
+    batches.close()
+    return result
+
+
+def _mesh(config: MeshConfig):
+    return make_mesh(config, jax.devices()[: 1 if config == ONE else 8])
+
+
+def _train(config, mesh, batches, objective=None, params=None):
+    """State and metrics after a step on each batch, on the host."""
+    params = stand_in.parameters(config, jax.random.key(1)) if params is None else params
+    state = initial_state(jax.tree.map(jnp.array, params), config)
+    state = jax.device_put(state, shardings(state, mesh))
+    step = make_step(config, mesh, objective or stand_in.objective(config), state, NAMES)
+    metrics = []
+    for batch in batches:
+        state, numbers = step(state, place_batch(batch, mesh))
+        metrics.append(jax.device_get(numbers))
+    return jax.device_get(state), metrics
+
+
+def _close(one, other, tolerance, floor=1e-6):
+    """Each array's largest difference relative to its largest value; arrays below `floor` of the whole count as 0."""
+    whole = np.sqrt(sum(float((np.float64(leaf) ** 2).sum()) for leaf in jax.tree.leaves(one)))
+    flat = flatten_dict(other, sep="/")
+    for path, leaf in flatten_dict(one, sep="/").items():
+        if np.linalg.norm(leaf) > floor * whole:
+            difference = np.abs(np.float64(leaf) - flat[path]).max() / np.abs(leaf).max()
+            assert difference < tolerance, f"{path}: {difference}"
+
+
+def _same_path(config, one, other, rates):
+    """Parameters within 1 % of the summed learning rate."""
+    flat = flatten_dict(other.params, sep="/")
+    for path, leaf in flatten_dict(one.params, sep="/").items():
+        assert np.abs(leaf - flat[path]).max() <= 0.01 * 2 * sum(rates), path
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=1, fsdp=4, tensor=2)])
+def test_eight_devices_equal_one(sources, mesh):
+    config = tiny_run.config(sources)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, clip_norm=0.0))
+    batches = _batches(config, 5)
+    params = stand_in.parameters(config, jax.random.key(1))
+    gradients = [
+        jax.device_get(first_gradients(params, batches[0], config, _mesh(m), stand_in.objective(config)))
+        for m in (ONE, mesh)
+    ]
+    _close(*gradients, tolerance=1e-5)
+    (one, numbers), (eight, others) = (_train(config, _mesh(m), batches) for m in (ONE, mesh))
+    _same_path(config, one, eight, [n["rate"] for n in numbers])
+    np.testing.assert_allclose(numbers[-1]["loss"], others[-1]["loss"], rtol=1e-5)
+
+
+def test_eight_devices_equal_one_with_the_real_network(sources):
+    """The same in one go: Adam's first moment after a step is a tenth of the unclipped gradient."""
+    config = tiny_run.config(sources)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, clip_norm=0.0))
+    batches = _batches(config, 5)
+    params = jax.device_get(fresh_parameters(config, _mesh(ONE)))
+    results = []
+    for layout in (ONE, MeshConfig(data=2, fsdp=2, tensor=2)):
+        mesh = _mesh(layout)
+        state = initial_state(jax.tree.map(jnp.array, params), config)
+        state = jax.device_put(state, shardings(state, mesh))
+        step = make_step(config, mesh, glip_objective(config), state, NAMES)
+        rates = []
+        for number, batch in enumerate(batches):
+            state, metrics = step(state, place_batch(batch, mesh))
+            rates.append(float(metrics["rate"]))
+            if number == 0:
+                gradients = jax.tree.map(lambda m: np.asarray(m) / 0.1, state.optimizer.mu)
+        results.append((gradients, jax.device_get(state), rates))
+    _close(results[0][0], results[1][0], tolerance=1e-5)
+    _same_path(config, results[0][1], results[1][1], results[0][2])
+
+
+def test_four_micro_batches_equal_one(sources):
+    """Dropout off; the batch holds images with other numbers of boxes, so means of means would differ."""
+    config = tiny_run.config(sources, dropout=0.0)
+    four = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, accumulate=4))
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    batches = _batches(config, 3)
+    params = stand_in.parameters(config, jax.random.key(1))
+    whole, parts = (
+        jax.device_get(first_gradients(params, batches[0], c, mesh, stand_in.objective(c))) for c in (config, four)
+    )
+    _close(whole, parts, tolerance=1e-5)
+    (one, numbers), (other, others) = (_train(c, mesh, batches) for c in (config, four))
+    _same_path(config, one, other, [n["rate"] for n in numbers])
+    for name, value in numbers[-1].items():
+        np.testing.assert_allclose(value, others[-1][name], rtol=1e-4, err_msg=name)
+
+
+def test_average_follows_by_hand(sources):
+    config = tiny_run.config(sources)
+    batches = _batches(config, 2)
+    start = stand_in.parameters(config, jax.random.key(1))["head"]["box"]["kernel"]
+    first, _ = _train(config, _mesh(ONE), batches[:1])
+    second, _ = _train(config, _mesh(ONE), batches)
+    kernel = [np.asarray(state.params["head"]["box"]["kernel"]) for state in (first, second)]
+    expected = 0.9 * (0.9 * np.asarray(start) + 0.1 * kernel[0]) + 0.1 * kernel[1]
+    np.testing.assert_allclose(second.ema["head"]["box"]["kernel"], expected, rtol=1e-5, atol=1e-7)
+    off = tiny_run.replace(config, "optimizer", ema_decay=0.0)
+    assert _train(off, _mesh(ONE), batches[:1])[0].ema == {}
+
+
+def test_a_frozen_tower_stays_and_has_no_state(sources):
+    config = tiny_run.config(sources)
+    text: TextConfig = dataclasses.replace(config.model.text, frozen=True)
+    config = tiny_run.replace(config, "model", text=text)
+    params = stand_in.parameters(config, jax.random.key(1))
+    state, _ = _train(config, _mesh(ONE), _batches(config, 2))
+    np.testing.assert_array_equal(state.params["text"]["embeddings"]["word"], params["text"]["embeddings"]["word"])
+    assert "text" not in state.ema and "text" not in state.optimizer.mu
+    assert np.abs(state.params["head"]["box"]["kernel"] - params["head"]["box"]["kernel"]).max() > 0
+
+
+def test_dropout_depends_on_seed_and_step_alone(sources):
+    config = tiny_run.config(sources, dropout=0.5)
+    batches = _batches(config, 1) * 2
+    (_, once), (_, again) = (_train(config, _mesh(ONE), batches) for _ in range(2))
+    assert once[0]["loss"] == again[0]["loss"] and once[1]["loss"] == again[1]["loss"]
+    _, other = _train(tiny_run.replace(config, "train", seed=5), _mesh(ONE), batches)
+    assert other[0]["loss"] != once[0]["loss"]
+
+
+def test_counts_and_losses_of_each_source(sources):
+    config = tiny_run.config(sources, dropout=0.0)
+    (batch,) = _batches(config, 1)
+    batch.valid[0] = False
+    batch.dropped[1, 0] = 3
+    _, (numbers,) = _train(config, _mesh(ONE), [batch])
+    assert numbers["examples"] == 8 and numbers["corrupt"] == 1 and numbers["dropped/boxes_over_limit"] == 3
+    assert sum(numbers[f"source/{name}/examples"] for name in NAMES) == 8
+    assert sum(numbers[f"source/{name}/positives"] for name in NAMES) == numbers["positives"] > 0
+    assert sum(numbers[f"source/{name}/dropped"] for name in NAMES) == 3
+    assert numbers["loss"] == pytest.approx(sum(numbers[f"loss/{p}"] for p in ("token", "box", "centerness")), rel=1e-6)
+    # Alone in a batch, a source's loss is the loss.
+    chosen = batch._replace(valid=batch.valid & (batch.source == 0))
+    _, (alone,) = _train(config, _mesh(ONE), [chosen])
+    assert numbers["source/boxes/loss/token"] == pytest.approx(float(alone["loss/token"]), rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_flagged_with_its_examples(sources):
+    config = tiny_run.config(sources)
+    (batch,) = _batches(config, 1)
+    params = stand_in.parameters(config, jax.random.key(1))
+    used = int(batch.tokens[3][batch.token_mask[3]][1])
+    params["text"]["embeddings"]["word"] = params["text"]["embeddings"]["word"].at[used].set(jnp.nan)
+    _, (numbers,) = _train(config, _mesh(ONE), [batch], params=params)
+    assert not numbers["finite"] and numbers["bad"][3]
+    expected = [used in row[mask] for row, mask in zip(batch.tokens, batch.token_mask)]
+    assert numbers["bad"].tolist() == expected
