@@ -6,6 +6,8 @@ The variables are set before jax is imported and reach the processes that tests 
 import os
 from pathlib import Path
 
+import hypothesis
+
 _ROOT = Path(__file__).resolve().parents[1]
 
 # Eight devices; and programs that run once need not be optimised: compiling a step costs half.
@@ -22,7 +24,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".cache" / "jax")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-from jaxtyping import install_import_hook
+from jaxtyping import install_import_hook  # noqa: E402 - after the variables
 
 # Annotations of arrays bind in tests only; outside they cost nothing. The hook must stand before glip_jax is imported.
 install_import_hook("glip_jax", "beartype.beartype")
+
+# A machine under load is no failure; the examples count, not their time.
+hypothesis.settings.register_profile("glip_jax", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("glip_jax")
