@@ -20,13 +20,13 @@ _LARGEST_LOG_SIDE = 4.135166556742356
 """ln(1000 / 16): a decoded side is at most 62.5 anchor sides."""
 
 
-def area(boxes: Float[Any, "*n 4"], plus_one: bool = True) -> Float[Any, "*n"]:
+def area(boxes: Float[Any, "*#n 4"], plus_one: bool = True) -> Float[Any, "*_"]:
     """Width times height; negative sides are not clamped."""
     extra = 1 if plus_one else 0
     return (boxes[..., 2] - boxes[..., 0] + extra) * (boxes[..., 3] - boxes[..., 1] + extra)
 
 
-def iou(a: Float[Any, "*n 4"], b: Float[Any, "*n 4"]) -> Float[Any, "*n"]:
+def iou(a: Float[Any, "*#n 4"], b: Float[Any, "*#n 4"]) -> Float[Any, "*_"]:
     """Intersection over union of boxes of broadcastable shapes, inclusive pixels."""
     xp = a.__array_namespace__()
     sides = xp.minimum(a[..., 2:], b[..., 2:]) - xp.maximum(a[..., :2], b[..., :2]) + 1
@@ -40,7 +40,7 @@ def pairwise_iou(a: Float[Any, "n 4"], b: Float[Any, "m 4"]) -> Float[Any, "n m"
     return iou(a[:, None], b[None])
 
 
-def giou(a: Float[Any, "*n 4"], b: Float[Any, "*n 4"]) -> Float[Any, "*n"]:
+def giou(a: Float[Any, "*#n 4"], b: Float[Any, "*#n 4"]) -> Float[Any, "*_"]:
     """Generalised IoU (arXiv 1902.09630), exclusive pixels; `a`'s far corner is at least its near one.
 
     Both denominators carry the original's 1e-7 (glip-reference 3.5).
@@ -56,19 +56,19 @@ def giou(a: Float[Any, "*n 4"], b: Float[Any, "*n 4"]) -> Float[Any, "*n"]:
     return overlap / union - (enclosing - union) / enclosing
 
 
-def centers(boxes: Float[Any, "*n 4"]) -> Float[Any, "*n 2"]:
+def centers(boxes: Float[Any, "*#n 4"]) -> Float[Any, "*_ 2"]:
     """(x, y) midway between the corners."""
     return (boxes[..., :2] + boxes[..., 2:]) / 2
 
 
-def clip(boxes: Float[Any, "*n 4"], size: Float[Any, "*n 2"]) -> Float[Any, "*n 4"]:
+def clip(boxes: Float[Any, "*#n 4"], size: Float[Any, "*#n 2"]) -> Float[Any, "*_ 4"]:
     """Boxes inside [0, width - 1] x [0, height - 1]; `size` is (height, width)."""
     xp = boxes.__array_namespace__()
     limit = xp.stack([size[..., 1], size[..., 0], size[..., 1], size[..., 0]], axis=-1) - 1
     return xp.minimum(xp.maximum(boxes, xp.zeros_like(boxes)), limit)
 
 
-def encode(boxes: Float[Any, "*n 4"], anchor: Float[Any, "*n 4"]) -> Float[Any, "*n 4"]:
+def encode(boxes: Float[Any, "*#n 4"], anchor: Float[Any, "*#n 4"]) -> Float[Any, "*_ 4"]:
     """Deltas (dx, dy, dw, dh) of boxes against anchors, inclusive sides (glip-reference 3.2)."""
     xp = boxes.__array_namespace__()
     sides, anchor_sides = boxes[..., 2:] - boxes[..., :2] + 1, anchor[..., 2:] - anchor[..., :2] + 1
@@ -76,7 +76,7 @@ def encode(boxes: Float[Any, "*n 4"], anchor: Float[Any, "*n 4"]) -> Float[Any, 
     return xp.concatenate([shift, xp.log(sides / anchor_sides) * _CODER_WEIGHTS[2]], axis=-1)
 
 
-def decode(deltas: Float[Any, "*n 4"], anchor: Float[Any, "*n 4"]) -> Float[Any, "*n 4"]:
+def decode(deltas: Float[Any, "*#n 4"], anchor: Float[Any, "*#n 4"]) -> Float[Any, "*_ 4"]:
     """Boxes from deltas; log sides are bounded above only (glip-reference 2.10)."""
     xp = deltas.__array_namespace__()
     anchor_sides = anchor[..., 2:] - anchor[..., :2] + 1
@@ -86,14 +86,14 @@ def decode(deltas: Float[Any, "*n 4"], anchor: Float[Any, "*n 4"]) -> Float[Any,
     return xp.concatenate([center - half, center + half], axis=-1)
 
 
-def from_coco_xywh(boxes: Float[Any, "*n 4"]) -> Float[Any, "*n 4"]:
+def from_coco_xywh(boxes: Float[Any, "*#n 4"]) -> Float[Any, "*_ 4"]:
     """COCO's (x, y, width, height) to inclusive corners: x2 = x + max(width - 1, 0)."""
     xp = boxes.__array_namespace__()
     sides = boxes[..., 2:] - 1
     return xp.concatenate([boxes[..., :2], boxes[..., :2] + xp.maximum(sides, xp.zeros_like(sides))], axis=-1)
 
 
-def to_coco_xywh(boxes: Float[Any, "*n 4"]) -> Float[Any, "*n 4"]:
+def to_coco_xywh(boxes: Float[Any, "*#n 4"]) -> Float[Any, "*_ 4"]:
     """Inclusive corners to COCO's (x, y, width, height): width = x2 - x1 + 1."""
     xp = boxes.__array_namespace__()
     return xp.concatenate([boxes[..., :2], boxes[..., 2:] - boxes[..., :2] + 1], axis=-1)

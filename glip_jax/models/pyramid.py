@@ -67,10 +67,10 @@ class Pyramid(nn.Module):
             if stride < strides[0]:
                 break
             size = level_size(extent, stride)
-            lateral = zero_beyond(self._conv(f"lateral{level}", 1)(feature), size)
+            lateral = self._conv(f"lateral{level}", 1)(feature)
             if merged is not None:
                 lateral += resize_nearest(merged, level_size(extent, 2 * stride), size, lateral.shape[1:3])
-            merged, kept = lateral, lateral
+            merged = kept = zero_beyond(lateral, size)
             if self.train and self.config.drop_block > 0 and stride < 32:
                 kept = drop_block(self.make_rng("dropout"), merged, size, self.config)
             outputs[stride] = zero_beyond(self._conv(f"output{level}", 3)(kept), size)
