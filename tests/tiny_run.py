@@ -9,8 +9,19 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from glip_jax.config import (
-    AnchorConfig, BackboneConfig, CheckpointConfig, Config, DataConfig, FusionConfig, HeadConfig, ModelConfig,
-    OptimizerConfig, PyramidConfig, SourceConfig, TextConfig, TrainConfig,
+    AnchorConfig,
+    BackboneConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    FusionConfig,
+    HeadConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PyramidConfig,
+    SourceConfig,
+    TextConfig,
+    TrainConfig,
 )  # fmt: skip
 from glip_jax.data import shards
 from glip_jax.data.records import Record

@@ -12,11 +12,13 @@ from glip_jax import drawing
 from glip_jax.assets import AssetError, resolve
 from glip_jax.checkpoint import CheckpointError
 from glip_jax.config import Config, ConfigError
-from glip_jax.evaluation.evaluate import evaluate
+from glip_jax.evaluation.average_precision import GroundTruthError
+from glip_jax.evaluation.evaluate import EvaluationError, evaluate
 from glip_jax.jobs.command_line import Arguments, CommandLineError, parse
 from glip_jax.parallel import MeshError
+from glip_jax.prompts import PromptError
 from glip_jax.structures import Batch
-from glip_jax.training.loop import NonFiniteLoss, train
+from glip_jax.training.loop import NonFiniteLossError, train
 from glip_jax.weights import pretrained, torch_files
 
 __all__ = ["TrainArguments", "main"]
@@ -26,7 +28,10 @@ _FAULTS = (
     CheckpointError,
     CommandLineError,
     ConfigError,
+    EvaluationError,
+    GroundTruthError,
     MeshError,
+    PromptError,
     pretrained.PretrainedError,
     torch_files.TorchFileError,
 )
@@ -65,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     except _FAULTS as fault:
         print(f"train: {fault}", file=sys.stderr)
         return 2
-    except NonFiniteLoss as fault:
+    except NonFiniteLossError as fault:
         print(f"train: {fault}", file=sys.stderr)
         return 1
     return 0
@@ -84,4 +89,9 @@ def _drawer(config: Config) -> Any:
 
 
 def _evaluator(config: Config) -> Any:
-    return lambda params, step: evaluate(config, params)
+    """Evaluates `config.evaluation.sets`; that their files are there is checked now, not after hours of training."""
+    for name, dataset in config.evaluation.sets.items():
+        for what, path in (("annotations", dataset.annotations), ("images", dataset.images)):
+            if not epath.Path(path).exists():
+                raise ConfigError(f"evaluation.sets.{name}.{what}: {path} does not exist; correct it or remove the set")
+    return lambda params, _: evaluate(config, params)

@@ -35,7 +35,7 @@ from glip_jax.training.step import State, glip_objective, initial_state, make_st
 __all__ = [
     "CANCELLED",
     "PREEMPTED",
-    "NonFiniteLoss",
+    "NonFiniteLossError",
     "Towers",
     "enable_compilation_cache",
     "evaluation_parameters",
@@ -55,7 +55,7 @@ Towers = Callable[[dict[str, Any], Config], dict[str, Any]]
 _PER_EXAMPLE = ("bad", "source", "record")
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLossError(RuntimeError):
     """The loss or a gradient is NaN or infinite; the message names step, parts and examples."""
 
 
@@ -129,7 +129,7 @@ def train(
     Ends with a line `fingerprint: SHA-256`.
 
     Raises CheckpointError if the checkpoint has other settings and `resume_with_changes` is not set, MeshError if
-    batch, devices and mesh do not fit, NonFiniteLoss; SystemExit with PREEMPTED or CANCELLED after a signal, saved.
+    batch, devices and mesh do not fit, NonFiniteLossError; SystemExit with PREEMPTED or CANCELLED after a signal, saved.
     """
     validate(config)
     enable_compilation_cache()
@@ -214,9 +214,8 @@ class _Run:
                 begin = time.perf_counter()
                 batch = next(batches)
                 wait = time.perf_counter() - begin
-                if step == start + 1 and start == 0 and draw is not None and config.train.draw_first_batch:
-                    if self.writer is not None:
-                        draw(batch, self.folder)
+                if step == 1 and draw is not None and config.train.draw_first_batch and self.writer is not None:
+                    draw(batch, self.folder)
                 new = batch.image.shape[1:3] not in canvases
                 begin = time.perf_counter()
                 state, metrics = step_function(state, place_batch(batch, self.mesh))
@@ -255,7 +254,7 @@ class _Run:
             return
         numbers = jax.device_get(pending.metrics)
         if not numbers["finite"]:
-            raise NonFiniteLoss(self._complaint(pending.step, numbers))
+            raise NonFiniteLossError(self._complaint(pending.step, numbers))
         scalars = {name: value for name, value in numbers.items() if name not in (*_PER_EXAMPLE, "finite")}
         self.window.add({**scalars, "wait_seconds": pending.wait})
         self.progress.advance()

@@ -43,15 +43,15 @@ class Window:
         self._steps += 1
         for name, value in metrics.items():
             value = float(value)
-            if name.startswith("source/") and "/loss/" in name:
-                if not metrics[f"{name.split('/loss/')[0]}/examples"]:
-                    continue
+            source, loss, _ = name.partition("/loss/")
+            if loss and not metrics[f"{source}/examples"]:
+                continue
             self._sums[name] = value if name in _LAST else self._sums.get(name, 0.0) + value
             self._seen[name] = self._seen.get(name, 0) + 1
 
-    def take(self) -> dict[str, float]:
+    def take(self) -> dict[str, int | float]:
         """The window's numbers with `steps`, `seconds` and `images_per_second`; begins the next window."""
-        result: dict[str, float] = {}
+        result: dict[str, int | float] = {}
         for name, value in self._sums.items():
             parts = name.split("/")
             if name in _LAST:
@@ -96,7 +96,7 @@ class Writer:
             self._upload()
             self._local.rmtree()
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, int | float]) -> None:
         """One line and its events; numbers that are not finite are written as strings, which JSON can hold."""
         plain = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
         line = json.dumps({"step": step, **plain}) + "\n"
@@ -156,7 +156,7 @@ class Progress:
         if not self._quiet:
             tqdm.write(text) if self._bar is not None else print(text, flush=True)
 
-    def window(self, step: int, metrics: Mapping[str, float], sources: Sequence[str]) -> None:
+    def window(self, step: int, metrics: Mapping[str, int | float], sources: Sequence[str]) -> None:
         """Shows a window's numbers: beside the bar, or as a line."""
         shown = {"loss": metrics["loss"], "grad": metrics["gradient_norm"], "img/s": metrics["images_per_second"]}
         if self._bar is not None:

@@ -25,7 +25,7 @@ def config(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override, read",
+    ("override", "read"),
     [
         ("--config.model.fusion.width=64", lambda c: c.model.fusion.width == 64),
         ("--config.model.fusion.enabled=False", lambda c: c.model.fusion.enabled is False),
@@ -57,7 +57,7 @@ def test_flags_of_a_job(config):
 
 
 @pytest.mark.parametrize(
-    "option, nearest",
+    ("option", "nearest"),
     [
         ("--config.model.fusion.widht=3", "--config.model.fusion.width"),
         ("--config.model.fusion.layers=3", "--config.model.text.layers"),
@@ -73,7 +73,7 @@ def test_misspelt_names_get_the_nearest(config, option, nearest):
 
 
 @pytest.mark.parametrize(
-    "content, message",
+    ("content", "message"),
     [
         (None, r"absent.py: no such file; did you mean .*present.py"),
         ("x = 1", r"no get_config\(\) in the file"),
@@ -93,9 +93,9 @@ def test_a_bad_config_file_gets_one_line(tmp_path, content, message):
 
 
 def test_no_config_and_settings_that_do_not_fit(config):
-    with pytest.raises(CommandLineError, match="expected --config=configs/NAME.py"):
+    with pytest.raises(CommandLineError, match=r"expected --config=configs/NAME.py"):
         parse([], job="train")
-    with pytest.raises(ConfigError, match="weight is 0.0: remove the source"):
+    with pytest.raises(ConfigError, match=r"weight is 0.0: remove the source"):
         parse([config, "--config.data.sources.goldg.weight=0"])
 
 

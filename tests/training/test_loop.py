@@ -15,7 +15,7 @@ from glip_jax.checkpoint import CheckpointError, latest_step
 from glip_jax.config import ConfigError, InitConfig, MeshConfig
 from glip_jax.parallel import MeshError, make_mesh
 from glip_jax.training import loop, metrics
-from glip_jax.training.loop import CANCELLED, PREEMPTED, NonFiniteLoss, train
+from glip_jax.training.loop import CANCELLED, PREEMPTED, NonFiniteLossError, train
 from tests import tiny_run
 from tests.training import stand_in
 
@@ -100,7 +100,7 @@ def test_a_signal_saves_and_the_same_call_ends_bit_for_bit(config, workdir, tmp_
 def test_other_settings_are_refused_or_become_a_phase(config, workdir, tmp_path, capsys):
     train(config, workdir)
     longer = tiny_run.replace(config, "train", steps=8)
-    with pytest.raises(CheckpointError, match="train.steps: 6 -> 8"):
+    with pytest.raises(CheckpointError, match=r"train.steps: 6 -> 8"):
         train(longer, workdir)
     free = tiny_run.replace(config, "train", log_every=1)
     assert int(train(free, workdir).step) == 6
@@ -136,7 +136,7 @@ def test_a_loss_that_is_not_finite_stops_with_names(config, workdir, monkeypatch
 
     monkeypatch.setattr(loop, "place_batch", poisoned)
     monkeypatch.setattr(loop, "glip_objective", objective)
-    with pytest.raises(NonFiniteLoss) as caught:
+    with pytest.raises(NonFiniteLossError) as caught:
         train(config, workdir)
     message = str(caught.value)
     assert message.startswith("step 3: loss or gradient is not finite") and "loss/token nan" in message

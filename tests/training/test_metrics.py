@@ -10,7 +10,7 @@ from tensorboardX.proto.event_pb2 import Event
 from glip_jax.training.metrics import Progress, Window, Writer, cut_back, read
 
 
-def _numbers(loss: float, examples: int = 4, of_a: int = 4) -> dict[str, float]:
+def _numbers(loss: float, examples: int = 4, of_a: int = 4) -> dict[str, int | float]:
     return {
         "loss": loss, "loss/token": loss, "gradient_norm": 1.0, "positives": 3, "examples": examples, "rate": loss / 10,
         "dropped/boxes_over_limit": 1, "source/a/loss/token": loss, "source/a/examples": of_a, "wait_seconds": 0.5,

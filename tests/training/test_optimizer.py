@@ -29,7 +29,7 @@ def glip_t():
 
 
 @pytest.mark.parametrize(
-    "path, rate, decay",
+    ("path", "rate", "decay"),
     [
         ("text/layers/query/kernel", 1e-4, 0.05),
         ("text/layers/query/bias", 2e-4, 0.0),
@@ -103,8 +103,8 @@ def test_three_steps_equal_torch_formula():
     group = adamw.groups(params, ModelConfig(), CONFIG)
     state, ours = adamw.init(params, CONFIG), params
     theirs = {path: np.float64(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
-    m = {path: 0.0 for path in theirs}
-    v = {path: 0.0 for path in theirs}
+    m = dict.fromkeys(theirs, 0.0)
+    v = dict.fromkeys(theirs, 0.0)
     for t in range(1, 4):
         gradients = jax.tree.map(lambda p: jnp.float32(rng.normal(size=p.shape)), params)
         scale = jnp.float32(0.5)
