@@ -54,7 +54,7 @@ def test_a_run_without_evaluation_has_its_curves(run):
 
 def test_detections_come_back_as_they_went(run):
     truth = load_ground_truth(str(run / "truth.json"))
-    found = Detections(np.float32([[1, 2, 20, 11]]), np.float32([0.5]), np.int32([0]))
+    found = Detections(np.array([[1, 2, 20, 11]], np.float32), np.array([0.5], np.float32), np.array([0], np.int32))
     back = report._detections(truth, coco_results(truth, {4: found}))
     for ours, theirs in zip(found, back, strict=True):
         np.testing.assert_array_equal(ours, theirs)

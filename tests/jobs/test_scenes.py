@@ -12,7 +12,7 @@ def _run(out, *more):
 
 def test_scenes_become_shards_and_a_validation_set(tmp_path, capsys):
     assert _run(tmp_path) == 0
-    manifests = {kind: shards.finished(tmp_path / "shards" / kind) for kind in ("detection", "grounding")}
+    manifests = {kind: shards.Shards(tmp_path / "shards" / kind).manifest for kind in ("detection", "grounding")}
     assert {kind: manifest.records for kind, manifest in manifests.items()} == {"detection": 3, "grounding": 2}
     assert not any(sum(manifest.drops.values()) for manifest in manifests.values())
     validation = json.loads((tmp_path / "validation" / "annotations.json").read_text())
