@@ -74,7 +74,7 @@ class MeshError(ValueError):
     """A mesh that the devices, the batch or a parameter do not fit."""
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over `devices` (default: all), in order of process so that a process holds adjacent rows of a batch.
 
     Raises MeshError with both numbers if the axes' product is not the number of devices.

@@ -24,7 +24,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".cache" / "jax")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-from jaxtyping import install_import_hook  # noqa: E402 - after the variables
+from jaxtyping import install_import_hook  # noqa: E402
 
 # Annotations of arrays bind in tests only; outside they cost nothing. The hook must stand before glip_jax is imported.
 install_import_hook("glip_jax", "beartype.beartype")

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec as P
 
 from glip_jax.config import BackboneConfig, FusionConfig, MeshConfig, ModelConfig, OptimizerConfig
@@ -66,8 +65,8 @@ def shapes():
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_has_one_rule_and_its_dimensions_divide(shapes, name):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    layout = flatten_dict(shardings(shapes[name], mesh), sep="/")
-    flat = flatten_dict(shapes[name], sep="/")
+    layout = adamw.flat(shardings(shapes[name], mesh))
+    flat = adamw.flat(shapes[name])
     whole = sum(np.prod(leaf.shape) for leaf in flat.values())
     here = sum(np.prod(layout[path].shard_shape(leaf.shape)) for path, leaf in flat.items())
     assert here < whole / 6, "most of the parameters are split, most of these over both axes"
@@ -77,7 +76,7 @@ def test_every_parameter_has_one_rule_and_its_dimensions_divide(shapes, name):
 
 
 def test_every_rule_is_used(shapes):
-    paths = {path for tree in shapes.values() for path in flatten_dict(tree, sep="/")}
+    paths = {path for tree in shapes.values() for path in adamw.flat(tree)}
     assert [pattern for pattern, _ in RULES if not any(re.fullmatch(pattern, path) for path in paths)] == []
 
 

@@ -43,7 +43,12 @@ def _record(index: int, kind: Any) -> Record:
         labels.append(label)
     stream = io.BytesIO()
     picture.save(stream, "PNG")
-    common: dict[str, Any] = {"image": stream.getvalue(), "height": 64, "width": 64, "boxes": np.float32(boxes)}
+    common: dict[str, Any] = {
+        "image": stream.getvalue(),
+        "height": 64,
+        "width": 64,
+        "boxes": np.array(boxes, np.float32),
+    }
     if kind == "detection":
         return Record(f"d{index}", kind, categories=tuple(labels), **common)
     words = [NAMES[label] for label in labels]

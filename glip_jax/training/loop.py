@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 from etils import epath
-from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -103,7 +102,7 @@ def _initializer(config: Config) -> tuple[dict[str, Any], Callable[[jax.Array], 
 def fingerprint(params: Any) -> str:
     """SHA-256 of the parameters: float32 bytes in sorted order of paths. Every process must call it."""
     digest = hashlib.sha256()
-    for _, leaf in sorted(flatten_dict(params, sep="/").items()):
+    for _, leaf in sorted(adamw.flat(params).items()):
         whole = multihost_utils.process_allgather(leaf, tiled=True) if jax.process_count() > 1 else leaf
         digest.update(np.ascontiguousarray(whole, np.float32).tobytes())
     return digest.hexdigest()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax import traverse_util
 from jaxtyping import Array, Float, Float32, Int
 
 from glip_jax.config import ModelConfig, OptimizerConfig
@@ -23,11 +23,13 @@ __all__ = [
     "apply_gradients",
     "average",
     "clip",
+    "flat",
     "frozen",
     "groups",
     "init",
     "merge",
     "milestone_steps",
+    "nested",
     "rate_multiplier",
     "split",
 ]
@@ -42,6 +44,16 @@ class Group(NamedTuple):
 
     rate: float
     decay: float
+
+
+def flat(params: Params) -> dict[str, Any]:
+    """Path to leaf of a nested dict."""
+    return dict(traverse_util.flatten_dict(params, sep="/"))  # pyright: ignore[reportArgumentType]
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of `flat`."""
+    return traverse_util.unflatten_dict(dict(leaves), sep="/")
 
 
 def frozen(path: str, model: ModelConfig) -> bool:
@@ -70,7 +82,7 @@ def groups(params: Params, model: ModelConfig, optimizer: OptimizerConfig) -> di
     the base rate. Norm scales are decayed like kernels.
     """
     result = {}
-    for path in flatten_dict(params, sep="/"):
+    for path in flat(params):
         rate, decay = optimizer.rate, optimizer.decay
         if path.startswith("text/"):
             rate = optimizer.text_rate
@@ -84,15 +96,15 @@ def groups(params: Params, model: ModelConfig, optimizer: OptimizerConfig) -> di
 
 def split(params: Params, model: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """(trainable, frozen) parameters as two nested dicts without common leaves; `merge` is the inverse."""
-    flat = flatten_dict(params, sep="/")
-    trained = {path: leaf for path, leaf in flat.items() if not frozen(path, model)}
-    held = {path: leaf for path, leaf in flat.items() if frozen(path, model)}
-    return unflatten_dict(trained, sep="/"), unflatten_dict(held, sep="/")
+    leaves = flat(params)
+    trained = {path: leaf for path, leaf in leaves.items() if not frozen(path, model)}
+    held = {path: leaf for path, leaf in leaves.items() if frozen(path, model)}
+    return nested(trained), nested(held)
 
 
 def merge(first: Params, second: Params) -> dict[str, Any]:
     """One nested dict of both; where a leaf is in both, `second` wins (so `merge(params, ema)` are the averages)."""
-    return unflatten_dict({**flatten_dict(first, sep="/"), **flatten_dict(second, sep="/")}, sep="/")
+    return nested({**flat(first), **flat(second)})
 
 
 def milestone_steps(steps: int, optimizer: OptimizerConfig) -> list[int]:
@@ -142,14 +154,14 @@ def apply_gradients(
     `gradients` are already clipped. Returns (new parameters, new moments), both of the trainable parameters only.
     """
     directions, moments = _adam(optimizer).update(gradients, moments)  # pyright: ignore[reportAssignmentType, reportArgumentType]
-    flat_directions = flatten_dict(directions, sep="/")  # pyright: ignore[reportArgumentType]
+    flat_directions = flat(directions)  # pyright: ignore[reportArgumentType]
 
     def moved(path: str, parameter: Float32[Array, "..."]) -> Float32[Array, "..."]:
         rate, decay = group[path]
         return parameter - multiplier * rate * (flat_directions[path] + decay * parameter)
 
-    flat = {path: moved(path, leaf) for path, leaf in flatten_dict(trainable, sep="/").items()}
-    return unflatten_dict(flat, sep="/"), moments
+    leaves = {path: moved(path, leaf) for path, leaf in flat(trainable).items()}
+    return nested(leaves), moments
 
 
 def average(ema: Params, trainable: Params, decay: float) -> Any:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
@@ -61,7 +60,7 @@ def glip_objective(config: Config, train: bool = True) -> Objective:
     def sums(params: Any, batch: Batch, targets: Targets, key: Array) -> LossSums:
         image = normalize(batch.image, batch.size, config.model.input)
         inputs = (image, batch.extent, batch.tokens, batch.token_mask)
-        predictions = model.apply({"params": params}, *inputs, rngs={"dropout": key} if train else None)
+        predictions: Any = model.apply({"params": params}, *inputs, rngs={"dropout": key} if train else None)
         return loss_sums(predictions, targets, batch, batch.image.shape[1:3], config)
 
     return Objective(targets, sums)
@@ -119,7 +118,7 @@ def first_gradients(params: Any, batch: Batch, config: Config, mesh: Mesh, objec
     def gradients(params: Any, batch: Batch) -> dict[str, Array]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
         tree, metrics = _gradients(params, batch, key, config, mesh, objective, ())
-        return {**flatten_dict(tree, sep="/"), "loss": metrics["loss"]}
+        return {**adamw.flat(tree), "loss": metrics["loss"]}
 
     layout = (shardings(params, mesh), batch_sharding(mesh))
     return jax.jit(gradients, in_shardings=layout, out_shardings=replicated(mesh))(params, batch)

@@ -3,11 +3,14 @@
 import json
 import math
 import time
+from typing import Any
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto import event_pb2
 
 from glip_jax.training.metrics import Progress, Window, Writer, cut_back, read
+
+EVENT: Any = getattr(event_pb2, "Event")  # noqa: B009 (made at run time; the checker does not see it)
 
 
 def _numbers(loss: float, examples: int = 4, of_a: int = 4) -> dict[str, int | float]:
@@ -51,13 +54,13 @@ def test_numbers_that_are_not_finite_stay_json(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": "nan"}
 
 
-def _events(folder) -> list[Event]:
+def _events(folder) -> list[Any]:
     events = []
     for path in sorted(folder.iterdir()):
         data = path.read_bytes()
         while data:  # TFRecord: length (8), its checksum (4), message, its checksum (4)
             length = int.from_bytes(data[:8], "little")
-            events.append(Event.FromString(data[12 : 12 + length]))
+            events.append(EVENT.FromString(data[12 : 12 + length]))
             data = data[16 + length :]
     return events
 

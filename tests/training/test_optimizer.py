@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 
 from glip_jax.config import BackboneConfig, ModelConfig, OptimizerConfig, TextConfig
 from glip_jax.models.glip import GLIP
@@ -55,7 +54,7 @@ def test_frozen_swin_stage_has_the_tensors_of_the_original(glip_t):
     """GLIP-L freezes patch embedding (4) and first stage with its downsample (29): glip-reference 1.3 [run]."""
     model = ModelConfig(backbone=BackboneConfig(frozen_stages=1))
     _, held = adamw.split(glip_t, model)
-    paths = set(flatten_dict(held, sep="/"))
+    paths = set(adamw.flat(held))
     blocks = {path for path in paths if path.startswith("backbone/stage1/")}
     assert len(paths - blocks) == 4 + 3
     assert len(blocks) == 2 * 13  # the scanned pair's two blocks
@@ -77,7 +76,7 @@ def test_efficientnet_stages_freeze_and_its_norms_always():
     shapes = _shapes(ModelConfig(backbone=BackboneConfig(kind="efficientnet_lite0")))
     for stages, stem, stage3 in ((0, False, False), (3, True, True), (2, True, False)):
         model = ModelConfig(backbone=BackboneConfig(kind="efficientnet_lite0", frozen_stages=stages))
-        held = set(flatten_dict(adamw.split(shapes, model)[1], sep="/"))
+        held = set(adamw.flat(adamw.split(shapes, model)[1]))
         assert ("backbone/stem/kernel" in held) == stem
         assert ("backbone/stage3/block1/expand/kernel" in held) == stage3
         assert "backbone/stage7/block1/expand_norm/frozen_scale" in held
@@ -102,21 +101,21 @@ def test_three_steps_equal_torch_formula():
     params = jax.tree.map(jnp.float32, params)
     group = adamw.groups(params, ModelConfig(), CONFIG)
     state, ours = adamw.init(params, CONFIG), params
-    theirs = {path: np.float64(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
+    theirs = {path: np.float64(leaf) for path, leaf in adamw.flat(params).items()}
     m = dict.fromkeys(theirs, 0.0)
     v = dict.fromkeys(theirs, 0.0)
     for t in range(1, 4):
         gradients = jax.tree.map(lambda p: jnp.float32(rng.normal(size=p.shape)), params)
         scale = jnp.float32(0.5)
         ours, state = adamw.apply_gradients(gradients, state, ours, scale, group, CONFIG)
-        for path, g in flatten_dict(gradients, sep="/").items():
+        for path, g in adamw.flat(gradients).items():
             g, lr = np.float64(g), 0.5 * group[path].rate
             m[path] = 0.9 * m[path] + 0.1 * g
             v[path] = 0.999 * v[path] + 0.001 * g**2
             theirs[path] = theirs[path] * (1 - lr * group[path].decay)
             denominator = np.sqrt(v[path]) / np.sqrt(1 - 0.999**t) + 1e-8
             theirs[path] = theirs[path] - lr / (1 - 0.9**t) * m[path] / denominator
-    for path, leaf in flatten_dict(ours, sep="/").items():
+    for path, leaf in adamw.flat(ours).items():
         # Differences in units of the learning rate: what a step moves.
         np.testing.assert_allclose((np.float64(leaf) - theirs[path]) / CONFIG.rate, 0, atol=1e-3)
     assert group["head/box/bias"].decay == 0 and group["head/box/kernel"].decay == 0.05

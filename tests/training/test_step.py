@@ -1,16 +1,17 @@
 """The step: any mesh and any number of micro-batches give one result; averages, frozen towers, counts, complaints."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 
 from glip_jax.config import MeshConfig, TextConfig
 from glip_jax.data.mixture import Mixture
 from glip_jax.parallel import make_mesh, place_batch, shardings
+from glip_jax.training import optimizer as adamw
 from glip_jax.training.loop import fresh_parameters
 from glip_jax.training.step import first_gradients, glip_objective, initial_state, make_step
 from tests import tiny_run
@@ -26,7 +27,7 @@ def sources(tmp_path_factory):
 
 
 def _batches(config, number):
-    batches = Mixture(config).batches()
+    batches: Any = Mixture(config).batches()
     result = [next(batches) for _ in range(number)]
     batches.close()
     return result
@@ -52,8 +53,8 @@ def _train(config, mesh, batches, objective=None, params=None):
 def _close(one, other, tolerance, floor=1e-6):
     """Each array's largest difference relative to its largest value; arrays below `floor` of the whole count as 0."""
     whole = np.sqrt(sum(float((np.float64(leaf) ** 2).sum()) for leaf in jax.tree.leaves(one)))
-    flat = flatten_dict(other, sep="/")
-    for path, leaf in flatten_dict(one, sep="/").items():
+    flat = adamw.flat(other)
+    for path, leaf in adamw.flat(one).items():
         if np.linalg.norm(leaf) > floor * whole:
             difference = np.abs(np.float64(leaf) - flat[path]).max() / np.abs(leaf).max()
             assert difference < tolerance, f"{path}: {difference}"
@@ -61,8 +62,8 @@ def _close(one, other, tolerance, floor=1e-6):
 
 def _same_path(config, one, other, rates):
     """Parameters within 1 % of the summed learning rate."""
-    flat = flatten_dict(other.params, sep="/")
-    for path, leaf in flatten_dict(one.params, sep="/").items():
+    flat = adamw.flat(other.params)
+    for path, leaf in adamw.flat(one.params).items():
         assert np.abs(leaf - flat[path]).max() <= 0.01 * 2 * sum(rates), path
 
 
