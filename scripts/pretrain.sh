@@ -18,11 +18,11 @@ esac
 trap 'echo "stopped; the same command again goes on from here" >&2; exit 130' INT
 environment requirements.txt
 
-run=runs/demo
+run=$PWD/runs/demo
 scenes=(--out=runs/demo/scenes)
 settings=(--config=configs/demo.py)
 if [ "${1:-}" = --short ] && [ $# = 1 ]; then
-    run=runs/demo-short
+    run=$PWD/runs/demo-short
     scenes=(--out=runs/demo-short/scenes --count=40 --validation=8)
     settings+=(
         --config.data.sources.detection.path=runs/demo-short/scenes/shards/detection
