@@ -1,0 +1,82 @@
+"""Deformable convolution equals a definition written as loops, forward and backward, in both of its forms."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glip_jax.models.deformable import deformable_convolution
+
+
+def _by_loops(x: np.ndarray, offsets: np.ndarray, mask: np.ndarray, kernel: np.ndarray, stride: int) -> np.ndarray:
+    """glip-reference 2.7, word for word, float64."""
+    batch, height, width, _ = x.shape
+    _, h, w, taps, _ = offsets.shape
+    out = np.zeros((batch, h, w, kernel.shape[-1]))
+    for b, y, xx, k in np.ndindex(batch, h, w, taps):
+        i, j = divmod(k, 3)
+        py = y * stride - 1 + i + offsets[b, y, xx, k, 0]
+        px = xx * stride - 1 + j + offsets[b, y, xx, k, 1]
+        if py <= -1 or py >= height or px <= -1 or px >= width:
+            continue
+        y0, x0 = int(np.floor(py)), int(np.floor(px))
+        sample = np.zeros(x.shape[-1])
+        for yy, xc in ((y0, x0), (y0, x0 + 1), (y0 + 1, x0), (y0 + 1, x0 + 1)):
+            if 0 <= yy < height and 0 <= xc < width:
+                sample += x[b, yy, xc] * (1 - abs(py - yy)) * (1 - abs(px - xc))
+        out[b, y, xx] += mask[b, y, xx, k] * sample @ kernel[i, j]
+    return out
+
+
+def _inputs(stride: int) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(stride)
+    h, w = -(-5 // stride), -(-7 // stride)
+    return (
+        rng.normal(size=(2, 5, 7, 3)),
+        rng.normal(size=(2, h, w, 9, 2)) * 3,  # many samples fall outside
+        rng.uniform(size=(2, h, w, 9)),
+        rng.normal(size=(3, 3, 3, 4)),
+    )
+
+
+@pytest.mark.parametrize("form", ["gather", "loop"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_equals_the_definition(form: Literal["gather", "loop"], stride: int) -> None:
+    x, offsets, mask, kernel = _inputs(stride)
+    found = deformable_convolution(
+        *(jnp.asarray(a, jnp.float32) for a in (x, offsets, mask, kernel)), jnp.ones(4), stride, form
+    )
+    np.testing.assert_allclose(found, _by_loops(x, offsets, mask, kernel, stride) + 1, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["gather", "loop"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradient_equals_finite_differences_of_the_definition(form: Literal["gather", "loop"], stride: int) -> None:
+    arrays = _inputs(stride)
+    rng = np.random.default_rng(9)
+    weight = rng.normal(size=_by_loops(*arrays, stride).shape)
+
+    def loss(*inputs: jax.Array) -> jax.Array:
+        return (deformable_convolution(*inputs, jnp.zeros(4), stride, form) * weight).sum()
+
+    gradients = jax.grad(loss, argnums=(0, 1, 2, 3))(*(jnp.asarray(a, jnp.float32) for a in arrays))
+    for which, gradient in enumerate(gradients):
+        for place in rng.integers(0, arrays[which].size, 12):
+            moved = []
+            for sign in (1, -1):
+                changed = [a.copy() for a in arrays]
+                changed[which].reshape(-1)[place] += sign * 1e-6
+                moved.append((_by_loops(*changed, stride) * weight).sum())
+            np.testing.assert_allclose(
+                np.asarray(gradient).reshape(-1)[place], (moved[0] - moved[1]) / 2e-6, atol=2e-3, rtol=2e-4
+            )
+
+
+def test_positions_that_are_no_numbers_count_zero() -> None:
+    x, offsets, mask, kernel = (jnp.asarray(a, jnp.float32) for a in _inputs(1))
+    for form in ("gather", "loop"):
+        found = deformable_convolution(x, offsets.at[0, 0, 0].set(jnp.nan), mask, kernel, jnp.zeros(4), 1, form)
+        assert np.isfinite(found).all()
+        assert not np.asarray(found[0, 0, 0]).any()

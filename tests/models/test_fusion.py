@@ -1,0 +1,140 @@
+"""The folded fusion equals the plain one, dropout included, and never holds the whole attention map."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glip_jax.config import FusionConfig
+from glip_jax.models.fusion import Fusion
+
+IMAGES, LOCATIONS, TOKENS, CHANNELS, TEXT = 2, 40, 9, 16, 12
+CONFIG = FusionConfig(width=24, heads=3, dropout=0.25)
+
+
+def _plain(params: Any, visual: Any, text: Any, inside: Any, mask: Any, drop: Any) -> tuple[Any, Any]:
+    """glip-reference 2.5 as written there, six dense layers; `drop` holds each head's two dropout factors."""
+    p = {k: v for k, v in params.items() if not isinstance(v, dict)}
+    depth = CONFIG.width // CONFIG.heads
+
+    def norm(x: Any, name: str) -> Any:
+        y = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False)
+        return y.apply({"params": params[name]}, x)
+
+    def dense(x: Any, name: str) -> Any:
+        return x @ p[f"{name}_kernel"] + p[f"{name}_bias"]
+
+    def split(x: Any) -> Any:
+        return x.reshape(*x.shape[:2], CONFIG.heads, depth).transpose(0, 2, 1, 3)
+
+    v0, l0 = norm(visual, "visual_norm"), norm(text, "text_norm")
+    query, key = split(dense(v0, "visual_query") * depth**-0.5), split(dense(l0, "text_key"))
+    visual_value, text_value = split(dense(v0, "visual_value")), split(dense(l0, "text_value"))
+    logits = jnp.einsum("bhad,bhtd->bhat", query, key)
+    over_text = jax.nn.softmax(jnp.where(mask[:, None, None, :], logits + 1.0, -9e15), -1) * drop[0]
+    over_image = jax.nn.softmax(jnp.where(inside[:, None, :, None], logits, -9e15), 2) * drop[1]
+    for_image = jnp.einsum("bhat,bhtd->bahd", over_text, text_value).reshape(*visual.shape[:2], -1)
+    for_text = jnp.einsum("bhat,bhad->bthd", over_image, visual_value).reshape(*text.shape[:2], -1)
+    return (
+        v0 + p["visual_gamma"] * dense(for_image, "visual_output"),
+        l0 + p["text_gamma"] * dense(for_text, "text_output"),
+    )
+
+
+def _inputs() -> tuple[jax.Array, ...]:
+    rng = np.random.default_rng(0)
+    inside, mask = np.ones((IMAGES, LOCATIONS), bool), np.ones((IMAGES, TOKENS), bool)
+    inside[0, 30:], mask[1, 5:] = False, False
+    return (
+        jnp.asarray(rng.normal(size=(IMAGES, LOCATIONS, CHANNELS)), jnp.float32),
+        jnp.asarray(rng.normal(size=(IMAGES, TOKENS, TEXT)), jnp.float32),
+        jnp.asarray(inside),
+        jnp.asarray(mask),
+    )
+
+
+def _params(module: Fusion) -> Any:
+    shapes = module.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, *_inputs())["params"]
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x: jnp.asarray(x + 0.3 * rng.normal(size=x.shape), jnp.float32), shapes)
+
+
+def test_folded_equals_plain_forward_and_backward() -> None:
+    module = Fusion(CONFIG, train=False, dtype=jnp.float32)
+    params, inputs = _params(module), _inputs()
+    ones = (jnp.ones(()), jnp.ones(()))
+    rng = np.random.default_rng(2)
+    weights = [rng.normal(size=x.shape) for x in inputs[:2]]
+
+    def loss(run: Any, params: Any, visual: Any, text: Any) -> Any:
+        outs = run(params, visual, text)
+        return sum((out * w).sum() for out, w in zip(outs, weights)), outs
+
+    folded = jax.value_and_grad(
+        lambda *a: loss(lambda p, v, t: module.apply({"params": p}, v, t, *inputs[2:]), *a), (0, 1, 2), has_aux=True
+    )
+    plain = jax.value_and_grad(
+        lambda *a: loss(lambda p, v, t: _plain(p, v, t, *inputs[2:], ones), *a), (0, 1, 2), has_aux=True
+    )
+    found, wanted = folded(params, *inputs[:2]), plain(params, *inputs[:2])
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-5 * max(1.0, float(jnp.abs(b).max())))
+
+
+def test_folded_equals_plain_under_dropout(monkeypatch: Any) -> None:
+    """With the same weights dropped: what the folding does to the value's bias is right."""
+    from glip_jax.models import fusion
+
+    rng = np.random.default_rng(3)
+    factors = (rng.uniform(size=(CONFIG.heads, 2, IMAGES, LOCATIONS, TOKENS)) > 0.25) / 0.75
+    module = Fusion(CONFIG, train=True, dtype=jnp.float32)
+    params, inputs = _params(Fusion(CONFIG, train=False, dtype=jnp.float32)), _inputs()
+    # The module splits its key per head and direction; the stand-in reads the number of the key instead.
+    keys = jnp.arange(CONFIG.heads * 2).reshape(CONFIG.heads, 2)
+    monkeypatch.setattr(fusion.jax.random, "split", lambda *_: keys)
+    table = jnp.asarray(factors.reshape(-1, IMAGES, LOCATIONS, TOKENS), jnp.float32)
+    monkeypatch.setattr(fusion, "_dropped", lambda key, weights, rate: weights * table[key])
+    found = module.apply({"params": params}, *inputs, rngs={"dropout": jax.random.key(0)})
+    per_image = factors.transpose(1, 2, 0, 3, 4)
+    wanted = _plain(params, *inputs, (jnp.asarray(per_image[0]), jnp.asarray(per_image[1])))
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-5)
+
+
+def test_dropout_keeps_the_mean() -> None:
+    from glip_jax.models.fusion import _dropped
+
+    weights = jnp.ones((4, 100, 100))
+    dropped = _dropped(jax.random.key(0), weights, 0.1)
+    assert abs(float(dropped.mean()) - 1) < 0.01
+    assert abs(float((dropped == 0).mean()) - 0.1) < 0.01
+
+
+def test_peak_memory_is_of_one_head_not_of_all() -> None:
+    """Six layers, forward and backward: temporaries stay below what the eight heads' maps alone would take."""
+    config, locations, tokens, channels = FusionConfig(width=256, heads=8, dropout=0.0), 2048, 64, 32
+    module = Fusion(config, train=False, dtype=jnp.float32)
+    shapes = (
+        jax.ShapeDtypeStruct((1, locations, channels), jnp.float32),
+        jax.ShapeDtypeStruct((1, tokens, channels), jnp.float32),
+        jax.ShapeDtypeStruct((1, locations), jnp.bool_),
+        jax.ShapeDtypeStruct((1, tokens), jnp.bool_),
+    )
+    params = jax.eval_shape(module.init, jax.random.key(0), *shapes)["params"]
+
+    def loss(params: Any, visual: Any, text: Any, inside: Any, mask: Any) -> Any:
+        def layer(state: Any, _: None) -> Any:
+            return module.apply({"params": params}, *state, inside, mask), None
+
+        (visual, text), _ = jax.lax.scan(layer, (visual, text), None, length=6)
+        return visual.sum() + text.sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(params, *shapes).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    maps_of_all_layers = 6 * 8 * locations * tokens * 4
+    maps_of_one_head = locations * tokens * 4
+    assert memory.temp_size_in_bytes < 0.5 * maps_of_all_layers
+    assert memory.temp_size_in_bytes > maps_of_one_head  # the bound is about something

@@ -1,0 +1,32 @@
+"""The whole of glip_jax against the original's recorded outputs (tests/fixtures/set1)."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.parity import check
+from tests.parity.folder import FixtureError, model_config, read_meta
+
+FOLDER = Path(__file__).parents[1] / "fixtures" / "set1"
+
+
+def test_equals_the_original(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check.main([str(FOLDER), "--quiet"]) == 0, capsys.readouterr().out
+    assert "5 cases" in capsys.readouterr().out
+
+
+def test_unknown_options_are_refused_by_name() -> None:
+    meta = read_meta(FOLDER)
+    with pytest.raises(FixtureError, match="MODEL.RPN.MAGIC"):
+        model_config({**meta, "opts": [*meta["opts"], "MODEL.RPN.MAGIC", "1"]})
+    with pytest.raises(FixtureError, match="MODEL.DYHEAD.CHANNELS is 64"):
+        model_config({**meta, "opts": [*meta["opts"], "MODEL.DYHEAD.CHANNELS", "64"]})
+
+
+def test_a_changed_file_is_refused(tmp_path: Path) -> None:
+    for name in ("meta.json", "inputs.npz"):
+        (tmp_path / name).write_bytes((FOLDER / name).read_bytes())
+    (tmp_path / "inputs.npz").write_bytes(b"other")
+    with pytest.raises(FixtureError, match="sha256"):
+        read_meta(tmp_path)
+    assert check.main([str(tmp_path)]) == 2
