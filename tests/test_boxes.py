@@ -32,8 +32,8 @@ def test_giou_counts_them_exclusively_and_falls_below_zero() -> None:
     assert np.isfinite(box.giou(crossed, A))
 
 
-@given(_corner, _corner, _side, _side, _corner, _corner, _side, _side)
-def test_decode_inverts_encode(*values: float) -> None:
+@given(st.tuples(_corner, _corner, _side, _side, _corner, _corner, _side, _side))
+def test_decode_inverts_encode(values: tuple[float, ...]) -> None:
     x, y, w, h, ax, ay, aw, ah = values
     target, anchor = np.float32([x, y, x + w, y + h]), np.float32([ax, ay, ax + aw, ay + ah])
     if max((w + 1) / (aw + 1), (h + 1) / (ah + 1)) > 60:

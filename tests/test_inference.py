@@ -1,5 +1,7 @@
 """From predictions to detections: against a plain loop, and the Detector's bookkeeping."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -22,6 +24,13 @@ def _predictions(seed: int) -> Predictions:
         (rng.normal(size=(1, len(ANCHORS), 4))).astype(np.float32),
         rng.normal(size=(1, len(ANCHORS))).astype(np.float32),
     )
+
+
+def _detect(
+    found: Predictions, phrase_map: np.ndarray, extent: np.ndarray, config: DetectionConfig, size: Any = None
+) -> Detections:
+    size = extent if size is None else size
+    return jax.jit(detect, static_argnums=(4, 5, 6))(found, phrase_map, size, extent, CANVAS, MODEL, config)
 
 
 def _by_loops(
@@ -58,7 +67,7 @@ def test_equals_the_loop(seed: int, config: DetectionConfig) -> None:
     found = _predictions(seed)
     phrase_map = np.array([[0, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0]], bool)
     size, extent = np.array([[60, 90]], np.int32), np.array([CANVAS], np.int32)
-    detections = jax.jit(detect, static_argnums=(4, 5, 6))(found, phrase_map[None], size, extent, CANVAS, MODEL, config)
+    detections = _detect(found, phrase_map[None], extent, config, size)
     wanted = _by_loops(found, phrase_map, (60, 90), config)
     real = np.asarray(detections.phrases[0]) >= 0
     assert real.sum() == len(wanted) > 3
@@ -73,7 +82,7 @@ def test_a_phrase_without_tokens_is_never_found() -> None:
     phrase_map = np.zeros((1, PHRASES, TOKENS), bool)
     phrase_map[0, 1, 2] = True
     extent = np.array([CANVAS], np.int32)
-    detections: Detections = detect(found, phrase_map, extent, extent, CANVAS, MODEL, DetectionConfig())  # pyright: ignore[reportArgumentType]
+    detections = _detect(found, phrase_map, extent, DetectionConfig())
     assert set(np.asarray(detections.phrases[0]).tolist()) <= {-1, 1}
     assert np.isfinite(np.asarray(detections.scores)).all()
 
@@ -85,6 +94,6 @@ def test_equal_scores_go_to_the_lowest_index() -> None:
     phrase_map[0, 0, 0] = True
     extent = np.array([CANVAS], np.int32)
     config = DetectionConfig(nms_iou=0.99, max_detections=3)
-    detections = detect(found, phrase_map, extent, extent, CANVAS, MODEL, config)  # pyright: ignore[reportArgumentType]
+    detections = _detect(found, phrase_map, extent, config)
     wanted = box.clip(ANCHORS[:3], np.float32(CANVAS))
     np.testing.assert_allclose(detections.boxes[0], wanted, atol=1e-4)

@@ -4,19 +4,34 @@ A block looks at every level together with its neighbours through deformable con
 level, weighs the two or three terms by pooled attention, and ends in a dynamic ReLU (arXiv 2003.10027).
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from glip_jax.config import HeadConfig
-from glip_jax.models.deformable import deformable_convolution
-from glip_jax.models.extents import inside, masked_mean, resize_bilinear, zero_beyond
+from glip_jax.models.deformable import Taps, deformable_convolution, rows_of
+from glip_jax.models.extents import (
+    Cells,
+    cells_of,
+    inside,
+    level_mean,
+    pack,
+    resize_bilinear,
+    spread,
+    unpack,
+    zero_beyond,
+)  # fmt: skip
 from glip_jax.models.initial import small_normal, torch_dense, uniform
 
 __all__ = ["DynamicConvolution", "GroupNorm", "reread_flat"]
+
+Term = Literal["coarse", "same", "fine"]
+"""The three convolutions of a block: of the coarser level, the same, and the finer."""
 
 _OFFSETS = 18
 """Channels of an offset map that are displacements (9 taps x (dy, dx)); 9 masks follow."""
@@ -27,23 +42,26 @@ def _hard_sigmoid(x: jax.Array) -> jax.Array:
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (arXiv 1803.08494) with statistics over each image's own cells, float32."""
+    """Group normalisation (arXiv 1803.08494) of every level of a packed pyramid, over each image's own cells."""
 
     groups: int
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B h w C"], size: Int[Array, "B 2"]) -> Float[Array, "B h w C"]:
-        b, h, w, channels = x.shape
+    def __call__(self, packed: Float[Array, "B A C"], cells: Cells) -> Float[Array, "B A C"]:
+        """Statistics and products in float32."""
+        channels = packed.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        y = x.astype(jnp.float32)
-        # Sums of channels first, then of the group's channels: mean and spread over equally many cells each.
-        mean = masked_mean(y, size).reshape(b, self.groups, -1).mean(-1)
-        mean = jnp.repeat(mean, channels // self.groups, 1)[:, None, None, :]
-        variance = masked_mean(jnp.square(y - mean), size).reshape(b, self.groups, -1).mean(-1)
-        variance = jnp.repeat(variance, channels // self.groups, 1)[:, None, None, :]
-        return ((y - mean) * jax.lax.rsqrt(variance + 1e-5) * scale + bias).astype(self.dtype)
+
+        def by_group(mean: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
+            # Every channel has equally many cells, so a group's mean is that of its channels.
+            mean = mean.reshape(*mean.shape[:2], self.groups, -1).mean(-1)
+            return jnp.repeat(mean, channels // self.groups, 2)
+
+        centred = packed.astype(jnp.float32) - spread(by_group(level_mean(packed, cells)), cells)
+        variance = by_group(level_mean(jnp.square(centred), cells))
+        return (centred * spread(jax.lax.rsqrt(variance + 1e-5) * scale, cells) + bias).astype(self.dtype)
 
 
 def reread_flat(
@@ -66,20 +84,19 @@ def reread_flat(
 
 
 class _DynamicReLU(nn.Module):
-    """max(a1 y + b1, a2 y + b2) with coefficients from the pooled map."""
+    """max(a1 y + b1, a2 y + b2) with coefficients from each level's pooled map."""
 
     dtype: Any
 
     @nn.compact
-    def __call__(self, y: Float[Array, "B h w C"], size: Int[Array, "B 2"]) -> Float[Array, "B h w C"]:
-        channels = y.shape[-1]
-        pooled = masked_mean(y, size)
+    def __call__(self, packed: Float[Array, "B A C"], cells: Cells) -> Float[Array, "B A C"]:
+        channels = packed.shape[-1]
+        pooled = level_mean(packed, cells)
         hidden = nn.relu(torch_dense(channels // 4, channels, jnp.float32, "squeeze")(pooled))
-        theta = _hard_sigmoid(torch_dense(4 * channels, channels // 4, jnp.float32, "expand")(hidden))
-        a1, b1, a2, b2 = jnp.split((theta - 0.5)[:, None, None, :], 4, -1)
-        a1, a2 = a1 * 2.0 + 1.0, a2 * 2.0
-        y = y.astype(jnp.float32)
-        return jnp.maximum(y * a1 + b1, y * a2 + b2).astype(self.dtype)
+        theta = _hard_sigmoid(torch_dense(4 * channels, channels // 4, jnp.float32, "expand")(hidden)) - 0.5
+        a1, b1, a2, b2 = jnp.split(theta, 4, -1)
+        a1, b1, a2, b2 = (spread(x, cells) for x in (a1 * 2.0 + 1.0, b1, a2 * 2.0, b2))
+        return jnp.maximum(packed * a1 + b1, packed * a2 + b2).astype(self.dtype)
 
 
 class DynamicConvolution(nn.Module):
@@ -97,43 +114,48 @@ class DynamicConvolution(nn.Module):
 
     @nn.compact
     def __call__(
-        self, levels: tuple[Float[Array, "B _ _ C"], ...], sizes: tuple[Int[Array, "B 2"], ...]
+        self, levels: Sequence[Float[Array, "B _ _ C"]], sizes: Sequence[Int[Array, "B 2"]]
     ) -> tuple[Float[Array, "B _ _ C"], ...]:
         """New levels from old ones; `sizes` are each image's cells per level."""
-        channels = levels[0].shape[-1]
-        levels = tuple(zero_beyond(x, size) for x, size in zip(levels, sizes))
+        levels = [zero_beyond(x, size) for x, size in zip(levels, sizes)]
+        count, channels, shapes = len(levels), levels[0].shape[-1], [x.shape[1:3] for x in levels]
         fan_in = uniform((9 * channels) ** -0.5)
         offset = nn.Conv(27, (3, 3), padding=1, dtype=self.dtype, kernel_init=fan_in, bias_init=fan_in, name="offset")
         attention = nn.Dense(1, dtype=jnp.float32, kernel_init=small_normal, name="attention")
-        relu = _DynamicReLU(self.dtype, name="relu")
-        terms = {name: self._term(name, channels) for name in ("coarse", "same", "fine")}
+        rows = rows_of(levels)
 
-        def convolve(
-            name: Literal["coarse", "same", "fine"], source: int, maps: Array, size: Array, stride: int = 1
-        ) -> Array:
-            kernel, bias, norm = terms[name]
-            offsets = maps[..., :_OFFSETS].reshape(*maps.shape[:3], 9, 2)
-            mask = nn.sigmoid(maps[..., _OFFSETS:])
-            return norm(deformable_convolution(levels[source], offsets, mask, kernel, bias, stride), size)
+        def convolve(name: Term, sources: range, maps: list[Array], stride: int = 1) -> tuple[Array, Cells]:
+            """The normed convolution `name` of the levels `sources`, each with its own offset map, packed."""
+            kernel, bias, norm = self._term(name, channels)
+            taps = [
+                Taps(source, stride, own[..., :_OFFSETS].reshape(*own.shape[:3], 9, 2), nn.sigmoid(own[..., _OFFSETS:]))
+                for source, own in zip(sources, maps)
+            ]
+            targets = [source + 1 if stride == 2 else source for source in sources]
+            cells = cells_of([shapes[i] for i in targets], [sizes[i] for i in targets])
+            return norm(pack(deformable_convolution(rows, taps, kernel, bias)), cells), cells
 
-        outputs = []
-        for level, (x, size) in enumerate(zip(levels, sizes)):
-            maps = offset(x).astype(jnp.float32)
-            found = [convolve("same", level, maps, size)]
-            if level > 0:
-                found.append(convolve("fine", level - 1, maps, size, stride=2))
-            if level + 1 < len(levels):
-                coarse = sizes[level + 1]
-                moved = self._coarser(maps, size, coarse, levels[level + 1].shape[1:3])
-                term = convolve("coarse", level + 1, moved, coarse)
-                found.append(resize_bilinear(zero_beyond(term, coarse), coarse, size, x.shape[1:3]))
-            weights = [_hard_sigmoid(nn.relu(attention(masked_mean(term, size)))) for term in found]
-            mean = sum(
-                (term.astype(jnp.float32) * weight[:, None, None, :] for term, weight in zip(found, weights)),
-                start=jnp.zeros((), jnp.float32),
-            ) / len(found)
-            outputs.append(relu(mean, size))
-        return tuple(outputs)
+        def weighed(term: Array, cells: Cells) -> Array:
+            weight = _hard_sigmoid(nn.relu(attention(level_mean(term, cells))))
+            return term.astype(jnp.float32) * spread(weight, cells)
+
+        maps = [offset(x).astype(jnp.float32) for x in levels]
+        moved = [self._coarser(maps[i], sizes[i], sizes[i + 1], shapes[i + 1]) for i in range(count - 1)]
+        same, cells = convolve("same", range(count), maps)
+        fine, below = convolve("fine", range(count - 1), maps[1:], stride=2)
+        coarse, _ = convolve("coarse", range(1, count), moved)
+        resized = [
+            resize_bilinear(zero_beyond(term, sizes[i + 1]), sizes[i + 1], sizes[i], shapes[i])
+            for i, term in enumerate(unpack(coarse, shapes[1:]))
+        ]
+        above = cells_of(shapes[:-1], sizes[:-1])
+        # The finest level has no finer neighbour, the coarsest no coarser one.
+        missing, last = (int(np.prod(shape)) for shape in (shapes[0], shapes[-1]))
+        total = weighed(same, cells)
+        total += jnp.pad(weighed(fine, below), ((0, 0), (missing, 0), (0, 0)))
+        total += jnp.pad(weighed(pack(resized), above), ((0, 0), (0, last), (0, 0)))
+        terms = np.repeat([2.0, *[3.0] * (count - 2), 2.0], [h * w for h, w in shapes]).astype(np.float32)
+        return tuple(unpack(_DynamicReLU(self.dtype, name="relu")(total / terms[:, None], cells), shapes))
 
     def _coarser(self, maps: Array, size: Array, coarse: Array, shape: tuple[int, int]) -> Array:
         """The offset maps of a level (offsets and mask logits) for its coarser neighbour."""

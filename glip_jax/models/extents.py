@@ -3,13 +3,24 @@
 A map on the canvas holds an image's cells in its upper left corner; cells beyond the image's size at that stride are
 nobody's. Layers that mix positions read zeros there (`inside`), take statistics without them (`masked_mean`) and
 resize by each image's own ratio (`resize_nearest`, `resize_bilinear`).
+
+A pyramid may be packed: its levels' cells one after the other, row-major, as [B A C]. `Cells` says which belong to
+whom; statistics of all levels are then one matrix product (`level_mean`, `spread`) instead of one small operation per
+level, which would cost as much to compile as the rest of the head.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-__all__ = ["inside", "level_size", "masked_mean", "resize_bilinear", "resize_nearest", "zero_beyond"]
+__all__ = [
+    "Cells", "cells_of", "inside", "level_mean", "level_size", "pack", "resize_bilinear", "resize_nearest", "spread",
+    "unpack", "zero_beyond",
+]  # fmt: skip
 
 
 def level_size(extent: Int[Array, "B 2"], stride: int) -> Int[Array, "B 2"]:
@@ -29,10 +40,47 @@ def zero_beyond(x: Float[Array, "B h w C"], size: Int[Array, "B 2"]) -> Float[Ar
     return jnp.where(inside(size, x.shape[1], x.shape[2]), x, 0)
 
 
-def masked_mean(x: Float[Array, "B h w C"], size: Int[Array, "B 2"]) -> Float[Array, "B C"]:
-    """Mean over each image's own cells, in float32."""
-    total = zero_beyond(x.astype(jnp.float32), size).sum((1, 2))
-    return total / jnp.prod(size, -1, keepdims=True).astype(jnp.float32)
+class Cells(NamedTuple):
+    """Whose the cells of a packed pyramid are."""
+
+    own: Float[Array, "B A L"]
+    """1 for a cell of level l inside the image, else 0."""
+    level: Float[Array, "A L"]
+    """1 for a cell of level l, inside or not."""
+    count: Float[Array, "B L"]
+    """Cells of each image per level."""
+
+
+def cells_of(shapes: Sequence[tuple[int, int]], sizes: Sequence[Int[Array, "B 2"]]) -> Cells:
+    """Cells of levels with canvas `shapes` (height, width) and each image's `sizes`."""
+    parts = [inside(size, *shape).reshape(size.shape[0], -1) for shape, size in zip(shapes, sizes)]
+    level = np.repeat(np.eye(len(shapes), dtype=np.float32), [h * w for h, w in shapes], axis=0)
+    own = jnp.concatenate(parts, 1)[:, :, None] * level
+    return Cells(own, jnp.asarray(level), jnp.stack([jnp.prod(size, -1) for size in sizes], 1).astype(jnp.float32))
+
+
+def pack(levels: Sequence[Float[Array, "B _ _ C"]]) -> Float[Array, "B A C"]:
+    """Levels as one array of cells."""
+    return jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in levels], 1)
+
+
+def unpack(packed: Float[Array, "B A C"], shapes: Sequence[tuple[int, int]]) -> list[Float[Array, "B _ _ C"]]:
+    """Inverse of `pack` for levels of `shapes` (height, width)."""
+    ends = np.cumsum([h * w for h, w in shapes])[:-1].tolist()
+    parts = jnp.split(packed, ends, 1)
+    return [part.reshape(part.shape[0], *shape, -1) for part, shape in zip(parts, shapes)]
+
+
+def level_mean(packed: Float[Array, "B A C"], cells: Cells) -> Float[Array, "B L C"]:
+    """Mean over each image's own cells of each level, float32."""
+    # What lies beyond is multiplied by zero; it must be finite.
+    total = jnp.einsum("bac,bal->blc", packed.astype(jnp.float32), cells.own, precision=jax.lax.Precision.HIGHEST)
+    return total / cells.count[..., None]
+
+
+def spread(values: Float[Array, "B L C"], cells: Cells) -> Float[Array, "B A C"]:
+    """Each level's values at all of its cells, float32."""
+    return jnp.einsum("blc,al->bac", values, cells.level, precision=jax.lax.Precision.HIGHEST)
 
 
 def _nearest_weights(

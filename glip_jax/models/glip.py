@@ -8,15 +8,15 @@ import math
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
 from glip_jax.config import HeadConfig, InputConfig, ModelConfig
 from glip_jax.models.bert import Bert, BertLayer, bounded
 from glip_jax.models.dynamic_head import DynamicConvolution
 from glip_jax.models.efficientnet import EfficientNetLite0
-from glip_jax.models.extents import inside, level_size
+from glip_jax.models.extents import cells_of, inside, level_size, pack, unpack
 from glip_jax.models.fusion import Fusion
 from glip_jax.models.initial import small_normal, torch_dense
 from glip_jax.models.pyramid import Pyramid
@@ -53,15 +53,12 @@ class _Block(nn.Module):
         levels, text = state
         if self.config.fusion.enabled:
             shapes = [x.shape[1:3] for x in levels]
-            own = jnp.concatenate([inside(s, *hw).reshape(s.shape[0], -1) for s, hw in zip(sizes, shapes)], 1)
-            visual = jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in levels], 1)
-            visual, text = Fusion(self.config.fusion, self.train, self.dtype, name="fusion")(visual, text, own, mask)
-            text, _ = BertLayer(self.config.text, self.train, self.dtype, clip=True, start="torch", name="text")(
-                text, mask
-            )
-            ends = [sum(h * w for h, w in shapes[: i + 1]) for i in range(len(shapes) - 1)]
-            parts = jnp.split(visual, ends, 1)
-            levels = tuple(x.reshape(x.shape[0], *hw, x.shape[-1]) for x, hw in zip(parts, shapes))
+            own = cells_of(shapes, sizes).own.any(-1)
+            fusion = Fusion(self.config.fusion, self.train, self.dtype, name="fusion")
+            visual, text = fusion(pack(levels), text, own, mask)
+            layer = BertLayer(self.config.text, self.train, self.dtype, clip=True, start="torch", name="text")
+            text, _ = layer(text, mask)
+            levels = tuple(unpack(visual, shapes))
         levels = DynamicConvolution(self.config.head, self.dtype, name="convolution")(levels, sizes)
         return (levels, text), None
 
@@ -107,9 +104,9 @@ class _Head(nn.Module):
         box = nn.Dense(4, dtype=jnp.float32, kernel_init=small_normal, name="box")
         center = nn.Dense(1, dtype=jnp.float32, kernel_init=small_normal, name="centerness")
 
-        flat = [x.reshape(x.shape[0], -1, channels) for x in levels]
-        deltas = jnp.concatenate([box(x) * scales[i] for i, x in enumerate(flat)], 1)
-        visual = jnp.concatenate(flat, 1)
+        visual = pack(levels)
+        per_anchor = jnp.repeat(scales, np.array([h * w for h, w in (x.shape[1:3] for x in levels)]))
+        deltas = box(visual) * per_anchor[:, None]
         aligned = jnp.einsum("bac,btc->bat", visual, tokens.astype(visual.dtype), preferred_element_type=jnp.float32)
         logits = bounded(aligned / jnp.exp(log_scale) + (embedding @ bias_text + bias)[:, None, :])
         return Predictions(logits, deltas, center(visual)[..., 0])

@@ -6,6 +6,7 @@ import pytest
 
 from glip_jax import boxes as box
 from glip_jax.config import AnchorConfig, LossConfig, ModelConfig, PyramidConfig
+from glip_jax.structures import Targets
 from glip_jax.training.assignment import assign
 
 STRIDES, SIZES = (8, 16, 32, 64), (24, 48, 96, 192)
@@ -35,6 +36,16 @@ def _by_loops(boxes: np.ndarray, canvas: tuple[int, int]) -> tuple[np.ndarray, n
     return best >= 0, owner
 
 
+def _assign(
+    boxes: np.ndarray, mask: np.ndarray, canvas: tuple[int, int], model: ModelConfig = MODEL,
+    loss: LossConfig | None = None,
+) -> Targets:  # fmt: skip
+    settings = loss or LossConfig()
+    return jax.jit(lambda b, m, e: assign(b, m, e, canvas, model, settings))(
+        boxes, mask, np.array([canvas] * len(boxes), np.int32)
+    )
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_equals_the_loop(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -42,9 +53,7 @@ def test_equals_the_loop(seed: int) -> None:
     corner = rng.uniform(0, 60, (7, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(8, 60, (7, 2))], 1).astype(np.float32)
     mask = np.array([True] * 6 + [False])
-    targets = jax.jit(lambda b, m, e: assign(b, m, e, canvas, MODEL, LossConfig()))(
-        boxes[None], mask[None], np.array([canvas], np.int32)
-    )
+    targets = _assign(boxes[None], mask[None], canvas)
     positive, owner = _by_loops(boxes[:6], canvas)
     assert positive.sum() > 3
     np.testing.assert_array_equal(targets.positive[0], positive)
@@ -62,10 +71,7 @@ def test_equals_the_loop(seed: int) -> None:
 
 
 def test_without_boxes_nothing_is_positive() -> None:
-    targets = assign(
-        np.zeros((1, 3, 4), np.float32), np.zeros((1, 3), bool), np.array([[64, 64]], np.int32), (64, 64), MODEL,
-        LossConfig(),
-    )  # fmt: skip
+    targets = _assign(np.zeros((1, 3, 4), np.float32), np.zeros((1, 3), bool), (64, 64))
     assert not np.asarray(targets.positive).any()
     assert np.isfinite(np.asarray(targets.boxes)).all() and not np.asarray(targets.centerness).any()
 
@@ -75,9 +81,7 @@ def test_equal_distances_go_to_the_upper_left_anchor() -> None:
     model = ModelConfig(pyramid=PyramidConfig(strides=(16, 32)), anchors=AnchorConfig((16, 64)))
     cell = 7.5  # centre of the first anchor of stride 16
     boxes = np.array([[[cell - 8, cell - 8, cell + 24, cell + 24]]], np.float32)  # centred at (15.5, 15.5)
-    targets = assign(
-        boxes, np.ones((1, 1), bool), np.array([[64, 64]], np.int32), (64, 64), model, LossConfig(atss_candidates=1)
-    )
+    targets = _assign(boxes, np.ones((1, 1), bool), (64, 64), model, LossConfig(atss_candidates=1))
     claimed = np.flatnonzero(np.asarray(targets.positive[0]))
     assert set(claimed.tolist()) <= {0, 16}
     assert claimed.size

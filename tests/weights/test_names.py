@@ -38,7 +38,9 @@ def test_every_parameter_has_exactly_its_names() -> None:
 def test_names_and_shapes_are_those_of_the_released_models(model: str) -> None:
     """tests/fixtures/keys_glip_*.json: names and shapes of the original's state dicts."""
     listed = json.loads((Path(__file__).parents[1] / "fixtures" / f"keys_glip_{model}.json").read_text())
-    wanted = {name: tuple(shape) for name, shape in listed.items() if not any(part in name for part in IGNORED)}
+    wanted = {
+        name: tuple(key["shape"]) for name, key in listed["keys"].items() if not any(part in name for part in IGNORED)
+    }
     config = ModelConfig()
     if model == "a":
         config = ModelConfig(fusion=FusionConfig(enabled=False))
