@@ -42,7 +42,7 @@ def get_config() -> Config:
             vocabulary=f"{MINILM}/vocab.txt", width=384, layers=6, heads=12, hidden=1536, max_tokens=96, frozen=True
         ),
         fusion=FusionConfig(width=256, heads=4),
-        head=HeadConfig(blocks=2),
+        head=HeadConfig(blocks=2, unroll=2),
         anchors=AnchorConfig(sizes=(48, 80, 128)),
     )
     return Config(

@@ -52,7 +52,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str, keep: int) -> None:
         """Opens (and makes) `workdir`/checkpoints, keeping the newest `keep`; says which half-written ones it removes."""
-        self.folder = epath.Path(workdir) / _FOLDER
+        self.folder = _folder(workdir)
         for path in unfinished(workdir):
             print(f"{path} was left half-written by an interrupted run: ignored and removed", flush=True)
         if jax.process_index() == 0:
@@ -109,9 +109,15 @@ class Checkpoints:
         return Saved(*(restored[name] if name in wanted else {} for name in Saved._fields))
 
 
+def _folder(workdir: str) -> epath.Path:
+    """The folder of checkpoints; absolute where it is local, as Orbax demands."""
+    folder = epath.Path(workdir) / _FOLDER
+    return folder if "://" in str(workdir) else folder.absolute()
+
+
 def unfinished(workdir: str) -> list[str]:
     """Folders of checkpoints whose writing was interrupted; never restored from."""
-    folder = epath.Path(workdir) / _FOLDER
+    folder = _folder(workdir)
     if not folder.exists():
         return []
     return sorted(str(path) for path in folder.iterdir() if "orbax-checkpoint-tmp" in path.name)
@@ -119,7 +125,7 @@ def unfinished(workdir: str) -> list[str]:
 
 def latest_step(workdir: str) -> int | None:
     """Step of the newest complete checkpoint of a working folder, None without one."""
-    folder = epath.Path(workdir) / _FOLDER
+    folder = _folder(workdir)
     if not folder.exists():
         return None
     return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=None)
@@ -197,11 +203,11 @@ def _manager(folder: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.C
 
 
 def _reader(workdir: str) -> ocp.CheckpointManager:
-    return _manager(epath.Path(workdir) / _FOLDER, ocp.CheckpointManagerOptions(read_only=True))
+    return _manager(_folder(workdir), ocp.CheckpointManagerOptions(read_only=True))
 
 
 def _existing(workdir: str, step: int | None) -> int:
-    folder = epath.Path(workdir) / _FOLDER
+    folder = _folder(workdir)
     found = step if step is not None else latest_step(workdir)
     if found is None:
         half = unfinished(workdir)

@@ -107,6 +107,8 @@ class HeadConfig:
     """Groups of GroupNorm."""
     coarse_offsets: Literal["flat", "resized"] = "resized"
     """Offsets for the coarser neighbour: the original's flat re-read, or the map resized bilinearly."""
+    unroll: int = 1
+    """Blocks per turn of the tower's loop. All of them: longer to compile, up to twice as fast on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -369,6 +371,10 @@ def validate(config: Config) -> Config:
          f"model.backbone.heads {model.backbone.heads} do not divide width {model.backbone.width} times 1, 2, 4, 8"),
         (config.train.batch_size % config.optimizer.accumulate == 0,
          f"train.batch_size {config.train.batch_size} is not a multiple of optimizer.accumulate {config.optimizer.accumulate}"),
+        (model.head.blocks % model.head.unroll == 0,
+         f"model.head.blocks {model.head.blocks} is not a multiple of model.head.unroll {model.head.unroll}"),
+        (model.backbone.kind == "swin" or model.input.extent_multiple % 32 == 0,
+         f"model.input.extent_multiple is {model.input.extent_multiple}: efficientnet_lite0 needs a multiple of 32"),
         (config.train.steps > 0, f"train.steps is {config.train.steps}: expected at least 1"),
         (config.train.batch_size > 0, f"train.batch_size is {config.train.batch_size}: expected at least 1"),
         (config.checkpoint.every > 0, f"checkpoint.every is {config.checkpoint.every}: expected at least 1"),
@@ -377,7 +383,9 @@ def validate(config: Config) -> Config:
         (0 <= config.optimizer.ema_decay < 1, f"optimizer.ema_decay is {config.optimizer.ema_decay}: expected 0 <= decay < 1"),
     ]  # fmt: skip
     for name, source in config.data.sources.items():
-        checks.append((source.weight > 0, f"data.sources.{name}.weight is {source.weight}: remove the source instead of weight 0"))
+        checks.append(
+            (source.weight > 0, f"data.sources.{name}.weight is {source.weight}: remove the source instead of weight 0")
+        )
     for fits, message in checks:
         if not fits:
             raise ConfigError(message)

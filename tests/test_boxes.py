@@ -26,7 +26,7 @@ def test_iou_counts_pixels_inclusively() -> None:
 
 def test_giou_counts_them_exclusively_and_falls_below_zero() -> None:
     np.testing.assert_allclose(box.giou(A, B), 36 / 126, rtol=1e-5)
-    far = A + np.float32([100, 0, 100, 0])
+    far = A + np.array([100, 0, 100, 0], np.float32)
     np.testing.assert_allclose(box.giou(A, far), -(109 * 9 - 162) / (109 * 9), rtol=1e-5)
     crossed = np.array([5.0, 5.0, 1.0, 1.0], np.float32)
     assert np.isfinite(box.giou(crossed, A))
@@ -35,7 +35,7 @@ def test_giou_counts_them_exclusively_and_falls_below_zero() -> None:
 @given(st.tuples(_corner, _corner, _side, _side, _corner, _corner, _side, _side))
 def test_decode_inverts_encode(values: tuple[float, ...]) -> None:
     x, y, w, h, ax, ay, aw, ah = values
-    target, anchor = np.float32([x, y, x + w, y + h]), np.float32([ax, ay, ax + aw, ay + ah])
+    target, anchor = np.array([x, y, x + w, y + h], np.float32), np.array([ax, ay, ax + aw, ay + ah], np.float32)
     if max((w + 1) / (aw + 1), (h + 1) / (ah + 1)) > 60:
         return
     for convert in (np.asarray, jnp.asarray):
@@ -44,18 +44,18 @@ def test_decode_inverts_encode(values: tuple[float, ...]) -> None:
 
 
 def test_decoded_sides_are_bounded_above() -> None:
-    wide = box.decode(np.float32([0, 0, 100, 0]), A)
+    wide = box.decode(np.array([0, 0, 100, 0], np.float32), A)
     np.testing.assert_allclose(wide[2] - wide[0] + 1, 10 * 62.5, rtol=1e-5)
 
 
 def test_coco_conversion_is_inclusive_and_inverts() -> None:
-    xyxy = box.from_coco_xywh(np.float32([3, 4, 10, 20]))
+    xyxy = box.from_coco_xywh(np.array([3, 4, 10, 20], np.float32))
     np.testing.assert_array_equal(xyxy, [3, 4, 12, 23])
     np.testing.assert_array_equal(box.to_coco_xywh(xyxy), [3, 4, 10, 20])
 
 
 def test_clip_keeps_to_the_pixels() -> None:
-    found = box.clip(np.float32([-5, 3, 200, 300]), np.float32([100, 50]))
+    found = box.clip(np.array([-5, 3, 200, 300], np.float32), np.array([100, 50], np.float32))
     np.testing.assert_array_equal(found, [0, 3, 49, 99])
 
 

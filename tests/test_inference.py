@@ -45,7 +45,7 @@ def _by_loops(
             p = 1 / (1 + np.exp(-found.logits[0, place, phrase_map[phrase]].astype(np.float64)))
             if p.mean() > config.threshold:
                 center = 1 / (1 + np.exp(-float(found.centerness[0, place])))
-                decoded = box.clip(box.decode(found.deltas[0, place], ANCHORS[place]), np.float32(size))
+                decoded = box.clip(box.decode(found.deltas[0, place], ANCHORS[place]), np.array(size, np.float32))
                 level.append((np.sqrt(p.mean() * center), phrase, decoded))
         level.sort(key=lambda item: -item[0])
         candidates += level[: config.candidates_per_level]
@@ -95,5 +95,5 @@ def test_equal_scores_go_to_the_lowest_index() -> None:
     extent = np.array([CANVAS], np.int32)
     config = DetectionConfig(nms_iou=0.99, max_detections=3)
     detections = _detect(found, phrase_map, extent, config)
-    wanted = box.clip(ANCHORS[:3], np.float32(CANVAS))
+    wanted = box.clip(ANCHORS[:3], np.array(CANVAS, np.float32))
     np.testing.assert_allclose(detections.boxes[0], wanted, atol=1e-4)

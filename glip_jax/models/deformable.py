@@ -63,7 +63,7 @@ class _Samples(NamedTuple):
 def rows_of(maps: Sequence[Float[Array, "B _ _ C"]]) -> Rows:
     """Maps, zero beyond each image's own cells, as rows."""
     padded = [jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(-1, x.shape[-1]) for x in maps]
-    return Rows(jnp.concatenate(padded), tuple(x.shape[:3] for x in maps))
+    return Rows(jnp.concatenate(padded), tuple((x.shape[0], x.shape[1], x.shape[2]) for x in maps))
 
 
 def _samples(taps: Taps, shapes: tuple[tuple[int, int, int], ...]) -> _Samples:
@@ -253,7 +253,8 @@ def deformable_convolution(
     parts = [_samples(t._replace(offsets=t.offsets.astype(jnp.float32)), rows.shapes) for t in taps]
     samples = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
     flat = kernel.reshape(-1, kernel.shape[-1]).astype(rows.values.dtype)
-    out = _convolve(rows.values, samples, flat, form) + bias.astype(rows.values.dtype)
+    convolved: Any = _convolve(rows.values, samples, flat, form)
+    out = convolved + bias.astype(rows.values.dtype)
     shapes = [t.mask.shape[:3] for t in taps]
     ends = np.cumsum([b * h * w for b, h, w in shapes])[:-1].tolist()
     return [part.reshape(*shape, -1) for part, shape in zip(jnp.split(out, ends), shapes)]

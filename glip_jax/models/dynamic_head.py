@@ -18,6 +18,7 @@ from glip_jax.models.deformable import Taps, deformable_convolution, rows_of
 from glip_jax.models.extents import (
     Cells,
     cells_of,
+    grid,
     inside,
     level_mean,
     pack,
@@ -118,7 +119,7 @@ class DynamicConvolution(nn.Module):
     ) -> tuple[Float[Array, "B _ _ C"], ...]:
         """New levels from old ones; `sizes` are each image's cells per level."""
         levels = [zero_beyond(x, size) for x, size in zip(levels, sizes)]
-        count, channels, shapes = len(levels), levels[0].shape[-1], [x.shape[1:3] for x in levels]
+        count, channels, shapes = len(levels), levels[0].shape[-1], [grid(x) for x in levels]
         fan_in = uniform((9 * channels) ** -0.5)
         offset = nn.Conv(27, (3, 3), padding=1, dtype=self.dtype, kernel_init=fan_in, bias_init=fan_in, name="offset")
         attention = nn.Dense(1, dtype=jnp.float32, kernel_init=small_normal, name="attention")

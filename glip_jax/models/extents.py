@@ -18,14 +18,19 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 __all__ = [
-    "Cells", "cells_of", "inside", "level_mean", "level_size", "pack", "resize_bilinear", "resize_nearest", "spread",
-    "unpack", "zero_beyond",
+    "Cells", "cells_of", "grid", "inside", "level_mean", "level_size", "pack", "resize_bilinear", "resize_nearest",
+    "spread", "unpack", "zero_beyond",
 ]  # fmt: skip
 
 
 def level_size(extent: Int[Array, "B 2"], stride: int) -> Int[Array, "B 2"]:
     """Height and width in cells of images of `extent` pixels at `stride`: rounded up, as repeated halving does."""
     return -(-extent // stride)
+
+
+def grid(x: Float[Array, "B h w C"]) -> tuple[int, int]:
+    """Height and width of a map, in cells."""
+    return x.shape[1], x.shape[2]
 
 
 def inside(size: Int[Array, "B 2"], height: int, width: int) -> Bool[Array, "B h w 1"]:

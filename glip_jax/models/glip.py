@@ -16,7 +16,7 @@ from glip_jax.config import HeadConfig, InputConfig, ModelConfig
 from glip_jax.models.bert import Bert, BertLayer, bounded
 from glip_jax.models.dynamic_head import DynamicConvolution
 from glip_jax.models.efficientnet import EfficientNetLite0
-from glip_jax.models.extents import cells_of, inside, level_size, pack, unpack
+from glip_jax.models.extents import cells_of, grid, inside, level_size, pack, unpack
 from glip_jax.models.fusion import Fusion
 from glip_jax.models.initial import small_normal, torch_dense
 from glip_jax.models.pyramid import Pyramid
@@ -52,7 +52,7 @@ class _Block(nn.Module):
     ) -> tuple[tuple[tuple[Float[Array, "B _ _ C"], ...], Float[Array, "B T D"]], None]:
         levels, text = state
         if self.config.fusion.enabled:
-            shapes = [x.shape[1:3] for x in levels]
+            shapes = [grid(x) for x in levels]
             own = cells_of(shapes, sizes).own.any(-1)
             fusion = Fusion(self.config.fusion, self.train, self.dtype, name="fusion")
             visual, text = fusion(pack(levels), text, own, mask)
@@ -76,8 +76,9 @@ class _Head(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=head.blocks,
+            unroll=head.unroll,
         )
         return scan(self.config, self.train, self.dtype, name="tower")
 
@@ -91,7 +92,7 @@ class _Head(nn.Module):
     ) -> Predictions:
         config, channels = self.config, self.config.pyramid.channels
         sizes = tuple(level_size(extent, stride) for stride in config.pyramid.strides)
-        (levels, fused), _ = self._tower(config.head)((levels, text), sizes, mask)
+        (levels, fused), _ = self._tower(config.head)((tuple(levels), text), sizes, mask)
         embedding = fused if config.fusion.enabled else text * mask[..., None]
         embedding = embedding.astype(jnp.float32)
         norm = jnp.sqrt(jnp.maximum(jnp.square(embedding).sum(-1, keepdims=True), 1e-24))
@@ -105,7 +106,7 @@ class _Head(nn.Module):
         center = nn.Dense(1, dtype=jnp.float32, kernel_init=small_normal, name="centerness")
 
         visual = pack(levels)
-        per_anchor = jnp.repeat(scales, np.array([h * w for h, w in (x.shape[1:3] for x in levels)]))
+        per_anchor = jnp.repeat(scales, np.array([h * w for h, w in map(grid, levels)]))
         deltas = box(visual) * per_anchor[:, None]
         aligned = jnp.einsum("bac,btc->bat", visual, tokens.astype(visual.dtype), preferred_element_type=jnp.float32)
         logits = bounded(aligned / jnp.exp(log_scale) + (embedding @ bias_text + bias)[:, None, :])

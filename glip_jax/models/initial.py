@@ -6,13 +6,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.nn.initializers import Initializer
 
 __all__ = ["kaiming_uniform", "small_normal", "torch_dense", "uniform", "xavier_uniform"]
 
 
-def uniform(bound: float) -> Initializer:
-    """U(-bound, bound)."""
+def uniform(bound: float) -> Any:
+    """The initializer U(-bound, bound)."""
 
     def initialise(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)

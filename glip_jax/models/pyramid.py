@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from glip_jax.config import PyramidConfig
-from glip_jax.models.extents import inside, level_size, resize_nearest, zero_beyond
+from glip_jax.models.extents import grid, inside, level_size, resize_nearest, zero_beyond
 from glip_jax.models.initial import kaiming_uniform
 
 __all__ = ["Pyramid", "drop_block"]
@@ -69,7 +69,7 @@ class Pyramid(nn.Module):
             size = level_size(extent, stride)
             lateral = self._conv(f"lateral{level}", 1)(feature)
             if merged is not None:
-                lateral += resize_nearest(merged, level_size(extent, 2 * stride), size, lateral.shape[1:3])
+                lateral += resize_nearest(merged, level_size(extent, 2 * stride), size, grid(lateral))
             merged = kept = zero_beyond(lateral, size)
             if self.train and self.config.drop_block > 0 and stride < 32:
                 kept = drop_block(self.make_rng("dropout"), merged, size, self.config)

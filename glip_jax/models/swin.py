@@ -147,7 +147,7 @@ class _Stage(nn.Module):
                 body,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast),
+                in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=pairs,
             )
             pair = scan(self.heads, self.window, self.train, self.dtype, name="pairs")

@@ -210,7 +210,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     image, extent = jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64)
     tokens = jnp.zeros((1, 4), jnp.int32)
     tree = jax.eval_shape(GLIP(config).init, jax.random.key(0), image, extent, tokens, tokens == 0)["params"]
-    return flax.traverse_util.flatten_dict(tree, sep="/")
+    return dict(flax.traverse_util.flatten_dict(tree, sep="/"))  # pyright: ignore[reportReturnType]
 
 
 def import_state(state: Mapping[str, Shaped[np.ndarray, "..."]], config: ModelConfig) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def _by_loops(x: np.ndarray, offsets: np.ndarray, mask: np.ndarray, kernel: np.n
     return out
 
 
-def _inputs(stride: int) -> tuple[np.ndarray, ...]:
+def _inputs(stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(stride)
     h, w = -(-5 // stride), -(-7 // stride)
     return (
@@ -54,7 +54,8 @@ def _run(
 @pytest.mark.parametrize("stride", [1, 2])
 def test_equals_the_definition(form: Literal["gather", "loop"], stride: int) -> None:
     x, offsets, mask, kernel = _inputs(stride)
-    found = _run(*(jnp.asarray(a, jnp.float32) for a in (x, offsets, mask, kernel)), jnp.ones(4), stride, form)
+    a, b, c, d = (jnp.asarray(a, jnp.float32) for a in (x, offsets, mask, kernel))
+    found = _run(a, b, c, d, jnp.ones(4), stride, form)
     np.testing.assert_allclose(found, _by_loops(x, offsets, mask, kernel, stride) + 1, atol=2e-5)
 
 
@@ -63,19 +64,22 @@ def test_equals_the_definition(form: Literal["gather", "loop"], stride: int) -> 
 def test_gradient_equals_finite_differences_of_the_definition(form: Literal["gather", "loop"], stride: int) -> None:
     arrays = _inputs(stride)
     rng = np.random.default_rng(9)
-    weight = rng.normal(size=_by_loops(*arrays, stride).shape)
+    x, offsets, mask, kernel = arrays
+    weight = rng.normal(size=_by_loops(x, offsets, mask, kernel, stride).shape)
 
-    def loss(*inputs: jax.Array) -> jax.Array:
-        return (_run(*inputs, jnp.zeros(4), stride, form) * weight).sum()
+    def loss(x: Any, offsets: Any, mask: Any, kernel: Any) -> jax.Array:
+        return (_run(x, offsets, mask, kernel, jnp.zeros(4), stride, form) * weight).sum()
 
-    gradients = jax.grad(loss, argnums=(0, 1, 2, 3))(*(jnp.asarray(a, jnp.float32) for a in arrays))
+    a, b, c, d = (jnp.asarray(a, jnp.float32) for a in arrays)
+    gradients = jax.grad(loss, argnums=(0, 1, 2, 3))(a, b, c, d)
     for which, gradient in enumerate(gradients):
         for place in rng.integers(0, arrays[which].size, 12):
             moved = []
             for sign in (1, -1):
-                changed = [a.copy() for a in arrays]
+                changed: Any = [a.copy() for a in arrays]
                 changed[which].reshape(-1)[place] += sign * 1e-6
-                moved.append((_by_loops(*changed, stride) * weight).sum())
+                x, offsets, mask, kernel = changed
+                moved.append((_by_loops(x, offsets, mask, kernel, stride) * weight).sum())
             np.testing.assert_allclose(
                 np.asarray(gradient).reshape(-1)[place], (moved[0] - moved[1]) / 2e-6, atol=2e-3, rtol=2e-4
             )

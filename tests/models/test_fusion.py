@@ -43,7 +43,7 @@ def _plain(params: Any, visual: Any, text: Any, inside: Any, mask: Any, drop: An
     )
 
 
-def _inputs() -> tuple[jax.Array, ...]:
+def _inputs() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     rng = np.random.default_rng(0)
     inside, mask = np.ones((IMAGES, LOCATIONS), bool), np.ones((IMAGES, TOKENS), bool)
     inside[0, 30:], mask[1, 5:] = False, False
@@ -96,7 +96,7 @@ def test_folded_equals_plain_under_dropout(monkeypatch: Any) -> None:
     monkeypatch.setattr(fusion.jax.random, "split", lambda *_: keys)
     table = jnp.asarray(factors.reshape(-1, IMAGES, LOCATIONS, TOKENS), jnp.float32)
     monkeypatch.setattr(fusion, "_dropped", lambda key, weights, rate: weights * table[key])
-    found = module.apply({"params": params}, *inputs, rngs={"dropout": jax.random.key(0)})
+    found: Any = module.apply({"params": params}, *inputs, rngs={"dropout": jax.random.key(0)})
     per_image = factors.transpose(1, 2, 0, 3, 4)
     wanted = _plain(params, *inputs, (jnp.asarray(per_image[0]), jnp.asarray(per_image[1])))
     for a, b in zip(found, wanted, strict=True):

@@ -38,8 +38,8 @@ def _case(seed: int = 0) -> tuple[Predictions, Targets, Batch]:
 
 def _sums(predictions: Predictions, targets: Targets, batch: Batch, loss: LossConfig | None = None) -> LossSums:
     config = Config(model=MODEL, loss=loss or LossConfig())
-    arrays = jax.tree.map(jax.numpy.asarray, (predictions, targets, batch))
-    return jax.tree.map(np.asarray, loss_sums(*arrays, CANVAS, config))
+    found, wanted, given = jax.tree.map(jax.numpy.asarray, (predictions, targets, batch))
+    return jax.tree.map(np.asarray, loss_sums(found, wanted, given, CANVAS, config))
 
 
 def test_token_loss_is_the_focal_loss_of_valid_tokens_inside_the_extent() -> None:
@@ -89,7 +89,7 @@ def test_an_invalid_example_counts_nowhere() -> None:
     found = _sums(predictions, targets, masked)
     assert found.token[0] == found.box[0] == found.centerness[0] == 0
     counted = denominators(jax.tree.map(jax.numpy.asarray, targets), jax.numpy.asarray(masked.valid), 1.0)
-    assert counted == Denominators(1.0, 0.0)
+    assert (float(counted.positives), float(counted.box_weight)) == (1.0, 0.0)
 
 
 def test_no_box_weight_gives_no_box_loss_and_no_nan() -> None:

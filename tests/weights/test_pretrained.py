@@ -56,7 +56,7 @@ def bert_arrays():
                "embeddings.token_type_embeddings.weight": (2, "C")}  # fmt: skip
     sizes = {"C": 8, "M": 12}
     arrays = {
-        name: rng.normal(size=tuple(int(sizes.get(n, n)) for n in shape)).astype(np.float32)
+        name: rng.normal(size=tuple(sizes[n] if isinstance(n, str) else n for n in shape)).astype(np.float32)
         for name, shape in shapes.items()
     }
     return arrays | {"embeddings.position_ids": np.arange(9)[None]}
