@@ -250,5 +250,5 @@ def export_state(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Sh
     state = {}
     for entry in entries(config):
         value = np.asarray(flat[entry.path])
-        state[entry.name] = _to_theirs(value if entry.index is None else value[entry.index], entry.layout)
+        state[entry.name] = _to_theirs(value if entry.index is None else value[entry.index, ...], entry.layout)
     return state

@@ -1,0 +1,99 @@
+"""Settings: contradictions are refused with both values; what differs on resume is listed, cadence is not."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from glip_jax.config import (
+    AnchorConfig,
+    BackboneConfig,
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    FusionConfig,
+    HeadConfig,
+    InputConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PyramidConfig,
+    SourceConfig,
+    TextConfig,
+    TrainConfig,
+    differences,
+    flatten,
+    validate,
+)
+
+
+def _model(**fields: Any) -> Config:
+    return Config(model=ModelConfig(**fields))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (_model(anchors=AnchorConfig((32, 64))), "has 2 entries, model.pyramid.strides 5"),
+        (_model(pyramid=PyramidConfig(strides=(8, 16, 64)), anchors=AnchorConfig((1, 2, 3))), r"\(8, 16, 64\)"),
+        (_model(pyramid=PyramidConfig(channels=100)), "channels 100 is not a multiple of model.head.groups 16"),
+        (_model(text=TextConfig(width=100)), "model.text.width 100 is not a multiple of model.text.heads 12"),
+        (_model(fusion=FusionConfig(width=100)), "model.fusion.width 100"),
+        (_model(text=TextConfig(max_tokens=600)), "max_tokens 600 exceeds model.text.positions 512"),
+        (_model(backbone=BackboneConfig(heads=(5, 6, 12, 24))), r"heads \(5, 6, 12, 24\) do not divide width 96"),
+        (_model(head=HeadConfig(blocks=6, unroll=4)), "blocks 6 is not a multiple of model.head.unroll 4"),
+        (
+            _model(backbone=BackboneConfig(kind="efficientnet_lite0"), input=InputConfig(extent_multiple=16)),
+            "extent_multiple is 16",
+        ),
+        (Config(train=TrainConfig(batch_size=6), optimizer=OptimizerConfig(accumulate=4)), "batch_size 6 .* 4"),
+        (Config(train=TrainConfig(steps=0)), "train.steps is 0"),
+        (Config(checkpoint=CheckpointConfig(every=0)), "checkpoint.every is 0"),
+        (Config(mesh=MeshConfig(data=-1, fsdp=-1)), "more than one -1"),
+        (Config(optimizer=OptimizerConfig(ema_decay=1.0)), "ema_decay is 1.0"),
+        (Config(data=DataConfig(sources={"coco": SourceConfig("x", weight=0.0)})), "data.sources.coco.weight is 0.0"),
+    ],
+)
+def test_contradictions_name_the_setting_and_both_values(config: Config, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(config)
+
+
+def test_the_default_is_sound() -> None:
+    assert validate(Config()) == Config()
+
+
+def test_differences_list_what_changes_numbers_and_only_that() -> None:
+    old = Config(data=DataConfig(sources={"coco": SourceConfig("x")}))
+    saved = json.loads(json.dumps(dict(flatten(old))))
+    assert differences(saved, old) == []
+    free = dataclasses.replace(
+        old,
+        data=dataclasses.replace(old.data, workers=3, prefetch=1),
+        train=dataclasses.replace(old.train, log_every=1, evaluate_every=7),
+        checkpoint=CheckpointConfig(every=5),
+        mesh=MeshConfig(fsdp=2),
+    )
+    assert differences(saved, free) == []
+    other = dataclasses.replace(
+        old,
+        data=dataclasses.replace(old.data, sources={"coco": SourceConfig("x", 2.0), "new": SourceConfig("y")}),
+        optimizer=OptimizerConfig(rate=3e-4),
+    )
+    assert differences(saved, other) == [
+        "data.sources.coco.weight: 1.0 -> 2.0",
+        "data.sources.new.path: (absent) -> y",
+        "data.sources.new.weight: (absent) -> 1.0",
+        "optimizer.rate: 0.0001 -> 0.0003",
+    ]
+    assert differences({**saved, "gone.setting": 1}, old) == ["gone.setting: 1 -> (absent)"]
+
+
+def test_every_field_belongs_to_one_class() -> None:
+    everything = {name for name, _ in flatten(Config())}
+    numbers = {name for name, _ in flatten(Config(), numbers=True)}
+    free = {name for name, _ in flatten(Config(), numbers=False)}
+    assert numbers | free == everything and not numbers & free
+    assert "optimizer.rate" in numbers and "train.log_every" in free and "mesh.data" in free
