@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         arguments = parse(argv, TrainArguments, "train")
         if not arguments.workdir:
-            raise CommandLineError("train: no working folder: expected --workdir=DIR (made if it is not there)")
+            raise CommandLineError("no working folder: expected --workdir=DIR (made if it is not there)")
         if arguments.distributed:
             jax.distributed.initialize()
         config = arguments.config

@@ -1,0 +1,73 @@
+"""Settings that may change speed and memory, but not what the network says."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glip_jax.config import InputConfig, ModelConfig
+from glip_jax.models.glip import GLIP, normalize
+from glip_jax.structures import Predictions
+from tests import tiny_run
+
+MODEL = dataclasses.replace(tiny_run.model(dropout=0.0), head=dataclasses.replace(tiny_run.model().head, blocks=2))
+
+
+def _inputs() -> tuple[Any, ...]:
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(2, 64, 96, 3)).astype(np.float32)
+    extent = np.array([[64, 96], [64, 64]], np.int32)
+    image[1, :, 64:] = 0
+    return image, extent, rng.integers(1, 500, (2, 8)).astype(np.int32), np.ones((2, 8), bool)
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+    return jax.jit(GLIP(MODEL).init)(jax.random.key(1), *_inputs())["params"]
+
+
+def _gradients(model: ModelConfig, params: Any) -> tuple[Predictions, Any]:
+    def loss(params: Any, inputs: Any) -> Any:
+        found: Any = GLIP(model, train=True).apply({"params": params}, *inputs, rngs={"dropout": jax.random.key(0)})
+        return sum(jnp.sin(x).sum() for x in found), found
+
+    gradients, found = jax.jit(jax.grad(loss, has_aux=True))(params, _inputs())
+    return found, gradients
+
+
+@pytest.fixture(scope="module")
+def plain(params: Any) -> tuple[Predictions, Any]:
+    return _gradients(MODEL, params)
+
+
+@pytest.mark.parametrize("change", ["remat", "unroll"])
+def test_remat_and_unrolling_change_nothing(change: str, params: Any, plain: tuple[Predictions, Any]) -> None:
+    other = dataclasses.replace(MODEL, remat="blocks")
+    if change == "unroll":
+        other = dataclasses.replace(MODEL, head=dataclasses.replace(MODEL.head, unroll=2))
+    for a, b in zip(jax.tree.leaves(_gradients(other, params)), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4 * max(1.0, float(jnp.abs(b).max())))
+
+
+def test_bfloat16_computes_coarsely_what_float32_does(params: Any, plain: tuple[Predictions, Any]) -> None:
+    model = dataclasses.replace(MODEL, dtype="bfloat16")
+    found: Any = jax.jit(GLIP(model).apply)({"params": params}, *_inputs())
+    for name, a, b in zip(Predictions._fields, found, plain[0], strict=True):
+        assert a.dtype == jnp.float32, name
+        # 8 bits of mantissa through two blocks; the same to a few per cent, and not exactly the same.
+        difference = float(jnp.abs(a - b).max()) / float(jnp.abs(b).max())
+        assert 0 < difference < 0.1, name
+
+
+def test_normalize_orders_channels_and_zeroes_beyond_the_size() -> None:
+    image = np.zeros((1, 4, 4, 3), np.uint8)
+    image[..., 0], image[..., 2] = 200, 10
+    size = np.array([[2, 3]], np.int32)
+    bgr = np.asarray(normalize(jnp.asarray(image), jnp.asarray(size), InputConfig()))
+    np.testing.assert_allclose(bgr[0, 0, 0], [(10 - 103.53) / 57.375, -116.28 / 57.12, (200 - 123.675) / 58.395], 1e-5)
+    assert not bgr[0, 2:].any() and not bgr[0, :, 3:].any()
+    rgb = normalize(jnp.asarray(image), jnp.asarray(size), InputConfig("rgb", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
+    np.testing.assert_array_equal(np.asarray(rgb)[0, 1, 2], [200, 0, 10])
