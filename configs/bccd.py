@@ -7,7 +7,9 @@ learn from nothing. Paths are relative to the working folder: the photographs wi
     python -m glip_jax data coco data/bccd_photographs/annotations/train.json --images=data/bccd_photographs/images \
         --out=data/bccd/train --names=data/bccd_names.json --licence=MIT
 
-with `data/bccd_names.json` holding NAMES below: the class names of the set mean nothing to a text encoder.
+with `data/bccd_names.json` holding NAMES below, because the class names of the set mean nothing to a text encoder:
+
+    python -c "import json; from configs.bccd import NAMES; print(json.dumps(NAMES))" > data/bccd_names.json
 """
 
 from glip_jax.config import (

@@ -107,8 +107,8 @@ def level_shape(canvas: tuple[int, int], stride: int) -> tuple[int, int]:
 def anchors(canvas: tuple[int, int], strides: Sequence[int], sizes: Sequence[int]) -> Float32[np.ndarray, "A 4"]:
     """One square anchor per location, levels in order, row-major (glip-reference 2.10).
 
-    Cell boxes are centred at (stride - 1) / 2 and reach (size - 1) / 2 to both sides, rounded to whole pixels around
-    an inclusive side of `size`: [-28, -28, 35, 35] for stride 8 and size 64.
+    Cell boxes are centred at (stride - 1) / 2 and reach (size - 1) / 2 to both sides, so that their inclusive side is
+    `size`: [-28, -28, 35, 35] for stride 8 and size 64.
     """
     parts = []
     for stride, size in zip(strides, sizes, strict=True):

@@ -191,7 +191,7 @@ class DataConfig:
     """Candidate lengths of the short side, pixels; one per step."""
     long_side: int = 1333
     """Upper bound of the long side, pixels."""
-    aspects: tuple[float, ...] = (0.75, 1.0, 1.333333)
+    aspects: tuple[float, ...] = (0.666667, 0.75, 1.0, 1.333333, 1.5)
     """Height / width of the canvases; each record goes to the nearest (in log). Each pair of short side and aspect is one compiled shape."""
     flip: float = 0.5
     max_boxes: int = 100

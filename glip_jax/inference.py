@@ -70,7 +70,7 @@ def detect(
             height, width = box.level_shape(canvas, stride)
             end = begin + height * width
             own = inside(level_size(extent[None], stride), height, width).reshape(-1)
-            score = jax.nn.sigmoid(part.logits[begin:end]) @ share.T
+            score = jnp.matmul(jax.nn.sigmoid(part.logits[begin:end]), share.T, precision=jax.lax.Precision.HIGHEST)
             candidate = (score > config.threshold) & own[:, None]
             score = score * jax.nn.sigmoid(part.centerness[begin:end, None])
             score = jnp.where(candidate, score, 0.0).reshape(-1)

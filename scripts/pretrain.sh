@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains.
 #   scripts/pretrain.sh                       the demo: environment, picture scenes, training, evaluation, a drawn page
-#   scripts/pretrain.sh --short               the same in a minute or so, to see that everything works (used by .ci/run)
+#   scripts/pretrain.sh --short               the same with 40 scenes and 20 steps, to see that everything works (used by .ci/run)
 #   scripts/pretrain.sh --config=configs/NAME.py --workdir=DIR [...]   environment, then `python -m glip_jax train` with these
 # The same command again goes on where it stopped. Ctrl-C is safe.
 set -euo pipefail

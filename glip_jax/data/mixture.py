@@ -246,7 +246,8 @@ class Mixture:
         """Every canvas that the schedule holds: one compiled shape each."""
         data = self.config.data
         used = [a for a, count in zip(data.aspects, self.schedule.counts) if count]
-        sizes = {transforms.canvas_size(side, a, data.long_side) for a in used for side in data.short_sides}
+        multiple = self.config.model.input.extent_multiple
+        sizes = {transforms.canvas_size(side, a, data.long_side, multiple) for a in used for side in data.short_sides}
         return tuple(sorted(sizes))
 
     def describe(self, source: int, record: int) -> str:
@@ -306,7 +307,9 @@ def _bucket(config: Config, plan: Schedule, step: int) -> tuple[int, tuple[int, 
     """Short side and canvas of a step."""
     data = config.data
     short_side = data.short_sides[plan.occurrence(step) % len(data.short_sides)]
-    return short_side, transforms.canvas_size(short_side, data.aspects[plan.aspect(step)], data.long_side)
+    return short_side, transforms.canvas_size(
+        short_side, data.aspects[plan.aspect(step)], data.long_side, config.model.input.extent_multiple
+    )
 
 
 def _open(name: str, source: SourceConfig) -> Shards:

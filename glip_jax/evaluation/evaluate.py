@@ -102,7 +102,9 @@ def evaluate_set(
     interval = 0.2 if sys.stderr.isatty() else 30.0
     with tqdm(total=len(entries), desc=f"evaluate {name}".strip(), unit="image", disable=not progress,
               mininterval=interval, maxinterval=interval) as bar:  # fmt: skip
-        for group in _groups(entries, config.evaluation.batch_size):
+        # Images of one shape share a step: in file order much of each batch would be padding.
+        alike = sorted(entries, key=lambda entry: entry.get("height", 1) / max(entry.get("width", 1), 1))
+        for group in _groups(alike, config.evaluation.batch_size):
             images = [read_image(folder, entry) for entry in group]
             for entry, found in zip(group, detector.categories(images, prompts), strict=True):
                 detections[entry["id"]] = Detections(*(np.asarray(field) for field in found))

@@ -84,23 +84,28 @@ class Fusion(nn.Module):
         )
 
         # Folding sums over few text rows and many products: float32.
+        exact = jax.lax.Precision.HIGHEST
         text32 = text.astype(jnp.float32)
         by_head = (*text.shape[:2], heads, depth)
-        keys = (text32 @ key.kernel + key.bias).reshape(by_head) * depth**-0.5
-        values = (text32 @ text_value.kernel + text_value.bias).reshape(by_head)
+        keys = (jnp.matmul(text32, key.kernel, precision=exact) + key.bias).reshape(by_head) * depth**-0.5
+        values = (jnp.matmul(text32, text_value.kernel, precision=exact) + text_value.bias).reshape(by_head)
         operands = _Operands(
-            jnp.einsum("bthd,chd->hbtc", keys, query.kernel.reshape(channels, heads, depth)).astype(self.dtype),
-            jnp.einsum("bthd,hd->hbt", keys, query.bias.reshape(heads, depth)),
-            jnp.einsum("bthd,hdc->hbtc", values, output.kernel.reshape(heads, depth, channels)).astype(self.dtype),
+            jnp.einsum("bthd,chd->hbtc", keys, query.kernel.reshape(channels, heads, depth), precision=exact).astype(
+                self.dtype
+            ),
+            jnp.einsum("bthd,hd->hbt", keys, query.bias.reshape(heads, depth), precision=exact),
+            jnp.einsum("bthd,hdc->hbtc", values, output.kernel.reshape(heads, depth, channels), precision=exact).astype(
+                self.dtype
+            ),
         )
         rate = config.dropout if self.train else 0.0
         random = jax.random.split(self.make_rng("dropout"), (heads, 2)) if rate > 0 else None
         for_image, for_text, share = _attend(visual, operands, inside, mask, random, rate)
 
         # Dropout makes the attention over the image sum to `share`, not to 1; the value's bias goes with it.
-        read = jnp.einsum("hbtc,chd->bthd", for_text, value.kernel.reshape(channels, heads, depth))
+        read = jnp.einsum("hbtc,chd->bthd", for_text, value.kernel.reshape(channels, heads, depth), precision=exact)
         read += jnp.moveaxis(share, 0, 2)[..., None] * value.bias.reshape(heads, depth)
-        new_text = read.reshape(*text.shape[:2], -1) @ text_output.kernel + text_output.bias
+        new_text = jnp.matmul(read.reshape(*text.shape[:2], -1), text_output.kernel, precision=exact) + text_output.bias
         visual = visual + (gamma * (for_image + output.bias)).astype(self.dtype)
         return visual, text + (text_gamma * new_text).astype(self.dtype)
 

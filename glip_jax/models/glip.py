@@ -102,8 +102,9 @@ class _Head(nn.Module):
         bias = self.param("bias0", nn.initializers.constant(-math.log(99)), (1,))
         log_scale = self.param("log_scale", nn.initializers.zeros, (1,))
         scales = self.param("scales", nn.initializers.ones, (len(levels),))
-        box = nn.Dense(4, dtype=jnp.float32, kernel_init=small_normal, name="box")
-        center = nn.Dense(1, dtype=jnp.float32, kernel_init=small_normal, name="centerness")
+        exact = jax.lax.Precision.HIGHEST
+        box = nn.Dense(4, dtype=jnp.float32, kernel_init=small_normal, precision=exact, name="box")
+        center = nn.Dense(1, dtype=jnp.float32, kernel_init=small_normal, precision=exact, name="centerness")
 
         visual = pack(levels)
         per_anchor = jnp.repeat(scales, np.array([h * w for h, w in map(grid, levels)]))

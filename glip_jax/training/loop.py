@@ -300,7 +300,9 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(each, handler)
 
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        # With several processes SIGTERM belongs to jax, which tells all of them.
+        numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
+        for number in numbers:
             previous[number] = signal.signal(number, note)
     except ValueError:  # not the main thread: signals are someone else's
         pass

@@ -88,7 +88,7 @@ def groups(params: Params, model: ModelConfig, optimizer: OptimizerConfig) -> di
             rate = optimizer.text_rate
         elif path.startswith("backbone/"):
             rate = optimizer.rate * optimizer.backbone_rate_factor
-        if "bias" in path.rsplit("/", 1)[-1]:  # bias, bias_table, bias_lang, bias0
+        if "bias" in path.rsplit("/", 1)[-1]:  # bias, bias_table, bias_text, bias0, *_bias
             rate, decay = rate * optimizer.bias_rate_factor, optimizer.bias_decay
         result[path] = Group(0.0, 0.0) if frozen(path, model) else Group(rate, decay)
     return result

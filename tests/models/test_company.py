@@ -161,21 +161,24 @@ def test_alone_at_its_extent(coarse: Coarse, size: tuple[int, int], extent: tupl
     _assert_same(_results(coarse, [other, example], 1, CANVAS, TOKENS), alone)
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_any_company(seed: int) -> None:
-    """Random extents in one compiled shape: slot and neighbour are inert."""
+@pytest.mark.parametrize(
+    ("seed", "coarse", "canvas"),
+    [(seed, "flat", CANVAS) for seed in range(8)] + [(seed, "resized", (168, 136)) for seed in range(8, 12)],
+)
+def test_any_company(seed: int, coarse: Coarse, canvas: tuple[int, int]) -> None:
+    """Random extents in one compiled shape: slot, neighbours and what they hold are inert."""
     rng = np.random.default_rng([seed, 99])
 
     def draw(number: int) -> dict[str, Any]:
-        extent = int(rng.integers(33, CANVAS[0] + 1)), int(rng.integers(33, CANVAS[1] + 1))
+        extent = int(rng.integers(33, canvas[0] + 1)), int(rng.integers(33, canvas[1] + 1))
         if seed % 2:
-            extent = min(-(-extent[0] // 32) * 32, 128), min(-(-extent[1] // 32) * 32, 160)
+            extent = min(-(-extent[0] // 32) * 32, 128), min(-(-extent[1] // 32) * 32, 128)
         size = extent[0] - int(rng.integers(0, 9)), extent[1] - int(rng.integers(0, 9))
         return _example(100 * seed + number, size, extent)
 
-    example, left, right = draw(0), draw(1), draw(2)
-    first = _results("flat", [example, left], 0, CANVAS, TOKENS)
-    _assert_same(_results("flat", [right, example], 1, CANVAS, TOKENS), first)
+    example, *others = (draw(number) for number in range(5))
+    first = _results(coarse, [example, *others[:2]], 0, canvas, TOKENS)
+    _assert_same(_results(coarse, [others[2], others[3], example], 2, canvas, TOKENS), first)
 
 
 def test_the_extent_itself_matters() -> None:

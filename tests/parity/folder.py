@@ -74,11 +74,18 @@ def model_config(meta: Mapping[str, Any]) -> ModelConfig:
 
     Raises FixtureError for an option that the format does not know, or sizes that contradict one another.
     """
+    absent = [key for key in ("config", "opts", "bert", "fuse", "vocab") if key not in meta]
+    if absent:
+        raise FixtureError(f"meta.json lacks {', '.join(absent)}")
+    if meta["config"] != "glip_t":
+        raise FixtureError(f"meta.json is of config {meta['config']!r}: the format's folders override 'glip_t'")
+    if len(meta["opts"]) % 2:
+        raise FixtureError(f"meta.json's opts has {len(meta['opts'])} entries: expected names and values in turn")
     options = dict(zip(meta["opts"][::2], meta["opts"][1::2], strict=True))
     unknown = sorted(set(options) - set(_OPTIONS))
     if unknown:
         raise FixtureError(f"meta.json has options that this reader does not know: {', '.join(unknown)}")
-    values = {name: ast.literal_eval(value) for name, value in options.items()}
+    values = {name: _literal(name, value) for name, value in options.items()}
     fields: dict[str, dict[str, Any]] = {"backbone": {}, "pyramid": {}, "head": {}, "text": {}}
     for name, place in _OPTIONS.items():
         if place and name in values:
@@ -111,6 +118,21 @@ def model_config(meta: Mapping[str, Any]) -> ModelConfig:
     return model
 
 
+def _literal(name: str, value: str) -> Any:
+    """A value of `opts`; sequences as tuples."""
+    try:
+        found = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        raise FixtureError(f"meta.json: {name} is {value!r}, which is no number and no tuple") from None
+    return tuple(found) if isinstance(found, list) else found
+
+
+def _columns(rows: np.ndarray, tokens: int) -> np.ndarray:
+    """Token maps at the width of the caption's tokens: the original stores 256 columns whatever its limit."""
+    rows = rows[:, :tokens] > 0
+    return np.pad(rows, ((0, 0), (0, tokens - rows.shape[1])))
+
+
 class Case(NamedTuple):
     """Inputs and outputs of one npz file (or two)."""
 
@@ -122,13 +144,17 @@ class Case(NamedTuple):
     """Float32[B H W 3], normalised, zero beyond each image's size."""
     class_map: np.ndarray
     """Bool[B P T]: the tokens of each class label."""
+    captions: tuple[str, ...]
     wanted: Mapping[str, np.ndarray]
 
 
-def _batch(inputs: Mapping[str, np.ndarray], prefix: str, tokens: int) -> tuple[Batch, np.ndarray, np.ndarray]:
-    def get(name: str) -> np.ndarray:
-        return inputs[prefix + name]
+def _batch(name: str, inputs: Mapping[str, np.ndarray], prefix: str) -> tuple[Batch, np.ndarray, np.ndarray]:
+    def get(field: str) -> np.ndarray:
+        if prefix + field not in inputs:
+            raise FixtureError(f"the inputs of {name} lack {prefix + field}")
+        return inputs[prefix + field]
 
+    tokens = get("input_ids").shape[1]
     height, width = (int(n) for n in get("images_padded_shape")[2:])
     counts = get("num_boxes").tolist()
     images, number = len(counts), max(max(counts), 1)
@@ -142,10 +168,10 @@ def _batch(inputs: Mapping[str, np.ndarray], prefix: str, tokens: int) -> tuple[
         image[i, : pixels.shape[0], : pixels.shape[1]] = pixels
         boxes[i, :count] = get("boxes")[begin : begin + count]
         box_mask[i, :count] = True
-        positive_map[i, :count] = get("positive_map")[begin : begin + count] > 0
+        positive_map[i, :count] = _columns(get("positive_map")[begin : begin + count], tokens)
         begin += count
     extent = np.tile(np.asarray([height, width], np.int32), (images, 1))
-    class_map = np.tile((get("eval_class_token_map") > 0)[None], (images, 1, 1))
+    class_map = np.tile(_columns(get("eval_class_token_map"), tokens)[None], (images, 1, 1))
     batch = Batch(
         image=np.zeros((images, height, width, 3), np.uint8), size=get("image_sizes").astype(np.int32), extent=extent,
         tokens=get("input_ids").astype(np.int32), token_mask=get("attention_mask") > 0, boxes=boxes,
@@ -156,20 +182,27 @@ def _batch(inputs: Mapping[str, np.ndarray], prefix: str, tokens: int) -> tuple[
 
 
 def read_cases(folder: Path) -> tuple[list[Case], list[str]]:
-    """Every case of the folder, and the names of files that belong to none."""
+    """Every case of the folder, and the names of files that are of no case or whose case cannot run."""
     meta = read_meta(folder)
     model = model_config(meta)
+    if not (folder / "model_t.safetensors").is_file():
+        raise FixtureError(f"{folder / 'model_t.safetensors'} is missing: every case needs its weights")
     state = load_file(folder / "model_t.safetensors")
-    cases, used = [], {"inputs.npz", "model_t.safetensors", "meta.json"}
+    cases, used, left = [], {"model_t.safetensors", "meta.json", "inputs.npz"}, []
     for name in ("out_t", "out_a", "odd_t", "full_caption_t", "levels_t"):
         path = folder / f"{name}.npz"
         if not path.is_file():
             continue
-        used.add(path.name)
         wanted = dict(np.load(path))
+        needs = [] if "in.input_ids" in wanted else ["inputs.npz"]
+        needs += ["model_a_rpn_only.safetensors"] if name == "out_a" else []
+        missing = [need for need in needs if not (folder / need).is_file()]
+        used |= {path.name, *needs}
+        if missing:
+            left.append(f"{path.name} ({', '.join(missing)} missing)")
+            continue
         own_model, own_state = model, state
         if name == "out_a":
-            used.add("model_a_rpn_only.safetensors")
             own_model = dataclasses.replace(model, fusion=dataclasses.replace(model.fusion, enabled=False))
             rest = {k: v for k, v in state.items() if not k.startswith("rpn.")}
             own_state = rest | load_file(folder / "model_a_rpn_only.safetensors")
@@ -177,9 +210,10 @@ def read_cases(folder: Path) -> tuple[list[Case], list[str]]:
             sizes = wanted["anchor_sizes"] if "anchor_sizes" in wanted else wanted["in.anchor_sizes"]
             own_model = dataclasses.replace(own_model, anchors=AnchorConfig(tuple(int(n) for n in sizes)))
         inputs, prefix = (wanted, "in.") if "in.input_ids" in wanted else (dict(np.load(folder / "inputs.npz")), "")
-        batch, image, class_map = _batch(inputs, prefix, own_model.text.max_tokens)
+        batch, image, class_map = _batch(name, inputs, prefix)
+        captions = tuple(np.atleast_1d(inputs.get(f"{prefix}captions", np.array([], str))).tolist())
         config = validate(Config(name=name, model=own_model, loss=LossConfig(last_token_negative=False)))
         params = import_state(own_state, own_model)
-        cases.append(Case(name, config, params, batch, image, class_map, wanted))
+        cases.append(Case(name, config, params, batch, image, class_map, captions, wanted))
     others = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name not in used)
-    return cases, others
+    return cases, [*left, *others]
