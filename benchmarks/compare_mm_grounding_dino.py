@@ -2,8 +2,9 @@
 
 Full sizes, random weights, 480 x 640 pixels, 256 tokens, batch 1, float32: `forward` in evaluation mode, and `step`,
 forward + loss + backward in training mode (dropout on; targets assigned, no optimizer). Each side lives in a process of
-its own, pinned to the first cores; rounds alternate between them, so that other load hits both. The peak of resident
-memory counts the process's own start, parameters and compilation.
+its own, pinned to the first cores; rounds alternate between them, so that other load hits both. Both get huge pages
+from the allocator, as `scripts/` sets it. Memory is the peak of what is resident after two uncounted runs: parameters
+and gradients, but no compilation.
 
     python -m benchmarks.compare_mm_grounding_dino --threads 1 2 --rounds 3
 """
@@ -25,8 +26,8 @@ MODES = ("forward", "step")
 Runs = dict[str, Callable[[], None]]
 
 
-def glip_runs() -> Runs:
-    """Ours, compiled ahead."""
+def glip_runs(remat: str) -> Runs:
+    """Ours, compiled at the first call."""
     import jax
 
     from benchmarks.sample import abstract_params, made_batch, tiny
@@ -34,7 +35,7 @@ def glip_runs() -> Runs:
     from glip_jax.parallel import make_mesh
     from glip_jax.training.step import first_gradients, glip_objective
 
-    config = tiny()
+    config = tiny(remat=remat)
     init, _ = abstract_params(config)
     params = jax.block_until_ready(jax.jit(init)(jax.random.key(0)))
     batch = jax.tree.map(jax.numpy.asarray, made_batch(config, HEIGHT, WIDTH, boxes=BOXES))
@@ -109,9 +110,14 @@ def peak_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def work(side: str, threads: int) -> None:
+def forget_peak() -> None:
+    """Starts the peak of resident memory anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def work(side: str, threads: int, remat: str) -> None:
     """Answers each line `mode` on standard input with its seconds and the peak of memory so far."""
-    runs = glip_runs() if side == "glip_jax" else peer_runs(threads)
+    runs = glip_runs(remat) if side == "glip_jax" else peer_runs(threads)
     warm: set[str] = set()
     print("ready", flush=True)
     for line in sys.stdin:
@@ -120,6 +126,8 @@ def work(side: str, threads: int) -> None:
             start = time.perf_counter()
             runs[mode]()
             print(f"{side}: first {mode} (with compilation) {time.perf_counter() - start:.1f} s", file=sys.stderr)
+            runs[mode]()
+            forget_peak()
             warm.add(mode)
         start = time.perf_counter()
         runs[mode]()
@@ -129,12 +137,13 @@ def work(side: str, threads: int) -> None:
 class Worker:
     """A side in its own process, pinned to the first `threads` cores."""
 
-    def __init__(self, side: str, threads: int) -> None:
+    def __init__(self, side: str, threads: int, remat: str) -> None:
         cores = sorted(os.sched_getaffinity(0))[:threads]
         if len(cores) < threads:
             raise SystemExit(f"--threads {threads}: this process may use {len(cores)} cores only")
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "benchmarks.compare_mm_grounding_dino", "--worker", side]
+        environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        command = [sys.executable, "-m", "benchmarks.compare_mm_grounding_dino", "--worker", side, "--remat", remat]
         self.process = subprocess.Popen(
             ["taskset", "-c", ",".join(map(str, cores)), *command, "--threads", str(threads)],
             stdin=subprocess.PIPE,
@@ -157,9 +166,9 @@ class Worker:
         return json.loads(self._answer())
 
 
-def compare(threads: int, rounds: int, modes: list[str]) -> None:
+def compare(threads: int, rounds: int, modes: list[str], remat: str) -> None:
     """Prints a table of medians for one number of threads."""
-    workers = {side: Worker(side, threads) for side in SIDES}
+    workers = {side: Worker(side, threads, remat) for side in SIDES}
     for mode in modes:
         results: dict[str, list[dict]] = {side: [] for side in SIDES}
         for _ in range(rounds):
@@ -186,16 +195,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--remat", choices=("none", "elementwise", "blocks"), default="none")
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        work(arguments.worker, arguments.threads[0])
+        work(arguments.worker, arguments.threads[0], arguments.remat)
         return
     print(
         "| threads | mode | side | median s | range s | peak GiB | ratio |\n|---|---|---|---|---|---|---|", flush=True
     )
     for threads in arguments.threads:
-        compare(threads, arguments.rounds, arguments.modes)
+        compare(threads, arguments.rounds, arguments.modes, arguments.remat)
 
 
 if __name__ == "__main__":

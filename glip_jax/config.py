@@ -13,9 +13,13 @@ from typing import Any, Literal
 __all__ = [
     "AnchorConfig", "BackboneConfig", "CaptionConfig", "CheckpointConfig", "Config", "ConfigError", "DataConfig",
     "DetectionConfig", "EvaluationConfig", "EvaluationSet", "FusionConfig", "HeadConfig", "InitConfig", "InputConfig",
-    "LossConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "PyramidConfig", "SourceConfig", "TextConfig",
+    "LossConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "PyramidConfig", "Remat", "SourceConfig", "TextConfig",
     "TrainConfig", "differences", "flatten", "validate",
 ]  # fmt: skip
+
+
+Remat = Literal["none", "elementwise", "blocks"]
+"""What the backward pass computes again of Swin blocks, BERT layers and head blocks."""
 
 
 class ConfigError(ValueError):
@@ -131,8 +135,8 @@ class ModelConfig:
     anchors: AnchorConfig = AnchorConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations; parameters, statistics, boxes and losses are float32."""
-    remat: Literal["none", "blocks"] = "none"
-    """`blocks`: keep only the inputs of Swin blocks, BERT layers and head blocks for the backward pass."""
+    remat: Remat = "none"
+    """`elementwise` computes norms, activations and dropout again, `blocks` all of a block but its inputs."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from glip_jax.config import TextConfig
+from glip_jax.config import Remat, TextConfig
 from glip_jax.models.initial import torch_dense
+from glip_jax.models.remat import rematerialized
 
 __all__ = ["Bert", "BertLayer", "LOGIT_BOUND", "bounded"]
 
@@ -91,14 +92,14 @@ class Bert(nn.Module):
     config: TextConfig
     train: bool = False
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T C"]:
         """Token ids and mask to hidden states of the last layer; padding rows are not zeroed."""
         train = self.train and not self.config.frozen
         x = _Embeddings(self.config, train, self.dtype, name="embeddings")(tokens)
-        layer = nn.remat(BertLayer, prevent_cse=False) if self.remat else BertLayer
+        layer = rematerialized(BertLayer, self.remat)
         layers = nn.scan(
             layer,
             variable_axes={"params": 0},

@@ -24,6 +24,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from glip_jax.models.remat import costly
+
 __all__ = ["Rows", "Taps", "deformable_convolution", "rows_of"]
 
 _TAPS = 9
@@ -253,7 +255,7 @@ def deformable_convolution(
     parts = [_samples(t._replace(offsets=t.offsets.astype(jnp.float32)), rows.shapes) for t in taps]
     samples = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
     flat = kernel.reshape(-1, kernel.shape[-1]).astype(rows.values.dtype)
-    convolved: Any = _convolve(rows.values, samples, flat, form)
+    convolved = costly(_convolve(rows.values, samples, flat, form))
     out = convolved + bias.astype(rows.values.dtype)
     shapes = [t.mask.shape[:3] for t in taps]
     ends = np.cumsum([b * h * w for b, h, w in shapes])[:-1].tolist()

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float
 from glip_jax.config import FusionConfig
 from glip_jax.models.bert import bounded
 from glip_jax.models.initial import xavier_uniform
+from glip_jax.models.remat import costly
 
 __all__ = ["Fusion"]
 
@@ -38,12 +39,21 @@ class _Operands(NamedTuple):
     values: Float[Array, "heads B T C"]
 
 
-def _dropped(key: jax.Array | None, weights: Float[Array, "B A T"], rate: float) -> Float[Array, "B A T"]:
+def _dropped(kept: Bool[Array, "B A T"] | None, weights: Float[Array, "B A T"], rate: float) -> Float[Array, "B A T"]:
+    return weights if kept is None else jnp.where(kept, weights / (1.0 - rate), 0.0)
+
+
+def _kept(
+    key: jax.Array | None, shape: tuple[int, ...], rate: float
+) -> tuple[Bool[Array, "B A T"] | None, Bool[Array, "B A T"] | None]:
+    """Which weights of either direction dropout keeps.
+
+    16 random bits are enough to decide, so one draw of 32 serves both directions.
+    """
     if key is None:
-        return weights
-    # 16 random bits a weight are enough to decide, and half the work of a float.
-    kept = jax.random.bits(key, weights.shape, jnp.uint16) >= round(rate * 65536)
-    return jnp.where(kept, weights / (1.0 - rate), 0.0)
+        return None, None
+    bits, least = jax.random.bits(key, shape, jnp.uint32), round(rate * 65536)
+    return (bits >> 16) >= least, (bits & 0xFFFF) >= least
 
 
 class Fusion(nn.Module):
@@ -99,7 +109,7 @@ class Fusion(nn.Module):
             ),
         )
         rate = config.dropout if self.train else 0.0
-        random = jax.random.split(self.make_rng("dropout"), (heads, 2)) if rate > 0 else None
+        random = jax.random.split(self.make_rng("dropout"), heads) if rate > 0 else None
         for_image, for_text, share = _attend(visual, operands, inside, mask, random, rate)
 
         # Dropout makes the attention over the image sum to `share`, not to 1; the value's bias goes with it.
@@ -128,17 +138,18 @@ def _attend(
     def head(
         for_image: Float[Array, "B A C"], item: tuple[_Operands, Any]
     ) -> tuple[Float[Array, "B A C"], tuple[Float[Array, "B T C"], Float[Array, "B T"]]]:
-        own, keys = item
+        own, key = item
         logits = jnp.einsum("bac,btc->bat", visual, own.keys, preferred_element_type=jnp.float32)
         logits = bounded(logits + own.key_bias[:, None, :])
         over_text = jax.nn.softmax(jnp.where(mask[:, None, :], logits, _NEVER), axis=2)
-        over_text = _dropped(None if keys is None else keys[0], over_text, rate).astype(visual.dtype)
+        kept_of_text, kept_of_image = _kept(key, logits.shape, rate)
+        over_text = _dropped(kept_of_text, over_text, rate).astype(visual.dtype)
         for_image += jnp.einsum("bat,btc->bac", over_text, own.values, preferred_element_type=jnp.float32)
         over_image = jax.nn.softmax(jnp.where(inside[:, :, None], logits, _NEVER), axis=1)
-        over_image = _dropped(None if keys is None else keys[1], over_image, rate)
+        over_image = _dropped(kept_of_image, over_image, rate)
         read = jnp.einsum("bat,bac->btc", over_image.astype(visual.dtype), visual, preferred_element_type=jnp.float32)
         return for_image, (read, over_image.sum(1))
 
     start = jnp.zeros(visual.shape, jnp.float32)
     for_image, (for_text, share) = jax.lax.scan(head, start, (operands, random))
-    return for_image, for_text, share
+    return costly((for_image, for_text, share))

@@ -21,6 +21,7 @@ from glip_jax.models.extents import cells_of, grid, inside, level_size, pack, un
 from glip_jax.models.fusion import Fusion
 from glip_jax.models.initial import small_normal, torch_dense
 from glip_jax.models.pyramid import Pyramid
+from glip_jax.models.remat import rematerialized
 from glip_jax.models.swin import Swin
 from glip_jax.structures import Predictions
 
@@ -72,7 +73,7 @@ class _Head(nn.Module):
     dtype: Any
 
     def _tower(self, head: HeadConfig) -> Any:
-        block = nn.remat(_Block, prevent_cse=False) if self.config.remat == "blocks" else _Block
+        block = rematerialized(_Block, self.config.remat)
         scan = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -123,7 +124,7 @@ class GLIP(nn.Module):
 
     def setup(self) -> None:
         """Builds the four parts: backbone, pyramid, text, head."""
-        config, dtype, remat = self.config, jnp.dtype(self.config.dtype), self.config.remat == "blocks"
+        config, dtype, remat = self.config, jnp.dtype(self.config.dtype), self.config.remat
         match config.backbone.kind:
             case "swin":
                 self.backbone = Swin(config.backbone, self.train, dtype, remat)

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from glip_jax.config import BackboneConfig
+from glip_jax.config import BackboneConfig, Remat
 from glip_jax.models.extents import level_size, zero_beyond
 from glip_jax.models.initial import torch_dense
+from glip_jax.models.remat import rematerialized
 
 __all__ = ["Swin"]
 
@@ -134,7 +135,7 @@ class _Stage(nn.Module):
     window: int
     train: bool
     dtype: Any
-    remat: bool
+    remat: Remat
 
     @nn.compact
     def __call__(
@@ -142,7 +143,7 @@ class _Stage(nn.Module):
     ) -> Float[Array, "B h w C"]:
         pairs = self.depth // 2
         if pairs:
-            body = nn.remat(_Pair, prevent_cse=False) if self.remat else _Pair
+            body = rematerialized(_Pair, self.remat)
             scan = nn.scan(
                 body,
                 variable_axes={"params": 0},
@@ -179,7 +180,7 @@ class Swin(nn.Module):
     config: BackboneConfig
     train: bool = False
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(

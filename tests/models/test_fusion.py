@@ -91,11 +91,10 @@ def test_folded_equals_plain_under_dropout(monkeypatch: Any) -> None:
     factors = (rng.uniform(size=(CONFIG.heads, 2, IMAGES, LOCATIONS, TOKENS)) > 0.25) / 0.75
     module = Fusion(CONFIG, train=True, dtype=jnp.float32)
     params, inputs = _params(Fusion(CONFIG, train=False, dtype=jnp.float32)), _inputs()
-    # The module splits its key per head and direction; the stand-in reads the number of the key instead.
-    keys = jnp.arange(CONFIG.heads * 2).reshape(CONFIG.heads, 2)
-    monkeypatch.setattr(fusion.jax.random, "split", lambda *_: keys)
-    table = jnp.asarray(factors.reshape(-1, IMAGES, LOCATIONS, TOKENS), jnp.float32)
-    monkeypatch.setattr(fusion, "_dropped", lambda key, weights, rate: weights * table[key])
+    # The module splits its key per head; the stand-in reads the number of the head instead.
+    monkeypatch.setattr(fusion.jax.random, "split", lambda *_: jnp.arange(CONFIG.heads))
+    table = jnp.asarray(factors, bool)
+    monkeypatch.setattr(fusion, "_kept", lambda head, shape, rate: (table[head, 0], table[head, 1]))
     found: Any = module.apply({"params": params}, *inputs, rngs={"dropout": jax.random.key(0)})
     per_image = factors.transpose(1, 2, 0, 3, 4)
     wanted = _plain(params, *inputs, (jnp.asarray(per_image[0]), jnp.asarray(per_image[1])))
@@ -104,12 +103,17 @@ def test_folded_equals_plain_under_dropout(monkeypatch: Any) -> None:
 
 
 def test_dropout_keeps_the_mean() -> None:
-    from glip_jax.models.fusion import _dropped
+    from glip_jax.models.fusion import _dropped, _kept
 
     weights = jnp.ones((4, 100, 100))
-    dropped = _dropped(jax.random.key(0), weights, 0.1)
-    assert abs(float(dropped.mean()) - 1) < 0.01
-    assert abs(float((dropped == 0).mean()) - 0.1) < 0.01
+    both = _kept(jax.random.key(0), weights.shape, 0.1)
+    for kept in both:
+        dropped = _dropped(kept, weights, 0.1)
+        assert abs(float(dropped.mean()) - 1) < 0.01
+        assert abs(float((dropped == 0).mean()) - 0.1) < 0.01
+    # The directions drop independently: both keep 0.9 x 0.9.
+    assert both[0] is not None and both[1] is not None
+    assert abs(float((both[0] & both[1]).mean()) - 0.81) < 0.01
 
 
 def test_peak_memory_is_of_one_head_not_of_all() -> None:

@@ -43,11 +43,12 @@ def plain(params: Any) -> tuple[Predictions, Any]:
     return _gradients(MODEL, params)
 
 
-@pytest.mark.parametrize("change", ["remat", "unroll"])
+@pytest.mark.parametrize("change", ["blocks", "elementwise", "unroll"])
 def test_remat_and_unrolling_change_nothing(change: str, params: Any, plain: tuple[Predictions, Any]) -> None:
-    other = dataclasses.replace(MODEL, remat="blocks")
     if change == "unroll":
         other = dataclasses.replace(MODEL, head=dataclasses.replace(MODEL.head, unroll=2))
+    else:
+        other = dataclasses.replace(MODEL, remat=change)
     for a, b in zip(jax.tree.leaves(_gradients(other, params)), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4 * max(1.0, float(jnp.abs(b).max())))
 

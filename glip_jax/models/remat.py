@@ -1,0 +1,37 @@
+"""What a block keeps for its backward pass, and what it computes again (rematerialisation)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from glip_jax.config import Remat
+
+__all__ = ["costly", "rematerialized"]
+
+_COSTLY = "costly"
+
+
+def costly(x: Any) -> Any:
+    """Marks the result of something expensive that is not a plain matrix product: `remat="elementwise"` keeps it."""
+    return checkpoint_name(x, _COSTLY)
+
+
+def rematerialized(block: type[nn.Module], remat: Remat) -> type[nn.Module]:
+    """The class of a block that stores what `remat` says.
+
+    "none" keeps everything, "elementwise" keeps matrix products and what is marked `costly` and computes norms,
+    activations and dropout again, "blocks" keeps a block's inputs only.
+    """
+    match remat:
+        case "none":
+            return block
+        case "elementwise":
+            policies = jax.checkpoint_policies
+            kept = policies.save_from_both_policies(
+                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(_COSTLY)
+            )
+            return nn.remat(block, prevent_cse=False, policy=kept)
+        case "blocks":
+            return nn.remat(block, prevent_cse=False)
