@@ -111,6 +111,8 @@ class HeadConfig:
     """Groups of GroupNorm."""
     coarse_offsets: Literal["flat", "resized"] = "resized"
     """Offsets for the coarser neighbour: the original's flat re-read, or the map resized bilinearly."""
+    log_scale: float = 0.0
+    """Initial value of the alignment's log scale: logits are divided by its exponential. Below 0, names part sooner."""
     unroll: int = 1
     """Blocks per turn of the tower's loop. All of them: longer to compile, up to twice as fast on a CPU."""
 
@@ -268,12 +270,15 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """A COCO JSON with its pictures."""
+    """A JSON of annotations with its pictures."""
 
     annotations: str
+    """COCO detection JSON, or MDETR's grounding JSON where `kind` says so."""
     images: str
     names: dict[str, str] = field(default_factory=dict)
-    """Prompt text for category names that mean nothing to a text encoder, e.g. RBC -> red blood cell."""
+    """Detection: prompt text for names that mean nothing to a text encoder, e.g. RBC -> red blood cell."""
+    kind: Literal["detection", "grounding"] = "detection"
+    """`detection`: COCO's AP with every category as a prompt; `grounding`: recall of each caption's phrases."""
 
 
 @dataclass(frozen=True)
@@ -390,6 +395,16 @@ def validate(config: Config) -> Config:
         checks.append(
             (source.weight > 0, f"data.sources.{name}.weight is {source.weight}: remove the source instead of weight 0")
         )
+    for name, dataset in config.evaluation.sets.items():
+        checks.append(
+            (dataset.kind in ("detection", "grounding"),
+             f"evaluation.sets.{name}.kind is {dataset.kind!r}: expected detection or grounding")
+        )  # fmt: skip
+        checks.append(
+            (dataset.kind == "detection" or not dataset.names,
+             f"evaluation.sets.{name}.names has {len(dataset.names)} entries, its kind is grounding: there the captions "
+             "are the prompts; remove the names")
+        )  # fmt: skip
     for fits, message in checks:
         if not fits:
             raise ConfigError(message)

@@ -102,7 +102,7 @@ class _Head(nn.Module):
         tokens = torch_dense(channels, embedding.shape[-1], jnp.float32, "projection")(embedding / 2.0)
         bias_text = self.param("bias_text", nn.initializers.zeros, (embedding.shape[-1],))
         bias = self.param("bias0", nn.initializers.constant(-math.log(99)), (1,))
-        log_scale = self.param("log_scale", nn.initializers.zeros, (1,))
+        log_scale = self.param("log_scale", nn.initializers.constant(config.head.log_scale), (1,))
         scales = self.param("scales", nn.initializers.ones, (len(levels),))
         exact = jax.lax.Precision.HIGHEST
         box = nn.Dense(4, dtype=jnp.float32, kernel_init=small_normal, precision=exact, name="box")
