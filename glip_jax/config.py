@@ -217,6 +217,8 @@ class OptimizerConfig:
     text_rate: float = 1e-5
     """Rate of the text encoder (not of the BERT layers inside the head)."""
     backbone_rate_factor: float = 1.0
+    head_text_rate_factor: float = 1.0
+    """Of the head's own BERT layers: post-norm attention bears less than convolutions do."""
     bias_rate_factor: float = 2.0
     decay: float = 1e-4
     bias_decay: float = 0.0

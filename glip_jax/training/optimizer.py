@@ -79,7 +79,7 @@ def groups(params: Params, model: ModelConfig, optimizer: OptimizerConfig) -> di
 
     Text tower: `text_rate`; backbone: `rate` x `backbone_rate_factor`; then any bias (position tables and the
     head's scalar biases included): rate x `bias_rate_factor` and `bias_decay`. The BERT layers inside the head take
-    the base rate. Norm scales are decayed like kernels.
+    the base rate (x `head_text_rate_factor`, which the original does not have). Norm scales are decayed like kernels.
     """
     result = {}
     for path in flat(params):
@@ -88,6 +88,8 @@ def groups(params: Params, model: ModelConfig, optimizer: OptimizerConfig) -> di
             rate = optimizer.text_rate
         elif path.startswith("backbone/"):
             rate = optimizer.rate * optimizer.backbone_rate_factor
+        elif path.startswith("head/tower/text/"):
+            rate = optimizer.rate * optimizer.head_text_rate_factor
         if "bias" in path.rsplit("/", 1)[-1]:  # bias, bias_table, bias_text, bias0, *_bias
             rate, decay = rate * optimizer.bias_rate_factor, optimizer.bias_decay
         result[path] = Group(0.0, 0.0) if frozen(path, model) else Group(rate, decay)
