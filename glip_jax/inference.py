@@ -4,7 +4,8 @@ A score never depends on the company an image keeps: every image runs at its own
 is put into, so images may be grouped freely to save compilations.
 """
 
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +21,12 @@ from glip_jax.models.extents import inside, level_size
 from glip_jax.models.glip import GLIP, normalize
 from glip_jax.structures import Detections, Predictions, Prompt, TokenizedPrompt
 
-__all__ = ["Detector", "detect"]
+__all__ = ["Detector", "bucket", "category_prompts", "detect"]
+
+_PHRASE_SLOTS = 8
+"""Least number of phrases that a program is compiled for; it doubles when a prompt has more."""
+_TEXTS_KEPT = 256
+"""Captions whose states a Detector remembers: 200 MB at 256 tokens of width 768."""
 
 
 def _suppress(
@@ -58,7 +64,7 @@ def detect(
 ) -> Detections:
     """Scores, decodes, clips and suppresses (glip-reference 2.10), exact and of fixed shape.
 
-    A phrase's score at a location is the mean probability of its tokens; the final score is the root of that times
+    A phrase's alignment at a location is the mean probability of its tokens; the score is the root of that times
     the centerness. Boxes are in pixels of the resized image, clipped to `size`; rows that hold nothing have phrase -1.
     """
     anchors = box.anchors(canvas, model.pyramid.strides, model.anchors.sizes)
@@ -70,14 +76,14 @@ def detect(
             height, width = box.level_shape(canvas, stride)
             end = begin + height * width
             own = inside(level_size(extent[None], stride), height, width).reshape(-1)
-            score = jnp.matmul(jax.nn.sigmoid(part.logits[begin:end]), share.T, precision=jax.lax.Precision.HIGHEST)
-            candidate = (score > config.threshold) & own[:, None]
-            score = score * jax.nn.sigmoid(part.centerness[begin:end, None])
+            aligned = jnp.matmul(jax.nn.sigmoid(part.logits[begin:end]), share.T, precision=jax.lax.Precision.HIGHEST)
+            candidate = (aligned > config.threshold) & own[:, None]
+            score = aligned * jax.nn.sigmoid(part.centerness[begin:end, None])
             score = jnp.where(candidate, score, 0.0).reshape(-1)
             best, index = jax.lax.top_k(score, min(config.candidates_per_level, score.shape[0]))
-            found.append((jnp.sqrt(best), index // phrases + begin, index % phrases))
+            found.append((jnp.sqrt(best), index // phrases + begin, index % phrases, aligned.reshape(-1)[index]))
             begin = end
-        scores, where, phrase = (jnp.concatenate(parts) for parts in zip(*found))
+        scores, where, phrase, alignment = (jnp.concatenate(parts) for parts in zip(*found))
         boxes = box.decode(part.deltas[where], jnp.asarray(anchors)[where])
         boxes = box.clip(boxes, size.astype(jnp.float32)[None])
         chosen, real = _suppress(boxes, scores, phrase, config)
@@ -85,76 +91,97 @@ def detect(
             jnp.where(real[:, None], boxes[chosen], 0.0),
             jnp.where(real, scores[chosen], 0.0),
             jnp.where(real, phrase[chosen], -1).astype(jnp.int32),
+            jnp.where(real, alignment[chosen], 0.0),
+            jnp.where(real, jax.nn.sigmoid(part.centerness[where[chosen]]), 0.0),
         )
 
     return jax.vmap(one)(predictions, share, size, extent)
 
 
+def category_prompts(
+    names: Sequence[str], tokenizer: prompts.Tokenizer, config: Config
+) -> list[tuple[Prompt, tuple[int, ...]]]:
+    """The prompts that ask for `names`, each with the indices in `names` of its phrases.
+
+    As many consecutive names a prompt as `config.evaluation.chunk` and the token budget admit. Raises PromptError for
+    a name that cleaning empties, or that alone exceeds the budget, and if there are no names.
+    """
+    if not names:
+        raise prompts.PromptError("there are no names to ask for: expected at least one")
+    separator, budget = config.data.captions.separator, config.model.text.max_tokens
+    chunks = prompts.chunk(names, tokenizer, budget, separator, config.evaluation.chunk)
+    return [(prompts.prompt_from_categories([names[i] for i in chunk], separator), tuple(chunk)) for chunk in chunks]
+
+
 class Detector:
     """Finds what prompts name, with one set of parameters.
 
-    Image features are computed once for all chunks of a prompt, text states once per prompt (kept by caption).
+    Image features are computed once for all chunks of a prompt, text states once per caption (the latest are kept).
+    Every step has `batch_size` images, so each canvas is compiled once: for the image side, and for the text beside it.
     """
 
     def __init__(self, config: Config, params: Any, batch_size: int | None = None) -> None:
-        """`params` as in `GLIP`; `batch_size` images share one step (default: config.evaluation.batch_size)."""
-        self.config, self.params = config, params
-        self.batch_size = batch_size or config.evaluation.batch_size
-        text = config.model.text
-        self.tokenizer = prompts.load_tokenizer(assets.resolve(text.vocabulary))
-        self._texts: dict[str, tuple[TokenizedPrompt, Array]] = {}
+        """`params` as in `GLIP`; `batch_size` images share one step (default: config.evaluation.batch_size).
+
+        Fewer images than that cost as much as all of them: give 1 to look at single images.
+        """
+        self.config, self.batch_size = config, batch_size or config.evaluation.batch_size
+        # Arrays of the host would travel to the device again with every step.
+        self.params = jax.tree.map(jnp.asarray, params)
+        self.tokenizer = prompts.load_tokenizer(assets.resolve(config.model.text.vocabulary))
+        self.compiled: Counter[str] = Counter()
+        """Programs traced, and so compiled or read from the cache, by part: image, text, ground."""
+        self._texts: OrderedDict[str, Array] = OrderedDict()
+        self._tokenized: OrderedDict[str, TokenizedPrompt] = OrderedDict()
+        self._chunks: tuple[tuple[str, ...], list[tuple[Prompt, tuple[int, ...]]]] = ((), [])
+        self._slots = _PHRASE_SLOTS
         self._model = GLIP(config.model)
         self._encode_image = jax.jit(self._run_image)
-        self._encode_text = jax.jit(
-            lambda params, tokens, mask: self._model.apply({"params": params}, tokens, mask, method="encode_text")
-        )
+        self._encode_text = jax.jit(self._run_text)
         self._ground = jax.jit(self._run_ground, static_argnames="canvas")
 
+    # The bodies below run when jax traces them: once per shape, which is what `compiled` counts.
+
     def _run_image(self, params: Any, image: Array, size: Array, extent: Array) -> Any:
+        self.compiled["image"] += 1
         pixels = normalize(image, size, self.config.model.input)
         return self._model.apply({"params": params}, pixels, extent, method="encode_image")
+
+    def _run_text(self, params: Any, tokens: Array, mask: Array) -> Any:
+        self.compiled["text"] += 1
+        return self._model.apply({"params": params}, tokens, mask, method="encode_text")
 
     def _run_ground(
         self, params: Any, levels: Any, size: Array, extent: Array, text: Array, mask: Array, phrase_map: Array,
         canvas: tuple[int, int],
     ) -> Detections:  # fmt: skip
+        self.compiled["ground"] += 1
         found = self._model.apply({"params": params}, levels, extent, text, mask, method="ground")
         return detect(found, phrase_map, size, extent, canvas, self.config.model, self.config.detection)  # type: ignore[arg-type]
 
     def canvas(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Size after resizing, and the canvas an image of that size runs on: the smallest of the config's that fits.
-
-        An image that fits none gets a canvas of its own extent.
-        """
-        rule, multiple = self.config.evaluation, self.config.model.input.extent_multiple
-        size = target_size(height, width, rule.short_side, rule.long_side)
-        extent = tuple(-(-side // multiple) * multiple for side in size)
-        known = [canvas_size(rule.short_side, a, rule.long_side, multiple) for a in self.config.data.aspects]
-        fitting = [c for c in known if c[0] >= extent[0] and c[1] >= extent[1]]
-        return size, min(fitting, key=lambda c: c[0] * c[1]) if fitting else (extent[0], extent[1])
+        """Size after resizing, and the canvas an image of that size runs on: see `bucket`."""
+        return bucket(height, width, self.config)
 
     def text(self, prompt: Prompt) -> tuple[TokenizedPrompt, Array]:
         """Tokens and encoded states of a prompt. Raises PromptError if it exceeds the token budget."""
-        tokenized = prompts.tokenize(prompt, self.tokenizer, self.config.model.text.max_tokens)
-        if prompt.caption not in self._texts:
-            states = self._encode_text(self.params, tokenized.tokens[None], tokenized.mask[None])
-            self._texts[prompt.caption] = tokenized, states[0]
-        return tokenized, self._texts[prompt.caption][1]
+
+        def encode() -> Array:
+            return self._encode_text(self.params, tokenized.tokens[None], tokenized.mask[None])[0]
+
+        budget = self.config.model.text.max_tokens
+        key = repr(tuple(prompt))  # spans that came from JSON are lists
+        tokenized = _kept(self._tokenized, key, lambda: prompts.tokenize(prompt, self.tokenizer, budget))
+        return tokenized, _kept(self._texts, prompt.caption, encode)
 
     def categories(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], names: Sequence[str]) -> list[Detections]:
         """Detections of category names in RGB images: boxes in their own pixels, phrases index `names`, best first.
 
         Names that do not fit into one prompt run in chunks; each chunk may contribute `max_detections`.
         """
-        limit = self.config.evaluation.chunk
-        separator = self.config.data.captions.separator
-        budget = self.config.model.text.max_tokens
-        chunks = prompts.chunk(names, self.tokenizer, budget, separator, limit)
-        queries = [
-            [(prompts.prompt_from_categories([names[i] for i in chunk], separator), np.asarray(chunk))] * len(images)
-            for chunk in chunks
-        ]
-        return self._find(images, queries)
+        if self._chunks[0] != tuple(names):
+            self._chunks = tuple(names), category_prompts(names, self.tokenizer, self.config)
+        return self._find(images, [[(prompt, np.asarray(own))] * len(images) for prompt, own in self._chunks[1]])
 
     def caption(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], prompts_: Sequence[Prompt]) -> list[Detections]:
         """Detections of each image's own prompt; phrases index the prompt's."""
@@ -168,6 +195,10 @@ class Detector:
         """Runs images of one canvas together; `queries` holds, per pass, each image's prompt and phrase numbers."""
         plans = [self.canvas(*image.shape[:2]) for image in images]
         results: list[list[Detections]] = [[] for _ in images]
+        # Empty slots are never found; their number only grows, so that few programs are compiled.
+        most = max((len(prompt.spans) for query in queries for prompt, _ in query), default=1)
+        while self._slots < most:
+            self._slots *= 2
         for canvas in sorted({canvas for _, canvas in plans}):
             members = [i for i, (_, own) in enumerate(plans) if own == canvas]
             for begin in range(0, len(members), self.batch_size):
@@ -182,7 +213,7 @@ class Detector:
         queries: list[list[tuple[Prompt, Any]]], results: list[list[Detections]],
     ) -> None:  # fmt: skip
         multiple = self.config.model.input.extent_multiple
-        spare = self.batch_size - len(images) if len(images) > 1 else 0
+        spare = self.batch_size - len(images)
         pixels = [place(resize(image, size), canvas) for image, size in zip(images, sizes)]
         pixels += [np.zeros((*canvas, 3), np.uint8)] * spare
         size = np.asarray([*sizes, *[(multiple, multiple)] * spare], np.int32)
@@ -195,20 +226,43 @@ class Detector:
         for query in queries:
             texts = [self.text(prompt) for prompt, _ in query]
             texts += texts[-1:] * spare
-            slots = 2 ** int(np.ceil(np.log2(max(len(t.phrase_map) for t, _ in texts))))
-            maps = np.stack([np.pad(t.phrase_map, ((0, slots - len(t.phrase_map)), (0, 0))) for t, _ in texts])
+            maps = np.stack([np.pad(t.phrase_map, ((0, self._slots - len(t.phrase_map)), (0, 0))) for t, _ in texts])
             states, mask = jnp.stack([s for _, s in texts]), np.stack([t.mask for t, _ in texts])
             found = self._ground(self.params, levels, size, extent, states, mask, maps, canvas=canvas)
             found = jax.tree.map(np.asarray, found)
             for row, (image, (_, numbers)) in enumerate(zip(images, query)):
                 real = found.phrases[row] >= 0
+                own = jax.tree.map(lambda field, row=row, real=real: field[row][real], found)
                 ratio = np.asarray([image.shape[1] / size[row, 1], image.shape[0] / size[row, 0]] * 2, np.float32)
-                boxes, scores = found.boxes[row][real] * ratio, found.scores[row][real]
-                results[row].append(Detections(boxes, scores, numbers[found.phrases[row][real]].astype(np.int32)))
+                phrases = numbers[own.phrases].astype(np.int32)
+                results[row].append(own._replace(boxes=own.boxes * ratio, phrases=phrases))
+
+
+def bucket(height: int, width: int, config: Config) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Size (height, width) after resizing, and the canvas: the smallest of the config's buckets that the image fits.
+
+    An image that fits none gets a canvas of its own extent, and so a compiled program of its own.
+    """
+    rule, multiple = config.evaluation, config.model.input.extent_multiple
+    size = target_size(height, width, rule.short_side, rule.long_side)
+    extent = tuple(-(-side // multiple) * multiple for side in size)
+    known = [canvas_size(rule.short_side, a, rule.long_side, multiple) for a in config.data.aspects]
+    fitting = [c for c in known if c[0] >= extent[0] and c[1] >= extent[1]]
+    return size, min(fitting, key=lambda c: c[0] * c[1]) if fitting else (extent[0], extent[1])
+
+
+def _kept(memory: OrderedDict[str, Any], key: str, make: Callable[[], Any]) -> Any:
+    """The value of `key`, made where it is not among the latest that are kept."""
+    if key not in memory:
+        memory[key] = make()
+        if len(memory) > _TEXTS_KEPT:
+            memory.popitem(last=False)
+    memory.move_to_end(key)
+    return memory[key]
 
 
 def _merge(parts: list[Detections]) -> Detections:
     """The detections of an image's chunks, best first."""
-    boxes, scores, phrases = (np.concatenate(fields) for fields in zip(*parts))
-    order = np.argsort(-scores, kind="stable")
-    return Detections(boxes[order], scores[order], phrases[order])
+    whole = Detections(*(np.concatenate(fields) for fields in zip(*parts)))
+    order = np.argsort(-whole.scores, kind="stable")
+    return Detections(*(field[order] for field in whole))

@@ -99,3 +99,7 @@ class Detections(NamedTuple):
     """Float32[(B) D]: in [0, 1]."""
     phrases: Any
     """Int32[(B) D]: index into the prompt's phrases."""
+    alignment: Any = None
+    """Float32[(B) D]: mean probability of the phrase's tokens; score = sqrt(alignment * centerness). None: not kept."""
+    centerness: Any = None
+    """Float32[(B) D]: in [0, 1]. None: not kept."""
