@@ -1,104 +1,143 @@
-"""Makes gcs/sample/pictures from an npm package: names chosen here, pictures reduced, a list and a licence beside them.
+"""Makes gcs/sample/pictures: the pictures that names.txt lists, in three styles, reduced, with names.json beside them.
 
-    npm pack @lobehub/fluent-emoji-3d@1.1.0 && tar xzf lobehub-fluent-emoji-3d-1.1.0.tgz
-    python gcs/sample/collect.py package/assets gcs/sample/pictures
+    python gcs/sample/collect.py --packages=DIR
 
-The same package gives the same files. A name is Unicode's own (`unicodedata.name`, lower case) of the picture's single
-code point; the few that a reader would not say so are renamed in `SPOKEN`.
+DIR keeps the three npm packages (`npm pack` fetches those that are not there, 150 MB in all; hashes are checked). The
+same packages and the same Pillow give the same files. The licences in gcs/sample/pictures are kept by hand.
 """
 
 import argparse
 import hashlib
+import io
 import json
+import shutil
+import subprocess
 import sys
+import tarfile
 import unicodedata
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
-PACKAGE = "@lobehub/fluent-emoji-3d"
-VERSION = "1.1.0"
-SIDE = 128
-QUALITY = 80
+HERE = Path(__file__).resolve().parent
 
-# Plain concrete things, one picture a concept: no faces, people, signs, flags, scenes or second pictures of the same thing.
-TRAINING = """
-ant, avocado, axe, badger, bagel, balloon, banana, banjo, basket, bat, beaver, bell pepper, billed cap, blowfish, blueberries,
-bone, boomerang, brick, broccoli, broom, bucket, butterfly, cactus, camera, candle, carrot, castle, cat, chair, cheese wedge,
-cherries, chestnut, chicken, chopsticks, coconut, coin, compass, cookie, couch and lamp, cow, crab, crocodile, croissant, crown,
-cucumber, deciduous tree, deer, dodo, dog, dolphin, door, doughnut, dress, duck, eagle, corn, egg, light bulb,
-elephant, evergreen tree, eyeglasses, feather, ferris wheel, fire extinguisher, fish, flamingo, french fries, game die,
-garlic, goat, gorilla, grapes, green apple, green book, guitar, hamburger, hammer, handbag, hedgehog, helicopter,
-high-heeled shoe, hiking boot, hippopotamus, honeybee, honey pot, hot dog, hot pepper, house building, jar, jeans, kangaroo,
-key, kite, kiwifruit, koala, ladder, lady beetle, lemon, leopard, lipstick, lizard, llama, lobster, lollipop, luggage, magnet,
-mango, maple leaf, microscope, mirror, motor scooter, mouse, mushroom, necktie, octopus, olive, onion, open book,
-orangutan, otter, owl, palm tree, parachute, parrot, peacock, peanuts, pear, penguin, piano, pie, pig, pineapple, pizza,
-potato, potted plant, pretzel, pumpkin, rabbit, raccoon, racing car, racing motorcycle, rat, red apple, rhinoceros, rocket, rooster, rose,
-speedboat, sandwich, saxophone, scarf, scorpion, screwdriver, shark, sheep, shorts, shrimp, skunk, sloth, snail, snake,
-socks, spider, spiral shell, spoon, squid, steam locomotive, stethoscope, strawberry, sunflower, swan, t-shirt, teapot, teddy bear, telescope,
-television, test tube, tiger, tomato, tooth, toothbrush, top hat, tractor, trophy, trumpet, tulip, turkey, turtle,
-umbrella, violin, volleyball, waffle, watermelon, whale, wrench, zebra
-""".replace("\n", " ")
-HELD_OUT = """
-accordion, mantelpiece clock, ambulance, school bag, baguette bread, beetle, bicycle, bison, bus, cupcake, fire engine, hamster,
-fly, fox, frog, giraffe, gloves, hibiscus, horse, ice cream, kimono, melon, microphone, monkey, orange book, ox, panda,
-peach, police car, purse, razor, roller skate, running shoe, safety pin, satellite, scooter, seal, shopping trolley, tangerine, toolbox,
-taxi, water buffalo, wine glass, worm
-""".replace("\n", " ")
-# Spoken name -> Unicode's name, where the latter is no word that a caption would hold.
-SPOKEN = {
-    "castle": "european castle", "corn": "ear of maize", "fox": "fox face", "frog": "frog face", "giraffe": "giraffe face",
-    "hamster": "hamster face", "light bulb": "electric light bulb", "panda": "panda face", "piano": "musical keyboard",
-    "pizza": "slice of pizza", "pumpkin": "jack-o-lantern", "running shoe": "athletic shoe", "school bag": "school satchel",
-    "umbrella": "closed umbrella", "zebra": "zebra face",
+
+class Style(NamedTuple):
+    """Where a style's pictures come from and how they are kept."""
+
+    package: str
+    file: str
+    """Of the package tarball that `npm pack` writes."""
+    sha256: str
+    member: str
+    """Path of a picture in the tarball, {} for its code points."""
+    side: int
+    """Pixels that are kept."""
+    quality: int
+
+
+STYLES = {
+    "fluent": Style(
+        "@lobehub/fluent-emoji-3d@1.1.0", "lobehub-fluent-emoji-3d-1.1.0.tgz",
+        "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58", "package/assets/{}.webp", 128, 80,
+    ),
+    "noto": Style(
+        "emoji-datasource-google@16.0.0", "emoji-datasource-google-16.0.0.tgz",
+        "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438", "package/img/google/64/{}.png", 64, 88,
+    ),
+    "twemoji": Style(
+        "emoji-datasource-twitter@16.0.0", "emoji-datasource-twitter-16.0.0.tgz",
+        "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877", "package/img/twitter/64/{}.png", 64, 88,
+    ),
 }  # fmt: skip
 
+# Dealt along names.txt, where neighbours are alike: of eight names five are for detection, one for each other split.
+SPLITS = ("detection", "detection", "grounding", "detection", "captions", "detection", "unseen", "detection")
 
-def _chosen(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
-
-def collect(assets: Path, out: Path) -> dict[str, dict[str, str]]:
-    """Writes the reduced pictures and names.json into `out`; returns names.json's content (file -> name, split).
+def chosen(listing: Path) -> dict[str, dict[str, str]]:
+    """Reads names.txt: code point (hex) -> name and split, in its order.
 
     Raises:
-        SystemExit: names that Unicode does not know, or the package has no single-code-point picture of, all listed.
+        SystemExit: what Unicode does not know, or stands twice; all of it is listed.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    listing, missing = {}, []
-    for split, text in (("training", TRAINING), ("held-out", HELD_OUT)):
-        for name in _chosen(text):
+    entries: dict[str, dict[str, str]] = {}
+    wrong = []
+    for line in listing.read_text().splitlines():
+        if not line or line.startswith("#"):
+            continue
+        for item in line.split(": ", 1)[1].split(", "):
+            name, _, official = (part.strip() for part in item.partition("="))
             try:
-                code = ord(unicodedata.lookup(SPOKEN.get(name, name).upper()))
+                code = f"{ord(unicodedata.lookup((official or name).upper())):x}"
             except KeyError:
-                missing.append(f"{name} (no such Unicode name)")
+                wrong.append(f"{item!r} (no such Unicode name)")
                 continue
-            files = [assets / f"{code:x}.webp", assets / f"{code:x}-fe0f.webp"]
-            found = next((file for file in files if file.exists()), None)
-            if found is None or code < 0x1F000:
-                missing.append(f"{name} (no picture {code:x})")
+            if code in entries or any(entry["name"] == name for entry in entries.values()):
+                wrong.append(f"{item!r} (its name or picture stands twice)")
                 continue
-            with Image.open(found) as picture:
-                reduced = picture.convert("RGBA").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-            reduced.save(out / f"{code:x}.webp", quality=QUALITY, method=6)
-            listing[f"{code:x}.webp"] = {"name": name, "split": split}
+            entries[code] = {"name": name, "split": SPLITS[len(entries) % len(SPLITS)]}
+    if wrong:
+        raise SystemExit(f"{listing}: " + ", ".join(wrong))
+    return entries
+
+
+def fetched(packages: Path, style: Style) -> Path:
+    """The package's tarball in `packages`, fetched by npm where it is not there yet; SystemExit if it is another."""
+    path = packages / style.file
+    if not path.exists():
+        subprocess.run(["npm", "pack", "--silent", style.package], cwd=packages, check=True)
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != style.sha256:
+        raise SystemExit(f"{path} has sha256 {found}, expected {style.sha256}: delete it and run again")
+    return path
+
+
+def reduce(tarball: Path, style: Style, codes: list[str], out: Path) -> None:
+    """Writes `codes` of a style as CODE.webp into `out`; SystemExit with the list of those that the package lacks."""
+    # Packages differ in how they write code points: with the emoji selector behind, or zeros before.
+    wanted = {style.member.format(text): code for code in codes for text in (code, f"{code}-fe0f", code.zfill(4))}
+    missing = set(codes)
+    # As a stream: going back in a gzip file means to read it again from its start.
+    with tarfile.open(tarball, "r|gz") as archive:
+        for member in archive:
+            code = wanted.get(member.name)
+            if code not in missing or (stream := archive.extractfile(member)) is None:
+                continue
+            with Image.open(io.BytesIO(stream.read())) as picture:
+                image = picture.convert("RGBA")
+            if max(image.size) > style.side:
+                image = image.resize((style.side, style.side), Image.Resampling.LANCZOS)
+            image.save(out / f"{code}.webp", quality=style.quality, method=6)
+            missing.remove(code)
     if missing:
-        raise SystemExit("no picture for: " + ", ".join(missing))
-    (out / "names.json").write_text(json.dumps(listing, indent=1, sort_keys=True) + "\n")
-    return listing
+        raise SystemExit(f"{tarball} has no picture of {', '.join(sorted(missing))}")
+
+
+def collect(packages: Path, out: Path) -> dict[str, dict[str, str]]:
+    """Makes everything in `out` anew but the licences; returns names.json's content (code point -> name, split)."""
+    entries = chosen(HERE / "names.txt")
+    packages.mkdir(parents=True, exist_ok=True)
+    for name, style in STYLES.items():
+        tarball = fetched(packages, style)
+        shutil.rmtree(out / name, ignore_errors=True)
+        (out / name).mkdir(parents=True)
+        reduce(tarball, style, list(entries), out / name)
+    (out / "names.json").write_text(json.dumps(entries, indent=1) + "\n")
+    return entries
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("assets", type=Path, help="folder `assets` of the unpacked package")
-    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--packages", type=Path, required=True, help="folder for the npm packages")
+    parser.add_argument("--out", type=Path, default=HERE / "pictures", help="folder to write")
     arguments = parser.parse_args()
-    if not arguments.assets.is_dir():
-        raise SystemExit(f"{arguments.assets} is no folder: unpack {PACKAGE} {VERSION} first (see --help)")
-    listing = collect(arguments.assets, arguments.out)
-    digest = hashlib.sha256((arguments.out / "names.json").read_bytes()).hexdigest()
-    print(f"{len(listing)} pictures in {arguments.out}, names.json sha256 {digest[:16]}", file=sys.stderr)
+    entries = collect(arguments.packages, arguments.out)
+    size = sum(file.stat().st_size for file in arguments.out.rglob("*.webp")) / 1e6
+    print(f"{len(entries)} names in {len(STYLES)} styles in {arguments.out}, {size:.1f} MB", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,27 @@
 """Picture scenes: named pictures pasted on made backgrounds, with the exact boxes of what stays visible and captions.
 
-A scene is a pure function of (pictures, style, seed, index): the same arguments give the same pixels on any machine
-with the same Pillow. Scenes are detection data (boxes with names) and grounding data (a caption whose phrases have
-boxes) at once; `make_scenes` writes either form in the public formats that the importers read (COCO detection JSON,
-MDETR's grounding JSON).
+A scene is a pure function of (pictures, seed, index, style, spoken): the same arguments give the same pixels on any
+machine with the same Pillow and NumPy. `scene_sets` writes scenes as files.
 """
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from etils import epath
 from jaxtyping import Bool, Float32, Int32, UInt8
-from PIL import Image
-from tqdm import tqdm
+from PIL import Image, ImageFilter
 
-from glip_jax.data.scene_captions import describe
+from glip_jax.data.backgrounds import background, light
+from glip_jax.data.nouns import conflict
+from glip_jax.data.pictures import Picture
+from glip_jax.data.scene_captions import Phrase, describe
 
-__all__ = ["Picture", "Scene", "SceneError", "SceneStyle", "draw_scene", "load_pictures", "make_scenes"]
+__all__ = ["Scene", "SceneError", "SceneStyle", "draw_scene"]
 
 
 class SceneError(ValueError):
     """Pictures or settings from which no scene can be drawn."""
-
-
-class Picture(NamedTuple):
-    """A named picture with its transparency."""
-
-    name: str
-    image: Image.Image
-    """RGBA."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +32,7 @@ class SceneStyle:
     width: int = 256
     objects: tuple[int, int] = (3, 9)
     """Fewest and most pictures that are tried per scene."""
-    sides: tuple[int, int] = (40, 110)
+    sides: tuple[float, float] = (40, 110)
     """Smallest and largest side of a picture before rotation."""
     rotation: float = 25.0
     """Largest angle either way, degrees."""
@@ -50,6 +40,10 @@ class SceneStyle:
     """Chance that a picture repeats a name that the scene already shows."""
     least_visible: float = 0.5
     """Share of a picture's own pixels that must stay visible."""
+    light: bool = True
+    """Brightness, colour cast and soft shadows; without, pictures keep their own colours."""
+    relational: float = 0.8
+    """Chance that a scene that is spoken of is composed so that a relational phrase can stand in its caption."""
 
 
 class Scene(NamedTuple):
@@ -58,53 +52,32 @@ class Scene(NamedTuple):
     image: UInt8[np.ndarray, "H W 3"]
     boxes: Float32[np.ndarray, "N 4"]
     """xyxy pixels, end exclusive, around exactly the visible pixels."""
-    names: Int32[np.ndarray, " N"]
-    """Index into the pictures that the scene was drawn from."""
+    names: tuple[str, ...]
+    """Per box."""
+    pictures: Int32[np.ndarray, " N"]
+    """Per box the index into the pictures that the scene was drawn from."""
     caption: str
-    spans: tuple[tuple[int, int], ...]
-    """Per box the characters of its phrase, end exclusive; (0, 0): the caption does not speak of it."""
+    """Empty where the scene is not spoken of."""
+    phrases: tuple[Phrase, ...]
 
 
-def load_pictures(
-    folder: str, split: Literal["training", "held-out", "all"] = "training", limit: int = 0
-) -> list[Picture]:
-    """Reads the pictures that `folder`/names.json (file -> name, split) lists, sorted by name.
+class _Plan(NamedTuple):
+    """A picture to paste."""
 
-    `limit` keeps so many of them, evenly spread over the alphabet; 0: all.
-
-    Raises:
-        SceneError: names.json or a picture of it is missing or unreadable, or fewer than `limit` are there.
-    """
-    root = epath.Path(folder)
-    listing = root / "names.json"
-    if not listing.exists():
-        raise SceneError(
-            f"{listing} is not there: expected a folder with pictures and names.json (file -> name, split)"
-        )
-    try:
-        entries = json.loads(listing.read_text())
-        chosen = sorted((v["name"], file) for file, v in entries.items() if split in ("all", v["split"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SceneError(f"{listing} cannot be read ({error!r}): expected file -> {{name, split}} as JSON") from error
-    if not chosen or limit > len(chosen):
-        raise SceneError(f"{listing} has {len(chosen)} pictures of split {split!r}, {max(limit, 1)} were asked for")
-    if limit:
-        chosen = [chosen[i * len(chosen) // limit] for i in range(limit)]
-    pictures = []
-    for name, file in chosen:
-        try:
-            with (root / file).open("rb") as stream, Image.open(stream) as image:
-                pictures.append(Picture(name, image.convert("RGBA")))
-        except OSError as error:
-            raise SceneError(f"{root / file} ({name!r}) is no readable picture: {error}") from error
-    return pictures
+    picture: int
+    side: float
+    band: tuple[int, float, float] | None = None
+    """Axis (0: x, 1: y), and between which shares of the canvas the centre lies on it."""
 
 
-def draw_scene(pictures: Sequence[Picture], seed: int, index: int, style: SceneStyle = SceneStyle()) -> Scene:
-    """Draws scene `index` of the endless series that `seed` names.
+def draw_scene(
+    pictures: Sequence[Picture], seed: int, index: int, style: SceneStyle = SceneStyle(), spoken: bool = True
+) -> Scene:
+    """Draws scene `index` of the endless series that `seed` names; `spoken`: composed for a caption, and with one.
 
     Pictures are pasted one over the other; one that would leave an earlier one with less than `least_visible` of its
-    pixels is tried elsewhere a few times, then left out. Boxes and caption speak of what is visible in the end.
+    pixels is tried elsewhere a few times, then left out. Boxes and caption speak of what is visible in the end. No
+    scene shows two names of which one begins or ends with the other (a car, a police car).
 
     Raises:
         SceneError: no pictures, or a canvas smaller than the largest picture.
@@ -117,102 +90,109 @@ def draw_scene(pictures: Sequence[Picture], seed: int, index: int, style: SceneS
         )
     # A fixed word apart from seed and index, so that these streams cross no other that is seeded by two numbers.
     rng = np.random.default_rng([0x5CE0E, seed, index])
-    canvas = _background(rng, style.height, style.width)
+    canvas = background(rng, style.height, style.width)
+    shine = light(rng, style.height, style.width)
     owner = np.full((style.height, style.width), -1, np.int32)
-    names: list[int] = []
+    shown: list[int] = []
     areas: list[int] = []
-    for _ in range(int(rng.integers(style.objects[0], style.objects[1] + 1))):
-        name = _next_name(rng, names, len(pictures), style.repeat)
-        side = float(np.exp(rng.uniform(np.log(style.sides[0]), np.log(style.sides[1]))))
-        sprite = _sprite(pictures[name].image, side, float(rng.uniform(-style.rotation, style.rotation)))
+    for plan in _compose(rng, pictures, style, spoken):
+        sprite = _sprite(pictures[plan.picture].image, plan.side, float(rng.uniform(-style.rotation, style.rotation)))
         if sprite.shape[0] > style.height or sprite.shape[1] > style.width:
             continue
         solid = sprite[..., 3] > 0.5
-        place = _find_place(rng, solid, owner, np.asarray(areas), style.least_visible)
+        place = _find_place(rng, solid, owner, np.asarray(areas), style.least_visible, plan.band)
         if place is None:
             continue
         rows, columns = slice(place[0], place[0] + solid.shape[0]), slice(place[1], place[1] + solid.shape[1])
         alpha = sprite[..., 3:]
+        if style.light and shine.shadow[0]:
+            _cast_shadow(canvas, sprite[..., 3], place, shine.shadow)
         canvas[rows, columns] = canvas[rows, columns] * (1 - alpha) + sprite[..., :3] * alpha
-        owner[rows, columns][solid] = len(names)
-        names.append(name)
+        owner[rows, columns][solid] = len(shown)
+        shown.append(plan.picture)
         areas.append(int(solid.sum()))
-    boxes = np.array([_box(owner == i) for i in range(len(names))], np.float32).reshape(-1, 4)
-    caption, spans = describe(rng, [pictures[i].name for i in names], boxes, style.sides)
-    image = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
-    return Scene(image, boxes, np.array(names, np.int32), caption, spans)
+    boxes = np.array([_box(owner == i) for i in range(len(shown))], np.float32).reshape(-1, 4)
+    names = tuple(pictures[i].name for i in shown)
+    caption, phrases = "", ()
+    if spoken:
+        caption, phrases = describe(rng, names, [pictures[i].colour for i in shown], boxes, style.sides)
+    lit = canvas * shine.gain if style.light else canvas
+    image = np.clip(np.rint(lit), 0, 255).astype(np.uint8)
+    return Scene(image, boxes, names, np.array(shown, np.int32), caption, phrases)
 
 
-def make_scenes(
-    out: str,
-    kind: Literal["detection", "grounding"],
-    count: int,
-    seed: int,
-    pictures: Sequence[Picture],
-    style: SceneStyle = SceneStyle(),
-    progress: bool = False,
-) -> epath.Path:
-    """Writes `count` scenes as `out`/images/*.jpg and `out`/annotations.json; returns the path of the latter.
-
-    detection: COCO JSON with every name of `pictures` as a category; grounding: MDETR's JSON, one image per caption,
-    boxes with `tokens_positive`. annotations.json is written last and renamed into place, and says under `info` what
-    made it: a folder that is finished with the same settings is left as it is.
-
-    Raises:
-        SceneError: `count` below 1, or `out` holds scenes of other settings.
-    """
-    if count < 1:
-        raise SceneError(f"count is {count}: expected at least 1 scene")
-    root = epath.Path(out)
-    info = {
-        "description": "picture scenes of glip_jax", "kind": kind, "count": count, "seed": seed,
-        "style": json.loads(json.dumps(asdict(style))), "names": [picture.name for picture in pictures],
-    }  # fmt: skip
-    target = root / "annotations.json"
-    if target.exists():
-        found = json.loads(target.read_text()).get("info", {})
-        changed = sorted(key for key in info if found.get(key) != info[key])
-        if changed:
-            raise SceneError(
-                f"{root} holds scenes that differ in {', '.join(changed)}: take another folder or delete it"
-            )
-        return target
-    (root / "images").mkdir(parents=True, exist_ok=True)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for index in tqdm(range(count), desc=f"{kind} scenes", unit="scene", disable=not progress):
-        scene = draw_scene(pictures, seed, index, style)
-        file = f"{index:06d}.jpg"
-        with (root / "images" / file).open("wb") as stream:
-            Image.fromarray(scene.image).save(stream, "JPEG", quality=92)
-        entry = {"id": index + 1, "file_name": file, "height": style.height, "width": style.width}
-        images.append(entry | {"caption": scene.caption} if kind == "grounding" else entry)
-        for annotation in _annotations(scene, kind):
-            annotations.append({"id": len(annotations) + 1, "image_id": index + 1, "iscrowd": 0} | annotation)
-    content: dict[str, Any] = {"info": info, "images": images, "annotations": annotations}
-    if kind == "detection":
-        content["categories"] = [{"id": i + 1, "name": picture.name} for i, picture in enumerate(pictures)]
-    unfinished = root / "annotations.json.unfinished"
-    unfinished.write_text(json.dumps(content))
-    unfinished.rename(target)
-    return target
+def _compose(rng: np.random.Generator, pictures: Sequence[Picture], style: SceneStyle, spoken: bool) -> list[_Plan]:
+    """What is pasted, in order: for a relational phrase its things first, then others."""
+    count = int(rng.integers(style.objects[0], style.objects[1] + 1))
+    plans = _related(rng, pictures, style) if spoken and rng.random() < style.relational else []
+    fixed = {pictures[plan.picture].name for plan in plans}
+    names = list(fixed)
+    while len(plans) < count:
+        repeated = [plan.picture for plan in plans if pictures[plan.picture].name not in fixed]
+        if repeated and rng.random() < style.repeat:
+            picture = _same_name(rng, pictures, repeated[int(rng.integers(len(repeated)))])
+        else:
+            picture = _other_name(rng, pictures, names, fixed)
+            if picture is None:
+                break
+            names.append(pictures[picture].name)
+        plans.append(_Plan(picture, _side(rng, style.sides)))
+    return plans
 
 
-def _annotations(scene: Scene, kind: Literal["detection", "grounding"]) -> Iterator[dict[str, Any]]:
-    """Yields the scene's boxes in COCO's or MDETR's form (bbox = x, y, width, height)."""
-    for box, name, span in zip(scene.boxes.tolist(), scene.names.tolist(), scene.spans, strict=True):
-        x1, y1, x2, y2 = box
-        form = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
-        if kind == "detection":
-            yield form | {"category_id": name + 1}
-        elif span[1] > span[0]:
-            yield form | {"category_id": 1, "tokens_positive": [list(span)]}
+def _related(rng: np.random.Generator, pictures: Sequence[Picture], style: SceneStyle) -> list[_Plan]:
+    """Two to four things of one name, told apart by where they are of another group or by size."""
+    target = int(rng.integers(len(pictures)))
+    several = int(rng.integers(2, 4))
+    anchor = _other_name(rng, pictures, [pictures[target].name], {pictures[target].name})
+    if anchor is None or rng.random() < 0.3:
+        low, high = style.sides
+        # Two classes of size whose lengths differ by more than the grammar asks for, also after rotation.
+        small = int(rng.integers(1, several))
+        ranges = [(low, low * 1.25)] * small + [(max(low * 2, high * 0.85), max(low * 2, high))] * (several - small)
+        order = rng.permutation(several)
+        return [_Plan(_same_name(rng, pictures, target), _side(rng, ranges[int(i)])) for i in order]
+    axis = int(rng.integers(2))
+    ends = [0, 1, int(rng.integers(2))][:several]
+    # The narrow middle for the others, so that the things lie clearly on either side of them.
+    between = (0.42, 0.58)
+    low, high = style.sides
+    anchors = [
+        _Plan(_same_name(rng, pictures, anchor), _side(rng, (low, (low + high) / 2)), (axis, *between))
+        for _ in range(int(rng.integers(1, 3)))
+    ]
+    outer = [(axis, 0.0, 0.28), (axis, 0.72, 1.0)]
+    targets = [
+        _Plan(_same_name(rng, pictures, target), _side(rng, (low, (low + high) / 2)), outer[end]) for end in ends
+    ]
+    plans = anchors + targets
+    return [plans[int(i)] for i in rng.permutation(len(plans))]
 
 
-def _next_name(rng: np.random.Generator, names: Sequence[int], count: int, repeat: float) -> int:
-    if names and rng.random() < repeat:
-        return int(rng.choice(names))
-    return int(rng.integers(count))
+def _other_name(
+    rng: np.random.Generator, pictures: Sequence[Picture], names: Sequence[str], taken: set[str]
+) -> int | None:
+    """A picture whose name goes with all `names` and is none of `taken`; None after some tries."""
+    for _ in range(20):
+        picture = int(rng.integers(len(pictures)))
+        name = pictures[picture].name
+        if name not in taken and not any(conflict(name, other) for other in names if other != name):
+            return picture
+    return None
+
+
+def _same_name(rng: np.random.Generator, pictures: Sequence[Picture], picture: int) -> int:
+    """Any picture of the same name: pictures of a name stand together, one a style."""
+    name, first, last = pictures[picture].name, picture, picture
+    while first and pictures[first - 1].name == name:
+        first -= 1
+    while last + 1 < len(pictures) and pictures[last + 1].name == name:
+        last += 1
+    return int(rng.integers(first, last + 1))
+
+
+def _side(rng: np.random.Generator, sides: tuple[float, float]) -> float:
+    return float(np.exp(rng.uniform(np.log(sides[0]), np.log(sides[1]))))
 
 
 def _sprite(image: Image.Image, side: float, angle: float) -> Float32[np.ndarray, "h w 4"]:
@@ -224,9 +204,26 @@ def _sprite(image: Image.Image, side: float, angle: float) -> Float32[np.ndarray
     # Pillow resizes and rotates RGBA with premultiplied colours, so nothing transparent bleeds into the edge.
     values = np.asarray(small.rotate(angle, Image.Resampling.BICUBIC, expand=True), np.float32)
     values[..., 3] /= 255
-    inside = values[..., 3] > 0.5
-    x1, y1, x2, y2 = (int(v) for v in _box(inside))
+    x1, y1, x2, y2 = _box(values[..., 3] > 0.5)
     return values[y1:y2, x1:x2]
+
+
+def _cast_shadow(
+    canvas: Float32[np.ndarray, "H W 3"],
+    alpha: Float32[np.ndarray, "h w"],
+    place: tuple[int, int],
+    shadow: tuple[float, float, float, float],
+) -> None:
+    """Darkens the canvas, in place, where a thing's soft shadow falls; `place`: the thing's row and column."""
+    strength, right, down, softness = shadow
+    margin = int(2 * softness) + 1
+    padded = np.pad(np.rint(alpha * 255).astype(np.uint8), margin)
+    soft = np.asarray(Image.fromarray(padded).filter(ImageFilter.GaussianBlur(softness)), np.float32) / 255
+    top, left = place[0] - margin + round(down), place[1] - margin + round(right)
+    y1, x1 = max(top, 0), max(left, 0)
+    y2, x2 = min(top + soft.shape[0], canvas.shape[0]), min(left + soft.shape[1], canvas.shape[1])
+    if y1 < y2 and x1 < x2:
+        canvas[y1:y2, x1:x2] *= 1 - strength * soft[y1 - top : y2 - top, x1 - left : x2 - left, None]
 
 
 def _find_place(
@@ -235,17 +232,25 @@ def _find_place(
     owner: Int32[np.ndarray, "H W"],
     areas: np.ndarray,
     least_visible: float,
+    band: tuple[int, float, float] | None,
 ) -> tuple[int, int] | None:
     """Row and column at which `solid` leaves every earlier picture visible enough; None after eight tries."""
+    ranges = []
+    for axis in (1, 0):
+        size, canvas = solid.shape[1 - axis], owner.shape[1 - axis]
+        low, high = 0, canvas - size
+        if band is not None and band[0] == axis:
+            low = int(np.clip(band[1] * canvas - size / 2, 0, high))
+            high = int(np.clip(band[2] * canvas - size / 2, low, high))
+        ranges.append((low, high + 1))
+    visible = np.bincount(owner[owner >= 0], minlength=len(areas)) if len(areas) else areas
     for _ in range(8):
-        row = int(rng.integers(owner.shape[0] - solid.shape[0] + 1))
-        column = int(rng.integers(owner.shape[1] - solid.shape[1] + 1))
+        row, column = int(rng.integers(*ranges[0])), int(rng.integers(*ranges[1]))
         if not len(areas):
             return row, column
-        visible = np.bincount(owner[owner >= 0], minlength=len(areas))
         under = owner[row : row + solid.shape[0], column : column + solid.shape[1]][solid]
-        visible = visible - np.bincount(under[under >= 0], minlength=len(areas))
-        if (visible >= least_visible * areas).all():
+        left = visible - np.bincount(under[under >= 0], minlength=len(areas))
+        if (left >= least_visible * areas).all():
             return row, column
     return None
 
@@ -256,24 +261,3 @@ def _box(mask: Bool[np.ndarray, "H W"]) -> tuple[int, int, int, int]:
     if not len(rows):
         return 0, 0, 0, 0
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-
-
-def _background(rng: np.random.Generator, height: int, width: int) -> Float32[np.ndarray, "H W 3"]:
-    """Gradient, stripes, blurred patches or a plain colour, with noise on top; values 0-255."""
-    first, second = rng.uniform(20, 235, (2, 3)).astype(np.float32)
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    angle = rng.uniform(0, 2 * np.pi)
-    along = x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle))
-    match int(rng.integers(4)):
-        case 0:
-            share = (along - along.min()) / (np.ptp(along) + 1)
-        case 1:
-            share = (np.sin(along * np.float32(2 * np.pi / rng.uniform(12, 60))) > 0).astype(np.float32)
-        case 2:
-            cells = Image.fromarray(rng.random((int(rng.integers(3, 12)), int(rng.integers(3, 12)))).astype(np.float32))
-            share = np.asarray(cells.resize((width, height), Image.Resampling.BICUBIC))
-        case _:
-            share = np.zeros((height, width), np.float32)
-    canvas = first + (second - first) * share[..., None]
-    noise = rng.standard_normal((height, width, 3), np.float32) * np.float32(rng.uniform(2, 22))
-    return np.clip(canvas + noise, 0, 255).astype(np.float32)

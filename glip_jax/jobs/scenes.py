@@ -2,26 +2,47 @@
 
 OUT/detection/    COCO JSON and JPEGs          OUT/shards/detection/   the same as shards
 OUT/grounding/    MDETR's JSON and JPEGs       OUT/shards/grounding/
-OUT/validation/   COCO JSON and JPEGs of other scenes with the same names, for evaluation
+OUT/captions/     captions without boxes, to be labelled; truth.json is for measuring the labels only
+OUT/validation*/  other scenes for evaluation: names and style of the training, the held-out style, names that only
+                  grounding or only captions show, names that nothing shows, phrases (MDETR's JSON)
 """
 
 import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import tyro
 
 from glip_jax.data import shards, sources
+from glip_jax.data.pictures import Picture, PictureError, Split, load_pictures
 from glip_jax.data.records import RecordError
-from glip_jax.data.scenes import Picture, SceneError, SceneStyle, load_pictures, make_scenes
+from glip_jax.data.scene_sets import SceneSet, finished, make_scenes
+from glip_jax.data.scenes import SceneError, SceneStyle
 
-__all__ = ["Scenes", "main"]
+__all__ = ["Names", "Scenes", "main", "make"]
 
 _BUNDLED = Path(__file__).resolve().parents[2] / "gcs" / "sample" / "pictures"
-_LICENCE = "pictures: MIT (Microsoft Fluent Emoji, see gcs/sample/pictures/LICENSE); scenes made by glip_jax"
+_LICENCE = (
+    "scenes made by glip_jax; pictures: fluent MIT (Microsoft), noto Apache-2.0 (Google), twemoji CC BY 4.0 "
+    "(Twitter, Inc and other contributors), see gcs/sample/pictures/LICENSES.md"
+)
+
+
+@dataclass(frozen=True)
+class Names:
+    """How many names of each split are used, evenly spread over all there are; 0: all."""
+
+    detection: int = 120
+    """Names that detection scenes show, and all other training scenes too."""
+    grounding: int = 40
+    """Names that only grounding and caption scenes show."""
+    captions: int = 40
+    """Names that only caption scenes show."""
+    unseen: int = 40
+    """Names that no training scene shows."""
 
 
 @dataclass(frozen=True)
@@ -30,58 +51,99 @@ class Scenes:
 
     out: Path
     """Folder to fill."""
-    count: int = 2000
-    """Training scenes, half of them detection data and half grounding data (the odd one: detection)."""
-    validation: int = 100
-    """Scenes of the validation set."""
-    names: int = 40
-    """How many of the training pictures are used; 0: all."""
+    count: int = 8000
+    """Training scenes with boxes, half of them detection data and half grounding data (the odd one: detection)."""
+    captions: int = 1000
+    """Scenes with captions and without boxes; 0: none."""
+    validation: int = 200
+    """Scenes of each validation set."""
+    names: Names = field(default_factory=Names)
+    styles: tuple[str, ...] = ("fluent",)
+    """Styles of the pictures that training and most validation scenes show: fluent, noto, twemoji."""
+    held_out: str = "noto"
+    """Style that only validation_style shows."""
     size: int = 256
-    """Height and width, pixels."""
+    """Height and width, pixels; pictures are a sixth to two fifths of it."""
     seed: int = 0
+    processes: int = 0
+    """Processes that draw; 0: one a core. The scenes are the same for any number."""
     pictures: Path = _BUNDLED
-    """Folder with pictures and names.json (file -> name, split)."""
+    """Folder with names.json (code -> name, split) and STYLE/CODE.webp."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `scenes --out=DIR ...`; returns 0, or 2 after one line about what is wrong."""
+    """Runs `scenes --out=DIR ...`; returns 0, 2 after one line about what is wrong, or 130 after Ctrl-C."""
     job = tyro.cli(Scenes, prog="python -m glip_jax scenes", args=list(argv))
     try:
         make(job, shlex.join(["python", "-m", "glip_jax", "scenes", *argv]))
-    except (SceneError, sources.SourceError, shards.ShardError, RecordError, OSError) as error:
+    except (PictureError, SceneError, sources.SourceError, shards.ShardError, RecordError, OSError) as error:
         print(f"scenes: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("scenes: stopped; the same command again goes on with what is missing", file=sys.stderr)
+        return 130
     return 0
 
 
 def make(job: Scenes, command: str) -> None:
     """Draws and imports what is missing in `job.out`.
 
-    Raises SceneError for settings that give no scenes, or if `job.out` holds scenes of other settings.
+    Raises PictureError or SceneError for settings that give no scenes, or if `job.out` holds scenes of other settings;
+    all sets are looked at before the first is drawn.
     """
-    if job.count < 2 or job.validation < 1:
-        raise SceneError(f"count is {job.count}, validation {job.validation}: expected at least 2 and 1")
-    pictures = load_pictures(str(job.pictures), limit=job.names)
-    style = SceneStyle(height=job.size, width=job.size)
+    sets = _sets(job)
+    there = {part: finished(job.out / part, scenes) for part, scenes in sets.items()}
+    for part, scenes in sets.items():
+        if not there[part]:
+            # Shards of scenes that were deleted and are drawn anew would be of the old ones.
+            shutil.rmtree(job.out / "shards" / part, ignore_errors=True)
+            make_scenes(job.out / part, scenes, job.processes, progress=sys.stderr.isatty())
+            print(f"{job.out / part}: {scenes.count} scenes of {len(scenes.names)} names", flush=True)
+        if part in ("detection", "grounding"):
+            _import(job.out / part, job.out / "shards" / part, command)
+    print(
+        f"{job.out}: {job.count} training scenes with boxes, {job.captions} with captions only, "
+        f"{len(sets) - 2 - (job.captions > 0)} sets of {job.validation} for validation"
+    )
+
+
+def _sets(job: Scenes) -> dict[str, SceneSet]:
+    """What is drawn, by folder; SceneError or PictureError for settings that give no scenes."""
+    if job.count < 2 or job.validation < 1 or job.captions < 0:
+        raise SceneError(
+            f"count is {job.count}, validation {job.validation}, captions {job.captions}: expected at least 2, 1 and 0"
+        )
+    if not job.styles or job.held_out in job.styles or len(set(job.styles)) < len(job.styles):
+        raise SceneError(
+            f"styles are {', '.join(job.styles) or 'none'}, the held-out one is {job.held_out}: "
+            "expected at least one, all different, and another to hold out"
+        )
+    if job.size < 64:
+        raise SceneError(f"size is {job.size}: expected at least 64 pixels")
+
+    def pictures(*splits: Split, styles: tuple[str, ...] = job.styles) -> list[Picture]:
+        return load_pictures(job.pictures, styles, splits, asdict(job.names))
+
+    style = SceneStyle(height=job.size, width=job.size, sides=(job.size * 40 / 256, job.size * 110 / 256))
+    detection, both = pictures("detection"), pictures("detection", "grounding")
     half = job.count // 2
-    # Three streams of scenes that no two seeds share.
-    _draw(job, "detection", job.count - half, 3 * job.seed, pictures, style)
-    _draw(job, "grounding", half, 3 * job.seed + 1, pictures, style)
-    _draw(job, "validation", job.validation, 3 * job.seed + 2, pictures, style)
-    for kind in ("detection", "grounding"):
-        _import(job.out / kind, job.out / "shards" / kind, command)
-    print(f"{job.out}: {job.count} training and {job.validation} validation scenes with {len(pictures)} names")
-
-
-def _draw(job: Scenes, part: str, count: int, seed: int, pictures: Sequence[Picture], style: SceneStyle) -> None:
-    folder = job.out / part
-    existed = (folder / "annotations.json").exists()
-    kind = "grounding" if part == "grounding" else "detection"
-    make_scenes(str(folder), kind, count, seed, pictures, style, progress=sys.stderr.isatty())
-    if not existed:
-        print(f"{folder}: {count} scenes drawn", flush=True)
-        # Shards of scenes that were deleted and drawn anew would be of the old ones.
-        shutil.rmtree(job.out / "shards" / part, ignore_errors=True)
+    plans: dict[str, tuple[str, int, list[Picture]]] = {
+        "detection": ("detection", job.count - half, detection),
+        "grounding": ("grounding", half, both),
+        "captions": ("captions", job.captions, pictures("detection", "grounding", "captions")),
+        "validation": ("detection", job.validation, detection),
+        "validation_style": ("detection", job.validation, pictures("detection", styles=(job.held_out,))),
+        "validation_grounding_names": ("detection", job.validation, pictures("grounding")),
+        "validation_caption_names": ("detection", job.validation, pictures("captions")),
+        "validation_unseen": ("detection", job.validation, pictures("unseen")),
+        "validation_phrases": ("grounding", job.validation, both),
+    }
+    # Streams of scenes that no two sets and seeds share.
+    return {
+        part: SceneSet(kind, count, 16 * job.seed + stream, shown, style)  # pyright: ignore[reportArgumentType]
+        for stream, (part, (kind, count, shown)) in enumerate(plans.items())
+        if count
+    }
 
 
 def _import(folder: Path, out: Path, command: str) -> None:
