@@ -5,16 +5,23 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from glip_jax import boxes as box
-from glip_jax.config import AnchorConfig, DetectionConfig, ModelConfig, PyramidConfig
-from glip_jax.inference import detect
-from glip_jax.structures import Detections, Predictions
+from glip_jax import inference, prompts
+from glip_jax.config import AnchorConfig, Config, DetectionConfig, MeshConfig, ModelConfig, PyramidConfig
+from glip_jax.inference import Detector, category_prompts, detect
+from glip_jax.parallel import make_mesh
+from glip_jax.structures import Detections, Predictions, Prompt
+from glip_jax.training.loop import fresh_parameters
+from tests import tiny_run
 
 CANVAS, TOKENS, PHRASES = (64, 96), 6, 3
 MODEL = ModelConfig(pyramid=PyramidConfig(strides=(16, 32)), anchors=AnchorConfig((32, 64)))
 ANCHORS = box.anchors(CANVAS, (16, 32), (32, 64))
 ENDS = (0, 24, 30)
+TOKENIZER = prompts.load_tokenizer(tiny_run.VOCABULARY)
 
 
 def _predictions(seed: int) -> Predictions:
@@ -74,6 +81,8 @@ def test_equals_the_loop(seed: int, config: DetectionConfig) -> None:
     np.testing.assert_allclose(detections.scores[0][real], [w[0] for w in wanted], rtol=1e-5)
     np.testing.assert_array_equal(detections.phrases[0][real], [w[1] for w in wanted])
     np.testing.assert_allclose(detections.boxes[0][real], [w[2] for w in wanted], atol=1e-3)
+    parts = np.asarray(detections.alignment[0]) * np.asarray(detections.centerness[0])
+    np.testing.assert_allclose(parts, np.asarray(detections.scores[0]) ** 2, rtol=1e-5)
     assert not np.asarray(detections.scores[0][~real]).any()
 
 
@@ -97,3 +106,124 @@ def test_equal_scores_go_to_the_lowest_index() -> None:
     detections = _detect(found, phrase_map, extent, config)
     wanted = box.clip(ANCHORS[:3], np.array(CANVAS, np.float32))
     np.testing.assert_allclose(detections.boxes[0], wanted, atol=1e-4)
+
+
+# The Detector on a network of a few thousand parameters.
+
+NAMES = ["cat", "dog", "person", "red car", "traffic light", "bottle", "cup", "tree", "potted plant", "chair"]
+
+
+def _config(chunk: int = 0) -> Config:
+    config = tiny_run.replace(
+        tiny_run.config(dropout=0.0), "evaluation", short_side=64, long_side=128, chunk=chunk, batch_size=2
+    )
+    config = tiny_run.replace(config, "data", aspects=(1.0, 2.0), long_side=128)
+    return tiny_run.replace(config, "detection", threshold=0.0, max_detections=200, nms_iou=1.0)
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+    """Random parameters without positions of words: the network then cares for names, not for their order."""
+    params = fresh_parameters(_config(), make_mesh(MeshConfig(), jax.devices()[:1]))
+    # A fresh head answers nearly the same everywhere: spread it, so that results tell places and words apart.
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: np.array(x + rng.normal(0, 0.2, x.shape) * (x.ndim > 1), np.float32), params)
+    (table,) = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if "position" in str(path)]
+    table[:] = 0
+    return params
+
+
+def _images(*shapes: tuple[int, int]) -> list[np.ndarray]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
+
+
+def _by_phrase(found: Detections, numbers: Any) -> list[np.ndarray]:
+    return [np.asarray(found.scores)[np.asarray(found.phrases) == number][:10] for number in numbers]
+
+
+@pytest.mark.parametrize("chunk", [0, 1], ids=["as many as fit", "one by one"])
+def test_permuting_names_permutes_results(params: Any, chunk: int) -> None:
+    detector, images = Detector(_config(chunk), params), _images((64, 64))
+    # Chunks are of consecutive names, so what shares a prompt must be permuted within it.
+    names = NAMES[:4] if chunk == 0 else NAMES
+    (before,) = detector.categories(images, names)
+    order = np.random.default_rng(2).permutation(len(names))
+    (after,) = detector.categories(images, [names[i] for i in order])
+    ours, theirs = _by_phrase(before, order), _by_phrase(after, range(len(names)))
+    assert min(map(len, ours)) > 0
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4)
+    means = [scores[0] for scores in _by_phrase(before, range(len(names)))]
+    assert len(np.unique(np.round(means, 6))) == len(names), "names are told apart, so a mix-up would be seen"
+
+
+def test_a_name_keeps_its_number_however_names_are_chunked(params: Any) -> None:
+    images = _images((64, 64))
+    alone = {name: Detector(_config(1), params).categories(images, [name])[0] for name in NAMES[:4]}
+    (chunked,) = Detector(_config(1), params).categories(images, NAMES[:4])
+    for number, name in enumerate(NAMES[:4]):
+        np.testing.assert_allclose(
+            _by_phrase(chunked, [number])[0], _by_phrase(alone[name], [0])[0], rtol=1e-4, err_msg=name
+        )
+
+
+@given(
+    st.lists(st.sampled_from([*NAMES, "dogs", "zebra9", "Éclair", "bow_(x)", "🙂 cup"]), min_size=1, max_size=25),
+    st.integers(0, 6),
+)
+def test_any_chunking_numbers_phrases_alike(names: list[str], chunk: int) -> None:
+    config = _config(chunk)
+    asked: dict[int, str] = {}
+    for prompt, numbers in category_prompts(names, TOKENIZER, config):
+        tokenized = prompts.tokenize(prompt, TOKENIZER, config.model.text.max_tokens)
+        assert len(numbers) == len(prompt.spans) == len(tokenized.phrase_map) and len(numbers) <= (chunk or 99)
+        for row, number in enumerate(numbers):
+            ((begin, end),) = prompt.spans[row]
+            assert number not in asked
+            asked[number] = prompt.caption[begin:end]
+    assert [asked[number] for number in range(len(names))] == [prompts.clean_name(name) for name in names]
+
+
+def test_no_names_are_refused() -> None:
+    with pytest.raises(prompts.PromptError, match="no names"):
+        category_prompts([], TOKENIZER, _config())
+
+
+def test_one_program_a_canvas_and_one_encoding_a_text(params: Any) -> None:
+    detector, encoded, looked = Detector(_config(3), params), [], []
+    encode_text, encode_image = detector._encode_text, detector._encode_image
+    detector._encode_text = lambda *a: (encoded.append(1), encode_text(*a))[1]  # type: ignore[assignment]
+    detector._encode_image = lambda *a: (looked.append(1), encode_image(*a))[1]  # type: ignore[assignment]
+    detector.categories(_images((64, 64)), NAMES)
+    assert detector.compiled == {"image": 1, "text": 1, "ground": 1}
+    assert (len(looked), len(encoded)) == (1, 4), "image features once for all four chunks"
+    # Another size of the same bucket, other numbers of images, fewer names, a caption: nothing is compiled again.
+    detector.categories(_images((60, 60), (64, 64), (30, 30)), NAMES)
+    detector.categories(_images((64, 64)), NAMES[:1])
+    detector.caption(_images((64, 64)), [Prompt("a cat and a dog", (((0, 5),), ((10, 15),)))])
+    assert detector.compiled == {"image": 1, "text": 1, "ground": 1}
+    assert (len(looked), len(encoded)) == (5, 6)
+    detector.categories(_images((128, 64), (64, 64)), NAMES)
+    assert detector.compiled == {"image": 2, "text": 1, "ground": 2}
+    assert len(encoded) == 6
+
+
+def test_the_latest_texts_are_kept(params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "_TEXTS_KEPT", 2)
+    detector = Detector(_config(1), params)
+    for name in NAMES[:3]:
+        detector.text(prompts.prompt_from_categories([name]))
+    assert list(detector._texts) == NAMES[1:3]
+
+
+def test_scores_come_with_their_parts_in_the_images_own_pixels(params: Any) -> None:
+    detector, images = Detector(_config(), params), _images((32, 32), (64, 64), (40, 64))
+    results = detector.categories(images, NAMES)
+    for image, found in zip(images, results, strict=True):
+        np.testing.assert_allclose(found.scores, np.sqrt(found.alignment * found.centerness), rtol=1e-5)
+        assert (np.diff(found.scores) <= 0).all() and set(found.phrases.tolist()) <= set(range(len(NAMES)))
+        assert found.boxes[:, 2].max() <= image.shape[1] and found.boxes[:, 3].max() <= image.shape[0]
+    # Alone or in company, an image has the same detections.
+    (alone,) = detector.categories(images[:1], NAMES)
+    np.testing.assert_allclose(alone.scores, results[0].scores, rtol=1e-4)

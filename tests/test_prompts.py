@@ -163,3 +163,38 @@ def test_chunks_cover_in_order_fit_and_are_as_long_as_possible(names: list[str],
     for one, following in zip(chunks, chunks[1:]):
         longer = prompts.prompt_from_categories([names[i] for i in [*one, following[0]]])
         assert len(one) == limit or len(TOKENIZER.encode(longer.caption).ids) > budget
+
+
+# Any text at all, also with characters that the tokenizer drops, splits off, takes apart or does not know.
+pieces = st.text(
+    st.characters(exclude_categories=["Cs"]) | st.sampled_from("aé \u0301\u200d.中"), min_size=1, max_size=12
+)
+
+
+@given(st.lists(letters | pieces, min_size=1, max_size=8), st.sampled_from([". ", " . ", ", "]))
+def test_a_phrase_has_every_token_on_it_and_no_other(names: list[str], separator: str) -> None:
+    """Spans of arbitrary text: white space and dropped characters at the edge of a phrase belong to no token."""
+    caption, spans = "", []
+    for name in names:
+        spans.append(((len(caption), len(caption) + len(name)),))
+        caption += name + separator
+    tokenized, _ = prompts.tokenize(Prompt(caption, tuple(spans)), TOKENIZER, 512, truncate=True)
+    offsets = TOKENIZER.encode(caption).offsets
+    for row, ((begin, end),) in enumerate(spans):
+        touching = {i for i, (b, e) in enumerate(offsets) if b < e and b < end and e > begin}
+        own = set(np.flatnonzero(tokenized.phrase_map[row]).tolist())
+        assert own <= touching, "a token beyond the phrase"
+        reachable = any(c in range(b, e) for b, e in offsets for c in range(begin, min(begin + 3, end)))
+        reachable &= any(c in range(b, e) for b, e in offsets for c in range(max(begin, end - 3), end))
+        if reachable:
+            assert own == touching, "a token of the phrase is missing"
+
+
+@given(texts, st.integers(0, 11))
+def test_a_repeated_word_is_another_phrase(names: list[str], index: int) -> None:
+    """Equal words at different places are told apart by place alone."""
+    names = [*names, names[index % len(names)]]
+    tokenized = prompts.tokenize(prompts.prompt_from_categories(names), TOKENIZER, 256)
+    first, last = tokenized.phrase_map[index % (len(names) - 1)], tokenized.phrase_map[-1]
+    assert not (first & last).any()
+    assert tokenized.tokens[first].tolist() == tokenized.tokens[last].tolist()
