@@ -3,7 +3,7 @@
 import colorsys
 import io
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
@@ -24,9 +24,17 @@ class Mark(NamedTuple):
 
 
 def colour(index: int) -> tuple[int, int, int]:
-    """A colour that differs from those of nearby indices: hues a golden angle apart, dark enough for white words."""
-    red, green, blue = colorsys.hsv_to_rgb((index * 0.618034) % 1, 0.85, 0.8 if index % 2 else 0.95)
-    return round(red * 255), round(green * 255), round(blue * 255)
+    """A colour that differs from those of nearby indices: hues a golden angle apart, dark enough for white words.
+
+    White on it has a contrast of at least 3 (WCAG 2.2's relative luminance), so yellow becomes brown.
+    """
+    channels = np.array(colorsys.hsv_to_rgb((index * 0.618034) % 1, 0.85, 0.8 if index % 2 else 0.95))
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    luminance = float(linear @ np.array([0.2126, 0.7152, 0.0722]))
+    # Contrast is 1.05 / (luminance + 0.05). Scaling by a power of 1 / 2.4 scales light about linearly.
+    channels *= min(1.0, (0.28 / luminance) ** (1 / 2.4))
+    red, green, blue = (round(float(channel) * 255) for channel in channels)
+    return red, green, blue
 
 
 def draw_boxes(image: UInt8[np.ndarray, "H W 3"], marks: Sequence[Mark], scale: float = 1.0) -> Image.Image:
@@ -168,28 +176,39 @@ def draw_batch(batch: Batch, vocabulary: Sequence[str], limit: int = 16) -> Imag
     return contact_sheet(pictures, captions)
 
 
-def draw_curves(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], label: str = "loss") -> bytes:
-    """A PNG of the named curves (steps, values), one panel, values that are no numbers left as gaps.
+def draw_curves(
+    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+    label: str = "loss",
+    form: Literal["png", "svg"] = "png",
+) -> bytes:
+    """A picture of the named curves (steps, values), one panel, values that are no numbers left as gaps.
 
     Raises:
         ValueError: no curve has a point.
     """
     # The object interface leaves pyplot's global state, and any display, alone.
+    import matplotlib
     from matplotlib.figure import Figure
 
     if not any(len(steps) for steps, _ in curves.values()):
         raise ValueError("there is nothing to draw: no curve has a point")
-    figure = Figure(figsize=(7.5, 3.6), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
-    for name, (steps, values) in curves.items():
-        axes.plot(steps, values, label=name, linewidth=1.3, marker="." if len(steps) < 3 else "")
-    axes.set_xlabel("step")
-    axes.set_ylabel(label)
-    axes.grid(alpha=0.3)
-    if len(curves) > 1:
-        axes.legend(fontsize=8)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
+    # The same curves give the same bytes: no random ids, no date.
+    with matplotlib.rc_context({"svg.hashsalt": "glip_jax", "svg.fonttype": "path", "font.size": 9}):
+        figure = Figure(figsize=(5.6, 3.0), dpi=150, layout="constrained")
+        axes = figure.add_subplot()
+        for index, (name, (steps, values)) in enumerate(curves.items()):
+            paint = tuple(channel / 255 for channel in colour(index * 2))
+            axes.plot(steps, values, label=name, color=paint, linewidth=1.6, marker="o" if len(steps) < 12 else "",
+                      markersize=3.5)  # fmt: skip
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.02)
+        if set(curves) != {label}:
+            axes.legend(fontsize=7.5, frameon=False)
+        stream = io.BytesIO()
+        figure.savefig(stream, format=form, metadata={"Date": None} if form == "svg" else None)
     return stream.getvalue()
 
 

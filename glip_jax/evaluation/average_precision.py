@@ -17,7 +17,7 @@ from glip_jax.structures import Detections
 
 __all__ = [
     "NUMBERS", "AveragePrecision", "GroundTruth", "GroundTruthError", "average_precision", "coco_results",
-    "load_ground_truth",
+    "derangement", "load_ground_truth", "permuted_ap50",
 ]  # fmt: skip
 
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -25,7 +25,7 @@ NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 
 
 class GroundTruthError(ValueError):
-    """A COCO JSON that cannot be evaluated on."""
+    """Annotations that cannot be evaluated on."""
 
 
 @dataclass(frozen=True)
@@ -121,22 +121,9 @@ def average_precision(
     Raises:
         GroundTruthError: a result or an id of `image_ids` names an image that the ground truth does not have.
     """
-    known = {entry["id"] for entry in truth.content["images"]}
-    named = {row["image_id"] for row in results} | set(image_ids or ())
-    if named - known:
-        raise GroundTruthError(f"{truth.path} has no images {sorted(named - known)[:5]} which detections speak of")
-    # pycocotools prints its progress and writes into what it is given; both stay inside.
+    # pycocotools prints its progress; it stays inside.
     with contextlib.redirect_stdout(io.StringIO()):
-        dataset = _indexed({
-            "info": truth.content.get("info", {}),
-            "images": truth.content["images"],
-            "categories": truth.content["categories"],
-            "annotations": [dict(entry) for entry in truth.content["annotations"]],
-        })  # fmt: skip
-        found = _results(dataset, results)
-        evaluation = COCOeval(dataset, found, "bbox")
-        evaluation.params.catIds = list(truth.category_ids)
-        evaluation.params.imgIds = sorted(known if image_ids is None else set(image_ids))
+        evaluation = _evaluation(truth, results, image_ids)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -146,6 +133,62 @@ def average_precision(
         dict(zip(_labels(truth), _mean_precision(precision), strict=True)),
         dict(zip(_labels(truth), _mean_precision(precision[:1]), strict=True)),
     )
+
+
+def derangement(count: int) -> tuple[int, ...]:
+    """A fixed permutation of `count` categories that leaves none at its place: one cycle through a shuffled order.
+
+    Shuffled, because neighbours in a list of names are often alike. Raises ValueError below 2, where there is none.
+    """
+    if count < 2:
+        raise ValueError(f"{count} categories have no derangement: expected at least 2")
+    order = np.random.default_rng(0).permutation(count)
+    following = np.empty(count, np.int64)
+    following[order] = np.roll(order, -1)
+    return tuple(following.tolist())
+
+
+def permuted_ap50(truth: GroundTruth, results: list[dict[str, Any]], image_ids: list[int] | None = None) -> float:
+    """AP50 of the same boxes and scores with the categories exchanged by `derangement`: the level of chance.
+
+    It is what a detector reaches that finds things but does not know their names, and equals permuting the vectors of
+    the names where these do not see one another. -1 with fewer than two categories or without boxes to measure on.
+
+    Raises:
+        GroundTruthError: as `average_precision`.
+    """
+    if len(truth.category_ids) < 2:
+        return -1.0
+    ids = truth.category_ids
+    other = {ids[i]: ids[j] for i, j in enumerate(derangement(len(ids)))}
+    exchanged = [row | {"category_id": other[row["category_id"]]} for row in results]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = _evaluation(truth, exchanged, image_ids)
+        evaluation.params.iouThrs = np.array([0.5])
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ["all"]
+        evaluation.params.maxDets = [100]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = np.asarray(evaluation.eval["precision"], np.float64)
+    return float(precision[precision > -1].mean()) if (precision > -1).any() else -1.0
+
+
+def _evaluation(truth: GroundTruth, results: list[dict[str, Any]], image_ids: list[int] | None) -> COCOeval:
+    """The evaluation by pycocotools, set up; it writes into what it is given, so that is copied."""
+    known = {entry["id"] for entry in truth.content["images"]}
+    named = {row["image_id"] for row in results} | set(image_ids or ())
+    if named - known:
+        raise GroundTruthError(f"{truth.path} has no images {sorted(named - known)[:5]} which detections speak of")
+    dataset = _indexed({
+        "info": truth.content.get("info", {}),
+        "images": truth.content["images"],
+        "categories": truth.content["categories"],
+        "annotations": [dict(entry) for entry in truth.content["annotations"]],
+    })  # fmt: skip
+    evaluation = COCOeval(dataset, _results(dataset, results), "bbox")
+    evaluation.params.catIds = list(truth.category_ids)
+    evaluation.params.imgIds = sorted(known if image_ids is None else set(image_ids))
+    return evaluation
 
 
 def _indexed(content: dict[str, Any]) -> COCO:

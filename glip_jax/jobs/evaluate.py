@@ -1,31 +1,48 @@
 """The job `evaluate`: a checkpoint on the sets of `config.evaluation`.
 
-WORKDIR/evaluation.json             settings of the sets and their numbers
-WORKDIR/detections_SET.json         what was found, in COCO's results form
-WORKDIR/report.html                 the page of the run
+OUT/evaluation.json             numbers of every set; settings, prompts and hashes that they rest on
+OUT/detections_SET.json         what was found: COCO's results form, or with `phrase` (its number) for `category_id`
+OUT/report.html                 the page of the run
+
+OUT is the working folder unless --out names another. evaluation.json is written after the detections, each file aside
+and renamed, so an interrupted job leaves the earlier report as it was.
 """
 
+import dataclasses
+import datetime
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from etils import epath
 
+from glip_jax import exits, prompts
 from glip_jax.assets import AssetError
-from glip_jax.checkpoint import CheckpointError, latest_step, restore_parameters, saved_config
-from glip_jax.config import Config, ConfigError, differences
-from glip_jax.evaluation.average_precision import GroundTruthError, coco_results
-from glip_jax.evaluation.evaluate import Evaluated, EvaluationError, evaluate_set
+from glip_jax.checkpoint import CheckpointError, latest_step, prepare, restore_parameters, saved_config
+from glip_jax.config import Config, ConfigError, EvaluationSet, differences
+from glip_jax.evaluation import provenance
+from glip_jax.evaluation.average_precision import GroundTruth, GroundTruthError, coco_results
+from glip_jax.evaluation.evaluate import (
+    Evaluated,
+    EvaluationError,
+    Grounded,
+    check_set,
+    evaluate_detection,
+    evaluate_set,
+    scalars,
+)
 from glip_jax.evaluation.page import table
 from glip_jax.inference import Detector
 from glip_jax.jobs.command_line import Arguments, CommandLineError, parse
-from glip_jax.jobs.report import ReportError, write_page
+from glip_jax.jobs.report import FORMAT, ReportError, write_page
 from glip_jax.prompts import PromptError
-from glip_jax.training.loop import enable_compilation_cache
+from glip_jax.structures import Detections
+from glip_jax.training.loop import enable_compilation_cache, fingerprint
 
-__all__ = ["EvaluateArguments", "evaluate_checkpoint", "main"]
+__all__ = ["EvaluateArguments", "chunking_effect", "evaluate_checkpoint", "main", "phrase_results"]
 
 _FAULTS = (
     AssetError, CheckpointError, CommandLineError, ConfigError, EvaluationError, GroundTruthError,
@@ -35,10 +52,19 @@ _FAULTS = (
 
 @dataclass(frozen=True)
 class EvaluateArguments(Arguments):
-    """Evaluate the newest checkpoint of --workdir on the sets of config.evaluation."""
+    """Evaluate the newest checkpoint of --workdir on the sets of config.evaluation.
+
+    Prints a table and writes evaluation.json (numbers, and the settings and hashes they rest on), detections_SET.json
+    and the page report.html.
+    """
 
     step: int | None = None
     """Step of the checkpoint; default: the newest complete one."""
+    out: str = ""
+    """Folder for the report, local or gs://; default: the working folder."""
+    measure_chunking: bool = False
+    """Run every detection set twice more, with the names shuffled and in prompts half as long, and report what that
+    does to AP50."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,49 +72,189 @@ def main(argv: Sequence[str]) -> int:
     try:
         arguments = parse(argv, EvaluateArguments, "evaluate")
         if not arguments.workdir:
-            raise CommandLineError("evaluate: no working folder: expected --workdir=DIR with a checkpoint of `train`")
-        evaluate_checkpoint(arguments.config, arguments.workdir, arguments.step)
+            raise CommandLineError("no working folder: expected --workdir=DIR with a checkpoint of `train`")
+        evaluate_checkpoint(
+            arguments.config, arguments.workdir, arguments.step, arguments.out, arguments.measure_chunking
+        )
     except _FAULTS as fault:
         print(f"evaluate: {fault}", file=sys.stderr)
-        return 2
-    return 0
+        return exits.BAD_INPUT
+    return exits.DONE
 
 
-def evaluate_checkpoint(config: Config, workdir: str, step: int | None = None) -> dict[str, Evaluated]:
+def evaluate_checkpoint(
+    config: Config, workdir: str, step: int | None = None, out: str = "", measure_chunking: bool = False
+) -> dict[str, Evaluated | Grounded]:
     """Evaluates a checkpoint on all sets, prints the table, writes the files named above; returns the evaluations.
 
-    Raises CommandLineError if the config names no set or describes another network than the checkpoint's.
+    Raises CommandLineError if the config names no set or describes another network than the checkpoint's,
+    CheckpointError without a checkpoint or where `out` cannot be written, EvaluationError or GroundTruthError for a set
+    that cannot be evaluated; annotations are read before anything is computed.
     """
     if not config.evaluation.sets:
-        raise CommandLineError("evaluate: config.evaluation.sets is empty: name a set with annotations and images")
+        raise CommandLineError("config.evaluation.sets is empty: name a set with annotations and images")
+    for name, dataset in config.evaluation.sets.items():
+        check_set(name, dataset)
     saved = saved_config(workdir, step)
     step = latest_step(workdir) if step is None else step
     changed = [line for line in differences(saved, config) if line.startswith("model.")]
     if changed:
         listed = "\n  ".join(changed)
         raise CommandLineError(f"{workdir} holds a checkpoint of another network than the config says:\n  {listed}")
+    folder = epath.Path(out or workdir)
+    prepare(str(folder))
     enable_compilation_cache()
     print(f"{workdir}: step {step}, parameters: {config.evaluation.parameters}", flush=True)
-    detector = Detector(config, restore_parameters(workdir, config.evaluation.parameters, step))
+    parameters = restore_parameters(workdir, config.evaluation.parameters, step)
+    detector = Detector(config, parameters)
     results, content = {}, {}
     for name, dataset in config.evaluation.sets.items():
-        result = evaluate_set(detector, config, dataset, name=name, report=lambda line: print(line, flush=True))
-        results[name], content[name] = result, _numbers(result, asdict(dataset))
-        rows = coco_results(result.truth, result.detections)
-        (epath.Path(workdir) / f"detections_{name}.json").write_text(json.dumps(rows))
-    summary = {"step": step, "parameters": config.evaluation.parameters, "sets": content}
-    (epath.Path(workdir) / "evaluation.json").write_text(json.dumps(summary, indent=1))
-    print(table({name: (result.precision, len(result.image_ids)) for name, result in results.items()}))
-    print(f"drawn page: {write_page(workdir)}")
+        result = evaluate_set(detector, config, dataset, name=name, report=_say)
+        results[name], content[name] = result, _entry(result, dataset, detector, config)
+        if measure_chunking and isinstance(result, Evaluated):
+            content[name]["chunking"] = chunking_effect(detector, config, dataset, result, name)
+    for name, result in results.items():
+        _write(folder / f"detections_{name}.json", json.dumps(_rows(result)))
+    summary = {**_provenance(config, workdir, step, parameters, saved), "sets": content}
+    _write(folder / "evaluation.json", json.dumps(summary, indent=1))
+    print(table(results))
+    for name, entry in content.items():
+        for line in entry.get("chunking", ()):
+            print(f"{name}, {line['asked']}: AP50 {line['AP50']:.4f}, {line['difference']:+.4f}")
+    print(f"numbers, settings and hashes: {folder / 'evaluation.json'}")
+    print(f"drawn page: {write_page(workdir, out=str(folder))}")
     return results
 
 
-def _numbers(result: Evaluated, dataset: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **dataset,
-        "prompts": list(result.prompts),
+def chunking_effect(
+    detector: Detector, config: Config, dataset: EvaluationSet, first: Evaluated, name: str = ""
+) -> list[dict[str, Any]]:
+    """What the company of names in a prompt does to a detection set: AP50 with other chunks, and its difference.
+
+    Asked again twice: the names shuffled (so in other chunks, in another order), and in their order with half as many
+    names a prompt as its longest had. A single name has no company: an empty list.
+    """
+    count = len(first.prompts)
+    if count < 2:
+        return []
+    longest = max(len(chunk) for chunk in _chunks(first.prompts, detector, config))
+    half = -(-longest // 2)
+    shorter = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, chunk=half))
+    order = np.random.default_rng(0).permutation(count).tolist()
+    runs = [
+        ("names shuffled", evaluate_detection(detector, config, dataset, name=f"{name} (names shuffled)", order=order)),
+        (f"at most {half} names a prompt", evaluate_detection(
+            Detector(shorter, detector.params), shorter, dataset, name=f"{name} (shorter prompts)")),
+    ]  # fmt: skip
+    base = first.precision.numbers["AP50"]
+    return [
+        {"asked": asked, "AP50": found.precision.numbers["AP50"], "difference": found.precision.numbers["AP50"] - base}
+        for asked, found in runs
+    ]
+
+
+def phrase_results(detections: dict[Any, Detections]) -> list[dict[str, Any]]:
+    """Detections of phrases by image id, as rows with `phrase` (its number) and bbox x, y, width, height.
+
+    Corners are plain: width = x2 - x1 (glip-reference 5.4). Unused rows (phrase -1) are left out.
+    """
+    rows = []
+    for image, found in detections.items():
+        for box, score, phrase in zip(np.asarray(found.boxes), np.asarray(found.scores), np.asarray(found.phrases)):
+            if phrase >= 0:
+                x1, y1, x2, y2 = (float(value) for value in box)
+                rows.append(
+                    {
+                        "image_id": image,
+                        "phrase": int(phrase),
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "score": float(score),
+                    }
+                )
+    return rows
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _rows(result: Evaluated | Grounded) -> list[dict[str, Any]]:
+    match result.truth:
+        case GroundTruth():
+            return coco_results(result.truth, result.detections)
+        case _:
+            return phrase_results(result.detections)
+
+
+def _chunks(names: Sequence[str], detector: Detector, config: Config) -> list[list[str]]:
+    """The names of each prompt, as the detector asks for them."""
+    chunks = prompts.chunk(
+        names, detector.tokenizer, config.model.text.max_tokens, config.data.captions.separator, config.evaluation.chunk
+    )
+    return [[names[i] for i in chunk] for chunk in chunks]
+
+
+def _entry(result: Evaluated | Grounded, dataset: EvaluationSet, detector: Detector, config: Config) -> dict[str, Any]:
+    """What evaluation.json says of a set."""
+    shared = {
+        **asdict(dataset),
         "image_ids": list(result.image_ids),
-        "numbers": result.precision.numbers,
-        "per_class": result.precision.per_class,
-        "per_class_50": result.precision.per_class_50,
+        "hashes": {"annotations": provenance.file_hash(dataset.annotations), "pictures": result.pictures},
     }
+    match result:
+        case Evaluated():
+            chance = result.permuted
+            ratio = result.precision.numbers["AP50"] / chance if chance > 0 else None
+            return {
+                **shared,
+                "prompts": list(result.prompts),
+                "chunks": _chunks(result.prompts, detector, config),
+                "numbers": result.precision.numbers | {"AP50_permuted": chance, "AP50_ratio": ratio},
+                "per_class": result.precision.per_class,
+                "per_class_50": result.precision.per_class_50,
+            }
+        case Grounded():
+            return {
+                **shared,
+                "numbers": scalars(result),
+                "phrases": result.recall.phrases,
+                "counts": result.counts,
+                "left_out": result.truth.left_out,
+                "unasked": [[key, list(numbers)] for key, numbers in result.unasked.items()],
+            }
+
+
+def _provenance(
+    config: Config, workdir: str, step: int | None, parameters: dict[str, Any], saved: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything that the numbers rest on, but the sets."""
+    which = config.evaluation.parameters
+    raw = parameters if which == "raw" else restore_parameters(workdir, "raw", step)
+    return {
+        "format": FORMAT,
+        "name": config.name,
+        "workdir": workdir,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "step": step,
+        "parameters": which,
+        "settings": provenance.score_settings(config),
+        "hashes": {
+            # The first as `train` prints it at the end of a run; the second is of what was evaluated.
+            "checkpoint": fingerprint(raw),
+            "parameters": fingerprint(parameters),
+            "config": provenance.config_hash(config),
+            "checkpoint's config": provenance.config_hash(saved),
+            "code": provenance.code(),
+        },
+        "versions": provenance.versions(),
+    }
+
+
+def _write(path: epath.Path, text: str) -> None:
+    """Aside first, then renamed: a reader never meets half a file."""
+    aside = path.parent / f"{path.name}.unfinished"
+    try:
+        aside.write_text(text)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

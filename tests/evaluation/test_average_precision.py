@@ -8,7 +8,9 @@ from glip_jax.evaluation.average_precision import (
     GroundTruthError,
     average_precision,
     coco_results,
+    derangement,
     load_ground_truth,
+    permuted_ap50,
 )  # fmt: skip
 from glip_jax.structures import Detections
 
@@ -64,6 +66,58 @@ def test_numbers_worked_out_by_hand(truth):
     assert found.numbers["AR100"] == pytest.approx((0.7 + 0.5) / 2)
     assert found.numbers["APs"] == pytest.approx(0.7)
     assert found.numbers["APl"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 80])
+def test_a_derangement_moves_every_category_once(count):
+    moved = derangement(count)
+    assert sorted(moved) == list(range(count)) and all(i != j for i, j in enumerate(moved))
+    assert derangement(count) == moved
+    # One cycle: no group of names is exchanged only among itself.
+    place, seen = 0, set()
+    while place not in seen:
+        seen.add(place)
+        place = moved[place]
+    assert len(seen) == count
+
+
+def test_there_is_no_derangement_of_one():
+    with pytest.raises(ValueError, match="1 categories"):
+        derangement(1)
+
+
+def test_ap50_with_the_names_exchanged(truth):
+    exchanged = {truth.category_ids[j]: truth.category_ids[i] for i, j in enumerate(derangement(3))}
+    right = [_result(a["image_id"], a["category_id"], a["bbox"], 0.9) for a in TRUTH["annotations"]]
+    assert permuted_ap50(truth, right) == 0
+    # Whoever calls everything by the name that stands for it in the exchange is right there, at AP50 only.
+    wrong = [row | {"category_id": exchanged[row["category_id"]]} for row in right]
+    assert permuted_ap50(truth, wrong) == pytest.approx(1)
+    assert average_precision(truth, wrong).numbers["AP50"] == 0
+    assert wrong[0]["category_id"] == exchanged[TRUTH["annotations"][0]["category_id"]], "the results were changed"
+
+
+def test_the_exchange_is_measured_as_ap50_is(truth):
+    back = {truth.category_ids[j]: truth.category_ids[i] for i, j in enumerate(derangement(3))}
+    rng = np.random.default_rng(0)
+    results = [
+        _result(
+            a["image_id"],
+            int(rng.choice([2, 5, 9])),
+            [v + int(rng.integers(9)) for v in a["bbox"]],
+            float(rng.random()),
+        )
+        for a in TRUTH["annotations"] * 20
+    ]
+    exchanged = [row | {"category_id": back[row["category_id"]]} for row in results]
+    assert 0 < average_precision(truth, results).numbers["AP50"] < 1
+    assert permuted_ap50(truth, exchanged) == pytest.approx(average_precision(truth, results).numbers["AP50"])
+
+
+def test_one_category_has_no_level_of_chance(tmp_path):
+    content = {**TRUTH, "categories": TRUTH["categories"][:1], "annotations": TRUTH["annotations"][:1]}
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    assert permuted_ap50(load_ground_truth(str(tmp_path / "truth.json")), []) == -1
 
 
 def test_nothing_found_is_zero_and_no_image_left_is_minus_one(truth):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -5,10 +6,19 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from glip_jax.config import Config, EvaluationConfig, EvaluationSet
-from glip_jax.evaluation.evaluate import EvaluationError, evaluate, evaluate_set
-from glip_jax.evaluation.page import draw_evaluated, render, table
+from glip_jax import prompts
+from glip_jax.config import Config, EvaluationConfig, EvaluationSet, ModelConfig, TextConfig
+from glip_jax.evaluation.average_precision import GroundTruthError
+from glip_jax.evaluation.evaluate import (
+    EvaluationError,
+    check_set,
+    evaluate,
+    evaluate_detection,
+    evaluate_grounding,
+    scalars,
+)
 from glip_jax.structures import Detections
+from tests.tiny_run import VOCABULARY
 
 NAMES = ["RBC", "<WBC>"]
 
@@ -53,7 +63,7 @@ def _config(**changes):
 
 def test_a_perfect_detector_scores_one(dataset):
     oracle = Oracle()
-    result = evaluate_set(oracle, _config(), dataset, name="cells", progress=False)
+    result = evaluate_detection(oracle, _config(), dataset, name="cells", progress=False)
     assert result.precision.numbers["AP"] == pytest.approx(1)
     assert oracle.groups == [2, 1]
     assert oracle.names == ["red blood cell", "<WBC>"]
@@ -61,23 +71,24 @@ def test_a_perfect_detector_scores_one(dataset):
 
 
 def test_only_so_many_images_count(dataset):
-    result = evaluate_set(Oracle(), _config(max_images=1), dataset, progress=False)
+    result = evaluate_detection(Oracle(), _config(max_images=1), dataset, progress=False)
     assert result.image_ids == (10,)
     assert result.precision.numbers["AP"] == pytest.approx(1)
     assert result.precision.per_class == {"RBC": pytest.approx(1), "<WBC>": -1}
 
 
 def test_numbers_are_named_by_set(dataset, monkeypatch):
-    monkeypatch.setattr("glip_jax.evaluation.evaluate.Detector", lambda config, params: Oracle())
+    monkeypatch.setattr("glip_jax.evaluation.evaluate.Detector", Both)
     numbers = evaluate(_config(), {}, {"cells": dataset}, progress=False)
     assert numbers["evaluation/cells/AP50"] == pytest.approx(1)
     assert numbers["evaluation/cells/images"] == 3
+    assert numbers["evaluation/cells/AP50_permuted"] == 0, "with the names exchanged nothing is right"
     assert "evaluation/cells/APl" not in numbers, "no box is large: there is nothing to measure"
 
 
 def test_the_prompts_are_told(dataset):
     lines = []
-    evaluate_set(Oracle(), _config(), dataset, name="cells", progress=False, report=lines.append)
+    evaluate_detection(Oracle(), _config(), dataset, name="cells", progress=False, report=lines.append)
     assert lines == ["cells: 2 categories, asked for as: red blood cell, <WBC>"]
 
 
@@ -105,31 +116,151 @@ def _other_size(dataset):
 def test_sets_that_do_not_fit_give_one_message(dataset, spoil, message):
     spoil(dataset)
     with pytest.raises(EvaluationError, match=message):
-        evaluate_set(Oracle(), _config(), dataset, progress=False)
+        evaluate_detection(Oracle(), _config(), dataset, progress=False)
 
 
-def test_true_and_found_boxes_are_drawn(dataset):
-    result = evaluate_set(Oracle(), _config(), dataset, progress=False)
-    pictures, captions = draw_evaluated(result, epath.Path(dataset.images), limit=2)
-    assert captions == ["0.png: 1 true boxes, 1 found", "1.png: 1 true boxes, 1 found"]
-    assert all(len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 2 for picture in pictures)
-    _, captions = draw_evaluated(result, epath.Path(dataset.images), limit=1, least=0.95)
-    assert captions == ["0.png: 1 true boxes, 0 found"]
+def test_the_order_of_asking_does_not_show(dataset):
+    class Asked(Oracle):
+        def categories(self, images, names, /):
+            found = super().categories(images, names)
+            assert names == ["<WBC>", "red blood cell"]
+            return [one._replace(phrases=np.where(one.phrases >= 0, 1 - one.phrases, -1)) for one in found]
+
+    straight = evaluate_detection(Oracle(), _config(), dataset, progress=False)
+    turned = evaluate_detection(Asked(), _config(), dataset, progress=False, order=[1, 0])
+    assert turned.precision == straight.precision and turned.prompts == straight.prompts
 
 
-def test_the_page_needs_no_other_file_and_escapes_names(dataset):
-    result = evaluate_set(Oracle(), _config(), dataset, progress=False)
-    curves = {"loss": {"loss": ([1, 2], [2.0, 1.0])}}
-    page = render("run <1>", {"cells": (result, epath.Path(dataset.images))}, curves, ["a note"])
-    assert page.count("data:image/png;base64,") == 2
-    assert "src=" in page and "http" not in page and 'src="/' not in page
-    assert "&lt;WBC&gt;" in page and "<WBC>" not in page and "run &lt;1&gt;" in page
-    assert "1.0000" in page
+def test_the_pictures_have_a_hash_of_names_and_contents(dataset):
+    first = evaluate_detection(Oracle(), _config(), dataset, progress=False).pictures
+    assert len(first) == 64
+    assert evaluate_detection(Oracle(), _config(), dataset, progress=False).pictures == first
+    picture = epath.Path(dataset.images) / "1.png"
+    Image.new("RGB", (60, 41), (1, 1, 0)).save(str(picture))
+    assert evaluate_detection(Oracle(), _config(), dataset, progress=False).pictures != first
 
 
-def test_a_table_for_the_terminal(dataset):
-    result = evaluate_set(Oracle(), _config(), dataset, progress=False)
-    head, line = table({"cells": (result.precision, 3)}).splitlines()
-    assert len(head) == len(line)
-    assert head.split()[:3] == ["set", "images", "AP"]
-    assert line.split() == ["cells", "3", *["1.0000"] * 4, "-", "-", *["1.0000"] * 4, "-", "-"]
+CAPTIONS = ("a cat left of a dog", "a person, a cat, a dog", "nothing at all")
+
+
+@pytest.fixture
+def grounding(tmp_path):
+    """Three captions on two pictures; phrase p of caption k has one box at (10 p, 0), 9 x 9; the third has none."""
+    (tmp_path / "pictures").mkdir()
+    images, annotations = [], []
+    for k, caption in enumerate(CAPTIONS):
+        file = f"{k % 2}.png"
+        Image.new("RGB", (60, 40), (k % 2, 0, 0)).save(tmp_path / "pictures" / file)
+        words = [word for word in ("a person", "a cat", "a dog") if word in caption]
+        spans = [[caption.index(word), caption.index(word) + len(word)] for word in words]
+        phrases = [{"span": span, "kind": ("plain", "relational")[p % 2]} for p, span in enumerate(spans)]
+        images.append(
+            {"id": 5 - k, "file_name": file, "height": 40, "width": 60, "caption": caption, "phrases": phrases}
+        )
+        annotations += [
+            {"id": 10 * k + p, "image_id": 5 - k, "bbox": [10 * p, 0, 9, 9], "tokens_positive": [span]}
+            for p, span in enumerate(spans)
+        ]
+    (tmp_path / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return EvaluationSet(str(tmp_path / "captions.json"), str(tmp_path / "pictures"), kind="grounding")
+
+
+class Reader:
+    """Finds "a cat" right, everything else at a wrong place first and at the right one second; notes its prompts."""
+
+    def __init__(self):
+        self.tokenizer = prompts.load_tokenizer(VOCABULARY)
+        self.seen = []
+
+    def caption(self, images, prompts, /):
+        assert len(images) == len(prompts)
+        self.seen += [prompt.caption for prompt in prompts]
+        return [self._found(prompt) for prompt in prompts]
+
+    def _found(self, prompt):
+        places = {"a person": 0, "a cat": 10, "a dog": 20} if "person" in prompt.caption else {"a cat": 0, "a dog": 10}
+        rows = []
+        for number, ((begin, end),) in enumerate(prompt.spans):
+            words = prompt.caption[begin:end]
+            rows.append((0.5, places[words], number))
+            rows += [(0.9, 45, number)] if words != "a cat" else []
+        rows.sort(reverse=True)
+        boxes = np.array([[x, 0, x + 9, 9] for _, x, _ in rows], np.float32)
+        return Detections(
+            boxes, np.array([s for s, _, _ in rows], np.float32), np.array([n for *_, n in rows], np.int32)
+        )
+
+
+class Both(Oracle, Reader):
+    def __init__(self, *_):
+        Oracle.__init__(self)
+        Reader.__init__(self)
+
+
+def _budget(tokens):
+    return Config(
+        evaluation=EvaluationConfig(batch_size=2), model=ModelConfig(text=TextConfig(max_tokens=tokens, positions=512))
+    )
+
+
+def test_recall_of_a_grounding_set(grounding):
+    lines = []
+    result = evaluate_grounding(Reader(), _budget(256), grounding, name="x", progress=False, report=lines.append)
+    assert result.image_ids == (5, 4)
+    assert result.recall.phrases == {"": 5, "plain": 3, "relational": 2}
+    numbers = scalars(result)
+    assert numbers["recall@1"] == pytest.approx(2 / 5) and numbers["recall@5"] == 1
+    assert numbers["relational/recall@1"] == pytest.approx(1 / 2) and numbers["plain/recall@1"] == pytest.approx(1 / 3)
+    assert numbers["merged_recall@1"] == pytest.approx(2 / 5)
+    assert numbers["phrases"] == 5 and numbers["relational/phrases"] == 2 and numbers["images"] == 2
+    assert not {name for name in numbers if "over_budget" in name}
+    assert lines == ["x: 5 phrases in 2 captions; left out: 1 captions without a phrase that has a box"]
+
+
+def test_phrases_beyond_the_budget_are_missed_and_told(grounding):
+    reader, lines = Reader(), []
+    budget = len(reader.tokenizer.encode("a person, a cat").ids)
+    assert budget < len(reader.tokenizer.encode(CAPTIONS[0]).ids)
+    result = evaluate_grounding(reader, _budget(budget), grounding, progress=False, report=lines.append)
+    assert sorted(reader.seen) == ["a cat", "a person, a cat"]
+    # Of five phrases two were never asked for, and still are in the denominator.
+    assert result.recall.phrases[""] == 5 and result.recall.numbers["recall@10"] == pytest.approx(3 / 5)
+    assert result.unasked == {5: (1,), 4: (2,)}
+    assert scalars(result)["phrases_over_budget"] == 2 and scalars(result)["captions_cut"] == 2
+    assert "2 captions cut; 2 phrases over budget" in lines[0]
+
+
+def test_a_caption_of_which_nothing_fits_is_missed_whole(grounding):
+    reader = Reader()
+    result = evaluate_grounding(reader, _budget(3), grounding, progress=False)
+    assert reader.seen == [] and result.recall.numbers["recall@10"] == 0
+    assert result.counts == {"captions": 2, "captions_cut": 2, "phrases_over_budget": 5, "phrases_without_token": 0}
+
+
+def test_detections_index_the_phrases_of_the_caption_not_of_what_was_asked(grounding):
+    content = json.loads(epath.Path(grounding.annotations).read_text())
+    # In another order than in the caption: the first listed is cut off.
+    content["images"][0]["phrases"].reverse()
+    epath.Path(grounding.annotations).write_text(json.dumps(content))
+    budget = len(Reader().tokenizer.encode("a cat").ids)
+    result = evaluate_grounding(Reader(), _budget(budget), grounding, progress=False)
+    assert result.unasked[5] == (0,) and set(result.detections[5].phrases.tolist()) == {1}
+
+
+def test_evaluation_in_training_runs_both_kinds(dataset, grounding, monkeypatch):
+    monkeypatch.setattr("glip_jax.evaluation.evaluate.Detector", Both)
+    config = dataclasses.replace(_budget(256), evaluation=EvaluationConfig(sets={"cells": dataset, "x": grounding}))
+    numbers = evaluate(config, {}, progress=False)
+    assert numbers["evaluation/x/relational/recall@1"] == pytest.approx(1 / 2)
+    assert numbers["evaluation/cells/AP"] == pytest.approx(1)
+
+
+def test_sets_are_checked_before_a_long_run(dataset, grounding, tmp_path):
+    check_set("cells", dataset)
+    check_set("x", grounding)
+    with pytest.raises(EvaluationError, match=r"sets.x.images: .*gone is not there"):
+        check_set("x", dataclasses.replace(grounding, images=str(tmp_path / "gone")))
+    with pytest.raises(GroundTruthError, match="categories"):
+        check_set("x", dataclasses.replace(grounding, kind="detection"))
+    with pytest.raises(GroundTruthError, match="caption"):
+        check_set("x", dataclasses.replace(dataset, kind="grounding", names={}))

@@ -1,0 +1,87 @@
+"""What a number rests on: every setting that moves a score, and hashes of parameters, settings, data and code."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from glip_jax.config import Config, flatten
+
+__all__ = ["code", "config_hash", "file_hash", "score_settings", "versions"]
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "pillow", "tokenizers", "pycocotools", "orbax-checkpoint", "etils")
+_SCORE = ("model.", "detection.", "data.captions.separator", "evaluation.parameters", "evaluation.short_side",
+          "evaluation.long_side", "evaluation.max_images", "evaluation.chunk", "evaluation.batch_size")  # fmt: skip
+_TRAINING_ONLY = ("model.remat", "model.text.frozen", "model.backbone.frozen_stages", "model.pyramid.drop_block",
+                  "model.backbone.drop_path", "model.log_scale", "model.fusion.gamma", "model.head.unroll")  # fmt: skip
+
+
+def score_settings(config: Config) -> dict[str, Any]:
+    """The settings that an evaluation depends on, flat: the network's, thresholds and suppression, sizes, chunks.
+
+    The batch size is among them because an `extent` of `batch` makes scores depend on it.
+    """
+    return {
+        name: value
+        for name, value in flatten(config)
+        if name.startswith(_SCORE) and not name.startswith(_TRAINING_ONLY) and not name.endswith("dropout")
+    }
+
+
+def config_hash(settings: Config | dict[str, Any]) -> str:
+    """SHA-256 of all settings, flat, as JSON with sorted keys; a checkpoint's saved settings hash alike."""
+    flat = dict(flatten(settings)) if isinstance(settings, Config) else settings
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+
+
+def file_hash(path: str) -> str:
+    """SHA-256 of a file, local or gs://."""
+    return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
+
+
+def code() -> dict[str, Any]:
+    """The git commit of the package with whether its files differ from it, where there is one, and its files' hash.
+
+    `files` is the SHA-256 over relative path and content of every Python file of the package, sorted.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(
+            f"{path.relative_to(_PACKAGE).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
+        )
+    found: dict[str, Any] = {"files": digest.hexdigest()}
+    top = _git("rev-parse", "--show-toplevel")
+    # A package installed below somebody else's repository has nothing to do with that one's commits.
+    if top and Path(top.strip()).resolve() == _PACKAGE.parent and (commit := _git("rev-parse", "HEAD")):
+        changed = _git("status", "--porcelain", "--", _PACKAGE.name)
+        found |= {"commit": commit.strip(), "changed_since_commit": bool(changed is None or changed.strip())}
+    return found
+
+
+def _git(*arguments: Sequence[str] | str) -> str | None:
+    """Output of git in the package's parent; None without git or repository."""
+    command = ["git", "-C", str(_PACKAGE.parent), *map(str, arguments)]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a score passes through, and the devices it was computed on."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    device = jax.devices()[0]
+    return found | {"device": f"{jax.device_count()} x {device.device_kind} ({device.platform})"}
