@@ -7,7 +7,7 @@ __all__ = ["conflict", "noun_phrase", "plural", "says_colour"]
 _COUNTS = ("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # Names that are plural, or no countable thing, as they stand: "some jeans", "some corn". By the last word of the head.
 _UNCOUNTED = frozenset((
-    "bacon", "beads", "beans", "blueberries", "bread", "briefs", "broccoli", "bubbles", "butter", "chains", "cherries",
+    "bacon", "bags", "beads", "beans", "blueberries", "bread", "briefs", "broccoli", "bubbles", "butter", "chains", "cherries",
     "chopsticks", "coral", "corn", "curry", "dango", "dna", "dolls", "eyeglasses", "fire", "footprints", "fries", "garlic",
     "gloves", "goggles", "grapes", "headphones", "jeans", "lettuce", "masks", "meat", "music", "pancakes", "paper",
     "peanuts", "pins", "popcorn", "prints", "ramen", "rice", "scissors", "shoes", "shorts", "socks", "spaghetti", "stew",
@@ -17,7 +17,7 @@ _IRREGULAR = {
     "mouse": "mice", "deer": "deer", "fish": "fish", "sheep": "sheep", "tooth": "teeth", "ox": "oxen", "bison": "bison",
     "die": "dice", "squid": "squid", "shrimp": "shrimp", "leaf": "leaves", "scarf": "scarves", "blowfish": "blowfish",
     "potato": "potatoes", "tomato": "tomatoes", "mango": "mangoes", "buffalo": "buffaloes", "wolf": "wolves", "knife": "knives",
-    "foot": "feet", "volcano": "volcanoes", "tornado": "tornadoes", "octopus": "octopuses", "cactus": "cacti",
+    "foot": "feet", "volcano": "volcanoes", "tornado": "tornadoes", "mosquito": "mosquitoes", "sheaf": "sheaves", "octopus": "octopuses", "cactus": "cacti",
 }  # fmt: skip
 _WHOLE = {"bow and arrow": "bows and arrows", "fleur-de-lis": "fleurs-de-lis"}
 _BEFORE_REST = (" of ", " with ", " on ", " behind ", " in ")

@@ -115,16 +115,22 @@ def colour_of(pixels: UInt8[np.ndarray, "h w 4"]) -> str:
         value == red, (green - blue) / spread % 6, np.where(value == green, (blue - red) / spread + 2, (red - green) / spread + 4)
     ) * 60  # fmt: skip
     saturation = spread / np.maximum(value, 1e-6)
-    # Edges in degrees; the names of the intervals between them.
-    names = np.array(["red", "orange", "yellow", "", "green", "", "blue", "purple", "pink", "red"])
-    found = names[np.searchsorted([12, 38, 62, 75, 165, 190, 250, 290, 340], hue)]
-    warm = (hue < 38) | (hue > 345)
-    found = np.where(warm & (value < 0.68) & (saturation > 0.3) & (hue > 5) & (hue < 45), "brown", found)
-    found = np.where(warm & (value > 0.85) & (saturation < 0.55) & ((hue < 15) | (hue > 330)), "pink", found)
-    found = np.where((hue >= 12) & (hue < 75) & (saturation < 0.45) & (found != "brown"), "", found)
-    gray = saturation < 0.18
+    # Hues between edges in degrees; between some neighbours lies what people call by either name.
+    edges = [14, 20, 36, 42, 62, 78, 165, 195, 248, 262, 308, 318, 342, 348]
+    names = np.array(["red", "", "orange", "", "yellow", "", "green", "", "blue", "", "purple", "", "pink", "", "red"])
+    found = names[np.searchsorted(edges, hue)]
+    # Vivid hues only; dark warm ones are browns, light reds pinks.
+    warm = (hue < 42) | (hue > 340)
+    found = np.where(warm & ((value < 0.8) | (saturation < 0.6)), "", found)
+    found = np.where((found == "yellow") & ((value < 0.7) | (saturation < 0.45)), "", found)
+    found = np.where((hue >= 62) & (hue <= 308) & (saturation < 0.35), "", found)
+    found = np.where((hue > 5) & (hue < 42) & (value < 0.68) & (saturation > 0.3), "brown", found)
+    found = np.where(
+        ((hue < 12) | (hue > 318)) & (value > 0.85) & (saturation > 0.2) & (saturation < 0.5), "pink", found
+    )
+    gray = saturation < 0.15
     found = np.where(gray, np.where(value > 0.85, "white", "gray"), found)
-    found = np.where(value < 0.22, "black", found)
+    found = np.where(value < 0.32, "black", found)
     shares = sorted(((float((found == name).mean()), name) for name in COLOURS), reverse=True)
     if shares[0][0] >= 0.6 and shares[1][0] <= 0.25 and shares[0][1] not in ("black", "white", "gray"):
         return shares[0][1]

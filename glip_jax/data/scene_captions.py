@@ -25,6 +25,8 @@ _WORDS: Mapping[Relation, tuple[str, ...]] = {
 _OPENINGS = ("", "", "", "a picture of ", "there is ", "we see ")
 # What a size word is worth between things of one name: how many times as long.
 _RATIO = 1.5
+_RELATIONAL = 0.62
+"""Chance that a caption uses a relational phrase that its scene gives: so about half of the captions have one."""
 _MARGIN = 16.0
 """Pixels between centres from which on a relation is said."""
 
@@ -82,8 +84,8 @@ def describe(
     rng.shuffle(kinds)
     groups = {kind: tuple(i for i, name in enumerate(names) if name == kind) for kind in kinds}
     speaker = _Speaker(rng, groups, colours, boxes, sides)
-    parts: list[str | _Group] = [str(rng.choice(_OPENINGS))]
-    chosen = speaker.relational() if rng.random() < 0.9 else None
+    parts: list[str | _Group] = []
+    chosen = speaker.relational() if rng.random() < _RELATIONAL else None
     if chosen is not None:
         parts += chosen[0]
         kinds = [kind for kind in kinds if kind not in chosen[1]]
@@ -95,9 +97,7 @@ def describe(
         # Pairs: "A left of B, C above D", so that every relation has one subject and one object.
         parts += [", "] if position else []
         parts += speaker.pair(*(speaker.whole(kind) for kind in kinds[position : position + 2]))
-    caption, phrases = "", []
-    if parts[0] == "there is " and not isinstance(parts[1], str) and len(parts[1].members) > 1:
-        parts[0] = "there are "
+    caption, phrases = _opening(rng, parts), []
     for part in parts:
         if isinstance(part, str):
             caption += part
@@ -105,6 +105,17 @@ def describe(
             phrases.append(Phrase((len(caption), len(caption) + len(part.words)), part.kind, part.members))
             caption += part.words
     return caption, tuple(phrases)
+
+
+def _opening(rng: np.random.Generator, parts: Sequence[str | _Group]) -> str:
+    opening = str(rng.choice(_OPENINGS))
+    first = parts[0]
+    if opening == "there is " and isinstance(first, _Group):
+        # Only before what is new to the listener: "there is a snail", not "there is the snail".
+        if first.words.startswith("the "):
+            return ""
+        return opening if first.words.startswith(("a ", "an ")) else "there are "
+    return opening
 
 
 @dataclass(frozen=True)

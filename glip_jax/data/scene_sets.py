@@ -4,13 +4,14 @@ detection: COCO detection JSON; grounding: MDETR's JSON, with the kind of every 
 without boxes, the truth (MDETR's form) in truth.json beside it. Images are JPEGs under images/.
 """
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -95,12 +96,10 @@ def make_scenes(out: Path, scenes: SceneSet, processes: int = 0, progress: bool 
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "images").mkdir(parents=True)
     try:
-        drawn = tqdm(
-            _drawn(partial / "images", scenes, processes), desc=f"{out.name} scenes", unit="scene",
-            total=scenes.count, disable=not progress,
-        )  # fmt: skip
-        for file, content in _contents(drawn, scenes).items():
-            (partial / file).write_text(json.dumps(content))
+        # Closed before the folder goes, however this ends, so that no process still draws into it.
+        with contextlib.closing(_drawn(partial / "images", scenes, processes)) as drawn:
+            for file, content in _contents(drawn, scenes, f"{out.name} scenes" if progress else "").items():
+                (partial / file).write_text(json.dumps(content))
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -114,13 +113,14 @@ class _Drawn(NamedTuple):
     scene: Scene
 
 
-def _contents(drawn: Iterator[_Drawn], scenes: SceneSet) -> dict[str, dict[str, Any]]:
-    """The JSON files of a set by file name."""
+def _contents(drawn: Iterator[_Drawn], scenes: SceneSet, title: str) -> dict[str, dict[str, Any]]:
+    """The JSON files of a set by file name; `title`: of a progress bar, "" for none."""
+    bar = tqdm(drawn, title, scenes.count, unit="scene", disable=not title)
     category = {name: i + 1 for i, name in enumerate(scenes.names)}
     images: list[dict[str, Any]] = []
     boxes: list[dict[str, Any]] = []
     captions: list[dict[str, Any]] = []
-    for identity, (file, scene) in enumerate(drawn, 1):
+    for identity, (file, scene) in enumerate(bar, 1):
         image = {"id": identity, "file_name": file, "height": scenes.style.height, "width": scenes.style.width}
         captions.append({"id": identity, "image_id": identity, "caption": scene.caption})
         if scenes.kind != "detection":
@@ -155,9 +155,10 @@ def _annotations(scene: Scene, kind: str, category: dict[str, int]) -> Iterator[
             yield form | {"category_id": 1, "tokens_positive": spans}
 
 
-def _drawn(images: Path, scenes: SceneSet, processes: int) -> Iterator[_Drawn]:
+def _drawn(images: Path, scenes: SceneSet, processes: int) -> Generator[_Drawn, None, None]:
     """Draws all scenes in order, in `processes` processes."""
-    processes = min(processes or len(os.sched_getaffinity(0)), scenes.count)
+    # A process takes about as long to start as it takes to draw some dozens of scenes.
+    processes = min(processes or len(os.sched_getaffinity(0)), -(-scenes.count // 64))
     if processes == 1:
         for index in range(scenes.count):
             yield _draw(images, scenes, index)

@@ -32,7 +32,7 @@ class SceneStyle:
     width: int = 256
     objects: tuple[int, int] = (3, 9)
     """Fewest and most pictures that are tried per scene."""
-    sides: tuple[float, float] = (40, 110)
+    sides: tuple[float, float] = (40.0, 110.0)
     """Smallest and largest side of a picture before rotation."""
     rotation: float = 25.0
     """Largest angle either way, degrees."""
@@ -42,7 +42,7 @@ class SceneStyle:
     """Share of a picture's own pixels that must stay visible."""
     light: bool = True
     """Brightness, colour cast and soft shadows; without, pictures keep their own colours."""
-    relational: float = 0.8
+    relational: float = 0.45
     """Chance that a scene that is spoken of is composed so that a relational phrase can stand in its caption."""
 
 
