@@ -2,7 +2,8 @@
 
 TensorFlow's SAME padding at stride 2 depends on the parity of the size, so extents and canvases are multiples of 32:
 then the padding is (0, 1) for 3 x 3 and (1, 2) for 5 x 5 at every level, and what an image reads beyond its extent is
-zero, as if it stood alone. Batch normalisation is frozen always: its statistics and affine form are folded into
+zero, as if it stood alone. The three outputs end in a LayerNorm, as Swin's do: the linear bottlenecks' values have
+standard deviations of 3 to 7, under which the head's first offsets would be several cells long. Batch normalisation is frozen always: its statistics and affine form are folded into
 `frozen_scale` and `frozen_shift`, which get no gradient.
 """
 
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from glip_jax.config import BackboneConfig
 from glip_jax.models.extents import level_size, zero_beyond
 
-__all__ = ["STAGES", "EfficientNetLite0", "depthwise"]
+__all__ = ["OUTPUTS", "STAGES", "EfficientNetLite0", "depthwise"]
 
 STAGES: tuple[tuple[int, int, int, int, int], ...] = (
     (1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
@@ -25,7 +26,7 @@ STAGES: tuple[tuple[int, int, int, int, int], ...] = (
 """Blocks, kernel, stride of the first block, expansion, output channels of each stage."""
 STEM = 32
 MULTIPLE = 32
-_OUTPUTS = (3, 5, 7)
+OUTPUTS = (3, 5, 7)
 """Stages whose outputs have strides 8, 16, 32."""
 
 
@@ -173,9 +174,10 @@ class EfficientNetLite0(nn.Module):
             stage = _Stage(blocks, kernel, step, expansion, channels, self.dtype, name=f"stage{number}")
             x = stage(x, level_size(extent, stride))
             stride *= step
-            if number in _OUTPUTS:
+            if number in OUTPUTS:
                 # An output of a frozen stage feeds the pyramid too; no gradient may pass there either.
-                output = zero_beyond(x, level_size(extent, stride))
-                outputs.append(jax.lax.stop_gradient(output) if number <= frozen else output)
+                output = jax.lax.stop_gradient(x) if number <= frozen else x
+                norm = nn.LayerNorm(1e-5, dtype=self.dtype, use_fast_variance=False, name=f"norm{len(outputs) + 1}")
+                outputs.append(zero_beyond(norm(output), level_size(extent, stride)))
         c3, c4, c5 = outputs
         return c3, c4, c5

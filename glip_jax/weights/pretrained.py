@@ -20,7 +20,7 @@ from jaxtyping import Float, Shaped
 
 from glip_jax.assets import resolve
 from glip_jax.config import Config, TextConfig
-from glip_jax.models.efficientnet import STAGES
+from glip_jax.models.efficientnet import OUTPUTS, STAGES
 from glip_jax.weights.torch_files import load_arrays, sha256
 
 __all__ = ["PretrainedError", "fingerprints", "initialize"]
@@ -165,6 +165,10 @@ def _efficientnet(arrays: Mapping[str, Shaped[np.ndarray, "..."]], origin: str) 
             pointwise(f"{ours}/project", f"{theirs}._project_conv")
             norm(f"{ours}/project_norm", f"{theirs}._bn2")
             number += 1
+    for output, stage in enumerate(OUTPUTS, start=1):
+        # Ours alone: the classifier that the file was trained with has no norm there.
+        values[f"norm{output}/scale"] = np.ones(STAGES[stage - 1][-1], np.float32)
+        values[f"norm{output}/bias"] = np.zeros(STAGES[stage - 1][-1], np.float32)
     tensors.expect_only(_EFFICIENTNET_UNUSED)
     return values
 
