@@ -1,8 +1,14 @@
 """The one door: `python -m glip_jax JOB --config=configs/NAME.py --config.section.field=value --workdir=DIR`."""
 
+import contextlib
 import difflib
 import importlib
+import signal
 import sys
+from collections.abc import Iterator
+from types import FrameType
+
+from glip_jax import environment, exits
 
 __all__ = ["JOBS", "main"]
 
@@ -10,6 +16,7 @@ JOBS = {
     "data": "import annotations into shards, and check shards",
     "train": "train, or go on training, in a working folder",
     "evaluate": "evaluate a checkpoint on COCO-style sets",
+    "predict": "find in images what a text or a list of names asks for",
     "report": "draw the page of a run again from what it recorded",
     "scenes": "make the picture scenes of the demo",
 }
@@ -18,17 +25,63 @@ JOBS = {
 def main(argv: list[str]) -> int:
     """Runs the job that `argv` names and returns its exit code; a mistaken command gives one message and code 2."""
     listed = "\n".join(f"  {job:10} {what}" for job, what in JOBS.items())
-    usage = f"usage: python -m glip_jax JOB [options]\n\njobs:\n{listed}\n\npython -m glip_jax JOB --help: its options"
+    usage = (
+        f"usage: python -m glip_jax JOB [options]\n\njobs:\n{listed}\n\n"
+        f"python -m glip_jax JOB --help: its options and an example\n{exits.SHORT}"
+    )
     if not argv or argv[0] in ("-h", "--help"):
         print(usage, file=sys.stdout if argv else sys.stderr)
-        return 0 if argv else 2
+        return exits.DONE if argv else exits.BAD_INPUT
     job, *rest = argv
     if job not in JOBS:
         near = difflib.get_close_matches(job, JOBS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(JOBS)}"
         print(f"unknown job {job!r}; {hint}", file=sys.stderr)
-        return 2
-    return importlib.import_module(f"glip_jax.jobs.{job}").main(rest)
+        return exits.BAD_INPUT
+    fault = environment.fault()
+    if fault:
+        print(f"{job}: {fault}", file=sys.stderr)
+        return exits.BAD_INPUT
+    return _run(job, rest)
+
+
+def _run(job: str, argv: list[str]) -> int:
+    """The job's exit code; what may hit any job at any line (a signal, a full disk) ends in one line as well."""
+    try:
+        with _sigterm_exits(job):
+            return importlib.import_module(f"glip_jax.jobs.{job}").main(argv)
+    except KeyboardInterrupt:
+        print(f"{job}: stopped by Ctrl-C; nothing is half-made, the same command goes on", file=sys.stderr)
+        return exits.CANCELLED
+    except OSError as error:
+        reason = exits.full_disk(error)
+        if not reason:
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        print(f"{job}: {reason}{place}: make room, then give the same command again", file=sys.stderr)
+        return exits.NOT_WRITTEN
+
+
+@contextlib.contextmanager
+def _sigterm_exits(job: str) -> Iterator[None]:
+    """SIGTERM unwinds the job, which removes what is half-made, instead of ending the process on the spot.
+
+    Training saves first: within its steps it has a handler of its own.
+    """
+
+    def leave(*_: int | FrameType | None) -> None:
+        print(f"{job}: stopped by SIGTERM; nothing is half-made, give the same command again", file=sys.stderr)
+        raise SystemExit(exits.PREEMPTED)
+
+    try:
+        previous = signal.signal(signal.SIGTERM, leave)
+    except ValueError:  # not the main thread: signals are someone else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,12 @@
 Arrays are restored onto whatever mesh the caller's abstract state names. Paths may be local or gs://.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,16 +22,20 @@ from absl import logging
 from etils import epath
 
 from glip_jax.config import Config, differences, flatten
+from glip_jax.exits import full_disk
 
 __all__ = [
     "CheckpointError",
     "Checkpoints",
+    "NotSavedError",
     "Saved",
     "check_config",
     "latest_step",
+    "prepare",
     "restore_parameters",
     "saved_config",
     "unfinished",
+    "what_is_left",
     "write_config",
 ]
 
@@ -36,6 +44,10 @@ _FOLDER = "checkpoints"
 
 class CheckpointError(ValueError):
     """A checkpoint that is not there, does not fit the model, or was made with other settings."""
+
+
+class NotSavedError(RuntimeError):
+    """A checkpoint that could not be written; the message says what is left of the run and what to do."""
 
 
 class Saved(NamedTuple):
@@ -48,7 +60,11 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one working folder. Use as a context manager: leaving it waits for the last write."""
+    """The checkpoints of one working folder. Use as a context manager: leaving it waits for the last write.
+
+    Every method that writes or waits raises NotSavedError if a write failed, in the background or here. The older
+    checkpoints are then untouched, as one is removed only after a newer one is complete.
+    """
 
     def __init__(self, workdir: str, keep: int) -> None:
         """Opens (and makes) `workdir`/checkpoints, keeping the newest `keep`; says which half-written ones it removes."""
@@ -60,19 +76,49 @@ class Checkpoints:
         self._manager = _manager(
             self.folder, ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         )
+        self._workdir = workdir
+        self._writing: int | None = None
+        """The step whose write was started last and not waited for."""
+        self._failed = False
 
     def __enter__(self) -> "Checkpoints":
+        # Parts of a failed write that end after its event loop report to this hook, many tracebacks that say nothing.
+        self._hook, hook = sys.unraisablehook, sys.unraisablehook
+        sys.unraisablehook = lambda fault: None if str(fault.exc_value) == "Event loop is closed" else hook(fault)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        # Whoever leaves for a reason of his own hears of that one, unless it is the same full disk.
+        quiet = error is not None and not full_disk(error)
+        try:
+            with contextlib.suppress(*([Exception] if quiet else [])), self._complaining():
+                self._manager.close()
+        finally:
+            if self._failed:
+                self._clear()
+            sys.unraisablehook = self._hook
+
+    def _clear(self) -> None:
+        """Removes the half-written folder; the other parts of a checkpoint may still be writing into it for a moment."""
+        for _ in range(20):
+            left = unfinished(self._workdir) if jax.process_index() == 0 else []
+            for path in left:
+                with contextlib.suppress(OSError):
+                    epath.Path(path).rmtree()
+            if not left:
+                return
+            time.sleep(0.1)
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, None without one."""
         return self._manager.latest_step()
 
     def save(self, step: int, saved: Saved, config: Config) -> None:
-        """Starts writing step `step` in the background; arrays are copied first, so the caller may donate them."""
+        """Starts writing step `step` in the background; arrays are copied first, so the caller may donate them.
+
+        Waits for the write before it.
+        """
+        self.wait()
         items: dict[str, Any] = {
             "params": ocp.args.StandardSave(saved.params),
             "optimizer": ocp.args.StandardSave(saved.optimizer),
@@ -80,11 +126,21 @@ class Checkpoints:
         }
         if saved.ema:
             items["ema"] = ocp.args.StandardSave(saved.ema)
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        self._writing = step
+        with self._complaining():
+            self._manager.save(step, args=ocp.args.Composite(**items))
 
     def wait(self) -> None:
         """Returns when every started write is complete."""
-        self._manager.wait_until_finished()
+        with self._complaining():
+            self._manager.wait_until_finished()
+        self._writing = None
+
+    def check(self) -> None:
+        """Raises NotSavedError if the write in the background came to a bad end; does not wait for it."""
+        # Orbax' own check_for_errors takes the error away from the thread that, without one, removes old checkpoints.
+        if self._writing is not None and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def run(self, step: int) -> dict[str, Any]:
         """The flat settings that checkpoint `step` was written with."""
@@ -107,6 +163,49 @@ class Checkpoints:
         args = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()})
         restored = self._manager.restore(step, args=args)
         return Saved(*(restored[name] if name in wanted else {} for name in Saved._fields))
+
+    @contextlib.contextmanager
+    def _complaining(self) -> Iterator[None]:
+        """What goes wrong while writing as NotSavedError; leaving the context removes the half-written folder."""
+        try:
+            yield
+        except Exception as error:
+            if self._writing is None:
+                raise
+            full = full_disk(error)
+            reason = full or f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
+            self._failed = True
+            raise NotSavedError(
+                f"the checkpoint of step {self._writing} could not be written to {self.folder} ({reason}); "
+                f"{what_is_left(self._workdir, full)}"
+            ) from error
+
+
+def what_is_left(workdir: str, full: str) -> str:
+    """For messages of a run that could not write: its newest complete checkpoint, and what to do (`full`: the disk is)."""
+    mend, newest = "make room there" if full else "mend that", latest_step(workdir)
+    if newest is None:
+        return f"there is no earlier one: {mend}, then the same command begins again"
+    return f"the one of step {newest} is complete and untouched: {mend}, then the same command goes on from it"
+
+
+def prepare(workdir: str) -> None:
+    """Makes the working folder and tries that files can be made in it; CheckpointError if not."""
+    if jax.process_index() != 0:
+        return
+    folder = epath.Path(workdir)
+    probe = folder / f".written-by-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except (OSError, ImportError) as error:
+        if full_disk(error):
+            raise
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise CheckpointError(
+            f"--workdir={workdir} cannot be written ({reason}): expected a folder, or the name of one that can be made"
+        ) from None
 
 
 def _folder(workdir: str) -> epath.Path:
@@ -169,11 +268,13 @@ def check_config(workdir: str, step: int, saved: Mapping[str, Any], config: Conf
     if not lines:
         return []
     if not accept:
-        listed = "\n  ".join(lines)
+        ordered = sorted(lines, key=lambda line: not line.startswith("model."))
+        network = ordered[0].startswith("model.")
         raise CheckpointError(
-            f"{workdir} holds step {step} of a run with other settings:\n  {listed}\n"
-            "Give the old settings to go on with that run, a new --workdir to start another, or "
-            "--resume-with-changes to continue from that step as a new, recorded phase."
+            f"{workdir} holds step {step} of a run with {'another network' if network else 'other settings'} "
+            f"(saved -> given: {_listed(ordered)}): give the old settings to go on with that run, a new --workdir to start "
+            "another, or --resume-with-changes to continue from that step as a new, recorded phase"
+            + (" (not where that changes the shape of a parameter)" if network else "")
         )
     path = epath.Path(workdir) / "phases.json"
     phases = json.loads(path.read_text()) if path.exists() else []
@@ -196,7 +297,8 @@ def _plain(config: Config) -> dict[str, Any]:
 
 
 def _manager(folder: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
-    logging.set_verbosity(logging.ERROR)  # Orbax tells every step of its own work as information or warning
+    # Orbax tells every step of its own work as information or warning, and prints tracebacks of what it raises as well.
+    logging.set_verbosity(logging.FATAL)
     arrays = ("params", "optimizer", "ema")
     handlers = {name: ocp.StandardCheckpointHandler() for name in arrays} | {"run": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
@@ -237,8 +339,16 @@ def _same_arrays(what: str, found: Any, wanted: Any) -> None:
     shared = sorted(set(ours) & set(theirs))
     faults += [f"{name}: {theirs[name]} saved, {ours[name]} wanted" for name in shared if ours[name] != theirs[name]]
     if faults:
-        listed = "\n  ".join(faults[:20]) + (f"\n  … and {len(faults) - 20} more" if len(faults) > 20 else "")
-        raise CheckpointError(f"checkpoint {what}: arrays do not fit the model:\n  {listed}\nUse a new --workdir.")
+        raise CheckpointError(
+            f"checkpoint {what}: is of another network ({_listed(faults)}): give the settings it was made with, or use a "
+            "new --workdir"
+        )
+
+
+def _listed(lines: list[str], most: int = 8) -> str:
+    """The lines in one, so that a message stays a line."""
+    more = f"; and {len(lines) - most} more" if len(lines) > most else ""
+    return "; ".join(lines[:most]) + more
 
 
 def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

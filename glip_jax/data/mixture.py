@@ -25,7 +25,7 @@ from glip_jax.data import transforms
 from glip_jax.data.captions import Captioner, rng_of
 from glip_jax.data.records import RecordError, decode_image
 from glip_jax.data.shards import ShardError, Shards
-from glip_jax.prompts import PromptError, Tokenizer, load_tokenizer
+from glip_jax.prompts import PromptError, Tokenizer, clean_name, load_tokenizer
 from glip_jax.structures import DROPS, Batch
 
 __all__ = ["Mixture", "Schedule", "schedule"]
@@ -226,6 +226,8 @@ class Mixture:
         self._captioners = tuple(
             Captioner(s.manifest.names, tokenizer, config.data.captions, text.max_tokens) for s in self.shards
         )
+        for name, opened in zip(self.source_names, self.shards):
+            _check_names(name, opened.manifest.names, tokenizer, config)
         logs = np.log(np.asarray(config.data.aspects))
         self._lists = [  # [source][aspect] -> records
             [np.flatnonzero(nearest == a).astype(np.int32) for a in range(len(logs))]
@@ -321,6 +323,20 @@ def _open(name: str, source: SourceConfig) -> Shards:
             f"data.sources.{name}: {error}; make them with "
             f"`python -m glip_jax data coco ANNOTATIONS.json --images=FOLDER --out={source.path}` (or `data mdetr`)"
         ) from None
+
+
+def _check_names(source: str, names: Sequence[str], tokenizer: Tokenizer, config: Config) -> None:
+    """ConfigError for a category that no caption can hold: it would never be trained."""
+    budget = config.model.text.max_tokens
+    for name in names:
+        encoded = tokenizer.encode(clean_name(name) + config.data.captions.separator)
+        if len(encoded.ids) > budget:
+            shown = name if len(name) <= 60 else f"{name[:60]}…"
+            raise ConfigError(
+                f"data.sources.{source}: the name {shown!r} takes {len(encoded.ids)} tokens with [CLS], separator and [SEP], "
+                f"model.text.max_tokens is {budget}: import it again with a shorter text (`data coco --names=FILE.json`), "
+                "or raise model.text.max_tokens"
+            )
 
 
 def _tokenizer(config: Config) -> Tokenizer:

@@ -19,6 +19,7 @@ from PIL import Image
 
 __all__ = [
     "FORMAT",
+    "PIXEL_LIMIT",
     "Kind",
     "Record",
     "RecordError",
@@ -32,6 +33,12 @@ __all__ = [
 
 FORMAT = 1
 """Version of the encoding, kept in every record and manifest."""
+
+PIXEL_LIMIT = 80_000_000
+"""Most pixels of an image: below what Pillow itself warns of, so that this limit is the one that speaks.
+
+An import counts larger ones as dropped: decoded they take more than 240 MB each, in every reading thread.
+"""
 
 Kind = Literal["detection", "grounding", "pseudo"]
 Spans = tuple[tuple[int, int], ...]
@@ -184,7 +191,14 @@ def decode_image(record: Record) -> UInt8[np.ndarray, "H W 3"]:
     """
     try:
         with Image.open(io.BytesIO(record.image)) as image:
+            if image.width * image.height > PIXEL_LIMIT:
+                raise RecordError(
+                    f"record {record.id!r}, field image: is {image.height} x {image.width}, "
+                    f"expected at most {PIXEL_LIMIT:,} pixels: shrink it"
+                )
             pixels = np.asarray(image.convert("RGB"))
+    except RecordError:
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise RecordError(f"record {record.id!r}, field image: cannot be decoded ({error})") from None
     if pixels.shape != (record.height, record.width, 3):

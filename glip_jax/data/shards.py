@@ -1,24 +1,30 @@
 """Folders of records: ArrayRecord shards, `manifest.json`, and `columns.npz` with what scheduling needs of each record.
 
 A folder is written under a temporary name and renamed when complete; its manifest is what marks it as finished. A
-finished folder is never made twice. Opening reads the manifest and the columns only.
+finished folder is never made twice. Opening reads the manifest, the columns and the end of each file (its number of
+records), and refuses what does not fit together; `verify` reads everything.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
 from glip_jax.data.records import FORMAT, Kind, Record, RecordError, content_hash, decode, encode
+from glip_jax.exits import full_disk
 
 __all__ = ["KINDS", "Manifest", "ShardError", "Shards", "finished", "verify", "write"]
 
@@ -65,7 +71,10 @@ def finished(directory: epath.PathLike) -> Manifest | None:
         fields = json.loads(path.read_text())
         fields.update(names=tuple(fields["names"]), shards=tuple(fields["shards"]))
         manifest = Manifest(**fields)
-    except (ValueError, TypeError, KeyError) as error:
+        for shard in manifest.shards:
+            _ = shard["file"], shard["records"] + shard["bytes"], shard["sha256"]
+        _ = manifest.columns["file"], manifest.columns["sha256"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ShardError(f"{path} is no manifest of shards ({error}): remove the folder and import again") from None
     if manifest.format != FORMAT:
         raise ShardError(f"{path} has format {manifest.format}, this version reads {FORMAT}: import again")
@@ -87,7 +96,8 @@ def write(
     """Writes `records` to `shards` files in `directory` and returns the manifest.
 
     Records go to the shards in turn. `drops` is asked after the last record. Raises ShardError if the folder exists
-    (finished or not empty), or if there is no record; the folder appears only when everything is in it.
+    (finished or not empty), or if there is no record, OSError if it cannot be written (a full disk); the folder appears
+    only when everything is in it.
     """
     target = epath.Path(directory)
     if target.exists() and any(target.iterdir()):
@@ -103,7 +113,11 @@ def write(
     partial.mkdir(parents=True)
     try:
         files = [f"records-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
-        columns, boxes = _write_records(records, [partial / file for file in files], len(names))
+        try:
+            columns, boxes = _write_records(records, [partial / file for file in files], len(names))
+        except RuntimeError as error:  # array_record's own kind for whatever the system refused
+            code = errno.ENOSPC if full_disk(error) else errno.EIO
+            raise OSError(code, full_disk(error) or str(error).splitlines()[0], str(local)) from error
         if not len(columns["kind"]):
             raise ShardError(f"nothing to write to {target}: no record came out of {source or name}")
         np.savez(partial / "columns.npz", allow_pickle=False, **columns)
@@ -141,20 +155,25 @@ class Shards:
             raise ShardError(f"{self.path}: shards are read from local or mounted folders (gcsfuse); name the mount")
         manifest = finished(self.path)
         if manifest is None:
-            raise ShardError(f"{self.path} has no manifest.json: there are no finished shards here")
+            raise ShardError(f"{self.path} {_nothing(self.path)}")
         self.manifest = manifest
-        for shard in manifest.shards:
-            file = self.path / shard["file"]
-            if not file.exists() or file.stat().length != shard["bytes"]:
-                found = f"{file.stat().length} bytes" if file.exists() else "nothing"
-                raise ShardError(f"{file}: the manifest says {shard['bytes']} bytes, found {found}: import again")
+        _check_counts(self.path, manifest)
+        with ThreadPoolExecutor(16) as pool:
+            for fault in pool.map(lambda shard: _file_fault(self.path, shard), manifest.shards):
+                if fault:
+                    raise ShardError(f"{fault}: import again, or copy the folder again")
+        side = self.path / manifest.columns["file"]
         try:
-            with np.load(self.path / manifest.columns["file"]) as columns:
+            with np.load(side) as columns:
                 self.height, self.width, self.kind, self.hash = (columns[key] for key in _COLUMNS)
-        except (OSError, ValueError, KeyError) as error:
-            raise ShardError(f"{self.path / manifest.columns['file']} cannot be read ({error}): import again") from None
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            raise ShardError(f"{side} cannot be read ({error}): import again, or copy the folder again") from None
         if len(self.height) != manifest.records:
-            raise ShardError(f"{self.path}: {len(self.height)} rows of columns for {manifest.records} records")
+            raise ShardError(
+                f"{side} has {len(self.height)} rows, the manifest says {manifest.records} records: import again"
+            )
+        if _sha256(Path(side)) != manifest.columns["sha256"]:
+            raise ShardError(f"{side} is not the file that the manifest names (its sha256 differs): import again")
         self._data = ArrayRecordDataSource(
             [f"{self.path / s['file']}[0:{s['records']}]" for s in manifest.shards if s["records"]]
         )
@@ -179,7 +198,7 @@ def verify(directory: epath.PathLike) -> Literal[True]:
     path = epath.Path(directory)
     manifest = finished(path)
     if manifest is None:
-        raise ShardError(f"{path} has no manifest.json: there are no finished shards here")
+        raise ShardError(f"{path} {_nothing(path)}")
     for entry in (*manifest.shards, manifest.columns):
         found = _sha256(Path(path / entry["file"]))
         if found != entry["sha256"]:
@@ -207,6 +226,48 @@ def _write_records(records: Iterable[Record], files: list[Path], names: int) -> 
     flat = [row for part in rows for row in part]
     types = (np.int32, np.int32, np.uint8, np.uint64)
     return {key: np.array([row[i] for row in flat], kind) for i, (key, kind) in enumerate(zip(_COLUMNS, types))}, boxes
+
+
+def _nothing(path: epath.Path) -> str:
+    """Why there is no manifest."""
+    if not path.exists():
+        found = "does not exist"
+    elif not path.is_dir():
+        found = "is a file"
+    else:
+        found = "has no manifest.json" if any(path.iterdir()) else "is empty"
+    return f"{found}: expected a folder of shards, there are no finished shards here"
+
+
+def _check_counts(path: epath.Path, manifest: Manifest) -> None:
+    """Raises ShardError if the manifest contradicts itself."""
+    parts = {"shards": sum(shard["records"] for shard in manifest.shards), "kinds": sum(manifest.kinds.values())}
+    for name, count in parts.items():
+        if count != manifest.records:
+            raise ShardError(
+                f"{path / 'manifest.json'} says {manifest.records} records, but its {name} add up to {count}: "
+                "import again, or copy the folder again"
+            )
+
+
+def _file_fault(path: epath.Path, shard: dict[str, Any]) -> str:
+    """What of a shard's file is not as the manifest says; "" if nothing."""
+    file = path / shard["file"]
+    try:
+        size = file.stat().length
+    except OSError as error:
+        return f"{file}: the manifest says {shard['bytes']} bytes, found nothing ({error.strerror})"
+    if size != shard["bytes"]:
+        short = "it is truncated" if size < shard["bytes"] else "it is another file"
+        return f"{file}: the manifest says {shard['bytes']} bytes, found {size} ({short})"
+    reader = ArrayRecordReader(str(file))
+    found = reader.num_records() if reader.ok() else None
+    with contextlib.suppress(RuntimeError):  # what made it not ok, once more
+        reader.close()
+    if found != shard["records"]:
+        found = "no readable end" if found is None else f"{found} records"
+        return f"{file}: the manifest says {shard['records']} records, found {found}"
+    return ""
 
 
 def _per_shard(records: int, shards: int) -> list[int]:

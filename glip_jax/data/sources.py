@@ -11,6 +11,7 @@ Boxes: xywh becomes xyxy as in the original, x2 = x + max(w - 1, 0), y2 = y + ma
 import io
 import json
 import math
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from PIL import Image
 
-from glip_jax.data.records import Record, Spans, boxes_array
+from glip_jax.data.records import PIXEL_LIMIT, Record, Spans, boxes_array
 from glip_jax.prompts import clean_name
 
 __all__ = ["Report", "Source", "SourceError", "coco", "mdetr"]
@@ -97,6 +98,8 @@ def coco(
 
     def records() -> Iterator[Record]:
         for identity, entry in entries.items():
+            if not _sized(entry, report, len(by_image[identity])):
+                continue
             boxes, labels = [], []
             for note in by_image[identity]:
                 where = f"annotation {note.get('id', '(no id)')} of image {identity}"
@@ -136,6 +139,8 @@ def mdetr(annotations: epath.PathLike, images: epath.PathLike, *, strict: bool =
 
     def records() -> Iterator[Record]:
         for identity, entry in entries.items():
+            if not _sized(entry, report, len(by_image[identity])):
+                continue
             caption = str(entry["caption"])
             boxes, phrases = [], []
             for note in by_image[identity]:
@@ -214,7 +219,7 @@ def _images(items: list[dict[str, Any]], path: epath.Path, keys: Sequence[str]) 
         raise SourceError(f"{path}: 'images' is empty")
     for identity, entry in entries.items():
         for side in ("height", "width"):
-            if isinstance(entry[side], bool) or not isinstance(entry[side], int) or entry[side] < 1:
+            if isinstance(entry[side], bool) or not isinstance(entry[side], int):
                 raise SourceError(f"{path}: image {identity} has {side} {entry[side]!r}, expected pixels as an integer")
         if not isinstance(entry["file_name"], str) or not entry["file_name"]:
             raise SourceError(f"{path}: image {identity} has the file name {entry['file_name']!r}, expected text")
@@ -300,13 +305,30 @@ def _spans(note: dict[str, Any], caption: str, report: Report, where: str) -> Sp
             report.drop("span: not two integers", f"{where}, {span!r:.40}")
             continue
         begin, end = span
-        if 0 <= begin < end <= len(caption) and caption[begin:end].strip():
-            spans.append((begin, end))
+        found = f"{where}, ({begin}, {end}) in {len(caption)} characters"
+        if begin < 0 or end > len(caption):
+            report.drop("span: beyond the caption", found)
+        elif not caption[begin:end].strip():
+            report.drop("span: to no token", found)
         else:
-            report.drop("span: to no token", f"{where}, ({begin}, {end}) in {len(caption)} characters")
+            spans.append((begin, end))
     if not spans:
         report.drop("box: no span left", where)
     return tuple(spans)
+
+
+def _sized(entry: dict[str, Any], report: Report, boxes: int) -> bool:
+    """Whether the image is listed with a size that an image may have; else it is counted, with its boxes."""
+    height, width = entry["height"], entry["width"]
+    where = f"image {entry['id']}, {entry['file_name']}, listed {height} x {width}"
+    if height > 0 and width > 0 and height * width <= PIXEL_LIMIT:
+        return True
+    if height > 0 and width > 0:
+        report.drop("image: too large", f"{where}: more than {PIXEL_LIMIT:,} pixels")
+    else:
+        report.drop("image: no size", where)
+    report.drop("box: image dropped", where, boxes) if boxes else None
+    return False
 
 
 def _image(folder: epath.Path, entry: dict[str, Any], report: Report) -> bytes | None:
@@ -320,10 +342,19 @@ def _image(folder: epath.Path, entry: dict[str, Any], report: Report) -> bytes |
     except OSError as error:
         report.drop("image: file unreadable", f"{where}, {error.strerror or error}")
         return None
+    if not data:
+        report.drop("image: file empty", where)
+        return None
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower, and counts
+            image = Image.open(io.BytesIO(data))
+        with image:
             size = (image.height, image.width)
+            if image.height * image.width > PIXEL_LIMIT:
+                report.drop("image: too large", f"{where} is {size}: more than {PIXEL_LIMIT:,} pixels")
+                return None
+            image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         report.drop("image: cannot be decoded", f"{where}, {error!s:.60}")
         return None

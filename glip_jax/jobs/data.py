@@ -11,10 +11,14 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
+from glip_jax import exits
 from glip_jax.data import shards, sources
 from glip_jax.data.records import RecordError
+from glip_jax.jobs.command_line import CommandLineError, flags
 
 __all__ = ["Coco", "Mdetr", "main"]
+
+_EXAMPLE = "coco annotations.json --images=pictures --out=shards/mine (then `data coco --help`, `data mdetr --help`)"
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,10 @@ class _Import:
 
 @dataclass(frozen=True)
 class Coco(_Import):
-    """Import boxes with category names from a COCO (or LVIS) JSON."""
+    """Import boxes with category names from a COCO (or LVIS) JSON.
+
+    example: python -m glip_jax data coco instances_train2017.json --images=train2017 --out=shards/coco --shards=64
+    """
 
     names: Path | None = None
     """JSON object with prompt text for category names, e.g. {"RBC": "red blood cell"}."""
@@ -47,7 +54,10 @@ class Coco(_Import):
 
 @dataclass(frozen=True)
 class Mdetr(_Import):
-    """Import captions whose phrases have boxes from an MDETR-form JSON."""
+    """Import captions whose phrases have boxes from an MDETR-form JSON.
+
+    example: python -m glip_jax data mdetr final_flickr_separateGT_train.json --images=flickr30k --out=shards/flickr
+    """
 
 
 _Job = (
@@ -57,14 +67,31 @@ _Job = (
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `data coco|mdetr ...`; returns 0, or 2 after one line about what is wrong with the input."""
-    job = tyro.cli(_Job, prog="python -m glip_jax data", args=list(argv))
+    """Runs `data coco|mdetr ...`; returns one of `glip_jax.exits`, after one line where it is not 0.
+
+    An import that is stopped leaves nothing but `.NAME.partial` at worst, which the same command removes.
+    """
     try:
-        done = shards.finished(job.out)
-        if done is not None:
-            print(f"{job.out} is finished ({done.records} records, made by: {done.command}); nothing is made twice")
-            return 0
-        source = _open(job)
+        return _import(flags(argv, _Job, "data", _EXAMPLE), argv)
+    except (CommandLineError, sources.SourceError, shards.ShardError, RecordError) as error:
+        print(f"data: {error}", file=sys.stderr)
+        return exits.BAD_INPUT
+    except OSError as error:
+        full = exits.full_disk(error)
+        mend = "make room, then give the same command again" if full else "expected a file or folder that can be used"
+        place = f" ({error.filename})" if error.filename else ""
+        reason = full or error.strerror or error
+        print(f"data: {reason}{place}: {mend}; nothing is left half-made", file=sys.stderr)
+        return exits.NOT_WRITTEN if full else exits.BAD_INPUT
+
+
+def _import(job: Coco | Mdetr, argv: Sequence[str]) -> int:
+    done = shards.finished(job.out)
+    if done is not None:
+        print(f"{job.out} is finished ({done.records} records, made by: {done.command}); nothing is made twice")
+        return exits.DONE
+    source = _open(job)
+    try:
         manifest = shards.write(
             (record for record in tqdm(source.records, "import", source.images, unit="image", disable=None)),
             job.out,
@@ -76,12 +103,17 @@ def main(argv: Sequence[str]) -> int:
             shards=job.shards,
             drops=lambda: dict(source.report.dropped),
         )
-    except (sources.SourceError, shards.ShardError, RecordError, OSError) as error:
-        print(f"data: {error}", file=sys.stderr)
-        return 2
+    except shards.ShardError as error:
+        dropped = source.report.dropped
+        if not dropped or source.report.kept["images"]:
+            raise
+        reasons = ", ".join(
+            f"{reason} {count} (first: {source.report.first[reason]})" for reason, count in dropped.items()
+        )
+        raise shards.ShardError(f"{error}; dropped: {reasons}") from None
     print(source.report.table())
     print(f"{job.out}: {manifest.records} records, {manifest.boxes} boxes, {len(manifest.names)} names")
-    return 0
+    return exits.DONE
 
 
 def _open(job: Coco | Mdetr) -> sources.Source:

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 from etils import epath
 
-from glip_jax import drawing
+from glip_jax import drawing, exits
 from glip_jax.assets import AssetError, resolve
-from glip_jax.checkpoint import CheckpointError
+from glip_jax.checkpoint import CheckpointError, NotSavedError, what_is_left
 from glip_jax.config import Config, ConfigError
 from glip_jax.evaluation.average_precision import GroundTruthError
 from glip_jax.evaluation.evaluate import EvaluationError, evaluate
@@ -39,7 +39,11 @@ _FAULTS = (
 
 @dataclass(frozen=True)
 class TrainArguments(Arguments):
-    """Train in --workdir; the same command again goes on from the newest checkpoint there."""
+    """Train in --workdir; the same command again goes on from the newest checkpoint there.
+
+    Every setting of the config file can be overridden: --config.section.field=value, tuples as 1,2,3. Settings that
+    change numbers may not differ between two starts in one working folder, unless --resume-with-changes is given.
+    """
 
     resume_with_changes: bool = False
     """Go on although settings that change numbers differ: a new phase, recorded in WORKDIR/phases.json."""
@@ -48,10 +52,8 @@ class TrainArguments(Arguments):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the job; returns 0, 2 after a message about settings or files, 1 after a non-finite loss.
-
-    After SIGTERM the process exits with 75, after Ctrl-C with 130, both with the last step saved.
-    """
+    """Runs the job; returns one of `glip_jax.exits`. After SIGTERM or Ctrl-C it raises SystemExit, the step saved."""
+    arguments = TrainArguments(Config())
     try:
         arguments = parse(argv, TrainArguments, "train")
         if not arguments.workdir:
@@ -69,11 +71,24 @@ def main(argv: Sequence[str]) -> int:
         )
     except _FAULTS as fault:
         print(f"train: {fault}", file=sys.stderr)
-        return 2
+        return exits.BAD_INPUT
+    except NotSavedError as fault:
+        print(f"train: {fault}", file=sys.stderr)
+        return exits.NOT_WRITTEN
+    except OSError as fault:
+        full = exits.full_disk(fault)
+        if not full:
+            raise
+        left = what_is_left(arguments.workdir, full)
+        print(
+            f"train: {fault.filename or arguments.workdir} cannot be written ({full}); checkpoints: {left}",
+            file=sys.stderr,
+        )
+        return exits.NOT_WRITTEN
     except NonFiniteLossError as fault:
         print(f"train: {fault}", file=sys.stderr)
-        return 1
-    return 0
+        return exits.NOT_FINITE
+    return exits.DONE
 
 
 def _drawer(config: Config) -> Any:

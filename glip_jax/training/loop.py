@@ -21,9 +21,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from glip_jax.checkpoint import Checkpoints, Saved, check_config, write_config
+from glip_jax.checkpoint import Checkpoints, Saved, check_config, latest_step, prepare, write_config
 from glip_jax.config import Config, ConfigError, validate
 from glip_jax.data.mixture import Mixture
+from glip_jax.exits import CANCELLED, PREEMPTED
 from glip_jax.models.glip import GLIP
 from glip_jax.parallel import abstract, check_batch, make_mesh, place_batch, shardings
 from glip_jax.structures import Batch
@@ -32,8 +33,6 @@ from glip_jax.training.metrics import Progress, Window, Writer
 from glip_jax.training.step import State, glip_objective, initial_state, make_step
 
 __all__ = [
-    "CANCELLED",
-    "PREEMPTED",
     "NonFiniteLossError",
     "Towers",
     "enable_compilation_cache",
@@ -42,11 +41,6 @@ __all__ = [
     "fresh_parameters",
     "train",
 ]
-
-PREEMPTED = 75
-"""Exit code after SIGTERM: saved, run the same command again (EX_TEMPFAIL of sysexits.h)."""
-CANCELLED = 130
-"""Exit code after Ctrl-C: saved as well (128 + SIGINT)."""
 
 Towers = Callable[[dict[str, Any], Config], dict[str, Any]]
 """(parameters, config) to parameters whose towers come from `config.init`: `glip_jax.weights.pretrained.initialize`."""
@@ -127,13 +121,18 @@ def train(
     `draw(batch, folder)` is given the first batch before step 1; `towers` reads the files of `config.init`.
     Ends with a line `fingerprint: SHA-256`.
 
-    Raises CheckpointError if the checkpoint has other settings and `resume_with_changes` is not set, MeshError if
-    batch, devices and mesh do not fit, NonFiniteLossError; SystemExit with PREEMPTED or CANCELLED after a signal, saved.
+    What does not fit is found before anything is written. Raises CheckpointError if the checkpoint has other settings
+    and `resume_with_changes` is not set or if `workdir` cannot be written, MeshError if batch, devices and mesh do not
+    fit, ConfigError for data that are missing or damaged, NotSavedError if a checkpoint could not be written,
+    NonFiniteLossError; SystemExit with exits.PREEMPTED or CANCELLED after a signal, saved.
     """
     validate(config)
     enable_compilation_cache()
     mesh = make_mesh(config.mesh)
     check_batch(config.train.batch_size, config.optimizer.accumulate, mesh)
+    # A run that is at its end needs no data.
+    mixture = Mixture(config) if (latest_step(workdir) or 0) < config.train.steps else None
+    prepare(workdir)
     first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint.keep))
@@ -144,8 +143,8 @@ def train(
         writer = stack.enter_context(Writer(workdir, start)) if first else None
         write_config(workdir, config)
         run = _Run(config, workdir, mesh, checkpoints, writer, progress, evaluate)
-        if start < config.train.steps:
-            state = run.steps(state, start, draw)
+        if mixture is not None:
+            state = run.steps(state, start, mixture, draw)
         elif evaluate is not None:
             run.evaluation(state, start)
         checkpoints.wait()
@@ -199,10 +198,11 @@ class _Run:
         self.names: tuple[str, ...] = ()
         self.describe: Callable[[int, int], str] = "{}[{}]".format
 
-    def steps(self, state: State, start: int, draw: Callable[[Batch, epath.Path], None] | None) -> State:
+    def steps(
+        self, state: State, start: int, mixture: Mixture, draw: Callable[[Batch, epath.Path], None] | None
+    ) -> State:
         """Runs the steps after `start`; see `train`."""
         config, pending = self.config, None
-        mixture = Mixture(config)
         self.names, self.describe = tuple(mixture.source_names), mixture.describe
         step_function = make_step(config, self.mesh, glip_objective(config), state, self.names)
         canvases: set[tuple[int, ...]] = set()
@@ -223,6 +223,7 @@ class _Run:
                     height, width = batch.image.shape[1:3]
                     self.progress.say(f"canvas {height}x{width}: step ready in {time.perf_counter() - begin:.1f} s")
                 self._read(pending)
+                self.checkpoints.check()
                 pending = _Pending(step, metrics, wait)
                 last, stop = step == config.train.steps, _stop(received, step)
                 if last or stop or step % config.checkpoint.every == 0:

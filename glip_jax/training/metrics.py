@@ -14,8 +14,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import tensorboardX
 from etils import epath
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm import tqdm
 
 __all__ = ["Progress", "Window", "Writer", "cut_back", "read"]
@@ -82,8 +84,12 @@ class Writer:
         self._local = epath.Path(tempfile.mkdtemp()) if self._remote else self._folder / "tensorboard"
         # Names hold whole seconds only: without the suffix a quick second start would overwrite the first one's file.
         suffix = f".{time.time_ns()}"
-        self._events = tensorboardX.SummaryWriter(
-            str(self._local), purge_step=step + 1, flush_secs=10, filename_suffix=suffix
+        # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and then the next numbers wait for ever.
+        self._local.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(self._local / "events"), suffix)
+        # TensorBoard hides what it read at this step or later.
+        self._events.write_event(
+            Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START))
         )
         self._written = 0.0
 
@@ -107,8 +113,9 @@ class Writer:
         else:
             with self._path.open("a") as file:
                 file.write(line)
-        for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self._events.flush()
 
     def _upload(self) -> None:
         self._path.write_text("".join(self._lines))

@@ -84,6 +84,7 @@ def test_bad_boxes_are_counted_and_strict_stops(tmp_path: Path, pictures: Path, 
     [
         (lambda p: p.unlink(), "image: file missing"),
         (lambda p: p.write_bytes(b"no image"), "image: cannot be decoded"),
+        (lambda p: p.write_bytes(b""), "image: file empty"),
         (lambda p: p.write_bytes(p.read_bytes()[:60]), "image: cannot be decoded"),
         (lambda p: write_image(p, 32, 24, 0), "image: size differs"),
         (lambda p: (p.unlink(), p.mkdir()), "image: file unreadable"),
@@ -114,7 +115,7 @@ def test_captions_and_spans(tmp_path: Path, pictures: Path) -> None:
     ("spans", "reasons"),
     [
         ([[1, 2]], {"span: to no token": 1, "box: no span left": 1}),
-        ([[2, 999]], {"span: to no token": 1, "box: no span left": 1}),
+        ([[2, 999]], {"span: beyond the caption": 1, "box: no span left": 1}),
         ([[5, 2], [2, 5]], {"span: to no token": 1}),
         ([[2], [2, 5]], {"span: not two integers": 1}),
         ([], {"box: no span": 1}),

@@ -3,12 +3,14 @@
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Annotated
 
 import pytest
+import tyro
 
 from glip_jax.__main__ import JOBS, main
 from glip_jax.config import ConfigError
-from glip_jax.jobs.command_line import Arguments, CommandLineError, parse
+from glip_jax.jobs.command_line import Arguments, CommandLineError, flags, parse
 
 FILE = """
 from glip_jax.config import Config, DataConfig, SourceConfig
@@ -99,11 +101,71 @@ def test_no_config_and_settings_that_do_not_fit(config):
         parse([config, "--config.data.sources.goldg.weight=0"])
 
 
-def test_a_wrong_type_exits_with_a_message(config, capsys):
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--config.train.steps=many", "--config.train.steps=many: expected an integer"),
+        ("--config.optimizer.rate=fast", "--config.optimizer.rate=fast: expected a number"),
+        ("--config.mesh.data=1.5", "--config.mesh.data=1.5: expected an integer"),
+        ("--config.data.short_sides=1,x", "--config.data.short-sides=1,x: expected integers: 1,2,3"),
+        ("--config.model.dtype=half", r"'half' for argument '--config.model.dtype'. Expected one of \('float32'"),
+        ("--config.model.fusion.enabled=yes", r"'yes' for argument .*Expected one of \('True', 'False'\)"),
+        ("--config.train.steps", "Missing value for argument '--config.train.steps'"),
+        ("more", "unknown argument 'more'"),
+    ],
+)
+def test_a_wrong_type_gets_one_line(config, option, message):
+    with pytest.raises(CommandLineError, match=message) as caught:
+        parse([config, option], job="train")
+    assert "\n" not in str(caught.value) and str(caught.value).endswith("python -m glip_jax train --help lists all")
+
+
+@dataclass(frozen=True)
+class Cats:
+    """Import cats."""
+
+    file: tyro.conf.Positional[str]
+    """Where they are."""
+    number: int = 1
+
+
+@dataclass(frozen=True)
+class Dogs:
+    """Import dogs."""
+
+
+Pets = Annotated[Cats, tyro.conf.subcommand("cats")] | Annotated[Dogs, tyro.conf.subcommand("dogs")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (Cats, ["a", "--numbr=3"], "unknown option --numbr; did you mean --number?"),
+        (Cats, ["a", "--number=x"], "--number=x: expected an integer; "),
+        (Cats, [], "missing: STR Where they are; python -m glip_jax pets --help"),
+        (Pets, ["cast", "a"], "unknown form 'cast'; did you mean cats?"),
+        (Pets, ["cats", "a", "--nmuber=2"], "did you mean --number?"),
+        (Pets, [], "Expected one of {cats, dogs}"),
+    ],
+)
+def test_flags_that_do_not_fit_get_one_line(kind, arguments, message):
+    with pytest.raises(CommandLineError) as caught:
+        flags(arguments, kind, "pets")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_flags():
+    assert flags(["x", "--number=3"], Cats, "pets") == Cats("x", 3)
+    assert flags(["cats", "x"], Pets, "pets") == Cats("x")
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_teaches(job, capsys):
     with pytest.raises(SystemExit) as caught:
-        parse([config, "--config.train.steps=many"])
-    assert caught.value.code == 2
-    assert "many" in capsys.readouterr().err
+        main([job, "--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert f"example: python -m glip_jax {job} " in out and "75 stopped by SIGTERM (saved: run again)" in out
 
 
 def test_the_door_lists_jobs_and_proposes_the_nearest(capsys):

@@ -13,9 +13,10 @@ import pytest
 
 from glip_jax.checkpoint import CheckpointError, latest_step
 from glip_jax.config import ConfigError, InitConfig, MeshConfig
+from glip_jax.exits import CANCELLED, PREEMPTED
 from glip_jax.parallel import MeshError, make_mesh
 from glip_jax.training import loop, metrics
-from glip_jax.training.loop import CANCELLED, PREEMPTED, NonFiniteLossError, train
+from glip_jax.training.loop import NonFiniteLossError, train
 from tests import tiny_run
 from tests.training import stand_in
 

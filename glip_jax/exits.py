@@ -1,0 +1,61 @@
+"""Exit codes of every job, for people and for restart loops, and which faults are a full disk.
+
+    0    done
+    1    unexpected: a traceback was printed; please report it
+    2    bad input: command, settings, files, checkpoint or environment; one line says what to mend
+    3    the loss is not finite: nothing after the newest checkpoint was saved; the same command would come to it again
+    74   what the job writes could not be written (disk full, quota): the newest checkpoint is intact; make room
+    75   stopped by SIGTERM, state saved: give the same command again
+    130  stopped by Ctrl-C, state saved as well: the same command goes on
+
+A loop that survives preemptions:  until python -m glip_jax train ...; do [ $? = 75 ] || break; done
+"""
+
+import errno
+import os
+
+__all__ = [
+    "BAD_INPUT",
+    "CANCELLED",
+    "DONE",
+    "NOT_FINITE",
+    "NOT_WRITTEN",
+    "PREEMPTED",
+    "SHORT",
+    "UNEXPECTED",
+    "full_disk",
+]
+
+DONE = 0
+UNEXPECTED = 1
+BAD_INPUT = 2
+NOT_FINITE = 3
+NOT_WRITTEN = 74
+"""EX_IOERR of sysexits.h."""
+PREEMPTED = 75
+"""EX_TEMPFAIL of sysexits.h."""
+CANCELLED = 130
+"""128 + SIGINT, as shells have it."""
+
+SHORT = (
+    "exit codes: 0 done, 2 bad input, 3 loss not finite, 74 cannot write (disk full), "
+    "75 stopped by SIGTERM (saved: run again), 130 stopped by Ctrl-C (saved), 1 unexpected"
+)
+"""The table in a line, for --help."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def full_disk(error: BaseException | None) -> str:
+    """The system's words if `error`, or what it was raised from, says that no more can be written; else "".
+
+    Libraries in C++ raise other types than OSError with the system's words in their text.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return os.strerror(error.errno)
+        for code in _FULL:
+            if os.strerror(code) in str(error):
+                return os.strerror(code)
+        error = error.__cause__ or error.__context__
+    return ""
