@@ -18,11 +18,12 @@ GRAMMAR = "NP: {<DT>?<CD|JJ.*>*<NN.*>+}"
 
 # A letter or digit with the accents that stand as characters of their own.
 _LETTER = r"[^\W_][\u0300-\u036f]*"
+_APOSTROPHE = "['’´`ʼ]"
 # A clitic; a word with its inner hyphens and dots ("t-shirt", "u.s"), but not with its "n't"; or one character that is
 # neither. A line break is a token of its own, so that no phrase runs across it.
 _TOKEN = re.compile(
-    r"(?P<clitic>(?:['’](?:s|d|m|ll|re|ve)|n['’]t)\b)"
-    rf"|(?P<word>(?:{_LETTER})+?(?=n['’]t\b)|(?:{_LETTER})+(?:[-.·‐‑](?:{_LETTER})+)*)"
+    rf"(?P<clitic>(?:{_APOSTROPHE}(?:s|d|m|ll|re|ve)|n{_APOSTROPHE}t)\b)"
+    rf"|(?P<word>(?:{_LETTER})+?(?=n{_APOSTROPHE}t\b)|(?:{_LETTER})+(?:[-.·‐‑](?:{_LETTER})+)*)"
     r"|(?P<other>\n|\S)",
     re.IGNORECASE,
 )

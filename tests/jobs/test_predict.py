@@ -93,6 +93,19 @@ def test_a_sentence_goes_through_the_phrase_finder(run, tmp_path):
     assert [phrase["text"] for phrase in content["phrases"]] == ["a red cup", "a dog"]
 
 
+def test_the_least_score_is_kept_and_what_is_not_found_is_said(run, tmp_path, capsys):
+    image, out = _image(tmp_path / "a.png"), tmp_path / "out"
+    _predict(run, image, "--names=cat,dog", f"--out={out}", *ALL)
+    scores = [found["score"] for found in _content(out)["images"][0]["detections"]]
+    least = sorted(scores)[len(scores) // 2]
+    _predict(run, image, "--names=cat,dog", f"--out={out}", *ALL, f"--least={least}")
+    again = [found["score"] for found in _content(out)["images"][0]["detections"]]
+    assert 0 < len(again) < len(scores) and min(again) >= least
+    _predict(run, image, "--names=cat,dog", f"--out={out}")
+    assert _content(out)["images"][0]["detections"] == []
+    assert "no score of 0.3 or more: cat, dog" in capsys.readouterr().out
+
+
 def test_folders_files_with_names_and_many_images(run, tmp_path, capsys):
     folder = tmp_path / "images"
     folder.mkdir()
