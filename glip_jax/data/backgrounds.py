@@ -33,6 +33,9 @@ def light(rng: np.random.Generator, height: int, width: int) -> Light:
 def background(rng: np.random.Generator, height: int, width: int) -> Float32[np.ndarray, "H W 3"]:
     """A plain colour, gradient, stripes, checks, dots, patches, clouds or ground and sky, with noise; values 0-255."""
     first, second = rng.uniform(20, 235, (2, 3)).astype(np.float32)
+    # From nearly gray to as loud as drawn.
+    loud = np.float32(rng.uniform(0.25, 1))
+    first, second = (loud * colour + (1 - loud) * colour.mean() for colour in (first, second))
     if rng.random() < 0.5:
         # Two tones of one colour: most things do not stand before loud patterns.
         second = np.clip(first + rng.uniform(-50, 50, 3), 0, 255).astype(np.float32)

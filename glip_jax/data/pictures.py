@@ -61,13 +61,14 @@ def load_pictures(
     entries = _listing(root / "names.json")
     chosen: list[tuple[str, str, Split]] = []
     for split in splits:
-        of_split = [(entry["name"], code, split) for code, entry in entries.items() if entry["split"] == split]
+        of_split = [(str(entry["name"]), code) for code, entry in entries.items() if entry["split"] == split]
         count = limit if isinstance(limit, int) else limit.get(split, 0)
         if count < 0 or not of_split or count > len(of_split):
             raise PictureError(
                 f"{root / 'names.json'} has {len(of_split)} names of split {split!r}, {count or 1} were asked for"
             )
-        chosen += [of_split[i * len(of_split) // count] for i in range(count)] if count else of_split
+        kept = [i * len(of_split) // count for i in range(count)] if count else range(len(of_split))
+        chosen.extend((*of_split[i], split) for i in kept)
     pictures = []
     for name, code, split in sorted(chosen):
         for style in styles:

@@ -139,14 +139,14 @@ class _Speaker:
         if second is None:
             return [first]
         a, b = self.boxes[list(first.members)], self.boxes[list(second.members)]
-        true = [relation for relation in _RELATIONS if relation_holds(relation, a, b).all()]
+        true: list[Relation] = [relation for relation in _RELATIONS if relation_holds(relation, a, b).all()]
         if not true or self.rng.random() < 0.1:
             return [first, " and ", second]
         return [first, f" {self._word(true)} ", second]
 
     def relational(self) -> tuple[list[str | _Group], tuple[str, ...]] | None:
         """A relational phrase with what it needs, and the names that it uses up; None if the scene gives none."""
-        by_relation = [
+        by_relation: list[tuple[str, str, Relation, tuple[int, ...]]] = [
             (name, anchor, relation, picked)
             for name, members in self.groups.items() if len(members) > 1
             for anchor in self.groups if anchor != name
@@ -181,7 +181,7 @@ class _Speaker:
         beyond = a > b.max() + _MARGIN if relation in ("left", "above") else a < b.min() - _MARGIN
         if not inside.any() or inside.all() or not (inside | beyond).all():
             return ()
-        return tuple(member for member, is_in in zip(members, inside) if is_in)
+        return tuple(members[int(i)] for i in np.flatnonzero(inside))
 
     def _sized(self, members: tuple[int, ...], word: str) -> tuple[int, ...]:
         """Those of `members` that are clearly smaller (bigger) than all others, if sizes fall into two classes."""

@@ -1,5 +1,6 @@
 import json
 import os
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ def squares():
     return [Picture(n, "detection", "plain", Image.new("RGBA", (32, 32), (*c, 255))) for n, c in COLOURS.items()]
 
 
-def scenes(kind="detection", count=4, seed=7):
+def scenes(kind: Literal["detection", "grounding", "captions"] = "detection", count=4, seed=7):
     return SceneSet(kind, count, seed, squares(), STYLE)
 
 
