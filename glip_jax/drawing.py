@@ -26,13 +26,13 @@ class Mark(NamedTuple):
 def colour(index: int) -> tuple[int, int, int]:
     """A colour that differs from those of nearby indices: hues a golden angle apart, dark enough for white words.
 
-    White on it has a contrast of at least 3 (WCAG 2.2's relative luminance), so yellow becomes brown.
+    White on it has a contrast of at least 3 to 1 (WCAG 2.2's relative luminance), so yellow becomes brown.
     """
     channels = np.array(colorsys.hsv_to_rgb((index * 0.618034) % 1, 0.85, 0.8 if index % 2 else 0.95))
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
     luminance = float(linear @ np.array([0.2126, 0.7152, 0.0722]))
     # Contrast is 1.05 / (luminance + 0.05). Scaling by a power of 1 / 2.4 scales light about linearly.
-    channels *= min(1.0, (0.28 / luminance) ** (1 / 2.4))
+    channels *= min(1.0, (0.22 / luminance) ** (1 / 2.4))
     red, green, blue = (round(float(channel) * 255) for channel in channels)
     return red, green, blue
 

@@ -58,6 +58,13 @@ def test_neighbouring_colours_differ():
         assert np.abs(a - b).sum() > 100
 
 
+def test_white_words_can_be_read_on_every_colour():
+    for index in range(200):
+        channels = np.array(colour(index)) / 255
+        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        assert 1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05) >= 3, colour(index)
+
+
 def test_a_sheet_has_room_for_all():
     pictures = [Image.new("RGB", (30, 20 + i), (255, 0, 0)) for i in range(5)]
     sheet = contact_sheet(pictures, ["", "short", "some words that need lines", "word " * 200, ""], columns=2)
@@ -99,5 +106,7 @@ def test_curves():
     data = draw_curves({"loss": ([1, 2, 3], [3.0, float("nan"), 1.0]), "ema": ([], [])})
     with Image.open(io.BytesIO(data)) as picture:
         assert picture.width > 600
+    drawn = draw_curves({"loss": ([1, 2], [3.0, 1.0])}, "loss", "svg")
+    assert b"<svg" in drawn and drawn == draw_curves({"loss": ([1, 2], [3.0, 1.0])}, "loss", "svg")
     with pytest.raises(ValueError, match="no curve has a point"):
         draw_curves({"loss": ([], [])})

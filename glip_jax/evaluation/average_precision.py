@@ -183,7 +183,8 @@ def _evaluation(truth: GroundTruth, results: list[dict[str, Any]], image_ids: li
         "info": truth.content.get("info", {}),
         "images": truth.content["images"],
         "categories": truth.content["categories"],
-        "annotations": [dict(entry) for entry in truth.content["annotations"]],
+        # pycocotools notes the id of the box that a detection met, and takes 0 for none: numbered from 1.
+        "annotations": [entry | {"id": number} for number, entry in enumerate(truth.content["annotations"], 1)],
     })  # fmt: skip
     evaluation = COCOeval(dataset, _results(dataset, results), "bbox")
     evaluation.params.catIds = list(truth.category_ids)

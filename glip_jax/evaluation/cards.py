@@ -265,7 +265,13 @@ def _card(
     picture.save(stream, "JPEG", quality=85)
     uri = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
     return Card(
-        uri, float(_WIDTH), round(height * _WIDTH / width, 1), tuple(boxes), tuple(chips), caption, view.entry["file_name"]
+        uri,
+        float(_WIDTH),
+        round(height * _WIDTH / width, 1),
+        tuple(boxes),
+        tuple(chips),
+        caption,
+        view.entry["file_name"],
     )
 
 

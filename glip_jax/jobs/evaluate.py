@@ -8,7 +8,6 @@ OUT is the working folder unless --out names another. evaluation.json is written
 and renamed, so an interrupted job leaves the earlier report as it was.
 """
 
-import dataclasses
 import datetime
 import json
 import sys
@@ -19,18 +18,18 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from glip_jax import exits, prompts
+from glip_jax import exits
 from glip_jax.assets import AssetError
 from glip_jax.checkpoint import CheckpointError, latest_step, prepare, restore_parameters, saved_config
 from glip_jax.config import Config, ConfigError, EvaluationSet, differences
 from glip_jax.evaluation import provenance
 from glip_jax.evaluation.average_precision import GroundTruth, GroundTruthError, coco_results
+from glip_jax.evaluation.chunking import chunking_effect, prompt_chunks
 from glip_jax.evaluation.evaluate import (
     Evaluated,
     EvaluationError,
     Grounded,
     check_set,
-    evaluate_detection,
     evaluate_set,
     scalars,
 )
@@ -42,7 +41,7 @@ from glip_jax.prompts import PromptError
 from glip_jax.structures import Detections
 from glip_jax.training.loop import enable_compilation_cache, fingerprint
 
-__all__ = ["EvaluateArguments", "chunking_effect", "evaluate_checkpoint", "main", "phrase_results"]
+__all__ = ["EvaluateArguments", "evaluate_checkpoint", "main", "phrase_results"]
 
 _FAULTS = (
     AssetError, CheckpointError, CommandLineError, ConfigError, EvaluationError, GroundTruthError,
@@ -70,7 +69,8 @@ class EvaluateArguments(Arguments):
 def main(argv: Sequence[str]) -> int:
     """Runs the job; returns 0, or 2 after a message about settings, checkpoint or sets."""
     try:
-        arguments = parse(argv, EvaluateArguments, "evaluate")
+        example = "--config=configs/demo.py --workdir=runs/demo --out=runs/demo/nms05 --config.detection.nms-iou=0.5"
+        arguments = parse(argv, EvaluateArguments, "evaluate", example)
         if not arguments.workdir:
             raise CommandLineError("no working folder: expected --workdir=DIR with a checkpoint of `train`")
         evaluate_checkpoint(
@@ -107,12 +107,17 @@ def evaluate_checkpoint(
     print(f"{workdir}: step {step}, parameters: {config.evaluation.parameters}", flush=True)
     parameters = restore_parameters(workdir, config.evaluation.parameters, step)
     detector = Detector(config, parameters)
+
+    def make(other: Config) -> Detector:
+        return Detector(other, detector.params)
+
     results, content = {}, {}
     for name, dataset in config.evaluation.sets.items():
         result = evaluate_set(detector, config, dataset, name=name, report=_say)
         results[name], content[name] = result, _entry(result, dataset, detector, config)
         if measure_chunking and isinstance(result, Evaluated):
-            content[name]["chunking"] = chunking_effect(detector, config, dataset, result, name)
+            longest = max(len(chunk) for chunk in content[name]["chunks"])
+            content[name]["chunking"] = chunking_effect(detector, make, config, dataset, result, longest, name)
     for name, result in results.items():
         _write(folder / f"detections_{name}.json", json.dumps(_rows(result)))
     summary = {**_provenance(config, workdir, step, parameters, saved), "sets": content}
@@ -124,33 +129,6 @@ def evaluate_checkpoint(
     print(f"numbers, settings and hashes: {folder / 'evaluation.json'}")
     print(f"drawn page: {write_page(workdir, out=str(folder))}")
     return results
-
-
-def chunking_effect(
-    detector: Detector, config: Config, dataset: EvaluationSet, first: Evaluated, name: str = ""
-) -> list[dict[str, Any]]:
-    """What the company of names in a prompt does to a detection set: AP50 with other chunks, and its difference.
-
-    Asked again twice: the names shuffled (so in other chunks, in another order), and in their order with half as many
-    names a prompt as its longest had. A single name has no company: an empty list.
-    """
-    count = len(first.prompts)
-    if count < 2:
-        return []
-    longest = max(len(chunk) for chunk in _chunks(first.prompts, detector, config))
-    half = -(-longest // 2)
-    shorter = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, chunk=half))
-    order = np.random.default_rng(0).permutation(count).tolist()
-    runs = [
-        ("names shuffled", evaluate_detection(detector, config, dataset, name=f"{name} (names shuffled)", order=order)),
-        (f"at most {half} names a prompt", evaluate_detection(
-            Detector(shorter, detector.params), shorter, dataset, name=f"{name} (shorter prompts)")),
-    ]  # fmt: skip
-    base = first.precision.numbers["AP50"]
-    return [
-        {"asked": asked, "AP50": found.precision.numbers["AP50"], "difference": found.precision.numbers["AP50"] - base}
-        for asked, found in runs
-    ]
 
 
 def phrase_results(detections: dict[Any, Detections]) -> list[dict[str, Any]]:
@@ -186,14 +164,6 @@ def _rows(result: Evaluated | Grounded) -> list[dict[str, Any]]:
             return phrase_results(result.detections)
 
 
-def _chunks(names: Sequence[str], detector: Detector, config: Config) -> list[list[str]]:
-    """The names of each prompt, as the detector asks for them."""
-    chunks = prompts.chunk(
-        names, detector.tokenizer, config.model.text.max_tokens, config.data.captions.separator, config.evaluation.chunk
-    )
-    return [[names[i] for i in chunk] for chunk in chunks]
-
-
 def _entry(result: Evaluated | Grounded, dataset: EvaluationSet, detector: Detector, config: Config) -> dict[str, Any]:
     """What evaluation.json says of a set."""
     shared = {
@@ -208,7 +178,7 @@ def _entry(result: Evaluated | Grounded, dataset: EvaluationSet, detector: Detec
             return {
                 **shared,
                 "prompts": list(result.prompts),
-                "chunks": _chunks(result.prompts, detector, config),
+                "chunks": prompt_chunks(result.prompts, detector.tokenizer, config),
                 "numbers": result.precision.numbers | {"AP50_permuted": chance, "AP50_ratio": ratio},
                 "per_class": result.precision.per_class,
                 "per_class_50": result.precision.per_class_50,

@@ -9,7 +9,6 @@ from pathlib import PurePath
 from typing import Any
 
 import numpy as np
-import tyro
 from etils import epath
 
 from glip_jax import exits
@@ -24,6 +23,7 @@ from glip_jax.evaluation.evaluate import Evaluated, EvaluationError, Grounded
 from glip_jax.evaluation.page import Curve, render
 from glip_jax.evaluation.provenance import file_hash
 from glip_jax.evaluation.recall import Recall, load_grounding
+from glip_jax.jobs.command_line import CommandLineError, flags
 from glip_jax.structures import Detections
 from glip_jax.training.metrics import read
 
@@ -53,10 +53,10 @@ class Report:
 
 def main(argv: Sequence[str]) -> int:
     """Runs `report --workdir=DIR`; returns 0, or 2 after one line about what is wrong."""
-    job = tyro.cli(Report, prog="python -m glip_jax report", args=list(argv))
     try:
+        job = flags(argv, Report, "report", "--workdir=runs/demo --scenes=24")
         print(f"drawn page: {write_page(job.workdir, job.scenes, job.least, job.out)}")
-    except (ReportError, GroundTruthError, EvaluationError) as error:
+    except (CommandLineError, ReportError, GroundTruthError, EvaluationError) as error:
         print(f"report: {error}", file=sys.stderr)
         return exits.BAD_INPUT
     return exits.DONE
@@ -86,7 +86,9 @@ def write_page(workdir: str, scenes: int = 12, least: float | None = None, out: 
             summary = json.loads(recorded.read_text())
             if summary is None or summary.get("format") != FORMAT:
                 raise ReportError(f"{recorded} is of another version of glip_jax: run `evaluate` again")
-            notes.append(f"config {summary['name']}, evaluated at step {summary['step']}, {summary['parameters']} parameters")
+            notes.append(
+                f"config {summary['name']}, evaluated at step {summary['step']}, {summary['parameters']} parameters"
+            )
             for name, entry in summary["sets"].items():
                 evaluated[name] = (_evaluated(folder, name, entry), epath.Path(entry["images"]))
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, FileNotFoundError) as error:

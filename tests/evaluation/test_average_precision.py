@@ -49,6 +49,13 @@ def test_perfect_results_score_one(truth):
     assert found.per_class == pytest.approx({"platelet": 1, "red blood cell": 1, "unseen": -1})
 
 
+def test_a_box_with_the_id_0_can_be_found(tmp_path):
+    annotations = [entry | {"id": number} for number, entry in enumerate(TRUTH["annotations"])]
+    (tmp_path / "truth.json").write_text(json.dumps({**TRUTH, "annotations": annotations}))
+    results = [_result(a["image_id"], a["category_id"], a["bbox"], 0.9) for a in annotations]
+    assert average_precision(load_ground_truth(str(tmp_path / "truth.json")), results).numbers["AP"] == pytest.approx(1)
+
+
 def test_numbers_worked_out_by_hand(truth):
     # Platelet: found with an overlap of 0.8 (of 20 x 20, 16 x 20), thus at seven of the ten thresholds 0.5 .. 0.8.
     # Red blood cell: one of two found, behind a false one: precision 1/2 up to recall 1/2, which are 51 of 101 points.
