@@ -71,7 +71,9 @@ def evaluated(run):
 
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        code = evaluate.main([f"--config={run / 'tiny.py'}", f"--workdir={run / 'run'}", f"--out={run / 'out'}"])
+        code = evaluate.main(
+            [f"--config={run / 'tiny.py'}", f"--workdir={run / 'run'}", f"--out={run / 'out'}", "--measure-chunking"]
+        )
     assert code == 0
     return output.getvalue(), json.loads((run / "out" / "evaluation.json").read_text())
 
@@ -81,6 +83,7 @@ def test_the_table_has_both_kinds(evaluated):
     assert "step 7, parameters: ema" in output
     assert "boxes: 3 categories, asked for as: a cat, dog, person" in output
     assert "words: 4 phrases in 4 captions; 1 captions cut; 1 phrases over budget" in output
+    assert re.search(r"^boxes, names shuffled: AP50 0\.\d{4}, [+-]0\.\d{4}$", output, re.MULTILINE)
     assert re.search(r"^set +images +AP +AP50 +permuted +ratio", output, re.MULTILINE)
     assert re.search(r"^set +captions +phrases +R@1", output, re.MULTILINE)
 
@@ -94,7 +97,9 @@ def test_the_report_holds_what_moves_the_score(run, evaluated):
     assert hashes["parameters"] == fingerprint(restore_parameters(str(run / "run"), "ema")) != hashes["checkpoint"]
     assert len({hashes["config"], hashes["checkpoint's config"]}) == 2 and "files" in hashes["code"]
     boxes, words = summary["sets"]["boxes"], summary["sets"]["words"]
-    assert boxes["chunks"] == [["a cat", "dog", "person"]] and "chunking" not in boxes
+    assert boxes["chunks"] == [["a cat", "dog", "person"]]
+    assert [line["asked"] for line in boxes["chunking"]] == ["names shuffled", "at most 2 names a prompt"]
+    assert "chunking" not in words
     assert boxes["hashes"]["annotations"] == hashlib.sha256((run / "boxes.json").read_bytes()).hexdigest()
     assert boxes["hashes"]["pictures"] == words["hashes"]["pictures"]
     assert {"AP", "AP50", "AP50_permuted", "AP50_ratio"} <= set(boxes["numbers"])
