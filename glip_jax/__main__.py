@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -68,8 +69,13 @@ def _sigterm_exits(job: str) -> Iterator[None]:
 
     Training saves first: within its steps it has a handler of its own.
     """
+    own = os.getpid()
 
-    def leave(*_: int | FrameType | None) -> None:
+    def leave(number: int, _: FrameType | None) -> None:
+        if os.getpid() != own:  # a forked worker, which its pool ends so
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         print(f"{job}: stopped by SIGTERM; nothing is half-made, give the same command again", file=sys.stderr)
         raise SystemExit(exits.PREEMPTED)
 

@@ -71,6 +71,8 @@ class Checkpoints:
         self.folder = _folder(workdir)
         for path in unfinished(workdir):
             print(f"{path} was left half-written by an interrupted run: ignored and removed", flush=True)
+            if jax.process_index() == 0:
+                epath.Path(path).rmtree(missing_ok=True)
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
         self._manager = _manager(
@@ -305,6 +307,7 @@ def _manager(folder: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.C
 
 
 def _reader(workdir: str) -> ocp.CheckpointManager:
+    logging.set_verbosity(logging.FATAL)  # before the options below, which warn of one another
     return _manager(_folder(workdir), ocp.CheckpointManagerOptions(read_only=True))
 
 

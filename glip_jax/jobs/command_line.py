@@ -13,6 +13,7 @@ import io
 import re
 import sys
 import traceback
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def flags(argv: Sequence[str], kind: Any, job: str, example: str = "") -> Any:
     Raises CommandLineError for whatever does not fit, with the nearest name; exits with 0 for --help.
     """
     parts = _kinds(kind)
-    names = [f"--{item.name.replace('_', '-')}" for part in parts for item in dataclasses.fields(part)]
+    names = [f"--{name.replace('_', '-')}" for part in parts for name in _options(part)]
     for argument in argv:
         option = argument.partition("=")[0].replace("_", "-")
         if option.startswith("--") and option.replace("--no-", "--") not in names and option != "--help":
@@ -142,6 +143,17 @@ def _value_of(option: str, arguments: Sequence[str]) -> str:
             following = next((k for k in range(i + 1, len(arguments)) if arguments[k].startswith("--")), len(arguments))
             return value if equals else ",".join(arguments[i + 1 : following])
     return ""
+
+
+def _options(kind: type) -> list[str]:
+    """Names of a dataclass' fields; those of a dataclass within as `outer.inner`."""
+    types = typing.get_type_hints(kind)
+    names = []
+    for item in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
+        inner = types[item.name]
+        inside = _options(inner) if dataclasses.is_dataclass(inner) and isinstance(inner, type) else []
+        names += [f"{item.name}.{name}" for name in inside] or [item.name]
+    return names
 
 
 def _kinds(kind: Any) -> list[type]:

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import tyro
-
+from glip_jax import exits
 from glip_jax.data import shards, sources
 from glip_jax.data.pictures import Picture, PictureError, Split, load_pictures
 from glip_jax.data.records import RecordError
 from glip_jax.data.scene_sets import SceneSet, finished, make_scenes
 from glip_jax.data.scenes import SceneError, SceneStyle
+from glip_jax.jobs.command_line import CommandLineError, flags
 
 __all__ = ["Names", "Scenes", "main", "make"]
 
@@ -72,17 +72,20 @@ class Scenes:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `scenes --out=DIR ...`; returns 0, 2 after one line about what is wrong, or 130 after Ctrl-C."""
-    job = tyro.cli(Scenes, prog="python -m glip_jax scenes", args=list(argv))
+    """Runs `scenes --out=DIR ...`; returns one of `glip_jax.exits`, after one line where it is not 0."""
     try:
+        job = flags(argv, Scenes, "scenes", "--out=runs/demo/scenes --count=2000 --names.detection=40")
         make(job, shlex.join(["python", "-m", "glip_jax", "scenes", *argv]))
-    except (PictureError, SceneError, sources.SourceError, shards.ShardError, RecordError, OSError) as error:
+    except (CommandLineError, PictureError, SceneError, sources.SourceError, shards.ShardError, RecordError) as error:
         print(f"scenes: {error}", file=sys.stderr)
-        return 2
+        return exits.BAD_INPUT
+    except OSError as error:
+        print(f"scenes: {error}", file=sys.stderr)
+        return exits.NOT_WRITTEN if exits.full_disk(error) else exits.BAD_INPUT
     except KeyboardInterrupt:
         print("scenes: stopped; the same command again goes on with what is missing", file=sys.stderr)
-        return 130
-    return 0
+        return exits.CANCELLED
+    return exits.DONE
 
 
 def make(job: Scenes, command: str) -> None:

@@ -10,6 +10,7 @@ import struct
 import zlib
 from contextlib import contextmanager
 from importlib import metadata
+from typing import Any
 
 import jax
 import pytest
@@ -381,6 +382,18 @@ def test_an_import_that_is_stopped_leaves_nothing_and_goes_on(imported, tmp_path
     assert sorted(tmp_path.rglob("*")) == before and signal.getsignal(signal.SIGTERM) == handler
     assert run(capsys, *imported)[0] == exits.DONE
     assert len(shards.Shards(tmp_path / "out")) == 6
+
+
+def test_a_worker_that_its_pool_ends_says_nothing(capsys, monkeypatch):
+    """Forked workers inherit the handler; a pool ends them by SIGTERM, which then acts as it does by default."""
+    own, sent = os.getpid(), []
+    monkeypatch.setattr(os, "kill", lambda *arguments: sent.append(arguments))
+    with door._sigterm_exits("scenes"):
+        handler: Any = signal.getsignal(signal.SIGTERM)
+        monkeypatch.setattr(os, "getpid", lambda: own + 1)
+        handler(signal.SIGTERM, None)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert sent == [(own + 1, signal.SIGTERM)] and capsys.readouterr().err == ""
 
 
 def test_an_import_onto_a_full_disk(imported, tmp_path, capsys):

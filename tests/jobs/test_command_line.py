@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import pytest
@@ -121,12 +121,18 @@ def test_a_wrong_type_gets_one_line(config, option, message):
 
 
 @dataclass(frozen=True)
+class Colours:
+    red: int = 0
+
+
+@dataclass(frozen=True)
 class Cats:
     """Import cats."""
 
     file: tyro.conf.Positional[str]
     """Where they are."""
     number: int = 1
+    of: Colours = field(default_factory=Colours)
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,7 @@ Pets = Annotated[Cats, tyro.conf.subcommand("cats")] | Annotated[Dogs, tyro.conf
     [
         (Cats, ["a", "--numbr=3"], "unknown option --numbr; did you mean --number?"),
         (Cats, ["a", "--number=x"], "--number=x: expected an integer; "),
+        (Cats, ["a", "--of.rde=2"], "unknown option --of.rde; did you mean --of.red?"),
         (Cats, [], "missing: STR Where they are; python -m glip_jax pets --help"),
         (Pets, ["cast", "a"], "unknown form 'cast'; did you mean cats?"),
         (Pets, ["cats", "a", "--nmuber=2"], "did you mean --number?"),
@@ -156,6 +163,7 @@ def test_flags_that_do_not_fit_get_one_line(kind, arguments, message):
 
 def test_flags():
     assert flags(["x", "--number=3"], Cats, "pets") == Cats("x", 3)
+    assert flags(["x", "--of.red=2"], Cats, "pets").of == Colours(2)
     assert flags(["cats", "x"], Pets, "pets") == Cats("x")
 
 
