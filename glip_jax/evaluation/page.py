@@ -100,7 +100,9 @@ def _shown(name: str, result: Evaluated | Grounded, folder: epath.Path, scenes: 
             numbers = result.precision.numbers
             ratio = _ratio(numbers["AP50"], result.permuted)
             below = [f"AP50, {len(result.prompts)} names, {images} images"]
-            below += [f"{ratio} × chance ({result.permuted:.4f})"] if ratio else []
+            below += (
+                [f"{ratio} × chance ({result.permuted:.4f})" if result.permuted else "chance 0.0000"] if ratio else []
+            )
             bars = sorted(result.precision.per_class_50.items(), key=lambda item: (-item[1], item[0]))
             return _Set(
                 grounding=False, headline=_number(numbers["AP50"], 3), below=tuple(below), names=len(result.prompts),

@@ -13,7 +13,7 @@ p { margin: .25rem 0 .75rem; max-width: 62rem } .soft { color: var(--soft); font
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(11.5rem, 1fr)); gap: .75rem; margin: 1.5rem 0 }
 .tile { border: 1px solid var(--line); border-radius: .75rem; padding: .8rem 1rem; background: var(--wash) }
 .tile b { display: block; font-size: 1.9rem; line-height: 1.15; font-weight: 650; font-variant-numeric: tabular-nums }
-.tile .name { font-weight: 600; overflow-wrap: anywhere } .tile .soft { font-size: .82rem; line-height: 1.35 }
+.tile .name { font-weight: 600; overflow-wrap: anywhere } .tile .soft { display: block; font-size: .82rem; line-height: 1.4; margin-top: .2rem }
 .wide { overflow-x: auto; -webkit-overflow-scrolling: touch; margin: .5rem 0 1rem }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
 th, td { padding: .32rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }

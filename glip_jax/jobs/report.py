@@ -137,7 +137,7 @@ def _detections(rows: list[tuple[int, dict[str, Any]]], extra: float) -> Detecti
 
 
 def _curves(lines: list[dict[str, Any]]) -> dict[str, dict[str, Curve]]:
-    """Panels of curves: the loss and its parts, those of each source, AP and AP50, recall@1 of phrases."""
+    """Panels of curves: the loss and its parts, those of each source; AP, AP50 and recall@1, a curve a set."""
 
     def curve(key: str) -> Curve:
         # Values that are not finite are recorded as words, which float() reads.
@@ -152,8 +152,6 @@ def _curves(lines: list[dict[str, Any]]) -> dict[str, dict[str, Curve]]:
             panels["loss"][key] = curve(key)
         elif parts[0] == "source" and parts[-2] == "loss":
             panels[f"losses of {'/'.join(parts[1:-2])}"][parts[-1]] = curve(key)
-        elif parts[0] == "evaluation" and parts[-1] in ("AP", "AP50", "AP50_permuted"):
-            panels["average precision"]["/".join(parts[1:])] = curve(key)
-        elif parts[0] == "evaluation" and parts[-1] == "recall@1":
-            panels["phrase recall"]["/".join(parts[1:])] = curve(key)
+        elif parts[0] == "evaluation" and parts[-1] in ("AP", "AP50", "recall@1"):
+            panels[parts[-1]]["/".join(parts[1:-1])] = curve(key)
     return dict(panels)

@@ -61,7 +61,7 @@ def test_the_page_of_a_run(run, capsys):
     page = (run / "report.html").read_text()
     assert str(run / "report.html") in capsys.readouterr().out
     for words in ("config demo, evaluated at step 2, ema parameters", 'alt="loss by step"', "losses of det", "losses of a/b",
-                  "average precision by step", "phrase recall by step", "0.5000", "4.0 × chance"):  # fmt: skip
+                  'alt="AP by step"', "recall@1 by step", "0.5000", "4.0 × chance"):  # fmt: skip
         assert words in page
     assert page.count("data:image/svg") == 5 and page.count("data:image/jpeg") == 2
     assert not list(run.glob("*.unfinished"))
