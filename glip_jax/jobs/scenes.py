@@ -53,8 +53,8 @@ class Scenes:
     """Folder to fill."""
     count: int = 8000
     """Training scenes with boxes, half of them detection data and half grounding data (the odd one: detection)."""
-    captions: int = 1000
-    """Scenes with captions and without boxes; 0: none."""
+    captions: int | None = None
+    """Scenes with captions and without boxes; 0: none, default: an eighth of count."""
     validation: int = 200
     """Scenes of each validation set."""
     names: Names = field(default_factory=Names)
@@ -104,17 +104,20 @@ def make(job: Scenes, command: str) -> None:
             print(f"{job.out / part}: {scenes.count} scenes of {len(scenes.names)} names", flush=True)
         if part in ("detection", "grounding"):
             _import(job.out / part, job.out / "shards" / part, command)
+    validation = sum(part.startswith("validation") for part in sets)
+    captions = sets["captions"].count if "captions" in sets else 0
     print(
-        f"{job.out}: {job.count} training scenes with boxes, {job.captions} with captions only, "
-        f"{len(sets) - 2 - (job.captions > 0)} sets of {job.validation} for validation"
+        f"{job.out}: {job.count} training scenes with boxes, {captions} with captions only, "
+        f"{validation} sets of {job.validation} for validation"
     )
 
 
 def _sets(job: Scenes) -> dict[str, SceneSet]:
     """What is drawn, by folder; SceneError or PictureError for settings that give no scenes."""
-    if job.count < 2 or job.validation < 1 or job.captions < 0:
+    captions = job.count // 8 if job.captions is None else job.captions
+    if job.count < 2 or job.validation < 1 or captions < 0:
         raise SceneError(
-            f"count is {job.count}, validation {job.validation}, captions {job.captions}: expected at least 2, 1 and 0"
+            f"count is {job.count}, validation {job.validation}, captions {captions}: expected at least 2, 1 and 0"
         )
     if not job.styles or job.held_out in job.styles or len(set(job.styles)) < len(job.styles):
         raise SceneError(
@@ -133,7 +136,7 @@ def _sets(job: Scenes) -> dict[str, SceneSet]:
     plans: dict[str, tuple[str, int, list[Picture]]] = {
         "detection": ("detection", job.count - half, detection),
         "grounding": ("grounding", half, both),
-        "captions": ("captions", job.captions, pictures("detection", "grounding", "captions")),
+        "captions": ("captions", captions, pictures("detection", "grounding", "captions")),
         "validation": ("detection", job.validation, detection),
         "validation_style": ("detection", job.validation, pictures("detection", styles=(job.held_out,))),
         "validation_grounding_names": ("detection", job.validation, pictures("grounding")),

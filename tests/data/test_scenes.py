@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glip_jax.data.backgrounds import background, light
+from glip_jax.data import scenes
+from glip_jax.data.backgrounds import Light, background, light
 from glip_jax.data.pictures import Picture
 from glip_jax.data.scenes import SceneError, SceneStyle, draw_scene
 
@@ -81,6 +82,20 @@ def test_light_keeps_colours_and_darkens_on_the_far_side():
         cast = shine.gain.max(-1) / shine.gain.min(-1)
         assert cast.max() < 1.13
     assert background(np.random.default_rng(0), 20, 30).shape == (20, 30, 3)
+
+
+def test_shadows_darken_what_is_beside_a_thing_only(squares, monkeypatch):
+    def shine(strength):
+        return lambda rng, height, width: Light(np.ones((height, width, 3), np.float32), (strength, 6.0, 6.0, 3.0))
+
+    drawn = []
+    for strength in (0.0, 0.8):
+        monkeypatch.setattr(scenes, "light", shine(strength))
+        drawn.append(draw_scene(squares, 1, 0, SceneStyle(96, 128, (1, 1), (30.0, 40.0), relational=0.0)))
+    (x1, y1, x2, y2) = drawn[0].boxes[0].astype(int)
+    change = drawn[0].image.astype(int).sum(-1) - drawn[1].image.astype(int).sum(-1)
+    assert change.min() >= 0 and change[y2 : y2 + 3, x1 + 10 : x2].mean() > 10
+    assert change[y1 + 12 : y2 - 12, x1 + 12 : x2 - 12].max() == 0
 
 
 def test_styles_of_one_name_mix(squares):
