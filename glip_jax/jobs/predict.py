@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import flax.errors
 import jax
@@ -66,7 +66,7 @@ class Predict:
     --config=FILE.py gives others, --config.detection.nms_iou=0.5 changes one.
     """
 
-    images: tyro.conf.Positional[tuple[str, ...]] = ()
+    images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE ...")] = ()
     """Images, or folders of images (not the folders in them); local or gs://."""
     workdir: str = ""
     """Folder of the run, with a checkpoint of `train`."""
