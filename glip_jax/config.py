@@ -111,6 +111,8 @@ class HeadConfig:
     """Groups of GroupNorm."""
     coarse_offsets: Literal["flat", "resized"] = "resized"
     """Offsets for the coarser neighbour: the original's flat re-read, or the map resized bilinearly."""
+    offset_scale: float = 1.0
+    """Initial deformable offsets, relative to the original's; near 0 the head starts as regular convolutions."""
     log_scale: float = 0.0
     """Initial value of the alignment's log scale: logits are divided by its exponential. Below 0, names part sooner."""
     unroll: int = 1

@@ -142,7 +142,7 @@ class DynamicConvolution(nn.Module):
         """New levels from old ones; `sizes` are each image's cells per level."""
         levels = [zero_beyond(x, size) for x, size in zip(levels, sizes)]
         count, channels, shapes = len(levels), levels[0].shape[-1], [grid(x) for x in levels]
-        fan_in = uniform((9 * channels) ** -0.5)
+        fan_in = uniform(self.config.offset_scale * (9 * channels) ** -0.5)
         offset = nn.Conv(
             27, (3, 3), padding=1, dtype=self.dtype, kernel_init=fan_in, bias_init=fan_in,
             conv_general_dilated=_narrow_convolution, name="offset",
