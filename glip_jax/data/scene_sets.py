@@ -26,6 +26,9 @@ from glip_jax.data.scenes import Scene, SceneError, SceneStyle, draw_scene
 
 __all__ = ["SceneSet", "finished", "make_scenes"]
 
+_VERSION = 1
+"""To be raised whenever the same settings give other scenes than before; files without it are of version 1."""
+
 
 @dataclass(frozen=True)
 class SceneSet:
@@ -53,7 +56,7 @@ class SceneSet:
             "description": "picture scenes of glip_jax", "kind": self.kind, "count": self.count, "seed": self.seed,
             "style": json.loads(json.dumps(asdict(self.style))), "names": list(self.names),
             "picture_styles": list(dict.fromkeys(picture.style for picture in self.pictures)),
-            "pictures": digest.hexdigest(),
+            "pictures": digest.hexdigest(), "version": _VERSION,
         }  # fmt: skip
 
 
@@ -67,7 +70,7 @@ def finished(out: Path, scenes: SceneSet) -> bool:
     if not out.exists():
         return False
     try:
-        found = json.loads(target.read_text())["info"]
+        found = {"version": 1} | json.loads(target.read_text())["info"]
         settings = scenes.settings()
         changed = sorted(key for key in settings if found.get(key) != settings[key])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -158,7 +161,7 @@ def _annotations(scene: Scene, kind: str, category: dict[str, int]) -> Iterator[
 def _drawn(images: Path, scenes: SceneSet, processes: int) -> Generator[_Drawn, None, None]:
     """Draws all scenes in order, in `processes` processes."""
     # A process takes about as long to start as it takes to draw some dozens of scenes.
-    processes = min(processes or len(os.sched_getaffinity(0)), -(-scenes.count // 64))
+    processes = min(processes or _cores(), -(-scenes.count // 64))
     if processes == 1:
         for index in range(scenes.count):
             yield _draw(images, scenes, index)
@@ -171,6 +174,11 @@ def _drawn(images: Path, scenes: SceneSet, processes: int) -> Generator[_Drawn, 
         raise SceneError(f"a process that drew scenes died ({error}); with --processes=1 its message shows") from error
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _draw(images: Path, scenes: SceneSet, index: int) -> _Drawn:
