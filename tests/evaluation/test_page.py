@@ -106,7 +106,7 @@ def test_the_score_to_draw_from_is_chosen_over_the_set(detection):
 
 
 def test_a_card_of_a_caption(grounding):
-    (card,), _ = cards(*grounding, limit=5, least=0.8)
+    (card,), _ = cards(*grounding, limit=5, least=0.95)
     assert "".join(piece.text for piece in card.caption) == CAPTION
     first, between, second = card.caption
     assert (first.text, between.text, second.text) == (CAPTION[:12], CAPTION[12:15], CAPTION[15:])

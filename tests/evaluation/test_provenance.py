@@ -52,26 +52,30 @@ def test_the_code_without_a_repository_is_its_files(package):
     assert provenance.code() != before
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_the_code_in_a_repository_has_its_commit(package):
-    def git(*arguments):
-        name = ("-c", "user.name=a", "-c", "user.email=a@b")
-        command = ["git", "-C", str(package.parent), *name, *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def _git(folder, *arguments):
+    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
-    git("init")
-    git("add", ".")
-    git("commit", "-m", "one")
-    assert provenance.code() | {"files": ""} == {
-        "files": "", "commit": git("rev-parse", "HEAD").strip(), "changed_since_commit": False
-    }  # fmt: skip
+
+@pytest.fixture
+def commit(package):
+    """The package is committed; its commit."""
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    for arguments in (("init",), ("add", "."), ("commit", "-m", "one")):
+        _git(package.parent, *arguments)
+    return _git(package.parent, "rev-parse", "HEAD").strip()
+
+
+def test_the_code_in_a_repository_has_its_commit(package, commit):
+    told = provenance.code()
+    assert told | {"files": ""} == {"files": "", "commit": commit, "changed_since_commit": False}
     (package / "a.py").write_text("x = 3\n")
     assert provenance.code()["changed_since_commit"]
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+@pytest.mark.usefixtures("commit")
 def test_somebody_elses_repository_around_it_is_not_ours(package, monkeypatch):
-    subprocess.run(["git", "-C", str(package.parent), "init"], check=True, capture_output=True)
     inner = package.parent / "site-packages" / "glip_jax"
     inner.mkdir(parents=True)
     monkeypatch.setattr(provenance, "_PACKAGE", inner)
