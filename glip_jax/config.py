@@ -250,7 +250,7 @@ class TrainConfig:
     seed: int = 0
     log_every: int = _free(10)
     evaluate_every: int = _free(0)
-    """Steps between evaluations of `evaluation.sets`; 0: only at the end."""
+    """Steps between evaluations of `evaluation.sets`; 0: only at the end, -1: never (the job `evaluate` follows)."""
     draw_first_batch: bool = _free(True)
 
 

@@ -23,14 +23,8 @@ scenes=(--out=runs/demo/scenes)
 settings=(--config=configs/demo.py)
 if [ "${1:-}" = --short ] && [ $# = 1 ]; then
     run=$PWD/runs/demo-short
-    scenes=(--out=runs/demo-short/scenes --count=40 --validation=8)
-    settings+=(
-        --config.data.sources.detection.path=runs/demo-short/scenes/shards/detection
-        --config.data.sources.grounding.path=runs/demo-short/scenes/shards/grounding
-        --config.evaluation.sets.scenes.annotations=runs/demo-short/scenes/validation/annotations.json
-        --config.evaluation.sets.scenes.images=runs/demo-short/scenes/validation/images
-        --config.train.steps=20 --config.train.batch-size=4 --config.train.log-every=5 --config.checkpoint.every=10
-    )
+    scenes=(--out=runs/demo-short/scenes --count=40 --captions=0 --validation=8)
+    settings=(--config=configs/demo_short.py)
 elif [ $# -gt 0 ]; then
     # An exec'd job gets signals itself: it saves on SIGTERM and Ctrl-C.
     exec .venv/bin/python -m glip_jax train "$@"

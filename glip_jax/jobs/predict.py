@@ -28,6 +28,7 @@ from tqdm import tqdm
 from glip_jax import assets, drawing, exits, prompts
 from glip_jax.checkpoint import CheckpointError, latest_step, restore_parameters
 from glip_jax.config import Config, ConfigError, differences, flatten
+from glip_jax.data.records import PIXEL_LIMIT
 from glip_jax.inference import Detector, bucket
 from glip_jax.jobs.command_line import Arguments, CommandLineError, flags, parse
 from glip_jax.jobs.query import Query, QueryError, read_query
@@ -41,7 +42,7 @@ _FAULTS = (
     assets.AssetError, CheckpointError, CommandLineError, ConfigError, QueryError, prompts.PromptError,
 )  # fmt: skip
 _ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_MOST_PIXELS = 100_000_000
+_MOST_PIXELS = PIXEL_LIMIT
 """Of one image; decoded it takes three bytes each."""
 _UNFINISHED = ".unfinished"
 _EXAMPLE = 'photo.jpg pictures/ --workdir=runs/demo --text="a green book . two red apples" --out=found'

@@ -13,7 +13,7 @@ from glip_jax.assets import AssetError, resolve
 from glip_jax.checkpoint import CheckpointError, NotSavedError, what_is_left
 from glip_jax.config import Config, ConfigError
 from glip_jax.evaluation.average_precision import GroundTruthError
-from glip_jax.evaluation.evaluate import EvaluationError, evaluate
+from glip_jax.evaluation.evaluate import EvaluationError, check_set, evaluate
 from glip_jax.jobs.command_line import Arguments, CommandLineError, parse
 from glip_jax.parallel import MeshError
 from glip_jax.prompts import PromptError
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
         train(
             config,
             arguments.workdir,
-            evaluate=_evaluator(config) if config.evaluation.sets else None,
+            evaluate=_evaluator(config) if config.evaluation.sets and config.train.evaluate_every >= 0 else None,
             draw=_drawer(config),
             towers=pretrained.initialize,
             resume_with_changes=arguments.resume_with_changes,
@@ -104,9 +104,7 @@ def _drawer(config: Config) -> Any:
 
 
 def _evaluator(config: Config) -> Any:
-    """Evaluates `config.evaluation.sets`; that their files are there is checked now, not after hours of training."""
+    """Evaluates `config.evaluation.sets`; their annotations are read now, not after hours of training."""
     for name, dataset in config.evaluation.sets.items():
-        for what, path in (("annotations", dataset.annotations), ("images", dataset.images)):
-            if not epath.Path(path).exists():
-                raise ConfigError(f"evaluation.sets.{name}.{what}: {path} does not exist; correct it or remove the set")
+        check_set(name, dataset)
     return lambda params, _: evaluate(config, params)

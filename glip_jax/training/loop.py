@@ -8,6 +8,7 @@ import hashlib
 import os
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -234,7 +235,7 @@ class _Run:
                 if stop and not last:
                     self._leave(step, stop)
                 every = config.train.evaluate_every
-                if self.evaluate is not None and (last or (every and step % every == 0)):
+                if self.evaluate is not None and (last or (every > 0 and step % every == 0)):
                     self._read(pending)
                     pending = None
                     self.evaluation(state, step)
@@ -244,7 +245,12 @@ class _Run:
         """Evaluates and records the numbers at `step`."""
         assert self.evaluate is not None
         numbers = self.evaluate(evaluation_parameters(state, self.config), step)
-        self.progress.say(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+        by_set: defaultdict[str, list[str]] = defaultdict(list)
+        for name, value in numbers.items():
+            of, _, number = name.removeprefix("evaluation/").partition("/")
+            by_set[of].append(f"{number} {value:.4f}")
+        for of, values in by_set.items():
+            self.progress.say(f"step {step}: {of}  " + "  ".join(values))
         if self.writer is not None:
             self.writer.write(step, numbers)
 
