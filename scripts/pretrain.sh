@@ -19,7 +19,7 @@ trap 'echo "stopped; the same command again goes on from here" >&2; exit 130' IN
 environment requirements.txt
 
 run=$PWD/runs/demo
-scenes=(--out=runs/demo/scenes)
+scenes=(--out=runs/demo/scenes --captions=0)
 settings=(--config=configs/demo.py)
 if [ "${1:-}" = --short ] && [ $# = 1 ]; then
     run=$PWD/runs/demo-short
