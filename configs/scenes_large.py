@@ -1,0 +1,23 @@
+r"""Picture scenes with all names of two styles, for names that no training scene shows; an hour or more on two CPU cores.
+
+The scenes are drawn first:
+python -m glip_jax scenes --out=runs/scenes_large/scenes --count=20000 --captions=0 --styles fluent twemoji \
+    --names.detection=0 --names.grounding=0 --names.captions=0 --names.unseen=0
+"""
+
+import dataclasses
+
+from configs.demo import demo
+from glip_jax.config import CheckpointConfig, Config, TrainConfig
+
+__all__ = ["get_config"]
+
+
+def get_config() -> Config:
+    """447 detection names, 90 more in grounding captions; 89 never seen."""
+    return dataclasses.replace(
+        demo("runs/scenes_large/scenes"),
+        name="scenes_large",
+        train=TrainConfig(steps=8000, batch_size=8, log_every=50, evaluate_every=-1),
+        checkpoint=CheckpointConfig(every=500, keep=2),
+    )
