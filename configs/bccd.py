@@ -55,14 +55,15 @@ def small_model(max_tokens: int = 16, strides: tuple[int, ...] = (16, 32, 64), b
             frozen=True,
         ),
         fusion=FusionConfig(width=256, heads=4),
-        head=HeadConfig(blocks=blocks, unroll=blocks),
+        # Boxes are learnt sooner from regular convolutions than from offsets at random.
+        head=HeadConfig(blocks=blocks, unroll=blocks, offset_scale=0.05),
         # Two cells wide: cells of the blood are 20 to 120 pixels at this size, and there is no stride 8.
         anchors=AnchorConfig(sizes=tuple(2 * stride for stride in strides)),
     )
 
 
 def get_config() -> Config:
-    """288 x 384 pixels, batches of 8, 700 steps."""
+    """288 x 384 pixels, batches of 8, 850 steps."""
     return Config(
         name="bccd",
         model=small_model(),
@@ -76,7 +77,7 @@ def get_config() -> Config:
             threads=1,
         ),
         optimizer=OptimizerConfig(rate=1e-3, warmup_steps=50, ema_decay=0.99),
-        train=TrainConfig(steps=700, batch_size=8),
+        train=TrainConfig(steps=850, batch_size=8),
         checkpoint=CheckpointConfig(every=350),
         evaluation=EvaluationConfig(
             sets={

@@ -76,8 +76,6 @@ def _model() -> ModelConfig:
         # A run of minutes does not overfit.
         text=dataclasses.replace(small.text, dropout=0.0),
         fusion=dataclasses.replace(small.fusion, dropout=0.0),
-        # It learns sooner from regular convolutions than from offsets at random.
-        head=dataclasses.replace(small.head, offset_scale=0.05),
         anchors=AnchorConfig(sizes=(48, 80, 128)),
     )
 
