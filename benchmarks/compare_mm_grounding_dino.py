@@ -18,7 +18,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from glip_jax.config import Remat
 
 HEIGHT, WIDTH, TOKENS, BOXES = 480, 640, 256, 10
 SIDES = ("glip_jax", "mm_grounding_dino")
@@ -195,7 +197,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--remat", choices=("none", "elementwise", "blocks"), default="none")
+    parser.add_argument("--remat", choices=get_args(Remat), default="none")
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

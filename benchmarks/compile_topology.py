@@ -12,6 +12,9 @@ import os
 import re
 import time
 from collections import Counter
+from typing import get_args
+
+from glip_jax.config import Remat
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -54,7 +57,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--height", type=int, default=800)
     parser.add_argument("--width", type=int, default=1344)
-    parser.add_argument("--remat", choices=("none", "blocks"), default="blocks")
+    parser.add_argument("--remat", choices=get_args(Remat), default="blocks")
     parser.add_argument("--blocks", type=int, default=6, help="head blocks; GLIP-T has 6")
     parser.add_argument("--operations", type=int, default=15, help="how many of the largest to list")
     arguments = parser.parse_args()

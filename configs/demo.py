@@ -48,7 +48,7 @@ def demo(scenes: str) -> Config:
             flip=0.0,  # captions say left and right
             max_boxes=12,
         ),
-        # Boxes of pictures are learnt long before their names: weigh the names more than the original does.
+        # Names weigh more than in the original; that they are learnt so has not been seen yet.
         loss=LossConfig(box_weight=1.0, focal_alpha=0.5),
         optimizer=OptimizerConfig(
             rate=1e-3,
@@ -73,7 +73,6 @@ def _model() -> ModelConfig:
     return dataclasses.replace(
         small,
         backbone=dataclasses.replace(small.backbone, frozen_stages=4),
-        # A run of minutes does not overfit.
         text=dataclasses.replace(small.text, dropout=0.0),
         fusion=dataclasses.replace(small.fusion, dropout=0.0),
         anchors=AnchorConfig(sizes=(48, 80, 128)),

@@ -3,15 +3,16 @@
 import dataclasses
 
 from configs.demo import demo
-from glip_jax.config import CheckpointConfig, Config, TrainConfig
+from glip_jax.config import CheckpointConfig, Config
 
 __all__ = ["get_config"]
 
 
 def get_config() -> Config:
+    base = demo("runs/demo-short/scenes")
     return dataclasses.replace(
-        demo("runs/demo-short/scenes"),
+        base,
         name="demo-short",
-        train=TrainConfig(steps=20, batch_size=4, log_every=5, evaluate_every=-1),
+        train=dataclasses.replace(base.train, steps=20, batch_size=4, log_every=5),
         checkpoint=CheckpointConfig(every=10, keep=2),
     )

@@ -1,4 +1,4 @@
-r"""Picture scenes with all names of two styles, for names that no training scene shows; an hour or more on two CPU cores.
+r"""Picture scenes with all names of two styles, for names that no training scene shows; an hour or more on two CPU cores; not run yet.
 
 The scenes are drawn first:
 python -m glip_jax scenes --out=runs/scenes_large/scenes --count=20000 --captions=0 --styles fluent twemoji \
@@ -8,16 +8,17 @@ python -m glip_jax scenes --out=runs/scenes_large/scenes --count=20000 --caption
 import dataclasses
 
 from configs.demo import demo
-from glip_jax.config import CheckpointConfig, Config, TrainConfig
+from glip_jax.config import CheckpointConfig, Config
 
 __all__ = ["get_config"]
 
 
 def get_config() -> Config:
     """447 detection names, 90 more in grounding captions; 89 never seen."""
+    base = demo("runs/scenes_large/scenes")
     return dataclasses.replace(
-        demo("runs/scenes_large/scenes"),
+        base,
         name="scenes_large",
-        train=TrainConfig(steps=8000, batch_size=8, log_every=50, evaluate_every=-1),
+        train=dataclasses.replace(base.train, steps=8000, log_every=50),
         checkpoint=CheckpointConfig(every=500, keep=2),
     )

@@ -30,6 +30,7 @@ __all__ = [
     "NotSavedError",
     "Saved",
     "check_config",
+    "check_network",
     "latest_step",
     "prepare",
     "restore_parameters",
@@ -284,6 +285,16 @@ def check_config(workdir: str, step: int, saved: Mapping[str, Any], config: Conf
     if phase not in phases and jax.process_index() == 0:
         path.write_text(json.dumps([*phases, phase], indent=1))
     return lines
+
+
+def check_network(workdir: str, saved: dict[str, Any], config: Config) -> None:
+    """Raises CheckpointError if `config` describes another network than the flat settings `saved` of a checkpoint."""
+    changed = [line for line in differences(saved, config) if line.startswith("model.")]
+    if changed:
+        raise CheckpointError(
+            f"{workdir} holds a checkpoint of another network than the settings say (saved -> given: {_listed(changed)}): "
+            "give the settings that it was trained with"
+        )
 
 
 def write_config(workdir: str, config: Config) -> None:

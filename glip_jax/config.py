@@ -114,7 +114,7 @@ class HeadConfig:
     offset_scale: float = 1.0
     """Initial deformable offsets, relative to the original's; near 0 the head starts as regular convolutions."""
     log_scale: float = 0.0
-    """Initial value of the alignment's log scale: logits are divided by its exponential. Below 0, names part sooner."""
+    """Initial value of the alignment's log scale: logits are divided by its exponential."""
     unroll: int = 1
     """Blocks per turn of the tower's loop. All of them: longer to compile, up to twice as fast on a CPU."""
 
@@ -220,7 +220,7 @@ class OptimizerConfig:
     """Rate of the text encoder (not of the BERT layers inside the head)."""
     backbone_rate_factor: float = 1.0
     head_text_rate_factor: float = 1.0
-    """Of the head's own BERT layers: post-norm attention bears less than convolutions do."""
+    """Of the head's own BERT layers."""
     bias_rate_factor: float = 2.0
     decay: float = 1e-4
     bias_decay: float = 0.0

@@ -17,6 +17,7 @@ from etils import epath
 from jaxtyping import Bool, Float, Float32
 
 from glip_jax import prompts
+from glip_jax.boxes import pairwise_iou
 from glip_jax.evaluation.average_precision import GroundTruthError
 from glip_jax.structures import Detections, Prompt
 
@@ -247,10 +248,9 @@ def phrase_hits(phrases: Sequence[Phrase], found: Detections) -> Bool[np.ndarray
 
 def overlaps(a: Float32[np.ndarray, "n 4"], b: Float32[np.ndarray, "m 4"]) -> Float[np.ndarray, "n m"]:
     """Intersection over union of plain corners; 0 for two boxes without an area."""
-    sides = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
-    shared = sides.clip(0).prod(-1)
-    union = (a[:, 2:] - a[:, :2]).prod(-1)[:, None] + (b[:, 2:] - b[:, :2]).prod(-1)[None] - shared
-    return shared / np.where(union > 0, union, 1)
+    inclusive = np.array([0, 0, 1, 1], np.float32)  # what `pairwise_iou` takes its boxes to be
+    with np.errstate(invalid="ignore"):
+        return np.nan_to_num(pairwise_iou(a - inclusive, b - inclusive))
 
 
 def phrase_recall(images: Iterable[tuple[Sequence[Phrase], Detections]]) -> Recall:

@@ -77,12 +77,14 @@ def main(argv: Sequence[str]) -> int:
         print(f"data: {error}", file=sys.stderr)
         return exits.BAD_INPUT
     except OSError as error:
-        full = exits.full_disk(error)
-        mend = "make room, then give the same command again" if full else "expected a file or folder that can be used"
+        if exits.full_disk(error):
+            raise
         place = f" ({error.filename})" if error.filename else ""
-        reason = full or error.strerror or error
-        print(f"data: {reason}{place}: {mend}; nothing is left half-made", file=sys.stderr)
-        return exits.NOT_WRITTEN if full else exits.BAD_INPUT
+        print(
+            f"data: {error.strerror or error}{place}: expected a file or folder that can be used; nothing is left half-made",
+            file=sys.stderr,
+        )
+        return exits.BAD_INPUT
 
 
 def _import(job: Coco | Mdetr, argv: Sequence[str]) -> int:

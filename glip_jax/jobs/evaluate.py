@@ -20,8 +20,8 @@ from etils import epath
 
 from glip_jax import exits
 from glip_jax.assets import AssetError
-from glip_jax.checkpoint import CheckpointError, latest_step, prepare, restore_parameters, saved_config
-from glip_jax.config import Config, ConfigError, EvaluationSet, differences
+from glip_jax.checkpoint import CheckpointError, check_network, latest_step, prepare, restore_parameters, saved_config
+from glip_jax.config import Config, ConfigError, EvaluationSet
 from glip_jax.evaluation import provenance
 from glip_jax.evaluation.average_precision import GroundTruth, GroundTruthError, coco_results
 from glip_jax.evaluation.chunking import chunking_effect, prompt_chunks
@@ -36,7 +36,7 @@ from glip_jax.evaluation.evaluate import (
 from glip_jax.evaluation.page import table
 from glip_jax.inference import Detector
 from glip_jax.jobs.command_line import Arguments, CommandLineError, parse
-from glip_jax.jobs.report import FORMAT, ReportError, write_page
+from glip_jax.jobs.report import FORMAT, ReportError, write_page, write_whole
 from glip_jax.prompts import PromptError
 from glip_jax.structures import Detections
 from glip_jax.training.loop import enable_compilation_cache, fingerprint
@@ -87,8 +87,8 @@ def evaluate_checkpoint(
 ) -> dict[str, Evaluated | Grounded]:
     """Evaluates a checkpoint on all sets, prints the table, writes the files named above; returns the evaluations.
 
-    Raises CommandLineError if the config names no set or describes another network than the checkpoint's,
-    CheckpointError without a checkpoint or where `out` cannot be written, EvaluationError or GroundTruthError for a set
+    Raises CommandLineError if the config names no set, CheckpointError without a checkpoint, with one of another
+    network, or where `out` cannot be written, EvaluationError or GroundTruthError for a set
     that cannot be evaluated; annotations are read before anything is computed.
     """
     if not config.evaluation.sets:
@@ -97,10 +97,7 @@ def evaluate_checkpoint(
         check_set(name, dataset)
     saved = saved_config(workdir, step)
     step = latest_step(workdir) if step is None else step
-    changed = [line for line in differences(saved, config) if line.startswith("model.")]
-    if changed:
-        listed = "\n  ".join(changed)
-        raise CommandLineError(f"{workdir} holds a checkpoint of another network than the config says:\n  {listed}")
+    check_network(workdir, saved, config)
     folder = epath.Path(out or workdir)
     prepare(str(folder))
     enable_compilation_cache()
@@ -119,9 +116,9 @@ def evaluate_checkpoint(
             longest = max(len(chunk) for chunk in content[name]["chunks"])
             content[name]["chunking"] = chunking_effect(detector, make, config, dataset, result, longest, name)
     for name, result in results.items():
-        _write(folder / f"detections_{name}.json", json.dumps(_rows(result)))
+        write_whole(folder / f"detections_{name}.json", json.dumps(_rows(result)))
     summary = {**_provenance(config, workdir, step, parameters, saved), "sets": content}
-    _write(folder / "evaluation.json", json.dumps(summary, indent=1))
+    write_whole(folder / "evaluation.json", json.dumps(summary, indent=1))
     print(table(results))
     for name, entry in content.items():
         for line in entry.get("chunking", ()):
@@ -218,13 +215,3 @@ def _provenance(
         },
         "versions": provenance.versions(),
     }
-
-
-def _write(path: epath.Path, text: str) -> None:
-    """Aside first, then renamed: a reader never meets half a file."""
-    aside = path.parent / f"{path.name}.unfinished"
-    try:
-        aside.write_text(text)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

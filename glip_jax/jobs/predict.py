@@ -26,8 +26,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from glip_jax import assets, drawing, exits, prompts
-from glip_jax.checkpoint import CheckpointError, latest_step, restore_parameters
-from glip_jax.config import Config, ConfigError, differences, flatten
+from glip_jax.checkpoint import CheckpointError, check_network, latest_step, restore_parameters
+from glip_jax.config import Config, ConfigError, flatten
 from glip_jax.data.records import PIXEL_LIMIT
 from glip_jax.inference import Detector, bucket
 from glip_jax.jobs.command_line import Arguments, CommandLineError, flags, parse
@@ -42,8 +42,6 @@ _FAULTS = (
     assets.AssetError, CheckpointError, CommandLineError, ConfigError, QueryError, prompts.PromptError,
 )  # fmt: skip
 _ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_MOST_PIXELS = PIXEL_LIMIT
-"""Of one image; decoded it takes three bytes each."""
 _UNFINISHED = ".unfinished"
 _EXAMPLE = 'photo.jpg pictures/ --workdir=runs/demo --text="a green book . two red apples" --out=found'
 
@@ -170,16 +168,11 @@ def predict(job: Predict, settings: Sequence[str], command: str) -> dict[str, An
 def _settings(job: Predict, arguments: Sequence[str]) -> Config:
     """The checkpoint's settings, or those of --config=FILE.py, with what the command line changes.
 
-    Raises CommandLineError if they describe another network than the checkpoint's.
+    Raises CheckpointError if they describe another network than the checkpoint's.
     """
     saved = saved_settings(job.workdir, job.step)
     config = parse(arguments, Arguments, "predict", settings=saved).config
-    changed = [line for line in differences(dict(flatten(saved)), config) if line.startswith("model.")]
-    if changed:
-        raise CommandLineError(
-            f"{job.workdir} holds a checkpoint of another network than the settings say ({'; '.join(changed)}): "
-            "leave --config away to take the checkpoint's own"
-        )
+    check_network(job.workdir, dict(flatten(saved)), config)
     return config
 
 
@@ -233,8 +226,8 @@ def _measured(path: epath.Path) -> tuple[int, int, bool]:
         orientation = image.getexif().get(0x0112, 1)
     if not width or not height:
         raise PredictError(f"{path} has {width} x {height} pixels: there is nothing to look at")
-    if width * height > _MOST_PIXELS:
-        raise PredictError(f"{path} has {width} x {height} pixels, at most {_MOST_PIXELS:,} are read: make it smaller")
+    if width * height > PIXEL_LIMIT:
+        raise PredictError(f"{path} has {width} x {height} pixels, at most {PIXEL_LIMIT:,} are read: make it smaller")
     turned = orientation in range(2, 9)
     return (width, height, turned) if turned and orientation >= 5 else (height, width, turned)
 
@@ -253,7 +246,7 @@ def _readable(path: epath.Path) -> Iterator[None]:
             warnings.simplefilter("ignore")  # large, but below the limit that is ours; odd metadata
             yield
     except Image.DecompressionBombError:
-        raise PredictError(f"{path} is huge, at most {_MOST_PIXELS:,} pixels are read: make it smaller") from None
+        raise PredictError(f"{path} is huge, at most {PIXEL_LIMIT:,} pixels are read: make it smaller") from None
     except UnidentifiedImageError:
         size = path.stat().length
         raise PredictError(f"{path} is no image that can be read ({size} bytes): expected JPEG, PNG, WebP …") from None

@@ -27,7 +27,7 @@ from glip_jax.jobs.command_line import CommandLineError, flags
 from glip_jax.structures import Detections
 from glip_jax.training.metrics import read
 
-__all__ = ["FORMAT", "Report", "ReportError", "main", "write_page"]
+__all__ = ["FORMAT", "Report", "ReportError", "main", "write_page", "write_whole"]
 
 FORMAT = 2
 """Version of evaluation.json."""
@@ -96,13 +96,18 @@ def write_page(workdir: str, scenes: int = 12, least: float | None = None, out: 
     page = folder / "report.html"
     title = f"glip_jax: {PurePath(workdir).name}"
     text = render(title, evaluated, _curves(lines), notes, scenes, least, summary)
-    aside = folder / "report.html.unfinished"
+    write_whole(page, text)
+    return page
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file aside first and then renames it: a reader never meets half of one."""
+    aside = path.parent / f"{path.name}.unfinished"
     try:
         aside.write_text(text)
-        aside.replace(page)
+        aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
-    return page
 
 
 def _evaluated(folder: epath.Path, name: str, entry: dict[str, Any]) -> Evaluated | Grounded:

@@ -80,11 +80,10 @@ def main(argv: Sequence[str]) -> int:
         print(f"scenes: {error}", file=sys.stderr)
         return exits.BAD_INPUT
     except OSError as error:
+        if exits.full_disk(error):
+            raise
         print(f"scenes: {error}", file=sys.stderr)
-        return exits.NOT_WRITTEN if exits.full_disk(error) else exits.BAD_INPUT
-    except KeyboardInterrupt:
-        print("scenes: stopped; the same command again goes on with what is missing", file=sys.stderr)
-        return exits.CANCELLED
+        return exits.BAD_INPUT
     return exits.DONE
 
 

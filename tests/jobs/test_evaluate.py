@@ -11,7 +11,7 @@ from PIL import Image
 
 from glip_jax.checkpoint import Checkpoints, Saved, restore_parameters
 from glip_jax.config import EvaluationConfig, MeshConfig
-from glip_jax.jobs import evaluate
+from glip_jax.jobs import evaluate, report
 from glip_jax.parallel import make_mesh
 from glip_jax.training.loop import fingerprint, fresh_parameters
 from tests import tiny_run
@@ -156,7 +156,7 @@ def test_what_is_interrupted_leaves_the_earlier_report(tmp_path):
     from etils import epath
 
     path = epath.Path(tmp_path) / "evaluation.json"
-    evaluate._write(path, "old")
+    report.write_whole(path, "old")
 
     class Full(type(path)):
         def write_text(self, text, *_, **__):
@@ -164,5 +164,5 @@ def test_what_is_interrupted_leaves_the_earlier_report(tmp_path):
             raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        evaluate._write(Full(path), "new")
+        report.write_whole(Full(path), "new")
     assert path.read_text() == "old" and [p.name for p in epath.Path(tmp_path).iterdir()] == ["evaluation.json"]

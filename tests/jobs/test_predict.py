@@ -148,7 +148,9 @@ def test_the_settings_are_the_checkpoints(run, tmp_path, capsys):
     _predict(run, image, "--names=cat", f"--out={tmp_path / 'out'}", "--config.detection.nms_iou=0.25")
     assert _content(tmp_path / "out")["settings"]["detection"]["nms_iou"] == 0.25
     _predict(run, image, "--names=cat", f"--out={tmp_path / 'no'}", "--config.model.head.blocks=2", code=2)
-    assert "another network than the settings say (model.head.blocks: 1 -> 2)" in capsys.readouterr().err
+    assert (
+        "another network than the settings say (saved -> given: model.head.blocks: 1 -> 2)" in capsys.readouterr().err
+    )
     path = tiny_run.config_file(tmp_path, {})
     _predict(run, image, "--names=cat", f"--out={tmp_path / 'out'}", f"--config={path}", "--step=3")
     assert _content(tmp_path / "out")["settings"]["short_side"] == 800

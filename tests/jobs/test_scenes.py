@@ -3,6 +3,7 @@ import os
 
 import pytest
 
+from glip_jax import __main__ as door
 from glip_jax.data import shards
 from glip_jax.jobs import scenes
 
@@ -108,5 +109,5 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(scenes, "make_scenes", stops)
-    assert _run(tmp_path) == 130
-    assert "the same command again" in capsys.readouterr().err
+    assert door.main(["scenes", f"--out={tmp_path}"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
