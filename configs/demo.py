@@ -48,11 +48,10 @@ def demo(scenes: str) -> Config:
             flip=0.0,  # captions say left and right
             max_boxes=12,
         ),
-        # Names weigh more than in the original; that they are learnt so has not been seen yet.
-        loss=LossConfig(box_weight=1.0, focal_alpha=0.5),
+        # Beside the right name few others score high; with gamma 2 they hardly count, and names are learnt later.
+        loss=LossConfig(box_weight=1.0, focal_alpha=0.5, focal_gamma=1.0),
         optimizer=OptimizerConfig(
             rate=1e-3,
-            backbone_rate_factor=0.3,
             head_text_rate_factor=0.2,
             warmup_steps=50,
             milestones=(0.75, 0.92),
@@ -60,21 +59,23 @@ def demo(scenes: str) -> Config:
             ema_decay=0.99,
         ),
         # Evaluated by the job `evaluate`, which scripts/pretrain.sh runs afterwards.
-        train=TrainConfig(steps=900, batch_size=8, log_every=20, evaluate_every=-1),
-        checkpoint=CheckpointConfig(every=200, keep=2),
+        train=TrainConfig(steps=1500, batch_size=8, log_every=20, evaluate_every=-1),
+        checkpoint=CheckpointConfig(every=300, keep=2),
         init=InitConfig(backbone=EFFICIENTNET, text=MINILM),
         evaluation=EvaluationConfig(sets=scene_sets(scenes), short_side=256, long_side=256),
     )
 
 
 def _model() -> ModelConfig:
-    """One block of fusion, BERT layer and dynamic convolution; the backbone's last three stages are tuned."""
+    """One block of fusion, BERT layer and dynamic convolution over fixed towers."""
     small = small_model(max_tokens=64, blocks=1)
     return dataclasses.replace(
         small,
-        backbone=dataclasses.replace(small.backbone, frozen_stages=4),
         text=dataclasses.replace(small.text, dropout=0.0),
         fusion=dataclasses.replace(small.fusion, dropout=0.0),
+        # Few steps: logits and box deltas begin at a scale that the original's rates reach after thousands. Without it
+        # no name was learnt in 900 steps, and the box loss stood still for the first 200.
+        head=dataclasses.replace(small.head, log_scale=-2.0, box_scale=8.0),
         anchors=AnchorConfig(sizes=(48, 80, 128)),
     )
 

@@ -115,6 +115,8 @@ class HeadConfig:
     """Initial deformable offsets, relative to the original's; near 0 the head starts as regular convolutions."""
     log_scale: float = 0.0
     """Initial value of the alignment's log scale: logits are divided by its exponential."""
+    box_scale: float = 1.0
+    """Initial value of every level's scale of box deltas."""
     unroll: int = 1
     """Blocks per turn of the tower's loop. All of them: longer to compile, up to twice as fast on a CPU."""
 

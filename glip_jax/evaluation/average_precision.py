@@ -3,7 +3,7 @@
 import contextlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +17,7 @@ from glip_jax.structures import Detections
 
 __all__ = [
     "NUMBERS", "AveragePrecision", "GroundTruth", "GroundTruthError", "average_precision", "coco_results",
-    "derangement", "load_ground_truth", "permuted_ap50",
+    "derangement", "load_ground_truth", "permuted_ap50", "read_lists",
 ]  # fmt: skip
 
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -49,22 +49,32 @@ class AveragePrecision(NamedTuple):
     """AP50 of each category by name."""
 
 
+def read_lists(path: str, lists: Sequence[str], expected: str) -> dict[str, Any]:
+    """The JSON object in `path`, which holds the named lists; `expected` says in messages what was looked for.
+
+    Raises:
+        GroundTruthError: not there, not JSON, no object, or a list missing.
+    """
+    file = epath.Path(path)
+    if not file.exists():
+        raise GroundTruthError(f"{path} is not there: expected {expected} with {', '.join(lists)}")
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise GroundTruthError(f"{path} is no JSON: {error}") from error
+    missing = [key for key in lists if not isinstance(content, dict) or not isinstance(content.get(key), list)]
+    if missing:
+        raise GroundTruthError(f"{path} lacks the lists {', '.join(missing)}: expected {expected}")
+    return content
+
+
 def load_ground_truth(path: str) -> GroundTruth:
     """Reads a COCO detection JSON.
 
     Raises:
         GroundTruthError: not there, not JSON, a list missing, ids twice, boxes of unknown images or categories.
     """
-    file = epath.Path(path)
-    if not file.exists():
-        raise GroundTruthError(f"{path} is not there: expected a COCO JSON with images, annotations and categories")
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise GroundTruthError(f"{path} is no JSON: {error}") from error
-    missing = [k for k in ("images", "annotations", "categories") if not isinstance(content, dict) or k not in content]
-    if missing:
-        raise GroundTruthError(f"{path} lacks {', '.join(missing)}: expected a COCO detection JSON")
+    content = read_lists(path, ("images", "annotations", "categories"), "a COCO detection JSON")
     try:
         for key in ("images", "annotations", "categories"):
             ids = [entry["id"] for entry in content[key]]

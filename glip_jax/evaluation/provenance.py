@@ -21,7 +21,8 @@ _LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "pillow", "tokenizers", "pycocot
 _SCORE = ("model.", "detection.", "data.captions.separator", "evaluation.parameters", "evaluation.short_side",
           "evaluation.long_side", "evaluation.max_images", "evaluation.chunk", "evaluation.batch_size")  # fmt: skip
 _TRAINING_ONLY = ("model.remat", "model.text.frozen", "model.backbone.frozen_stages", "model.pyramid.drop_block",
-                  "model.backbone.drop_path", "model.head.log_scale", "model.head.offset_scale", "model.fusion.gamma", "model.head.unroll")  # fmt: skip
+                  "model.backbone.drop_path", "model.head.offset_scale", "model.head.log_scale", "model.head.box_scale",
+                  "model.fusion.gamma", "model.head.unroll")  # fmt: skip
 
 
 def score_settings(config: Config) -> dict[str, Any]:

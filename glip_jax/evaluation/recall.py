@@ -6,19 +6,17 @@ will do. *Merged-box*: the one box around all of them must be met. Both as in MD
 section 4.2; datasets/flickr_eval.py of its repository), which GLIP uses unchanged.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from etils import epath
 from jaxtyping import Bool, Float, Float32
 
 from glip_jax import prompts
 from glip_jax.boxes import pairwise_iou
-from glip_jax.evaluation.average_precision import GroundTruthError
+from glip_jax.evaluation.average_precision import GroundTruthError, read_lists
 from glip_jax.structures import Detections, Prompt
 
 __all__ = [
@@ -99,7 +97,7 @@ def load_grounding(path: str) -> GroundingTruth:
         GroundTruthError: not there, not JSON, a list or field missing, ids twice, a box of an unknown image, a span
             beyond its caption, or no phrase with a box at all.
     """
-    content = _content(path)
+    content = read_lists(path, ("images", "annotations"), "an MDETR grounding JSON")
     left_out: Counter[str] = Counter()
     notes: dict[Any, list[dict[str, Any]]] = {}
     try:
@@ -125,21 +123,6 @@ def load_grounding(path: str) -> GroundingTruth:
     if not any(image.phrases for image in images):
         raise GroundTruthError(f"{path}: no caption has a phrase with a box: there is nothing to measure")
     return GroundingTruth(path, images, {reason: count for reason, count in left_out.items() if count})
-
-
-def _content(path: str) -> dict[str, Any]:
-    """The JSON object in `path` with its two lists."""
-    file = epath.Path(path)
-    if not file.exists():
-        raise GroundTruthError(f"{path} is not there: expected an MDETR grounding JSON with images and annotations")
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise GroundTruthError(f"{path} is no JSON: {error}") from error
-    for key in ("images", "annotations"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise GroundTruthError(f"{path} has no list {key!r}: expected an MDETR grounding JSON")
-    return content
 
 
 def _captioned(

@@ -103,7 +103,7 @@ class _Head(nn.Module):
         bias_text = self.param("bias_text", nn.initializers.zeros, (embedding.shape[-1],))
         bias = self.param("bias0", nn.initializers.constant(-math.log(99)), (1,))
         log_scale = self.param("log_scale", nn.initializers.constant(config.head.log_scale), (1,))
-        scales = self.param("scales", nn.initializers.ones, (len(levels),))
+        scales = self.param("scales", nn.initializers.constant(config.head.box_scale), (len(levels),))
         exact = jax.lax.Precision.HIGHEST
         box = nn.Dense(4, dtype=jnp.float32, kernel_init=small_normal, precision=exact, name="box")
         center = nn.Dense(1, dtype=jnp.float32, kernel_init=small_normal, precision=exact, name="centerness")

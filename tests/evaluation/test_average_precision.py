@@ -173,7 +173,7 @@ def test_results_of_unknown_images_are_refused(truth):
     ("content", "message"),
     [
         ("{", "is no JSON"),
-        ("[]", "lacks images, annotations, categories"),
+        ("[]", "lacks the lists images, annotations, categories"),
         (json.dumps({**TRUTH, "categories": TRUTH["categories"][:1]}), "1 annotations .* unknown images or categories"),
         (json.dumps({**TRUTH, "images": TRUTH["images"] * 2}), "ids of images occur twice"),
         (json.dumps({**TRUTH, "images": [{"file_name": "a"}]}), "lacks 'id'"),

@@ -103,8 +103,8 @@ def _spoilt(**changes):
     ("content", "message"),
     [
         ("{", "is no JSON"),
-        ("[]", "no list 'images'"),
-        (json.dumps({"images": []}), "no list 'annotations'"),
+        ("[]", "lacks the lists images, annotations"),
+        (json.dumps({"images": []}), "lacks the lists annotations"),
         (json.dumps({**TRUTH, "images": TRUTH["images"] * 2}), "the id 4 stands twice"),
         (json.dumps({**TRUTH, "images": [{"id": 4}]}), "'caption'"),
         (json.dumps({**TRUTH, "images": [{"id": 4, "caption": None}]}), "caption None: expected text"),

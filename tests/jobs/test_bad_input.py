@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
-import jax
 import pytest
 
 from glip_jax import __main__ as door
@@ -22,7 +21,6 @@ from glip_jax.config import SourceConfig
 from glip_jax.data import shards, sources
 from glip_jax.data.records import PIXEL_LIMIT
 from glip_jax.jobs import train as train_job
-from glip_jax.parallel import make_mesh
 from glip_jax.training import loop
 from tests import tiny_run
 from tests.data.conftest import coco_json, mdetr_json, write_image
@@ -187,16 +185,7 @@ def test_this_environment_is_right_and_the_ranges_are_the_files(monkeypatch):
 @pytest.fixture
 def training(place, monkeypatch):
     """Arguments of a run with the stand-in network on one device."""
-
-    def initializer(config):
-        def init(key):
-            return stand_in.parameters(config, key)
-
-        return jax.eval_shape(init, jax.random.key(0)), init
-
-    monkeypatch.setattr(loop, "_initializer", initializer)
-    monkeypatch.setattr(loop, "glip_objective", stand_in.objective)
-    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    stand_in.install(monkeypatch)
     return ["train", f"--config={place / 'tiny.py'}", f"--workdir={place / 'run'}", "--config.checkpoint.keep=1"]
 
 

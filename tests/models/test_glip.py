@@ -13,7 +13,8 @@ from glip_jax.models.glip import GLIP, normalize
 from glip_jax.structures import Predictions
 from tests import tiny_run
 
-MODEL = dataclasses.replace(tiny_run.model(dropout=0.0), head=dataclasses.replace(tiny_run.model().head, blocks=2))
+HEAD = dataclasses.replace(tiny_run.model().head, blocks=2, log_scale=-0.5, box_scale=3.0, offset_scale=0.125)
+MODEL = dataclasses.replace(tiny_run.model(dropout=0.0), head=HEAD)
 
 
 def _inputs() -> tuple[Any, ...]:
@@ -41,6 +42,15 @@ def _gradients(model: ModelConfig, params: Any) -> tuple[Predictions, Any]:
 @pytest.fixture(scope="module")
 def plain(params: Any) -> tuple[Predictions, Any]:
     return _gradients(MODEL, params)
+
+
+def test_initial_scales_are_the_settings(params: Any) -> None:
+    head = params["head"]
+    np.testing.assert_array_equal(head["log_scale"], [-0.5])
+    np.testing.assert_array_equal(head["scales"], np.full(len(MODEL.pyramid.strides), 3.0))
+    kernel = np.abs(head["tower"]["convolution"]["offset"]["kernel"])
+    bound = 0.125 * (9 * MODEL.pyramid.channels) ** -0.5
+    assert 0.9 * bound < kernel.max() <= bound
 
 
 @pytest.mark.parametrize("change", ["blocks", "elementwise", "unroll"])

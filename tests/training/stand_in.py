@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from glip_jax.config import Config
+from glip_jax.parallel import make_mesh
 from glip_jax.structures import Batch, Predictions, Targets
+from glip_jax.training import loop
 from glip_jax.training.losses import LossSums, loss_sums
 from glip_jax.training.step import Objective, glip_objective
 
@@ -57,3 +59,17 @@ def objective(config: Config, train: bool = True) -> Objective:
         return loss_sums(predictions, targets, batch, (height, width), config)
 
     return Objective(glip_objective(config).targets, sums)
+
+
+def install(monkeypatch: Any) -> None:
+    """Puts it into the training loop, on one device: tests of the loop need no second, and compile in less time."""
+
+    def initializer(config: Config) -> tuple[Any, Any]:
+        def init(key: Any) -> dict[str, Any]:
+            return parameters(config, key)
+
+        return jax.eval_shape(init, jax.random.key(0)), init
+
+    monkeypatch.setattr(loop, "_initializer", initializer)
+    monkeypatch.setattr(loop, "glip_objective", objective)
+    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ import pytest
 from glip_jax.checkpoint import CheckpointError, latest_step
 from glip_jax.config import ConfigError, InitConfig, MeshConfig
 from glip_jax.exits import CANCELLED, PREEMPTED
-from glip_jax.parallel import MeshError, make_mesh
+from glip_jax.parallel import MeshError
 from glip_jax.training import loop, metrics
 from glip_jax.training.loop import NonFiniteLossError, train
 from tests import tiny_run
@@ -23,16 +22,7 @@ from tests.training import stand_in
 
 @pytest.fixture(autouse=True)
 def _stand_in(monkeypatch):
-    def initializer(config):
-        def init(key):
-            return stand_in.parameters(config, key)
-
-        return jax.eval_shape(init, jax.random.key(0)), init
-
-    monkeypatch.setattr(loop, "_initializer", initializer)
-    monkeypatch.setattr(loop, "glip_objective", stand_in.objective)
-    # One device: these tests are about the loop, and a program for one compiles in less time.
-    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    stand_in.install(monkeypatch)
 
 
 @pytest.fixture(scope="module")
