@@ -1,8 +1,10 @@
-r"""Picture scenes with all names of two styles, for names that no training scene shows; an hour or more on two CPU cores; not run yet.
+r"""Picture scenes with all names of two styles, for names that no training scene shows; forty minutes on two CPU cores.
 
 The scenes are drawn first:
 python -m glip_jax scenes --out=runs/scenes_large/scenes --count=20000 --captions=0 --styles fluent twemoji \
     --names.detection=0 --names.grounding=0 --names.captions=0 --names.unseen=0
+scripts/pretrain.sh --config=configs/scenes_large.py --workdir=runs/scenes_large
+python -m glip_jax evaluate --config=configs/scenes_large.py --workdir=runs/scenes_large
 """
 
 import dataclasses
@@ -19,6 +21,6 @@ def get_config() -> Config:
     return dataclasses.replace(
         base,
         name="scenes_large",
-        train=dataclasses.replace(base.train, steps=8000, log_every=50),
+        train=dataclasses.replace(base.train, steps=5000, log_every=50),
         checkpoint=CheckpointConfig(every=500, keep=2),
     )
