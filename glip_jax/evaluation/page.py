@@ -194,7 +194,9 @@ def _ratio(value: float, chance: float) -> str:
     """How many times chance; empty where there is none to compare with."""
     if value < 0 or chance < 0:
         return ""
-    return f"{value / chance:.1f}" if chance > 0 else "∞"
+    if chance == 0:
+        return "∞" if value > 0 else ""
+    return f"{value / chance:.1f}"
 
 
 def _number(value: float, digits: int = 4) -> str:

@@ -103,7 +103,7 @@ PAGE = (
     + _STYLE
     + """</style></head><body><main>
 <h1>{{ title }}</h1>{% for line in notes %}<p class="soft">{{ line }}</p>{% endfor %}
-{% if sets %}<div class="tiles">{% for s in sets %}<div class="tile"><span class="name">{{ s.name }}</span><b>{{ s.headline }}</b>
+{% if sets %}<div class="tiles">{% for s in sets %}<div class="tile"><span class="name">{% for part in s.name.split("_") %}{{ "" if loop.first else "_" }}<wbr>{{ part }}{% endfor %}</span><b>{{ s.headline }}</b>
 <span class="soft">{% for line in s.below %}{{ line }}{% if not loop.last %}<br>{% endif %}{% endfor %}</span></div>{% endfor %}</div>{% endif %}
 """
     + _TABLES

@@ -201,3 +201,6 @@ def test_where_there_is_no_chance_there_is_no_ratio(detection):
     result, _ = detection
     assert table({"x": result._replace(permuted=-1.0)}).splitlines()[1].split()[4:6] == ["-", "-"]
     assert table({"x": result._replace(permuted=0.0)}).splitlines()[1].split()[4:6] == ["0.0000", "∞"]
+    none = result.precision._replace(numbers={**result.precision.numbers, "AP50": 0.0})
+    nothing = result._replace(permuted=0.0, precision=none)
+    assert table({"x": nothing}).splitlines()[1].split()[4:6] == ["0.0000", "-"]
