@@ -1,4 +1,4 @@
-r"""Picture scenes with all names of two styles, for names that no training scene shows; forty minutes on two idle CPU cores.
+r"""Picture scenes with all names of two styles, for names that no training scene shows; under an hour on two CPU cores.
 
 The scenes are drawn first:
 python -m glip_jax scenes --out=runs/scenes_large/scenes --count=20000 --captions=0 --styles fluent twemoji \
