@@ -61,7 +61,7 @@ def _git(folder, *arguments):
 def commit(package):
     """The package is committed; its commit."""
     if shutil.which("git") is None:
-        pytest.skip("needs git")
+        pytest.skip("git is not installed, so no repository can be made to look at")
     for arguments in (("init",), ("add", "."), ("commit", "-m", "one")):
         _git(package.parent, *arguments)
     return _git(package.parent, "rev-parse", "HEAD").strip()
