@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from glip_jax.config import ModelConfig
+from glip_jax.models.efficientnet import OUTPUTS, STAGES
 from glip_jax.models.glip import GLIP
 
 __all__ = ["IGNORED", "Entry", "WeightError", "entries", "export_state", "import_state", "parameter_shapes"]
@@ -106,6 +107,28 @@ def _swin(config: ModelConfig) -> Iterator[Entry]:
             yield from _norm(f"{body}.norm{stage}", f"backbone/norm{stage}", None)
 
 
+def _efficientnet() -> Iterator[Entry]:
+    """Names of our own, as the original has no such backbone; `weights/portable` has them too."""
+
+    def norm(name: str, path: str) -> Iterator[Entry]:
+        yield Entry(f"{name}.weight", f"{path}/frozen_scale", None, "same")
+        yield Entry(f"{name}.bias", f"{path}/frozen_shift", None, "same")
+
+    body = "backbone.body"
+    yield Entry(f"{body}.stem.weight", "backbone/stem/kernel", None, "conv")
+    yield from norm(f"{body}.stem_norm", "backbone/stem_norm")
+    for stage, (blocks, _, _, expansion, _) in enumerate(STAGES):
+        for block in range(blocks):
+            theirs, ours = f"{body}.stages.{stage}.{block}", f"backbone/stage{stage + 1}/block{block + 1}"
+            for part in ("expand", "project") if expansion > 1 else ("project",):
+                yield Entry(f"{theirs}.{part}.weight", f"{ours}/{part}/kernel", None, "pointwise")
+                yield from norm(f"{theirs}.{part}_norm", f"{ours}/{part}_norm")
+            yield Entry(f"{theirs}.depthwise.weight", f"{ours}/depthwise", None, "conv")
+            yield from norm(f"{theirs}.depthwise_norm", f"{ours}/depthwise_norm")
+    for number in range(1, len(OUTPUTS) + 1):
+        yield from _norm(f"{body}.norm{number}", f"backbone/norm{number}", None)
+
+
 def _pyramid(config: ModelConfig) -> Iterator[Entry]:
     strides = config.pyramid.strides
     for level in (3, 4, 5):
@@ -180,17 +203,14 @@ def _block(config: ModelConfig, block: int) -> Iterator[Entry]:
 
 
 def entries(config: ModelConfig) -> list[Entry]:
-    """Every parameter of the network under the original's name.
-
-    Raises:
-      WeightError: for a backbone that the original does not have.
-    """
-    if config.backbone.kind != "swin":
-        raise WeightError(
-            f"the original's names cover Swin backbones, found model.backbone.kind {config.backbone.kind!r}"
-        )
+    """Every parameter of the network under the original's name."""
+    match config.backbone.kind:
+        case "swin":
+            backbone = _swin(config)
+        case "efficientnet_lite0":
+            backbone = _efficientnet()
     head = "rpn.head"
-    table = [*_swin(config), *_pyramid(config), *bert_entries(config)]
+    table = [*backbone, *_pyramid(config), *bert_entries(config)]
     for block in range(config.head.blocks):
         table += _block(config, block)
     table += _layer(f"{head}.bbox_pred", "head/box", None, "pointwise")

@@ -7,7 +7,7 @@ read. Runs the original's own way: extent = batch maximum, text uncut, matrix pr
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,8 @@ ZERO = 1e-6
 """Gradients and norms below this share of the global norm count as zero."""
 DEAD = ("cls_logits", "aggregate")
 """Stored by the original for completeness; nothing needs them."""
+Check = Callable[[Case], tuple[list["Line"], list[str], list[str]]]
+"""A case to its comparisons, names of zero gradients, and names of stored tensors that were not compared."""
 
 
 class Line(NamedTuple):
@@ -46,7 +48,8 @@ class Line(NamedTuple):
     tolerance: float
 
 
-def _relative(found: Any, wanted: np.ndarray) -> float:
+def relative(found: Any, wanted: np.ndarray) -> float:
+    """Largest difference over the largest value of `wanted`; infinite for another shape."""
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     if found.shape != wanted.shape:
         return float("inf")
@@ -152,13 +155,13 @@ def _heads_and_detections(case: Case) -> dict[str, Any]:
     for i in range(len(batch.size)):
         real = np.asarray(detections.phrases[i]) >= 0
         rows = np.asarray(detections.boxes[i])[real], np.asarray(detections.scores[i])[real]
-        order = _paired(case, i, *rows, np.asarray(detections.phrases[i])[real] + 1)
+        order = paired(case, i, *rows, np.asarray(detections.phrases[i])[real] + 1)
         found[f"eval.det{i}.boxes"], found[f"eval.det{i}.scores"] = rows[0][order], rows[1][order]
         found[f"eval.det{i}.labels"] = np.asarray(detections.phrases[i])[real][order] + 1
     return found
 
 
-def _paired(case: Case, image: int, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def paired(case: Case, image: int, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Our detections in the order of the original's.
 
     Scores that differ by less than the tolerance may stand in either order, so each of the original's rows takes the
@@ -241,7 +244,7 @@ def _gradients(case: Case, found: Mapping[str, np.ndarray]) -> tuple[list[Line],
         )
     for name, wanted in full.items():
         if norms[name] > floor:
-            lines.append(Line(f"train.grad.{name}", _relative(found[name] * scale, wanted), BACKWARD))
+            lines.append(Line(f"train.grad.{name}", relative(found[name] * scale, wanted), BACKWARD))
     for name, norm in norms.items():
         own = float(np.linalg.norm(found[name].astype(np.float64))) if name in found else float("nan")
         if max(norm, 0.0) <= floor and own <= floor:
@@ -313,7 +316,7 @@ def check_case(case: Case, vocabulary: Path) -> tuple[list[Line], list[str], lis
             lines += more
         if "step.names" in case.wanted:
             lines += _step(case, gradients)
-    lines += [Line(name, _relative(found[name], value), FORWARD) for name, value in wanted.items() if name in found]
+    lines += [Line(name, relative(found[name], value), FORWARD) for name, value in wanted.items() if name in found]
     known = set(found) | {"train.grad_names", "train.grad_norms", "train.loss.loss_cls", "anchor_sizes"}
     known |= {"step.names", "step.lr", "step.weight_decay", "step.delta_norms"}
     known |= {line.name for line in lines} | {f"train.grad.{name}" for name in zeros}
@@ -321,9 +324,9 @@ def check_case(case: Case, vocabulary: Path) -> tuple[list[Line], list[str], lis
     return lines, zeros, left
 
 
-def _report(case: Case, vocabulary: Path) -> Iterator[str]:
+def report(case: Case, check: Check) -> Iterator[str]:
     """Lines of text; raises nothing for differences, the caller counts 'FAIL'."""
-    lines, zeros, left = check_case(case, vocabulary)
+    lines, zeros, left = check(case)
     for line in lines:
         verdict = "ok  " if line.difference <= line.tolerance else "FAIL"
         yield f"{verdict} {case.name:15s} {line.name:90s} {line.difference:.2e} (<= {line.tolerance:.0e})"
@@ -333,32 +336,41 @@ def _report(case: Case, vocabulary: Path) -> Iterator[str]:
         yield f"left {case.name:15s} {name} (stored, not compared)"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the check; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tests.parity.check", description=__doc__)
+def run(argv: list[str] | None, prog: str, about: str, check_of: Callable[[Path], Check]) -> int:
+    """Reads the command line and checks every case of the folder; returns the exit status.
+
+    `check_of` is given the path of the folder's vocabulary.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=about)
     parser.add_argument("folder", type=Path, help="fixture folder: meta.json, weights, npz files")
     parser.add_argument("--quiet", action="store_true", help="print only failures and the summary")
     arguments = parser.parse_args(argv)
-    jax.config.update("jax_default_matmul_precision", "highest")
     try:
         meta = read_meta(arguments.folder)
         cases, others = read_cases(arguments.folder)
     except (FixtureError, WeightError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 2
+    vocabulary = arguments.folder.parent / meta["vocab"]
     failures = compared = 0
     for case in cases:
-        for text in _report(case, arguments.folder.parent / meta["vocab"]):
+        for text in report(case, check_of(vocabulary)):
             failures += text.startswith("FAIL")
             compared += text.startswith(("ok", "FAIL"))
             if not arguments.quiet or text.startswith("FAIL"):
                 print(text, flush=True)
     for name in others:
         print(f"left {name} (not compared)")
-    if not (arguments.folder.parent / meta["vocab"]).is_file():
+    if not vocabulary.is_file():
         print(f"left {meta['vocab']} (not in the folder above: captions were not tokenised)")
     print(f"{compared} comparisons over {len(cases)} cases, {failures} beyond tolerance")
     return 1 if failures or not compared else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the check; returns the exit status."""
+    jax.config.update("jax_default_matmul_precision", "highest")
+    return run(argv, "tests.parity.check", __doc__ or "", lambda vocabulary: lambda case: check_case(case, vocabulary))
 
 
 if __name__ == "__main__":

@@ -138,7 +138,10 @@ class Case(NamedTuple):
 
     name: str
     config: Config
+    state: Mapping[str, np.ndarray]
+    """The original's weights under its own names."""
     params: dict[str, Any]
+    """The same as our parameters."""
     batch: Batch
     image: np.ndarray
     """Float32[B H W 3], normalised, zero beyond each image's size."""
@@ -214,6 +217,6 @@ def read_cases(folder: Path) -> tuple[list[Case], list[str]]:
         captions = tuple(np.atleast_1d(inputs.get(f"{prefix}captions", np.array([], str))).tolist())
         config = validate(Config(name=name, model=own_model, loss=LossConfig(last_token_negative=False)))
         params = import_state(own_state, own_model)
-        cases.append(Case(name, config, params, batch, image, class_map, captions, wanted))
+        cases.append(Case(name, config, own_state, params, batch, image, class_map, captions, wanted))
     others = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name not in used)
     return cases, [*left, *others]

@@ -1,0 +1,245 @@
+"""Images and text to what GLIP takes, and its outputs to detections: `AutoProcessor` of an exported checkpoint.
+
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor(images=image, text=["cat", "remote control"], return_tensors="pt")
+    found = processor.post_process_grounded_object_detection(model(**inputs), target_sizes=[image.size[::-1]])
+
+A text is a list of names, or a caption whose phrases stand between full stops ("a cat. a remote control."). A phrase is
+known by its number from there on; nothing is rebuilt from tokens.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
+
+__all__ = ["GlipImageProcessor", "GlipProcessor", "best_detections"]
+
+
+class GlipImageProcessor(BaseImageProcessor):
+    """Resizes (the short side to `short_side`, the long one at most `long_side`), normalises, pads to whole extents."""
+
+    model_input_names = ("pixel_values", "pixel_mask")
+
+    def __init__(
+        self,
+        short_side: int = 800,
+        long_side: int = 1333,
+        extent_multiple: int = 32,
+        order: str = "bgr",
+        mean: Sequence[float] = (103.53, 116.28, 123.675),
+        std: Sequence[float] = (57.375, 57.12, 58.395),
+        **kwargs: Any,
+    ) -> None:
+        """`mean` and `std` are of bytes (0 to 255), written in `order`: "bgr" as in the original, or "rgb"."""
+        super().__init__(**kwargs)
+        self.short_side, self.long_side, self.extent_multiple = short_side, long_side, extent_multiple
+        self.order, self.mean, self.std = order, list(mean), list(std)
+
+    def target_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width after resizing: the original's rule, with Python's rounding of halves to even."""
+        short, long = sorted((height, width))
+        side = self.short_side
+        if long / short * side > self.long_side:
+            side = max(1, round(self.long_side * short / long))
+        if side == short:
+            return height, width
+        return (int(side * height / width), side) if width < height else (side, int(side * width / height))
+
+    def __call__(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
+        return self.preprocess(images, return_tensors, **kwargs)
+
+    def preprocess(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
+        """One image or several (PIL, or arrays [H W 3] of RGB bytes) to pixels [B 3 H W] and their mask [B H W]."""
+        listed = images if isinstance(images, list | tuple) else [images]
+        pictures = [self._pixels(image) for image in listed]
+        multiple = self.extent_multiple
+        height, width = (-(-max(p.shape[axis] for p in pictures) // multiple) * multiple for axis in (0, 1))
+        values = np.zeros((len(pictures), 3, height, width), np.float32)
+        mask = np.zeros((len(pictures), height, width), np.int64)
+        for row, picture in enumerate(pictures):
+            values[row, :, : picture.shape[0], : picture.shape[1]] = picture.transpose(2, 0, 1)
+            mask[row, : picture.shape[0], : picture.shape[1]] = 1
+        return BatchFeature({"pixel_values": values, "pixel_mask": mask}, tensor_type=return_tensors)
+
+    def _pixels(self, image: Any) -> np.ndarray:
+        image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+        image = image.convert("RGB")
+        height, width = self.target_size(image.height, image.width)
+        pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), np.float32)
+        pixels = pixels[..., ::-1] if self.order == "bgr" else pixels
+        return (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+
+
+class GlipProcessor(ProcessorMixin):
+    """Image processor and tokenizer behind one call, and what becomes of the network's outputs."""
+
+    def __init__(
+        self,
+        image_processor: GlipImageProcessor,
+        tokenizer: Any,
+        separator: str = ". ",
+        max_tokens: int = 256,
+        detection: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """`detection`: threshold, candidates_per_level, nms_iou and max_detections of `best_detections`."""
+        super().__init__(image_processor, tokenizer, **kwargs)
+        self.separator, self.max_tokens = separator, max_tokens
+        self.detection = detection or {}
+
+    def __call__(self, images: Any = None, text: Any = None, return_tensors: str = "pt", **kwargs: Any) -> BatchFeature:
+        """Images and what to look for in them.
+
+        `text`: names (["cat", "dog"]) or a caption ("a cat. a dog.") for all images, or a list of either, one per
+        image. Raises ValueError for a text that names nothing or has more than `max_tokens` tokens.
+        """
+        data: dict[str, Any] = {}
+        if images is not None:
+            data |= dict(self.image_processor(images, return_tensors="np"))
+        if text is not None:
+            count = len(data["pixel_values"]) if images is not None else None
+            data |= self._encoded(self._per_image(text, count))
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _per_image(self, text: Any, count: int | None) -> list[tuple[str, list[tuple[int, int]]]]:
+        """Caption and spans of phrases for each image."""
+        if isinstance(text, str):
+            texts: list[Any] = [text]
+        elif all(isinstance(item, str) and "." not in item for item in text):
+            texts = [list(text)]
+        else:
+            texts = list(text)
+        if count is not None and len(texts) == 1:
+            texts = texts * count
+        if count is not None and len(texts) != count:
+            raise ValueError(f"{count} images and {len(texts)} texts: give one text per image, or one for all")
+        return [self._spans(item) for item in texts]
+
+    def _spans(self, text: str | Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
+        if isinstance(text, str):
+            spans = [match.span() for match in re.finditer(r"[^.\s][^.]*(?<!\s)", text)]
+            if not spans:
+                raise ValueError(f"the text {text!r} names nothing: expected phrases with full stops between them")
+            return text, spans
+        # As in training: what parentheses hold goes, underscores become spaces.
+        names = [re.sub(r"\(.*\)", "", name).replace("_", " ").replace("  ", " ") for name in text]
+        empty = [given for given, name in zip(text, names) if not name.strip()]
+        if empty or not names:
+            raise ValueError(f"names of which nothing is left: {empty}; give each name letters, and at least one name")
+        begins = np.cumsum([0] + [len(name) + len(self.separator) for name in names]).tolist()
+        return self.separator.join(names), [(begin, begin + len(name)) for begin, name in zip(begins, names)]
+
+    def _encoded(self, texts: list[tuple[str, list[tuple[int, int]]]]) -> dict[str, np.ndarray]:
+        """Token ids and mask [B T], and which tokens make up each phrase [B P T]."""
+        encoded = self.tokenizer([caption for caption, _ in texts], return_offsets_mapping=True)
+        longest = max(len(ids) for ids in encoded["input_ids"])
+        if longest > self.max_tokens:
+            raise ValueError(
+                f"the text has {longest} tokens, the network was trained with {self.max_tokens}: ask in several calls"
+            )
+        phrases = max(len(spans) for _, spans in texts)
+        ids = np.zeros((len(texts), longest), np.int64)
+        mask, phrase_map = np.zeros_like(ids), np.zeros((len(texts), phrases, longest), bool)
+        for row, (_, spans) in enumerate(texts):
+            own, offsets = encoded["input_ids"][row], encoded["offset_mapping"][row]
+            ids[row, : len(own)], mask[row, : len(own)] = own, 1
+            token_of: dict[int, int] = {}
+            for token, (begin, end) in enumerate(offsets):
+                for character in range(begin, end):
+                    token_of.setdefault(character, token)
+            for phrase, (begin, end) in enumerate(spans):
+                # A span that begins or ends in white space: the next two characters inward are tried.
+                first = next((token_of[c] for c in range(begin, begin + 3) if c in token_of), None)
+                last = next((token_of[c] for c in range(end - 1, end - 4, -1) if c in token_of), None)
+                if first is not None and last is not None:
+                    phrase_map[row, phrase, first : last + 1] = True
+        return {"input_ids": ids, "attention_mask": mask, "phrase_map": phrase_map}
+
+    def post_process_grounded_object_detection(
+        self,
+        outputs: Any,
+        input_ids: Tensor | None = None,
+        threshold: float = 0.25,
+        text_threshold: float | None = None,  # noqa: ARG002
+        target_sizes: Any = None,
+        text_labels: Sequence[Sequence[str]] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Detections of each image, best first: scores [D], boxes [D 4], labels [D] (phrase numbers), text_labels.
+
+        A score is the root of alignment times centerness; `threshold` is the least that is kept. Boxes are x1, y1, x2,
+        y2 in pixels of `target_sizes` (height, width) where given, else of the processed image. `text_labels` are words
+        to give back instead of the phrases' own; `text_threshold` has no meaning here, since a phrase's tokens are known.
+        """
+        results = []
+        for row in range(len(outputs.logits)):
+            size, share = outputs.image_sizes[row], outputs.phrase_map[row].to(outputs.logits.dtype)
+            boxes, scores, labels = best_detections(
+                outputs.logits[row], outputs.pred_boxes[row], outputs.centerness[row], share, size,
+                outputs.level_sizes.tolist(), **self.detection,
+            )  # fmt: skip
+            keep = scores > threshold
+            boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
+            if target_sizes is not None:
+                height, width = (float(n) for n in target_sizes[row])
+                boxes = boxes * boxes.new_tensor([width / float(size[1]), height / float(size[0])] * 2)
+            if text_labels is not None:
+                words = list(text_labels[row])
+            else:
+                ids = outputs.input_ids[row] if input_ids is None else input_ids[row]
+                words = [self.tokenizer.decode(ids[phrase > 0]) for phrase in share]
+            found = {"scores": scores, "boxes": boxes, "labels": labels}
+            results.append(found | {"text_labels": [words[label] for label in labels.tolist()]})
+        return results
+
+
+def best_detections(
+    logits: Tensor,
+    boxes: Tensor,
+    centerness: Tensor,
+    phrase_map: Tensor,
+    size: Tensor,
+    level_sizes: Sequence[int],
+    threshold: float = 0.05,
+    candidates_per_level: int = 1000,
+    nms_iou: float = 0.6,
+    max_detections: int = 100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes [D 4], scores [D] and phrases [D] of one image, best first, as the original selects them.
+
+    logits [A T], boxes [A 4], centerness [A] (logits), phrase_map [P T] (1 for the phrase's tokens), size (height, width)
+    of the image. A phrase's alignment at a place is the mean probability of its tokens, a candidate where it exceeds
+    `threshold`; boxes are x2 - x1 + 1 wide; a box gives way to a better one of its phrase beyond an IoU of `nms_iou`.
+    """
+    share = phrase_map / phrase_map.sum(-1, keepdim=True).clamp(min=1)
+    aligned = logits.sigmoid() @ share.T
+    scores = torch.where(aligned > threshold, aligned * centerness.sigmoid()[:, None], torch.zeros_like(aligned))
+    kept, begin = [], 0
+    for count in level_sizes:
+        level = scores[begin : begin + count].flatten()
+        best, index = level.topk(min(candidates_per_level, level.numel()))
+        kept.append(index[best > 0] + begin * scores.shape[1])
+        begin += count
+    chosen = torch.cat(kept)
+    chosen = chosen[scores.flatten()[chosen].argsort(descending=True, stable=True)]
+    score, phrase = scores.flatten()[chosen].sqrt(), chosen % scores.shape[1]
+    limit = torch.stack([size[1], size[0], size[1], size[0]]).to(boxes.dtype) - 1
+    box = torch.minimum(boxes[chosen // scores.shape[1]].clamp(min=0), limit)
+    alive, result = torch.ones_like(phrase, dtype=torch.bool), []
+    area = (box[:, 2] - box[:, 0] + 1) * (box[:, 3] - box[:, 1] + 1)
+    while len(result) < max_detections and bool(alive.any()):
+        best = int(alive.int().argmax())
+        result.append(best)
+        sides = torch.minimum(box[:, 2:], box[best, 2:]) - torch.maximum(box[:, :2], box[best, :2]) + 1
+        overlap = sides.clamp(min=0).prod(-1)
+        covered = overlap / (area + area[best] - overlap) > nms_iou
+        alive &= ~(covered & (phrase == phrase[best]))
+        alive[best] = False
+    order = torch.tensor(result, dtype=torch.long, device=boxes.device)
+    return box[order], score[order], phrase[order]
