@@ -22,7 +22,7 @@ from glip_jax.config import (
     EvaluationSet,
     FusionConfig,
     HeadConfig,
-    InitConfig,
+    InitFromConfig,
     InputConfig,
     ModelConfig,
     OptimizerConfig,
@@ -67,7 +67,7 @@ def get_config() -> Config:
     return Config(
         name="bccd",
         model=small_model(),
-        init=InitConfig(backbone=EFFICIENTNET, text=MINILM),
+        init_from=InitFromConfig(backbone=EFFICIENTNET, text=MINILM),
         data=DataConfig(
             sources={"bccd": SourceConfig("data/bccd/train")},
             short_sides=(288,),

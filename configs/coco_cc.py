@@ -17,7 +17,7 @@ from glip_jax.config import (
     DataConfig,
     EvaluationConfig,
     EvaluationSet,
-    InitConfig,
+    InitFromConfig,
     OptimizerConfig,
     SourceConfig,
     TrainConfig,
@@ -29,7 +29,7 @@ def get_config() -> Config:
     return Config(
         name="coco_cc",
         model=small_model(max_tokens=64),
-        init=InitConfig(backbone=EFFICIENTNET, text=MINILM),
+        init_from=InitFromConfig(backbone=EFFICIENTNET, text=MINILM),
         data=DataConfig(
             sources={
                 "detection": SourceConfig("data/coco_cc/detection"),

@@ -15,7 +15,7 @@ from glip_jax.config import (
     DataConfig,
     EvaluationConfig,
     EvaluationSet,
-    InitConfig,
+    InitFromConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
@@ -61,7 +61,7 @@ def demo(scenes: str) -> Config:
         # Evaluated by the job `evaluate`, which scripts/pretrain.sh runs afterwards.
         train=TrainConfig(steps=1500, batch_size=8, log_every=20, evaluate_every=-1),
         checkpoint=CheckpointConfig(every=300, keep=2),
-        init=InitConfig(backbone=EFFICIENTNET, text=MINILM),
+        init_from=InitFromConfig(backbone=EFFICIENTNET, text=MINILM),
         evaluation=EvaluationConfig(sets=scene_sets(scenes), short_side=256, long_side=256),
     )
 

@@ -1,6 +1,7 @@
 """GLIP-L: Swin-L, eight head blocks, four detection sets, grounding, 24 million captioned images.
 
-The original also multiplies the weight decay by 0.1 at two thirds of the way to each milestone, which is not done here.
+The backbone starts from Microsoft's Swin-L of ImageNet-22k, window 12. The original also multiplies the weight decay by
+0.1 at two thirds of the way to each milestone, which is not done here.
 """
 
 from dataclasses import replace
@@ -33,6 +34,7 @@ def get_config() -> Config:
             fusion=FusionConfig(gamma=1 / 8),
             head=HeadConfig(blocks=8, coarse_offsets="flat"),
         ),
+        init_from=replace(base.init_from, backbone="assets/swin_large_patch4_window12_384_22k.pth"),
         data=replace(base.data, sources=SOURCES),
         # Mixed precision and the moving average are off in the original.
         optimizer=replace(base.optimizer, decay=0.01, ema_decay=0.0),

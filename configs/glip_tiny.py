@@ -2,8 +2,8 @@
 
 Network, input, optimizer and schedule as released; the network equals the original to rounding. The shards are made
 with `python -m glip_jax data`; the caption source is what a teacher labelled. The text encoder starts from a local
-Hugging Face folder of bert-base-uncased, which also holds the vocabulary. The original's Swin starts from ImageNet;
-reading those files is not built yet, so here it starts from random values.
+Hugging Face folder of bert-base-uncased, which also holds the vocabulary, the backbone from Microsoft's Swin-T of ImageNet,
+whose RGB filters see BGR, as in the original.
 """
 
 from glip_jax.config import (
@@ -11,7 +11,7 @@ from glip_jax.config import (
     Config,
     DataConfig,
     HeadConfig,
-    InitConfig,
+    InitFromConfig,
     ModelConfig,
     OptimizerConfig,
     SourceConfig,
@@ -36,7 +36,7 @@ def get_config() -> Config:
         data=DataConfig(
             sources={"objects365": OBJECTS365, "flickr30k": FLICKR30K, "goldg": GOLDG_MIXED, "cap4m": CAP4M}
         ),
-        init=InitConfig(text="assets/bert-base-uncased"),
+        init_from=InitFromConfig(backbone="assets/swin_tiny_patch4_window7_224.pth", text="assets/bert-base-uncased"),
         optimizer=OptimizerConfig(),
         # 30 passes over objects365 and the grounding data, as GLIP-T (C); the length with captions was never released.
         train=TrainConfig(steps=30 * 1_379_000 // 64, batch_size=64),

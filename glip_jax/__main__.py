@@ -20,7 +20,11 @@ JOBS = {
     "predict": "find in images what a text or a list of names asks for",
     "report": "draw the page of a run again from what it recorded",
     "scenes": "make the picture scenes of the demo",
+    "import": "read released or foreign weights into a checkpoint",
+    "export": "write a checkpoint for PyTorch, Hugging Face or ONNX; checks itself",
 }
+_MODULES = {"import": "import_weights", "export": "export_weights"}
+"""Modules of jobs that are not called as the job is (`import` is a word of Python)."""
 
 
 def main(argv: list[str]) -> int:
@@ -50,7 +54,7 @@ def _run(job: str, argv: list[str]) -> int:
     """The job's exit code; what may hit any job at any line (a signal, a full disk) ends in one line as well."""
     try:
         with _sigterm_exits(job):
-            return importlib.import_module(f"glip_jax.jobs.{job}").main(argv)
+            return importlib.import_module(f"glip_jax.jobs.{_MODULES.get(job, job)}").main(argv)
     except KeyboardInterrupt:
         print(f"{job}: stopped by Ctrl-C; nothing is half-made, the same command goes on", file=sys.stderr)
         return exits.CANCELLED

@@ -2,12 +2,14 @@
 
     WORKDIR/checkpoints/STEP/{params,optimizer,ema,run}   one folder a step, written aside and renamed when complete
     WORKDIR/config.json                                   the settings of the latest start, flat
+    WORKDIR/started_from.json                             what the parameters of step 0 were read from, with hashes
     WORKDIR/phases.json                                   every accepted change of settings, with its step
 
 Arrays are restored onto whatever mesh the caller's abstract state names. Paths may be local or gs://.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -20,6 +22,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from flax import traverse_util
+from jax.experimental import multihost_utils
 
 from glip_jax.config import Config, differences, flatten
 from glip_jax.exits import full_disk
@@ -31,13 +35,17 @@ __all__ = [
     "Saved",
     "check_config",
     "check_network",
+    "fingerprint",
+    "is_workdir",
     "latest_step",
     "prepare",
     "restore_parameters",
     "saved_config",
+    "started_from",
     "unfinished",
     "what_is_left",
     "write_config",
+    "write_started_from",
 ]
 
 _FOLDER = "checkpoints"
@@ -56,8 +64,9 @@ class Saved(NamedTuple):
 
     params: Any
     optimizer: Any
+    """Empty in a checkpoint of imported weights: the run that begins there makes it anew."""
     ema: Any
-    """Averages of the trainable parameters; empty when the average is off."""
+    """Averages of the trainable parameters; empty when the average is off, or made anew as well."""
 
 
 class Checkpoints:
@@ -122,13 +131,8 @@ class Checkpoints:
         Waits for the write before it.
         """
         self.wait()
-        items: dict[str, Any] = {
-            "params": ocp.args.StandardSave(saved.params),
-            "optimizer": ocp.args.StandardSave(saved.optimizer),
-            "run": ocp.args.JsonSave({"step": step, "config": _plain(config)}),
-        }
-        if saved.ema:
-            items["ema"] = ocp.args.StandardSave(saved.ema)
+        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in saved._asdict().items() if tree}
+        items["run"] = ocp.args.JsonSave({"step": step, "config": _plain(config)})
         self._writing = step
         with self._complaining():
             self._manager.save(step, args=ocp.args.Composite(**items))
@@ -149,6 +153,10 @@ class Checkpoints:
         """The flat settings that checkpoint `step` was written with."""
         return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]["config"]
 
+    def imported(self, step: int) -> bool:
+        """Whether checkpoint `step` holds parameters alone: read from a file, not yet trained."""
+        return _part(self._manager.item_metadata(step), "optimizer") is None
+
     def restore(self, step: int, like: Saved) -> Saved:
         """Checkpoint `step` with the structure, shapes and shardings of `like` (jax.ShapeDtypeStruct leaves).
 
@@ -157,7 +165,7 @@ class Checkpoints:
         metadata = self._manager.item_metadata(step)
         wanted = {name: tree for name, tree in like._asdict().items() if tree}
         for name, tree in wanted.items():
-            if name not in metadata or metadata[name] is None:
+            if _part(metadata, name) is None:
                 raise CheckpointError(
                     f"checkpoint {self.folder / str(step)} holds no {name}, which the settings ask for: "
                     "set optimizer.ema_decay as it was in that run, or use a new --workdir"
@@ -225,6 +233,11 @@ def unfinished(workdir: str) -> list[str]:
     return sorted(str(path) for path in folder.iterdir() if "orbax-checkpoint-tmp" in path.name)
 
 
+def is_workdir(path: str) -> bool:
+    """Whether `path` is a working folder: it has a folder of checkpoints, complete or not."""
+    return _folder(path).is_dir()
+
+
 def latest_step(workdir: str) -> int | None:
     """Step of the newest complete checkpoint of a working folder, None without one."""
     folder = _folder(workdir)
@@ -249,7 +262,7 @@ def restore_parameters(workdir: str, which: Literal["ema", "raw"] = "ema", step:
     step = _existing(workdir, step)
     with _reader(workdir) as manager:
         metadata = manager.item_metadata(step)
-        names = ["params"] + (["ema"] if which == "ema" and "ema" in metadata and metadata["ema"] is not None else [])
+        names = ["params"] + (["ema"] if which == "ema" and _part(metadata, "ema") is not None else [])
 
         def restorable(tree: Any) -> Any:
             here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -259,6 +272,16 @@ def restore_parameters(workdir: str, which: Literal["ema", "raw"] = "ema", step:
         restored = manager.restore(step, args=args)
     parameters = jax.tree.map(np.asarray, restored["params"])
     return _overlaid(parameters, jax.tree.map(np.asarray, restored["ema"])) if "ema" in names else parameters
+
+
+def fingerprint(params: Any) -> str:
+    """SHA-256 of the parameters: float32 bytes in sorted order of paths. Every process must call it."""
+    digest = hashlib.sha256()
+    for _, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
+        spread = jax.process_count() > 1 and isinstance(leaf, jax.Array)
+        whole = multihost_utils.process_allgather(leaf, tiled=True) if spread else leaf
+        digest.update(np.ascontiguousarray(whole, np.float32).tobytes())
+    return digest.hexdigest()
 
 
 def check_config(workdir: str, step: int, saved: Mapping[str, Any], config: Config, *, accept: bool) -> list[str]:
@@ -305,6 +328,21 @@ def write_config(workdir: str, config: Config) -> None:
         (folder / "config.json").write_text(json.dumps(_plain(config), indent=1, sort_keys=True))
 
 
+def write_started_from(workdir: str, record: Mapping[str, Any]) -> None:
+    """Writes what step 0 was read from to `workdir`/started_from.json; an empty record removes an older one."""
+    path = epath.Path(workdir) / "started_from.json"
+    if record:
+        path.write_text(json.dumps(record, indent=1))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def started_from(workdir: str) -> dict[str, Any] | None:
+    """That record; None if there is none, as for random values."""
+    path = epath.Path(workdir) / "started_from.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def _plain(config: Config) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flatten(config)}
 
@@ -333,6 +371,11 @@ def _existing(workdir: str, step: int | None) -> int:
         steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
         raise CheckpointError(f"{folder} holds no checkpoint of step {found}; there are: {steps}")
     return found
+
+
+def _part(metadata: Any, name: str) -> Any:
+    """Metadata of one part of a checkpoint, None if it is not there."""
+    return dict(metadata.items()).get(name)
 
 
 def _tree(metadata: Any) -> Any:

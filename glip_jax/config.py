@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 __all__ = [
     "AnchorConfig", "BackboneConfig", "CaptionConfig", "CheckpointConfig", "Config", "ConfigError", "DataConfig",
-    "DetectionConfig", "EvaluationConfig", "EvaluationSet", "FusionConfig", "HeadConfig", "InitConfig", "InputConfig",
-    "LossConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "PyramidConfig", "Remat", "SourceConfig", "TextConfig",
+    "DetectionConfig", "EvaluationConfig", "EvaluationSet", "FusionConfig", "HeadConfig", "InitFromConfig",
+    "InputConfig", "LossConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "PyramidConfig", "Remat", "SourceConfig", "TextConfig",
     "TrainConfig", "differences", "flatten", "validate",
 ]  # fmt: skip
 
@@ -266,12 +266,26 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class InitConfig:
-    """What the towers start from: local or gs:// files; empty means random."""
+class InitFromConfig:
+    """What a run starts from: local or gs:// paths, or package:NAME/...; empty means random.
 
+    Random values first, then `model`, then `backbone` and `text`; each takes the parameters that `load` and `skip` say.
+    """
+
+    model: str = ""
+    """A whole network: GLIP's or mmdetection's .pth, an exported Hugging Face folder, or a working folder of ours."""
     backbone: str = ""
+    """ImageNet weights: Swin as its authors, timm or Hugging Face store it, or EfficientNet-Lite0's .pth."""
     text: str = ""
-    """Folder of a Hugging Face BERT (config.json, model.safetensors)."""
+    """Folder of a Hugging Face BERT (config.json, model.safetensors or pytorch_model.bin)."""
+    backbone_channels: Literal["as_stored", "reversed"] = "as_stored"
+    """Input channels of `backbone`'s first convolution. Files are for RGB; the original feeds them BGR as they are stored,
+    `reversed` makes them fit model.input.order bgr."""
+    load: tuple[str, ...] = ("*",)
+    """What to take of every file: patterns of our parameters' paths, as in WORKDIR/parameters.txt; * is any run of characters, slashes
+    included (`head/*`: the whole head). What no pattern matches keeps its value."""
+    skip: tuple[str, ...] = ()
+    """Patterns of what not to take although `load` matches it."""
 
 
 @dataclass(frozen=True)
@@ -323,7 +337,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    init: InitConfig = InitConfig()
+    init_from: InitFromConfig = InitFromConfig()
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata={"numbers": False})
     mesh: MeshConfig = MeshConfig()
 

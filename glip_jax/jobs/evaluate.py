@@ -20,7 +20,16 @@ from etils import epath
 
 from glip_jax import exits
 from glip_jax.assets import AssetError
-from glip_jax.checkpoint import CheckpointError, check_network, latest_step, prepare, restore_parameters, saved_config
+from glip_jax.checkpoint import (
+    CheckpointError,
+    check_network,
+    fingerprint,
+    latest_step,
+    prepare,
+    restore_parameters,
+    saved_config,
+    started_from,
+)
 from glip_jax.config import Config, ConfigError, EvaluationSet
 from glip_jax.evaluation import provenance
 from glip_jax.evaluation.average_precision import GroundTruth, GroundTruthError, coco_results
@@ -39,7 +48,7 @@ from glip_jax.jobs.command_line import Arguments, CommandLineError, parse
 from glip_jax.jobs.report import FORMAT, ReportError, write_page, write_whole
 from glip_jax.prompts import PromptError
 from glip_jax.structures import Detections
-from glip_jax.training.loop import enable_compilation_cache, fingerprint
+from glip_jax.training.loop import enable_compilation_cache
 
 __all__ = ["EvaluateArguments", "evaluate_checkpoint", "main", "phrase_results"]
 
@@ -205,6 +214,7 @@ def _provenance(
         "step": step,
         "parameters": which,
         "settings": provenance.score_settings(config),
+        "started_from": started_from(workdir),
         "hashes": {
             # The first as `train` prints it at the end of a run; the second is of what was evaluated.
             "checkpoint": fingerprint(raw),

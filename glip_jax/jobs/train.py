@@ -19,7 +19,7 @@ from glip_jax.parallel import MeshError
 from glip_jax.prompts import PromptError
 from glip_jax.structures import Batch
 from glip_jax.training.loop import NonFiniteLossError, train
-from glip_jax.weights import pretrained, torch_files
+from glip_jax.weights import names, pretrained, torch_files
 
 __all__ = ["TrainArguments", "main"]
 
@@ -32,7 +32,7 @@ _FAULTS = (
     GroundTruthError,
     MeshError,
     PromptError,
-    pretrained.PretrainedError,
+    names.WeightError,
     torch_files.TorchFileError,
 )
 

@@ -4,7 +4,6 @@ The loop dispatches a step, then reads the numbers of the one before, so the acc
 """
 
 import contextlib
-import hashlib
 import os
 import signal
 import time
@@ -22,7 +21,16 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from glip_jax.checkpoint import Checkpoints, Saved, check_config, latest_step, prepare, write_config
+from glip_jax.checkpoint import (
+    Checkpoints,
+    Saved,
+    check_config,
+    fingerprint,
+    latest_step,
+    prepare,
+    write_config,
+    write_started_from,
+)
 from glip_jax.config import Config, ConfigError, validate
 from glip_jax.data.mixture import Mixture
 from glip_jax.exits import CANCELLED, PREEMPTED
@@ -38,13 +46,13 @@ __all__ = [
     "Towers",
     "enable_compilation_cache",
     "evaluation_parameters",
-    "fingerprint",
     "fresh_parameters",
     "train",
 ]
 
-Towers = Callable[[dict[str, Any], Config], dict[str, Any]]
-"""(parameters, config) to parameters whose towers come from `config.init`: `glip_jax.weights.pretrained.initialize`."""
+Towers = Callable[[dict[str, Any], Config], tuple[dict[str, Any], dict[str, Any]]]
+"""(parameters, config) to parameters of which `config.init_from` names files, and the record of what was read:
+`glip_jax.weights.pretrained.initialize`."""
 
 _PER_EXAMPLE = ("bad", "source", "record")
 
@@ -67,15 +75,10 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
 
 
-def fresh_parameters(config: Config, mesh: Mesh, towers: Towers | None = None) -> dict[str, Any]:
-    """Parameters at their initial values, made where they lie on the mesh; towers from `config.init` where it names any."""
+def fresh_parameters(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """Parameters at random initial values, made where they lie on the mesh."""
     shapes, init = _initializer(config)
-    params = jax.jit(init, out_shardings=shardings(shapes, mesh))(jax.random.key(config.train.seed))
-    if not (config.init.backbone or config.init.text):
-        return params
-    if towers is None:
-        raise ConfigError(f"init is {config.init}, but this caller of train() gave no `towers` to read the files with")
-    return jax.device_put(towers(params, config), shardings(shapes, mesh))
+    return jax.jit(init, out_shardings=shardings(shapes, mesh))(jax.random.key(config.train.seed))
 
 
 def _initializer(config: Config) -> tuple[dict[str, Any], Callable[[jax.Array], dict[str, Any]]]:
@@ -94,15 +97,6 @@ def _initializer(config: Config) -> tuple[dict[str, Any], Callable[[jax.Array], 
     return jax.eval_shape(init, jax.random.key(0)), init
 
 
-def fingerprint(params: Any) -> str:
-    """SHA-256 of the parameters: float32 bytes in sorted order of paths. Every process must call it."""
-    digest = hashlib.sha256()
-    for _, leaf in sorted(adamw.flat(params).items()):
-        whole = multihost_utils.process_allgather(leaf, tiled=True) if jax.process_count() > 1 else leaf
-        digest.update(np.ascontiguousarray(whole, np.float32).tobytes())
-    return digest.hexdigest()
-
-
 def evaluation_parameters(state: State, config: Config) -> dict[str, Any]:
     """The parameters that `evaluation.parameters` names; raw ones where no average is kept."""
     return adamw.merge(state.params, state.ema) if config.evaluation.parameters == "ema" else state.params
@@ -119,7 +113,7 @@ def train(
     """Trains to `config.train.steps` in `workdir`, going on from its newest complete checkpoint if there is one.
 
     `evaluate(parameters, step)` returns numbers to record, every `train.evaluate_every` steps and at the end;
-    `draw(batch, folder)` is given the first batch before step 1; `towers` reads the files of `config.init`.
+    `draw(batch, folder)` is given the first batch before step 1; `towers` reads the files of `config.init_from`.
     Ends with a line `fingerprint: SHA-256`.
 
     What does not fit is found before anything is written. Raises CheckpointError if the checkpoint has other settings
@@ -158,26 +152,44 @@ def train(
 def _start(
     config: Config, workdir: str, mesh: Mesh, checkpoints: Checkpoints, towers: Towers | None, resume_with_changes: bool
 ) -> State:
-    """What to start from: 1. the newest complete checkpoint, 2. the towers of `config.init`, 3. random values."""
+    """What to start from: 1. the newest complete checkpoint, 2. the files of `config.init_from`, 3. random values."""
     first = jax.process_index() == 0
     say = print if first else lambda *_, **__: None
     step = checkpoints.latest()
     if step is None:
-        state = initial_state(fresh_parameters(config, mesh, towers), config)
-        read = " and ".join(name for name in ("backbone", "text") if getattr(config.init, name))
+        params, record = _read(fresh_parameters(config, mesh), config, towers)
+        read = " and ".join(name for name in ("model", "backbone", "text") if getattr(config.init_from, name))
         say(f"starting at step 0 from {f'pretrained {read}, the rest random' if read else 'random values'}", flush=True)
         if first:
-            overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+            overview = parameter_overview.get_parameter_overview(params, include_stats=False)
             (epath.Path(workdir) / "parameters.txt").write_text(overview + "\n")
+            write_started_from(workdir, record)
+        state = initial_state(params, config)
         return jax.device_put(state, shardings(state, mesh))
     changes = check_config(workdir, step, checkpoints.run(step), config, accept=resume_with_changes)
     for line in changes:
         say(f"new phase from step {step}: {line}")
     shapes, _ = _initializer(config)
     like = abstract(jax.eval_shape(lambda params: initial_state(params, config), shapes), mesh)
+    if checkpoints.imported(step):
+        params = checkpoints.restore(step, Saved(like.params, {}, {})).params
+        say(f"starting at step {step} from imported weights, {checkpoints.folder / str(step)}", flush=True)
+        state = initial_state(params, config)
+        return jax.device_put(state, shardings(state, mesh))
     params, moments, ema = checkpoints.restore(step, Saved(like.params, like.optimizer, like.ema))
     say(f"resuming at step {step} from {checkpoints.folder / str(step)}", flush=True)
     return State(params, moments, ema, jax.device_put(jnp.int32(step), like.step.sharding))
+
+
+def _read(params: dict[str, Any], config: Config, towers: Towers | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`params` with what `config.init_from` names in the place of random values, and the record of it."""
+    init = config.init_from
+    if not (init.model or init.backbone or init.text):
+        return params, {}
+    if towers is None:
+        raise ConfigError(f"init_from is {init}, but this caller of train() gave no `towers` to read the files with")
+    read, record = towers(params, config)
+    return jax.device_put(read, jax.tree.map(lambda leaf: leaf.sharding, params)), record
 
 
 class _Run:

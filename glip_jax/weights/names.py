@@ -4,7 +4,8 @@ Names are those of GLIP's checkpoints (glip-reference 6.2) without the `module.`
 a leading axis, so one of our arrays answers to several of theirs.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import flax.traverse_util
@@ -17,13 +18,37 @@ from glip_jax.config import ModelConfig
 from glip_jax.models.efficientnet import OUTPUTS, STAGES
 from glip_jax.models.glip import GLIP
 
-__all__ = ["IGNORED", "Entry", "WeightError", "entries", "export_state", "import_state", "parameter_shapes"]
+__all__ = [
+    "IGNORED",
+    "Entry",
+    "Gathered",
+    "WeightError",
+    "bert_entries",
+    "check_shapes",
+    "efficientnet_entries",
+    "entries",
+    "export_state",
+    "gather",
+    "import_state",
+    "parameter_shapes",
+    "rule_of",
+    "swin_entries",
+]
 
-IGNORED = (
-    "rpn.head.cls_logits.", "relative_position_index", "rpn.anchor_generator.cell_anchors.",
-    "embeddings.position_ids", ".pooler.", "rpn.resizer.",
-)  # fmt: skip
-"""Parts of names that the original stores and nothing needs: a frozen dead branch, and buffers made again from sizes."""
+IGNORED = {
+    "rpn.head.cls_logits.": "a frozen branch whose loss counts zero times",
+    "relative_position_index": "made again from the window's size",
+    "rpn.anchor_generator.cell_anchors.": "made again from the anchors' sizes",
+    "embeddings.position_ids": "0, 1, 2, ...",
+    ".pooler.": "of BERT, behind what GLIP reads",
+    "rpn.resizer.": "of older code, not in the graph",
+}
+"""Parts of names that files of the original hold and nothing needs (glip-reference 6.2, 6.3), and why."""
+
+_REFUSED = {
+    "rpn.tunable_linear.": "prompts tuned for one data set (rpn.tunable_linear), which glip_jax has no place for: "
+    "give the file that the tuning started from",
+}
 
 
 class WeightError(ValueError):
@@ -40,6 +65,15 @@ class Entry(NamedTuple):
     """Position along our leading, stacked axis; None if ours is not stacked."""
     layout: Literal["same", "linear", "conv", "pointwise", "scalar"]
     """How theirs becomes ours: as it is; [O I] -> [I O]; OIHW -> HWIO; [O I 1 1] -> [I O]; [1] -> []."""
+
+
+class Gathered(NamedTuple):
+    """Tensors of a file under our paths."""
+
+    values: dict[str, Shaped[np.ndarray, "..."]]
+    """Float32, by our path; as large as the file has them."""
+    ignored: dict[str, int]
+    """How many tensors each rule of what may be ignored let pass."""
 
 
 def _to_ours(value: Shaped[np.ndarray, "..."], layout: str) -> Shaped[np.ndarray, "..."]:
@@ -81,13 +115,13 @@ def _norm(name: str, path: str, index: int | None) -> Iterator[Entry]:
     yield Entry(f"{name}.bias", f"{path}/bias", index, "same")
 
 
-def _swin(config: ModelConfig) -> Iterator[Entry]:
-    body = "backbone.body"
-    yield from _layer(f"{body}.patch_embed.proj", "backbone/patch_embedding", None, "conv")
-    yield from _norm(f"{body}.patch_embed.norm", "backbone/patch_norm", None)
+def swin_entries(config: ModelConfig, body: str = "backbone.body.") -> Iterator[Entry]:
+    """The tensors of a Swin under the original's names after `body`."""
+    yield from _layer(f"{body}patch_embed.proj", "backbone/patch_embedding", None, "conv")
+    yield from _norm(f"{body}patch_embed.norm", "backbone/patch_norm", None)
     for stage, depth in enumerate(config.backbone.depths):
         for block in range(depth):
-            theirs, ours = f"{body}.layers.{stage}.blocks.{block}", f"backbone/stage{stage + 1}"
+            theirs, ours = f"{body}layers.{stage}.blocks.{block}", f"backbone/stage{stage + 1}"
             if block == depth - 1 and depth % 2:
                 place, index = f"{ours}/last", None
             else:
@@ -100,33 +134,32 @@ def _swin(config: ModelConfig) -> Iterator[Entry]:
             yield from _layer(f"{theirs}.mlp.fc1", f"{place}/mlp_in", index)
             yield from _layer(f"{theirs}.mlp.fc2", f"{place}/mlp_out", index)
         if stage < 3:
-            merge = f"{body}.layers.{stage}.downsample"
+            merge = f"{body}layers.{stage}.downsample"
             yield from _norm(f"{merge}.norm", f"backbone/merge{stage + 1}/norm", None)
             yield Entry(f"{merge}.reduction.weight", f"backbone/merge{stage + 1}/reduction/kernel", None, "linear")
         if stage > 0:
-            yield from _norm(f"{body}.norm{stage}", f"backbone/norm{stage}", None)
+            yield from _norm(f"{body}norm{stage}", f"backbone/norm{stage}", None)
 
 
-def _efficientnet() -> Iterator[Entry]:
-    """Names of our own, as the original has no such backbone; `weights/portable` has them too."""
+def efficientnet_entries(body: str = "backbone.body.") -> Iterator[Entry]:
+    """Names of our own after `body`, as the original has no such backbone; `weights/portable` has them too."""
 
     def norm(name: str, path: str) -> Iterator[Entry]:
         yield Entry(f"{name}.weight", f"{path}/frozen_scale", None, "same")
         yield Entry(f"{name}.bias", f"{path}/frozen_shift", None, "same")
 
-    body = "backbone.body"
-    yield Entry(f"{body}.stem.weight", "backbone/stem/kernel", None, "conv")
-    yield from norm(f"{body}.stem_norm", "backbone/stem_norm")
+    yield Entry(f"{body}stem.weight", "backbone/stem/kernel", None, "conv")
+    yield from norm(f"{body}stem_norm", "backbone/stem_norm")
     for stage, (blocks, _, _, expansion, _) in enumerate(STAGES):
         for block in range(blocks):
-            theirs, ours = f"{body}.stages.{stage}.{block}", f"backbone/stage{stage + 1}/block{block + 1}"
+            theirs, ours = f"{body}stages.{stage}.{block}", f"backbone/stage{stage + 1}/block{block + 1}"
             for part in ("expand", "project") if expansion > 1 else ("project",):
                 yield Entry(f"{theirs}.{part}.weight", f"{ours}/{part}/kernel", None, "pointwise")
                 yield from norm(f"{theirs}.{part}_norm", f"{ours}/{part}_norm")
             yield Entry(f"{theirs}.depthwise.weight", f"{ours}/depthwise", None, "conv")
             yield from norm(f"{theirs}.depthwise_norm", f"{ours}/depthwise_norm")
     for number in range(1, len(OUTPUTS) + 1):
-        yield from _norm(f"{body}.norm{number}", f"backbone/norm{number}", None)
+        yield from _norm(f"{body}norm{number}", f"backbone/norm{number}", None)
 
 
 def _pyramid(config: ModelConfig) -> Iterator[Entry]:
@@ -206,9 +239,9 @@ def entries(config: ModelConfig) -> list[Entry]:
     """Every parameter of the network under the original's name."""
     match config.backbone.kind:
         case "swin":
-            backbone = _swin(config)
+            backbone = swin_entries(config)
         case "efficientnet_lite0":
-            backbone = _efficientnet()
+            backbone = efficientnet_entries()
     head = "rpn.head"
     table = [*backbone, *_pyramid(config), *bert_entries(config)]
     for block in range(config.head.blocks):
@@ -233,35 +266,87 @@ def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     return dict(flax.traverse_util.flatten_dict(tree, sep="/"))  # pyright: ignore[reportReturnType]
 
 
+def rule_of(name: str) -> str | None:
+    """The rule of `IGNORED` that lets a tensor pass unused; None if it may not. Raises WeightError for refused ones."""
+    for part, what in _REFUSED.items():
+        if part in name:
+            raise WeightError(f"the weights hold {what}")
+    return next((part for part in IGNORED if part in name), None)
+
+
+def gather(
+    state: Mapping[str, Shaped[np.ndarray, "..."]],
+    table: Iterable[Entry],
+    ignorable: Callable[[str], str | None] = rule_of,
+    origin: str = "the state dict",
+) -> Gathered:
+    """Our arrays from tensors under the original's names, whatever their sizes.
+
+    Strict: raises WeightError if a tensor of `table` is not there, one is there that neither `table` nor `ignorable`
+    knows, layers that we stack differ in shape, or a value is not finite.
+    """
+    table = list(table)
+    names = {entry.name for entry in table}
+    missing = sorted(names - state.keys())
+    rules = {name: ignorable(name) for name in state.keys() - names}
+    unknown = sorted(name for name, rule in rules.items() if rule is None)
+    faults = [
+        f"it {what} {', '.join(listed[:5])} ({len(listed)} in all)"
+        for what, listed in (("lacks", missing), ("holds the unknown", unknown))
+        if listed
+    ]
+    if faults:
+        raise WeightError(f"{origin} does not fit the network: {'; '.join(faults)}")
+    parts: defaultdict[str, list[np.ndarray]] = defaultdict(list)
+    stacked = {entry.path for entry in table if entry.index is not None}
+    for entry in sorted(table, key=lambda entry: entry.index or 0):
+        value = _checked(state[entry.name], entry, origin)
+        if parts[entry.path] and parts[entry.path][0].shape != value.shape:
+            raise WeightError(
+                f"{entry.name} of {origin} has shape {state[entry.name].shape}, unlike the same tensor of other layers"
+            )
+        parts[entry.path].append(value)
+    values = {path: np.stack(part) if path in stacked else part[0] for path, part in parts.items()}
+    return Gathered(values, dict(Counter(rule for rule in rules.values() if rule)))
+
+
+def _checked(tensor: Shaped[np.ndarray, "..."], entry: Entry, origin: str) -> Shaped[np.ndarray, "..."]:
+    """One tensor in our layout, float32."""
+    axes = {"linear": 2, "conv": 4, "pointwise": 4}.get(entry.layout, tensor.ndim)
+    if tensor.ndim != axes or (entry.layout == "scalar" and tensor.size != 1):
+        expected = "1 value" if entry.layout == "scalar" else f"{axes} axes"
+        raise WeightError(f"{entry.name} of {origin} has shape {tensor.shape}, expected {expected}")
+    value = np.asarray(tensor, np.float32)
+    if not np.isfinite(value).all():
+        raise WeightError(f"{entry.name} of {origin} holds NaN or infinite values: the run that made it diverged")
+    return _to_ours(value, entry.layout)
+
+
+def check_shapes(
+    values: Mapping[str, Shaped[np.ndarray, "..."]], shapes: Mapping[str, Any], origin: str = "the state dict"
+) -> None:
+    """Raises WeightError, naming parameters and both shapes, where `values` are not those of a network of `shapes`."""
+    faults = [
+        f"{path} is {values[path].shape} there, {tuple(shapes[path].shape)} in the network"
+        for path in shapes
+        if path in values and values[path].shape != tuple(shapes[path].shape)
+    ]
+    faults += [f"{path} is in the network alone" for path in shapes if path not in values]
+    faults += [f"{path} is in the file alone" for path in values if path not in shapes]
+    if faults:
+        more = f"; {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise WeightError(f"{origin} does not fit the network: {'; '.join(faults[:3])}{more}")
+
+
 def import_state(state: Mapping[str, Shaped[np.ndarray, "..."]], config: ModelConfig) -> dict[str, Any]:
     """Our parameter tree from tensors under the original's names. Strict.
 
     Raises:
       WeightError: naming every missing, unknown or wrongly shaped tensor.
     """
-    table, shapes = entries(config), parameter_shapes(config)
-    names = {entry.name for entry in table}
-    unknown = sorted(name for name in set(state) - names if not any(part in name for part in IGNORED))
-    missing = sorted(names - set(state))
-    if missing or unknown:
-        raise WeightError(
-            f"weights do not fit the network: {len(missing)} missing {missing[:5]}, {len(unknown)} unknown {unknown[:5]}; "
-            "check the config's sizes against the checkpoint's"
-        )
-    ours = {path: np.full(shape.shape, np.nan, np.float32) for path, shape in shapes.items()}
-    for entry in table:
-        value = _to_ours(np.asarray(state[entry.name], np.float32), entry.layout)
-        place = () if entry.index is None else entry.index
-        room = ours[entry.path][place].shape
-        if value.shape != room:
-            raise WeightError(
-                f"{entry.name} has shape {state[entry.name].shape}, {entry.path} wants {room} (after layout)"
-            )
-        ours[entry.path][place] = value
-    unfilled = sorted(path for path, value in ours.items() if np.isnan(value).any())
-    if unfilled:
-        raise WeightError(f"parameters without a tensor, or with NaN in it: {unfilled[:5]} ({len(unfilled)} in all)")
-    return flax.traverse_util.unflatten_dict(ours, sep="/")
+    values = gather(state, entries(config)).values
+    check_shapes(values, parameter_shapes(config))
+    return flax.traverse_util.unflatten_dict(values, sep="/")
 
 
 def export_state(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Shaped[np.ndarray, "..."]]:

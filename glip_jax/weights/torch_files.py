@@ -3,14 +3,16 @@
 A `.pth` file is a pickle beside raw storages: since torch 1.6 a zip archive (`*/data.pkl`, `*/data/KEY`), before that
 five pickles in a row followed by the storages. A pickle may call anything; the unpickler here admits the handful of
 names that tensors are made of, builds numpy arrays from them, and refuses every other name by saying what it was.
+Only the storages of what is asked for are read: the optimizer beside a model costs nothing.
 """
 
 import hashlib
 import io
 import pickle
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -47,6 +49,11 @@ class _Storage(NamedTuple):
     dtype: Any
     count: int
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.count * np.dtype(self.dtype).itemsize
+
 
 class _View(NamedTuple):
     """A tensor: a strided view of a storage, in elements."""
@@ -57,20 +64,46 @@ class _View(NamedTuple):
     stride: tuple[int, ...]
 
 
-def load_tree(path: epath.Path) -> Any:
+def load_tree(path: epath.Path, keys: Sequence[str] = (), *, required: bool = False) -> Any:
     """What was saved, with numpy arrays in the place of tensors; dicts, lists, tuples, numbers and strings as they are.
 
-    Raises TorchFileError for other formats, truncated files, and pickles that name anything but tensors.
+    With `keys` only what stands under the first of them that is there and a dict; everything if none is, unless one is
+    `required`. Raises TorchFileError for other formats, truncated files, and pickles that name anything but tensors.
     """
-    name = str(path)
-    data = path.read_bytes()
+    with _complaining(str(path)), path.open("rb") as file:
+        tree, read = _read_zip(file, str(path)) if zipfile.is_zipfile(file) else _read_legacy(file, str(path))
+        there = tree if isinstance(tree, dict) else {}
+        if required and not any(isinstance(there.get(key), dict) for key in keys):
+            listed = ", ".join(map(str, list(there)[:6])) or f"a {type(tree).__name__}"
+            raise TorchFileError(f"{path} holds no {' or '.join(keys)}; it holds: {listed}")
+        tree = next((there[key] for key in keys if isinstance(there.get(key), dict)), tree)
+        return _arrays(tree, read, str(path))
+
+
+def load_arrays(
+    path: epath.Path, keys: Sequence[str] = ("model", "state_dict"), *, required: bool = False
+) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """The state dict of a `.pth` file: {original name: array}.
+
+    Training checkpoints keep it under a key; the first of `keys` that is there is taken, and the file itself is the state
+    dict if none is, unless one is `required`. Raises TorchFileError if there is none.
+    """
+    tree = load_tree(path, keys, required=required)
+    if not isinstance(tree, dict):
+        raise TorchFileError(f"{path} holds a {type(tree).__name__}; expected a state dict, {{name: tensor}}")
+    odd = [str(key) for key, value in tree.items() if not isinstance(key, str) or not isinstance(value, np.ndarray)]
+    if odd or not tree:
+        found = f"entries that are not tensors: {', '.join(odd[:5])}" if odd else "nothing"
+        raise TorchFileError(f"{path} holds {found}; expected a state dict, {{name: tensor}}")
+    return dict(tree)
+
+
+@contextmanager
+def _complaining(name: str) -> Iterator[None]:
+    """Whatever goes wrong while a file is read, as a TorchFileError of one line."""
     try:
-        if zipfile.is_zipfile(io.BytesIO(data)):
-            tree, storages = _read_zip(data, name)
-        else:
-            tree, storages = _read_legacy(data, name)
-        return _arrays(tree, storages, name)
-    except TorchFileError:
+        yield
+    except (TorchFileError, OSError):
         raise
     except RecursionError as error:
         raise TorchFileError(
@@ -82,26 +115,6 @@ def load_tree(path: epath.Path) -> Any:
             f"{name} cannot be read as a PyTorch file ({type(error).__name__}: {error}): it is damaged, incomplete "
             "(compare its size with the source's) or of another format"
         ) from error
-
-
-def load_arrays(path: epath.Path) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """The state dict of a `.pth` file: {original name: array}.
-
-    Training checkpoints keep it under `model` or `state_dict`; both are looked into. Raises TorchFileError if there is
-    none.
-    """
-    tree = load_tree(path)
-    for key in ("model", "state_dict"):
-        if isinstance(tree, dict) and isinstance(tree.get(key), dict):
-            tree = tree[key]
-            break
-    if not isinstance(tree, dict):
-        raise TorchFileError(f"{path} holds a {type(tree).__name__}; expected a state dict, {{name: tensor}}")
-    odd = [str(key) for key, value in tree.items() if not isinstance(key, str) or not isinstance(value, np.ndarray)]
-    if odd or not tree:
-        found = f"entries that are not tensors: {', '.join(odd[:5])}" if odd else "nothing"
-        raise TorchFileError(f"{path} holds {found}; expected a state dict, {{name: tensor}}")
-    return dict(tree)
 
 
 def sha256(path: epath.Path) -> str:
@@ -116,7 +129,7 @@ def sha256(path: epath.Path) -> str:
 class _Unpickler(pickle.Unpickler):
     """Knows tensors and nothing else."""
 
-    def __init__(self, file: io.BytesIO, name: str) -> None:
+    def __init__(self, file: Any, name: str) -> None:
         super().__init__(file, encoding="utf-8")
         self._name = name
 
@@ -160,10 +173,10 @@ def _parameter_builder() -> Callable[..., Any]:
     return rebuild
 
 
-def _read_zip(data: bytes, name: str) -> tuple[Any, Callable[[_Storage], bytes]]:
+def _read_zip(file: Any, name: str) -> tuple[Any, Callable[[_Storage], bytearray]]:
     """The pickle of a zip-format file and a reader of its storages."""
-    archive = zipfile.ZipFile(io.BytesIO(data))
-    members = archive.namelist()
+    archive = zipfile.ZipFile(file)
+    members = {info.filename: info for info in archive.infolist()}
     pickles = [member for member in members if member == "data.pkl" or member.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise TorchFileError(f"{name} is a zip archive with {len(pickles)} members named data.pkl; a .pth file has one")
@@ -172,73 +185,92 @@ def _read_zip(data: bytes, name: str) -> tuple[Any, Callable[[_Storage], bytes]]
         raise TorchFileError(f"{name} was written on a big-endian machine; expected little-endian storages")
     tree = _Unpickler(io.BytesIO(archive.read(pickles[0])), name).load()
 
-    def storage_bytes(storage: _Storage) -> bytes:
+    def read(storage: _Storage) -> bytearray:
         member = f"{prefix}data/{storage.key}"
         if member not in members:
             raise TorchFileError(f"{name} lacks {member}, which its tensors refer to")
-        return archive.read(member)
+        _check_size(storage, members[member].file_size, name)
+        return bytearray(archive.read(member))
 
-    return tree, storage_bytes
+    return tree, read
 
 
-def _read_legacy(data: bytes, name: str) -> tuple[Any, Callable[[_Storage], bytes]]:
+def _read_legacy(file: Any, name: str) -> tuple[Any, Callable[[_Storage], bytearray]]:
     """The same of a file from before torch 1.6: magic, protocol, system, tree, keys, then count and values per key."""
-    file = io.BytesIO(data)
-    magic = _Unpickler(file, name).load() if data[:1] == b"\x80" else None
+    head = file.seek(0) or file.read(8)
+    if head[:4] == b"PK\x03\x04":
+        raise TorchFileError(f"{name} begins as a zip archive and has no end: it is incomplete, fetch it again")
+    file.seek(0)
+    magic = _Unpickler(file, name).load() if head[:1] == b"\x80" else None
     if magic != _LEGACY_MAGIC:
-        raise TorchFileError(f"{name} is neither a zip archive nor a PyTorch pickle: it starts with {data[:8]!r}")
+        raise TorchFileError(f"{name} is neither a zip archive nor a PyTorch pickle: it starts with {head!r}")
     protocol, system, tree = (_Unpickler(file, name).load() for _ in range(3))
     if protocol != _LEGACY_PROTOCOL or not system.get("little_endian"):
         raise TorchFileError(f"{name} has protocol {protocol} and system {system}; expected 1001, little-endian")
-    keys = _Unpickler(file, name).load()
-    needed: dict[str, _Storage] = {}
-    _collect(tree, needed, set())
-    blocks: dict[str, bytes] = {}
-    for key in map(str, keys):
-        if key not in needed:
+    keys = [str(key) for key in _Unpickler(file, name).load()]
+    known = {view.storage.key: view.storage for view in _views(tree)}
+    places: dict[str, int] = {}
+    end = file.tell()
+    for key in keys:
+        if key not in known:
             raise TorchFileError(f"{name} stores values under {key} that no tensor refers to; their width is unknown")
+        file.seek(end)
         count = int.from_bytes(file.read(8), "little")
-        size = count * np.dtype(needed[key].dtype).itemsize
-        blocks[key] = file.read(size)
+        places[key] = end + 8
+        end += 8 + count * np.dtype(known[key].dtype).itemsize
 
-    def storage_bytes(storage: _Storage) -> bytes:
-        if storage.key not in blocks:
+    def read(storage: _Storage) -> bytearray:
+        if storage.key not in places:
             raise TorchFileError(f"{name} lacks the storage {storage.key}, which its tensors refer to")
-        return blocks[storage.key]
+        file.seek(places[storage.key])
+        data = bytearray(file.read(storage.size))
+        _check_size(storage, len(data), name)
+        return data
 
-    return tree, storage_bytes
+    return tree, read
 
 
-def _collect(tree: Any, storages: dict[str, _Storage], seen: set[int]) -> None:
-    """Gathers every storage that the views in `tree` refer to."""
+def _check_size(storage: _Storage, found: int, name: str) -> None:
+    if found != storage.size:
+        raise TorchFileError(
+            f"{name}: storage {storage.key} has {found} bytes, its tensors need {storage.size}: "
+            "the file is damaged or incomplete"
+        )
+
+
+def _views(tree: Any, seen: set[int] | None = None) -> Iterator[_View]:
+    """Every view in `tree`; containers that stand in several places are walked once."""
+    seen = set() if seen is None else seen
     if isinstance(tree, _View):
-        storages[tree.storage.key] = tree.storage
+        yield tree
     elif isinstance(tree, (dict, list, tuple)) and id(tree) not in seen:
         seen.add(id(tree))
         for item in tree.values() if isinstance(tree, dict) else tree:
-            _collect(item, storages, seen)
+            yield from _views(item, seen)
 
 
-def _arrays(tree: Any, storage_bytes: Callable[[_Storage], bytes], name: str) -> Any:
+def _arrays(tree: Any, read: Callable[[_Storage], bytearray], name: str) -> Any:
     """`tree` with arrays in the place of views; shared storages are read once, shared containers copied once."""
+    uses = Counter(view.storage.key for view in _views(tree))
     flats: dict[str, np.ndarray] = {}
     done: dict[int, Any] = {}
 
-    def flat(storage: _Storage) -> np.ndarray:
-        if storage.key not in flats:
-            data = storage_bytes(storage)
-            expected = storage.count * np.dtype(storage.dtype).itemsize
-            if len(data) != expected:
-                raise TorchFileError(
-                    f"{name}: storage {storage.key} has {len(data)} bytes, its tensors need {expected}: "
-                    "the file is damaged or incomplete"
-                )
-            flats[storage.key] = np.frombuffer(data, storage.dtype)
-        return flats[storage.key]
+    def array(view: _View) -> np.ndarray:
+        key = view.storage.key
+        shared = uses[key] > 1 or key in flats
+        flat = flats[key] if key in flats else np.frombuffer(read(view.storage), view.storage.dtype)
+        uses[key] -= 1
+        if uses[key]:
+            flats[key] = flat
+        else:
+            flats.pop(key, None)
+        result = _strided(flat, view, name)
+        # A storage that is one tensor's alone needs no second copy; else a small view would keep the whole alive.
+        return result.copy() if shared or result.size < flat.size else result
 
     def walk(item: Any) -> Any:
         if isinstance(item, _View):
-            return _strided(flat(item.storage), item, name)
+            return array(item)
         if not isinstance(item, (dict, list, tuple)):
             return item
         if id(item) not in done:
@@ -253,7 +285,7 @@ def _arrays(tree: Any, storage_bytes: Callable[[_Storage], bytes], name: str) ->
 
 
 def _strided(flat: Shaped[np.ndarray, " n"], view: _View, name: str) -> Shaped[np.ndarray, "..."]:
-    """The array of a view, copied; a view that reaches beyond its storage or repeats it is refused."""
+    """The array of a view; one that reaches beyond its storage or repeats it is refused."""
     values = int(np.prod(view.size, dtype=object)) if view.size else 1
     last = view.offset + sum((n - 1) * step for n, step in zip(view.size, view.stride, strict=True))
     lowest = min((view.offset, *view.size, *view.stride))
@@ -265,4 +297,4 @@ def _strided(flat: Shaped[np.ndarray, " n"], view: _View, name: str) -> Shaped[n
     if values == 0:
         return np.zeros(view.size, flat.dtype)
     strides = tuple(step * flat.itemsize for step in view.stride)
-    return np.lib.stride_tricks.as_strided(flat[view.offset :], view.size, strides).copy()
+    return np.lib.stride_tricks.as_strided(flat[view.offset :], view.size, strides)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glip_jax.checkpoint import CheckpointError, latest_step
-from glip_jax.config import ConfigError, InitConfig, MeshConfig
+from glip_jax.checkpoint import CheckpointError, fingerprint, latest_step, started_from
+from glip_jax.config import ConfigError, InitFromConfig, MeshConfig
 from glip_jax.exits import CANCELLED, PREEMPTED
 from glip_jax.parallel import MeshError
 from glip_jax.training import loop, metrics
@@ -49,7 +49,7 @@ def test_a_run_leaves_its_records(config, workdir, tmp_path, capsys):
     config = tiny_run.replace(config, "train", evaluate_every=4, draw_first_batch=True)
     state = train(config, workdir, evaluate, lambda batch, folder: drawn.append((batch.image.shape, str(folder))))
     out = capsys.readouterr().out
-    assert f"fingerprint: {loop.fingerprint(state.params)}" in out and "starting at step 0 from random values" in out
+    assert f"fingerprint: {fingerprint(state.params)}" in out and "starting at step 0 from random values" in out
     assert int(state.step) == 6 and latest_step(workdir) == 6
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["4", "6"], "keep = 2"
     assert list(_losses(workdir)) == [2, 4, 6] and drawn == [((8, 64, 64, 3), workdir)]
@@ -65,7 +65,7 @@ def test_a_run_leaves_its_records(config, workdir, tmp_path, capsys):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, CANCELLED)])
 def test_a_signal_saves_and_the_same_call_ends_bit_for_bit(config, workdir, tmp_path, monkeypatch, number, code):
-    straight = loop.fingerprint(train(config, str(tmp_path / "straight")).params)
+    straight = fingerprint(train(config, str(tmp_path / "straight")).params)
     real = loop.place_batch
     calls = []
 
@@ -83,7 +83,7 @@ def test_a_signal_saves_and_the_same_call_ends_bit_for_bit(config, workdir, tmp_
     # What a killed run wrote after its checkpoint goes away.
     with open(f"{workdir}/metrics.jsonl", "a") as file:
         file.write('{"step": 5, "loss": 77.0}\n{"step": 6, "lo')
-    assert loop.fingerprint(train(config, workdir).params) == straight
+    assert fingerprint(train(config, workdir).params) == straight
     assert [*_losses(workdir)] == [2, 3, 4, 6] and 77.0 not in _losses(workdir).values()
     assert _losses(workdir)[6] == _losses(str(tmp_path / "straight"))[6]
 
@@ -139,7 +139,7 @@ def test_a_loss_that_is_not_finite_stops_with_names(config, workdir, monkeypatch
 def test_what_does_not_fit_is_refused_at_once(config, workdir):
     with pytest.raises(MeshError, match="its product is 3, but there are 1 devices"):
         train(dataclasses.replace(config, mesh=MeshConfig(data=3)), workdir)
-    named = dataclasses.replace(config, init=InitConfig(text="nowhere"))
+    named = dataclasses.replace(config, init_from=InitFromConfig(text="nowhere"))
     with pytest.raises(ConfigError, match="gave no `towers`"):
         train(named, workdir)
     with contextlib.suppress(FileNotFoundError):
@@ -148,11 +148,12 @@ def test_what_does_not_fit_is_refused_at_once(config, workdir):
 
 def test_towers_are_asked_for(config, workdir, capsys):
     def towers(params, config):
-        assert config.init.text == "somewhere"
-        return {**params, "text": {"embeddings": {"word": jnp.full((512, stand_in.WIDTH), 0.25)}}}
+        assert config.init_from.text == "somewhere"
+        return {**params, "text": {"embeddings": {"word": jnp.full((512, stand_in.WIDTH), 0.25)}}}, {"sources": ["x"]}
 
-    config = dataclasses.replace(config, init=InitConfig(text="somewhere"))
+    config = dataclasses.replace(config, init_from=InitFromConfig(text="somewhere"))
     config = tiny_run.replace(config, "model", text=dataclasses.replace(config.model.text, frozen=True))
     state = train(config, workdir, towers=towers)
     assert (np.asarray(state.params["text"]["embeddings"]["word"]) == 0.25).all()
     assert "from pretrained text, the rest random" in capsys.readouterr().out
+    assert started_from(workdir) == {"sources": ["x"]}

@@ -1,0 +1,161 @@
+"""Files of weights as parameters of ours: whole networks, backbones and text encoders, whoever stored them.
+
+Strict on the file's side: every tensor becomes (part of) a parameter or is on a short list of what a detector has no use
+for. Sizes are the file's own; whoever takes the parameters compares them with the network's.
+"""
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+from etils import epath
+from flax import traverse_util
+from jaxtyping import Shaped
+from numpy import ndarray
+
+from glip_jax.assets import resolve
+from glip_jax.checkpoint import fingerprint, is_workdir, latest_step, restore_parameters
+from glip_jax.config import ModelConfig, TextConfig
+from glip_jax.weights import dialects, names
+from glip_jax.weights.files import folder_config, read_arrays, weight_file
+from glip_jax.weights.names import WeightError
+from glip_jax.weights.sizes import infer_model, infer_swin
+from glip_jax.weights.torch_files import sha256
+
+__all__ = ["Weights", "read_backbone", "read_network", "read_text", "read_workdir"]
+
+_OUTPUT_NORMS = ("backbone/norm[123]/*",)
+_SWIN_IGNORED = {
+    "norm.*": "of the classifier",
+    "head.*": "of the classifier",
+    "*.attn_mask": "made again from the map's size",
+    "*.relative_position_index": "made again from the window's size",
+}
+_EFFICIENTNET_IGNORED = {
+    "_conv_head.*": "of the classifier",
+    "_bn1.*": "of the classifier",
+    "_fc.*": "of the classifier",
+    "*.num_batches_tracked": "a counter of training",
+}
+_BERT_IGNORED = {
+    "embeddings.position_ids": "0, 1, 2, ...",
+    "pooler.*": "behind what GLIP reads",
+    "cls.*": "of the tasks that BERT was trained on",
+}
+_BERT_SIZES = {
+    "vocab_size": "vocabulary_size", "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads",
+    "intermediate_size": "hidden", "max_position_embeddings": "positions",
+}  # fmt: skip
+_BERT_FIXED = {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2}
+_SWIN_FIXED = {"model_type": "swin", "hidden_act": "gelu", "layer_norm_eps": 1e-5}
+
+
+class Weights(NamedTuple):
+    """What a file, or a working folder, offers."""
+
+    origin: str
+    """As the setting or the command named it."""
+    layout: str
+    """Whose names it has."""
+    values: dict[str, Shaped[ndarray, "..."]]
+    """Parameters by our slash-separated paths, float32, of the file's own sizes."""
+    ignored: dict[str, int]
+    """How many tensors each rule of what may be ignored let pass."""
+    proof: dict[str, Any]
+    """What it is known again by: `file` and `sha256`, or `step` and `fingerprint`."""
+    never: tuple[str, ...] = ()
+    """Patterns of parameters that files of this kind do not hold."""
+
+
+def read_network(name: str, parameters: Literal["model", "model_ema"] = "model") -> tuple[Weights, ModelConfig]:
+    """A whole GLIP from a `.pth` of microsoft/GLIP or mmdetection or a folder of our export, and its inferred network.
+
+    `parameters`: which state dict of a training checkpoint; GLIP's authors evaluate `model`. Raises AssetError,
+    TorchFileError or WeightError.
+    """
+    file = weight_file(resolve(name))
+    keys = ("model", "state_dict") if parameters == "model" else (parameters,)
+    layout, state = dialects.glip_state(read_arrays(file, keys, required=parameters != "model"))
+    model = infer_model(state, name)
+    values, ignored = names.gather(state, names.entries(model), origin=name)
+    return Weights(name, layout, values, ignored, _hashed(name, file)), model
+
+
+def read_workdir(name: str) -> Weights | None:
+    """The newest checkpoint of a working folder, averaged parameters where there are any; None if `name` is none."""
+    if not is_workdir(name):
+        return None
+    step, parameters = latest_step(name), restore_parameters(name)
+    values = traverse_util.flatten_dict(parameters, sep="/")
+    proof = {"step": step, "fingerprint": fingerprint(parameters)}
+    return Weights(name, "a working folder of glip_jax", dict(values), {}, proof)  # pyright: ignore[reportArgumentType]
+
+
+def read_backbone(name: str, model: ModelConfig, channels: Literal["as_stored", "reversed"]) -> Weights:
+    """A backbone trained on ImageNet, of the kind that `model` has: Swin (three libraries' names) or EfficientNet-Lite0.
+
+    `channels`: the order of the first convolution's input. Raises AssetError, TorchFileError or WeightError.
+    """
+    path = resolve(name)
+    file = weight_file(path)
+    arrays = read_arrays(file)
+    match model.backbone.kind:
+        case "swin":
+            layout, state = dialects.swin_state(arrays)
+            if layout.startswith("transformers"):
+                _check_folder(path, _SWIN_FIXED)
+            found = replace(model, backbone=infer_swin(state, origin=name))
+            table = [entry for entry in names.swin_entries(found, "") if not _matches(entry.path, _OUTPUT_NORMS)]
+            ignored, first = _SWIN_IGNORED, "backbone/patch_embedding/kernel"
+        case "efficientnet_lite0":
+            layout, state = "EfficientNet-Lite0 of lukemelas", dialects.efficientnet_state(arrays)
+            table = [entry for entry in names.efficientnet_entries("") if not _matches(entry.path, _OUTPUT_NORMS)]
+            ignored, first = _EFFICIENTNET_IGNORED, "backbone/stem/kernel"
+    gathered = names.gather(state, table, _rules(ignored), name)
+    if channels == "reversed":
+        gathered.values[first] = gathered.values[first][:, :, ::-1]
+    return Weights(name, layout, *gathered, _hashed(name, file), _OUTPUT_NORMS)
+
+
+def read_text(name: str, model: ModelConfig) -> Weights:
+    """The text encoder from a Hugging Face folder, whose config.json must agree with `model.text`."""
+    path = resolve(name)
+    if not path.is_dir():
+        raise WeightError(f"{path} is a file: expected the folder of a Hugging Face BERT, with its config.json")
+    _check_folder(path, _BERT_FIXED, model.text)
+    file = weight_file(path)
+    state = dialects.bert_state(read_arrays(file))
+    gathered = names.gather(state, names.bert_entries(model, ""), _rules(_BERT_IGNORED), str(file))
+    return Weights(name, "transformers' BERT", *gathered, _hashed(name, file))
+
+
+def _check_folder(path: epath.Path, fixed: Mapping[str, Any], text: TextConfig | None = None) -> None:
+    """Raises WeightError where a folder's config.json and what we compute differ."""
+    found = folder_config(path)
+    wrong = [
+        f"{name} is {found[name]!r}, the encoder's {value!r}"
+        for name, value in fixed.items()
+        if found.get(name, value) != value
+    ]
+    if text is not None:
+        wrong += [
+            f"{theirs} is {found.get(theirs)}, model.text.{ours} {getattr(text, ours)}"
+            for theirs, ours in _BERT_SIZES.items()
+            if found.get(theirs) != getattr(text, ours)
+        ]
+    if wrong:
+        raise WeightError(f"{path / 'config.json'} does not fit the model: {'; '.join(wrong)}")
+
+
+def _rules(patterns: Mapping[str, str]) -> Callable[[str], str | None]:
+    return lambda name: next((pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)), None)
+
+
+def _matches(path: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def _hashed(name: str, file: epath.Path) -> dict[str, Any]:
+    folder = not name.endswith(file.name)
+    return {"file": f"{name.rstrip('/')}/{file.name}" if folder else name, "sha256": sha256(file)}
