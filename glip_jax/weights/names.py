@@ -4,6 +4,7 @@ Names are those of GLIP's checkpoints (glip-reference 6.2) without the `module.`
 a leading axis, so one of our arrays answers to several of theirs.
 """
 
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
@@ -45,10 +46,8 @@ IGNORED = {
 }
 """Parts of names that files of the original hold and nothing needs (glip-reference 6.2, 6.3), and why."""
 
-_REFUSED = {
-    "rpn.tunable_linear.": "prompts tuned for one data set (rpn.tunable_linear), which glip_jax has no place for: "
-    "give the file that the tuning started from",
-}
+_TUNED = "rpn.tunable_linear."
+"""Prompts learnt for one data set: the network without them is not the one that was saved."""
 
 
 class WeightError(ValueError):
@@ -258,6 +257,7 @@ def entries(config: ModelConfig) -> list[Entry]:
     return table
 
 
+@functools.lru_cache(maxsize=8)
 def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of our parameters by slash-separated path, without computing any."""
     image, extent = jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64)
@@ -267,10 +267,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def rule_of(name: str) -> str | None:
-    """The rule of `IGNORED` that lets a tensor pass unused; None if it may not. Raises WeightError for refused ones."""
-    for part, what in _REFUSED.items():
-        if part in name:
-            raise WeightError(f"the weights hold {what}")
+    """The rule of `IGNORED` that lets a tensor pass unused; None if it may not."""
     return next((part for part in IGNORED if part in name), None)
 
 
@@ -290,6 +287,11 @@ def gather(
     missing = sorted(names - state.keys())
     rules = {name: ignorable(name) for name in state.keys() - names}
     unknown = sorted(name for name, rule in rules.items() if rule is None)
+    if any(_TUNED in name for name in unknown):
+        raise WeightError(
+            f"{origin} holds prompts tuned for one data set ({_TUNED}*), which glip_jax has no place for: give the file "
+            "that the tuning started from"
+        )
     faults = [
         f"it {what} {', '.join(listed[:5])} ({len(listed)} in all)"
         for what, listed in (("lacks", missing), ("holds the unknown", unknown))

@@ -38,7 +38,7 @@ def infer_model(state: Mapping[str, Any], origin: str = "the state dict") -> Mod
     levels += [level for level in (6, 7) if sizes.has(f"backbone.fpn.top_blocks.p{level}.weight")]
     strides = tuple(2**level for level in levels)
     positions = sizes.of(f"{_TEXT}embeddings.position_embeddings.weight", 0)
-    swin = any(name.startswith("backbone.body.layers.") for name in state)
+    swin = any(name.startswith("backbone.body.patch_embed.") for name in state)
     backbone = infer_swin(state, "backbone.body.", origin) if swin else BackboneConfig(kind="efficientnet_lite0")
     large = swin and backbone.width >= _LARGE
     return ModelConfig(

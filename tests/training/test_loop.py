@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glip_jax.checkpoint import CheckpointError, fingerprint, latest_step, started_from
+from glip_jax.checkpoint import CheckpointError, Checkpoints, Saved, fingerprint, latest_step, started_from
 from glip_jax.config import ConfigError, InitFromConfig, MeshConfig
 from glip_jax.exits import CANCELLED, PREEMPTED
-from glip_jax.parallel import MeshError
+from glip_jax.parallel import MeshError, make_mesh
 from glip_jax.training import loop, metrics
-from glip_jax.training.loop import NonFiniteLossError, train
+from glip_jax.training.loop import NonFiniteLossError, fresh_parameters, train
 from tests import tiny_run
 from tests.training import stand_in
 
@@ -144,6 +144,20 @@ def test_what_does_not_fit_is_refused_at_once(config, workdir):
         train(named, workdir)
     with contextlib.suppress(FileNotFoundError):
         assert os.listdir(f"{workdir}/checkpoints") == []
+
+
+def test_a_checkpoint_of_parameters_alone_is_where_a_run_begins(config, workdir, capsys):
+    """As the job `import` leaves it."""
+    params = fresh_parameters(config, make_mesh(config.mesh))
+    params["text"]["embeddings"]["word"] = jnp.full_like(params["text"]["embeddings"]["word"], 0.25)
+    with Checkpoints(workdir, 1) as checkpoints:
+        checkpoints.save(0, Saved(params, {}, {}), config)
+    config = tiny_run.replace(config, "model", text=dataclasses.replace(config.model.text, frozen=True))
+    config = tiny_run.replace(config, "train", steps=2)
+    state = train(config, workdir, resume_with_changes=True)
+    assert int(state.step) == 2 and latest_step(workdir) == 2
+    assert (np.asarray(state.params["text"]["embeddings"]["word"]) == 0.25).all()
+    assert "starting at step 0 from imported weights" in capsys.readouterr().out
 
 
 def test_towers_are_asked_for(config, workdir, capsys):

@@ -1,10 +1,11 @@
-"""The files are made here by hand, byte for byte as torch writes them; torch itself is not needed."""
+"""Most files are made here by hand, byte for byte as torch writes them, so that they can be spoiled in one place."""
 
 import pickle
 from collections import OrderedDict
 
 import numpy as np
 import pytest
+import torch
 from etils import epath
 
 from glip_jax.weights.torch_files import TorchFileError, load_arrays, load_tree, sha256
@@ -56,6 +57,40 @@ def test_training_checkpoints_keep_their_state_dict_inside(tmp_path, key):
     path = write_zip(tmp_path / "m.pth", pickled(tree), [storage])
     assert list(load_arrays(path)) == ["w"]
     assert load_tree(path)["rates"] == [0.1, (1, 2)]
+
+
+def test_only_what_is_asked_for_is_read(tmp_path):
+    """The optimizer's storage is damaged, or not even there, and nobody minds."""
+    (mine, model), (other, moment), (gone, average) = (
+        whole(key, np.full((3,), float(key), np.float32)) for key in "012"
+    )
+    tree = {"model": {"w": model}, "optimizer": {"state": [moment]}, "model_ema": {"w": average}}
+    path = write_zip(tmp_path / "m.pth", pickled(tree), [mine, Storage("1", np.zeros(1, np.float32))])
+    np.testing.assert_array_equal(load_arrays(path)["w"], [0, 0, 0])
+    with pytest.raises(TorchFileError, match=r"lacks model/data/2"):
+        load_arrays(path, ("model_ema",), required=True)
+    with pytest.raises(TorchFileError, match=r"storage 1 has 4 bytes, its tensors need 12"):
+        load_tree(path)
+    path = write_legacy(tmp_path / "old.pth", pickled(tree, legacy=True), [mine, other, gone])
+    np.testing.assert_array_equal(load_arrays(path, ("model_ema",), required=True)["w"], [2, 2, 2])
+    with pytest.raises(TorchFileError, match="holds no teacher; it holds: model, optimizer, model_ema"):
+        load_arrays(path, ("teacher",), required=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "legacy"])
+def test_what_torch_itself_saves(tmp_path, options):
+    shared = torch.arange(12.0)
+    tensors = {"whole": shared.reshape(3, 4).T, "part": shared[3:7], "own": torch.nn.Parameter(torch.ones(2, 3).half()),
+               "narrow": torch.arange(4.0).bfloat16(), "number": torch.tensor(3)}  # fmt: skip
+    torch.save(OrderedDict(tensors), tmp_path / "m.pth", **options)
+    loaded = load_arrays(epath.Path(tmp_path / "m.pth"))
+    assert {name: str(array.dtype) for name, array in loaded.items()} == {
+        "whole": "float32", "part": "float32", "own": "float16", "narrow": "bfloat16", "number": "int64"
+    }  # fmt: skip
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(loaded[name].astype(np.float64), tensor.detach().double().numpy())
+    loaded["whole"][:] = 0  # writable, and nobody else's
+    assert loaded["part"].tolist() == [3, 4, 5, 6]
 
 
 class Hostile:
