@@ -63,15 +63,14 @@ def glip_runs(remat: str) -> Runs:
 
 def peer_runs(threads: int) -> Runs:
     """Theirs, eager."""
-    # Not in the project's own environment: pyright cannot see them there.
-    import torch  # pyright: ignore[reportMissingImports]
-    import transformers  # pyright: ignore[reportMissingImports]
+    import torch
+    import transformers
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     backbone = transformers.SwinConfig(
         embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=7, image_size=224,
-        out_indices=[2, 3, 4], drop_path_rate=0.2,
+        out_indices=[2, 3, 4], drop_path_rate=0.2,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     model = transformers.MMGroundingDinoForObjectDetection(
         transformers.MMGroundingDinoConfig(

@@ -24,7 +24,7 @@ import tyro
 from glip_jax import exits
 from glip_jax.config import Config, ConfigError, flatten, validate
 
-__all__ = ["Arguments", "CommandLineError", "flags", "load_config", "parse"]
+__all__ = ["Arguments", "CommandLineError", "divided", "flags", "load_config", "parse"]
 
 
 class CommandLineError(ValueError):
@@ -69,6 +69,16 @@ def parse(
     parsed = _parsed(kind, rest, job, example, default=kind(config=config))
     validate(parsed.config)
     return parsed
+
+
+def divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments that begin with --config (and a value that follows one without "="), and the others."""
+    settings, own, follows = [], [], False
+    for argument in argv:
+        is_setting = argument == "--config" or argument.startswith(("--config=", "--config."))
+        (settings if is_setting or follows else own).append(argument)
+        follows = is_setting and "=" not in argument
+    return settings, own
 
 
 def flags(argv: Sequence[str], kind: Any, job: str, example: str = "") -> Any:

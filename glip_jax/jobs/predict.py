@@ -5,13 +5,10 @@ OUT/pictures/NAME.png    each image with its boxes
 """
 
 import contextlib
-import io
 import json
 import shlex
-import struct
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, NamedTuple
@@ -22,26 +19,24 @@ import numpy as np
 import tyro
 from etils import epath
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from glip_jax import assets, drawing, exits, prompts
-from glip_jax.checkpoint import CheckpointError, check_network, latest_step, restore_parameters
-from glip_jax.config import Config, ConfigError, flatten
-from glip_jax.data.records import PIXEL_LIMIT
+from glip_jax.checkpoint import CheckpointError, latest_step, restore_parameters
+from glip_jax.config import Config, ConfigError
 from glip_jax.inference import Detector, bucket
-from glip_jax.jobs.command_line import Arguments, CommandLineError, flags, parse
+from glip_jax.jobs.command_line import CommandLineError, divided, flags
+from glip_jax.jobs.image_files import ImageFileError, listed, measured, read_upright
 from glip_jax.jobs.query import Query, QueryError, read_query
-from glip_jax.jobs.saved_settings import saved_settings
+from glip_jax.jobs.saved_settings import chosen_settings
 from glip_jax.structures import Detections
 from glip_jax.training.loop import enable_compilation_cache
 
 __all__ = ["Predict", "PredictError", "main", "predict"]
 
 _FAULTS = (
-    assets.AssetError, CheckpointError, CommandLineError, ConfigError, QueryError, prompts.PromptError,
+    assets.AssetError, CheckpointError, CommandLineError, ConfigError, ImageFileError, QueryError, prompts.PromptError,
 )  # fmt: skip
-_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _UNFINISHED = ".unfinished"
 _EXAMPLE = 'photo.jpg pictures/ --workdir=runs/demo --text="a green book . two red apples" --out=found'
 
@@ -98,7 +93,7 @@ class Picture(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     """Runs the job; returns 0, or 2 after one line about the command, the images, the query or the checkpoint."""
     try:
-        settings, own = _divided(argv)
+        settings, own = divided(argv)
         job = flags(own, Predict, "predict", _EXAMPLE)
         predict(job, settings, shlex.join(["python", "-m", "glip_jax", "predict", *argv]))
     except (*_FAULTS, PredictError) as fault:
@@ -111,21 +106,11 @@ def main(argv: Sequence[str]) -> int:
     return exits.DONE
 
 
-def _divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments that begin with --config (and a value that follows one without "="), and the others."""
-    settings, own, follows = [], [], False
-    for argument in argv:
-        is_setting = argument == "--config" or argument.startswith(("--config=", "--config."))
-        (settings if is_setting or follows else own).append(argument)
-        follows = is_setting and "=" not in argument
-    return settings, own
-
-
 def predict(job: Predict, settings: Sequence[str], command: str) -> dict[str, Any]:
     """Finds, draws and writes; returns what predictions.json holds.
 
     `settings`: the --config arguments. Everything that can be checked is checked before the checkpoint's arrays are
-    read. Raises PredictError, QueryError, CheckpointError, ConfigError or CommandLineError; nothing is written then.
+    read. Raises PredictError, ImageFileError, QueryError, CheckpointError, ConfigError or CommandLineError; nothing is written then.
     """
     if not job.workdir:
         raise CommandLineError("no working folder: expected --workdir=DIR with a checkpoint of `train`")
@@ -133,7 +118,7 @@ def predict(job: Predict, settings: Sequence[str], command: str) -> dict[str, An
         raise CommandLineError(f"--least={job.least}: expected 0 <= least < 1")
     if not job.images:
         raise CommandLineError("no images: expected files or folders, e.g. predict photo.jpg --workdir=DIR --names=dog")
-    config = _settings(job, settings)
+    config = chosen_settings(job.workdir, job.step, settings, "predict")
     step = latest_step(job.workdir) if job.step is None else job.step
     query = read_query(job.text, job.names, job.names_file, config)
     pictures = _pictures(job.images, config)
@@ -165,17 +150,6 @@ def predict(job: Predict, settings: Sequence[str], command: str) -> dict[str, An
     return content
 
 
-def _settings(job: Predict, arguments: Sequence[str]) -> Config:
-    """The checkpoint's settings, or those of --config=FILE.py, with what the command line changes.
-
-    Raises CheckpointError if they describe another network than the checkpoint's.
-    """
-    saved = saved_settings(job.workdir, job.step)
-    config = parse(arguments, Arguments, "predict", settings=saved).config
-    check_network(job.workdir, dict(flatten(saved)), config)
-    return config
-
-
 def _finite(params: Any, workdir: str) -> Any:
     bad = [path for path, leaf in jax.tree_util.tree_leaves_with_path(params) if not np.isfinite(leaf).all()]
     if bad:
@@ -186,11 +160,16 @@ def _finite(params: Any, workdir: str) -> Any:
 
 
 def _pictures(given: Sequence[str], config: Config) -> list[Picture]:
-    """The images of files and folders, their sizes read from their heads. Raises PredictError for the first bad one."""
-    paths = [path for name in given for path in _listed(epath.Path(name))]
+    """The images of files and folders, their sizes read from their heads. Raises ImageFileError or PredictError for the first bad one."""
+    paths = []
+    for name in given:
+        images, passed = listed(epath.Path(name))
+        if passed:
+            print(f"{name}: images {len(images)}, files with other endings passed over {passed}")
+        paths += images
     pictures, taken = [], set[str]()
     for path in paths:
-        height, width, turned = _measured(path)
+        height, width, turned = measured(path)
         longest = max(bucket(height, width, config)[1])
         if longest > 2 * config.evaluation.long_side:
             raise PredictError(
@@ -202,58 +181,6 @@ def _pictures(given: Sequence[str], config: Config) -> list[Picture]:
         taken.add(drawn.casefold())
         pictures.append(Picture(path, height, width, turned, drawn))
     return pictures
-
-
-def _listed(path: epath.Path) -> list[epath.Path]:
-    """A file, or the images of a folder in order of their names."""
-    if not path.exists():
-        raise PredictError(f"{path} is not there: expected an image or a folder of images")
-    if not path.is_dir():
-        return [path]
-    files = sorted(child for child in path.iterdir() if not child.is_dir())
-    images = [file for file in files if file.suffix.lower() in _ENDINGS]
-    if not images:
-        raise PredictError(f"{path} has no images (of {len(files)} files): expected {', '.join(_ENDINGS)}")
-    if len(images) < len(files):
-        print(f"{path}: images {len(images)}, files with other endings passed over {len(files) - len(images)}")
-    return images
-
-
-def _measured(path: epath.Path) -> tuple[int, int, bool]:
-    """Height and width as shown, and whether it is stored otherwise, from an image's head."""
-    with _readable(path), path.open("rb") as stream, Image.open(stream) as image:
-        width, height = image.size
-        orientation = image.getexif().get(0x0112, 1)
-    if not width or not height:
-        raise PredictError(f"{path} has {width} x {height} pixels: there is nothing to look at")
-    if width * height > PIXEL_LIMIT:
-        raise PredictError(f"{path} has {width} x {height} pixels, at most {PIXEL_LIMIT:,} are read: make it smaller")
-    turned = orientation in range(2, 9)
-    return (width, height, turned) if turned and orientation >= 5 else (height, width, turned)
-
-
-def _read(picture: Picture) -> UInt8[np.ndarray, "H W 3"]:
-    """RGB pixels, upright; of several frames the first."""
-    with _readable(picture.path), Image.open(io.BytesIO(picture.path.read_bytes())) as image:
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-
-
-@contextlib.contextmanager
-def _readable(path: epath.Path) -> Iterator[None]:
-    """Says in one line what is wrong with an image file, whatever Pillow makes of it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # large, but below the limit that is ours; odd metadata
-            yield
-    except Image.DecompressionBombError:
-        raise PredictError(f"{path} is huge, at most {PIXEL_LIMIT:,} pixels are read: make it smaller") from None
-    except UnidentifiedImageError:
-        size = path.stat().length
-        raise PredictError(f"{path} is no image that can be read ({size} bytes): expected JPEG, PNG, WebP …") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise PredictError(
-            f"{path} cannot be decoded ({error}): the file is damaged; replace it or leave it out"
-        ) from None
 
 
 @contextlib.contextmanager
@@ -294,7 +221,7 @@ def _find(
             members = [index for index, own in enumerate(canvases) if own == canvas]
             for begin in range(0, len(members), detector.batch_size):
                 group = members[begin : begin + detector.batch_size]
-                images = [_read(pictures[index]) for index in group]
+                images = [read_upright(pictures[index].path) for index in group]
                 if query.kind == "names":
                     found = detector.categories(images, query.names)
                 else:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
-from glip_jax.checkpoint import saved_config
-from glip_jax.config import Config, ConfigError
+from glip_jax.checkpoint import check_network, saved_config
+from glip_jax.config import Config, ConfigError, flatten
+from glip_jax.jobs.command_line import Arguments, parse
 
-__all__ = ["saved_settings", "unflatten"]
+__all__ = ["chosen_settings", "saved_settings", "unflatten"]
 
 
 def saved_settings(workdir: str, step: int | None = None) -> Config:
@@ -22,6 +23,18 @@ def saved_settings(workdir: str, step: int | None = None) -> Config:
         return unflatten(saved)
     except ConfigError as error:
         raise ConfigError(f"the checkpoint in {workdir} {error}: give a file that fits it, --config=FILE.py") from error
+
+
+def chosen_settings(workdir: str, step: int | None, arguments: Sequence[str], job: str) -> Config:
+    """The checkpoint's settings, or those of --config=FILE.py, with what the command line changes.
+
+    `arguments`: those that begin with --config. Raises CheckpointError if they describe another network than the
+    checkpoint's, CommandLineError and ConfigError as `parse` and `saved_settings` do.
+    """
+    saved = saved_settings(workdir, step)
+    config = parse(arguments, Arguments, job, settings=saved).config
+    check_network(workdir, dict(flatten(saved)), config)
+    return config
 
 
 def unflatten(saved: Mapping[str, Any]) -> Config:

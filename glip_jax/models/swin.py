@@ -19,12 +19,12 @@ from glip_jax.models.extents import level_size, zero_beyond
 from glip_jax.models.initial import torch_dense
 from glip_jax.models.remat import rematerialized
 
-__all__ = ["Swin"]
+__all__ = ["Swin", "relative_position_index"]
 
 _SEPARATED = -1e30
 
 
-def _relative_position_index(window: int) -> np.ndarray:
+def relative_position_index(window: int) -> np.ndarray:
     """Row of the bias table for each (query, key) pair of a window: Int[n n]."""
     cells = np.stack(np.meshgrid(np.arange(window), np.arange(window), indexing="ij")).reshape(2, -1)
     delta = cells[:, :, None] - cells[:, None, :] + window - 1
@@ -85,7 +85,7 @@ class _Block(nn.Module):
         query = query * (channels // heads) ** -0.5
         logits = jnp.einsum("bwqhd,bwkhd->bwhqk", query, key, preferred_element_type=jnp.float32)
         table = self.param("bias_table", nn.initializers.truncated_normal(0.02), ((2 * window - 1) ** 2, heads))
-        logits += jnp.moveaxis(table[_relative_position_index(window)], -1, 0)
+        logits += jnp.moveaxis(table[relative_position_index(window)], -1, 0)
         if self.shifted:
             logits += _separation(size, height, width, window)[:, :, None]
         weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)

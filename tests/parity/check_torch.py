@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from glip_jax.weights.portable.glip_network import GLIP, BertLayer, DynamicConvolution
+from glip_jax.weights.portable.glip_network import BertLayer, DynamicConvolution, GlipNetwork
 from glip_jax.weights.portable.processing_glip import best_detections
 from tests.parity.check import DEAD, FORWARD, Line, paired, relative, run
 from tests.parity.folder import Case
@@ -32,9 +32,9 @@ def check_case(case: Case) -> tuple[list[Line], list[str], list[str]]:
     return lines, [], left
 
 
-def _network(case: Case) -> GLIP:
+def _network(case: Case) -> GlipNetwork:
     """The network with the original's weights, every one used but the branch that nothing reads."""
-    network = GLIP(dataclasses.asdict(case.config.model)).eval()
+    network = GlipNetwork(dataclasses.asdict(case.config.model)).eval()
     # Anchors of the `levels` case are not those of the weights' file.
     kept = {
         name: torch.from_numpy(value)

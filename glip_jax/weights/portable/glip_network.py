@@ -8,15 +8,17 @@ There is no dropout: this is the network that finds, and whose gradients are tho
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GLIP", "deformable_convolution"]
+__all__ = ["GlipNetwork", "deformable_convolution"]
 
+Side = Any
+"""A number of cells or pixels: an int, or a tensor while torch traces the network for ONNX."""
 BOUND = 50000.0
 """Attention logits and activations of the head are clipped to this."""
 
@@ -34,6 +36,11 @@ def _dense_and_norm(inputs: int, outputs: int) -> nn.ModuleDict:
 
 
 # --- Swin Transformer v1 (arXiv 2103.14030) ---------------------------------------------------------------------------
+
+
+def _missing(length: Side, multiple: int) -> Any:
+    """What `length` lacks to a multiple; without negative numbers, which ONNX divides otherwise than Python."""
+    return (multiple - length % multiple) % multiple
 
 
 def _windows(x: Tensor, window: int) -> Tensor:
@@ -59,7 +66,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, apart: Tensor | None) -> Tensor:
         """`x`: [B windows cells C]; `apart` is added to the logits: [windows cells cells]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)
-        index = self.relative_position_index
+        index: Any = self.relative_position_index
         bias = self.relative_position_bias_table[index.flatten()].reshape(*index.shape, -1).permute(2, 0, 1)
         if apart is not None:
             bias = bias + apart[:, None]
@@ -77,10 +84,10 @@ class SwinBlock(nn.Module):
         self.attn = WindowAttention(width, heads, window)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
 
-    def _apart(self, height: int, width: int, like: Tensor) -> Tensor:
+    def _apart(self, height: Side, width: Side, like: Tensor) -> Tensor:
         """-100 between cells that only the shift brings together: [windows cells cells]."""
 
-        def region(length: int) -> Tensor:
+        def region(length: Side) -> Tensor:
             cell = torch.arange(length, device=like.device)
             return (cell >= length - self.window).int() + (cell >= length - self.shift).int()
 
@@ -91,7 +98,7 @@ class SwinBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B H W C] to the same. Maps are padded to whole windows after the norm, and the zeros take part."""
         b, h, w, c = x.shape
-        y = F.pad(self.norm1(x), (0, 0, 0, -w % self.window, 0, -h % self.window))
+        y = F.pad(self.norm1(x), (0, 0, 0, _missing(w, self.window), 0, _missing(h, self.window)))
         height, width, apart = y.shape[1], y.shape[2], None
         if self.shift:
             y, apart = y.roll((-self.shift, -self.shift), (1, 2)), self._apart(height, width, y)
@@ -142,10 +149,10 @@ class Swin(nn.Module):
         self.channels = [width * 2**stage for stage in (1, 2, 3)]
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        pixels = F.pad(pixels, (0, -pixels.shape[3] % 4, 0, -pixels.shape[2] % 4))
+        pixels = F.pad(pixels, (0, _missing(pixels.shape[3], 4), 0, _missing(pixels.shape[2], 4)))
         x = self.patch_embed["norm"](self.patch_embed["proj"](pixels).permute(0, 2, 3, 1))
-        maps = []
-        for number, stage in enumerate(self.layers):
+        maps, stages = [], cast(Iterable[SwinStage], self.layers)
+        for number, stage in enumerate(stages):
             for block in stage.blocks:
                 x = block(x)
             if number:
@@ -227,8 +234,8 @@ class EfficientNetLite0(nn.Module):
     def forward(self, pixels: Tensor) -> list[Tensor]:
         x = F.relu6(self.stem_norm(self.stem(_same(pixels, 3, 2))))
         maps = []
-        for number, stage in enumerate(self.stages, start=1):
-            for block in stage:  # pyright: ignore[reportGeneralTypeIssues]
+        for number, stage in enumerate(cast(Iterable[nn.ModuleList], self.stages), start=1):
+            for block in stage:
                 x = block(x)
             if number in (3, 5, 7):
                 norm = self.get_submodule(f"norm{len(maps) + 1}")
@@ -314,7 +321,7 @@ class Bert(nn.Module):
         position = torch.arange(tokens.shape[1], device=tokens.device)
         x = parts["word_embeddings"](tokens) + parts["position_embeddings"](position)
         x = parts["LayerNorm"](x + parts["token_type_embeddings"](torch.zeros_like(tokens)))
-        for layer in self.encoder["layer"]:  # pyright: ignore[reportGeneralTypeIssues]
+        for layer in cast(nn.ModuleList, self.encoder["layer"]):
             x = layer(x, mask)
         return x
 
@@ -359,13 +366,13 @@ class Fusion(nn.Module):
 
     def forward(self, levels: Sequence[Tensor], text: Tensor, mask: Tensor) -> tuple[list[Tensor], Tensor]:
         part: Any = self.b_attn
-        shapes = [level.shape[-2:] for level in levels]
+        shapes = [(level.shape[2], level.shape[3]) for level in levels]
         visual = part.layer_norm_v(torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1))
         text = part.layer_norm_l(text)
         for_image, for_text = part.attn(visual, text, mask)
         visual, text = visual + part.gamma_v * for_image, text + part.gamma_l * for_text
         pieces = visual.transpose(1, 2).split([height * width for height, width in shapes], 2)
-        return [piece.unflatten(2, tuple(shape)) for piece, shape in zip(pieces, shapes)], text
+        return [piece.reshape(*piece.shape[:2], *shape) for piece, shape in zip(pieces, shapes)], text
 
 
 def deformable_convolution(
@@ -377,7 +384,7 @@ def deformable_convolution(
     Output (y, x) samples bilinearly at (y * stride - 1 + i + dy, x * stride - 1 + j + dx); outside counts zero.
     """
     b, channels, height, width = x.shape
-    h, w = offset.shape[-2:]
+    h, w = offset.shape[2], offset.shape[3]
     tap = torch.arange(9, device=x.device)
     top = (torch.arange(h, device=x.device) * stride - 1)[None, :, None] + (tap // 3)[:, None, None]
     left = (torch.arange(w, device=x.device) * stride - 1)[None, None, :] + (tap % 3)[:, None, None]
@@ -432,13 +439,13 @@ class DynamicConvolution(nn.Module):
         self.relu = DynamicReLU(channels)
         self.offset = nn.Conv2d(channels, 27, 3, padding=1)
 
-    def _coarser(self, part: Tensor, shape: Sequence[int]) -> Tensor:
+    def _coarser(self, part: Tensor, shape: Sequence[Side]) -> Tensor:
         if self.coarse_offsets == "flat":
             count = part.shape[1] * shape[0] * shape[1]
             return part.flatten(1)[:, :count].reshape(part.shape[0], part.shape[1], shape[0], shape[1])
         return F.interpolate(part, size=tuple(shape), mode="bilinear", align_corners=True)
 
-    def _resized_coarse(self, x: Tensor, maps: Tensor, shape: Sequence[int]) -> Tensor:
+    def _resized_coarse(self, x: Tensor, maps: Tensor, shape: Sequence[Side]) -> Tensor:
         """The term of the coarser level `x`, at this level's `shape`; `maps` are this level's offsets and mask logits."""
         offset, mask = (self._coarser(part, x.shape[-2:]) for part in (maps[:, :18], maps[:, 18:]))
         term = self.DyConv[0](x, offset, mask.sigmoid())
@@ -512,7 +519,7 @@ class Head(nn.Module):
         return _bounded(aligned + token_bias[:, None, :]), packed(deltas), center
 
 
-class GLIP(nn.Module):
+class GlipNetwork(nn.Module):
     """The whole network. `settings` holds the sizes: backbone, pyramid, text, fusion, head and anchors, see config.json."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -552,12 +559,12 @@ class GLIP(nn.Module):
         """The three together; anchors run level by level from fine to coarse, row by row."""
         return self.ground(self.encode_image(pixels), self.encode_text(tokens, mask), mask)
 
-    def boxes(self, deltas: Tensor, height: int, width: int) -> Tensor:
+    def boxes(self, deltas: Tensor, height: Side, width: Side) -> Tensor:
         """Corners (x1, y1, x2, y2) [B A 4] in pixels of an image of that size; a box is x2 - x1 + 1 wide."""
         anchors, cells = [], self.rpn["anchor_generator"].get_submodule("cell_anchors")
         for stride, cell in zip(self.strides, cells.buffers()):
-            y = torch.arange(-(-height // stride), device=deltas.device) * stride
-            x = torch.arange(-(-width // stride), device=deltas.device) * stride
+            y = torch.arange((height + stride - 1) // stride, device=deltas.device) * stride
+            x = torch.arange((width + stride - 1) // stride, device=deltas.device) * stride
             y, x = torch.meshgrid(y, x, indexing="ij")
             anchors.append(torch.stack([x, y, x, y], -1).reshape(-1, 4) + cell)
         anchor = torch.cat(anchors)

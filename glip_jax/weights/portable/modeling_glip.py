@@ -7,20 +7,20 @@ rounded up to a multiple of `extent_multiple`; images of one extent go through t
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .glip_network import GLIP
+from .glip_network import GlipNetwork
 
 __all__ = ["GlipConfig", "GlipForZeroShotObjectDetection", "GlipOutput"]
 
 
 class GlipConfig(PretrainedConfig):
-    """`network` holds the sizes that `glip_network.GLIP` is built from."""
+    """`network` holds the sizes that `glip_network.GlipNetwork` is built from."""
 
     model_type = "glip"
 
@@ -62,11 +62,11 @@ class GlipForZeroShotObjectDetection(PreTrainedModel):
     config_class = GlipConfig
     base_model_prefix = "network"
     main_input_name = "pixel_values"
-    _no_split_modules = ("SwinBlock", "BertLayer", "Fusion", "DynamicConvolution")
+    _no_split_modules: ClassVar[list[str]] = ["SwinBlock", "BertLayer", "Fusion", "DynamicConvolution"]
 
     def __init__(self, config: GlipConfig) -> None:
         super().__init__(config)
-        self.network = GLIP(config.network)
+        self.network = GlipNetwork(config.network)
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:

@@ -53,6 +53,7 @@ class GlipImageProcessor(BaseImageProcessor):
         return (int(side * height / width), side) if width < height else (side, int(side * width / height))
 
     def __call__(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
+        """`preprocess`."""
         return self.preprocess(images, return_tensors, **kwargs)
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
@@ -94,7 +95,7 @@ class GlipProcessor(ProcessorMixin):
         self.separator, self.max_tokens = separator, max_tokens
         self.detection = detection or {}
 
-    def __call__(self, images: Any = None, text: Any = None, return_tensors: str = "pt", **kwargs: Any) -> BatchFeature:
+    def __call__(self, images: Any = None, text: Any = None, return_tensors: str = "pt", **_: Any) -> BatchFeature:
         """Images and what to look for in them.
 
         `text`: names (["cat", "dog"]) or a caption ("a cat. a dog.") for all images, or a list of either, one per

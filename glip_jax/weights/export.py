@@ -1,0 +1,273 @@
+"""Writes a network for others: GLIP's own `.pth`, a Hugging Face folder with its PyTorch model, an ONNX graph.
+
+torch is needed for `.pth` and ONNX, and by nothing else here; it is imported where it is used. What is written is
+float32. `weights/verification.py` runs what was written beside ours.
+"""
+
+import dataclasses
+import importlib
+import json
+import math
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import safetensors.numpy
+from etils import epath
+from jaxtyping import Shaped
+from tokenizers.implementations import BertWordPieceTokenizer
+
+from glip_jax.assets import resolve
+from glip_jax.boxes import anchors
+from glip_jax.config import Config, ModelConfig, flatten
+from glip_jax.models.swin import relative_position_index
+from glip_jax.weights.names import export_state
+
+__all__ = [
+    "FORMATS", "ExportError", "Format", "full_state", "needed", "network_settings", "write", "write_glip_pth",
+    "write_huggingface", "write_onnx",
+]  # fmt: skip
+
+Format = Literal["glip-pth", "huggingface", "onnx"]
+FORMATS: dict[Format, tuple[str, ...]] = {
+    "glip-pth": ("torch",),
+    "huggingface": ("torch", "transformers"),
+    "onnx": ("torch", "onnx", "onnxruntime"),
+}
+"""What each needs beyond requirements.txt, to be written or to be run beside ours."""
+PORTABLE = Path(__file__).parent / "portable"
+NETWORK_PREFIX = "network."
+"""Of names in a Hugging Face folder: the network is a member of transformers' model."""
+_CLASSES = 80
+"""Outputs of the original's frozen class branch, which nothing reads."""
+
+
+class ExportError(ValueError):
+    """A network that a format cannot hold, a library that is missing, or an export that differs from what it came from."""
+
+
+def needed(form: Format) -> None:
+    """Raises ExportError unless the libraries of `form` are installed."""
+    missing = [name for name in FORMATS[form] if importlib.util.find_spec(name) is None]  # pyright: ignore[reportAttributeAccessIssue]
+    if missing:
+        raise ExportError(
+            f"--format={form} needs {' and '.join(missing)}, not installed here: pip install -r requirements-export.txt"
+        )
+
+
+def write(form: Format, out: Path, params: Mapping[str, Any], config: Config) -> None:
+    """Writes `params` as a file (glip-pth) or a folder that is made (huggingface, onnx).
+
+    Raises ExportError for a network that the format cannot hold, AssetError without the vocabulary it needs.
+    """
+    match form:
+        case "glip-pth":
+            write_glip_pth(out, params, config.model)
+        case "huggingface":
+            write_huggingface(out, params, config)
+        case "onnx":
+            write_onnx(out, params, config)
+
+
+def network_settings(model: ModelConfig) -> dict[str, Any]:
+    """What `portable.glip_network.GlipNetwork` is built from: the sizes, without what only training needs."""
+    sizes = dataclasses.asdict(model)
+    kept: dict[str, tuple[str, ...]] = {
+        "backbone": ("kind", "width", "depths", "heads", "window"),
+        "pyramid": ("channels", "strides"),
+        "text": ("vocabulary_size", "width", "layers", "heads", "hidden", "positions"),
+        "fusion": ("enabled", "width", "heads"),
+        "head": ("blocks", "groups", "coarse_offsets"),
+        "anchors": ("sizes",),
+    }
+    return {part: {field: sizes[part][field] for field in fields} for part, fields in kept.items()}
+
+
+def _own_buffers(model: ModelConfig) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """What the PyTorch network stores beside parameters: cell anchors [1 4] and, for Swin, indices of its bias tables."""
+    found: dict[str, Any] = {
+        f"rpn.anchor_generator.cell_anchors.{level}": anchors((1, 1), (stride,), (size,))
+        for level, (stride, size) in enumerate(zip(model.pyramid.strides, model.anchors.sizes))
+    }
+    if model.backbone.kind == "swin":
+        index = relative_position_index(model.backbone.window).astype(np.int64)
+        for stage, depth in enumerate(model.backbone.depths):
+            for block in range(depth):
+                found[f"backbone.body.layers.{stage}.blocks.{block}.attn.relative_position_index"] = index
+    return found
+
+
+def full_state(params: Mapping[str, Any], model: ModelConfig) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """Every tensor of the PyTorch network, buffers included, under the original's names; float32 and int64."""
+    state = {name: np.asarray(value, np.float32) for name, value in export_state(params, model).items()}
+    # Arrays of jax are read-only, which torch warns of.
+    return {name: np.require(value, requirements=("C", "W")) for name, value in (state | _own_buffers(model)).items()}
+
+
+def write_glip_pth(path: Path, params: Mapping[str, Any], model: ModelConfig) -> None:
+    """A `.pth` with exactly the tensors of microsoft/GLIP's files: {"model": {"module.NAME": tensor}}.
+
+    The class branch that the original freezes and never reads is there with its initial bias and zero weights. Raises
+    ExportError for a network that the original cannot be configured to.
+    """
+    if model.backbone.kind != "swin":
+        raise ExportError(
+            f"glip-pth holds networks of microsoft/GLIP, whose backbone is a Swin; this one's is {model.backbone.kind!r}: "
+            "use --format=huggingface or --format=onnx"
+        )
+    wrong = [
+        f"{name} is {found}, GLIP's is {wanted}"
+        for name, found, wanted in (
+            ("model.pyramid.strides", model.pyramid.strides, (8, 16, 32, 64, 128)),
+            ("model.head.coarse_offsets", model.head.coarse_offsets, "flat"),
+            ("model.input.order", model.input.order, "bgr"),
+        )
+        if found != wanted
+    ]
+    if wrong:
+        raise ExportError(f"glip-pth: {'; '.join(wrong)}: it would find other boxes there; use --format=huggingface")
+    import torch
+
+    branch = {
+        "rpn.head.cls_logits.weight": np.zeros((_CLASSES, model.pyramid.channels, 1, 1), np.float32),
+        "rpn.head.cls_logits.bias": np.full(_CLASSES, -math.log(99), np.float32),
+    }
+    state = full_state(params, model) | branch
+    torch.save({"model": {f"module.{name}": torch.from_numpy(value) for name, value in state.items()}}, path)
+
+
+def write_huggingface(folder: Path, params: Mapping[str, Any], config: Config) -> None:
+    """A folder for `AutoModelForZeroShotObjectDetection` and `AutoProcessor` with trust_remote_code.
+
+    Holds the weights, the network and the processor as readable files, and the settings of glip_jax, so that
+    `python -m glip_jax import` takes it back.
+    """
+    folder.mkdir(parents=True)
+    _write_tokenizer(folder, config)
+    for file in ("glip_network.py", "modeling_glip.py", "processing_glip.py"):
+        shutil.copyfile(PORTABLE / file, folder / file)
+    state = {f"{NETWORK_PREFIX}{name}": value for name, value in full_state(params, config.model).items()}
+    safetensors.numpy.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    # The library makes it readable for its owner alone.
+    (folder / "model.safetensors").chmod((folder / "vocab.txt").stat().st_mode)
+    processing, detection = "processing_glip.GlipProcessor", dataclasses.asdict(config.detection)
+    _write_json(folder / "preprocessor_config.json", {
+        "image_processor_type": "GlipImageProcessor", "processor_class": "GlipProcessor",
+        "auto_map": {"AutoImageProcessor": "processing_glip.GlipImageProcessor", "AutoProcessor": processing},
+        **_input_settings(config),
+    })  # fmt: skip
+    _write_json(folder / "processor_config.json", {
+        "processor_class": "GlipProcessor", "auto_map": {"AutoProcessor": processing},
+        "separator": config.data.captions.separator, "max_tokens": config.model.text.max_tokens, "detection": detection,
+    })  # fmt: skip
+    (folder / "README.md").write_text(_CARD.format(name=config.name))
+    # Last: a folder without it is recognisably unfinished.
+    _write_json(folder / "config.json", {
+        "architectures": ["GlipForZeroShotObjectDetection"], "model_type": "glip", "dtype": "float32",
+        "auto_map": {"AutoConfig": "modeling_glip.GlipConfig",
+                     "AutoModelForZeroShotObjectDetection": "modeling_glip.GlipForZeroShotObjectDetection"},
+        "network": network_settings(config.model), "extent": config.model.input.extent,
+        "extent_multiple": config.model.input.extent_multiple, "glip_jax": dict(flatten(config)),
+    })  # fmt: skip
+
+
+def write_onnx(folder: Path, params: Mapping[str, Any], config: Config) -> None:
+    """A folder with model.onnx, vocab.txt and settings.json.
+
+    The graph takes pixel_values [B 3 H W] (normalised, sides multiples of 32), input_ids and attention_mask [B T], and
+    gives boxes [B A 4] (x1, y1, x2, y2 in its pixels), centerness [B A] and logits [B A T]; B, H, W and T are free. All
+    images of a batch are taken to fill it.
+    """
+    import torch
+
+    from glip_jax.weights.portable.glip_network import GlipNetwork
+
+    network = GlipNetwork(network_settings(config.model))
+    state = {name: torch.from_numpy(value) for name, value in full_state(params, config.model).items()}
+    network.load_state_dict(state, assign=True)
+
+    class Graph(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, pixels: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            logits, deltas, centerness = self.network(pixels, tokens, mask)
+            return self.network.boxes(deltas, pixels.shape[2], pixels.shape[3]), centerness, logits
+
+    folder.mkdir(parents=True)
+    _write_tokenizer(folder, config)
+    tokens = torch.arange(1, 8)[None].expand(2, -1) % config.model.text.vocabulary_size
+    free = {"pixel_values": {0: "batch", 2: "height", 3: "width"}, "input_ids": {0: "batch", 1: "tokens"},
+            "attention_mask": {0: "batch", 1: "tokens"}, "boxes": {0: "batch", 1: "anchors"},
+            "centerness": {0: "batch", 1: "anchors"}, "logits": {0: "batch", 1: "anchors", 2: "tokens"}}  # fmt: skip
+    with warnings.catch_warnings(), torch.inference_mode():
+        # Of the older exporter, which the newer one takes forty times as long as where sides are free (220 s against
+        # 5 s for a network of two blocks), and of sizes that it follows all the same: the check runs other sizes.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Graph().eval(), (torch.zeros(2, 3, 192, 256), tokens, torch.ones_like(tokens)), str(folder / "model.onnx"),
+            input_names=list(free)[:3], output_names=list(free)[3:], dynamic_axes=free, opset_version=20, dynamo=False,
+        )  # fmt: skip
+    _write_json(folder / "settings.json", {
+        "format": "glip_jax onnx 1", **_input_settings(config), "separator": config.data.captions.separator,
+        "max_tokens": config.model.text.max_tokens, "strides": config.model.pyramid.strides,
+        "detection": dataclasses.asdict(config.detection),
+    })  # fmt: skip
+
+
+def _input_settings(config: Config) -> dict[str, Any]:
+    """How images become pixels, in the words of `GlipImageProcessor`."""
+    pixels = config.model.input
+    return {
+        "short_side": config.evaluation.short_side, "long_side": config.evaluation.long_side,
+        "extent_multiple": pixels.extent_multiple, "order": pixels.order, "mean": pixels.mean, "std": pixels.std,
+    }  # fmt: skip
+
+
+def _write_tokenizer(folder: Path, config: Config) -> None:
+    """vocab.txt, tokenizer.json and tokenizer_config.json. Raises AssetError where the vocabulary is not there."""
+    vocabulary = resolve(config.model.text.vocabulary)
+    epath.Path(vocabulary).copy(folder / "vocab.txt")
+    BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=True).save(str(folder / "tokenizer.json"))
+    special = {f"{name.lower()}_token": f"[{name}]" for name in ("UNK", "SEP", "PAD", "CLS", "MASK")}
+    _write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": config.model.text.max_tokens,
+        **special,
+    })  # fmt: skip
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: zero-shot-object-detection
+---
+
+# {name}
+
+A GLIP detector (grounded language-image pre-training, arXiv 2112.03857), exported by glip_jax. It finds what words name:
+
+    import torch
+    from PIL import Image
+    from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+
+    folder = "."  # this folder
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForZeroShotObjectDetection.from_pretrained(folder, trust_remote_code=True)
+    image = Image.open("photo.jpg")
+    inputs = processor(images=image, text=["dog", "red cup"], return_tensors="pt")
+    with torch.inference_mode():
+        outputs = model(**inputs)
+    sizes = [image.size[::-1]]
+    found = processor.post_process_grounded_object_detection(outputs, threshold=0.3, target_sizes=sizes)
+    print(found[0]["boxes"], found[0]["scores"], found[0]["text_labels"])
+
+`glip_network.py` is the whole network in torch's own operators, with the names of microsoft/GLIP's checkpoints. An
+image's scores do not depend on the images that it is batched with. `config.json` holds the settings it was trained with.
+"""

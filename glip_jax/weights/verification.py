@@ -1,0 +1,246 @@
+"""Runs an exported network beside ours on sample images, as its users would, and compares what both say.
+
+Every format is read back from where it was written: the `.pth` into the PyTorch network, the folder through
+transformers' Auto classes, the graph through onnxruntime. Ours is computed in float32 at full precision.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from PIL import Image, ImageDraw
+
+from glip_jax import assets, prompts
+from glip_jax import boxes as box
+from glip_jax.config import Config
+from glip_jax.data.backgrounds import background
+from glip_jax.data.transforms import place, resize, target_size
+from glip_jax.models.glip import GLIP, normalize
+from glip_jax.weights.export import ExportError, Format, network_settings
+
+__all__ = ["BOXES", "LOGITS", "NAMES", "Answer", "Difference", "Sample", "differences", "reader", "sample_images"]
+
+LOGITS, BOXES = 1e-4, 0.05
+"""Largest differences that pass: of logits (relative to the largest where that exceeds 1), of boxes in pixels."""
+NAMES = ("red ball", "blue box", "a green book", "dog")
+"""What the samples are asked for."""
+
+
+class Sample(NamedTuple):
+    """An image with what it is asked for, as it came and as the network takes it, alone at its own extent."""
+
+    image: UInt8[np.ndarray, "H W 3"]
+    names: tuple[str, ...]
+    pixels: Float[np.ndarray, "1 3 h w"]
+    tokens: Int[np.ndarray, "1 T"]
+
+
+class Answer(NamedTuple):
+    """What a network says of every anchor of a sample."""
+
+    logits: Float[np.ndarray, "A T"]
+    boxes: Float[np.ndarray, "A 4"]
+    """xyxy in pixels of the resized image, not clipped."""
+
+
+class Difference(NamedTuple):
+    """The largest differences over all samples."""
+
+    logits: float
+    boxes: float
+
+    def check(self, what: str) -> None:
+        """Raises ExportError beyond LOGITS or BOXES."""
+        if not (self.logits <= LOGITS and self.boxes <= BOXES):
+            raise ExportError(
+                f"{what} differs from the network it came from: logits by {self.logits:.1e} (at most {LOGITS:.0e}), boxes "
+                f"by {self.boxes:.3f} pixels (at most {BOXES}); nothing was kept. Please report it with the settings"
+            )
+
+
+Reader = Callable[[Sample], Answer]
+
+
+def sample_images(count: int = 2) -> list[UInt8[np.ndarray, "_ _ 3"]]:
+    """Made pictures of different shapes: coloured things on patterned grounds, the same at every call."""
+    pictures = []
+    for number, (height, width) in zip(range(count), ((240, 320), (320, 214), (256, 256))):
+        rng = np.random.default_rng(number)
+        picture = Image.fromarray(background(rng, height, width).astype(np.uint8))
+        pen = ImageDraw.Draw(picture)
+        for _ in range(8):
+            x, y = rng.uniform(0, 0.8, 2) * (width, height)
+            w, h = rng.uniform(0.1, 0.5, 2) * (width, height)
+            draw = pen.ellipse if rng.random() < 0.5 else pen.rectangle
+            draw((x, y, x + w, y + h), fill=tuple(rng.integers(0, 256, 3).tolist()))
+        pictures.append(np.asarray(picture))
+    return pictures
+
+
+def differences(
+    params: Mapping[str, Any], config: Config, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], theirs: Reader
+) -> Difference:
+    """The largest differences between `theirs` and our network with `params` on the images."""
+    logits = boxes = 0.0
+    samples = [_sample(image, config) for image in images]
+    for sample, size, ours in zip(samples, _sizes(images, config), _ours(params, config, images, samples)):
+        answer = theirs(sample)
+        if answer.logits.shape != ours.logits.shape or answer.boxes.shape != ours.boxes.shape:
+            raise ExportError(
+                f"the exported network answers with shapes {answer.logits.shape} and {answer.boxes.shape}, "
+                f"ours with {ours.logits.shape} and {ours.boxes.shape}"
+            )
+        scale = max(1.0, float(np.abs(ours.logits).max()))
+        logits = max(logits, float(np.abs(answer.logits - ours.logits).max()) / scale)
+        limit = np.asarray(size, np.float32)[None]
+        boxes = max(boxes, float(np.abs(box.clip(answer.boxes, limit) - box.clip(ours.boxes, limit)).max()))
+        # A comparison with NaN is never beyond anything.
+        if not (np.isfinite(answer.logits).all() and np.isfinite(answer.boxes).all()):
+            logits = float("inf")
+    return Difference(logits, boxes)
+
+
+def _sizes(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], config: Config) -> list[tuple[int, int]]:
+    rule = config.evaluation
+    return [target_size(image.shape[0], image.shape[1], rule.short_side, rule.long_side) for image in images]
+
+
+def _extent(size: tuple[int, int], config: Config) -> tuple[int, int]:
+    multiple = config.model.input.extent_multiple
+    return -(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple
+
+
+def _sample(image: UInt8[np.ndarray, "H W 3"], config: Config) -> Sample:
+    ((height, width),) = _sizes([image], config)
+    canvas = _extent((height, width), config)
+    pixels = normalize(
+        jnp.asarray(place(resize(image, (height, width)), canvas)[None]),
+        jnp.asarray([[height, width]]),
+        config.model.input,
+    )
+    return Sample(image, NAMES, np.array(pixels).transpose(0, 3, 1, 2), _tokens(config))
+
+
+def _tokens(config: Config) -> Int[np.ndarray, "1 T"]:
+    """Token ids of NAMES; of a network whose vocabulary is not at hand some that it has."""
+    text = config.model.text
+    prompt = prompts.prompt_from_categories(NAMES, config.data.captions.separator)
+    try:
+        tokenizer = prompts.load_tokenizer(assets.resolve(text.vocabulary))
+        ids = np.asarray(tokenizer.encode(prompt.caption).ids)
+    except assets.AssetError:
+        ids = np.arange(1, 16)
+    return ids[None, : text.max_tokens].astype(np.int64) % text.vocabulary_size
+
+
+def _ours(
+    params: Mapping[str, Any], config: Config, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], samples: Sequence[Sample]
+) -> Iterator[Answer]:
+    """Our network on one canvas for all, so that it is compiled once; each image keeps its own extent."""
+    model = dataclasses.replace(config.model, dtype="float32", remat="none")
+    sizes = _sizes(images, config)
+    extents = [_extent(size, config) for size in sizes]
+    canvas = (max(height for height, _ in extents), max(width for _, width in extents))
+    anchors = box.anchors(canvas, model.pyramid.strides, model.anchors.sizes)
+
+    @jax.jit
+    def run(params: Any, image: Any, size: Any, extent: Any, tokens: Any) -> Any:
+        pixels = normalize(image, size, model.input)
+        return GLIP(model).apply({"params": params}, pixels, extent, tokens, jnp.ones(tokens.shape, bool))
+
+    for image, size, extent, sample in zip(images, sizes, extents, samples):
+        with jax.default_matmul_precision("highest"):
+            found: Any = run(
+                params, place(resize(image, size), canvas)[None], np.asarray([size], np.int32),
+                np.asarray([extent], np.int32), sample.tokens.astype(np.int32),
+            )  # fmt: skip
+        own = _own_anchors(canvas, extent, model.pyramid.strides)
+        boxes = box.decode(np.asarray(found.deltas[0])[own], anchors[own])
+        yield Answer(np.asarray(found.logits[0])[own], np.asarray(boxes, np.float32))
+
+
+def _own_anchors(canvas: tuple[int, int], extent: tuple[int, int], strides: Sequence[int]) -> Int[np.ndarray, " a"]:
+    """Which anchors of the canvas are those of an image of `extent`, in order."""
+    parts, begin = [], 0
+    for stride in strides:
+        height, width = box.level_shape(canvas, stride)
+        h, w = box.level_shape(extent, stride)
+        parts.append(begin + np.arange(height * width).reshape(height, width)[:h, :w].reshape(-1))
+        begin += height * width
+    return np.concatenate(parts)
+
+
+def reader(form: Format, path: Path, config: Config) -> Reader:
+    """The exported network at `path`, read as its users read it."""
+    match form:
+        case "glip-pth":
+            return _pth_reader(path, config)
+        case "huggingface":
+            return _huggingface_reader(path)
+        case "onnx":
+            return _onnx_reader(path)
+
+
+def _pth_reader(path: Path, config: Config) -> Reader:
+    import torch
+
+    from glip_jax.weights.portable.glip_network import GlipNetwork
+
+    state = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    state = {name.removeprefix("module."): value for name, value in state.items() if "cls_logits" not in name}
+    network = GlipNetwork(network_settings(config.model)).eval()
+    network.load_state_dict(state, strict=True)
+
+    def read(sample: Sample) -> Answer:
+        pixels, tokens = torch.from_numpy(sample.pixels), torch.from_numpy(sample.tokens)
+        with torch.inference_mode():
+            logits, deltas, _ = network(pixels, tokens, torch.ones_like(tokens))
+            boxes = network.boxes(deltas, *pixels.shape[-2:])
+        return Answer(logits[0].numpy(), boxes[0].numpy())
+
+    return read
+
+
+def _huggingface_reader(folder: Path) -> Reader:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+    import transformers
+
+    # Its progress bars and advice are for people who load it on purpose.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    where = {"trust_remote_code": True, "local_files_only": True}
+    processor: Any = transformers.AutoProcessor.from_pretrained(folder, **where)
+    model: Any = transformers.AutoModelForZeroShotObjectDetection.from_pretrained(folder, **where).eval()
+
+    def read(sample: Sample) -> Answer:
+        inputs = processor(images=sample.image, text=list(sample.names), return_tensors="pt")
+        if inputs["input_ids"].tolist() != sample.tokens.tolist():
+            raise ExportError(
+                f"the exported tokenizer reads {sample.names} as {inputs['input_ids'].tolist()}, ours as {sample.tokens.tolist()}"
+            )
+        with torch.inference_mode():
+            outputs = model(**inputs)
+        return Answer(outputs.logits[0].numpy(), outputs.pred_boxes[0].numpy())
+
+    return read
+
+
+def _onnx_reader(folder: Path) -> Reader:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+
+    def read(sample: Sample) -> Answer:
+        mask = np.ones_like(sample.tokens)
+        inputs = {"pixel_values": sample.pixels, "input_ids": sample.tokens, "attention_mask": mask}
+        boxes, _, logits = session.run(None, inputs)
+        return Answer(np.asarray(logits)[0], np.asarray(boxes)[0])
+
+    return read
