@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glip_jax.checkpoint import Checkpoints, Saved, fingerprint, restore_parameters
+from glip_jax.checkpoint import Checkpoints, Saved, fingerprint, restore_parameters, write_started_from
 from glip_jax.config import EvaluationConfig, MeshConfig
 from glip_jax.jobs import evaluate, report
 from glip_jax.parallel import make_mesh
@@ -60,6 +60,7 @@ def run(tmp_path_factory):
     average = jax.tree.map(lambda value: value * np.float32(0.9), params)
     with Checkpoints(str(folder / "run"), keep=1) as checkpoints:
         checkpoints.save(7, Saved(params, {"count": np.zeros(1, np.float32)}, average), config)
+    write_started_from(str(folder / "run"), {"sources": [{"path": "glip.pth", "sha256": "00ff"}]})
     return folder
 
 
@@ -92,6 +93,7 @@ def test_the_report_holds_what_moves_the_score(run, evaluated):
     _, summary = evaluated
     assert summary["step"] == 7 and summary["parameters"] == "ema"
     assert summary["settings"]["detection.max_detections"] == 5 and summary["settings"]["evaluation.short_side"] == 64
+    assert summary["started_from"]["sources"] == [{"path": "glip.pth", "sha256": "00ff"}]
     hashes = summary["hashes"]
     assert hashes["checkpoint"] == fingerprint(restore_parameters(str(run / "run"), "raw"))
     assert hashes["parameters"] == fingerprint(restore_parameters(str(run / "run"), "ema")) != hashes["checkpoint"]
