@@ -1,34 +1,19 @@
 """Times GLIP-T here beside MM-Grounding-DINO-T of `transformers` on torch, on one CPU, alternating in one run.
 
 Full sizes, random weights, 480 x 640 pixels, 256 tokens, batch 1, float32: `forward` in evaluation mode, and `step`,
-forward + loss + backward in training mode (dropout on; targets assigned, no optimizer). Each side lives in a process of
-its own, pinned to the first cores; rounds alternate between them, so that other load hits both. Both get huge pages
-from the allocator, as `scripts/` sets it. Memory is the peak of what is resident after two uncounted runs: parameters
-and gradients, but no compilation.
+forward + loss + backward in training mode (dropout on; targets assigned, no optimizer). How: `benchmarks/alternating.py`.
 
     python -m benchmarks.compare_mm_grounding_dino --threads 1 2 --rounds 3
 """
 
-import argparse
-import json
-import os
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from glip_jax.config import Remat
+from benchmarks.alternating import Runs, Settings, main
 
 HEIGHT, WIDTH, TOKENS, BOXES = 480, 640, 256, 10
-SIDES = ("glip_jax", "mm_grounding_dino")
-MODES = ("forward", "step")
-Runs = dict[str, Callable[[], None]]
 
 
-def glip_runs(remat: str) -> Runs:
+def glip_runs(settings: Settings) -> Runs:
     """Ours, compiled at the first call."""
     import jax
 
@@ -37,7 +22,7 @@ def glip_runs(remat: str) -> Runs:
     from glip_jax.parallel import make_mesh
     from glip_jax.training.step import first_gradients, glip_objective
 
-    config = tiny(remat=remat)
+    config = tiny(remat=settings.remat)
     init, _ = abstract_params(config)
     params = jax.block_until_ready(jax.jit(init)(jax.random.key(0)))
     batch = jax.tree.map(jax.numpy.asarray, made_batch(config, HEIGHT, WIDTH, boxes=BOXES))
@@ -61,12 +46,12 @@ def glip_runs(remat: str) -> Runs:
     }
 
 
-def peer_runs(threads: int) -> Runs:
+def peer_runs(settings: Settings) -> Runs:
     """Theirs, eager."""
     import torch
     import transformers
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     backbone = transformers.SwinConfig(
         embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=7, image_size=224,
@@ -105,109 +90,5 @@ def peer_runs(threads: int) -> Runs:
     return {"forward": forward, "step": step}
 
 
-def peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
-def forget_peak() -> None:
-    """Starts the peak of resident memory anew."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def work(side: str, threads: int, remat: str) -> None:
-    """Answers each line `mode` on standard input with its seconds and the peak of memory so far."""
-    runs = glip_runs(remat) if side == "glip_jax" else peer_runs(threads)
-    warm: set[str] = set()
-    print("ready", flush=True)
-    for line in sys.stdin:
-        mode = line.strip()
-        if mode not in warm:
-            start = time.perf_counter()
-            runs[mode]()
-            print(f"{side}: first {mode} (with compilation) {time.perf_counter() - start:.1f} s", file=sys.stderr)
-            runs[mode]()
-            forget_peak()
-            warm.add(mode)
-        start = time.perf_counter()
-        runs[mode]()
-        print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak_bytes()}), flush=True)
-
-
-class Worker:
-    """A side in its own process, pinned to the first `threads` cores."""
-
-    def __init__(self, side: str, threads: int, remat: str) -> None:
-        cores = sorted(os.sched_getaffinity(0))[:threads]
-        if len(cores) < threads:
-            raise SystemExit(f"--threads {threads}: this process may use {len(cores)} cores only")
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-        environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        command = [sys.executable, "-m", "benchmarks.compare_mm_grounding_dino", "--worker", side, "--remat", remat]
-        self.process = subprocess.Popen(
-            ["taskset", "-c", ",".join(map(str, cores)), *command, "--threads", str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        self._answer()
-
-    def _answer(self) -> str:
-        line = self.process.stdout.readline() if self.process.stdout else ""
-        if not line:
-            raise SystemExit(f"a worker ended with code {self.process.wait()}; its error stands above")
-        return line
-
-    def measure(self, mode: str) -> dict:
-        """One run after a first that is not counted."""
-        assert self.process.stdin is not None
-        print(mode, file=self.process.stdin, flush=True)
-        return json.loads(self._answer())
-
-
-def compare(threads: int, rounds: int, modes: list[str], remat: str) -> None:
-    """Prints a table of medians for one number of threads."""
-    workers = {side: Worker(side, threads, remat) for side in SIDES}
-    for mode in modes:
-        results: dict[str, list[dict]] = {side: [] for side in SIDES}
-        for _ in range(rounds):
-            for side in SIDES:
-                results[side].append(workers[side].measure(mode))
-        medians = {side: statistics.median(r["seconds"] for r in results[side]) for side in SIDES}
-        for side in SIDES:
-            seconds = [r["seconds"] for r in results[side]]
-            peak = max(r["peak"] for r in results[side]) / 2**30
-            print(
-                f"| {threads} | {mode} | {side} | {medians[side]:.2f} | {min(seconds):.2f} to {max(seconds):.2f} | "
-                f"{peak:.2f} | {medians[side] / medians['mm_grounding_dino']:.2f} |",
-                flush=True,
-            )
-    for worker in workers.values():
-        if worker.process.stdin:
-            worker.process.stdin.close()
-        worker.process.wait()
-
-
-def main() -> None:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--remat", choices=get_args(Remat), default="none")
-    parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        work(arguments.worker, arguments.threads[0], arguments.remat)
-        return
-    print(
-        "| threads | mode | side | median s | range s | peak GiB | ratio |\n|---|---|---|---|---|---|---|", flush=True
-    )
-    for threads in arguments.threads:
-        compare(threads, arguments.rounds, arguments.modes, arguments.remat)
-
-
 if __name__ == "__main__":
-    main()
+    main("benchmarks.compare_mm_grounding_dino", __doc__ or "", {"glip_jax": glip_runs, "mm_grounding_dino": peer_runs})

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
@@ -80,6 +81,11 @@ class GlipImageProcessor(BaseImageProcessor):
 
 class GlipProcessor(ProcessorMixin):
     """Image processor and tokenizer behind one call, and what becomes of the network's outputs."""
+
+    # Version 5 of transformers reads the parts from __init__ and warns of these; version 4 needs them.
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        attributes = ("image_processor", "tokenizer")
+        image_processor_class, tokenizer_class = "AutoImageProcessor", "AutoTokenizer"
 
     def __init__(
         self,

@@ -1,0 +1,142 @@
+"""Two implementations of one network, timed in turn in one run: each in a process of its own, on the same cores.
+
+A benchmark names its sides and what each can run; `main` reads the command line, starts a process a side, pins it to the
+first cores, and lets rounds alternate between them, so that other load hits both. Both get huge pages from the allocator,
+as `scripts/` sets it. Memory is the peak of what is resident after two uncounted runs: parameters and gradients, but no
+compilation.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+from glip_jax.config import Remat
+
+__all__ = ["Device", "Runs", "Settings", "Side", "main"]
+
+Device = Literal["cpu", "gpu"]
+MODES = ("forward", "step")
+
+
+class Settings(NamedTuple):
+    """What a side is told."""
+
+    threads: int
+    remat: Remat
+    device: Device
+
+
+Runs = dict[str, Callable[[], None]]
+"""By mode, what one timed run does; it returns when the result is there."""
+Side = Callable[[Settings], Runs]
+
+
+def _peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def _work(side: str, runs: Runs) -> None:
+    """Answers each line `mode` on standard input with its seconds and the peak of memory since the mode's first runs."""
+    warm: set[str] = set()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        mode = line.strip()
+        if mode not in warm:
+            start = time.perf_counter()
+            runs[mode]()
+            print(f"{side}: first {mode} (with compilation) {time.perf_counter() - start:.1f} s", file=sys.stderr)
+            runs[mode]()
+            Path("/proc/self/clear_refs").write_text("5")
+            warm.add(mode)
+        start = time.perf_counter()
+        runs[mode]()
+        print(json.dumps({"seconds": time.perf_counter() - start, "peak": _peak_bytes()}), flush=True)
+
+
+class _Worker:
+    """A side in its own process, pinned to the first `threads` cores."""
+
+    def __init__(self, module: str, side: str, settings: Settings) -> None:
+        threads = settings.threads
+        cores = sorted(os.sched_getaffinity(0))[:threads]
+        if len(cores) < threads:
+            raise SystemExit(f"--threads {threads}: this process may use {len(cores)} cores only")
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        if settings.device == "cpu":
+            environment["JAX_PLATFORMS"] = "cpu"
+        command = [sys.executable, "-m", module, "--worker", side, "--remat", settings.remat]
+        command += ["--threads", str(threads), "--device", settings.device]
+        self.process = subprocess.Popen(
+            ["taskset", "-c", ",".join(map(str, cores)), *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self._answer()
+
+    def _answer(self) -> str:
+        line = self.process.stdout.readline() if self.process.stdout else ""
+        if not line:
+            raise SystemExit(f"a worker ended with code {self.process.wait()}; its error stands above")
+        return line
+
+    def measure(self, mode: str) -> dict:
+        """One run after the first ones, which are not counted."""
+        assert self.process.stdin is not None
+        print(mode, file=self.process.stdin, flush=True)
+        return json.loads(self._answer())
+
+
+def _compare(module: str, sides: list[str], settings: Settings, rounds: int, modes: list[str]) -> None:
+    """Prints a table of medians for one number of threads; ratios are over the last side."""
+    workers = {side: _Worker(module, side, settings) for side in sides}
+    for mode in modes:
+        results: dict[str, list[dict]] = {side: [] for side in sides}
+        for _ in range(rounds):
+            for side in sides:
+                results[side].append(workers[side].measure(mode))
+        medians = {side: statistics.median(r["seconds"] for r in results[side]) for side in sides}
+        for side in sides:
+            seconds = [r["seconds"] for r in results[side]]
+            peak = max(r["peak"] for r in results[side]) / 2**30
+            print(
+                f"| {settings.threads} | {mode} | {side} | {medians[side]:.2f} | {min(seconds):.2f} to {max(seconds):.2f} | "
+                f"{peak:.2f} | {medians[side] / medians[sides[-1]]:.2f} |",
+                flush=True,
+            )
+    for worker in workers.values():
+        if worker.process.stdin:
+            worker.process.stdin.close()
+        worker.process.wait()
+
+
+def main(module: str, about: str, sides: Mapping[str, Side]) -> None:
+    """Reads the command line of the benchmark `module` and compares its sides, the last being what ratios are over."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about.split("\n\n")[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--remat", choices=get_args(Remat), default="none")
+    parser.add_argument("--device", choices=get_args(Device), default="cpu")
+    parser.add_argument("--worker", choices=list(sides), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    settings = [Settings(threads, arguments.remat, arguments.device) for threads in arguments.threads]
+    if arguments.worker:
+        _work(arguments.worker, sides[arguments.worker](settings[0]))
+        return
+    print(
+        "| threads | mode | side | median s | range s | peak GiB | ratio |\n|---|---|---|---|---|---|---|", flush=True
+    )
+    for own in settings:
+        _compare(module, list(sides), own, arguments.rounds, arguments.modes)
