@@ -22,6 +22,8 @@ FLOORS = {
 }  # fmt: skip
 GROUND = ("exits", "environment", "config", "structures", "boxes", "prompts", "assets")
 SAME = {2: ("parallel", "checkpoint")}
+# What exports carry: its files import one another as they will lie there, and the network is one file to read.
+CARRIED = ROOT / "glip_jax" / "weights" / "portable"
 
 
 def room(path):
@@ -37,7 +39,7 @@ def imports(path):
             for alias in node.names:
                 yield alias.name, node.lineno, id(node) in inside
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            assert node.level == 0 or path.parent == CARRIED, f"{path}:{node.lineno}: relative import"
             assert node.module
             yield node.module, node.lineno, id(node) in inside
             if node.module == "glip_jax":
@@ -69,6 +71,11 @@ def test_imports_go_down(path):
     assert not wrong, wrong
 
 
+def test_what_exports_carry_knows_nothing_of_us():
+    for path in CARRIED.glob("*.py"):
+        assert {m.split(".")[0] for m, _, _ in imports(path)} & {"glip_jax", "jax", "flax"} == set()
+
+
 def test_every_room_has_a_floor():
     assert {room(path) for path in MODULES} <= set(FLOORS)
 
@@ -82,8 +89,8 @@ def test_data_and_words_know_no_jax(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_sizes(path):
-    text = path.read_text()
-    assert len(text.splitlines()) <= 450, f"{path} has more than 450 lines"
+    text, most = path.read_text(), 600 if path == CARRIED / "glip_network.py" else 450
+    assert len(text.splitlines()) <= most, f"{path} has more than {most} lines"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1
