@@ -279,11 +279,11 @@ class InitFromConfig:
     text: str = ""
     """Folder of a Hugging Face BERT (config.json, model.safetensors or pytorch_model.bin)."""
     backbone_channels: Literal["as_stored", "reversed"] = "as_stored"
-    """Input channels of `backbone`'s first convolution. Files are for RGB; the original feeds them BGR as they are stored,
-    `reversed` makes them fit model.input.order bgr."""
+    """Order of the first convolution's input channels in `backbone`. Files are for RGB; the original feeds BGR into them
+    as they are stored. `reversed` exchanges R and B, so that they fit model.input.order bgr."""
     load: tuple[str, ...] = ("*",)
-    """What to take of every file: patterns of our parameters' paths, as in WORKDIR/parameters.txt; * is any run of characters, slashes
-    included (`head/*`: the whole head). What no pattern matches keeps its value."""
+    """What to take of every file: patterns of our parameters' paths (as in WORKDIR/parameters.txt), in which * is any run of
+    characters, slashes included: `head/*` is the whole head. What no pattern matches keeps its value."""
     skip: tuple[str, ...] = ()
     """Patterns of what not to take although `load` matches it."""
 

@@ -9,7 +9,7 @@ Whole or not at all: the checkpoint comes last and by one renaming.
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     return exits.DONE
 
 
-def import_weights(job: Import, settings: Any) -> Config:
+def import_weights(job: Import, settings: Callable[[Config], Config]) -> Config:
     """Imports, prints what was used, ignored and counted; returns the settings of the checkpoint.
 
     `settings`: from the Config that belongs to the file to the one to use. Raises CommandLineError, CheckpointError

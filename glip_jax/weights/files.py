@@ -59,13 +59,15 @@ def read_arrays(
 
     Raises WeightError or TorchFileError, in one line, for what cannot be read.
     """
-    if file.suffix != ".safetensors":
-        return load_arrays(file, keys, required=required)
-    if required:
+    if required and file.suffix == ".safetensors":
         raise WeightError(f"{file} holds one state dict; {' or '.join(keys)} beside another is a matter of .pth files")
     try:
+        if file.suffix != ".safetensors":
+            return load_arrays(file, keys, required=required)
         # From a local disk tensor by tensor, so that the file is not in memory beside them.
         return dict(safetensors.numpy.load_file(file) if "://" not in str(file) else _load(file))
+    except OSError as error:
+        raise WeightError(f"{file} cannot be read ({error.strerror or error})") from error
     except safetensors.SafetensorError as error:
         raise WeightError(f"{file} cannot be read as safetensors ({error}): it is damaged or incomplete") from error
 

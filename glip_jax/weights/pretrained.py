@@ -36,7 +36,7 @@ def initialize(params: dict[str, Any], config: Config) -> tuple[dict[str, Any], 
     leaves: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
     loaded: set[str] = set()
     left: dict[str, int] = {}
-    known, sources = set(leaves), []
+    known, sources, lines = set(leaves), [], []
     for setting, weights in _read(config):
         offered = {path: value for path, value in weights.values.items() if _chosen(path, rules)}
         _check(offered, leaves, setting, weights, rules)
@@ -47,7 +47,7 @@ def initialize(params: dict[str, Any], config: Config) -> tuple[dict[str, Any], 
         known |= weights.values.keys()
         source = {"setting": f"init_from.{setting}", "path": weights.origin, "layout": weights.layout, **weights.proof}
         sources.append(source | {"ignored": weights.ignored})
-        _say(weights)
+        lines += _lines(weights)
     _check_rules(rules, known)
     sizes = {path: leaf.size for path, leaf in leaves.items()}
     record = {
@@ -58,8 +58,8 @@ def initialize(params: dict[str, Any], config: Config) -> tuple[dict[str, Any], 
             "left": counts({path: size for path, size in left.items() if path not in loaded}),
         },
     }
-    if sources:
-        print(table(record["parameters"]), flush=True)
+    if sources and jax.process_index() == 0:
+        print("\n".join([*lines, table(record["parameters"])]), flush=True)
     return traverse_util.unflatten_dict(leaves, sep="/"), record
 
 
@@ -151,11 +151,12 @@ def _placed(value: Shaped[ndarray, "..."], leaf: Any) -> Any:
     return jnp.asarray(value, leaf.dtype)
 
 
-def _say(weights: Weights) -> None:
-    if "sha256" in weights.proof:
-        print(f"pretrained: {weights.proof['file']} sha256 {weights.proof['sha256']}")
-    else:
-        print(f"pretrained: {weights.origin} step {weights.proof['step']} fingerprint {weights.proof['fingerprint']}")
+def _lines(weights: Weights) -> list[str]:
+    """What was read, by hash, and what was ignored."""
+    lines = [f"pretrained: {weights.origin} step {weights.proof['step']} fingerprint {weights.proof['fingerprint']}"
+             if "step" in weights.proof
+             else f"pretrained: {weights.proof['file']} sha256 {weights.proof['sha256']}"]  # fmt: skip
     if weights.ignored:
-        rules = ", ".join(f"{rule} {number}" for rule, number in weights.ignored.items())
-        print(f"  {weights.layout}; tensors left there for good: {rules}")
+        rules = ", ".join(f"{number} {rule}" for rule, number in weights.ignored.items())
+        lines.append(f"  {weights.layout}; tensors that nothing needs: {rules}")
+    return lines
