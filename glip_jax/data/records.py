@@ -40,7 +40,13 @@ PIXEL_LIMIT = 80_000_000
 An import counts larger ones as dropped: decoded they take more than 240 MB each, in every reading thread.
 """
 
-Kind = Literal["detection", "grounding", "pseudo"]
+Kind = Literal["detection", "grounding", "pseudo", "caption"]
+"""What the boxes and words of a record are.
+
+detection: boxes with names; grounding: a caption whose phrases have boxes, made by people; pseudo: the same, made by a
+teacher; caption: a caption with nothing known of its boxes. A caption record has no boxes and is not for training (every
+word would count as absent) but for the job `label`, which makes pseudo records of it.
+"""
 Spans = tuple[tuple[int, int], ...]
 
 _KEYS = ("format", "id", "kind", "image", "height", "width", "boxes", "categories", "caption", "spans", "scores")
@@ -66,7 +72,7 @@ class Record:
     categories: tuple[int, ...] = ()
     """Detection: per box an index into the source's list of names, which the manifest keeps."""
     caption: str = ""
-    """Grounding and pseudo: the text, verbatim."""
+    """All but detection: the text, verbatim."""
     spans: tuple[Spans, ...] = ()
     """Grounding and pseudo: per box the (begin, end) character spans of its phrase, end exclusive."""
     scores: tuple[float, ...] = ()
@@ -106,6 +112,8 @@ def validate(record: Record, names: int | None = None) -> Record:
     else:
         need(len(record.spans) == count, "spans", f"has {len(record.spans)} entries for {count} boxes")
         need(not record.categories, "categories", f"stands in a {kind} record, which has none")
+        need(kind != "caption" or not count, "boxes", f"has {count} boxes in a caption record, which has none")
+        need(kind != "caption" or bool(record.caption.strip()), "caption", "is empty in a caption record")
         for box, spans in enumerate(record.spans):
             need(len(spans) > 0, "spans", f"of box {box} is empty")
             for begin, end in spans:

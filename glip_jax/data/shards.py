@@ -28,8 +28,8 @@ from glip_jax.exits import full_disk
 
 __all__ = ["KINDS", "Manifest", "ShardError", "Shards", "finished", "verify", "write"]
 
-KINDS: tuple[Kind, ...] = ("detection", "grounding", "pseudo")
-"""Codes of the column `kind`."""
+KINDS: tuple[Kind, ...] = ("detection", "grounding", "pseudo", "caption")
+"""Codes of the column `kind`; new kinds go to the end, older shards stay readable."""
 
 _COLUMNS = ("height", "width", "kind", "hash")
 

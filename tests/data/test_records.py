@@ -22,6 +22,7 @@ def png(height: int, width: int) -> bytes:
 DETECTION = Record("17", "detection", png(8, 9), 8, 9, boxes_array([(0, 1, 8, 7)]), (2,), known_absent=("dog",))
 GROUNDING = Record("g", "grounding", png(8, 9), 8, 9, boxes_array([(0, 1, 2, 3)]), caption="a cat", spans=(((2, 5),),))
 PSEUDO = dataclasses.replace(GROUNDING, kind="pseudo", scores=(0.5,), provenance="teacher 3")
+CAPTION = Record("c", "caption", png(8, 9), 8, 9, boxes_array([]), caption="a cat")
 
 
 def same(one: Record, other: Record) -> bool:
@@ -29,7 +30,7 @@ def same(one: Record, other: Record) -> bool:
     return np.array_equal(left.pop("boxes"), right.pop("boxes")) and left == right
 
 
-@pytest.mark.parametrize("record", [DETECTION, GROUNDING, PSEUDO], ids=lambda r: r.kind)
+@pytest.mark.parametrize("record", [DETECTION, GROUNDING, PSEUDO, CAPTION], ids=lambda r: r.kind)
 def test_round_trip(record: Record) -> None:
     back = decode(encode(record))
     assert same(back, record)
@@ -68,6 +69,8 @@ def test_round_trip_of_any_caption_and_number_of_boxes(count: int, caption: str,
         (GROUNDING, {"categories": (1,)}, r"categories: stands in a grounding"),
         (PSEUDO, {"scores": ()}, r"scores: has 0 entries"),
         (PSEUDO, {"scores": (1.5,)}, r"scores: has a value outside"),
+        (CAPTION, {"boxes": GROUNDING.boxes, "spans": GROUNDING.spans}, r"boxes: has 1 boxes in a caption record"),
+        (CAPTION, {"caption": " "}, r"caption: is empty in a caption record"),
     ],
 )
 def test_faults_name_record_and_field(base: Record, change: dict, message: str) -> None:
