@@ -93,7 +93,10 @@ def bert_state(arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> State:
 
 
 def efficientnet_state(arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> State:
-    """The EfficientNet-Lite0 of lukemelas' EfficientNet-Lite0 under our names: blocks counted by stage, batch normalisation as scale and shift."""
+    """EfficientNet-Lite0 under our names, from those of lukemelas' EfficientNet-PyTorch.
+
+    Theirs count blocks through all stages; batch normalisation becomes a scale and a shift.
+    """
     places = [(stage, block) for stage, (blocks, *_) in enumerate(STAGES) for block in range(blocks)]
     parts = (
         ("_expand_conv.weight", "expand.weight"), ("_depthwise_conv.weight", "depthwise.weight"),
