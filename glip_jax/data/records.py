@@ -80,6 +80,8 @@ class Record:
     known_absent: tuple[str, ...] | None = None
     """Names known not to be in the image. None: detection, every name without a box is absent (exhaustively labelled);
     other kinds, nothing is known."""
+    not_exhaustive: tuple[str, ...] = ()
+    """Names with a box here whose other instances may have none: neither present nor absent elsewhere in the image."""
     provenance: str = ""
     """Pseudo: the teacher that made boxes and spans; otherwise the annotation file."""
 
@@ -146,6 +148,7 @@ def encode(record: Record) -> bytes:
             "spans": [[list(span) for span in spans] for spans in record.spans],
             "scores": list(record.scores),
             "known_absent": None if record.known_absent is None else list(record.known_absent),
+            "not_exhaustive": list(record.not_exhaustive),
             "provenance": record.provenance,
         }
     )
@@ -185,6 +188,7 @@ def decode(data: bytes, names: int | None = None) -> Record:
             spans=tuple(tuple((int(b), int(e)) for b, e in spans) for spans in fields["spans"]),
             scores=tuple(float(s) for s in fields["scores"]),
             known_absent=None if absent is None else tuple(str(name) for name in absent),
+            not_exhaustive=tuple(str(name) for name in fields.get("not_exhaustive", ())),
             provenance=str(fields.get("provenance", "")),
         )
     except (TypeError, ValueError) as error:
