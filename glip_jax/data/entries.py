@@ -12,18 +12,19 @@ one in size has no area.
 import base64
 import binascii
 import io
+import json
 import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from etils import epath
 from PIL import Image
 
-from glip_jax.data.records import PIXEL_LIMIT, Kind, Record, Spans, boxes_array
+from glip_jax.data.records import PIXEL_LIMIT, Kind, Record, Spans, boxes_array, content_hash
 
 __all__ = [
     "Box",
@@ -37,6 +38,8 @@ __all__ = [
     "from_xywh",
     "image_folder",
     "numbers",
+    "pack",
+    "unpack",
 ]
 
 Box = tuple[float, float, float, float]
@@ -122,7 +125,7 @@ class Entry:
     known_absent: tuple[str, ...] | None = None
     """Names known not to be in the image; None: see `Record.known_absent`."""
     not_exhaustive: tuple[str, ...] = ()
-    """Names with a box here whose other instances may have none."""
+    """Names of which instances in the image have no box (a crowd, a group, an annotator who stopped)."""
     ids: tuple[str, ...] = ()
     """Per box the annotation's id, for messages; empty: boxes are numbered."""
     provenance: str = ""
@@ -247,11 +250,32 @@ def checked_spans(raw: Any, caption: str, report: Report, where: str) -> Spans:
     return tuple(spans)
 
 
-def finish(entry: Entry, read_image: Callable[[str], bytes], report: Report) -> Record | None:
+def pack(entry: Entry) -> str:
+    """The entry as a line of JSON: whatever came out of an annotation file can be said so (MessagePack refuses integers
+    beyond 64 bits and halves of surrogate pairs).
+    """
+    return json.dumps([getattr(entry, name) for name in _FIELDS], separators=(",", ":"))
+
+
+def unpack(line: str) -> Entry:
+    """The entry that `pack` wrote."""
+    return Entry(**dict(zip(_FIELDS, map(_as_tuples, json.loads(line)))))
+
+
+_FIELDS = tuple(item.name for item in fields(Entry))
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
+def finish(
+    entry: Entry, read_image: Callable[[str], bytes], report: Report, excluded: Set[int] = frozenset()
+) -> Record | None:
     """The record of `entry`, or None: then its reason is counted in `report`, and so are its boxes.
 
     Boxes of the record are clipped; those without area, beyond the image or there twice (same words, same box) are
-    dropped and counted.
+    dropped and counted. `excluded`: content hashes of images that must not become records.
     """
     image = None
     if entry.kind != "detection" and not entry.caption.strip():
@@ -260,6 +284,9 @@ def finish(entry: Entry, read_image: Callable[[str], bytes], report: Report) -> 
         report.drop("image: caption is no Unicode", entry.where())
     elif _size_fits(entry, report):
         image = _picture(entry, read_image, report)
+        if image is not None and content_hash(image[0]) in excluded:
+            report.drop("image: excluded", entry.where())
+            image = None
     if image is None:
         report.drop("box: image dropped", entry.where(), len(entry.boxes))
         return None
@@ -270,6 +297,8 @@ def finish(entry: Entry, read_image: Callable[[str], bytes], report: Report) -> 
         return tuple(values[i] for i in kept) if values else ()
 
     report.kept.update(images=1, boxes=len(kept))
+    if entry.kind != "detection":
+        report.kept["phrases"] += len(set(of_kept(entry.spans)))
     return Record(
         id=entry.id.encode(errors="backslashreplace").decode(), kind=entry.kind, image=data, height=height, width=width,
         boxes=boxes_array(boxes), categories=of_kept(entry.labels), caption=entry.caption,

@@ -81,7 +81,8 @@ class Record:
     """Names known not to be in the image. None: detection, every name without a box is absent (exhaustively labelled);
     other kinds, nothing is known."""
     not_exhaustive: tuple[str, ...] = ()
-    """Names with a box here whose other instances may have none: neither present nor absent elsewhere in the image."""
+    """Names of which instances in the image have no box (a crowd, a group, an annotator who stopped): away from the boxes
+    it is not known where they are."""
     provenance: str = ""
     """Pseudo: the teacher that made boxes and spans; otherwise the annotation file."""
 

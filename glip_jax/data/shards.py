@@ -11,9 +11,9 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from zipfile import BadZipFile
@@ -26,12 +26,26 @@ from etils import epath
 from glip_jax.data.records import FORMAT, Kind, Record, RecordError, content_hash, decode, encode
 from glip_jax.exits import full_disk
 
-__all__ = ["KINDS", "Manifest", "ShardError", "Shards", "finished", "verify", "write"]
+__all__ = [
+    "KINDS",
+    "Manifest",
+    "ShardError",
+    "ShardWriter",
+    "Shards",
+    "Written",
+    "complete",
+    "finished",
+    "shard_files",
+    "verify",
+    "writable",
+    "write",
+]
 
 KINDS: tuple[Kind, ...] = ("detection", "grounding", "pseudo", "caption")
 """Codes of the column `kind`; new kinds go to the end, older shards stay readable."""
 
 _COLUMNS = ("height", "width", "kind", "hash")
+_TYPES = (np.int32, np.int32, np.uint8, np.uint64)
 
 
 class ShardError(ValueError):
@@ -81,6 +95,120 @@ def finished(directory: epath.PathLike) -> Manifest | None:
     return manifest
 
 
+def writable(directory: epath.PathLike) -> Path:
+    """The absolute local path of a folder that can be made; ShardError if it is there already or lies in a bucket."""
+    target = epath.Path(directory)
+    if target.exists() and not target.is_dir():
+        raise ShardError(f"{target} is a file: expected a folder to make")
+    if target.exists() and any(target.iterdir()):
+        state = "finished" if finished(target) else "not empty, without a manifest"
+        raise ShardError(f"{target} is {state}: shards are never made twice; remove it or name another folder")
+    if "://" in str(target):
+        raise ShardError(f"{target}: shards are written to a local folder; copy the finished folder to the bucket")
+    return Path(target).absolute()
+
+
+def shard_files(shards: int) -> list[str]:
+    """Names of the files of a folder; ShardError for fewer than one."""
+    if shards < 1:
+        raise ShardError(f"shards is {shards}: expected at least 1")
+    return [f"records-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is known of a shard file when it is closed."""
+
+    file: str
+    records: int
+    bytes: int
+    sha256: str
+    boxes: int
+    labels: dict[int, int]
+    """Boxes by category."""
+    columns: tuple[list[int], ...]
+    """height, width, kind and hash of each record."""
+
+
+class ShardWriter:
+    """One shard file being written. OSError, with the system's words, for what the system refuses."""
+
+    def __init__(self, path: Path, names: int) -> None:
+        self._path, self._names, self._boxes = path, names, 0
+        self._columns: tuple[list[int], ...] = ([], [], [], [])
+        self._labels: Counter[int] = Counter()
+        with _system_words(path):
+            self._writer = ArrayRecordWriter(str(path), "group_size:1")
+
+    def add(self, record: Record) -> None:
+        """Appends a record; ShardError if it has a category beyond the names."""
+        beyond = [c for c in record.categories if c >= self._names]
+        if beyond:
+            raise ShardError(f"record {record.id!r} has category {beyond[0]}, there are {self._names} names")
+        with _system_words(self._path):
+            self._writer.write(encode(record))
+        row = (record.height, record.width, KINDS.index(record.kind), content_hash(record.image))
+        for column, value in zip(self._columns, row):
+            column.append(value)
+        self._labels.update(record.categories)
+        self._boxes += len(record.boxes)
+
+    def close(self) -> Written:
+        """Ends the file."""
+        with _system_words(self._path):
+            self._writer.close()
+        return Written(
+            file=self._path.name, records=len(self._columns[0]), bytes=self._path.stat().st_size,
+            sha256=_sha256(self._path), boxes=self._boxes, labels=dict(sorted(self._labels.items())),
+            columns=self._columns,
+        )  # fmt: skip
+
+    def abandon(self) -> None:
+        """Lets go of a file that will not be used."""
+        with contextlib.suppress(RuntimeError):
+            self._writer.close()
+
+
+def complete(
+    partial: Path,
+    written: Iterable[Written],
+    *,
+    name: str,
+    names: Sequence[str],
+    licence: str,
+    source: str,
+    command: str,
+    drops: dict[str, int],
+) -> Manifest:
+    """Writes the columns and the manifest of the shards in `partial`; the manifest comes last.
+
+    Raises ShardError if there is no record.
+    """
+    parts: list[Written] = []
+    columns: list[list[np.ndarray]] = [[] for _ in _COLUMNS]
+    for part in written:
+        for column, values, kind in zip(columns, part.columns, _TYPES):
+            column.append(np.array(values, kind))
+        parts.append(replace(part, columns=()))
+    records = sum(part.records for part in parts)
+    if not records:
+        raise ShardError(f"nothing to write: no record came out of {source or name}")
+    joined = {key: np.concatenate(column) for key, column in zip(_COLUMNS, columns)}
+    np.savez(partial / "columns.npz", allow_pickle=False, **joined)
+    manifest = Manifest(
+        name=name, licence=licence, source=source, command=command, names=tuple(names), records=records,
+        boxes=sum(part.boxes for part in parts),
+        kinds={KINDS[code]: int(n) for code, n in zip(*np.unique(joined["kind"], return_counts=True))},
+        drops=dict(drops),
+        shards=tuple(
+            {"file": part.file, "records": part.records, "bytes": part.bytes, "sha256": part.sha256} for part in parts
+        ),
+        columns={"file": "columns.npz", "sha256": _sha256(partial / "columns.npz")},
+    )  # fmt: skip
+    (partial / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1, ensure_ascii=False))
+    return manifest
+
+
 def write(
     records: Iterable[Record],
     directory: epath.PathLike,
@@ -95,45 +223,28 @@ def write(
 ) -> Manifest:
     """Writes `records` to `shards` files in `directory` and returns the manifest.
 
-    Records go to the shards in turn. `drops` is asked after the last record. Raises ShardError if the folder exists
-    (finished or not empty), or if there is no record, OSError if it cannot be written (a full disk); the folder appears
-    only when everything is in it.
+    For records that are at hand; annotation files go through `glip_jax.data.build`. Records go to the shards in turn.
+    `drops` is asked after the last record. Raises ShardError if the folder exists (finished or not empty), or if there
+    is no record, OSError if it cannot be written (a full disk); the folder appears only when everything is in it.
     """
-    target = epath.Path(directory)
-    if target.exists() and any(target.iterdir()):
-        state = "finished" if finished(target) else "not empty, without a manifest"
-        raise ShardError(f"{target} is {state}: shards are never made twice; remove it or name another folder")
-    if "://" in str(target):
-        raise ShardError(f"{target}: shards are written to a local folder; copy the finished folder to the bucket")
-    if shards < 1:
-        raise ShardError(f"shards is {shards}: expected at least 1")
-    local = Path(target).absolute()
+    local = writable(directory)
+    files = shard_files(shards)
     partial = local.parent / f".{local.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        files = [f"records-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
+        writers = [ShardWriter(partial / file, len(names)) for file in files]
         try:
-            columns, boxes = _write_records(records, [partial / file for file in files], len(names))
-        except RuntimeError as error:  # array_record's own kind for whatever the system refused
-            code = errno.ENOSPC if full_disk(error) else errno.EIO
-            raise OSError(code, full_disk(error) or str(error).splitlines()[0], str(local)) from error
-        if not len(columns["kind"]):
-            raise ShardError(f"nothing to write to {target}: no record came out of {source or name}")
-        np.savez(partial / "columns.npz", allow_pickle=False, **columns)
-        counts = _per_shard(len(columns["kind"]), shards)
-        manifest = Manifest(
-            name=name, licence=licence, source=source, command=command, names=tuple(names),
-            records=len(columns["kind"]), boxes=boxes,
-            kinds={KINDS[code]: n for code, n in sorted(Counter(columns["kind"].tolist()).items())},
-            drops=dict(drops()),
-            shards=tuple(
-                {"file": f, "records": n, "bytes": (partial / f).stat().st_size, "sha256": _sha256(partial / f)}
-                for f, n in zip(files, counts)
-            ),
-            columns={"file": "columns.npz", "sha256": _sha256(partial / "columns.npz")},
-        )  # fmt: skip
-        (partial / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1, ensure_ascii=False))
+            for index, record in enumerate(records):
+                writers[index % shards].add(record)
+            written = [writer.close() for writer in writers]
+        except BaseException:
+            for writer in writers:
+                writer.abandon()
+            raise
+        manifest = complete(
+            partial, written, name=name, names=names, licence=licence, source=source, command=command, drops=drops()
+        )
         if local.exists():
             local.rmdir()
         partial.rename(local)
@@ -206,26 +317,14 @@ def verify(directory: epath.PathLike) -> Literal[True]:
     return True
 
 
-def _write_records(records: Iterable[Record], files: list[Path], names: int) -> tuple[dict[str, np.ndarray], int]:
-    """Writes records in turn; returns the columns in reading order (shard after shard) and the number of boxes."""
-    writers = [ArrayRecordWriter(str(file), "group_size:1") for file in files]
-    rows: list[list[tuple[int, int, int, int]]] = [[] for _ in files]
-    boxes = 0
+@contextlib.contextmanager
+def _system_words(path: Path) -> Iterator[None]:
+    """array_record's own kind of error, for whatever the system refused, as OSError."""
     try:
-        for index, record in enumerate(records):
-            shard = index % len(files)
-            writers[shard].write(encode(record))
-            rows[shard].append((record.height, record.width, KINDS.index(record.kind), content_hash(record.image)))
-            boxes += len(record.boxes)
-            beyond = [c for c in record.categories if c >= names]
-            if beyond:
-                raise ShardError(f"record {record.id!r} has category {beyond[0]}, there are {names} names")
-    finally:
-        for writer in writers:
-            writer.close()
-    flat = [row for part in rows for row in part]
-    types = (np.int32, np.int32, np.uint8, np.uint64)
-    return {key: np.array([row[i] for row in flat], kind) for i, (key, kind) in enumerate(zip(_COLUMNS, types))}, boxes
+        yield
+    except RuntimeError as error:
+        code = errno.ENOSPC if full_disk(error) else errno.EIO
+        raise OSError(code, full_disk(error) or str(error).splitlines()[0], str(path)) from error
 
 
 def _nothing(path: epath.Path) -> str:
@@ -268,11 +367,6 @@ def _file_fault(path: epath.Path, shard: dict[str, Any]) -> str:
         found = "no readable end" if found is None else f"{found} records"
         return f"{file}: the manifest says {shard['records']} records, found {found}"
     return ""
-
-
-def _per_shard(records: int, shards: int) -> list[int]:
-    """How many of `records` each shard got, dealt in turn."""
-    return [(records - i + shards - 1) // shards for i in range(shards)]
 
 
 def _sha256(path: Path) -> str:
