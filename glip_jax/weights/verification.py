@@ -37,8 +37,8 @@ class Sample(NamedTuple):
 
     image: UInt8[np.ndarray, "H W 3"]
     names: tuple[str, ...]
-    pixels: Float[np.ndarray, "1 3 h w"]
     tokens: Int[np.ndarray, "1 T"]
+    pixels: Float[np.ndarray, "1 3 h w"]
 
 
 class Answer(NamedTuple):
@@ -124,19 +124,21 @@ def _sample(image: UInt8[np.ndarray, "H W 3"], config: Config) -> Sample:
         jnp.asarray([[height, width]]),
         config.model.input,
     )
-    return Sample(image, NAMES, np.array(pixels).transpose(0, 3, 1, 2), _tokens(config))
+    return Sample(image, *_asked(config), np.array(pixels).transpose(0, 3, 1, 2))
 
 
-def _tokens(config: Config) -> Int[np.ndarray, "1 T"]:
-    """Token ids of NAMES; of a network whose vocabulary is not at hand some that it has."""
-    text = config.model.text
-    prompt = prompts.prompt_from_categories(NAMES, config.data.captions.separator)
+def _asked(config: Config) -> tuple[tuple[str, ...], Int[np.ndarray, "1 T"]]:
+    """Those of NAMES that fit into a prompt, and its token ids; of a network whose vocabulary is not at hand any ids."""
+    text, separator = config.model.text, config.data.captions.separator
     try:
         tokenizer = prompts.load_tokenizer(assets.resolve(text.vocabulary))
-        ids = np.asarray(tokenizer.encode(prompt.caption).ids)
     except assets.AssetError:
-        ids = np.arange(1, 16)
-    return ids[None, : text.max_tokens].astype(np.int64) % text.vocabulary_size
+        count = min(15, text.max_tokens, text.vocabulary_size - 1)
+        return NAMES, np.arange(1, 1 + count, dtype=np.int64)[None]
+    fitting = prompts.chunk(NAMES, tokenizer, text.max_tokens, separator)[0]
+    names = tuple(NAMES[index] for index in fitting)
+    ids = tokenizer.encode(prompts.prompt_from_categories(names, separator).caption).ids
+    return names, np.asarray(ids, np.int64)[None]
 
 
 def _ours(

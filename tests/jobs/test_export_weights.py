@@ -35,7 +35,7 @@ def workdir(tmp_path_factory):
     model = model_config(read_meta(SET1))
     given = {
         "model.text.heads": model.text.heads, "model.fusion.heads": model.fusion.heads, "model.head.groups": model.head.groups,
-        "model.text.vocabulary": VOCABULARY, "evaluation.short-side": 96, "evaluation.long-side": 128,
+        "model.text.vocabulary": VOCABULARY, "model.text.max-tokens": 16, "evaluation.short-side": 96, "evaluation.long-side": 128,
     }  # fmt: skip
     settings = [f"--config.{name}={value}" for name, value in given.items()]
     assert import_weights.main([str(SET1 / "model_t.safetensors"), f"--workdir={folder}", *settings]) == exits.DONE
