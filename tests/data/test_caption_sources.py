@@ -68,7 +68,7 @@ def test_tsv_of_cc3m_and_of_cc12m(place: Path) -> None:
     assert told(open_caption_tsv(**cc12m, files="img{row}.jpg")) == [("1", "a bird")]
     opened = open_caption_tsv(**cc12m)
     assert not records(opened)
-    assert opened.report.dropped == {"caption: address without a file": 1}
+    assert opened.report.dropped == {"image: address without a file": 1}
     (entry,) = open_caption_tsv(**cc12m, files="{row:04d}/{path}").entries
     assert entry.image == "0000/_a_img2.jpg"
     (entry,) = open_caption_tsv(**cc12m, files="{md5}").entries
@@ -82,10 +82,10 @@ def test_faulty_lines_are_counted(place: Path) -> None:
     opened = open_caption_tsv(place / "a.tsv", place / "pictures")
     assert told(opened) == [("6", "a dog")]
     assert opened.report.dropped == {
-        "caption: other columns": 2, "caption: not UTF-8": 1, "image: caption empty": 1,
-        "caption: no picture named": 1, "image: file missing": 1,
+        "image: other columns": 2, "image: not UTF-8": 1, "image: caption empty": 1,
+        "image: no picture named": 1, "image: file missing": 1,
     }  # fmt: skip
-    assert "a.tsv line 1 has 1 columns, expected 2 (caption,image)" in opened.report.first["caption: other columns"]
+    assert "a.tsv line 1 has 1 columns, expected 2 (caption,image)" in opened.report.first["image: other columns"]
     with pytest.raises(SourceError, match="other columns"):
         records(open_caption_tsv(place / "a.tsv", place / "pictures", strict=True))
 
@@ -99,7 +99,7 @@ def test_json_lines_with_one_caption_or_several(place: Path) -> None:
     opened = open_caption_lines(place / "a.jsonl", place / "pictures")
     assert told(opened) == [("1", "a dog"), ("2", "a cat"), ("2.1", "the cat")]
     assert opened.report.dropped == {
-        "caption: no text": 1, "caption: field missing": 3, "caption: no picture named": 1, "caption: no JSON": 1,
+        "image: caption no text": 1, "image: caption or picture missing": 3, "image: no picture named": 1, "image: no JSON": 1,
     }  # fmt: skip
     (place / "b.jsonl").write_text(json.dumps({"file": "img0.jpg", "text": "a dog"}))
     named = open_caption_lines(place / "b.jsonl", place / "pictures", caption_key="text", image_key="file")
@@ -114,7 +114,7 @@ def test_sbu_as_two_texts_and_as_json(place: Path) -> None:
     (place / "sbu-captions-all.json").write_text(json.dumps(data))
     opened = open_sbu(place / "sbu-captions-all.json", place / "pictures")
     assert told(opened) == [("1", "a dog")]
-    assert opened.report.dropped == {"caption: no picture named": 1}
+    assert opened.report.dropped == {"image: no picture named": 1}
     for broken, message in [
         ({"image_urls": ["x"], "captions": []}, "the captions end after 0"),
         ({"image_urls": ["x"]}, "the captions end after 0"),
@@ -151,8 +151,8 @@ def test_faulty_tars_are_counted(place: Path) -> None:
     opened = open_webdataset(tar_of(place / "a.tar", [*faulty, *members]))
     assert len(records(opened)) == 3
     assert opened.report.dropped == {
-        "caption: no text": 2, "caption: no picture in the tar": 1, "image: cannot be decoded": 1,
-        "caption: no JSON": 1,
+        "image: caption no text": 2, "image: no picture in the tar": 1, "image: cannot be decoded": 1,
+        "image: no JSON": 1,
     }  # fmt: skip
     whole = tar_of(place / "b.tar", members).read_bytes()
     # Without its end mark, within a header, within a picture, empty.

@@ -63,7 +63,7 @@ def test_a_sentence_is_a_record_with_a_box_for_every_phrase_and_box(place: Path)
     # The box with two names belongs to both phrases.
     assert second.boxes.tolist() == [[0, 1, 9, 19], [11, 1, 31, 23], [11, 1, 31, 23]]
     assert [second.caption[b:e] for ((b, e),) in second.spans] == ["Two men", "Two men", "green shirts"]
-    assert report.dropped == {"sentence: no phrase has a box": 1}
+    assert report.dropped == {"image: sentence without a box": 1}
     assert report.noted == {"phrase: without a box, kept as text": 2}
     assert report.kept["images"] == 2 and report.kept["boxes"] == 6
 
@@ -86,8 +86,8 @@ def test_a_split_list_says_which_images_and_in_which_order(place: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new", "reason", "example"),
     [
-        ("Sentences/1000.txt", "[/EN#1/people Two young", "[/EN#1 Two young", "sentence: broken markup", "sentence 1"),
-        ("Sentences/1000.txt", "shaggy hair]", "shaggy hair", "sentence: broken markup", "expected [/EN#CHAIN/TYPE"),
+        ("Sentences/1000.txt", "[/EN#1/people Two young", "[/EN#1 Two young", "image: sentence with broken markup", "sentence 1"),
+        ("Sentences/1000.txt", "shaggy hair]", "shaggy hair", "image: sentence with broken markup", "expected [/EN#CHAIN/TYPE"),
         ("Sentences/1000.txt", "shaggy hair]", " ]", "phrase: no words", "chain 2"),
         ("Annotations/1000.xml", "<xmin>3<", "<xmin>x<", "box: not four numbers", "object 2"),
         ("Annotations/1000.xml", "<ymax>5</ymax>", "", "box: not four numbers", "expected xmin"),

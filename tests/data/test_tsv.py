@@ -67,7 +67,7 @@ def test_detection(tmp_path: Path, columns: int, index: bool) -> None:
     assert records[1].categories == (1,)
     assert records[2].boxes.shape == (0, 4)
     assert not opened.report.dropped
-    assert {file.name for file in opened.inputs} >= {"train.yaml", "train.img.tsv", "train.label.tsv", "map.json"}
+    assert {file.name for file in opened.inputs} == {"train.yaml", "train.label.tsv", "train.hw.tsv", "map.json"}
 
 
 def test_pseudo_labels_of_both_versions(tmp_path: Path) -> None:

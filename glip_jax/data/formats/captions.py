@@ -46,11 +46,11 @@ def open_caption_tsv(
     def entries() -> Iterator[Entry]:
         for number, raw in numbered(path):
             where = f"{path.name} line {number}"
-            line = text_of(raw, report, "caption", where)
+            line = text_of(raw, report, "image", where)
             cells = [] if line is None else line.split("\t")
             if line is not None and len(cells) != len(names):
                 wanted = f"expected {len(names)} ({columns})"
-                report.drop("caption: other columns", f"{where} has {len(cells)} columns, {wanted}: {line!r:.60}")
+                report.drop("image: other columns", f"{where} has {len(cells)} columns, {wanted}: {line!r:.60}")
             elif line is not None:
                 row = dict(zip(names, cells))
                 yield from _entries(number, [row["caption"]], row["image"], naming, path.name, report)
@@ -71,13 +71,13 @@ def open_caption_lines(
             if not raw.strip():
                 continue
             where = f"{path.name} line {number}"
-            item = json_of(raw, report, "caption", where)
+            item = json_of(raw, report, "image", where)
             if isinstance(item, dict) and caption_key in item and image_key in item:
                 texts = item[caption_key] if isinstance(item[caption_key], list) else [item[caption_key]]
                 yield from _entries(number, texts, item[image_key], naming, path.name, report)
             elif item is not ...:
                 wanted = f"expected an object with {caption_key!r} and {image_key!r}"
-                report.drop("caption: field missing", f"{where}, found {item!r:.60}, {wanted}")
+                report.drop("image: caption or picture missing", f"{where}, found {item!r:.60}, {wanted}")
 
     return Opened(entries(), folder, report, inputs=(path,))
 
@@ -163,15 +163,15 @@ def _entries(
     """An entry for each caption of line `number`, whatever types the file has for them."""
     where = f"{file} line {number}"
     if not isinstance(image, str) or not image.strip():
-        report.drop("caption: no picture named", f"{where}, found {image!r:.60}, expected a file name")
+        report.drop("image: no picture named", f"{where}, found {image!r:.60}, expected a file name")
         return
     name = naming(image.strip(), number - 1)
     if not name:
-        report.drop("caption: address without a file", f"{where}, {image!r:.60}: say with --files how files are named")
+        report.drop("image: address without a file", f"{where}, {image!r:.60}: say with --files how files are named")
         return
     for index, caption in enumerate(captions):
         if not isinstance(caption, str):
-            report.drop("caption: no text", f"{where}, found {caption!r:.60}, expected text")
+            report.drop("image: caption no text", f"{where}, found {caption!r:.60}, expected text")
             continue
         identity = f"{number}" if not index else f"{number}.{index}"
         yield Entry(id=identity, image=name, kind="caption", caption=caption.strip(), provenance=file)
@@ -187,7 +187,7 @@ def _existing(path: epath.PathLike) -> epath.Path:
 def _sbu_texts(path: epath.Path, report: Report) -> Iterator[Any]:
     """Lines as text; None, counted, for one that is none, so that the two files stay side by side."""
     for number, raw in numbered(path):
-        yield text_of(raw, report, "caption", f"{path.name} line {number}")
+        yield text_of(raw, report, "image", f"{path.name} line {number}")
 
 
 def _sbu_list(path: epath.Path, key: str) -> Iterator[Any]:
@@ -279,17 +279,19 @@ def _sample_entry(sample: _Sample, tar: str, report: Report) -> Entry | None:
     """The entry of a sample, or None, counted."""
     where = f"{tar}, {sample.key}"
     if sample.picture is None:
-        report.drop("caption: no picture in the tar", f"{where}, expected one of .{', .'.join(_PICTURES)}")
+        report.drop("image: no picture in the tar", f"{where}, expected one of .{', .'.join(_PICTURES)}")
         return None
     if sample.text is not None:
-        caption = text_of(sample.text, report, "caption", f"{where}.txt")
+        caption = text_of(sample.text, report, "image", f"{where}.txt")
     elif sample.about is not None:
-        about = json_of(sample.about, report, "caption", f"{where}.json")
+        about = json_of(sample.about, report, "image", f"{where}.json")
         caption = about.get("caption") if isinstance(about, dict) else None
         if about is not ... and not isinstance(caption, str):
-            report.drop("caption: no text", f"{where}.json, found {caption!r:.60}, expected a text under 'caption'")
+            report.drop(
+                "image: caption no text", f"{where}.json, found {caption!r:.60}, expected a text under 'caption'"
+            )
     else:
-        report.drop("caption: no text", f"{where}, expected {sample.key}.txt or .json")
+        report.drop("image: caption no text", f"{where}, expected {sample.key}.txt or .json")
         return None
     if not isinstance(caption, str):
         return None

@@ -92,7 +92,7 @@ def _entries(release: epath.Path, ids: list[str], report: Report) -> Iterator[En
             continue
         size, by_chain = read
         for number, raw in numbered(source):
-            sentence = text_of(raw, report, "sentence", f"{where}, sentence {number}")
+            sentence = text_of(raw, report, "image", f"{where}, sentence {number}")
             if sentence is None or not sentence.strip():
                 continue
             entry = _entry(identity, number, sentence.strip(), size, by_chain, report)
@@ -109,7 +109,7 @@ def _entry(
     try:
         caption, phrases = plain_sentence(sentence)
     except ValueError as error:
-        report.drop("sentence: broken markup", f"{where}, found {error}, expected [/EN#CHAIN/TYPE words]")
+        report.drop("image: sentence with broken markup", f"{where}, found {error}, expected [/EN#CHAIN/TYPE words]")
         return None
     boxes, spans, ids, bare = [], [], [], 0
     for chain, (begin, end) in phrases:
@@ -123,7 +123,7 @@ def _entry(
             spans.append(((begin, end),))
             ids.append(f"{name} for chain {chain}")
     if not boxes:
-        report.drop("sentence: no phrase has a box", where)
+        report.drop("image: sentence without a box", where)
         return None
     report.note("phrase: without a box, kept as text", where, bare)
     return Entry(

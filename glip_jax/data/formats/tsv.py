@@ -64,7 +64,7 @@ def open_tsv(
     count = len(reader.labels) if "linelist" not in files else None
     return Opened(
         reader.entries(oversample), Folder(path.parent), report, names=names, count=count,
-        inputs=(path, *files.values()),
+        inputs=(path, *(file for key, file in files.items() if key != "img")),
     )  # fmt: skip
 
 
