@@ -57,6 +57,7 @@ def made_batch(config: Config, height: int, width: int, images: int = 1, boxes: 
         boxes=corners.astype(np.float32),
         box_mask=np.arange(slots)[None] < np.full((images, 1), boxes),
         positive_map=positive_map,
+        token_loss_mask=np.ones((images, length), bool),
         valid=np.ones(images, bool),
         source=np.zeros(images, np.int32),
         record=np.zeros(images, np.int32),

@@ -10,16 +10,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from glip_jax.model_config import (
+    AnchorConfig,
+    BackboneConfig,
+    FusionConfig,
+    HeadConfig,
+    InputConfig,
+    ModelConfig,
+    PyramidConfig,
+    Remat,
+    TextConfig,
+    model_checks,
+)
+
 __all__ = [
-    "AnchorConfig", "BackboneConfig", "CaptionConfig", "CheckpointConfig", "Config", "ConfigError", "DataConfig",
-    "DetectionConfig", "EvaluationConfig", "EvaluationSet", "FusionConfig", "HeadConfig", "InitFromConfig",
-    "InputConfig", "LossConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "PyramidConfig", "Remat", "SourceConfig", "TextConfig",
-    "TrainConfig", "differences", "flatten", "validate",
+    "AnchorConfig", "BackboneConfig", "CaptionConfig", "CheckpointConfig", "Config", "ConfigError", "CropConfig",
+    "DataConfig", "DetectionConfig", "EvaluationConfig", "EvaluationSet", "FusionConfig", "HeadConfig", "InitFromConfig",
+    "InputConfig", "JitterConfig", "LossConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "PackingConfig",
+    "PyramidConfig", "Remat", "SourceConfig", "TextConfig", "TrainConfig", "differences", "flatten", "validate",
 ]  # fmt: skip
-
-
-Remat = Literal["none", "elementwise", "blocks"]
-"""What the backward pass computes again of Swin blocks, BERT layers and head blocks."""
 
 
 class ConfigError(ValueError):
@@ -29,120 +38,6 @@ class ConfigError(ValueError):
 def _free(default: Any) -> Any:
     """A field that changes no number of the training."""
     return field(default=default, metadata={"numbers": False})
-
-
-@dataclass(frozen=True)
-class InputConfig:
-    """Pixels in: uint8 RGB images become (pixel - mean) / std in `order`. Means are written in that order."""
-
-    order: Literal["bgr", "rgb"] = "bgr"
-    mean: tuple[float, float, float] = (103.53, 116.28, 123.675)
-    std: tuple[float, float, float] = (57.375, 57.12, 58.395)
-    extent_multiple: int = 32
-    """An image's extent is its size rounded up to this many pixels."""
-    extent: Literal["image", "batch"] = "image"
-    """`image`: each image stands alone; `batch`: every image has the canvas as extent, as in the original."""
-
-
-@dataclass(frozen=True)
-class BackboneConfig:
-    """Swin v1 of any size, or EfficientNet-Lite0. Swin's fields are ignored by the latter."""
-
-    kind: Literal["swin", "efficientnet_lite0"] = "swin"
-    width: int = 96
-    depths: tuple[int, int, int, int] = (2, 2, 6, 2)
-    heads: tuple[int, int, int, int] = (3, 6, 12, 24)
-    window: int = 7
-    drop_path: float = 0.2
-    """Rate of the last block; rates rise linearly from 0."""
-    frozen_stages: int = 0
-    """Stem and so many first stages get no gradient and stay in evaluation mode (GLIP-L: 1; EfficientNet-Lite0: 0-7)."""
-
-
-@dataclass(frozen=True)
-class PyramidConfig:
-    """Feature pyramid. `strides` says which levels there are; consecutive powers of two from 8 or 16 on."""
-
-    channels: int = 256
-    strides: tuple[int, ...] = (8, 16, 32, 64, 128)
-    drop_block: float = 0.3
-    """DropBlock rate in training on the merged laterals below the coarsest one; 0 switches it off."""
-    drop_block_size: int = 3
-    drop_block_over: Literal["image", "batch"] = "image"
-    """What kept activations are renormalised over; the original: the batch of one GPU."""
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """BERT encoder, in Hugging Face's sizes."""
-
-    vocabulary: str = "assets/bert-base-uncased/vocab.txt"
-    """Path of the WordPiece vocabulary, one token a line; relative paths are looked up from the working folder."""
-    vocabulary_size: int = 30522
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    hidden: int = 3072
-    positions: int = 512
-    dropout: float = 0.1
-    max_tokens: int = 256
-    """Length of every prompt after padding, [CLS] and [SEP] included."""
-    frozen: bool = False
-
-
-@dataclass(frozen=True)
-class FusionConfig:
-    """Bidirectional image-text attention of each head block."""
-
-    enabled: bool = True
-    width: int = 2048
-    heads: int = 8
-    dropout: float = 0.1
-    gamma: float = 1 / 6
-    """Initial value of both residual scales."""
-
-
-@dataclass(frozen=True)
-class HeadConfig:
-    """Tower of [fusion, BERT layer,] DyConv blocks and the three outputs."""
-
-    blocks: int = 6
-    groups: int = 16
-    """Groups of GroupNorm."""
-    coarse_offsets: Literal["flat", "resized"] = "resized"
-    """Offsets for the coarser neighbour: the original's flat re-read, or the map resized bilinearly."""
-    offset_scale: float = 1.0
-    """Initial deformable offsets, relative to the original's; near 0 the head starts as regular convolutions."""
-    log_scale: float = 0.0
-    """Initial value of the alignment's log scale: logits are divided by its exponential."""
-    box_scale: float = 1.0
-    """Initial value of every level's scale of box deltas."""
-    unroll: int = 1
-    """Blocks per turn of the tower's loop. All of them: longer to compile, up to twice as fast on a CPU."""
-
-
-@dataclass(frozen=True)
-class AnchorConfig:
-    """One square anchor per location and level, in pixels of the resized image."""
-
-    sizes: tuple[int, ...] = (64, 128, 256, 512, 1024)
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The network."""
-
-    input: InputConfig = InputConfig()
-    backbone: BackboneConfig = BackboneConfig()
-    pyramid: PyramidConfig = PyramidConfig()
-    text: TextConfig = TextConfig()
-    fusion: FusionConfig = FusionConfig()
-    head: HeadConfig = HeadConfig()
-    anchors: AnchorConfig = AnchorConfig()
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations; parameters, statistics, boxes and losses are float32."""
-    remat: Remat = "none"
-    """`elementwise` computes norms, activations and dropout again, `blocks` all of a block but its inputs."""
 
 
 @dataclass(frozen=True)
@@ -178,17 +73,79 @@ class SourceConfig:
     path: str
     weight: float = 1.0
     """Share of examples relative to the other sources' weights; must be positive."""
+    copies: int = 0
+    """Instead of a weight, as in the original: the share is copies x records. Of all sources or of none; 0: by weight."""
+    negatives: tuple[str, ...] = ()
+    """More names that may be drawn as negatives: the user says that they are absent from every image of the source
+    (one that is a name of the source or a phrase of the image is never drawn)."""
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    """Negative text beside the caption of a grounding or pseudo record, taken from elsewhere (glip-reference 4.6).
+
+    GLIP-T packs nothing, which is the default; GLIP-L packs `number=20` captions with these probabilities.
+    """
+
+    number: int = 0
+    """Most texts packed with a caption; 0 leaves every caption as it is."""
+    none_probability: float = 0.4
+    """Chance of packing none."""
+    full_probability: float = 0.5
+    """Chance, where it is not none, of packing `number`; otherwise a uniform number from 0 to number - 1."""
+    take: Literal["captions", "phrases", "names"] = "captions"
+    """`captions` of other records of the source, their `phrases` with boxes, or the source's `negatives`."""
+    kinds: tuple[Literal["pseudo", "grounding"], ...] = ("pseudo",)
 
 
 @dataclass(frozen=True)
 class CaptionConfig:
-    """How a detection record becomes a caption (defaults: the original's, glip-reference 4.2)."""
+    """How a record becomes a caption (defaults: the original's, glip-reference 1.7 and 4.2).
 
+    The number of negative names is `max_negatives` (or as many as there are) with `full_probability`, 1 with
+    `one_negative_probability`, 0 with `one_positive_probability`, and otherwise uniform from 1 to that number.
+    """
+
+    mode: Literal["sampled", "all_names"] = "sampled"
+    """`all_names`: every name of the source in its order (shuffled if `shuffle`), as in fine-tuning (4.3)."""
     separator: str = ". "
     max_negatives: int = 85
     full_probability: float = 0.5
-    """Chance of drawing `max_negatives`; otherwise a uniform number from 1 to it."""
+    one_negative_probability: float = 0.0
+    one_positive_probability: float = 0.0
+    drop_positive_probability: float = 0.0
+    """Chance of keeping only a uniform number, at least 1, of the positive names, and their boxes. The original names it
+    but refuses any value except 0."""
+    hard_share: float = 0.0
+    """Share of the negatives (names or packed phrases) drawn from those most like the positives in words and letters."""
     shuffle: bool = True
+    words_without_box: Literal["negative", "unknown"] = "negative"
+    """Words of grounding and pseudo captions that are in no box's phrase: negative everywhere, as in the original, or
+    unknown, so that they give no loss where no box is."""
+    packing: PackingConfig = PackingConfig()
+
+
+@dataclass(frozen=True)
+class CropConfig:
+    """Random crop, before the resize; the original has none."""
+
+    probability: float = 0.0
+    least_side: float = 0.5
+    """Least share of height and of width that stays, each drawn anew."""
+    least_visible: float = 0.4
+    """Boxes of which a smaller share of the area stays visible are dropped, counted as `boxes_out_of_view`."""
+
+
+@dataclass(frozen=True)
+class JitterConfig:
+    """Random colours, after the resize; the original has none. Factors are uniform in 1 - x to 1 + x."""
+
+    probability: float = 0.0
+    brightness: float = 0.2
+    contrast: float = 0.2
+    saturation: float = 0.2
+    hue: float = 0.02
+    """Turn of the colour circle, uniform in -x to x; 0.5 is its opposite side."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +161,11 @@ class DataConfig:
     aspects: tuple[float, ...] = (0.666667, 0.75, 1.0, 1.333333, 1.5)
     """Height / width of the canvases; each record goes to the nearest (in log). Each pair of short side and aspect is one compiled shape."""
     flip: float = 0.5
+    """Chance of mirroring left and right."""
+    flip_captions: Literal["as_is", "safe"] = "as_is"
+    """`safe`: examples whose caption or names say left or right are not mirrored. The original mirrors them as they are."""
+    crop: CropConfig = CropConfig()
+    jitter: JitterConfig = JitterConfig()
     max_boxes: int = 100
     """Box slots per image; more are cut, counted as `boxes_over_limit`."""
     workers: int = _free(0)
@@ -211,6 +173,10 @@ class DataConfig:
     threads: int = _free(4)
     prefetch: int = _free(8)
     """Batches read ahead."""
+    max_corrupt_rate: float = _free(0.01)
+    """A run stops where more than this share of a source's examples, counted over `corrupt_window`, is corrupt."""
+    corrupt_window: int = _free(1000)
+    """Examples of a source."""
 
 
 @dataclass(frozen=True)
@@ -382,39 +348,18 @@ def differences(saved: dict[str, Any], config: Config) -> list[str]:
 
 def validate(config: Config) -> Config:
     """Returns `config` if its settings fit together; raises ConfigError naming both values otherwise."""
-    model, text = config.model, config.model.text
-    strides = model.pyramid.strides
     checks = [
-        (len(model.anchors.sizes) == len(strides),
-         f"model.anchors.sizes has {len(model.anchors.sizes)} entries, model.pyramid.strides {len(strides)}: give one size per level"),
-        (all(b == 2 * a for a, b in zip(strides, strides[1:])) and strides[0] in (8, 16) and strides[-1] >= 32,
-         f"model.pyramid.strides is {strides}: expected consecutive powers of two from 8 or 16 to 32 or more"),
-        (model.pyramid.channels % model.head.groups == 0,
-         f"model.pyramid.channels {model.pyramid.channels} is not a multiple of model.head.groups {model.head.groups}"),
-        (text.width % text.heads == 0, f"model.text.width {text.width} is not a multiple of model.text.heads {text.heads}"),
-        (model.fusion.width % model.fusion.heads == 0,
-         f"model.fusion.width {model.fusion.width} is not a multiple of model.fusion.heads {model.fusion.heads}"),
-        (text.max_tokens <= text.positions,
-         f"model.text.max_tokens {text.max_tokens} exceeds model.text.positions {text.positions}"),
-        (all(model.backbone.width * 2**i % h == 0 for i, h in enumerate(model.backbone.heads)),
-         f"model.backbone.heads {model.backbone.heads} do not divide width {model.backbone.width} times 1, 2, 4, 8"),
+        *model_checks(config.model),
         (config.train.batch_size % config.optimizer.accumulate == 0,
          f"train.batch_size {config.train.batch_size} is not a multiple of optimizer.accumulate {config.optimizer.accumulate}"),
-        (model.head.blocks % model.head.unroll == 0,
-         f"model.head.blocks {model.head.blocks} is not a multiple of model.head.unroll {model.head.unroll}"),
-        (model.backbone.kind == "swin" or model.input.extent_multiple % 32 == 0,
-         f"model.input.extent_multiple is {model.input.extent_multiple}: efficientnet_lite0 needs a multiple of 32"),
         (config.train.steps > 0, f"train.steps is {config.train.steps}: expected at least 1"),
         (config.train.batch_size > 0, f"train.batch_size is {config.train.batch_size}: expected at least 1"),
         (config.checkpoint.every > 0, f"checkpoint.every is {config.checkpoint.every}: expected at least 1"),
         (sum(n == -1 for n in (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)) <= 1,
          f"mesh has more than one -1: data {config.mesh.data}, fsdp {config.mesh.fsdp}, tensor {config.mesh.tensor}"),
         (0 <= config.optimizer.ema_decay < 1, f"optimizer.ema_decay is {config.optimizer.ema_decay}: expected 0 <= decay < 1"),
+        *_data_checks(config.data),
     ]  # fmt: skip
-    for name, source in config.data.sources.items():
-        checks.append(
-            (source.weight > 0, f"data.sources.{name}.weight is {source.weight}: remove the source instead of weight 0")
-        )
     for name, dataset in config.evaluation.sets.items():
         checks.append(
             (dataset.kind in ("detection", "grounding"),
@@ -429,3 +374,43 @@ def validate(config: Config) -> Config:
         if not fits:
             raise ConfigError(message)
     return config
+
+
+def _data_checks(data: DataConfig) -> list[tuple[bool, str]]:
+    """What the settings of the data must keep, each with the message for where it is broken."""
+    captions, packing = data.captions, data.captions.packing
+    chances = {
+        "flip": data.flip, "crop.probability": data.crop.probability, "jitter.probability": data.jitter.probability,
+        "captions.full_probability": captions.full_probability, "captions.hard_share": captions.hard_share,
+        "captions.one_negative_probability": captions.one_negative_probability,
+        "captions.one_positive_probability": captions.one_positive_probability,
+        "captions.drop_positive_probability": captions.drop_positive_probability,
+        "captions.packing.none_probability": packing.none_probability,
+        "captions.packing.full_probability": packing.full_probability, "max_corrupt_rate": data.max_corrupt_rate,
+        "crop.least_visible": data.crop.least_visible, "crop.least_side": data.crop.least_side,
+        "jitter.brightness": data.jitter.brightness, "jitter.contrast": data.jitter.contrast,
+        "jitter.saturation": data.jitter.saturation, "jitter.hue": data.jitter.hue,
+    }  # fmt: skip
+    total = captions.full_probability + captions.one_negative_probability + captions.one_positive_probability
+    checks = [(0 <= value <= 1, f"data.{name} is {value}: expected 0 to 1") for name, value in chances.items()]
+    checks += [
+        (total <= 1 + 1e-9,
+         f"data.captions: full_probability {captions.full_probability}, one_negative_probability {captions.one_negative_probability} "
+         f"and one_positive_probability {captions.one_positive_probability} add up to {total:g}: expected at most 1"),
+        (captions.max_negatives >= 0, f"data.captions.max_negatives is {captions.max_negatives}: expected 0 or more"),
+        (packing.number >= 0, f"data.captions.packing.number is {packing.number}: expected 0 or more"),
+        (data.crop.least_side > 0, f"data.crop.least_side is {data.crop.least_side}: expected more than 0"),
+        (data.corrupt_window > 0, f"data.corrupt_window is {data.corrupt_window}: expected at least 1"),
+    ]  # fmt: skip
+    copied = [name for name, source in data.sources.items() if source.copies]
+    for name, source in data.sources.items():
+        checks += [
+            (source.weight > 0, f"data.sources.{name}.weight is {source.weight}: remove the source instead of weight 0"),
+            (source.copies >= 0, f"data.sources.{name}.copies is {source.copies}: expected 0 (by weight) or more"),
+            (not source.copies or source.weight == 1.0,
+             f"data.sources.{name} has weight {source.weight} and copies {source.copies}: give one of them"),
+            (bool(source.copies) == bool(copied),
+             f"data.sources.{name} goes by weight {source.weight}, data.sources.{copied[0] if copied else ''} by copies: "
+             "give all sources weights, or all copies"),
+        ]  # fmt: skip
+    return checks

@@ -37,6 +37,8 @@ class Batch(NamedTuple):
     """Bool[B N]: slots in use."""
     positive_map: Any
     """Bool[B N T]: tokens of each box's phrases."""
+    token_loss_mask: Any
+    """Bool[B T]: False at tokens of what is unknown, where anchors without a box give no token loss."""
     valid: Any
     """Bool[B]: False masks a corrupt example out of every loss."""
     source: Any

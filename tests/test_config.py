@@ -84,6 +84,8 @@ def test_differences_list_what_changes_numbers_and_only_that() -> None:
     )
     assert differences(saved, other) == [
         "data.sources.coco.weight: 1.0 -> 2.0",
+        "data.sources.new.copies: (absent) -> 0",
+        "data.sources.new.negatives: (absent) -> []",
         "data.sources.new.path: (absent) -> y",
         "data.sources.new.weight: (absent) -> 1.0",
         "optimizer.rate: 0.0001 -> 0.0003",

@@ -23,10 +23,11 @@ from glip_jax.assets import AssetError, resolve
 from glip_jax.config import Config, ConfigError, SourceConfig
 from glip_jax.data import transforms
 from glip_jax.data.captions import Captioner, rng_of
+from glip_jax.data.examples import Examples
 from glip_jax.data.records import RecordError, decode_image
 from glip_jax.data.shards import ShardError, Shards
-from glip_jax.prompts import PromptError, Tokenizer, clean_name, load_tokenizer
-from glip_jax.structures import DROPS, Batch
+from glip_jax.prompts import PromptError, Tokenizer, clean_name, load_tokenizer, prompt_from_categories
+from glip_jax.structures import Batch
 
 __all__ = ["Mixture", "Schedule", "schedule"]
 
@@ -118,90 +119,19 @@ class _Slice(DatasetSelectionMap):
 
 
 @dataclass(frozen=True)
-class _Examples:
+class _Placed:
     """Turns (source, record) at an element of a host's stream into an example."""
 
-    config: Config
-    shards: tuple[Shards, ...]
-    captioners: tuple[Captioner, ...]
+    examples: Examples
     slice: _Slice
 
     def __call__(self, index: int, slot: tuple[int, int]) -> Batch:
         """One example: a Batch without its leading axis."""
+        config = self.examples.config
         step, place = self.slice.step(index)
-        rng = rng_of(self.config.train.seed, step * self.slice.batch_size + place)
-        short_side, canvas = _bucket(self.config, self.slice.schedule, step)
-        try:
-            return self._example(*slot, short_side, canvas, rng)
-        except RecordError:
-            return self._corrupt(*slot, canvas)
-
-    def _example(
-        self, source: int, index: int, short_side: int, canvas: tuple[int, int], rng: np.random.Generator
-    ) -> Batch:
-        config, data = self.config, self.config.data
-        record = self.shards[source][index]
-        image = decode_image(record)
-        old = (record.height, record.width)
-        new = transforms.fit(*old, short_side, data.long_side, canvas)
-        image, boxes = transforms.resize(image, new), transforms.scale_boxes(record.boxes, old, new)
-        if rng.random() < data.flip:
-            image, boxes = transforms.flip(image, boxes)
-        text = self.captioners[source](record, rng)
-        boxes, rows = boxes[text.keep], text.positive_map[text.keep]
-        count = min(len(boxes), data.max_boxes)
-        slots = np.zeros((data.max_boxes, 4), np.float32)
-        slots[:count] = boxes[:count]
-        positive_map = np.zeros((data.max_boxes, config.model.text.max_tokens), bool)
-        positive_map[:count] = rows[:count]
-        dropped = {
-            "boxes_over_limit": len(boxes) - count,
-            "phrases_over_budget": text.over_budget,
-            "spans_without_token": text.without_token,
-        }
-        return Batch(
-            image=transforms.place(image, canvas),
-            size=np.array(new, np.int32),
-            extent=self._extent(new, canvas),
-            tokens=text.tokens,
-            token_mask=text.mask,
-            boxes=slots,
-            box_mask=np.arange(data.max_boxes) < count,
-            positive_map=positive_map,
-            valid=np.bool_(True),
-            source=np.int32(source),
-            record=np.int32(index),
-            dropped=np.array([dropped.get(name, 0) for name in DROPS], np.int32),
-        )
-
-    def _extent(self, size: tuple[int, int], canvas: tuple[int, int]) -> Int32[np.ndarray, "2"]:
-        """What the network takes as the image's size: rounded up, or the canvas."""
-        model = self.config.model.input
-        if model.extent == "batch":
-            return np.array(canvas, np.int32)
-        multiple = model.extent_multiple
-        return np.minimum(-(-np.array(size) // multiple) * multiple, canvas).astype(np.int32)
-
-    def _corrupt(self, source: int, index: int, canvas: tuple[int, int]) -> Batch:
-        """The placeholder of a corrupt record: black, no boxes, an empty caption, `valid` False."""
-        slots, length = self.config.data.max_boxes, self.config.model.text.max_tokens
-        ids = self.captioners[source].tokenizer.encode("").ids
-        tokens = np.zeros(length, np.int32)
-        tokens[: len(ids)] = ids
-        return Batch(
-            image=np.zeros((*canvas, 3), np.uint8),
-            size=np.array(canvas, np.int32),
-            extent=self._extent(canvas, canvas),
-            tokens=tokens,
-            token_mask=np.arange(length) < len(ids),
-            boxes=np.zeros((slots, 4), np.float32),
-            box_mask=np.zeros(slots, bool),
-            positive_map=np.zeros((slots, length), bool),
-            valid=np.bool_(False),
-            source=np.int32(source),
-            record=np.int32(index),
-            dropped=np.array([name == "corrupt_records" for name in DROPS], np.int32),
-        )
+        rng = rng_of(config.train.seed, step * self.slice.batch_size + place)
+        short_side, canvas = _bucket(config, self.slice.schedule, step)
+        return self.examples(*slot, short_side, canvas, rng)
 
 
 class Mixture:
@@ -223,20 +153,27 @@ class Mixture:
         tokenizer = _tokenizer(config)
         self.shards = tuple(_open(name, config.data.sources[name]) for name in self.source_names)
         text = config.model.text
+        asked = [config.data.sources[name] for name in self.source_names]
         self._captioners = tuple(
-            Captioner(s.manifest.names, tokenizer, config.data.captions, text.max_tokens) for s in self.shards
+            Captioner(s.manifest.names, tokenizer, config.data.captions, text.max_tokens, source.negatives, s)
+            for source, s in zip(asked, self.shards)
         )
+        self._examples = Examples(config, self.shards, self._captioners)
         for name, opened in zip(self.source_names, self.shards):
+            _check_kinds(name, opened)
             _check_names(name, opened.manifest.names, tokenizer, config)
         logs = np.log(np.asarray(config.data.aspects))
         self._lists = [  # [source][aspect] -> records
             [np.flatnonzero(nearest == a).astype(np.int32) for a in range(len(logs))]
             for nearest in (np.abs(np.log(s.height / s.width)[:, None] - logs).argmin(1) for s in self.shards)
         ]
-        weights = np.array([config.data.sources[name].weight for name in self.source_names])
+        weights = np.array([s.copies * len(own) if s.copies else s.weight for s, own in zip(asked, self.shards)])
         portions = np.array([[len(part) for part in lists] for lists in self._lists]) / [[len(s)] for s in self.shards]
         self._weights = weights[:, None] / weights.sum() * portions
         """[source, aspect]: share of all examples."""
+        self.shares = tuple(float(share) for share in self._weights.sum(1))
+        """Per source, its share of all examples."""
+        self.records = tuple(len(s) for s in self.shards)
         self.schedule = schedule(self._weights.sum(0).tolist())
 
     def canvas(self, step: int) -> tuple[int, int]:
@@ -275,7 +212,7 @@ class Mixture:
             raise ConfigError(f"host {host} of {hosts} from step {start_step}: expected 0 <= host < hosts, step >= 0")
         part = _Slice(self.schedule, size, start_step, host, hosts)
         stream = grain.MapDataset.select_from_datasets([self._mix(a) for a in range(len(data.aspects))], part)
-        stream = stream.map_with_index(_Examples(self.config, self.shards, self._captioners, part))
+        stream = stream.map_with_index(_Placed(self._examples, part))
         stream = stream.batch(size // hosts, drop_remainder=True, batch_fn=_stack)
         processes = max(data.workers, 1)
         ahead = -(-data.prefetch // processes)
@@ -325,10 +262,25 @@ def _open(name: str, source: SourceConfig) -> Shards:
         ) from None
 
 
+def _check_kinds(source: str, opened: Shards) -> None:
+    """ConfigError for captions of which nothing is known: they would teach that nothing is in their images."""
+    count = opened.manifest.kinds.get("caption", 0)
+    if count:
+        raise ConfigError(
+            f"data.sources.{source}: {opened.path} has {count} records of kind caption, which have no boxes: they are for "
+            "the job `label`, whose teacher makes pseudo records of them; train on those"
+        )
+
+
 def _check_names(source: str, names: Sequence[str], tokenizer: Tokenizer, config: Config) -> None:
     """ConfigError for a category that no caption can hold: it would never be trained."""
     budget = config.model.text.max_tokens
-    for name in names:
+    for name in config.data.sources[source].negatives:
+        if not clean_name(name).strip():
+            raise ConfigError(
+                f"data.sources.{source}.negatives has {name!r}, of which nothing is left without its parentheses: remove it"
+            )
+    for name in (*names, *config.data.sources[source].negatives):
         encoded = tokenizer.encode(clean_name(name) + config.data.captions.separator)
         if len(encoded.ids) > budget:
             shown = name if len(name) <= 60 else f"{name[:60]}…"
@@ -336,6 +288,14 @@ def _check_names(source: str, names: Sequence[str], tokenizer: Tokenizer, config
                 f"data.sources.{source}: the name {shown!r} takes {len(encoded.ids)} tokens with [CLS], separator and [SEP], "
                 f"model.text.max_tokens is {budget}: import it again with a shorter text (`data coco --names=FILE.json`), "
                 "or raise model.text.max_tokens"
+            )
+    if config.data.captions.mode == "all_names" and names:
+        prompt = prompt_from_categories(names, config.data.captions.separator)
+        tokens = len(tokenizer.encode(prompt.caption).ids)
+        if tokens > budget:
+            raise ConfigError(
+                f"data.sources.{source}: its {len(names)} names take {tokens} tokens with [CLS] and [SEP], "
+                f"model.text.max_tokens is {budget}: data.captions.mode all_names needs them all; set it to sampled"
             )
 
 

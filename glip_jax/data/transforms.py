@@ -1,12 +1,28 @@
-"""Image and box geometry on the way into a batch: size rule, resize, flip, canvas. Boxes are inclusive xyxy."""
+"""Image and box geometry on the way into a batch: crop, size rule, resize, flip, canvas, and random colours.
+
+Boxes are inclusive xyxy.
+"""
 
 import math
 
 import numpy as np
-from jaxtyping import Float32, UInt8
-from PIL import Image
+from jaxtyping import Bool, Float32, UInt8
+from PIL import Image, ImageEnhance
 
-__all__ = ["canvas_size", "fit", "flip", "place", "resize", "scale_boxes", "target_size"]
+from glip_jax.config import CropConfig, JitterConfig
+
+__all__ = [
+    "canvas_size",
+    "crop_boxes",
+    "crop_window",
+    "fit",
+    "flip",
+    "jitter",
+    "place",
+    "resize",
+    "scale_boxes",
+    "target_size",
+]
 
 
 def target_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
@@ -72,6 +88,49 @@ def flip(
     mirrored = boxes.copy()
     mirrored[:, 0], mirrored[:, 2] = width - boxes[:, 2] - 1, width - boxes[:, 0] - 1
     return image[:, ::-1], mirrored
+
+
+def crop_window(height: int, width: int, config: CropConfig, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """A random part of an image: top, left, height, width in pixels, each side at least `least_side` of the image's."""
+    sides = [max(1, round(side * rng.uniform(config.least_side, 1))) for side in (height, width)]
+    top, left = (int(rng.integers(0, side - part, endpoint=True)) for side, part in zip((height, width), sides))
+    return top, left, sides[0], sides[1]
+
+
+def crop_boxes(
+    boxes: Float32[np.ndarray, "N 4"], window: tuple[int, int, int, int], least_visible: float
+) -> tuple[Float32[np.ndarray, "N 4"], Bool[np.ndarray, "N"], Float32[np.ndarray, "N"]]:
+    """Boxes cut to `window` (top, left, height, width) in its coordinates, which of them stay, and their visible shares.
+
+    A box stays if at least `least_visible` of its area (in pixels, inclusive) does and what is left is wider and higher
+    than one pixel.
+    """
+    top, left, height, width = window
+    moved = boxes - np.array([left, top, left, top], np.float32)
+    cut = np.clip(moved, 0, np.array([width - 1, height - 1] * 2, np.float32))
+    area = (moved[:, 2:] - moved[:, :2] + 1).prod(1)
+    # Beyond the window both corners are cut to the same edge: nothing of the box is left.
+    inside = np.minimum(moved[:, 2:], [width - 1, height - 1]) - np.maximum(moved[:, :2], 0) + 1
+    visible = (np.maximum(inside, 0).prod(1) / area).astype(np.float32)
+    return cut, (visible >= least_visible) & (cut[:, 2:] > cut[:, :2]).all(1), visible
+
+
+def jitter(
+    image: UInt8[np.ndarray, "H W 3"], config: JitterConfig, rng: np.random.Generator
+) -> UInt8[np.ndarray, "H W 3"]:
+    """The image with brightness, contrast and saturation times random factors, then its hue turned; same `rng`, same pixels."""
+    brightness, contrast, saturation, hue = (
+        rng.uniform(-most, most) for most in (config.brightness, config.contrast, config.saturation, config.hue)
+    )
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    picture = ImageEnhance.Brightness(picture).enhance(1 + brightness)
+    picture = ImageEnhance.Contrast(picture).enhance(1 + contrast)
+    picture = ImageEnhance.Color(picture).enhance(1 + saturation)
+    if hue:
+        turned = np.array(picture.convert("HSV"))
+        turned[..., 0] += np.uint8(round(hue * 256) % 256)
+        picture = Image.fromarray(turned, "HSV").convert("RGB")
+    return np.asarray(picture)
 
 
 def place(image: UInt8[np.ndarray, "h w 3"], canvas: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:

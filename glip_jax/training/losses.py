@@ -60,7 +60,9 @@ def loss_sums(
     wanted = rows & targets.positive[:, :, None]
     if not config.loss.last_token_negative:
         wanted |= ~targets.positive[:, :, None] & (jnp.arange(batch.tokens.shape[1]) == batch.tokens.shape[1] - 1)
-    counted = own[:, :, None] & batch.token_mask[:, None, :]
+    # Where it is unknown whether the image has what a token names, an anchor without a box is no evidence.
+    known = batch.token_loss_mask[:, None, :] | targets.positive[:, :, None]
+    counted = own[:, :, None] & batch.token_mask[:, None, :] & known
     token = jnp.where(counted, _focal(predictions.logits, wanted, config.loss), 0.0).sum((1, 2))
 
     anchors = jnp.asarray(box.anchors(canvas, model.pyramid.strides, model.anchors.sizes))

@@ -24,7 +24,7 @@ def _case(seed: int = 0) -> tuple[Predictions, Targets, Batch]:
         image=np.zeros((2, *CANVAS, 3), np.uint8), size=np.array([CANVAS, (40, 50)], np.int32),
         extent=np.array([CANVAS, (64, 64)], np.int32), tokens=np.zeros((2, TOKENS), np.int32),
         token_mask=np.array([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]], bool), boxes=boxes, box_mask=positive[:, :2] | True,
-        positive_map=rng.uniform(size=(2, 2, TOKENS)) < 0.5, valid=np.array([True, True]),
+        positive_map=rng.uniform(size=(2, 2, TOKENS)) < 0.5, token_loss_mask=np.ones((2, TOKENS), bool), valid=np.array([True, True]),
         source=np.zeros(2, np.int32), record=np.zeros(2, np.int32), dropped=np.zeros((2, 5), np.int32),
     )  # fmt: skip
     predictions = Predictions(
@@ -56,6 +56,27 @@ def test_token_loss_is_the_focal_loss_of_valid_tokens_inside_the_extent() -> Non
         p_t = p * target + (1 - p) * (1 - target)
         wanted[image] += (0.25 * target + 0.75 * (1 - target)) * (1 - p_t) ** 2 * -np.log(p_t)
     np.testing.assert_allclose(_sums(predictions, targets, batch).token, wanted, rtol=1e-5)
+
+
+def test_where_it_is_unknown_only_anchors_with_a_box_count() -> None:
+    predictions, targets, batch = _case()
+    batch = batch._replace(token_mask=np.ones((2, TOKENS), bool))
+    known = np.ones((2, TOKENS), bool)
+    known[:, 2] = False
+    whole, part = (_sums(predictions, targets, batch._replace(token_loss_mask=mask)) for mask in (known | True, known))
+    p = 1 / (1 + np.exp(-predictions.logits[:, :, 2].astype(np.float64)))
+    lost = np.where(targets.positive, 0, 0.75 * p**2 * -np.log(1 - p))
+    lost[1, (ANCHORS[:, 0] + ANCHORS[:, 2]) / 2 > 64] = 0  # beyond the second image's extent
+    np.testing.assert_allclose(whole.token - part.token, lost.sum(1), rtol=1e-4)
+    np.testing.assert_array_equal(whole.box, part.box)
+    np.testing.assert_array_equal(whole.centerness, part.centerness)
+    # What the network says there without a box does not matter, what it says at a box does.
+    there = np.where(targets.positive, 0, 5).astype(np.float32)
+    for change, matters in ((there, False), (5 - there, True)):
+        logits = predictions.logits.copy()
+        logits[:, :, 2] += change
+        moved = _sums(predictions._replace(logits=logits), targets, batch._replace(token_loss_mask=known))
+        assert (moved.token[0] != part.token[0]) == matters
 
 
 def test_the_original_adds_a_positive_on_the_last_slot() -> None:

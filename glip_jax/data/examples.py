@@ -1,0 +1,130 @@
+"""One example: a record, cropped, resized, mirrored, recoloured and captioned, in the arrays of a Batch.
+
+What is random is drawn from the given generator and nothing else, in one order, so an example is a function of the
+record, the settings and that generator.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32, Int32, UInt8
+
+from glip_jax.config import Config
+from glip_jax.data import transforms
+from glip_jax.data.captions import Captioner, View
+from glip_jax.data.records import RecordError, decode_image
+from glip_jax.data.shards import Shards
+from glip_jax.structures import DROPS, Batch
+
+__all__ = ["Examples"]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Makes examples of the records of all sources."""
+
+    config: Config
+    shards: tuple[Shards, ...]
+    captioners: tuple[Captioner, ...]
+
+    def __call__(
+        self, source: int, index: int, short_side: int, canvas: tuple[int, int], rng: np.random.Generator
+    ) -> Batch:
+        """Record `index` of a source on a canvas (height, width): a Batch without its leading axis.
+
+        A corrupt record becomes a placeholder, masked out by `valid`.
+        """
+        try:
+            return self._example(source, index, short_side, canvas, rng)
+        except RecordError:
+            return self._corrupt(source, index, canvas)
+
+    def _example(
+        self, source: int, index: int, short_side: int, canvas: tuple[int, int], rng: np.random.Generator
+    ) -> Batch:
+        config, data = self.config, self.config.data
+        record, captioner = self.shards[source][index], self.captioners[source]
+        image, boxes, view = _cropped(decode_image(record), record.boxes, config, rng)
+        old = (image.shape[0], image.shape[1])
+        new = transforms.fit(*old, short_side, data.long_side, canvas)
+        image, boxes = transforms.resize(image, new), transforms.scale_boxes(boxes, old, new)
+        mirrored = rng.random() < data.flip
+        if mirrored and not (data.flip_captions == "safe" and captioner.says_side(record)):
+            image, boxes = transforms.flip(image, boxes)
+        if data.jitter.probability and rng.random() < data.jitter.probability:
+            image = transforms.jitter(image, data.jitter, rng)
+        text = captioner(record, rng, view)
+        boxes, rows = boxes[text.keep], text.positive_map[text.keep]
+        count = min(len(boxes), data.max_boxes)
+        slots = np.zeros((data.max_boxes, 4), np.float32)
+        slots[:count] = boxes[:count]
+        positive_map = np.zeros((data.max_boxes, config.model.text.max_tokens), bool)
+        positive_map[:count] = rows[:count]
+        dropped = {
+            "boxes_over_limit": len(boxes) - count,
+            "boxes_out_of_view": int((~view.shown).sum()) if view else 0,
+            "phrases_over_budget": text.over_budget,
+            "spans_without_token": text.without_token,
+        }
+        return Batch(
+            image=transforms.place(image, canvas),
+            size=np.array(new, np.int32),
+            extent=self._extent(new, canvas),
+            tokens=text.tokens,
+            token_mask=text.mask,
+            boxes=slots,
+            box_mask=np.arange(data.max_boxes) < count,
+            positive_map=positive_map,
+            # What lost a box to the limit is in the image without one.
+            token_loss_mask=text.token_loss_mask & ~rows[count:].any(0),
+            valid=np.bool_(True),
+            source=np.int32(source),
+            record=np.int32(index),
+            dropped=np.array([dropped.get(name, 0) for name in DROPS], np.int32),
+        )
+
+    def _extent(self, size: tuple[int, int], canvas: tuple[int, int]) -> Int32[np.ndarray, "2"]:
+        """What the network takes as the image's size: rounded up, or the canvas."""
+        model = self.config.model.input
+        if model.extent == "batch":
+            return np.array(canvas, np.int32)
+        multiple = model.extent_multiple
+        return np.minimum(-(-np.array(size) // multiple) * multiple, canvas).astype(np.int32)
+
+    def _corrupt(self, source: int, index: int, canvas: tuple[int, int]) -> Batch:
+        """The placeholder of a corrupt record: black, no boxes, an empty caption, `valid` False."""
+        slots, length = self.config.data.max_boxes, self.config.model.text.max_tokens
+        ids = self.captioners[source].tokenizer.encode("").ids
+        tokens = np.zeros(length, np.int32)
+        tokens[: len(ids)] = ids
+        return Batch(
+            image=np.zeros((*canvas, 3), np.uint8),
+            size=np.array(canvas, np.int32),
+            extent=self._extent(canvas, canvas),
+            tokens=tokens,
+            token_mask=np.arange(length) < len(ids),
+            boxes=np.zeros((slots, 4), np.float32),
+            box_mask=np.zeros(slots, bool),
+            positive_map=np.zeros((slots, length), bool),
+            token_loss_mask=np.ones(length, bool),
+            valid=np.bool_(False),
+            source=np.int32(source),
+            record=np.int32(index),
+            dropped=np.array([name == "corrupt_records" for name in DROPS], np.int32),
+        )
+
+
+def _cropped(
+    image: UInt8[np.ndarray, "H W 3"], boxes: Float32[np.ndarray, "N 4"], config: Config, rng: np.random.Generator
+) -> tuple[UInt8[np.ndarray, "H2 W2 3"], Float32[np.ndarray, "N 4"], View | None]:
+    """A random part of the image with all boxes in its pixels and what became of them; None: the image is whole.
+
+    Boxes that go leave their rows behind, which the caption's `keep` removes.
+    """
+    crop = config.data.crop
+    if not crop.probability or rng.random() >= crop.probability:
+        return image, boxes, None
+    window = transforms.crop_window(image.shape[0], image.shape[1], crop, rng)
+    top, left, height, width = window
+    cut, shown, visible = transforms.crop_boxes(boxes, window, crop.least_visible)
+    return image[top : top + height, left : left + width], cut, View(shown, ~shown & (visible > 0))
