@@ -91,12 +91,14 @@ class Places:
         return "/".join([*parents[self._skipped[key] :], file])
 
 
-def joined(data: JsonFile, image: Any, note: Any, report: Report, scratch: Path | None) -> Join:
+def joined(
+    data: JsonFile, image: Any, note: Any, report: Report, scratch: Path | None, stray: str = "box: image not listed"
+) -> Join:
     """The lists `images` and `annotations` of a COCO-like file, joined.
 
     `image` and `note` make of an object what is kept of it, (object, place in words) -> list, and raise SourceError for
     one that spoils the file. SourceError: ids that are missing, stand twice or are neither number nor text; no images.
-    Notes of images that are not listed are dropped and counted.
+    Notes of images that are not listed are dropped and counted as `stray`.
     """
 
     def identity(item: dict[str, Any], key: str, where: str) -> Any:
@@ -128,7 +130,7 @@ def joined(data: JsonFile, image: Any, note: Any, report: Report, scratch: Path 
         if twice is not None:
             raise SourceError(f"{data.path}: the id {twice!r} stands twice in {key}: ids must be unique")
     for own, other in join.strays():
-        report.drop("box: image not listed", f"annotation {own}, image {other}")
+        report.drop(stray, f"annotation {own}, image {other}")
     return join
 
 
