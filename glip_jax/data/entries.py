@@ -38,6 +38,7 @@ __all__ = [
     "from_xywh",
     "image_folder",
     "numbers",
+    "one_line",
     "pack",
     "unpack",
 ]
@@ -48,7 +49,17 @@ _PART = re.compile(r"(.+)#(\d+)\+(\d+)(;base64)?", re.DOTALL)
 
 
 class SourceError(ValueError):
-    """A fault of a whole annotation file, or any drop in strict mode."""
+    """A fault of a whole annotation file, or any drop in strict mode. Its message is one line that can be printed."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str, most: int = 500) -> str:
+    """`text` as a line for a terminal: what annotation files hold may have line ends, controls, halves of surrogates."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 @dataclass(frozen=True)
@@ -71,13 +82,13 @@ class Report:
         if self.strict:
             raise SourceError(f"{reason} ({example}); without --strict it would be dropped and counted")
         self.dropped[reason] += count
-        self.first.setdefault(reason, example)
+        self.first.setdefault(reason, one_line(example))
 
     def note(self, what: str, example: str, count: int = 1) -> None:
         """Counts something that is kept as it is and that the reader of the report should know."""
         if count:
             self.noted[what] += count
-            self.first.setdefault(what, example)
+            self.first.setdefault(what, one_line(example))
 
     def merge(self, other: "Report") -> None:
         """Adds the counts of a later part of the same import."""
@@ -191,11 +202,16 @@ def image_folder(images: epath.PathLike) -> Folder:
 
 
 def numbers(raw: Any, count: int) -> tuple[float, ...] | None:
-    """`raw` as floats if it is a list of `count` numbers (no booleans), else None; huge integers become inf."""
+    """`raw` as floats if it is a list of `count` numbers (no booleans), else None.
+
+    Huge integers become inf; so do the texts that Python's NaN and Infinity are read as (`formats.json_file`).
+    """
     if not isinstance(raw, list | tuple) or len(raw) != count:
         return None
     values = []
     for value in raw:
+        if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity"):
+            value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             return None
         try:

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-import ijson
 from etils import epath
 
 from glip_jax.data.entries import Entry, Opened, Report, SourceError, image_folder
+from glip_jax.data.formats.json_file import JsonFile
 from glip_jax.data.formats.lines import json_of, numbered, text_of
 
 __all__ = ["open_caption_lines", "open_caption_tsv", "open_sbu", "open_webdataset"]
@@ -98,7 +98,8 @@ def open_sbu(
         pairs = _paired(_sbu_texts(inputs[0], report), _sbu_texts(inputs[1], report), path)
     else:
         inputs = (path,)
-        pairs = _paired(_sbu_list(path, "image_urls"), _sbu_list(path, "captions"), path)
+        lists = JsonFile(path)
+        pairs = _paired(lists.values("image_urls.item"), lists.values("captions.item"), path)
 
     def entries() -> Iterator[Entry]:
         for number, (address, caption) in enumerate(pairs, 1):
@@ -188,17 +189,6 @@ def _sbu_texts(path: epath.Path, report: Report) -> Iterator[Any]:
     """Lines as text; None, counted, for one that is none, so that the two files stay side by side."""
     for number, raw in numbered(path):
         yield text_of(raw, report, "image", f"{path.name} line {number}")
-
-
-def _sbu_list(path: epath.Path, key: str) -> Iterator[Any]:
-    """The values of a list in a JSON object, one at a time."""
-    try:
-        with path.open("rb") as file:
-            yield from ijson.items(file, f"{key}.item", use_float=True)
-    except (ijson.JSONError, ValueError, RecursionError) as error:
-        raise SourceError(f"{path} is not JSON ({error!s:.80}): expected SBU's lists image_urls and captions") from None
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read ({error.strerror or error}): expected SBU's JSON") from None
 
 
 def _paired(addresses: Iterator[Any], captions: Iterator[Any], path: epath.Path) -> Iterator[tuple[Any, Any]]:

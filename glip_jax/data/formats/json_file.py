@@ -52,15 +52,15 @@ class JsonFile:
         SourceError if the file is not JSON, there is no such list (only if `required`), or something else is in it.
         """
         count, start = 0, f"{key}.item" if key else "item"
-        for count, item in enumerate(self._values(start), 1):
+        for count, item in enumerate(self.values(start), 1):
             if not isinstance(item, dict):
                 raise SourceError(f"{self.path}: {key or 'item '}[{count - 1}] is {item!r:.40}, expected an object")
             yield item
         if not count:
             self._check_list(key, required)
 
-    def _values(self, start: str) -> Iterator[Any]:
-        """Values at a place, as ijson names it."""
+    def values(self, start: str) -> Iterator[Any]:
+        """Values at a place, as ijson names it, whatever they are; SourceError if the file is not JSON."""
         try:
             with self.path.open("rb") as raw:
                 size = self.path.stat().length

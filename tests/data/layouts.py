@@ -1,0 +1,149 @@
+"""Every format that is imported, once, in its official layout: files to spoil, and how to open them."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glip_jax.data.entries import Opened
+from glip_jax.data.formats.captions import open_caption_lines, open_caption_tsv, open_sbu, open_webdataset
+from glip_jax.data.formats.coco import open_coco
+from glip_jax.data.formats.flickr30k import open_flickr30k
+from glip_jax.data.formats.mdetr import MIXED_FOLDERS, open_coco_captions, open_mdetr
+from glip_jax.data.formats.tsv import open_tsv
+from tests.data.conftest import coco_json, mdetr_json, write_image
+from tests.data.test_flickr30k import SENTENCES, XML
+from tests.data.test_tsv import DETECTION, V1, V2, container
+
+__all__ = ["LAYOUTS", "Layout"]
+
+SIZES = [(24, 32)] * 3
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A format: `make` writes its files into a folder that has pictures/img0.png to img2.png."""
+
+    make: Callable[[Path], dict[str, str]]
+    """Returns what kind (see `mutations.mutated`) each annotation file is of, by path below the folder."""
+    open: Callable[[Path], Opened]
+    command: Callable[[Path], list[str]] | None = None
+    """The job's arguments for the same."""
+    records: int = 3
+
+
+def _json_file(name: str, data: Any) -> Callable[[Path], dict[str, str]]:
+    def make(folder: Path) -> dict[str, str]:
+        (folder / name).write_text(json.dumps(data))
+        return {name: "json"}
+
+    return make
+
+
+def _texts(files: dict[str, str], kind: str = "text") -> Callable[[Path], dict[str, str]]:
+    def make(folder: Path) -> dict[str, str]:
+        for name, text in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text)
+        return dict.fromkeys(files, kind)
+
+    return make
+
+
+def _mixed() -> dict[str, Any]:
+    data = mdetr_json(SIZES)
+    for image in data["images"]:
+        image["data_source"] = "vg"
+    return data
+
+
+def _coco_captions() -> dict[str, Any]:
+    data = coco_json(SIZES, 0)
+    data["annotations"] = [{"id": i, "image_id": i % 3 + 1, "caption": f"a dog {i}"} for i in range(5)]
+    return data
+
+
+def _flickr(folder: Path) -> dict[str, str]:
+    sentences = "".join(SENTENCES.splitlines(True)[:2])
+    files = {"Annotations/img0.xml": XML, "Sentences/img0.txt": sentences, "train.txt": "img0\n"}
+    write_image(folder / "pictures" / "img0.jpg", 24, 32, 0)
+    return _texts(files)(folder)
+
+
+def _tar(folder: Path) -> dict[str, str]:
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for i in range(3):
+            image = (folder / "pictures" / f"img{i}.png").read_bytes()
+            about = json.dumps({"caption": f"a dog {i}", "key": f"{i:05d}"}).encode()
+            for suffix, data in (("png", image), ("json", about), ("txt", f"a dog {i}".encode())):
+                info = tarfile.TarInfo(f"{i:05d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return {"00000.tar": "bytes"}
+
+
+def _container(labels: list[Any]) -> Callable[[Path], dict[str, str]]:
+    def make(folder: Path) -> dict[str, str]:
+        container(folder, labels)
+        (folder / "lines").write_text("2\n0\n1\n")
+        with (folder / "train.yaml").open("a") as file:
+            file.write("linelist: lines\n")
+        (folder / "one.jpg").unlink()
+        names = ["train.yaml", "train.img.tsv", "train.label.tsv", "train.hw.tsv", "map.json", "lines"]
+        names += [f"train.{part}.lineidx" for part in ("img", "label", "hw")]
+        return {name: "json" if name.endswith("json") else "text" for name in names}
+
+    return make
+
+
+_SBU = {
+    "SBU_captioned_photo_dataset_urls.txt": "".join(f"http://flickr.com/1/img{i}.png\n" for i in range(3)),
+    "SBU_captioned_photo_dataset_captions.txt": "a dog\nthe cat\na bird \N{SNOWMAN}\n",
+}
+_LINES = "\n".join(json.dumps({"image": f"img{i}.png", "caption": f"a dog {i}"}) for i in range(3))
+
+LAYOUTS: dict[str, Layout] = {
+    "coco": Layout(
+        _json_file("a.json", coco_json(SIZES)), lambda p: open_coco(p / "a.json", p / "pictures"),
+        lambda p: ["coco", f"{p}/a.json", f"--images={p}/pictures"],
+    ),
+    "mdetr": Layout(
+        _json_file("a.json", mdetr_json(SIZES)), lambda p: open_mdetr(p / "a.json", p / "pictures"),
+        lambda p: ["mdetr", f"{p}/a.json", f"--images={p}/pictures"],
+    ),
+    "mixed": Layout(
+        _json_file("a.json", _mixed()),
+        lambda p: open_mdetr(p / "a.json", p / "pictures", folders=MIXED_FOLDERS | {"vg": ""}),
+    ),
+    "flickr30k": Layout(
+        _flickr, lambda p: open_flickr30k(p, p / "pictures", split=p / "train.txt"),
+        lambda p: ["flickr30k", f"{p}", f"--images={p}/pictures", f"--split={p}/train.txt"], records=2,
+    ),
+    "coco-captions": Layout(
+        _json_file("a.json", _coco_captions()), lambda p: open_coco_captions(p / "a.json", p / "pictures"), records=5,
+    ),
+    "caption-tsv": Layout(
+        _texts({"a.tsv": "a dog\timg0.png\nthe cat\timg1.png\na bird \N{SNOWMAN}\timg2.png\n"}),
+        lambda p: open_caption_tsv(p / "a.tsv", p / "pictures"),
+    ),
+    "caption-lines": Layout(
+        _texts({"a.jsonl": _LINES}, "jsonl"), lambda p: open_caption_lines(p / "a.jsonl", p / "pictures"),
+    ),
+    "sbu": Layout(_texts(_SBU), lambda p: open_sbu(p, p / "pictures")),
+    "sbu-json": Layout(
+        _json_file("a.json", {"image_urls": ["img0.png", "x/img1.png", "img2.png"], "captions": ["a", "b", "c"]}),
+        lambda p: open_sbu(p / "a.json", p / "pictures"),
+    ),
+    "webdataset": Layout(
+        _tar, lambda p: open_webdataset(p / "00000.tar"), lambda p: ["webdataset", f"{p}/00000.tar"],
+    ),
+    "tsv-detection": Layout(
+        _container(DETECTION), lambda p: open_tsv(p / "train.yaml", kind="detection"),
+        lambda p: ["tsv", f"{p}/train.yaml", "--kind=detection"],
+    ),
+    "tsv-pseudo": Layout(_container([V1, V2, V1]), lambda p: open_tsv(p / "train.yaml", kind="pseudo", oversample=True)),
+}  # fmt: skip
+"""By name."""

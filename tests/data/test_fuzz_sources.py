@@ -1,0 +1,79 @@
+"""Spoiled annotation files and pictures: always a counted drop or one clear line, never another error, never half a folder.
+
+Of each format a small official layout is spoiled many times, seeded: see `tests.data.mutations`.
+"""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from glip_jax.data.entries import Report, SourceError, finish
+from glip_jax.data.records import Record, decode, encode
+from tests.data.conftest import write_image
+from tests.data.layouts import LAYOUTS, Layout
+from tests.data.mutations import mutated, spoil_image
+
+EACH = -(-2100 // len(LAYOUTS))
+"""Spoiled files of each format."""
+
+
+def made(layout: Layout, folder: Path) -> dict[str, str]:
+    (folder / "pictures").mkdir()
+    for i in range(3):
+        write_image(folder / "pictures" / f"img{i}.png", 24, 32, i)
+    return layout.make(folder)
+
+
+def imported(layout: Layout, folder: Path) -> tuple[list[Record], Report]:
+    """What the import makes of the folder; whatever comes out can be stored and read."""
+    opened = layout.open(folder)
+    records = []
+    for entry in opened.entries:
+        record = finish(entry, opened.images, opened.report)
+        if record is not None:
+            records.append(decode(encode(record), len(opened.names)))
+    return records, opened.report
+
+
+def clear(line: str, folder: Path, files: dict[str, str]) -> None:
+    """An error is one line that can be printed and names a file."""
+    assert line.isprintable(), line
+    assert len(line) < 600, line
+    names = [str(folder), *(Path(file).name for file in files), *(Path(file).stem for file in files)]
+    assert any(name in line for name in names), line
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_spoiled_files_are_drops_or_one_line(name: str, tmp_path: Path) -> None:
+    layout = LAYOUTS[name]
+    files = made(layout, tmp_path)
+    records, report = imported(layout, tmp_path)
+    assert len(records) == layout.records
+    assert not report.dropped
+    pictures = [f"pictures/{path.name}" for path in sorted((tmp_path / "pictures").iterdir())]
+    whole = {file: (tmp_path / file).read_bytes() for file in [*files, *pictures]}
+    outcomes = {"line": 0, "drop": 0, "kept": 0}
+    for number in range(EACH):
+        rng = random.Random(f"{name} {number}")
+        file = rng.choice([*files, *files, rng.choice(pictures)])
+        spoil = spoil_image(whole[file], rng) if file in pictures else mutated(whole[file], files[file], rng)
+        data, done = spoil
+        place = tmp_path / file
+        place.unlink() if data is None else place.write_bytes(data)
+        try:
+            records, report = imported(layout, tmp_path)
+        except SourceError as error:
+            clear(str(error), tmp_path, files)
+            outcomes["line"] += 1
+        except Exception as error:
+            raise AssertionError(f"{name} {number}: {file}, {done}: {type(error).__name__}: {error}") from error
+        else:
+            for reason, example in report.first.items():
+                assert example.isprintable(), f"{name} {number}: {file}, {done}: {reason}: {example!r}"
+            outcomes["drop" if report.dropped else "kept"] += 1
+        finally:
+            place.write_bytes(whole[file])
+    # Most of it is noticed; what is left is text changed into other text, a number into another that fits.
+    assert outcomes["kept"] < 0.7 * EACH, outcomes
+    assert len(imported(layout, tmp_path)[0]) == layout.records
