@@ -19,6 +19,7 @@ from glip_jax.parallel import MeshError
 from glip_jax.prompts import PromptError
 from glip_jax.structures import Batch
 from glip_jax.training.loop import NonFiniteLossError, train
+from glip_jax.training.source_counts import CorruptDataError
 from glip_jax.weights import names, pretrained, torch_files
 
 __all__ = ["TrainArguments", "main"]
@@ -28,6 +29,7 @@ _FAULTS = (
     CheckpointError,
     CommandLineError,
     ConfigError,
+    CorruptDataError,
     EvaluationError,
     GroundTruthError,
     MeshError,

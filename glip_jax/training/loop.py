@@ -38,7 +38,8 @@ from glip_jax.models.glip import GLIP
 from glip_jax.parallel import abstract, check_batch, make_mesh, place_batch, shardings
 from glip_jax.structures import Batch
 from glip_jax.training import optimizer as adamw
-from glip_jax.training.metrics import Progress, Window, Writer
+from glip_jax.training.metrics import Progress, Window, Writer, read
+from glip_jax.training.source_counts import SourceCounts
 from glip_jax.training.step import State, glip_objective, initial_state, make_step
 
 __all__ = [
@@ -54,7 +55,7 @@ Towers = Callable[[dict[str, Any], Config], tuple[dict[str, Any], dict[str, Any]
 """(parameters, config) to parameters of which `config.init_from` names files, and the record of what was read:
 `glip_jax.weights.pretrained.initialize`."""
 
-_PER_EXAMPLE = ("bad", "source", "record")
+_PER_EXAMPLE = ("bad", "invalid", "source", "record")
 
 
 class NonFiniteLossError(RuntimeError):
@@ -119,7 +120,7 @@ def train(
     What does not fit is found before anything is written. Raises CheckpointError if the checkpoint has other settings
     and `resume_with_changes` is not set or if `workdir` cannot be written, MeshError if batch, devices and mesh do not
     fit, ConfigError for data that are missing or damaged, NotSavedError if a checkpoint could not be written,
-    NonFiniteLossError; SystemExit with exits.PREEMPTED or CANCELLED after a signal, saved.
+    NonFiniteLossError, CorruptDataError past `data.max_corrupt_rate`; SystemExit with exits.PREEMPTED or CANCELLED after a signal, saved.
     """
     validate(config)
     enable_compilation_cache()
@@ -208,6 +209,7 @@ class _Run:
         self.config, self.mesh, self.folder = config, mesh, epath.Path(workdir)
         self.checkpoints, self.writer, self.progress, self.evaluate = checkpoints, writer, progress, evaluate
         self.window = Window()
+        self.counts: SourceCounts | None = None
         self.names: tuple[str, ...] = ()
         self.describe: Callable[[int, int], str] = "{}[{}]".format
 
@@ -217,6 +219,8 @@ class _Run:
         """Runs the steps after `start`; see `train`."""
         config, pending = self.config, None
         self.names, self.describe = tuple(mixture.source_names), mixture.describe
+        self.counts = SourceCounts(self.names, mixture.records, config.data, mixture.describe)
+        self.counts.resume(read(str(self.folder)) if start else [], mixture.shares, start * config.train.batch_size)
         step_function = make_step(config, self.mesh, glip_objective(config), state, self.names)
         canvases: set[tuple[int, ...]] = set()
         batches = iter(mixture.batches(start, jax.process_index(), jax.process_count()))
@@ -273,11 +277,13 @@ class _Run:
         numbers = jax.device_get(pending.metrics)
         if not numbers["finite"]:
             raise NonFiniteLossError(self._complaint(pending.step, numbers))
+        assert self.counts is not None
+        self.counts.add(numbers["source"], numbers["record"], numbers["invalid"])
         scalars = {name: value for name, value in numbers.items() if name not in (*_PER_EXAMPLE, "finite")}
         self.window.add({**scalars, "wait_seconds": pending.wait})
         self.progress.advance()
         if flush or pending.step % self.config.train.log_every == 0:
-            metrics = self.window.take()
+            metrics = self.window.take() | self.counts.metrics()
             self.progress.window(pending.step, metrics, self.names)
             if self.writer is not None:
                 self.writer.write(pending.step, metrics)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 __all__ = ["Progress", "Window", "Writer", "cut_back", "read"]
 
-_COUNTS = ("examples", "positives", "corrupt", "dropped")
+_COUNTS = ("examples", "positives", "corrupt", "dropped", "unknown_tokens")
 _LAST = ("rate", "text_rate")
 _UPLOAD_SECONDS = 30
 
@@ -30,7 +30,7 @@ _UPLOAD_SECONDS = 30
 class Window:
     """Means and sums of per-step metrics since the last `take`.
 
-    Counts (examples, positives, corrupt, dropped…) and seconds are summed, rates are the latest, everything else is a
+    Counts (examples, positives, corrupt, unknown_tokens, dropped…) and seconds are summed, rates are the latest, everything else is a
     mean over steps; the losses of a source are means over the steps in which it had examples.
     """
 
@@ -58,7 +58,7 @@ class Window:
             parts = name.split("/")
             if name in _LAST:
                 result[name] = value
-            elif parts[0] in _COUNTS or parts[-1] in _COUNTS:
+            elif parts[-1] in _COUNTS or parts[-2:-1] == ["dropped"]:
                 result[name] = int(value)
             elif parts[-1].endswith("seconds"):
                 result[name] = round(value, 4)

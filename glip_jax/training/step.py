@@ -80,7 +80,8 @@ def make_step(
 
     The step returns (state, metrics). Scalars: `loss`, `loss/PART`, `gradient_norm` (before clipping), `rate`,
     `text_rate`, `positives`, `examples`, `corrupt`, `dropped/REASON`, `finite`, and for each source
-    `source/NAME/{loss/PART, examples, positives, dropped}`. For messages, per example: `bad`, `source`, `record`.
+    `source/NAME/{loss/PART, examples, positives, dropped, dropped/REASON}`. For messages, per example: `bad` (its loss is
+    not finite), `invalid` (it is corrupt), `source`, `record`.
     """
     group = adamw.groups(state.params, config.model, config.optimizer)
 
@@ -176,7 +177,8 @@ def _metrics(
     bad = ~jnp.all(jnp.stack([jnp.isfinite(part) for part in sums]), axis=0)
     metrics: Metrics = {"loss": total, "positives": positives.sum(), "examples": jnp.int32(batch.valid.shape[0])}
     metrics |= {f"loss/{name}": value for name, value in parts.items()}
-    metrics |= {"corrupt": jnp.sum(~batch.valid), "bad": bad, "source": batch.source, "record": batch.record}
+    metrics |= {"corrupt": jnp.sum(~batch.valid), "unknown_tokens": jnp.sum(~batch.token_loss_mask)}
+    metrics |= {"bad": bad, "invalid": ~batch.valid, "source": batch.source, "record": batch.record}
     metrics |= {f"dropped/{reason}": batch.dropped[:, column].sum() for column, reason in enumerate(DROPS)}
     for index, name in enumerate(names):
         metrics |= _of_source(name, batch.source == index, sums, targets, batch, positives, config)
@@ -196,8 +198,10 @@ def _of_source(
     own = denominators(targets, batch.valid & mine, config.loss.positives_floor)
     _, parts = total_loss(LossSums(*(jnp.where(mine, part, 0.0) for part in sums)), own, config.loss)
     metrics = {f"source/{name}/loss/{part}": value for part, value in parts.items()}
+    lost = jnp.where(mine[:, None], batch.dropped, 0).sum(0)
+    metrics |= {f"source/{name}/dropped/{reason}": lost[column] for column, reason in enumerate(DROPS)}
     return metrics | {
         f"source/{name}/examples": mine.sum(),
         f"source/{name}/positives": jnp.where(mine, positives, 0).sum(),
-        f"source/{name}/dropped": jnp.where(mine[:, None], batch.dropped, 0).sum(),
+        f"source/{name}/dropped": lost.sum(),
     }

@@ -12,10 +12,12 @@ import pytest
 
 from glip_jax.checkpoint import CheckpointError, Checkpoints, Saved, fingerprint, latest_step, started_from
 from glip_jax.config import ConfigError, InitFromConfig, MeshConfig
+from glip_jax.data.mixture import Mixture
 from glip_jax.exits import CANCELLED, PREEMPTED
 from glip_jax.parallel import MeshError, make_mesh
 from glip_jax.training import loop, metrics
 from glip_jax.training.loop import NonFiniteLossError, fresh_parameters, train
+from glip_jax.training.source_counts import CorruptDataError
 from tests import tiny_run
 from tests.training import stand_in
 
@@ -100,6 +102,37 @@ def test_other_settings_are_refused_or_become_a_phase(config, workdir, tmp_path,
     assert "new phase from step 6: train.steps: 6 -> 8" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "phases.json").read_text())[0]["step"] == 6
     assert int(train(longer, workdir).step) == 8, "the new settings are now the run's"
+
+
+def test_another_mixture_is_refused_or_becomes_a_phase_and_the_counts_go_on(config, workdir, tmp_path):
+    train(tiny_run.replace(config, "train", steps=2), workdir)
+    first = [line for line in metrics.read(workdir) if "source/boxes/seen" in line][-1]
+    assert first["source/boxes/seen"] + first["source/captions/seen"] == 16
+    assert first["source/boxes/epochs"] == first["source/boxes/seen"] / 8
+    heavier = dataclasses.replace(config.data.sources["boxes"], weight=3.0)
+    other = tiny_run.replace(config, "data", sources={**config.data.sources, "boxes": heavier})
+    other = tiny_run.replace(other, "train", steps=4)
+    with pytest.raises(CheckpointError, match=r"data.sources.boxes.weight: 1.0 -> 3.0"):
+        train(other, workdir)
+    train(other, workdir, resume_with_changes=True)
+    phase = json.loads((tmp_path / "run" / "phases.json").read_text())[0]
+    assert phase["step"] == 2 and "data.sources.boxes.weight: 1.0 -> 3.0" in phase["differences"]
+    last = metrics.read(workdir)[-1]
+    assert last["source/boxes/seen"] == first["source/boxes/seen"] + 12 and last["source/captions/seen"] == 12
+
+
+def test_too_many_corrupt_records_stop_the_run(config, workdir, monkeypatch):
+    """All of one source from step 3 on, as when a mount goes away: what was saved at step 2 stays."""
+    real = Mixture.batches
+
+    def spoilt(self, *place):
+        for number, batch in enumerate(real(self, *place), 1):
+            yield batch._replace(valid=batch.valid & ((batch.source == 0) | (number < 3)))
+
+    monkeypatch.setattr(Mixture, "batches", spoilt)
+    with pytest.raises(CorruptDataError, match=r"data\.sources\.captions: 4 of its last 12 .*captions\[\d\] \(image g"):
+        train(tiny_run.replace(config, "data", corrupt_window=100, max_corrupt_rate=0.03), workdir)
+    assert latest_step(workdir) == 2
 
 
 def test_a_loss_that_is_not_finite_stops_with_names(config, workdir, monkeypatch):

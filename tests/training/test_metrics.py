@@ -16,7 +16,7 @@ EVENT: Any = getattr(event_pb2, "Event")  # noqa: B009 (made at run time; the ch
 def _numbers(loss: float, examples: int = 4, of_a: int = 4) -> dict[str, int | float]:
     return {
         "loss": loss, "loss/token": loss, "gradient_norm": 1.0, "positives": 3, "examples": examples, "rate": loss / 10,
-        "dropped/boxes_over_limit": 1, "source/a/loss/token": loss, "source/a/examples": of_a, "wait_seconds": 0.5,
+        "dropped/boxes_over_limit": 1, "source/a/dropped/boxes_over_limit": 1, "source/a/loss/token": loss, "source/a/examples": of_a, "wait_seconds": 0.5,
     }  # fmt: skip
 
 
@@ -28,6 +28,7 @@ def test_window_means_sums_and_latest():
     taken = window.take()
     assert taken["loss"] == 2.0 and taken["rate"] == 0.3
     assert taken["examples"] == 8 and taken["dropped/boxes_over_limit"] == 2 and taken["source/a/examples"] == 4
+    assert taken["source/a/dropped/boxes_over_limit"] == 2
     assert taken["source/a/loss/token"] == 1.0, "a step without examples of the source counts in no mean of it"
     assert taken["wait_seconds"] == 1.0 and taken["steps"] == 2
     assert taken["images_per_second"] == pytest.approx(8 / taken["seconds"], rel=0.05)

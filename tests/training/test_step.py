@@ -165,6 +165,9 @@ def test_counts_and_losses_of_each_source(sources):
     assert sum(numbers[f"source/{name}/examples"] for name in NAMES) == 8
     assert sum(numbers[f"source/{name}/positives"] for name in NAMES) == numbers["positives"] > 0
     assert sum(numbers[f"source/{name}/dropped"] for name in NAMES) == 3
+    name = NAMES[int(batch.source[1])]
+    assert numbers[f"source/{name}/dropped/boxes_over_limit"] == numbers[f"source/{name}/dropped"] == 3
+    assert numbers["invalid"].tolist() == [True] + [False] * 7 and numbers["unknown_tokens"] == 0
     assert numbers["loss"] == pytest.approx(sum(numbers[f"loss/{p}"] for p in ("token", "box", "centerness")), rel=1e-6)
     # Alone in a batch, a source's loss is the loss.
     chosen = batch._replace(valid=batch.valid & (batch.source == 0))
