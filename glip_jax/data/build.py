@@ -113,7 +113,7 @@ def build(plan: Plan, opened: Callable[[Path], Opened]) -> tuple[Manifest, Build
             job = Job(partial, index.path, index.images, len(index.names), plan.strict)
             tasks = [Task(file, *bounds[i : i + 2]) for i, file in enumerate(files)]
             run(job, tasks, plan.processes)
-            return _merge(plan, out, partial, index, files, known)
+            return _merge(plan, out, partial, index, files, origins, known)
     except (SourceError, ShardError, RecordError):
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -257,7 +257,13 @@ def _digest(path: epath.Path) -> dict[str, Any]:
 
 
 def _merge(
-    plan: Plan, out: Path, partial: Path, index: _Index, files: list[str], known: published.Published | None
+    plan: Plan,
+    out: Path,
+    partial: Path,
+    index: _Index,
+    files: list[str],
+    origins: list[dict[str, Any]],
+    known: published.Published | None,
 ) -> tuple[Manifest, BuildReport]:
     """Joins what the shards' side files say, writes report and manifest, and gives the folder its name."""
     report, labels = Report(), Counter[int]()
@@ -284,7 +290,7 @@ def _merge(
     )  # fmt: skip
     with np.load(partial / manifest.columns["file"]) as columns:
         hashes = columns["hash"]
-    told = summary(manifest, report, labels, hashes, index.inputs, known)
+    told = summary(manifest, report, labels, hashes, index.inputs, origins, known)
     (partial / "report.json").write_text(json.dumps(asdict(told), indent=1, ensure_ascii=False))
     for file in [*(partial / f"{file}.json" for file in files), partial / "excluded.npy", partial / "lock", index.path]:
         file.unlink(missing_ok=True)

@@ -39,6 +39,8 @@ class BuildReport:
     """What was kept and should be known."""
     duplicates: dict[str, Any]
     """Records whose picture an earlier record has: records, first (a pair of record numbers in reading order)."""
+    exclude: list[dict[str, Any]]
+    """Where the hashes of pictures to leave out came from: file, hashes, sha256; how many were met is in `drops`."""
     inputs: list[dict[str, Any]]
     """file, bytes, sha256."""
     inputs_sha256: str
@@ -68,6 +70,10 @@ class BuildReport:
         if self.duplicates["records"]:
             one, other = self.duplicates["first"]
             rows.append(("same picture again", f"{self.duplicates['records']}", f"first: records {one} and {other}"))
+        if self.exclude:
+            met = self.drops.get("image: excluded", {"count": 0})["count"]
+            listed = sum(item["hashes"] for item in self.exclude)
+            rows.append(("overlap with --exclude", f"{met}", f"of {listed} pictures in {len(self.exclude)} lists"))
         width = max(len(row[0]) for row in rows)
         lines = [f"{name:<{width}}  {count:>8}  {example}".rstrip() for name, count, example in rows]
         lines.append(f"inputs: {', '.join(item['file'] for item in self.inputs)}  sha256 {self.inputs_sha256[:16]}")
@@ -86,6 +92,7 @@ def summary(
     labels: Counter[int],
     hashes: UInt64[np.ndarray, " records"],
     inputs: Sequence[dict[str, Any]],
+    exclude: Sequence[dict[str, Any]],
     known: Published | None,
 ) -> BuildReport:
     """What there is to say of a folder; `labels`: boxes by category."""
@@ -104,7 +111,7 @@ def summary(
         names_without_boxes=sum(not labels[i] for i in range(len(manifest.names))),
         listed_records=listed["records"], listed_boxes=listed["boxes"],
         drops=_examples(report, report.dropped), notes=_examples(report, report.noted),
-        duplicates=_duplicates(hashes), inputs=list(inputs), inputs_sha256=joined,
+        duplicates=_duplicates(hashes), exclude=list(exclude), inputs=list(inputs), inputs_sha256=joined,
         published=None if known is None else {
             "name": known.name, "title": known.title, "source": known.source, "licence": known.licence,
             "counts": [asdict(comparison) for comparison in comparisons],

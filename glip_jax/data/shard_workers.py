@@ -113,7 +113,7 @@ def _make(job: Job, task: Task, excluded: frozenset[int], made: Callable[[int], 
         raise
     writing.rename(path)
     side = job.folder / f"{task.file}.json.{os.getpid()}.writing"
-    side.write_text(json.dumps({"written": written, "report": asdict(report)}))
+    side.write_text(json.dumps({"written": written, "report": vars(report)}))
     side.rename(job.folder / f"{task.file}.json")
 
 

@@ -93,7 +93,7 @@ def flags(argv: Sequence[str], kind: Any, job: str, example: str = "") -> Any:
         if option.startswith("--") and option.replace("--no-", "--") not in names and option != "--help":
             _refuse(option, list(dict.fromkeys(names)))
     if len(parts) > 1 and argv and not argv[0].startswith("-"):
-        commands = [part.__name__.lower() for part in parts]
+        commands = [re.sub(r"(?<!^)(?=[A-Z])", "-", part.__name__).lower() for part in parts]
         if argv[0] not in commands:
             near = difflib.get_close_matches(argv[0], commands, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(commands)}"

@@ -15,7 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from glip_jax import exits
-from glip_jax.data import shards, sources
+from glip_jax.data import shards
+from glip_jax.data.build import Plan, build
+from glip_jax.data.entries import SourceError
+from glip_jax.data.formats.coco import open_coco
+from glip_jax.data.formats.mdetr import open_mdetr
 from glip_jax.data.pictures import Picture, PictureError, Split, load_pictures
 from glip_jax.data.records import RecordError
 from glip_jax.data.scene_sets import SceneSet, finished, make_scenes
@@ -76,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         job = flags(argv, Scenes, "scenes", "--out=runs/demo/scenes --count=2000 --names.detection=40")
         make(job, shlex.join(["python", "-m", "glip_jax", "scenes", *argv]))
-    except (CommandLineError, PictureError, SceneError, sources.SourceError, shards.ShardError, RecordError) as error:
+    except (CommandLineError, PictureError, SceneError, SourceError, shards.ShardError, RecordError) as error:
         print(f"scenes: {error}", file=sys.stderr)
         return exits.BAD_INPUT
     except OSError as error:
@@ -102,7 +106,7 @@ def make(job: Scenes, command: str) -> None:
             make_scenes(job.out / part, scenes, job.processes, progress=sys.stderr.isatty())
             print(f"{job.out / part}: {scenes.count} scenes of {len(scenes.names)} names", flush=True)
         if part in ("detection", "grounding"):
-            _import(job.out / part, job.out / "shards" / part, command)
+            _import(job.out / part, job.out / "shards" / part, command, job.processes)
     validation = sum(part.startswith("validation") for part in sets)
     captions = sets["captions"].count if "captions" in sets else 0
     print(
@@ -151,21 +155,14 @@ def _sets(job: Scenes) -> dict[str, SceneSet]:
     }
 
 
-def _import(folder: Path, out: Path, command: str) -> None:
+def _import(folder: Path, out: Path, command: str, processes: int) -> None:
     if shards.finished(out) is not None:
         return
     annotations, images = folder / "annotations.json", folder / "images"
-    opened = sources.mdetr if folder.name == "grounding" else sources.coco
-    source = opened(annotations, images)
-    manifest = shards.write(
-        source.records,
-        out,
-        name=folder.name,
-        names=source.names,
-        licence=_LICENCE,
-        source=str(annotations),
-        command=command,
-        drops=lambda: dict(source.report.dropped),
+    opened = open_mdetr if folder.name == "grounding" else open_coco
+    plan = Plan(
+        out, str(annotations), name=folder.name, licence=_LICENCE, command=command, shards=1, processes=processes
     )
+    manifest, _ = build(plan, lambda scratch: opened(annotations, images, scratch=scratch))
     dropped = sum(manifest.drops.values())
     print(f"{out}: {manifest.records} records, {manifest.boxes} boxes, {dropped} dropped", flush=True)

@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glip_jax.data import shards, sources
+from glip_jax.data import shards
+from glip_jax.data.entries import Opened, finish
+from glip_jax.data.formats.coco import open_coco
+from glip_jax.data.formats.mdetr import open_mdetr
+from glip_jax.data.records import Record
 
 NAMES = ["person", "dog", "traffic light", "cell phone", "cat_(animal)", "table"]
 CAPTION = "a man near the old red table holding two small dogs"
@@ -46,6 +50,12 @@ def mdetr_json(sizes: list[tuple[int, int]]) -> dict:
     return data
 
 
+def records(opened: Opened) -> list[Record]:
+    """All records of an opened source, its pictures read."""
+    made = (finish(entry, opened.images, opened.report) for entry in opened.entries)
+    return [record for record in made if record is not None]
+
+
 SIZES = [(24, 32)] * 9 + [(32, 24)] * 5 + [(28, 28)] * 3
 """Landscape, portrait, square."""
 
@@ -60,8 +70,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         write_image(pictures / f"img{i}.png", height, width, i)
     (root / "boxes.json").write_text(json.dumps(coco_json(SIZES)))
     (root / "captions.json").write_text(json.dumps(mdetr_json(SIZES[:14])))
-    boxes = sources.coco(root / "boxes.json", pictures)
-    shards.write(boxes.records, root / "boxes", name="boxes", names=boxes.names, shards=3)
-    captions = sources.mdetr(root / "captions.json", pictures)
-    shards.write(captions.records, root / "captions", name="captions", shards=2)
+    boxes = open_coco(root / "boxes.json", pictures)
+    shards.write(records(boxes), root / "boxes", name="boxes", names=boxes.names, shards=3)
+    captions = open_mdetr(root / "captions.json", pictures)
+    shards.write(records(captions), root / "captions", name="captions", shards=2)
     return {"root": root, "pictures": pictures, "boxes": root / "boxes", "captions": root / "captions"}

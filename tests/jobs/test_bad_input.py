@@ -18,7 +18,7 @@ from glip_jax import __main__ as door
 from glip_jax import environment, exits
 from glip_jax.checkpoint import Checkpoints, latest_step, restore_parameters, unfinished
 from glip_jax.config import SourceConfig
-from glip_jax.data import shards, sources
+from glip_jax.data import entries, shards
 from glip_jax.data.records import PIXEL_LIMIT
 from glip_jax.jobs import train as train_job
 from glip_jax.training import loop
@@ -351,8 +351,8 @@ def test_spans_beyond_the_caption_are_counted(imported, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, exits.CANCELLED), (signal.SIGTERM, exits.PREEMPTED)])
-def test_an_import_that_is_stopped_leaves_nothing_and_goes_on(imported, tmp_path, capsys, monkeypatch, number, code):
-    before, calls, real = sorted(tmp_path.rglob("*")), [], sources._image
+def test_an_import_that_is_stopped_goes_on(imported, tmp_path, capsys, monkeypatch, number, code):
+    before, calls, real = sorted(tmp_path.iterdir()), [], entries._picture
 
     def interrupted(*arguments):
         calls.append(1)
@@ -360,7 +360,7 @@ def test_an_import_that_is_stopped_leaves_nothing_and_goes_on(imported, tmp_path
             os.kill(os.getpid(), number)
         return real(*arguments)
 
-    monkeypatch.setattr(sources, "_image", interrupted)
+    monkeypatch.setattr(entries, "_picture", interrupted)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         found, line = run(capsys, *imported)
@@ -368,9 +368,13 @@ def test_an_import_that_is_stopped_leaves_nothing_and_goes_on(imported, tmp_path
         found, line = stop.code, capsys.readouterr().err
     assert found == code and f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}" in line
     assert line.count("\n") == 1 and "the same command" in line
-    assert sorted(tmp_path.rglob("*")) == before and signal.getsignal(signal.SIGTERM) == handler
+    # What goes on: the index of the entries, no half-made shard.
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / ".out.partial"])
+    assert not list((tmp_path / ".out.partial").glob("records*")) and signal.getsignal(signal.SIGTERM) == handler
     assert run(capsys, *imported)[0] == exits.DONE
-    assert len(shards.Shards(tmp_path / "out")) == 6
+    assert len(shards.Shards(tmp_path / "out")) == 6 and sorted(tmp_path.iterdir()) == sorted(
+        [*before, tmp_path / "out"]
+    )
 
 
 def test_a_worker_that_its_pool_ends_says_nothing(capsys, monkeypatch):
@@ -390,7 +394,8 @@ def test_an_import_onto_a_full_disk(imported, tmp_path, capsys):
     with _files_up_to(1500):
         code, line = run(capsys, *imported)
     assert code == exits.NOT_WRITTEN and "out): make room, then give the same command again" in line
-    assert sorted(tmp_path.rglob("*")) == before
+    assert {path.name for path in set(tmp_path.iterdir()) - set(before)} == {".out.partial"}
+    assert run(capsys, *imported)[0] == exits.DONE and not (tmp_path / ".out.partial").exists()
 
 
 def test_a_killed_import_does_not_stand_in_the_way(imported, tmp_path, capsys):

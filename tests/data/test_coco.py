@@ -1,4 +1,4 @@
-"""Importers: single faults are counted by reason, faults of the file stop with one clear line."""
+"""COCO's JSON and its relatives: single faults are counted by reason, faults of the file stop with one clear line."""
 
 import copy
 import json
@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from glip_jax.data import sources
-from glip_jax.data.sources import SourceError
-from tests.data.conftest import CAPTION, NAMES, coco_json, mdetr_json, write_image
+from glip_jax.data.entries import SourceError
+from glip_jax.data.formats.coco import open_coco
+from glip_jax.data.formats.mdetr import open_mdetr
+from tests.data.conftest import NAMES, coco_json, mdetr_json, records, write_image
 
 SIZE = [(24, 32)]
 
@@ -36,9 +37,9 @@ def test_boxes_names_and_ids(tmp_path: Path, pictures: Path) -> None:
     data["categories"].insert(0, {"id": 0, "name": "__background__"})
     data["categories"].reverse()
     data["images"][1]["neg_category_ids"] = [2, 5]
-    source = sources.coco(saved(tmp_path, data), pictures, rename={"dog": "small dog"})
+    source = open_coco(saved(tmp_path, data), pictures, rename={"dog": "small dog"})
     assert source.names == ("person", "small dog", *NAMES[2:])
-    first, second = source.records
+    first, second = records(source)
     assert (first.id, first.kind, first.height, first.width) == ("1", "detection", 24, 32)
     # x + w - 1, clipped to the last pixel.
     assert first.boxes.tolist() == [[2, 3, 7, 7], [3, 3, 9, 8], [20.5, 0, 31, 5]]
@@ -69,14 +70,14 @@ def test_bad_boxes_are_counted_and_strict_stops(tmp_path: Path, pictures: Path, 
     data = coco_json(SIZE)
     data["annotations"][1].update(change)
     path = saved(tmp_path, data)
-    source = sources.coco(path, pictures)
-    (record,) = source.records
+    source = open_coco(path, pictures)
+    (record,) = records(source)
     assert len(record.boxes) == 2
     assert source.report.dropped == {reason: 1}
     assert f"dropped {reason}" in source.report.table()
     assert "annotation 2" in source.report.first[reason]
     with pytest.raises(SourceError, match=reason):
-        list(sources.coco(path, pictures, strict=True).records)
+        records(open_coco(path, pictures, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -92,51 +93,12 @@ def test_bad_boxes_are_counted_and_strict_stops(tmp_path: Path, pictures: Path, 
 )
 def test_bad_images_are_counted_with_their_boxes(tmp_path: Path, pictures: Path, damage: Any, reason: str) -> None:
     damage(pictures / "img0.png")
-    for form, read in ((coco_json([(24, 32)] * 2), sources.coco), (mdetr_json([(24, 32)] * 2), sources.mdetr)):
+    for form, read in ((coco_json([(24, 32)] * 2), open_coco), (mdetr_json([(24, 32)] * 2), open_mdetr)):
         source = read(saved(tmp_path, form), pictures)
-        assert [record.id for record in source.records] == ["2"]
+        assert [record.id for record in records(source)] == ["2"]
         boxes = len(form["annotations"]) // 2
         assert source.report.dropped == {reason: 1, "box: image dropped": boxes}
-        assert source.report.kept == {"images": 1, "boxes": boxes}
-
-
-def test_captions_and_spans(tmp_path: Path, pictures: Path) -> None:
-    data = mdetr_json(SIZE)
-    data["annotations"][0]["tokens"] = [[0, 5]]
-    source = sources.mdetr(saved(tmp_path, data), pictures)
-    (record,) = source.records
-    assert record.kind == "grounding"
-    assert record.caption == CAPTION
-    assert record.spans == (((0, 5),), ((2, 5),))
-    assert source.names == ()
-
-
-@pytest.mark.parametrize(
-    ("spans", "reasons"),
-    [
-        ([[1, 2]], {"span: to no token": 1, "box: no span left": 1}),
-        ([[2, 999]], {"span: beyond the caption": 1, "box: no span left": 1}),
-        ([[5, 2], [2, 5]], {"span: to no token": 1}),
-        ([[2], [2, 5]], {"span: not two integers": 1}),
-        ([], {"box: no span": 1}),
-        (None, {"box: no span": 1}),
-    ],
-)
-def test_bad_spans_are_counted(tmp_path: Path, pictures: Path, spans: Any, reasons: dict) -> None:
-    data = mdetr_json(SIZE)
-    data["annotations"][0]["tokens_positive"] = spans
-    source = sources.mdetr(saved(tmp_path, data), pictures)
-    (record,) = source.records
-    assert len(record.boxes) == 2 - any(reason.startswith("box") for reason in reasons)
-    assert source.report.dropped == reasons
-
-
-def test_an_empty_caption_is_no_record(tmp_path: Path, pictures: Path) -> None:
-    data = mdetr_json([(24, 32)] * 2)
-    data["images"][0]["caption"] = "  "
-    source = sources.mdetr(saved(tmp_path, data), pictures)
-    assert [record.id for record in source.records] == ["2"]
-    assert source.report.dropped["image: caption empty"] == 1
+        assert source.report.kept["images"] == 1 and source.report.kept["boxes"] == boxes
 
 
 def changed(path: list, value: Any) -> dict:
@@ -176,19 +138,19 @@ def changed(path: list, value: Any) -> dict:
 )
 def test_whole_file_faults_stop(tmp_path: Path, pictures: Path, data: Any, message: str) -> None:
     with pytest.raises(SourceError, match=message):
-        sources.coco(saved(tmp_path, data), pictures)
+        open_coco(saved(tmp_path, data), pictures)
 
 
 def test_folders_and_maps_that_do_not_fit(tmp_path: Path, pictures: Path) -> None:
     path = saved(tmp_path, coco_json(SIZE))
     with pytest.raises(SourceError, match="does not exist or is no folder"):
-        sources.coco(path, tmp_path / "absent")
+        open_coco(path, tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="is empty"):
-        sources.coco(path, tmp_path / "empty")
+        open_coco(path, tmp_path / "empty")
     with pytest.raises(SourceError, match="does not exist"):
-        sources.coco(tmp_path / "absent.json", pictures)
+        open_coco(tmp_path / "absent.json", pictures)
     with pytest.raises(SourceError, match="rename map has 'dgo'"):
-        sources.coco(path, pictures, rename={"dgo": "dog"})
+        open_coco(path, pictures, rename={"dgo": "dog"})
     with pytest.raises(SourceError, match=r"images\[0\] lacks caption"):
-        sources.mdetr(path, pictures)
+        open_mdetr(path, pictures)
