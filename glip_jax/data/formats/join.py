@@ -49,6 +49,13 @@ class Join:
         self._base.execute("COMMIT")
         self._base.execute("CREATE INDEX IF NOT EXISTS by_image ON notes (image)")
 
+    def images_of_notes(self) -> None:
+        """Adds an image, without a value, for each key that notes name, in the order in which they first do."""
+        self._base.execute(
+            "INSERT INTO images (key, value) SELECT image, '[]' FROM notes GROUP BY image ORDER BY min(place)"
+        )
+        self._base.execute("CREATE INDEX IF NOT EXISTS by_key ON images (key)")
+
     @property
     def count(self) -> int:
         """Images."""
