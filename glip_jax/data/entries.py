@@ -255,7 +255,7 @@ def checked_spans(raw: Any, caption: str, report: Report, where: str) -> Spans:
             continue
         begin, end = span
         found = f"{where}, ({begin}, {end}) in {len(caption)} characters"
-        if begin < 0 or end > len(caption):
+        if begin < 0 or not 0 <= end <= len(caption):
             report.drop("span: beyond the caption", found)
         elif not caption[begin:end].strip():
             report.drop("span: to no token", found)

@@ -10,7 +10,7 @@ from typing import Any
 
 from glip_jax.data.entries import Opened
 from glip_jax.data.formats.captions import open_caption_lines, open_caption_tsv, open_sbu, open_webdataset
-from glip_jax.data.formats.coco import open_coco
+from glip_jax.data.formats.coco import open_coco, open_odinw
 from glip_jax.data.formats.flickr30k import open_flickr30k
 from glip_jax.data.formats.mdetr import MIXED_FOLDERS, open_coco_captions, open_mdetr
 from glip_jax.data.formats.tsv import open_tsv
@@ -30,8 +30,8 @@ class Layout:
     make: Callable[[Path], dict[str, str]]
     """Returns what kind (see `mutations.mutated`) each annotation file is of, by path below the folder."""
     open: Callable[[Path], Opened]
-    command: Callable[[Path], list[str]] | None = None
-    """The job's arguments for the same."""
+    command: str
+    """The job's arguments for the same, {p} for the folder."""
     records: int = 3
 
 
@@ -51,6 +51,38 @@ def _texts(files: dict[str, str], kind: str = "text") -> Callable[[Path], dict[s
         return dict.fromkeys(files, kind)
 
     return make
+
+
+def _lvis() -> dict[str, Any]:
+    data = coco_json(SIZES)
+    for image in data["images"]:
+        name = image.pop("file_name")
+        image |= {
+            "coco_url": f"http://images.cocodataset.org/train2017/{name}",
+            "neg_category_ids": [6],
+            "not_exhaustive_category_ids": [1],
+        }
+    for category in data["categories"]:
+        category |= {"synset": "x.n.01", "synonyms": [category["name"]], "def": "a thing", "frequency": "c"}
+    return data
+
+
+def _objects365() -> dict[str, Any]:
+    data = coco_json(SIZES)
+    for image in data["images"]:
+        image["file_name"] = f"images/v1/patch0/{image['file_name']}"
+    for note in data["annotations"]:
+        note |= {"isfake": 0, "isreflected": 0, "area": 30.5}
+    return data
+
+
+def _roboflow() -> dict[str, Any]:
+    data = coco_json(SIZES)
+    data["categories"] = [
+        {"id": 0, "name": "things", "supercategory": "none"},
+        *({**category, "supercategory": "things"} for category in data["categories"]),
+    ]
+    return data
 
 
 def _mixed() -> dict[str, Any]:
@@ -108,42 +140,61 @@ _LINES = "\n".join(json.dumps({"image": f"img{i}.png", "caption": f"a dog {i}"})
 LAYOUTS: dict[str, Layout] = {
     "coco": Layout(
         _json_file("a.json", coco_json(SIZES)), lambda p: open_coco(p / "a.json", p / "pictures"),
-        lambda p: ["coco", f"{p}/a.json", f"--images={p}/pictures"],
+        "coco {p}/a.json --images={p}/pictures",
+    ),
+    "lvis": Layout(
+        _json_file("a.json", _lvis()), lambda p: open_coco(p / "a.json", p / "pictures"),
+        "lvis {p}/a.json --images={p}/pictures",
+    ),
+    "objects365": Layout(
+        _json_file("a.json", _objects365()), lambda p: open_coco(p / "a.json", p / "pictures"),
+        "objects365 {p}/a.json --images={p}/pictures",
+    ),
+    "odinw": Layout(
+        _json_file("pictures/_annotations.coco.json", _roboflow()), lambda p: open_odinw(p / "pictures"),
+        "odinw {p}/pictures",
     ),
     "mdetr": Layout(
         _json_file("a.json", mdetr_json(SIZES)), lambda p: open_mdetr(p / "a.json", p / "pictures"),
-        lambda p: ["mdetr", f"{p}/a.json", f"--images={p}/pictures"],
+        "mdetr {p}/a.json --images={p}/pictures",
     ),
     "mixed": Layout(
         _json_file("a.json", _mixed()),
         lambda p: open_mdetr(p / "a.json", p / "pictures", folders=MIXED_FOLDERS | {"vg": ""}),
+        "mdetr {p}/a.json --images={p}/pictures --folders=coco=,vg=",
     ),
     "flickr30k": Layout(
         _flickr, lambda p: open_flickr30k(p, p / "pictures", split=p / "train.txt"),
-        lambda p: ["flickr30k", f"{p}", f"--images={p}/pictures", f"--split={p}/train.txt"], records=2,
+        "flickr30k {p} --images={p}/pictures --split={p}/train.txt", records=2,
     ),
     "coco-captions": Layout(
-        _json_file("a.json", _coco_captions()), lambda p: open_coco_captions(p / "a.json", p / "pictures"), records=5,
+        _json_file("a.json", _coco_captions()), lambda p: open_coco_captions(p / "a.json", p / "pictures"),
+        "coco-captions {p}/a.json --images={p}/pictures", records=5,
     ),
     "caption-tsv": Layout(
         _texts({"a.tsv": "a dog\timg0.png\nthe cat\timg1.png\na bird \N{SNOWMAN}\timg2.png\n"}),
         lambda p: open_caption_tsv(p / "a.tsv", p / "pictures"),
+        "caption-tsv {p}/a.tsv --images={p}/pictures",
     ),
     "caption-lines": Layout(
         _texts({"a.jsonl": _LINES}, "jsonl"), lambda p: open_caption_lines(p / "a.jsonl", p / "pictures"),
+        "caption-lines {p}/a.jsonl --images={p}/pictures",
     ),
-    "sbu": Layout(_texts(_SBU), lambda p: open_sbu(p, p / "pictures")),
+    "sbu": Layout(_texts(_SBU), lambda p: open_sbu(p, p / "pictures"), "sbu {p} --images={p}/pictures"),
     "sbu-json": Layout(
         _json_file("a.json", {"image_urls": ["img0.png", "x/img1.png", "img2.png"], "captions": ["a", "b", "c"]}),
-        lambda p: open_sbu(p / "a.json", p / "pictures"),
+        lambda p: open_sbu(p / "a.json", p / "pictures"), "sbu {p}/a.json --images={p}/pictures",
     ),
     "webdataset": Layout(
-        _tar, lambda p: open_webdataset(p / "00000.tar"), lambda p: ["webdataset", f"{p}/00000.tar"],
+        _tar, lambda p: open_webdataset(p / "00000.tar"), "webdataset {p}/00000.tar",
     ),
     "tsv-detection": Layout(
         _container(DETECTION), lambda p: open_tsv(p / "train.yaml", kind="detection"),
-        lambda p: ["tsv", f"{p}/train.yaml", "--kind=detection"],
+        "tsv {p}/train.yaml --kind=detection",
     ),
-    "tsv-pseudo": Layout(_container([V1, V2, V1]), lambda p: open_tsv(p / "train.yaml", kind="pseudo", oversample=True)),
+    "tsv-pseudo": Layout(
+        _container([V1, V2, V1]), lambda p: open_tsv(p / "train.yaml", kind="pseudo", oversample=True),
+        "tsv {p}/train.yaml --kind=pseudo --oversample",
+    ),
 }  # fmt: skip
 """By name."""

@@ -87,6 +87,9 @@ def test_a_split_list_says_which_images_and_in_which_order(place: Path) -> None:
     ("file", "old", "new", "reason", "example"),
     [
         ("Sentences/1000.txt", "[/EN#1/people Two young", "[/EN#1 Two young", "image: sentence with broken markup", "sentence 1"),
+        ("Sentences/1000.txt", "[/EN#1/people Two young", "[/en#1/people Two young",
+         "image: sentence with broken markup", "sentence 1"),
+        ("Sentences/1000.txt", SENTENCES, " \n", "image: no sentence", "1000.txt is empty"),
         ("Sentences/1000.txt", "shaggy hair]", "shaggy hair", "image: sentence with broken markup", "expected [/EN#CHAIN/TYPE"),
         ("Sentences/1000.txt", "shaggy hair]", " ]", "phrase: no words", "chain 2"),
         ("Annotations/1000.xml", "<xmin>3<", "<xmin>x<", "box: not four numbers", "object 2"),

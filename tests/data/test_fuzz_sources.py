@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from glip_jax.data import shards
 from glip_jax.data.entries import Report, SourceError, finish
 from glip_jax.data.records import Record, decode, encode
+from glip_jax.jobs.data import main
 from tests.data.conftest import write_image
 from tests.data.layouts import LAYOUTS, Layout
 from tests.data.mutations import mutated, spoil_image
@@ -50,7 +52,7 @@ def test_spoiled_files_are_drops_or_one_line(name: str, tmp_path: Path) -> None:
     files = made(layout, tmp_path)
     records, report = imported(layout, tmp_path)
     assert len(records) == layout.records
-    assert not report.dropped
+    assert not report.dropped, report
     pictures = [f"pictures/{path.name}" for path in sorted((tmp_path / "pictures").iterdir())]
     whole = {file: (tmp_path / file).read_bytes() for file in [*files, *pictures]}
     outcomes = {"line": 0, "drop": 0, "kept": 0}
@@ -77,3 +79,31 @@ def test_spoiled_files_are_drops_or_one_line(name: str, tmp_path: Path) -> None:
     # Most of it is noticed; what is left is text changed into other text, a number into another that fits.
     assert outcomes["kept"] < 0.7 * EACH, outcomes
     assert len(imported(layout, tmp_path)[0]) == layout.records
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_job_ends_with_a_whole_folder_or_with_none(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout = LAYOUTS[name]
+    files = made(layout, tmp_path)
+    whole = {file: (tmp_path / file).read_bytes() for file in files}
+    command = [part.format(p=tmp_path) for part in layout.command.split()]
+    for number in range(4):
+        rng = random.Random(f"job {name} {number}")
+        file = rng.choice(list(files))
+        data = [whole[file], whole[file][: len(whole[file]) // 2], b"", b"\x00\xff" + whole[file]][number]
+        (tmp_path / file).write_bytes(data)
+        out = tmp_path / f"out{number}"
+        code = main([*command, f"--out={out}", "--processes=1"])
+        printed = capsys.readouterr()
+        (tmp_path / file).write_bytes(whole[file])
+        assert code in ((0,) if number == 0 else (0, 2)), printed.err
+        if code == 0:
+            shards.verify(out)
+            assert len(shards.Shards(out)) == layout.records or "dropped" in printed.out
+        else:
+            (line,) = printed.err.strip().splitlines()
+            assert line.startswith("data: ")
+            assert not out.exists()
+        assert not (tmp_path / f".out{number}.partial").exists()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from glip_jax.data.entries import Opened, SourceError, finish
-from glip_jax.data.formats.mdetr import MIXED_FOLDERS, open_coco_captions, open_mdetr
+from glip_jax.data.formats.mdetr import MIXED_FOLDERS, folders_of, open_coco_captions, open_mdetr
 from glip_jax.data.records import Record
 from tests.data.conftest import CAPTION, mdetr_json, write_image
 
@@ -61,6 +61,7 @@ def test_captions_and_spans(tmp_path: Path, pictures: Path) -> None:
         ([[len(CAPTION) - 4, len(CAPTION) + 1], [2, 5]], {"span: beyond the caption": 1}),
         ([[-1, 5], [2, 5]], {"span: beyond the caption": 1}),
         ([[5, 2], [2, 5]], {"span: to no token": 1}),
+        ([[15, -1], [2, 5]], {"span: beyond the caption": 1}),
         ([[2], [2, 5]], {"span: not two integers": 1}),
         ([[2, 5.0], [2, 5]], {"span: not two integers": 1}),
         ([], {"box: no span": 1}),
@@ -136,6 +137,11 @@ def test_the_mixed_file_says_where_its_pictures_are(tmp_path: Path, pictures: Pa
     assert not records(open_mdetr(path, pictures))
     with pytest.raises(SourceError, match="image 2 has data_source 'vg', expected one of coco"):
         open_mdetr(path, pictures, folders={"coco": "train2014"})
+    assert folders_of("") is None
+    assert folders_of("mixed") == MIXED_FOLDERS
+    assert folders_of("coco=train2014,vg=") == {"coco": "train2014", "vg": ""}
+    with pytest.raises(SourceError, match="--folders=vg: expected mixed"):
+        folders_of("vg")
 
 
 def changed(path: list, value: Any) -> dict:

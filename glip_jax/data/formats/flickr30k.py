@@ -24,6 +24,7 @@ from glip_jax.data.formats.lines import numbered, text_of
 __all__ = ["open_flickr30k", "plain_sentence"]
 
 _MARKUP = re.compile(r"\[/EN#(\w+)((?:/[\w-]+)+)\s([^\[\]]*)\]")
+_BROKEN = re.compile(r"(\[/|/EN#).*")
 _XML_BYTES = 4_000_000
 """Most bytes of one image's XML: hundreds of times what the release has."""
 
@@ -70,8 +71,8 @@ def plain_sentence(sentence: str) -> tuple[str, list[tuple[str, tuple[int, int]]
         phrases.append((found[1], (len(text), len(text) + len(words))))
         text, at = text + words, found.end()
     text += sentence[at:]
-    if "/EN#" in text:
-        raise ValueError(f"{text[text.index('/EN#') :]!r:.40}")
+    if rest := _BROKEN.search(text):
+        raise ValueError(f"{rest[0]!r:.40}")
     return text, phrases
 
 
@@ -91,13 +92,16 @@ def _entries(release: epath.Path, ids: list[str], report: Report) -> Iterator[En
         if read is None:
             continue
         size, by_chain = read
-        for number, raw in numbered(source):
+        number = 0
+        for number, raw in enumerate((raw for _, raw in numbered(source) if raw.strip()), 1):
             sentence = text_of(raw, report, "image", f"{where}, sentence {number}")
-            if sentence is None or not sentence.strip():
+            if sentence is None:
                 continue
             entry = _entry(identity, number, sentence.strip(), size, by_chain, report)
             if entry is not None:
                 yield entry
+        if not number:
+            report.drop("image: no sentence", f"{where}, {source.name} is empty, expected a sentence a line")
 
 
 def _entry(

@@ -27,7 +27,7 @@ from glip_jax.data.formats.coco import joined
 from glip_jax.data.formats.join import Join
 from glip_jax.data.formats.json_file import JsonFile, integer, need, text
 
-__all__ = ["MIXED_FOLDERS", "open_coco_captions", "open_mdetr"]
+__all__ = ["MIXED_FOLDERS", "folders_of", "open_coco_captions", "open_mdetr"]
 
 MIXED_FOLDERS = {"coco": "coco/train2014", "vg": "gqa/images", "gqa": "gqa/images"}
 """Where the original looks for the pictures of its mixed file (glip-reference 4.4): COCO's by themselves, Visual Genome's
@@ -74,6 +74,16 @@ def open_coco_captions(
 
     join = joined(source, image, note, report, scratch, stray="image: of a caption is not listed")
     return Opened(_captions(join, source.path.name, report), reader, report, inputs=(source.path,))
+
+
+def folders_of(text: str) -> dict[str, str] | None:
+    """`folders` of `open_mdetr` from a command line: "mixed" is MIXED_FOLDERS, "coco=train2014,vg=" names each, "" none."""
+    if text in ("", "mixed"):
+        return MIXED_FOLDERS if text else None
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(source and equals for source, equals, _ in pairs):
+        raise SourceError(f"--folders={text}: expected mixed, or data_source=folder with commas: coco=train2014,vg=gqa")
+    return {source: folder for source, _, folder in pairs}
 
 
 def _picture(item: dict[str, Any], where: str, folders: Mapping[str, str] | None) -> list[Any]:
