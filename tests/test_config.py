@@ -9,9 +9,11 @@ import pytest
 from glip_jax.config import (
     AnchorConfig,
     BackboneConfig,
+    CaptionConfig,
     CheckpointConfig,
     Config,
     ConfigError,
+    CropConfig,
     DataConfig,
     FusionConfig,
     HeadConfig,
@@ -19,6 +21,7 @@ from glip_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    PackingConfig,
     PyramidConfig,
     SourceConfig,
     TextConfig,
@@ -54,6 +57,20 @@ def _model(**fields: Any) -> Config:
         (Config(mesh=MeshConfig(data=-1, fsdp=-1)), "more than one -1"),
         (Config(optimizer=OptimizerConfig(ema_decay=1.0)), "ema_decay is 1.0"),
         (Config(data=DataConfig(sources={"coco": SourceConfig("x", weight=0.0)})), "data.sources.coco.weight is 0.0"),
+        (Config(data=DataConfig(sources={"a": SourceConfig("x", 2.0, 3)})), "a has weight 2.0 and copies 3"),
+        (
+            Config(data=DataConfig(sources={"a": SourceConfig("x", 2.0), "b": SourceConfig("y", copies=3)})),
+            "sources.a goes by weight 2.0, data.sources.b by copies",
+        ),
+        (Config(data=DataConfig(sources={"a": SourceConfig("x", copies=-1)})), "a.copies is -1"),
+        (Config(data=DataConfig(flip=1.5)), "data.flip is 1.5"),
+        (Config(data=DataConfig(crop=CropConfig(least_side=0.0))), "crop.least_side is 0.0"),
+        (Config(data=DataConfig(max_corrupt_rate=2.0)), "max_corrupt_rate is 2.0"),
+        (
+            Config(data=DataConfig(captions=CaptionConfig(one_negative_probability=0.6))),
+            "full_probability 0.5, one_negative_probability 0.6 .* add up to 1.1",
+        ),
+        (Config(data=DataConfig(captions=CaptionConfig(packing=PackingConfig(-1)))), "packing.number is -1"),
     ],
 )
 def test_contradictions_name_the_setting_and_both_values(config: Config, message: str) -> None:

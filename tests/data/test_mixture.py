@@ -6,6 +6,7 @@ import itertools
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,12 @@ from hypothesis import strategies as st
 from glip_jax.config import (
     Config,
     ConfigError,
+    CropConfig,
     DataConfig,
     InputConfig,
+    JitterConfig,
     ModelConfig,
+    PackingConfig,
     SourceConfig,
     TextConfig,
     TrainConfig,
@@ -157,6 +161,60 @@ def test_weights_are_the_shares_of_examples(folders: dict[str, Path], weights: t
     plan = Mixture(config(sources, batch_size=size, short_sides=(32,)))
     counts = Counter(s for batch in draw(plan, 40) for s in batch.source.tolist())
     assert counts[0] / (counts[0] + counts[1]) == pytest.approx(weights[0] / sum(weights), abs=0.02)
+
+
+def test_copies_are_shares_of_examples_by_records(folders: dict[str, Path]) -> None:
+    """As in the original: every record of `boxes` comes twice as often as one of `captions`."""
+    sources = {name: SourceConfig(str(folders[name]), copies=n) for name, n in (("boxes", 2), ("captions", 1))}
+    plan = Mixture(config(sources, short_sides=(32,)))
+    assert plan.shares == pytest.approx((34 / 48, 14 / 48)) and plan.records == (17, 14)
+    counts = Counter(s for batch in draw(plan, 30) for s in batch.source.tolist())
+    assert counts[0] / 240 == pytest.approx(34 / 48, abs=0.03)
+
+
+def test_captions_of_which_nothing_is_known_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    from glip_jax.data import shards
+
+    opened = Shards(folders["captions"])
+    bare = [
+        dataclasses.replace(opened[i], kind="caption", boxes=opened[i].boxes[:0], spans=(), provenance="")
+        if i < 3
+        else opened[i]
+        for i in range(5)
+    ]
+    shards.write(bare, tmp_path / "bare", name="bare")
+    with pytest.raises(ConfigError, match=r"data\.sources\.x: .*bare has 3 records of kind caption.* job `label`"):
+        Mixture(config({"x": SourceConfig(str(tmp_path / "bare"))}))
+
+
+def test_all_names_need_their_place_and_negatives_a_name(folders: dict[str, Path]) -> None:
+    every = dataclasses.replace(DataConfig().captions, mode="all_names")
+    source = {"boxes": SourceConfig(str(folders["boxes"]))}
+    batch = draw(Mixture(config(source, captions=every)), 1)[0]
+    assert len({int(mask.sum()) for mask in batch.token_mask}) == 1
+    base = config(source, captions=every)
+    text = dataclasses.replace(base.model.text, max_tokens=10)
+    short = dataclasses.replace(base, model=dataclasses.replace(base.model, text=text))
+    with pytest.raises(
+        ConfigError, match=r"its 6 names take 15 tokens .*max_tokens is 10: data.captions.mode all_names"
+    ):
+        Mixture(short)
+    with pytest.raises(ConfigError, match=r"sources\.boxes\.negatives has '\(x\)', of which nothing is left"):
+        Mixture(config({"boxes": SourceConfig(str(folders["boxes"]), negatives=("(x)",))}))
+
+
+def test_crops_colours_and_packing_leave_the_stream_a_function_of_the_step(sources: dict[str, SourceConfig]) -> None:
+    loud: dict[str, Any] = {
+        "crop": CropConfig(0.5),
+        "jitter": JitterConfig(0.5),
+        "captions": dataclasses.replace(
+            DataConfig().captions, hard_share=0.5, packing=PackingConfig(2, kinds=("grounding", "pseudo"))
+        ),
+    }
+    whole = [digest(batch) for batch in draw(Mixture(config(sources, **loud)), 4)]
+    parts = [draw(Mixture(config(sources, workers=1, **loud)), 2, 2, host, 2) for host in range(2)]
+    joined = [Batch(*(np.concatenate(field) for field in zip(*pair))) for pair in zip(*parts)]
+    assert [digest(batch) for batch in joined] == whole[2:]
 
 
 def test_every_record_of_a_source_comes_equally_often(folders: dict[str, Path]) -> None:

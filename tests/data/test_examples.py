@@ -1,0 +1,176 @@
+"""Examples: what crops, colours, flips and limits do to pixels, boxes and phrases, and that one generator decides all."""
+
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from glip_jax.config import Config, CropConfig, DataConfig, JitterConfig, ModelConfig, PackingConfig, TextConfig
+from glip_jax.data import shards, transforms
+from glip_jax.data.captions import Captioner, rng_of
+from glip_jax.data.examples import Examples
+from glip_jax.data.records import Record, boxes_array
+from glip_jax.prompts import load_tokenizer
+from glip_jax.structures import DROPS, Batch
+
+VOCABULARY = Path(__file__).parents[1] / "fixtures" / "vocab_tiny1.txt"
+TOKENIZER = load_tokenizer(VOCABULARY)
+NAMES = ("person", "dog", "table")
+
+
+def picture(boxes: list[tuple[int, int, int, int]], height: int = 60, width: int = 80) -> bytes:
+    """Grey, with box i (inclusive) in the colour 60 + 40 i of red."""
+    pixels = np.full((height, width, 3), 30, np.uint8)
+    for i, (x1, y1, x2, y2) in enumerate(boxes):
+        pixels[y1 : y2 + 1, x1 : x2 + 1, 0] = 60 + 40 * i
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+BOXES = [(2, 3, 20, 30), (40, 10, 70, 50), (25, 40, 35, 58)]
+
+
+def _records() -> list[Record]:
+    common: dict[str, Any] = {"image": picture(BOXES), "height": 60, "width": 80, "boxes": boxes_array(BOXES)}
+    captions = ("the dog on the left by a red table", "a dog a man and a red table")
+    spans = [
+        tuple(((c.index(word), c.index(word) + len(word)),) for word in ("dog", "red table", "table")) for c in captions
+    ]
+    return [
+        Record("d", "detection", categories=(0, 1, 1), **common),
+        *(Record(f"g{i}", "grounding", caption=c, spans=s, **common) for i, (c, s) in enumerate(zip(captions, spans))),
+    ]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> shards.Shards:
+    """Records 0 (detection), 1 (a caption that says left) and 2 (one that does not)."""
+    folder = tmp_path_factory.mktemp("examples") / "made"
+    shards.write(_records(), folder, name="made", names=NAMES)
+    return shards.Shards(folder)
+
+
+def examples(opened: shards.Shards, max_tokens: int = 32, **data: Any) -> Examples:
+    config = Config(
+        model=ModelConfig(text=TextConfig(vocabulary=str(VOCABULARY), vocabulary_size=512, max_tokens=max_tokens)),
+        data=DataConfig(**{"short_sides": (60,), "long_side": 96, "max_boxes": 5, "flip": 0.0, **data}),
+    )
+    captioner = Captioner(NAMES, TOKENIZER, config.data.captions, max_tokens, (), opened)
+    return Examples(config, (opened,), (captioner,))
+
+
+def make(opened: shards.Shards, index: int, element: int = 0, **data: Any) -> Batch:
+    return examples(opened, **data)(0, index, 60, (64, 96), rng_of(0, element))
+
+
+def words(batch: Batch, chosen: np.ndarray) -> str:
+    return TOKENIZER.decode(batch.tokens[chosen].tolist())  # type: ignore[attr-defined]
+
+
+def test_one_generator_decides_everything(opened: shards.Shards) -> None:
+    loud: dict[str, Any] = {"crop": CropConfig(0.9), "jitter": JitterConfig(0.9), "flip": 0.5, "flip_captions": "safe"}
+    for index in range(3):
+        for element in range(4):
+            one, again = (make(opened, index, element, **loud) for _ in range(2))
+            assert all(np.array_equal(a, b) for a, b in zip(one, again))
+    plain = make(opened, 0)
+    assert np.array_equal(plain.image[:60, :80], make(opened, 0, crop=CropConfig(0.0)).image[:60, :80])
+    assert plain.size.tolist() == [60, 80] and plain.token_loss_mask.all()
+
+
+def test_captions_that_say_a_side_are_not_mirrored_where_that_is_asked_for(opened: shards.Shards) -> None:
+    whole = [make(opened, index).image for index in range(3)]
+    for index, says in ((0, False), (1, True), (2, False)):
+        safe, as_is = (make(opened, index, flip=1.0, flip_captions=how).image for how in ("safe", "as_is"))
+        assert np.array_equal(safe, whole[index]) == says
+        assert not np.array_equal(as_is, whole[index])
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.integers(2, 70), st.integers(2, 90), st.floats(0.05, 1))
+def test_a_crop_lies_inside_and_shows_what_it_says(element: int, height: int, width: int, least: float) -> None:
+    top, left, h, w = window = transforms.crop_window(height, width, CropConfig(1.0, least), rng_of(1, element))
+    assert 0 <= top and 0 <= left and top + h <= height and left + w <= width
+    assert h >= max(1, least * height - 0.5) and w >= max(1, least * width - 0.5)
+    rng = np.random.default_rng(element)
+    corner = rng.integers(0, [width - 1, height - 1], (6, 2))
+    far = np.minimum(corner + rng.integers(1, 30, (6, 2)), [width - 1, height - 1])
+    boxes = np.concatenate([corner, far], 1).astype(np.float32)
+    cut, kept, visible = transforms.crop_boxes(boxes, window, 0.4)
+    for i, (x1, y1, x2, y2) in enumerate(boxes.astype(int).tolist()):
+        mask = np.zeros((height, width), bool)
+        mask[y1 : y2 + 1, x1 : x2 + 1] = True
+        seen = mask[top : top + h, left : left + w]
+        assert visible[i] == pytest.approx(seen.sum() / mask.sum(), abs=1e-6)
+        if kept[i]:
+            ys, xs = np.nonzero(seen)
+            assert cut[i].tolist() == [xs.min(), ys.min(), xs.max(), ys.max()]
+            assert visible[i] >= 0.4 and xs.max() > xs.min() and ys.max() > ys.min()
+
+
+def test_crops_keep_boxes_on_their_pixels_and_phrases_true(opened: shards.Shards) -> None:
+    maker = examples(opened, crop=CropConfig(1.0, 0.4, 0.5))
+    gone = unknown = 0
+    for element in range(80):
+        batch = maker(0, 2, 60, (64, 96), rng_of(0, element))
+        h, w = batch.size
+        assert h <= 64 and w <= 96 and not batch.image[h:].any() and not batch.image[:, w:].any()
+        count = int(batch.box_mask.sum())
+        lost = int(batch.dropped[DROPS.index("boxes_out_of_view")])
+        assert count + lost == 3
+        gone += lost
+        for box, row in zip(batch.boxes[:count], batch.positive_map[:count]):
+            colour = {"dog": 60, "red table": 100, "table": 140}[words(batch, row)]
+            x, y = (box[:2] + box[2:]) / 2
+            assert abs(int(batch.image[round(float(y)), round(float(x)), 0]) - colour) <= 1
+        named = words(batch, batch.positive_map[:count].any(0))
+        blank = words(batch, ~batch.token_loss_mask)
+        unknown += bool(blank)
+        if "dog" not in named:
+            assert "dog" in blank, "a phrase without its last box is unknown"
+        else:
+            assert "dog" not in blank
+    assert gone > 30 and unknown > 20
+    assert make(opened, 2).dropped.sum() == 0
+
+
+def test_what_lost_a_box_to_the_limit_is_unknown(opened: shards.Shards) -> None:
+    batch = make(opened, 0, max_boxes=2)
+    assert words(batch, ~batch.token_loss_mask) == "dog" and batch.dropped[0] == 1
+    assert make(opened, 0, max_boxes=3).token_loss_mask.all()
+
+
+def test_colours_change_within_their_bounds_and_places_stay() -> None:
+    image = np.tile(np.arange(0, 250, 10, dtype=np.uint8)[:, None, None], (1, 20, 3))
+    image[..., 1] //= 2
+    same = transforms.jitter(image, JitterConfig(1.0, 0.0, 0.0, 0.0, 0.0), rng_of(0, 0))
+    assert np.array_equal(same, image)
+    for only in ("brightness", "contrast", "saturation", "hue"):
+        config = dataclasses.replace(JitterConfig(1.0, 0.0, 0.0, 0.0, 0.0), **{only: 0.3})
+        drawn = [transforms.jitter(image, config, rng_of(0, i)) for i in range(6)]
+        assert np.array_equal(drawn[0], transforms.jitter(image, config, rng_of(0, 0)))
+        assert len({d.tobytes() for d in drawn}) > 3 and all(d.shape == image.shape for d in drawn)
+    bright = [transforms.jitter(image, JitterConfig(1.0, 0.2, 0.0, 0.0, 0.0), rng_of(0, i)) / 1.0 for i in range(30)]
+    ratios = np.array([(b[10:20].sum() / image[10:20].sum()) for b in bright])
+    assert 0.78 < ratios.min() < 0.9 and 1.1 < ratios.max() < 1.22
+
+
+def test_packing_reads_other_records_of_the_source(opened: shards.Shards) -> None:
+    captions = dataclasses.replace(
+        DataConfig().captions, packing=PackingConfig(2, 0.0, 1.0, "captions", ("grounding",))
+    )
+    seen = set()
+    for element in range(20):
+        batch = make(opened, 1, element, captions=captions)
+        seen.add(words(batch, batch.token_mask))
+        assert words(batch, batch.positive_map[1]) == "red table" and batch.token_loss_mask.all()
+    own, other = "the dog on the left by a red table", "a dog a man and a red table"
+    # Detection records have no caption, and a caption is not its own negative.
+    assert {own, f"{own}. {other}.", f"{other}. {own}."} <= {text.replace(" .", ".") for text in seen}
