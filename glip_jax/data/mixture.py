@@ -162,10 +162,10 @@ class Mixture:
         for name, opened in zip(self.source_names, self.shards):
             _check_kinds(name, opened)
             _check_names(name, opened.manifest.names, tokenizer, config)
-        logs = np.log(np.asarray(config.data.aspects))
+        aspects = config.data.aspects
         self._lists = [  # [source][aspect] -> records
-            [np.flatnonzero(nearest == a).astype(np.int32) for a in range(len(logs))]
-            for nearest in (np.abs(np.log(s.height / s.width)[:, None] - logs).argmin(1) for s in self.shards)
+            [np.flatnonzero(nearest == a).astype(np.int32) for a in range(len(aspects))]
+            for nearest in (transforms.nearest_aspect(s.height, s.width, aspects) for s in self.shards)
         ]
         weights = np.array([s.copies * len(own) if s.copies else s.weight for s, own in zip(asked, self.shards)])
         portions = np.array([[len(part) for part in lists] for lists in self._lists]) / [[len(s)] for s in self.shards]

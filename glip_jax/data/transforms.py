@@ -4,9 +4,10 @@ Boxes are inclusive xyxy.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float32, UInt8
+from jaxtyping import Bool, Float32, Int, UInt8
 from PIL import Image, ImageEnhance
 
 from glip_jax.config import CropConfig, JitterConfig
@@ -18,6 +19,7 @@ __all__ = [
     "fit",
     "flip",
     "jitter",
+    "nearest_aspect",
     "place",
     "resize",
     "scale_boxes",
@@ -54,6 +56,13 @@ def canvas_size(short_side: int, aspect: float, long_side: int, multiple: int = 
     sides = (math.ceil(side * scale / multiple - 1e-3) * multiple for side in (height, width))
     height, width = (max(multiple, side) for side in sides)
     return height, width
+
+
+def nearest_aspect(
+    heights: Int[np.ndarray, "n"], widths: Int[np.ndarray, "n"], aspects: Sequence[float]
+) -> Int[np.ndarray, "n"]:
+    """Per image the index of the aspect (height / width) nearest to its own, by ratio."""
+    return np.abs(np.log(heights / widths)[:, None] - np.log(np.asarray(aspects))).argmin(1)
 
 
 def fit(height: int, width: int, short_side: int, long_side: int, canvas: tuple[int, int]) -> tuple[int, int]:

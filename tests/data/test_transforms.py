@@ -5,6 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.padding import measure
+from glip_jax.config import DataConfig
 from glip_jax.data import transforms
 
 sides = st.integers(1, 900)
@@ -67,6 +69,17 @@ def test_flip_moves_boxes_with_their_pixels_and_undoes_itself(height: int, width
     back, again = transforms.flip(mirrored, moved)
     assert np.array_equal(back, image)
     assert np.array_equal(again, boxes)
+
+
+def test_little_of_the_default_canvases_is_padding_on_sizes_of_coco() -> None:
+    """The commonest sizes of 100 images of val2014, and two of its most elongated ones."""
+    common = {(480, 640): 24, (427, 640): 19, (375, 500): 6, (640, 480): 3, (640, 427): 6, (333, 500): 4, (640, 638): 1}
+    sizes = [size for size, count in common.items() for _ in range(count)] + [(218, 640), (640, 359)]
+    *rows, whole = measure(sizes, DataConfig())
+    assert whole.padding < 0.08 and whole.resolution > 0.97 and whole.canvases == 25
+    assert sum(row.images for row in rows) == whole.images == len(sizes)
+    one = measure([(480, 640)], DataConfig(aspects=(1.0,), short_sides=(320,), long_side=640))
+    assert one[0].canvases == 1 and one[0].padding == pytest.approx(0.25) and one[0].resolution == pytest.approx(0.75)
 
 
 def test_resize_scales_image_and_boxes_together() -> None:

@@ -1,0 +1,90 @@
+"""How much of the canvases of a config is padding, and how much images shrink to fit, over the sizes in annotation files.
+
+    python -m benchmarks.padding --config=configs/glip_tiny.py instances_train2017.json ...
+
+Reads "images" with "height" and "width" of COCO's form. Every image meets every short side, as it does in training over
+time. `padding` is the share of canvas pixels that no image covers; `resolution` is an image's height over the height it
+would have without a canvas.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from glip_jax.config import DataConfig
+from glip_jax.data import transforms
+from glip_jax.jobs.command_line import load_config
+
+__all__ = ["Row", "measure", "sizes_of"]
+
+
+class Row(NamedTuple):
+    """What the canvases of one aspect, or of all, do to their images."""
+
+    aspect: float
+    """Height / width; 0: all."""
+    images: int
+    canvases: int
+    """Compiled shapes."""
+    padding: float
+    resolution: float
+    """Mean."""
+    least_resolution: float
+
+
+def sizes_of(path: Path) -> list[tuple[int, int]]:
+    """Height and width of every image of an annotation file."""
+    return [(image["height"], image["width"]) for image in json.loads(path.read_text())["images"]]
+
+
+def measure(sizes: Sequence[tuple[int, int]], data: DataConfig, multiple: int = 32) -> list[Row]:
+    """A row per aspect that has images, then one of all."""
+    heights, widths = np.array(sizes).T
+    nearest = transforms.nearest_aspect(heights, widths, data.aspects)
+    rows, covered, whole, ratios, shapes = [], 0, 0, [], set()
+    for index, aspect in enumerate(data.aspects):
+        own, pixels, area = [], 0, 0
+        canvases = {side: transforms.canvas_size(side, aspect, data.long_side, multiple) for side in data.short_sides}
+        for height, width in zip(heights[nearest == index].tolist(), widths[nearest == index].tolist()):
+            for side, canvas in canvases.items():
+                h, w = transforms.fit(height, width, side, data.long_side, canvas)
+                pixels, area = pixels + h * w, area + canvas[0] * canvas[1]
+                own.append(h / transforms.target_size(height, width, side, data.long_side)[0])
+        if own:
+            rows.append(
+                Row(aspect, int((nearest == index).sum()), len(set(canvases.values())), 1 - pixels / area,
+                    float(np.mean(own)), min(own))
+            )  # fmt: skip
+            covered, whole, ratios = covered + pixels, whole + area, ratios + own
+            shapes |= set(canvases.values())
+    total = 1 - covered / whole
+    return [*rows, Row(0.0, len(sizes), len(shapes), total, float(np.mean(ratios)), min(ratios))]
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("annotations", nargs="+", type=Path)
+    parser.add_argument("--config", default="")
+    parser.add_argument("--aspects", default="", help="height / width, comma-separated, in place of the config's")
+    arguments = parser.parse_args()
+    config = load_config(arguments.config) if arguments.config else None
+    data = config.data if config else DataConfig()
+    if arguments.aspects:
+        data = dataclasses.replace(data, aspects=tuple(float(part) for part in arguments.aspects.split(",")))
+    print("| file | aspect | images | canvases | padding | resolution | least |\n|---|---|---|---|---|---|---|")
+    for path in arguments.annotations:
+        for row in measure(sizes_of(path), data, config.model.input.extent_multiple if config else 32):
+            print(
+                f"| {path.name} | {row.aspect or 'all'} | {row.images} | {row.canvases} | {row.padding:.1%} | "
+                f"{row.resolution:.3f} | {row.least_resolution:.3f} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
