@@ -9,9 +9,12 @@ import tyro
 
 from glip_jax.data.entries import Opened, SourceError
 from glip_jax.data.formats.coco import BoxForm, open_coco, open_odinw
+from glip_jax.data.formats.openimages import open_openimages
+from glip_jax.data.formats.tfds_sets import open_tfds
+from glip_jax.data.formats.visual_genome import open_visual_genome
 from glip_jax.jobs.build_options import BuildOptions
 
-__all__ = ["Coco", "DetectionForm", "Lvis", "Objects365", "Odinw", "rename_map"]
+__all__ = ["Coco", "DetectionForm", "Lvis", "Objects365", "Odinw", "Openimages", "Tfds", "VisualGenome", "rename_map"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,94 @@ class Odinw(BuildOptions):
         return open_odinw(self.folder, rename=rename_map(self.names), strict=self.strict, scratch=scratch)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Openimages(BuildOptions):
+    """Import OpenImages' boxes: CSV files as their owner publishes them.
+
+    example: python -m glip_jax data openimages oidv6-train-annotations-bbox.csv --images=train
+    --classes=class-descriptions-boxable.csv --hierarchy=bbox_labels_600_hierarchy.json
+    --labels=train-annotations-human-imagelabels-boxable.csv --out=shards/openimages
+    """
+
+    annotations: tyro.conf.Positional[Path]
+    """The CSV of boxes."""
+    images: Path
+    """Folder of the pictures, ImageID.jpg."""
+    classes: Path
+    """The CSV of machine ids and names."""
+    hierarchy: Path | None = None
+    """The JSON of names below names: what is absent is so with all below it."""
+    labels: Path | None = None
+    """The CSV of verified labels of whole images: which names are known to be absent."""
+
+    @property
+    def source(self) -> Path:
+        """The annotation file."""
+        return self.annotations
+
+    def opened(self, scratch: Path) -> Opened:
+        """The entries."""
+        return open_openimages(
+            self.annotations, self.images, classes=self.classes, hierarchy=self.hierarchy, labels=self.labels,
+            strict=self.strict, scratch=scratch,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualGenome(BuildOptions):
+    """Import Visual Genome's objects.
+
+    example: python -m glip_jax data visual-genome objects.json --image-data=image_data.json --images=vg
+    --min-boxes=50 --without-coco --out=shards/vg
+    """
+
+    annotations: tyro.conf.Positional[Path]
+    """objects.json."""
+    image_data: Path
+    """image_data.json: sizes and addresses of the pictures."""
+    images: Path
+    """Folder of the pictures, with VG_100K and VG_100K_2, or all in it."""
+    vocabulary: Path | None = None
+    """Text with a name a line, further words for it after commas; default: the annotators' names."""
+    min_boxes: int = 1
+    """Without a vocabulary: boxes that a name must have."""
+    without_coco: bool = False
+    """Leave out the images that are COCO's too."""
+
+    @property
+    def source(self) -> Path:
+        """The annotation file."""
+        return self.annotations
+
+    def opened(self, scratch: Path) -> Opened:
+        """The entries."""
+        return open_visual_genome(
+            self.annotations, self.images, image_data=self.image_data, vocabulary=self.vocabulary,
+            min_boxes=self.min_boxes, without_coco=self.without_coco, strict=self.strict, scratch=scratch,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tfds(BuildOptions):
+    """Import a detection set that TensorFlow Datasets has prepared as array_record; TensorFlow is not needed.
+
+    example: python -m glip_jax data tfds tensorflow_datasets/voc/2007/5.0.0 --split=train --out=shards/voc
+    """
+
+    folder: tyro.conf.Positional[Path]
+    """Folder with features.json."""
+    split: str = "train"
+
+    @property
+    def source(self) -> Path:
+        """The folder."""
+        return self.folder
+
+    def opened(self, scratch: Path) -> Opened:  # noqa: ARG002
+        """The entries."""
+        return open_tfds(self.folder, self.split, strict=self.strict)
+
+
 def rename_map(path: Path | None) -> dict[str, str] | None:
     """A JSON object of texts; SourceError for anything else."""
     if path is None:
@@ -99,4 +190,7 @@ DetectionForm = (
     | Annotated[Lvis, tyro.conf.subcommand("lvis", prefix_name=False)]
     | Annotated[Objects365, tyro.conf.subcommand("objects365", prefix_name=False)]
     | Annotated[Odinw, tyro.conf.subcommand("odinw", prefix_name=False)]
+    | Annotated[Openimages, tyro.conf.subcommand("openimages", prefix_name=False)]
+    | Annotated[VisualGenome, tyro.conf.subcommand("visual-genome", prefix_name=False)]
+    | Annotated[Tfds, tyro.conf.subcommand("tfds", prefix_name=False)]
 )

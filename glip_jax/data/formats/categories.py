@@ -7,7 +7,7 @@ from typing import Any
 from glip_jax.data.entries import Report, SourceError
 from glip_jax.prompts import clean_name
 
-__all__ = ["Categories", "categories"]
+__all__ = ["Categories", "categories", "check_names"]
 
 _BACKGROUND = {"background", "bg"}
 
@@ -64,7 +64,7 @@ def categories(
     if unknown:
         raise SourceError(f"{file}: the rename map has {unknown[0]!r}, no category has that name")
     kept = {i: (rename or {}).get(name, name) for i, name in kept.items()}
-    _check_names(kept, file)
+    check_names(kept, file)
     return Categories(kept, background)
 
 
@@ -92,8 +92,8 @@ def _check_ids(listed: set[Any], used: Counter[Any], file: str) -> None:
         )
 
 
-def _check_names(named: Mapping[Any, str], file: str) -> None:
-    """Refuses names that cannot stand in a prompt, and one name for two categories."""
+def check_names(named: Mapping[Any, str], file: str) -> None:
+    """SourceError for names that cannot stand in a prompt, one name for two categories, or none at all."""
     if not named:
         raise SourceError(f"{file}: 'categories' has no category besides background")
     seen: dict[str, Any] = {}
