@@ -42,6 +42,9 @@ __all__ = ["Plan", "build", "excluded_hashes"]
 PER_SHARD = 4096
 """Entries of a shard where the number of shards is not given: some hundred megabytes of photographs."""
 
+_WAIT = 10.0
+"""Seconds to wait for the workers of a killed build, which end at their next message."""
+
 _FORMAT = 1
 """Of index and side files."""
 
@@ -99,10 +102,11 @@ def build(plan: Plan, opened: Callable[[Path], Opened]) -> tuple[Manifest, Build
     known = published.find(plan.source, plan.published)
     excluded, origins = excluded_hashes(plan.exclude)
     partial = out.parent / f".{out.name}.partial"
-    partial.mkdir(parents=True, exist_ok=True)
     try:
         with _alone(partial, out), _named(out):
             shards.writable(out)  # another build may have finished while this one waited
+            for stale in partial.glob("*.writing"):  # what a killed build was at
+                stale.unlink()
             settings = _settings(plan, origins)
             index = _index_there(partial, settings) or _make_index(partial, settings, opened)
             if known is None and index.published:
@@ -164,17 +168,18 @@ def _hashes_in(path: Path) -> set[int]:
 @contextlib.contextmanager
 def _alone(partial: Path, out: Path) -> Iterator[None]:
     """Holds the lock of a build while none of its processes, or of a killed one's, is at work in the folder."""
+    partial.mkdir(parents=True, exist_ok=True)
     with (partial / "lock").open("a") as file:
-        for attempt in range(50):
+        until = time.monotonic() + _WAIT
+        while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if attempt == 49:
-                    raise ChildProcessError(
-                        errno.EBUSY, "another process is making this folder; wait for it", str(out)
-                    ) from None
-                time.sleep(0.2)
+                if time.monotonic() > until:
+                    why = "another process is making this folder; wait for it"
+                    raise ChildProcessError(errno.EBUSY, why, str(out)) from None
+                time.sleep(0.1)
         fcntl.flock(file, fcntl.LOCK_SH)
         yield
 

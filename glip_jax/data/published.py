@@ -59,9 +59,9 @@ class Comparison:
         return f"{self.found:,} {self.what}, published are {self.expected:,}: {self.explanation}"
 
 
-def load(folder: Path = MANIFESTS) -> dict[str, Published]:
-    """All sets by name; SourceError for a file that does not fit."""
-    sets = {}
+def load(folder: Path | None = None) -> dict[str, Published]:
+    """All sets by name; SourceError for a file that does not fit. `folder`: default MANIFESTS."""
+    sets, folder = {}, folder or MANIFESTS
     for path in sorted(folder.glob("*.json")):
         try:
             fields = json.loads(path.read_text())
@@ -75,14 +75,14 @@ def load(folder: Path = MANIFESTS) -> dict[str, Published]:
     return sets
 
 
-def find(annotations: epath.PathLike, name: str = "", folder: Path = MANIFESTS) -> Published | None:
+def find(annotations: epath.PathLike, name: str = "") -> Published | None:
     """The set of that name, or, without a name, the one that the annotation file's own name says; None if none does.
 
     SourceError for a name that there is not.
     """
-    sets = load(folder)
+    sets = load()
     if name and name not in sets:
-        raise SourceError(f"there is no published set {name!r} in {folder}; there are: {', '.join(sets)}")
+        raise SourceError(f"there is no published set {name!r} in {MANIFESTS}; there are: {', '.join(sets)}")
     if name:
         return sets[name]
     file = epath.Path(annotations).name
