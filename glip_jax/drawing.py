@@ -1,9 +1,14 @@
-"""Pictures of what goes in and comes out: boxes with their phrases, sheets of scenes, curves of a run."""
+"""Pictures of what goes in and comes out: boxes with their phrases, sheets of scenes, curves and histograms.
 
+Cards are pictures on a page: SVG boxes over a JPEG, so that lines and words stay sharp on any screen.
+"""
+
+import base64
 import colorsys
 import io
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
@@ -11,7 +16,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from glip_jax.structures import Batch
 
-__all__ = ["Mark", "colour", "contact_sheet", "draw_batch", "draw_boxes", "draw_curves", "phrase_words", "png"]
+__all__ = [
+    "CARD_WIDTH", "Box", "Mark", "card_box", "card_picture", "colour", "contact_sheet", "draw_batch", "draw_boxes",
+    "draw_curves", "draw_histogram", "hex_colour", "phrase_words", "png", "svg_uri",
+]  # fmt: skip
+
+CARD_WIDTH = 360
+"""Width of a card in its own units, about the pixels of a phone; heights follow the picture."""
 
 
 class Mark(NamedTuple):
@@ -21,6 +32,22 @@ class Mark(NamedTuple):
     """xyxy, pixels."""
     words: str = ""
     colour: tuple[int, int, int] = (230, 30, 60)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box in units of the card, and its words with the place where they stand."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    true: bool
+    colour: str = ""
+    words: str = ""
+    words_x: float = 0.0
+    words_y: float = 0.0
+    anchor: str = "start"
 
 
 def colour(index: int) -> tuple[int, int, int]:
@@ -35,6 +62,41 @@ def colour(index: int) -> tuple[int, int, int]:
     channels *= min(1.0, (0.22 / luminance) ** (1 / 2.4))
     red, green, blue = (round(float(channel) * 255) for channel in channels)
     return red, green, blue
+
+
+def hex_colour(index: int) -> str:
+    """`colour` as CSS writes it."""
+    return "#{:02x}{:02x}{:02x}".format(*colour(index))
+
+
+def card_box(box: Any, size: tuple[int, int], paint: str = "", words: str = "") -> Box:
+    """A box (xyxy pixels) of a picture of `size` (height, width) in units of the card; without `paint` a true one.
+
+    Words stand above it where there is room, else inside.
+    """
+    height, width = size
+    scale = CARD_WIDTH / width
+    low, high = np.zeros(4), np.array([width, height, width, height])
+    x1, y1, x2, y2 = (round(float(value), 1) for value in np.clip(np.asarray(box, np.float64), low, high) * scale)
+    left = x1 < CARD_WIDTH * 0.6
+    return Box(
+        x1, y1, round(max(x2 - x1, 0.5), 1), round(max(y2 - y1, 0.5), 1), not paint, paint, words,
+        x1 + 3 if left else x2 - 3, y1 - 4 if y1 > 14 else y1 + 12, "start" if left else "end",
+    )  # fmt: skip
+
+
+def card_picture(image: UInt8[np.ndarray, "H W 3"]) -> tuple[str, float]:
+    """The picture as a JPEG data URI, at most twice as wide as a card, and the card's height."""
+    height, width = image.shape[:2]
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    if width > 2 * CARD_WIDTH:
+        # Twice the card's width is what a screen of double density shows.
+        side = max(1, round(height * 2 * CARD_WIDTH / width))
+        picture = picture.resize((2 * CARD_WIDTH, side), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=85)
+    uri = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+    return uri, round(height * CARD_WIDTH / width, 1)
 
 
 def draw_boxes(image: UInt8[np.ndarray, "H W 3"], marks: Sequence[Mark], scale: float = 1.0) -> Image.Image:
@@ -210,6 +272,47 @@ def draw_curves(
         stream = io.BytesIO()
         figure.savefig(stream, format=form, metadata={"Date": None} if form == "svg" else None)
     return stream.getvalue()
+
+
+def draw_histogram(
+    series: Mapping[str, Sequence[float]], edges: Sequence[float], label: str, logarithmic: bool = False
+) -> bytes:
+    """A picture (SVG) of how the values of each named series spread over the bins between `edges`: shares in per cent.
+
+    Values beyond the edges stand in the outer bins, so that each series adds up to 100; an empty series is not drawn.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    bins = np.asarray(edges, np.float64)
+    with matplotlib.rc_context({"svg.hashsalt": "glip_jax", "svg.fonttype": "path", "font.size": 9}):
+        figure = Figure(figsize=(4.2, 2.5), layout="constrained")
+        axes = figure.add_subplot()
+        for index, (name, values) in enumerate(series.items()):
+            if not len(values):
+                continue
+            counts, _ = np.histogram(np.clip(np.asarray(values, np.float64), bins[0], bins[-1]), bins)
+            paint = tuple(channel / 255 for channel in colour(index * 2))
+            axes.stairs(100 * counts / len(values), bins, label=name, color=paint, linewidth=1.4)
+            axes.stairs(100 * counts / len(values), bins, fill=True, color=paint, alpha=0.15)
+        if logarithmic:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xlabel(label)
+        axes.set_ylabel("%")
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.02)
+        if len(series) > 1:
+            axes.legend(fontsize=7.5, frameon=False)
+        stream = io.BytesIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    return stream.getvalue()
+
+
+def svg_uri(data: bytes) -> str:
+    """An SVG picture as a data URI."""
+    return "data:image/svg+xml;base64," + base64.b64encode(data).decode()
 
 
 def png(picture: Image.Image) -> bytes:

@@ -4,8 +4,6 @@ A box that was found is right if it overlaps a true box of its name or phrase, w
 one half. Pictures are drawn as SVG over a JPEG, so that boxes and words stay sharp on any screen.
 """
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,33 +11,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 from jaxtyping import Float, Int, UInt8
-from PIL import Image
 
-from glip_jax.drawing import colour
+from glip_jax.drawing import CARD_WIDTH, Box, card_box, card_picture, hex_colour
 from glip_jax.evaluation.evaluate import Evaluated, Grounded, read_image
 from glip_jax.evaluation.recall import LEAST_OVERLAP, Phrase, overlaps
 from glip_jax.structures import Detections
 
-__all__ = ["Box", "Card", "Chip", "Piece", "best_threshold", "cards", "match", "pieces"]
-
-_WIDTH = 360
-"""Width of a card in its own units, about the pixels of a phone; heights follow the picture."""
-
-
-@dataclass(frozen=True)
-class Box:
-    """A box in units of the card, and its words with the place where they stand."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-    true: bool
-    colour: str = ""
-    words: str = ""
-    words_x: float = 0.0
-    words_y: float = 0.0
-    anchor: str = "start"
+__all__ = ["Card", "Chip", "Piece", "best_threshold", "cards", "match", "pieces"]
 
 
 @dataclass(frozen=True)
@@ -188,14 +166,14 @@ def _detection_card(result: Evaluated, view: _View, met: np.ndarray, image: Any,
     names = result.prompts
     # Colours by order of appearance: few in a picture, and far apart.
     present = dict.fromkeys([*view.true_numbers.tolist(), *view.found.phrases[shown].tolist()])
-    colours = {number: _hex(place) for place, number in enumerate(present)}
-    boxes = [_box(box, image.shape[:2]) for box in view.true]
+    colours = {number: hex_colour(place) for place, number in enumerate(present)}
+    boxes = [card_box(box, image.shape[:2]) for box in view.true]
     chips = []
     for row in shown:
         number, right = int(view.found.phrases[row]), met[row] >= 0
         words = names[number] if right else f"✗ {names[number]}"
         # Worst first, so that the best stays on top.
-        boxes.insert(len(view.true), _box(view.found.boxes[row], image.shape[:2], colours[number], words))
+        boxes.insert(len(view.true), card_box(view.found.boxes[row], image.shape[:2], colours[number], words))
         chips.append(
             Chip(names[number], "right" if right else "wrong", colours[number], f"{view.found.scores[row]:.2f}")
         )
@@ -207,19 +185,21 @@ def _detection_card(result: Evaluated, view: _View, met: np.ndarray, image: Any,
 def _grounding_card(result: Grounded, view: _View, met: np.ndarray, image: Any, least: float) -> Card:
     captioned = next(image for image in result.truth.images if image.id == view.entry["id"])
     unasked = result.unasked.get(captioned.id, ())
-    boxes = [_box(box, image.shape[:2]) for box in view.true]
+    boxes = [card_box(box, image.shape[:2]) for box in view.true]
     chips = []
     for number, phrase in enumerate(captioned.phrases):
         own = np.flatnonzero(view.found.phrases == number)
         words = " … ".join(captioned.caption[begin:end] for begin, end in phrase.spans)
         for row in own:
             if row == own[0] or view.found.scores[row] >= least:
-                boxes.append(_box(view.found.boxes[row], image.shape[:2], _hex(number)))
+                boxes.append(card_box(view.found.boxes[row], image.shape[:2], hex_colour(number)))
         if not len(own):
-            chips.append(Chip(words, "missed", _hex(number), "not asked" if number in unasked else "", phrase.kind))
+            chips.append(
+                Chip(words, "missed", hex_colour(number), "not asked" if number in unasked else "", phrase.kind)
+            )
             continue
         state = "right" if met[own[0]] >= 0 else "wrong"
-        chips.append(Chip(words, state, _hex(number), f"{view.found.scores[own[0]]:.2f}", phrase.kind))
+        chips.append(Chip(words, state, hex_colour(number), f"{view.found.scores[own[0]]:.2f}", phrase.kind))
     return _card(view, image, boxes, chips, pieces(captioned.caption, captioned.phrases, unasked))
 
 
@@ -232,48 +212,17 @@ def pieces(caption: str, phrases: Sequence[Phrase], unasked: Sequence[int] = ())
             owner[begin:end] = number
     cuts = [0, *(np.flatnonzero(np.diff(owner)) + 1).tolist(), len(caption)] if caption else []
     return tuple(
-        Piece(caption[begin:end], _hex(int(owner[begin])) if owner[begin] >= 0 else "", int(owner[begin]) in unasked)
+        Piece(
+            caption[begin:end], hex_colour(int(owner[begin])) if owner[begin] >= 0 else "", int(owner[begin]) in unasked
+        )
         for begin, end in zip(cuts, cuts[1:])
     )
-
-
-def _box(box: Any, size: tuple[int, int], paint: str = "", words: str = "") -> Box:
-    """A box of a picture of `size` (height, width) in units of the card; without `paint` a true one.
-
-    Words stand above it where there is room, else inside.
-    """
-    height, width = size
-    scale = _WIDTH / width
-    low, high = np.zeros(4), np.array([width, height, width, height])
-    x1, y1, x2, y2 = (round(float(value), 1) for value in np.clip(np.asarray(box, np.float64), low, high) * scale)
-    left = x1 < _WIDTH * 0.6
-    return Box(
-        x1, y1, round(max(x2 - x1, 0.5), 1), round(max(y2 - y1, 0.5), 1), not paint, paint, words,
-        x1 + 3 if left else x2 - 3, y1 - 4 if y1 > 14 else y1 + 12, "start" if left else "end",
-    )  # fmt: skip
 
 
 def _card(
     view: _View, image: UInt8[np.ndarray, "H W 3"], boxes: Sequence[Box], chips: Sequence[Chip], caption: Any
 ) -> Card:
-    height, width = image.shape[:2]
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    if width > 2 * _WIDTH:
-        # Twice the card's width is what a screen of double density shows.
-        picture = picture.resize((2 * _WIDTH, max(1, round(height * 2 * _WIDTH / width))), Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=85)
-    uri = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+    uri, height = card_picture(image)
     return Card(
-        uri,
-        float(_WIDTH),
-        round(height * _WIDTH / width, 1),
-        tuple(boxes),
-        tuple(chips),
-        caption,
-        view.entry["file_name"],
-    )
-
-
-def _hex(index: int) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*colour(index))
+        uri, float(CARD_WIDTH), height, tuple(boxes), tuple(chips), caption, view.entry["file_name"]
+    )  # fmt: skip

@@ -1,6 +1,5 @@
 """The page of a run: one HTML file with its numbers, its curves and its pictures, that needs no other file."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import jinja2
 from etils import epath
 
-from glip_jax.drawing import draw_curves
+from glip_jax.drawing import draw_curves, svg_uri
 from glip_jax.evaluation.average_precision import NUMBERS
 from glip_jax.evaluation.cards import Card, cards
 from glip_jax.evaluation.evaluate import Evaluated, Grounded
@@ -72,7 +71,7 @@ def render(
     sets = [_shown(name, result, folder, scenes, least) for name, (result, folder) in evaluated.items()]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["number"] = _number
-    panels = [(name, _uri(draw_curves(lines, name, "svg"))) for name, lines in curves.items() if lines]
+    panels = [(name, svg_uri(draw_curves(lines, name, "svg"))) for name, lines in curves.items() if lines]
     recorded = summary or {}
     facts, network = _facts(recorded)
     chunked = [{"name": name, "chunks": entry["chunks"]} for name, entry in recorded.get("sets", {}).items()
@@ -202,7 +201,3 @@ def _ratio(value: float, chance: float) -> str:
 def _number(value: float, digits: int = 4) -> str:
     """Four decimals; COCO's -1 means that the set has nothing to measure it on."""
     return "-" if value < 0 else f"{value:.{digits}f}"
-
-
-def _uri(data: bytes) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(data).decode()

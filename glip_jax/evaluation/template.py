@@ -1,8 +1,8 @@
 """The page's HTML: a jinja2 template that `page.render` fills. All of it is one file, light, and made for phones too."""
 
-__all__ = ["PAGE"]
+__all__ = ["PAGE", "STYLE"]
 
-_STYLE = """
+STYLE = """
 :root { --ink: #1d2430; --soft: #667085; --line: #e4e7ec; --wash: #f6f7f9; --good: #12805c; --bad: #b42318 }
 * { box-sizing: border-box }
 body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: var(--ink); background: #fff; margin: 0 }
@@ -100,7 +100,7 @@ PAGE = (
     + """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title><style>"""
-    + _STYLE
+    + STYLE
     + """</style></head><body><main>
 <h1>{{ title }}</h1>{% for line in notes %}<p class="soft">{{ line }}</p>{% endfor %}
 {% if sets %}<div class="tiles">{% for s in sets %}<div class="tile"><span class="name">{% for part in s.name.split("_") %}{{ "" if loop.first else "_" }}<wbr>{{ part }}{% endfor %}</span><b>{{ s.headline }}</b>
