@@ -178,11 +178,12 @@ class Folder:
         part = _PART.fullmatch(image)
         if part is None:
             return (self.path / image).read_bytes()
+        begin, length = int(part[2]), int(part[3])
         with (self.path / part[1]).open("rb") as file:
-            file.seek(int(part[2]))
-            data = file.read(int(part[3]))
-        if len(data) != int(part[3]):
-            raise OSError(f"{part[1]} ends within the picture")
+            if begin + length > file.seek(0, 2):
+                raise OSError(f"{part[1]} ends within the picture")
+            file.seek(begin)
+            data = file.read(length)
         if part[4] is None:
             return data
         try:

@@ -13,7 +13,9 @@ from glip_jax.data.formats.captions import open_caption_lines, open_caption_tsv,
 from glip_jax.data.formats.coco import open_coco, open_odinw
 from glip_jax.data.formats.flickr30k import open_flickr30k
 from glip_jax.data.formats.mdetr import MIXED_FOLDERS, open_coco_captions, open_mdetr
+from glip_jax.data.formats.openimages import open_openimages
 from glip_jax.data.formats.tsv import open_tsv
+from glip_jax.data.formats.visual_genome import open_visual_genome
 from tests.data.conftest import coco_json, mdetr_json, write_image
 from tests.data.test_flickr30k import SENTENCES, XML
 from tests.data.test_tsv import DETECTION, V1, V2, container
@@ -131,6 +133,48 @@ def _container(labels: list[Any]) -> Callable[[Path], dict[str, str]]:
     return make
 
 
+_OPEN_IMAGES = {
+    "train-annotations-bbox.csv": (
+        "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside\n"
+        + "".join(f"img{i},xclick,/m/01,1,0.1,0.5,0.2,0.{6 + i},0,0,0,0,0\n" for i in range(3))
+        + "img0,xclick,/m/02,1,0.3,0.9,0.2,0.8,0,0,0,0,0\n"
+    ),
+    "class-descriptions-boxable.csv": "/m/01,Dog\n/m/02,Cat\n/m/03,Animal\n",
+    "labels.csv": "ImageID,Source,LabelName,Confidence\nimg0,verification,/m/03,1\nimg1,verification,/m/02,0\n",
+}
+_HIERARCHY = {
+    "LabelName": "/m/0bl9f",
+    "Subcategory": [{"LabelName": "/m/03", "Subcategory": [{"LabelName": "/m/01"}, {"LabelName": "/m/02"}]}],
+}
+
+
+def _open_images(folder: Path) -> dict[str, str]:
+    for i in range(3):
+        write_image(folder / "pictures" / f"img{i}.jpg", 24, 32, i)
+        (folder / "pictures" / f"img{i}.png").unlink()
+    return _texts(_OPEN_IMAGES)(folder) | _json_file("hierarchy.json", _HIERARCHY)(folder)
+
+
+def _visual_genome(folder: Path) -> dict[str, str]:
+    about = [
+        {
+            "image_id": i,
+            "width": 32,
+            "height": 24,
+            "coco_id": None,
+            "flickr_id": 5 + i,
+            "url": f"https://x.edu/VG/img{i}.png",
+        }
+        for i in range(3)
+    ]
+    things = [
+        {"object_id": 9 * i + k, "x": 2 + k, "y": 3, "w": 6, "h": 7, "names": ["Dog", "hound"][: k + 1], "synsets": ["dog.n.01"]}
+        for i in range(3) for k in range(2)
+    ]  # fmt: skip
+    objects = [{"image_id": i, "image_url": about[i]["url"], "objects": things[2 * i : 2 * i + 2]} for i in range(3)]
+    return _json_file("image_data.json", about)(folder) | _json_file("objects.json", objects)(folder)
+
+
 _SBU = {
     "SBU_captioned_photo_dataset_urls.txt": "".join(f"http://flickr.com/1/img{i}.png\n" for i in range(3)),
     "SBU_captioned_photo_dataset_captions.txt": "a dog\nthe cat\na bird \N{SNOWMAN}\n",
@@ -153,6 +197,20 @@ LAYOUTS: dict[str, Layout] = {
     "odinw": Layout(
         _json_file("pictures/_annotations.coco.json", _roboflow()), lambda p: open_odinw(p / "pictures"),
         "odinw {p}/pictures",
+    ),
+    "openimages": Layout(
+        _open_images,
+        lambda p: open_openimages(
+            p / "train-annotations-bbox.csv", p / "pictures", classes=p / "class-descriptions-boxable.csv",
+            hierarchy=p / "hierarchy.json", labels=p / "labels.csv",
+        ),
+        "openimages {p}/train-annotations-bbox.csv --images={p}/pictures --classes={p}/class-descriptions-boxable.csv "
+        "--hierarchy={p}/hierarchy.json --labels={p}/labels.csv",
+    ),
+    "visual-genome": Layout(
+        _visual_genome,
+        lambda p: open_visual_genome(p / "objects.json", p / "pictures", image_data=p / "image_data.json"),
+        "visual-genome {p}/objects.json --images={p}/pictures --image-data={p}/image_data.json",
     ),
     "mdetr": Layout(
         _json_file("a.json", mdetr_json(SIZES)), lambda p: open_mdetr(p / "a.json", p / "pictures"),

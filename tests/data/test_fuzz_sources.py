@@ -3,6 +3,7 @@
 Of each format a small official layout is spoiled many times, seeded: see `tests.data.mutations`.
 """
 
+import json
 import random
 from pathlib import Path
 
@@ -79,6 +80,36 @@ def test_spoiled_files_are_drops_or_one_line(name: str, tmp_path: Path) -> None:
     # Most of it is noticed; what is left is text changed into other text, a number into another that fits.
     assert outcomes["kept"] < 0.7 * EACH, outcomes
     assert len(imported(layout, tmp_path)[0]) == layout.records
+
+
+FOUND = [
+    ("mixed", "a.json", ["annotations", 2, "tokens_positive", 0, 1], -1),
+    ("openimages", "hierarchy.json", ["Subcategory", 0, "LabelName"], [1]),
+    ("lvis", "a.json", ["categories", 0, "id"], "1"),
+    ("coco", "a.json", ["images", 0, "file_name"], "img0.png#99999999999999999999999+5"),
+    ("mdetr", "a.json", ["images", 0, "file_name"], "img0.png#5+99999999999999999999999"),
+    ("coco", "a.json", ["images", 0, "file_name"], "img0.png#3+5;base64"),
+    ("caption-lines", "a.jsonl", ["caption"], "\ud800"),
+]
+"""What earlier versions answered with another error, or could have."""
+
+
+@pytest.mark.parametrize(("name", "file", "path", "value"), FOUND)
+def test_what_was_found_once(name: str, file: str, path: list, value: object, tmp_path: Path) -> None:
+    layout = LAYOUTS[name]
+    files = made(layout, tmp_path)
+    first, *rest = (tmp_path / file).read_text().splitlines()
+    data = place = json.loads(first)
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    (tmp_path / file).write_text("\n".join([json.dumps(data), *rest]))
+    try:
+        _, report = imported(layout, tmp_path)
+    except SourceError as error:
+        clear(str(error), tmp_path, files)
+    else:
+        assert report.dropped
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -78,11 +78,12 @@ def _check_ids(listed: set[Any], used: Counter[Any], file: str) -> None:
     numbers = {i for i in used if isinstance(i, int)}
     if not strange or len(numbers) < len(used):
         return
+    counted = [i for i in listed if isinstance(i, int)]
     for shift, words in ((-1, "one lower"), (1, "one higher")):
-        if len(numbers) > 1 and numbers <= {i + shift for i in listed if isinstance(i, int)}:
+        if len(numbers) > 1 and numbers <= {i + shift for i in counted}:
             raise SourceError(
                 f"{file}: the boxes use the category ids {min(numbers)} to {max(numbers)}, each {words} than a listed one "
-                f"({min(listed)} to {max(listed)}): names would be shifted by one; make both count from the same start"
+                f"({min(counted)} to {max(counted)}): names would be shifted by one; make both count from the same start"
             )
     if boxes >= _ENOUGH and strange > _SHARE * boxes:
         example = next(i for i in used if i not in listed)

@@ -85,8 +85,7 @@ def hierarchy_below(path: epath.Path) -> dict[str, set[str]]:
             raise SourceError(f"{path}: Subcategory of {node['LabelName']} is {children!r:.40}, expected a list")
         found: set[str] = set()
         for i, child in enumerate(children):
-            found |= {child["LabelName"]} if isinstance(child, dict) and "LabelName" in child else set()
-            found |= walk(child, f"{place}.Subcategory[{i}]")
+            found |= walk(child, f"{place}.Subcategory[{i}]") | {child["LabelName"]}
         below.setdefault(node["LabelName"], set()).update(found)
         return found
 
