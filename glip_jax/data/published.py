@@ -6,7 +6,7 @@ and which other numbers are known and why. An import is compared with what it li
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Published:
     source: str
     """Who says so."""
     licence: str
+    within: dict[str, int] = field(default_factory=dict)
+    """How far a count may be off because it is published rounded."""
     variants: tuple[dict[str, Any], ...] = ()
     """Other known numbers: some of the counts, and `why`."""
     address: str = ""
@@ -49,13 +51,16 @@ class Comparison:
     what: str
     found: int
     expected: int
+    within: int
+    """By how much the published number may be off: it is rounded."""
     explanation: str
     """Empty where they are equal."""
 
     def line(self) -> str:
         """For the report."""
-        if self.found == self.expected:
-            return f"{self.found:,} {self.what}, as published"
+        if not self.explanation:
+            about = f" (rounded: {self.expected:,})" if self.within else ""
+            return f"{self.found:,} {self.what}, as published{about}"
         return f"{self.found:,} {self.what}, published are {self.expected:,}: {self.explanation}"
 
 
@@ -95,10 +100,10 @@ def compare(published: Published, found: Mapping[str, int]) -> list[Comparison]:
     for what, expected in published.counts.items():
         if what not in found:
             continue
-        explanation = ""
-        if found[what] != expected:
+        explanation, within = "", published.within.get(what, 0)
+        if abs(found[what] - expected) > within:
             known = [v["why"] for v in published.variants if v.get(what) == found[what]]
             explanation = known[0] if known else "no variant with this number is known; is the file whole?"
         unit = f"{what} ({published.units[what]})" if what in published.units else what
-        comparisons.append(Comparison(unit, found[what], expected, explanation))
+        comparisons.append(Comparison(unit, found[what], expected, within, explanation))
     return comparisons

@@ -21,7 +21,7 @@ from glip_jax.data.formats.categories import Categories, categories
 from glip_jax.data.formats.join import Join
 from glip_jax.data.formats.json_file import JsonFile, integer, need, text
 
-__all__ = ["BoxForm", "Places", "joined", "open_coco", "open_odinw"]
+__all__ = ["BoxForm", "Meaning", "Places", "as_xywh", "joined", "open_coco", "open_odinw"]
 
 BoxForm = Literal["xywh", "xyxy"]
 
@@ -83,7 +83,7 @@ class Places:
 
     def find(self, name: str) -> str:
         """The path below the folder: leading folders that are not there are left out, whole folders at a time."""
-        *parents, file = name.replace("\\", "/").split("/")
+        *parents, file = [part for part in name.replace("\\", "/").split("/") if part] or [name]
         key = "/".join(parents)
         if key not in self._skipped:
             depths = range(len(parents) + 1)
@@ -175,7 +175,7 @@ def _entries(
     join: Join, known: Categories, places: Places, form: BoxForm | None, path: epath.Path, report: Report
 ) -> Iterator[Entry]:
     """One entry per image; a look at all boxes at the end tells whether they can be what they were read as."""
-    meaning = _Meaning()
+    meaning = Meaning()
     for identity, (file, height, width, negatives, unfinished), notes in join:
         boxes, labels, ids, crowds = [], [], [], []
         for own, (raw, category, crowd) in notes:
@@ -188,7 +188,7 @@ def _entries(
                 report.drop("box: background class", f"{where}, category {category}")
             elif category not in known.index:
                 report.drop("box: category not listed", f"{where}, category {category}")
-            elif (box := from_xywh(_as_xywh(raw) if form == "xyxy" else raw, report, where)) is not None:
+            elif (box := from_xywh(as_xywh(raw) if form == "xyxy" else raw, report, where)) is not None:
                 boxes.append(box)
                 labels.append(known.index[category])
                 ids.append("(no id)" if own is None else str(own))
@@ -207,13 +207,13 @@ def _entries(
         meaning.refuse(path)
 
 
-def _as_xywh(raw: Any) -> Any:
+def as_xywh(raw: Any) -> Any:
     """Corners as xywh; what is no four numbers as it is, to be counted."""
     corners = numbers(raw, 4)
     return raw if corners is None else [corners[0], corners[1], corners[2] - corners[0], corners[3] - corners[1]]
 
 
-class _Meaning:
+class Meaning:
     """What the boxes of a file look like, taken as xywh in pixels."""
 
     def __init__(self) -> None:

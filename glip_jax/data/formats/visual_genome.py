@@ -79,7 +79,7 @@ def open_visual_genome(
     entries = _entries(join, names, places, without_coco, listed.path.name, report)
     ordered = list(dict.fromkeys(names.values()))
     inputs = (listed.path, sizes.path, *([] if vocabulary is None else [epath.Path(vocabulary)]))
-    return Opened(entries, folder, report, tuple(ordered), join.count, inputs)
+    return Opened(entries, folder, report, tuple(ordered), join.count, inputs, "visual_genome")
 
 
 def _identity(item: dict[str, Any], where: str) -> int:
