@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from glip_jax.data.entries import Opened
+from glip_jax.data.formats.coco import BoxForm
 from glip_jax.data.formats.flickr30k import open_flickr30k
 from glip_jax.data.formats.mdetr import folders_of, open_mdetr
 from glip_jax.data.formats.tsv import open_tsv
@@ -29,6 +30,8 @@ class Mdetr(BuildOptions):
     folders: str = ""
     """Folders below --images by the file's data_source: mixed (GoldG: COCO's in coco/train2014, Visual Genome's and GQA's
     in gqa/images), or coco=train2014,vg=gqa; default: file names are below --images."""
+    boxes: BoxForm | None = None
+    """What bbox holds; default: xywh, after a look at whether it can be."""
 
     @property
     def source(self) -> Path:
@@ -38,8 +41,9 @@ class Mdetr(BuildOptions):
     def opened(self, scratch: Path) -> Opened:
         """The entries."""
         return open_mdetr(
-            self.annotations, self.images, folders=folders_of(self.folders), strict=self.strict, scratch=scratch
-        )
+            self.annotations, self.images, folders=folders_of(self.folders), boxes=self.boxes, strict=self.strict,
+            scratch=scratch,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

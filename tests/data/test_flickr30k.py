@@ -113,6 +113,13 @@ def test_faults_are_counted(place: Path, file: str, old: str, new: str, reason: 
         read(place, strict=True)
 
 
+def test_a_box_that_is_counted_from_zero_is_noted(place: Path) -> None:
+    (place / "Annotations" / "1000.xml").write_text(XML.replace("<xmin>3<", "<xmin>0<"))
+    records, report = read(place)
+    assert records[0].boxes.tolist()[2] == [0, 1, 5, 4]
+    assert report.noted["box: begins before pixel 1, cut there"] == 1
+
+
 def test_files_that_are_missing(place: Path) -> None:
     (place / "Annotations" / "1000.xml").unlink()
     assert read(place)[1].dropped == {"image: no annotation file": 1}

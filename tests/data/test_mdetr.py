@@ -144,6 +144,19 @@ def test_the_mixed_file_says_where_its_pictures_are(tmp_path: Path, pictures: Pa
         folders_of("vg")
 
 
+def test_corners_are_told_from_width_and_height(tmp_path: Path, pictures: Path) -> None:
+    data = mdetr_json(SIZES)
+    data["annotations"] = [
+        {"id": k, "image_id": 1 + k % 2, "bbox": [10 + k, 12, 20 + k, 22], "tokens_positive": [[2, 5]]}
+        for k in range(10)
+    ]
+    path = saved(tmp_path, data)
+    with pytest.raises(SourceError, match="bbox seems to hold corners.*--boxes=xyxy"):
+        records(open_mdetr(path, pictures))
+    first, _ = records(open_mdetr(path, pictures, boxes="xyxy"))
+    assert first.boxes[0].tolist() == [10, 12, 19, 21]
+
+
 def changed(path: list, value: Any) -> dict:
     """The form with one place set, or, for the value ..., removed."""
     data: Any = copy.deepcopy(mdetr_json(SIZES))

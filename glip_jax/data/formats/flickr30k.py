@@ -185,4 +185,5 @@ def _box(thing: Element, where: str, report: Report) -> Box | None:
     except ValueError:
         report.drop("box: not four numbers", f"{where}, found {texts!r:.60}, expected xmin, ymin, xmax, ymax")
         return None
+    report.note("box: begins before pixel 1, cut there", f"{where}, {texts!r:.60}", min(x1, y1) < 0)
     return x1, y1, x2, y2

@@ -23,7 +23,7 @@ from glip_jax.data.entries import (
     from_xywh,
     image_folder,
 )
-from glip_jax.data.formats.coco import joined
+from glip_jax.data.formats.coco import BoxForm, Meaning, as_xywh, joined
 from glip_jax.data.formats.join import Join
 from glip_jax.data.formats.json_file import JsonFile, integer, need, text
 
@@ -36,12 +36,12 @@ and GQA's in one folder."""
 
 def open_mdetr(
     annotations: epath.PathLike, images: epath.PathLike, *, folders: Mapping[str, str] | None = None,
-    strict: bool = False, scratch: Path | None = None,
+    boxes: BoxForm | None = None, strict: bool = False, scratch: Path | None = None,
 ) -> Opened:  # fmt: skip
     """Grounding entries, one per item of `images`, in the order of the file.
 
     `folders`: from `data_source` to a folder below `images`; None: file names are taken as they are. A box without a
-    span that covers text is dropped. `scratch`: where the temporary file goes. SourceError: no JSON, a missing key, a
+    span that covers text is dropped. `boxes`: what bbox holds; None: xywh, after a look at whether it can be. `scratch`: where the temporary file goes. SourceError: no JSON, a missing key, a
     size or file name of a wrong type, ids that stand twice, a folder of pictures that is missing or empty.
     """
     reader, source, report = image_folder(images), JsonFile(annotations), Report(strict=strict)
@@ -55,7 +55,7 @@ def open_mdetr(
         return [item["bbox"], item.get("iscrowd"), item["tokens"] if "tokens" in item else item.get("tokens_positive")]
 
     join = joined(source, image, note, report, scratch)
-    entries = _grounding(join, source.path.name, report)
+    entries = _grounding(join, boxes, source.path, report)
     return Opened(entries, reader, report, count=join.count, inputs=(source.path,))
 
 
@@ -100,7 +100,8 @@ def _picture(item: dict[str, Any], where: str, folders: Mapping[str, str] | None
     return [name, integer(item, "height", where), integer(item, "width", where)]
 
 
-def _grounding(join: Join, provenance: str, report: Report) -> Iterator[Entry]:
+def _grounding(join: Join, form: BoxForm | None, path: epath.Path, report: Report) -> Iterator[Entry]:
+    meaning = Meaning()
     for identity, (file, height, width, caption), notes in join:
         if not isinstance(caption, str):
             report.drop("image: caption no text", f"image {identity}, found {caption!r:.40}, expected text")
@@ -110,18 +111,21 @@ def _grounding(join: Join, provenance: str, report: Report) -> Iterator[Entry]:
         for key, (xywh, crowd, raw) in notes:
             name = "(no id)" if key is None else str(key)
             where = f"annotation {name} of image {identity}"
+            meaning.look(xywh, height, width, where)
             if crowd:
                 report.drop("box: crowd", where)
             elif (own := checked_spans(raw, caption, report, where)) and (
-                box := from_xywh(xywh, report, where)
+                box := from_xywh(as_xywh(xywh) if form == "xyxy" else xywh, report, where)
             ) is not None:
                 boxes.append(box)
                 spans.append(own)
                 ids.append(name)
         yield Entry(
             id=str(identity), image=file, kind="grounding", height=height, width=width, boxes=tuple(boxes),
-            caption=caption, spans=tuple(spans), ids=tuple(ids), provenance=provenance,
+            caption=caption, spans=tuple(spans), ids=tuple(ids), provenance=path.name,
         )  # fmt: skip
+    if form is None:
+        meaning.refuse(path)
 
 
 def _captions(join: Join, provenance: str, report: Report) -> Iterator[Entry]:
