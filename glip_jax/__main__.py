@@ -15,6 +15,7 @@ __all__ = ["JOBS", "main"]
 
 JOBS = {
     "data": "import annotations into shards, and check shards",
+    "inspect": "draw a page of the records in shards and the examples that training makes of them",
     "train": "train, or go on training, in a working folder",
     "evaluate": "evaluate a checkpoint on COCO-style sets",
     "predict": "find in images what a text or a list of names asks for",

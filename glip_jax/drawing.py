@@ -297,7 +297,10 @@ def draw_histogram(
             axes.stairs(100 * counts / len(values), bins, fill=True, color=paint, alpha=0.15)
         if logarithmic:
             axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            low, high = round(np.log2(bins[0])), round(np.log2(bins[-1]))
+            powers = range(low, high + 1, max(1, (high - low) // 5))
+            axes.set_xticks([2.0**p for p in powers], [f"1/{2**-p}" if p < 0 else f"{2**p}" for p in powers])
+            axes.minorticks_off()
         axes.set_xlabel(label)
         axes.set_ylabel("%")
         axes.grid(alpha=0.25, linewidth=0.6)

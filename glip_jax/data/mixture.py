@@ -154,11 +154,11 @@ class Mixture:
         self.shards = tuple(_open(name, config.data.sources[name]) for name in self.source_names)
         text = config.model.text
         asked = [config.data.sources[name] for name in self.source_names]
-        self._captioners = tuple(
+        self.captioners = tuple(
             Captioner(s.manifest.names, tokenizer, config.data.captions, text.max_tokens, source.negatives, s)
             for source, s in zip(asked, self.shards)
         )
-        self._examples = Examples(config, self.shards, self._captioners)
+        self._examples = Examples(config, self.shards, self.captioners)
         for name, opened in zip(self.source_names, self.shards):
             _check_kinds(name, opened)
             _check_names(name, opened.manifest.names, tokenizer, config)

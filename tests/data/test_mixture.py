@@ -130,7 +130,7 @@ def test_boxes_keep_their_own_words(sources: dict[str, SourceConfig]) -> None:
     """Through sampling, shuffling and batching, each detection box still carries its category's tokens."""
     mixture = Mixture(config(sources))
     names = mixture.shards[0].manifest.names
-    tokenizer = mixture._captioners[0].tokenizer
+    tokenizer = mixture.captioners[0].tokenizer
     for batch in draw(mixture, 5):
         for i in np.flatnonzero(batch.source == 0):
             record = mixture.shards[0][int(batch.record[i])]
