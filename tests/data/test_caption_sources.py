@@ -13,6 +13,8 @@ import pytest
 from glip_jax.data.entries import Opened, SourceError, finish
 from glip_jax.data.formats.captions import open_caption_lines, open_caption_tsv, open_sbu, open_webdataset
 from glip_jax.data.records import Record
+from glip_jax.data.shards import Shards
+from glip_jax.jobs.data import main
 from tests.data.conftest import write_image
 
 
@@ -167,6 +169,19 @@ def test_faulty_tars_are_counted(place: Path) -> None:
     opened = open_webdataset(place / "b.tar")
     assert not records(opened)
     assert "expected an uncompressed tar" in opened.report.first["tar: cannot be read"]
+
+
+def test_the_job_makes_records_for_the_teacher(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "a.tsv").write_text("0\t7\ta dog\n1\t8\tthe cat\n9\t8\tno picture\n")
+    command = ["caption-tsv", f"{place}/a.tsv", f"--images={place}/pictures", "--columns=image,-,caption"]
+    assert main([*command, "--files=img{name}.jpg", f"--out={place}/out", "--processes=1"]) == 0
+    manifest = Shards(place / "out").manifest
+    assert manifest.kinds == {"caption": 2}
+    assert manifest.drops == {"image: file missing": 1}
+    assert Shards(place / "out")[1].caption == "the cat"
+    assert main([*command, "--files={no}", f"--out={place}/other"]) == 2
+    assert "files is '{no}'" in capsys.readouterr().err
+    assert not (place / "other").exists()
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,18 @@ def test_markup_is_taken_out_and_its_spans_stay() -> None:
     ]  # fmt: skip
 
 
+def test_spaces_in_the_markup_belong_to_no_phrase() -> None:
+    assert plain_sentence("[/EN#1/people  A man ] sits") == ("A man sits", [("1", (0, 5))])
+
+
+def test_what_is_not_visual_has_no_box(place: Path) -> None:
+    (place / "Annotations" / "1000.xml").write_text(XML.replace("<name>2</name>", "<name>0</name>"))
+    (place / "Sentences" / "1000.txt").write_text(SENTENCES.splitlines()[0].replace("EN#2", "EN#0"))
+    ((record,), report) = read(place)
+    assert len(record.boxes) == 2
+    assert report.noted == {"phrase: without a box, kept as text": 2}
+
+
 def test_a_sentence_is_a_record_with_a_box_for_every_phrase_and_box(place: Path) -> None:
     records, report = read(place)
     first, second = records
@@ -77,6 +89,7 @@ def test_a_split_list_says_which_images_and_in_which_order(place: Path) -> None:
     write_image(place / "images" / "7.jpg", 24, 32, 1)
     assert [record.id for record in read(place)[0]] == ["1000#1", "1000#2", "7#1"]
     assert [record.id for record in read(place, split=place / "train.txt")[0]] == ["1000#1", "1000#2"]
+    (place / "x.txt").write_text("A secret .")
     (place / "val.txt").write_text("7\n7\n8\n../x\n")
     records, report = read(place, split=place / "val.txt")
     assert [record.id for record in records] == ["7#1"]

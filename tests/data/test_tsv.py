@@ -175,6 +175,17 @@ def test_faulty_rows_are_counted(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_an_offset_within_a_long_row(tmp_path: Path) -> None:
+    path = container(tmp_path, DETECTION)
+    rows = [[f"k{i}", base64.b64encode(bytes(9000)).decode()] for i in range(3)]
+    write_tsv(tmp_path / "train.img.tsv", rows)
+    index = tmp_path / "train.img.lineidx"
+    first, second, third = index.read_text().split()
+    index.write_text(f"{first}\n{int(second) + 3}\n{third}\n")
+    with pytest.raises(SourceError, match="line 2 and the one after do not bound a row of train.img.tsv"):
+        read(path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
