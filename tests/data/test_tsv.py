@@ -181,8 +181,8 @@ def test_an_offset_within_a_long_row(tmp_path: Path) -> None:
     write_tsv(tmp_path / "train.img.tsv", rows)
     index = tmp_path / "train.img.lineidx"
     first, second, third = index.read_text().split()
-    index.write_text(f"{first}\n{int(second) + 3}\n{third}\n")
-    with pytest.raises(SourceError, match="line 2 and the one after do not bound a row of train.img.tsv"):
+    index.write_text(f"{first}\n{second}\n{int(third) + 3}\n")
+    with pytest.raises(SourceError, match="line 3 and the one after do not bound a row of train.img.tsv"):
         read(path)
 
 
