@@ -141,6 +141,24 @@ def test_crops_keep_boxes_on_their_pixels_and_phrases_true(opened: shards.Shards
     assert make(opened, 2).dropped.sum() == 0
 
 
+def test_a_trace_of_a_dropped_box_makes_its_name_unknown(opened: shards.Shards) -> None:
+    """Record 0 has two dogs, at (40, 10, 70, 50) and (25, 40, 35, 58)."""
+    maker = examples(opened, crop=CropConfig(1.0, 0.4, 0.9))
+    seen = set()
+    for element in range(60):
+        rng = rng_of(0, element)
+        rng.random()
+        window = transforms.crop_window(60, 80, CropConfig(1.0, 0.4, 0.9), rng)
+        _, kept, visible = transforms.crop_boxes(boxes_array(BOXES), window, 0.9)
+        batch = maker(0, 0, 60, (64, 96), rng_of(0, element))
+        assert batch.box_mask.sum() == kept.sum()
+        if kept[1:].any():
+            trace = bool((~kept[1:] & (visible[1:] > 0)).any())
+            assert ("dog" in words(batch, ~batch.token_loss_mask)) == trace
+            seen.add(trace)
+    assert seen == {True, False}
+
+
 def test_what_lost_a_box_to_the_limit_is_unknown(opened: shards.Shards) -> None:
     batch = make(opened, 0, max_boxes=2)
     assert words(batch, ~batch.token_loss_mask) == "dog" and batch.dropped[0] == 1

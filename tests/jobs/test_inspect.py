@@ -81,6 +81,18 @@ def test_tokens_have_the_colour_of_their_box(sources):
         assert card.file.startswith("step 5, ")
 
 
+def test_pieces_of_words_are_joined():
+    from glip_jax.jobs.inspection import _token_pieces
+
+    vocabulary = ["[CLS]", "[SEP]", "app", "##les", "red", "."]
+    tokens, mask = np.array([0, 4, 2, 3, 5, 2, 3, 1, 0], np.int32), np.arange(9) < 8
+    owner = np.array([-1, -1, 0, 0, -1, -1, -1, -1, -1])
+    pieces = _token_pieces(tokens, mask, owner, np.arange(9) != 1, vocabulary)
+    assert "".join(piece.text for piece in pieces) == "red apples. apples"
+    assert [piece.text for piece in pieces if piece.colour] == ["apples"]
+    assert [piece.text for piece in pieces if piece.unknown] == ["red"]
+
+
 def test_words_of_strangers_are_escaped_and_corrupt_records_shown(tmp_path):
     good = tiny_run._record(0, "detection")
     records = [

@@ -58,6 +58,11 @@ def test_below_the_rate_it_goes_on_and_each_window_counts_anew() -> None:
     counted = counts()
     for _ in range(10):
         step(counted, [0] * 20, corrupt=[3, 5])
+    late = counts()
+    for _ in range(10):
+        step(late, [0] * 20)
+    with pytest.raises(CorruptDataError, match="3 of its last 6 examples"):
+        step(late, [0] * 6, corrupt=[0, 1, 2])  # a mount that goes away late
     with pytest.raises(CorruptDataError, match="6 of its last 6 examples .* and 1 more"):
         step(counts(rate=0.25), [0] * 6, corrupt=[*range(6)])
     never = counts(rate=1.0)
