@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -22,7 +22,6 @@ from glip_jax.config import Remat
 __all__ = ["Device", "Runs", "Settings", "Side", "main"]
 
 Device = Literal["cpu", "gpu"]
-MODES = ("forward", "step")
 
 
 class Settings(NamedTuple):
@@ -121,12 +120,12 @@ def _compare(module: str, sides: list[str], settings: Settings, rounds: int, mod
         worker.process.wait()
 
 
-def main(module: str, about: str, sides: Mapping[str, Side]) -> None:
+def main(module: str, about: str, sides: Mapping[str, Side], modes: Sequence[str] = ("forward", "step")) -> None:
     """Reads the command line of the benchmark `module` and compares its sides, the last being what ratios are over."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about.split("\n\n")[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--modes", nargs="+", choices=modes, default=list(modes))
     parser.add_argument("--remat", choices=get_args(Remat), default="none")
     parser.add_argument("--device", choices=get_args(Device), default="cpu")
     parser.add_argument("--worker", choices=list(sides), help=argparse.SUPPRESS)

@@ -7,12 +7,12 @@ record, the settings and that generator.
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import Int32
 
 from glip_jax.config import Config
-from glip_jax.data import transforms
+from glip_jax.data import codec, transforms
 from glip_jax.data.captions import Captioner, View
-from glip_jax.data.records import RecordError, decode_image
+from glip_jax.data.records import Record, RecordError
 from glip_jax.data.shards import Shards
 from glip_jax.structures import DROPS, Batch
 
@@ -44,15 +44,25 @@ class Examples:
     ) -> Batch:
         config, data = self.config, self.config.data
         record, captioner = self.shards[source][index], self.captioners[source]
-        image, boxes, view = _cropped(decode_image(record), record.boxes, config, rng)
-        old = (image.shape[0], image.shape[1])
+        window = _window(record, config, rng)
+        boxes, old, view = record.boxes, (record.height, record.width), None
+        if window is not None:
+            boxes, shown, visible = transforms.crop_boxes(boxes, window, data.crop.least_visible)
+            old, view = window[2:], View(shown, ~shown & (visible > 0))
         new = transforms.fit(*old, short_side, data.long_side, canvas)
-        image, boxes = transforms.resize(image, new), transforms.scale_boxes(boxes, old, new)
+        boxes = transforms.scale_boxes(boxes, old, new)
         mirrored = rng.random() < data.flip
-        if mirrored and not (data.flip_captions == "safe" and captioner.says_side(record)):
-            image, boxes = transforms.flip(image, boxes)
+        mirrored = mirrored and not (data.flip_captions == "safe" and captioner.says_side(record))
+        boxes = transforms.mirror_boxes(boxes, new[1]) if mirrored else boxes
+        # A part is cut out of the whole; an image that stays whole may come from its file smaller.
+        image = codec.decode(record, data.codec, None if window else new)
+        if window is not None:
+            top, left, height, width = window
+            image = np.ascontiguousarray(image[top : top + height, left : left + width])
+        pixels = codec.placed(image, new, canvas, mirrored, data.codec)
         if data.jitter.probability and rng.random() < data.jitter.probability:
-            image = transforms.jitter(image, data.jitter, rng)
+            own = pixels[: new[0], : new[1]]
+            own[:] = transforms.jitter(own, data.jitter, rng)
         text = captioner(record, rng, view)
         boxes, rows = boxes[text.keep], text.positive_map[text.keep]
         count = min(len(boxes), data.max_boxes)
@@ -67,7 +77,7 @@ class Examples:
             "spans_without_token": text.without_token,
         }
         return Batch(
-            image=transforms.place(image, canvas),
+            image=pixels,
             size=np.array(new, np.int32),
             extent=self._extent(new, canvas),
             tokens=text.tokens,
@@ -114,17 +124,12 @@ class Examples:
         )
 
 
-def _cropped(
-    image: UInt8[np.ndarray, "H W 3"], boxes: Float32[np.ndarray, "N 4"], config: Config, rng: np.random.Generator
-) -> tuple[UInt8[np.ndarray, "H2 W2 3"], Float32[np.ndarray, "N 4"], View | None]:
-    """A random part of the image with all boxes in its pixels and what became of them; None: the image is whole.
+def _window(record: Record, config: Config, rng: np.random.Generator) -> tuple[int, int, int, int] | None:
+    """The part of the image that is looked at (top, left, height, width); None: all of it.
 
     Boxes that go leave their rows behind, which the caption's `keep` removes.
     """
     crop = config.data.crop
     if not crop.probability or rng.random() >= crop.probability:
-        return image, boxes, None
-    window = transforms.crop_window(image.shape[0], image.shape[1], crop, rng)
-    top, left, height, width = window
-    cut, shown, visible = transforms.crop_boxes(boxes, window, crop.least_visible)
-    return image[top : top + height, left : left + width], cut, View(shown, ~shown & (visible > 0))
+        return None
+    return transforms.crop_window(record.height, record.width, crop, rng)

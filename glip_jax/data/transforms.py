@@ -17,8 +17,8 @@ __all__ = [
     "crop_boxes",
     "crop_window",
     "fit",
-    "flip",
     "jitter",
+    "mirror_boxes",
     "nearest_aspect",
     "place",
     "resize",
@@ -89,14 +89,11 @@ def scale_boxes(
     return (boxes * ratio).astype(np.float32)
 
 
-def flip(
-    image: UInt8[np.ndarray, "H W 3"], boxes: Float32[np.ndarray, "N 4"]
-) -> tuple[UInt8[np.ndarray, "H W 3"], Float32[np.ndarray, "N 4"]]:
-    """Mirrors left and right: x1' = w - x2 - 1, x2' = w - x1 - 1."""
-    width = image.shape[1]
+def mirror_boxes(boxes: Float32[np.ndarray, "N 4"], width: int) -> Float32[np.ndarray, "N 4"]:
+    """Boxes of an image of `width` pixels that is mirrored left to right: x1' = w - x2 - 1, x2' = w - x1 - 1."""
     mirrored = boxes.copy()
     mirrored[:, 0], mirrored[:, 2] = width - boxes[:, 2] - 1, width - boxes[:, 0] - 1
-    return image[:, ::-1], mirrored
+    return mirrored
 
 
 def crop_window(height: int, width: int, config: CropConfig, rng: np.random.Generator) -> tuple[int, int, int, int]:

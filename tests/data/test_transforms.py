@@ -1,13 +1,16 @@
 """Geometry: the original's size rule, canvases that always hold the image, boxes that move with their pixels."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.padding import measure
-from glip_jax.config import DataConfig
+from glip_jax.config import Codec, DataConfig
 from glip_jax.data import transforms
+from glip_jax.data.codec import placed
 
 sides = st.integers(1, 900)
 
@@ -63,12 +66,12 @@ def test_flip_moves_boxes_with_their_pixels_and_undoes_itself(height: int, width
     image = np.zeros((height, width, 3), np.uint8)
     image[y1 : y2 + 1, x1 : x2 + 1] = 9
     boxes = np.array([[x1, y1, x2, y2]], np.float32)
-    mirrored, moved = transforms.flip(image, boxes)
-    ys, xs = np.nonzero(mirrored[:, :, 0])
-    assert moved[0].tolist() == [xs.min(), ys.min(), xs.max(), ys.max()]
-    back, again = transforms.flip(mirrored, moved)
-    assert np.array_equal(back, image)
-    assert np.array_equal(again, boxes)
+    moved = transforms.mirror_boxes(boxes, width)
+    for kind in get_args(Codec):
+        mirrored = placed(image, (height, width), (height + 3, width + 5), True, kind)
+        ys, xs = np.nonzero(mirrored[:, :, 0])
+        assert moved[0].tolist() == [xs.min(), ys.min(), xs.max(), ys.max()]
+    assert np.array_equal(transforms.mirror_boxes(moved, width), boxes)
 
 
 def test_little_of_the_default_canvases_is_padding_on_sizes_of_coco() -> None:

@@ -1,0 +1,164 @@
+"""Times JPEG -> training batch at 800 x 1333: the mixture beside a PyTorch DataLoader that does the original's work.
+
+200 JPEGs of COCO's sizes (made here, or photographs given by GLIP_JAX_PHOTOGRAPHS=DIR), batches of 8 at the largest
+scale, everything on the given number of cores:
+
+* `glip_jax`: `Mixture.batches` of a detection source: record, decode, resize, flip, caption, tokens, one uint8 batch.
+  Normalisation is part of the step, on the device.
+* `bare codec`: decode and resize of the fastest well-kept codec alone, in threads: no boxes, no text, no batch.
+* `torch DataLoader`: PIL decode, bilinear resize, flip, normalise in float32, pad, as the original; a worker a core.
+
+Seconds are per 8 batches. How: `benchmarks/alternating.py`.
+
+    python -m benchmarks.data --threads 1 2 --rounds 5
+"""
+
+import io
+import itertools
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.alternating import Runs, Settings, main
+
+SHORT, LONG, BATCH, BATCHES, IMAGES = 800, 1333, 8, 8, 200
+MEAN, STD = np.array([103.53, 116.28, 123.675], np.float32), np.array([57.375, 57.12, 58.395], np.float32)
+
+
+def pictures() -> list[bytes]:
+    """JPEG files: photographs, or made ones of 480 x 640 and 640 x 480 pixels with photographs' amount of detail."""
+    folder = os.environ.get("GLIP_JAX_PHOTOGRAPHS")
+    if folder:
+        files = sorted(Path(folder).glob("*.jpg"))
+        if not files:
+            raise SystemExit(f"GLIP_JAX_PHOTOGRAPHS={folder} has no .jpg files")
+        return [file.read_bytes() for file in itertools.islice(itertools.cycle(files), IMAGES)]
+    from glip_jax.data.backgrounds import background
+
+    made = []
+    for number in range(IMAGES):
+        height, width = ((480, 640), (480, 640), (640, 480))[number % 3]
+        pixels = background(np.random.default_rng(number), height, width).astype(np.uint8)
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "JPEG", quality=90)
+        made.append(stream.getvalue())
+    return made
+
+
+def _size(height: int, width: int) -> tuple[int, int]:
+    from glip_jax.data.transforms import target_size
+
+    return target_size(height, width, SHORT, LONG)
+
+
+def glip_runs(settings: Settings) -> Runs:
+    """The mixture with one source."""
+    from configs.demo import get_config
+    from glip_jax.config import CaptionConfig, DataConfig, SourceConfig, TrainConfig
+    from glip_jax.data import shards
+    from glip_jax.data.mixture import Mixture
+    from glip_jax.data.records import Record
+
+    base = get_config()
+    names = tuple(f"thing {number}" for number in range(80))
+    folder = Path(tempfile.mkdtemp()) / "shards"
+    rng = np.random.default_rng(0)
+
+    def record(number: int, image: bytes) -> Record:
+        with Image.open(io.BytesIO(image)) as opened:
+            width, height = opened.size
+        corner = rng.uniform(0, 0.5, (7, 2))
+        boxes = np.concatenate([corner, corner + rng.uniform(0.1, 0.45, (7, 2))], 1) * [width, height, width, height]
+        labels = tuple(rng.integers(0, 80, 7).tolist())
+        return Record(str(number), "detection", image, height, width, boxes.astype(np.float32), labels)
+
+    shards.write((record(*pair) for pair in enumerate(pictures())), folder, name="benchmark", names=names)
+    config = base.__class__(
+        name="benchmark",
+        model=base.model,
+        data=DataConfig(
+            sources={"photographs": SourceConfig(str(folder))},
+            captions=CaptionConfig(max_negatives=20),
+            short_sides=(SHORT,),
+            long_side=LONG,
+            threads=settings.threads,
+            prefetch=2,
+        ),
+        train=TrainConfig(batch_size=BATCH),
+    )
+    batches = Mixture(config).batches()
+
+    def run() -> None:
+        for _ in range(BATCHES):
+            next(batches)
+
+    return {"batches": run}
+
+
+def codec_runs(settings: Settings) -> Runs:
+    """OpenCV's decoder and resize, nothing else."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    files = itertools.cycle(pictures())
+
+    def one(file: bytes) -> Any:
+        image: Any = cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR_RGB)
+        height, width = _size(*image.shape[:2])
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+    pool = ThreadPoolExecutor(settings.threads)
+
+    def run() -> None:
+        list(pool.map(one, itertools.islice(files, BATCH * BATCHES)))
+
+    return {"batches": run}
+
+
+def torch_runs(settings: Settings) -> Runs:
+    """What the original's loader does to an image (glip-reference 4.7), collated and padded to a multiple of 32."""
+    import torch
+
+    files = pictures()
+
+    class Photographs(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 10**9
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            with Image.open(io.BytesIO(files[index % len(files)])) as opened:
+                image = opened.convert("RGB")
+            height, width = _size(image.height, image.width)
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+            if index % 2:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
+            tensor = tensor[[2, 1, 0]] * 255
+            return (tensor - torch.from_numpy(MEAN)[:, None, None]) / torch.from_numpy(STD)[:, None, None]
+
+    def collate(images: list[torch.Tensor]) -> torch.Tensor:
+        height, width = (-(-max(image.shape[axis] for image in images) // 32) * 32 for axis in (1, 2))
+        batch = torch.zeros(len(images), 3, height, width)
+        for place, image in zip(batch, images):
+            place[:, : image.shape[1], : image.shape[2]].copy_(image)
+        return batch
+
+    torch.set_num_threads(1)
+    loader = torch.utils.data.DataLoader(Photographs(), BATCH, num_workers=settings.threads, collate_fn=collate)
+    batches = iter(loader)
+
+    def run() -> None:
+        for _ in range(BATCHES):
+            next(batches)
+
+    return {"batches": run}
+
+
+if __name__ == "__main__":
+    sides = {"glip_jax": glip_runs, "bare codec": codec_runs, "torch DataLoader": torch_runs}
+    main("benchmarks.data", __doc__ or "", sides, ("batches",))
