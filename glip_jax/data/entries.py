@@ -98,16 +98,6 @@ class Report:
         for reason, example in other.first.items():
             self.first.setdefault(reason, example)
 
-    def table(self) -> str:
-        """Kept, noted and dropped as aligned lines."""
-        rows = [("kept " + thing, count, "") for thing, count in self.kept.items()]
-        rows += [("noted " + what, n, "first: " + self.first[what]) for what, n in sorted(self.noted.items())]
-        rows += [("dropped " + reason, n, "first: " + self.first[reason]) for reason, n in sorted(self.dropped.items())]
-        if not self.dropped:
-            rows.append(("dropped", 0, ""))
-        width = max(len(row[0]) for row in rows)
-        return "\n".join(f"{name:<{width}}  {count:>8}  {example}".rstrip() for name, count, example in rows)
-
 
 @dataclass(frozen=True)
 class Entry:
