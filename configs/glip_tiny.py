@@ -18,11 +18,11 @@ from glip_jax.config import (
     TrainConfig,
 )
 
-OBJECTS365 = SourceConfig("data/objects365", weight=0.609)
-FLICKR30K = SourceConfig("data/flickr30k", weight=0.149)
-GOLDG_MIXED = SourceConfig("data/goldg_mixed", weight=0.621)
-CAP4M = SourceConfig("data/cap4m", weight=4.0)
-"""Weights are millions of images: every image as often as every other."""
+OBJECTS365 = SourceConfig("data/objects365", copies=1)
+FLICKR30K = SourceConfig("data/flickr30k", copies=1)
+GOLDG_MIXED = SourceConfig("data/goldg_mixed", copies=1)
+CAP4M = SourceConfig("data/cap4m", copies=1)
+"""Every record as often as every other."""
 
 
 def get_config() -> Config:
