@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -97,14 +98,14 @@ def finished(directory: epath.PathLike) -> Manifest | None:
 
 def writable(directory: epath.PathLike) -> Path:
     """The absolute local path of a folder that can be made; ShardError if it is there already or lies in a bucket."""
+    if re.match(r"[a-z0-9]+:/", str(directory)):  # of gs://, a pathlib.Path keeps one slash
+        raise ShardError(f"{directory}: shards are written to a local folder; copy the finished folder to the bucket")
     target = epath.Path(directory)
     if target.exists() and not target.is_dir():
         raise ShardError(f"{target} is a file: expected a folder to make")
     if target.exists() and any(target.iterdir()):
         state = "finished" if finished(target) else "not empty, without a manifest"
         raise ShardError(f"{target} is {state}: shards are never made twice; remove it or name another folder")
-    if "://" in str(target):
-        raise ShardError(f"{target}: shards are written to a local folder; copy the finished folder to the bucket")
     return Path(target).absolute()
 
 
