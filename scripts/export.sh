@@ -5,12 +5,13 @@
 # `python -m glip_jax export`. Makes the environment with requirements-export.txt first.
 set -euo pipefail
 here=$PWD
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
 source scripts/environment.sh
 
 case "${1:-}" in
 -h | --help)
-    sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,5s/^# \{0,1\}//p' scripts/export.sh
     exit 0
     ;;
 esac
@@ -19,15 +20,9 @@ if [ $# -lt 2 ] || [[ $1 == -* ]] || [[ $2 == -* ]]; then
     exit 2
 fi
 
-# Paths are those of the folder that the command was given in.
-place() {
-    case "$1" in
-    /* | *://*) echo "$1" ;;
-    *) echo "$here/$1" ;;
-    esac
-}
-
 environment requirements-export.txt
-workdir=$(place "$1") out=$(place "$2")
+workdir=$1 out=$2
 shift 2
-exec .venv/bin/python -m glip_jax export --workdir="$workdir" --out="$out" "$@"
+# Paths are those of the folder that the command was given in.
+cd "$here"
+PYTHONPATH=$root exec "$root/.venv/bin/python" -m glip_jax export --workdir="$workdir" --out="$out" "$@"
