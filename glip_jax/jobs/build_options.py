@@ -1,5 +1,6 @@
 """What every form of the job `data` is given, and the base that its forms derive from."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +12,7 @@ __all__ = ["BuildOptions"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildOptions:
+class BuildOptions(ABC):
     """What every import needs; a form adds where its annotations and pictures are."""
 
     out: Path
@@ -33,10 +34,10 @@ class BuildOptions:
     """Published set to compare with, a name of gcs/manifests; default: the one whose file this is."""
 
     @property
+    @abstractmethod
     def source(self) -> Path:
         """The annotation file (or folder) as the manifest names it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def opened(self, scratch: Path) -> Opened:
         """The source, opened; `scratch` is a folder for temporary files."""
-        raise NotImplementedError
