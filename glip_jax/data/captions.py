@@ -202,9 +202,10 @@ class Captioner:
         if record.kind in self.config.packing.kinds:
             texts = self._texts(record, number_of_texts(self.config.packing, rng), rng)
             caption, begin, packed = pack(caption, texts, self.tokenizer, self.max_tokens, rng)
-        moved = [tuple((b + begin, e + begin) for b, e in spans) for spans in record.spans]
+        listed = (*record.spans, *record.unknown)
+        moved = [tuple((b + begin, e + begin) for b, e in spans) for spans in listed]
         phrases = tuple(dict.fromkeys(moved))
-        numbers = [phrases.index(spans) for spans in moved]
+        numbers = [phrases.index(spans) for spans in moved[: len(record.spans)]]
         partial = {name.lower() for name in record.not_exhaustive}
         unknown = [
             number

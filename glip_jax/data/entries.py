@@ -17,7 +17,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -127,6 +127,8 @@ class Entry:
     """Names known not to be in the image; None: see `Record.known_absent`."""
     not_exhaustive: tuple[str, ...] = ()
     """Names of which instances in the image have no box (a crowd, a group, an annotator who stopped)."""
+    unknown: tuple[Spans, ...] = ()
+    """Grounding: phrases that are listed without a box, checked."""
     ids: tuple[str, ...] = ()
     """Per box the annotation's id, for messages; empty: boxes are numbered."""
     provenance: str = ""
@@ -310,8 +312,14 @@ def finish(
         id=entry.id.encode(errors="backslashreplace").decode(), kind=entry.kind, image=data, height=height, width=width,
         boxes=boxes_array(boxes), categories=of_kept(entry.labels), caption=entry.caption,
         spans=of_kept(entry.spans), scores=of_kept(entry.scores), known_absent=entry.known_absent,
-        not_exhaustive=entry.not_exhaustive, provenance=entry.provenance,
+        not_exhaustive=entry.not_exhaustive, unknown=_without_box(entry, kept), provenance=entry.provenance,
     )  # fmt: skip
+
+
+def _without_box(entry: Entry, kept: Sequence[int]) -> tuple[Spans, ...]:
+    """Phrases that are listed without a box; one whose every box was dropped is no more known to be absent."""
+    boxed = {entry.spans[i] for i in kept} if entry.spans else set()
+    return tuple(dict.fromkeys(spans for spans in (*entry.unknown, *entry.spans) if spans not in boxed))
 
 
 def _is_text(text: str) -> bool:

@@ -83,6 +83,9 @@ class Record:
     not_exhaustive: tuple[str, ...] = ()
     """Names of which instances in the image have no box (a crowd, a group, an annotator who stopped): away from the boxes
     it is not known where they are."""
+    unknown: tuple[Spans, ...] = ()
+    """Grounding and pseudo: phrases of the caption of which it is not known where they are (no box was drawn, a teacher
+    found none): without one they give no loss."""
     provenance: str = ""
     """Pseudo: the teacher that made boxes and spans; otherwise the annotation file."""
 
@@ -110,6 +113,7 @@ def validate(record: Record, names: int | None = None) -> Record:
     if kind == "detection":
         need(len(record.categories) == count, "categories", f"has {len(record.categories)} entries for {count} boxes")
         need(not record.spans and not record.caption, "caption", "stands in a detection record, which has none")
+        need(not record.unknown, "unknown", "stands in a detection record, which has no phrases")
         beyond = [c for c in record.categories if c < 0 or (names is not None and c >= names)]
         need(not beyond, "categories", f"has the index {beyond[:1]}, the source has {names} names")
     else:
@@ -117,13 +121,13 @@ def validate(record: Record, names: int | None = None) -> Record:
         need(not record.categories, "categories", f"stands in a {kind} record, which has none")
         need(kind != "caption" or not count, "boxes", f"has {count} boxes in a caption record, which has none")
         need(kind != "caption" or bool(record.caption.strip()), "caption", "is empty in a caption record")
-        for box, spans in enumerate(record.spans):
-            need(len(spans) > 0, "spans", f"of box {box} is empty")
+        phrases = [("spans", f"of box {box}", spans) for box, spans in enumerate(record.spans)]
+        phrases += [("unknown", f"of phrase {number}", spans) for number, spans in enumerate(record.unknown)]
+        for field, whose, spans in phrases:
+            need(len(spans) > 0, field, f"{whose} is empty")
             for begin, end in spans:
                 fits = 0 <= begin < end <= len(record.caption)
-                need(
-                    fits, "spans", f"of box {box} has ({begin}, {end}) in a caption of {len(record.caption)} characters"
-                )
+                need(fits, field, f"{whose} has ({begin}, {end}) in a caption of {len(record.caption)} characters")
     need(
         len(record.scores) == (count if kind == "pseudo" else 0),
         "scores", f"has {len(record.scores)} entries for {count} boxes of a {kind} record",
@@ -150,6 +154,7 @@ def encode(record: Record) -> bytes:
             "scores": list(record.scores),
             "known_absent": None if record.known_absent is None else list(record.known_absent),
             "not_exhaustive": list(record.not_exhaustive),
+            "unknown": [[list(span) for span in spans] for spans in record.unknown],
             "provenance": record.provenance,
         }
     )
@@ -186,15 +191,21 @@ def decode(data: bytes, names: int | None = None) -> Record:
             boxes=np.frombuffer(fields["boxes"], "<f4").reshape(-1, 4).astype(np.float32),
             categories=tuple(int(c) for c in fields["categories"]),
             caption=str(fields["caption"]),
-            spans=tuple(tuple((int(b), int(e)) for b, e in spans) for spans in fields["spans"]),
+            spans=_phrases(fields["spans"]),
             scores=tuple(float(s) for s in fields["scores"]),
             known_absent=None if absent is None else tuple(str(name) for name in absent),
             not_exhaustive=tuple(str(name) for name in fields.get("not_exhaustive", ())),
+            unknown=_phrases(fields.get("unknown", ())),
             provenance=str(fields.get("provenance", "")),
         )
     except (TypeError, ValueError) as error:
         raise RecordError(f"record {identity!r} has a field of the wrong type ({error})") from None
     return validate(record, names)
+
+
+def _phrases(raw: Any) -> tuple[Spans, ...]:
+    """Lists of spans as they were before MessagePack."""
+    return tuple(tuple((int(begin), int(end)) for begin, end in spans) for spans in raw)
 
 
 def decode_image(record: Record) -> UInt8[np.ndarray, "H W 3"]:

@@ -257,7 +257,7 @@ def test_settings_that_make_no_folder(source, tmp_path):
 def test_entries_survive_the_index():
     entry = Entry(
         "\ud800", "a.png", "grounding", 10**30, 7, ((0.1, 1e-9, 3.0, 4.0),), caption="a \udc00", spans=(((0, 1), (2, 3)),),
-        scores=(0.5,), known_absent=("x",), not_exhaustive=("y",), ids=("1",), provenance="p",
+        scores=(0.5,), known_absent=("x",), not_exhaustive=("y",), unknown=(((0, 1),),), ids=("1",), provenance="p",
     )  # fmt: skip
     assert unpack(pack(entry)) == entry
 

@@ -62,7 +62,8 @@ def test_what_is_not_visual_has_no_box(place: Path) -> None:
     (place / "Sentences" / "1000.txt").write_text(SENTENCES.splitlines()[0].replace("EN#2", "EN#0"))
     ((record,), report) = read(place)
     assert len(record.boxes) == 2
-    assert report.noted == {"phrase: without a box, kept as text": 2}
+    assert [record.caption[b:e] for ((b, e),) in record.unknown] == ["their hands"]
+    assert report.noted == {"phrase: without a box, kept as unknown": 1, "phrase: not visual, kept as text": 1}
 
 
 def test_a_sentence_is_a_record_with_a_box_for_every_phrase_and_box(place: Path) -> None:
@@ -76,7 +77,11 @@ def test_a_sentence_is_a_record_with_a_box_for_every_phrase_and_box(place: Path)
     assert second.boxes.tolist() == [[0, 1, 9, 19], [11, 1, 31, 23], [11, 1, 31, 23]]
     assert [second.caption[b:e] for ((b, e),) in second.spans] == ["Two men", "Two men", "green shirts"]
     assert report.dropped == {"image: sentence without a box": 1}
-    assert report.noted == {"phrase: without a box, kept as text": 2}
+    assert [[record.caption[b:e] for ((b, e),) in record.unknown] for record in records] == [
+        ["their hands"],
+        ["a yard"],
+    ]
+    assert report.noted == {"phrase: without a box, kept as unknown": 2}
     assert report.kept["images"] == 2 and report.kept["boxes"] == 6
 
 

@@ -213,6 +213,15 @@ def test_names_that_are_not_exhaustive_are_unknown_where_no_box_is() -> None:
     assert unknown_words(text) == "dog"
 
 
+def test_phrases_listed_without_a_box_are_unknown() -> None:
+    record = grounding("a man and a dog on a red chair", "man", unknown=(((13, 15),), ((22, 30),)))
+    make = captioner(others=Reading(), packing=PackingConfig(9, 0.0, 1.0))
+    for maker in (captioner(), make):
+        result = maker(record, rng_of(0, 1))
+        assert unknown_words(result) == "dog red chair"
+        assert result.positive_map.shape[0] == 1 and result.tokens[result.positive_map[0]].tolist() == ids("man")
+
+
 def test_all_names_of_a_federated_source_are_known_only_where_the_record_says_so() -> None:
     make = captioner(mode="all_names", shuffle=False)
     result = make(detection([1], known_absent=("table", "red")), rng_of(0, 0))

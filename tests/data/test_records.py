@@ -21,7 +21,9 @@ def png(height: int, width: int) -> bytes:
 
 DETECTION = Record("17", "detection", png(8, 9), 8, 9, boxes_array([(0, 1, 8, 7)]), (2,), known_absent=("dog",))
 GROUNDING = Record("g", "grounding", png(8, 9), 8, 9, boxes_array([(0, 1, 2, 3)]), caption="a cat", spans=(((2, 5),),))
-PSEUDO = dataclasses.replace(GROUNDING, kind="pseudo", scores=(0.5,), provenance="teacher 3")
+PSEUDO = dataclasses.replace(
+    GROUNDING, kind="pseudo", scores=(0.5,), unknown=(((0, 1), (2, 4)),), provenance="teacher 3"
+)
 CAPTION = Record("c", "caption", png(8, 9), 8, 9, boxes_array([]), caption="a cat")
 
 
@@ -55,6 +57,9 @@ def test_round_trip_of_any_caption_and_number_of_boxes(count: int, caption: str,
     [
         (DETECTION, {"height": 0}, r"'17', field height/width"),
         (DETECTION, {"image": b""}, r"image: is empty"),
+        (DETECTION, {"unknown": (((0, 1),),)}, r"unknown: stands in a detection record"),
+        (GROUNDING, {"unknown": (((0, 1),), ())}, r"unknown: of phrase 1 is empty"),
+        (GROUNDING, {"unknown": (((0, 6),),)}, r"unknown: of phrase 0 has \(0, 6\) in a caption of 5"),
         (DETECTION, {"boxes": boxes_array([(0, 1, np.nan, 7)])}, r"boxes: has a value that is not finite"),
         (DETECTION, {"boxes": boxes_array([(0, 1, 9, 7)])}, r"boxes: has a box outside"),
         (DETECTION, {"boxes": boxes_array([(-1, 1, 8, 7)])}, r"boxes: has a box outside"),

@@ -3,8 +3,8 @@
 A sentence is one grounding record. Its markup `[/EN#CHAIN/TYPE words]` names the phrases; the record's caption is the
 sentence without it, spans are characters of that, end exclusive. A box of the XML belongs to the chains that its
 `<name>`s list, so a phrase may have several boxes and a box several phrases; every (phrase, box) is a box of the record
-(the "separate ground truth" of MDETR's files, which GLIP trains on). Chain 0 is "not visual". Phrases without a box
-(scenes, things nobody drew) stay in the caption as text and are counted as kept.
+(the "separate ground truth" of MDETR's files, which GLIP trains on). Chain 0 is "not visual": text and nothing else.
+Other phrases without a box (scenes, things nobody drew) are unknown phrases of the record, and counted.
 
 The release counts pixels from 1, its own reader subtracts 1 from all four sides, and so does this one.
 """
@@ -114,13 +114,17 @@ def _entry(
     except ValueError as error:
         report.drop("image: sentence with broken markup", f"{where}, found {error}, expected [/EN#CHAIN/TYPE words]")
         return None
-    boxes, spans, ids, bare = [], [], [], 0
+    boxes, spans, ids, bare, unseen = [], [], [], [], 0
     for chain, (begin, end) in phrases:
         if not caption[begin:end].strip():
             report.drop("phrase: no words", f"{where}, chain {chain}")
             continue
-        found = by_chain.get(chain, []) if chain != "0" else []
-        bare += not found
+        found = by_chain.get(chain, [])
+        if chain == "0":
+            unseen += 1
+            continue
+        if not found:
+            bare.append(((begin, end),))
         for name, box in found:
             boxes.append(box)
             spans.append(((begin, end),))
@@ -128,10 +132,12 @@ def _entry(
     if not boxes:
         report.drop("image: sentence without a box", where)
         return None
-    report.note("phrase: without a box, kept as text", where, bare)
+    report.note("phrase: without a box, kept as unknown", where, len(bare))
+    report.note("phrase: not visual, kept as text", where, unseen)
     return Entry(
         id=f"{identity}#{number}", image=f"{identity}.jpg", kind="grounding", height=size[0], width=size[1],
-        boxes=tuple(boxes), caption=caption, spans=tuple(spans), ids=tuple(ids), provenance="Flickr30k Entities",
+        boxes=tuple(boxes), caption=caption, spans=tuple(spans), ids=tuple(ids), unknown=tuple(bare),
+        provenance="Flickr30k Entities",
     )  # fmt: skip
 
 
