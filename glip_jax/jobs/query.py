@@ -81,7 +81,7 @@ def read_query(text: str, names: str, names_file: str, config: Config, finder: P
         _check_list("--text", "phrase", words, words)
     else:
         finder = finder or LexiconPhraseFinder()
-        spans, kind, found_by = finder.find(text), "caption", f"{finder.name} {finder.version}"
+        spans, kind, found_by = list(finder.find(text).spans), "caption", f"{finder.name} {finder.version}"
         if not spans:
             raise QueryError(
                 f"--text={_short(text)}: no noun phrase found in it; separate what you look for with ' . ' "

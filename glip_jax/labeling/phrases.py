@@ -9,9 +9,15 @@ import functools
 import importlib.metadata
 import re
 from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-__all__ = ["GRAMMAR", "LexiconPhraseFinder", "PhraseFinder", "find_phrases"]
+__all__ = [
+    "GRAMMAR", "MOST_PHRASES", "Found", "LexiconPhraseFinder", "PhraseFinder", "find_phrases", "head", "head_word",
+    "phrase_finder",
+]  # fmt: skip
+
+MOST_PHRASES = 32
+"""Phrases of one caption that are kept unless another number is asked for."""
 
 GRAMMAR = "NP: {<DT>?<CD|JJ.*>*<NN.*>+}"
 """The original's `<DT>?<JJ.*>*<NN.*>+`, with the numbers of "two small apples" (CD)."""
@@ -31,6 +37,15 @@ _NO_WORD = "SYM"
 _PENN = re.compile(r"[A-Z]+\$?")
 
 
+class Found(NamedTuple):
+    """The phrases of a caption, and what was left out."""
+
+    spans: tuple[tuple[int, int], ...]
+    """(begin, end) characters of each phrase, end exclusive, in order, none overlapping."""
+    dropped: dict[str, int]
+    """Phrases left out, by reason; a reason without any is not there."""
+
+
 @runtime_checkable
 class PhraseFinder(Protocol):
     """What finds the noun phrases of a caption. `name` and `version` stand beside whatever is made with it."""
@@ -45,8 +60,8 @@ class PhraseFinder(Protocol):
         """Changes whenever the same caption may get other spans."""
         ...
 
-    def find(self, caption: str) -> list[tuple[int, int]]:
-        """(begin, end) characters of each phrase in `caption`, end exclusive, in order, none overlapping."""
+    def find(self, caption: str) -> Found:
+        """The phrases of `caption`, and how many were left out for which reason."""
         ...
 
 
@@ -60,13 +75,13 @@ class LexiconPhraseFinder:
 
     name = "lexicon"
 
-    def __init__(self) -> None:
-        """Reads the word list (a fraction of a second)."""
+    def __init__(self, most: int = MOST_PHRASES) -> None:
+        """Reads the word list (a fraction of a second); `most` phrases of a caption are kept."""
         # Both libraries take as long to import as jax; what needs no phrases should not wait for them.
         from nltk.chunk.regexp import RegexpParser
         from textblob.en import parser
 
-        self._tagger, self._chunker = parser, RegexpParser(GRAMMAR)
+        self._tagger, self._chunker, self._most = parser, RegexpParser(GRAMMAR), most
 
     @property
     def version(self) -> str:
@@ -74,20 +89,22 @@ class LexiconPhraseFinder:
         libraries = (f"{name} {importlib.metadata.version(name)}" for name in ("textblob", "nltk"))
         return f"1 ({', '.join(libraries)})"
 
-    def find(self, caption: str) -> list[tuple[int, int]]:
-        """Spans in `caption` as it stands: any text, also empty, with double spaces or in another script."""
+    def find(self, caption: str) -> Found:
+        """Phrases of `caption` as it stands: any text, also empty, with double spaces or in another script."""
         spans, leaves = [], []
         for token, (begin, end), is_word in _tokens(caption):
             spans.append((begin, end))
             leaves.append((len(leaves), self._tag(token) if is_word else _NO_WORD))
         if not leaves:
-            return []
+            return Found((), {})
         tree: Any = self._chunker.parse(leaves)
         found = []
         for phrase in tree.subtrees(lambda part: part.label() == "NP"):
             numbers = [number for number, _ in phrase.leaves()]
             found.append((spans[numbers[0]][0], spans[numbers[-1]][1]))
-        return sorted(found)
+        found.sort()
+        cut = len(found) - self._most
+        return Found(tuple(found[: self._most]), {"beyond the most": cut} if cut > 0 else {})
 
     def _tag(self, word: str) -> str:
         """The Penn tag of a word, in small letters as the original asks: at the head of a sentence "Two" is no name."""
@@ -104,6 +121,15 @@ def _tokens(caption: str) -> Iterator[tuple[str, tuple[int, int], bool]]:
         yield match.group(), match.span(), kind == "word"
 
 
+def phrase_finder(name: Literal["lexicon", "spacy"], most: int = MOST_PHRASES) -> PhraseFinder:
+    """The finder of that name; it keeps at most `most` phrases of a caption and counts what it leaves out."""
+    match name:
+        case "lexicon":
+            return LexiconPhraseFinder(most)
+        case _:
+            raise ValueError(f"phrase finder {name!r}: expected 'lexicon' or 'spacy'")
+
+
 @functools.cache
 def _default() -> LexiconPhraseFinder:
     return LexiconPhraseFinder()
@@ -111,4 +137,22 @@ def _default() -> LexiconPhraseFinder:
 
 def find_phrases(caption: str) -> list[tuple[int, int]]:
     """Spans of the noun phrases of `caption` by `LexiconPhraseFinder`: (begin, end) characters, end exclusive."""
-    return _default().find(caption)
+    return list(_default().find(caption).spans)
+
+
+def head(caption: str, span: tuple[int, int]) -> tuple[int, int]:
+    """Span of the head noun of a phrase: its last word before any "of" ("cup" of "a cup of tea")."""
+    words = [own for _, own, is_word in _tokens(caption[slice(*span)]) if is_word]
+    texts = [caption[span[0] + begin : span[0] + end].casefold() for begin, end in words]
+    if "of" in texts[1:]:
+        words = words[: texts.index("of", 1)]
+    begin, end = words[-1] if words else (0, span[1] - span[0])
+    return span[0] + begin, span[0] + end
+
+
+def head_word(caption: str, span: tuple[int, int]) -> str:
+    """The head noun of a phrase in small letters and in the singular ("man" of "Two men")."""
+    from textblob.en import inflect
+
+    begin, end = head(caption, span)
+    return inflect.singularize(caption[begin:end].casefold())

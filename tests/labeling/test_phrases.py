@@ -10,7 +10,7 @@ FINDER = LexiconPhraseFinder()
 
 
 def _words(caption):
-    return [caption[begin:end] for begin, end in FINDER.find(caption)]
+    return [caption[begin:end] for begin, end in FINDER.find(caption).spans]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ text = st.text(max_size=60) | st.lists(
 @given(text)
 def test_spans_are_ordered_apart_and_inside_any_text(caption):
     end_before = 0
-    for begin, end in FINDER.find(caption):
+    for begin, end in FINDER.find(caption).spans:
         assert end_before <= begin < end <= len(caption)
         assert not caption[begin].isspace() and not caption[end - 1].isspace()
         assert "\n" not in caption[begin:end]
@@ -65,7 +65,7 @@ def test_every_occurrence_has_its_own_span(phrases, separator):
 
 @given(text)
 def test_the_same_caption_gets_the_same_spans(caption):
-    assert find_phrases(caption) == FINDER.find(caption)
+    assert find_phrases(caption) == list(FINDER.find(caption).spans)
 
 
 def test_it_is_a_finder_and_says_which():
