@@ -181,18 +181,30 @@ class Detector:
         """
         if self._chunks[0] != tuple(names):
             self._chunks = tuple(names), category_prompts(names, self.tokenizer, self.config)
-        return self._find(images, [[(prompt, np.asarray(own))] * len(images) for prompt, own in self._chunks[1]])
+        chunks = [(prompt, np.asarray(own)) for prompt, own in self._chunks[1]]
+        return [_merge(parts) for parts in self._find(images, [chunks] * len(images))]
 
     def caption(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], prompts_: Sequence[Prompt]) -> list[Detections]:
         """Detections of each image's own prompt; phrases index the prompt's."""
         if len(images) != len(prompts_):
             raise ValueError(f"{len(images)} images and {len(prompts_)} prompts: give one prompt per image")
-        return self._find(images, [[(prompt, np.arange(len(prompt.spans))) for prompt in prompts_]])
+        return [found for (found,) in self.captions(images, [[prompt] for prompt in prompts_])]
+
+    def captions(
+        self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], prompts_: Sequence[Sequence[Prompt]]
+    ) -> list[list[Detections]]:
+        """Detections of each image's own prompts, any number of them; phrases index the prompt's.
+
+        The features of an image are computed once for all its prompts, however many the other images have.
+        """
+        if len(images) != len(prompts_):
+            raise ValueError(f"{len(images)} images and prompts of {len(prompts_)}: give a list of prompts per image")
+        return self._find(images, [[(p, np.arange(len(p.spans))) for p in own] for own in prompts_])
 
     def _find(
         self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], queries: Sequence[Sequence[tuple[Prompt, Any]]]
-    ) -> list[Detections]:
-        """Runs images of one canvas together; `queries` holds, per pass, each image's prompt and phrase numbers."""
+    ) -> list[list[Detections]]:
+        """Runs images of one canvas together; `queries` holds each image's prompts, with the numbers of their phrases."""
         plans = [self.canvas(*image.shape[:2]) for image in images]
         results: list[list[Detections]] = [[] for _ in images]
         # Empty slots are never found; their number only grows, so that few programs are compiled.
@@ -200,17 +212,16 @@ class Detector:
         while self._slots < most:
             self._slots *= 2
         for canvas in sorted({canvas for _, canvas in plans}):
-            members = [i for i, (_, own) in enumerate(plans) if own == canvas]
+            members = [i for i, (_, own) in enumerate(plans) if own == canvas and queries[i]]
             for begin in range(0, len(members), self.batch_size):
                 group = members[begin : begin + self.batch_size]
                 self._find_group([images[i] for i in group], [plans[i][0] for i in group], canvas,
-                                 [[query[i] for i in group] for query in queries],
-                                 [results[i] for i in group])  # fmt: skip
-        return [_merge(parts) for parts in results]
+                                 [queries[i] for i in group], [results[i] for i in group])  # fmt: skip
+        return results
 
     def _find_group(
         self, images: list[Any], sizes: list[tuple[int, int]], canvas: tuple[int, int],
-        queries: list[list[tuple[Prompt, Any]]], results: list[list[Detections]],
+        queries: list[Sequence[tuple[Prompt, Any]]], results: list[list[Detections]],
     ) -> None:  # fmt: skip
         multiple = self.config.model.input.extent_multiple
         spare = self.batch_size - len(images)
@@ -223,19 +234,35 @@ class Detector:
             case "batch":
                 extent = np.tile(np.asarray(canvas, np.int32), (len(size), 1))
         levels = self._encode_image(self.params, np.stack(pixels), size, extent)
-        for query in queries:
-            texts = [self.text(prompt) for prompt, _ in query]
-            texts += texts[-1:] * spare
+        # First prompts first: where each image has as many, no features need to be moved.
+        asked = [(row, *own[turn]) for turn in range(max(map(len, queries))) for row, own in enumerate(queries)
+                 if turn < len(own)]  # fmt: skip
+        for begin in range(0, len(asked), self.batch_size):
+            part = asked[begin : begin + self.batch_size]
+            rows = np.asarray([row for row, _, _ in part])
+            rest = np.asarray([row for row in range(self.batch_size) if row not in rows], np.int64)
+            rows = np.concatenate([rows, np.resize(rest, self.batch_size - len(part))])
+            texts = [self.text(prompt) for _, prompt, _ in part]
+            texts += texts[-1:] * (self.batch_size - len(part))
             maps = np.stack([np.pad(t.phrase_map, ((0, self._slots - len(t.phrase_map)), (0, 0))) for t, _ in texts])
             states, mask = jnp.stack([s for _, s in texts]), np.stack([t.mask for t, _ in texts])
-            found = self._ground(self.params, levels, size, extent, states, mask, maps, canvas=canvas)
+            moved = not np.array_equal(rows, np.arange(self.batch_size))
+            own = _rows(levels, rows) if moved else levels
+            found = self._ground(self.params, own, size[rows], extent[rows], states, mask, maps, canvas=canvas)
             found = jax.tree.map(np.asarray, found)
-            for row, (image, (_, numbers)) in enumerate(zip(images, query)):
-                real = found.phrases[row] >= 0
-                own = jax.tree.map(lambda field, row=row, real=real: field[row][real], found)
-                ratio = np.asarray([image.shape[1] / size[row, 1], image.shape[0] / size[row, 0]] * 2, np.float32)
-                phrases = numbers[own.phrases].astype(np.int32)
-                results[row].append(own._replace(boxes=own.boxes * ratio, phrases=phrases))
+            for slot, (row, _, numbers) in enumerate(part):
+                real = found.phrases[slot] >= 0
+                kept = jax.tree.map(lambda field, slot=slot, real=real: field[slot][real], found)
+                height, width = images[row].shape[:2]
+                ratio = np.asarray([width / size[row, 1], height / size[row, 0]] * 2, np.float32)
+                phrases = numbers[kept.phrases].astype(np.int32)
+                results[row].append(kept._replace(boxes=kept.boxes * ratio, phrases=phrases))
+
+
+@jax.jit
+def _rows(levels: Any, rows: Array) -> Any:
+    """The features of some images, also several times, as a batch."""
+    return jax.tree.map(lambda level: level[rows], levels)
 
 
 def bucket(height: int, width: int, config: Config) -> tuple[tuple[int, int], tuple[int, int]]:

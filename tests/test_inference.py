@@ -227,3 +227,21 @@ def test_scores_come_with_their_parts_in_the_images_own_pixels(params: Any) -> N
     # Alone or in company, an image has the same detections.
     (alone,) = detector.categories(images[:1], NAMES)
     np.testing.assert_allclose(alone.scores, results[0].scores, rtol=1e-4)
+
+
+def test_several_prompts_share_an_images_features(params: Any) -> None:
+    detector, images, looked = Detector(_config(), params), _images((64, 64), (40, 64), (32, 32)), []
+    encode_image = detector._encode_image
+    detector._encode_image = lambda *a: (looked.append(1), encode_image(*a))[1]  # type: ignore[assignment]
+    texts = [["a cat", "red car . dog", "a tree"], [], ["dog and cup"]]
+    asked = [[Prompt(text, (((0, 5),), ((len(text) - 3, len(text)),))) for text in own] for own in texts]
+    found = detector.captions(images, asked)
+    assert [len(own) for own in found] == [3, 0, 1] and len(looked) == 1
+    for image, prompts_, own in zip(images, asked, found, strict=True):
+        for prompt, some in zip(prompts_, own, strict=True):
+            (alone,) = detector.caption([image], [prompt])
+            assert len(alone.scores) > 10 and set(alone.phrases.tolist()) == {0, 1}
+            np.testing.assert_allclose(some.scores, alone.scores, rtol=1e-4)
+            np.testing.assert_allclose(some.boxes[:10], alone.boxes[:10], atol=0.01)
+    with pytest.raises(ValueError, match="3 images and prompts of 1"):
+        detector.captions(images, asked[:1])
