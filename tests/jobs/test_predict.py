@@ -89,7 +89,7 @@ def test_phrases_with_dots_keep_the_text_as_typed(run, tmp_path):
 def test_a_sentence_goes_through_the_phrase_finder(run, tmp_path):
     _predict(run, _image(tmp_path / "a.png"), "--text=a red cup near a dog", f"--out={tmp_path / 'out'}", *ALL)
     content = _content(tmp_path / "out")
-    assert content["query"] == "caption" and content["phrase_finder"].startswith("lexicon 1 (textblob ")
+    assert content["query"] == "caption" and content["phrase_finder"].startswith("lexicon 2 (textblob ")
     assert [phrase["text"] for phrase in content["phrases"]] == ["a red cup", "a dog"]
 
 
