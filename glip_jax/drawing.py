@@ -18,7 +18,7 @@ from glip_jax.structures import Batch
 
 __all__ = [
     "CARD_WIDTH", "Box", "Mark", "card_box", "card_picture", "colour", "contact_sheet", "draw_batch", "draw_boxes",
-    "draw_curves", "draw_histogram", "hex_colour", "phrase_words", "png", "svg_uri",
+    "draw_counts", "draw_curves", "draw_histogram", "hex_colour", "phrase_words", "png", "svg_uri",
 ]  # fmt: skip
 
 CARD_WIDTH = 360
@@ -281,6 +281,25 @@ def draw_histogram(
 
     Values beyond the edges stand in the outer bins, so that each series adds up to 100; an empty series is not drawn.
     """
+    bins = np.asarray(edges, np.float64)
+    counts = {
+        name: np.histogram(np.clip(np.asarray(values, np.float64), bins[0], bins[-1]), bins)[0].tolist()
+        for name, values in series.items()
+    }
+    return draw_counts(counts, edges, label, logarithmic)
+
+
+def draw_counts(
+    series: Mapping[str, Sequence[int]],
+    edges: Sequence[float],
+    label: str,
+    logarithmic: bool = False,
+    mark: float | None = None,
+) -> bytes:
+    """A picture (SVG) of each named series of counts, one a bin between `edges`, as shares of its sum in per cent.
+
+    `mark`: a value at which a dashed line stands. A series that sums to nothing is not drawn.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -288,13 +307,15 @@ def draw_histogram(
     with matplotlib.rc_context({"svg.hashsalt": "glip_jax", "svg.fonttype": "path", "font.size": 9}):
         figure = Figure(figsize=(4.2, 2.5), layout="constrained")
         axes = figure.add_subplot()
-        for index, (name, values) in enumerate(series.items()):
-            if not len(values):
+        for index, (name, counts) in enumerate(series.items()):
+            if not sum(counts):
                 continue
-            counts, _ = np.histogram(np.clip(np.asarray(values, np.float64), bins[0], bins[-1]), bins)
+            shares = 100 * np.asarray(counts, np.float64) / sum(counts)
             paint = tuple(channel / 255 for channel in colour(index * 2))
-            axes.stairs(100 * counts / len(values), bins, label=name, color=paint, linewidth=1.4)
-            axes.stairs(100 * counts / len(values), bins, fill=True, color=paint, alpha=0.15)
+            axes.stairs(shares, bins, label=name, color=paint, linewidth=1.4)
+            axes.stairs(shares, bins, fill=True, color=paint, alpha=0.15)
+        if mark is not None:
+            axes.axvline(mark, color="#1d2430", linewidth=0.9, linestyle="--")
         if logarithmic:
             axes.set_xscale("log", base=2)
             low, high = round(np.log2(bins[0])), round(np.log2(bins[-1]))

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from glip_jax.data.captions import Captioner, rng_of
-from glip_jax.data.records import Record, RecordError, decode_image
+from glip_jax.data.records import Record, RecordError, Spans, decode_image
 from glip_jax.data.shards import Shards
 from glip_jax.drawing import CARD_WIDTH, Box, card_box, card_picture, hex_colour, phrase_words
 from glip_jax.prompts import clean_name
@@ -110,7 +110,12 @@ def _phrases(record: Record, names: Sequence[str]) -> list[str]:
     """Per box the words it belongs to."""
     if record.kind == "detection":
         return [clean_name(names[label]).strip() for label in record.categories]
-    return [" … ".join(record.caption[begin:end] for begin, end in spans) for spans in record.spans]
+    return [_joined(record.caption, spans) for spans in record.spans]
+
+
+def _joined(caption: str, spans: Spans) -> str:
+    """The words of a phrase."""
+    return " … ".join(caption[begin:end] for begin, end in spans)
 
 
 def record_cards(shards: Shards, limit: int) -> list[Card]:
@@ -139,6 +144,7 @@ def _record_card(shards: Shards, index: int) -> Card:
         times = f" × {len(own)}" if len(own) > 1 else ""
         chips.append((words[own[0]] + times + score, colours[own[0]]))
     chips += [(f"not all {name} have boxes", "") for name in record.not_exhaustive]
+    chips += [(f"unknown: {_joined(record.caption, spans)}", "") for spans in record.unknown]
     absent = record.known_absent
     chips += [(f"known absent: {', '.join(absent[:12])}{' …' if len(absent) > 12 else ''}", "")] if absent else []
     owner = np.full(len(record.caption), -1)

@@ -1,10 +1,13 @@
-"""The HTML of `inspect`: a jinja2 template in the style of the page of a run; one file, light, made for phones too."""
+"""The HTML of `inspect`: a jinja2 template in the style of the page of a run; one file, light, made for phones too.
+
+Its style (`OWN`) and its cards and bars (`CARD`) serve the page of `label` as well.
+"""
 
 from glip_jax.evaluation.template import STYLE
 
-__all__ = ["INSPECTION"]
+__all__ = ["CARD", "INSPECTION", "OWN"]
 
-_OWN = """
+OWN = """
 .caption { max-height: 15.5rem; overflow-y: auto; font-size: .88rem; line-height: 1.7 } .caption s { color: var(--soft); text-decoration: none }
 .caption .unknown { text-decoration: underline dotted 2px #b54708; text-underline-offset: 3px } .caption span.unknown { opacity: .8 }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: .8rem 1.2rem } .plots figure { border: 0; border-radius: 0 }
@@ -14,7 +17,7 @@ _OWN = """
 .bar { grid-template-columns: 1fr 7rem 3.6rem } .chip b { font-weight: 600 } .key { display: inline-block; padding: .05rem .4rem; border-radius: .3rem; color: #fff; background: #3b6fd4 }
 """
 
-_CARD = """
+CARD = """
 {% macro card(item) %}<figure>{% if item.uri %}<svg viewBox="0 0 {{ item.width }} {{ item.height }}" role="img" aria-label="{{ item.file }}">
 <image href="{{ item.uri }}" width="{{ item.width }}" height="{{ item.height }}" preserveAspectRatio="none"/>
 {%- for box in item.boxes %}{% set at %}x="{{ box.x }}" y="{{ box.y }}" width="{{ box.width }}" height="{{ box.height }}" rx="2"{% endset %}
@@ -31,12 +34,12 @@ _CARD = """
 """
 
 INSPECTION = (
-    _CARD
+    CARD
     + """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title><style>"""
     + STYLE
-    + _OWN
+    + OWN
     + """</style></head><body><main>
 <h1>{{ title }}</h1>{% for line in notes %}<p class="soft">{{ line }}</p>{% endfor %}
 <div class="tiles">{% for s in sources %}<div class="tile"><span class="name">{{ s.name }}</span><b>{{ "{:,}".format(s.records) }}</b>

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, NamedTuple
 
 import flax.errors
-import jax
 import numpy as np
 import tyro
 from etils import epath
@@ -22,13 +21,13 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from glip_jax import assets, drawing, exits, prompts
-from glip_jax.checkpoint import CheckpointError, latest_step, restore_parameters
+from glip_jax.checkpoint import CheckpointError, latest_step
 from glip_jax.config import Config, ConfigError
 from glip_jax.inference import Detector, bucket
 from glip_jax.jobs.command_line import CommandLineError, divided, flags
 from glip_jax.jobs.image_files import ImageFileError, listed, measured, read_upright
 from glip_jax.jobs.query import Query, QueryError, read_query
-from glip_jax.jobs.saved_settings import chosen_settings
+from glip_jax.jobs.saved_settings import chosen_settings, finite_parameters
 from glip_jax.structures import Detections
 from glip_jax.training.loop import enable_compilation_cache
 
@@ -128,7 +127,7 @@ def predict(job: Predict, settings: Sequence[str], command: str) -> dict[str, An
     enable_compilation_cache()
     with _unfinished(epath.Path(job.out)) as folder:
         begin = time.monotonic()
-        params = _finite(restore_parameters(job.workdir, config.evaluation.parameters, job.step), job.workdir)
+        params = finite_parameters(job.workdir, config.evaluation.parameters, job.step)
         detector = Detector(config, params, min(config.evaluation.batch_size, len(pictures)))
         images = _find(detector, query, pictures, job.least, folder)
         content = {
@@ -148,15 +147,6 @@ def predict(job: Predict, settings: Sequence[str], command: str) -> dict[str, An
         f"written: {job.out}/predictions.json, {job.out}/pictures/"
     )
     return content
-
-
-def _finite(params: Any, workdir: str) -> Any:
-    bad = [path for path, leaf in jax.tree_util.tree_leaves_with_path(params) if not np.isfinite(leaf).all()]
-    if bad:
-        raise PredictError(
-            f"{workdir}: {len(bad)} arrays are not finite, first {jax.tree_util.keystr(bad[0])}: the run diverged; give an earlier --step"
-        )
-    return params
 
 
 def _pictures(given: Sequence[str], config: Config) -> list[Picture]:

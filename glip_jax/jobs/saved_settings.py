@@ -3,13 +3,16 @@
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from glip_jax.checkpoint import check_network, saved_config
+import jax
+import numpy as np
+
+from glip_jax.checkpoint import CheckpointError, check_network, restore_parameters, saved_config
 from glip_jax.config import Config, ConfigError, flatten
 from glip_jax.jobs.command_line import Arguments, parse
 
-__all__ = ["chosen_settings", "saved_settings", "unflatten"]
+__all__ = ["chosen_settings", "finite_parameters", "saved_settings", "unflatten"]
 
 
 def saved_settings(workdir: str, step: int | None = None) -> Config:
@@ -35,6 +38,17 @@ def chosen_settings(workdir: str, step: int | None, arguments: Sequence[str], jo
     config = parse(arguments, Arguments, job, settings=saved).config
     check_network(workdir, dict(flatten(saved)), config)
     return config
+
+
+def finite_parameters(workdir: str, which: Literal["ema", "raw"], step: int | None) -> dict[str, Any]:
+    """`restore_parameters`; CheckpointError also for parameters that are not finite, with which nothing is found."""
+    params = restore_parameters(workdir, which, step)
+    bad = [path for path, leaf in jax.tree_util.tree_leaves_with_path(params) if not np.isfinite(leaf).all()]
+    if bad:
+        raise CheckpointError(
+            f"{workdir}: {len(bad)} arrays are not finite, first {jax.tree_util.keystr(bad[0])}: the run diverged; give an earlier --step"
+        )
+    return params
 
 
 def unflatten(saved: Mapping[str, Any]) -> Config:
