@@ -88,7 +88,7 @@ def read_query(text: str, names: str, names_file: str, config: Config, finder: P
             left_out = (f"note: left out of the sentence's phrases: {counts}",)
         if not spans:
             raise QueryError(
-                f"--text={_short(text)}: no noun phrase of a thing found in it; separate what you look for with ' . ' "
+                f"--text={_short(text)}: no noun phrase found in it that names a thing; separate what you look for with ' . ' "
                 '("a dog . a red cup") or give --names'
             )
     prompt = Prompt(text, tuple((span,) for span in spans))

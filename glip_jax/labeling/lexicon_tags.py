@@ -1,8 +1,8 @@
 """Tags of a caption's words from TextBlob's word list, mended where a caption's grammar leaves no doubt.
 
 The list has one tag a word, the more frequent one: "sink" is a verb, "parked" a participle, "orange" an adjective. The
-rules here look at the neighbours, as Brill's do that lie beside the list, which were learnt from newspapers ("NN VBP
-PREVTAG NNS") and lose more in captions than they win.
+rules here look at the neighbours, as Brill's do that TextBlob keeps beside the list; those were learnt from newspapers and
+bring less than half as much on captions (benchmarks/RESULTS.md).
 """
 
 import functools
@@ -28,13 +28,13 @@ _PENN = re.compile(r"[A-Z]+\$?")
 _NOUNS = ("NN", "NNS", "NNP", "NNPS")
 _NAMES = (*_NOUNS, "JJ", "JJR", "JJS", "CD")
 # In newspapers verbs, in pictures things.
-_THINGS = {"bears": "NNS", "tracks": "NNS", "sinks": "NNS", "living": "JJ"}
-_ACTIVITIES = frozenset(
-    "skiing surfing snowboarding skateboarding swimming boarding racing cooking reading drinking petting cooling".split()
-)
+_THINGS = {"bears": "NNS", "tracks": "NNS", "sinks": "NNS"}
+_ROOMS = ("living", "dining", "parking")
+_ACTIVITIES = ("skiing", "surfing", "snowboarding", "swimming", "racing", "cooking", "reading", "drinking", "petting")
 _AUXILIARIES = ("is", "are", "be", "am", "has", "have", "does", "do")
 _LEADS = ("DT", "CD", "JJ", "PRP$")
 _ALONE = ("a", "an", "that", "this", "which", "one", "each", "another", "1")
+_OPENERS = ("a", "an", "the", "his", "her", "its", "their")
 _ENDS = ("IN", "CC", "VBZ", "VBG", "VBN", ",", _NO_WORD, "")
 
 
@@ -58,6 +58,9 @@ class LexiconTagger:
             texts.append(text)
             spans.append(match.span())
             tags.append(self._tag(text) if match.lastgroup == "word" else "," if text == "," else _NO_WORD)
+        for number, text in enumerate(texts[:-1]):
+            if text == "next" and texts[number + 1] == "to":
+                tags[number] = "IN"
         _mend(texts, tags)
         return list(map(Word, texts, spans, tags))
 
@@ -65,7 +68,7 @@ class LexiconTagger:
         """The Penn tag of a word, in small letters as the original asks: at the head of a sentence "Two" is no name."""
         ((_, tag),) = self._parser.find_tags([word])
         # The list has a few tags of its own; the chunker's grammar reads them between < and >.
-        tag = _THINGS.get(word, tag)
+        tag = _THINGS.get(word, tag or _NO_WORD)
         return tag if _PENN.fullmatch(tag) else _NO_WORD
 
 
@@ -76,10 +79,21 @@ def _mend(texts: list[str], tags: list[str]) -> None:
         after, next_after = (tags[number + 1 : number + 3] + ["", ""])[:2]
         if text in _AUXILIARIES:
             continue
+        if tag in _NOUNS and before in _NOUNS and texts[number + 1 : number + 2] and texts[number + 1] in _OPENERS:
+            # "the bedroom features a bed", "two kids share an orange".
+            tags[number] = "VBZ" if tag == "NNS" else "VBP"
+            continue
         if tag in ("VB", "VBP"):
             # "a sink", "a white drink": no verb follows these; nor, but with an object, one without "s" a singular.
             if before in ("DT", "JJ", "PRP$") or (before == "NN" and after in _ENDS):
                 tags[number] = "NN"
+        elif text in _ROOMS and after in _NOUNS:
+            # "a tile living room floor".
+            tags[number] = "NN"
+        elif text == "that":
+            # "on that chair"; not "a sign that says", "a dog that cats fear".
+            if after in _NAMES and before not in _NOUNS:
+                tags[number] = "DT"
         elif tag in ("VBN", "VBG", "VBD"):
             # "a parked car", "two smiling girls"; "dried flowers" (participles of the past only: "riding waves").
             if after in _NAMES and (before in _LEADS or tag == "VBN"):
@@ -96,12 +110,14 @@ def _mend(texts: list[str], tags: list[str]) -> None:
             if leads or (before == "JJ" and number > 1 and tags[number - 2] in ("DT", "CD") and after in _ENDS):
                 tags[number] = "NNS"
         elif tag == "RB":
-            # "a very large bridge", "a half eaten pizza".
-            if before in ("DT", "PRP$") and (after in ("JJ", "VBN") and next_after in _NAMES):
+            # "a very large bridge", "a dimly lit room", "a barefoot child".
+            adjective = after in ("JJ", "VBN", "VBD") and next_after in _NAMES
+            if before in ("DT", "PRP$") and (adjective or after in _NOUNS):
                 tags[number] = "JJ"
         elif tag == "JJ":
-            # "an orange in a bowl", "a net."; not "the white and blue bus".
-            if before == "DT" and after in _ENDS and after not in ("CC", ","):
+            # "an orange in a bowl", "a red top."; not "the white and blue bus".
+            leads = before == "DT" or (before == "JJ" and number > 1 and tags[number - 2] == "DT")
+            if leads and after in _ENDS and after not in ("CC", ","):
                 tags[number] = "NN"
         elif tag == "NN":
             # "a bench reading a paper", "a man skiing".

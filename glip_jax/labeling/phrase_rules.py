@@ -173,6 +173,11 @@ def _divides(word: Word) -> bool:
     return word.tag == "CC" or word.text == "," or (word.tag == "VBG" and word.text not in _PURPOSES)
 
 
+def _joins(noun: Word, word: Word) -> bool:
+    """Whether a word says what the thing before it does: "riding" of "a surfer riding waves"."""
+    return _is_noun(noun) and word.tag == "VBG" and _divides(word)
+
+
 def _is_plural(word: Word) -> bool:
     """Whether a noun is a plural: after "a seaplane", "lands" is the verb that the tagger took it not for."""
     return word.tag == "NNS" and word.text.endswith("s") and singular(word.text) != word.text
@@ -192,7 +197,11 @@ def _trimmed(words: Sequence[Word], begin: int, end: int) -> Iterator[tuple[int,
         lead += 1
     if begin < lead < end and words[lead].text in _DETERMINERS:
         begin = lead
-    while begin < end and (not _is_word(words[begin]) or words[begin].tag in ("CC", "IN")):
+    while begin < end and (
+        not _is_word(words[begin])
+        or words[begin].tag in ("CC", "IN")
+        or (begin and _joins(words[begin - 1], words[begin]))
+    ):
         begin += 1
     if begin < end:
         yield begin, end
