@@ -4,6 +4,7 @@
     1    unexpected: a traceback was printed; please report it
     2    bad input: command, settings, files, checkpoint or environment; one line says what to mend
     3    the loss is not finite: nothing after the newest checkpoint was saved; the same command would come to it again
+    69   a storage (gs://) does not answer, however often it was asked: the same command goes on, or starts again
     74   what the job writes could not be written (disk full, quota): the newest checkpoint is intact; make room
     75   stopped by SIGTERM, state saved: give the same command again
     130  stopped by Ctrl-C, state saved as well: the same command goes on
@@ -22,6 +23,7 @@ __all__ = [
     "NOT_WRITTEN",
     "PREEMPTED",
     "SHORT",
+    "UNAVAILABLE",
     "UNEXPECTED",
     "full_disk",
 ]
@@ -30,6 +32,8 @@ DONE = 0
 UNEXPECTED = 1
 BAD_INPUT = 2
 NOT_FINITE = 3
+UNAVAILABLE = 69
+"""EX_UNAVAILABLE of sysexits.h."""
 NOT_WRITTEN = 74
 """EX_IOERR of sysexits.h."""
 PREEMPTED = 75
@@ -38,7 +42,7 @@ CANCELLED = 130
 """128 + SIGINT, as shells have it."""
 
 SHORT = (
-    "exit codes: 0 done, 2 bad input, 3 loss not finite, 74 cannot write (disk full), "
+    "exit codes: 0 done, 2 bad input, 3 loss not finite, 69 storage does not answer, 74 cannot write (disk full), "
     "75 stopped by SIGTERM (saved: run again), 130 stopped by Ctrl-C (saved), 1 unexpected"
 )
 """The table in a line, for --help."""

@@ -3,17 +3,18 @@
 1. The entries are streamed once into an index, a SQLite file in `.NAME.partial/`, with the hash of the inputs.
 2. Processes make shards from contiguous ranges of the index. Each shard is written under a temporary name and renamed;
    a side file says what is in it.
-3. Columns, report and manifest are merged, and the folder gets its name.
+3. Columns, report and manifest are merged, and the folder gets its name; one in a bucket is sent there, the manifest last.
 
 The same command after a kill uses the index and the shards that are there, if settings and inputs are the same; what
 comes out is the same, byte for byte, as without the kill and for any number of processes. Pictures that change between
-the two are not noticed.
+the two are not noticed. For a folder in a bucket, `.NAME.partial` lies in `shard_cache.cache_folder` until all is sent.
 """
 
 import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -24,12 +25,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from glip_jax import storage
 from glip_jax.data import published, shards
 from glip_jax.data.build_report import BuildReport, summary
 from glip_jax.data.entries import Entry, Opened, Report, SourceError, pack
@@ -45,7 +47,7 @@ PER_SHARD = 4096
 _WAIT = 10.0
 """Seconds to wait for the workers of a killed build, which end at their next message."""
 
-_FORMAT = 1
+_FORMAT = 2
 """Of index and side files."""
 
 
@@ -68,7 +70,7 @@ class Plan:
     """0: one a core."""
     strict: bool = False
     """Stop at the first thing that would be dropped."""
-    exclude: tuple[Path, ...] = ()
+    exclude: tuple[epath.PathLike, ...] = ()
     """Files with content hashes of images that must not become records: see `excluded_hashes`."""
     published: str = ""
     """Name of the published set to compare with; default: as the annotation file's name says."""
@@ -103,8 +105,8 @@ def build(plan: Plan, opened: Callable[[Path], Opened]) -> tuple[Manifest, Build
     excluded, origins = excluded_hashes(plan.exclude)
     partial = out.parent / f".{out.name}.partial"
     try:
-        with _alone(partial, out), _named(out):
-            shards.writable(out)  # another build may have finished while this one waited
+        with _alone(partial, plan.out), _named(plan.out):
+            shards.writable(plan.out)  # another build may have finished while this one waited
             for stale in partial.glob("*.writing"):  # what a killed build was at
                 stale.unlink()
             settings = _settings(plan, origins)
@@ -117,13 +119,13 @@ def build(plan: Plan, opened: Callable[[Path], Opened]) -> tuple[Manifest, Build
             job = Job(partial, index.path, index.images, len(index.names), plan.strict)
             tasks = [Task(file, *bounds[i : i + 2]) for i, file in enumerate(files)]
             run(job, tasks, plan.processes)
-            return _merge(plan, out, partial, index, files, origins, known)
+            return _merge(plan, partial, index, files, origins, known)
     except (SourceError, ShardError, RecordError):
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def excluded_hashes(files: Sequence[Path]) -> tuple[frozenset[int], list[dict[str, Any]]]:
+def excluded_hashes(files: Sequence[epath.PathLike]) -> tuple[frozenset[int], list[dict[str, Any]]]:
     """Content hashes (`records.content_hash`) in the files, and each file with its number of hashes and its sha256.
 
     A file is `columns.npz` or `manifest.json` of a folder of shards, such a folder, or a text with one hash a line:
@@ -132,24 +134,25 @@ def excluded_hashes(files: Sequence[Path]) -> tuple[frozenset[int], list[dict[st
     hashes: set[int] = set()
     origins = []
     for file in files:
-        path = file / "manifest.json" if file.is_dir() else file
-        found = _hashes_in(path)
+        found = _hashes_in(storage.address(file))
         hashes.update(found)
         digest = hashlib.sha256(np.array(sorted(found), np.uint64).tobytes()).hexdigest()
         origins.append({"file": str(file), "hashes": len(found), "sha256": digest})
     return frozenset(hashes), origins
 
 
-def _hashes_in(path: Path) -> set[int]:
+def _hashes_in(path: str) -> set[int]:
     wanted = "expected manifest.json or columns.npz of a folder of shards, or a text with one hash a line"
     try:
-        if path.name == "manifest.json":
-            return set(shards.Shards(path.parent).hash.tolist())
-        if path.suffix == ".npz":
-            with np.load(path) as columns:
+        folder = path.removesuffix("/manifest.json")
+        if folder != path or epath.Path(path).is_dir():
+            return set(shards.Shards(folder).hash.tolist())
+        data = storage.opened(path).read()
+        if path.endswith(".npz"):
+            with np.load(io.BytesIO(data)) as columns:
                 return set(columns["hash"].tolist())
         found = set()
-        for number, line in enumerate(path.read_text().split(), 1):
+        for number, line in enumerate(data.decode().split(), 1):
             digits = line.lower().removeprefix("0x")
             is_hex = len(digits) in (16, 64) and set(digits) <= set("0123456789abcdef")
             if not is_hex and not digits.isdecimal():
@@ -159,14 +162,14 @@ def _hashes_in(path: Path) -> set[int]:
             raise SourceError(f"--exclude={path}: has {max(found)}, which is more than 64 bits; {wanted}")
         return found
     except (OSError, KeyError, ValueError) as error:
-        if isinstance(error, SourceError | ShardError):
+        if isinstance(error, SourceError | ShardError | storage.StorageError):
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise SourceError(f"--exclude={path} cannot be read ({reason}); {wanted}") from None
 
 
 @contextlib.contextmanager
-def _alone(partial: Path, out: Path) -> Iterator[None]:
+def _alone(partial: Path, out: epath.PathLike) -> Iterator[None]:
     """Holds the lock of a build while none of its processes, or of a killed one's, is at work in the folder."""
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / "lock").open("a") as file:
@@ -185,7 +188,7 @@ def _alone(partial: Path, out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _named(out: Path) -> Iterator[None]:
+def _named(out: epath.PathLike) -> Iterator[None]:
     """What the system refuses, with the name of the folder that was asked for."""
     try:
         yield
@@ -193,6 +196,8 @@ def _named(out: Path) -> Iterator[None]:
         full = getattr(error, "sqlite_errorname", "").startswith(("SQLITE_FULL", "SQLITE_IOERR"))
         code = errno.ENOSPC if full else errno.EIO
         raise OSError(code, os.strerror(code) if full else str(error), str(out)) from error
+    except storage.StorageError:
+        raise
     except OSError as error:
         if error.filename is None or ".partial" in str(error.filename):
             error.filename = str(out)
@@ -252,10 +257,9 @@ def _index_there(partial: Path, settings: str) -> _Index | None:
 
 def _digest(path: epath.Path) -> dict[str, Any]:
     """A file, its size and its sha256."""
-    with path.open("rb") as file:
-        handle: IO[bytes] = file
+    with storage.opened(path) as file:
         digest, size = hashlib.sha256(), 0
-        while block := handle.read(1 << 20):
+        while block := file.read(1 << 20):
             digest.update(block)
             size += len(block)
     return {"file": str(path), "bytes": size, "sha256": digest.hexdigest()}
@@ -263,7 +267,6 @@ def _digest(path: epath.Path) -> dict[str, Any]:
 
 def _merge(
     plan: Plan,
-    out: Path,
     partial: Path,
     index: _Index,
     files: list[str],
@@ -285,11 +288,11 @@ def _merge(
     if not any(part.records for part in sides):
         reasons = ", ".join(f"{reason} {n} (first: {report.first[reason]})" for reason, n in report.dropped.items())
         raise ShardError(
-            f"nothing to write to {out}: no record came out of {plan.source}"
+            f"nothing to write to {plan.out}: no record came out of {plan.source}"
             + (f"; dropped: {reasons}" if reasons else "")
         )
     manifest = shards.complete(
-        partial, sides, name=plan.name or out.name, names=index.names, source=plan.source, command=plan.command,
+        partial, sides, name=plan.name or epath.Path(plan.out).absolute().name, names=index.names, source=plan.source, command=plan.command,
         licence=known.licence if known is not None and plan.licence == "unknown" else plan.licence,
         drops=dict(sorted(report.dropped.items())),
     )  # fmt: skip
@@ -297,9 +300,6 @@ def _merge(
         hashes = columns["hash"]
     told = summary(manifest, report, labels, hashes, index.inputs, origins, known)
     (partial / "report.json").write_text(json.dumps(asdict(told), indent=1, ensure_ascii=False))
-    for file in [*(partial / f"{file}.json" for file in files), partial / "excluded.npy", partial / "lock", index.path]:
-        file.unlink(missing_ok=True)
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    beside = [*(partial / f"{file}.json" for file in files), partial / "excluded.npy", partial / "lock", index.path]
+    shards.publish(partial, plan.out, beside)
     return manifest, told

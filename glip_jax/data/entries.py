@@ -24,6 +24,7 @@ from typing import Any
 from etils import epath
 from PIL import Image
 
+from glip_jax import storage
 from glip_jax.data.records import PIXEL_LIMIT, Kind, Record, Spans, boxes_array, content_hash
 
 __all__ = [
@@ -169,9 +170,10 @@ class Folder:
         """The bytes; OSError if there is no such file or part of it."""
         part = _PART.fullmatch(image)
         if part is None:
-            return (self.path / image).read_bytes()
+            path = self.path / image
+            return storage.read(path) if storage.is_remote(path) else path.read_bytes()
         begin, length = int(part[2]), int(part[3])
-        with (self.path / part[1]).open("rb") as file:
+        with storage.opened(self.path / part[1], max(1, length)) as file:
             if begin + length > file.seek(0, 2):
                 raise OSError(f"{part[1]} ends within the picture")
             file.seek(begin)
@@ -350,6 +352,8 @@ def _picture(entry: Entry, read_image: Callable[[str], bytes], report: Report) -
     where = entry.where()
     try:
         data = read_image(entry.image)
+    except storage.StorageError:
+        raise  # says nothing of the picture
     except FileNotFoundError:
         report.drop("image: file missing", where)
         return None

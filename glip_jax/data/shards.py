@@ -3,28 +3,34 @@
 A folder is written under a temporary name and renamed when complete; its manifest is what marks it as finished. A
 finished folder is never made twice. Opening reads the manifest, the columns and the end of each file (its number of
 records), and refuses what does not fit together; `verify` reads everything.
+
+A folder may lie in a bucket (gs://). It is made in a local folder then and sent when complete, the manifest last; opening reads
+manifest and columns and asks for one listing, and records come one range at a time (`shard_cache`).
 """
 
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from zipfile import BadZipFile
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from glip_jax.data.records import FORMAT, Kind, Record, RecordError, content_hash, decode, encode
+from glip_jax import storage
+from glip_jax.data.manifest import Manifest, ShardError, finished, names_in, nothing, opened, read_file
+from glip_jax.data.records import Kind, Record, RecordError, content_hash, decode, encode
+from glip_jax.data.shard_cache import RemoteRecords, cache_folder, record_ends
 from glip_jax.exits import full_disk
 
 __all__ = [
@@ -36,6 +42,7 @@ __all__ = [
     "Written",
     "complete",
     "finished",
+    "publish",
     "shard_files",
     "verify",
     "writable",
@@ -45,68 +52,60 @@ __all__ = [
 KINDS: tuple[Kind, ...] = ("detection", "grounding", "pseudo", "caption")
 """Codes of the column `kind`; new kinds go to the end, older shards stay readable."""
 
-_COLUMNS = ("height", "width", "kind", "hash")
-_TYPES = (np.int32, np.int32, np.uint8, np.uint64)
-
-
-class ShardError(ValueError):
-    """A folder of shards that is missing, unfinished or damaged, or cannot be written."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What is in a folder of shards and where it came from."""
-
-    name: str
-    licence: str
-    source: str
-    """The annotation file (or whatever the records were made of)."""
-    command: str
-    """The command that made the folder."""
-    names: tuple[str, ...]
-    """Category names; `Record.categories` are indices into them."""
-    records: int
-    boxes: int
-    kinds: dict[str, int]
-    drops: dict[str, int]
-    """What was left out, by reason."""
-    shards: tuple[dict[str, Any], ...]
-    """Per shard: file, records, bytes, sha256."""
-    columns: dict[str, Any]
-    """The side file: file, sha256."""
-    format: int = FORMAT
-
-
-def finished(directory: epath.PathLike) -> Manifest | None:
-    """The manifest of a finished folder, None where there is none yet; ShardError for one that cannot be read."""
-    path = epath.Path(directory) / "manifest.json"
-    if not path.exists():
-        return None
-    try:
-        fields = json.loads(path.read_text())
-        fields.update(names=tuple(fields["names"]), shards=tuple(fields["shards"]))
-        manifest = Manifest(**fields)
-        for shard in manifest.shards:
-            _ = shard["file"], shard["records"] + shard["bytes"], shard["sha256"]
-        _ = manifest.columns["file"], manifest.columns["sha256"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ShardError(f"{path} is no manifest of shards ({error}): remove the folder and import again") from None
-    if manifest.format != FORMAT:
-        raise ShardError(f"{path} has format {manifest.format}, this version reads {FORMAT}: import again")
-    return manifest
+_COLUMNS = ("height", "width", "kind", "hash", "end")
+_TYPES = (np.int32, np.int32, np.uint8, np.uint64, np.uint64)
 
 
 def writable(directory: epath.PathLike) -> Path:
-    """The absolute local path of a folder that can be made; ShardError if it is there already or lies in a bucket."""
-    if re.match(r"[a-z0-9]+:/", str(directory)):  # of gs://, a pathlib.Path keeps one slash
-        raise ShardError(f"{directory}: shards are written to a local folder; copy the finished folder to the bucket")
-    target = epath.Path(directory)
-    if target.exists() and not target.is_dir():
+    """The absolute path of a local folder that can be made; ShardError if it is there already.
+
+    For one in a bucket: where it is made before it is sent, below `shard_cache.cache_folder`. What a killed sending left
+    there does not hinder; anything else does.
+    """
+    place = storage.address(directory)
+    scheme = re.match(r"[a-z0-9]+:/", place)
+    if scheme and not storage.is_remote(place):
+        raise ShardError(f"{place}: expected a local folder or gs://BUCKET/FOLDER, {scheme[0]} is not known")
+    target = epath.Path(place)
+    if not scheme and target.exists() and not target.is_dir():
         raise ShardError(f"{target} is a file: expected a folder to make")
-    if target.exists() and any(target.iterdir()):
-        state = "finished" if finished(target) else "not empty, without a manifest"
-        raise ShardError(f"{target} is {state}: shards are never made twice; remove it or name another folder")
+    there = names_in(place)
+    if there and (scheme is None or finished(place) or not all(map(_MADE.fullmatch, there))):
+        state = "finished" if finished(place) else "not empty, without a manifest"
+        raise ShardError(f"{place} is {state}: shards are never made twice; remove it or name another folder")
+    if scheme:
+        return cache_folder() / "sending" / hashlib.sha256(place.encode()).hexdigest()[:16] / target.name
     return Path(target).absolute()
+
+
+_MADE = re.compile(r"records-\d{5,}-of-\d{5,}\.array_record|columns\.npz|report\.json")
+"""Names in a folder whose manifest was not sent yet."""
+
+
+def publish(partial: Path, directory: epath.PathLike, beside: Iterable[Path] = ()) -> None:
+    """Gives a complete folder its name, or sends it to its bucket; `beside`: files in it that do not belong to it.
+
+    The manifest is sent last; after a kill the same call goes on. OSError if a file cannot be sent, or if the bucket's folder
+    holds a file that `partial` has not: then nothing is sent.
+    """
+    beside = set(beside)
+    if not storage.is_remote(directory):
+        for file in beside:
+            file.unlink(missing_ok=True)
+        target = Path(directory).absolute()
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+        return
+    files = {file.name: file for file in sorted(partial.iterdir()) if file.is_file() and file not in beside}
+    strange = sorted(set(storage.listing(directory)) - set(files))
+    if strange:
+        why = (
+            f"holds {len(strange)} files of another build ({strange[0]}): remove them, then give the same command again"
+        )
+        raise OSError(errno.EEXIST, why, storage.address(directory))
+    storage.upload(files, directory, last="manifest.json")
+    shutil.rmtree(partial)
 
 
 def shard_files(shards: int) -> list[str]:
@@ -128,7 +127,7 @@ class Written:
     labels: dict[int, int]
     """Boxes by category."""
     columns: tuple[list[int], ...]
-    """height, width, kind and hash of each record."""
+    """height, width, kind and hash of each record, and the offset behind it in the file."""
 
 
 class ShardWriter:
@@ -136,7 +135,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, names: int) -> None:
         self._path, self._names, self._boxes = path, names, 0
-        self._columns: tuple[list[int], ...] = ([], [], [], [])
+        self._columns: tuple[list[int], ...] = ([], [], [], [], [])
         self._labels: Counter[int] = Counter()
         with _system_words(path):
             self._writer = ArrayRecordWriter(str(path), "group_size:1")
@@ -149,7 +148,7 @@ class ShardWriter:
         with _system_words(self._path):
             self._writer.write(encode(record))
         row = (record.height, record.width, KINDS.index(record.kind), content_hash(record.image))
-        for column, value in zip(self._columns, row):
+        for column, value in zip(self._columns[:-1], row):
             column.append(value)
         self._labels.update(record.categories)
         self._boxes += len(record.boxes)
@@ -161,7 +160,7 @@ class ShardWriter:
         return Written(
             file=self._path.name, records=len(self._columns[0]), bytes=self._path.stat().st_size,
             sha256=_sha256(self._path), boxes=self._boxes, labels=dict(sorted(self._labels.items())),
-            columns=self._columns,
+            columns=(*self._columns[:-1], record_ends(self._path, len(self._columns[0]))),
         )  # fmt: skip
 
     def abandon(self) -> None:
@@ -246,9 +245,7 @@ def write(
         manifest = complete(
             partial, written, name=name, names=names, licence=licence, source=source, command=command, drops=drops()
         )
-        if local.exists():
-            local.rmdir()
-        partial.rename(local)
+        publish(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest
@@ -261,42 +258,27 @@ class Shards:
     """
 
     def __init__(self, directory: epath.PathLike) -> None:
-        """Reads manifest and columns; ShardError if the folder is missing, unfinished or does not fit together."""
-        self.path = epath.Path(directory)
-        if "://" in str(self.path):
-            raise ShardError(f"{self.path}: shards are read from local or mounted folders (gcsfuse); name the mount")
-        manifest = finished(self.path)
-        if manifest is None:
-            raise ShardError(f"{self.path} {_nothing(self.path)}")
-        self.manifest = manifest
-        _check_counts(self.path, manifest)
-        with ThreadPoolExecutor(16) as pool:
-            for fault in pool.map(lambda shard: _file_fault(self.path, shard), manifest.shards):
-                if fault:
-                    raise ShardError(f"{fault}: import again, or copy the folder again")
-        side = self.path / manifest.columns["file"]
-        try:
-            with np.load(side) as columns:
-                self.height, self.width, self.kind, self.hash = (columns[key] for key in _COLUMNS)
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
-            raise ShardError(f"{side} cannot be read ({error}): import again, or copy the folder again") from None
-        if len(self.height) != manifest.records:
-            raise ShardError(
-                f"{side} has {len(self.height)} rows, the manifest says {manifest.records} records: import again"
-            )
-        if _sha256(Path(side)) != manifest.columns["sha256"]:
-            raise ShardError(f"{side} is not the file that the manifest names (its sha256 differs): import again")
-        self._data = ArrayRecordDataSource(
-            [f"{self.path / s['file']}[0:{s['records']}]" for s in manifest.shards if s["records"]]
+        """Reads manifest and columns; ShardError if the folder is missing, unfinished or does not fit together, OSError
+        (`storage.StorageError`) if its bucket does not answer.
+        """
+        place = storage.address(directory)
+        self.path = epath.Path(place)
+        self.manifest = manifest = opened(place)
+        columns = _columns(f"{place}/{manifest.columns['file']}", manifest)
+        self.height, self.width, self.kind, self.hash = (columns[key] for key in _COLUMNS[:-1])
+        self._data = (
+            RemoteRecords(place, manifest.shards, columns.get(_COLUMNS[-1]))
+            if storage.is_remote(place)
+            else _LocalRecords([f"{self.path / s['file']}[0:{s['records']}]" for s in manifest.shards if s["records"]])
         )
 
     def __len__(self) -> int:
         return self.manifest.records
 
     def read(self, index: int) -> bytes:
-        """The bytes of record `index`; RecordError if the file is damaged there."""
+        """The bytes of record `index`; RecordError if the file is damaged there, OSError if its bucket does not answer."""
         try:
-            return self._data[index]
+            return self._data.read(index)
         except RuntimeError as error:  # what array_record raises for a block whose checksum differs
             raise RecordError(f"record {index} of {self.path} cannot be read ({error})") from None
 
@@ -305,16 +287,28 @@ class Shards:
         return decode(self.read(index), len(self.manifest.names))
 
 
+class _LocalRecords(ArrayRecordDataSource):
+    """Local files, read as remote ones are."""
+
+    def read(self, index: int) -> bytes:
+        return self[index]
+
+
 def verify(directory: epath.PathLike) -> Literal[True]:
     """Compares every file with the hash in the manifest; ShardError names the first that differs."""
-    path = epath.Path(directory)
-    manifest = finished(path)
+    place = storage.address(directory)
+    manifest = finished(place)
     if manifest is None:
-        raise ShardError(f"{path} {_nothing(path)}")
+        raise ShardError(f"{place} {nothing(place)}")
+    there = storage.listing(place) if storage.is_remote(place) else {}
     for entry in (*manifest.shards, manifest.columns):
-        found = _sha256(Path(path / entry["file"]))
+        path = f"{place}/{entry['file']}"
+        try:
+            found = _sha256(path, there[entry["file"]].bytes if there else 0)
+        except (FileNotFoundError, KeyError):
+            raise ShardError(f"{path} is missing, the manifest names it: copy the folder again") from None
         if found != entry["sha256"]:
-            raise ShardError(f"{path / entry['file']}: sha256 is {found}, the manifest says {entry['sha256']}")
+            raise ShardError(f"{path}: sha256 is {found}, the manifest says {entry['sha256']}")
     return True
 
 
@@ -328,49 +322,31 @@ def _system_words(path: Path) -> Iterator[None]:
         raise OSError(code, full_disk(error) or str(error).splitlines()[0], str(path)) from error
 
 
-def _nothing(path: epath.Path) -> str:
-    """Why there is no manifest."""
-    if not path.exists():
-        found = "does not exist"
-    elif not path.is_dir():
-        found = "is a file"
-    else:
-        found = "has no manifest.json" if any(path.iterdir()) else "is empty"
-    return f"{found}: expected a folder of shards, there are no finished shards here"
-
-
-def _check_counts(path: epath.Path, manifest: Manifest) -> None:
-    """Raises ShardError if the manifest contradicts itself."""
-    parts = {"shards": sum(shard["records"] for shard in manifest.shards), "kinds": sum(manifest.kinds.values())}
-    for name, count in parts.items():
-        if count != manifest.records:
-            raise ShardError(
-                f"{path / 'manifest.json'} says {manifest.records} records, but its {name} add up to {count}: "
-                "import again, or copy the folder again"
-            )
-
-
-def _file_fault(path: epath.Path, shard: dict[str, Any]) -> str:
-    """What of a shard's file is not as the manifest says; "" if nothing."""
-    file = path / shard["file"]
+def _columns(side: str, manifest: Manifest) -> dict[str, np.ndarray]:
+    """The columns, checked; `end` is not there in folders of before it was kept."""
     try:
-        size = file.stat().length
-    except OSError as error:
-        return f"{file}: the manifest says {shard['bytes']} bytes, found nothing ({error.strerror})"
-    if size != shard["bytes"]:
-        short = "it is truncated" if size < shard["bytes"] else "it is another file"
-        return f"{file}: the manifest says {shard['bytes']} bytes, found {size} ({short})"
-    reader = ArrayRecordReader(str(file))
-    found = reader.num_records() if reader.ok() else None
-    with contextlib.suppress(RuntimeError):  # what made it not ok, once more
-        reader.close()
-    if found != shard["records"]:
-        found = "no readable end" if found is None else f"{found} records"
-        return f"{file}: the manifest says {shard['records']} records, found {found}"
-    return ""
+        data = read_file(side)
+        with np.load(io.BytesIO(data)) as found:
+            columns = {key: found[key] for key in _COLUMNS if key in found or key != _COLUMNS[-1]}
+    except storage.StorageError:
+        raise
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise ShardError(f"{side} cannot be read ({error}): import again, or copy the folder again") from None
+    rows = {len(column) for column in columns.values()}
+    if rows != {manifest.records}:
+        rows = " or ".join(map(str, sorted(rows)))
+        raise ShardError(f"{side} has {rows} rows, the manifest says {manifest.records} records: import again")
+    if hashlib.sha256(data).hexdigest() != manifest.columns["sha256"]:
+        raise ShardError(f"{side} is not the file that the manifest names (its sha256 differs): import again")
+    return columns
 
 
-def _sha256(path: Path) -> str:
-    """Of a file, read in pieces."""
-    with path.open("rb") as file:
+def _sha256(path: epath.PathLike, size: int = 0) -> str:
+    """Of a file, read in pieces; `size` of a remote one."""
+    if storage.is_remote(path):
+        digest = hashlib.sha256()
+        for piece in storage.pieces(path, size):
+            digest.update(piece)
+        return digest.hexdigest()
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,20 +3,35 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
+from etils import epath
 
+from glip_jax import storage
 from glip_jax.data.entries import Opened
 
-__all__ = ["BuildOptions"]
+__all__ = ["BuildOptions", "Place"]
+
+Place = Annotated[
+    epath.Path,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: epath.Path(storage.address(words[0])),
+        is_instance=lambda value: isinstance(value, epath.Path),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+"""A file or folder, local or gs:// (of which pathlib would take a slash away)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions(ABC):
     """What every import needs; a form adds where its annotations and pictures are."""
 
-    out: Path
-    """Folder to make; a finished one is left as it is."""
+    out: Place
+    """Folder to make, local or gs://; a finished one is left as it is."""
     name: str = ""
     """Name of the source; default: the name of `out`."""
     licence: str = "unknown"
@@ -27,7 +42,7 @@ class BuildOptions(ABC):
     """Processes that read the pictures; 0: one a core. The result is the same for any number."""
     strict: bool = False
     """Stop at the first thing that would be dropped."""
-    exclude: tyro.conf.UseAppendAction[tuple[Path, ...]] = field(default_factory=tuple)
+    exclude: tyro.conf.UseAppendAction[tuple[Place, ...]] = field(default_factory=tuple)
     """Leave out pictures that are in this folder of shards (or its manifest.json), or whose hash this text file lists;
     may be given several times."""
     published: str = ""
@@ -35,7 +50,7 @@ class BuildOptions(ABC):
 
     @property
     @abstractmethod
-    def source(self) -> Path:
+    def source(self) -> epath.Path:
         """The annotation file (or folder) as the manifest names it."""
 
     @abstractmethod

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from etils import epath
 
 from glip_jax.data.entries import Opened
 from glip_jax.data.formats.captions import open_caption_lines, open_caption_tsv, open_sbu, open_webdataset
 from glip_jax.data.formats.mdetr import open_coco_captions
-from glip_jax.jobs.build_options import BuildOptions
+from glip_jax.jobs.build_options import BuildOptions, Place
 
 __all__ = ["CaptionForm", "CaptionLines", "CaptionTsv", "CocoCaptions", "Sbu", "Webdataset"]
 
@@ -18,13 +19,13 @@ __all__ = ["CaptionForm", "CaptionLines", "CaptionTsv", "CocoCaptions", "Sbu", "
 class _Captions(BuildOptions):
     """A file (or folder) of captions, and pictures."""
 
-    captions: tyro.conf.Positional[Path]
+    captions: tyro.conf.Positional[Place]
     """The file of captions; *.gz is unpacked."""
-    images: Path
+    images: Place
     """Folder of the pictures."""
 
     @property
-    def source(self) -> Path:
+    def source(self) -> epath.Path:
         """The file of captions."""
         return self.captions
 
@@ -105,11 +106,11 @@ class Webdataset(BuildOptions):
     example: python -m glip_jax data webdataset cc3m --out=shards/cc3m
     """
 
-    tars: tyro.conf.Positional[Path]
+    tars: tyro.conf.Positional[Place]
     """A tar, or a folder of them."""
 
     @property
-    def source(self) -> Path:
+    def source(self) -> epath.Path:
         """The tar or folder."""
         return self.tars
 

@@ -18,6 +18,7 @@ from glip_jax.jobs.caption_forms import CaptionForm
 from glip_jax.jobs.command_line import CommandLineError, flags
 from glip_jax.jobs.detection_forms import DetectionForm
 from glip_jax.jobs.grounding_forms import GroundingForm
+from glip_jax.storage import StorageError
 
 __all__ = ["main"]
 
@@ -34,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
     except (CommandLineError, SourceError, shards.ShardError, RecordError) as error:
         print(f"data: {error}", file=sys.stderr)
         return exits.BAD_INPUT
+    except StorageError:
+        raise
     except OSError as error:
         if exits.full_disk(error):
             raise

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from etils import epath
 
+from glip_jax import storage
 from glip_jax.data.entries import Opened, SourceError
 from glip_jax.data.formats.coco import BoxForm, open_coco, open_odinw
 from glip_jax.data.formats.openimages import open_openimages
 from glip_jax.data.formats.tfds_sets import open_tfds
 from glip_jax.data.formats.visual_genome import open_visual_genome
-from glip_jax.jobs.build_options import BuildOptions
+from glip_jax.jobs.build_options import BuildOptions, Place
 
 __all__ = ["Coco", "DetectionForm", "Lvis", "Objects365", "Odinw", "Openimages", "Tfds", "VisualGenome", "rename_map"]
 
@@ -24,17 +26,17 @@ class Coco(BuildOptions):
     example: python -m glip_jax data coco instances_train2017.json --images=train2017 --out=shards/coco
     """
 
-    annotations: tyro.conf.Positional[Path]
+    annotations: tyro.conf.Positional[Place]
     """The annotation file."""
-    images: Path
+    images: Place
     """Folder of the pictures."""
-    names: Path | None = None
+    names: Place | None = None
     """JSON object with prompt text for category names, e.g. {"RBC": "red blood cell"}."""
     boxes: BoxForm | None = None
     """What bbox holds; default: xywh, after a look at whether it can be."""
 
     @property
-    def source(self) -> Path:
+    def source(self) -> epath.Path:
         """The annotation file."""
         return self.annotations
 
@@ -69,13 +71,13 @@ class Odinw(BuildOptions):
     example: python -m glip_jax data odinw Aquarium/train --out=shards/aquarium
     """
 
-    folder: tyro.conf.Positional[Path]
+    folder: tyro.conf.Positional[Place]
     """Folder with the pictures and annotations_without_background.json or _annotations.coco.json."""
-    names: Path | None = None
+    names: Place | None = None
     """JSON object with prompt text for category names, e.g. {"puffin": "puffin with an orange beak"}."""
 
     @property
-    def source(self) -> Path:
+    def source(self) -> epath.Path:
         """The folder."""
         return self.folder
 
@@ -93,19 +95,19 @@ class Openimages(BuildOptions):
     --labels=train-annotations-human-imagelabels-boxable.csv --out=shards/openimages
     """
 
-    annotations: tyro.conf.Positional[Path]
+    annotations: tyro.conf.Positional[Place]
     """The CSV of boxes."""
-    images: Path
+    images: Place
     """Folder of the pictures, ImageID.jpg."""
-    classes: Path
+    classes: Place
     """The CSV of machine ids and names."""
-    hierarchy: Path | None = None
+    hierarchy: Place | None = None
     """The JSON of names below names: what is absent is so with all below it."""
-    labels: Path | None = None
+    labels: Place | None = None
     """The CSV of verified labels of whole images: which names are known to be absent."""
 
     @property
-    def source(self) -> Path:
+    def source(self) -> epath.Path:
         """The annotation file."""
         return self.annotations
 
@@ -125,13 +127,13 @@ class VisualGenome(BuildOptions):
     --min-boxes=50 --without-coco --out=shards/vg
     """
 
-    annotations: tyro.conf.Positional[Path]
+    annotations: tyro.conf.Positional[Place]
     """objects.json."""
-    image_data: Path
+    image_data: Place
     """image_data.json: sizes and addresses of the pictures."""
-    images: Path
+    images: Place
     """Folder of the pictures, with VG_100K and VG_100K_2, or all in it."""
-    vocabulary: Path | None = None
+    vocabulary: Place | None = None
     """Text with a name a line, further words for it after commas; default: the annotators' names."""
     min_boxes: int = 1
     """Without a vocabulary: boxes that a name must have."""
@@ -139,7 +141,7 @@ class VisualGenome(BuildOptions):
     """Leave out the images that are COCO's too."""
 
     @property
-    def source(self) -> Path:
+    def source(self) -> epath.Path:
         """The annotation file."""
         return self.annotations
 
@@ -158,12 +160,12 @@ class Tfds(BuildOptions):
     example: python -m glip_jax data tfds tensorflow_datasets/voc/2007/5.0.0 --split=train --out=shards/voc
     """
 
-    folder: tyro.conf.Positional[Path]
+    folder: tyro.conf.Positional[Place]
     """Folder with features.json."""
     split: str = "train"
 
     @property
-    def source(self) -> Path:
+    def source(self) -> epath.Path:
         """The folder."""
         return self.folder
 
@@ -172,12 +174,12 @@ class Tfds(BuildOptions):
         return open_tfds(self.folder, self.split, strict=self.strict)
 
 
-def rename_map(path: Path | None) -> dict[str, str] | None:
+def rename_map(path: epath.Path | None) -> dict[str, str] | None:
     """A JSON object of texts; SourceError for anything else."""
     if path is None:
         return None
     try:
-        names = json.loads(path.read_text())
+        names = json.loads(storage.opened(path).read())
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"--names {path} cannot be read as JSON ({error})") from None
     if not isinstance(names, dict) or not all(isinstance(value, str) for value in names.values()):

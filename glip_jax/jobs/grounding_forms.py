@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from etils import epath
 
 from glip_jax.data.entries import Opened
 from glip_jax.data.formats.coco import BoxForm
 from glip_jax.data.formats.flickr30k import open_flickr30k
 from glip_jax.data.formats.mdetr import folders_of, open_mdetr
 from glip_jax.data.formats.tsv import open_tsv
-from glip_jax.jobs.build_options import BuildOptions
+from glip_jax.jobs.build_options import BuildOptions, Place
 
 __all__ = ["Flickr30k", "GroundingForm", "Mdetr", "Tsv"]
 
@@ -23,9 +24,9 @@ class Mdetr(BuildOptions):
     example: python -m glip_jax data mdetr final_flickr_separateGT_train.json --images=flickr30k --out=shards/flickr
     """
 
-    annotations: tyro.conf.Positional[Path]
+    annotations: tyro.conf.Positional[Place]
     """The annotation file."""
-    images: Path
+    images: Place
     """Folder of the pictures."""
     folders: str = ""
     """Folders below --images by the file's data_source: mixed (GoldG: COCO's in coco/train2014, Visual Genome's and GQA's
@@ -34,7 +35,7 @@ class Mdetr(BuildOptions):
     """What bbox holds; default: xywh, after a look at whether it can be."""
 
     @property
-    def source(self) -> Path:
+    def source(self) -> epath.Path:
         """The annotation file."""
         return self.annotations
 
@@ -53,15 +54,15 @@ class Flickr30k(BuildOptions):
     example: python -m glip_jax data flickr30k flickr30k_entities --split=flickr30k_entities/train.txt --images=flickr30k-images --out=shards/flickr30k
     """
 
-    folder: tyro.conf.Positional[Path]
+    folder: tyro.conf.Positional[Place]
     """The release's folder."""
-    images: Path
+    images: Place
     """Folder of the pictures, ID.jpg."""
-    split: Path | None = None
+    split: Place | None = None
     """Text file with an image id a line (train.txt, val.txt, test.txt); default: all."""
 
     @property
-    def source(self) -> Path:
+    def source(self) -> epath.Path:
         """The split, or else the folder."""
         return self.split or self.folder
 
@@ -77,7 +78,7 @@ class Tsv(BuildOptions):
     example: python -m glip_jax data tsv train.yaml --kind=detection --out=shards/objects365
     """
 
-    container: tyro.conf.Positional[Path]
+    container: tyro.conf.Positional[Place]
     """The yaml."""
     kind: Literal["detection", "pseudo"]
     """What the labels are: boxes with classes, or captions with a teacher's boxes and scores."""
@@ -85,7 +86,7 @@ class Tsv(BuildOptions):
     """Repeat what the linelist repeats (class-balanced), instead of each picture once."""
 
     @property
-    def source(self) -> Path:
+    def source(self) -> epath.Path:
         """The yaml."""
         return self.container
 

@@ -72,14 +72,6 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
         shards.write(records(2), tmp_path / "mine.txt", name="s", names=["a", "b"])
 
 
-@pytest.mark.parametrize("kind", [str, Path])
-def test_shards_are_not_written_to_a_bucket(tmp_path, monkeypatch, kind):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ShardError, match="are written to a local folder"):
-        shards.write(records(2), kind("gs://bucket/s"), name="s", names=["a", "b"])
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_pickles_and_reads_after_it(tmp_path: Path) -> None:
     shards.write(records(3), tmp_path / "s", name="s", names=["a", "b"])
     opened = Shards(tmp_path / "s")

@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from etils import epath
 
+from glip_jax import storage
 from glip_jax.data.entries import Entry, Opened, Report, SourceError, image_folder
 from glip_jax.data.formats.json_file import JsonFile
 from glip_jax.data.formats.lines import json_of, numbered, text_of
@@ -220,7 +221,7 @@ class _Sample(NamedTuple):
 def _samples(path: epath.Path, report: Report) -> Iterator[_Sample]:
     """Samples of a tar in order; what makes it unreadable is counted once, and ends it."""
     try:
-        with path.open("rb") as file:
+        with storage.opened(path) as file:
             size = file.seek(0, 2)
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as tar:

@@ -3,12 +3,13 @@
 import io
 import re
 from collections.abc import Iterator
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import ijson
 from etils import epath
 from tqdm import tqdm
 
+from glip_jax import storage
 from glip_jax.data.entries import SourceError
 
 __all__ = ["JsonFile", "integer", "need", "text"]
@@ -36,7 +37,7 @@ class JsonFile:
         self._python_numbers = False
         tail = b""
         try:
-            with self.path.open("rb") as file:
+            with storage.opened(self.path) as file:
                 while block := file.read(_BLOCK):
                     seen = tail + block
                     self._python_numbers |= b"NaN" in seen or b"Infinity" in seen
@@ -62,11 +63,11 @@ class JsonFile:
     def values(self, start: str) -> Iterator[Any]:
         """Values at a place, as ijson names it, whatever they are; SourceError if the file is not JSON."""
         try:
-            with self.path.open("rb") as raw:
+            with storage.opened(self.path) as raw:
                 size = self.path.stat().length
                 title = f"{self.path.name}: {start.removesuffix('.item')}"
                 with tqdm(desc=title, total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-                    file = _Told(cast(IO[bytes], raw), bar)
+                    file = _Told(raw, bar)
                     plain = _WithoutPythonNumbers(file) if self._python_numbers else file
                     yield from ijson.items(plain, start, use_float=True, buf_size=_BLOCK)
         except (ijson.JSONError, ValueError, RecursionError, OverflowError) as error:
@@ -81,7 +82,7 @@ class JsonFile:
     def _check_list(self, key: str, required: bool) -> None:
         """SourceError unless there is a list, empty, where objects were looked for."""
         found = "nothing"
-        with self.path.open("rb") as file:
+        with storage.opened(self.path) as file:
             plain = _WithoutPythonNumbers(file) if self._python_numbers else file
             for place, event, _ in ijson.parse(plain, use_float=True):
                 kind = {"start_map": "dict", "start_array": "list"}.get(event, event)

@@ -9,6 +9,7 @@ from typing import Any
 
 from etils import epath
 
+from glip_jax import storage
 from glip_jax.data.entries import Report, SourceError
 
 __all__ = ["json_of", "numbered", "text_of"]
@@ -19,7 +20,7 @@ def numbered(path: epath.PathLike) -> Iterator[tuple[int, bytes]]:
     file, number = epath.Path(path), 0
     try:
         with contextlib.ExitStack() as stack:
-            lines = stack.enter_context(file.open("rb"))
+            lines = stack.enter_context(storage.opened(file))
             if file.suffix == ".gz":
                 lines = stack.enter_context(gzip.open(lines))
             for number, line in enumerate(lines, 1):

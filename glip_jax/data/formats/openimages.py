@@ -19,6 +19,7 @@ from typing import Any, cast
 
 from etils import epath
 
+from glip_jax import storage
 from glip_jax.data.entries import Entry, Opened, Report, SourceError, image_folder
 from glip_jax.data.formats.join import Join
 from glip_jax.prompts import clean_name
@@ -120,7 +121,7 @@ def _lines(path: epath.Path) -> Iterator[tuple[int, list[str]]]:
     """Lines of a CSV with their number from 1."""
     number = 0
     try:
-        with path.open("rb") as raw:
+        with storage.opened(path) as raw:
             text = io.TextIOWrapper(cast(Any, raw), encoding="utf-8-sig", newline="")
             for number, row in enumerate(csv.reader(text), 1):
                 if row:

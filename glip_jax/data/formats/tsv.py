@@ -29,6 +29,7 @@ import numpy as np
 import yaml
 from etils import epath
 
+from glip_jax import storage
 from glip_jax.data.entries import Box, Entry, Folder, Opened, Report, SourceError, checked_spans, numbers
 from glip_jax.data.formats.lines import json_of, numbered
 
@@ -77,7 +78,7 @@ class Rows:
 
     def __init__(self, path: epath.Path) -> None:
         self.path = path
-        self._file = path.open("rb")
+        self._file = storage.opened(path)
         self._size = self._file.seek(0, 2)
         index = path.with_suffix(".lineidx")
         with tempfile.TemporaryFile() as offsets:
@@ -152,7 +153,7 @@ class Rows:
             yield last
 
     def _found(self) -> Iterator[int]:
-        with self.path.open("rb") as file:
+        with storage.opened(self.path) as file:
             offset = 0
             for line in file:
                 yield offset
@@ -372,7 +373,7 @@ class _RowOfId:
         self._rows = sqlite3.connect("")
         self._rows.execute("create table rows (id text primary key, row integer) without rowid")
         try:
-            with path.open("rb") as file:
+            with storage.opened(path) as file:
                 for identity, row in ijson.kvitems(file, "", use_float=True):
                     if type(row) is not int or not 0 <= row < 2**60:
                         raise SourceError(f"{path}: {identity!r:.60} is {row!r:.40}, expected the number of a row")
