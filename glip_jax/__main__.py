@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import importlib
 import os
 import signal
@@ -15,6 +16,7 @@ __all__ = ["JOBS", "main"]
 
 JOBS = {
     "data": "import annotations into shards, and check shards",
+    "label": "find the phrases of captions in their images: captions become grounding data",
     "inspect": "draw a page of the records in shards and the examples that training makes of them",
     "train": "train, or go on training, in a working folder",
     "evaluate": "evaluate a checkpoint on COCO-style sets",
@@ -61,6 +63,10 @@ def _run(job: str, argv: list[str]) -> int:
         return exits.CANCELLED
     except OSError as error:
         reason = exits.full_disk(error)
+        storage = importlib.import_module("glip_jax.storage")
+        if isinstance(error, storage.StorageError):
+            print(f"{job}: {storage.told(error)}", file=sys.stderr)
+            return exits.UNAVAILABLE if error.errno == errno.ETIMEDOUT else exits.BAD_INPUT
         if not reason:
             raise
         place = f" ({error.filename})" if error.filename else ""

@@ -92,11 +92,15 @@ class OutsideTeacher:
 
 def category_of(caption: str, span: Span, names: Mapping[tuple[str, ...], int]) -> int | None:
     """The category whose words (`names`, the last one singular) a phrase ends with at its head; the longest, None for none."""
-    begin, end = span[0], head(caption, span)[1]
-    words = (*_plain(caption[begin : head(caption, span)[0]]), head_word(caption, (begin, end)))
+    begin, end = head(caption, span)
+    words = (*_plain(caption[span[0] : begin]), *_plain(head_word(caption, span)))
+    # "Glasses" are not many a glass, but "wine glasses" are.
+    loose = "".join(_plain(caption[begin:end])[-1:]).removesuffix("es")
     for first in range(len(words)):
         if words[first:] in names:
             return names[words[first:]]
+        if first < len(words) - 1 and (*words[first:-1], loose) in names:
+            return names[(*words[first:-1], loose)]
     return None
 
 

@@ -91,6 +91,7 @@ class Finds(Protocol):
         ...
 
 
+@runtime_checkable
 class Teacher(Protocol):
     """What labelling asks: the network of a checkpoint, or somebody else's detections."""
 

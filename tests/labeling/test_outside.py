@@ -1,0 +1,92 @@
+"""Somebody else's detections: which phrase a box of a category belongs to, and which files are refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from glip_jax.data.entries import SourceError
+from glip_jax.labeling.outside import category_of, open_detections
+from glip_jax.labeling.teacher import Picture
+
+CATEGORIES = {1: "person", 2: "bear", 3: "teddy bear", 4: "dining table", 5: "dog", 6: "bus_(vehicle)", 7: "wine glass"}
+
+
+def files(tmp_path, rows, **extra):
+    names = [{"id": number, "name": name} for number, name in CATEGORIES.items()]
+    images = [
+        {"id": 9, "file_name": "val/000000000009.jpg", "height": 50, "width": 100},
+        {"id": 10, "file_name": "b.png"},
+    ]
+    (tmp_path / "names.json").write_text(json.dumps({"categories": names, "images": images} | extra))
+    (tmp_path / "found.json").write_text(json.dumps(rows))
+    return tmp_path / "found.json", tmp_path / "names.json"
+
+
+def row(image, category, box, score):
+    return {"image_id": image, "category_id": category, "bbox": box, "score": score}
+
+
+def answer(teacher, key, caption, *phrases, size=(50, 100)):
+    spans = tuple((caption.index(words), caption.index(words) + len(words)) for words in phrases)
+    picture = Picture(np.zeros((*size, 3), np.uint8), [teacher.question(key, caption, spans)])
+    return teacher.answers([picture])[0][0]
+
+
+@pytest.mark.parametrize(
+    ("phrase", "name"),
+    [
+        ("two big Teddy Bears", "teddy bear"), ("the bears", "bear"), ("a bear", "bear"), ("a teddy-bear", "teddy bear"),
+        ("a table", None), ("the dining table", "dining table"), ("a man", None), ("three buses", "bus_(vehicle)"),
+        ("a bear of a dog", "bear"), ("two wine glasses", "wine glass"), ("wine", None), ("a dog house", None),
+    ],
+)  # fmt: skip
+def test_a_phrase_has_the_longest_name_that_ends_at_its_head(tmp_path, phrase, name):
+    teacher = open_detections(*files(tmp_path, []), 0.5)
+    number = category_of(f"see {phrase} here", (4, 4 + len(phrase)), teacher._names)
+    assert CATEGORIES.get(number or 0) == name
+
+
+def test_boxes_go_to_the_phrase_of_their_category(tmp_path):
+    rows = [
+        row(9, 3, [10, 5, 20, 30], 0.7), row(9, 3, [40, 5, 20, 30], 0.9), row(9, 2, [0, 0, 9, 9], 0.8),
+        row(9, 3, [1, 1, 9, 9], 0.4), row(9, 3, [1, 1, 1, 9], 0.9), row(10, 3, [0, 0, 9, 9], 0.9),
+    ]  # fmt: skip
+    teacher = open_detections(*files(tmp_path, rows), 0.5)
+    for key in ("9", "9#123", "val/000000000009.jpg", "000000000009.jpg", "000000000009"):
+        found = answer(teacher, key, "two teddy bears on a sofa", "two teddy bears", "a sofa")
+        assert found.found[0].boxes.tolist() == [[40, 5, 59, 34], [10, 5, 29, 34]]
+        assert found.found[0].scores.tolist() == pytest.approx([0.9, 0.7]) and not len(found.found[1].scores)
+        assert found.unasked == {1: "names no category of the detections"} and not found.left_out
+
+
+def test_two_phrases_of_one_category_stay_unknown(tmp_path):
+    teacher = open_detections(*files(tmp_path, [row(9, 5, [0, 0, 9, 9], 0.9)]), 0.5)
+    found = answer(teacher, "9", "a black dog and a white dog", "a black dog", "a white dog")
+    assert not any(len(own.scores) for own in found.found)
+    assert found.unasked == dict.fromkeys((0, 1), "shares its category with another phrase")
+
+
+def test_an_image_that_the_file_does_not_know_is_left_out(tmp_path):
+    teacher = open_detections(*files(tmp_path, [row(77, 5, [0, 0, 9, 9], 0.9)]), 0.5)
+    assert answer(teacher, "11", "a dog", "a dog").left_out == "image: unknown to the detections"
+    assert answer(teacher, "9", "a dog", "a dog", size=(60, 100)).left_out.startswith("image: of another size")
+    assert answer(teacher, "77", "a dog", "a dog", size=(60, 100)).found[0].scores.tolist() == pytest.approx([0.9])
+    assert not answer(teacher, "10", "a dog", "a dog").left_out, "looked at, and nothing was found"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"image_id": 9}], r"found\.json: item \[0\] lacks category_id, bbox, score"),
+        ([row(9, 99, [0, 0, 9, 9], 0.9)], "category_id 99, which .*names.json does not name"),
+        ([row(9, 1, [0, 0, 9], 0.9)], r"bbox \[0, 0, 9\] and score .*expected four numbers"),
+        ([row(9, 1, [0, 0, 9, 9], 7)], "expected four numbers in pixels"),
+        ({"annotations": []}, "found.json"),
+    ],
+)
+def test_other_files_are_refused_in_a_line(tmp_path, rows, message):
+    with pytest.raises(SourceError, match=message):
+        open_detections(*files(tmp_path, rows), 0.5)
+    with pytest.raises(SourceError, match="does not exist"):
+        open_detections(tmp_path / "none.json", tmp_path / "names.json", 0.5)

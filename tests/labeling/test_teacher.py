@@ -1,0 +1,286 @@
+"""From captions to pseudo records with a detector that is told what to find: prompts, thresholds, views, unknown phrases."""
+
+import dataclasses
+import io
+import json
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from glip_jax.config import Config, DetectionConfig
+from glip_jax.data import shards
+from glip_jax.data.records import Record, boxes_array
+from glip_jax.labeling.phrases import phrase_finder
+from glip_jax.labeling.pseudo import Labeler, Rules
+from glip_jax.labeling.tally import Tally, summary
+from glip_jax.labeling.teacher import Boxes, DetectorTeacher, View, ask, fuse, keep, teacher_config
+from glip_jax.prompts import load_tokenizer, tokenize
+from glip_jax.structures import Detections
+from tests import tiny_run
+
+TOKENIZER = load_tokenizer(tiny_run.VOCABULARY)
+CONFIG = teacher_config(
+    tiny_run.replace(tiny_run.config(), "evaluation", short_side=64, long_side=128, batch_size=2), 0.5, 0.6
+)
+
+
+class Told:
+    """Finds what `found` says of the words of a phrase: boxes of an image of 100 x 50, and scores."""
+
+    tokenizer, batch_size = TOKENIZER, 2
+
+    def __init__(self, found, config: Config = CONFIG):
+        self.found, self.config, self.calls = found, config, []
+
+    def captions(self, images, prompts_):
+        self.calls.append(
+            [(image.shape[:2], [prompt.caption for prompt in own]) for image, own in zip(images, prompts_)]
+        )
+        return [[self._one(image, prompt) for prompt in own] for image, own in zip(images, prompts_)]
+
+    def _one(self, image, prompt):
+        tokenize(prompt, self.tokenizer, self.config.model.text.max_tokens)  # what a Detector refuses
+        rows = [
+            (box, score, number)
+            for number, ((begin, end),) in enumerate(prompt.spans)
+            for box, score in self.found(image, prompt.caption[begin:end])
+        ]
+        rows.sort(key=lambda row: -row[1])
+        boxes, scores, numbers = zip(*rows) if rows else ((), (), ())
+        return Detections(boxes_array(boxes), np.asarray(scores, np.float32), np.asarray(numbers, np.int32))
+
+
+def picture(shade=0, height=50, width=100, corrupt=False):
+    stream = io.BytesIO()
+    pixels = np.full((height, width, 3), shade, np.uint8)
+    pixels[:, : width // 2] = 255  # the left half is white
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()[: 60 if corrupt else None]
+
+
+def record(name, caption, image=None, height=50, width=100):
+    return Record(name, "caption", image or picture(), height, width, boxes_array(()), caption=caption)
+
+
+def label(tmp_path, records, found, rules=None, views=None, name="cc"):
+    shards.write(iter(records), tmp_path / name, name=name)
+    source = shards.Shards(tmp_path / name)
+    rules = rules or Rules()
+    detector = Told(found)
+    teacher = DetectorTeacher(views(detector) if views else [View(detector, False)], rules.nms_iou, rules.least([name]))
+    labeler = Labeler(teacher, phrase_finder("lexicon"), rules, {"teacher": "t"}, "abc", 2)
+    written, made = [], []
+    tally = labeler.label(source, 0, len(source), written.append, made.append)
+    assert sum(made) == len(records)
+    return {own.id: own for own in written}, tally, detector
+
+
+def words(own, spans):
+    return [own.caption[begin:end] for ((begin, end),) in spans]
+
+
+def nothing(*_):
+    return []
+
+
+def test_boxes_above_the_threshold_are_kept_and_other_phrases_are_unknown(tmp_path):
+    boxes = {
+        "a cat": [((10, 10, 40, 40), 0.91), ((50, 5, 90, 45), 0.6), ((12, 10, 42, 40), 0.7), ((0, 0, 5, 5), 0.5)],
+        "a red car": [((1, 1, 30, 30), 0.49)],
+    }
+    made, tally, _ = label(tmp_path, [record("r", "a cat and a red car under a tree")], lambda _, w: boxes.get(w, []))
+    (own,) = made.values()
+    assert own.kind == "pseudo" and words(own, own.spans) == ["a cat", "a cat"]
+    assert own.boxes.tolist() == [[10, 10, 40, 40], [50, 5, 90, 45]], "one overlaps a better one, one is not above"
+    assert own.scores == pytest.approx((0.91, 0.6)) and words(own, own.unknown) == ["a red car", "a tree"]
+    assert json.loads(own.provenance) == {"teacher": "t", "threshold": 0.5, "code": "abc"}
+    assert (tally.captions, tally.kept, tally.phrases, tally.phrases_with_boxes, tally.boxes) == (1, 1, 3, 1, 2)
+    assert tally.boxes_of == {2: 1, 0: 2} and tally.best[45] == tally.best[24] == 1 and sum(tally.best) == 2
+    assert tally.concepts == {"cat": [1, 1, 2], "car": [1, 0, 0], "tree": [1, 0, 0]}
+
+
+def test_at_most_k_boxes_and_the_rest_is_counted(tmp_path):
+    five = [((20 * k, 0, 20 * k + 15, 20), 0.9 - k / 100) for k in range(5)]
+    made, tally, _ = label(tmp_path, [record("r", "a cat")], lambda *_: five, Rules(most_boxes=3))
+    assert (
+        made["r"].scores == pytest.approx((0.9, 0.89, 0.88))
+        and tally.report.dropped["box: beyond the most of a phrase"] == 2
+    )
+
+
+def test_a_source_has_its_own_threshold(tmp_path):
+    def one(*_):
+        return [((0, 0, 9, 9), 0.45)]
+
+    rules = Rules(thresholds={"noisy": 0.4})
+    made, tally, _ = label(tmp_path, [record("r", "a cat")], one, rules, name="clean")
+    assert not made and tally.report.dropped == {"caption: no box above the threshold": 1}
+    made, _, _ = label(tmp_path, [record("r", "a cat")], one, rules, name="noisy")
+    assert json.loads(made["r"].provenance)["threshold"] == 0.4
+
+
+def test_what_cannot_be_labelled_is_counted_with_an_example(tmp_path):
+    records = [
+        record("no noun", "and so on"),
+        record("corrupt", "a cat", picture(corrupt=True)),
+        record("size", "a cat", height=51),
+        record("narrow", "a cat", picture(height=4, width=600), 4, 600),
+        record("nothing", "a dog"),
+        record("fine", "a cat"),
+        record("japanese", "犬が公園で走っている"),
+        record("russian", "собака на траве"),
+    ]
+    made, tally, _ = label(tmp_path, records, lambda _, w: [((0, 0, 9, 9), 0.9)] if w == "a cat" else [])
+    assert set(made) == {"fine"} and tally.captions == 8
+    dropped = tally.report.dropped
+    assert dropped["caption: no noun phrase"] >= 1 and dropped["image: cannot be decoded"] == 2
+    assert dropped["image: too long and narrow"] == 1 and sum(dropped.values()) == 7
+    assert "record 'corrupt', field image" in tally.report.first["image: cannot be decoded"]
+    assert tally.report.first["caption: no noun phrase"] == "no noun: 'and so on'"
+
+
+def test_boxes_are_cut_at_the_image_and_those_without_area_are_counted(tmp_path):
+    boxes = [((-5, -5, 120, 60), 0.9), ((100, 10, 130, 20), 0.8)]
+    made, tally, _ = label(tmp_path, [record("r", "a cat")], lambda *_: boxes)
+    assert made["r"].boxes.tolist() == [[0, 0, 99, 49]]
+    assert tally.report.dropped["box: no area inside the image"] == 1
+
+
+def test_captions_of_an_image_go_together_and_images_in_batches_of_a_canvas(tmp_path):
+    tall = picture(7, 100, 50)
+    records = [record(f"{i}.{k}", f"a cat number {k}", picture(i)) for i in range(3) for k in range(2)]
+    records.insert(1, record("tall", "a cat", tall, 100, 50))
+    made, _, detector = label(tmp_path, records, lambda *_: [((0, 0, 9, 9), 0.9)])
+    assert len(made) == 7
+    sizes = [[(size, len(texts)) for size, texts in call] for call in detector.calls]
+    assert sizes == [[((50, 100), 2), ((50, 100), 2)], [((50, 100), 2)], [((100, 50), 1)]]
+
+
+CAPTION = "a cat and the dog near a person with a dog by the person on a cat of a dog then the person"
+
+
+def test_a_caption_beyond_the_teachers_text_is_asked_in_stretches(tmp_path):
+    budget = CONFIG.model.text.max_tokens
+    assert len(TOKENIZER.encode(CAPTION).ids) > budget
+
+    seen = []
+    made, tally, detector = label(
+        tmp_path, [record("long", CAPTION)], lambda _, w: seen.append(w) or [((len(seen), 0, len(seen) + 9, 9), 0.9)]
+    )
+    own = made["long"]
+    assert words(own, own.spans) == seen and own.unknown == () and len(seen) == 8
+    ((_, prompts),) = detector.calls[0]
+    assert len(prompts) > 1 and all(len(TOKENIZER.encode(text).ids) <= budget and text in CAPTION for text in prompts)
+    assert " ".join(prompts) == CAPTION
+    assert tally.report.noted["caption: longer than the teacher's text, asked in several prompts"] == 1
+
+
+def test_ten_thousand_characters(tmp_path):
+    caption = " ".join(
+        random.Random(0).choices(["a cat", "and", "the red dog", "under", "extraordinarily", "x" * 300], k=800)
+    )
+    made, tally, _ = label(tmp_path, [record("long", caption)], lambda *_: [((0, 0, 9, 9), 0.9)])
+    assert len(caption) > 10_000 and len(made["long"].spans) == 32 and sum(tally.report.dropped.values()) > 100
+
+
+@given(
+    st.lists(
+        st.sampled_from(["a cat", "dog", "zq9w", "Éa", "犬", ". ", "the red-haired person", " ", "unbelievably"]),
+        max_size=40,
+    )
+)
+def test_stretches_hold_every_phrase_once(pieces):
+    caption, spans = "", []
+    for piece in pieces:
+        if piece.strip(". "):
+            spans.append((len(caption), len(caption) + len(piece)))
+        caption += piece + " "
+    asked = ask(caption, spans, TOKENIZER, 12)
+    found = {}
+    for prompt, phrases in zip(asked.prompts, asked.phrases, strict=True):
+        assert phrases
+        tokenize(prompt, TOKENIZER, 12)  # fits, and every phrase has a token
+        for ((begin, end),), phrase in zip(prompt.spans, phrases, strict=True):
+            assert phrase not in found
+            found[phrase] = prompt.caption[begin:end]
+    assert found.keys().isdisjoint(asked.unasked) and {*found, *asked.unasked} == set(range(len(spans)))
+    for phrase, text in found.items():
+        assert text == caption[slice(*spans[phrase])]
+
+
+def test_a_phrase_longer_than_the_text_is_unknown_and_counted(tmp_path):
+    caption = "a cat on the " + "red " * 20 + "dog"
+    made, tally, _ = label(tmp_path, [record("r", caption)], lambda *_: [((0, 0, 9, 9), 0.9)])
+    assert words(made["r"], made["r"].spans) == ["a cat"] and len(made["r"].unknown) == 1
+    assert tally.report.noted["phrase: longer than the teacher's text"] == 1
+
+
+def _sees_white(image, text):
+    """The white half, wherever it is."""
+    left = image[0, 0, 0] == 255
+    return (
+        [((0, 0, 49, 49) if left else (50, 0, 99, 49), 0.8)]
+        if text == "a cat"
+        else [((0, 0, 20, 20), 0.9)]
+        if left
+        else []
+    )
+
+
+def _with_mirror(detector):
+    return [View(detector, False), View(detector, True)]
+
+
+def test_a_mirrored_view_is_averaged(tmp_path):
+    records = [record("r", "a cat and a dog"), record("side", "a cat left of a dog", picture(3))]
+    made, _, _ = label(tmp_path, records, _sees_white, Rules(threshold=0.4), _with_mirror)
+    # Of the dog, only one of two views knows.
+    assert made["r"].scores == pytest.approx((0.8, 0.45)) and made["r"].boxes[0].tolist() == [0, 0, 49, 49]
+    assert made["side"].scores == pytest.approx((0.8, 0.9)), "a mirrored picture would make the caption wrong"
+
+
+def test_fusion_is_the_weighted_mean_and_absence_counts():
+    one = Boxes(boxes_array([(0, 0, 10, 10), (50, 50, 60, 60)]), np.array([0.9, 0.6], np.float32))
+    other = Boxes(boxes_array([(0, 0, 12, 10), (0, 0, 14, 10)]), np.array([0.3, 0.28], np.float32))
+    fused = fuse([one, other], 0.25, 0.5)
+    np.testing.assert_allclose(fused.boxes[0], [0, 0, 10.5, 10], atol=1e-5)
+    np.testing.assert_allclose(fused.scores, [0.6, 0.3, 0.14], atol=1e-6)
+    assert len(fuse([], 0.2, 0.5).scores) == len(fuse([other], 0.3, 0.5).scores) == 0
+
+
+def test_suppression_is_by_inclusive_overlap():
+    found = Boxes(boxes_array([(0, 0, 9, 9), (0, 0, 9, 19), (0, 0, 9, 4)]), np.array([0.9, 0.8, 0.7], np.float32))
+    assert keep(found, 0.5, 0.5, 9)[0].scores.tolist() == pytest.approx([0.9, 0.8, 0.7]), "half is not more than half"
+    assert keep(found, 0.75, 0.49, 9)[0].scores.tolist() == pytest.approx([0.9])
+    kept, beyond = keep(found, 0.5, 0.5, 1)
+    assert len(kept.scores) == 1 and beyond == 2
+
+
+def test_the_detectors_threshold_loses_nothing_that_would_be_kept():
+    config = tiny_run.config()
+    for threshold, views, expected in ((0.5, 1, 0.05), (0.1, 1, 0.01), (0.2, 2, 0.01)):
+        own = teacher_config(config, threshold, 0.7, views=views).detection
+        assert own.threshold == pytest.approx(expected, rel=1e-3) and own.threshold <= expected
+        assert own.nms_iou == 0.7 and own.max_detections == 300
+    kept = dataclasses.replace(config, detection=DetectionConfig(max_detections=500))
+    assert teacher_config(kept, 0.5, 0.6).detection.max_detections == 500
+    assert teacher_config(config, 0.5, 0.6, 400).evaluation.short_side == 400
+
+
+def test_counts_survive_json_and_add_up(tmp_path):
+    boxes = {"a cat": [((0, 0, 9, 9), 0.9)]}
+    records = [record("1", "a cat and a dog"), record("2", "two cats"), record("3", "and so")]
+    _, tally, _ = label(tmp_path, records, lambda _, w: boxes.get(w, []))
+    again = Tally.from_json(json.loads(json.dumps(tally.as_json())))
+    assert again == tally
+    again.add(tally)
+    told = summary(again)
+    assert (told["captions"], told["kept"], told["boxes"]) == (6, 2, 2) and told["kept_share"] == pytest.approx(1 / 3)
+    assert told["frequent_concepts"] == [["cat", 2]] == told["rarest_concepts"]
+    assert told["most_asked_phrases_never_found"] == [["a dog", 2], ["two cats", 2]]
+    assert told["most_asked_concepts_never_found"] == [["dog", 2]]
+    assert told["drops"]["caption: no noun phrase"] == {"count": 2, "first": "3: 'and so'"}
