@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, Literal, NamedTuple, TypeVar
 
 from etils import epath
 from tqdm import tqdm
@@ -35,6 +35,7 @@ __all__ = [
     "StorageError",
     "address",
     "is_remote",
+    "kind",
     "listing",
     "number",
     "opened",
@@ -117,6 +118,27 @@ def read(path: epath.PathLike, begin: int = 0, end: int | None = None) -> bytes:
     return _patiently(place, attempt)
 
 
+def kind(path: epath.PathLike) -> Literal["file", "folder", ""]:
+    """What is there, local or remote; "" if nothing is. A folder in a bucket is there if something is in it."""
+    if not is_remote(path):
+        return "folder" if Path(path).is_dir() else "file" if Path(path).exists() else ""
+    place, (bucket, name) = address(path), _parts(path, whole=True)
+    if name:
+        with contextlib.suppress(FileNotFoundError):
+            _size(place)
+            return "file"
+    prefix = f"{name}/" if name else ""
+
+    def attempt() -> bool:
+        return any(
+            True for _ in _client().list_blobs(bucket, prefix=prefix, max_results=1, retry=None, timeout=_timeout())
+        )
+
+    with contextlib.suppress(FileNotFoundError):
+        return "folder" if _patiently(place, attempt) else ""
+    return ""
+
+
 def pieces(path: epath.PathLike, size: int) -> Iterator[bytes]:
     """A file of `size` bytes in order, some megabytes at a time; raises as `read`."""
     for begin in range(0, size, _PIECE):
@@ -194,14 +216,19 @@ def opened(path: epath.PathLike, buffer: int = _PIECE // 4) -> IO[bytes]:
     """A file opened for reading, local or remote; of a remote one `buffer` bytes at least are read at a time, as by `read`."""
     if not is_remote(path):
         return Path(path).open("rb")
-    place, (bucket, name) = address(path), _parts(path)
+    return io.BufferedReader(_Ranges(address(path), _size(address(path))), buffer)
+
+
+def _size(place: str) -> int:
+    """Bytes of a remote file."""
+    bucket, name = _parts(place)
 
     def attempt() -> int:
         blob = _client().bucket(bucket).blob(name)
         blob.reload(retry=None, timeout=_timeout())
         return int(blob.size)
 
-    return io.BufferedReader(_Ranges(place, _patiently(place, attempt)), buffer)
+    return _patiently(place, attempt)
 
 
 class _Ranges(io.RawIOBase):

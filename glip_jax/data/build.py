@@ -145,7 +145,7 @@ def _hashes_in(path: str) -> set[int]:
     wanted = "expected manifest.json or columns.npz of a folder of shards, or a text with one hash a line"
     try:
         folder = path.removesuffix("/manifest.json")
-        if folder != path or epath.Path(path).is_dir():
+        if folder != path or storage.kind(path) == "folder":
             return set(shards.Shards(folder).hash.tolist())
         data = storage.opened(path).read()
         if path.endswith(".npz"):

@@ -189,9 +189,9 @@ class Folder:
 def image_folder(images: epath.PathLike) -> Folder:
     """The reader of a folder of pictures; SourceError if the folder is missing or nothing is in it."""
     folder = epath.Path(images)
-    if not folder.is_dir():
+    if storage.kind(images) != "folder":
         raise SourceError(f"the image folder {folder} does not exist or is no folder: set --images")
-    if next(iter(folder.iterdir()), None) is None:
+    if not storage.is_remote(images) and next(iter(folder.iterdir()), None) is None:
         raise SourceError(f"the image folder {folder} is empty: set --images to the folder of the pictures")
     return Folder(folder)
 

@@ -85,12 +85,9 @@ def opened(place: str) -> Manifest:
 
 def nothing(place: str) -> str:
     """Why there is no manifest."""
-    path = Path(place)
-    names = names_in(place)
-    if not names and not path.is_dir():
-        found = "is a file" if path.is_file() else "does not exist"
-    else:
-        found = "has no manifest.json" if names else "is empty"
+    names, what = names_in(place), storage.kind(place)
+    found = {"folder": "is empty", "file": "is a file", "": "does not exist"}[what]
+    found = "has no manifest.json" if names else found
     return f"{found}: expected a folder of shards, there are no finished shards here"
 
 

@@ -136,7 +136,7 @@ class RemoteRecords:
             with contextlib.suppress(_DamagedError):
                 return self._through_cache(which, position, begin, end, fresh)
         # Now in a file that nobody else writes or removes: what fails here is what lies in the bucket.
-        cache = cache_folder()
+        cache = cache_folder() / "shards"
         cache.mkdir(parents=True, exist_ok=True)
         with _disk(cache), tempfile.NamedTemporaryFile(dir=cache, suffix=".making") as file:
             try:

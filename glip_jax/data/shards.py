@@ -67,7 +67,7 @@ def writable(directory: epath.PathLike) -> Path:
     if scheme and not storage.is_remote(place):
         raise ShardError(f"{place}: expected a local folder or gs://BUCKET/FOLDER, {scheme[0]} is not known")
     target = epath.Path(place)
-    if not scheme and target.exists() and not target.is_dir():
+    if storage.kind(place) == "file":
         raise ShardError(f"{target} is a file: expected a folder to make")
     there = names_in(place)
     if there and (scheme is None or finished(place) or not all(map(_MADE.fullmatch, there))):

@@ -122,7 +122,8 @@ def test_faults_cost_time_and_never_a_record(remote, expected, running):
     assert set(injected) == set(FAULTS) and injected.total() > 20
 
 
-def test_worker_processes_share_the_cache_and_bear_faults(remote, expected, running):
+def test_worker_processes_share_a_small_cache_and_bear_faults(remote, expected, running, monkeypatch):
+    monkeypatch.setenv("GLIP_JAX_CACHE_GB", "0.0004")
     with running.arm("503", "reset", "truncate", share=0.3) as injected:
         assert [digest(batch) for batch in draw(Mixture(config(remote, workers=2)), STEPS)] == expected
     assert injected.total() > 10
@@ -248,6 +249,27 @@ def test_what_is_missing_or_cut_is_one_line(folders, bucket, change, message, ca
         Shards(f"{bucket}/s")
     assert main(["inspect", f"{bucket}/s", "--out=page.html"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_large_files_go_in_parts(bucket, running, tmp_path):
+    data = np.random.default_rng(0).bytes(20_000_000)
+    (tmp_path / "large").write_bytes(data)
+    with running.arm("503", "429", "reset", share=0.2, only="upload"):
+        storage.upload({"large": tmp_path / "large"}, bucket, "large")
+    with running.arm("truncate", "short", "reset", share=0.2):
+        assert b"".join(storage.pieces(f"{bucket}/large", len(data))) == data
+        with storage.opened(f"{bucket}/large") as file:
+            assert file.seek(-5, 2) == len(data) - 5 and file.read() == data[-5:]
+            file.seek(7)
+            assert file.read(9_000_000) == data[7:9_000_007]
+    asked = running.requests["POST upload"]
+    storage.upload({"large": tmp_path / "large"}, bucket, "large")
+    assert running.requests["POST upload"] == asked
+    assert (storage.kind(f"{bucket}/large"), storage.kind(bucket), storage.kind(f"{bucket}/none")) == (
+        "file",
+        "folder",
+        "",
+    )
 
 
 def test_places_that_are_not_there(bucket, capsys):

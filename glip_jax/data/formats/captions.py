@@ -181,7 +181,7 @@ def _entries(
 
 def _existing(path: epath.PathLike) -> epath.Path:
     """The path; SourceError if nothing is there."""
-    if not epath.Path(path).exists():
+    if not storage.kind(path):
         raise SourceError(f"the annotation file {path} does not exist")
     return epath.Path(path)
 

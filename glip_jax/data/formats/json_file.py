@@ -32,7 +32,7 @@ class JsonFile:
     def __init__(self, path: epath.PathLike) -> None:
         """Looks through the bytes; SourceError if there is no file or it cannot be read."""
         self.path = epath.Path(path)
-        if not self.path.is_file():
+        if storage.kind(self.path) != "file":
             raise SourceError(f"the annotation file {self.path} does not exist")
         self._python_numbers = False
         tail = b""
@@ -64,7 +64,8 @@ class JsonFile:
         """Values at a place, as ijson names it, whatever they are; SourceError if the file is not JSON."""
         try:
             with storage.opened(self.path) as raw:
-                size = self.path.stat().length
+                size = raw.seek(0, io.SEEK_END)
+                raw.seek(0)
                 title = f"{self.path.name}: {start.removesuffix('.item')}"
                 with tqdm(desc=title, total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar:
                     file = _Told(raw, bar)
