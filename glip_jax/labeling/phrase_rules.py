@@ -102,6 +102,8 @@ _PLACE_WORDS = _words("""
     left right far very other opposite front back upper lower top bottom near same middle outer inner either open
     different both all various many several
 """)
+# Colours that taggers take for things: "a silver and green train" is one phrase.
+_COLOURS = _words("orange silver gold magenta turquoise cream tan teal beige pink purple violet grey gray")
 _SINGULAR_DETERMINERS = _words("a an one another every each this that")
 # Nouns in spite of their ending: "a tile living room", "a plastic cutting board".
 _PURPOSES = _words(
@@ -155,6 +157,8 @@ def _parts(words: Sequence[Word], begin: int, end: int) -> Iterator[tuple[int, i
     start = begin
     for number in range(begin, end):
         word, after_noun = words[number], number > start and _is_noun(words[number - 1])
+        if after_noun and words[number - 1].text in _COLOURS and number + 1 < end and words[number + 1].tag == "JJ":
+            continue
         if word.tag in ("PRP$", "WP$"):
             # "all his dogs": what stands before a possessive belongs to it.
             start = number + 1

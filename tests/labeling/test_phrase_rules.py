@@ -118,6 +118,29 @@ def test_every_reason_has_cases():
     assert {*DROPPED, "surplus"} == {*REASONS}
 
 
+@pytest.mark.parametrize(
+    ("tagged", "expected"),
+    [
+        ("a/DT cup/NN ,/, tea/NN plate/NN and/CC fork/NN", ["a cup", "tea plate", "fork"]),
+        ("a/DT silver/NN and/CC green/JJ train/NN", ["a silver and green train"]),
+        ("a/DT silver/NN and/CC gold/NN", ["a silver", "gold"]),
+        ("a/DT tile/NN living/VBG room/NN", ["a tile living room"]),
+        ("a/DT man/NN eating/VBG rice/NN", ["a man", "rice"]),
+        ("all/PDT the/DT dogs/NNS", ["the dogs"]),
+        ("-/HYPH a/DT dog/NN !/.", ["a dog"]),
+        ("and/CC dogs/NNS", ["dogs"]),
+        ("whose/WP$ dog/NN 's/POS bowl/NN", ["dog", "bowl"]),
+    ],
+)
+def test_chunks_that_taggers_make(tagged, expected):
+    texts, tags = zip(*(word.split("/") for word in tagged.split()))
+    begins = [sum(len(text) + 1 for text in texts[:number]) for number in range(len(texts))]
+    words = [Word(text, (begin, begin + len(text)), tag) for text, begin, tag in zip(texts, begins, tags)]
+    caption = " ".join(texts)
+    spans = PhraseRules().apply(words, [(0, len(words))]).spans
+    assert [caption[begin:end] for begin, end in spans] == expected
+
+
 def test_rules_need_no_finder():
     words = [
         Word("the", (0, 3), "DT"),
@@ -128,3 +151,5 @@ def test_rules_need_no_finder():
     found = PhraseRules().apply(words, [(0, 4)])
     assert found.spans == ((0, 8),) and found.dropped == {"pronoun": 1}
     assert PhraseRules().apply([], []).spans == ()
+    without_noun = [Word("the", (0, 3), "DT"), Word("red", (4, 7), "JJ"), Word("two", (8, 11), "CD")]
+    assert PhraseRules().apply(without_noun, [(0, 2), (2, 3)]) == ((), {"pronoun": 2})

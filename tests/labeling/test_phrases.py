@@ -190,10 +190,10 @@ def test_spacy_loads_only_what_noun_chunks_need():
 # Captions with marked phrases. Floors lie a little below what was measured; heads are compared as (place, word).
 
 
-def marked_captions():
-    """(caption, spans) of each line of captions.txt."""
+def marked_captions(file):
+    """(caption, spans) of each line of a file."""
     rows = []
-    for line in Path(__file__).with_name("captions.txt").read_text().split("\n"):
+    for line in Path(__file__).with_name(file).read_text().split("\n"):
         if line and not line.startswith("#"):
             begins, ends, caption = [], [], ""
             for piece in re.split(r"([\[\]])", line):
@@ -206,11 +206,17 @@ def marked_captions():
 
 
 @pytest.mark.parametrize(
-    ("name", "precision", "recall", "heads"), [("lexicon", 0.92, 0.91, 0.93), ("spacy", 0.95, 0.935, 0.95)]
+    ("name", "file", "precision", "recall", "heads"),
+    [
+        ("lexicon", "captions.txt", 0.925, 0.92, 0.935),
+        ("spacy", "captions.txt", 0.95, 0.935, 0.95),
+        ("lexicon", "captions_unseen.txt", 0.88, 0.88, 0.925),
+        ("spacy", "captions_unseen.txt", 0.935, 0.94, 0.955),
+    ],
 )
-def test_marked_captions(name, precision, recall, heads, capsys):
-    rows = marked_captions()
-    assert len(rows) == 200 and all(caption[slice(*span)] for caption, spans in rows for span in spans)
+def test_marked_captions(name, file, precision, recall, heads, capsys):
+    rows = marked_captions(file)
+    assert len(rows) in (200, 60) and all(caption[slice(*span)] for caption, spans in rows for span in spans)
     counts: Counter[str] = Counter()
     for caption, spans in rows:
         found = finder(name).find(caption)
@@ -220,6 +226,6 @@ def test_marked_captions(name, precision, recall, heads, capsys):
     measured = counts["same"] / counts["found"], counts["same"] / counts["marked"]
     f1, heads_f1 = (2 * counts[key] / (counts["found"] + counts["marked"]) for key in ("same", "heads"))
     with capsys.disabled():
-        print(f"\n{name}: precision {measured[0]:.3f}, recall {measured[1]:.3f}, F1 {f1:.3f}, heads F1 {heads_f1:.3f} of "
+        print(f"\n{file}, {name}: precision {measured[0]:.3f}, recall {measured[1]:.3f}, F1 {f1:.3f}, heads F1 {heads_f1:.3f} of "
               f"{counts['marked']} phrases; {counts['dropped']} dropped")  # fmt: skip
-    assert measured >= (precision, 0) and measured[1] >= recall and heads_f1 >= heads
+    assert measured[0] >= precision and measured[1] >= recall and heads_f1 >= heads
