@@ -4,6 +4,7 @@ All text in glip_jax is arithmetic on phrases: a caption is built once together 
 are found from spans, and a phrase is known by its index ever after. Nothing is rebuilt from tokens.
 """
 
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ class Tokenizer(Protocol):
     """What we need of a `tokenizers` tokenizer: ids and character offsets, [CLS] and [SEP] included."""
 
     def encode(self, sequence: str) -> Any:
-        """Returns an object with `ids` (list of int) and `offsets` (list of (begin, end) characters)."""
+        """Returns an object with `ids` (list of int), `offsets` (list of (begin, end) characters) and `tokens` (texts)."""
         ...
 
     def get_vocab_size(self, with_added_tokens: bool = True) -> int:
@@ -51,6 +52,7 @@ class Losses(NamedTuple):
     """Phrases that have no token even without a cut (only white space or control characters)."""
 
 
+@functools.lru_cache(65536)  # an example cleans every name of its prompt, several times
 def clean_name(name: str) -> str:
     """A category name as it stands in a caption (the original's rule, glip-reference 4.1).
 
@@ -111,16 +113,22 @@ def positive_map(offsets: Int32[np.ndarray, "T 2"], spans: Sequence[Spans]) -> B
     tried; if none of them does, or it was cut off, the span has no token.
     """
     result = np.zeros((len(spans), len(offsets)), bool)
-    token_of: dict[int, int] = {}
-    for token, (begin, end) in enumerate(offsets.tolist()):
-        for character in range(begin, end):
-            token_of.setdefault(character, token)
+    token_of = _token_of(offsets)
     for row, row_spans in enumerate(spans):
         for begin, end in row_spans:
-            first = next((token_of[c] for c in range(begin, begin + 3) if c in token_of), None)
-            last = next((token_of[c] for c in range(end - 1, end - 4, -1) if c in token_of), None)
-            if first is not None and last is not None:
+            # Beyond the last token there is none, and before the first character neither.
+            first = next((token for token in token_of[begin : begin + 3] if token >= 0), -1)
+            last = next((token for token in token_of[max(end - 3, 0) : end][::-1] if token >= 0), -1)
+            if first >= 0 and last >= 0:
                 result[row, first : last + 1] = True
+    return result
+
+
+def _token_of(offsets: Int32[np.ndarray, "T 2"]) -> list[int]:
+    """Per character up to the end of the last token, the first token that it belongs to; -1 for none."""
+    result = [-1] * int(offsets.max(initial=0))
+    for token, (begin, end) in reversed(list(enumerate(offsets.tolist()))):
+        result[begin:end] = [token] * (end - begin)
     return result
 
 

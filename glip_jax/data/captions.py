@@ -11,7 +11,7 @@ place without a box is no evidence, and gives no loss.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -78,6 +78,7 @@ def says_side(text: str) -> bool:
     return _SIDE.search(text) is not None
 
 
+@lru_cache(65536)
 def _read(name: str) -> str:
     """A name as it reads in a caption: names that differ in nothing but this are one."""
     return clean_name(name).strip().lower()

@@ -15,7 +15,7 @@ from glip_jax.config import Codec
 from glip_jax.data.records import Record, decode_image
 from glip_jax.data.transforms import resize
 
-__all__ = ["decode", "placed"]
+__all__ = ["decode", "place"]
 
 # Examples are made in threads and processes already; OpenCV's own would stand in one another's way.
 cv2.setNumThreads(1)
@@ -41,22 +41,34 @@ def decode(record: Record, codec: Codec, least: tuple[int, int] | None = None) -
     return decode_image(record)
 
 
-def placed(
-    image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int], canvas: tuple[int, int], mirrored: bool, codec: Codec
-) -> UInt8[np.ndarray, "H2 W2 3"]:
-    """A canvas (height, width) of zeros with the image, resized to `size`, in its upper left; `mirrored` left to right."""
-    if size[0] > canvas[0] or size[1] > canvas[1]:
-        raise ValueError(f"an image of {size[0]} x {size[1]} does not fit on a canvas of {canvas[0]} x {canvas[1]}")
-    result = np.zeros((*canvas, 3), np.uint8)
-    own = result[: size[0], : size[1]]
+def place(
+    image: UInt8[np.ndarray, "H W 3"],
+    size: tuple[int, int],
+    canvas: UInt8[np.ndarray, "H2 W2 3"],
+    mirrored: bool,
+    codec: Codec,
+) -> None:
+    """Writes the image, resized to `size` (height, width), into the upper left of `canvas`, `mirrored` left to right; the
+    rest becomes zero.
+
+    Into memory that is there already, such as an image's part of its batch: an array of its own and a copy of it would
+    take as long as the resize.
+    """
+    height, width = size
+    if height > canvas.shape[0] or width > canvas.shape[1]:
+        raise ValueError(
+            f"an image of {height} x {width} does not fit on a canvas of {canvas.shape[0]} x {canvas.shape[1]}"
+        )
+    own = canvas[:height, :width]
+    canvas[height:] = 0
+    canvas[:height, width:] = 0
     match codec:
         case "fast":
             source = cv2.flip(image, 1) if mirrored else image
             if source.shape == own.shape:
                 own[:] = source
             else:
-                cv2.resize(source, (size[1], size[0]), dst=own, interpolation=cv2.INTER_LINEAR)
+                cv2.resize(source, (width, height), dst=own, interpolation=cv2.INTER_LINEAR)
         case "pillow":
             resized = resize(image, size)
             own[:] = resized[:, ::-1] if mirrored else resized
-    return result

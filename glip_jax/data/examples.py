@@ -4,10 +4,11 @@ What is random is drawn from the given generator and nothing else, in one order,
 record, the settings and that generator.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, UInt8
 
 from glip_jax.config import Config
 from glip_jax.data import codec, transforms
@@ -28,9 +29,9 @@ class Examples:
     captioners: tuple[Captioner, ...]
 
     def __call__(
-        self, source: int, index: int, short_side: int, canvas: tuple[int, int], rng: np.random.Generator
+        self, source: int, index: int, short_side: int, canvas: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator
     ) -> Batch:
-        """Record `index` of a source on a canvas (height, width): a Batch without its leading axis.
+        """Record `index` of a source, its pixels written to `canvas`: a Batch without its leading axis.
 
         A corrupt record becomes a placeholder, masked out by `valid`.
         """
@@ -39,8 +40,21 @@ class Examples:
         except RecordError:
             return self._corrupt(source, index, canvas)
 
+    def batch(
+        self,
+        slots: Sequence[tuple[int, int]],
+        short_side: int,
+        canvas: tuple[int, int],
+        generators: Sequence[np.random.Generator],
+    ) -> Batch:
+        """The records (source, index) on one canvas (height, width), each with its own generator."""
+        pixels = np.empty((len(slots), *canvas, 3), np.uint8)
+        made = [self(*slot, short_side, own, rng) for slot, own, rng in zip(slots, pixels, generators, strict=True)]
+        fields = Batch(*zip(*made))
+        return Batch(*map(np.stack, fields._replace(image=fields.size)))._replace(image=pixels)
+
     def _example(
-        self, source: int, index: int, short_side: int, canvas: tuple[int, int], rng: np.random.Generator
+        self, source: int, index: int, short_side: int, canvas: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator
     ) -> Batch:
         config, data = self.config, self.config.data
         record, captioner = self.shards[source][index], self.captioners[source]
@@ -49,7 +63,7 @@ class Examples:
         if window is not None:
             boxes, shown, visible = transforms.crop_boxes(boxes, window, data.crop.least_visible)
             old, view = window[2:], View(shown, ~shown & (visible > 0))
-        new = transforms.fit(*old, short_side, data.long_side, canvas)
+        new = transforms.fit(*old, short_side, data.long_side, canvas.shape[:2])
         boxes = transforms.scale_boxes(boxes, old, new)
         mirrored = rng.random() < data.flip
         mirrored = mirrored and not (data.flip_captions == "safe" and captioner.says_side(record))
@@ -59,9 +73,9 @@ class Examples:
         if window is not None:
             top, left, height, width = window
             image = np.ascontiguousarray(image[top : top + height, left : left + width])
-        pixels = codec.placed(image, new, canvas, mirrored, data.codec)
+        codec.place(image, new, canvas, mirrored, data.codec)
         if data.jitter.probability and rng.random() < data.jitter.probability:
-            own = pixels[: new[0], : new[1]]
+            own = canvas[: new[0], : new[1]]
             own[:] = transforms.jitter(own, data.jitter, rng)
         text = captioner(record, rng, view)
         boxes, rows = boxes[text.keep], text.positive_map[text.keep]
@@ -77,9 +91,9 @@ class Examples:
             "spans_without_token": text.without_token,
         }
         return Batch(
-            image=pixels,
+            image=canvas,
             size=np.array(new, np.int32),
-            extent=self._extent(new, canvas),
+            extent=self._extent(new, canvas.shape[:2]),
             tokens=text.tokens,
             token_mask=text.mask,
             boxes=slots,
@@ -101,16 +115,18 @@ class Examples:
         multiple = model.extent_multiple
         return np.minimum(-(-np.array(size) // multiple) * multiple, canvas).astype(np.int32)
 
-    def _corrupt(self, source: int, index: int, canvas: tuple[int, int]) -> Batch:
+    def _corrupt(self, source: int, index: int, canvas: UInt8[np.ndarray, "H W 3"]) -> Batch:
         """The placeholder of a corrupt record: black, no boxes, an empty caption, `valid` False."""
         slots, length = self.config.data.max_boxes, self.config.model.text.max_tokens
         ids = self.captioners[source].tokenizer.encode("").ids
         tokens = np.zeros(length, np.int32)
         tokens[: len(ids)] = ids
+        canvas[:] = 0
+        size = canvas.shape[:2]
         return Batch(
-            image=np.zeros((*canvas, 3), np.uint8),
-            size=np.array(canvas, np.int32),
-            extent=self._extent(canvas, canvas),
+            image=canvas,
+            size=np.array(size, np.int32),
+            extent=self._extent(size, size),
             tokens=tokens,
             token_mask=np.arange(length) < len(ids),
             boxes=np.zeros((slots, 4), np.float32),

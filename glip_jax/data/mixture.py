@@ -119,19 +119,18 @@ class _Slice(DatasetSelectionMap):
 
 
 @dataclass(frozen=True)
-class _Placed:
-    """Turns (source, record) at an element of a host's stream into an example."""
+class _Made:
+    """Turns the (source, record) pairs of a batch of a host's stream into that batch."""
 
     examples: Examples
     slice: _Slice
 
-    def __call__(self, index: int, slot: tuple[int, int]) -> Batch:
-        """One example: a Batch without its leading axis."""
+    def __call__(self, index: int, slots: Sequence[tuple[int, int]]) -> Batch:
+        """Batch `index` of the stream, which is one of its step's canvas."""
         config = self.examples.config
-        step, place = self.slice.step(index)
-        rng = rng_of(config.train.seed, step * self.slice.batch_size + place)
-        short_side, canvas = _bucket(config, self.slice.schedule, step)
-        return self.examples(*slot, short_side, canvas, rng)
+        places = [self.slice.step(index * len(slots) + place) for place in range(len(slots))]
+        rngs = [rng_of(config.train.seed, step * self.slice.batch_size + place) for step, place in places]
+        return self.examples.batch(slots, *_bucket(config, self.slice.schedule, places[0][0]), rngs)
 
 
 class Mixture:
@@ -212,8 +211,9 @@ class Mixture:
             raise ConfigError(f"host {host} of {hosts} from step {start_step}: expected 0 <= host < hosts, step >= 0")
         part = _Slice(self.schedule, size, start_step, host, hosts)
         stream = grain.MapDataset.select_from_datasets([self._mix(a) for a in range(len(data.aspects))], part)
-        stream = stream.map_with_index(_Placed(self._examples, part))
-        stream = stream.batch(size // hosts, drop_remainder=True, batch_fn=_stack)
+        # Batched first, so that every picture is resized straight into its batch.
+        stream = stream.batch(size // hosts, drop_remainder=True, batch_fn=list)
+        stream = stream.map_with_index(_Made(self._examples, part))
         processes = max(data.workers, 1)
         ahead = -(-data.prefetch // processes)
         loader = stream.to_iter_dataset(
@@ -312,11 +312,6 @@ def _tokenizer(config: Config) -> Tokenizer:
             f"model.text.vocabulary_size is {text.vocabulary_size}: one of them is of another model"
         )
     return tokenizer
-
-
-def _stack(examples: Sequence[Batch]) -> Batch:
-    """Examples as one batch."""
-    return Batch(*(np.stack(field) for field in zip(*examples)))
 
 
 def _drain(loader: grain.IterDataset) -> Iterator[Batch]:

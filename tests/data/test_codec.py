@@ -23,6 +23,13 @@ def record(image, form="JPEG", **options):
     return Record("x", "detection", stream.getvalue(), image.height, image.width, boxes_array([]))
 
 
+def placed(image, size, canvas, mirrored, kind):
+    """On a canvas that was something else before."""
+    pixels = np.full((*canvas, 3), 99, np.uint8)
+    codec.place(image, size, pixels, mirrored, kind)
+    return pixels
+
+
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_decoding_gives_pillows_pixels(form, mode):
@@ -66,16 +73,16 @@ def test_a_smaller_decoding_is_never_too_small(least, expected):
 )
 def test_resized_pixels_are_close_to_pillows(size, mean, most):
     made = record(picture())
-    fast = codec.placed(codec.decode(made, "fast", size), size, (224, 288), False, "fast")
-    exact = codec.placed(decode_image(made), size, (224, 288), False, "pillow")
+    fast = placed(codec.decode(made, "fast", size), size, (224, 288), False, "fast")
+    exact = placed(decode_image(made), size, (224, 288), False, "pillow")
     difference = np.abs(fast.astype(int) - exact)[: size[0], : size[1]]
     assert difference.mean() <= mean
     assert difference.max() <= most
     assert not fast[size[0] :].any() and not fast[:, size[1] :].any()
-    turned = codec.placed(codec.decode(made, "fast", size), size, (224, 288), True, "fast")
+    turned = placed(codec.decode(made, "fast", size), size, (224, 288), True, "fast")
     assert np.abs(turned[:, : size[1]][:, ::-1].astype(int) - fast[:, : size[1]]).max() <= 1
 
 
 def test_a_canvas_that_is_too_small_is_refused():
     with pytest.raises(ValueError, match="does not fit on a canvas"):
-        codec.placed(np.zeros((10, 10, 3), np.uint8), (33, 10), (32, 32), False, "fast")
+        placed(np.zeros((10, 10, 3), np.uint8), (33, 10), (32, 32), False, "fast")

@@ -67,7 +67,7 @@ def examples(opened: shards.Shards, max_tokens: int = 32, **data: Any) -> Exampl
 
 
 def make(opened: shards.Shards, index: int, element: int = 0, **data: Any) -> Batch:
-    return examples(opened, **data)(0, index, 60, (64, 96), rng_of(0, element))
+    return examples(opened, **data)(0, index, 60, np.full((64, 96, 3), 99, np.uint8), rng_of(0, element))
 
 
 def words(batch: Batch, chosen: np.ndarray) -> str:
@@ -119,7 +119,7 @@ def test_crops_keep_boxes_on_their_pixels_and_phrases_true(opened: shards.Shards
     maker = examples(opened, crop=CropConfig(1.0, 0.4, 0.5))
     gone = unknown = 0
     for element in range(80):
-        batch = maker(0, 2, 60, (64, 96), rng_of(0, element))
+        batch = maker(0, 2, 60, np.empty((64, 96, 3), np.uint8), rng_of(0, element))
         h, w = batch.size
         assert h <= 64 and w <= 96 and not batch.image[h:].any() and not batch.image[:, w:].any()
         count = int(batch.box_mask.sum())
@@ -150,7 +150,7 @@ def test_a_trace_of_a_dropped_box_makes_its_name_unknown(opened: shards.Shards) 
         rng.random()
         window = transforms.crop_window(60, 80, CropConfig(1.0, 0.4, 0.9), rng)
         _, kept, visible = transforms.crop_boxes(boxes_array(BOXES), window, 0.9)
-        batch = maker(0, 0, 60, (64, 96), rng_of(0, element))
+        batch = maker(0, 0, 60, np.empty((64, 96, 3), np.uint8), rng_of(0, element))
         assert batch.box_mask.sum() == kept.sum()
         if kept[1:].any():
             trace = bool((~kept[1:] & (visible[1:] > 0)).any())

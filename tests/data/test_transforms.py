@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from benchmarks.padding import measure
 from glip_jax.config import Codec, DataConfig
 from glip_jax.data import transforms
-from glip_jax.data.codec import placed
+from tests.data.test_codec import placed
 
 sides = st.integers(1, 900)
 
