@@ -23,6 +23,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -256,7 +257,14 @@ def _index_there(partial: Path, settings: str) -> _Index | None:
 
 
 def _digest(path: epath.Path) -> dict[str, Any]:
-    """A file, its size and its sha256."""
+    """A file, its size and its sha256; of a folder both are of all files in it, by name."""
+    if path.is_dir():
+        files = sorted(path.iterdir(), key=lambda file: file.name)
+        with ThreadPoolExecutor(16) as pool:
+            parts = list(pool.map(_digest, files))
+        named = "".join(f"{file.name} {part['sha256']}\n" for file, part in zip(files, parts))
+        size = sum(part["bytes"] for part in parts)
+        return {"file": str(path), "bytes": size, "sha256": hashlib.sha256(named.encode()).hexdigest()}
     with storage.opened(path) as file:
         digest, size = hashlib.sha256(), 0
         while block := file.read(1 << 20):

@@ -155,7 +155,7 @@ class Opened:
     count: int | None = None
     """Entries to come, where known, for the time left."""
     inputs: tuple[epath.Path, ...] = ()
-    """The files that the entries come from; their hash goes into the report."""
+    """The files (or folders of small files) that the entries come from; their hash goes into the report."""
     expected: str = ""
     """Name of the published set in gcs/manifests, where the format knows it."""
 

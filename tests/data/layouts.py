@@ -1,8 +1,10 @@
 """Every format that is imported, once, in its official layout: files to spoil, and how to open them."""
 
+import functools
 import io
 import json
 import tarfile
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +16,11 @@ from glip_jax.data.formats.coco import open_coco, open_odinw
 from glip_jax.data.formats.flickr30k import open_flickr30k
 from glip_jax.data.formats.mdetr import MIXED_FOLDERS, open_coco_captions, open_mdetr
 from glip_jax.data.formats.openimages import open_openimages
+from glip_jax.data.formats.tfds_sets import open_tfds
 from glip_jax.data.formats.tsv import open_tsv
 from glip_jax.data.formats.visual_genome import open_visual_genome
 from tests.data.conftest import coco_json, mdetr_json, write_image
+from tests.data.prepared_set import prepare
 from tests.data.test_flickr30k import SENTENCES, XML
 from tests.data.test_tsv import DETECTION, V1, V2, container
 
@@ -175,6 +179,22 @@ def _visual_genome(folder: Path) -> dict[str, str]:
     return _json_file("image_data.json", about)(folder) | _json_file("objects.json", objects)(folder)
 
 
+@functools.cache
+def _prepared() -> dict[str, bytes]:
+    """Files of a set of TensorFlow Datasets, whose library takes seconds to write one."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = prepare(Path(folder))
+        return {path.name: path.read_bytes() for path in sorted(place.iterdir())}
+
+
+def _tfds(folder: Path) -> dict[str, str]:
+    (folder / "tiny" / "1.0.0").mkdir(parents=True)
+    for name, data in _prepared().items():
+        (folder / "tiny" / "1.0.0" / name).write_bytes(data)
+    kinds = {"features.json": "json", "dataset_info.json": "json"}
+    return {f"tiny/1.0.0/{name}": kinds.get(name, "bytes") for name in _prepared()}
+
+
 _SBU = {
     "SBU_captioned_photo_dataset_urls.txt": "".join(f"http://flickr.com/1/img{i}.png\n" for i in range(3)),
     "SBU_captioned_photo_dataset_captions.txt": "a dog\nthe cat\na bird \N{SNOWMAN}\n",
@@ -246,6 +266,7 @@ LAYOUTS: dict[str, Layout] = {
     "webdataset": Layout(
         _tar, lambda p: open_webdataset(p / "00000.tar"), "webdataset {p}/00000.tar",
     ),
+    "tfds": Layout(_tfds, lambda p: open_tfds(p / "tiny" / "1.0.0"), "tfds {p}/tiny/1.0.0"),
     "tsv-detection": Layout(
         _container(DETECTION), lambda p: open_tsv(p / "train.yaml", kind="detection"),
         "tsv {p}/train.yaml --kind=detection",

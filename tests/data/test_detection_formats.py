@@ -1,12 +1,10 @@
 """LVIS, Objects365, ODinW, OpenImages, Visual Genome, TensorFlow Datasets: small files in their owners' layouts, and what
 is found out about boxes and ids before they are believed."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,6 +16,7 @@ from glip_jax.data.records import Record, decode, encode
 from glip_jax.data.shards import Shards
 from glip_jax.jobs.data import main
 from tests.data.conftest import NAMES, coco_json, records, write_image
+from tests.data.prepared_set import prepare
 
 
 @pytest.fixture
@@ -340,49 +339,8 @@ def test_visual_genome_files_that_are_others(genome, file, data, message):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
     """A set that its own library wrote, three examples."""
-    tfds = pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
-
-    def jpeg(i: int) -> io.BytesIO:
-        file = io.BytesIO()
-        Image.fromarray(np.full((24, 32, 3), 40 * i, np.uint8)).save(file, "JPEG")
-        file.seek(0)
-        return file
-
-    class Tiny(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-        url_infos = None  # nothing is downloaded
-
-        def _info(self):
-            thing = {
-                "bbox": tfds.features.BBoxFeature(),
-                "is_crowd": np.bool_,
-                "label": tfds.features.ClassLabel(names=["cat", "dog", "cow"]),
-            }
-            features = {
-                "image": tfds.features.Image(encoding_format="jpeg"),
-                "image/id": np.int64,
-                "objects": tfds.features.Sequence(thing),
-                "neg_category_ids": tfds.features.Sequence(tfds.features.ClassLabel(names=["cat", "dog", "cow"])),
-            }
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-        def _split_generators(self, dl_manager):  # noqa: ARG002
-            return {"train": self._generate_examples()}
-
-        def _generate_examples(self):
-            for i in range(3):
-                box = tfds.features.BBox(ymin=0.25, xmin=0.5, ymax=0.5, xmax=1.0)
-                whole = tfds.features.BBox(ymin=0.0, xmin=0.0, ymax=1.0, xmax=1.0)
-                things = [
-                    {"bbox": box, "is_crowd": False, "label": i},
-                    {"bbox": whole, "is_crowd": True, "label": 0},
-                ]
-                yield i, {"image": jpeg(i), "image/id": 100 + i, "objects": things, "neg_category_ids": [2]}
-
-    folder = tmp_path_factory.mktemp("tfds")
-    Tiny(data_dir=folder, file_format="array_record").download_and_prepare()
-    (place,) = folder.glob("*/1.0.0")
-    return place
+    pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
+    return prepare(tmp_path_factory.mktemp("tfds"))
 
 
 def test_a_prepared_set_without_tensorflow(prepared, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Flickr30k Entities as released: sentences with markup and XML of boxes become grounding records."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from glip_jax.data.entries import SourceError, finish
 from glip_jax.data.formats.flickr30k import open_flickr30k, plain_sentence
 from glip_jax.data.records import Record
+from glip_jax.jobs.data import main
 from tests.data.conftest import write_image
 
 SENTENCES = """[/EN#1/people Two young guys] with [/EN#2/bodyparts shaggy hair] look at [/EN#3/bodyparts their hands] .
@@ -148,3 +150,17 @@ def test_files_that_are_missing(place: Path) -> None:
         read(place, split=place / "absent.txt")
     with pytest.raises(SourceError, match="with Sentences/, found no such folder"):
         open_flickr30k(place / "images", place / "images")
+
+
+def test_a_sentence_that_changes_makes_another_build(place: Path, tmp_path: Path) -> None:
+    def report(name: str) -> dict[str, Any]:
+        command = ["flickr30k", str(place), f"--images={place}/images", f"--out={tmp_path}/{name}", "--processes=1"]
+        assert main(command) == 0
+        return json.loads((tmp_path / name / "report.json").read_text())
+
+    first, same = report("one"), report("two")
+    (place / "Sentences" / "1000.txt").write_text(SENTENCES.replace("shaggy", "curly"))
+    other = report("three")
+    assert first["inputs_sha256"] == same["inputs_sha256"] != other["inputs_sha256"]
+    assert [Path(item["file"]).name for item in first["inputs"]] == ["Sentences", "Annotations"]
+    assert first["inputs"][0]["bytes"] == len(SENTENCES)

@@ -53,7 +53,7 @@ def test_spoiled_files_are_drops_or_one_line(name: str, tmp_path: Path) -> None:
     files = made(layout, tmp_path)
     records, report = imported(layout, tmp_path)
     assert len(records) == layout.records
-    assert not report.dropped, report
+    assert set(report.dropped) <= {"box: crowd"}, report
     pictures = [f"pictures/{path.name}" for path in sorted((tmp_path / "pictures").iterdir())]
     whole = {file: (tmp_path / file).read_bytes() for file in [*files, *pictures]}
     outcomes = {"line": 0, "drop": 0, "kept": 0}

@@ -53,7 +53,7 @@ def open_flickr30k(
         if not ids:
             raise SourceError(f"{split} lists nothing: expected one image id a line, as in the release's train.txt")
     report = Report(strict=strict)
-    inputs = () if split is None else (epath.Path(split),)
+    inputs = (sentences, annotations) if split is None else (epath.Path(split), sentences, annotations)
     return Opened(_entries(release, ids, report), folder_of_images, report, inputs=inputs)
 
 

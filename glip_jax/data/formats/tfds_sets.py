@@ -81,15 +81,30 @@ class _Images:
         if self.split not in splits:
             raise SourceError(f"{self.folder} has the splits {', '.join(splits)}, not {self.split!r}: set --split")
         try:
-            return self.builder.as_data_source(split=self.split, decoders={self.key: tfds.decode.SkipDecoding()})
+            source = self.builder.as_data_source(split=self.split, decoders={self.key: tfds.decode.SkipDecoding()})
+            len(source)
         except NotImplementedError:
             raise SourceError(
                 f"{self.folder} is not stored as array_record: prepare it with tfds build --file_format=array_record"
             ) from None
+        except Exception as error:  # files that are damaged, missing, or others than the set's own list says
+            raise SourceError(
+                f"{self.folder}, split {self.split}: its files cannot be read ({error!s:.200}): prepare it again"
+            ) from None
+        return source
+
+    def example(self, index: int) -> Any:
+        """The features of an example; OSError if it is damaged."""
+        try:
+            return self.source[index]
+        except SourceError:
+            raise
+        except Exception as error:  # a block whose checksum differs, bytes that are no example of these features
+            raise OSError(f"example {index} cannot be read ({error!s:.100})") from None
 
     def __call__(self, image: str) -> bytes:
         """The picture of example number `image`."""
-        return bytes(self.source[int(image)][self.key])
+        return bytes(self.example(int(image))[self.key])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Images, (self.folder, self.split, self.key)
@@ -146,7 +161,11 @@ def _title(place: epath.Path) -> str:
 
 def _entries(images: _Images, known: _Boxes, provenance: str, report: Report) -> Iterator[Entry]:
     for index in range(len(images.source)):
-        example = images.source[index]
+        try:
+            example = images.example(index)
+        except OSError as error:
+            report.drop("image: example cannot be read", f"{provenance}, {error}")
+            continue
         identity = _identity(example, index)
         things = example[known.sequence]
         boxes: list[Box] = []
