@@ -117,7 +117,9 @@ def _mend(texts: list[str], tags: list[str]) -> None:
         elif tag == "JJ":
             # "an orange in a bowl", "a red top."; not "the white and blue bus".
             leads = before == "DT" or (before == "JJ" and number > 1 and tags[number - 2] == "DT")
-            if leads and after in _ENDS and after not in ("CC", ","):
+            # "an orange sits", but "the green leaves".
+            many = after == "VBZ" and texts[number - 1] not in _ALONE and texts[number + 1] not in _AUXILIARIES
+            if leads and after in _ENDS and after not in ("CC", ",") and not many:
                 tags[number] = "NN"
         elif tag == "NN":
             # "a bench reading a paper", "a man skiing".

@@ -86,8 +86,10 @@ def test_phrases_with_dots_keep_the_text_as_typed(run, tmp_path):
         ("a red cup", [0, 9]), ("two dogs", [13, 21]), ("cat", [24, 27])]  # fmt: skip
 
 
-def test_a_sentence_goes_through_the_phrase_finder(run, tmp_path):
-    _predict(run, _image(tmp_path / "a.png"), "--text=a red cup near a dog", f"--out={tmp_path / 'out'}", *ALL)
+def test_a_sentence_goes_through_the_phrase_finder(run, tmp_path, capsys):
+    text = "a view of a red cup near a dog"
+    _predict(run, _image(tmp_path / "a.png"), f"--text={text}", f"--out={tmp_path / 'out'}", *ALL)
+    assert "note: left out of the sentence's phrases: abstract 1" in capsys.readouterr().out
     content = _content(tmp_path / "out")
     assert content["query"] == "caption" and content["phrase_finder"].startswith("lexicon 2 (textblob ")
     assert [phrase["text"] for phrase in content["phrases"]] == ["a red cup", "a dog"]

@@ -78,6 +78,12 @@ def test_marks_of_all_kinds_in_the_lexicon(caption, expected):
         ("dogs are in the house", ["dogs", "the house"]),
         ("the bedroom features a bed", ["the bedroom", "a bed"]),
         ("two kids share an orange", ["two kids", "an orange"]),
+        ("a man and a woman are in a boat", ["a man", "a woman", "a boat"]),
+        ("a sign that people read", ["a sign", "people"]),
+        ("the green leaves on a branch", ["the green leaves", "a branch"]),
+        ("a kid painting a wall", ["a kid", "a wall"]),
+        ("a man skiing on snow", ["a man", "snow"]),
+        ("teddy bears on train tracks", ["teddy bears", "train tracks"]),
         ("a dimly lit room with a barefoot child", ["a dimly lit room", "a barefoot child"]),
     ],
 )
@@ -128,10 +134,10 @@ def test_the_same_caption_gets_the_same_spans(caption):
 def test_a_caption_of_any_length_takes_linear_time(name, words):
     finder(name).find("a dog")
     caption = (words * 10_000)[:10_000]
-    start = time.perf_counter()
+    start = time.process_time()
     _check(name, caption)
     # Milliseconds for the lexicon, a second for spaCy; the chunker alone took minutes on "red red red ...".
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
 
 
 def test_what_the_chunker_sees_in_pieces_is_what_it_sees_at_once():
