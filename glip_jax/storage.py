@@ -284,7 +284,7 @@ def _client() -> Any:
             raise StorageError(
                 errno.ENOPKG, f"gs:// needs google-cloud-storage ({error}): pip install -r requirements.txt"
             ) from None
-        _clients.key, _clients.client = key, module.Client()
+        _clients.key, _clients.client = key, module.Client(project=None)  # of the bucket, whose name is enough
     return _clients.client
 
 

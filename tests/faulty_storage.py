@@ -6,12 +6,12 @@ python -m tests.faulty_storage     starts both, prints the variables to set, and
 import contextlib
 import http.client
 import http.server
-import os
 import random
 import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -187,12 +187,12 @@ def _handler(storage: Storage) -> type[http.server.BaseHTTPRequestHandler]:
 
 
 if __name__ == "__main__":
-    running = Storage()
-    print("\n".join(f"export {name}={value}" for name, value in running.environment.items()), flush=True)
-    print(f'# buckets: curl -d \'{{"name": "b"}}\' {running.url}/storage/v1/b?project=p', flush=True)
-    try:
-        signal.pause()
-    finally:
-        with contextlib.suppress(KeyboardInterrupt):
-            running.close()
-        os._exit(0)
+    running, seconds = Storage(), float((sys.argv[1:] or ["0"])[0])
+    running.delay = seconds
+    direct = running.environment | ({} if seconds else {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{running.port}"})
+    running.bucket("bucket")
+    print("\n".join(f"export {name}={value}" for name, value in direct.items()), flush=True)
+    print("# gs://bucket is there; Ctrl-C, or the end of standard input, ends it", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.stdin.read()
+    running.close()

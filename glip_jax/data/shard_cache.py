@@ -159,9 +159,9 @@ class RemoteRecords:
         return storage.read(self._place(which), begin, end)
 
     def _through_cache(self, which: int, position: int, begin: int, end: int, fresh: bool) -> bytes:
-        """The record by the shared file; _DamagedError if what is there is not what was written."""
+        """The record by the shared file, its range fetched first if `fresh`; _DamagedError if it is not there, or damaged."""
         file = self._file(which, fresh and self._ends is None)
-        if fresh or not file.has(begin, end):
+        if fresh:
             data = self._fetch(which, begin, end)
             with _disk(file.path):
                 file.put(begin, data)
@@ -284,16 +284,12 @@ class _Sparse:
             with contextlib.suppress(OSError):
                 os.utime(self._file.fileno())
 
-    def has(self, begin: int, end: int) -> bool:
-        """Whether a range was written: its first bytes are a hash."""
-        return begin == end or any(os.pread(self._file.fileno(), 8, begin))
-
     def put(self, begin: int, data: bytes) -> None:
-        """Writes a range, its first bytes last, so that others do not take half of it for all."""
-        for offset, part in ((begin + 8, memoryview(data)[8:]), (begin, memoryview(data)[:8])):
-            while part:
-                written = os.pwrite(self._file.fileno(), part, offset)
-                offset, part = offset + written, part[written:]
+        """Writes a range. Who reads it meanwhile sees a wrong checksum, and fetches it as well."""
+        part = memoryview(data)
+        while part:
+            written = os.pwrite(self._file.fileno(), part, begin)
+            begin, part = begin + written, part[written:]
 
     def read(self, position: int) -> bytes:
         """A record; _DamagedError if it is not there or its checksum differs."""

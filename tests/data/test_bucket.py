@@ -146,7 +146,7 @@ def taken(folder: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in folder.iterdir())
 
 
-def test_local_copies_that_were_damaged_or_removed_are_fetched_again(bucket, tmp_path):
+def test_local_copies_that_were_damaged_or_removed_are_fetched_again(bucket, tmp_path, running):
     shards.write(pictures(12), tmp_path / "s", name="s", names=["a"])
     place, local = send(tmp_path / "s", f"{bucket}/s"), Shards(tmp_path / "s")
     opened = pickle.loads(pickle.dumps(Shards(place)))
@@ -158,6 +158,9 @@ def test_local_copies_that_were_damaged_or_removed_are_fetched_again(bucket, tmp
         file.seek(20_000)
         file.write(b"x" * 40_000)
     assert [opened.read(i) for i in range(12)] == values
+    asked = running.requests.total()
+    assert [opened.read(i) for i in range(12)] == values
+    assert running.requests.total() == asked  # the copy is mended
     os.truncate(copy, 5000)
     assert [opened.read(i) for i in range(12)] == values
     copy.unlink()
@@ -202,6 +205,14 @@ def test_folders_without_the_column_of_ends_are_fetched_whole(bucket, tmp_path):
     for path in (tmp_path / "cache" / "shards").glob("*.whole"):
         path.write_bytes(bytes(path.stat().st_size))
     assert Shards(place).read(3) == local.read(3)
+    file = next((tmp_path / "s").glob("records-00000*"))
+    data = bytearray(file.read_bytes())
+    data[20_000] ^= 1
+    file.write_bytes(data)
+    send(tmp_path / "s", f"{bucket}/spoilt")
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(StorageError, match="its sha256 is .*, the manifest says"):
+        Shards(f"{bucket}/spoilt").read(3)
 
 
 def test_exhausted_patience_is_one_line_and_no_placeholder(remote, running, monkeypatch, capsys, tmp_path):
@@ -232,16 +243,20 @@ def test_inspect_reads_from_the_bucket(remote, tmp_path, capsys):
         ("manifest.json", "has no manifest.json: expected a folder of shards"),
         ("columns.npz", "columns.npz cannot be read"),
         ("records-00001-of-00003.array_record", "found nothing .no such file."),
+        ("other columns.npz", "columns.npz is not the file that the manifest names"),
         ("cut manifest.json", "is no manifest of shards"),
         ("cut columns.npz", "columns.npz (cannot be read|is not the file)"),
         ("cut records-00001-of-00003.array_record", r"found \d+ .it is truncated."),
     ],
 )
 def test_what_is_missing_or_cut_is_one_line(folders, bucket, change, message, capsys):
-    name = change.removeprefix("cut ")
+    name = change.rpartition(" ")[2]
     files = {path.name: path for path in folders["boxes"].iterdir()}
     cut = folders["root"] / "cut"
     cut.write_bytes(files[name].read_bytes()[:-9])
+    if change.startswith("other"):
+        with np.load(files[name]) as columns, cut.open("wb") as file:
+            np.savez(file, allow_pickle=False, **{key: columns[key] + 1 for key in columns})
     for other, path in files.items():
         if other != name or change != name:
             storage.upload({other: cut if other == name else path}, f"{bucket}/s", other)

@@ -1,0 +1,114 @@
+"""Training data from a bucket beside the same from the local disk: seconds for the same records, and the same batches.
+
+Sides: `far`, an emulator on loopback whose every answer comes 20 ms later, as a region's storage answers; `near`, the bare
+emulator; `local`, the folder. Modes: `read-cold`, 128 records in random order by eight threads, nothing of them on the disk; `read-warm`,
+the same again from the cache; `batches-cold` and `batches-warm`, 12 batches of 8 on canvases of short side 480. The
+256 records are JPEGs of 480 x 640 made of noise, in four shards. The emulator works on the same cores.
+"""
+
+import atexit
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import cv2
+import numpy as np
+import simplejpeg
+
+from benchmarks.alternating import Runs, Settings, main
+from glip_jax import storage
+from glip_jax.config import Config, DataConfig, ModelConfig, SourceConfig, TextConfig, TrainConfig
+from glip_jax.data import shards
+from glip_jax.data.mixture import Mixture
+from glip_jax.data.records import Record, boxes_array
+
+__all__: list[str] = []
+
+_ROOT = Path(__file__).resolve().parents[1]
+_RECORDS, _READ, _STEPS = 256, 128, 12
+_MODES = ("read-cold", "read-warm", "batches-cold", "batches-warm")
+
+
+def _records() -> Iterator[Record]:
+    rng = np.random.default_rng(0)
+    for i in range(_RECORDS):
+        coarse = rng.integers(0, 256, (60, 80, 3), np.uint8)
+        noisy = cv2.resize(coarse, (640, 480)).astype(np.int16) + rng.integers(-12, 13, (480, 640, 3))
+        data = simplejpeg.encode_jpeg(np.ascontiguousarray(np.clip(noisy, 0, 255).astype(np.uint8)), quality=85)
+        yield Record(str(i), "detection", data, 480, 640, boxes_array([(10, 10, 200, 300)]), (i % 2,))
+
+
+def _server(delay: str) -> None:
+    """Starts the storage in a process of its own, and points this one to it."""
+    running = subprocess.Popen(
+        [sys.executable, "-m", "tests.faulty_storage", delay], cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert running.stdin is not None
+    assert running.stdout is not None
+    atexit.register(running.wait)
+    atexit.register(running.stdin.close)
+    for line in iter(running.stdout.readline, ""):
+        if line.startswith("#"):
+            return
+        if found := re.match(r"export (\w+)=(.*)", line):
+            os.environ[found[1]] = found[2]
+    raise SystemExit("the storage did not start: pip install -r requirements-test.txt")
+
+
+def _side(delay: str | None) -> Callable[[Settings], Runs]:
+    def side(settings: Settings) -> Runs:
+        root = Path(tempfile.mkdtemp(prefix="bucket-benchmark-"))
+        atexit.register(shutil.rmtree, root, ignore_errors=True)
+        os.environ["GLIP_JAX_CACHE"] = str(root / "cache")
+        place = str(root / "set")
+        shards.write(_records(), place, name="set", names=["one", "other"], shards=4)
+        if delay is not None:
+            _server(delay)
+            storage.upload({path.name: path for path in Path(place).iterdir()}, "gs://bucket/set", "manifest.json")
+            place = "gs://bucket/set"
+        vocabulary = str(_ROOT / "tests" / "fixtures" / "vocab_tiny1.txt")
+        mixture = Mixture(
+            Config(
+                model=ModelConfig(text=TextConfig(vocabulary=vocabulary, vocabulary_size=512, max_tokens=64)),
+                data=DataConfig(sources={"set": SourceConfig(place)}, short_sides=(480,), long_side=800, threads=8),
+                train=TrainConfig(batch_size=8),
+            )
+        )
+        order = np.random.default_rng(1).permutation(_RECORDS)[:_READ].tolist()
+        opened = mixture.shards[0]
+
+        def read() -> None:
+            with ThreadPoolExecutor(8) as pool:
+                if not all(pool.map(opened.read, order)):
+                    raise SystemExit("a record is empty")
+
+        def batches() -> None:
+            drawn = mixture.batches()
+            if not all(batch.valid.all() for batch in islice(drawn, _STEPS)):
+                raise SystemExit("a batch has a placeholder")
+            drawn.close()  # pyright: ignore[reportAttributeAccessIssue]
+
+        def cold(run: Callable[[], None]) -> Callable[[], None]:
+            def runs() -> None:
+                shutil.rmtree(root / "cache", ignore_errors=True)
+                run()
+
+            return runs
+
+        del settings  # its threads are the cores that the process is pinned to
+        return dict(zip(_MODES, (cold(read), read, cold(batches), batches)))
+
+    return side
+
+
+if __name__ == "__main__":
+    sides = {"far": _side("0.02"), "near": _side("0"), "local": _side(None)}
+    main("benchmarks.bucket", __doc__ or "", sides, _MODES)
