@@ -56,6 +56,7 @@ def made_batch(config: Config, height: int, width: int, images: int = 1, boxes: 
         token_mask=np.ones((images, length), bool),
         boxes=corners.astype(np.float32),
         box_mask=np.arange(slots)[None] < np.full((images, 1), boxes),
+        box_weight=np.ones((images, slots), np.float32),
         positive_map=positive_map,
         token_loss_mask=np.ones((images, length), bool),
         valid=np.ones(images, bool),

@@ -79,6 +79,8 @@ class SourceConfig:
     """Share of examples relative to the other sources' weights; must be positive."""
     copies: int = 0
     """Instead of a weight, as in the original: the share is copies x records. Of all sources or of none; 0: by weight."""
+    box_weight: Literal["one", "score"] = "one"
+    """What a box of the source counts in the losses: 1, as in the original, or its teacher's score (pseudo records)."""
     negatives: tuple[str, ...] = ()
     """More names that may be drawn as negatives: the user says that they are absent from every image of the source
     (one that is a name of the source or a phrase of the image is never drawn)."""

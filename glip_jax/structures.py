@@ -35,6 +35,8 @@ class Batch(NamedTuple):
     """Float32[B N 4]: xyxy, pixels of the resized image."""
     box_mask: Any
     """Bool[B N]: slots in use."""
+    box_weight: Any
+    """Float32[B N]: weight in the losses of the anchors that the box gets; 1, or a teacher's score; 0 in empty slots."""
     positive_map: Any
     """Bool[B N T]: tokens of each box's phrases."""
     token_loss_mask: Any

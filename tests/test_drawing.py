@@ -19,7 +19,7 @@ def _batch():
     return Batch(
         image=image, size=np.array([[48, 64], [64, 64]], np.int32), extent=np.array([[64, 64]] * 2, np.int32),
         tokens=tokens, token_mask=tokens > 0, boxes=np.tile(np.array([10, 12, 30, 40], np.float32), (2, 3, 1)),
-        box_mask=np.array([[True, False, False], [False] * 3]), positive_map=positive, token_loss_mask=np.ones_like(tokens, bool), valid=np.array([True, False]),
+        box_mask=np.array([[True, False, False], [False] * 3]), box_weight=np.ones((2, 3), np.float32), positive_map=positive, token_loss_mask=np.ones_like(tokens, bool), valid=np.array([True, False]),
         source=np.zeros(2, np.int32), record=np.zeros(2, np.int32), dropped=np.zeros((2, len(DROPS)), np.int32),
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Float32, Int32, UInt8
 
 from glip_jax.config import Config
 from glip_jax.data import codec, transforms
@@ -78,10 +78,10 @@ class Examples:
             own = canvas[: new[0], : new[1]]
             own[:] = transforms.jitter(own, data.jitter, rng)
         text = captioner(record, rng, view)
-        boxes, rows = boxes[text.keep], text.positive_map[text.keep]
+        boxes, rows, weights = boxes[text.keep], text.positive_map[text.keep], self._weights(source, record)[text.keep]
         count = min(len(boxes), data.max_boxes)
-        slots = np.zeros((data.max_boxes, 4), np.float32)
-        slots[:count] = boxes[:count]
+        slots, weight = np.zeros((data.max_boxes, 4), np.float32), np.zeros(data.max_boxes, np.float32)
+        slots[:count], weight[:count] = boxes[:count], weights[:count]
         positive_map = np.zeros((data.max_boxes, config.model.text.max_tokens), bool)
         positive_map[:count] = rows[:count]
         dropped = {
@@ -98,6 +98,7 @@ class Examples:
             token_mask=text.mask,
             boxes=slots,
             box_mask=np.arange(data.max_boxes) < count,
+            box_weight=weight,
             positive_map=positive_map,
             # What lost a box to the limit is in the image without one.
             token_loss_mask=text.token_loss_mask & ~rows[count:].any(0),
@@ -106,6 +107,13 @@ class Examples:
             record=np.int32(index),
             dropped=np.array([dropped.get(name, 0) for name in DROPS], np.int32),
         )
+
+    def _weights(self, source: int, record: Record) -> Float32[np.ndarray, "N"]:
+        """What each box counts in the losses."""
+        name = sorted(self.config.data.sources)[source]
+        if self.config.data.sources[name].box_weight == "score" and record.kind == "pseudo":
+            return np.asarray(record.scores, np.float32)
+        return np.ones(len(record.boxes), np.float32)
 
     def _extent(self, size: tuple[int, int], canvas: tuple[int, int]) -> Int32[np.ndarray, "2"]:
         """What the network takes as the image's size: rounded up, or the canvas."""
@@ -131,6 +139,7 @@ class Examples:
             token_mask=np.arange(length) < len(ids),
             boxes=np.zeros((slots, 4), np.float32),
             box_mask=np.zeros(slots, bool),
+            box_weight=np.zeros(slots, np.float32),
             positive_map=np.zeros((slots, length), bool),
             token_loss_mask=np.ones(length, bool),
             valid=np.bool_(False),

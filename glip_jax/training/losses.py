@@ -30,16 +30,22 @@ class Denominators(NamedTuple):
     """What the sums are divided by."""
 
     positives: Float[Array, ""]
-    """Positive anchors of the whole batch, at least the floor."""
+    """Positive anchors of the whole batch, each as much as its box weighs, at least the floor."""
     box_weight: Float[Array, ""]
-    """Sum of the centerness targets of the whole batch."""
+    """Sum of their centerness targets, weighted alike."""
 
 
-def denominators(targets: Targets, valid: Bool[Array, " B"], floor: float) -> Denominators:
-    """From the targets of the whole batch; examples that are not `valid` do not count."""
-    positive = targets.positive & valid[:, None]
-    weight = jnp.where(valid[:, None], targets.centerness, 0.0)
-    return Denominators(jnp.maximum(positive.sum().astype(jnp.float32), floor), weight.sum())
+def denominators(
+    targets: Targets, box_weight: Float[Array, "B N"], valid: Bool[Array, " B"], floor: float
+) -> Denominators:
+    """From the targets and `Batch.box_weight` of the whole batch; examples that are not `valid` do not count."""
+    weight = jnp.where(valid[:, None], _anchor_weights(targets, box_weight), 0.0)
+    return Denominators(jnp.maximum(weight.sum(), floor), (weight * targets.centerness).sum())
+
+
+def _anchor_weights(targets: Targets, box_weight: Float[Array, "B N"]) -> Float[Array, "B A"]:
+    """What each positive anchor counts: as much as its box; 0 for the others."""
+    return jnp.where(targets.positive, jnp.take_along_axis(box_weight, targets.box_index, axis=1), 0.0)
 
 
 def _focal(logits: Float[Array, "B A T"], target: Bool[Array, "B A T"], config: LossConfig) -> Float[Array, "B A T"]:
@@ -53,8 +59,12 @@ def _focal(logits: Float[Array, "B A T"], target: Bool[Array, "B A T"], config: 
 def loss_sums(
     predictions: Predictions, targets: Targets, batch: Batch, canvas: tuple[int, int], config: Config
 ) -> LossSums:
-    """Loss sums of each image, float32; zero for examples that are not valid."""
-    model = config.model
+    """Loss sums of each image, float32; zero for examples that are not valid.
+
+    Positive anchors count as much as their box weighs, so that with the denominators' weights the losses are weighted
+    means; weights of 1 are the original's. Anchors without a box count 1.
+    """
+    model, weight = config.model, _anchor_weights(targets, batch.box_weight)
     own = anchors_inside(batch.extent, canvas, model.pyramid.strides)
     rows = jnp.take_along_axis(batch.positive_map, targets.box_index[:, :, None], axis=1)
     wanted = rows & targets.positive[:, :, None]
@@ -63,14 +73,15 @@ def loss_sums(
     # Where it is unknown whether the image has what a token names, an anchor without a box is no evidence.
     known = batch.token_loss_mask[:, None, :] | targets.positive[:, :, None]
     counted = own[:, :, None] & batch.token_mask[:, None, :] & known
-    token = jnp.where(counted, _focal(predictions.logits, wanted, config.loss), 0.0).sum((1, 2))
+    token = jnp.where(counted, _focal(predictions.logits, wanted, config.loss), 0.0).sum(2)
+    token = jnp.where(targets.positive, token * weight, token).sum(1)
 
     anchors = jnp.asarray(box.anchors(canvas, model.pyramid.strides, model.anchors.sizes))
     deltas = jnp.where(targets.positive[:, :, None], predictions.deltas, 0.0)
     apart = 1.0 - box.giou(box.decode(deltas, anchors), targets.boxes)
-    boxes = jnp.where(targets.positive, apart * targets.centerness, 0.0).sum(1)
+    boxes = jnp.where(targets.positive, apart * targets.centerness * weight, 0.0).sum(1)
     cross = jax.nn.softplus(predictions.centerness) - predictions.centerness * targets.centerness
-    centerness = jnp.where(targets.positive, cross, 0.0).sum(1)
+    centerness = jnp.where(targets.positive, cross * weight, 0.0).sum(1)
     return LossSums(*(jnp.where(batch.valid, part, 0.0) for part in (token, boxes, centerness)))
 
 

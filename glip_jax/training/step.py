@@ -135,7 +135,7 @@ def _gradients(
     targets = jax.lax.map(objective.targets, micro)
     joined = jax.tree.map(_join, targets)
     whole = jax.tree.map(_join, micro)
-    counts = denominators(joined, whole.valid, config.loss.positives_floor)
+    counts = denominators(joined, whole.box_weight, whole.valid, config.loss.positives_floor)
     trainable, held = adamw.split(params, config.model)
 
     def loss(trainable: Any, batch: Batch, targets: Targets, key: Array) -> tuple[Float[Array, ""], LossSums]:
@@ -195,7 +195,7 @@ def _of_source(
     config: Config,
 ) -> Metrics:
     """Losses of one source as if the batch held it alone: its sums over its own counts, comparable between steps."""
-    own = denominators(targets, batch.valid & mine, config.loss.positives_floor)
+    own = denominators(targets, batch.box_weight, batch.valid & mine, config.loss.positives_floor)
     _, parts = total_loss(LossSums(*(jnp.where(mine, part, 0.0) for part in sums)), own, config.loss)
     metrics = {f"source/{name}/loss/{part}": value for part, value in parts.items()}
     lost = jnp.where(mine[:, None], batch.dropped, 0).sum(0)

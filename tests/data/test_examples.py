@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from glip_jax.config import Config, CropConfig, DataConfig, JitterConfig, ModelConfig, PackingConfig, TextConfig
+from glip_jax.config import (
+    Config,
+    CropConfig,
+    DataConfig,
+    JitterConfig,
+    ModelConfig,
+    PackingConfig,
+    SourceConfig,
+    TextConfig,
+)
 from glip_jax.data import shards, transforms
 from glip_jax.data.captions import Captioner, rng_of
 from glip_jax.data.examples import Examples
@@ -46,6 +55,7 @@ def _records() -> list[Record]:
     return [
         Record("d", "detection", categories=(0, 1, 1), **common),
         *(Record(f"g{i}", "grounding", caption=c, spans=s, **common) for i, (c, s) in enumerate(zip(captions, spans))),
+        Record("p", "pseudo", caption=captions[0], spans=spans[0], scores=(0.9, 0.6, 0.75), **common),
     ]
 
 
@@ -60,7 +70,16 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> shards.Shards:
 def examples(opened: shards.Shards, max_tokens: int = 32, **data: Any) -> Examples:
     config = Config(
         model=ModelConfig(text=TextConfig(vocabulary=str(VOCABULARY), vocabulary_size=512, max_tokens=max_tokens)),
-        data=DataConfig(**{"short_sides": (60,), "long_side": 96, "max_boxes": 5, "flip": 0.0, **data}),
+        data=DataConfig(
+            **{
+                "sources": {"made": SourceConfig(str(opened.path))},
+                "short_sides": (60,),
+                "long_side": 96,
+                "max_boxes": 5,
+                "flip": 0.0,
+                **data,
+            }
+        ),
     )
     captioner = Captioner(NAMES, TOKENIZER, config.data.captions, max_tokens, (), opened)
     return Examples(config, (opened,), (captioner,))
@@ -192,3 +211,16 @@ def test_packing_reads_other_records_of_the_source(opened: shards.Shards) -> Non
     own, other = "the dog on the left by a red table", "a dog a man and a red table"
     # Detection records have no caption, and a caption is not its own negative.
     assert {own, f"{own}. {other}.", f"{other}. {own}."} <= {text.replace(" .", ".") for text in seen}
+
+
+def test_boxes_weigh_as_much_as_their_teacher_was_sure(opened: shards.Shards) -> None:
+    ones = [1.0, 1.0, 1.0, 0.0, 0.0]
+    for index in (1, 3):
+        assert make(opened, index).box_weight.tolist() == ones
+    sources = {"made": SourceConfig(str(opened.path), box_weight="score")}
+    assert make(opened, 1, sources=sources).box_weight.tolist() == ones, "people's boxes have no score"
+    np.testing.assert_allclose(make(opened, 3, sources=sources).box_weight, [0.9, 0.6, 0.75, 0, 0])
+    limited = make(opened, 3, sources=sources, max_boxes=2)
+    np.testing.assert_allclose(limited.box_weight, [0.9, 0.6])
+    corrupt = examples(opened, sources=sources)._corrupt(0, 3, np.empty((64, 96, 3), np.uint8))
+    assert not corrupt.box_weight.any()

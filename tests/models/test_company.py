@@ -95,7 +95,7 @@ def _batch(examples: list[dict[str, Any]], canvas: tuple[int, int], tokens: int)
         size=np.asarray([e["size"] for e in examples], np.int32),
         extent=np.asarray([e["extent"] for e in examples], np.int32),
         tokens=ids, token_mask=mask, boxes=np.stack([e["boxes"] for e in examples]),
-        box_mask=np.ones((count, SLOTS), bool), positive_map=positive, token_loss_mask=np.ones_like(mask), valid=np.ones(count, bool),
+        box_mask=np.ones((count, SLOTS), bool), box_weight=np.ones((count, SLOTS), np.float32), positive_map=positive, token_loss_mask=np.ones_like(mask), valid=np.ones(count, bool),
         source=np.zeros(count, np.int32), record=np.zeros(count, np.int32), dropped=np.zeros((count, 5), np.int32),
     )  # fmt: skip
     return image, batch

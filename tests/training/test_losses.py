@@ -24,6 +24,7 @@ def _case(seed: int = 0) -> tuple[Predictions, Targets, Batch]:
         image=np.zeros((2, *CANVAS, 3), np.uint8), size=np.array([CANVAS, (40, 50)], np.int32),
         extent=np.array([CANVAS, (64, 64)], np.int32), tokens=np.zeros((2, TOKENS), np.int32),
         token_mask=np.array([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]], bool), boxes=boxes, box_mask=positive[:, :2] | True,
+        box_weight=np.ones((2, 2), np.float32),
         positive_map=rng.uniform(size=(2, 2, TOKENS)) < 0.5, token_loss_mask=np.ones((2, TOKENS), bool), valid=np.array([True, True]),
         source=np.zeros(2, np.int32), record=np.zeros(2, np.int32), dropped=np.zeros((2, 5), np.int32),
     )  # fmt: skip
@@ -109,8 +110,26 @@ def test_an_invalid_example_counts_nowhere() -> None:
     masked = batch._replace(valid=np.array([False, True]))
     found = _sums(predictions, targets, masked)
     assert found.token[0] == found.box[0] == found.centerness[0] == 0
-    counted = denominators(jax.tree.map(jax.numpy.asarray, targets), jax.numpy.asarray(masked.valid), 1.0)
+    counted = denominators(*jax.tree.map(jax.numpy.asarray, (targets, masked.box_weight, masked.valid)), 1.0)
     assert (float(counted.positives), float(counted.box_weight)) == (1.0, 0.0)
+
+
+def test_a_box_counts_as_much_as_it_weighs() -> None:
+    predictions, targets, batch = _case()
+    second = targets.positive & (np.arange(len(ANCHORS)) == 7)  # the others are the first box's
+    targets = targets._replace(box_index=second.astype(np.int32))
+
+    def weighing(weight: float) -> LossSums:
+        weights = np.array([[weight, 1.0], [1.0, 1.0]], np.float32)
+        return _sums(predictions, targets, batch._replace(box_weight=weights))
+
+    for none, part, whole in zip(weighing(0.0), weighing(0.25), weighing(1.0)):
+        assert whole[0] > none[0] > 0 and whole[1] == part[1] == none[1]
+        np.testing.assert_allclose(part[0], none[0] + 0.25 * (whole[0] - none[0]), rtol=1e-5)
+    weights = np.array([[0.25, 1.0], [1.0, 1.0]], np.float32)
+    counted = denominators(*jax.tree.map(jax.numpy.asarray, (targets, weights, batch.valid)), 1.0)
+    at = targets.centerness[0]
+    np.testing.assert_allclose(counted, [1.5, at[7] + 0.25 * (at[3] + at[25])], rtol=1e-6)
 
 
 def test_no_box_weight_gives_no_box_loss_and_no_nan() -> None:
