@@ -296,6 +296,8 @@ def test_places_that_are_not_there(bucket, capsys):
     assert capsys.readouterr().err.startswith("inspect: gs://nobucket/s: there is no bucket nobucket")
     with pytest.raises(StorageError, match="is no place in a bucket"):
         Shards("gs://")
+    assert main(["data", "tfds", f"{bucket}/voc", f"--out={bucket}/s"]) == 2
+    assert "array_record reads local files" in capsys.readouterr().err
     with pytest.raises(ShardError, match=r"s3:/ is not known"):
         shards.write(pictures(2), "s3://bucket/s", name="s")
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from glip_jax import storage
 from glip_jax.data.entries import Box, Entry, Opened, Report, SourceError
 from glip_jax.data.formats.categories import check_names
 
@@ -24,9 +25,13 @@ def open_tfds(folder: epath.PathLike, split: str = "train", *, strict: bool = Fa
     """Detection entries of a split, in the order of the set.
 
     SourceError: the package or the set is missing, the split is not there, the files are no array_record, the features
-    have no image or no boxes with labels.
+    have no image or no boxes with labels, or lie in a bucket.
     """
     place = epath.Path(folder)
+    if storage.is_remote(folder):
+        raise SourceError(
+            f"{place} lies in a bucket, and array_record reads local files: copy the prepared set to a disk"
+        )
     images = _Images(str(place), split, *_image_feature(_builder(place), place))
     features = images.builder.info.features
     boxes = _boxes_feature(features, place)
