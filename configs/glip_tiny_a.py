@@ -1,9 +1,13 @@
-"""GLIP-T (A): no fusion, detection data alone."""
+"""GLIP-T (A): no fusion, Objects365 alone; 30 passes over 609 k records. Otherwise as GLIP-T.
+
+The text is encoded once, by BERT, and never sees the image; logits are taken from its last states. Paper and released
+weights agree: COCO zero-shot 42.9.
+"""
 
 from dataclasses import replace
 
 from configs import glip_tiny
-from glip_jax.config import Config, FusionConfig, TrainConfig
+from glip_jax.config import Config, FusionConfig
 
 
 def get_config() -> Config:
@@ -13,5 +17,5 @@ def get_config() -> Config:
         name="glip_tiny_a",
         model=replace(base.model, fusion=FusionConfig(enabled=False)),
         data=replace(base.data, sources={"objects365": glip_tiny.OBJECTS365}),
-        train=TrainConfig(steps=30 * 609_000 // 64, batch_size=64),
+        train=replace(base.train, steps=glip_tiny.steps(glip_tiny.DETECTION_RECORDS)),
     )

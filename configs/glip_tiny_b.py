@@ -1,9 +1,12 @@
-"""GLIP-T (B): with fusion, detection data alone."""
+"""GLIP-T (B): with fusion, Objects365 alone; 30 passes over 609 k records. Otherwise as GLIP-T.
+
+Paper and released weights agree: COCO zero-shot 44.9.
+"""
 
 from dataclasses import replace
 
 from configs import glip_tiny
-from glip_jax.config import Config, TrainConfig
+from glip_jax.config import Config
 
 
 def get_config() -> Config:
@@ -12,5 +15,5 @@ def get_config() -> Config:
         base,
         name="glip_tiny_b",
         data=replace(base.data, sources={"objects365": glip_tiny.OBJECTS365}),
-        train=TrainConfig(steps=30 * 609_000 // 64, batch_size=64),
+        train=replace(base.train, steps=glip_tiny.steps(glip_tiny.DETECTION_RECORDS)),
     )

@@ -1,4 +1,8 @@
-"""GLIP-T (C): detection and grounding data, no captions."""
+"""GLIP-T (C): Objects365 and GoldG, no captions; 30 passes over 1.38 M records. Otherwise as GLIP-T, whose teacher it is.
+
+COCO zero-shot 46.7 in the paper and with the released weights. On LVIS minival the paper's best checkpoint has 17.7 for
+rare names, the last one, which is released, 14.3.
+"""
 
 from dataclasses import replace
 
@@ -8,5 +12,5 @@ from glip_jax.config import Config
 
 def get_config() -> Config:
     base = glip_tiny.get_config()
-    sources = {name: source for name, source in base.data.sources.items() if name != "cap4m"}
+    sources = {name: source for name, source in base.data.sources.items() if name != "captions"}
     return replace(base, name="glip_tiny_c", data=replace(base.data, sources=sources))

@@ -81,6 +81,9 @@ class SourceConfig:
     """Instead of a weight, as in the original: the share is copies x records. Of all sources or of none; 0: by weight."""
     box_weight: Literal["one", "score"] = "one"
     """What a box of the source counts in the losses: 1, as in the original, or its teacher's score (pseudo records)."""
+    least_score: float = 0.0
+    """Pseudo records: boxes of this score or less are left out, counted as `boxes_unsure`; where the phrase has no other,
+    it is not known where it is. 0.5 in GLIP-L, where the words then count as absent (glip-reference 4.6)."""
     negatives: tuple[str, ...] = ()
     """More names that may be drawn as negatives: the user says that they are absent from every image of the source
     (one that is a name of the source or a phrase of the image is never drawn)."""
@@ -200,6 +203,9 @@ class OptimizerConfig:
     bias_rate_factor: float = 2.0
     decay: float = 1e-4
     bias_decay: float = 0.0
+    decay_milestone_factor: float = 1.0
+    """What both decays are multiplied by at `decay_milestone_share` of the way to each milestone; GLIP-L: 0.1."""
+    decay_milestone_share: float = 0.667
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
@@ -414,6 +420,8 @@ def _data_checks(data: DataConfig) -> list[tuple[bool, str]]:
     for name, source in data.sources.items():
         checks += [
             (source.weight > 0, f"data.sources.{name}.weight is {source.weight}: remove the source instead of weight 0"),
+            (0 <= source.least_score < 1,
+             f"data.sources.{name}.least_score is {source.least_score}: expected 0 to less than 1"),
             (source.copies >= 0, f"data.sources.{name}.copies is {source.copies}: expected 0 (by weight) or more"),
             (not source.copies or source.weight == 1.0,
              f"data.sources.{name} has weight {source.weight} and copies {source.copies}: give one of them"),

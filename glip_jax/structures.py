@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 
 __all__ = ["DROPS", "Batch", "Detections", "Predictions", "Prompt", "Targets", "TokenizedPrompt"]
 
-DROPS = ("boxes_over_limit", "boxes_out_of_view", "phrases_over_budget", "spans_without_token", "corrupt_records")
+DROPS = (
+    "boxes_over_limit", "boxes_out_of_view", "boxes_unsure", "phrases_over_budget", "spans_without_token",
+    "corrupt_records",
+)  # fmt: skip
 """What can be lost on the way into a batch: the columns of `Batch.dropped`."""
 
 

@@ -103,6 +103,7 @@ def test_differences_list_what_changes_numbers_and_only_that() -> None:
         "data.sources.coco.weight: 1.0 -> 2.0",
         "data.sources.new.box_weight: (absent) -> one",
         "data.sources.new.copies: (absent) -> 0",
+        "data.sources.new.least_score: (absent) -> 0.0",
         "data.sources.new.negatives: (absent) -> []",
         "data.sources.new.path: (absent) -> y",
         "data.sources.new.weight: (absent) -> 1.0",

@@ -5,12 +5,12 @@ record, the settings and that generator.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
-from glip_jax.config import Config
+from glip_jax.config import Config, SourceConfig
 from glip_jax.data import codec, transforms
 from glip_jax.data.captions import Captioner, View
 from glip_jax.data.records import Record, RecordError
@@ -57,7 +57,8 @@ class Examples:
         self, source: int, index: int, short_side: int, canvas: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator
     ) -> Batch:
         config, data = self.config, self.config.data
-        record, captioner = self.shards[source][index], self.captioners[source]
+        record, unsure = _sure(self.shards[source][index], self._source(source).least_score)
+        captioner = self.captioners[source]
         window = _window(record, config, rng)
         boxes, old, view = record.boxes, (record.height, record.width), None
         if window is not None:
@@ -86,6 +87,7 @@ class Examples:
         positive_map[:count] = rows[:count]
         dropped = {
             "boxes_over_limit": len(boxes) - count,
+            "boxes_unsure": unsure,
             "boxes_out_of_view": int((~view.shown).sum()) if view else 0,
             "phrases_over_budget": text.over_budget,
             "spans_without_token": text.without_token,
@@ -108,10 +110,13 @@ class Examples:
             dropped=np.array([dropped.get(name, 0) for name in DROPS], np.int32),
         )
 
+    def _source(self, source: int) -> SourceConfig:
+        """The settings of a source."""
+        return self.config.data.sources[sorted(self.config.data.sources)[source]]
+
     def _weights(self, source: int, record: Record) -> Float32[np.ndarray, "N"]:
         """What each box counts in the losses."""
-        name = sorted(self.config.data.sources)[source]
-        if self.config.data.sources[name].box_weight == "score" and record.kind == "pseudo":
+        if self._source(source).box_weight == "score" and record.kind == "pseudo":
             return np.asarray(record.scores, np.float32)
         return np.ones(len(record.boxes), np.float32)
 
@@ -147,6 +152,18 @@ class Examples:
             record=np.int32(index),
             dropped=np.array([name == "corrupt_records" for name in DROPS], np.int32),
         )
+
+
+def _sure(record: Record, least: float) -> tuple[Record, int]:
+    """The record with the boxes of a score above `least`, and how many it lost; their phrases stay, as unknown ones."""
+    if record.kind != "pseudo" or not least:
+        return record, 0
+    kept = [i for i, score in enumerate(record.scores) if score > least]
+    spans = tuple(record.spans[i] for i in kept)
+    unknown = dict.fromkeys(phrase for phrase in (*record.unknown, *record.spans) if phrase not in spans)
+    scores = tuple(record.scores[i] for i in kept)
+    sure = replace(record, boxes=record.boxes[kept], spans=spans, scores=scores, unknown=tuple(unknown))
+    return sure, len(record.scores) - len(kept)
 
 
 def _window(record: Record, config: Config, rng: np.random.Generator) -> tuple[int, int, int, int] | None:

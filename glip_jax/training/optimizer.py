@@ -6,8 +6,9 @@ parameter belongs to is read from its path alone (glip-reference 1.6: solver/bui
 """
 
 import bisect
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -23,6 +24,7 @@ __all__ = [
     "apply_gradients",
     "average",
     "clip",
+    "decay_multiplier",
     "flat",
     "frozen",
     "groups",
@@ -119,14 +121,26 @@ def rate_multiplier(step: Int[Array, ""] | int, steps: int, optimizer: Optimizer
 
     w(t) 0.1^#{milestones <= t}; w rises linearly from `warmup_factor` at t = 0 to 1 at `warmup_steps`.
     """
-    milestones = milestone_steps(steps, optimizer)
-    if isinstance(step, int):
-        passed: Any = bisect.bisect_right(milestones, step)
-    else:
-        passed = jnp.sum(jnp.asarray(milestones, jnp.int32) <= step)
+    passed = _passed(step, milestone_steps(steps, optimizer))
     done = jnp.float32(step) / max(optimizer.warmup_steps, 1)
     warm = jnp.where(step < optimizer.warmup_steps, optimizer.warmup_factor * (1 - done) + done, 1.0)
     return (warm * jnp.float32(optimizer.milestone_factor) ** passed).astype(jnp.float32)
+
+
+def decay_multiplier(step: Int[Array, ""] | int, steps: int, optimizer: OptimizerConfig) -> Float[Array, ""]:
+    """What every group's decay is multiplied by at the 0-based `step` of `steps`: GLIP-L's schedule of its own.
+
+    `decay_milestone_factor` at step t for each milestone m with t >= `decay_milestone_share` m (glip-reference 1.6).
+    """
+    falls = [math.ceil(optimizer.decay_milestone_share * m) for m in milestone_steps(steps, optimizer)]
+    return (jnp.float32(optimizer.decay_milestone_factor) ** _passed(step, falls)).astype(jnp.float32)
+
+
+def _passed(step: Int[Array, ""] | int, at: Sequence[int]) -> Any:
+    """How many of the ascending steps `at` have been reached."""
+    if isinstance(step, int):
+        return bisect.bisect_right(at, step)
+    return jnp.sum(jnp.asarray(at, jnp.int32) <= step)
 
 
 def init(trainable: Params, optimizer: OptimizerConfig) -> optax.ScaleByAdamState:
@@ -148,10 +162,11 @@ def apply_gradients(
     moments: optax.ScaleByAdamState,
     trainable: Params,
     multiplier: Float[Array, ""],
+    decay_multiplier: Float[Array, ""] | float,
     group: Mapping[str, Group],
     optimizer: OptimizerConfig,
 ) -> tuple[dict[str, Any], optax.ScaleByAdamState]:
-    """One AdamW step as torch.optim.AdamW makes it: p - r d p - r m̂ / (√v̂ + ε), r = group's rate x `multiplier`.
+    """One AdamW step as torch.optim.AdamW makes it: p - r d p - r m̂ / (√v̂ + ε), r and d the group's, multiplied.
 
     `gradients` are already clipped. Returns (new parameters, new moments), both of the trainable parameters only.
     """
@@ -160,7 +175,7 @@ def apply_gradients(
 
     def moved(path: str, parameter: Float32[Array, "..."]) -> Float32[Array, "..."]:
         rate, decay = group[path]
-        return parameter - multiplier * rate * (flat_directions[path] + decay * parameter)
+        return parameter - multiplier * rate * (flat_directions[path] + decay_multiplier * decay * parameter)
 
     leaves = {path: moved(path, leaf) for path, leaf in flat(trainable).items()}
     return nested(leaves), moments

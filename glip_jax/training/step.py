@@ -92,7 +92,13 @@ def make_step(
         gradients, norm = adamw.clip(gradients, config.optimizer.clip_norm)
         scale = adamw.rate_multiplier(state.step, config.train.steps, config.optimizer)
         trainable, moments = adamw.apply_gradients(
-            gradients, state.optimizer, trainable, scale, group, config.optimizer
+            gradients,
+            state.optimizer,
+            trainable,
+            scale,
+            adamw.decay_multiplier(state.step, config.train.steps, config.optimizer),
+            group,
+            config.optimizer,
         )
         ema = adamw.average(state.ema, trainable, config.optimizer.ema_decay) if state.ema else state.ema
         metrics |= {

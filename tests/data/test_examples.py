@@ -224,3 +224,15 @@ def test_boxes_weigh_as_much_as_their_teacher_was_sure(opened: shards.Shards) ->
     np.testing.assert_allclose(limited.box_weight, [0.9, 0.6])
     corrupt = examples(opened, sources=sources)._corrupt(0, 3, np.empty((64, 96, 3), np.uint8))
     assert not corrupt.box_weight.any()
+
+
+def test_boxes_the_teacher_was_not_sure_of_are_left_out_and_their_words_unknown(opened: shards.Shards) -> None:
+    sources = {"made": SourceConfig(str(opened.path), least_score=0.75)}
+    whole, sure = make(opened, 3), make(opened, 3, sources=sources)
+    assert whole.box_mask.sum() == 3 and whole.token_loss_mask.all()
+    assert sure.box_mask.sum() == 1 and sure.dropped[DROPS.index("boxes_unsure")] == 2
+    assert words(sure, sure.positive_map[0]) == "dog"
+    tokens = whole.positive_map[1] | whole.positive_map[2]  # red table, table
+    np.testing.assert_array_equal(~sure.token_loss_mask, tokens)
+    people = make(opened, 1, sources=sources)
+    assert people.box_mask.sum() == 3 and not people.dropped.any()

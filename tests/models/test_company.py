@@ -23,7 +23,7 @@ from glip_jax.config import (
 )
 from glip_jax.inference import detect
 from glip_jax.models.glip import GLIP
-from glip_jax.structures import Batch
+from glip_jax.structures import DROPS, Batch
 from glip_jax.training.assignment import assign
 from glip_jax.training.losses import loss_sums
 
@@ -96,7 +96,7 @@ def _batch(examples: list[dict[str, Any]], canvas: tuple[int, int], tokens: int)
         extent=np.asarray([e["extent"] for e in examples], np.int32),
         tokens=ids, token_mask=mask, boxes=np.stack([e["boxes"] for e in examples]),
         box_mask=np.ones((count, SLOTS), bool), box_weight=np.ones((count, SLOTS), np.float32), positive_map=positive, token_loss_mask=np.ones_like(mask), valid=np.ones(count, bool),
-        source=np.zeros(count, np.int32), record=np.zeros(count, np.int32), dropped=np.zeros((count, 5), np.int32),
+        source=np.zeros(count, np.int32), record=np.zeros(count, np.int32), dropped=np.zeros((count, len(DROPS)), np.int32),
     )  # fmt: skip
     return image, batch
 

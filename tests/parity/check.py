@@ -265,7 +265,7 @@ def _step(case: Case, gradients: Mapping[str, np.ndarray]) -> list[Line]:
     clipped, _ = optimizer.clip(grads, settings.clip_norm)
     moments = optimizer.init({k: jnp.asarray(v) for k, v in state.items()}, settings)
     new, _ = optimizer.apply_gradients(
-        clipped, moments, {k: jnp.asarray(v) for k, v in state.items()}, jnp.float32(1.0), ours, settings
+        clipped, moments, {k: jnp.asarray(v) for k, v in state.items()}, jnp.float32(1.0), 1.0, ours, settings
     )
     new = flax.traverse_util.flatten_dict(new, sep="/")
     total = float(np.sqrt(sum(np.square(g.astype(np.float64)).sum() for g in gradients.values())))

@@ -28,7 +28,7 @@ from glip_jax.config import (
     TextConfig,
     validate,
 )
-from glip_jax.structures import Batch
+from glip_jax.structures import DROPS, Batch
 from glip_jax.weights.names import import_state
 
 
@@ -179,7 +179,7 @@ def _batch(name: str, inputs: Mapping[str, np.ndarray], prefix: str) -> tuple[Ba
         image=np.zeros((images, height, width, 3), np.uint8), size=get("image_sizes").astype(np.int32), extent=extent,
         tokens=get("input_ids").astype(np.int32), token_mask=get("attention_mask") > 0, boxes=boxes,
         box_mask=box_mask, box_weight=box_mask.astype(np.float32), positive_map=positive_map, token_loss_mask=np.ones((images, tokens), bool), valid=np.ones(images, bool), source=np.zeros(images, np.int32),
-        record=np.arange(images, dtype=np.int32), dropped=np.zeros((images, 5), np.int32),
+        record=np.arange(images, dtype=np.int32), dropped=np.zeros((images, len(DROPS)), np.int32),
     )  # fmt: skip
     return batch, image, class_map
 

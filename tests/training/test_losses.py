@@ -5,7 +5,7 @@ import numpy as np
 
 from glip_jax import boxes as box
 from glip_jax.config import AnchorConfig, Config, LossConfig, ModelConfig, PyramidConfig
-from glip_jax.structures import Batch, Predictions, Targets
+from glip_jax.structures import DROPS, Batch, Predictions, Targets
 from glip_jax.training.losses import Denominators, LossSums, denominators, loss_sums, total_loss
 
 CANVAS, TOKENS = (64, 96), 5
@@ -26,7 +26,7 @@ def _case(seed: int = 0) -> tuple[Predictions, Targets, Batch]:
         token_mask=np.array([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]], bool), boxes=boxes, box_mask=positive[:, :2] | True,
         box_weight=np.ones((2, 2), np.float32),
         positive_map=rng.uniform(size=(2, 2, TOKENS)) < 0.5, token_loss_mask=np.ones((2, TOKENS), bool), valid=np.array([True, True]),
-        source=np.zeros(2, np.int32), record=np.zeros(2, np.int32), dropped=np.zeros((2, 5), np.int32),
+        source=np.zeros(2, np.int32), record=np.zeros(2, np.int32), dropped=np.zeros((2, len(DROPS)), np.int32),
     )  # fmt: skip
     predictions = Predictions(
         rng.normal(size=(2, count, TOKENS)).astype(np.float32) * 3,

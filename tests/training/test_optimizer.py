@@ -95,6 +95,19 @@ def test_schedule_by_hand():
     assert adamw.milestone_steps(50, CONFIG) == [34, 44]  # 33.5 and 44.5 round half to even, as Python's round
 
 
+def test_decay_of_glip_l_falls_before_the_rate():
+    large = OptimizerConfig(decay=0.01, decay_milestone_factor=0.1)
+    for step, value in ((0, 1), (446_889, 1), (446_890, 0.1), (593_629, 0.1), (593_630, 0.01), (10**6, 0.01)):
+        assert float(adamw.decay_multiplier(step, 10**6, large)) == pytest.approx(value, rel=1e-6)
+        assert float(jax.jit(lambda t: adamw.decay_multiplier(t, 10**6, large))(step)) == pytest.approx(value, rel=1e-6)
+    assert float(adamw.decay_multiplier(10**6, 10**6, OptimizerConfig())) == 1
+    moments = adamw.init({"kernel": jnp.ones(1)}, large)
+    group = {"kernel": adamw.Group(0.5, 0.2)}
+    ones = {"kernel": jnp.ones(1)}
+    moved, _ = adamw.apply_gradients({"kernel": jnp.zeros(1)}, moments, ones, jnp.float32(1), 0.1, group, large)
+    assert float(moved["kernel"][0]) == pytest.approx(1 - 0.5 * 0.2 * 0.1)
+
+
 def test_three_steps_equal_torch_formula():
     """torch.optim.AdamW: p *= 1 - lr wd; p -= lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps), in float64."""
     rng = np.random.default_rng(0)
@@ -108,7 +121,7 @@ def test_three_steps_equal_torch_formula():
     for t in range(1, 4):
         gradients = jax.tree.map(lambda p: jnp.float32(rng.normal(size=p.shape)), params)
         scale = jnp.float32(0.5)
-        ours, state = adamw.apply_gradients(gradients, state, ours, scale, group, CONFIG)
+        ours, state = adamw.apply_gradients(gradients, state, ours, scale, 1.0, group, CONFIG)
         for path, g in adamw.flat(gradients).items():
             g, lr = np.float64(g), 0.5 * group[path].rate
             m[path] = 0.9 * m[path] + 0.1 * g
