@@ -156,8 +156,8 @@ class DetectorTeacher:
 
     def __init__(self, views: Sequence[View], nms_iou: float, threshold: float) -> None:
         """`threshold`: the least of all sources."""
-        self._views, self._nms_iou, self._threshold = tuple(views), nms_iou, threshold
-        self._first = self._views[0].detector
+        self.views, self._nms_iou, self._threshold = tuple(views), nms_iou, threshold
+        self._first = self.views[0].detector
 
     @property
     def images(self) -> int:
@@ -181,7 +181,7 @@ class DetectorTeacher:
         """See `Teacher`."""
         found: list[list[list[list[Boxes]]]] = [[[] for _ in picture.questions] for picture in pictures]
         cut: set[tuple[int, int]] = set()
-        for view in self._views:
+        for view in self.views:
             asked = [
                 [
                     n
@@ -215,7 +215,7 @@ class DetectorTeacher:
     def _fused(self, question: Question, views: list[list[Boxes]]) -> list[Boxes]:
         if not views:
             return [_NOTHING] * len(question.spans)
-        if len(self._views) == 1:
+        if len(self.views) == 1:
             return views[0]
         least = self._threshold / 2
         return [fuse([view[phrase] for view in views], least, self._nms_iou) for phrase in range(len(question.spans))]
@@ -243,13 +243,13 @@ def keep(found: Boxes, threshold: float, nms_iou: float, most: int) -> tuple[Box
     """
     order = np.argsort(-found.scores, kind="stable")
     order = order[found.scores[order] > threshold]
-    boxes = found.boxes[order]
+    near: Bool[np.ndarray, "D D"] = box.pairwise_iou(found.boxes[order], found.boxes[order]) > nms_iou
     alive: Bool[np.ndarray, " D"] = np.ones(len(order), bool)
     chosen = []
     for place in range(len(order)):
         if alive[place]:
             chosen.append(place)
-            alive &= box.iou(boxes, boxes[place][None]) <= nms_iou
+            alive &= ~near[place]
     kept = order[chosen[:most]]
     return Boxes(found.boxes[kept], found.scores[kept]), max(0, len(chosen) - most)
 

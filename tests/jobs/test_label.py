@@ -31,10 +31,10 @@ ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ("a cat and a dog", "the person", "and so on", "a dog by a person", "two cats", "a red dog")
 
 
-def captions(folder, count=12, files=3, name="cc", kind="caption"):
+def captions(folder, count=12, files=3, name="cc"):
     """Shards of pictures with captions, one of which names nothing and one of which cannot be decoded."""
     records = [
-        Record(f"{i}", kind, picture(i, corrupt=i == 3), 50, 100, boxes_array(()), caption=TEXTS[i % len(TEXTS)])
+        Record(f"{i}", "caption", picture(i, corrupt=i == 3), 50, 100, boxes_array(()), caption=TEXTS[i % len(TEXTS)])
         for i in range(count)
     ]
     shards.write(iter(records), folder, name=name, shards=files, licence="CC0")

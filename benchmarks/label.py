@@ -1,0 +1,129 @@
+"""Times labelling beside bare inference of the same images: what reading, phrases, choosing boxes and writing cost.
+
+300 JPEGs with a caption each, the demo's network with random parameters at its own size (256 pixels): the quicker the
+network, the harder for what is around it. Captions are more than a Detector remembers, so every text is encoded again. Random
+parameters find some fifty boxes for every phrase; the threshold lies where two of them, as of a trained teacher, are above.
+
+* `label`: the job without its start: shards in, records and JPEG read, phrases found, boxes chosen, pseudo shards, report
+  and manifest written.
+* `bare`: the same Detector on the same images and prompts, decoded and prepared before, in the same batches.
+
+Throughput relative to bare inference is the inverse of the ratio. How: `benchmarks/alternating.py`.
+
+    python -m benchmarks.label --threads 2 --rounds 5
+"""
+
+import contextlib
+import dataclasses
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.alternating import Runs, Settings, main
+
+CAPTIONS, BATCH, THRESHOLD = 300, 8, 0.05
+WORDS = (
+    "a red car",
+    "two small dogs",
+    "the old table",
+    "a woman with a hat",
+    "green bottles",
+    "a cup of tea",
+    "the tall tree",
+)
+
+
+def _captions() -> list[str]:
+    """Different captions of three to five phrases."""
+    rng = random.Random(0)
+    return [f"{' near '.join(rng.sample(WORDS, rng.randint(3, 5)))} at number {i}" for i in range(CAPTIONS)]
+
+
+def _setting(folder: Path) -> tuple[Any, Any, Any]:
+    """Shards of captions, a teacher and a finder."""
+    import jax
+
+    from benchmarks.data import pictures
+    from benchmarks.sample import abstract_params
+    from configs.demo import get_config
+    from glip_jax.data import shards
+    from glip_jax.data.records import Record, boxes_array
+    from glip_jax.labeling.phrases import phrase_finder
+    from glip_jax.labeling.teacher import DetectorTeacher, detectors
+
+    config = get_config()
+    init, _ = abstract_params(config)
+    params = jax.block_until_ready(jax.jit(init)(jax.random.key(0)))
+    images = pictures()
+    records = []
+    for number, caption in enumerate(_captions()):
+        data = images[number % len(images)]
+        # Images that are alike would share their features; bytes behind a JPEG's end are no part of the picture.
+        data += number.to_bytes(4, "little")
+        height, width = ((480, 640), (480, 640), (640, 480))[number % len(images) % 3]
+        records.append(Record(str(number), "caption", data, height, width, boxes_array(()), caption=caption))
+    shards.write(iter(records), folder / "captions", name="captions")
+    views = detectors(config, params, THRESHOLD, config.detection.nms_iou, False, (), BATCH)
+    return (
+        shards.Shards(folder / "captions"),
+        DetectorTeacher(views, config.detection.nms_iou, THRESHOLD),
+        phrase_finder("lexicon"),
+    )
+
+
+def label_runs(_: Settings) -> Runs:
+    """Each run labels into a new folder."""
+    from glip_jax.data.records import decode_image
+    from glip_jax.jobs.label_run import Input, Plan, run
+    from glip_jax.labeling.pseudo import Rules
+    from glip_jax.labeling.teacher import Picture
+
+    folder = Path(tempfile.mkdtemp(prefix="glip_jax_label_"))
+    source, teacher, finder = _setting(folder)
+    record = source[0]
+    question = teacher.question(record.id, record.caption, finder.find(record.caption).spans)
+    ((answer,),) = teacher.answers([Picture(decode_image(record), [question])])
+    threshold = float(np.median([np.sort(found.scores)[-3] for found in answer.found]))
+    plan = Plan(
+        out=folder, name="made", inputs=[Input(str(source.path), source)], teacher=teacher, finder=finder,
+        rules=Rules(threshold), about={"teacher": "random"}, command="", code="benchmark", threads=4, lease=120.0,
+    )  # fmt: skip
+
+    def once() -> None:
+        # Standard output is what the two processes speak over.
+        with tempfile.TemporaryDirectory(dir=folder) as out, contextlib.redirect_stdout(sys.stderr):
+            run(dataclasses.replace(plan, out=Path(out) / "made"))
+
+    return {"demo": once}
+
+
+def bare_runs(_: Settings) -> Runs:
+    """Images and prompts are there before the clock runs."""
+    from glip_jax.data.records import decode_image
+    from glip_jax.inference import bucket
+
+    with tempfile.TemporaryDirectory() as name:
+        source, teacher, finder = _setting(Path(name))
+        detector = teacher.views[0].detector
+        groups: dict[Any, list[tuple[Any, Any]]] = {}
+        for index in range(len(source)):
+            record = source[index]
+            question = teacher.question(record.id, record.caption, finder.find(record.caption).spans)
+            canvas = bucket(record.height, record.width, detector.config)[1]
+            groups.setdefault(canvas, []).append((decode_image(record), question.asked.prompts))
+
+    def once() -> None:
+        for group in groups.values():
+            for begin in range(0, len(group), BATCH):
+                images, prompts = zip(*group[begin : begin + BATCH])
+                detector.captions(images, prompts)
+
+    return {"demo": once}
+
+
+if __name__ == "__main__":
+    main("benchmarks.label", __doc__ or "", {"label": label_runs, "bare": bare_runs}, ("demo",))
