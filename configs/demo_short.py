@@ -5,14 +5,14 @@ import dataclasses
 from configs.demo import demo
 from glip_jax.config import CheckpointConfig, Config
 
-__all__ = ["get_config"]
+__all__ = ["get_config", "short"]
 
 
 def get_config() -> Config:
-    base = demo("runs/demo-short/scenes")
-    return dataclasses.replace(
-        base,
-        name="demo-short",
-        train=dataclasses.replace(base.train, steps=20, batch_size=4, log_every=5),
-        checkpoint=CheckpointConfig(every=10, keep=2),
-    )
+    return dataclasses.replace(short(demo("runs/demo-short/scenes")), name="demo-short")
+
+
+def short(base: Config) -> Config:
+    """20 steps with batches of 4."""
+    train = dataclasses.replace(base.train, steps=20, batch_size=4, log_every=5)
+    return dataclasses.replace(base, train=train, checkpoint=CheckpointConfig(every=10, keep=2))

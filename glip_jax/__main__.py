@@ -22,6 +22,7 @@ JOBS = {
     "evaluate": "evaluate a checkpoint on COCO-style sets",
     "predict": "find in images what a text or a list of names asks for",
     "report": "draw the page of a run again from what it recorded",
+    "compare": "set evaluated runs side by side, seeds as replicas, with a table and a plot",
     "scenes": "make the picture scenes of the demo",
     "import": "read released or foreign weights into a checkpoint",
     "export": "write a checkpoint for PyTorch, Hugging Face or ONNX; checks itself",

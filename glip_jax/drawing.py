@@ -18,7 +18,7 @@ from glip_jax.structures import Batch
 
 __all__ = [
     "CARD_WIDTH", "Box", "Mark", "card_box", "card_picture", "colour", "contact_sheet", "draw_batch", "draw_boxes",
-    "draw_counts", "draw_curves", "draw_histogram", "hex_colour", "phrase_words", "png", "svg_uri",
+    "draw_counts", "draw_curves", "draw_groups", "draw_histogram", "hex_colour", "phrase_words", "png", "svg_uri",
 ]  # fmt: skip
 
 CARD_WIDTH = 360
@@ -239,11 +239,12 @@ def draw_batch(batch: Batch, vocabulary: Sequence[str], limit: int = 16) -> Imag
 
 
 def draw_curves(
-    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     label: str = "loss",
     form: Literal["png", "svg"] = "png",
+    across: str = "step",
 ) -> bytes:
-    """A picture of the named curves (steps, values), one panel, values that are no numbers left as gaps.
+    """A picture of the named curves (values along `across`, values), one panel, values that are no numbers left as gaps.
 
     Raises:
         ValueError: no curve has a point.
@@ -262,13 +263,45 @@ def draw_curves(
             paint = tuple(channel / 255 for channel in colour(index * 2))
             axes.plot(steps, values, label=name, color=paint, linewidth=1.6, marker="o" if len(steps) < 12 else "",
                       markersize=3.5)  # fmt: skip
-        axes.set_xlabel("step")
+        axes.set_xlabel(across)
         axes.set_ylabel(label)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.02)
         if set(curves) != {label}:
             axes.legend(fontsize=7.5, frameon=False)
+        stream = io.BytesIO()
+        figure.savefig(stream, format=form, metadata={"Date": None} if form == "svg" else None)
+    return stream.getvalue()
+
+
+def draw_groups(
+    panels: Mapping[str, Mapping[str, Sequence[float]]], columns: int = 4, form: Literal["png", "svg"] = "png"
+) -> bytes:
+    """A picture of the values of named groups: a panel each with a dot for every value and a line at each mean.
+
+    Groups stand side by side in the same colours in all panels; each panel has its own scale.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = -(-len(panels) // columns)
+    with matplotlib.rc_context({"svg.hashsalt": "glip_jax", "svg.fonttype": "path", "font.size": 9}):
+        figure = Figure(figsize=(2.6 * min(columns, len(panels)), 2.2 * rows), dpi=150, layout="constrained")
+        for place, (title, groups) in enumerate(panels.items()):
+            axes = figure.add_subplot(rows, min(columns, len(panels)), place + 1)
+            for index, values in enumerate(groups.values()):
+                paint = tuple(channel / 255 for channel in colour(index * 2))
+                # Beside one another, so that equal values do not hide.
+                across = index + 0.1 * (np.arange(len(values)) - (len(values) - 1) / 2)
+                axes.plot(across, values, "o", color=paint, markersize=4.5, alpha=0.8, markeredgewidth=0)
+                axes.hlines(float(np.mean(values)), index - 0.3, index + 0.3, color=paint, linewidth=1.6)
+            axes.set_xticks(range(len(groups)), list(groups))
+            axes.set_xlim(-0.6, len(groups) - 0.4)
+            axes.margins(y=0.15)
+            axes.set_title(title, fontsize=9)
+            axes.grid(axis="y", alpha=0.25, linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
         stream = io.BytesIO()
         figure.savefig(stream, format=form, metadata={"Date": None} if form == "svg" else None)
     return stream.getvalue()

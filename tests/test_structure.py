@@ -122,7 +122,7 @@ def test_annotations_of_arrays_are_no_strings(path):
     assert "__future__" not in {module for module, _, _ in imports(path)}
 
 
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 
 
 def test_there_are_configs():

@@ -14,7 +14,7 @@ from glip_jax.evaluation.evaluate import Evaluated, Grounded
 from glip_jax.evaluation.recall import PROTOCOLS, RANKS
 from glip_jax.evaluation.template import PAGE
 
-__all__ = ["Curve", "render", "table"]
+__all__ = ["Curve", "aligned", "render", "table"]
 
 Curve = tuple[Sequence[int], Sequence[float]]
 """Steps and values."""
@@ -165,7 +165,7 @@ def table(evaluated: Mapping[str, Evaluated | Grounded]) -> str:
                 _number(result.permuted), _ratio(numbers["AP50"], result.permuted) or "-",
                 *(_number(numbers[n]) for n in head[6:]),
             ])  # fmt: skip
-        parts.append(_aligned([head, *rows]))
+        parts.append(aligned([head, *rows]))
     if grounding:
         rows = [
             ["set", "captions", "phrases", *(n.replace("recall", "R").replace("_", " ") for n in _RECALLS), "not asked"]
@@ -177,11 +177,12 @@ def table(evaluated: Mapping[str, Evaluated | Grounded]) -> str:
                     f"  {row.kind}" if row.kind else name, "" if row.kind else str(len(result.image_ids)),
                     str(row.phrases), *(_number(row.numbers[n]) for n in _RECALLS), lost,
                 ])  # fmt: skip
-        parts.append(_aligned(rows))
+        parts.append(aligned(rows))
     return "\n\n".join(parts)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equally many cells as lines: the first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])

@@ -73,6 +73,8 @@ class EvaluateArguments(Arguments):
     measure_chunking: bool = False
     """Run every detection set twice more, with the names shuffled and in prompts half as long, and report what that
     does to AP50."""
+    unless_done: bool = False
+    """Leave an evaluation.json as it is that rests on the same checkpoint, settings, code, versions and annotations."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -82,9 +84,12 @@ def main(argv: Sequence[str]) -> int:
         arguments = parse(argv, EvaluateArguments, "evaluate", example)
         if not arguments.workdir:
             raise CommandLineError("no working folder: expected --workdir=DIR with a checkpoint of `train`")
-        evaluate_checkpoint(
-            arguments.config, arguments.workdir, arguments.step, arguments.out, arguments.measure_chunking
-        )
+        if arguments.unless_done and _done(arguments):
+            print(f"{arguments.out or arguments.workdir} is evaluated; nothing is measured twice")
+        else:
+            evaluate_checkpoint(
+                arguments.config, arguments.workdir, arguments.step, arguments.out, arguments.measure_chunking
+            )
     except _FAULTS as fault:
         print(f"evaluate: {fault}", file=sys.stderr)
         return exits.BAD_INPUT
@@ -158,6 +163,31 @@ def phrase_results(detections: dict[Any, Detections]) -> list[dict[str, Any]]:
     return rows
 
 
+def _done(arguments: EvaluateArguments) -> bool:
+    """Whether the folder holds what an evaluation now would write; pictures of the same annotations count as the same.
+
+    Raises CheckpointError without a checkpoint.
+    """
+    config, folder = arguments.config, epath.Path(arguments.out or arguments.workdir)
+    saved = saved_config(arguments.workdir, arguments.step)
+    step = latest_step(arguments.workdir) if arguments.step is None else arguments.step
+    parameters = restore_parameters(arguments.workdir, config.evaluation.parameters, step)
+    now = _provenance(config, arguments.workdir, step, parameters, saved)
+    try:
+        found = json.loads((folder / "evaluation.json").read_text())
+        same = all(found.get(key) == json.loads(json.dumps(now[key])) for key in now if key != "date")
+        same = same and found["sets"].keys() == config.evaluation.sets.keys()
+        for name, dataset in config.evaluation.sets.items():
+            entry = found["sets"].get(name, {})
+            same = same and all(entry[key] == value for key, value in asdict(dataset).items())
+            same = same and entry["hashes"]["annotations"] == provenance.file_hash(dataset.annotations)
+            same = same and (folder / f"detections_{name}.json").exists()
+            same = same and (not arguments.measure_chunking or dataset.kind != "detection" or "chunking" in entry)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return same and (folder / "report.html").exists()
+
+
 def _say(line: str) -> None:
     print(line, flush=True)
 
@@ -209,6 +239,7 @@ def _provenance(
     return {
         "format": FORMAT,
         "name": config.name,
+        "seed": saved.get("train.seed", 0),
         "workdir": workdir,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "step": step,

@@ -1,0 +1,173 @@
+r"""How good a teacher's labels are, by the score from which they are kept: pseudo shards against the captions' true boxes.
+
+    python -m glip_jax label SHARDS --workdir=runs/teacher --out=labelled --threshold=0.05
+    python -m benchmarks.pseudo_labels labelled truth.json --plot=labels.png
+
+TRUTH is MDETR's JSON for the same captions (`captions/truth.json` of picture scenes, GoldG, COCO's captions with boxes). Label
+with a low threshold: what lies below it is not in the shards. A pseudo box is right if it overlaps by a half (IoU, plain
+corners) a true box of the true phrase that shares most characters with its own, each true box being met once, best
+scores first. Boxes of phrases that touch no true phrase are not judged, and counted: a truth need not mark every phrase.
+`--names=ANNOTATIONS.json` (COCO's form) shows phrases that say one of its names apart, such as names that the teacher never saw.
+"""
+
+import argparse
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glip_jax.data.nouns import plural
+from glip_jax.data.records import Record
+from glip_jax.data.shards import Shards
+from glip_jax.drawing import draw_curves
+from glip_jax.evaluation.cards import match
+from glip_jax.evaluation.recall import CaptionedImage, Phrase, load_grounding
+
+__all__ = ["Judged", "judge", "measured"]
+
+THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8)
+
+
+@dataclass
+class Judged:
+    """Pseudo boxes of a kind of phrase with their scores, and how many true ones there are."""
+
+    true: int = 0
+    scores: list[float] = field(default_factory=list)
+    right: list[bool] = field(default_factory=list)
+
+    def at(self, threshold: float) -> tuple[int, float, float]:
+        """Boxes above the threshold, their precision (1 for none) and recall."""
+        kept: Any = np.asarray(self.scores) > threshold
+        right = int(np.asarray(self.right, bool)[kept].sum())
+        return int(kept.sum()), right / max(int(kept.sum()), 1) if kept.any() else 1.0, right / max(self.true, 1)
+
+
+def judge(
+    records: Iterable[Record], images: Sequence[CaptionedImage], groups: Mapping[str, Any]
+) -> tuple[dict[str, Judged], Counter[str]]:
+    """Judges pseudo records; returns what was found by group, and counts of what could not be judged.
+
+    `groups`: per name a function that says of (caption's words of a true phrase, its kind) whether it belongs.
+    """
+    judged = {name: Judged() for name in groups}
+    left_out: Counter[str] = Counter()
+    by_caption: defaultdict[str, list[CaptionedImage]] = defaultdict(list)
+    for image in images:
+        by_caption[image.caption.strip()].append(image)
+        for phrase in image.phrases:
+            for name in _groups(image, phrase, groups):
+                judged[name].true += len(phrase.boxes)
+    seen: set[Any] = set()
+    for record in records:
+        image = _of(record, by_caption[record.caption.strip()])
+        if image is None or image.id in seen:
+            left_out["captions without a truth of their own"] += 1
+            continue
+        seen.add(image.id)
+        owners = [_owner(spans, image.phrases) for spans in record.spans]
+        left_out["boxes of phrases that touch no true phrase"] += owners.count(-1)
+        order = sorted((row for row, owner in enumerate(owners) if owner >= 0), key=lambda row: -record.scores[row])
+        numbers = np.array([owners[row] for row in order], np.int64)
+        # Pseudo boxes are inclusive pixels, true ones plain corners.
+        found = record.boxes[order] + np.array([0, 0, 1, 1], np.float32)
+        true = np.concatenate([np.asarray(phrase.boxes, np.float32) for phrase in image.phrases])
+        true_numbers = np.repeat(np.arange(len(image.phrases)), [len(phrase.boxes) for phrase in image.phrases])
+        for row, owner, met in zip(order, numbers.tolist(), match(found, numbers, true, true_numbers)):
+            for name in _groups(image, image.phrases[owner], groups):
+                judged[name].scores.append(record.scores[row])
+                judged[name].right.append(bool(met >= 0))
+    left_out["captions without a record (nothing was found)"] = len(images) - len(seen)
+    return judged, left_out
+
+
+def _groups(image: CaptionedImage, phrase: Phrase, groups: Mapping[str, Any]) -> list[str]:
+    words = " ".join(image.caption[begin:end] for begin, end in phrase.spans)
+    return [name for name, belongs in groups.items() if belongs(words, phrase.kind)]
+
+
+def _of(record: Record, candidates: Sequence[CaptionedImage]) -> CaptionedImage | None:
+    """The image with the record's caption; of several the one whose id is in the record's (IMAGE#CAPTION)."""
+    if len(candidates) > 1:
+        parts = set(record.id.split("#"))
+        ids = ("id", "original_img_id", "caption_id")
+        candidates = [image for image in candidates if parts & {str(image.entry.get(name)) for name in ids}]
+    return candidates[0] if len(candidates) == 1 and candidates[0].phrases else None
+
+
+def _owner(spans: Sequence[tuple[int, int]], phrases: Sequence[Phrase]) -> int:
+    """Number of the phrase that shares most characters with `spans`, the shorter one of equals; -1 for none."""
+
+    def shared(phrase: Phrase) -> int:
+        return sum(max(0, min(e, end) - max(b, begin)) for b, e in spans for begin, end in phrase.spans)
+
+    best = max(range(len(phrases)), key=lambda n: (shared(phrases[n]), -sum(e - b for b, e in phrases[n].spans)))
+    return best if shared(phrases[best]) else -1
+
+
+def _saying(names: Sequence[str], known: Sequence[str]) -> Any:
+    """Whether words say one of `names`: the longest of all known names in them is meant ("green apple", not "apple")."""
+    every = {form: name for name in {*names, *known} for form in (name, plural(name))}
+    pattern = re.compile(r"\b(" + "|".join(re.escape(form) for form in sorted(every, key=len, reverse=True)) + r")\b")
+
+    def says(words: str, kind: str) -> bool:  # noqa: ARG001
+        found = max(pattern.findall(words.lower()), key=len, default="")
+        return every.get(found) in names
+
+    return says
+
+
+def measured(judged: Mapping[str, Judged]) -> str:
+    """A table in Markdown: a row a threshold; per group boxes, precision and recall."""
+    head = ["score above", *(f"{name}: {what}" for name in judged for what in ("boxes", "precision", "recall"))]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for threshold in THRESHOLDS:
+        cells = [f"{threshold:.2f}"]
+        for own in judged.values():
+            count, precision, recall = own.at(threshold)
+            cells += [f"{count:,}", f"{precision:.3f}", f"{recall:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _plot(judged: Mapping[str, Judged]) -> bytes:
+    lines = {}
+    for name, own in judged.items():
+        for column, what in ((1, "precision"), (2, "recall")):
+            lines[f"{name}: {what}"] = (THRESHOLDS, [own.at(threshold)[column] for threshold in THRESHOLDS])
+    return draw_curves(lines, "share", across="score from which boxes are kept")
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("shards", help="folder of pseudo records")
+    parser.add_argument("truth", help="MDETR's JSON for the same captions")
+    parser.add_argument("--names", default="", help="COCO annotations with the names to show apart")
+    parser.add_argument("--plot", type=Path, help="PNG to write")
+    arguments = parser.parse_args()
+    truth, shards = load_grounding(arguments.truth), Shards(arguments.shards)
+    kinds = sorted({phrase.kind for image in truth.images for phrase in image.phrases} - {""})
+    groups: dict[str, Any] = {"all": lambda words, kind: True}  # noqa: ARG005
+    groups |= {kind: lambda words, own, kind=kind: own == kind for kind in kinds}  # noqa: ARG005
+    if arguments.names:
+        names = [item["name"] for item in json.loads(Path(arguments.names).read_text())["categories"]]
+        info = json.loads(Path(arguments.truth).read_text()).get("info", {})
+        groups["these names"] = _saying(names, info.get("names", []))
+    judged, left_out = judge((shards[index] for index in range(len(shards))), truth.images, groups)
+    print(", ".join(f"{name}: {own.true:,} true boxes" for name, own in judged.items()))
+    for what, count in left_out.items():
+        print(f"{what}: {count:,}")
+    print(measured(judged))
+    if arguments.plot:
+        arguments.plot.write_bytes(_plot(judged))
+        print(f"plot: {arguments.plot}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""C of the ablation on picture scenes: detection and grounding mixed, which is the demo. `scripts/ablate.sh` runs all four.
+
+A: detection alone, text and image meet only in the scores; B: A with fusion; C: B with captions whose phrases have boxes;
+T: C with captions that C labelled. Network, solver, steps and batch are the demo's, so all see equally many images.
+"""
+
+import dataclasses
+
+from configs.demo import demo
+from glip_jax.config import Config
+
+__all__ = ["SCENES", "get_config"]
+
+SCENES = "runs/ablations/scenes"
+
+
+def get_config() -> Config:
+    return dataclasses.replace(demo(SCENES), name="C")

@@ -1,0 +1,14 @@
+"""The student in the short form of the demo: `scripts/self_training.sh --short`."""
+
+import dataclasses
+
+from configs.ablations.scenes_t import with_pseudo
+from configs.self_training import teacher_short
+from glip_jax.config import Config
+
+__all__ = ["get_config"]
+
+
+def get_config() -> Config:
+    base = dataclasses.replace(teacher_short.get_config(), name="student-short")
+    return with_pseudo(base, "runs/self_training-short/pseudo")

@@ -1,0 +1,12 @@
+"""The teacher of `scripts/self_training.sh`: the demo, on the scenes there."""
+
+import dataclasses
+
+from configs.demo import demo
+from glip_jax.config import Config
+
+__all__ = ["get_config"]
+
+
+def get_config() -> Config:
+    return dataclasses.replace(demo("runs/self_training/scenes"), name="teacher")

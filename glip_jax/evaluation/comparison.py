@@ -1,0 +1,198 @@
+"""Runs side by side: those of one config, which differ in their seed, are replicas, and give a mean and a spread."""
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+__all__ = [
+    "Comparison", "ComparisonError", "Run", "Spread", "Step", "StepWanted", "compare", "headlines", "run_of", "spread",
+]  # fmt: skip
+
+_CHANCE = "AP50_permuted"
+_OF_DETECTION = ("AP50", "AP", _CHANCE)
+_BEST = "recall@1"
+
+
+class ComparisonError(ValueError):
+    """Runs that cannot be compared."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """An evaluation of a run, as evaluation.json tells it."""
+
+    path: str
+    name: str
+    """Of its config."""
+    seed: int
+    summary: Mapping[str, Any]
+    """The file."""
+    numbers: Mapping[str, float]
+    """The numbers to compare, as SET/NUMBER."""
+
+
+class Spread(NamedTuple):
+    """Some values in short."""
+
+    mean: float
+    deviation: float | None
+    """Standard deviation with n - 1; None for a single value."""
+    least: float
+    most: float
+    values: tuple[float, ...]
+
+
+class StepWanted(NamedTuple):
+    """Two configs, and the numbers in which the first is to be compared with the second."""
+
+    new: str
+    old: str
+    numbers: tuple[str, ...]
+    """Empty: all."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the change from one config to another does, seed by seed."""
+
+    new: str
+    old: str
+    seeds: tuple[int, ...]
+    """Those that both have."""
+    differences: Mapping[str, Spread]
+    """Per number; values in the order of `seeds`."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Columns of a table: per config its runs by seed, and its numbers."""
+
+    runs: Mapping[str, tuple[Run, ...]]
+    numbers: Mapping[str, Mapping[str, Spread]]
+    """Per config and number."""
+    steps: tuple[Step, ...]
+    differing: tuple[tuple[str, tuple[str, ...]], ...]
+    """Settings of evaluation, and the state of the code, that are not the same in all runs; what each config has."""
+
+
+def run_of(path: str, summary: Mapping[str, Any]) -> Run:
+    """A run from its evaluation.json; KeyError or TypeError if it is none."""
+    numbers: dict[str, float] = {}
+    for name, entry in summary["sets"].items():
+        found = entry["numbers"]
+        if entry["kind"] == "detection":
+            # COCO's -1: there is nothing to measure it on.
+            numbers |= {f"{name}/{number}": float(found[number]) for number in _OF_DETECTION if found[number] >= 0}
+        else:
+            kinds = [f"{kind}/{_BEST}" if kind else _BEST for kind in entry["phrases"]]
+            numbers |= {f"{name}/{number}": float(found[number]) for number in kinds}
+    return Run(path, str(summary["name"]), int(summary["seed"]), summary, numbers)
+
+
+def headlines(numbers: Iterable[str]) -> list[str]:
+    """Those that a plot shows: AP50 of detection, recall@1 of phrases with its kinds."""
+    return [number for number in numbers if number.rpartition("/")[2] in ("AP50", _BEST)]
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean, deviation and extremes of at least one value."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(statistics.fmean(values), deviation, min(values), max(values), tuple(values))
+
+
+def compare(runs: Sequence[Run], wanted: Sequence[StepWanted] = ()) -> Comparison:
+    """Groups the runs by their config, in the order given, and takes the wanted steps.
+
+    Raises:
+        ComparisonError: no run, one twice, two of one config and seed, runs evaluated on different sets, other
+            annotations or pictures, or a step between configs or numbers that are not there, or without a common seed.
+    """
+    if not runs:
+        raise ComparisonError("there is nothing to compare: expected folders with evaluation.json")
+    _check_same_sets(runs)
+    _check_once(runs)
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.name, []).append(run)
+    grouped = {name: tuple(sorted(own, key=lambda run: run.seed)) for name, own in groups.items()}
+    # A number that one run could not measure is left out for all.
+    keys = [number for number in runs[0].numbers if all(number in run.numbers for run in runs)]
+    numbers = {name: {key: spread([run.numbers[key] for run in own]) for key in keys} for name, own in grouped.items()}
+    steps = tuple(_step(step, grouped, keys) for step in wanted)
+    return Comparison(grouped, numbers, steps, _differing(grouped))
+
+
+def _check_same_sets(runs: Sequence[Run]) -> None:
+    first = runs[0]
+    for run in runs[1:]:
+        sets, others = first.summary["sets"], run.summary["sets"]
+        if set(sets) != set(others):
+            only = sorted(set(sets) ^ set(others))
+            where = first.path if only[0] in sets else run.path
+            raise ComparisonError(
+                f"{first.path} and {run.path} were evaluated on different sets ({', '.join(only)}, first only in {where}): "
+                "evaluate both with the same config.evaluation.sets"
+            )
+        for name, entry in sets.items():
+            for what, digest in entry["hashes"].items():
+                other = others[name]["hashes"].get(what)
+                if other != digest:
+                    raise ComparisonError(
+                        f"{first.path} and {run.path} were evaluated on different {what} of the set {name} "
+                        f"(hashes {digest!s:.12} and {other!s:.12}): evaluate both on the same files"
+                    )
+
+
+def _check_once(runs: Sequence[Run]) -> None:
+    seen: dict[Any, Run] = {}
+    for run in runs:
+        weights = run.summary["hashes"]["parameters"]
+        for what, key in ((f"the same parameters ({weights:.12})", weights), (f"config {run.name} with seed {run.seed}", (run.name, run.seed))):  # fmt: skip
+            if key in seen:
+                raise ComparisonError(
+                    f"{seen[key].path} and {run.path} are both of {what}: expected each run once; replicas differ in "
+                    "config.train.seed"
+                )
+        seen[weights] = seen[run.name, run.seed] = run
+
+
+def _step(wanted: StepWanted, groups: Mapping[str, Sequence[Run]], keys: Sequence[str]) -> Step:
+    for name in (wanted.new, wanted.old):
+        if name not in groups:
+            raise ComparisonError(
+                f"step {wanted.new}/{wanted.old}: no run is of config {name}; there are {', '.join(groups)}"
+            )
+    for number in wanted.numbers:
+        if number not in keys:
+            raise ComparisonError(
+                f"step {wanted.new}/{wanted.old}: {number} is not measured; there are {', '.join(keys)}"
+            )
+    new, old = ({run.seed: run for run in groups[name]} for name in (wanted.new, wanted.old))
+    seeds = tuple(seed for seed in new if seed in old)
+    if not seeds:
+        raise ComparisonError(
+            f"step {wanted.new}/{wanted.old}: runs are compared seed by seed, {wanted.new} has {', '.join(map(str, new))} "
+            f"and {wanted.old} {', '.join(map(str, old))}: expected a common one"
+        )
+    differences = {
+        number: spread([new[seed].numbers[number] - old[seed].numbers[number] for seed in seeds])
+        for number in wanted.numbers or [key for key in keys if not key.endswith(_CHANCE)]
+    }
+    return Step(wanted.new, wanted.old, seeds, differences)
+
+
+def _differing(groups: Mapping[str, Sequence[Run]]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    def facts(run: Run) -> dict[str, str]:
+        told = {name: str(run.summary[name]) for name in ("step", "parameters")}
+        told |= {name: str(value) for name, value in run.summary["settings"].items()}
+        return told | {"code": f"{run.summary['hashes'].get('code', {}).get('files', '-'):.12}"}
+
+    told = {run.path: facts(run) for own in groups.values() for run in own}
+    rows = []
+    for name in dict.fromkeys(name for own in told.values() for name in own):
+        if len({own.get(name, "-") for own in told.values()}) > 1:
+            counts = (Counter(told[run.path].get(name, "-") for run in own) for own in groups.values())
+            rows.append((name, tuple(", ".join(own) for own in counts)))
+    return tuple(rows)
