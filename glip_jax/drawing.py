@@ -239,7 +239,7 @@ def draw_batch(batch: Batch, vocabulary: Sequence[str], limit: int = 16) -> Imag
 
 
 def draw_curves(
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    curves: Mapping[str, tuple[Sequence[int | float], Sequence[float]]],
     label: str = "loss",
     form: Literal["png", "svg"] = "png",
     across: str = "step",

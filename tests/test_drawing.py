@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glip_jax.drawing import Mark, colour, contact_sheet, draw_batch, draw_boxes, draw_curves, phrase_words, png
+from glip_jax.drawing import (
+    Mark,
+    colour,
+    contact_sheet,
+    draw_batch,
+    draw_boxes,
+    draw_curves,
+    draw_groups,
+    phrase_words,
+    png,
+)
 from glip_jax.structures import DROPS, Batch
 
 VOCABULARY = ["[PAD]", "[CLS]", "[SEP]", "a", "red", "apple", "##s", "."]
@@ -110,3 +120,11 @@ def test_curves():
     assert b"<svg" in drawn and drawn == draw_curves({"loss": ([1, 2], [3.0, 1.0])}, "loss", "svg")
     with pytest.raises(ValueError, match="no curve has a point"):
         draw_curves({"loss": ([], [])})
+
+
+def test_groups_stand_beside_one_another_in_panels():
+    panels = {"cats AP50": {"a": [0.1, 0.2], "b": [0.3]}, "dogs AP50": {"a": [0.5, 0.5], "b": [0.6]}}
+    drawn = draw_groups(panels, form="svg")
+    assert drawn == draw_groups(panels, form="svg"), "the same values give the same bytes"
+    wide, narrow = (Image.open(io.BytesIO(draw_groups(panels, columns))).size for columns in (2, 1))
+    assert wide[0] > narrow[0] and wide[1] < narrow[1]

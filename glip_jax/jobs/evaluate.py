@@ -172,10 +172,13 @@ def _done(arguments: EvaluateArguments) -> bool:
     saved = saved_config(arguments.workdir, arguments.step)
     step = latest_step(arguments.workdir) if arguments.step is None else arguments.step
     parameters = restore_parameters(arguments.workdir, config.evaluation.parameters, step)
-    now = _provenance(config, arguments.workdir, step, parameters, saved)
+    now = json.loads(json.dumps(_provenance(config, arguments.workdir, step, parameters, saved)))
     try:
         found = json.loads((folder / "evaluation.json").read_text())
-        same = all(found.get(key) == json.loads(json.dumps(now[key])) for key in now if key != "date")
+        for summary in (now, found):
+            # Of the code its files count: a commit that leaves them as they are changes no number.
+            summary["hashes"]["code"] = summary["hashes"]["code"]["files"]
+        same = all(found[key] == now[key] for key in now if key != "date")
         same = same and found["sets"].keys() == config.evaluation.sets.keys()
         for name, dataset in config.evaluation.sets.items():
             entry = found["sets"].get(name, {})

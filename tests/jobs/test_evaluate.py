@@ -154,6 +154,35 @@ def test_a_config_without_sets_is_refused(run):
         evaluate.evaluate_checkpoint(config, str(run / "run"))
 
 
+def test_an_evaluation_that_is_there_is_left_unless_something_moved(run, tmp_path, evaluated, capsys):
+    """`evaluated` has put one into run / "out"."""
+    out = run / "out" / "evaluation.json"
+    before = out.read_text()
+    command = [f"--config={run / 'tiny.py'}", f"--workdir={run / 'run'}", f"--out={run / 'out'}", "--unless-done"]
+    assert evaluate.main(command) == 0
+    assert "nothing is measured twice" in capsys.readouterr().out and out.read_text() == before
+
+    def done(*more):
+        return evaluate._done(evaluate.parse([*command, *more], evaluate.EvaluateArguments, "evaluate"))
+
+    assert done() and done("--measure-chunking")
+    assert not done("--config.detection.nms-iou=0.5") and not done("--config.evaluation.parameters=raw")
+    assert not done(f"--out={tmp_path}")
+    for change in ({"seed": 5}, {"versions": {}}, {"hashes": {}}, {"sets": {}}):
+        out.write_text(json.dumps(json.loads(before) | change))
+        assert not done(), change
+    out.write_text(before)
+    truth = (run / "boxes.json").read_text()
+    (run / "boxes.json").write_text(truth + " ")
+    assert not done()
+    (run / "boxes.json").write_text(truth)
+    detections = run / "out" / "detections_words.json"
+    detections.rename(tmp_path / "aside")
+    assert not done()
+    (tmp_path / "aside").rename(detections)
+    assert done()
+
+
 def test_what_is_interrupted_leaves_the_earlier_report(tmp_path):
     from etils import epath
 

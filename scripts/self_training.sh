@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Self-training on picture scenes: a teacher learns from boxes and captions with boxes, labels captions that have none, and
+# a student learns from all three. Ends with a table and a page that set the two side by side.
+#   scripts/self_training.sh            about 35 minutes on two CPU cores; everything lies in runs/self_training
+#   scripts/self_training.sh --short    the same with tens of scenes and 20 steps, to see that everything works
+# The same command again goes on where it stopped. Ctrl-C is safe.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/environment.sh
+
+folder=runs/self_training form="" captions=4000 threshold=0.3
+scenes=(--count=8000 --captions="$captions")
+case "${1:-}" in
+"") ;;
+--short)
+    # A detector of 20 steps is sure of nothing: with a threshold it would label no caption.
+    folder=runs/self_training-short form=_short threshold=0
+    scenes=(--count=40 --captions=16 --validation=8)
+    ;;
+-h | --help)
+    sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit 0
+    ;;
+*)
+    echo "self_training.sh: expected nothing or --short, found: $*" >&2
+    exit 2
+    ;;
+esac
+
+trap 'echo "stopped; the same command again goes on from here" >&2; exit 130' INT
+environment requirements.txt
+
+job() {
+    .venv/bin/python -m glip_jax "$@"
+}
+teacher=(--config="configs/self_training/teacher$form.py" --workdir="$folder/teacher")
+student=(--config="configs/self_training/student$form.py" --workdir="$folder/student")
+
+job scenes --out="$folder/scenes" "${scenes[@]}"
+job data coco-captions "$folder/scenes/captions/annotations.json" --images="$folder/scenes/captions/images" \
+    --out="$folder/scenes/shards/captions" --shards=8 --licence="as the scenes': gcs/sample/pictures/LICENSES.md"
+job train "${teacher[@]}"
+job evaluate "${teacher[@]}" --unless-done
+job label "$folder/scenes/shards/captions" --workdir="$folder/teacher" --out="$folder/pseudo" --threshold="$threshold"
+.venv/bin/python -m benchmarks.pseudo_labels "$folder/pseudo" "$folder/scenes/captions/truth.json" \
+    --names="$folder/scenes/validation_caption_names/annotations.json" --plot="$folder/pseudo/quality.png"
+job train "${student[@]}"
+job evaluate "${student[@]}" --unless-done
+new=$(basename "student$form" | tr _ -) old=$(basename "teacher$form" | tr _ -)
+job compare "$folder/teacher" "$folder/student" --out="$folder" --steps "$new/$old"
