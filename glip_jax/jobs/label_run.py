@@ -81,11 +81,8 @@ def run(plan: Plan) -> None:
     own, begin = 0, time.monotonic()
     # A terminal gets a moving bar, a log file a line now and then.
     interval = 0.5 if sys.stderr.isatty() else 30.0
-    with (
-        contextlib.closing(tasks.mine()) as mine,
-        tqdm(desc="label", total=total, initial=_done(tasks, work), unit="image", mininterval=interval,
-             maxinterval=interval) as bar,
-    ):  # fmt: skip
+    with tqdm(desc="label", total=total, initial=_done(tasks, work), unit="image", mininterval=interval,
+              maxinterval=interval) as bar:  # fmt: skip
 
         def made(count: int) -> None:
             nonlocal own
@@ -93,10 +90,14 @@ def run(plan: Plan) -> None:
             bar.set_postfix_str(f"this process {own / (time.monotonic() - begin):.1f} images/s", refresh=False)
             bar.update(count)
 
-        for name in mine:
-            # What others have done counts for the time left.
+        def look() -> None:
+            """What others have done counts for the time left."""
             bar.update(max(0, _done(tasks, work) - int(bar.n)))
-            _label(tasks, name, work[name], labeler, made)
+
+        with contextlib.closing(tasks.mine(look)) as mine:
+            for name in mine:
+                look()
+                _label(tasks, name, work[name], labeler, made)
     while not tasks.finished:
         with tasks.claim("end") as claimed:
             if claimed and not tasks.finished:

@@ -22,7 +22,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,11 @@ class Tasks:
         """Whether a task is done."""
         return (self._work / f"{name}.json").exists() or self.finished
 
-    def mine(self) -> Generator[str, None, None]:
+    def mine(self, look: Callable[[], Any] = lambda: None) -> Generator[str, None, None]:
         """Tasks that this process is to do, one after the other, until all are done by whomever.
 
         A task that is not published when the next is asked for may come again. Waits for what others are at, and does
-        it where they die.
+        it where they die; `look` is called now and then while it waits.
         """
         while True:
             waiting = False
@@ -87,6 +87,7 @@ class Tasks:
             if self.finished or (not waiting and all(map(self.done, self.names))):
                 return
             if waiting:
+                look()
                 time.sleep(min(5.0, self.lease / 5))
 
     @contextlib.contextmanager

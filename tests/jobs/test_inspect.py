@@ -1,5 +1,6 @@
 """The job `inspect`: a page of records and of training examples, whole, escaped, in one file."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -133,3 +134,13 @@ def test_histograms_hold_every_value():
     one = draw_histogram({"a": [0.001, 0.3, 5.0], "none": []}, edges, "sides", logarithmic=True)
     assert one == draw_histogram({"a": [0.125, 0.3, 1.0], "none": []}, edges, "sides", logarithmic=True)
     assert one.startswith(b"<?xml") and one != draw_histogram({"a": [0.2, 0.3, 1.0]}, edges, "sides", logarithmic=True)
+
+
+def test_unknown_phrases_are_named(tmp_path):
+
+    record = tiny_run._record(0, "grounding")
+    caption = f"{record.caption} and a tree"
+    tree = ((len(caption) - 6, len(caption)),)
+    shards.write([dataclasses.replace(record, caption=caption, unknown=(tree,))], tmp_path / "x", name="x")
+    (card,) = record_cards(shards.Shards(tmp_path / "x"), 1)
+    assert ("unknown: a tree", "") in card.chips
