@@ -30,7 +30,7 @@ from glip_jax.evaluation.comparison import (
 )
 from glip_jax.evaluation.page import aligned
 from glip_jax.jobs.command_line import CommandLineError, flags
-from glip_jax.jobs.compare_page import labels, render
+from glip_jax.jobs.compare_page import label, labels, render
 from glip_jax.jobs.report import FORMAT, write_whole
 
 __all__ = ["Compare", "main", "table", "write_comparison"]
@@ -72,7 +72,7 @@ def write_comparison(compared: Comparison, out: str) -> None:
     """Prints the table and writes the three files."""
     folder = epath.Path(out)
     panels = {
-        labels([key])[key]: {name: compared.numbers[name][key].values for name in compared.runs}
+        label(key): {name: compared.numbers[name][key].values for name in compared.runs}
         for key in headlines(next(iter(compared.numbers.values())))
     }
     picture = draw_groups(panels)
@@ -97,9 +97,8 @@ def table(compared: Comparison) -> str:
     for step in compared.steps:
         head = [f"{step.new} - {step.old}", "mean", "up", *(f"seed {seed}" for seed in step.seeds)]
         rows = [
-            [words, _cell(step.differences[key], "+"), _up(step.differences[key]),
-             *(f"{value:+.4f}" for value in step.differences[key].values)]
-            for key, words in labels(list(step.differences)).items()
+            [label(key), _cell(own, "+"), _up(own), *(f"{value:+.4f}" for value in own.values)]
+            for key, own in step.differences.items()
         ]  # fmt: skip
         tables.append(aligned([head, *rows]))
     notes = []

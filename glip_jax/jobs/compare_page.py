@@ -8,7 +8,7 @@ from glip_jax.drawing import svg_uri
 from glip_jax.evaluation.comparison import Comparison, Spread
 from glip_jax.evaluation.template import STYLE
 
-__all__ = ["labels", "render"]
+__all__ = ["label", "labels", "render"]
 
 _PAGE = (
     """<!doctype html>
@@ -29,7 +29,7 @@ tr.of td { border-top: 2px solid var(--line) } .up { color: var(--good) } .down 
 <img class="plot" src="{{ plot }}" alt="numbers by config">
 {% for step in steps %}<h2>{{ step.new }} − {{ step.old }}</h2>
 <div class="wide"><table><tr><th>number</th><th>mean</th>{% for seed in step.seeds %}<th>seed {{ seed }}</th>{% endfor %}</tr>
-{% for key, words in labels(step.differences).items() %}{% set s = step.differences[key] %}<tr><td>{{ words }}</td>
+{% for key, s in step.differences.items() %}<tr><td>{{ label(key) }}</td>
 <td class="main {{ "up" if s.least > 0 else "down" if s.most < 0 }}">{{ cell(s, "%+.4f") }}</td>
 {% for value in s["values"] %}<td>{{ "%+.4f" | format(value) }}</td>{% endfor %}</tr>{% endfor %}</table></div>{% endfor %}
 {% if steps %}<p class="soft">Green and red: the difference has one sign for all seeds.</p>{% endif %}
@@ -46,18 +46,28 @@ tr.of td { border-top: 2px solid var(--line) } .up { color: var(--good) } .down 
 _WORDS = {"AP50_permuted": "chance", "recall@1": "R@1"}
 
 
+def label(key: str) -> str:
+    """How a number is called: `scenes AP50`, `phrases plain R@1`."""
+    return " ".join(filter(None, _parts(key)))
+
+
 def labels(keys: Iterable[str]) -> dict[str, str]:
     """How numbers are called in a table whose rows they are, in this order: `scenes AP50`, then its others indented."""
     result: dict[str, str] = {}
     before = ""
     for key in keys:
-        name, _, number = key.partition("/")
-        # "plain/recall@1" below "phrases R@1" is "plain".
-        kind, _, last = number.rpartition("/")
-        words = _WORDS.get(last, last)
-        result[key] = f"  {kind or words}" if name == before else " ".join(filter(None, (name, kind, words)))
+        name, kind, number = _parts(key)
+        # "plain R@1" below "phrases R@1" is "plain".
+        result[key] = f"  {kind or number}" if name == before else label(key)
         before = name
     return result
+
+
+def _parts(key: str) -> tuple[str, str, str]:
+    """Set, kind of phrase ("" for none or all), and number."""
+    name, _, rest = key.partition("/")
+    kind, _, number = rest.rpartition("/")
+    return name, kind, _WORDS.get(number, number)
 
 
 def render(compared: Comparison, plot: bytes) -> str:
@@ -73,6 +83,6 @@ def render(compared: Comparison, plot: bytes) -> str:
         legend="AP50 and AP of detection sets, with the level of chance (the same boxes, names exchanged); R@1: phrases whose "
         "best box is right." + (" Means ± standard deviation over seeds (n - 1)." if replicas else " One run each: no spread."),
         runs=compared.runs, numbers=numbers, rows=labels(next(iter(numbers.values()))), plot=svg_uri(plot),
-        steps=compared.steps, differing=compared.differing, labels=labels,
+        steps=compared.steps, differing=compared.differing, label=label,
         sets={name: entry["hashes"] for name, entry in first.summary["sets"].items()},
     )  # fmt: skip
