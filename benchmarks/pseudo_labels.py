@@ -12,6 +12,7 @@ scores first. Boxes of phrases that touch no true phrase are not judged, and cou
 
 import argparse
 import json
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +32,7 @@ from glip_jax.evaluation.recall import CaptionedImage, Phrase, load_grounding
 __all__ = ["Judged", "judge", "measured"]
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8)
+_APART = "these names"
 
 
 @dataclass
@@ -42,10 +44,10 @@ class Judged:
     right: list[bool] = field(default_factory=list)
 
     def at(self, threshold: float) -> tuple[int, float, float]:
-        """Boxes above the threshold, their precision (1 for none) and recall."""
+        """Boxes above the threshold, their precision (nan for none) and recall."""
         kept: Any = np.asarray(self.scores) > threshold
         right = int(np.asarray(self.right, bool)[kept].sum())
-        return int(kept.sum()), right / max(int(kept.sum()), 1) if kept.any() else 1.0, right / max(self.true, 1)
+        return int(kept.sum()), right / int(kept.sum()) if kept.any() else math.nan, right / max(self.true, 1)
 
 
 def judge(
@@ -130,14 +132,16 @@ def measured(judged: Mapping[str, Judged]) -> str:
         cells = [f"{threshold:.2f}"]
         for own in judged.values():
             count, precision, recall = own.at(threshold)
-            cells += [f"{count:,}", f"{precision:.3f}", f"{recall:.3f}"]
+            cells += [f"{count:,}", f"{precision:.3f}" if count else "-", f"{recall:.3f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _plot(judged: Mapping[str, Judged]) -> bytes:
     lines = {}
-    for name, own in judged.items():
+    # Kinds where no names are apart: more lines would hide one another.
+    shown = {name: own for name, own in judged.items() if name in ("all", _APART)} if _APART in judged else judged
+    for name, own in shown.items():
         for column, what in ((1, "precision"), (2, "recall")):
             lines[f"{name}: {what}"] = (THRESHOLDS, [own.at(threshold)[column] for threshold in THRESHOLDS])
     return draw_curves(lines, "share", across="score from which boxes are kept")
@@ -158,7 +162,7 @@ def main() -> None:
     if arguments.names:
         names = [item["name"] for item in json.loads(Path(arguments.names).read_text())["categories"]]
         info = json.loads(Path(arguments.truth).read_text()).get("info", {})
-        groups["these names"] = _saying(names, info.get("names", []))
+        groups[_APART] = _saying(names, info.get("names", []))
     judged, left_out = judge((shards[index] for index in range(len(shards))), truth.images, groups)
     print(", ".join(f"{name}: {own.true:,} true boxes" for name, own in judged.items()))
     for what, count in left_out.items():

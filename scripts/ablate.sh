@@ -45,7 +45,7 @@ for seed in "$@"; do
     for letter in a b c; do
         run "$letter" "$seed"
     done
-    # Each student has a teacher of its own seed.
+    # Each student has a teacher of its own seed. Labels from 0.3 on, of which training takes those above 0.45.
     pseudo=$folder/pseudo-$seed
     job label "$folder/scenes/shards/captions" --workdir="$folder/c-$seed" --out="$pseudo" --threshold=0.3
     .venv/bin/python -m benchmarks.pseudo_labels "$pseudo" "$folder/scenes/captions/truth.json" \

@@ -8,8 +8,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 
-folder=runs/self_training form="" captions=4000 threshold=0.3
-scenes=(--count=8000 --captions="$captions")
+folder=runs/self_training form="" threshold=0.3
+scenes=(--count=8000 --captions=4000)
 case "${1:-}" in
 "") ;;
 --short)
@@ -41,10 +41,10 @@ job data coco-captions "$folder/scenes/captions/annotations.json" --images="$fol
     --out="$folder/scenes/shards/captions" --shards=8 --licence="as the scenes': gcs/sample/pictures/LICENSES.md"
 job train "${teacher[@]}"
 job evaluate "${teacher[@]}" --unless-done
+# From 0.3 on, so that training can choose (data.sources.pseudo.least_score) and the table below shows what it chooses from.
 job label "$folder/scenes/shards/captions" --workdir="$folder/teacher" --out="$folder/pseudo" --threshold="$threshold"
 .venv/bin/python -m benchmarks.pseudo_labels "$folder/pseudo" "$folder/scenes/captions/truth.json" \
     --names="$folder/scenes/validation_caption_names/annotations.json" --plot="$folder/pseudo/quality.png"
 job train "${student[@]}"
 job evaluate "${student[@]}" --unless-done
-new=$(basename "student$form" | tr _ -) old=$(basename "teacher$form" | tr _ -)
-job compare "$folder/teacher" "$folder/student" --out="$folder" --steps "$new/$old"
+job compare "$folder/teacher" "$folder/student" --out="$folder" --steps "student${form/_/-}/teacher${form/_/-}"
