@@ -127,7 +127,8 @@ class Labeler:
         tally.captions += 1
         tally.source(source, captions=1)
         for reason, count in ready.dropped_phrases.items():
-            tally.report.drop(f"phrase: {reason}", ready.record.id if ready.record else "", count)
+            example = f"{ready.record.id}: {ready.record.caption!r:.80}" if ready.record else ""
+            tally.report.drop(f"phrase: {reason}", example, count)
         if ready.record is None or ready.question is None:
             tally.report.drop(ready.left_out, ready.example)
             return None
