@@ -299,6 +299,8 @@ def draw_groups(
             axes.set_xticks(range(len(groups)), list(groups))
             axes.set_xlim(-0.6, len(groups) - 0.4)
             axes.margins(y=0.15)
+            if min(min(values) for values in groups.values()) >= 0:
+                axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
             axes.set_title(title, fontsize=9)
             axes.grid(axis="y", alpha=0.25, linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
