@@ -43,6 +43,11 @@ def _sums(predictions: Predictions, targets: Targets, batch: Batch, loss: LossCo
     return jax.tree.map(np.asarray, loss_sums(found, wanted, given, CANVAS, config))
 
 
+def _counted(targets: Targets, batch: Batch) -> Denominators:
+    wanted, weight, valid = jax.tree.map(jax.numpy.asarray, (targets, batch.box_weight, batch.valid))
+    return denominators(wanted, weight, valid, 1.0)
+
+
 def test_token_loss_is_the_focal_loss_of_valid_tokens_inside_the_extent() -> None:
     predictions, targets, batch = _case()
     wanted = np.zeros(2)
@@ -110,7 +115,7 @@ def test_an_invalid_example_counts_nowhere() -> None:
     masked = batch._replace(valid=np.array([False, True]))
     found = _sums(predictions, targets, masked)
     assert found.token[0] == found.box[0] == found.centerness[0] == 0
-    counted = denominators(*jax.tree.map(jax.numpy.asarray, (targets, masked.box_weight, masked.valid)), 1.0)
+    counted = _counted(targets, masked)
     assert (float(counted.positives), float(counted.box_weight)) == (1.0, 0.0)
 
 
@@ -126,8 +131,7 @@ def test_a_box_counts_as_much_as_it_weighs() -> None:
     for none, part, whole in zip(weighing(0.0), weighing(0.25), weighing(1.0)):
         assert whole[0] > none[0] > 0 and whole[1] == part[1] == none[1]
         np.testing.assert_allclose(part[0], none[0] + 0.25 * (whole[0] - none[0]), rtol=1e-5)
-    weights = np.array([[0.25, 1.0], [1.0, 1.0]], np.float32)
-    counted = denominators(*jax.tree.map(jax.numpy.asarray, (targets, weights, batch.valid)), 1.0)
+    counted = _counted(targets, batch._replace(box_weight=np.array([[0.25, 1.0], [1.0, 1.0]], np.float32)))
     at = targets.centerness[0]
     np.testing.assert_allclose(counted, [1.5, at[7] + 0.25 * (at[3] + at[25])], rtol=1e-6)
 
