@@ -3,10 +3,18 @@ r"""How good a teacher's labels are, by the score from which they are kept: pseu
     python -m glip_jax label SHARDS --workdir=runs/teacher --out=labelled --threshold=0.05
     python -m benchmarks.pseudo_labels labelled truth.json --plot=labels.png
 
-TRUTH is MDETR's JSON for the same captions (`captions/truth.json` of picture scenes, GoldG, COCO's captions with boxes). Label
-with a low threshold: what lies below it is not in the shards. A pseudo box is right if it overlaps by a half (IoU, plain
-corners) a true box of the true phrase that shares most characters with its own, each true box being met once, best
-scores first. Boxes of phrases that touch no true phrase are not judged, and counted: a truth need not mark every phrase.
+TRUTH is one or more of MDETR's JSON for the same captions (`captions/truth.json` of picture scenes, GoldG, COCO's captions
+with boxes). Label with a low threshold: what lies below it is not in the shards. A pseudo box is right if it overlaps by a
+half (IoU, plain corners) a true box of the true phrase that shares most characters with its own, each true box being met
+once, best scores first. Boxes of phrases that touch no true phrase are not judged, and counted: a truth need not mark
+every phrase.
+
+Or TRUTH is COCO's annotations of the images, boxes with classes and no phrases. Then a phrase's true boxes are all of the
+class that its head noun names, so that a right box is of the right kind of thing; whether it is the one that is meant
+("a dog" beside two dogs) nobody has written down: such phrases stand apart as "one of several". Not judged, and counted:
+phrases that name no class, two of one caption that name the same, and those of which the image has a crowd box. Recall
+is over captions that have a record, others are not known here. `--classes=0.5` lists precision by class above 0.5.
+
 `--names=ANNOTATIONS.json` (COCO's form) shows phrases that say one of its names apart, such as names that the teacher never saw.
 """
 
@@ -26,10 +34,13 @@ from glip_jax.data.nouns import plural
 from glip_jax.data.records import Record
 from glip_jax.data.shards import Shards
 from glip_jax.drawing import draw_curves
+from glip_jax.evaluation.average_precision import read_lists
 from glip_jax.evaluation.cards import match
 from glip_jax.evaluation.recall import CaptionedImage, Phrase, load_grounding
+from glip_jax.labeling.outside import category_of, category_words
+from glip_jax.labeling.phrases import head, head_word
 
-__all__ = ["Judged", "judge", "measured"]
+__all__ = ["Judged", "by_class", "judge", "measured", "named_truth"]
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8)
 _APART = "these names"
@@ -42,6 +53,8 @@ class Judged:
     true: int = 0
     scores: list[float] = field(default_factory=list)
     right: list[bool] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    """Per box the id of its record."""
 
     def at(self, threshold: float) -> tuple[int, float, float]:
         """Boxes above the threshold, their precision (nan for none) and recall."""
@@ -65,13 +78,14 @@ def judge(
         for phrase in image.phrases:
             for name in _groups(image, phrase, groups):
                 judged[name].true += len(phrase.boxes)
-    seen: set[Any] = set()
+    # By object: ids of several files may be the same.
+    seen: set[int] = set()
     for record in records:
         image = _of(record, by_caption[record.caption.strip()])
-        if image is None or image.id in seen:
+        if image is None or id(image) in seen:
             left_out["captions without a truth of their own"] += 1
             continue
-        seen.add(image.id)
+        seen.add(id(image))
         owners = [_owner(spans, image.phrases) for spans in record.spans]
         left_out["boxes of phrases that touch no true phrase"] += owners.count(-1)
         order = sorted((row for row, owner in enumerate(owners) if owner >= 0), key=lambda row: -record.scores[row])
@@ -84,8 +98,62 @@ def judge(
             for name in _groups(image, image.phrases[owner], groups):
                 judged[name].scores.append(record.scores[row])
                 judged[name].right.append(bool(met >= 0))
-    left_out["captions without a record (nothing was found)"] = len(images) - len(seen)
+                judged[name].captions.append(record.id)
+    left_out["captions without a record (nothing was found)"] = sum(bool(i.phrases) for i in images) - len(seen)
     return judged, left_out
+
+
+def named_truth(
+    records: Iterable[Record], names: Mapping[int, str], annotations: Iterable[Mapping[str, Any]]
+) -> tuple[list[CaptionedImage], Counter[str]]:
+    """What COCO's `annotations` say of the phrases of records (IMAGE#CAPTION) whose head noun names one of the classes
+    `names`; and counts of phrases that are left out, or told apart by their kind: "one" that has at most one true box,
+    "one of several", or "several" (a plural).
+    """
+    numbers = {category_words(name): number for number, name in names.items()}
+    boxes: defaultdict[tuple[str, int], list[Any]] = defaultdict(list)
+    crowds: set[tuple[str, int]] = set()
+    for note in annotations:
+        thing = str(note["image_id"]), note["category_id"]
+        x, y, width, height = note["bbox"]
+        if note.get("iscrowd"):
+            crowds.add(thing)
+        elif width > 0 and height > 0:
+            boxes[thing].append((x, y, x + width, y + height))
+    images, counts = [], Counter[str]()
+    for record in records:
+        spans = sorted({phrase[0] for phrase in (*record.spans, *record.unknown)})
+        classes = [category_of(record.caption, span, numbers) for span in spans]
+        picture, _, caption = record.id.rpartition("#")
+        phrases = []
+        for span, number in zip(spans, classes):
+            if number is None:
+                counts["phrases that name no class"] += 1
+            elif classes.count(number) > 1:
+                counts["phrases that share their class with another"] += 1
+            elif (picture, number) in crowds:
+                counts["phrases whose class has a crowd box"] += 1
+            else:
+                begin, end = head(record.caption, span)
+                true = np.asarray(boxes[picture, number], np.float32).reshape(-1, 4)
+                one = record.caption[begin:end].casefold() == head_word(record.caption, span)
+                kind = ("one" if len(true) < 2 else "one of several") if one else "several"
+                counts[f'judged phrases: "{kind}"'] += 1
+                counts["judged phrases: no true box of their class"] += not len(true)
+                phrases.append(Phrase((span,), true, kind))
+        images.append(CaptionedImage(record.id, {"caption_id": caption}, record.caption, tuple(phrases)))
+    return images, counts
+
+
+def by_class(records: Iterable[Record], images: Sequence[CaptionedImage], names: Sequence[str]) -> dict[str, Judged]:
+    """`judge` with a group for each class that a judged phrase's head noun names."""
+    numbers = {category_words(name): number for number, name in enumerate(names)}
+
+    def of(number: int) -> Any:
+        return lambda words, kind: category_of(words, (0, len(words)), numbers) == number  # noqa: ARG005
+
+    judged, _ = judge(records, images, {name: of(number) for number, name in enumerate(names)})
+    return {name: own for name, own in judged.items() if own.scores or own.true}
 
 
 def _groups(image: CaptionedImage, phrase: Phrase, groups: Mapping[str, Any]) -> list[str]:
@@ -125,11 +193,17 @@ def _saying(names: Sequence[str], known: Sequence[str]) -> Any:
 
 
 def measured(judged: Mapping[str, Judged]) -> str:
-    """A table in Markdown: a row a threshold; per group boxes, precision and recall."""
-    head = ["score above", *(f"{name}: {what}" for name in judged for what in ("boxes", "precision", "recall"))]
+    """A table in Markdown: a row a threshold; captions with a box, and per group boxes, precision and recall."""
+    every = judged["all"]
+    head = [
+        "score above",
+        "captions",
+        *(f"{name}: {what}" for name in judged for what in ("boxes", "precision", "recall")),
+    ]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for threshold in THRESHOLDS:
-        cells = [f"{threshold:.2f}"]
+    for threshold in _thresholds(every):
+        kept = {caption for caption, score in zip(every.captions, every.scores) if score > threshold}
+        cells = [f"{threshold:.2f}", f"{len(kept):,}"]
         for own in judged.values():
             count, precision, recall = own.at(threshold)
             cells += [f"{count:,}", f"{precision:.3f}" if count else "-", f"{recall:.3f}"]
@@ -137,13 +211,34 @@ def measured(judged: Mapping[str, Judged]) -> str:
     return "\n".join(lines)
 
 
+def _thresholds(judged: Judged) -> list[float]:
+    """Those at which boxes differ: nothing is known below what the labelling kept."""
+    least = min(judged.scores, default=0.0)
+    return [
+        threshold for threshold in THRESHOLDS if threshold >= max((t for t in THRESHOLDS if t < least), default=0.0)
+    ]
+
+
+def _classes(judged: Mapping[str, Judged], threshold: float) -> str:
+    """A table in Markdown: a row a class, most boxes above the threshold first."""
+    lines = [f"| class, score above {threshold} | boxes | precision | true boxes | recall |", "|---" * 5 + "|"]
+    for name, own in sorted(judged.items(), key=lambda item: -item[1].at(threshold)[0]):
+        count, precision, recall = own.at(threshold)
+        told = f"{precision:.3f}" if count else "-", f"{recall:.3f}" if own.true else "-"
+        lines.append(f"| {name} | {count:,} | {told[0]} | {own.true:,} | {told[1]} |")
+    return "\n".join(lines)
+
+
 def _plot(judged: Mapping[str, Judged]) -> bytes:
     lines = {}
     # Kinds where no names are apart: more lines would hide one another.
     shown = {name: own for name, own in judged.items() if name in ("all", _APART)} if _APART in judged else judged
+    thresholds = _thresholds(judged["all"])
     for name, own in shown.items():
         for column, what in ((1, "precision"), (2, "recall")):
-            lines[f"{name}: {what}"] = (THRESHOLDS, [own.at(threshold)[column] for threshold in THRESHOLDS])
+            # More lines would hide one another, and "one of several" need not find all.
+            if len(shown) <= 3 or name == "all" or what == "precision":
+                lines[f"{name}: {what}"] = (thresholds, [own.at(threshold)[column] for threshold in thresholds])
     return draw_curves(lines, "share", across="score from which boxes are kept")
 
 
@@ -151,23 +246,38 @@ def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("shards", help="folder of pseudo records")
-    parser.add_argument("truth", help="MDETR's JSON for the same captions")
+    parser.add_argument(
+        "truth", nargs="+", help="MDETR's JSON for the same captions, or COCO's annotations of the images"
+    )
     parser.add_argument("--names", default="", help="COCO annotations with the names to show apart")
+    parser.add_argument(
+        "--classes", type=float, help="with COCO's annotations: list precision by class above this score"
+    )
     parser.add_argument("--plot", type=Path, help="PNG to write")
     arguments = parser.parse_args()
-    truth, shards = load_grounding(arguments.truth), Shards(arguments.shards)
-    kinds = sorted({phrase.kind for image in truth.images for phrase in image.phrases} - {""})
+    shards = Shards(arguments.shards)
+    records = [shards[index] for index in range(len(shards))]
+    content = [read_lists(path, ("images", "annotations"), "MDETR's or COCO's JSON") for path in arguments.truth]
+    counts: Counter[str] = Counter()
+    names: dict[int, str] = {}
+    if "caption" in content[0]["images"][0]:
+        images = [image for path in arguments.truth for image in load_grounding(path).images]
+    else:
+        names = {item["id"]: item["name"] for file in content for item in file["categories"]}
+        images, counts = named_truth(records, names, (note for file in content for note in file["annotations"]))
+    kinds = sorted({phrase.kind for image in images for phrase in image.phrases} - {""})
     groups: dict[str, Any] = {"all": lambda words, kind: True}  # noqa: ARG005
     groups |= {kind: lambda words, own, kind=kind: own == kind for kind in kinds}  # noqa: ARG005
     if arguments.names:
-        names = [item["name"] for item in json.loads(Path(arguments.names).read_text())["categories"]]
-        info = json.loads(Path(arguments.truth).read_text()).get("info", {})
-        groups[_APART] = _saying(names, info.get("names", []))
-    judged, left_out = judge((shards[index] for index in range(len(shards))), truth.images, groups)
+        apart = [item["name"] for item in json.loads(Path(arguments.names).read_text())["categories"]]
+        groups[_APART] = _saying(apart, [name for file in content for name in file.get("info", {}).get("names", [])])
+    judged, left_out = judge(records, images, groups)
     print(", ".join(f"{name}: {own.true:,} true boxes" for name, own in judged.items()))
-    for what, count in left_out.items():
+    for what, count in (counts + left_out).items():
         print(f"{what}: {count:,}")
     print(measured(judged))
+    if arguments.classes is not None:
+        print(_classes(by_class(records, images, list(names.values())), arguments.classes))
     if arguments.plot:
         arguments.plot.write_bytes(_plot(judged))
         print(f"plot: {arguments.plot}")

@@ -21,7 +21,7 @@ from glip_jax.labeling.phrases import head, head_word
 from glip_jax.labeling.teacher import Answer, Asked, Boxes, Picture, Question, Span
 from glip_jax.prompts import clean_name
 
-__all__ = ["OutsideTeacher", "category_of", "open_detections"]
+__all__ = ["OutsideTeacher", "category_of", "category_words", "open_detections"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class OutsideTeacher:
         sizes: Mapping[str, tuple[int, int]],
     ) -> None:  # fmt: skip
         """`found` by image id, `keys` from what a record's id may be to the image id, `sizes` height and width by id."""
-        self._names = {_words_of(name): number for number, name in names.items()}
+        self._names = {category_words(name): number for number, name in names.items()}
         self._found, self._keys, self._sizes = found, keys, sizes
 
     @property
@@ -91,7 +91,7 @@ class OutsideTeacher:
 
 
 def category_of(caption: str, span: Span, names: Mapping[tuple[str, ...], int]) -> int | None:
-    """The category whose words (`names`, the last one singular) a phrase ends with at its head; the longest, None for none."""
+    """The category whose words (`names` by `category_words`) a phrase ends with at its head; the longest, None for none."""
     begin, end = head(caption, span)
     words = (*_plain(caption[span[0] : begin]), *_plain(head_word(caption, span)))
     # "Glasses" are not many a glass, but "wine glasses" are.
@@ -108,7 +108,8 @@ def _plain(words: str) -> tuple[str, ...]:
     return tuple(words.casefold().replace("-", " ").split())
 
 
-def _words_of(name: str) -> tuple[str, ...]:
+def category_words(name: str) -> tuple[str, ...]:
+    """A category's name as `category_of` looks for it: small words, the last one singular."""
     words = _plain(clean_name(name))
     return (*words[:-1], head_word(words[-1], (0, len(words[-1])))) if words else ()
 

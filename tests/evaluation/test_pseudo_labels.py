@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.pseudo_labels import _saying, judge, measured
+from benchmarks.pseudo_labels import _saying, by_class, judge, measured, named_truth
 from glip_jax.data.records import Record
 from glip_jax.evaluation.recall import CaptionedImage, Phrase
 
@@ -47,7 +47,8 @@ def test_right_boxes_by_threshold():
     assert judged["all"].at(0.95) == (0, pytest.approx(float("nan"), nan_ok=True), 0.0)
     assert judged["plain"].at(0.5) == (1, 1.0, 1.0)
     assert left_out["boxes of phrases that touch no true phrase"] == 1
-    assert "| 0.50 | 4 | 0.500 | 0.667 | 1 | 1.000 | 1.000 |" in measured(judged)
+    assert "| 0.55 | 1 | 4 | 0.500 | 0.667 | 1 | 1.000 | 1.000 |" in measured(judged)
+    assert "| 0.50 |" not in measured(judged), "no box is that low: nothing is known of what lies there"
 
 
 def test_captions_are_found_by_their_words_and_equal_ones_by_id():
@@ -65,3 +66,58 @@ def test_the_longest_name_is_what_a_phrase_says():
     says = _saying(["apple", "glass of milk"], ["green apple", "pen"])
     assert says("two apples", "") and says("three glasses of milk", "") and says("a big Apple", "")
     assert not says("a green apple", "") and not says("a pineapple", "") and not says("a pen", "")
+
+
+NAMES = {1: "apple", 7: "cup", 9: "teddy bear"}
+
+
+def note(picture, category, x, y, crowd=0):
+    return {"image_id": picture, "category_id": category, "bbox": [x, y, 20, 20], "iscrowd": crowd}
+
+
+def test_phrases_have_the_boxes_of_the_class_that_their_head_noun_names():
+    found = record(
+        (0, 0, (0, 14), 0.9), (100, 0, (0, 14), 0.8), (0, 0, (0, 14), 0.7),  # apples; there are two
+        (50, 50, (23, 28), 0.6), (0, 0, (23, 28), 0.5),  # a cup, and an apple as one
+    )  # fmt: skip
+    # Another picture's apple and a bear that no phrase speaks of are no part of it.
+    notes = [
+        note(1, 1, 0, 0),
+        note(1, 1, 100, 0),
+        note(1, 7, 50, 50),
+        note(1, 7, 90, 90),
+        note(2, 1, 0, 0),
+        note(1, 9, 5, 5),
+    ]
+    images, counts = named_truth([found], NAMES, notes)
+    assert [(phrase.spans, len(phrase.boxes), phrase.kind) for phrase in images[0].phrases] == [
+        (((0, 14),), 2, "several"),
+        (((23, 28),), 2, "one of several"),
+    ]
+    assert +counts == {'judged phrases: "several"': 1, 'judged phrases: "one of several"': 1}
+    judged, left_out = judge([found], images, EVERY)
+    assert judged["all"].right == [True, True, False, True, False] and judged["all"].true == 4 and not +left_out
+    classes = by_class([found], images, list(NAMES.values()))
+    assert {name: own.at(0) for name, own in classes.items()} == {
+        "apple": (3, pytest.approx(2 / 3), 1.0),
+        "cup": (2, 0.5, 0.5),
+    }
+
+
+@pytest.mark.parametrize(
+    ("caption", "spans", "notes", "judged", "counted"),
+    [
+        ("a cup", [(0, 5)], [], [("one", 0)], "judged phrases: no true box of their class"),
+        ("a cup", [(0, 5)], [note(1, 7, 0, 0), note(1, 7, 0, 0, crowd=1)], [], "phrases whose class has a crowd box"),
+        ("a bear", [(0, 6)], [note(1, 9, 0, 0)], [], "phrases that name no class"),
+        ("a cup, red cups", [(0, 5), (7, 15)], [note(1, 7, 0, 0)], [], "phrases that share their class with another"),
+    ],
+)
+def test_what_has_no_truth_is_counted(caption, spans, notes, judged, counted):
+    found = record(*((0, 0, span, 0.5) for span in spans), caption=caption)
+    images, counts = named_truth([found], NAMES, notes)
+    assert [(phrase.kind, len(phrase.boxes)) for phrase in images[0].phrases] == judged
+    assert counts[counted] == len(spans)
+    results, left_out = judge([found], images, EVERY)
+    assert results["all"].right == [False] * len(judged)
+    assert left_out["captions without a truth of their own"] == (not judged)
