@@ -21,7 +21,7 @@ from glip_jax.labeling.phrase_heads import singular
 
 __all__ = ["MOST_PHRASES", "REASONS", "VERSION", "Found", "PhraseRules", "Reason", "Word"]
 
-VERSION = 1
+VERSION = 2
 """Goes up with every change of a rule or a table."""
 
 MOST_PHRASES = 32
@@ -104,6 +104,7 @@ _PLACE_WORDS = _words("""
 """)
 # Colours that taggers take for things: "a silver and green train" is one phrase.
 _COLOURS = _words("orange silver gold magenta turquoise cream tan teal beige pink purple violet grey gray")
+_SIDES = _words("left right")
 _SINGULAR_DETERMINERS = _words("a an one another every each this that")
 # Nouns in spite of their ending: "a tile living room", "a plastic cutting board".
 _PURPOSES = _words(
@@ -188,7 +189,10 @@ def _is_plural(word: Word) -> bool:
 
 
 def _trimmed(words: Sequence[Word], begin: int, end: int) -> Iterator[tuple[int, int]]:
-    while end > begin and not _is_word(words[end - 1]):
+    # "a cup right of a plate": the word is no noun there, whatever its tag.
+    while end > begin and (
+        not _is_word(words[end - 1]) or (end - begin > 1 and words[end - 1].text in _SIDES and _is_noun(words[end - 2]))
+    ):
         end -= 1
     # "how many dogs" -> "dogs".
     if end - begin > 1 and words[begin].text == "how":
