@@ -89,14 +89,14 @@ def label_runs(_: Settings) -> Runs:
     ((answer,),) = teacher.answers([Picture(decode_image(record), [question])])
     threshold = float(np.median([np.sort(found.scores)[-3] for found in answer.found]))
     plan = Plan(
-        out=folder, name="made", inputs=[Input(str(source.path), source)], teacher=teacher, finder=finder,
+        out=str(folder), name="made", inputs=[Input(str(source.path), source)], teacher=teacher, finder=finder,
         rules=Rules(threshold), about={"teacher": "random"}, command="", code="benchmark", threads=4, lease=120.0,
     )  # fmt: skip
 
     def once() -> None:
         # Standard output is what the two processes speak over.
         with tempfile.TemporaryDirectory(dir=folder) as out, contextlib.redirect_stdout(sys.stderr):
-            run(dataclasses.replace(plan, out=Path(out) / "made"))
+            run(dataclasses.replace(plan, out=f"{out}/made"))
 
     return {"demo": once}
 

@@ -7,6 +7,9 @@ another attempt, for as long as GLIP_JAX_STORAGE_PATIENCE says; then StorageErro
     GLIP_JAX_STORAGE_PATIENCE  seconds from the first fault of a request until it is given up; 600
     GLIP_JAX_STORAGE_SILENCE   seconds without a byte after which a connection is taken for dead; 30
 
+What several processes write at once is kept apart by `put`, which makes a file only where there is none, or only in place
+of the one that was seen; of all that try, one succeeds, and is told so even if the storage's first answer was lost.
+
 Requests go through google-cloud-storage: it finds Google's credentials, and honours STORAGE_EMULATOR_HOST.
 """
 
@@ -22,6 +25,7 @@ import random
 import re
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,15 +36,21 @@ from tqdm import tqdm
 
 __all__ = [
     "Listed",
+    "Stamp",
     "StorageError",
     "address",
+    "copy",
     "is_remote",
     "kind",
     "listing",
     "number",
     "opened",
     "pieces",
+    "put",
     "read",
+    "remove",
+    "send",
+    "stamp",
     "told",
     "upload",
 ]
@@ -72,6 +82,16 @@ class Listed(NamedTuple):
     bytes: int
     md5: str
     """Hexadecimal; "" where the storage keeps none (composed objects)."""
+
+
+class Stamp(NamedTuple):
+    """A file as it is at one moment."""
+
+    generation: int
+    """The storage's number for this very content."""
+    updated: float
+    """When it was written, in seconds, by the storage's clock."""
+    bytes: int
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -125,7 +145,7 @@ def kind(path: epath.PathLike) -> Literal["file", "folder", ""]:
     place, (bucket, name) = address(path), _parts(path, whole=True)
     if name:
         with contextlib.suppress(FileNotFoundError):
-            _size(place)
+            stamp(place)
             return "file"
     prefix = f"{name}/" if name else ""
 
@@ -180,23 +200,32 @@ def upload(files: Mapping[str, Path], folder: epath.PathLike, last: str) -> None
     there = listing(folder)
     sizes = {name: path.stat().st_size for name, path in files.items()}
 
-    def send(name: str) -> int:
-        with files[name].open("rb") as file:
-            md5 = hashlib.file_digest(file, "md5").hexdigest()
+    def compared(name: str) -> int:
+        md5 = _md5(files[name])
         if there.get(name) != Listed(sizes[name], md5):
             _send(files[name], f"{address(folder)}/{name}", md5)
         return sizes[name]
 
     with tqdm(desc="upload", total=sum(sizes.values()), unit="B", unit_scale=True, disable=None) as bar:
         with ThreadPoolExecutor(_UPLOADS) as pool:
-            sent = [pool.submit(send, name) for name in files if name != last]
+            sent = [pool.submit(compared, name) for name in files if name != last]
             try:
                 for one in sent:
                     bar.update(one.result())
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        bar.update(send(last))
+        bar.update(compared(last))
+
+
+def send(local: Path, path: epath.PathLike) -> None:
+    """Sends a local file, whatever is there; compared by MD5. Raises as `upload`."""
+    _send(local, address(path), _md5(local))
+
+
+def _md5(local: Path) -> str:
+    with local.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def _send(local: Path, place: str, md5: str) -> None:
@@ -212,23 +241,93 @@ def _send(local: Path, place: str, md5: str) -> None:
     _patiently(place, attempt)
 
 
+def put(path: epath.PathLike, data: bytes, over: int | None = None) -> Stamp | None:
+    """Writes a file in one step; None where the condition fails, and then nothing is written.
+
+    `over`: 0: only where there is no file; the generation of a `Stamp`: only in place of that; None: whatever is there.
+    Raises StorageError as `read`, FileNotFoundError for a bucket that is not there.
+    """
+    place, (bucket, name) = address(path), _parts(path)
+    # An answer may be lost after the file was made; the next attempt then meets the file of the one before, and must
+    # not take it for another process's. Contents may be equal, so each call leaves a word of its own beside them.
+    word = uuid.uuid4().hex
+
+    def attempt() -> Stamp | None:
+        blob = _client().bucket(bucket).blob(name)
+        blob.metadata = {"put": word}
+        try:
+            blob.upload_from_string(data, checksum="md5", if_generation_match=over, retry=None, timeout=_timeout())
+        except Exception as error:
+            if over is None or getattr(error, "code", None) not in (404, 412):
+                raise
+            try:
+                blob.reload(retry=None, timeout=_timeout())
+            except Exception as missing:
+                if getattr(missing, "code", None) != 404:
+                    raise
+                if over:
+                    return None
+                if getattr(error, "code", None) == 404:  # so it is the bucket that is not there
+                    raise
+                raise ConnectionError("the file that was in the way is gone") from None
+            if (blob.metadata or {}).get("put") != word:
+                return None
+        return _stamped(blob)
+
+    return _patiently(place, attempt)
+
+
+def stamp(path: epath.PathLike) -> Stamp:
+    """What a file in a bucket is now. Raises as `read`."""
+    place, (bucket, name) = address(path), _parts(path)
+
+    def attempt() -> Stamp:
+        blob = _client().bucket(bucket).blob(name)
+        blob.reload(retry=None, timeout=_timeout())
+        return _stamped(blob)
+
+    return _patiently(place, attempt)
+
+
+def _stamped(blob: Any) -> Stamp:
+    return Stamp(int(blob.generation), blob.updated.timestamp(), int(blob.size))
+
+
+def copy(source: epath.PathLike, target: epath.PathLike) -> None:
+    """Copies a file within buckets, inside the storage. Raises as `read`."""
+    (bucket, name), (to, target_name) = _parts(source), _parts(target)
+
+    def attempt() -> None:
+        here = _client().bucket(bucket).blob(name)
+        there, token = _client().bucket(to).blob(target_name), None
+        while True:  # a large file may take the storage several steps
+            token, _, _ = there.rewrite(here, token=token, retry=None, timeout=_timeout())
+            if token is None:
+                return
+
+    _patiently(address(source), attempt)
+
+
+def remove(path: epath.PathLike, generation: int | None = None) -> None:
+    """Removes a file, or only that `generation` of it; none there is no fault. Raises StorageError as `read`."""
+    place, (bucket, name) = address(path), _parts(path)
+
+    def attempt() -> None:
+        try:
+            blob = _client().bucket(bucket).blob(name)
+            blob.delete(if_generation_match=generation, retry=None, timeout=_timeout())
+        except Exception as error:
+            if getattr(error, "code", None) not in (404, 412):
+                raise
+
+    _patiently(place, attempt)
+
+
 def opened(path: epath.PathLike, buffer: int = _PIECE // 4) -> IO[bytes]:
     """A file opened for reading, local or remote; of a remote one `buffer` bytes at least are read at a time, as by `read`."""
     if not is_remote(path):
         return Path(path).open("rb")
-    return io.BufferedReader(_Ranges(address(path), _size(address(path))), buffer)
-
-
-def _size(place: str) -> int:
-    """Bytes of a remote file."""
-    bucket, name = _parts(place)
-
-    def attempt() -> int:
-        blob = _client().bucket(bucket).blob(name)
-        blob.reload(retry=None, timeout=_timeout())
-        return int(blob.size)
-
-    return _patiently(place, attempt)
+    return io.BufferedReader(_Ranges(address(path), stamp(path).bytes), buffer)
 
 
 class _Ranges(io.RawIOBase):

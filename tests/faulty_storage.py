@@ -19,7 +19,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib import resources
 
-FAULTS = ("503", "429", "reset", "stall", "truncate", "short", "slow")
+FAULTS = ("503", "429", "reset", "stall", "truncate", "short", "slow", "lost", "late")
+"""`lost` and `late`: the storage does what it was asked to, and the answer is a reset or a 503."""
 
 
 class Storage:
@@ -34,7 +35,7 @@ class Storage:
         self._kinds: Sequence[str] = ()
         self._share, self._only, self._dice = 0.0, "", random.Random(0)
         self._stall = 0.0
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server = _Server(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         with socket.socket() as free:
@@ -109,6 +110,10 @@ class Storage:
                 time.sleep(0.02)
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128  # of more that come at one moment, some wait a second for their second try
+
+
 def _handler(storage: Storage) -> type[http.server.BaseHTTPRequestHandler]:
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -123,9 +128,15 @@ def _handler(storage: Storage) -> type[http.server.BaseHTTPRequestHandler]:
             storage.requests[f"{self.command} {kind}"] += 1
             fault = storage.fault(self.path)
             time.sleep(storage.delay)
-            if fault in ("503", "429"):
-                self.answer(int(fault), {"Content-Type": "application/json"}, b'{"error": {"message": "injected"}}')
-            elif fault == "reset":
+            if fault in ("lost", "late"):
+                self.asked(body)
+            if fault in ("503", "429", "late"):
+                self.answer(
+                    503 if fault == "late" else int(fault),
+                    {"Content-Type": "application/json"},
+                    b'{"error": {"message": "injected"}}',
+                )
+            elif fault in ("reset", "lost"):
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.connection.close()
                 self.close_connection = True

@@ -34,7 +34,7 @@ from glip_jax.jobs.saved_settings import chosen_settings, finite_parameters
 from glip_jax.labeling.outside import open_detections
 from glip_jax.labeling.phrases import MOST_PHRASES, PhraseFinder, phrase_finder
 from glip_jax.labeling.pseudo import Rules
-from glip_jax.labeling.tasks import LEASE, TaskError
+from glip_jax.labeling.tasks import LEASE, TaskError, sweep
 from glip_jax.labeling.teacher import DetectorTeacher, Teacher, detectors
 from glip_jax.training.loop import enable_compilation_cache
 
@@ -63,7 +63,7 @@ class Label:
     shards: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SHARDS ...")] = ()
     """Folders of shards with captions, local or gs://."""
     out: str = ""
-    """Folder to make, local or on a file system that all hosts see; a finished one is left as it is."""
+    """Folder to make: local, on a file system that all hosts see, or gs://; a finished one is left as it is."""
     workdir: str = ""
     """Folder of the teacher's run, with a checkpoint."""
     step: int | None = None
@@ -130,14 +130,15 @@ def label(job: Label, settings: Sequence[str], command: str) -> None:
     """Labels, alone or with others, until the folder is finished, and draws its page.
 
     `settings`: the --config arguments. Raises CommandLineError, CheckpointError, ConfigError, SourceError, ShardError or
-    TaskError for what cannot be done; OSError for what the system refuses: then the same command goes on.
+    TaskError for what cannot be done; OSError for what the system or the storage refuses: then the same command goes on.
     """
     thresholds = _checked(job)
-    out = Path(job.out).absolute()
+    out = storage.address(job.out) if storage.is_remote(job.out) else str(Path(job.out).absolute())
     done = shards.finished(out)
     if done is not None:
+        sweep(out)
         print(f"{job.out} is finished ({done.records} records, made by: {done.command}); nothing is made twice")
-        if not (out / "report.html").exists():
+        if not storage.kind(f"{out}/report.html"):
             print(f"drawn page: {write_page(out)}")
         return
     inputs = _inputs(job.shards)
@@ -150,13 +151,13 @@ def label(job: Label, settings: Sequence[str], command: str) -> None:
     teacher, rules, about = _teacher(job, settings, thresholds, [given.shards.manifest.name for given in inputs])
     run(
         Plan(
-            out=out, name=job.name or out.name, inputs=inputs, teacher=teacher, finder=finder, rules=rules,
+            out=out, name=job.name or out.rpartition("/")[2], inputs=inputs, teacher=teacher, finder=finder, rules=rules,
             about=about | _finder_words(finder, job), command=command, code=_code(), threads=job.threads, lease=job.lease,
         )
     )  # fmt: skip
-    if not (out / "report.html").exists():
+    if not storage.kind(f"{out}/report.html"):
         write_page(out)
-    print(f"{job.out}: finished, this process worked {time.monotonic() - begin:.0f} s; page: {out / 'report.html'}")
+    print(f"{job.out}: finished, this process worked {time.monotonic() - begin:.0f} s; page: {out}/report.html")
 
 
 def _spread(argument: str) -> list[str]:
@@ -171,10 +172,10 @@ def _checked(job: Label) -> dict[str, float]:
         raise CommandLineError("nothing to label: expected folders of shards with captions")
     if not job.out:
         raise CommandLineError("no folder to make: expected --out=DIR")
-    if re.match(r"[a-z0-9]+:/", job.out):
+    scheme = re.match(r"[a-z0-9]+:/", job.out)
+    if scheme and not storage.is_remote(job.out):
         raise CommandLineError(
-            f"--out={job.out}: labels are written to a folder, local or on a file system that all hosts see; copy the "
-            "finished folder to the bucket"
+            f"--out={job.out}: expected a local folder or gs://BUCKET/FOLDER, {scheme[0]} is not known"
         )
     if bool(job.detections) == bool(job.workdir):
         found = "both" if job.workdir else "neither"

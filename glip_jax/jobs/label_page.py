@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jinja2
 from etils import epath
 
+from glip_jax import storage
+from glip_jax.data.manifest import read_file
 from glip_jax.data.shards import Shards
 from glip_jax.drawing import draw_counts, svg_uri
 from glip_jax.evaluation.template import STYLE
@@ -50,16 +51,19 @@ a phrase whose best box is left of it stays unknown.</p>
 )
 
 
-def write_page(out: Path, samples: int = 24) -> Path:
-    """Draws OUT/report.html of a finished folder; returns its path."""
-    page = out / "report.html"
-    write_whole(epath.Path(page), render(out, samples))
+def write_page(out: str, samples: int = 24) -> str:
+    """Draws OUT/report.html of a finished folder, local or gs://; returns its path. OSError if it cannot be written."""
+    page, text = f"{out}/report.html", render(out, samples)
+    if storage.is_remote(page):
+        storage.put(page, text.encode())
+    else:
+        write_whole(epath.Path(page), text)
     return page
 
 
-def render(out: Path, samples: int = 24) -> str:
+def render(out: str, samples: int = 24) -> str:
     """The page as HTML text with its pictures inside; `samples` records are drawn."""
-    report = json.loads((out / "report.json").read_text())
+    report = json.loads(read_file(f"{out}/report.json"))
     told, settings = report["summary"], report["settings"]
     share = told["phrases_with_boxes"] / max(told["phrases"], 1)
     outside = settings["teacher"].startswith("detections")

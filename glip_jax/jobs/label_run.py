@@ -5,8 +5,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -23,6 +23,9 @@ __all__ = ["FORMAT", "Input", "Plan", "run"]
 
 FORMAT = 1
 """Of report.json and plan.json."""
+
+_SIDES = 8
+"""Finished tasks that are looked at at a time."""
 
 
 class Input(NamedTuple):
@@ -45,7 +48,8 @@ class _Task(NamedTuple):
 class Plan:
     """All of a labelling."""
 
-    out: Path
+    out: str
+    """Folder to make, local or gs://."""
     name: str
     inputs: Sequence[Input]
     teacher: Teacher
@@ -72,7 +76,7 @@ def run(plan: Plan) -> None:
     """Labels until everything is done, by this process or others, and finishes the folder.
 
     Raises TaskError if the folder holds other work, ShardError if not one caption got a box (then nothing is left),
-    OSError for what the system refuses.
+    OSError for what the system or the storage refuses.
     """
     work = _tasks(plan.inputs)
     tasks = Tasks(plan.out, list(work), plan.settings(), plan.lease)
@@ -107,6 +111,7 @@ def run(plan: Plan) -> None:
                     if not tasks.finished:  # else another process, which slept longer than its lease, was first
                         raise
         time.sleep(0.2)
+    tasks.clear()  # by everybody: who came late may have begun the folder of the work anew
 
 
 def _tasks(inputs: Sequence[Input]) -> dict[str, _Task]:
@@ -121,7 +126,7 @@ def _tasks(inputs: Sequence[Input]) -> dict[str, _Task]:
 
 
 def _done(tasks: Tasks, work: Mapping[str, _Task]) -> int:
-    return sum(task.end - task.begin for name, task in work.items() if tasks.done(name))
+    return sum(work[name].end - work[name].begin for name in tasks.seen)
 
 
 def _label(tasks: Tasks, name: str, task: _Task, labeler: Labeler, made: Callable[[int], None]) -> None:
@@ -145,8 +150,9 @@ def _label(tasks: Tasks, name: str, task: _Task, labeler: Labeler, made: Callabl
 def _finish(plan: Plan, tasks: Tasks, work: Mapping[str, _Task]) -> None:
     """Sums up, and writes columns, report and manifest."""
     total, written = Tally(), []
-    for name in work:
-        side = tasks.side(name)
+    with ThreadPoolExecutor(_SIDES) as pool:
+        sides = list(pool.map(tasks.side, work))
+    for side in sides:
         total.add(Tally.from_json(side["tally"]))
         part = side["written"]
         part |= {"labels": {int(label): n for label, n in part["labels"].items()}, "columns": tuple(part["columns"])}
@@ -168,9 +174,8 @@ def _finish(plan: Plan, tasks: Tasks, work: Mapping[str, _Task]) -> None:
     }  # fmt: skip
     (scratch / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False))
     for file in (manifest.columns["file"], "report.json"):
-        (scratch / file).replace(plan.out / file)
+        tasks.put(scratch / file, file)
     tasks.finish((scratch / "manifest.json").read_text())
-    tasks.clear()
     print(_table(report["summary"]))
 
 

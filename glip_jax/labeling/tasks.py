@@ -5,13 +5,17 @@
     OUT/.partial/TASK.OWNER.writing   a result that is being written
     OUT/.partial/TASK.json            the task is done: names the one result that counts, and what is to be said of it
     OUT/TASK                          that result
-    OUT/manifest.json                 everything is done; `.partial` goes
+    OUT/manifest.json                 everything is done; `.partial` goes, plan.json first
+
+OUT is a folder of a file system or gs://; `places` says how each keeps its promises.
 
 A claim saves work, it decides nothing: one whose heartbeat is older than the lease, or whose process is seen to be dead,
-is taken over, and in a rare race two processes do the same task. What decides is that TASK.json is made by a hard link,
-which fails where the name exists: the process that made it has done the task, and the result of any other is removed.
-The same holds for manifest.json. The file system must have hard links and show a new file to all hosts at once (local
-disks, NFS, Lustre do; gcsfuse does not).
+is taken over, and in a rare race two processes do the same task. What decides is that TASK.json is created where there was
+none: the process that made it has done the task, and the result of any other is removed. The same holds for manifest.json.
+
+One who slept while all others ended the work would find no TASK.json again, and be first once more. So who has made one
+looks whether the plan is still the one it joined, and takes its TASK.json back if not: the plan goes before anything else
+does, so with the plan there nothing was removed yet, and whoever was first, was first.
 """
 
 import contextlib
@@ -26,7 +30,12 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LEASE", "TaskError", "Tasks"]
+from etils import epath
+
+from glip_jax import storage
+from glip_jax.labeling.places import WORK, Held, place_of
+
+__all__ = ["LEASE", "TaskError", "Tasks", "sweep"]
 
 LEASE = 120.0
 """Seconds without a heartbeat after which a task's process is taken for dead."""
@@ -39,34 +48,45 @@ class TaskError(ValueError):
 class Tasks:
     """The tasks of one folder, seen by one process."""
 
-    def __init__(self, out: Path, names: Sequence[str], settings: Mapping[str, Any], lease: float = LEASE) -> None:
+    def __init__(
+        self, out: epath.PathLike, names: Sequence[str], settings: Mapping[str, Any], lease: float = LEASE
+    ) -> None:
         """Joins those at work in `out`, or begins.
 
         `names`: the files to make; `settings`: all that decides what is in them, as JSON. Raises TaskError if the
         folder holds something else, or the work of other settings (with the differences); OSError if the file system
-        refuses.
+        or the storage refuses.
         """
-        self.out, self.names, self.lease = out, tuple(names), lease
-        self._work = out / ".partial"
+        self.names, self.lease = tuple(names), lease
+        self._place = place_of(out)
         self._owner = uuid.uuid4().hex[:12]
         self._me = json.dumps(
             {"owner": self._owner, "host": socket.gethostname(), "boot": _boot(), "pid": os.getpid()}, sort_keys=True
         )
-        if out.exists() and not out.is_dir():
-            raise TaskError(f"{out} is a file: expected a folder to make")
-        if out.is_dir() and any(out.iterdir()) and not self._work.is_dir() and not self.finished:
-            raise TaskError(f"{out} is not empty, without a manifest: remove it or name another folder")
-        self._work.mkdir(parents=True, exist_ok=True)
-        self._same_plan({"tasks": list(self.names), **settings})
+        if storage.kind(out) == "file":
+            raise TaskError(f"{self._place.address} is a file: expected a folder to make")
+        if self._place.files() and not self._place.work() and not self.finished:
+            raise TaskError(f"{self._place.address} is not empty, without a manifest: remove it or name another folder")
+        self._place.begin(self._owner)
+        self._plan = self._joined({"tasks": list(self.names), **settings})
+        self._seen: set[str] = set()
+        self._look()
 
     @property
     def finished(self) -> bool:
         """Whether the folder is complete."""
-        return (self.out / "manifest.json").exists()
+        return self._place.has("manifest.json")
+
+    @property
+    def seen(self) -> frozenset[str]:
+        """The tasks that were done when this process last looked."""
+        return frozenset(self._seen)
 
     def done(self, name: str) -> bool:
         """Whether a task is done."""
-        return (self._work / f"{name}.json").exists() or self.finished
+        if name not in self._seen and (self._place.has(f"{WORK}/{name}.json") or self.finished):
+            self._seen.add(name)
+        return name in self._seen
 
     def mine(self, look: Callable[[], Any] = lambda: None) -> Generator[str, None, None]:
         """Tasks that this process is to do, one after the other, until all are done by whomever.
@@ -74,17 +94,19 @@ class Tasks:
         A task that is not published when the next is asked for may come again. Waits for what others are at, and does
         it where they die; `look` is called now and then while it waits.
         """
-        while True:
+        while not self.finished:
             waiting = False
+            self._look()
             for name in self.names:
-                if self.done(name):
+                if name in self._seen:
                     continue
                 with self.claim(name) as claimed:
                     if not claimed:
                         waiting = True
                     elif not self.done(name):
                         yield name
-            if self.finished or (not waiting and all(map(self.done, self.names))):
+                        self._look()
+            if not waiting and all(map(self.done, self.names)):
                 return
             if waiting:
                 look()
@@ -93,51 +115,58 @@ class Tasks:
     @contextlib.contextmanager
     def claim(self, name: str) -> Iterator[bool]:
         """Claims `name` while the context lasts; False where a living process has it, or the folder is finished."""
-        path = self._work / f"{name}.claim"
-        if not self._claimed(path):
+        if not self._claimed(name):
             yield False
             return
         stop = threading.Event()
-        beat = threading.Thread(target=self._beat, args=(path, stop), daemon=True)
+        beat = threading.Thread(target=self._beat, args=(_claim(name), stop), daemon=True)
         beat.start()
         try:
             yield True
         finally:
             stop.set()
             beat.join()
-            for left in self._work.glob(f"{name}.{self._owner}.writing"):
-                left.unlink(missing_ok=True)
-            if self._holder(path) == self._me:
-                path.unlink(missing_ok=True)
+            self.writing(name).unlink(missing_ok=True)
+            self._place.give_back(_claim(name), self._me)
 
     def writing(self, name: str) -> Path:
-        """Where this process writes the result of a task."""
-        return self._work / f"{name}.{self._owner}.writing"
+        """Where this process writes the result of a task: a local file, which goes when the claim ends."""
+        return self._place.local(f"{name}.{self._owner}.writing")
 
     def publish(self, name: str, side: Mapping[str, Any]) -> bool:
         """Makes what lies at `writing` the result of a task, with `side` (JSON) beside it; False if another was first."""
-        result = self.writing(name)
-        with result.open("rb+") as file:
-            os.fsync(file.fileno())
-        if not self._create(f"{name}.json", json.dumps({"result": result.name, **side}, ensure_ascii=False)):
-            result.unlink(missing_ok=True)
+        result, entry = f"{name}.{self._owner}.result", f"{WORK}/{name}.json"
+        if self.done(name):
+            self.writing(name).unlink(missing_ok=True)
             return False
-        self._settle(name, result.name)
+        self._place.put(self.writing(name), f"{WORK}/{result}")
+        first = self._place.create(entry, json.dumps({"result": result, **side}, ensure_ascii=False))
+        if first and not self._planned():
+            self._place.remove(entry)
+            first = False
+        if not first:
+            self._place.remove(f"{WORK}/{result}")
+            return False
+        self._settle(name, result)
         return True
 
     def side(self, name: str) -> dict[str, Any]:
         """What was said of a task that is done; also sees to it that its result has its name."""
-        side = json.loads((self._work / f"{name}.json").read_text())
+        side = json.loads(self._place.read(f"{WORK}/{name}.json"))
         self._settle(name, side.pop("result"))
         return side
 
+    def put(self, local: Path, name: str) -> None:
+        """Moves a local file into the folder, under `name`."""
+        self._place.put(local, name)
+
     def finish(self, manifest: str) -> bool:
         """Writes manifest.json; False if another process was first."""
-        return self._create("../manifest.json", manifest)
+        return self._place.create("manifest.json", manifest)
 
     def scratch(self, name: str) -> Path:
-        """An empty folder of this process for what it makes under the claim `name`."""
-        folder = self._work / f"{name}.{self._owner}.scratch"
+        """An empty local folder of this process for what it makes under the claim `name`."""
+        folder = self._place.local(f"{name}.{self._owner}.scratch")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         return folder
@@ -145,102 +174,94 @@ class Tasks:
     def abandon(self) -> None:
         """Removes everything, for work of which nothing comes."""
         for name in self.names:
-            (self.out / name).unlink(missing_ok=True)
+            self._place.remove(name)
         self.clear()
-        with contextlib.suppress(OSError):  # what is not ours stays
-            self.out.rmdir()
+        self._place.remove_folder()
 
     def clear(self) -> None:
         """Removes what only the work needed."""
-        shutil.rmtree(self._work, ignore_errors=True)
+        self._place.clear()
+
+    def _look(self) -> None:
+        """Notes which tasks are done, at one request."""
+        there = self._place.work()
+        self._seen.update(name for name in self.names if f"{name}.json" in there)
+        if "plan.json" not in there and self.finished:
+            self._seen.update(self.names)
 
     def _settle(self, name: str, result: str) -> None:
         """Gives the result its name; whoever comes second finds it done."""
+        self._place.rename(f"{WORK}/{result}", name)
+
+    def _joined(self, plan: Mapping[str, Any]) -> str:
+        """The text of the plan that all follow; TaskError if it says something else."""
+        ours = json.loads(json.dumps(plan))
+        # Its writer's name tells this plan from one that is made anew when the work was ended or given up.
+        own = json.dumps({**ours, "begun_by": self._owner}, indent=1, sort_keys=True, ensure_ascii=False)
+        while True:
+            if self._place.create(f"{WORK}/plan.json", own):
+                return own
+            with contextlib.suppress(FileNotFoundError):  # the work ended this moment
+                text = self._place.read(f"{WORK}/plan.json")
+                break
+        theirs = json.loads(text)
+        keys = [key for key in sorted({*theirs, *ours} - {"begun_by"}) if theirs.get(key) != ours.get(key)]
+        if keys:
+            lines = "; ".join(f"{key}: {_short(theirs.get(key))} -> {_short(ours.get(key))}" for key in keys)
+            raise TaskError(
+                f"{self._place.address} was begun with other settings (there -> given: {lines}): give those, name "
+                "another folder, or remove this one"
+            )
+        return text
+
+    def _planned(self) -> bool:
+        """Whether the work that this process joined goes on."""
         with contextlib.suppress(FileNotFoundError):
-            (self._work / result).replace(self.out / name)
+            return self._place.read(f"{WORK}/plan.json") == self._plan
+        return False
 
-    def _create(self, name: str, text: str) -> bool:
-        """Makes a whole file that was not there; False if it was."""
-        aside = self._work / f"{Path(name).name}.{uuid.uuid4().hex[:12]}.aside"
-        try:
-            with aside.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            try:
-                os.link(aside, self._work / name)
-            except FileExistsError:
-                return False
-            return True
-        finally:
-            aside.unlink(missing_ok=True)
-
-    def _same_plan(self, plan: Mapping[str, Any]) -> None:
-        path = self._work / "plan.json"
-        text = json.dumps(plan, indent=1, sort_keys=True, ensure_ascii=False)
-        if path.exists() or not self._create("plan.json", text):
-            theirs, ours = json.loads(path.read_text()), json.loads(text)
-            keys = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
-            if keys:
-                lines = "; ".join(f"{key}: {_short(theirs.get(key))} -> {_short(ours.get(key))}" for key in keys)
-                raise TaskError(
-                    f"{self.out} was begun with other settings (there -> given: {lines}): give those, name another "
-                    "folder, or remove this one"
-                )
-
-    def _claimed(self, path: Path) -> bool:
+    def _claimed(self, name: str) -> bool:
         """Makes the claim, or takes it over from the dead."""
         try:
-            if self._create(path.name, self._me):
+            if self._place.create(_claim(name), self._me):
                 return True
-            if not self._dead(path):
-                return False
-            aside = path.with_suffix(f".{self._owner}.aside")
-            aside.write_text(self._me)
-            aside.replace(path)
-            # Of two that take over at once, the later one's words stand.
-            return self._holder(path) == self._me
         except FileNotFoundError:
             if self.finished:  # and so the folder of the work is gone
                 return False
             raise
+        try:
+            held = self._place.held(_claim(name))
+            return self._dead(name, held) and self._place.take(_claim(name), self._me, held)
+        except FileNotFoundError:
+            return False  # given back this moment; the next round sees it
 
-    def _dead(self, path: Path) -> bool:
+    def _dead(self, name: str, held: Held) -> bool:
         """Whether the process of a claim is no more; removes what it was writing."""
         try:
-            age = self._now() - path.stat().st_mtime
-            holder = json.loads(path.read_text())
+            holder = json.loads(held.text)
             gone = (holder["host"], holder["boot"]) == (socket.gethostname(), _boot()) and not _alive(holder["pid"])
             owner = holder["owner"]
-        except FileNotFoundError:
-            return False  # done this moment; the next round sees it
         except (ValueError, KeyError, TypeError):
             gone, owner = True, ""  # no claim of ours, or one that a crash left empty
-        if not gone and age < self.lease:
+        if not gone and held.age < self.lease:
             return False
-        if owner:
-            for left in self._work.glob(f"*.{owner}.writing"):
-                if gone:  # a process that only sleeps may still wake up and go on
-                    left.unlink(missing_ok=True)
+        if gone and owner:  # a process that only sleeps may still wake up and go on
+            self._place.remove(f"{WORK}/{name}.{owner}.writing")
         return True
 
-    def _holder(self, path: Path) -> str:
-        try:
-            return path.read_text()
-        except FileNotFoundError:
-            return ""
-
-    def _now(self) -> float:
-        """The time by the clock that also stamps the claims: of a file server, hosts may have others."""
-        probe = self._work / f"{self._owner}.clock"
-        probe.touch()
-        return probe.stat().st_mtime
-
-    def _beat(self, path: Path, stop: threading.Event) -> None:
+    def _beat(self, claim: str, stop: threading.Event) -> None:
         while not stop.wait(self.lease / 6):
-            if self._holder(path) == self._me:
-                with contextlib.suppress(OSError):
-                    os.utime(path)
+            with contextlib.suppress(OSError):
+                self._place.beat(claim, self._me)
+
+
+def sweep(out: epath.PathLike) -> None:
+    """Removes what a killed process left of the work on a finished folder. Raises OSError if the storage refuses."""
+    place_of(out).clear()
+
+
+def _claim(name: str) -> str:
+    return f"{WORK}/{name}.claim"
 
 
 def _boot() -> str:

@@ -1,20 +1,17 @@
-"""The job `label`: with a random network of a few thousand parameters, with detections of a file, killed, and by two at once."""
+"""The job `label`: with a random network of a few thousand parameters, with detections of a file, killed, and by three at once, in a bucket too."""
 
+import contextlib
 import json
 import re
 import resource
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from glip_jax import __main__ as door
-from glip_jax import exits
+from glip_jax import exits, storage
 from glip_jax.checkpoint import Checkpoints, Saved, fingerprint, restore_parameters
 from glip_jax.config import MeshConfig, SourceConfig
 from glip_jax.data import shards
@@ -25,9 +22,10 @@ from glip_jax.parallel import make_mesh
 from glip_jax.prompts import load_tokenizer
 from glip_jax.training.loop import fresh_parameters
 from tests import tiny_run
+from tests.faulty_storage import Storage
+from tests.labeling import slow_label
 from tests.labeling.test_teacher import picture
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ("a cat and a dog", "the person", "and so on", "a dog by a person", "two cats", "a red dog")
 
 
@@ -177,11 +175,8 @@ def test_detections_of_a_file(many):
     assert shards.verify(whole) and source.is_dir()
 
 
-def slow(run, source, out):
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.labeling.slow_label", *outside(run, source, out)], cwd=ROOT,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def slow(run, source, out, said):
+    return slow_label.start(outside(run, source, out, "--lease=5"), said)
 
 
 def wait_for(what, seconds=60):
@@ -194,10 +189,10 @@ def wait_for(what, seconds=60):
 def test_killed_then_other_settings_then_run_again(run, many, tmp_path, capsys):
     source, whole = many
     out = tmp_path / "out"
-    child = slow(run, source, out)
+    child = slow(run, source, out, tmp_path / "said")
     wait_for(lambda: len(list(out.glob("records*"))) >= 2 and list((out / ".partial").glob("*.claim")))
     child.kill()
-    child.wait()
+    child.join()
     there = {path.name: path.stat().st_ino for path in out.glob("records*")}
     assert 2 <= len(there) < 6 and not (out / "manifest.json").exists()
     with pytest.raises(shards.ShardError, match="no manifest"):
@@ -211,19 +206,90 @@ def test_killed_then_other_settings_then_run_again(run, many, tmp_path, capsys):
     assert there.items() <= now.items(), "what was finished is not made again"
 
 
+def ended(started, said):
+    """What each of them printed; all have ended, one killed."""
+    for process in started:
+        process.join(120)
+    texts = [path.read_text() for path in said]
+    assert sorted(process.exitcode for process in started) == [-9, 0, 0], texts
+    assert sum("captions  " in text for text in texts) == 1, "one of them sums up"
+    return texts
+
+
 def test_three_at_once_and_one_is_killed(run, many, tmp_path):
     source, whole = many
-    out = tmp_path / "out"
-    started = [slow(run, source, out) for _ in range(3)]
+    out, said = tmp_path / "out", [tmp_path / f"said{i}" for i in range(3)]
+    started = [slow(run, source, out, path) for path in said]
     wait_for(lambda: list((out / ".partial").glob("*.claim")))
     killed = next(json.loads(path.read_text())["pid"] for path in (out / ".partial").glob("*.claim"))
     (one,) = [process for process in started if process.pid == killed]
-    one.send_signal(signal.SIGKILL)
-    said = [process.communicate(timeout=180) for process in started]
-    assert sorted(process.returncode for process in started) == [-9, 0, 0], said
+    one.kill()
+    ended(started, said)
     assert contents(out) == contents(whole)
-    assert sum("captions  " in out for out, _ in said) == 1, "one of them sums up"
     assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+@pytest.fixture
+def out_in_a_bucket(tmp_path, monkeypatch):
+    running = Storage()
+    settings = {"GLIP_JAX_CACHE": str(tmp_path / "cache"), "GLIP_JAX_STORAGE_SILENCE": "2"}
+    for name, value in (running.environment | settings).items():
+        monkeypatch.setenv(name, value)
+    yield running, f"{running.bucket('bucket')}/out"
+    running.close()
+
+
+def test_three_at_once_on_a_bucket_that_loses_answers_and_one_is_killed(
+    run, many, tmp_path, out_in_a_bucket, capsys, monkeypatch
+):
+    (source, whole), (running, out) = many, out_in_a_bucket
+
+    def fetched(name):
+        (tmp_path / name).mkdir()
+        for file in storage.listing(out):
+            (tmp_path / name / file).write_bytes(storage.read(f"{out}/{file}"))
+        return tmp_path / name
+
+    def at_work():
+        """By task, the process that says that it does it, once some tasks are done."""
+        names = storage.listing(f"{out}/.partial") if len(storage.listing(out)) >= 2 else ()
+        with contextlib.suppress(FileNotFoundError):
+            return {
+                name: json.loads(storage.read(f"{out}/.partial/{name}"))["pid"]
+                for name in names
+                if name.startswith("records") and name.endswith(".claim")
+            }
+        return {}
+
+    said = [tmp_path / f"said{i}" for i in range(3)]
+    with running.arm("lost", "late", "503", share=0.2) as came:
+        started = [slow(run, source, out, path) for path in said]
+        wait_for(at_work)
+        killed = next(iter(at_work().values()))
+        (one,) = [process for process in started if process.pid == killed]
+        one.kill()
+        there = {name: storage.stamp(f"{out}/{name}") for name in storage.listing(out)}
+        ended(started, said)
+    assert came["lost"] > 3 < came["late"]
+    assert contents(fetched("copy")) == contents(whole) and shards.verify(out)
+    assert set(storage.listing(out)) == {path.name for path in whole.iterdir()}
+    assert not storage.listing(f"{out}/.partial"), "nothing but the result is left"
+    now = {name: storage.stamp(f"{out}/{name}") for name in storage.listing(out)}
+    assert len(there) >= 2 and there.items() <= now.items(), "what was finished is not made again"
+    # The same command again; one that was killed after the manifest left things behind, and the page was not drawn.
+    storage.put(f"{out}/.partial/left", b"")
+    storage.remove(f"{out}/report.html")
+    assert label.main(outside(run, source, out)) == 0
+    printed = capsys.readouterr().out
+    assert f"{out} is finished" in printed and f"drawn page: {out}/report.html" in printed
+    assert not storage.listing(f"{out}/.partial")
+    again = {name: storage.stamp(f"{out}/{name}") for name in storage.listing(out)}
+    assert {name for name, found in again.items() if now[name] != found} == {"report.html"}
+    # When the storage stays silent: a line, and the code that says so.
+    monkeypatch.setenv("GLIP_JAX_STORAGE_PATIENCE", "0.3")
+    with running.arm("503", share=1.0):
+        assert door.main(["label", *outside(run, source, f"{out}2")]) == exits.UNAVAILABLE
+    assert capsys.readouterr().err.startswith(f"label: {out}2/manifest.json: the storage failed")
 
 
 def test_a_full_disk_ends_in_a_line_and_the_same_command_goes_on(run, many, tmp_path, capsys):
@@ -247,7 +313,10 @@ def test_a_full_disk_ends_in_a_line_and_the_same_command_goes_on(run, many, tmp_
     [
         ([], "nothing to label"),
         (["{run}/captions"], "expected --out=DIR"),
-        (["{run}/captions", "--out=gs://bucket/x", "--workdir=x"], "copy the finished folder to the bucket"),
+        (
+            ["{run}/captions", "--out=s3://bucket/x", "--workdir=x"],
+            "expected a local folder or gs://BUCKET/FOLDER, s3:/",
+        ),
         (["{run}/captions", "--out=x"], "expected one teacher, --workdir=DIR or --detections=FILE.json, found neither"),
         (["{run}/captions", "--out=x", "--workdir=y", "--detections=z"], "found both"),
         (["{run}/captions", "--out=x", "--detections={run}/found.json"], "--categories=ANNOTATIONS.json"),

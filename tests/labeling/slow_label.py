@@ -1,23 +1,42 @@
-"""The job `label` with an outside teacher that takes its time: for tests that run several, and kill them."""
+"""The job `label` with an outside teacher that takes its time, in processes that tests may kill.
 
+They are forked from a server that has imported everything once, which takes longer than what they do.
+"""
+
+import multiprocessing
+import multiprocessing.process
+import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from glip_jax.jobs.label import main
 from glip_jax.labeling.outside import OutsideTeacher
 
-__all__: list[str] = []
-
-_real = OutsideTeacher.answers
+__all__ = ["start"]
 
 
-def _slowly(*arguments: Any) -> Any:
-    time.sleep(0.05)
-    return _real(*arguments)
+def start(arguments: list[str], said: Path) -> multiprocessing.process.BaseProcess:
+    """A process of the job; what it prints goes to the file `said`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=_label, args=(arguments, said, dict(os.environ)), daemon=True)
+    process.start()
+    return process
 
 
-OutsideTeacher.answers = _slowly  # type: ignore[method-assign]
+def _label(arguments: list[str], said: Path, environment: dict[str, str]) -> None:
+    os.environ.clear()  # of the day when the server began
+    os.environ.update(environment)
+    with said.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    real = OutsideTeacher.answers
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    def slowly(*given: Any) -> Any:
+        time.sleep(0.05)
+        return real(*given)
+
+    OutsideTeacher.answers = slowly  # type: ignore[method-assign]
+    sys.exit(main(arguments))
