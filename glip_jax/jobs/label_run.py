@@ -102,6 +102,7 @@ def run(plan: Plan) -> None:
             for name in mine:
                 look()
                 _label(tasks, name, work[name], labeler, made)
+    pause = 0.2
     while not tasks.finished:
         with tasks.claim("end") as claimed:
             if claimed and not tasks.finished:
@@ -110,7 +111,8 @@ def run(plan: Plan) -> None:
                 except FileNotFoundError:
                     if not tasks.finished:  # else another process, which slept longer than its lease, was first
                         raise
-        time.sleep(0.2)
+        time.sleep(pause)
+        pause = min(2 * pause, 5.0)
     tasks.clear()  # by everybody: who came late may have begun the folder of the work anew
 
 

@@ -163,9 +163,10 @@ class _Folder:
 
     def held(self, name: str) -> Held:
         path = self._folder / name
+        text = path.read_text()
         probe = self._work / f"{self._owner}.clock"  # the clock that also stamps the claims
         probe.touch()
-        return Held(text=path.read_text(), age=probe.stat().st_mtime - path.stat().st_mtime, version=0)
+        return Held(text, probe.stat().st_mtime - path.stat().st_mtime, version=0)
 
     def take(self, name: str, text: str, held: Held) -> bool:
         path = self._folder / name

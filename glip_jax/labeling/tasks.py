@@ -223,14 +223,15 @@ class Tasks:
     def _claimed(self, name: str) -> bool:
         """Makes the claim, or takes it over from the dead."""
         try:
-            if self._place.create(_claim(name), self._me):
-                return True
+            held = self._place.held(_claim(name))  # first: a bucket bears many who look, and few who try to write
         except FileNotFoundError:
-            if self.finished:  # and so the folder of the work is gone
-                return False
-            raise
+            try:
+                return self._place.create(_claim(name), self._me)
+            except FileNotFoundError:
+                if self.finished:  # and so the folder of the work is gone
+                    return False
+                raise
         try:
-            held = self._place.held(_claim(name))
             return self._dead(name, held) and self._place.take(_claim(name), self._me, held)
         except FileNotFoundError:
             return False  # given back this moment; the next round sees it

@@ -56,6 +56,17 @@ def test_a_result_published_by_one_who_was_killed_before_it_had_its_name(tmp_pat
     assert Tasks(tmp_path, NAMES, {}).side("a") == {"words": "x"} and (tmp_path / "a").read_text() == "x"
 
 
+def test_what_one_published_who_was_killed_then_is_not_taken_for_half_a_result(tmp_path):
+    one, other = (Tasks(tmp_path, NAMES, {}) for _ in range(2))
+    one._settle = lambda *_: None  # type: ignore[method-assign]
+    assert _result(one, "a", "x")
+    dead = json.loads(one._me) | {"pid": 2**22 + 1}  # no process has this number
+    (tmp_path / ".partial" / "a.claim").write_text(json.dumps(dead))
+    with other.claim("a") as claimed:  # as by one who looked before it was published
+        assert claimed and other.done("a")
+    assert other.side("a") == {"words": "x"} and (tmp_path / "a").read_text() == "x"
+
+
 def test_a_silent_process_loses_its_claim_and_not_its_right_to_be_first(tmp_path):
     one, other = (Tasks(tmp_path, NAMES, {}, lease=60.0) for _ in range(2))
     with one.claim("a") as mine:

@@ -114,12 +114,16 @@ def test_of_two_results_the_first_counts(out):
     assert not [name for name in _work(out) if name.endswith(".result")]
 
 
-def test_a_result_published_by_one_who_was_killed_before_it_had_its_name(out):
+def test_a_result_published_by_one_who_was_killed_before_it_had_its_name(out, monkeypatch):
     tasks = Tasks(out, NAMES, {})
     tasks._settle = lambda *_: None  # type: ignore[method-assign]
     assert _result(tasks, "a", "x") and not storage.kind(f"{out}/a") and tasks.done("a")
     other = Tasks(out, NAMES, {})
     assert _together(2, lambda _: other.side("a")) == [{"words": "x"}] * 2 and storage.read(f"{out}/a") == b"x"
+    # One who looked, and then came second.
+    real = storage.copy
+    monkeypatch.setattr(storage, "copy", lambda *places: (real(*places), storage.remove(places[0]), real(*places)))
+    assert _result(tasks, "b", "y") and other.side("b") == {"words": "y"} and storage.read(f"{out}/b") == b"y"
 
 
 def test_claims_by_the_clock_of_the_storage(out, monkeypatch):
@@ -185,6 +189,13 @@ def test_who_slept_through_the_end_is_not_first_again(out):
     with late.claim("end") as claimed:
         assert late.finished or not claimed
     assert list(late.mine()) == [] and not _work(out)
+    # Nor where somebody came as it ended, and began the folder of the work anew.
+    late.writing("a").parent.mkdir(exist_ok=True)
+    late.writing("a").write_text("late")
+    came = Tasks(out, ["a"], {})
+    assert not late.publish("a", {"words": "late"}) and list(came.mine()) == []
+    came.clear()
+    assert not _work(out) and set(storage.listing(out)) == {"a", "manifest.json"}
     # Nor after the work was given up and another has begun it anew.
     where = f"{out}/again"
     late, first = (Tasks(where, ["a"], {}) for _ in range(2))
