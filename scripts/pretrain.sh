@@ -16,7 +16,8 @@ case "${1:-}" in
 esac
 
 trap 'echo "stopped; the same command again goes on from here" >&2; exit 130' INT
-environment requirements.txt
+# Launchers say what their machines need: requirements-tpu.txt, requirements-gpu.txt.
+environment "${GLIP_JAX_REQUIREMENTS:-requirements.txt}"
 
 run=$PWD/runs/demo
 scenes=(--out=runs/demo/scenes --captions=0)
