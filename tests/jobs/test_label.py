@@ -181,9 +181,10 @@ def slow(run, source, out, said):
 
 def wait_for(what, seconds=60):
     until = time.monotonic() + seconds
-    while not what():
+    while not (found := what()):
         assert time.monotonic() < until
         time.sleep(0.02)
+    return found
 
 
 def test_killed_then_other_settings_then_run_again(run, many, tmp_path, capsys):
@@ -251,31 +252,27 @@ def test_three_at_once_on_a_bucket_that_loses_answers_and_one_is_killed(
         return tmp_path / name
 
     def at_work():
-        """By task, the process that says that it does it, once some tasks are done."""
-        names = storage.listing(f"{out}/.partial") if len(storage.listing(out)) >= 2 else ()
-        with contextlib.suppress(FileNotFoundError):
-            return {
-                name: json.loads(storage.read(f"{out}/.partial/{name}"))["pid"]
-                for name in names
-                if name.startswith("records") and name.endswith(".claim")
-            }
-        return {}
+        """The processes that say that they do a task, once one is done."""
+        names = storage.listing(f"{out}/.partial") if storage.listing(out) else ()
+        claims = [name for name in names if name.startswith("records") and name.endswith(".claim")]
+        with contextlib.suppress(FileNotFoundError):  # given back meanwhile
+            return [json.loads(storage.read(f"{out}/.partial/{name}"))["pid"] for name in claims]
+        return []
 
     said = [tmp_path / f"said{i}" for i in range(3)]
-    with running.arm("lost", "late", "503", share=0.2) as came:
+    with running.arm("lost", "late", share=0.4, only="ifGenerationMatch") as came:
         started = [slow(run, source, out, path) for path in said]
-        wait_for(at_work)
-        killed = next(iter(at_work().values()))
+        killed, *_ = wait_for(at_work)
         (one,) = [process for process in started if process.pid == killed]
         one.kill()
         there = {name: storage.stamp(f"{out}/{name}") for name in storage.listing(out)}
         ended(started, said)
-    assert came["lost"] > 3 < came["late"]
+    assert came.total() > 5
     assert contents(fetched("copy")) == contents(whole) and shards.verify(out)
     assert set(storage.listing(out)) == {path.name for path in whole.iterdir()}
     assert not storage.listing(f"{out}/.partial"), "nothing but the result is left"
     now = {name: storage.stamp(f"{out}/{name}") for name in storage.listing(out)}
-    assert len(there) >= 2 and there.items() <= now.items(), "what was finished is not made again"
+    assert there and there.items() <= now.items(), "what was finished is not made again"
     # The same command again; one that was killed after the manifest left things behind, and the page was not drawn.
     storage.put(f"{out}/.partial/left", b"")
     storage.remove(f"{out}/report.html")
