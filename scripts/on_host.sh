@@ -52,18 +52,18 @@ unpack() {
     tar -xzf "$archive" -C "$code"
     mv "$state/files.new" "$state/files"
     cd "$code"
-    # shellcheck source=scripts/environment.sh
-    source scripts/environment.sh
-    # What pip says is for people, not for the count.
-    {
+    # In a shell of its own, which ends at the first fault; what pip says is for people, not for the count.
+    bash -euo pipefail -c '
+        source scripts/environment.sh
         if ! find_python >/dev/null 2>&1; then
-            # Ubuntu 22.04, which is on the hosts of TPUs, has Python 3.10. uv's need no rights of root.
-            python3 -m pip install --quiet --user uv &&
-                python3 -m uv python install 3.12 &&
-                PYTHON=$(python3 -m uv python find 3.12) && export PYTHON
-        fi && environment requirements-tpu.txt
-    } >&2 || fail "the environment could not be made (what pip said is above)"
-    rm -f "$archive"
+            # Ubuntu 22.04, which is on the hosts of TPUs, has Python 3.10. That of uv needs no rights of root.
+            python3 -m pip install --quiet --user uv
+            python3 -m uv python install 3.12
+            PYTHON=$(python3 -m uv python find 3.12)
+            export PYTHON
+        fi
+        environment requirements-tpu.txt' >&2 || fail "the environment could not be made (what pip said is above)"
+    rm -f "$HOME"/glip_jax-*.tar.gz
     echo "$revision" >"$state/revision"
     say "pushed $revision"
 }

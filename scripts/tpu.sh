@@ -245,8 +245,9 @@ push() {
     count_workers
     act git -C "$root" archive --format=tar.gz --output="$archive" "$tree"
     # With the code goes the script that unpacks it, so the one to run is taken out of the archive; unpack refuses under a live run.
-    remote="bash -c \"\$(tar -xzOf glip_jax.tar.gz scripts/on_host.sh)\" on_host.sh unpack \"\$HOME/glip_jax.tar.gz\" $(quote "$revision")"
-    act gcloud compute tpus queued-resources scp "$archive" "$name:glip_jax.tar.gz" "${place[@]}" --node=all --worker=all
+    # Its name there is the revision's: a host that the copy did not reach cannot take an older one for it.
+    remote="bash -c \"\$(tar -xzOf glip_jax-$revision.tar.gz scripts/on_host.sh)\" on_host.sh unpack \"\$HOME/glip_jax-$revision.tar.gz\" $revision"
+    act gcloud compute tpus queued-resources scp "$archive" "$name:glip_jax-$revision.tar.gz" "${place[@]}" --node=all --worker=all
     loud=yes
     everywhere "$remote" || {
         [ -z "$answers" ] || printf '%s\n' "$answers"

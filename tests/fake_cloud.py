@@ -24,7 +24,7 @@ time.sleep(60)'
 exit "$next"
 """
 ENVIRONMENT = """find_python() { echo python3; }
-environment() { mkdir -p .venv; echo "$1" >.venv/made; echo "pip speaks"; }
+environment() { mkdir -p .venv; echo "pip speaks"; test ! -e "$HOME/pip fails"; echo "$1" >.venv/made; }
 """
 
 

@@ -75,7 +75,7 @@ def test_push_brings_the_commit(pod):
         code = host / "glip_jax"
         assert (code / "old name.txt").read_text() == "of the first commit"
         assert (code / ".venv/made").read_text() == "requirements-tpu.txt\n"
-        assert not (host / "glip_jax.tar.gz").exists()
+        assert not [*host.glob("*.tar.gz")]
         (code / "runs").mkdir()
     (pod.root / "old name.txt").rename(pod.root / "new $name.txt")
     assert "files are changed or not in git" in pod("push", "pod", code=2)
@@ -94,6 +94,15 @@ def test_push_of_a_changed_tree(pod):
     assert "-dirty" in pod("push", "pod", "--dirty")
     assert (pod.hosts()[0] / "glip_jax/not in git.txt").read_text() == "x"
     assert (pod.root / ".git/index").read_bytes() == index
+
+
+def test_push_whose_environment_fails_is_no_push(pod):
+    (pod.hosts()[1] / "pip fails").write_text("")
+    said = pod("push", "pod", code=1)
+    assert "worker pod-w-1: the environment could not be made" in said
+    assert "pip speaks" in said
+    said = pod("run", "pod", "--", "x", code=2)
+    assert "worker pod-w-1: nothing pushed, or not to the end" in said
 
 
 def test_push_that_misses_a_host_is_no_push(pod):
