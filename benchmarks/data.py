@@ -9,7 +9,7 @@ scale, everything on the given number of cores:
   libraries are called, each picture in a new array; and `in place`, into the same memory again and again.
 * `torch DataLoader`: PIL decode, bilinear resize, flip, normalise in float32, pad, as the original; a worker a core.
 
-Seconds are per 40 batches; the DataLoader keeps what it reads ahead between two runs. How: `benchmarks/alternating.py`.
+Seconds are per 40 batches, from a standing start. How: `benchmarks/alternating.py`.
 
     python -m benchmarks.data --threads 1 2 --rounds 5
 """
@@ -99,7 +99,7 @@ def glip_runs(settings: Settings) -> Runs:
     mixture, step = Mixture(config), 0
 
     def run() -> None:
-        # A new stream each time: what it reads ahead between two runs would be free for this side, and a load on others.
+        # A new stream each time: what is read ahead between two runs would be free for this side, and a load on the others.
         nonlocal step
         batches = mixture.batches(step)
         step += BATCHES
@@ -173,11 +173,12 @@ def torch_runs(settings: Settings) -> Runs:
 
     torch.set_num_threads(1)
     loader = torch.utils.data.DataLoader(Photographs(), BATCH, num_workers=settings.threads, collate_fn=collate)
-    batches = iter(loader)
 
     def run() -> None:
+        batches = iter(loader)
         for _ in range(BATCHES):
             next(batches)
+        del batches  # ends its workers
 
     return {"batches": run}
 
