@@ -64,7 +64,8 @@ def _run(job: str, argv: list[str]) -> int:
         return exits.CANCELLED
     except OSError as error:
         reason = exits.full_disk(error)
-        storage = importlib.import_module("glip_jax.storage")
+        from glip_jax import storage  # only now: its libraries take time to load
+
         if isinstance(error, storage.StorageError):
             print(f"{job}: {storage.told(error)}", file=sys.stderr)
             return exits.UNAVAILABLE if error.errno == errno.ETIMEDOUT else exits.BAD_INPUT

@@ -1,7 +1,9 @@
 """A small detection set as TensorFlow Datasets prepares it, made by its own library."""
 
+import functools
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,6 +20,14 @@ def _jpeg(i: int) -> io.BytesIO:
 
 def prepare(folder: Path) -> Path:
     """Writes three examples below `folder`; returns the folder of the version."""
+    _builder()(data_dir=folder, file_format="array_record").download_and_prepare()
+    (place,) = folder.glob("*/1.0.0")
+    return place
+
+
+@functools.cache
+def _builder() -> Any:
+    """The set's builder; its library knows a name once a process."""
     import tensorflow_datasets as tfds
 
     class Tiny(tfds.core.GeneratorBasedBuilder):
@@ -51,6 +61,4 @@ def prepare(folder: Path) -> Path:
                 ]
                 yield i, {"image": _jpeg(i), "image/id": 100 + i, "objects": things, "neg_category_ids": [2]}
 
-    Tiny(data_dir=folder, file_format="array_record").download_and_prepare()
-    (place,) = folder.glob("*/1.0.0")
-    return place
+    return Tiny

@@ -5,6 +5,7 @@ Both go into a temporary SQLite file, and come out image by image, in the order 
 
 import json
 import sqlite3
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ class Join:
     def __init__(self, scratch: Path | None = None) -> None:
         """`scratch`: folder for the file; None: where the system keeps temporary files."""
         self._base = sqlite3.connect(
-            "" if scratch is None else scratch / f"join-{id(self):x}.sqlite", isolation_level=None
+            "" if scratch is None else scratch / f"join-{uuid.uuid4().hex}.sqlite", isolation_level=None
         )
         for statement in (
             "PRAGMA journal_mode = OFF",
