@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import hypothesis
+import pytest
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,3 +36,13 @@ install_import_hook("glip_jax", "beartype.beartype")
 # A machine under load is no failure; the examples count, not their time.
 hypothesis.settings.register_profile("glip_jax", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("glip_jax")
+
+
+@pytest.fixture(scope="module")
+def running():
+    """A storage on loopback, behind a proxy that can inject faults."""
+    from tests.faulty_storage import Storage
+
+    server = Storage()
+    yield server
+    server.close()

@@ -18,6 +18,8 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib import resources
+from pathlib import Path
+from typing import Any
 
 FAULTS = ("503", "429", "reset", "stall", "truncate", "short", "slow", "lost", "late")
 """`lost` and `late`: the storage does what it was asked to, and the answer is a reset or a 503."""
@@ -61,6 +63,16 @@ class Storage:
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
             "FSSPEC_GS_TOKEN": "anon",
         }
+
+    def fresh(self, monkeypatch: Any, cache: Path, silence: float, patience: float = 600) -> str:
+        """Points this process here for a test, with a cache of its own; returns a new bucket."""
+        settings = {
+            "GLIP_JAX_CACHE": str(cache), "GLIP_JAX_STORAGE_SILENCE": str(silence),
+            "GLIP_JAX_STORAGE_PATIENCE": str(patience),
+        }  # fmt: skip
+        for name, value in (self.environment | settings).items():
+            monkeypatch.setenv(name, value)
+        return self.bucket(f"b{time.monotonic_ns()}")
 
     def bucket(self, name: str) -> str:
         """Makes a bucket; returns its address."""

@@ -60,8 +60,9 @@ def main(argv: Sequence[str]) -> int:
         job = flags(argv, Compare, "compare", example)
         if not job.out:
             raise CommandLineError("no folder to write to: expected --out=DIR")
+        compared = _compared(job.runs, job.steps)  # first: what is refused leaves no folder
         prepare(job.out)
-        write_comparison(_compared(job.runs, job.steps), job.out)
+        write_comparison(compared, job.out)
     except (CommandLineError, ComparisonError, CheckpointError) as error:
         print(f"compare: {error}", file=sys.stderr)
         return exits.BAD_INPUT

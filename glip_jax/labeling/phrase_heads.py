@@ -12,6 +12,7 @@ _OF = "of"
 # TextBlob's singularize takes an "s" from any word; these are its faults among what pictures show, and plurals that have
 # no singular. A word that its word list knows as a singular noun ("bus", "dress", "grass", "lens") is left as it is.
 _SINGULARS = {
+    "abacuses": "abacus", "hibiscuses": "hibiscus", "neckties": "necktie",
     "bikinis": "bikini", "binoculars": "binoculars", "brownies": "brownie", "cactuses": "cactus", "canoes": "canoe",
     "christmas": "christmas", "clothes": "clothes", "crossroads": "crossroads", "curves": "curve", "data": "data",
     "eyeglasses": "eyeglasses", "fries": "fries", "glasses": "glasses", "goggles": "goggles",

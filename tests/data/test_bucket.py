@@ -28,30 +28,16 @@ from glip_jax.jobs import data as data_job
 from glip_jax.storage import StorageError
 from tests.data.test_build import command, contents, same_but_for_the_command, source, whole  # noqa: F401 (fixtures)
 from tests.data.test_mixture import config, digest, draw
-from tests.faulty_storage import FAULTS, Storage
+from tests.faulty_storage import FAULTS
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
 
 
-@pytest.fixture(scope="module")
-def running() -> Iterator[Storage]:
-    server = Storage()
-    yield server
-    server.close()
-
-
 @pytest.fixture
 def bucket(running, tmp_path, monkeypatch) -> str:
     """A new bucket, and a cache of its own; impatient, but patient enough for all that is injected."""
-    settings = {
-        "GLIP_JAX_CACHE": str(tmp_path / "cache"),
-        "GLIP_JAX_STORAGE_SILENCE": "0.4",
-        "GLIP_JAX_STORAGE_PATIENCE": "60",
-    }
-    for name, value in (running.environment | settings).items():
-        monkeypatch.setenv(name, value)
-    return running.bucket(f"b{time.monotonic_ns()}")
+    return running.fresh(monkeypatch, tmp_path / "cache", silence=0.4, patience=60)
 
 
 def send(folder: Path, place: str) -> str:

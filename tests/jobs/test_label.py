@@ -22,7 +22,6 @@ from glip_jax.parallel import make_mesh
 from glip_jax.prompts import load_tokenizer
 from glip_jax.training.loop import fresh_parameters
 from tests import tiny_run
-from tests.faulty_storage import Storage
 from tests.labeling import slow_label
 from tests.labeling.test_teacher import picture
 
@@ -231,13 +230,8 @@ def test_three_at_once_and_one_is_killed(run, many, tmp_path):
 
 
 @pytest.fixture
-def out_in_a_bucket(tmp_path, monkeypatch):
-    running = Storage()
-    settings = {"GLIP_JAX_CACHE": str(tmp_path / "cache"), "GLIP_JAX_STORAGE_SILENCE": "2"}
-    for name, value in (running.environment | settings).items():
-        monkeypatch.setenv(name, value)
-    yield running, f"{running.bucket('bucket')}/out"
-    running.close()
+def out_in_a_bucket(running, tmp_path, monkeypatch):
+    return running, f"{running.fresh(monkeypatch, tmp_path / 'cache', silence=2)}/out"
 
 
 def test_three_at_once_on_a_bucket_that_loses_answers_and_one_is_killed(

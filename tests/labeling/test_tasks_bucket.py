@@ -9,37 +9,22 @@ import fcntl
 import json
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from glip_jax import storage
 from glip_jax.labeling.tasks import TaskError, Tasks, sweep
-from tests.faulty_storage import FAULTS, Storage
+from tests.faulty_storage import FAULTS
 
 NAMES = ["a", "b", "c"]
 UPLOADS = "ifGenerationMatch"
 """In the address of a request that creates, takes over or beats."""
 
 
-@pytest.fixture(scope="module")
-def running() -> Iterator[Storage]:
-    server = Storage()
-    yield server
-    server.close()
-
-
 @pytest.fixture
 def out(running, tmp_path, monkeypatch) -> str:
-    settings = {
-        "GLIP_JAX_CACHE": str(tmp_path / "cache"),
-        "GLIP_JAX_STORAGE_SILENCE": "1",
-        "GLIP_JAX_STORAGE_PATIENCE": "30",
-    }
-    for name, value in (running.environment | settings).items():
-        monkeypatch.setenv(name, value)
-    return f"{running.bucket(f'b{time.monotonic_ns()}')}/some/folder"
+    return f"{running.fresh(monkeypatch, tmp_path / 'cache', silence=1, patience=30)}/some/folder"
 
 
 def _result(tasks, name, words):
