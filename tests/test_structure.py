@@ -18,7 +18,7 @@ FLOORS = {
     "config": 0, "model_config": 0, "structures": 0, "boxes": 0, "prompts": 0, "assets": 0, "exits": 0, "environment": 0,
     "storage": 0,
     "data": 1, "models": 1, "drawing": 1,
-    "parallel": 2, "checkpoint": 2, "inference": 2, "training": 2, "weights": 2,
+    "parallel": 2, "checkpoint": 2, "collectives": 2, "inference": 2, "training": 2, "weights": 2,
     "evaluation": 3, "labeling": 3, "planning": 3, "jobs": 3, "__main__": 4, "__init__": 0,
 }  # fmt: skip
 GROUND = ("exits", "environment", "storage", "model_config", "config", "structures", "boxes", "prompts", "assets")
