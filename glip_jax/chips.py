@@ -1,0 +1,159 @@
+"""Published peaks of accelerators, and what a name such as v5e:8x16 or h100:8 stands for.
+
+Sources: Google's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" of the Cloud TPU documentation and the machine types of
+its TPU VMs (four chips a VM in slices of several hosts); NVIDIA's data sheets of A100, H100 and H200 (SXM, dense
+bfloat16) and DGX machines of eight. Rates are in one direction; Google's "bidirectional" figures are halved.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+__all__ = ["CHIPS", "Chip", "Topology", "TopologyError", "chip_of", "topology"]
+
+
+class TopologyError(ValueError):
+    """A name that stands for no topology."""
+
+
+class Chip(NamedTuple):
+    """One accelerator and its share of the machine around it. Bytes, bytes/s, FLOP/s."""
+
+    kinds: tuple[str, ...]
+    """How jax names it (`device_kind`); a name that begins so."""
+    flops: float
+    """Peak of dense bfloat16 products."""
+    memory: float
+    """High-bandwidth memory."""
+    bandwidth: float
+    """Of that memory."""
+    link: float
+    """What a chip sends to its neighbours over all of its links (ICI, NVLink)."""
+    network: float
+    """What a host sends to other hosts (DCN, InfiniBand)."""
+    chips: int
+    """Per host."""
+    host_memory: float
+    host_cores: int
+    """Virtual CPUs of a host."""
+    dimensions: int
+    """Of the torus of chips; 1: a switch within the host."""
+
+
+CHIPS: dict[str, Chip] = {
+    "v4": Chip(("TPU v4",), 275e12, 32 * 2**30, 1200e9, 300e9, 12.5e9, 4, 407e9, 240, 3),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 819e9, 200e9, 12.5e9, 4, 192e9, 112, 2),
+    "v5p": Chip(("TPU v5p", "TPU v5"), 459e12, 95 * 2**30, 2765e9, 600e9, 25e9, 4, 448e9, 208, 3),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32 * 2**30, 1638e9, 400e9, 50e9, 4, 720e9, 180, 2),
+    "a100": Chip(("NVIDIA A100",), 312e12, 80e9, 2039e9, 300e9, 200e9, 8, 2e12, 256, 1),
+    "h100": Chip(("NVIDIA H100",), 989e12, 80e9, 3350e9, 450e9, 400e9, 8, 2e12, 224, 1),
+    "h200": Chip(("NVIDIA H200",), 989e12, 141e9, 4800e9, 450e9, 400e9, 8, 2e12, 224, 1),
+}
+"""By the name that topologies begin with. Hosts' cores and memory of GPUs are those of DGX machines."""
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that jax calls `device_kind`; None for one without published peaks here, such as a CPU."""
+    # The longest name decides: "TPU v5 lite" is no "TPU v5".
+    known = [(kind, chip) for chip in CHIPS.values() for kind in chip.kinds if device_kind.startswith(kind)]
+    return max(known, key=lambda pair: len(pair[0]))[1] if known else None
+
+
+class Topology(NamedTuple):
+    """Chips and how they hang together."""
+
+    name: str
+    """As it was given."""
+    family: str
+    """Key of `CHIPS`."""
+    shape: tuple[int, ...]
+    """Chips along each dimension of one slice; (n,) of GPUs."""
+    slices: int
+    """Joined by the data center's network only."""
+
+    @property
+    def chip(self) -> Chip:
+        """The chip's peaks."""
+        return CHIPS[self.family]
+
+    @property
+    def devices(self) -> int:
+        """Chips of all slices."""
+        return self.slices * math.prod(self.shape)
+
+    @property
+    def hosts(self) -> int:
+        """Hosts of all slices."""
+        return self.slices * math.ceil(math.prod(self.shape) / self.chip.chips)
+
+    @property
+    def tpu(self) -> bool:
+        """Whether libtpu knows it."""
+        return self.chip.dimensions > 1
+
+    @property
+    def compiler_name(self) -> str:
+        """What jax.experimental.topologies calls a slice of it; TPUs only."""
+        return f"{self.family}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def link(self) -> float:
+        """Bytes/s that a chip sends inside a slice. Dimensions without a link from the last chip to the first count half.
+
+        Tori close at 16 chips in 2D, and where every side is a multiple of 4 in 3D.
+        """
+        if not self.tpu:
+            return self.chip.link
+        longest = [side for side in self.shape if side > 1]
+        if self.chip.dimensions == 3:
+            closed = [all(side % 4 == 0 for side in self.shape)] * len(longest)
+        else:
+            closed = [side == 16 for side in longest]
+        return self.chip.link / self.chip.dimensions * sum(1.0 if one else 0.5 for one in closed)
+
+    @property
+    def outer_link(self) -> float:
+        """Bytes/s that a chip sends out of its slice, or a GPU out of its host: its share of the host's network."""
+        return self.chip.network / min(self.chip.chips, math.prod(self.shape))
+
+
+_EXAMPLES = "v4:2x2x4, v5e:8x8, v5e:16x16, v5p:2x2x4, v6e:8x8, v5e:16x16*2 (two slices), h100:8, a100:16"
+_ACCELERATOR = re.compile(r"(v4|v5p|v5e|v5litepod|v6e)-(\d+)")
+
+
+def topology(name: str) -> Topology:
+    """The topology that `name` stands for: FAMILY:AxB[xC][*SLICES], GPU:COUNT, or a Cloud TPU type such as v5litepod-64.
+
+    Types of v4 and v5p count two cores a chip. Raises TopologyError with the known names.
+    """
+    text = name.strip().lower()
+    if found := _ACCELERATOR.fullmatch(text):
+        family = "v5e" if found[1] == "v5litepod" else found[1]
+        chips = int(found[2]) // (2 if family in ("v4", "v5p") else 1)
+        return Topology(name, family, _default_shape(name, family, chips), 1)
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", text)
+    if not found or found[1] not in CHIPS:
+        raise TopologyError(f"topology {name!r}: expected one of {', '.join(CHIPS)} with a shape, such as {_EXAMPLES}")
+    family, shape, slices = found[1], tuple(map(int, found[2].split("x"))), int(found[3] or 1)
+    dimensions = CHIPS[family].dimensions
+    if len(shape) != dimensions or min(shape) < 1 or slices < 1:
+        raise TopologyError(
+            f"topology {name!r} has the shape {shape}, {slices} times: {family} has {dimensions} "
+            f"dimension{'s' if dimensions > 1 else ''} of at least 1; for example {_EXAMPLES}"
+        )
+    return Topology(name, family, shape, slices)
+
+
+def _default_shape(name: str, family: str, chips: int) -> tuple[int, ...]:
+    """The shape that Google gives a type by default: as square as powers of two make it, short sides first."""
+    dimensions = CHIPS[family].dimensions
+    power = chips.bit_length() - 1
+    least = 2 if dimensions == 3 else 0
+    if chips != 2**power or power < least or (dimensions == 2 and chips > 256):
+        raise TopologyError(
+            f"topology {name!r}: no slice of {family} has {chips} chips by default; give its shape, such as {_EXAMPLES}"
+        )
+    shape = [1] * dimensions
+    for _ in range(power):
+        shape[shape.index(min(shape))] *= 2
+    return tuple(sorted(shape, key=lambda side: (side == 1, side)))
