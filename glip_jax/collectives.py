@@ -20,7 +20,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-__all__ = ["Collective", "CollectiveError", "Kind", "Total", "collectives", "totals"]
+__all__ = [
+    "Collective", "CollectiveError", "Computation", "Kind", "Program", "Total", "collectives", "opcode_on", "operands",
+    "totals",
+]  # fmt: skip
 
 Kind = Literal[
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
@@ -146,15 +149,18 @@ def collectives(program: Any) -> list[Collective]:
         raise CollectiveError(
             f"the program is of type {type(program).__name__} and has no text: expected a compiled one"
         )
-    return _Program(text).read()
+    return Program(text).read()
 
 
-class _Computation(NamedTuple):
+class Computation(NamedTuple):
+    """A computation of a program's text."""
+
     name: str
     entry: bool
     lines: dict[str, str]
     """Instruction name to what follows its " = "."""
     root: str
+    """Name of the instruction whose result is the computation's."""
 
 
 class _Called(NamedTuple):
@@ -165,7 +171,7 @@ class _Called(NamedTuple):
     known: bool
 
 
-class _Program:
+class Program:
     """A program's text, cut into computations."""
 
     def __init__(self, text: str) -> None:
@@ -173,7 +179,7 @@ class _Program:
         counts = dict(re.findall(r"\b(num_partitions|replica_count)=(\d+)", header))
         self.devices = math.prod(int(count) for count in counts.values())
         self.sources = _sources(text)
-        self.computations: dict[str, _Computation] = {}
+        self.computations: dict[str, Computation] = {}
         self.entry = ""
         self.callers: dict[str, str] = {}
         """Computation to an instruction that calls it."""
@@ -183,7 +189,7 @@ class _Program:
                 head = re.match(r"(ENTRY )?%?([\w.\-]+)", line)
                 assert head is not None
                 name, lines, root = head[2], {}, ""
-                self.computations[name] = _Computation(name, bool(head[1]), lines, "")
+                self.computations[name] = Computation(name, bool(head[1]), lines, "")
                 self.entry = name if head[1] else self.entry
             elif name and line.startswith("}"):
                 self.computations[name] = self.computations[name]._replace(root=root)
@@ -199,17 +205,17 @@ class _Program:
     def read(self) -> list[Collective]:
         """See `collectives`."""
         found = []
-        for name, (times, known) in self._executions().items():
+        for name, (times, known) in self.executions().items():
             computation = self.computations[name]
             for instruction, rest in computation.lines.items():
                 if not _COLLECTIVE.search(rest) or "is_host_transfer=true" in rest or _continues(rest, computation):
                     continue
                 # Metadata may hold the words too; only the opcode counts.
-                if match := _COLLECTIVE.match(_opcode_on(rest)):
+                if match := _COLLECTIVE.match(opcode_on(rest)):
                     found.append(self._collective(match[1], instruction, computation, times, known))
         return found
 
-    def _executions(self) -> dict[str, tuple[int, bool]]:
+    def executions(self) -> dict[str, tuple[int, bool]]:
         """Computations that run, in the order of the text: how often, and whether that is known."""
         times: dict[str, tuple[int, bool]] = {self.entry: (1, True)}
         # Whoever is called stands before who calls, so a caller's own count is complete when its turn comes.
@@ -222,7 +228,7 @@ class _Program:
                 times[called] = (before + own * factor, all_known and sure and known)
         return {name: times[name] for name in self.computations if name in times}
 
-    def _calls(self, computation: _Computation) -> Iterator[_Called]:
+    def _calls(self, computation: Computation) -> Iterator[_Called]:
         for rest in computation.lines.values():
             if "calls=" not in rest and "to_apply=" not in rest and "body=" not in rest and "_computation" not in rest:
                 continue
@@ -235,7 +241,7 @@ class _Program:
                     self.callers[name] = rest
                     yield _Called(name, factor, known)
 
-    def _trips(self, rest: str, computation: _Computation) -> tuple[int, bool]:
+    def _trips(self, rest: str, computation: Computation) -> tuple[int, bool]:
         """Trip count of a while instruction, and whether it is known (1 if not)."""
         if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest):
             return int(match[1]), True
@@ -245,21 +251,21 @@ class _Program:
             return 1, False
         # ROOT compare(element i of the loop's tuple, constant), direction=LT
         root = condition.lines.get(condition.root, "")
-        compared = _operands(root)
-        if not _opcode_on(root).startswith("compare(") or "direction=LT" not in root or len(compared) != 2:
+        compared = operands(root)
+        if not opcode_on(root).startswith("compare(") or "direction=LT" not in root or len(compared) != 2:
             return 1, False
         element = re.search(r"get-tuple-element\(.*index=(\d+)", condition.lines.get(compared[0], ""))
         end = _constant(condition, compared[1])
         start = None
         if element:
-            initial = _operands(computation.lines.get((_operands(rest) or [""])[0], ""))
+            initial = operands(computation.lines.get((operands(rest) or [""])[0], ""))
             index = int(element[1])
             start = _constant(computation, initial[index]) if index < len(initial) else None
         return (1, False) if start is None or end is None else (max(end - start, 0), True)
 
-    def _collective(self, kind: Any, name: str, computation: _Computation, times: int, known: bool) -> Collective:
+    def _collective(self, kind: Any, name: str, computation: Computation, times: int, known: bool) -> Collective:
         rest = computation.lines[name]
-        carried = [_arrays(computation.lines.get(operand, "")) for operand in _operands(rest)]
+        carried = [_arrays(computation.lines.get(operand, "")) for operand in operands(rest)]
         arrays = [array for each in carried for array in each]
         groups = self._groups(rest, kind)
         operand = sum(size for _, size in arrays)
@@ -345,7 +351,7 @@ def _rows(table: np.ndarray) -> Groups:
     return tuple(tuple(int(place) for place in row) for row in table)
 
 
-def _opcode_on(rest: str) -> str:
+def opcode_on(rest: str) -> str:
     """What follows the type of an instruction."""
     if not rest.startswith("("):
         return rest.partition(" ")[2]
@@ -362,9 +368,9 @@ def _closing(text: str, at: int) -> int:
     raise CollectiveError(f"unbalanced parentheses in: {text[:80]}")
 
 
-def _operands(rest: str) -> list[str]:
+def operands(rest: str) -> list[str]:
     """Names of an instruction's operands."""
-    after = _opcode_on(rest)
+    after = opcode_on(rest)
     begin = after.find("(")
     if begin < 0:
         return []
@@ -375,7 +381,7 @@ def _operands(rest: str) -> list[str]:
 
 def _arrays(rest: str) -> list[tuple[str, int]]:
     """(dtype, bytes) of the arrays of an instruction's type."""
-    kind = rest[: len(rest) - len(_opcode_on(rest))]
+    kind = rest[: len(rest) - len(opcode_on(rest))]
     return [(dtype, _bytes(dtype, sizes)) for dtype, sizes in _ARRAY.findall(kind) if dtype not in ("token", "opaque")]
 
 
@@ -385,40 +391,40 @@ def _bytes(dtype: str, sizes: str) -> int:
     return -(-number * bits // 8)
 
 
-def _constant(computation: _Computation, name: str) -> int | None:
+def _constant(computation: Computation, name: str) -> int | None:
     """The integer that an instruction holds, through copies and conversions; None if it is not constant."""
     for _ in range(8):
         rest = computation.lines.get(name, "")
-        after = _opcode_on(rest)
+        after = opcode_on(rest)
         if match := re.match(r"constant\((-?\d+)\)", after):
             return int(match[1])
         if not re.match(r"(copy|bitcast|convert|copy-start|copy-done)\(", after):
             return None
-        name = _operands(rest)[0]
+        name = operands(rest)[0]
     return None
 
 
-def _continues(rest: str, computation: _Computation) -> bool:
+def _continues(rest: str, computation: Computation) -> bool:
     """Whether it is a later part of a collective that a TPU spreads over fusions: only the start counts."""
     if '"async_collective_fusion_config"' not in rest:
         return False
     return not any('custom_call_target="AsyncCollectiveStart"' in line for line in computation.lines.values())
 
 
-def _scattered(name: str, computation: _Computation) -> list[str]:
+def _scattered(name: str, computation: Computation) -> list[str]:
     """The slices, if a fusion (never the entry) does nothing with an all-reduce but keep each device's own slice."""
     if computation.entry:
         return []
     slices, names = [], {name}
     for each, rest in computation.lines.items():
-        if each in names or not names & set(_operands(rest)):
+        if each in names or not names & set(operands(rest)):
             continue
-        after = _opcode_on(rest)
+        after = opcode_on(rest)
         if after.startswith("dynamic-slice("):
             slices.append(each)
         elif re.match(r"(get-tuple-element|bitcast|reshape)\(", after):
             names.add(each)
-        elif not set(_operands(rest)) <= {*slices, *names} or not after.startswith("tuple("):
+        elif not set(operands(rest)) <= {*slices, *names} or not after.startswith("tuple("):
             return []
     return slices
 
