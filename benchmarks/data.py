@@ -9,7 +9,7 @@ scale, everything on the given number of cores:
   libraries are called, each picture in a new array; and `in place`, into the same memory again and again.
 * `torch DataLoader`: PIL decode, bilinear resize, flip, normalise in float32, pad, as the original; a worker a core.
 
-Seconds are per 40 batches, from a standing start. How: `benchmarks/alternating.py`.
+Seconds are per 100 batches, from a standing start. How: `benchmarks/alternating.py`.
 
     python -m benchmarks.data --threads 1 2 --rounds 5
 """
@@ -28,7 +28,7 @@ from PIL import Image
 
 from benchmarks.alternating import Runs, Settings, main
 
-SHORT, LONG, BATCH, BATCHES, IMAGES, RECORDS = 800, 1333, 8, 40, 200, 1600
+SHORT, LONG, BATCH, BATCHES, IMAGES, RECORDS = 800, 1333, 8, 100, 200, 1600
 MEAN, STD = np.array([103.53, 116.28, 123.675], np.float32), np.array([57.375, 57.12, 58.395], np.float32)
 
 

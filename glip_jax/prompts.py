@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int32
 from glip_jax.structures import Prompt, TokenizedPrompt
 
 __all__ = [
-    "Losses", "PromptError", "Tokenizer", "chunk", "clean_name", "load_tokenizer", "positive_map",
+    "JoinedNames", "Losses", "PromptError", "Tokenizer", "chunk", "clean_name", "load_tokenizer", "positive_map",
     "prompt_from_categories", "tokenize",
 ]  # fmt: skip
 
@@ -183,6 +183,79 @@ def tokenize(
         return tokenized
     lost = phrase_map.sum(1) < whole.sum(1)
     return tokenized, Losses(int(lost.sum()), int(empty.sum()))
+
+
+class _Piece(NamedTuple):
+    """The tokens of one name, wherever in a caption it stands."""
+
+    ids: tuple[int, ...]
+    """Of the name and the separator behind it."""
+    length: int
+    """Tokens of the name alone."""
+    begin: int
+    end: int
+    """Tokens that stand for the name, `begin` to `end` - 1 of its own; equal where there is none."""
+
+
+class JoinedNames:
+    """Category names whose tokens are found once, so that a caption of names is joined from them: the same prompt and arrays
+    as `prompt_from_categories` and `tokenize` give, in a fifth of the time.
+
+    BERT's tokenizer splits at white space before anything else, so behind a separator that ends with some, the tokens of a
+    name do not depend on its neighbours. That is checked for every name: it must read alike three times in one caption.
+    """
+
+    def __init__(self, names: Sequence[str], tokenizer: Tokenizer, separator: str = ". ") -> None:
+        self._names, self._tokenizer, self._separator = names, tokenizer, separator
+        self._apart = separator[-1:].isspace()
+        self._first, self._last = tokenizer.encode("").ids
+        self._pieces: dict[int, _Piece | None] = {}
+
+    def tokenize(self, order: Sequence[int], max_tokens: int) -> tuple[Prompt, TokenizedPrompt, Losses]:
+        """The caption of the names `order`, its arrays padded to `max_tokens`, and what the budget cut off (`tokenize`).
+
+        Raises PromptError for a name of which cleaning leaves nothing.
+        """
+        prompt = prompt_from_categories([self._names[index] for index in order], self._separator)
+        pieces = [self._piece(index) for index in order]
+        known = [piece for piece in pieces if piece is not None]
+        ids, begins, ends = [self._first], [], []
+        for piece in known:
+            begins.append(len(ids) + piece.begin)
+            ends.append(len(ids) + piece.end)
+            ids += piece.ids
+        if known:
+            del ids[len(ids) - len(known[-1].ids) + known[-1].length :]
+        ids.append(self._last)
+        if len(known) < len(pieces) or len(ids) > max_tokens:
+            return prompt, *tokenize(prompt, self._tokenizer, max_tokens, truncate=True)
+        tokens, place = np.zeros(max_tokens, np.int32), np.arange(max_tokens)
+        tokens[: len(ids)] = ids
+        phrase_map = (place >= np.array(begins, int)[:, None]) & (place < np.array(ends, int)[:, None])
+        empty = sum(begin == end for begin, end in zip(begins, ends))
+        return prompt, TokenizedPrompt(tokens, place < len(ids), phrase_map), Losses(0, empty)
+
+    def _piece(self, index: int) -> _Piece | None:
+        """The tokens of name `index`; None where they depend on what stands beside it."""
+        if index not in self._pieces:
+            self._pieces[index] = self._read(self._names[index]) if self._apart else None
+        return self._pieces[index]
+
+    def _read(self, name: str) -> _Piece | None:
+        thrice = prompt_from_categories([name] * 3, self._separator)
+        encoding = self._tokenizer.encode(thrice.caption)
+        alone = self._tokenizer.encode(clean_name(name)).ids[1:-1]
+        ids = encoding.ids[1:-1]
+        size = (len(ids) - len(alone)) // 2
+        rows = positive_map(np.asarray(encoding.offsets, np.int32).reshape(-1, 2), thrice.spans)[:, 1:-1]
+        own = np.flatnonzero(rows[0]).tolist()
+        begin, end = (own[0], own[-1] + 1) if own else (0, 0)
+        expected = np.zeros_like(rows)
+        for number, row in enumerate(expected):
+            row[number * size + begin : number * size + end] = True
+        if ids != [*ids[:size], *ids[:size], *alone] or (rows != expected).any():
+            return None
+        return _Piece(tuple(ids[:size]), len(alone), begin, end)
 
 
 def chunk(

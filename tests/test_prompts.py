@@ -198,3 +198,55 @@ def test_a_repeated_word_is_another_phrase(names: list[str], index: int) -> None
     first, last = tokenized.phrase_map[index % (len(names) - 1)], tokenized.phrase_map[-1]
     assert not (first & last).any()
     assert tokenized.tokens[first].tolist() == tokenized.tokens[last].tolist()
+
+
+ODD_NAMES = st.one_of(
+    st.text(min_size=1, max_size=8),
+    st.sampled_from(["traffic light", "bow_(decorative_ribbons)", "x", "é", "\u0301a", "\u200b", "a.b", "dog ", " cat", "日本", "T-shirt", "e\u0301", "ﬁ", "."]),
+)  # fmt: skip
+
+
+@given(st.lists(ODD_NAMES, min_size=1, max_size=6), st.sampled_from([". ", ", ", ".", " ", "x", "\u0301 "]), st.data())
+@settings(max_examples=300, deadline=None)
+def test_joined_names_are_what_the_tokenizer_makes_of_their_caption(names, separator, data) -> None:
+    order = data.draw(st.lists(st.integers(0, len(names) - 1), max_size=8))
+    budget = data.draw(st.integers(4, 40))
+    joined = prompts.JoinedNames(names, TOKENIZER, separator)
+    try:
+        prompt = prompts.prompt_from_categories([names[i] for i in order], separator)
+    except PromptError:
+        with pytest.raises(PromptError):
+            joined.tokenize(order, budget)
+        return
+    expected, losses = prompts.tokenize(prompt, TOKENIZER, budget, truncate=True)
+    for _ in range(2):  # pieces found, pieces remembered
+        found = joined.tokenize(order, budget)
+        assert found[0] == prompt and found[2] == losses
+        for mine, theirs in zip(found[1], expected):
+            np.testing.assert_array_equal(mine, theirs)
+            assert mine.dtype == theirs.dtype
+
+
+class _Counting:
+    """A tokenizer that counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def encode(self, sequence: str):
+        self.asked += 1
+        return TOKENIZER.encode(sequence)
+
+    def get_vocab_size(self, with_added_tokens: bool = True) -> int:
+        return TOKENIZER.get_vocab_size(with_added_tokens)
+
+
+def test_names_are_tokenized_once() -> None:
+    tokenizer = _Counting()
+    joined = prompts.JoinedNames(NAMES, tokenizer)
+    joined.tokenize(range(len(NAMES)), 64)
+    asked = tokenizer.asked
+    _, tokenized, _ = joined.tokenize([5, 0, 3], 64)
+    assert tokenizer.asked == asked
+    assert tokenized.tokens[tokenized.mask].tolist() == [6, 114, 115, 9, 95, 9, 99, 7]
+    assert [np.flatnonzero(row).tolist() for row in tokenized.phrase_map] == [[1, 2], [4], [6]]

@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float, Int, Int32
 from glip_jax.config import CaptionConfig
 from glip_jax.data.negatives import Likeness, choose, number_of_names, number_of_texts, pack
 from glip_jax.data.records import Record, RecordError
-from glip_jax.prompts import Tokenizer, clean_name, positive_map, prompt_from_categories, tokenize
-from glip_jax.structures import Prompt
+from glip_jax.prompts import JoinedNames, Losses, Tokenizer, clean_name, positive_map, tokenize
+from glip_jax.structures import Prompt, TokenizedPrompt
 
 __all__ = ["Captioned", "Captioner", "Others", "View", "rng_of", "says_side"]
 
@@ -109,6 +109,10 @@ class Captioner:
         return [len(self.tokenizer.encode(clean_name(n) + self.config.separator).ids) - 2 for n in self._all]
 
     @cached_property
+    def _joined(self) -> JoinedNames:
+        return JoinedNames(self._all, self.tokenizer, self.config.separator)
+
+    @cached_property
     def _index(self) -> dict[str, int]:
         return {name: index for index, name in enumerate(self._all)}
 
@@ -144,7 +148,7 @@ class Captioner:
         """
         config, budget = self.config, self.max_tokens - 2
         kept: list[int] = []
-        order = rng.permutation(np.unique(np.asarray(positives, np.int64))).tolist()
+        order = rng.permutation(np.array(sorted(set(positives)), np.int64)).tolist()
         if config.drop_positive_probability and order and rng.random() < config.drop_positive_probability:
             order = order[: int(rng.integers(1, len(order), endpoint=True))]
         for label in order:
@@ -193,10 +197,10 @@ class Captioner:
         else:
             order, over = self.sample(sorted(positives), record.known_absent, rng, sorted(gone | unclear))
         phrase_of = {label: phrase for phrase, label in enumerate(order)}
-        prompt = prompt_from_categories([self._all[label] for label in order], self.config.separator)
+        texts = self._joined.tokenize(order, self.max_tokens)
         phrases = [phrase_of.get(label, -1) if shown else -1 for label, shown in zip(labels.tolist(), view.shown)]
         unknown = [phrase_of[label] for label in sorted(unclear) if label in phrase_of]
-        return self._finish(prompt, phrases, unknown, over, len(set(order) - positives))
+        return self._finish(*texts, phrases, unknown, over, len(set(order) - positives))
 
     def _grounding(self, record: Record, rng: np.random.Generator, view: View) -> Captioned:
         caption, begin, packed = record.caption, 0, 0
@@ -216,7 +220,9 @@ class Captioner:
             or (partial and " ".join(caption[b:e] for b, e in spans).lower() in partial)
         ]
         shown = [number if there else -1 for number, there in zip(numbers, view.shown)]
-        result = self._finish(Prompt(caption, phrases), shown, unknown, 0, packed)
+        prompt = Prompt(caption, phrases)
+        texts = tokenize(prompt, self.tokenizer, self.max_tokens, truncate=True)
+        result = self._finish(prompt, *texts, shown, unknown, 0, packed)
         if self.config.words_without_box == "unknown":
             own = self._without_box(caption, (begin, begin + len(record.caption)), phrases)
             result = result._replace(token_loss_mask=result.token_loss_mask & ~own)
@@ -271,9 +277,17 @@ class Captioner:
         result[: len(offsets)] = positive_map(offsets, [words])[0]
         return result
 
-    def _finish(self, prompt: Prompt, phrases: list[int], unknown: list[int], over: int, negatives: int) -> Captioned:
-        """Tokenizes; `phrases` gives each box's phrase, -1 for none; `unknown` phrases give no loss without a box."""
-        tokenized, losses = tokenize(prompt, self.tokenizer, self.max_tokens, truncate=True)
+    def _finish(
+        self,
+        prompt: Prompt,
+        tokenized: TokenizedPrompt,
+        losses: Losses,
+        phrases: list[int],
+        unknown: list[int],
+        over: int,
+        negatives: int,
+    ) -> Captioned:
+        """`phrases` gives each box's phrase, -1 for none; `unknown` phrases give no loss without a box."""
         index = np.asarray(phrases, np.int64)
         keep = index >= 0
         rows = np.zeros((len(index), self.max_tokens), bool)

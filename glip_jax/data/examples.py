@@ -5,7 +5,7 @@ record, the settings and that generator.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
@@ -13,6 +13,7 @@ from jaxtyping import Float32, Int32, UInt8
 from glip_jax.config import Config, SourceConfig
 from glip_jax.data import codec, transforms
 from glip_jax.data.captions import Captioner, View
+from glip_jax.data.memory import Memory
 from glip_jax.data.records import Record, RecordError
 from glip_jax.data.shards import Shards
 from glip_jax.structures import DROPS, Batch
@@ -27,6 +28,8 @@ class Examples:
     config: Config
     shards: tuple[Shards, ...]
     captioners: tuple[Captioner, ...]
+    memory: Memory = field(default_factory=Memory)
+    """Of the pictures."""
 
     def __call__(
         self, source: int, index: int, short_side: int, canvas: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator
@@ -48,7 +51,7 @@ class Examples:
         generators: Sequence[np.random.Generator],
     ) -> Batch:
         """The records (source, index) on one canvas (height, width), each with its own generator."""
-        pixels = np.empty((len(slots), *canvas, 3), np.uint8)
+        pixels = self.memory.lend((len(slots), *canvas, 3))
         made = [self(*slot, short_side, own, rng) for slot, own, rng in zip(slots, pixels, generators, strict=True)]
         fields = Batch(*zip(*made))
         return Batch(*map(np.stack, fields._replace(image=fields.size)))._replace(image=pixels)
