@@ -36,7 +36,7 @@ class Memory:
         # numpy keeps alive what it got the memory from, also through slices and device arrays that share it.
         lent = (ctypes.c_ubyte * len(piece)).from_buffer(piece)
         weakref.finalize(lent, self._back, piece).atexit = False
-        return np.frombuffer(lent, np.uint8, size).reshape(shape)
+        return np.frombuffer(memoryview(lent), np.uint8, size).reshape(shape)
 
     def _piece(self, size: int) -> mmap.mmap:
         while True:

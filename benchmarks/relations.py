@@ -1,0 +1,129 @@
+"""Whether a run understands relations, or only finds the name: relational phrases of picture scenes, taken apart.
+
+    python -m benchmarks.relations runs/ablations/scenes/validation_phrases runs/ablations/a-0 runs/ablations/b-0 ...
+
+A relational phrase ("the smaller snail", "a snail left of two red apples") means some of the boxes of its name. The
+evaluation's recall@1 asks for one of those; here the best box of every phrase is sorted into: *meant*, *another of the
+name* (which only the relation tells apart), *elsewhere*. A run that finds the name and knows nothing of relations is right
+as often as the meant ones are many among all of the name: *by chance*. Needs the detections that `evaluate` wrote into
+the runs' folders; the boxes that no phrase means are not in the annotations, so the scenes are drawn again.
+"""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from glip_jax.data.pictures import load_pictures
+from glip_jax.data.scene_sets import SceneSet, finished
+from glip_jax.data.scenes import Scene, SceneStyle, draw_scene
+from glip_jax.evaluation.page import aligned
+from glip_jax.evaluation.recall import LEAST_OVERLAP, overlaps
+
+PICTURES = Path(__file__).parent.parent / "gcs" / "sample" / "pictures"
+
+
+class Asked(NamedTuple):
+    """A relational phrase: where its detections are, and the boxes of its name."""
+
+    image: int
+    phrase: int
+    size: bool
+    """By a size word; otherwise by a relation to other things."""
+    boxes: Any
+    """Float32[N 4]: all of the name, xyxy."""
+    meant: tuple[bool, ...]
+    """Which of them."""
+
+
+def asked(folder: Path) -> list[Asked]:
+    """The relational phrases of a set of scenes."""
+    truth = json.loads((folder / "annotations.json").read_text())
+    info = truth["info"]
+    pictures = load_pictures(PICTURES, tuple(info["picture_styles"]), ("detection", "grounding"), {})
+    pictures = [picture for picture in pictures if picture.name in set(info["names"])]
+    style: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in info["style"].items()
+    }
+    scenes = SceneSet(info["kind"], info["count"], info["seed"], pictures, SceneStyle(**style))
+    if not finished(folder, scenes):
+        raise SystemExit(f"{folder} holds no scenes")
+    found = []
+    for index in tqdm(range(scenes.count), "drawing", unit="scene", disable=None):
+        scene = draw_scene(pictures, scenes.seed, index, scenes.style)
+        found += _of_scene(index + 1, scene)
+    return found
+
+
+def _of_scene(image: int, scene: Scene) -> list[Asked]:
+    result = []
+    for number, phrase in enumerate(scene.phrases):
+        if phrase.kind == "relational":
+            name = scene.names[phrase.boxes[0]]
+            own = [i for i, other in enumerate(scene.names) if other == name]
+            words = scene.caption[phrase.span[0] : phrase.span[1]].split()
+            size = any(word.startswith(("small", "big")) for word in words)
+            result.append(Asked(image, number, size, scene.boxes[own], tuple(i in phrase.boxes for i in own)))
+    return result
+
+
+def counted(phrases: Sequence[Asked], run: Path) -> Counter[str]:
+    """What the best boxes of a run are, and what chance would be right of those on the name."""
+    best: dict[tuple[int, int], dict[str, Any]] = {}
+    for entry in json.loads((run / "detections_phrases.json").read_text()):
+        key = entry["image_id"], entry["phrase"]
+        if key not in best or entry["score"] > best[key]["score"]:
+            best[key] = entry
+    counts: Counter[str] = Counter()
+    for phrase in phrases:
+        entry = best.get((phrase.image, phrase.phrase))
+        if entry is None:
+            counts["elsewhere"] += 1
+            continue
+        x, y, width, height = entry["bbox"]
+        met = overlaps(np.array([[x, y, x + width, y + height]], np.float32), phrase.boxes)[0]
+        if met.max() < LEAST_OVERLAP:
+            counts["elsewhere"] += 1
+            continue
+        counts["meant" if phrase.meant[int(met.argmax())] else "another of the name"] += 1
+        counts["chance"] += sum(phrase.meant) / len(phrase.meant)  # pyright: ignore[reportArgumentType]
+    return counts
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenes", type=Path, help="folder of the grounding set, with annotations.json")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders with detections_phrases.json")
+    arguments = parser.parse_args()
+    phrases = asked(arguments.scenes)
+    rows = [["run", "phrases", "of", "meant", "another of the name", "elsewhere", "meant of the name", "by chance"]]
+    for run in arguments.runs:
+        for words, own in (
+            ("size", [p for p in phrases if p.size]),
+            ("relation", [p for p in phrases if not p.size]),
+            ("both", phrases),
+        ):
+            counts = counted(own, run)
+            named = counts["meant"] + counts["another of the name"]
+            shares = [f"{counts[key] / len(own):.3f}" for key in ("meant", "another of the name", "elsewhere")]
+            rows.append(
+                [
+                    run.name,
+                    words,
+                    str(len(own)),
+                    *shares,
+                    f"{counts['meant'] / named:.3f}",
+                    f"{counts['chance'] / named:.3f}",
+                ]
+            )
+    print(aligned(rows))
+
+
+if __name__ == "__main__":
+    main()
