@@ -101,6 +101,11 @@ def main() -> None:
     parser.add_argument("scenes", type=Path, help="folder of the grounding set, with annotations.json")
     parser.add_argument("runs", type=Path, nargs="+", help="folders with detections_phrases.json")
     arguments = parser.parse_args()
+    for run in arguments.runs:
+        if not (run / "detections_phrases.json").is_file():
+            parser.error(
+                f"{run} holds no detections_phrases.json: expected a folder that `evaluate` wrote to, with the set phrases"
+            )
     phrases = asked(arguments.scenes)
     rows = [["run", "phrases", "of", "meant", "another of the name", "elsewhere", "meant of the name", "by chance"]]
     for run in arguments.runs:
