@@ -18,6 +18,7 @@ JOBS = {
     "data": "import annotations into shards, and check shards",
     "label": "find the phrases of captions in their images: captions become grounding data",
     "inspect": "draw a page of the records in shards and the examples that training makes of them",
+    "plan": "say before a launch whether a step fits chips, what bounds it and how long training takes",
     "train": "train, or go on training, in a working folder",
     "evaluate": "evaluate a checkpoint on COCO-style sets",
     "predict": "find in images what a text or a list of names asks for",

@@ -146,9 +146,7 @@ def collectives(program: Any) -> list[Collective]:
     """
     text = program if isinstance(program, str) else program.as_text()
     if not isinstance(text, str):
-        raise CollectiveError(
-            f"the program is of type {type(program).__name__} and has no text: expected a compiled one"
-        )
+        raise CollectiveError(f"the program is a {type(program).__name__} without text: expected a compiled one")
     return Program(text).read()
 
 
@@ -198,9 +196,7 @@ class Program:
                 lines[match[2]] = line[match.end() :]
                 root = match[2] if match[1] else root
         if not self.entry:
-            raise CollectiveError(
-                "the program's text has no ENTRY computation: expected HLO as Compiled.as_text gives it"
-            )
+            raise CollectiveError("the text has no ENTRY computation: expected HLO as Compiled.as_text gives it")
 
     def read(self) -> list[Collective]:
         """See `collectives`."""
@@ -276,10 +272,8 @@ class Program:
             operand, result = (arrays[0][1], 0) if kind == "send" else (0, arrays[0][1])
         slices = _scattered(name, computation) if kind == "all-reduce" else []
         if slices:
-            kind, result = (
-                "reduce-scatter",
-                sum(size for each in slices for _, size in _arrays(computation.lines[each])),
-            )
+            kind = "reduce-scatter"
+            result = sum(size for each in slices for _, size in _arrays(computation.lines[each]))
         # What the compiler wrapped into a fusion bears its names outside.
         told = rest if "op_name=" in rest else self.callers.get(computation.name, rest)
         op_name = re.search(r'\bop_name="((?:[^"\\]|\\.)*)"', told)
@@ -332,9 +326,7 @@ def _groups(text: str, devices: int) -> Groups:
         grid = order.reshape(shape)
         grid = np.moveaxis(grid, chosen, range(-len(chosen), 0))
         return _rows(grid.reshape(-1, math.prod(grid.shape[len(shape) - len(chosen) :])))
-    raise CollectiveError(
-        f"replica_groups={text[:80]}: a form that is not known; expected a list, an iota or mesh axes"
-    )
+    raise CollectiveError(f"replica_groups={text[:80]}: a form that is not known; expected lists, an iota, axes")
 
 
 def _iota(text: str) -> np.ndarray:

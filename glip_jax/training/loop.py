@@ -45,6 +45,7 @@ from glip_jax.training.step import State, glip_objective, initial_state, make_st
 __all__ = [
     "NonFiniteLossError",
     "Towers",
+    "abstract_state",
     "enable_compilation_cache",
     "evaluation_parameters",
     "fresh_parameters",
@@ -96,6 +97,12 @@ def _initializer(config: Config) -> tuple[dict[str, Any], Callable[[jax.Array], 
         return model.init(key, *inputs)["params"]  # pyright: ignore[reportReturnType]
 
     return jax.eval_shape(init, jax.random.key(0)), init
+
+
+def abstract_state(config: Config, mesh: Mesh) -> State:
+    """Shapes, and places on the mesh, of everything that training changes; nothing of it is made."""
+    shapes, _ = _initializer(config)
+    return abstract(jax.eval_shape(lambda params: initial_state(params, config), shapes), mesh)
 
 
 def evaluation_parameters(state: State, config: Config) -> dict[str, Any]:
@@ -170,8 +177,7 @@ def _start(
     changes = check_config(workdir, step, checkpoints.run(step), config, accept=resume_with_changes)
     for line in changes:
         say(f"new phase from step {step}: {line}")
-    shapes, _ = _initializer(config)
-    like = abstract(jax.eval_shape(lambda params: initial_state(params, config), shapes), mesh)
+    like = abstract_state(config, mesh)
     if checkpoints.imported(step):
         params = checkpoints.restore(step, Saved(like.params, {}, {})).params
         say(f"starting at step {step} from imported weights, {checkpoints.folder / str(step)}", flush=True)

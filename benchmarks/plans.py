@@ -1,0 +1,137 @@
+"""The README's table of plans: GLIP-T and GLIP-L on five pods, at the largest images that a config can ask for (800 x 1344).
+
+    python -m benchmarks.plans              the table of what was compiled before; the rest by formula
+    python -m benchmarks.plans --compile    compiles what is missing first, one cell after another (libtpu; no TPU)
+
+A cell takes some twenty minutes of one idle core. Each is kept in --cache under a key of settings, code and versions, so
+the same command goes on where it stopped, and after a change of the network all of them are missing again.
+"""
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from configs import glip_large, glip_tiny
+from glip_jax.chips import topology
+from glip_jax.config import Config
+from glip_jax.planning.compiled import abstract_batch, abstract_mesh, cached, compile_step, state_bytes
+from glip_jax.planning.facts import Facts
+from glip_jax.planning.outlook import Outlook, outlook, scaling
+from glip_jax.planning.search import with_batch
+from glip_jax.training.loop import abstract_state
+
+CANVAS = (800, 1344)
+CONFIGS = {"GLIP-T": glip_tiny.get_config, "GLIP-L": glip_large.get_config}
+
+
+class Cell(NamedTuple):
+    """A row of the table."""
+
+    network: str
+    pod: str
+    images: int
+    """A chip."""
+    fsdp: int
+
+    @property
+    def name(self) -> str:
+        """For --only and for the file of the compiled text."""
+        return f"{self.network}@{self.pod}"
+
+
+CELLS = (
+    Cell("GLIP-T", "v5e-64", 4, 1),
+    Cell("GLIP-T", "v5e-256", 4, 1),
+    Cell("GLIP-T", "v4-32", 4, 1),
+    Cell("GLIP-T", "v5p-32", 8, 1),
+    Cell("GLIP-T", "v6e-64", 4, 1),
+    Cell("GLIP-L", "v5e-64", 1, 16),
+    Cell("GLIP-L", "v5e-256", 1, 16),
+    Cell("GLIP-L", "v4-32", 2, 1),
+    Cell("GLIP-L", "v5p-32", 4, 1),
+    Cell("GLIP-L", "v6e-64", 2, 1),
+)
+
+
+def settings(cell: Cell) -> Config:
+    """The network's config for a cell: its batch, its mesh, enough processes that read (as many as a host has cores)."""
+    base, chips = CONFIGS[cell.network](), topology(cell.pod)
+    return dataclasses.replace(
+        with_batch(base, cell.images * chips.devices),
+        data=dataclasses.replace(base.data, workers=chips.chip.host_cores),
+        mesh=dataclasses.replace(base.mesh, fsdp=cell.fsdp),
+    )
+
+
+def planned(cell: Cell, facts: Facts | None) -> Outlook:
+    """The outlook of a cell from what was compiled, or by formula."""
+    config, chips = settings(cell), topology(cell.pod)
+    mesh = abstract_mesh(config, chips)
+    state = state_bytes(abstract_state(config, mesh), abstract_batch(config, CANVAS, mesh))
+    return outlook(config, chips, CANVAS, state, facts, dict(mesh.shape))
+
+
+def row(cell: Cell, facts: Facts | None) -> str:
+    """A line of the table in Markdown."""
+    found, chips = planned(cell, facts), topology(cell.pod)
+    if facts is None:
+        memory = f"not run (state {(sum(found.memory.values())) / 2**30:.1f}) of {found.memory_limit / 2**30:.0f}"
+    else:
+        memory = f"{found.memory['peak'] / 2**30:.2f} of {found.memory_limit / 2**30:.2f}: {'fits' if found.fits else 'does **not** fit'}"
+    scaled = scaling(chips, found)
+    cells = [
+        cell.network,
+        cell.pod,
+        f"{chips.devices}",
+        f"{cell.images}",
+        f"{cell.fsdp}",
+        memory,
+        f"{found.useful_flops / 1e12:.1f}, {found.hardware_flops / 1e12:.1f}",
+        "not run" if found.bytes is None else f"{found.bytes / 1e9:.0f}",
+        f"{sum(each.sent_bytes for each in found.sent) / 1e9:.2f}",
+        found.bound,
+        f"{found.images_per_second:,.0f}",
+        f"{found.mfu:.0%}",
+        f"{found.mean_hours:.1f}",
+        f"{found.chip_hours:,.0f}",
+        f"{scaled['efficiency']:.1%}" if scaled else "",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+HEAD = (
+    "| network | pod | chips | images a chip | fsdp | peak GiB | TFLOP a chip and step: useful, executed | GB touched | GB sent | "
+    "bound | images/s at most | MFU | hours | chip-hours | 16 to 256 chips |"
+)
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--compile", action="store_true", help="compile the cells that are missing")
+    parser.add_argument("--only", nargs="*", default=[], help=f"cells such as {CELLS[0].name}")
+    parser.add_argument("--cache", type=Path, default=Path("runs/plans"))
+    parser.add_argument("--text", type=Path, help="folder to write the compiled programs into")
+    arguments = parser.parse_args()
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    unknown = set(arguments.only) - {cell.name for cell in CELLS}
+    if unknown:
+        parser.error(f"unknown cells {', '.join(sorted(unknown))}; there are {', '.join(cell.name for cell in CELLS)}")
+    rows = []
+    for cell in CELLS:
+        config, chips = settings(cell), topology(cell.pod)
+        facts = cached(config, chips, CANVAS, "tpu", arguments.cache)
+        if facts is None and arguments.compile and (not arguments.only or cell.name in arguments.only):
+            print(f"{cell.name}: {time.strftime('%H:%M')}", flush=True)
+            text = arguments.text / f"{cell.name}.hlo" if arguments.text else None
+            facts = compile_step(config, chips, CANVAS, "tpu", arguments.cache, lambda line: print(f"  {line}"), text)
+        rows.append(row(cell, facts))
+    print("\n".join([HEAD, "|---" * (HEAD.count("|") - 1) + "|", *rows]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""The job `plan`: what a training step will take on chips that one does not have yet."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+
+from glip_jax import exits
+from glip_jax.chips import Topology, TopologyError, topology
+from glip_jax.collectives import CollectiveError
+from glip_jax.config import Config, ConfigError, Remat
+from glip_jax.data.transforms import canvas_size
+from glip_jax.jobs.command_line import Arguments, CommandLineError, parse
+from glip_jax.parallel import MeshError
+from glip_jax.planning import report
+from glip_jax.planning.compiled import PlanError, abstract_batch, abstract_mesh, compile_step, state_bytes
+from glip_jax.planning.facts import Facts, How
+from glip_jax.planning.outlook import IMAGES_PER_CORE, Outlook, outlook, scaling
+from glip_jax.planning.search import candidates, search, table, with_batch
+from glip_jax.training.loop import abstract_state
+
+__all__ = ["PlanArguments", "main", "plan"]
+
+_FAULTS = (CollectiveError, CommandLineError, ConfigError, MeshError, PlanError, TopologyError)
+_NO_LIBTPU = (
+    "libtpu is not installed, so the TPU's own compiler is missing: pip install -r requirements-tpu.txt (any CPU will do). "
+    "Going on with a compile for made-up CPU devices"
+)
+
+
+@dataclass(frozen=True)
+class PlanArguments(Arguments):
+    """Compile the training step for chips that are not there, and say whether it fits, what bounds it, how long it takes.
+
+    Runs on any CPU. A full network takes minutes to compile; what was compiled once is kept.
+    """
+
+    topology: str = ""
+    """v5e:8x16, v5litepod-64, v4-32, v5e:16x16*2 (two slices), h100:8, ..."""
+    canvas: tuple[str, ...] = ()
+    """Height x width of the images, such as 800x1344, or several with commas; default: the config's largest."""
+    images_per_chip: int = 0
+    """Sets train.batch_size to so many for every chip (and micro-batch), and train.steps so that as many images are seen."""
+    compile: Literal["auto", "tpu", "fake", "local", "none"] = "auto"
+    """tpu: libtpu; fake: made-up CPU devices; local: the GPUs of this machine; none: formulas. auto: for TPUs tpu, or fake
+    where libtpu is not installed; for GPUs none."""
+    out: str = ""
+    """JSON file to write."""
+    operations: int = 0
+    """List so many kinds of operations that touch most memory."""
+    search: bool = False
+    """Try images per chip, remat and fsdp, and rank what fits. The same command again goes on where it stopped."""
+    search_images: tuple[int, ...] = (1, 2, 4, 8)
+    search_remat: tuple[str, ...] = ("none", "elementwise", "blocks")
+    search_fsdp: tuple[int, ...] = (1, 16)
+    images_per_core: float = IMAGES_PER_CORE
+    """What a core of a host prepares in a second, JPEG to batch; `python -m benchmarks.data` measures it."""
+    cache: str = ""
+    """Folder of what was compiled; default: ~/.cache/glip_jax/plans."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the job; returns one of `glip_jax.exits`."""
+    # With libtpu installed and no TPU here, jax would look for one.
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        arguments = parse(_spelled(argv), PlanArguments, "plan", "--config=configs/glip_tiny.py --topology=v5e:8x16")
+        if not arguments.topology:
+            raise CommandLineError("no chips: expected --topology=v5e:8x16 (or v5litepod-64, v4-32, h100:8, ...)")
+        chips = topology(arguments.topology)
+        canvases = [_canvas(text, arguments.config) for text in arguments.canvas] or [_largest(arguments.config)]
+        how = _how(arguments.compile, chips)
+        plans = (
+            _search(arguments, chips, canvases[0], how) if arguments.search else _plans(arguments, chips, canvases, how)
+        )
+        if arguments.out:
+            Path(arguments.out).write_text(json.dumps(plans, indent=1) + "\n")
+            print(f"written: {arguments.out}")
+    except _FAULTS as fault:
+        print(f"plan: {fault}", file=sys.stderr)
+        return exits.BAD_INPUT
+    return exits.DONE
+
+
+def plan(
+    config: Config,
+    chips: Topology,
+    canvas: tuple[int, int],
+    how: How | None,
+    cache: Path | None,
+    say: Any = print,
+    images_per_core: float = IMAGES_PER_CORE,
+) -> tuple[Outlook, Facts | None]:
+    """The outlook of one config on one canvas, and what was compiled for it (`how` None: nothing)."""
+    mesh = abstract_mesh(config, chips)
+    state = state_bytes(abstract_state(config, mesh), abstract_batch(config, canvas, mesh))
+    facts = compile_step(config, chips, canvas, how, cache, say) if how else None
+    return outlook(config, chips, canvas, state, facts, dict(mesh.shape), images_per_core), facts
+
+
+def _plans(
+    arguments: PlanArguments, chips: Topology, canvases: list[tuple[int, int]], how: How | None
+) -> list[dict[str, Any]]:
+    config = arguments.config
+    if arguments.images_per_chip:
+        rows = arguments.images_per_chip * chips.devices // max(1, config.mesh.tensor)
+        config = with_batch(config, rows * config.optimizer.accumulate)
+    plans = []
+    for canvas in canvases:
+        found, facts = plan(config, chips, canvas, how, _cache(arguments), _progress, arguments.images_per_core)
+        scaled = scaling(chips, found)
+        print("\n".join(report.lines(config, chips, canvas, found, facts, scaled, arguments.operations)), flush=True)
+        plans.append(report.as_dictionary(config, chips, canvas, found, facts, scaled))
+    return plans
+
+
+def _search(
+    arguments: PlanArguments, chips: Topology, canvas: tuple[int, int], how: How | None
+) -> list[dict[str, Any]]:
+    if how is None:
+        raise CommandLineError(
+            f"--search wants a compiler, and none is used for {chips.name}: whether a candidate fits is known only from a "
+            "compiled step; give --compile=fake, or a TPU topology"
+        )
+    unknown = [remat for remat in arguments.search_remat if remat not in get_args(Remat)]
+    if unknown or min((*arguments.search_images, *arguments.search_fsdp), default=0) < 1:
+        raise CommandLineError(
+            f"--search-remat={','.join(arguments.search_remat)} --search-images={arguments.search_images} "
+            f"--search-fsdp={arguments.search_fsdp}: expected {', '.join(get_args(Remat))}, and numbers of at least 1"
+        )
+    remats: Any = arguments.search_remat
+    every = list(candidates(arguments.config, chips, arguments.search_images, remats, arguments.search_fsdp))
+    tried = search(
+        every,
+        lambda config: plan(config, chips, canvas, how, _cache(arguments), _progress, arguments.images_per_core),
+        lambda line: print(line, flush=True),
+    )
+    print("\n".join(["", f"{chips.name}, canvas {canvas[0]} x {canvas[1]}", *table(tried)]))
+    return [dataclasses.asdict(each) for each in tried]
+
+
+def _progress(line: str) -> None:
+    print(f"  {line}", file=sys.stderr, flush=True)
+
+
+def _cache(arguments: PlanArguments) -> Path:
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(arguments.cache) if arguments.cache else user / "glip_jax" / "plans"
+
+
+def _spelled(argv: Sequence[str]) -> list[str]:
+    """`--canvas=a,b` and the lists of the search as tyro wants them: one argument an item."""
+    result: list[str] = []
+    for argument in argv:
+        option, equals, value = argument.partition("=")
+        if equals and option.replace("_", "-") in ("--canvas", "--search-images", "--search-remat", "--search-fsdp"):
+            result += [option, *filter(None, value.split(","))]
+        else:
+            result.append(argument)
+    return result
+
+
+def _canvas(text: str, config: Config) -> tuple[int, int]:
+    multiple = config.model.input.extent_multiple
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    sides = (int(found[1]), int(found[2])) if found else (0, 0)
+    if min(sides) < 1 or any(side % multiple for side in sides):
+        raise CommandLineError(
+            f"--canvas={text}: expected HEIGHTxWIDTH in multiples of {multiple} pixels, such as 800x1344"
+        )
+    return sides
+
+
+def _largest(config: Config) -> tuple[int, int]:
+    """The largest canvas that the config's steps can have."""
+    data, multiple = config.data, config.model.input.extent_multiple
+    sizes = {
+        canvas_size(side, aspect, data.long_side, multiple) for side in data.short_sides for aspect in data.aspects
+    }
+    return max(sizes, key=lambda size: (size[0] * size[1], size[1]))
+
+
+def _how(wanted: str, chips: Topology) -> How | None:
+    """Which compiler; None for formulas alone. Says so where it is not the best one."""
+    has_libtpu = _has_libtpu()
+    match wanted:
+        case "none":
+            return None
+        case "tpu" if not chips.tpu:
+            raise PlanError(f"--compile=tpu: {chips.name} is no TPU")
+        case "tpu" if not has_libtpu:
+            raise PlanError("--compile=tpu: libtpu is not installed: pip install -r requirements-tpu.txt")
+        case "tpu":
+            return "tpu"
+        case "fake":
+            return "fake"
+        case "local":
+            return "local"
+    if not chips.tpu:
+        return None
+    if not has_libtpu:
+        print(f"plan: {_NO_LIBTPU}", file=sys.stderr)
+    return "tpu" if has_libtpu else "fake"
+
+
+def _has_libtpu() -> bool:
+    return importlib.util.find_spec("libtpu") is not None

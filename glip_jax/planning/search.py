@@ -1,0 +1,98 @@
+"""Which batch, rematerialisation and mesh fit a topology, and which of those is fastest by the roofline."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from glip_jax.chips import Topology
+from glip_jax.config import Config, MeshConfig, Remat
+from glip_jax.parallel import MeshError
+from glip_jax.planning.facts import Facts
+from glip_jax.planning.outlook import Outlook
+
+__all__ = ["Tried", "candidates", "search", "table", "with_batch"]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One candidate and what became of it."""
+
+    images_per_chip: int
+    remat: Remat
+    fsdp: int
+    found: Outlook | None
+    """None where it was not compiled."""
+    why: str = ""
+    """Why not."""
+
+
+def candidates(
+    config: Config, chips: Topology, images: Sequence[int], remats: Sequence[Remat], fsdp: Sequence[int]
+) -> Iterator[tuple[int, Remat, int, Config]]:
+    """(images per chip, remat, fsdp, config) of every combination, fewer images first within a remat and mesh."""
+    for shards, remat, count in itertools.product(sorted(fsdp), remats, sorted(images)):
+        rows = count * chips.devices // max(1, config.mesh.tensor)
+        candidate = dataclasses.replace(
+            with_batch(config, rows * config.optimizer.accumulate),
+            model=dataclasses.replace(config.model, remat=remat),
+            mesh=MeshConfig(data=-1, fsdp=shards, tensor=config.mesh.tensor),
+        )
+        yield count, remat, shards, candidate
+
+
+def with_batch(config: Config, batch_size: int) -> Config:
+    """`config` with another batch, and so many steps that as many images are seen."""
+    steps = max(1, round(config.train.steps * config.train.batch_size / batch_size))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch_size, steps=steps))
+
+
+def search(
+    every: Sequence[tuple[int, Remat, int, Config]],
+    plan: Callable[[Config], tuple[Outlook, Facts | None]],
+    say: Callable[[str], object],
+) -> list[Tried]:
+    """Plans each candidate in turn, best first in the result: those that fit by images/s, then the others.
+
+    Where a number of images does not fit, no larger one of the same remat and mesh is tried. A mesh that does not divide is
+    left out with its reason.
+    """
+    tried: list[Tried] = []
+    for number, (images, remat, fsdp, config) in enumerate(every, start=1):
+        what = f"{number} of {len(every)}: {images} images a chip, remat {remat}, fsdp {fsdp}"
+        smaller = [
+            t.images_per_chip for t in tried if (t.remat, t.fsdp) == (remat, fsdp) and t.found and not t.found.fits
+        ]
+        if smaller:
+            tried.append(Tried(images, remat, fsdp, None, f"{min(smaller)} images do not fit"))
+            say(f"{what}: not tried, {tried[-1].why}")
+            continue
+        try:
+            found, _ = plan(config)
+        except MeshError as fault:
+            tried.append(Tried(images, remat, fsdp, None, str(fault)))
+            say(f"{what}: {fault}")
+            continue
+        tried.append(Tried(images, remat, fsdp, found))
+        say(f"{what}: {'fits' if found.fits else 'does not fit'}, {found.images_per_second:.1f} images/s")
+    return sorted(tried, key=lambda t: (t.found is None, not (t.found and t.found.fits), -_rate(t)))
+
+
+def _rate(tried: Tried) -> float:
+    return tried.found.images_per_second if tried.found else 0.0
+
+
+def table(tried: Sequence[Tried]) -> list[str]:
+    """The result of a search, a line a candidate."""
+    rows = ["images a chip  remat        fsdp  peak GiB  fits  images/s    MFU  bound"]
+    for each in tried:
+        start = f"{each.images_per_chip:13}  {each.remat:11}  {each.fsdp:4}"
+        if each.found is None:
+            rows.append(f"{start}  {each.why}")
+            continue
+        peak = each.found.memory.get("peak", sum(each.found.memory.values())) / 2**30
+        fits = {True: "yes", False: "no", None: "?"}[each.found.fits]
+        rows.append(
+            f"{start}  {peak:8.2f}  {fits:>4}  {each.found.images_per_second:8.1f}  {each.found.mfu:5.1%}  {each.found.bound}"
+        )
+    return rows

@@ -1,0 +1,137 @@
+"""The step compiled for made-up devices in a process of its own: state, batch, collectives, the cache; and for a TPU if it can."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import pytest
+
+from glip_jax.chips import topology
+from glip_jax.config import MeshConfig
+from glip_jax.data.mixture import Mixture
+from glip_jax.parallel import MeshError
+from glip_jax.planning import compiled
+from glip_jax.planning.compiled import PlanError, abstract_batch, abstract_mesh, compile_step, state_bytes
+from glip_jax.training.loop import abstract_state
+from tests import tiny_run
+
+CHIPS = topology("v5e:2x2")
+CANVAS = (64, 64)
+CONFIG = dataclasses.replace(tiny_run.config(), mesh=MeshConfig(data=2, fsdp=2))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("plans")
+
+
+@pytest.fixture(scope="module")
+def facts(cache):
+    """Compiled once for all tests here."""
+    return compile_step(CONFIG, CHIPS, CANVAS, "fake", cache, lambda _: None)
+
+
+def state(config=CONFIG):
+    mesh = abstract_mesh(config, CHIPS)
+    return state_bytes(abstract_state(config, mesh), abstract_batch(config, CANVAS, mesh))
+
+
+def test_the_batch_is_that_of_training(tmp_path):
+    config = tiny_run.config(tiny_run.write_sources(tmp_path))
+    real = next(iter(Mixture(config).batches()))
+    made = abstract_batch(config, CANVAS, abstract_mesh(config, CHIPS))
+    assert [(x.shape, x.dtype) for x in made] == [(x.shape, x.dtype) for x in real]
+
+
+def test_arguments_are_the_state_and_the_batch(facts):
+    step = 4  # its number, an int32
+    assert facts.needed is None and facts.arguments == sum(state().values()) + step
+    assert facts.aliased >= state()["parameters"] + state()["optimizer"], "the state is donated, as in training"
+    assert facts.temporaries > 0 and facts.peak > facts.arguments
+
+
+def test_shards_are_a_part():
+    split, whole = state(), state(dataclasses.replace(CONFIG, mesh=MeshConfig()))
+    assert whole["parameters"] / 2 <= split["parameters"] < whole["parameters"]
+    # Moments lie as their parameters do; beside them a counter.
+    assert split["optimizer"] - 4 == pytest.approx(2 * split["averages"])
+    assert whole["batch"] == split["batch"], "both axes split the batch"
+
+
+def test_gradients_are_sent_over_both_axes(facts):
+    over = {axes for each in facts.sent for axes in [each.axes]}
+    assert ("data",) in over or ("data", "fsdp") in over
+    gradients = sum(each.bytes for each in facts.sent if "data" in each.axes)
+    # Adam has two moments of every trained parameter, as large as its gradient; the axes share them.
+    assert gradients >= state()["optimizer"] / 2 - 8
+    assert not any(each.outer for each in facts.sent)
+
+
+def test_products_are_counted(facts):
+    assert facts.flops > 0 and facts.passes > facts.flops, "the box side is of highest precision"
+    assert facts.known and facts.calls == 0
+    assert facts.hot and facts.hot[0].bytes == max(each.bytes for each in facts.hot)
+
+
+def test_the_second_time_nothing_is_compiled(facts, cache, monkeypatch):
+    monkeypatch.setattr(compiled.multiprocessing, "get_context", lambda _: pytest.fail("a process was started"))
+    assert compile_step(CONFIG, CHIPS, CANVAS, "fake", cache) == facts
+    longer = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=99))
+    assert compile_step(longer, CHIPS, CANVAS, "fake", cache) == facts, "the length of training is no part of the step"
+
+
+@pytest.mark.parametrize(
+    ("config", "chips", "canvas"),
+    [
+        (tiny_run.replace(CONFIG, "train", batch_size=16), CHIPS, CANVAS),
+        (tiny_run.replace(CONFIG, "model", remat="blocks"), CHIPS, CANVAS),
+        (dataclasses.replace(CONFIG, mesh=MeshConfig()), CHIPS, CANVAS),
+        (CONFIG, topology("v5e:2x4"), CANVAS),
+        (CONFIG, CHIPS, (64, 96)),
+    ],
+)
+def test_what_changes_the_step_changes_the_key(config, chips, canvas):
+    assert compiled._key(config, chips, canvas, "fake") != compiled._key(CONFIG, CHIPS, CANVAS, "fake")
+
+
+def test_a_batch_that_does_not_split_is_refused_before_anything_is_compiled():
+    with pytest.raises(MeshError, match="train.batch_size 6 does not split"):
+        abstract_mesh(tiny_run.replace(CONFIG, "train", batch_size=6), CHIPS)
+
+
+def test_too_few_devices_are_named():
+    with pytest.raises(PlanError, match=r"v5e:64x64: \d+ devices are here, 4096 are wanted"):
+        compiled._devices(topology("v5e:64x64"), "fake")
+
+
+@pytest.mark.parametrize(
+    ("message", "needed", "available"),
+    [
+        ("Ran out of memory on HBM, the total memory required for HLO temporaries (32.06G) exceeds available HBM (15.75G).",
+         32.06 * 2**30, 15.75 * 2**30),
+        ("Ran out of memory in memory space hbm. Used 900.5M of 0.5G hbm. Exceeded", 900.5 * 2**20, 2**29),
+        ("INVALID_ARGUMENT: something else", None, None),
+    ],
+)  # fmt: skip
+def test_how_compilers_say_that_memory_is_short(message, needed, available):
+    assert compiled._shortage(message) == (needed, available)
+
+
+def test_a_compiler_that_fails_is_one_line(monkeypatch, cache):
+    monkeypatch.setattr(compiled, "_environment", lambda *_: {"JAX_PLATFORMS": "no_such_platform"})
+    other = tiny_run.replace(CONFIG, "train", batch_size=32)
+    with pytest.raises(PlanError) as error:
+        compile_step(other, CHIPS, CANVAS, "local", cache, lambda _: None)
+    assert "\n" not in str(error.value) and "no_such_platform" in str(error.value)
+    assert not list(cache.glob("*.partial"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (requirements-tpu.txt)")
+def test_compiled_for_a_tpu(cache):
+    """The same step by the TPU's own compiler, 7.5 minutes on a machine under load; only where libtpu is installed."""
+    found = compile_step(CONFIG, CHIPS, CANVAS, "tpu", cache, lambda _: None)
+    assert found.needed is None and found.compiler.startswith("libtpu") and found.cycles > 0 and found.known
+    assert found.arguments >= sum(state().values()), "tiles pad"
+    assert found.aliased >= state()["parameters"] + state()["optimizer"]
+    assert 0 < found.padding < found.bytes
+    assert jax.default_backend() == "cpu"
