@@ -16,6 +16,8 @@ __all__ = ["JOBS", "main"]
 
 JOBS = {
     "data": "import annotations into shards, and check shards",
+    "upload": "send a finished folder of shards to a bucket",
+    "verify": "compare shards with their manifest, checkpoints with their checksums",
     "label": "find the phrases of captions in their images: captions become grounding data",
     "inspect": "draw a page of the records in shards and the examples that training makes of them",
     "plan": "say before a launch whether a step fits chips, what bounds it and how long training takes",
@@ -58,6 +60,9 @@ def main(argv: list[str]) -> int:
 def _run(job: str, argv: list[str]) -> int:
     """The job's exit code; what may hit any job at any line (a signal, a full disk) ends in one line as well."""
     try:
+        from glip_jax import bucket_files  # only now: its libraries take time to load
+
+        bucket_files.install()
         with _sigterm_exits(job):
             return importlib.import_module(f"glip_jax.jobs.{_MODULES.get(job, job)}").main(argv)
     except KeyboardInterrupt:

@@ -1,20 +1,18 @@
 """Checkpoints of a run: parameters, optimizer, moving average, step and config, behind Orbax.
 
     WORKDIR/checkpoints/STEP/{params,optimizer,ema,run}   one folder a step, written aside and renamed when complete
-    WORKDIR/config.json                                   the settings of the latest start, flat
-    WORKDIR/started_from.json                             what the parameters of step 0 were read from, with hashes
-    WORKDIR/phases.json                                   every accepted change of settings, with its step
+    WORKDIR/checkpoints/STEP/checksums.json               size and MD5 of its files, written just before that
+    WORKDIR/checkpoints/STEP.damaged                      one whose files are no longer those; a run went on from an older one
 
-Arrays are restored onto whatever mesh the caller's abstract state names. Paths may be local or gs://.
+Arrays are restored onto whatever mesh the caller's abstract state names. Paths may be local or gs://, where nothing can be
+renamed and a file `commit_success.txt`, written last, says that a folder is complete.
 """
 
 import contextlib
 import hashlib
-import json
-import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,34 +23,36 @@ from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from glip_jax.config import Config, differences, flatten
+from glip_jax import checksums
+from glip_jax.config import CheckpointConfig, Config
 from glip_jax.exits import full_disk
+from glip_jax.step_folders import (
+    METADATA,
+    checkpoint_folder,
+    complete_steps,
+    fault_of,
+    is_workdir,
+    latest_step,
+    newest,
+    put_in_order,
+    unfinished,
+)
+from glip_jax.workdir import CheckpointError, listed, plain
 
 __all__ = [
     "CheckpointError",
     "Checkpoints",
     "NotSavedError",
     "Saved",
-    "check_config",
-    "check_network",
+    "complete_steps",
     "fingerprint",
     "is_workdir",
     "latest_step",
-    "prepare",
     "restore_parameters",
     "saved_config",
-    "started_from",
     "unfinished",
     "what_is_left",
-    "write_config",
-    "write_started_from",
 ]
-
-_FOLDER = "checkpoints"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is not there, does not fit the model, or was made with other settings."""
 
 
 class NotSavedError(RuntimeError):
@@ -76,22 +76,33 @@ class Checkpoints:
     checkpoints are then untouched, as one is removed only after a newer one is complete.
     """
 
-    def __init__(self, workdir: str, keep: int) -> None:
-        """Opens (and makes) `workdir`/checkpoints, keeping the newest `keep`; says which half-written ones it removes."""
-        self.folder = _folder(workdir)
-        for path in unfinished(workdir):
-            print(f"{path} was left half-written by an interrupted run: ignored and removed", flush=True)
-            if jax.process_index() == 0:
-                epath.Path(path).rmtree(missing_ok=True)
-        if jax.process_index() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self._manager = _manager(
-            self.folder, ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        )
+    def __init__(self, workdir: str, keep: int, policy: CheckpointConfig | None = None) -> None:
+        """Opens (and makes) `workdir`/checkpoints, keeping the newest `keep` and what else `policy` says.
+
+        Half-written ones are removed and said; a newest one that is damaged is set aside and said. Raises CheckpointError
+        if there are only damaged ones.
+        """
+        self.folder = checkpoint_folder(workdir)
+        self._scores: dict[int, float] = {}
+        policy = policy or CheckpointConfig()
+        policies = ocp.checkpoint_managers
+        kept: list[Any] = [policies.LatestN(keep)]
+        if policy.keep_every:
+            kept.append(policies.EveryNSteps(policy.keep_every))
+        if policy.best:
+            kept.append(_Best(policy.best, self._scores))
+        _by_the_first(lambda: put_in_order(workdir))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+        )  # fmt: skip
+        self._manager = _manager(self.folder, options)
         self._workdir = workdir
         self._writing: int | None = None
         """The step whose write was started last and not waited for."""
         self._failed = False
+        self._wanted: list[str] = []
+        """Files without which what is being written is not complete."""
 
     def __enter__(self) -> "Checkpoints":
         # Parts of a failed write that end after its event loop report to this hook, many tracebacks that say nothing.
@@ -125,15 +136,20 @@ class Checkpoints:
         """Step of the newest complete checkpoint, None without one."""
         return self._manager.latest_step()
 
-    def save(self, step: int, saved: Saved, config: Config) -> None:
+    def scored(self, step: int, value: float) -> None:
+        """Says how good `step` is, for `policy.best`; higher is better."""
+        self._scores[step] = value
+
+    def save(self, step: int, saved: Saved, config: Config, lines: Sequence[str] = ()) -> None:
         """Starts writing step `step` in the background; arrays are copied first, so the caller may donate them.
 
-        Waits for the write before it.
+        Waits for the write before it. `lines` of the run's record are kept with it, see `lines`.
         """
         self.wait()
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in saved._asdict().items() if tree}
-        items["run"] = ocp.args.JsonSave({"step": step, "config": _plain(config)})
+        items["run"] = ocp.args.JsonSave({"step": step, "config": plain(config), "lines": list(lines)})
         self._writing = step
+        self._wanted = [f"{name}/{'metadata' if name == 'run' else '_METADATA'}" for name in items]
         with self._complaining():
             self._manager.save(step, args=ocp.args.Composite(**items))
 
@@ -151,7 +167,14 @@ class Checkpoints:
 
     def run(self, step: int) -> dict[str, Any]:
         """The flat settings that checkpoint `step` was written with."""
-        return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]["config"]
+        return self._run(step)["config"]
+
+    def lines(self, step: int) -> list[str]:
+        """The lines that `save` was given, none in checkpoints of before."""
+        return self._run(step).get("lines", [])
+
+    def _run(self, step: int) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
 
     def imported(self, step: int) -> bool:
         """Whether checkpoint `step` holds parameters alone: read from a file, not yet trained."""
@@ -162,18 +185,28 @@ class Checkpoints:
 
         Raises CheckpointError listing the parameters that only one side has or whose shapes differ.
         """
-        metadata = self._manager.item_metadata(step)
-        wanted = {name: tree for name, tree in like._asdict().items() if tree}
-        for name, tree in wanted.items():
-            if _part(metadata, name) is None:
-                raise CheckpointError(
-                    f"checkpoint {self.folder / str(step)} holds no {name}, which the settings ask for: "
-                    "set optimizer.ema_decay as it was in that run, or use a new --workdir"
-                )
-            _same_arrays(f"{self.folder / str(step)}, {name}", metadata[name], tree)
-        args = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()})
-        restored = self._manager.restore(step, args=args)
+        with _readable(self.folder / str(step)):
+            metadata = self._manager.item_metadata(step)
+            wanted = {name: tree for name, tree in like._asdict().items() if tree}
+            for name, tree in wanted.items():
+                if _part(metadata, name) is None:
+                    raise CheckpointError(
+                        f"checkpoint {self.folder / str(step)} holds no {name}, which the settings ask for: "
+                        "set optimizer.ema_decay as it was in that run, or use a new --workdir"
+                    )
+                _same_arrays(f"{self.folder / str(step)}, {name}", metadata[name], tree)
+            args = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()})
+            restored = self._manager.restore(step, args=args)
         return Saved(*(restored[name] if name in wanted else {} for name in Saved._fields))
+
+    def _seal(self) -> None:
+        """Checksums of what was written, just before it becomes complete; Orbax calls it in the background."""
+        if jax.process_index() != 0 or self._writing is None:
+            return
+        name = str(self._writing)
+        aside = [path for path in self.folder.iterdir() if path.name.startswith(f"{name}.orbax-checkpoint-tmp")]
+        # Parts are written beside one another: where one failed, the others must not make a complete checkpoint.
+        checksums.seal(aside[0] if aside else self.folder / name, without=METADATA, wanted=self._wanted)
 
     @contextlib.contextmanager
     def _complaining(self) -> Iterator[None]:
@@ -192,58 +225,57 @@ class Checkpoints:
             ) from error
 
 
+class _Best(ocp.checkpoint_managers.PreservationPolicy):
+    """Preserves the `number` checkpoints of the highest scores; one without a score is not among them."""
+
+    def __init__(self, number: int, scores: Mapping[int, float]) -> None:
+        self._number, self._scores = number, scores
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """One answer for each of `checkpoints`."""
+        del context
+        scored = [info.step for info in checkpoints if info.step in self._scores]
+        best = sorted(scored, key=lambda step: (self._scores[step], step))[-self._number :]
+        return [info.step in best for info in checkpoints]
+
+
 def what_is_left(workdir: str, full: str) -> str:
-    """For messages of a run that could not write: its newest complete checkpoint, and what to do (`full`: the disk is)."""
-    mend, newest = "make room there" if full else "mend that", latest_step(workdir)
-    if newest is None:
+    """For messages of a run that could not write: its newest sound checkpoint, and what to do (`full`: the disk is)."""
+    mend, left = "make room there" if full else "mend that", newest(workdir)[0]
+    if left is None:
         return f"there is no earlier one: {mend}, then the same command begins again"
-    return f"the one of step {newest} is complete and untouched: {mend}, then the same command goes on from it"
+    return f"the one of step {left} is complete and untouched: {mend}, then the same command goes on from it"
 
 
-def prepare(workdir: str) -> None:
-    """Makes the working folder and tries that files can be made in it; CheckpointError if not."""
-    if jax.process_index() != 0:
-        return
-    folder = epath.Path(workdir)
-    probe = folder / f".written-by-{os.getpid()}"
+def _by_the_first(act: Callable[[], None]) -> None:
+    """Lets the first process act while the others wait; CheckpointError in all of them if it fails so."""
+    fault: CheckpointError | None = None
+    if jax.process_index() == 0:
+        try:
+            act()
+        except CheckpointError as error:
+            fault = error
+    if jax.process_count() > 1 and not multihost_utils.broadcast_one_to_all(np.int32(fault is None)):
+        fault = fault or CheckpointError("the checkpoints cannot be used: the first process says why")
+    if fault is not None:
+        raise fault
+
+
+@contextlib.contextmanager
+def _readable(path: epath.Path) -> Iterator[None]:
+    """Arrays that cannot be read as CheckpointError; with checksums that fit, it is no damage and stays what it is."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except (OSError, ImportError) as error:
-        if full_disk(error):
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if checksums.fault(path) is not None:
             raise
-        reason = (isinstance(error, OSError) and error.strerror) or error
+        text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"--workdir={workdir} cannot be written ({reason}): expected a folder, or the name of one that can be made"
-        ) from None
-
-
-def _folder(workdir: str) -> epath.Path:
-    """The folder of checkpoints; absolute where it is local, as Orbax demands."""
-    folder = epath.Path(workdir) / _FOLDER
-    return folder if "://" in str(workdir) else folder.absolute()
-
-
-def unfinished(workdir: str) -> list[str]:
-    """Folders of checkpoints whose writing was interrupted; never restored from."""
-    folder = _folder(workdir)
-    if not folder.exists():
-        return []
-    return sorted(str(path) for path in folder.iterdir() if "orbax-checkpoint-tmp" in path.name)
-
-
-def is_workdir(path: str) -> bool:
-    """Whether `path` is a working folder: it has a folder of checkpoints, complete or not."""
-    return _folder(path).is_dir()
-
-
-def latest_step(workdir: str) -> int | None:
-    """Step of the newest complete checkpoint of a working folder, None without one."""
-    folder = _folder(workdir)
-    if not folder.exists():
-        return None
-    return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=None)
+            f"{path} cannot be read ({text}); it was written before checksums were kept, so this was found only now: remove "
+            "it, then the same command uses the one before"
+        ) from error
 
 
 def saved_config(workdir: str, step: int | None = None) -> dict[str, Any]:
@@ -260,7 +292,7 @@ def restore_parameters(workdir: str, which: Literal["ema", "raw"] = "ema", step:
     newest complete checkpoint. Raises CheckpointError without one.
     """
     step = _existing(workdir, step)
-    with _reader(workdir) as manager:
+    with _readable(checkpoint_folder(workdir) / str(step)), _reader(workdir) as manager:
         metadata = manager.item_metadata(step)
         names = ["params"] + (["ema"] if which == "ema" and _part(metadata, "ema") is not None else [])
 
@@ -284,73 +316,6 @@ def fingerprint(params: Any) -> str:
     return digest.hexdigest()
 
 
-def check_config(workdir: str, step: int, saved: Mapping[str, Any], config: Config, *, accept: bool) -> list[str]:
-    """Compares the settings of checkpoint `step` with `config`; returns the lines of what changes numbers.
-
-    Differences are refused with CheckpointError unless `accept`, which records them in `workdir`/phases.json.
-    Settings that change no number (cadence, workers, mesh) may differ freely.
-    """
-    lines = differences(dict(saved), config)
-    if not lines:
-        return []
-    if not accept:
-        ordered = sorted(lines, key=lambda line: not line.startswith("model."))
-        network = ordered[0].startswith("model.")
-        raise CheckpointError(
-            f"{workdir} holds step {step} of a run with {'another network' if network else 'other settings'} "
-            f"(saved -> given: {_listed(ordered)}): give the old settings to go on with that run, a new --workdir to start "
-            "another, or --resume-with-changes to continue from that step as a new, recorded phase"
-            + (" (not where that changes the shape of a parameter)" if network else "")
-        )
-    path = epath.Path(workdir) / "phases.json"
-    phases = json.loads(path.read_text()) if path.exists() else []
-    phase = {"step": step, "differences": lines}
-    if phase not in phases and jax.process_index() == 0:
-        path.write_text(json.dumps([*phases, phase], indent=1))
-    return lines
-
-
-def check_network(workdir: str, saved: dict[str, Any], config: Config) -> None:
-    """Raises CheckpointError if `config` describes another network than the flat settings `saved` of a checkpoint.
-
-    What leaves the network the same may differ: where its vocabulary lies, and how it is computed.
-    """
-    free = ("model.text.vocabulary:", "model.dtype:", "model.remat:", "model.head.unroll:")
-    changed = [line for line in differences(saved, config) if line.startswith("model.") and not line.startswith(free)]
-    if changed:
-        raise CheckpointError(
-            f"{workdir} holds a checkpoint of another network than the settings say (saved -> given: {_listed(changed)}): "
-            "give the settings that it was trained with"
-        )
-
-
-def write_config(workdir: str, config: Config) -> None:
-    """Writes the resolved settings, flat, to `workdir`/config.json."""
-    if jax.process_index() == 0:
-        folder = epath.Path(workdir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(_plain(config), indent=1, sort_keys=True))
-
-
-def write_started_from(workdir: str, record: Mapping[str, Any]) -> None:
-    """Writes what step 0 was read from to `workdir`/started_from.json; an empty record removes an older one."""
-    path = epath.Path(workdir) / "started_from.json"
-    if record:
-        path.write_text(json.dumps(record, indent=1))
-    else:
-        path.unlink(missing_ok=True)
-
-
-def started_from(workdir: str) -> dict[str, Any] | None:
-    """That record; None if there is none, as for random values."""
-    path = epath.Path(workdir) / "started_from.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _plain(config: Config) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in flatten(config)}
-
-
 def _manager(folder: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     # Orbax tells every step of its own work as information or warning, and prints tracebacks of what it raises as well.
     logging.set_verbosity(logging.FATAL)
@@ -361,19 +326,22 @@ def _manager(folder: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.C
 
 def _reader(workdir: str) -> ocp.CheckpointManager:
     logging.set_verbosity(logging.FATAL)  # before the options below, which warn of one another
-    return _manager(_folder(workdir), ocp.CheckpointManagerOptions(read_only=True))
+    return _manager(checkpoint_folder(workdir), ocp.CheckpointManagerOptions(read_only=True))
 
 
 def _existing(workdir: str, step: int | None) -> int:
-    folder = _folder(workdir)
+    folder = checkpoint_folder(workdir)
     found = step if step is not None else latest_step(workdir)
     if found is None:
         half = unfinished(workdir)
         note = f" (only half-written ones: {', '.join(half)})" if half else ""
         raise CheckpointError(f"{folder} holds no complete checkpoint{note}: expected a --workdir that `train` wrote")
-    if not (folder / str(found)).exists():
-        steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+    steps = complete_steps(workdir)
+    if found not in steps:
         raise CheckpointError(f"{folder} holds no checkpoint of step {found}; there are: {steps}")
+    fault = "" if step is None else fault_of(folder / str(found))
+    if fault:
+        raise CheckpointError(f"{folder / str(found)} is damaged ({fault}): name another --step of {steps}")
     return found
 
 
@@ -401,15 +369,9 @@ def _same_arrays(what: str, found: Any, wanted: Any) -> None:
     faults += [f"{name}: {theirs[name]} saved, {ours[name]} wanted" for name in shared if ours[name] != theirs[name]]
     if faults:
         raise CheckpointError(
-            f"checkpoint {what}: is of another network ({_listed(faults)}): give the settings it was made with, or use a "
+            f"checkpoint {what}: is of another network ({listed(faults)}): give the settings it was made with, or use a "
             "new --workdir"
         )
-
-
-def _listed(lines: list[str], most: int = 8) -> str:
-    """The lines in one, so that a message stays a line."""
-    more = f"; and {len(lines) - most} more" if len(lines) > most else ""
-    return "; ".join(lines[:most]) + more
 
 
 def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

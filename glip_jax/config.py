@@ -10,6 +10,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from glip_jax.data_config import (
+    CaptionConfig,
+    Codec,
+    CropConfig,
+    DataConfig,
+    JitterConfig,
+    PackingConfig,
+    SourceConfig,
+    data_checks,
+)
+from glip_jax.data_config import (
+    free as _free,
+)
 from glip_jax.model_config import (
     AnchorConfig,
     BackboneConfig,
@@ -31,17 +44,8 @@ __all__ = [
 ]  # fmt: skip
 
 
-Codec = Literal["fast", "pillow"]
-"""How images of training are resized: OpenCV's bilinear filter on what libjpeg-turbo decoded, or Pillow's, as the original."""
-
-
 class ConfigError(ValueError):
     """A setting, or a pair of settings, that cannot be."""
-
-
-def _free(default: Any) -> Any:
-    """A field that changes no number of the training."""
-    return field(default=default, metadata={"numbers": False})
 
 
 @dataclass(frozen=True)
@@ -68,126 +72,6 @@ class DetectionConfig:
     candidates_per_level: int = 1000
     nms_iou: float = 0.6
     max_detections: int = 100
-
-
-@dataclass(frozen=True)
-class SourceConfig:
-    """One source of the mixture: a folder of shards with a manifest."""
-
-    path: str
-    weight: float = 1.0
-    """Share of examples relative to the other sources' weights; must be positive."""
-    copies: int = 0
-    """Instead of a weight, as in the original: the share is copies x records. Of all sources or of none; 0: by weight."""
-    box_weight: Literal["one", "score"] = "one"
-    """What a box of the source counts in the losses: 1, as in the original, or its teacher's score (pseudo records)."""
-    least_score: float = 0.0
-    """Pseudo records: boxes of this score or less are left out, counted as `boxes_unsure`; where the phrase has no other,
-    it is not known where it is. 0.5 in GLIP-L, where the words then count as absent (glip-reference 4.6)."""
-    negatives: tuple[str, ...] = ()
-    """More names that may be drawn as negatives: the user says that they are absent from every image of the source
-    (one that is a name of the source or a phrase of the image is never drawn)."""
-
-
-@dataclass(frozen=True)
-class PackingConfig:
-    """Negative text beside the caption of a grounding or pseudo record, taken from elsewhere (glip-reference 4.6).
-
-    GLIP-T packs nothing, which is the default; GLIP-L packs `number=20` captions with these probabilities.
-    """
-
-    number: int = 0
-    """Most texts packed with a caption; 0 leaves every caption as it is."""
-    none_probability: float = 0.4
-    """Chance of packing none."""
-    full_probability: float = 0.5
-    """Chance, where it is not none, of packing `number`; otherwise a uniform number from 0 to number - 1."""
-    take: Literal["captions", "phrases", "names"] = "captions"
-    """`captions` of other records of the source, their `phrases` with boxes, or the source's `negatives`."""
-    kinds: tuple[Literal["pseudo", "grounding"], ...] = ("pseudo",)
-
-
-@dataclass(frozen=True)
-class CaptionConfig:
-    """How a record becomes a caption (defaults: the original's, glip-reference 1.7 and 4.2).
-
-    The number of negative names is `max_negatives` (or as many as there are) with `full_probability`, 1 with
-    `one_negative_probability`, 0 with `one_positive_probability`, and otherwise uniform from 1 to that number.
-    """
-
-    mode: Literal["sampled", "all_names"] = "sampled"
-    """`all_names`: every name of the source in its order (shuffled if `shuffle`), as in fine-tuning (4.3)."""
-    separator: str = ". "
-    max_negatives: int = 85
-    full_probability: float = 0.5
-    one_negative_probability: float = 0.0
-    one_positive_probability: float = 0.0
-    drop_positive_probability: float = 0.0
-    """Chance of keeping only a uniform number, at least 1, of the positive names, and their boxes. The original names it
-    but refuses any value except 0."""
-    hard_share: float = 0.0
-    """Share of the negatives (names or packed phrases) drawn from those most like the positives in words and letters."""
-    shuffle: bool = True
-    words_without_box: Literal["negative", "unknown"] = "negative"
-    """Words of grounding and pseudo captions that are in no box's phrase: negative everywhere, as in the original, or
-    unknown, so that they give no loss where no box is."""
-    packing: PackingConfig = PackingConfig()
-
-
-@dataclass(frozen=True)
-class CropConfig:
-    """Random crop, before the resize; the original has none."""
-
-    probability: float = 0.0
-    least_side: float = 0.5
-    """Least share of height and of width that stays, each drawn anew."""
-    least_visible: float = 0.4
-    """Boxes of which a smaller share of the area stays visible are dropped, counted as `boxes_out_of_view`."""
-
-
-@dataclass(frozen=True)
-class JitterConfig:
-    """Random colours, after the resize; the original has none. Factors are uniform in 1 - x to 1 + x."""
-
-    probability: float = 0.0
-    brightness: float = 0.2
-    contrast: float = 0.2
-    saturation: float = 0.2
-    hue: float = 0.02
-    """Turn of the colour circle, uniform in -x to x; 0.5 is its opposite side."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The mixture and what happens to an example before it is batched."""
-
-    sources: dict[str, SourceConfig] = field(default_factory=dict)
-    captions: CaptionConfig = CaptionConfig()
-    short_sides: tuple[int, ...] = (480, 560, 640, 720, 800)
-    """Candidate lengths of the short side, pixels; one per step."""
-    long_side: int = 1333
-    """Upper bound of the long side, pixels."""
-    aspects: tuple[float, ...] = (0.666667, 0.75, 1.0, 1.333333, 1.5)
-    """Height / width of the canvases; each record goes to the nearest (in log). Each pair of short side and aspect is one compiled shape."""
-    codec: Codec = "fast"
-    """`pillow`: the original's pixels, at a third of the speed."""
-    flip: float = 0.5
-    """Chance of mirroring left and right."""
-    flip_captions: Literal["as_is", "safe"] = "as_is"
-    """`safe`: examples whose caption or names say left or right are not mirrored. The original mirrors them as they are."""
-    crop: CropConfig = CropConfig()
-    jitter: JitterConfig = JitterConfig()
-    max_boxes: int = 100
-    """Box slots per image; more are cut, counted as `boxes_over_limit`."""
-    workers: int = _free(0)
-    """Grain worker processes; 0 reads in threads of this process."""
-    threads: int = _free(4)
-    prefetch: int = _free(8)
-    """Batches read ahead."""
-    max_corrupt_rate: float = _free(0.01)
-    """A run stops where more than this share of a source's examples, counted over `corrupt_window`, is corrupt."""
-    corrupt_window: int = _free(1000)
-    """Examples of a source."""
 
 
 @dataclass(frozen=True)
@@ -234,6 +118,14 @@ class TrainConfig:
     evaluate_every: int = _free(0)
     """Steps between evaluations of `evaluation.sets`; 0: only at the end, -1: never (the job `evaluate` follows)."""
     draw_first_batch: bool = _free(True)
+    profile: tuple[int, ...] = _free(())
+    """First and last step to profile, as 20,25; a file WORKDIR/profile asks for the next ones while the run goes."""
+    hang_multiple: float = _free(20.0)
+    """A step that takes so many times the usual (the median of 50) leaves the stacks of all threads in WORKDIR; 0: never."""
+    hang_least: float = _free(120.0)
+    """But not before so many seconds."""
+    wandb: str = _free("")
+    """Project of Weights & Biases that gets the numbers as well (requirements-wandb.txt); empty: none."""
 
 
 @dataclass(frozen=True)
@@ -243,6 +135,14 @@ class CheckpointConfig:
     every: int = _free(1000)
     """Steps between checkpoints; the last step is always saved."""
     keep: int = _free(3)
+    """The newest so many are kept, the last step's among them."""
+    keep_every: int = _free(0)
+    """Those of steps that are multiples of this are kept as well, for ever; 0: none."""
+    best: int = _free(0)
+    """So many of the highest `best_by` are kept as well."""
+    best_by: str = _free("")
+    """A number of evaluations during training, `evaluation/SET/NUMBER` as in metrics.jsonl, e.g. evaluation/coco/AP; checkpoints
+    of steps that were not evaluated are not among the best (see `train.evaluate_every`)."""
 
 
 @dataclass(frozen=True)
@@ -369,10 +269,11 @@ def validate(config: Config) -> Config:
         (config.train.steps > 0, f"train.steps is {config.train.steps}: expected at least 1"),
         (config.train.batch_size > 0, f"train.batch_size is {config.train.batch_size}: expected at least 1"),
         (config.checkpoint.every > 0, f"checkpoint.every is {config.checkpoint.every}: expected at least 1"),
+        *_cadence_checks(config),
         (sum(n == -1 for n in (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)) <= 1,
          f"mesh has more than one -1: data {config.mesh.data}, fsdp {config.mesh.fsdp}, tensor {config.mesh.tensor}"),
         (0 <= config.optimizer.ema_decay < 1, f"optimizer.ema_decay is {config.optimizer.ema_decay}: expected 0 <= decay < 1"),
-        *_data_checks(config.data),
+        *data_checks(config.data),
     ]  # fmt: skip
     for name, dataset in config.evaluation.sets.items():
         checks.append(
@@ -390,43 +291,24 @@ def validate(config: Config) -> Config:
     return config
 
 
-def _data_checks(data: DataConfig) -> list[tuple[bool, str]]:
-    """What the settings of the data must keep, each with the message for where it is broken."""
-    captions, packing = data.captions, data.captions.packing
-    chances = {
-        "flip": data.flip, "crop.probability": data.crop.probability, "jitter.probability": data.jitter.probability,
-        "captions.full_probability": captions.full_probability, "captions.hard_share": captions.hard_share,
-        "captions.one_negative_probability": captions.one_negative_probability,
-        "captions.one_positive_probability": captions.one_positive_probability,
-        "captions.drop_positive_probability": captions.drop_positive_probability,
-        "captions.packing.none_probability": packing.none_probability,
-        "captions.packing.full_probability": packing.full_probability, "max_corrupt_rate": data.max_corrupt_rate,
-        "crop.least_visible": data.crop.least_visible, "crop.least_side": data.crop.least_side,
-        "jitter.brightness": data.jitter.brightness, "jitter.contrast": data.jitter.contrast,
-        "jitter.saturation": data.jitter.saturation, "jitter.hue": data.jitter.hue,
-    }  # fmt: skip
-    total = captions.full_probability + captions.one_negative_probability + captions.one_positive_probability
-    checks = [(0 <= value <= 1, f"data.{name} is {value}: expected 0 to 1") for name, value in chances.items()]
-    checks += [
-        (total <= 1 + 1e-9,
-         f"data.captions: full_probability {captions.full_probability}, one_negative_probability {captions.one_negative_probability} "
-         f"and one_positive_probability {captions.one_positive_probability} add up to {total:g}: expected at most 1"),
-        (captions.max_negatives >= 0, f"data.captions.max_negatives is {captions.max_negatives}: expected 0 or more"),
-        (packing.number >= 0, f"data.captions.packing.number is {packing.number}: expected 0 or more"),
-        (data.crop.least_side > 0, f"data.crop.least_side is {data.crop.least_side}: expected more than 0"),
-        (data.corrupt_window > 0, f"data.corrupt_window is {data.corrupt_window}: expected at least 1"),
+def _cadence_checks(config: Config) -> list[tuple[bool, str]]:
+    keeping, every, train = config.checkpoint, config.train.evaluate_every, config.train
+    parts = keeping.best_by.split("/", 2)
+    named = len(parts) == 3 and parts[0] == "evaluation" and parts[1] in config.evaluation.sets
+    return [
+        (not train.profile or (len(train.profile) == 2 and 0 < train.profile[0] <= train.profile[1]),
+         f"train.profile is {','.join(map(str, train.profile))}: expected the first and the last step to profile, as 20,25"),
+        (train.hang_multiple == 0 or train.hang_multiple > 1,
+         f"train.hang_multiple is {train.hang_multiple:g}: expected more than 1, or 0 (no watch)"),
+        (train.hang_least > 0, f"train.hang_least is {train.hang_least:g}: expected more than 0 seconds"),
+        (keeping.keep > 0, f"checkpoint.keep is {keeping.keep}: expected at least 1"),
+        (keeping.keep_every >= 0, f"checkpoint.keep_every is {keeping.keep_every}: expected 0 (none) or more"),
+        (keeping.keep_every % max(1, keeping.every) == 0,
+         f"checkpoint.keep_every {keeping.keep_every} is not a multiple of checkpoint.every {keeping.every}, so there would be none"),
+        (keeping.best >= 0, f"checkpoint.best is {keeping.best}: expected 0 (none) or more"),
+        (not keeping.best or named,
+         f"checkpoint.best is {keeping.best}, and checkpoint.best_by {keeping.best_by!r}: expected evaluation/SET/NUMBER with a set of "
+         f"evaluation.sets ({', '.join(config.evaluation.sets) or 'there are none'})"),
+        (not keeping.best or every > 0,
+         f"checkpoint.best is {keeping.best}, and train.evaluate_every {every}: only what is evaluated during training can be the best"),
     ]  # fmt: skip
-    copied = [name for name, source in data.sources.items() if source.copies]
-    for name, source in data.sources.items():
-        checks += [
-            (source.weight > 0, f"data.sources.{name}.weight is {source.weight}: remove the source instead of weight 0"),
-            (0 <= source.least_score < 1,
-             f"data.sources.{name}.least_score is {source.least_score}: expected 0 to less than 1"),
-            (source.copies >= 0, f"data.sources.{name}.copies is {source.copies}: expected 0 (by weight) or more"),
-            (not source.copies or source.weight == 1.0,
-             f"data.sources.{name} has weight {source.weight} and copies {source.copies}: give one of them"),
-            (bool(source.copies) == bool(copied),
-             f"data.sources.{name} goes by weight {source.weight}, data.sources.{copied[0] if copied else ''} by copies: "
-             "give all sources weights, or all copies"),
-        ]  # fmt: skip
-    return checks

@@ -1,11 +1,8 @@
 """Files in a bucket (gs://BUCKET/NAME): ranges, whole files, listings and uploads, patient with faults that pass.
 
-`etils.epath` serves where a fault may end the job. What is here serves where it may not: in hours of reading, a storage
-answers with 503 and 429, resets connections, sends less than it said, or nothing at all. Each of these costs a pause and
-another attempt, for as long as GLIP_JAX_STORAGE_PATIENCE says; then StorageError names the file and the last fault.
-
-    GLIP_JAX_STORAGE_PATIENCE  seconds from the first fault of a request until it is given up; 600
-    GLIP_JAX_STORAGE_SILENCE   seconds without a byte after which a connection is taken for dead; 30
+In hours of work a storage answers with 503 and 429, resets connections, sends less than it said, or nothing at all. Each of
+these costs a pause and another attempt (`glip_jax.patience`), at last StorageError names the file and the last fault. Paths
+of `etils.epath` come here too (`glip_jax.bucket_files`).
 
 What several processes write at once is kept apart by `put`, which makes a file only where there is none, or only in place
 of the one that was seen; of all that try, one succeeds, and is told so even if the storage's first answer was lost.
@@ -17,22 +14,21 @@ import base64
 import contextlib
 import errno
 import hashlib
-import http.client
 import importlib
 import io
 import os
-import random
 import re
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, TypeVar
+from typing import IO, Any, Literal, NamedTuple
 
 from etils import epath
 from tqdm import tqdm
+
+from glip_jax.patience import StorageError, number, patiently, told
 
 __all__ = [
     "Listed",
@@ -40,8 +36,10 @@ __all__ = [
     "StorageError",
     "address",
     "copy",
+    "everything",
     "is_remote",
     "kind",
+    "level",
     "listing",
     "number",
     "opened",
@@ -55,25 +53,11 @@ __all__ = [
     "upload",
 ]
 
-_T = TypeVar("_T")
-
 _PIECE = 1 << 24
 """Bytes of a request for a part of a whole file, so that a fault costs no more than that; a multiple of 256 KiB."""
 
-_PASSES = (408, 425, 429, 500, 502, 503, 504)
-"""Codes that Google asks to try again after (cloud.google.com/storage/docs/retry-strategy); 425 is RFC 8470's."""
-
 _UPLOADS = 4
 """Files that are sent at a time."""
-
-
-class StorageError(OSError):
-    """The storage did not answer in time, or refuses; `strerror` says what it said last, `filename` which file."""
-
-
-def told(error: StorageError) -> str:
-    """The error in a line: which file, what happened."""
-    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
 
 
 class Listed(NamedTuple):
@@ -106,16 +90,6 @@ def address(path: epath.PathLike) -> str:
     return f"gs://{remote[1].rstrip('/')}" if remote else text
 
 
-def number(name: str, default: float) -> float:
-    """The positive number in the environment variable `name`; StorageError for anything else."""
-    text = os.environ.get(name, "")
-    with contextlib.suppress(ValueError):
-        value = float(text) if text else default
-        if 0 < value < float("inf"):
-            return value
-    raise StorageError(errno.EINVAL, f"the environment variable {name} is {text!r}: expected a positive number")
-
-
 def read(path: epath.PathLike, begin: int = 0, end: int | None = None) -> bytes:
     """The bytes [begin, end) of a file, None: to its end; just as many as asked for.
 
@@ -135,7 +109,7 @@ def read(path: epath.PathLike, begin: int = 0, end: int | None = None) -> bytes:
             raise ConnectionError(f"{len(data)} bytes came of [{begin}, {end})")
         return data
 
-    return _patiently(place, attempt)
+    return patiently(place, attempt)
 
 
 def kind(path: epath.PathLike) -> Literal["file", "folder", ""]:
@@ -143,19 +117,25 @@ def kind(path: epath.PathLike) -> Literal["file", "folder", ""]:
     if not is_remote(path):
         return "folder" if Path(path).is_dir() else "file" if Path(path).exists() else ""
     place, (bucket, name) = address(path), _parts(path, whole=True)
-    if name:
-        with contextlib.suppress(FileNotFoundError):
-            stamp(place)
-            return "file"
-    prefix = f"{name}/" if name else ""
 
-    def attempt() -> bool:
-        return any(
-            True for _ in _client().list_blobs(bucket, prefix=prefix, max_results=1, retry=None, timeout=_timeout())
-        )
+    def attempt() -> Literal["file", "folder", ""]:
+        if not name:
+            found = _client().list_blobs(bucket, max_results=1, retry=None, timeout=_timeout())
+            return "folder" if any(True for _ in found) else ""
+        # One request for both: of the names that begin so, this one, or those below it.
+        found = _client().list_blobs(
+            bucket, prefix=name, delimiter="/", fields="items(name),prefixes,nextPageToken", retry=None,
+            timeout=_timeout(),
+        )  # fmt: skip
+        for page in found.pages:
+            if any(blob.name == name for blob in page):
+                return "file"
+            if f"{name}/" in found.prefixes:
+                return "folder"
+        return ""
 
     with contextlib.suppress(FileNotFoundError):
-        return "folder" if _patiently(place, attempt) else ""
+        return patiently(place, attempt)
     return ""
 
 
@@ -170,40 +150,58 @@ def listing(folder: epath.PathLike) -> dict[str, Listed]:
 
     Raises StorageError as `read`, and for a bucket that is not there.
     """
+    return level(folder)[0]
+
+
+def level(folder: epath.PathLike) -> tuple[dict[str, Listed], list[str]]:
+    """`listing`, and the names of the folders in the folder."""
+    return _listed(folder, "/")
+
+
+def everything(folder: epath.PathLike) -> dict[str, Listed]:
+    """All files below a folder by their path in it, `a/b.txt`. Raises as `listing`."""
+    return _listed(folder, None)[0]
+
+
+def _listed(folder: epath.PathLike, delimiter: str | None) -> tuple[dict[str, Listed], list[str]]:
     place, (bucket, name) = address(folder), _parts(folder, whole=True)
     prefix = f"{name}/" if name else ""
 
-    def attempt() -> dict[str, Listed]:
+    def attempt() -> tuple[dict[str, Listed], list[str]]:
         found = _client().list_blobs(
-            bucket, prefix=prefix, delimiter="/", fields="items(name,size,md5Hash),nextPageToken", retry=None,
+            bucket, prefix=prefix, delimiter=delimiter, fields="items(name,size,md5Hash),prefixes,nextPageToken", retry=None,
             timeout=_timeout(),
         )  # fmt: skip
-        return {
+        files = {
             blob.name.removeprefix(prefix): Listed(int(blob.size), base64.b64decode(blob.md5_hash or "").hex())
             for blob in found
             if blob.name != prefix
         }
+        return files, sorted(below.removeprefix(prefix).rstrip("/") for below in found.prefixes)
 
     try:
-        return _patiently(place, attempt)
+        return patiently(place, attempt)
     except FileNotFoundError:
         why = f"there is no bucket {bucket} (or it may not be listed): make it, or mend the name"
         raise StorageError(errno.ENOENT, why, place) from None
 
 
-def upload(files: Mapping[str, Path], folder: epath.PathLike, last: str) -> None:
+def upload(files: Mapping[str, Path], folder: epath.PathLike, last: str) -> list[str]:
     """Sends local files to a folder, under their names there; `last`, one of the names, after all others.
 
     A file that is there with the same bytes (size and MD5) is not sent again, so the same call goes on after a kill.
-    Each is compared by MD5 as the storage has it. Raises as `read`, OSError for what cannot be read here.
+    Each is compared by MD5 as the storage has it. Returns the names of what was sent. Raises as `read`, OSError for what
+    cannot be read here.
     """
     there = listing(folder)
     sizes = {name: path.stat().st_size for name, path in files.items()}
+    new: list[str] = []
 
     def compared(name: str) -> int:
         md5 = _md5(files[name])
         if there.get(name) != Listed(sizes[name], md5):
             _send(files[name], f"{address(folder)}/{name}", md5)
+            new.append(name)
         return sizes[name]
 
     with tqdm(desc="upload", total=sum(sizes.values()), unit="B", unit_scale=True, disable=None) as bar:
@@ -216,6 +214,7 @@ def upload(files: Mapping[str, Path], folder: epath.PathLike, last: str) -> None
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         bar.update(compared(last))
+    return new
 
 
 def send(local: Path, path: epath.PathLike) -> None:
@@ -238,7 +237,7 @@ def _send(local: Path, place: str, md5: str) -> None:
         if found != md5:
             raise ConnectionError(f"the storage has a file of MD5 {found or '(none)'}, {md5} was sent")
 
-    _patiently(place, attempt)
+    patiently(place, attempt)
 
 
 def put(path: epath.PathLike, data: bytes, over: int | None = None) -> Stamp | None:
@@ -274,7 +273,7 @@ def put(path: epath.PathLike, data: bytes, over: int | None = None) -> Stamp | N
                 return None
         return _stamped(blob)
 
-    return _patiently(place, attempt)
+    return patiently(place, attempt)
 
 
 def stamp(path: epath.PathLike) -> Stamp:
@@ -286,7 +285,7 @@ def stamp(path: epath.PathLike) -> Stamp:
         blob.reload(retry=None, timeout=_timeout())
         return _stamped(blob)
 
-    return _patiently(place, attempt)
+    return patiently(place, attempt)
 
 
 def _stamped(blob: Any) -> Stamp:
@@ -305,7 +304,7 @@ def copy(source: epath.PathLike, target: epath.PathLike) -> None:
             if token is None:
                 return
 
-    _patiently(address(source), attempt)
+    patiently(address(source), attempt)
 
 
 def remove(path: epath.PathLike, generation: int | None = None) -> None:
@@ -320,7 +319,7 @@ def remove(path: epath.PathLike, generation: int | None = None) -> None:
             if getattr(error, "code", None) not in (404, 412):
                 raise
 
-    _patiently(place, attempt)
+    patiently(place, attempt)
 
 
 def opened(path: epath.PathLike, buffer: int = _PIECE // 4) -> IO[bytes]:
@@ -336,7 +335,8 @@ class _Ranges(io.RawIOBase):
     mode = "rb"
 
     def __init__(self, place: str, size: int) -> None:
-        self._place, self._size, self._at = place, size, 0
+        self.name = self._place = place
+        self._size, self._at = size, 0
 
     def readable(self) -> bool:
         return True
@@ -385,65 +385,3 @@ def _client() -> Any:
             ) from None
         _clients.key, _clients.client = key, module.Client(project=None)  # of the bucket, whose name is enough
     return _clients.client
-
-
-def _patiently(place: str, attempt: Callable[[], _T]) -> _T:
-    """What an attempt returns, the first that succeeds."""
-    pause, attempts, until = 0.1, 0, 0.0
-    while True:
-        attempts += 1
-        try:
-            return attempt()
-        except StorageError:
-            raise
-        except Exception as error:
-            _refused(error, place)
-            now = time.monotonic()
-            until = until or now + number("GLIP_JAX_STORAGE_PATIENCE", 600.0)
-            if now + pause > until:
-                raise StorageError(
-                    errno.ETIMEDOUT,
-                    f"the storage failed {attempts} times in a row, then patience ended (last: {_said(error)}); give the "
-                    "same command again when it answers, or raise GLIP_JAX_STORAGE_PATIENCE (seconds)",
-                    place,
-                ) from error
-        time.sleep(pause * random.uniform(0.5, 1))  # spreads hosts in time, decides nothing
-        pause = min(pause * 2, 30.0)
-
-
-def _refused(error: Exception, place: str) -> None:
-    """Raises what another attempt would not mend."""
-    code = getattr(error, "code", None)
-    kinds = {kind.__module__.partition(".")[0] + "." + kind.__name__ for kind in type(error).__mro__}
-    if code == 404:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), place) from None
-    if code in (401, 403):
-        raise StorageError(errno.EACCES, f"the storage refuses ({_said(error)}): check account and bucket", place)
-    if "google.DefaultCredentialsError" in kinds:
-        why = (
-            "no credentials of Google were found: `gcloud auth application-default login`, or a machine with an account"
-        )
-        raise StorageError(errno.EACCES, why, place) from error
-    passing = (ConnectionError, TimeoutError, http.client.HTTPException)
-    if isinstance(error, passing) or code in _PASSES or kinds & _PASSING:
-        return
-    if isinstance(code, int) or isinstance(error, OSError) or "google.GoogleAPIError" in kinds:
-        raise StorageError(getattr(error, "errno", None) or errno.EIO, _said(error), place) from error
-    raise error
-
-
-_PASSING = {
-    "google.DataCorruption",  # the bytes are not those of the storage's checksum
-    "google.RetryError",
-    "google.TransportError",  # on the way to the server of tokens
-    "google.RefreshError",
-    "requests.RequestException",
-    "urllib3.HTTPError",
-}
-"""Families of errors, by package and name, that say that something broke on the way."""
-
-
-def _said(error: BaseException) -> str:
-    """An error of a library in a line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -350,6 +350,8 @@ bucket() {
     # Given again, a binding stays one. Two buckets, because a listing cannot be granted for a part of one by conditions on names.
     act gcloud storage buckets add-iam-policy-binding "$bucket" --member="serviceAccount:$email" --role=roles/storage.objectViewer --format=none
     act gcloud storage buckets add-iam-policy-binding "$bucket-runs" --member="serviceAccount:$email" --role=roles/storage.objectUser --format=none
+    # Orbax asks what kind of bucket it writes to (storage.buckets.get), which objectUser may not.
+    act gcloud storage buckets add-iam-policy-binding "$bucket-runs" --member="serviceAccount:$email" --role=roles/storage.legacyBucketReader --format=none
     [ -n "$dry" ] || echo "$email reads $bucket and writes $bucket-runs; scripts/tpu.sh create NAME --service-account=$email"
 }
 

@@ -55,13 +55,11 @@ class Storage:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What points clients here. gcsfs would else look for a service that is not there, and for an account."""
+        """What points clients here: google-cloud-storage by the first variable, TensorStore by the two others."""
         return {
             "STORAGE_EMULATOR_HOST": self.url,
             "TENSORSTORE_GCS_HTTP_URL": self.url,
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
-            "FSSPEC_GS_TOKEN": "anon",
         }
 
     def fresh(self, monkeypatch: Any, cache: Path, silence: float, patience: float = 600) -> str:
@@ -85,7 +83,7 @@ class Storage:
 
     @contextlib.contextmanager
     def arm(self, *kinds: str, share: float = 0.5, only: str = "", stall: float = 3.0) -> Iterator[Counter[str]]:
-        """Lets `share` of the requests (whose address has `only` in it) go wrong; yields the count of what came."""
+        """Lets `share` of the requests (with `only` in the address, or in the name of an upload) go wrong; yields the count."""
         self.injected = Counter()
         self._share, self._only, self._dice, self._stall = share, only, random.Random(0), stall
         self._kinds = kinds or FAULTS
@@ -94,9 +92,9 @@ class Storage:
         finally:
             self._kinds = ()
 
-    def fault(self, path: str) -> str:
+    def fault(self, request: str) -> str:
         """What happens to a request; "" if nothing. Each kind comes once before the dice fall."""
-        if not self._kinds or self._only not in path:
+        if not self._kinds or self._only not in request:
             return ""
         fresh = [kind for kind in self._kinds if not self.injected[kind]]
         kind = fresh[0] if fresh else self._dice.choice(self._kinds) if self._dice.random() < self._share else ""
@@ -138,7 +136,8 @@ def _handler(storage: Storage) -> type[http.server.BaseHTTPRequestHandler]:
             body = self.body()
             kind = "media" if "alt=media" in self.path else "upload" if "/upload/" in self.path else "other"
             storage.requests[f"{self.command} {kind}"] += 1
-            fault = storage.fault(self.path)
+            # Uploads have their name at the beginning of what is sent.
+            fault = storage.fault(self.path + body[:400].decode("latin-1"))
             time.sleep(storage.delay)
             if fault in ("lost", "late"):
                 self.asked(body)

@@ -2,26 +2,30 @@
 
 import dataclasses
 import json
+import os
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glip_jax import checksums
 from glip_jax.checkpoint import (
     CheckpointError,
     Checkpoints,
     Saved,
-    check_config,
+    complete_steps,
     latest_step,
     restore_parameters,
     saved_config,
     unfinished,
-    write_config,
 )
-from glip_jax.config import Config, MeshConfig, OptimizerConfig, TrainConfig
+from glip_jax.config import CheckpointConfig, Config, MeshConfig, OptimizerConfig, TrainConfig
 from glip_jax.parallel import abstract, make_mesh, shardings
 from glip_jax.training import optimizer as adamw
+from glip_jax.workdir import check_config, write_config
 
 EIGHT, TWO = MeshConfig(data=2, fsdp=4), MeshConfig(data=1, fsdp=2)
 
@@ -89,6 +93,124 @@ def test_half_written_ones_are_ignored_and_it_is_said(workdir, tmp_path, capsys)
         assert checkpoints.latest() == 3
     assert "4.orbax-checkpoint-tmp-17 was left half-written" in capsys.readouterr().out
     assert not half.exists()
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """Three checkpoints, to be copied."""
+    folder = tmp_path_factory.mktemp("three")
+    with Checkpoints(str(folder), keep=3) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, _saved(step), Config())
+    return folder
+
+
+def _array_file(step):
+    return max((path for path in (step / "params" / "d").iterdir()), key=lambda path: path.stat().st_size)
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "truncated": (lambda step: os.truncate(_array_file(step), 100), r"params/d/\w+ has 100 bytes, expected \d+"),
+    "flipped": (lambda step: _flip(_array_file(step)), r"params/d/\w+ has other bytes than were written"),
+    "an array's file": (lambda step: _array_file(step).unlink(), r"params/d/\w+ is missing"),
+    "a part": (lambda step: shutil.rmtree(step / "optimizer"), r"optimizer/\S+ is missing, and \d+ more files"),
+    "arrays' metadata": (lambda step: (step / "params" / "_METADATA").write_text("{"), r"params/_METADATA has 1 bytes"),
+    "settings": (lambda step: (step / "run" / "metadata").unlink(), r"run/metadata is missing"),
+    "Orbax' metadata": (
+        lambda step: (step / "_CHECKPOINT_METADATA").write_text("{"),
+        "_CHECKPOINT_METADATA is no JSON",
+    ),
+    "checksums": (lambda step: (step / "checksums.json").write_text("[]"), "checksums.json is no list"),
+    "everything": (lambda step: (shutil.rmtree(step), step.mkdir()), "_CHECKPOINT_METADATA is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_one_is_set_aside_and_the_one_before_used(three, tmp_path, capsys, damage):
+    shutil.copytree(three, tmp_path / "run")
+    workdir, folder = str(tmp_path / "run"), tmp_path / "run" / "checkpoints"
+    act, words = DAMAGES[damage]
+    act(folder / "3")
+    # Who only reads goes by it and leaves it where it is.
+    assert latest_step(workdir) == 2 and latest_step(workdir) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(rf"checkpoints/3 is damaged \({words}.*\): the one of step 2 is used", line)
+    assert _equal(restore_parameters(workdir, "raw"), _saved(2).params)
+    with pytest.raises(CheckpointError, match=rf"3 is damaged \({words}.*\): name another --step"):
+        restore_parameters(workdir, "raw", step=3)
+    with Checkpoints(workdir, keep=3) as checkpoints:
+        assert checkpoints.latest() == 2
+        assert _equal(checkpoints.restore(2, _saved(0)), _saved(2))
+        checkpoints.save(3, _saved(4), Config())
+    said = capsys.readouterr().out
+    assert re.search(rf"checkpoint 3 is damaged \({words}.*\): set aside as \S+3.damaged, step 2 is used", said)
+    assert (folder / "3.damaged").is_dir() and _equal(restore_parameters(workdir, "raw"), _saved(4).params)
+
+
+def test_a_part_that_was_not_written_makes_no_complete_one(tmp_path):
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "_METADATA").write_text("{}")
+    checksums.seal(tmp_path, wanted=["params/_METADATA"])
+    assert checksums.fault(tmp_path) == ""
+    with pytest.raises(OSError, match="run/metadata was not written"):
+        checksums.seal(tmp_path, wanted=["params/_METADATA", "run/metadata"])
+
+
+def test_if_all_are_damaged_they_are_named_and_left(three, tmp_path):
+    shutil.copytree(three, tmp_path / "run")
+    workdir, folder = str(tmp_path / "run"), tmp_path / "run" / "checkpoints"
+    for step in (1, 2, 3):
+        os.truncate(_array_file(folder / str(step)), step)
+    for act in (
+        lambda: latest_step(workdir),
+        lambda: Checkpoints(workdir, keep=3),
+        lambda: restore_parameters(workdir),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            act()
+        assert re.search(
+            r"only damaged.*step 1: params/d/\w+ has 1 bytes.*step 2: .*has 2 .*step 3: ", str(caught.value)
+        )
+    assert sorted(os.listdir(folder)) == ["1", "2", "3"]
+
+
+def test_one_of_before_checksums_is_used_and_its_damage_is_a_line(three, tmp_path):
+    shutil.copytree(three, tmp_path / "run")
+    workdir, folder = str(tmp_path / "run"), tmp_path / "run" / "checkpoints"
+    for step in (1, 2, 3):
+        (folder / str(step) / "checksums.json").unlink()
+    assert _equal(restore_parameters(workdir, "raw"), _saved(3).params)
+    (folder / "3" / "params" / "manifest.ocdbt").write_bytes(b"no manifest")
+    with Checkpoints(workdir, keep=3) as checkpoints, pytest.raises(CheckpointError) as caught:
+        checkpoints.restore(3, _saved(0))
+    assert "checkpoints/3 cannot be read (" in str(caught.value) and "before checksums" in str(caught.value)
+    (folder / "3" / "params" / "manifest.ocdbt").unlink()
+    assert latest_step(workdir) == 2
+
+
+def test_the_best_and_every_so_many_are_kept_beside_the_newest(tmp_path):
+    policy = CheckpointConfig(keep_every=4, best=2, best_by="evaluation/set/AP")
+    with Checkpoints(str(tmp_path), keep=1, policy=policy) as checkpoints:
+        for step, score in enumerate((0.1, 0.9, 0.5, 0.2, 0.8, 0.3, 0.4), start=1):
+            checkpoints.save(step, _saved(step), Config(), [f"line {step}"])
+            checkpoints.scored(step, score)
+        checkpoints.wait()
+        assert checkpoints.lines(7) == ["line 7"]
+    assert complete_steps(str(tmp_path)) == [2, 4, 5, 7]
+    # The scores are the run's: whoever opens it again says them again.
+    with Checkpoints(str(tmp_path), keep=1, policy=policy) as checkpoints:
+        for step, score in ((2, 0.9), (5, 0.8), (7, 0.4)):
+            checkpoints.scored(step, score)
+        checkpoints.save(8, _saved(8), Config())
+        checkpoints.scored(8, 0.85)
+        checkpoints.save(9, _saved(9), Config())
+    assert complete_steps(str(tmp_path)) == [2, 4, 8, 9]
 
 
 def test_no_checkpoint_is_one_message(tmp_path):

@@ -232,7 +232,8 @@ def test_bucket(cloud):
         "settings": ["US-WEST4", "True", "enforced"],
         "roles": [[member, "roles/storage.objectViewer"]],
     }
-    assert buckets["gs://bucket-runs"]["roles"] == [[member, "roles/storage.objectUser"]]
+    roles = ["roles/storage.objectUser", "roles/storage.legacyBucketReader"]
+    assert buckets["gs://bucket-runs"]["roles"] == [[member, role] for role in roles]
     said = cloud("bucket", "gs://bucket")
     assert said.count("is there") == 3
     assert json.loads((cloud.google / "buckets.json").read_text()) == buckets

@@ -17,9 +17,10 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from zipfile import BadZipFile
 
 import numpy as np
@@ -40,8 +41,12 @@ __all__ = [
     "ShardWriter",
     "Shards",
     "Written",
+    "check_target",
     "complete",
+    "differing",
+    "files_of",
     "finished",
+    "nothing",
     "publish",
     "shard_files",
     "verify",
@@ -85,8 +90,8 @@ _MADE = re.compile(r"records-\d{5,}-of-\d{5,}\.array_record|columns\.npz|report\
 def publish(partial: Path, directory: epath.PathLike, beside: Iterable[Path] = ()) -> None:
     """Gives a complete folder its name, or sends it to its bucket; `beside`: files in it that do not belong to it.
 
-    The manifest is sent last; after a kill the same call goes on. OSError if a file cannot be sent, or if the bucket's folder
-    holds a file that `partial` has not: then nothing is sent.
+    The manifest is sent last; after a kill the same call goes on. OSError if a file cannot be sent, ShardError if the bucket's
+    folder holds a file that `partial` has not: then nothing is sent.
     """
     beside = set(beside)
     if not storage.is_remote(directory):
@@ -98,12 +103,7 @@ def publish(partial: Path, directory: epath.PathLike, beside: Iterable[Path] = (
         partial.rename(target)
         return
     files = {file.name: file for file in sorted(partial.iterdir()) if file.is_file() and file not in beside}
-    strange = sorted(set(storage.listing(directory)) - set(files))
-    if strange:
-        why = (
-            f"holds {len(strange)} files of another build ({strange[0]}): remove them, then give the same command again"
-        )
-        raise OSError(errno.EEXIST, why, storage.address(directory))
+    check_target(directory, files)
     storage.upload(files, directory, last="manifest.json")
     shutil.rmtree(partial)
 
@@ -296,20 +296,56 @@ class _LocalRecords(ArrayRecordDataSource):
 
 def verify(directory: epath.PathLike) -> Literal[True]:
     """Compares every file with the hash in the manifest; ShardError names the first that differs."""
+    for fault in differing(directory):
+        raise ShardError(fault)
+    return True
+
+
+def differing(directory: epath.PathLike, read: Callable[[int], object] = lambda _: None) -> Iterator[str]:
+    """A line for each file that is not there with the SHA-256 of the manifest; `read` is told the bytes of shards that were read.
+
+    Raises ShardError for a folder without a manifest, OSError (`storage.StorageError`) if its bucket does not answer.
+    """
     place = storage.address(directory)
     manifest = finished(place)
     if manifest is None:
         raise ShardError(f"{place} {nothing(place)}")
     there = storage.listing(place) if storage.is_remote(place) else {}
-    for entry in (*manifest.shards, manifest.columns):
+
+    def fault(entry: dict[str, Any]) -> str:
         path = f"{place}/{entry['file']}"
         try:
-            found = _sha256(path, there[entry["file"]].bytes if there else 0)
+            found = _sha256(path, there[entry["file"]].bytes if storage.is_remote(place) else 0)
         except (FileNotFoundError, KeyError):
-            raise ShardError(f"{path} is missing, the manifest names it: copy the folder again") from None
-        if found != entry["sha256"]:
-            raise ShardError(f"{path}: sha256 is {found}, the manifest says {entry['sha256']}")
-    return True
+            return f"{path} is missing, the manifest names it: copy the folder again"
+        read(entry.get("bytes", 0))
+        return "" if found == entry["sha256"] else f"{path}: sha256 is {found}, the manifest says {entry['sha256']}"
+
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        yield from filter(None, pool.map(fault, (*manifest.shards, manifest.columns)))
+
+
+_AT_A_TIME = 4
+"""Files that are hashed at a time."""
+
+
+def files_of(directory: epath.PathLike) -> dict[str, Path]:
+    """The files of a finished local folder by name: those of the manifest, itself, and the report where there is one."""
+    manifest = finished(directory)
+    if manifest is None:
+        raise ShardError(f"{directory} {nothing(str(directory))}")
+    names = [*(shard["file"] for shard in manifest.shards), manifest.columns["file"], "manifest.json"]
+    return {name: Path(directory) / name for name in (*names, "report.json") if (Path(directory) / name).exists()}
+
+
+def check_target(directory: epath.PathLike, files: Iterable[str]) -> None:
+    """Raises ShardError if a bucket's folder holds a file that is none of `files`."""
+    strange = sorted(set(storage.listing(directory)) - set(files))
+    if strange:
+        raise ShardError(
+            f"{storage.address(directory)} holds {len(strange)} files of another build ({strange[0]}): remove them, then give the "
+            "same command again"
+        )
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import tyro
 from etils import epath
 
 from glip_jax import exits
-from glip_jax.checkpoint import CheckpointError, prepare
+from glip_jax.checkpoint import CheckpointError
 from glip_jax.drawing import draw_groups
 from glip_jax.evaluation.comparison import (
     Comparison,
@@ -32,6 +32,7 @@ from glip_jax.evaluation.page import aligned
 from glip_jax.jobs.command_line import CommandLineError, flags
 from glip_jax.jobs.compare_page import label, labels, render
 from glip_jax.jobs.report import FORMAT, write_whole
+from glip_jax.workdir import prepare
 
 __all__ = ["Compare", "main", "table", "write_comparison"]
 

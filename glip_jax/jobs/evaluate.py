@@ -20,16 +20,7 @@ from etils import epath
 
 from glip_jax import exits
 from glip_jax.assets import AssetError
-from glip_jax.checkpoint import (
-    CheckpointError,
-    check_network,
-    fingerprint,
-    latest_step,
-    prepare,
-    restore_parameters,
-    saved_config,
-    started_from,
-)
+from glip_jax.checkpoint import CheckpointError, fingerprint, latest_step, restore_parameters, saved_config
 from glip_jax.config import Config, ConfigError, EvaluationSet
 from glip_jax.evaluation import provenance
 from glip_jax.evaluation.average_precision import GroundTruth, GroundTruthError, coco_results
@@ -49,6 +40,7 @@ from glip_jax.jobs.report import FORMAT, ReportError, write_page, write_whole
 from glip_jax.prompts import PromptError
 from glip_jax.structures import Detections
 from glip_jax.training.loop import enable_compilation_cache
+from glip_jax.workdir import check_network, prepare, started_from
 
 __all__ = ["EvaluateArguments", "evaluate_checkpoint", "main", "phrase_results"]
 

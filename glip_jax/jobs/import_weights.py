@@ -20,17 +20,7 @@ from flax import traverse_util
 
 from glip_jax import exits
 from glip_jax.assets import AssetError, resolve
-from glip_jax.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    NotSavedError,
-    Saved,
-    is_workdir,
-    latest_step,
-    prepare,
-    write_config,
-    write_started_from,
-)
+from glip_jax.checkpoint import CheckpointError, Checkpoints, NotSavedError, Saved, is_workdir, latest_step
 from glip_jax.config import Config, ConfigError, ModelConfig, validate
 from glip_jax.jobs.command_line import Arguments, CommandLineError, parse
 from glip_jax.jobs.saved_settings import unflatten
@@ -40,6 +30,7 @@ from glip_jax.weights.pretrained import counts, table
 from glip_jax.weights.readers import Weights, read_network
 from glip_jax.weights.sizes import variant
 from glip_jax.weights.torch_files import TorchFileError
+from glip_jax.workdir import prepare, write_config, write_started_from
 
 __all__ = ["Import", "import_weights", "main"]
 

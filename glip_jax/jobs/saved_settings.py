@@ -8,9 +8,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import jax
 import numpy as np
 
-from glip_jax.checkpoint import CheckpointError, check_network, restore_parameters, saved_config
+from glip_jax.checkpoint import CheckpointError, restore_parameters, saved_config
 from glip_jax.config import Config, ConfigError, flatten
 from glip_jax.jobs.command_line import Arguments, parse
+from glip_jax.workdir import check_network
 
 __all__ = ["chosen_settings", "finite_parameters", "saved_settings", "unflatten"]
 

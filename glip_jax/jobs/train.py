@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from etils import epath
 
-from glip_jax import drawing, exits
+from glip_jax import drawing, exits, storage
 from glip_jax.assets import AssetError, resolve
 from glip_jax.checkpoint import CheckpointError, NotSavedError, what_is_left
 from glip_jax.config import Config, ConfigError
@@ -76,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
         return exits.BAD_INPUT
     except NotSavedError as fault:
         print(f"train: {fault}", file=sys.stderr)
-        return exits.NOT_WRITTEN
+        return exits.UNAVAILABLE if storage.is_remote(arguments.workdir) else exits.NOT_WRITTEN
     except OSError as fault:
         full = exits.full_disk(fault)
         if not full:
@@ -94,13 +93,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _drawer(config: Config) -> Any:
-    """Draws the first batch with its phrases into WORKDIR/first_batch.png."""
+    """Draws the first batch with its phrases, for WORKDIR/first_batch.png."""
 
-    def draw(batch: Batch, folder: epath.Path) -> None:
+    def draw(batch: Batch) -> bytes:
         vocabulary = resolve(config.model.text.vocabulary).read_text().split("\n")
-        path = folder / "first_batch.png"
-        path.write_bytes(drawing.png(drawing.draw_batch(batch, vocabulary)))
-        print(f"first batch drawn: {path}", flush=True)
+        return drawing.png(drawing.draw_batch(batch, vocabulary))
 
     return draw
 

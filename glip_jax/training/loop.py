@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -21,16 +21,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from glip_jax.checkpoint import (
-    Checkpoints,
-    Saved,
-    check_config,
-    fingerprint,
-    latest_step,
-    prepare,
-    write_config,
-    write_started_from,
-)
+from glip_jax.checkpoint import Checkpoints, Saved, complete_steps, fingerprint
 from glip_jax.config import Config, ConfigError, validate
 from glip_jax.data.mixture import Mixture
 from glip_jax.exits import CANCELLED, PREEMPTED
@@ -38,9 +29,13 @@ from glip_jax.models.glip import GLIP
 from glip_jax.parallel import abstract, check_batch, make_mesh, place_batch, shardings
 from glip_jax.structures import Batch
 from glip_jax.training import optimizer as adamw
-from glip_jax.training.metrics import Progress, Window, Writer, read
+from glip_jax.training.meter import Meter
+from glip_jax.training.metrics import Progress, Window, read
 from glip_jax.training.source_counts import SourceCounts
 from glip_jax.training.step import State, glip_objective, initial_state, make_step
+from glip_jax.training.watch import Profiler, Watch
+from glip_jax.training.writer import Writer, wandb_run
+from glip_jax.workdir import check_config, opened, prepare, write_config, write_started_from
 
 __all__ = [
     "NonFiniteLossError",
@@ -114,14 +109,14 @@ def train(
     config: Config,
     workdir: str,
     evaluate: Callable[[dict[str, Any], int], dict[str, float]] | None = None,
-    draw: Callable[[Batch, epath.Path], None] | None = None,
+    draw: Callable[[Batch], bytes] | None = None,
     towers: Towers | None = None,
     resume_with_changes: bool = False,
 ) -> State:
     """Trains to `config.train.steps` in `workdir`, going on from its newest complete checkpoint if there is one.
 
     `evaluate(parameters, step)` returns numbers to record, every `train.evaluate_every` steps and at the end;
-    `draw(batch, folder)` is given the first batch before step 1; `towers` reads the files of `config.init_from`.
+    `draw(batch)` makes WORKDIR/first_batch.png of the first batch; `towers` reads the files of `config.init_from`.
     Ends with a line `fingerprint: SHA-256`.
 
     What does not fit is found before anything is written. Raises CheckpointError if the checkpoint has other settings
@@ -134,18 +129,24 @@ def train(
     mesh = make_mesh(config.mesh)
     check_batch(config.train.batch_size, config.optimizer.accumulate, mesh)
     # A run that is at its end needs no data.
-    mixture = Mixture(config) if (latest_step(workdir) or 0) < config.train.steps else None
+    mixture = Mixture(config) if max(complete_steps(workdir), default=0) < config.train.steps else None
     prepare(workdir)
     first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint.keep))
+        checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint.keep, config.checkpoint))
         state = _start(config, workdir, mesh, checkpoints, towers, resume_with_changes)
         start = int(state.step)
+        if mixture is None and start < config.train.steps:  # its last checkpoint turned out to be damaged
+            mixture = Mixture(config)
         progress = Progress(start, config.train.steps, quiet=not first)
         stack.callback(progress.close)
-        writer = stack.enter_context(Writer(workdir, start)) if first else None
+        kept = checkpoints.lines(start) if start else []
+        sink = stack.enter_context(wandb_run(config.train.wandb, workdir, config)) if first else None
+        writer = stack.enter_context(Writer(workdir, start, kept, sink, progress.say)) if first else None
         write_config(workdir, config)
         run = _Run(config, workdir, mesh, checkpoints, writer, progress, evaluate)
+        for line in read(workdir) if config.checkpoint.best and first else ():
+            run.score(line["step"], line)
         if mixture is not None:
             state = run.steps(state, start, mixture, draw)
         elif evaluate is not None:
@@ -170,7 +171,7 @@ def _start(
         say(f"starting at step 0 from {f'pretrained {read}, the rest random' if read else 'random values'}", flush=True)
         if first:
             overview = parameter_overview.get_parameter_overview(params, include_stats=False)
-            (epath.Path(workdir) / "parameters.txt").write_text(overview + "\n")
+            (opened(workdir) / "parameters.txt").write_text(overview + "\n")
             write_started_from(workdir, record)
         state = initial_state(params, config)
         return jax.device_put(state, shardings(state, mesh))
@@ -214,14 +215,15 @@ class _Run:
     ) -> None:
         self.config, self.mesh, self.folder = config, mesh, epath.Path(workdir)
         self.checkpoints, self.writer, self.progress, self.evaluate = checkpoints, writer, progress, evaluate
-        self.window = Window()
+        self.window, self.meter = Window(), Meter(config, mesh)
+        keep, settings = writer.file if writer is not None else None, config.train
+        self.watch = Watch(self.folder, settings.hang_multiple, settings.hang_least, keep)
+        self.profiler = Profiler(self.folder, settings.profile, keep, progress.say) if keep is not None else None
         self.counts: SourceCounts | None = None
         self.names: tuple[str, ...] = ()
         self.describe: Callable[[int, int], str] = "{}[{}]".format
 
-    def steps(
-        self, state: State, start: int, mixture: Mixture, draw: Callable[[Batch, epath.Path], None] | None
-    ) -> State:
+    def steps(self, state: State, start: int, mixture: Mixture, draw: Callable[[Batch], bytes] | None) -> State:
         """Runs the steps after `start`; see `train`."""
         config, pending = self.config, None
         self.names, self.describe = tuple(mixture.source_names), mixture.describe
@@ -232,19 +234,22 @@ class _Run:
         batches = iter(mixture.batches(start, jax.process_index(), jax.process_count()))
         with _signals() as received, contextlib.ExitStack() as stack:
             stack.callback(getattr(batches, "close", lambda: None))  # Grain's threads end before the process does
+            stack.enter_context(self.watch)
             for step in range(start + 1, config.train.steps + 1):
+                if self.profiler is not None:
+                    self.profiler.before(step, self.watch.asked)
+                    self.watch.asked = 0
                 begin = time.perf_counter()
                 batch = next(batches)
                 wait = time.perf_counter() - begin
                 if step == 1 and draw is not None and config.train.draw_first_batch and self.writer is not None:
-                    draw(batch, self.folder)
-                new = batch.image.shape[1:3] not in canvases
-                begin = time.perf_counter()
-                state, metrics = step_function(state, place_batch(batch, self.mesh))
-                if new:
-                    canvases.add(batch.image.shape[1:3])
-                    height, width = batch.image.shape[1:3]
-                    self.progress.say(f"canvas {height}x{width}: step ready in {time.perf_counter() - begin:.1f} s")
+                    self.writer.file("first_batch.png", draw(batch))
+                    self.progress.say(f"first batch drawn: {self.folder / 'first_batch.png'}")
+                canvas = batch.image.shape[1:3]
+                with self._compiling(canvas) if canvas not in canvases else contextlib.nullcontext():
+                    state, metrics = step_function(state, place_batch(batch, self.mesh))
+                canvases.add(canvas)
+                self.meter.step(canvas, batch.tokens.shape[-1])
                 self._read(pending)
                 self.checkpoints.check()
                 pending = _Pending(step, metrics, wait)
@@ -253,15 +258,35 @@ class _Run:
                     # The numbers first: a state that is not finite is never saved.
                     self._read(pending, flush=True)
                     pending = None
-                    self.checkpoints.save(step, Saved(state.params, state.optimizer, state.ema), config)
+                    saved, lines = Saved(state.params, state.optimizer, state.ema), []
+                    if self.writer is not None:
+                        lines = self.writer.unwritten()
+                        self.writer.flush()
+                    with self.meter.still("checkpoint"):
+                        self.checkpoints.save(step, saved, config, lines)
                 if stop and not last:
                     self._leave(step, stop)
                 every = config.train.evaluate_every
                 if self.evaluate is not None and (last or (every > 0 and step % every == 0)):
                     self._read(pending)
                     pending = None
-                    self.evaluation(state, step)
+                    with self.meter.still("evaluation"), self.watch.paused():
+                        self.evaluation(state, step)
+                if self.profiler is not None and self.profiler.ends(step, last):
+                    self._read(pending)  # so that the step is over on the devices as well
+                    pending = None
+                    with self.meter.still("profile"):
+                        self.profiler.end(step)
+                self.watch.beat(step)
         return state
+
+    @contextlib.contextmanager
+    def _compiling(self, canvas: tuple[int, ...]) -> Iterator[None]:
+        """Around the first step of a canvas."""
+        begin = time.perf_counter()
+        with self.meter.still("compile"), self.watch.paused():
+            yield
+        self.progress.say(f"canvas {canvas[0]}x{canvas[1]}: step ready in {time.perf_counter() - begin:.1f} s")
 
     def evaluation(self, state: State, step: int) -> None:
         """Evaluates and records the numbers at `step`."""
@@ -273,8 +298,19 @@ class _Run:
             by_set[of].append(f"{number} {value:.4f}")
         for of, values in by_set.items():
             self.progress.say(f"step {step}: {of}  " + "  ".join(values))
+        best_by = self.config.checkpoint.best_by
+        if self.config.checkpoint.best and best_by not in numbers:
+            raise ConfigError(f"checkpoint.best_by is {best_by!r}: the evaluation gave {', '.join(sorted(numbers))}")
+        self.score(step, numbers)
         if self.writer is not None:
             self.writer.write(step, numbers)
+            self.writer.flush()
+
+    def score(self, step: int, numbers: Mapping[str, Any]) -> None:
+        """Tells the checkpoints how good `step` is, where `numbers` say so."""
+        value = numbers.get(self.config.checkpoint.best_by)
+        if isinstance(value, int | float):
+            self.checkpoints.scored(step, value)
 
     def _read(self, pending: _Pending | None, flush: bool = False) -> None:
         """Waits for a step's numbers, checks them and closes the window where one ends (or on `flush`)."""
@@ -289,7 +325,8 @@ class _Run:
         self.window.add({**scalars, "wait_seconds": pending.wait})
         self.progress.advance()
         if flush or pending.step % self.config.train.log_every == 0:
-            metrics = self.window.take() | self.counts.metrics()
+            metrics = self.window.take()
+            metrics |= self.meter.take(metrics) | self.counts.metrics()
             self.progress.window(pending.step, metrics, self.names)
             if self.writer is not None:
                 self.writer.write(pending.step, metrics)

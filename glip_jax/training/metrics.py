@@ -1,30 +1,22 @@
-"""Where numbers of a run go: `metrics.jsonl`, TensorBoard events, and a bar or plain lines for whoever watches.
+"""Numbers of a run: gathered over windows of steps, read from `metrics.jsonl`, shown as a bar or plain lines to whoever watches.
 
-    WORKDIR/metrics.jsonl     one JSON object a line, {"step": 120, "loss": 1.2, ...}; steps never repeat or go back
-    WORKDIR/tensorboard/      the same scalars as event files (written without TensorFlow)
-
-On resume both are cut back to the restored step, so a run that was killed reads like one that was not.
+What writes them is `glip_jax.training.writer`.
 """
 
 import json
-import math
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from etils import epath
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm import tqdm
 
-__all__ = ["Progress", "Window", "Writer", "cut_back", "read"]
+from glip_jax.workdir import opened
+
+__all__ = ["Progress", "Window", "cut_back", "read"]
 
 _COUNTS = ("examples", "positives", "corrupt", "dropped", "unknown_tokens")
 _LAST = ("rate", "text_rate")
-_UPLOAD_SECONDS = 30
 
 
 class Window:
@@ -71,76 +63,29 @@ class Window:
         return result
 
 
-class Writer:
-    """Appends to the two records of `workdir`, cut back to `step` first. Use as a context manager."""
-
-    def __init__(self, workdir: str, step: int) -> None:
-        self._folder = epath.Path(workdir)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._path = self._folder / "metrics.jsonl"
-        # Object stores cannot append: there the lines are kept and the small file is written whole.
-        self._lines = cut_back(workdir, step)
-        self._remote = "://" in str(workdir)
-        self._local = epath.Path(tempfile.mkdtemp()) if self._remote else self._folder / "tensorboard"
-        # Names hold whole seconds only: without the suffix a quick second start would overwrite the first one's file.
-        suffix = f".{time.time_ns()}"
-        # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and then the next numbers wait for ever.
-        self._local.mkdir(parents=True, exist_ok=True)
-        self._events = EventsWriter(str(self._local / "events"), suffix)
-        # TensorBoard hides what it read at this step or later.
-        self._events.write_event(
-            Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START))
-        )
-        self._written = 0.0
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._events.close()
-        if self._remote:
-            self._upload()
-            self._local.rmtree()
-
-    def write(self, step: int, metrics: Mapping[str, int | float]) -> None:
-        """One line and its events; numbers that are not finite are written as strings, which JSON can hold."""
-        plain = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
-        line = json.dumps({"step": step, **plain}) + "\n"
-        if self._remote:
-            self._lines.append(line)
-            if time.monotonic() - self._written > _UPLOAD_SECONDS:
-                self._upload()
-        else:
-            with self._path.open("a") as file:
-                file.write(line)
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-        self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
-        self._events.flush()
-
-    def _upload(self) -> None:
-        self._path.write_text("".join(self._lines))
-        target = self._folder / "tensorboard"
-        target.mkdir(parents=True, exist_ok=True)
-        for file in self._local.iterdir():
-            file.copy(target / file.name, overwrite=True)
-        self._written = time.monotonic()
-
-
 def read(workdir: str) -> list[dict[str, Any]]:
     """The complete lines of a run's metrics.jsonl; a last line that was cut off by a kill is left out."""
-    path = epath.Path(workdir) / "metrics.jsonl"
+    path = opened(workdir) / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def cut_back(workdir: str, step: int) -> list[str]:
-    """Removes the lines after `step` from metrics.jsonl (by writing aside and renaming); returns those that stay."""
-    kept = [json.dumps(line) + "\n" for line in read(workdir) if line["step"] <= step]
-    path = epath.Path(workdir) / "metrics.jsonl"
-    if path.exists():
-        aside = epath.Path(workdir) / "metrics.jsonl.tmp"
+def cut_back(workdir: str, step: int, also: Sequence[str] = ()) -> list[str]:
+    """Removes the lines after `step` from metrics.jsonl, puts those of `also` in where they are missing; returns all.
+
+    The file is written aside and renamed; in a bucket, in one step.
+    """
+    kept = [json.dumps(line) + "\n" for line in read(workdir)]
+    kept += [line for line in also if line not in kept]
+    kept = sorted(
+        (line for line in kept if json.loads(line)["step"] <= step), key=lambda line: json.loads(line)["step"]
+    )
+    path = opened(workdir) / "metrics.jsonl"
+    if path.exists() or kept:
+        aside = path if "://" in str(path) else path.parent / "metrics.jsonl.tmp"
         aside.write_text("".join(kept))
-        aside.replace(path)
+        if aside != path:
+            aside.replace(path)
     return kept
 
 
@@ -176,6 +121,7 @@ class Progress:
         dropped = sum(value for name, value in metrics.items() if name.startswith("dropped/"))
         parts += [f"positives {metrics['positives']:.0f}", f"dropped {dropped:.0f}", f"grad {shown['grad']:.3f}"]
         parts += [f"rate {metrics['rate']:.2e}", f"{shown['img/s']:.2f} img/s"]
+        parts += [f"mfu {100 * metrics['mfu']:.1f} %"] if "mfu" in metrics else []
         parts += [f"wait {metrics.get('wait_seconds', 0):.1f} s"]
         self.say(f"step {step}/{self._total}  loss {shown['loss']:.4f}  " + "  ".join(parts))
 

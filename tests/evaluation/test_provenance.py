@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 
-from glip_jax.checkpoint import write_config
 from glip_jax.config import Config, DetectionConfig, EvaluationConfig, ModelConfig, OptimizerConfig, TextConfig
 from glip_jax.evaluation import provenance
+from glip_jax.workdir import write_config
 
 
 def test_every_setting_that_moves_a_score_is_told():

@@ -204,11 +204,11 @@ def test_a_full_disk_in_the_middle_of_a_checkpoint(training, place, capfd, monke
     workdir, real = str(place / "run"), Checkpoints.save
     soft = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save(self, step, saved, config):
+    def save(self, step, saved, config, lines=()):
         if step == 4:
             self.wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, soft[1]))
-        real(self, step, saved, config)
+        real(self, step, saved, config, lines)
 
     monkeypatch.setattr(Checkpoints, "save", save)
     try:
@@ -245,10 +245,10 @@ def test_a_full_disk_between_checkpoints(training, place, capfd, monkeypatch):
 def test_a_first_checkpoint_that_fails_says_there_is_no_earlier_one(training, place, capfd, monkeypatch):
     real = Checkpoints.save
 
-    def save(self, step, saved, config):
+    def save(self, step, saved, config, lines=()):
         with monkeypatch.context() as patch:
             patch.setattr("orbax.checkpoint.CheckpointManager.save", lambda *_, **__: _no_space())
-            real(self, step, saved, config)
+            real(self, step, saved, config, lines)
 
     def _no_space():
         raise ValueError("RESOURCE_EXHAUSTED: Error writing: OS error 28: No space left on device [source loc]")

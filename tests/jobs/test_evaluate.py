@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glip_jax.checkpoint import Checkpoints, Saved, fingerprint, restore_parameters, write_started_from
+from glip_jax.checkpoint import Checkpoints, Saved, fingerprint, restore_parameters
 from glip_jax.config import EvaluationConfig, MeshConfig
 from glip_jax.jobs import evaluate, report
 from glip_jax.parallel import make_mesh
 from glip_jax.training.loop import fresh_parameters
+from glip_jax.workdir import write_started_from
 from tests import tiny_run
 
 NAMES = ("cat", "dog", "person")

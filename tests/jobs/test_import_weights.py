@@ -13,9 +13,10 @@ from flax import traverse_util
 
 from glip_jax import __main__ as door
 from glip_jax import checkpoint, exits
-from glip_jax.checkpoint import latest_step, restore_parameters, saved_config, started_from
+from glip_jax.checkpoint import latest_step, restore_parameters, saved_config
 from glip_jax.config import BackboneConfig, Config, FusionConfig, HeadConfig, flatten
 from glip_jax.jobs import import_weights
+from glip_jax.workdir import started_from
 from tests.weights.networks import SMALL, mmdetection, parameters, state
 
 LITE = dataclasses.replace(SMALL, backbone=BackboneConfig(kind="efficientnet_lite0"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glip_jax.checkpoint import Checkpoints, Saved, write_config
+from glip_jax.checkpoint import Checkpoints, Saved
 from glip_jax.config import Config, ConfigError, EvaluationSet, MeshConfig, flatten
 from glip_jax.inference import Detector
 from glip_jax.jobs import predict
@@ -18,6 +18,7 @@ from glip_jax.jobs.query import separated
 from glip_jax.jobs.saved_settings import saved_settings, unflatten
 from glip_jax.parallel import make_mesh
 from glip_jax.training.loop import fresh_parameters
+from glip_jax.workdir import write_config
 from tests import tiny_run
 
 ALL = ("--least=0", "--config.detection.threshold=0", "--config.detection.max_detections=6")

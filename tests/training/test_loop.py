@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glip_jax.checkpoint import CheckpointError, Checkpoints, Saved, fingerprint, latest_step, started_from
-from glip_jax.config import ConfigError, InitFromConfig, MeshConfig
+from glip_jax.checkpoint import CheckpointError, Checkpoints, Saved, complete_steps, fingerprint, latest_step
+from glip_jax.config import ConfigError, EvaluationConfig, EvaluationSet, InitFromConfig, MeshConfig
 from glip_jax.data.mixture import Mixture
 from glip_jax.exits import CANCELLED, PREEMPTED
 from glip_jax.parallel import MeshError, make_mesh
 from glip_jax.training import loop, metrics
 from glip_jax.training.loop import NonFiniteLossError, fresh_parameters, train
 from glip_jax.training.source_counts import CorruptDataError
+from glip_jax.workdir import started_from
 from tests import tiny_run
 from tests.training import stand_in
 
@@ -49,18 +50,25 @@ def test_a_run_leaves_its_records(config, workdir, tmp_path, capsys):
         return {"evaluation/set/AP": 0.5}
 
     config = tiny_run.replace(config, "train", evaluate_every=4, draw_first_batch=True)
-    state = train(config, workdir, evaluate, lambda batch, folder: drawn.append((batch.image.shape, str(folder))))
+    state = train(config, workdir, evaluate, lambda batch: drawn.append(batch.image.shape) or b"png")
     out = capsys.readouterr().out
     assert f"fingerprint: {fingerprint(state.params)}" in out and "starting at step 0 from random values" in out
     assert int(state.step) == 6 and latest_step(workdir) == 6
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["4", "6"], "keep = 2"
-    assert list(_losses(workdir)) == [2, 4, 6] and drawn == [((8, 64, 64, 3), workdir)]
+    assert list(_losses(workdir)) == [2, 4, 6] and drawn == [(8, 64, 64, 3)]
+    assert (tmp_path / "run" / "first_batch.png").read_bytes() == b"png"
     averages = float(np.sum(state.ema["head"]["box"]["kernel"]))
     assert [step for step, _ in evaluated] == [4, 6] and evaluated[-1][1] == pytest.approx(averages)
     assert any(line.get("evaluation/set/AP") == 0.5 for line in metrics.read(workdir))
     line = metrics.read(workdir)[0]
     wanted = {"wait_seconds", "images_per_second", "rate", "text_rate", "gradient_norm", "positives", "loss/token"}
     assert wanted | {"source/boxes/loss/token", "dropped/corrupt_records"} <= set(line)
+    assert {"step_seconds", "images_per_second_per_chip", "compile_seconds"} <= set(line)
+    assert not {"mfu", "memory_bytes", "checkpoint_seconds"} & set(line), (
+        "a CPU has no published peak and counts no memory"
+    )
+    assert 0 < line["step_seconds"] * line["steps"] <= line["seconds"] - line["compile_seconds"] + 1e-3
+    assert "checkpoint_seconds" in metrics.read(workdir)[1]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["name"] == "tiny"
     assert "head/projection/kernel" in (tmp_path / "run" / "parameters.txt").read_text()
 
@@ -88,6 +96,39 @@ def test_a_signal_saves_and_the_same_call_ends_bit_for_bit(config, workdir, tmp_
     assert fingerprint(train(config, workdir).params) == straight
     assert [*_losses(workdir)] == [2, 3, 4, 6] and 77.0 not in _losses(workdir).values()
     assert _losses(workdir)[6] == _losses(str(tmp_path / "straight"))[6]
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(config, workdir, tmp_path, capsys):
+    straight = fingerprint(train(config, workdir).params)
+    written = metrics.read(workdir)
+    folder = tmp_path / "run" / "checkpoints"
+    file = max((folder / "6" / "params" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    os.truncate(file, file.stat().st_size - 1)
+    capsys.readouterr()
+    assert fingerprint(train(config, workdir).params) == straight
+    said = capsys.readouterr().out
+    assert "checkpoint 6 is damaged (params/d/" in said and "resuming at step 4" in said
+    assert sorted(os.listdir(folder)) == ["4", "6", "6.damaged"]
+    assert [line["loss"] for line in metrics.read(workdir)] == [line["loss"] for line in written]
+
+
+def test_the_best_by_an_evaluation_are_kept_over_a_restart(config, workdir):
+    sets = {"set": EvaluationSet("nowhere.json", "nowhere")}
+    config = dataclasses.replace(config, evaluation=EvaluationConfig(sets=sets))
+    config = tiny_run.replace(config, "train", evaluate_every=2, steps=8)
+    config = tiny_run.replace(config, "checkpoint", keep=1, best=1, best_by="evaluation/set/AP")
+    scores = {2: 0.5, 4: 0.3, 6: 0.1, 8: 0.2, 10: 0.1}
+
+    def evaluate(params, step):
+        return {"evaluation/set/AP": scores[step]}
+
+    train(tiny_run.replace(config, "train", steps=4), workdir, evaluate)
+    train(config, workdir, evaluate, resume_with_changes=True)
+    assert complete_steps(workdir) == [2, 8], "the best, and the final one"
+    other = tiny_run.replace(config, "checkpoint", best_by="evaluation/set/AP_50")
+    other = tiny_run.replace(other, "train", steps=10)
+    with pytest.raises(ConfigError, match=r"best_by is 'evaluation/set/AP_50': the evaluation gave evaluation/set/AP"):
+        train(other, workdir, evaluate, resume_with_changes=True)
 
 
 def test_other_settings_are_refused_or_become_a_phase(config, workdir, tmp_path, capsys):

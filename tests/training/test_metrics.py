@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from tensorboardX.proto import event_pb2
 
-from glip_jax.training.metrics import Progress, Window, Writer, cut_back, read
+from glip_jax.training.metrics import Progress, Window, cut_back, read
+from glip_jax.training.writer import Writer
 
 EVENT: Any = getattr(event_pb2, "Event")  # noqa: B009 (made at run time; the checker does not see it)
 

@@ -1,0 +1,173 @@
+"""Looks at a run from beside it: a step that hangs leaves the stacks of all threads, and a profile can be had on demand.
+
+    WORKDIR/stacks.txt       where every thread of the first process stood when a step took many times its usual time
+                             (stacks-3.txt: of process 3)
+    WORKDIR/profile          made by somebody while the run goes: the next five steps, or as many as the file says, are profiled
+    WORKDIR/tensorboard/plugins/profile/    profiles, for TensorBoard's profile plugin or xprof
+
+The stacks are written by a thread of faulthandler's, which needs nothing of Python: they come even where a library holds the
+interpreter's lock.
+"""
+
+import contextlib
+import faulthandler
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import jax
+from etils import epath
+
+from glip_jax import storage
+
+__all__ = ["Profiler", "Watch"]
+
+_LOOKED_AT = 50
+"""Steps of which the median is usual."""
+
+_FEWEST = 5
+"""Steps before which nothing is usual."""
+
+_ASK_SECONDS = 5.0
+"""Between two looks for WORKDIR/profile."""
+
+_STEPS = 5
+
+Keep = Callable[[str, bytes], None]
+"""Takes a file of the working folder: `Writer.file`."""
+
+
+class Watch:
+    """The thread beside the steps. Use as a context manager; `beat` after every step.
+
+    `multiple`: of the median step, after which a step hangs, but not before `least` seconds; 0: never. `keep` sends files to a
+    bucket, None on processes that record nothing.
+    """
+
+    def __init__(self, folder: epath.Path, multiple: float, least: float, keep: Keep | None) -> None:
+        self._folder, self._multiple, self._least, self._keep = folder, multiple, least, keep
+        number = jax.process_index()
+        self._name = f"stacks-{number}.txt" if number else "stacks.txt"
+        self._times: deque[float] = deque(maxlen=_LOOKED_AT)
+        self._begin, self._step, self._limit = 0.0, 0, 0.0
+        self._said, self._skip = True, False
+        self._end = threading.Event()
+        self._remote = storage.is_remote(folder)
+        self._file: IO[str] | None = None
+        self.asked = 0
+        """Steps that somebody wants profiled; the loop takes it back to 0."""
+
+    def __enter__(self) -> "Watch":
+        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self._end.set()
+        self._thread.join()
+        if self._file is not None:
+            self._file.close()
+            path = Path(self._file.name)
+            if self._remote or not path.stat().st_size:
+                path.unlink()
+
+    def beat(self, step: int) -> None:
+        """Step `step` is over, the next begins."""
+        now = time.monotonic()
+        if self._begin and not self._skip:
+            self._times.append(now - self._begin)
+        self._begin, self._step, self._skip = now, step, False
+        self._arm()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done here is no step, and may take as long as it does (a compilation, an evaluation)."""
+        faulthandler.cancel_dump_traceback_later()
+        self._limit, self._begin = 0.0, 0.0
+        yield
+        self._begin, self._skip = time.monotonic(), True
+        self._arm()
+
+    def _arm(self) -> None:
+        if not self._multiple or len(self._times) < _FEWEST:
+            return
+        self._limit, self._said = max(self._least, self._multiple * statistics.median(self._times)), False
+        if self._file is None:
+            folder = Path(tempfile.mkdtemp()) if self._remote else Path(self._folder)
+            self._file = (folder / self._name).open("w")
+        faulthandler.dump_traceback_later(self._limit, file=self._file)
+
+    def _look(self) -> None:
+        """The thread: says what faulthandler wrote, and looks whether a profile is wanted."""
+        asked = 0.0
+        while not self._end.wait(min(1.0, self._least / 4)):
+            begin, limit = self._begin, self._limit
+            if begin and limit and not self._said and time.monotonic() - begin > limit + 0.2:
+                self._said = True
+                self._tell(limit)
+            if self._keep is not None and time.monotonic() - asked > _ASK_SECONDS:
+                asked = time.monotonic()
+                with contextlib.suppress(OSError, ValueError):  # tried again in a moment
+                    self._ask()
+
+    def _tell(self, limit: float) -> None:
+        if self._file is None:
+            return
+        usual = statistics.median(list(self._times))
+        print(
+            f"step {self._step + 1} has taken {limit:.0f} s, the usual is {usual:.2f} s: it hangs, or its data or storage does; "
+            f"the stacks of all threads are in {self._folder / self._name}", file=sys.stderr, flush=True,
+        )  # fmt: skip
+        if self._remote and self._keep is not None:
+            self._keep(self._name, Path(self._file.name).read_bytes())
+
+    def _ask(self) -> None:
+        path = self._folder / "profile"
+        if path.exists():
+            text = path.read_text().strip()
+            path.unlink()
+            self.asked = int(text) if text.isdigit() and int(text) else _STEPS
+
+
+class Profiler:
+    """Profiles of chosen steps, by `jax.profiler`, of this process and its devices.
+
+    `chosen`: first and last step, or nothing; `keep` takes the files where `folder` is in a bucket.
+    """
+
+    def __init__(self, folder: epath.Path, chosen: tuple[int, ...], keep: Keep, say: Callable[[str], None]) -> None:
+        self._folder, self._keep, self._say = folder / "tensorboard", keep, say
+        self._remote = storage.is_remote(folder)
+        self._first, self._last = chosen or (0, 0)
+        self._local = ""
+
+    def before(self, step: int, asked: int = 0) -> None:
+        """Begins where a profile begins with `step`; `asked`: so many steps from here on are wanted as well."""
+        if asked and not self._local:
+            self._first, self._last = step, step + asked - 1
+        if step == self._first:
+            self._local = tempfile.mkdtemp() if self._remote else str(self._folder)
+            jax.profiler.start_trace(self._local)
+
+    def ends(self, step: int, last: bool) -> bool:
+        """Whether the one that is being made ends with `step`, the `last` of the run or not."""
+        return bool(self._local) and (last or step >= self._last)
+
+    def end(self, step: int) -> None:
+        """Ends it; the results of `step` are there."""
+        jax.profiler.stop_trace()
+        local, self._local = Path(self._local), ""
+        if self._remote:
+            for path in sorted(local.rglob("*")):
+                if path.is_file():
+                    self._keep(f"tensorboard/{path.relative_to(local)}", path.read_bytes())
+            shutil.rmtree(local)
+        self._say(f"steps {self._first} to {step} are profiled: tensorboard --logdir={self._folder}, or xprof")

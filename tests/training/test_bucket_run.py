@@ -1,0 +1,197 @@
+"""A working folder on gs://: the same run as in a local one, whatever the storage does meanwhile.
+
+Against an emulator on loopback behind a proxy that injects faults (`tests.faulty_storage`).
+"""
+
+import contextlib
+import json
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils import epath
+
+from glip_jax import checksums, storage
+from glip_jax.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    NotSavedError,
+    complete_steps,
+    fingerprint,
+    latest_step,
+    restore_parameters,
+    unfinished,
+)
+from glip_jax.config import Config
+from glip_jax.training import metrics, writer
+from glip_jax.training.loop import train
+from glip_jax.workdir import prepare
+from tests import tiny_run
+from tests.test_checkpoint import _equal, _saved
+from tests.training import stand_in
+
+
+@pytest.fixture
+def place(running, tmp_path, monkeypatch) -> str:
+    """A working folder in a new bucket, with a network that compiles in a second."""
+    stand_in.install(monkeypatch)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # what fsspec would take
+    return running.fresh(monkeypatch, tmp_path / "cache", silence=1.0, patience=60) + "/runs/one"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return tiny_run.config(tiny_run.write_sources(tmp_path_factory.mktemp("sources")))
+
+
+def _losses(workdir):
+    return {line["step"]: line["loss"] for line in metrics.read(workdir) if "loss" in line}
+
+
+def test_faults_cost_time_and_nothing_of_the_run(config, place, running, tmp_path, capsys):
+    straight = fingerprint(train(config, str(tmp_path / "straight")).params)
+    drawing = tiny_run.replace(config, "train", draw_first_batch=True)
+    with running.arm("503", "reset", "lost", "late", "truncate", "stall", share=0.05, stall=1.5) as injected:
+        state = train(drawing, place, draw=lambda batch: b"picture")
+    assert set(injected) == {"503", "reset", "lost", "late", "truncate", "stall"}
+    assert fingerprint(state.params) == straight
+    # The end once more, from what lies there.
+    storage.remove(f"{place}/checkpoints/6/commit_success.txt")
+    capsys.readouterr()
+    assert fingerprint(train(config, place).params) == straight
+    assert f"resuming at step 4 from {place}" in capsys.readouterr().out
+    assert _losses(place) == _losses(str(tmp_path / "straight")) and [*_losses(place)] == [2, 4, 6]
+    assert complete_steps(place) == [4, 6] and unfinished(place) == []
+    assert checksums.fault(f"{place}/checkpoints/6") == ""
+    assert storage.read(f"{place}/first_batch.png") == b"picture"
+    assert {"config.json", "parameters.txt", "metrics.jsonl"} <= set(storage.listing(place))
+    events = storage.listing(f"{place}/tensorboard")
+    assert len(events) == 2 and all(each.bytes > 100 for each in events.values())
+
+
+def test_numbers_that_cannot_be_sent_hold_nothing_up_and_are_there_after_the_next_start(
+    config, place, running, monkeypatch, capsys
+):
+    monkeypatch.setattr(writer, "_SECONDS", 0.1)
+    train(tiny_run.replace(config, "train", steps=2), place)
+    monkeypatch.setenv("GLIP_JAX_STORAGE_PATIENCE", "0.5")
+    with contextlib.ExitStack() as stack:
+
+        def evaluate(params, step):
+            if step == 4:
+                stack.enter_context(running.arm("503", share=1.0, only="runs/one/metrics.jsonl"))
+            return {}
+
+        at = tiny_run.replace(config, "train", evaluate_every=1)
+        state = train(at, place, evaluate, resume_with_changes=True)
+        assert int(state.step) == 6
+    said = capsys.readouterr()
+    assert f"{place}: numbers could not be sent" in said.err and "503" in said.err
+    local = Path(re.findall(r"all of them lie in (\S+)", said.err)[0])
+    assert 6 in [json.loads(line)["step"] for line in (local / "metrics.jsonl").read_text().splitlines()]
+    assert 6 not in _losses(place)
+    monkeypatch.setenv("GLIP_JAX_STORAGE_PATIENCE", "60")
+    train(at, place)
+    assert [*_losses(place)] == [2, 4, 6], "the checkpoint had kept the lines"
+
+
+def test_a_writer_never_waits_and_says_what_it_drops(place, running, monkeypatch, capsys):
+    monkeypatch.setattr(writer, "_MOST", 5)
+    monkeypatch.setattr(writer, "_SECONDS", 0.05)
+    monkeypatch.setenv("GLIP_JAX_STORAGE_SILENCE", "20")
+    # The thread hangs in a request that does not come back.
+    stall = running.arm("stall", share=1.0, stall=4.0, only="runs/one/metrics.jsonl")
+    with writer.Writer(place, 0) as log, stall:
+        log.write(1, {"loss": 1.0})
+        time.sleep(0.5)
+        began = time.monotonic()
+        for step in range(2, 12):
+            log.write(step, {"loss": 1.0})
+        assert time.monotonic() - began < 0.5
+        assert len(log.unwritten()) == 6
+    said = capsys.readouterr().out
+    assert "5 wait, from here on they are dropped" in said and "5 windows of numbers were dropped" in said
+    assert [line["step"] for line in metrics.read(place)] == [1, 2, 3, 4, 5, 6]
+    assert not [thread for thread in threading.enumerate() if thread.name == "writer"]
+
+
+def test_half_written_and_damaged_ones_in_a_bucket(place, capsys):
+    with Checkpoints(place, keep=4) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, _saved(step), Config())
+    storage.remove(f"{place}/checkpoints/3/commit_success.txt")
+    assert unfinished(place) == [f"{place}/checkpoints/3"] and complete_steps(place) == [1, 2]
+    assert _equal(restore_parameters(place, "raw"), _saved(2).params)
+    # As a kill in the middle leaves it; then bytes of the one before change.
+    file = next(name for name in storage.everything(f"{place}/checkpoints/2") if name.startswith("params/d/"))
+    old = storage.read(f"{place}/checkpoints/2/{file}")
+    storage.put(f"{place}/checkpoints/2/{file}", old[:-1] + bytes([old[-1] ^ 1]))
+    assert latest_step(place) == 1
+    assert f"checkpoints/2 is damaged ({file} has other bytes than were written" in capsys.readouterr().err
+    with Checkpoints(place, keep=4) as checkpoints:
+        assert checkpoints.latest() == 1
+        checkpoints.save(2, _saved(5), Config())
+    said = capsys.readouterr().out
+    assert f"{place}/checkpoints/3 was left half-written" in said
+    assert f"set aside as {place}/checkpoints/2.damaged, step 1 is used" in said
+    assert f"{file}" in storage.everything(f"{place}/checkpoints/2.damaged")
+    assert not storage.everything(f"{place}/checkpoints/3")
+    assert np.array_equal(restore_parameters(place, "raw")["text"]["embeddings"]["type"], np.ones((2, 8)))
+    assert _equal(restore_parameters(place, "raw"), _saved(5).params)
+
+
+def save(place, step):
+    with Checkpoints(place, keep=2) as checkpoints:
+        checkpoints.save(step, _saved(step), Config())
+        checkpoints.wait()
+
+
+def torn(path):
+    with path.open("wb") as file:
+        file.write(b"half")
+        raise ZeroDivisionError
+
+
+def test_a_storage_that_stays_away_is_one_line(place, running, monkeypatch):
+    save(place, 1)
+    monkeypatch.setenv("GLIP_JAX_STORAGE_PATIENCE", "0.5")
+    with running.arm("503", share=1.0, only="uploadType=multipart"), pytest.raises(NotSavedError) as caught:
+        save(place, 2)
+    message = str(caught.value)
+    assert (
+        "the checkpoint of step 2 could not be written to gs://" in message
+        and "the one of step 1 is complete" in message
+    )
+    assert latest_step(place) == 1 and unfinished(place) == []
+
+
+def test_paths_in_a_bucket_are_files_and_folders(place, running):
+    prepare(place)
+    folder = epath.Path(place)
+    (folder / "a" / "b").mkdir(parents=True)
+    with running.arm("503", "reset", "lost", "late", share=0.3):
+        for name in ("a/one.txt", "a/b/two.txt", "a/b/three.txt"):
+            (folder / name).write_text(name)
+        assert sorted(path.name for path in (folder / "a").iterdir()) == ["b", "one.txt"]
+        assert sorted(path.name for path in folder.glob("a/b/*.txt")) == ["three.txt", "two.txt"]
+        assert (folder / "a").is_dir() and (folder / "a/one.txt").is_file() and not (folder / "a/on").exists()
+        assert (folder / "a/b/two.txt").read_text() == "a/b/two.txt"
+        assert (folder / "a/one.txt").stat().length == 9 and (folder / "a/one.txt").stat().mtime > 1.7e9
+        (folder / "a/b").rename(folder / "a/c")
+        (folder / "a/one.txt").copy(folder / "a/c/one.txt")
+        (folder / "a/one.txt").replace(folder / "a/uno.txt")
+        assert {*storage.everything(place)} == {"a/c/two.txt", "a/c/three.txt", "a/c/one.txt", "a/uno.txt"}
+        (folder / "a/c").rmtree()
+        (folder / "a/uno.txt").unlink()
+        assert not folder.exists()
+    with pytest.raises(FileNotFoundError):
+        (folder / "a/one.txt").read_text()
+    with pytest.raises(ZeroDivisionError):
+        torn(folder / "torn")
+    assert not (folder / "torn").exists()
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        prepare("gs://no-such-bucket/run")
