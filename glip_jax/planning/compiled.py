@@ -161,7 +161,7 @@ def cached(config: Config, topology: Topology, canvas: tuple[int, int], how: How
     return Facts(**raw)
 
 
-def _listen(ours: Connection, say: Callable[[str], None]) -> tuple[str, Any] | None:
+def _listen(ours: Connection, say: Callable[[str], object]) -> tuple[str, Any] | None:
     """The child's answer, or None if it is gone."""
     begin, stage = time.monotonic(), "starting"
     while True:
@@ -293,7 +293,7 @@ def _facts(pipe: Connection, config: Config, topology: Topology, canvas: tuple[i
         needed, available = _shortage(str(fault))
         if needed is None:
             raise
-        return Facts(how, _compiler(how), needed, available)
+        return Facts(how, _compiler(how), needed, available, " ".join(str(fault).split())[:400])
     seconds = {"trace": middle - begin, "compile": time.monotonic() - middle}
     pipe.send(("stage", "reading the compiled program"))
     text = compiled.as_text() or ""

@@ -50,6 +50,8 @@ class Facts:
     """Bytes of memory, where the compiler refused because that was too much; then what is below is empty."""
     available: float | None = None
     """Bytes that the compiler has at hand, where it says so."""
+    words: str = ""
+    """Its own, where it refused."""
     arguments: float = 0.0
     """Bytes of state and batch as the chip lays them out."""
     outputs: float = 0.0

@@ -93,7 +93,7 @@ def _memory(found: Outlook, facts: Facts | None) -> list[str]:
             left = found.memory_limit - sum(found.memory.values())
             verdict = f"  {'left for activations':28} {left / gib:9.3f}  {limit}: not known whether they fit"
     if facts is not None and facts.needed is not None:
-        verdict += " (the compiler refuses it; what follows is by formula)"
+        verdict += f" (the compiler refuses it; what follows is by formula)\n  {facts.words[:160]}"
     return ["memory per chip, GiB", *rows, verdict]
 
 

@@ -87,6 +87,7 @@ def test_the_way_out_of_a_slice_is_slower(config):
 def test_scaling(config):
     found = made(config, facts())
     scaled = scaling(CHIPS, found)
+    assert scaled is not None
     times = [2 + 0.12 * (n - 1) / n / (127 / 128) for n in (16, 256)]
     assert scaled["step_seconds"] == pytest.approx(times)
     assert scaled["efficiency"] == pytest.approx(times[0] / times[1])

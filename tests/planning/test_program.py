@@ -116,7 +116,7 @@ def test_a_compiled_loop(length):
         return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=length)[0]
 
     shapes = jax.ShapeDtypeStruct((32, 64), jnp.float32), jax.ShapeDtypeStruct((64, 64), jnp.float32)
-    found = program.read(jax.jit(run).lower(*shapes).compile().as_text())
+    found = program.read(jax.jit(run).lower(*shapes).compile().as_text() or "")
     assert found.flops == length * 2 * 32 * 64 * 64
 
 
@@ -131,6 +131,6 @@ def test_convolutions_as_xla_counts_them():
 
     shapes = jax.ShapeDtypeStruct((2, 9, 12, 8), jnp.float32), jax.ShapeDtypeStruct((3, 3, 8, 16), jnp.float32)
     compiled = jax.jit(jax.grad(run, (0, 1))).lower(*shapes).compile()
-    ours = program.read(compiled.as_text()).flops
-    assert ours == pytest.approx(compiled.cost_analysis()["flops"], rel=0.05)
+    ours, theirs = program.read(compiled.as_text() or "").flops, compiled.cost_analysis()
+    assert theirs is not None and ours == pytest.approx(theirs["flops"], rel=0.05)
     assert ours > 2 * 2 * 5 * 6 * 16 * 9 * 8 * 1.5, "three products of about one size"
