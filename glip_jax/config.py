@@ -239,6 +239,10 @@ def flatten(config: Any, prefix: str = "", numbers: bool | None = None) -> Itera
     yield from walk(config, prefix, True)
 
 
+_LATER = {"model.head.offset_bound": 0}
+"""Fields that runs of older versions do not have, with the value that says what those did."""
+
+
 def differences(saved: dict[str, Any], config: Config) -> list[str]:
     """Lines 'field: saved value -> new value' for every number-changing field in which `config` differs.
 
@@ -248,6 +252,7 @@ def differences(saved: dict[str, Any], config: Config) -> list[str]:
     def plain(value: Any) -> Any:
         return list(value) if isinstance(value, tuple) else value
 
+    saved = _LATER | saved
     free = {name for name, _ in flatten(config, numbers=False)}
     new = dict(flatten(config, numbers=True))
     lines = []

@@ -96,6 +96,9 @@ class HeadConfig:
     """Groups of GroupNorm."""
     coarse_offsets: Literal["flat", "resized"] = "resized"
     """Offsets for the coarser neighbour: the original's flat re-read, or the map resized bilinearly."""
+    offset_bound: int = 0
+    """Largest deformable offset in cells of the level read, 1 to 7; what is larger is clamped and counted. 0: unbounded, as
+    released weights are. On a TPU bounded offsets are read by matrix products instead of gathers."""
     offset_scale: float = 1.0
     """Initial deformable offsets, relative to the original's; near 0 the head starts as regular convolutions."""
     log_scale: float = 0.0
@@ -147,6 +150,8 @@ def model_checks(model: ModelConfig) -> list[tuple[bool, str]]:
          f"model.text.max_tokens {text.max_tokens} exceeds model.text.positions {text.positions}"),
         (all(model.backbone.width * 2**i % h == 0 for i, h in enumerate(model.backbone.heads)),
          f"model.backbone.heads {model.backbone.heads} do not divide width {model.backbone.width} times 1, 2, 4, 8"),
+        (0 <= model.head.offset_bound <= 7,
+         f"model.head.offset_bound is {model.head.offset_bound}: expected 1 to 7 cells, or 0 for offsets without a bound"),
         (model.head.blocks % model.head.unroll == 0,
          f"model.head.blocks {model.head.blocks} is not a multiple of model.head.unroll {model.head.unroll}"),
         (model.backbone.kind == "swin" or model.input.extent_multiple % 32 == 0,

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glip_jax.config import MeshConfig
+from glip_jax.structures import BATCH_AXES
 
 __all__ = [
     "AXES",
@@ -155,7 +156,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Examples split over data and fsdp; `leading` axes before the examples' (micro-batches) are not split."""
-    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES))
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:

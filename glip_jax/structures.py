@@ -12,7 +12,10 @@ fine to coarse, row-major inside the canvas' level grid of ceil(H / stride) x ce
 
 from typing import Any, NamedTuple
 
-__all__ = ["DROPS", "Batch", "Detections", "Predictions", "Prompt", "Targets", "TokenizedPrompt"]
+__all__ = ["BATCH_AXES", "DROPS", "Batch", "Detections", "Predictions", "Prompt", "Targets", "TokenizedPrompt"]
+
+BATCH_AXES = ("data", "fsdp")
+"""Axes of the mesh that split the examples of a batch."""
 
 DROPS = (
     "boxes_over_limit", "boxes_out_of_view", "boxes_unsure", "phrases_over_budget", "spans_without_token",

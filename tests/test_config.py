@@ -109,6 +109,10 @@ def test_differences_list_what_changes_numbers_and_only_that() -> None:
         "data.sources.new.weight: (absent) -> 1.0",
         "optimizer.rate: 0.0001 -> 0.0003",
     ]
+    del saved["model.head.offset_bound"]
+    assert differences(saved, old) == []  # older than the field, and without a bound
+    bounded = dataclasses.replace(old, model=ModelConfig(head=HeadConfig(offset_bound=4)))
+    assert differences(saved, bounded) == ["model.head.offset_bound: 0 -> 4"]
     assert differences({**saved, "gone.setting": 1}, old) == ["gone.setting: 1 -> (absent)"]
 
 

@@ -7,11 +7,12 @@ no image needs to know its own border.
 All maps of a pyramid lie in one array of rows (`Rows`), so that one call serves every level that shares a kernel: few
 large operations instead of many small ones, which compile several times as fast.
 
-Two forms of the same sum, with a hand-written backward pass that samples again instead of storing samples:
+Three forms of the same sum, with hand-written backward passes that sample again instead of storing samples:
 
 * `gather`: four row gathers a tap; backward scatters. What accelerators and sharded arrays want.
 * `loop`: on a single CPU device one loop over samples reads and adds whole rows in place, a few output rows at a time
   so that they stay in the cache. XLA's scatter takes ten times as long there.
+* `window`: matrix products instead of gathers, for bounded offsets (`deformable_window`). What a TPU wants.
 """
 
 from collections.abc import Sequence
@@ -22,11 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
 
+from glip_jax.models.deformable_tiles import limits
+from glip_jax.models.deformable_window import window_backward, window_forward
 from glip_jax.models.remat import costly
+from glip_jax.structures import BATCH_AXES
 
-__all__ = ["Rows", "Taps", "deformable_convolution", "rows_of"]
+__all__ = ["Rows", "Taps", "beyond_bound", "bounded", "deformable_convolution", "rows_of"]
 
 _TAPS = 9
 _CHUNK = 64
@@ -34,11 +39,15 @@ _CHUNK = 64
 
 
 class Rows(NamedTuple):
-    """The cells of several maps as rows, each map padded by one zero cell all round."""
+    """Several maps, and their cells as rows, each map padded by one zero cell all round."""
 
     values: Float[Array, "R C"]
-    shapes: tuple[tuple[int, int, int], ...]
-    """Images, height and width of each map, unpadded."""
+    maps: tuple[Float[Array, "B _ _ C"], ...]
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """Images, height and width of each map, unpadded."""
+        return tuple((x.shape[0], x.shape[1], x.shape[2]) for x in self.maps)
 
 
 class Taps(NamedTuple):
@@ -65,7 +74,7 @@ class _Samples(NamedTuple):
 def rows_of(maps: Sequence[Float[Array, "B _ _ C"]]) -> Rows:
     """Maps, zero beyond each image's own cells, as rows."""
     padded = [jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(-1, x.shape[-1]) for x in maps]
-    return Rows(jnp.concatenate(padded), tuple((x.shape[0], x.shape[1], x.shape[2]) for x in maps))
+    return Rows(jnp.concatenate(padded), tuple(maps))
 
 
 def _samples(taps: Taps, shapes: tuple[tuple[int, int, int], ...]) -> _Samples:
@@ -203,7 +212,7 @@ def _backward_loop(
 
 # --- both ------------------------------------------------------------------------------------------------------------
 
-Form = Literal["auto", "gather", "loop"]
+Form = Literal["auto", "gather", "loop", "window"]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -219,7 +228,7 @@ def _dispatch(form: Form, gather: Any, loop: Any, *arrays: Any) -> Any:
             return gather(*arrays)
         case "loop":
             return loop(*arrays)
-        case "auto":
+        case _:
             # A loop over a sharded batch would gather all of it on every device.
             if jax.device_count() > 1:
                 return gather(*arrays)
@@ -241,22 +250,172 @@ def _convolve_backward(form: Form, saved: Any, g: Array) -> tuple[Array, _Sample
 _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
+def _in_one(rows: Rows, taps: Sequence[Taps], kernel: Float[Array, "3 3 C O"], form: Form) -> Float[Array, "P O"]:
+    """The forms `gather` and `loop`, without bias, all outputs as rows."""
+    parts = [_samples(t._replace(offsets=t.offsets.astype(jnp.float32)), rows.shapes) for t in taps]
+    samples = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+    flat = kernel.reshape(-1, kernel.shape[-1]).astype(rows.values.dtype)
+    return _convolve(rows.values, samples, flat, form)
+
+
+def _apart(out: Float[Array, "P O"], taps: Sequence[Taps]) -> list[Float[Array, "B _ _ O"]]:
+    """Rows of outputs as maps."""
+    shapes = [t.mask.shape[:3] for t in taps]
+    ends = np.cumsum([b * h * w for b, h, w in shapes])[:-1].tolist()
+    return [part.reshape(*shape, -1) for part, shape in zip(jnp.split(out, ends), shapes)]
+
+
+# --- bounded offsets -------------------------------------------------------------------------------------------------
+
+
+def beyond_bound(offsets: Float[Array, "*shape"], bound: int) -> Bool[Array, "*shape"]:
+    """True where `bounded` changes an offset."""
+    low, high = limits(bound)
+    return (offsets < low) | (offsets > high)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def bounded(offsets: Float[Array, "*shape"], bound: int) -> Float[Array, "*shape"]:
+    """Offsets clamped to -bound ... bound (less 1/256).
+
+    The gradient of a clamped offset, which is that of the sample at the bound, passes where a step down the gradient
+    brings the offset back, and is zero where it would drive it further out. A plain clamp's would be zero both ways, and
+    what is once beyond would stay there.
+    """
+    return jnp.clip(offsets, *limits(bound))
+
+
+def _bounded_forward(offsets: Array, bound: int) -> tuple[Array, Array]:
+    return bounded(offsets, bound), offsets
+
+
+def _bounded_backward(bound: int, offsets: Array, g: Array) -> tuple[Array]:
+    low, high = limits(bound)
+    outwards = ((offsets < low) & (g > 0)) | ((offsets > high) & (g < 0))
+    return (jnp.where(outwards, 0, g),)
+
+
+bounded.defvjp(_bounded_forward, _bounded_backward)
+
+
+class _Bounded(NamedTuple):
+    """What is fixed of a convolution with bounded offsets."""
+
+    sources: tuple[int, ...]
+    stride: int
+    bound: int
+    form: Form
+    mesh: Any
+    """The mesh of the program around, of whose axes BATCH_AXES split the images; empty where none was set."""
+
+
+def _plain(how: _Bounded) -> tuple[Any, Any]:
+    """Forward and backward pass of the other forms."""
+
+    def near(offsets: Any) -> tuple[Array, ...]:
+        # Once more, against what rounding may have added. The gradient passes: this is not part of what is derived.
+        return tuple(jnp.clip(x, *limits(how.bound)) for x in offsets)
+
+    def convolve(maps: Any, offsets: Any, masks: Any, kernel: Any) -> list[Array]:
+        taps = [Taps(*rest) for rest in zip(how.sources, [how.stride] * len(masks), offsets, masks)]
+        return _apart(_in_one(rows_of(maps), taps, kernel, how.form), taps)
+
+    def forward(maps: Any, offsets: Any, masks: Any, kernel: Any) -> list[Array]:
+        return convolve(maps, near(offsets), masks, kernel)
+
+    def backward(maps: Any, offsets: Any, masks: Any, kernel: Any, g: Any) -> tuple[Any, ...]:
+        return jax.vjp(convolve, maps, near(offsets), masks, kernel)[1](g)
+
+    return forward, backward
+
+
+def _windowed(how: _Bounded, interpret: bool) -> tuple[Any, Any]:
+    """Forward and backward pass of the form `window`: each device convolves its own images."""
+    axes = tuple(axis for axis in BATCH_AXES if axis in how.mesh.axis_names)
+    settings = (how.stride, how.bound, interpret)
+
+    def forward(maps: Any, offsets: Any, masks: Any, kernel: Any) -> list[Array]:
+        return window_forward([maps[i] for i in how.sources], offsets, masks, kernel, *settings)
+
+    def backward(maps: Any, offsets: Any, masks: Any, kernel: Any, g: Any) -> tuple[Any, ...]:
+        read = [maps[i] for i in how.sources]
+        parts, doffsets, dmasks, dkernel = window_backward(read, offsets, masks, kernel, g, *settings)
+        dmaps = [jnp.zeros_like(x) for x in maps]
+        for source, part in zip(how.sources, parts):
+            dmaps[source] += part
+        dkernel = lax.psum(dkernel, axes) if axes else dkernel
+        found = tuple(dmaps), tuple(doffsets), tuple(dmasks), dkernel
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), found, (maps, offsets, masks, kernel))
+
+    if not axes:
+        return forward, backward
+    split, whole = PartitionSpec(axes), PartitionSpec()
+    kind = {"mesh": how.mesh, "check_vma": False}
+    given = (split, split, split, whole)
+    return (
+        jax.shard_map(forward, in_specs=given, out_specs=split, **kind),
+        jax.shard_map(backward, in_specs=(*given, split), out_specs=given, **kind),
+    )
+
+
+def _by_window(how: _Bounded, images: int) -> bool:
+    """Whether `auto` may take the kernel on a TPU: a program for several devices must say how its images are split."""
+    shares = int(np.prod([how.mesh.shape.get(axis, 1) for axis in BATCH_AXES]))
+    return jax.device_count() == 1 if how.mesh.empty else images % shares == 0
+
+
+def _run(how: _Bounded, which: int, *arrays: Any) -> Any:
+    """Pass `which` (0 forward, 1 backward) in the form asked for."""
+    images = arrays[0][0].shape[0]
+    match how.form:
+        case "window":
+            kernel, interpreted = _windowed(how, False)[which], _windowed(how, True)[which]
+            return lax.platform_dependent(*arrays, tpu=kernel, default=interpreted)
+        case "auto" if _by_window(how, images):
+            return lax.platform_dependent(*arrays, tpu=_windowed(how, False)[which], default=_plain(how)[which])
+        case _:
+            return _plain(how)[which](*arrays)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _convolve_bounded(maps: Any, offsets: Any, masks: Any, kernel: Array, how: _Bounded) -> list[Array]:
+    return _run(how, 0, maps, offsets, masks, kernel)
+
+
+def _convolve_bounded_forward(maps: Any, offsets: Any, masks: Any, kernel: Array, how: _Bounded) -> tuple[Any, Any]:
+    return _convolve_bounded(maps, offsets, masks, kernel, how), (maps, offsets, masks, kernel)
+
+
+def _convolve_bounded_backward(how: _Bounded, saved: Any, g: Any) -> Any:
+    return _run(how, 1, *saved, g)
+
+
+_convolve_bounded.defvjp(_convolve_bounded_forward, _convolve_bounded_backward)
+
+
 def deformable_convolution(
     rows: Rows,
     taps: Sequence[Taps],
     kernel: Float[Array, "3 3 C O"],
     bias: Float[Array, " O"],
     form: Form = "auto",
+    bound: int = 0,
 ) -> list[Float[Array, "B _ _ O"]]:
     """One output per element of `taps`, of its offsets' height and width, all with one kernel.
 
-    The maps in `rows` must be zero beyond each image's own cells.
+    The maps in `rows` must be zero beyond each image's own cells. `bound` 0: any offsets. Otherwise they must be those
+    of `bounded`, all taps of one stride, and `auto` takes the form `window` on TPUs: on one device, or within
+    `jax.sharding.use_abstract_mesh` on several (otherwise `gather`). Asked for by name it runs anywhere, slowly. Raises
+    ValueError for strides that differ, and for `window` without a bound.
     """
-    parts = [_samples(t._replace(offsets=t.offsets.astype(jnp.float32)), rows.shapes) for t in taps]
-    samples = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
-    flat = kernel.reshape(-1, kernel.shape[-1]).astype(rows.values.dtype)
-    convolved = costly(_convolve(rows.values, samples, flat, form))
-    out = convolved + bias.astype(rows.values.dtype)
-    shapes = [t.mask.shape[:3] for t in taps]
-    ends = np.cumsum([b * h * w for b, h, w in shapes])[:-1].tolist()
-    return [part.reshape(*shape, -1) for part, shape in zip(jnp.split(out, ends), shapes)]
+    if not bound:
+        if form == "window":
+            raise ValueError("form 'window' without a bound: give the largest offset in cells, or another form")
+        return _apart(costly(_in_one(rows, taps, kernel, form)) + bias.astype(rows.values.dtype), taps)
+    strides = {t.stride for t in taps}
+    if len(strides) > 1:
+        raise ValueError(f"taps with a bound have strides {sorted(strides)}: expected one; call once per stride")
+    how = _Bounded(tuple(t.source for t in taps), *strides, bound, form, jax.sharding.get_abstract_mesh())
+    offsets, masks = tuple(t.offsets for t in taps), tuple(t.mask for t in taps)
+    parts = _convolve_bounded(rows.maps, offsets, masks, kernel, how)
+    return [costly(part) + bias.astype(part.dtype) for part in parts]

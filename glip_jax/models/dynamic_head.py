@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from glip_jax.config import HeadConfig
-from glip_jax.models.deformable import Taps, deformable_convolution, rows_of
+from glip_jax.models.deformable import Taps, beyond_bound, bounded, deformable_convolution, rows_of
 from glip_jax.models.extents import (
     Cells,
     cells_of,
@@ -139,7 +139,10 @@ class DynamicConvolution(nn.Module):
     def __call__(
         self, levels: Sequence[Float[Array, "B _ _ C"]], sizes: Sequence[Int[Array, "B 2"]]
     ) -> tuple[Float[Array, "B _ _ C"], ...]:
-        """New levels from old ones; `sizes` are each image's cells per level."""
+        """New levels from old ones; `sizes` are each image's cells per level.
+
+        With `offset_bound`, collection "intermediates" holds `offsets_clamped`, each image's share of clamped offsets.
+        """
         levels = [zero_beyond(x, size) for x, size in zip(levels, sizes)]
         count, channels, shapes = len(levels), levels[0].shape[-1], [grid(x) for x in levels]
         fan_in = uniform(self.config.offset_scale * (9 * channels) ** -0.5)
@@ -159,13 +162,14 @@ class DynamicConvolution(nn.Module):
             ]
             targets = [source + 1 if stride == 2 else source for source in sources]
             cells = cells_of([shapes[i] for i in targets], [sizes[i] for i in targets])
-            return norm(pack(deformable_convolution(rows, taps, kernel, bias)), cells), cells
+            out = deformable_convolution(rows, taps, kernel, bias, bound=self.config.offset_bound)
+            return norm(pack(out), cells), cells
 
         def weighed(term: Array, cells: Cells) -> Array:
             weight = _hard_sigmoid(nn.relu(attention(level_mean(term, cells))))
             return term.astype(jnp.float32) * spread(weight, cells)
 
-        maps = [offset(x).astype(jnp.float32) for x in levels]
+        maps = self._bounded([offset(x).astype(jnp.float32) for x in levels], sizes)
         moved = [self._coarser(maps[i], sizes[i], sizes[i + 1], shapes[i + 1]) for i in range(count - 1)]
         same, cells = convolve("same", range(count), maps)
         fine, below = convolve("fine", range(count - 1), maps[1:], stride=2)
@@ -182,6 +186,19 @@ class DynamicConvolution(nn.Module):
         total += jnp.pad(weighed(pack(resized), above), ((0, 0), (0, last), (0, 0)))
         terms = np.repeat([2.0, *[3.0] * (count - 2), 2.0], [h * w for h, w in shapes]).astype(np.float32)
         return tuple(unpack(_DynamicReLU(self.dtype, name="relu")(total / terms[:, None], cells), shapes))
+
+    def _bounded(self, maps: list[Array], sizes: Sequence[Int[Array, "B 2"]]) -> list[Array]:
+        """The offset maps with no offset beyond the bound; how many were is counted over each image's own cells.
+
+        What is read for the coarser level comes from these, by copies or weighted means, and is within the bound, too.
+        """
+        bound = self.config.offset_bound
+        if not bound:
+            return maps
+        beyond = [beyond_bound(x[..., :_OFFSETS], bound) & inside(size, *grid(x)) for x, size in zip(maps, sizes)]
+        clamped = jnp.stack([x.sum((1, 2, 3)) for x in beyond]).sum(0)
+        self.sow("intermediates", "offsets_clamped", clamped / (_OFFSETS * sum(size.prod(-1) for size in sizes)))
+        return [jnp.concatenate([bounded(x[..., :_OFFSETS], bound), x[..., _OFFSETS:]], -1) for x in maps]
 
     def _coarser(self, maps: Array, size: Array, coarse: Array, shape: tuple[int, int]) -> Array:
         """The offset maps of a level (offsets and mask logits) for its coarser neighbour."""

@@ -76,7 +76,7 @@ class _Head(nn.Module):
         block = rematerialized(_Block, self.config.remat)
         scan = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=head.blocks,

@@ -4,7 +4,7 @@ Sums are each image's own; what they are divided by is global (glip-reference 3.
 micro-batches or spread over devices without changing the loss.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,13 @@ __all__ = ["Denominators", "LossSums", "denominators", "loss_sums", "total_loss"
 
 
 class LossSums(NamedTuple):
-    """Undivided losses; leading axis: images."""
+    """Undivided losses, and what is counted beside them; leading axis: images."""
 
     token: Float[Array, " B"]
     box: Float[Array, " B"]
     centerness: Float[Array, " B"]
+    offsets_clamped: Any = ()
+    """Share of each image's deformable offsets that were beyond `head.offset_bound`, mean over blocks; () without a bound."""
 
 
 class Denominators(NamedTuple):

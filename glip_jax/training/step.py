@@ -4,6 +4,7 @@ Losses are sums over the global batch divided by global counts, which depend on 
 micro-batches are assigned first, and a step of 4 micro-batches equals one of the whole batch (up to dropout).
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -60,8 +61,13 @@ def glip_objective(config: Config, train: bool = True) -> Objective:
     def sums(params: Any, batch: Batch, targets: Targets, key: Array) -> LossSums:
         image = normalize(batch.image, batch.size, config.model.input)
         inputs = (image, batch.extent, batch.tokens, batch.token_mask)
-        predictions: Any = model.apply({"params": params}, *inputs, rngs={"dropout": key} if train else None)
-        return loss_sums(predictions, targets, batch, batch.image.shape[1:3], config)
+        counted = ["intermediates"] if config.model.head.offset_bound else False
+        found: Any = model.apply({"params": params}, *inputs, rngs={"dropout": key} if train else None, mutable=counted)
+        predictions, seen = found if counted else (found, {})
+        result = loss_sums(predictions, targets, batch, batch.image.shape[1:3], config)
+        # One array of blocks x images, of the only thing that is counted inside the network.
+        shares = [share.mean(0) for share in jax.tree.leaves(seen)]
+        return result._replace(offsets_clamped=shares[0]) if counted else result
 
     return Objective(targets, sums)
 
@@ -79,7 +85,8 @@ def make_step(
     """The jitted step on `mesh`. `state` gives the shapes; it is donated at each call. `names`: sources, in order.
 
     The step returns (state, metrics). Scalars: `loss`, `loss/PART`, `gradient_norm` (before clipping), `rate`,
-    `text_rate`, `positives`, `examples`, `corrupt`, `dropped/REASON`, `finite`, and for each source
+    `text_rate`, `positives`, `examples`, `corrupt`, `dropped/REASON`, `finite`, with a bound on offsets `offsets_clamped`
+    (the share of deformable offsets beyond it, over blocks and images), and for each source
     `source/NAME/{loss/PART, examples, positives, dropped, dropped/REASON}`. For messages, per example: `bad` (its loss is
     not finite), `invalid` (it is corrupt), `source`, `record`.
     """
@@ -145,7 +152,10 @@ def _gradients(
     trainable, held = adamw.split(params, config.model)
 
     def loss(trainable: Any, batch: Batch, targets: Targets, key: Array) -> tuple[Float[Array, ""], LossSums]:
-        sums = objective.sums(adamw.merge(held, trainable), batch, targets, key)
+        # With bounded offsets a kernel is called that must know how the images are split.
+        known = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+        with known if config.model.head.offset_bound else contextlib.nullcontext():
+            sums = objective.sums(adamw.merge(held, trainable), batch, targets, key)
         return total_loss(sums, counts, config.loss)[0], sums
 
     differentiate = jax.grad(loss, has_aux=True)
@@ -180,12 +190,14 @@ def _metrics(
 ) -> Metrics:
     total, parts = total_loss(sums, counts, config.loss)
     positives = jnp.sum(targets.positive & batch.valid[:, None], axis=1)
-    bad = ~jnp.all(jnp.stack([jnp.isfinite(part) for part in sums]), axis=0)
+    bad = ~jnp.all(jnp.stack([jnp.isfinite(part) for part in jax.tree.leaves(sums)]), axis=0)
     metrics: Metrics = {"loss": total, "positives": positives.sum(), "examples": jnp.int32(batch.valid.shape[0])}
     metrics |= {f"loss/{name}": value for name, value in parts.items()}
     metrics |= {"corrupt": jnp.sum(~batch.valid), "unknown_tokens": jnp.sum(~batch.token_loss_mask)}
     metrics |= {"bad": bad, "invalid": ~batch.valid, "source": batch.source, "record": batch.record}
     metrics |= {f"dropped/{reason}": batch.dropped[:, column].sum() for column, reason in enumerate(DROPS)}
+    for share in jax.tree.leaves(sums.offsets_clamped):
+        metrics["offsets_clamped"] = jnp.where(batch.valid, share, 0.0).sum() / jnp.maximum(batch.valid.sum(), 1)
     for index, name in enumerate(names):
         metrics |= _of_source(name, batch.source == index, sums, targets, batch, positives, config)
     return metrics
@@ -202,7 +214,7 @@ def _of_source(
 ) -> Metrics:
     """Losses of one source as if the batch held it alone: its sums over its own counts, comparable between steps."""
     own = denominators(targets, batch.box_weight, batch.valid & mine, config.loss.positives_floor)
-    _, parts = total_loss(LossSums(*(jnp.where(mine, part, 0.0) for part in sums)), own, config.loss)
+    _, parts = total_loss(jax.tree.map(lambda part: jnp.where(mine, part, 0.0), sums), own, config.loss)
     metrics = {f"source/{name}/loss/{part}": value for part, value in parts.items()}
     lost = jnp.where(mine[:, None], batch.dropped, 0).sum(0)
     metrics |= {f"source/{name}/dropped/{reason}": lost[column] for column, reason in enumerate(DROPS)}

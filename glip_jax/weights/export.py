@@ -80,7 +80,7 @@ def network_settings(model: ModelConfig) -> dict[str, Any]:
         "pyramid": ("channels", "strides"),
         "text": ("vocabulary_size", "width", "layers", "heads", "hidden", "positions"),
         "fusion": ("enabled", "width", "heads"),
-        "head": ("blocks", "groups", "coarse_offsets"),
+        "head": ("blocks", "groups", "coarse_offsets", "offset_bound"),
         "anchors": ("sizes",),
     }
     return {part: {field: sizes[part][field] for field in fields} for part, fields in kept.items()}
@@ -123,6 +123,8 @@ def write_glip_pth(path: Path, params: Mapping[str, Any], model: ModelConfig) ->
         for name, found, wanted in (
             ("model.pyramid.strides", model.pyramid.strides, (8, 16, 32, 64, 128)),
             ("model.head.coarse_offsets", model.head.coarse_offsets, "flat"),
+            # The original knows no bound, and would read where this network never did.
+            ("model.head.offset_bound", model.head.offset_bound, 0),
             ("model.input.order", model.input.order, "bgr"),
         )
         if found != wanted

@@ -219,12 +219,14 @@ def test_networks_that_glip_cannot_be_are_refused(workdir, tmp_path, monkeypatch
 
     def resized(*arguments):
         config = honest(*arguments)
-        head = dataclasses.replace(config.model.head, coarse_offsets="resized")
+        head = dataclasses.replace(config.model.head, coarse_offsets="resized", offset_bound=3)
         return dataclasses.replace(config, model=dataclasses.replace(config.model, head=head))
 
     monkeypatch.setattr(export_weights, "chosen_settings", resized)
     assert run(workdir, tmp_path / "x.pth", "glip-pth") == exits.BAD_INPUT
-    assert "model.head.coarse_offsets is resized, GLIP's is flat" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "model.head.coarse_offsets is resized, GLIP's is flat" in err
+    assert "model.head.offset_bound is 3, GLIP's is 0" in err
     assert list(tmp_path.iterdir()) == []
 
 

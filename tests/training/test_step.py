@@ -175,6 +175,29 @@ def test_counts_and_losses_of_each_source(sources):
     assert numbers["source/boxes/loss/token"] == pytest.approx(float(alone["loss/token"]), rel=1e-5)
 
 
+def test_the_share_of_clamped_offsets_is_a_metric(sources):
+    config = tiny_run.config(sources, dropout=0.0)
+    head = dataclasses.replace(config.model.head, offset_bound=2)
+    config = tiny_run.replace(config, "model", head=head)
+    (batch,) = _batches(config, 1)
+    objective = glip_objective(config)
+    inputs = (
+        jax.eval_shape(lambda: fresh_parameters(config, _mesh(ONE))),
+        batch,
+        jax.eval_shape(objective.targets, batch),
+        jax.random.key(0),
+    )
+    assert jax.eval_shape(objective.sums, *inputs).offsets_clamped.shape == (8,)
+    # The stand-in has no offsets: what the network would have counted is given to it.
+    honest = stand_in.objective(config)
+    shares = jnp.linspace(0, 0.7, 8)
+    counting = honest._replace(sums=lambda *a: honest.sums(*a)._replace(offsets_clamped=shares))
+    batch.valid[7] = False
+    _, (numbers,) = _train(config, _mesh(ONE), [batch], counting)
+    assert numbers["offsets_clamped"] == pytest.approx(0.3) and not numbers["bad"].any()
+    assert "offsets_clamped" not in _train(config, _mesh(ONE), [batch])[1][0]
+
+
 def test_a_loss_that_is_not_finite_is_flagged_with_its_examples(sources):
     config = tiny_run.config(sources)
     (batch,) = _batches(config, 1)

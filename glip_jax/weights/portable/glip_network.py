@@ -397,6 +397,15 @@ def deformable_convolution(
     return out.reshape(b, -1, h, w) + bias[:, None, None]
 
 
+def bounded(offset: Tensor, bound: int) -> Tensor:
+    """Offsets clamped to -bound ... bound (less 1/256); a gradient passes unless it drives a clamped one further out."""
+    near = offset.clamp(-bound, bound - 1 / 256)
+    if not offset.requires_grad:
+        return near
+    offset.register_hook(lambda gradient: torch.where((offset - near) * gradient < 0, 0.0, gradient))
+    return near.detach() + (offset - offset.detach())
+
+
 class DeformableNorm(nn.Module):
     """Deformable convolution, then group normalisation."""
 
@@ -428,12 +437,13 @@ class DynamicConvolution(nn.Module):
     """Every level looks at itself and its neighbours; the terms are weighed by pooled attention.
 
     `coarse_offsets`: "flat" reads the offsets for the coarser level as the original does, its buffer with the coarser
-    level's strides, on which released weights depend; "resized" resizes the map.
+    level's strides, on which released weights depend; "resized" resizes the map. `offset_bound`: offsets are clamped to so
+    many cells, as they were in training; 0 leaves them as they are.
     """
 
-    def __init__(self, channels: int, groups: int, coarse_offsets: str) -> None:
+    def __init__(self, channels: int, groups: int, coarse_offsets: str, offset_bound: int) -> None:
         super().__init__()
-        self.coarse_offsets = coarse_offsets
+        self.coarse_offsets, self.offset_bound = coarse_offsets, offset_bound
         self.DyConv = nn.ModuleList(DeformableNorm(channels, groups, stride) for stride in (1, 1, 2))
         self.AttnConv = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, 1, 1), nn.ReLU())
         self.relu = DynamicReLU(channels)
@@ -455,6 +465,8 @@ class DynamicConvolution(nn.Module):
         outputs = []
         for number, x in enumerate(levels):
             maps = self.offset(x)
+            if self.offset_bound:
+                maps = torch.cat([bounded(maps[:, :18], self.offset_bound), maps[:, 18:]], 1)
             offset, mask = maps[:, :18], maps[:, 18:].sigmoid()
             terms = [self.DyConv[1](x, offset, mask)]
             if number > 0:
@@ -486,7 +498,9 @@ class Head(nn.Module):
             if fusion["enabled"]:
                 tower.append(Fusion(channels, text["width"], fusion["width"], fusion["heads"]))
                 tower.append(BertLayer(text["width"], text["heads"], text["hidden"], clip=True))
-            tower.append(DynamicConvolution(channels, head["groups"], head["coarse_offsets"]))
+            tower.append(
+                DynamicConvolution(channels, head["groups"], head["coarse_offsets"], head.get("offset_bound", 0))
+            )
         self.fused = fusion["enabled"]
         self.dyhead_tower = nn.ModuleList(tower)
         self.bbox_pred, self.centerness = nn.Conv2d(channels, 4, 1), nn.Conv2d(channels, 1, 1)

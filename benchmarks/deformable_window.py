@@ -1,0 +1,95 @@
+"""Compiles one 3 x 3 deformable convolution over P3-P7 for a TPU that is not there: gathers against windowed products.
+
+`libtpu` from PyPI compiles ahead of time on a CPU. Forward and backward pass, 256 channels, bfloat16:
+
+    python -m benchmarks.deformable_window --topology v5e:2x2 --bound 4
+
+Bytes and operations are the compiler's cost analysis. It knows nothing of what happens inside a Pallas kernel, but takes
+what the kernel declares: every copy of a block between HBM and VMEM, counted from its grid, with padding.
+"""
+
+import argparse
+import os
+import time
+from typing import Any
+
+from benchmarks.compile_topology import ENVIRONMENT
+
+_STRIDES = (8, 16, 32, 64, 128)
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--topology", default="v5e:2x2")
+    parser.add_argument("--forms", nargs="+", choices=("gather", "window"), default=("gather", "window"))
+    parser.add_argument("--bound", type=int, default=4, help="largest offset in cells, of the windowed form")
+    parser.add_argument("--stride", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--images", type=int, default=2)
+    parser.add_argument("--height", type=int, default=800)
+    parser.add_argument("--width", type=int, default=1344)
+    parser.add_argument("--channels", type=int, default=256)
+    arguments = parser.parse_args()
+    # Before jax is imported: libtpu reads them once.
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from glip_jax.models.deformable import Taps, deformable_convolution, rows_of
+
+    chip = topologies.get_topology_desc(arguments.topology, "tpu").devices[0]
+    mesh = Mesh(np.array([[[chip]]]), ("data", "fsdp", "tensor"))
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    images, channels, stride = arguments.images, arguments.channels, arguments.stride
+    maps = [(-(-arguments.height // s), -(-arguments.width // s)) for s in _STRIDES]
+    outputs = [(-(-h // stride), -(-w // stride)) for h, w in maps]
+    given = (
+        [array(images, *shape, channels, dtype=jnp.bfloat16) for shape in maps],
+        [array(images, *shape, 9, 2) for shape in outputs],
+        [array(images, *shape, 9) for shape in outputs],
+        array(3, 3, channels, channels),
+        array(channels),
+    )
+    gradients = [array(images, *shape, channels, dtype=jnp.bfloat16) for shape in outputs]
+
+    print(f"{chip.device_kind}, {images} x {arguments.height} x {arguments.width}, stride {stride}, maps {maps}")
+    print("form    pass                 GB accessed   TFLOP   temporaries MiB   lower + compile s")
+    for form in arguments.forms:
+
+        def forward(maps: Any, offsets: Any, masks: Any, kernel: Any, bias: Any, form: Any = form) -> Any:
+            taps = [Taps(level, stride, o, m) for level, (o, m) in enumerate(zip(offsets, masks))]
+            bound = arguments.bound if form == "window" else 0
+            return deformable_convolution(rows_of(maps), taps, kernel, bias, form, bound)
+
+        def both(given: Any, gradients: Any, forward: Any = forward) -> Any:
+            out, backward = jax.vjp(forward, *given)
+            return out, backward(gradients)
+
+        for name, function, inputs in (("forward", forward, given), ("forward + backward", both, (given, gradients))):
+            begin = time.perf_counter()
+            # A kernel is lowered for the chip of the mesh that is set.
+            with jax.set_mesh(mesh):
+                compiled = jax.jit(function).lower(*inputs).compile()
+            seconds, cost, memory = (
+                time.perf_counter() - begin,
+                compiled.cost_analysis() or {},
+                compiled.memory_analysis(),
+            )
+            print(
+                f"{form:7} {name:20} {cost.get('bytes accessed', float('nan')) / 1e9:11.2f} "
+                f"{cost.get('flops', float('nan')) / 1e12:7.3f} {memory.temp_size_in_bytes / 2**20:17.1f} {seconds:19.0f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

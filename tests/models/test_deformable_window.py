@@ -1,0 +1,201 @@
+"""The windowed form of the deformable convolution: equal to the others, forward and backward; bounds; traffic; TPU compiles."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from glip_jax.config import MeshConfig, ModelConfig, model_checks
+from glip_jax.model_config import HeadConfig
+from glip_jax.models.deformable import Taps, beyond_bound, bounded, deformable_convolution, rows_of
+from glip_jax.models.deformable_window import window_forward
+from glip_jax.models.dynamic_head import DynamicConvolution
+from glip_jax.parallel import batch_sharding, make_mesh
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _inputs(images: int, stride: int, bound: int, dtype: Any, shapes: Any = ((9, 18), (3, 5))) -> Any:
+    """Maps with an extent of their own for each image, offsets at and beyond the bound, and the results' gradients."""
+    rng = np.random.default_rng(bound)
+    maps = [rng.normal(size=(images, *shape, 4)) for shape in shapes]
+    for image in range(1, images):
+        maps[0][image, 7:], maps[0][image, :, 11:] = 0, 0
+    outputs = [(images, -(-h // stride), -(-w // stride)) for h, w in shapes]
+    offsets = [rng.normal(size=(*shape, 9, 2)) * bound for shape in outputs]
+    offsets[0][0, 0, 0], offsets[0][0, 0, 1], offsets[0][0, 1, :2] = bound, -bound, 0
+    given = (
+        [jnp.asarray(x, dtype) for x in maps],
+        [bounded(jnp.asarray(x, jnp.float32), bound) for x in offsets],
+        [jnp.asarray(rng.uniform(size=(*shape, 9)), jnp.float32) for shape in outputs],
+        jnp.asarray(rng.normal(size=(3, 3, 4, 5)), jnp.float32),
+        jnp.asarray(rng.normal(size=5), jnp.float32),
+    )
+    return given, [jnp.asarray(rng.normal(size=(*shape, 5)), dtype) for shape in outputs]
+
+
+def _convolve(form: Any, stride: int, bound: int) -> Any:
+    def run(maps: Any, offsets: Any, masks: Any, kernel: Any, bias: Any) -> Any:
+        taps = [Taps(i, stride, o, m) for i, (o, m) in enumerate(zip(offsets, masks))]
+        return deformable_convolution(rows_of(maps), taps, kernel, bias, form, bound)
+
+    return run
+
+
+def _with_gradients(run: Any, given: Any, gradients: Any) -> Any:
+    def both(given: Any, gradients: Any) -> Any:
+        out, backward = jax.vjp(run, *given)
+        return out, backward(gradients)
+
+    return jax.jit(both)(given, gradients)
+
+
+def _close(found: Any, wanted: Any, tolerance: float) -> None:
+    """Largest difference of each array over its largest value."""
+    for path, want in jax.tree_util.tree_leaves_with_path(wanted):
+        have = dict(jax.tree_util.tree_leaves_with_path(found))[path]
+        assert have.dtype == want.dtype, path
+        have, want = np.asarray(have, np.float32), np.asarray(want, np.float32)
+        assert np.abs(have - want).max() <= tolerance * np.abs(want).max(), path
+
+
+@pytest.mark.parametrize(
+    "stride, bound, dtype, tolerance",
+    # Bounds with two and with three rows of blocks, rows of taps that share a window and that do not.
+    [(1, 4, jnp.float32, 3e-6), (2, 3, jnp.float32, 3e-6), (1, 1, jnp.bfloat16, 0.02)],
+)
+def test_outputs_and_gradients_equal_the_gather_form(stride: int, bound: int, dtype: Any, tolerance: float) -> None:
+    given, gradients = _inputs(2, stride, bound, dtype)
+    found = _with_gradients(_convolve("window", stride, bound), given, gradients)
+    _close(found, _with_gradients(_convolve("gather", stride, bound), given, gradients), tolerance)
+
+
+def test_each_device_convolves_its_own_images() -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    given, gradients = _inputs(4, 2, 1, jnp.float32, shapes=((5, 6),))
+    wanted = _with_gradients(_convolve("gather", 2, 1), given, gradients)
+    split, whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    given = jax.device_put(given, (split, split, split, whole, whole))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        run = jax.jit(lambda given, g: _with_gradients(_convolve("window", 2, 1), given, g))
+        lowered = run.lower(given, jax.device_put(gradients, split)).compile()
+    _close(lowered(given, jax.device_put(gradients, split)), wanted, 3e-6)
+    # What is gathered or summed between devices is the gradient of the kernel and the bias, no map.
+    moved = [line for line in lowered.as_text().splitlines() if "all-gather(" in line or "all-to-all(" in line]
+    assert not moved
+
+
+def test_a_gradient_passes_the_bound_only_inwards() -> None:
+    offsets = jnp.asarray([-3.0, -3.0, -2.0, 0.5, 1.75, 2.0, 2.0, 7.0, 7.0, jnp.nan])
+    gradient = jnp.asarray([1.0, -1.0, 1.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0])
+    values, backward = jax.vjp(lambda x: bounded(x, 2), offsets)
+    np.testing.assert_array_equal(values[:-1], [-2, -2, -2, 0.5, 1.75, *[2 - 1 / 256] * 4])
+    # Down the gradient: what is too large may become smaller, what is too small larger.
+    np.testing.assert_array_equal(backward(gradient)[0], [0, -1, 1, 1, -1, 1, 0, 1, 0, 1])
+    assert beyond_bound(offsets, 2).tolist() == [True, True, False, False, False, True, True, True, True, False]
+
+
+def test_clamped_offsets_are_counted_over_each_images_own_cells() -> None:
+    rng = np.random.default_rng(0)
+    levels = [jnp.asarray(rng.normal(size=(2, *shape, 8)), jnp.float32) for shape in ((6, 8), (3, 4))]
+    sizes = [jnp.asarray([[6, 8], [4, 5]]), jnp.asarray([[3, 4], [2, 3]])]
+    module = DynamicConvolution(HeadConfig(groups=2, offset_bound=1, offset_scale=6.0), jnp.float32)
+    params = module.init(jax.random.key(0), levels, sizes)
+    assert set(params) == {"params"}
+    found: Any = module.apply(params, levels, sizes, mutable=["intermediates"])
+    (share,) = found[1]["intermediates"]["offsets_clamped"]
+    own: Any = params["params"]["offset"]
+    beyond, count = np.zeros(2), np.zeros(2)
+    for level, size in zip(levels, sizes):
+        for image, (height, width) in enumerate(np.asarray(size)):
+            # The image alone at its own extent.
+            x = level[image : image + 1, :height, :width]
+            maps = jax.lax.conv_general_dilated(
+                x, own["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            offsets = np.asarray(maps + own["bias"])[..., :18]
+            beyond[image] += ((offsets < -1) | (offsets > 1 - 1 / 256)).sum()
+            count[image] += offsets.size
+    assert 0.05 < share[0] < 0.95
+    np.testing.assert_allclose(share, beyond / count, rtol=1e-6)
+
+
+def _declared(images: int, stride: int, bound: int, shape: tuple[int, int]) -> Any:
+    given, _ = _inputs(images, stride, bound, jnp.float32, shapes=(shape,))
+
+    def run(maps: Any, offsets: Any, masks: Any, kernel: Any) -> Any:
+        return window_forward(maps, offsets, masks, kernel, stride, bound)
+
+    equations = jax.make_jaxpr(run)(*given[:4]).jaxpr.eqns
+    (call,) = [e for e in equations if e.primitive.name == "pallas_call"]
+    return call.params["cost_estimate"]
+
+
+def test_the_kernel_declares_what_it_copies() -> None:
+    # A block of 128 cells or outputs: 128 rows of 128 lanes of 4 bytes. Samples: 27 rows (32). The kernel: 9 x 8 x 128.
+    block, samples, kernel = 128 * 128 * 4, 32 * 128 * 4, 9 * 8 * 128 * 4
+    # One tile: four blocks (one of the map, three times the zeros), samples, their places, outputs.
+    assert _declared(1, 1, 1, (6, 14)).bytes_accessed == 4 * block + samples + block + kernel + block
+    # Two images are two tiles. The zeros, the places and the kernel stay where they are.
+    assert _declared(2, 1, 1, (6, 14)).bytes_accessed == (2 + 3) * block + 2 * samples + block + kernel + 2 * block
+    # Per tap 128 outputs from twice 2 x 8 x 16 cells of 4 channels, then 4 x 5 products.
+    assert _declared(1, 1, 1, (6, 14)).flops == 9 * 2 * 128 * (2 * 256 * 4 + 4 * 5)
+
+
+@pytest.mark.parametrize(
+    "stride, bound, form, message",
+    [
+        (3, 4, "window", "stride 3 and bound 4: expected stride 1 or 2"),
+        (1, 8, "window", "bound 8: expected stride 1 or 2 and a bound of 1 to 7"),
+        (1, 0, "window", "form 'window' without a bound"),
+    ],
+)
+def test_what_the_kernel_does_not_have_is_refused(stride: int, bound: int, form: str, message: str) -> None:
+    given, _ = _inputs(1, stride, bound or 1, jnp.float32)
+    with pytest.raises(ValueError, match=message):
+        _convolve(form, stride, bound)(*given)
+
+
+def test_strides_of_a_bounded_call_are_one() -> None:
+    (maps, offsets, masks, kernel, bias), _ = _inputs(1, 1, 2, jnp.float32)
+    taps = [Taps(i, 1 + i, o, m) for i, (o, m) in enumerate(zip(offsets, masks))]
+    with pytest.raises(ValueError, match=r"strides \[1, 2\]: expected one"):
+        deformable_convolution(rows_of(maps), taps, kernel, bias, bound=2)
+
+
+def test_the_setting_has_limits() -> None:
+    for bound, fine in ((0, True), (7, True), (8, False), (-1, False)):
+        broken = [
+            message for kept, message in model_checks(ModelConfig(head=HeadConfig(offset_bound=bound))) if not kept
+        ]
+        assert (not broken) == fine, broken
+        assert fine or f"model.head.offset_bound is {bound}" in broken[0]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: requirements-tpu.txt")
+@pytest.mark.parametrize("chip, stride", [("v5e", 1), ("v6e", 2)])
+def test_it_compiles_for_a_tpu(chip: str, stride: int) -> None:
+    """In a process of its own, whose libtpu is told of a TPU that is not there."""
+    sizes = ["--images=1", "--height=64", "--width=64", "--channels=128", f"--stride={stride}"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.deformable_window",
+        f"--topology={chip}:2x2",
+        "--forms",
+        "window",
+        *sizes,
+    ]
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
+    environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "window  forward + backward" in done.stdout
