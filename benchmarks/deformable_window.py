@@ -79,11 +79,8 @@ def main() -> None:
             # A kernel is lowered for the chip of the mesh that is set.
             with jax.set_mesh(mesh):
                 compiled = jax.jit(function).lower(*inputs).compile()
-            seconds, cost, memory = (
-                time.perf_counter() - begin,
-                compiled.cost_analysis() or {},
-                compiled.memory_analysis(),
-            )
+            seconds, cost = time.perf_counter() - begin, compiled.cost_analysis() or {}
+            memory: Any = compiled.memory_analysis()
             print(
                 f"{form:7} {name:20} {cost.get('bytes accessed', float('nan')) / 1e9:11.2f} "
                 f"{cost.get('flops', float('nan')) / 1e12:7.3f} {memory.temp_size_in_bytes / 2**20:17.1f} {seconds:19.0f}",

@@ -276,7 +276,7 @@ def beyond_bound(offsets: Float[Array, "*shape"], bound: int) -> Bool[Array, "*s
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def bounded(offsets: Float[Array, "*shape"], bound: int) -> Float[Array, "*shape"]:
-    """Offsets clamped to -bound ... bound (less 1/256).
+    """Offsets clamped to `limits(bound)`, the bound less 1/256 of a cell on both sides.
 
     The gradient of a clamped offset, which is that of the sample at the bound, passes where a step down the gradient
     brings the offset back, and is zero where it would drive it further out. A plain clamp's would be zero both ways, and
@@ -415,7 +415,8 @@ def deformable_convolution(
     strides = {t.stride for t in taps}
     if len(strides) > 1:
         raise ValueError(f"taps with a bound have strides {sorted(strides)}: expected one; call once per stride")
-    how = _Bounded(tuple(t.source for t in taps), *strides, bound, form, jax.sharding.get_abstract_mesh())
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    how = _Bounded(tuple(t.source for t in taps), taps[0].stride, bound, form, mesh)
     offsets, masks = tuple(t.offsets for t in taps), tuple(t.mask for t in taps)
-    parts = _convolve_bounded(rows.maps, offsets, masks, kernel, how)
+    parts: Any = _convolve_bounded(rows.maps, offsets, masks, kernel, how)
     return [costly(part) + bias.astype(part.dtype) for part in parts]

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 __all__ = ["CELLS", "COLUMNS", "LARGEST_BOUND", "ROWS", "TAPS", "Tiling", "limits", "tiling_of"]
@@ -27,10 +26,10 @@ LARGEST_BOUND = 7
 def limits(bound: int) -> tuple[float, float]:
     """Smallest and largest offset.
 
-    At +bound a sample would lie on a cell, where floor makes its gradient that of the cell beyond. A little less, and it is
-    that of the last two cells within the bound. 1/256 of a cell is exact in float32 on every map.
+    At the bound itself a sample would lie on a cell, where its gradient jumps and floor, after rounding, decides. A little
+    less, and it is that of the last two cells within the bound. 1/256 of a cell is exact in float32 on every map.
     """
-    return -float(bound), bound - 1 / 256
+    return 1 / 256 - bound, bound - 1 / 256
 
 
 @dataclass(frozen=True)
@@ -155,11 +154,14 @@ def _cut(
 
 
 def _stacked(parts: Sequence[Float[Array, "_ S C"]]) -> Float[Array, "_ S C"]:
-    """The concatenation, made from the end: maps get smaller, and XLA touches all of it for each part that it puts in."""
-    whole = parts[-1]
-    for part in reversed(parts[:-1]):
-        whole = lax.optimization_barrier(jnp.concatenate([part, whole]))
-    return whole
+    """The concatenation, written as a sum: XLA makes that in one pass, a concatenation in one pass per part."""
+    lengths = [len(part) for part in parts]
+    ends = np.cumsum(lengths).tolist()
+    margins = [(end - length, ends[-1] - end) for end, length in zip(ends, lengths)]
+    return sum(
+        (jnp.pad(part, (margin, (0, 0), (0, 0))) for part, margin in zip(parts, margins)),
+        start=jnp.zeros((), parts[0].dtype),
+    )
 
 
 def tiling_of(maps: Sequence[Array], masks: Sequence[Array], stride: int, bound: int) -> Tiling:

@@ -126,11 +126,11 @@ def _forward_kernel(tiling: Tiling, table: Any, *refs: Any) -> None:
     outputs = out.shape[1]
     samples = _Samples(taps[0].T, places[...], _about(tiling, table, pl.program_id(0)), tiling)
     _fill(window, blocks)
-    total = jnp.zeros(out.shape[1:], jnp.float32)
+    total: Any = jnp.zeros(out.shape[1:], jnp.float32)
     for tap_row in range(3):
         matrix, part = _Matrix(samples, tap_row, tiling), _part(tiling, tap_row)
-        sampled = sum(_dot(matrix.of(side, window.dtype), window[side, part], (1, 0)) for side in range(2))
-        sampled = sampled.astype(window.dtype)
+        halves = [_dot(matrix.of(side, window.dtype), window[side, part], (1, 0)) for side in range(2)]
+        sampled = (halves[0] + halves[1]).astype(window.dtype)
         for k in range(3):
             total += _dot(sampled[k * outputs : (k + 1) * outputs], kernel[3 * tap_row + k], (1, 0))
     out[0] = total.astype(out.dtype)

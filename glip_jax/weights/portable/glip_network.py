@@ -398,8 +398,8 @@ def deformable_convolution(
 
 
 def bounded(offset: Tensor, bound: int) -> Tensor:
-    """Offsets clamped to -bound ... bound (less 1/256); a gradient passes unless it drives a clamped one further out."""
-    near = offset.clamp(-bound, bound - 1 / 256)
+    """Offsets clamped to `bound` cells less 1/256; a gradient passes unless it drives a clamped one further out."""
+    near = offset.clamp(1 / 256 - bound, bound - 1 / 256)
     if not offset.requires_grad:
         return near
     offset.register_hook(lambda gradient: torch.where((offset - near) * gradient < 0, 0.0, gradient))
