@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 __all__ = ["CELLS", "COLUMNS", "LARGEST_BOUND", "ROWS", "TAPS", "Tiling", "limits", "tiling_of"]
@@ -154,14 +155,11 @@ def _cut(
 
 
 def _stacked(parts: Sequence[Float[Array, "_ S C"]]) -> Float[Array, "_ S C"]:
-    """The concatenation, written as a sum: XLA makes that in one pass, a concatenation in one pass per part."""
-    lengths = [len(part) for part in parts]
-    ends = np.cumsum(lengths).tolist()
-    margins = [(end - length, ends[-1] - end) for end, length in zip(ends, lengths)]
-    return sum(
-        (jnp.pad(part, (margin, (0, 0), (0, 0))) for part, margin in zip(parts, margins)),
-        start=jnp.zeros((), parts[0].dtype),
-    )
+    """The concatenation, made from the end: maps get smaller, and XLA touches all of it for each part that it puts in."""
+    whole = parts[-1]
+    for part in reversed(parts[:-1]):
+        whole = lax.optimization_barrier(jnp.concatenate([part, whole]))
+    return whole
 
 
 def tiling_of(maps: Sequence[Array], masks: Sequence[Array], stride: int, bound: int) -> Tiling:
