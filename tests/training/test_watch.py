@@ -137,7 +137,8 @@ def test_profiles_by_setting_and_by_a_file(config, workdir, tmp_path, monkeypatc
         calls.append(1)
         if len(calls) == 5:
             (tmp_path / "run" / "profile").write_text("2\n")
-            while (tmp_path / "run" / "profile").exists():
+            until = time.monotonic() + 60
+            while (tmp_path / "run" / "profile").exists() and time.monotonic() < until:
                 time.sleep(0.05)
             time.sleep(0.2)
         return real(batch, mesh)
