@@ -435,15 +435,10 @@ def _sources(text: str) -> dict[int, str]:
     frames = {int(n): (int(p), int(up or 1) - 1) for n, p, up in re.findall(fields, "\n".join(section("StackFrames")))}
 
     def source(frame: int) -> str:
-        seen: set[int] = set()
-        inner = frame
-        while frame in frames and frame not in seen:
-            seen.add(frame)
-            file, line = places[frames[frame][0]]
-            if "site-packages" not in file:
-                return f"{file}:{line}"
-            frame = frames[frame][1]
-        file, line = places[frames[inner][0]]
-        return f"{file}:{line}"
+        chain = [frame]
+        while (up := frames[chain[-1]][1]) in frames and up not in chain:
+            chain.append(up)
+        found = [places[frames[each][0]] for each in chain]
+        return ":".join(next((place for place in found if "site-packages" not in place[0]), found[0]))
 
     return {frame: source(frame) for frame in frames}

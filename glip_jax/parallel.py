@@ -1,12 +1,16 @@
 """One program on 1 CPU, 8 fake devices or a pod: the mesh, the table of rules, placing state and batches.
 
 The mesh has three axes. `data` and `fsdp` both split the batch; `fsdp` also splits the large parameters, with their
-moments and averages; `tensor` splits the inner widths of attention and feed-forward layers. How a parameter lies on
-the mesh is read from its path in `RULES`, and from nowhere else.
+moments and averages; `tensor` splits the inner widths of BERT's layers and of Swin's feed-forward layers. How a
+parameter lies on the mesh is read from its path in `RULES`, and from nowhere else.
+
+What is sent is written here too, not left to the compiler: `per_shard` runs a function on each device's own examples,
+`gathered` gives it whole parameters, `reduced` adds up its gradients and leaves each device its part. The compiler's own
+choice was hundreds of transfers of activations (benchmarks/RESULTS.md). Only `tensor` is left to it.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -21,13 +25,21 @@ __all__ = [
     "RULES",
     "MeshError",
     "abstract",
+    "batch_axes",
     "batch_sharding",
     "check_batch",
+    "gathered",
+    "layout",
     "make_mesh",
     "parameter_spec",
+    "per_shard",
     "place_batch",
+    "reduced",
     "replicated",
     "shardings",
+    "stacked",
+    "stacked_layout",
+    "unused_rules",
 ]
 
 AXES = ("data", "fsdp", "tensor")
@@ -42,9 +54,11 @@ _ROWS = ("tensor", "fsdp")
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     # Vectors and scalars: biases (Swin's position tables too), norms, residual scales. Too small to be worth a gather.
     (r".*/(\w*bias\w*|scale|scales|log_scale|\w+_gamma|frozen_scale|frozen_shift)", ()),
-    # Swin: attention and feed-forward in, then out; merges; the patch convolution.
-    (r"backbone/stage\d/(pairs/\w+|last)/(qkv|mlp_in)/kernel", _COLUMNS),
-    (r"backbone/stage\d/(pairs/\w+|last)/(projection|mlp_out)/kernel", _ROWS),
+    # Swin: feed-forward in, then out; attention (its heads lie side by side in one matrix, in threes); merges; the patch
+    # convolution.
+    (r"backbone/stage\d/(pairs/\w+|last)/mlp_in/kernel", _COLUMNS),
+    (r"backbone/stage\d/(pairs/\w+|last)/mlp_out/kernel", _ROWS),
+    (r"backbone/stage\d/(pairs/\w+|last)/(qkv|projection)/kernel", _LAST),
     (r"backbone/merge\d/reduction/kernel", _LAST),
     (r"backbone/patch_embedding/kernel", _LAST),
     # EfficientNet-Lite0: 3.4 M parameters in widths that few meshes divide.
@@ -54,9 +68,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"text/embeddings/(word|position|type)", _LAST),
     (r"(text/layers|head/tower/text)/(query|key|value|intermediate)/kernel", _COLUMNS),
     (r"(text/layers|head/tower/text)/(attention_output|output)/kernel", _ROWS),
-    # Head: fusion, dynamic convolutions, outputs.
-    (r"head/tower/fusion/(visual|text)_(query|key|value)_kernel", _COLUMNS),
-    (r"head/tower/fusion/(visual|text)_output_kernel", _ROWS),
+    # Head: fusion (its products over the image's locations have head width, not heads), dynamic convolutions, outputs.
+    (r"head/tower/fusion/(visual|text)_(query|key|value|output)_kernel", _LAST),
     (r"head/tower/convolution/(fine|same|coarse)_kernel", _LAST),
     (r"head/tower/convolution/relu/expand/kernel", _LAST),
     (r"head/tower/convolution/(offset|relu/squeeze)/kernel", _FIRST),
@@ -78,10 +91,12 @@ class MeshError(ValueError):
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over `devices` (default: all), in order of process so that a process holds adjacent rows of a batch.
 
-    Raises MeshError with both numbers if the axes' product is not the number of devices.
+    Where the devices are of several slices (TPUs joined by the data centre's network), slices come first: `data` is the
+    axis between them, and fsdp and tensor stay inside. Raises MeshError with both numbers if the axes' product is not
+    the number of devices, or a slice does not hold whole rows of `data`.
     """
     devices = jax.devices() if devices is None else devices
-    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    ordered = sorted(devices, key=lambda device: (_slice(device), device.process_index, device.id))
     sizes = {axis: getattr(config, axis) for axis in AXES}
     known = int(np.prod([size for size in sizes.values() if size != -1]))
     if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
@@ -96,10 +111,21 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         raise MeshError(
             f"mesh is {sizes}: its product is {known}, but there are {len(ordered)} devices; use -1 for the rest"
         )
+    slices = len({_slice(device) for device in ordered})
+    if sizes["data"] % slices:
+        raise MeshError(
+            f"mesh is {sizes}: the devices are of {slices} slices, of which each must hold whole rows of data: expected "
+            f"mesh.data to be a multiple of {slices}, so that fsdp x tensor stay inside a slice"
+        )
     here = sum(device.process_index == ordered[0].process_index for device in ordered)
     if here % sizes["tensor"]:
         raise MeshError(f"mesh.tensor is {sizes['tensor']}: it must divide the {here} devices of a process")
     return Mesh(np.array(ordered).reshape(tuple(sizes.values())), AXES)
+
+
+def _slice(device: Any) -> int:
+    """Which slice a device is of; devices that know nothing of slices are of one."""
+    return getattr(device, "slice_index", None) or 0
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -126,18 +152,29 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     return PartitionSpec(*spec)
 
 
-def shardings(tree: Tree, mesh: Mesh) -> Tree:
-    """The same pytree with a NamedSharding for each leaf (array or jax.ShapeDtypeStruct).
+def unused_rules(paths: Iterable[str]) -> list[str]:
+    """The patterns of `RULES` that no parameter path matches."""
+    listed = list(paths)
+    return [pattern for pattern, _ in RULES if not any(re.fullmatch(pattern, path) for path in listed)]
+
+
+def layout(tree: Tree, mesh: Mesh) -> Tree:
+    """The same pytree with a PartitionSpec for each leaf (array or jax.ShapeDtypeStruct).
 
     The dictionary keys on the way to a leaf are its parameter path, so moments and averages lie as their parameters
     do; leaves outside any dictionary (counters) are replicated.
     """
 
-    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         name = "/".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
-        return NamedSharding(mesh, parameter_spec(name, tuple(leaf.shape), mesh) if name else PartitionSpec())
+        return parameter_spec(name, tuple(leaf.shape), mesh) if name else PartitionSpec()
 
-    return jax.tree_util.tree_map_with_path(sharding, tree)
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def shardings(tree: Tree, mesh: Mesh) -> Tree:
+    """`layout` on `mesh`, as a NamedSharding for each leaf."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), layout(tree, mesh))
 
 
 def abstract(tree: Tree, mesh: Mesh) -> Tree:
@@ -168,6 +205,91 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
             f"{rows} rows of the mesh (data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}): "
             f"expected a multiple of {accumulate * rows}"
         )
+
+
+def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes that split the batch on `mesh`, in order: those of data and fsdp that have more than one device."""
+    return tuple(axis for axis in ("data", "fsdp") if mesh.shape[axis] > 1)
+
+
+def per_shard(function: Callable[..., Any], mesh: Mesh, inputs: Any, outputs: Any) -> Callable[..., Any]:
+    """`function` of each device's own part of its arguments, as jax.shard_map over data and fsdp.
+
+    `inputs` and `outputs`: pytrees of PartitionSpec, of which only data and fsdp bind; what is split over tensor stays
+    with the compiler. Inside, the function sends what is needed itself (jax.lax.psum). Where nothing splits the batch
+    it is `function` itself.
+    """
+    if not batch_axes(mesh):
+        return function
+    # An axis of one device is mapped too: the compiler then has nothing left to decide.
+    mapped = {axis for axis in AXES if axis != "tensor" or mesh.shape[axis] == 1}
+
+    def bound(spec: PartitionSpec) -> PartitionSpec:
+        def only(axis: Any) -> Any:
+            return axis if isinstance(axis, tuple) or axis in mapped else None
+
+        return PartitionSpec(*map(only, spec))
+
+    specs = (jax.tree.map(bound, tree, is_leaf=_is_spec) for tree in (inputs, outputs))
+    # Without the check of what varies over devices, gradients are each device's own until `reduced`.
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=next(specs), out_specs=next(specs), axis_names=mapped, check_vma=False
+    )
+
+
+def gathered(params: Tree, layout: Any, mesh: Mesh) -> Tree:
+    """Parameters whole again along fsdp, on every device (one all-gather each that is split there)."""
+    if mesh.shape["fsdp"] == 1:
+        return params
+
+    def one(spec: PartitionSpec, leaf: Any) -> Any:
+        return jax.lax.all_gather(leaf, "fsdp", axis=spec.index("fsdp"), tiled=True) if "fsdp" in spec else leaf
+
+    whole = jax.tree.map(_without_fsdp, layout, is_leaf=_is_spec)
+    return _by_hand(lambda own: jax.tree.map(one, layout, own, is_leaf=_is_spec), mesh, layout, whole)(params)
+
+
+def stacked(gradients: Tree, mesh: Mesh) -> Tree:
+    """Inside `per_shard`: each device's own gradients as a row, as `reduced` takes them (`stacked_layout`)."""
+    return jax.tree.map(lambda leaf: leaf[None], gradients) if batch_axes(mesh) else gradients
+
+
+def stacked_layout(layout: Any, mesh: Mesh) -> Any:
+    """Where `stacked` gradients lie: rows over data and fsdp, the rest as the parameters without fsdp."""
+
+    def one(spec: PartitionSpec) -> PartitionSpec:
+        return PartitionSpec(("data", "fsdp"), *_without_fsdp(spec))
+
+    return jax.tree.map(one, layout, is_leaf=_is_spec) if batch_axes(mesh) else layout
+
+
+def reduced(gradients: Tree, layout: Any, mesh: Mesh) -> Tree:
+    """Sums of `stacked` gradients over data and fsdp; of what is split along fsdp each device keeps its own part."""
+    if not batch_axes(mesh):
+        return gradients
+
+    def one(spec: PartitionSpec, leaf: Any) -> Any:
+        leaf, axes = leaf[0], batch_axes(mesh)
+        if "fsdp" in spec and mesh.shape["fsdp"] > 1:
+            leaf = jax.lax.psum_scatter(leaf, "fsdp", scatter_dimension=spec.index("fsdp"), tiled=True)
+            axes = tuple(axis for axis in axes if axis != "fsdp")
+        return jax.lax.psum(leaf, axes) if axes else leaf
+
+    inputs = stacked_layout(layout, mesh)
+    return _by_hand(lambda own: jax.tree.map(one, layout, own, is_leaf=_is_spec), mesh, inputs, layout)(gradients)
+
+
+def _by_hand(function: Callable[[Any], Any], mesh: Mesh, inputs: Any, outputs: Any) -> Callable[[Any], Any]:
+    """jax.shard_map over all axes: between the parts of arrays, the compiler forgets how they lie along the others."""
+    return jax.shard_map(function, mesh=mesh, in_specs=(inputs,), out_specs=outputs, check_vma=False)
+
+
+def _without_fsdp(spec: PartitionSpec) -> PartitionSpec:
+    return PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, PartitionSpec)
 
 
 def place_batch(batch: Tree, mesh: Mesh) -> Tree:

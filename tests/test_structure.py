@@ -18,7 +18,8 @@ FLOORS = {
     "config": 0, "model_config": 0, "structures": 0, "boxes": 0, "prompts": 0, "assets": 0, "exits": 0, "environment": 0,
     "data_config": 0, "patience": 0, "storage": 0, "bucket_files": 0, "checksums": 0, "chips": 0,
     "data": 1, "models": 1, "drawing": 1,
-    "parallel": 2, "workdir": 2, "step_folders": 2, "checkpoint": 2, "collectives": 2, "flops": 2, "inference": 2,
+    "parallel": 2, "workdir": 2, "step_folders": 2, "checkpoint": 2, "collectives": 2, "flops": 2, "processes": 2,
+    "inference": 2,
     "training": 2, "weights": 2,
     "evaluation": 3, "labeling": 3, "planning": 3, "jobs": 3, "__main__": 4, "__init__": 0,
 }  # fmt: skip
@@ -26,7 +27,7 @@ GROUND = (
     "exits", "environment", "patience", "storage", "bucket_files", "checksums", "chips", "model_config", "data_config", "config",
     "structures", "boxes", "prompts", "assets",
 )  # fmt: skip
-SAME = {2: ("parallel", "workdir", "step_folders", "checkpoint", "flops")}
+SAME = {2: ("parallel", "workdir", "step_folders", "checkpoint", "flops", "processes")}
 # What exports carry: its files import one another as they will lie there, and the network is one file to read.
 CARRIED = ROOT / "glip_jax" / "weights" / "portable"
 

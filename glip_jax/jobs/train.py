@@ -1,8 +1,15 @@
 """The job `train`: settings and flags to `glip_jax.training.loop.train`."""
 
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import os
 import sys
+import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -10,11 +17,14 @@ import jax
 from glip_jax import drawing, exits, storage
 from glip_jax.assets import AssetError, resolve
 from glip_jax.checkpoint import CheckpointError, NotSavedError, what_is_left
-from glip_jax.config import Config, ConfigError
+from glip_jax.config import Config, ConfigError, flatten
+from glip_jax.data.manifest import ShardError, finished
+from glip_jax.evaluation import provenance
 from glip_jax.evaluation.average_precision import GroundTruthError
 from glip_jax.evaluation.evaluate import EvaluationError, check_set, evaluate
 from glip_jax.jobs.command_line import Arguments, CommandLineError, parse
 from glip_jax.parallel import MeshError
+from glip_jax.processes import Cluster, Crew, ProcessError, announced, join
 from glip_jax.prompts import PromptError
 from glip_jax.structures import Batch
 from glip_jax.training.loop import NonFiniteLossError, train
@@ -49,46 +59,124 @@ class TrainArguments(Arguments):
     resume_with_changes: bool = False
     """Go on although settings that change numbers differ: a new phase, recorded in WORKDIR/phases.json."""
     distributed: bool = False
-    """Join the other hosts of a pod or cluster first (jax.distributed)."""
+    """Join the other hosts of a pod or cluster first, as a TPU pod or srun announces them."""
+    coordinator: str = ""
+    """Elsewhere: HOST:PORT of process 0, the same for all; with --processes and --index."""
+    processes: int = 0
+    """How many processes there are."""
+    index: int = -1
+    """Which of them this is, from 0."""
+    patience: int = 300
+    """Seconds to wait for the other processes."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the job; returns one of `glip_jax.exits`. After SIGTERM or Ctrl-C it raises SystemExit, the step saved."""
-    arguments = TrainArguments(Config())
     try:
         arguments = parse(argv, TrainArguments, "train")
         if not arguments.workdir:
             raise CommandLineError("no working folder: expected --workdir=DIR (made if it is not there)")
-        if arguments.distributed:
-            jax.distributed.initialize()
-        config = arguments.config
-        train(
-            config,
-            arguments.workdir,
-            evaluate=_evaluator(config) if config.evaluation.sets and config.train.evaluate_every >= 0 else None,
-            draw=_drawer(config),
-            towers=pretrained.initialize,
-            resume_with_changes=arguments.resume_with_changes,
+    except (CommandLineError, ConfigError) as fault:
+        return _said(fault, exits.BAD_INPUT)
+    explicit = bool(arguments.coordinator) or arguments.processes > 0 or arguments.index >= 0
+    try:
+        if not arguments.distributed and not explicit:
+            _alone()
+            return _train(arguments, None)
+        join(Cluster(arguments.coordinator, arguments.processes, arguments.index, arguments.patience))
+    except ProcessError as fault:
+        return _said(fault, exits.BAD_INPUT)
+    if jax.process_count() == 1:
+        return _train(arguments, None)
+    try:
+        crew = Crew(_facts(arguments.config), functools.partial(_code, arguments.workdir), arguments.patience)
+    except ProcessError as fault:
+        _said(fault, exits.BAD_INPUT)
+        sys.stderr.flush()
+        # jax takes its leave of the others, and would wait for those that did not come.
+        os._exit(exits.BAD_INPUT)
+    try:
+        return crew.finish(_train(arguments, crew))
+    except SystemExit as stopped:
+        raise SystemExit(crew.finish(stopped.code if isinstance(stopped.code, int) else exits.UNEXPECTED)) from None
+    except BaseException as error:
+        traceback.print_exception(error)
+        return crew.finish(exits.UNEXPECTED)
+
+
+def _alone() -> None:
+    """ProcessError if this process was started as one of several, who would all train the same in one folder."""
+    number, by = announced(os.environ)
+    if number > 1:
+        raise ProcessError(
+            f"{by} announces {number} processes, but --distributed is not given: each would train alone, in the same "
+            "--workdir; give --distributed, or start one process only"
         )
-    except _FAULTS as fault:
-        print(f"train: {fault}", file=sys.stderr)
-        return exits.BAD_INPUT
-    except NotSavedError as fault:
-        print(f"train: {fault}", file=sys.stderr)
-        return exits.UNAVAILABLE if storage.is_remote(arguments.workdir) else exits.NOT_WRITTEN
-    except OSError as fault:
-        full = exits.full_disk(fault)
-        if not full:
+
+
+def _facts(config: Config) -> dict[str, str]:
+    """What all hosts must have alike: settings, code, versions, and the data's manifests."""
+    facts = {f"config.{name}": repr(value) for name, value in flatten(config)}
+    facts |= {f"version of {name}": version for name, version in provenance.versions().items() if name != "device"}
+    facts["the package's code"] = provenance.code()["files"][:12]
+    for name, source in config.data.sources.items():
+        try:
+            manifest = finished(source.path)
+        except (ShardError, OSError) as error:
+            facts[f"data.sources.{name}"] = f"unreadable ({error})"
+            continue
+        if manifest is not None:
+            told = json.dumps(asdict(manifest), sort_keys=True).encode()
+            facts[f"data.sources.{name}"] = f"{manifest.records} records, {hashlib.sha256(told).hexdigest()[:12]}"
+    return facts
+
+
+def _code(workdir: str, error: BaseException) -> int:
+    """The exit code of what ends a job in `workdir`."""
+    match error:
+        case NonFiniteLossError():
+            return exits.NOT_FINITE
+        case NotSavedError():
+            return exits.UNAVAILABLE if storage.is_remote(workdir) else exits.NOT_WRITTEN
+        case _ if isinstance(error, _FAULTS):
+            return exits.BAD_INPUT
+        case storage.StorageError():
+            return exits.UNAVAILABLE if error.errno == errno.ETIMEDOUT else exits.BAD_INPUT
+        case OSError() if exits.full_disk(error):
+            return exits.NOT_WRITTEN
+    return exits.UNEXPECTED
+
+
+def _said(fault: BaseException | str, code: int) -> int:
+    print(f"train: {fault}", file=sys.stderr)
+    return code
+
+
+def _train(arguments: TrainArguments, crew: Crew | None) -> int:
+    """Trains; what may go wrong by the user's or the disk's doing gives a line and its exit code."""
+    config = arguments.config
+    try:
+        with crew or contextlib.nullcontext():
+            train(
+                config,
+                arguments.workdir,
+                evaluate=_evaluator(config) if config.evaluation.sets and config.train.evaluate_every >= 0 else None,
+                draw=_drawer(config),
+                towers=pretrained.initialize,
+                resume_with_changes=arguments.resume_with_changes,
+                crew=crew,
+            )
+    except Exception as fault:
+        code = _code(arguments.workdir, fault)
+        if code == exits.UNEXPECTED:
             raise
-        left = what_is_left(arguments.workdir, full)
-        print(
-            f"train: {fault.filename or arguments.workdir} cannot be written ({full}); checkpoints: {left}",
-            file=sys.stderr,
-        )
-        return exits.NOT_WRITTEN
-    except NonFiniteLossError as fault:
-        print(f"train: {fault}", file=sys.stderr)
-        return exits.NOT_FINITE
+        if isinstance(fault, storage.StorageError):
+            return _said(storage.told(fault), code)
+        if isinstance(fault, OSError):
+            full = exits.full_disk(fault)
+            left = what_is_left(arguments.workdir, full)
+            return _said(f"{fault.filename or arguments.workdir} cannot be written ({full}); checkpoints: {left}", code)
+        return _said(fault, code)
     return exits.DONE
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from glip_jax.config import Remat, TextConfig
+from glip_jax.models.dropout import Dropout
 from glip_jax.models.initial import torch_dense
 from glip_jax.models.remat import rematerialized
 
@@ -50,7 +51,7 @@ class BertLayer(nn.Module):
     def __call__(self, x: Float[Array, "B T C"], mask: Bool[Array, "B T"]) -> tuple[Float[Array, "B T C"], None]:
         """Returns (new x, None): the form of a scan's body."""
         width, heads = self.config.width, self.config.heads
-        drop = nn.Dropout(self.config.dropout, deterministic=not self.train)
+        drop = Dropout(self.config.dropout, self.train)
         clip = bounded if self.clip else lambda y: y
         split = (*x.shape[:2], heads, width // heads)
         query = self._dense(width, width, "query")(x).reshape(split)
@@ -83,7 +84,7 @@ class _Embeddings(nn.Module):
         kind = self.param("type", start, (2, width))
         x = word[tokens] + position[None, : tokens.shape[1]] + kind[0]
         x = nn.LayerNorm(epsilon=1e-12, dtype=self.dtype, use_fast_variance=False, name="norm")(x)
-        return nn.Dropout(self.config.dropout, deterministic=not self.train)(x)
+        return Dropout(self.config.dropout, self.train)(x)
 
 
 class Bert(nn.Module):

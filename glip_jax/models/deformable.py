@@ -331,7 +331,8 @@ def _plain(how: _Bounded) -> tuple[Any, Any]:
 
 def _windowed(how: _Bounded, interpret: bool) -> tuple[Any, Any]:
     """Forward and backward pass of the form `window`: each device convolves its own images."""
-    axes = tuple(axis for axis in BATCH_AXES if axis in how.mesh.axis_names)
+    # In a jax.shard_map over these axes the images are this device's own already.
+    axes = tuple(axis for axis in BATCH_AXES if axis in how.mesh.axis_names and axis not in how.mesh.manual_axes)
     settings = (how.stride, how.bound, interpret)
 
     def forward(maps: Any, offsets: Any, masks: Any, kernel: Any) -> list[Array]:
@@ -360,6 +361,8 @@ def _windowed(how: _Bounded, interpret: bool) -> tuple[Any, Any]:
 
 def _by_window(how: _Bounded, images: int) -> bool:
     """Whether `auto` may take the kernel on a TPU: a program for several devices must say how its images are split."""
+    if not how.mesh.empty and how.mesh.manual_axes:
+        return len(how.mesh.manual_axes) == len(how.mesh.axis_names)
     shares = int(np.prod([how.mesh.shape.get(axis, 1) for axis in BATCH_AXES]))
     return jax.device_count() == 1 if how.mesh.empty else images % shares == 0
 

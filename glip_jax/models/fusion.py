@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from glip_jax.config import FusionConfig
 from glip_jax.models.bert import bounded
+from glip_jax.models.dropout import example_keys
 from glip_jax.models.initial import xavier_uniform
 from glip_jax.models.remat import costly
 
@@ -52,7 +53,8 @@ def _kept(
     """
     if key is None:
         return None, None
-    bits, least = jax.random.bits(key, shape, jnp.uint32), round(rate * 65536)
+    bits = jax.vmap(lambda own: jax.random.bits(own, shape[1:], jnp.uint32))(example_keys(key, shape[0]))
+    least = round(rate * 65536)
     return (bits >> 16) >= least, (bits & 0xFFFF) >= least
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from glip_jax.config import PyramidConfig
+from glip_jax.models.dropout import bernoulli
 from glip_jax.models.extents import grid, inside, level_size, resize_nearest, zero_beyond
 from glip_jax.models.initial import kaiming_uniform
 
@@ -24,10 +25,10 @@ def drop_block(
     """Zeroes squares of `drop_block_size` cells over all channels and rescales what is kept.
 
     Seeds are Bernoulli(rate / size^2) per cell. The kept share is taken per image over its own cells, or over the
-    whole canvas of the batch as the original does.
+    whole canvas of the batch as the original does: of the examples on one device, as there.
     """
     block = config.drop_block_size
-    seeds = jax.random.bernoulli(key, config.drop_block / block**2, (*x.shape[:3], 1)).astype(jnp.float32)
+    seeds = bernoulli(key, config.drop_block / block**2, (*x.shape[:3], 1)).astype(jnp.float32)
     own = inside(size, x.shape[1], x.shape[2])
     if config.drop_block_over == "image":
         seeds = jnp.where(own, seeds, 0.0)

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from glip_jax.config import BackboneConfig, Remat
+from glip_jax.models.dropout import bernoulli
 from glip_jax.models.extents import level_size, zero_beyond
 from glip_jax.models.initial import torch_dense
 from glip_jax.models.remat import rematerialized
@@ -59,7 +60,7 @@ def _drop_path(module: nn.Module, x: jax.Array, rate: jax.Array, train: bool) ->
     """Drops whole images of a residual branch (arXiv 1603.09382); `rate` may be traced."""
     if not train:
         return x
-    keep = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, (x.shape[0], 1, 1, 1))
+    keep = bernoulli(module.make_rng("dropout"), 1.0 - rate, (x.shape[0], 1, 1, 1))
     return (x * keep / (1.0 - rate)).astype(x.dtype)
 
 

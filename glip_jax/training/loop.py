@@ -27,6 +27,7 @@ from glip_jax.data.mixture import Mixture
 from glip_jax.exits import CANCELLED, PREEMPTED
 from glip_jax.models.glip import GLIP
 from glip_jax.parallel import abstract, check_batch, make_mesh, place_batch, shardings
+from glip_jax.processes import Crew
 from glip_jax.structures import Batch
 from glip_jax.training import optimizer as adamw
 from glip_jax.training.meter import Meter
@@ -112,12 +113,14 @@ def train(
     draw: Callable[[Batch], bytes] | None = None,
     towers: Towers | None = None,
     resume_with_changes: bool = False,
+    crew: Crew | None = None,
 ) -> State:
     """Trains to `config.train.steps` in `workdir`, going on from its newest complete checkpoint if there is one.
 
     `evaluate(parameters, step)` returns numbers to record, every `train.evaluate_every` steps and at the end;
     `draw(batch)` makes WORKDIR/first_batch.png of the first batch; `towers` reads the files of `config.init_from`.
-    Ends with a line `fingerprint: SHA-256`.
+    Ends with a line `fingerprint: SHA-256`. `crew`: the processes that train together, where there are several; they
+    stop after the same step, whichever of them got the signal.
 
     What does not fit is found before anything is written. Raises CheckpointError if the checkpoint has other settings
     and `resume_with_changes` is not set or if `workdir` cannot be written, MeshError if batch, devices and mesh do not
@@ -144,9 +147,11 @@ def train(
         sink = stack.enter_context(wandb_run(config.train.wandb, workdir, config)) if first else None
         writer = stack.enter_context(Writer(workdir, start, kept, sink, progress.say)) if first else None
         write_config(workdir, config)
-        run = _Run(config, workdir, mesh, checkpoints, writer, progress, evaluate)
+        run = _Run(config, workdir, mesh, checkpoints, writer, progress, evaluate, crew)
         for line in read(workdir) if config.checkpoint.best and first else ():
             run.score(line["step"], line)
+        if crew is not None:
+            stack.enter_context(crew)  # the first to hear of what goes wrong, before anything waits for other processes
         if mixture is not None:
             state = run.steps(state, start, mixture, draw)
         elif evaluate is not None:
@@ -212,9 +217,11 @@ class _Run:
         writer: Writer | None,
         progress: Progress,
         evaluate: Callable[[dict[str, Any], int], dict[str, float]] | None,
+        crew: Crew | None,
     ) -> None:
         self.config, self.mesh, self.folder = config, mesh, epath.Path(workdir)
         self.checkpoints, self.writer, self.progress, self.evaluate = checkpoints, writer, progress, evaluate
+        self.crew = crew
         self.window, self.meter = Window(), Meter(config, mesh)
         keep, settings = writer.file if writer is not None else None, config.train
         self.watch = Watch(self.folder, settings.hang_multiple, settings.hang_least, keep)
@@ -253,7 +260,7 @@ class _Run:
                 self._read(pending)
                 self.checkpoints.check()
                 pending = _Pending(step, metrics, wait)
-                last, stop = step == config.train.steps, _stop(received, step)
+                last, stop = step == config.train.steps, _stop(received, step, self.crew)
                 if last or stop or step % config.checkpoint.every == 0:
                     # The numbers first: a state that is not finite is never saved.
                     self._read(pending, flush=True)
@@ -289,9 +296,14 @@ class _Run:
         self.progress.say(f"canvas {canvas[0]}x{canvas[1]}: step ready in {time.perf_counter() - begin:.1f} s")
 
     def evaluation(self, state: State, step: int) -> None:
-        """Evaluates and records the numbers at `step`."""
+        """Evaluates and records the numbers at `step`; of several processes the first does, the others wait for its next step."""
         assert self.evaluate is not None
-        numbers = self.evaluate(evaluation_parameters(state, self.config), step)
+        parameters = evaluation_parameters(state, self.config)
+        if jax.process_count() > 1:
+            parameters = multihost_utils.process_allgather(parameters, tiled=True)
+            if self.writer is None:
+                return
+        numbers = self.evaluate(parameters, step)
         by_set: defaultdict[str, list[str]] = defaultdict(list)
         for name, value in numbers.items():
             of, _, number = name.removeprefix("evaluation/").partition("/")
@@ -368,9 +380,7 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(each, handler)
 
     try:
-        # With several processes SIGTERM belongs to jax, which tells all of them.
-        numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
-        for number in numbers:
+        for number in (signal.SIGTERM, signal.SIGINT):
             previous[number] = signal.signal(number, note)
     except ValueError:  # not the main thread: signals are someone else's
         pass
@@ -381,9 +391,7 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _stop(received: list[int], step: int) -> int:
+def _stop(received: list[int], step: int, crew: Crew | None) -> int:
     """The signal to stop for after this step, 0 for none; agreed between processes."""
-    if jax.process_count() > 1:
-        # jax's own handler of SIGTERM tells all processes, and they agree on one step.
-        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
-    return received[0] if received else 0
+    first = received[0] if received else 0
+    return first if crew is None else crew.agreed(first, step)

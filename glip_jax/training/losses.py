@@ -15,7 +15,7 @@ from glip_jax.config import Config, LossConfig
 from glip_jax.structures import Batch, Predictions, Targets
 from glip_jax.training.assignment import anchors_inside
 
-__all__ = ["Denominators", "LossSums", "denominators", "loss_sums", "total_loss"]
+__all__ = ["Denominators", "ImageWeights", "LossSums", "denominators", "image_weights", "loss_sums", "total_loss"]
 
 
 class LossSums(NamedTuple):
@@ -37,12 +37,23 @@ class Denominators(NamedTuple):
     """Sum of their centerness targets, weighted alike."""
 
 
-def denominators(
-    targets: Targets, box_weight: Float[Array, "B N"], valid: Bool[Array, " B"], floor: float
-) -> Denominators:
-    """From the targets and `Batch.box_weight` of the whole batch; examples that are not `valid` do not count."""
-    weight = jnp.where(valid[:, None], _anchor_weights(targets, box_weight), 0.0)
-    return Denominators(jnp.maximum(weight.sum(), floor), (weight * targets.centerness).sum())
+class ImageWeights(NamedTuple):
+    """What each image adds to the denominators; leading axis: images."""
+
+    positives: Float[Array, " B"]
+    box_weight: Float[Array, " B"]
+
+
+def image_weights(targets: Targets, box_weight: Float[Array, "B N"]) -> ImageWeights:
+    """From the targets of the images and their `Batch.box_weight`."""
+    weight = _anchor_weights(targets, box_weight)
+    return ImageWeights(weight.sum(1), (weight * targets.centerness).sum(1))
+
+
+def denominators(weights: ImageWeights, valid: Bool[Array, " B"], floor: float) -> Denominators:
+    """From the weights of the whole batch; examples that are not `valid` do not count."""
+    positives, boxes = (jnp.where(valid, part, 0.0).sum() for part in weights)
+    return Denominators(jnp.maximum(positives, floor), boxes)
 
 
 def _anchor_weights(targets: Targets, box_weight: Float[Array, "B N"]) -> Float[Array, "B A"]:

@@ -2,6 +2,10 @@
 
 Losses are sums over the global batch divided by global counts, which depend on the assignment alone. So all
 micro-batches are assigned first, and a step of 4 micro-batches equals one of the whole batch (up to dropout).
+
+Each device runs the network on its own examples. Between devices along data and fsdp there pass, once a step: the
+parameters that are split (gathered), the gradients (added up), the two counts, and some numbers per image for the
+metrics; afterwards the squares for the gradient's norm. Along tensor there passes what its split layers ask for.
 """
 
 import contextlib
@@ -10,16 +14,35 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from glip_jax.config import Config
 from glip_jax.models.glip import GLIP, normalize
-from glip_jax.parallel import batch_sharding, replicated, shardings
+from glip_jax.parallel import (
+    batch_axes,
+    batch_sharding,
+    gathered,
+    layout,
+    per_shard,
+    reduced,
+    replicated,
+    shardings,
+    stacked,
+    stacked_layout,
+)
 from glip_jax.structures import DROPS, Batch, Targets
 from glip_jax.training import optimizer as adamw
 from glip_jax.training.assignment import assign
-from glip_jax.training.losses import Denominators, LossSums, denominators, loss_sums, total_loss
+from glip_jax.training.losses import (
+    Denominators,
+    ImageWeights,
+    LossSums,
+    denominators,
+    image_weights,
+    loss_sums,
+    total_loss,
+)
 
 __all__ = ["Objective", "State", "StepFunction", "first_gradients", "glip_objective", "initial_state", "make_step"]
 
@@ -48,6 +71,19 @@ class Objective(NamedTuple):
 
 Metrics: TypeAlias = dict[str, Array]
 StepFunction = Callable[[State, Batch], tuple[State, Metrics]]
+
+
+class _Images(NamedTuple):
+    """What the metrics need of each image of the batch, on every device."""
+
+    sums: LossSums
+    weights: ImageWeights
+    positives: Int32[Array, " B"]
+    valid: Bool[Array, " B"]
+    source: Int32[Array, " B"]
+    record: Int32[Array, " B"]
+    unknown_tokens: Int32[Array, " B"]
+    dropped: Int32[Array, "B reasons"]
 
 
 def glip_objective(config: Config, train: bool = True) -> Objective:
@@ -116,12 +152,11 @@ def make_step(
         }
         return State(adamw.merge(held, trainable), moments, ema, state.step + 1), metrics
 
-    layout = shardings(state, mesh)
-    everywhere = replicated(mesh)
+    places = shardings(state, mesh)
     return jax.jit(
         step,
-        in_shardings=(layout, batch_sharding(mesh)),
-        out_shardings=(layout, everywhere),
+        in_shardings=(places, batch_sharding(mesh)),
+        out_shardings=(places, replicated(mesh)),
         donate_argnums=0,
     )
 
@@ -134,33 +169,55 @@ def first_gradients(params: Any, batch: Batch, config: Config, mesh: Mesh, objec
         tree, metrics = _gradients(params, batch, key, config, mesh, objective, ())
         return {**adamw.flat(tree), "loss": metrics["loss"]}
 
-    layout = (shardings(params, mesh), batch_sharding(mesh))
-    return jax.jit(gradients, in_shardings=layout, out_shardings=replicated(mesh))(params, batch)
+    places = (shardings(params, mesh), batch_sharding(mesh))
+    return jax.jit(gradients, in_shardings=places, out_shardings=replicated(mesh))(params, batch)
 
 
 def _gradients(
     params: Any, batch: Batch, key: Array, config: Config, mesh: Mesh, objective: Objective, names: tuple[str, ...]
 ) -> tuple[Any, Metrics]:
     """Gradients of the whole batch's loss by the trainable parameters, and the metrics of the forward pass."""
+    whole: Any = PartitionSpec()
+    examples, specs = PartitionSpec(("data", "fsdp")), layout(params, mesh)
+    trained, _ = adamw.split(specs, config.model)
+
+    def own(params: Any, batch: Batch, key: Array) -> tuple[Any, Denominators, _Images]:
+        return _own_gradients(params, batch, key, config, mesh, objective)
+
+    outputs = (
+        stacked_layout(trained, mesh),
+        Denominators(whole, whole),
+        _everywhere(whole, config.model.head.offset_bound),
+    )
+    inputs = (jax.tree.map(lambda _: whole, params), examples, whole)
+    gradients, counts, images = per_shard(own, mesh, inputs, outputs)(gathered(params, specs, mesh), batch, key)
+    return reduced(gradients, trained, mesh), _metrics(images, counts, config, names)
+
+
+def _own_gradients(
+    params: Any, batch: Batch, key: Array, config: Config, mesh: Mesh, objective: Objective
+) -> tuple[Any, Denominators, _Images]:
+    """On one device (`parallel.per_shard`): its part of the batch to what that adds to the gradients, `stacked`."""
     parts = config.optimizer.accumulate
-    micro = jax.tree.map(lambda array: _split(array, parts, mesh), batch)
+    micro = jax.tree.map(lambda array: _split(array, parts), batch)
     # One micro-batch after another: the table of all anchors x all boxes would not fit for the whole batch.
     targets = jax.lax.map(objective.targets, micro)
     joined = jax.tree.map(_join, targets)
-    whole = jax.tree.map(_join, micro)
-    counts = denominators(joined, whole.box_weight, whole.valid, config.loss.positives_floor)
+    weights = image_weights(joined, batch.box_weight)
+    counts = _over_devices(jax.lax.psum, denominators(weights, batch.valid, 0.0), mesh)
+    counts = counts._replace(positives=jnp.maximum(counts.positives, config.loss.positives_floor))
     trainable, held = adamw.split(params, config.model)
 
     def loss(trainable: Any, batch: Batch, targets: Targets, key: Array) -> tuple[Float[Array, ""], LossSums]:
-        # With bounded offsets a kernel is called that must know how the images are split.
+        # With bounded offsets a kernel is called that must know the mesh; in `per_shard` it knows.
         known = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-        with known if config.model.head.offset_bound else contextlib.nullcontext():
+        with known if config.model.head.offset_bound and not batch_axes(mesh) else contextlib.nullcontext():
             sums = objective.sums(adamw.merge(held, trainable), batch, targets, key)
         return total_loss(sums, counts, config.loss)[0], sums
 
     differentiate = jax.grad(loss, has_aux=True)
     if parts == 1:
-        gradients, sums = differentiate(trainable, whole, joined, key)
+        gradients, sums = differentiate(trainable, batch, joined, key)
     else:
 
         def body(total: Any, inputs: tuple[Batch, Targets, Int[Array, ""]]) -> tuple[Any, LossSums]:
@@ -171,13 +228,43 @@ def _gradients(
         zeros = jax.tree.map(jnp.zeros_like, trainable)
         gradients, sums = jax.lax.scan(body, zeros, (micro, targets, jnp.arange(parts)))
         sums = jax.tree.map(_join, sums)
-    return gradients, _metrics(sums, joined, whole, counts, config, names)
+    positives = jnp.sum(joined.positive & batch.valid[:, None], axis=1, dtype=jnp.int32)
+    unknown = jnp.sum(~batch.token_loss_mask, axis=1, dtype=jnp.int32)
+    images = _Images(sums, weights, positives, batch.valid, batch.source, batch.record, unknown, batch.dropped)
+    return stacked(gradients, mesh), counts, _gathered_images(images, mesh)
 
 
-def _split(array: Array, parts: int, mesh: Mesh) -> Array:
-    """[B ...] to [parts B/parts ...]; micro-batch m takes rows m, m + parts, ..., so that no device sends a row."""
-    split = array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1)
-    return jax.lax.with_sharding_constraint(split, batch_sharding(mesh, leading=1))
+def _over_devices(send: Callable[[Any, tuple[str, ...]], Any], tree: Any, mesh: Mesh) -> Any:
+    """`send` of every array along the axes that split the batch; the arrays themselves where none does."""
+    axes = batch_axes(mesh)
+    return send(tree, axes) if axes else tree
+
+
+def _everywhere(spec: Any, bound: Any) -> _Images:
+    """`spec` for every field; with a `bound` on offsets there is one more."""
+    return _Images(LossSums(spec, spec, spec, spec if bound else ()), ImageWeights(spec, spec), *(spec,) * 6)
+
+
+def _gathered_images(images: _Images, mesh: Mesh) -> _Images:
+    """The images of all devices, in the order of the batch: two arrays are sent, one of each kind of number."""
+    leaves, tree = jax.tree.flatten(images)
+    columns = [leaf.reshape(leaf.shape[0], -1) for leaf in leaves]
+    result: list[Any] = [None] * len(leaves)
+    for kind in (jnp.float32, jnp.int32):
+        chosen = [i for i, leaf in enumerate(leaves) if (leaf.dtype == jnp.float32) == (kind == jnp.float32)]
+        table = jnp.concatenate([columns[i].astype(kind) for i in chosen], 1)
+        table = _over_devices(lambda own, axes: jax.lax.all_gather(own, axes, tiled=True), table, mesh)
+        begin = 0
+        for i in chosen:
+            end = begin + columns[i].shape[1]
+            result[i] = table[:, begin:end].reshape(-1, *leaves[i].shape[1:]).astype(leaves[i].dtype)
+            begin = end
+    return jax.tree.unflatten(tree, result)
+
+
+def _split(array: Array, parts: int) -> Array:
+    """[B ...] to [parts B/parts ...]; micro-batch m takes rows m, m + parts, ..., whatever device they are on."""
+    return array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1)
 
 
 def _join(array: Array) -> Array:
@@ -185,41 +272,31 @@ def _join(array: Array) -> Array:
     return array.swapaxes(0, 1).reshape(-1, *array.shape[2:])
 
 
-def _metrics(
-    sums: LossSums, targets: Targets, batch: Batch, counts: Denominators, config: Config, names: tuple[str, ...]
-) -> Metrics:
-    total, parts = total_loss(sums, counts, config.loss)
-    positives = jnp.sum(targets.positive & batch.valid[:, None], axis=1)
-    bad = ~jnp.all(jnp.stack([jnp.isfinite(part) for part in jax.tree.leaves(sums)]), axis=0)
-    metrics: Metrics = {"loss": total, "positives": positives.sum(), "examples": jnp.int32(batch.valid.shape[0])}
+def _metrics(images: _Images, counts: Denominators, config: Config, names: tuple[str, ...]) -> Metrics:
+    total, parts = total_loss(images.sums, counts, config.loss)
+    bad = ~jnp.all(jnp.stack([jnp.isfinite(part) for part in jax.tree.leaves(images.sums)]), axis=0)
+    metrics: Metrics = {"loss": total, "positives": images.positives.sum()}
+    metrics["examples"] = jnp.int32(images.valid.shape[0])
     metrics |= {f"loss/{name}": value for name, value in parts.items()}
-    metrics |= {"corrupt": jnp.sum(~batch.valid), "unknown_tokens": jnp.sum(~batch.token_loss_mask)}
-    metrics |= {"bad": bad, "invalid": ~batch.valid, "source": batch.source, "record": batch.record}
-    metrics |= {f"dropped/{reason}": batch.dropped[:, column].sum() for column, reason in enumerate(DROPS)}
-    for share in jax.tree.leaves(sums.offsets_clamped):
-        metrics["offsets_clamped"] = jnp.where(batch.valid, share, 0.0).sum() / jnp.maximum(batch.valid.sum(), 1)
+    metrics |= {"corrupt": jnp.sum(~images.valid), "unknown_tokens": images.unknown_tokens.sum()}
+    metrics |= {"bad": bad, "invalid": ~images.valid, "source": images.source, "record": images.record}
+    metrics |= {f"dropped/{reason}": images.dropped[:, column].sum() for column, reason in enumerate(DROPS)}
+    for share in jax.tree.leaves(images.sums.offsets_clamped):
+        metrics["offsets_clamped"] = jnp.where(images.valid, share, 0.0).sum() / jnp.maximum(images.valid.sum(), 1)
     for index, name in enumerate(names):
-        metrics |= _of_source(name, batch.source == index, sums, targets, batch, positives, config)
+        metrics |= _of_source(name, images.source == index, images, config)
     return metrics
 
 
-def _of_source(
-    name: str,
-    mine: Bool[Array, " B"],
-    sums: LossSums,
-    targets: Targets,
-    batch: Batch,
-    positives: Int[Array, " B"],
-    config: Config,
-) -> Metrics:
+def _of_source(name: str, mine: Bool[Array, " B"], images: _Images, config: Config) -> Metrics:
     """Losses of one source as if the batch held it alone: its sums over its own counts, comparable between steps."""
-    own = denominators(targets, batch.box_weight, batch.valid & mine, config.loss.positives_floor)
-    _, parts = total_loss(jax.tree.map(lambda part: jnp.where(mine, part, 0.0), sums), own, config.loss)
+    own = denominators(images.weights, images.valid & mine, config.loss.positives_floor)
+    _, parts = total_loss(jax.tree.map(lambda part: jnp.where(mine, part, 0.0), images.sums), own, config.loss)
     metrics = {f"source/{name}/loss/{part}": value for part, value in parts.items()}
-    lost = jnp.where(mine[:, None], batch.dropped, 0).sum(0)
+    lost = jnp.where(mine[:, None], images.dropped, 0).sum(0)
     metrics |= {f"source/{name}/dropped/{reason}": lost[column] for column, reason in enumerate(DROPS)}
     return metrics | {
         f"source/{name}/examples": mine.sum(),
-        f"source/{name}/positives": jnp.where(mine, positives, 0).sum(),
+        f"source/{name}/positives": jnp.where(mine, images.positives, 0).sum(),
         f"source/{name}/dropped": lost.sum(),
     }

@@ -409,7 +409,7 @@ def test_a_killed_import_does_not_stand_in_the_way(imported, tmp_path, capsys):
 
 def test_every_exit_code_is_explained():
     codes = {name: getattr(exits, name) for name in exits.__all__ if isinstance(getattr(exits, name), int)}
-    assert len(set(codes.values())) == len(codes) == 8
+    assert len(set(codes.values())) == len(codes) == 9
     for code in codes.values():
         assert f"\n    {code:<4} " in (exits.__doc__ or "") and f"{code} " in exits.SHORT
 

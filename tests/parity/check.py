@@ -27,7 +27,7 @@ from glip_jax.models.glip import GLIP
 from glip_jax.structures import Batch
 from glip_jax.training import optimizer
 from glip_jax.training.assignment import assign
-from glip_jax.training.losses import denominators, loss_sums, total_loss
+from glip_jax.training.losses import denominators, image_weights, loss_sums, total_loss
 from glip_jax.weights.names import WeightError, entries, export_state
 from tests.parity.folder import Case, FixtureError, read_cases, read_meta
 
@@ -187,7 +187,7 @@ def _training(case: Case) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     def loss_of(params: Any, image: Any, batch: Batch) -> tuple[Any, Any]:
         predictions = GLIP(config.model).apply({"params": params}, image, batch.extent, batch.tokens, batch.token_mask)
         targets = assign(batch.boxes, batch.box_mask, batch.extent, canvas, config.model, config.loss)
-        over = denominators(targets, batch.box_weight, batch.valid, config.loss.positives_floor)
+        over = denominators(image_weights(targets, batch.box_weight), batch.valid, config.loss.positives_floor)
         sums = loss_sums(predictions, targets, batch, canvas, config)  # pyright: ignore[reportArgumentType]
         loss, parts = total_loss(sums, over, config.loss)
         return loss, (parts, targets)

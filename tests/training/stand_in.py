@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from glip_jax.config import Config
+from glip_jax.models.bert import Bert
+from glip_jax.models.dropout import bernoulli
 from glip_jax.parallel import make_mesh
 from glip_jax.structures import Batch, Predictions, Targets
 from glip_jax.training import loop
@@ -18,26 +20,30 @@ from glip_jax.training.step import Objective, glip_objective
 WIDTH = 16
 
 
-def parameters(config: Config, key: Any) -> dict[str, Any]:
-    """Random values."""
+def parameters(config: Config, key: Any, bert: bool = False) -> dict[str, Any]:
+    """Random values; `bert`: the real text encoder, whose layers are split over tensor, in the place of a table."""
     keys = iter(jax.random.split(key, 8))
     text = config.model.text
 
     def normal(*shape: int) -> Any:
         return 0.3 * jax.random.normal(next(keys), shape)
 
+    table: Any = {"embeddings": {"word": normal(text.vocabulary_size, WIDTH)}}
+    if bert:
+        tokens = jnp.zeros((1, text.max_tokens), jnp.int32)
+        table = Bert(text).init(next(keys), tokens, tokens == 0)["params"]
     return {
         "backbone": {"patch_norm": {"scale": normal(3)}},
         "head": {
-            "projection": {"kernel": normal(4, WIDTH), "bias": normal(WIDTH)},
+            "projection": {"kernel": normal(8, WIDTH), "bias": normal(WIDTH)},
             "box": {"kernel": normal(WIDTH, 4)},
             "centerness": {"kernel": normal(WIDTH, 1)},
         },
-        "text": {"embeddings": {"word": normal(text.vocabulary_size, WIDTH)}},
+        "text": table,
     }
 
 
-def objective(config: Config, train: bool = True) -> Objective:
+def objective(config: Config, train: bool = True, bert: bool = False) -> Objective:
     """Each anchor sees the mean colour of its cell; dropout of half the features while training."""
     rate = config.model.text.dropout if train else 0.0
 
@@ -49,11 +55,18 @@ def objective(config: Config, train: bool = True) -> Objective:
             for s in config.model.pyramid.strides
         ]
         x = jnp.concatenate(cells, axis=1)
-        x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
+        x = jnp.concatenate([x, jnp.square(x), jnp.ones_like(x[..., :2])], axis=-1)
         head = params["head"]
         x = jnp.tanh(x @ head["projection"]["kernel"] + head["projection"]["bias"])
-        x = x * jax.random.bernoulli(key, 1 - rate, x.shape)
-        logits = jnp.einsum("bac,btc->bat", x, params["text"]["embeddings"]["word"][batch.tokens])
+        x = x * bernoulli(key, 1 - rate, x.shape)
+        if bert:
+            rngs = {"dropout": jax.random.fold_in(key, 1)}
+            text = Bert(config.model.text, train).apply(
+                {"params": params["text"]}, batch.tokens, batch.token_mask, rngs=rngs
+            )
+        else:
+            text = params["text"]["embeddings"]["word"][batch.tokens]
+        logits = jnp.einsum("bac,btc->bat", x, text)
         centerness = (x @ head["centerness"]["kernel"])[..., 0]
         predictions = Predictions(logits, x @ head["box"]["kernel"], centerness)
         return loss_sums(predictions, targets, batch, (height, width), config)
@@ -61,15 +74,17 @@ def objective(config: Config, train: bool = True) -> Objective:
     return Objective(glip_objective(config).targets, sums)
 
 
-def install(monkeypatch: Any) -> None:
+def initializer(config: Config) -> tuple[Any, Any]:
+    """In the place of `loop._initializer`."""
+
+    def init(key: Any) -> dict[str, Any]:
+        return parameters(config, key)
+
+    return jax.eval_shape(init, jax.random.key(0)), init
+
+
+def install(monkeypatch: Any, devices: int = 1) -> None:
     """Puts it into the training loop, on one device: tests of the loop need no second, and compile in less time."""
-
-    def initializer(config: Config) -> tuple[Any, Any]:
-        def init(key: Any) -> dict[str, Any]:
-            return parameters(config, key)
-
-        return jax.eval_shape(init, jax.random.key(0)), init
-
     monkeypatch.setattr(loop, "_initializer", initializer)
     monkeypatch.setattr(loop, "glip_objective", objective)
-    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:devices]))

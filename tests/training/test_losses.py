@@ -6,7 +6,7 @@ import numpy as np
 from glip_jax import boxes as box
 from glip_jax.config import AnchorConfig, Config, LossConfig, ModelConfig, PyramidConfig
 from glip_jax.structures import DROPS, Batch, Predictions, Targets
-from glip_jax.training.losses import Denominators, LossSums, denominators, loss_sums, total_loss
+from glip_jax.training.losses import Denominators, LossSums, denominators, image_weights, loss_sums, total_loss
 
 CANVAS, TOKENS = (64, 96), 5
 MODEL = ModelConfig(pyramid=PyramidConfig(strides=(16, 32)), anchors=AnchorConfig((32, 64)))
@@ -45,7 +45,7 @@ def _sums(predictions: Predictions, targets: Targets, batch: Batch, loss: LossCo
 
 def _counted(targets: Targets, batch: Batch) -> Denominators:
     wanted, weight, valid = jax.tree.map(jax.numpy.asarray, (targets, batch.box_weight, batch.valid))
-    return denominators(wanted, weight, valid, 1.0)
+    return denominators(image_weights(wanted, weight), valid, 1.0)
 
 
 def test_token_loss_is_the_focal_loss_of_valid_tokens_inside_the_extent() -> None:

@@ -1,6 +1,7 @@
 """The step: any mesh and any number of micro-batches give one result; averages, frozen towers, counts, complaints."""
 
 import dataclasses
+from collections import defaultdict
 from typing import Any
 
 import jax
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glip_jax.collectives import collectives, totals
 from glip_jax.config import MeshConfig, TextConfig
 from glip_jax.data.mixture import Mixture
-from glip_jax.parallel import make_mesh, place_batch, shardings
+from glip_jax.parallel import abstract, layout, make_mesh, place_batch, shardings
+from glip_jax.structures import DROPS
 from glip_jax.training import optimizer as adamw
 from glip_jax.training.loop import fresh_parameters
 from glip_jax.training.step import first_gradients, glip_objective, initial_state, make_step
@@ -67,7 +70,82 @@ def _same_path(config, one, other, rates):
         assert np.abs(leaf - flat[path]).max() <= 0.01 * 2 * sum(rates), path
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=1, fsdp=4, tensor=2)])
+def _sent(params, mesh, config):
+    """What the step has to send along data and fsdp, from sizes alone: (kind, axes) to bytes."""
+    sizes, split = dict(mesh.shape), [axis for axis in ("data", "fsdp") if mesh.shape[axis] > 1]
+    table: defaultdict[tuple, int] = defaultdict(int)
+    specs = adamw.flat(layout(params, mesh))
+    for path, leaf in adamw.flat(params).items():
+        # A device holds its part along tensor anyway.
+        size = leaf.size * 4 // (sizes["tensor"] if "tensor" in specs[path] else 1)
+        if "fsdp" in specs[path] and sizes["fsdp"] > 1:
+            table["all-gather", ("fsdp",)] += size
+            table["reduce-scatter", ("fsdp",)] += size
+            table["all-reduce", ("data",)] += size // sizes["fsdp"] if sizes["data"] > 1 else 0
+        else:
+            table["all-reduce", tuple(split)] += size
+    table["all-reduce", tuple(split)] += 2 * 4  # the denominators
+    numbers = 3 + 2 + 5 + len(DROPS)  # loss parts and weights; counts and names; what was cut
+    table["all-gather", tuple(split)] += config.train.batch_size * numbers * 4
+    return {key: size for key, size in table.items() if size}
+
+
+def _check_sent(compiled, params, mesh, config):
+    """Compares the program's collectives with `_sent`; returns those over tensor, which the compiler makes."""
+    found = totals(collectives(compiled), mesh.shape)
+    wanted = _sent(params, mesh, config)
+    # The gradient's norm: a number for every parameter that is split, over the axes that split it.
+    spare = 4 * len(jax.tree.leaves(params))
+    along = {key: total for key, total in found.items() if set(key[1]) - {"tensor"}}
+    for key, total in along.items():
+        assert wanted.get(key, 0) <= total.bytes <= wanted.get(key, 0) + spare, (key, total, wanted.get(key, 0))
+    assert set(wanted) <= set(along)
+    return {key: total for key, total in found.items() if key not in along}
+
+
+def _split_biases(params, mesh):
+    """Bytes of the biases of widths that are split over tensor: they lie whole everywhere, so their gradients are gathered."""
+    flat, specs = adamw.flat(params), adamw.flat(layout(params, mesh))
+    wide = [path for path in flat if "tensor" in specs[path][-1:]]
+    return 4 * sum(flat[path.replace("kernel", "bias")].size for path in wide)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=4)])
+def test_nothing_is_sent_that_was_not_meant(sources, mesh):
+    config = tiny_run.config(sources)
+    (batch,) = _batches(config, 1)
+    params = jax.eval_shape(lambda: stand_in.parameters(config, jax.random.key(1)))
+    placed = _mesh(mesh)
+    state = jax.eval_shape(lambda p: initial_state(p, config), params)
+    step = make_step(config, placed, stand_in.objective(config), state, NAMES)
+    compiled = step.lower(abstract(state, placed), jax.eval_shape(lambda: batch)).compile()
+    assert _check_sent(compiled, params, placed, config) == {}
+
+
+def test_bert_is_split_over_tensor_as_it_was_meant(sources):
+    """A layer adds up its two outputs forward, and backward what its two inputs get: so often, no matter how many."""
+    config = tiny_run.config(sources)
+    batches, mesh = _batches(config, 2), _mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    params = stand_in.parameters(config, jax.random.key(1), bert=True)
+    objective = stand_in.objective(config, bert=True)
+    (one, _), (eight, _) = (_train(config, m, batches, objective, params) for m in (_mesh(ONE), mesh))
+    _same_path(config, one, eight, [1e-3] * 2)
+    shapes = jax.eval_shape(lambda: params)
+    start = jax.eval_shape(lambda p: initial_state(p, config), shapes)
+    step = make_step(config, mesh, objective, start, NAMES)
+    compiled = step.lower(abstract(start, mesh), jax.eval_shape(lambda: batches[0])).compile()
+    over_tensor = _check_sent(compiled, params, mesh, config)
+    text = config.model.text
+    states = config.train.batch_size // 4 * text.max_tokens * text.width * 4
+    assert set(over_tensor) == {("all-reduce", ("tensor",)), ("all-gather", ("tensor",))}, over_tensor
+    assert over_tensor["all-gather", ("tensor",)].bytes == _split_biases(params, mesh)
+    norm = 4 * len(jax.tree.leaves(params))
+    # The three projections of attention may add up what their input gets together or one by one.
+    sent = over_tensor["all-reduce", ("tensor",)].bytes / text.layers
+    assert 4 * states <= sent <= 6 * states + norm, (sent, states)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)])
 def test_eight_devices_equal_one(sources, mesh):
     config = tiny_run.config(sources)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, clip_norm=0.0))
@@ -84,25 +162,33 @@ def test_eight_devices_equal_one(sources, mesh):
 
 
 def test_eight_devices_equal_one_with_the_real_network(sources):
-    """The same in one go: Adam's first moment after a step is a tenth of the (clipped) gradient."""
+    """The same in one go: Adam's first moment after a step is a tenth of the (clipped) gradient.
+
+    Beside what all steps send, its program sends what the layers split over tensor ask for, and nothing else.
+    """
     config = tiny_run.config(sources)
     batches = _batches(config, 5)
     params = jax.device_get(fresh_parameters(config, _mesh(ONE)))
     results = []
-    for layout in (ONE, MeshConfig(data=2, fsdp=2, tensor=2)):
-        mesh = _mesh(layout)
+    for shape in (ONE, MeshConfig(data=2, fsdp=2, tensor=2)):
+        mesh = _mesh(shape)
         state = initial_state(jax.tree.map(jnp.array, params), config)
         state = jax.device_put(state, shardings(state, mesh))
-        step = make_step(config, mesh, glip_objective(config), state, NAMES)
-        rates = []
+        lowered = make_step(config, mesh, glip_objective(config), state, NAMES).lower(
+            state, place_batch(batches[0], mesh)
+        )
+        compiled, rates = lowered.compile(), []
         for number, batch in enumerate(batches):
-            state, metrics = step(state, place_batch(batch, mesh))
+            state, metrics = compiled(state, place_batch(batch, mesh))
             rates.append(float(metrics["rate"]))
             if number == 0:
                 gradients = jax.tree.map(lambda m: np.asarray(m) / 0.1, state.optimizer.mu)
         results.append((gradients, jax.device_get(state), rates))
     _close(results[0][0], results[1][0], tolerance=1e-5)
     _same_path(config, results[0][1], results[1][1], results[0][2])
+    over_tensor = _check_sent(compiled, params, mesh, config)
+    assert {kind for kind, _ in over_tensor} == {"all-reduce", "all-gather"}, over_tensor
+    assert over_tensor["all-gather", ("tensor",)].bytes <= _split_biases(params, mesh), over_tensor
 
 
 def test_four_micro_batches_equal_one(sources):

@@ -1,0 +1,59 @@
+"""The job `train` with the stand-in network, as one of several processes: python -m tests.distributed.worker ARGS.
+
+PAUSE         N:FILE, wait before the N-th batch until FILE is there; says "paused" first
+CODE          in the place of the hash of the package's code
+"""
+
+import functools
+import hashlib
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from glip_jax.evaluation import provenance
+from glip_jax.jobs import train
+from glip_jax.training import loop
+from tests.training import stand_in
+
+real_place, real_code = loop.place_batch, provenance.code
+calls = []
+
+
+def rows(batch) -> list[str]:
+    """A hash of each example of a batch, over all its fields."""
+    arrays = jax.tree.leaves(batch)
+    return [hashlib.sha256(b"".join(a[i].tobytes() for a in arrays)).hexdigest()[:12] for i in range(len(arrays[0]))]
+
+
+def place(batch, mesh):
+    calls.append(1)
+    number, _, file = os.environ.get("PAUSE", "0:").partition(":")
+    if len(calls) == int(number):
+        print("paused", flush=True)
+        while not Path(file).exists():
+            time.sleep(0.05)
+    print(f"batch {len(calls)}: {' '.join(rows(batch))}", flush=True)
+    return real_place(batch, mesh)
+
+
+def _evaluating(real, *arguments, **more):
+    return real(*arguments, **{**more, "evaluate": evaluate if jax.process_count() > 1 else None})
+
+
+def evaluate(params, step):
+    """On the host, whole, whatever devices the parameters lie on."""
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)), "whole parameters of this process"
+    print(f"evaluated step {step}", flush=True)
+    return {"evaluation/set/norm": float(np.linalg.norm(params["head"]["box"]["kernel"]))}
+
+
+if __name__ == "__main__":
+    train.train = functools.partial(_evaluating, train.train)
+    loop.place_batch = place
+    loop._initializer, loop.glip_objective = stand_in.initializer, stand_in.objective
+    provenance.code = lambda: {"files": os.environ.get("CODE") or real_code()["files"]}
+    sys.exit(train.main(sys.argv[1:]))
