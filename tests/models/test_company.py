@@ -134,7 +134,8 @@ def _results(coarse: Coarse, examples: list[dict[str, Any]], row: int, canvas: t
         name: _own(value[row], example["extent"], canvas) for name, value in found._asdict().items()
     }  # fmt: skip
     result["logits"] = result["logits"][:, : len(example["tokens"])]
-    result |= {f"loss {name}": value[row] for name, value in sums._asdict().items()}
+    # The share of clamped offsets is () in a network without a bound.
+    result |= {f"loss {name}": value[row] for name, value in sums._asdict().items() if len(value)}
     return result | {f"detected {name}": value[row] for name, value in detections._asdict().items()}
 
 
