@@ -13,8 +13,6 @@ import os
 import time
 from typing import Any
 
-from benchmarks.compile_topology import ENVIRONMENT
-
 _STRIDES = (8, 16, 32, 64, 128)
 
 
@@ -30,8 +28,11 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1344)
     parser.add_argument("--channels", type=int, default=256)
     arguments = parser.parse_args()
-    # Before jax is imported: libtpu reads them once.
-    for name, value in ENVIRONMENT.items():
+    # Before jax asks for its devices: libtpu reads them once.
+    from glip_jax.chips import topology
+    from glip_jax.planning.compiled import environment
+
+    for name, value in environment(topology(arguments.topology), "tpu").items():
         os.environ.setdefault(name, value)
 
     import jax

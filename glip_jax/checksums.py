@@ -5,27 +5,21 @@ since a bucket knows that of its files, so a folder there is compared by one lis
 """
 
 import errno
-import hashlib
 import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 from etils import epath
 
 from glip_jax import storage
+from glip_jax.storage import Listed
 
 __all__ = ["NAME", "fault", "seal"]
 
 NAME = "checksums.json"
 _AT_A_TIME = 8
-
-
-class _File(NamedTuple):
-    bytes: int
-    md5: str
 
 
 def seal(folder: epath.PathLike, without: str = "", wanted: Iterable[str] = ()) -> None:
@@ -35,7 +29,7 @@ def seal(folder: epath.PathLike, without: str = "", wanted: Iterable[str] = ()) 
     """
     place = storage.address(folder)
     if storage.is_remote(place):
-        files = {name: _File(each.bytes, each.md5) for name, each in storage.everything(place).items()}
+        files = storage.everything(place)
     else:
         names = _below(Path(place))
         with ThreadPoolExecutor(_AT_A_TIME) as pool:
@@ -64,12 +58,12 @@ def fault(folder: epath.PathLike) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        wanted = {name: _File(*values) for name, values in json.loads(text)["files"].items()}
+        wanted = {name: Listed(*values) for name, values in json.loads(text)["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{NAME} is no list of files and checksums"
     if storage.is_remote(place):
         there = storage.everything(place)
-        found = {name: _File(there[name].bytes, there[name].md5) for name in wanted if name in there}
+        found = {name: there[name] for name in wanted if name in there}
     else:
         found = _local(Path(place), wanted)
     faults = [text for name in sorted(wanted) if (text := _difference(name, wanted[name], found.get(name)))]
@@ -77,17 +71,17 @@ def fault(folder: epath.PathLike) -> str | None:
     return f"{faults[0]}{more}" if faults else ""
 
 
-def _local(folder: Path, wanted: dict[str, _File]) -> dict[str, _File]:
+def _local(folder: Path, wanted: dict[str, Listed]) -> dict[str, Listed]:
     """The files that are there; read only where the size is right and they changed since they were read last."""
 
-    def of(name: str) -> _File | None:
+    def of(name: str) -> Listed | None:
         path = folder / name
         try:
             seen = path.stat()
         except OSError:
             return None
         if seen.st_size != wanted[name].bytes:
-            return _File(seen.st_size, "")
+            return Listed(seen.st_size, "")
         key = (str(path), seen.st_size, seen.st_mtime_ns, seen.st_ino)
         if key not in _READ:
             _READ[key] = _measured(path)
@@ -98,11 +92,11 @@ def _local(folder: Path, wanted: dict[str, _File]) -> dict[str, _File]:
     return {name: each for name, each in found.items() if each is not None}
 
 
-_READ: dict[tuple[str, int, int, int], _File] = {}
+_READ: dict[tuple[str, int, int, int], Listed] = {}
 """What this process read before: a job asks several times for the same checkpoint."""
 
 
-def _difference(name: str, wanted: _File, found: _File | None) -> str:
+def _difference(name: str, wanted: Listed, found: Listed | None) -> str:
     if found is None:
         return f"{name} is missing"
     if found.bytes != wanted.bytes:
@@ -118,6 +112,5 @@ def _below(folder: Path) -> list[str]:
     )
 
 
-def _measured(path: Path) -> _File:
-    with path.open("rb") as file:
-        return _File(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "md5").hexdigest())
+def _measured(path: Path) -> Listed:
+    return Listed(path.stat().st_size, storage.md5_of(path))

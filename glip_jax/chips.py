@@ -1,8 +1,10 @@
 """Published peaks of accelerators, and what a name such as v5e:8x16 or h100:8 stands for.
 
-Sources: Google's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" of the Cloud TPU documentation and the machine types of
-its TPU VMs (four chips a VM in slices of several hosts); NVIDIA's data sheets of A100, H100 and H200 (SXM, dense
-bfloat16) and DGX machines of eight. Rates are in one direction; Google's "bidirectional" figures are halved.
+Looked up in Google's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" of the Cloud TPU documentation: peaks, memory and its
+bandwidth, and the links of all but v4. Written down from memory, and not compared with a source: v4's links, what hosts
+have (cores, memory, network; four chips a TPU VM in slices of several hosts), and all of the GPUs, as NVIDIA's data sheets of
+A100, H100 and H200 (SXM, dense bfloat16) and DGX machines of eight give them. Rates are in one direction; Google's
+"bidirectional" figures are halved.
 """
 
 import math

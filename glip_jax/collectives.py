@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 __all__ = [
-    "Collective", "CollectiveError", "Computation", "Kind", "Program", "Total", "collectives", "opcode_on", "operands",
+    "Collective", "CollectiveError", "Computation", "Kind", "Program", "Total", "bits_of", "collectives", "opcode_on", "operands",
     "totals",
 ]  # fmt: skip
 
@@ -377,10 +377,14 @@ def _arrays(rest: str) -> list[tuple[str, int]]:
     return [(dtype, _bytes(dtype, sizes)) for dtype, sizes in _ARRAY.findall(kind) if dtype not in ("token", "opaque")]
 
 
+def bits_of(dtype: str) -> int:
+    """Of an element of an array of HLO's type `dtype` (f32, bf16, pred)."""
+    return 8 if dtype == "pred" else int((re.match(r"[a-z]+(\d+)", dtype) or ["", "8"])[1])
+
+
 def _bytes(dtype: str, sizes: str) -> int:
-    bits = 8 if dtype == "pred" else int((re.match(r"[a-z]+(\d+)", dtype) or ["", "8"])[1])
     number = math.prod(int(size.lstrip("<=")) for size in sizes.split(",") if size)
-    return -(-number * bits // 8)
+    return -(-number * bits_of(dtype) // 8)
 
 
 def _constant(computation: Computation, name: str) -> int | None:

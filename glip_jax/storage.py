@@ -41,6 +41,7 @@ __all__ = [
     "kind",
     "level",
     "listing",
+    "md5_of",
     "number",
     "opened",
     "pieces",
@@ -198,7 +199,7 @@ def upload(files: Mapping[str, Path], folder: epath.PathLike, last: str) -> list
     new: list[str] = []
 
     def compared(name: str) -> int:
-        md5 = _md5(files[name])
+        md5 = md5_of(files[name])
         if there.get(name) != Listed(sizes[name], md5):
             _send(files[name], f"{address(folder)}/{name}", md5)
             new.append(name)
@@ -219,10 +220,11 @@ def upload(files: Mapping[str, Path], folder: epath.PathLike, last: str) -> list
 
 def send(local: Path, path: epath.PathLike) -> None:
     """Sends a local file, whatever is there; compared by MD5. Raises as `upload`."""
-    _send(local, address(path), _md5(local))
+    _send(local, address(path), md5_of(local))
 
 
-def _md5(local: Path) -> str:
+def md5_of(local: Path) -> str:
+    """MD5 of a local file in hexadecimal, as `Listed` has it."""
     with local.open("rb") as file:
         return hashlib.file_digest(file, "md5").hexdigest()
 

@@ -39,7 +39,7 @@ from glip_jax.structures import DROPS, Batch
 from glip_jax.training.loop import abstract_state
 from glip_jax.training.step import State, glip_objective, make_step
 
-__all__ = ["PlanError", "abstract_batch", "abstract_mesh", "cached", "compile_step", "state_bytes"]
+__all__ = ["PlanError", "abstract_batch", "abstract_mesh", "cached", "compile_step", "environment", "state_bytes"]
 
 
 class PlanError(ValueError):
@@ -117,7 +117,7 @@ def compile_step(
     ours, theirs = context.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile() as log:
         before = dict(os.environ)
-        os.environ.update(_environment(topology, how))
+        os.environ.update(environment(topology, how))
         try:
             child = context.Process(
                 target=_child, args=(theirs, config, topology, canvas, how, str(keep_text or ""), log.name)
@@ -183,7 +183,12 @@ def _key(config: Config, topology: Topology, canvas: tuple[int, int], how: How) 
     settings = [[section, *pair] for section, part in parts.items() for pair in flatten(part)]
     code = hashlib.sha256()
     root = Path(glip_jax.__file__).parent
-    files = [*(root / "models").glob("*.py"), *(root / "training").glob("*.py"), root / "parallel.py"]
+    files = [
+        *(root / "models").glob("*.py"),
+        *(root / "training").glob("*.py"),
+        root / "parallel.py",
+        root / "boxes.py",
+    ]
     for file in (*sorted(files), root / "planning" / "program.py", root / "collectives.py"):
         code.update(file.read_bytes())
     extent = [config.train.batch_size, config.data.max_boxes, sorted(config.data.sources)]
@@ -209,8 +214,8 @@ def _compiler(how: How) -> str:
         return name
 
 
-def _environment(topology: Topology, how: How) -> dict[str, str]:
-    """What a compiler wants to find: libtpu looks for no TPU then and lets several compile at once."""
+def environment(topology: Topology, how: How) -> dict[str, str]:
+    """Variables that a compiler wants to find: libtpu looks for no TPU then and lets several compile at once."""
     if how == "local":
         return {}
     values = {"JAX_PLATFORMS": "cpu"}

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 IMAGES_PER_CORE = 200.0
-"""From JPEG to batch at 800 x 1333 (benchmarks/RESULTS.md: 278 a second on one core, 438 on two)."""
+"""From JPEG to batch at 800 x 1333 (benchmarks/RESULTS.md: 280 a second on one core, 468 on two)."""
 JPEG_BYTES = 163e3
 """Of a picture of COCO, mean."""
 _PROCESS_BYTES = 4e9
@@ -91,7 +91,7 @@ def outlook(
     flops = flops_per_image(config.model, *canvas)
     compiled = facts is not None and facts.needed is None
     passes = facts.passes if facts and compiled else hardware_flops(config, flops) * own
-    sent = facts.sent if facts and compiled else formula_sent(config, state, mesh, chips)
+    sent = facts.sent if facts and compiled else formula_sent(state, mesh, chips)
     seconds = {"compute": passes / chip.flops}
     if facts and compiled:
         seconds["memory"] = facts.bytes / chip.bandwidth
@@ -144,8 +144,9 @@ def hardware_flops(config: Config, flops: Flops) -> float:
     return flops.training + again
 
 
-def formula_sent(config: Config, state: dict[str, float], mesh: dict[str, int], chips: Topology) -> tuple[Sent, ...]:
-    """What the step has to send at least: gradients summed over `data`, and over `fsdp` parameters gathered twice.
+def formula_sent(state: dict[str, float], mesh: dict[str, int], chips: Topology) -> tuple[Sent, ...]:
+    """What the step sends at least (`glip_jax.parallel`): gradients summed over `data`; over `fsdp` parameters gathered once,
+    gradients summed and scattered.
 
     Gradients and parameters are float32. Trained parameters are half of Adam's moments.
     """
@@ -158,9 +159,8 @@ def formula_sent(config: Config, state: dict[str, float], mesh: dict[str, int], 
         sent.append(Sent("all-reduce", ("data",), 1, trained, 2 * (data - 1) / data * trained, outer))
     if fsdp > 1:
         outer = fsdp * mesh["tensor"] > within
-        passes = 3 if config.model.remat == "blocks" else 2
         share = (fsdp - 1) / fsdp
-        sent.append(Sent("all-gather", ("fsdp",), passes, passes * shard * fsdp, passes * share * shard * fsdp, outer))
+        sent.append(Sent("all-gather", ("fsdp",), 1, shard * fsdp, share * shard * fsdp, outer))
         sent.append(Sent("reduce-scatter", ("fsdp",), 1, trained * fsdp, share * trained * fsdp, outer))
     return tuple(sent)
 

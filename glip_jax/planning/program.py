@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from glip_jax.collectives import Computation, Program, opcode_on, operands
+from glip_jax.collectives import Computation, Program, bits_of, opcode_on, operands
 
 __all__ = ["Operation", "Reading", "read"]
 
@@ -276,7 +276,7 @@ def _sizes(rest: str, anywhere: bool = False) -> list[_Size]:
         if dtype in ("token", "opaque"):
             continue
         sides = [int(side.lstrip("<=")) for side in shape.split(",") if side]
-        bits = 8 if dtype == "pred" else int((re.match(r"[a-z]+(\d+)", dtype) or ["", "8"])[1])
+        bits = bits_of(dtype)
         plain = math.prod(sides) * bits / 8
         space = re.search(r"S\((\d+)\)", layout)
         if space and space[1] != "0" and not anywhere:

@@ -12,6 +12,7 @@ from glip_jax.data.mixture import Mixture
 from glip_jax.parallel import MeshError
 from glip_jax.planning import compiled
 from glip_jax.planning.compiled import PlanError, abstract_batch, abstract_mesh, compile_step, state_bytes
+from glip_jax.planning.outlook import formula_sent
 from glip_jax.training.loop import abstract_state
 from tests import tiny_run
 
@@ -67,6 +68,15 @@ def test_gradients_are_sent_over_both_axes(facts):
     assert not any(each.outer for each in facts.sent)
 
 
+@pytest.mark.parametrize("kind", ["all-gather", "reduce-scatter"])
+def test_formulas_send_what_the_program_sends(facts, kind):
+    """Once a step each. The formula takes every parameter for one that is split, so it may say a little more."""
+    mesh = dict(abstract_mesh(CONFIG, CHIPS).shape)
+    formula = sum(each.bytes for each in formula_sent(state(), mesh, CHIPS) if each.kind == kind)
+    found = sum(each.bytes for each in facts.sent if each.kind == kind and each.axes == ("fsdp",))
+    assert 0.7 * formula <= found <= 1.01 * formula
+
+
 def test_products_are_counted(facts):
     assert facts.flops > 0 and facts.passes > facts.flops, "the box side is of highest precision"
     assert facts.known and facts.calls == 0
@@ -118,7 +128,7 @@ def test_how_compilers_say_that_memory_is_short(message, needed, available):
 
 
 def test_a_compiler_that_fails_is_one_line(monkeypatch, cache):
-    monkeypatch.setattr(compiled, "_environment", lambda *_: {"JAX_PLATFORMS": "no_such_platform"})
+    monkeypatch.setattr(compiled, "environment", lambda *_: {"JAX_PLATFORMS": "no_such_platform"})
     other = tiny_run.replace(CONFIG, "train", batch_size=32)
     with pytest.raises(PlanError) as error:
         compile_step(other, CHIPS, CANVAS, "local", cache, lambda _: None)
