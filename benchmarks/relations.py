@@ -43,6 +43,8 @@ class Asked(NamedTuple):
 
 def asked(folder: Path) -> list[Asked]:
     """The relational phrases of a set of scenes."""
+    if not (folder / "annotations.json").is_file():
+        raise SystemExit(f"{folder} holds no annotations.json: expected a grounding set of `python -m glip_jax scenes`")
     truth = json.loads((folder / "annotations.json").read_text())
     info = truth["info"]
     pictures = load_pictures(PICTURES, tuple(info["picture_styles"]), ("detection", "grounding"), {})

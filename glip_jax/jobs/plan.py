@@ -1,6 +1,7 @@
 """The job `plan`: what a training step will take on chips that one does not have yet."""
 
 import dataclasses
+import errno
 import importlib.util
 import json
 import os
@@ -78,12 +79,13 @@ def main(argv: Sequence[str]) -> int:
         chips = topology(arguments.topology)
         canvases = [_canvas(text, arguments.config) for text in arguments.canvas] or [_largest(arguments.config)]
         how = _how(arguments.compile, chips)
+        out = _checked(arguments.out)
         plans = (
             _search(arguments, chips, canvases[0], how) if arguments.search else _plans(arguments, chips, canvases, how)
         )
-        if arguments.out:
-            Path(arguments.out).write_text(json.dumps(plans, indent=1) + "\n")
-            print(f"written: {arguments.out}")
+        if out is not None:
+            out.write_text(json.dumps(plans, indent=1) + "\n")
+            print(f"written: {out}")
     except _FAULTS as fault:
         print(f"plan: {fault}", file=sys.stderr)
         return exits.BAD_INPUT
@@ -166,6 +168,22 @@ def _spelled(argv: Sequence[str]) -> list[str]:
         else:
             result.append(argument)
     return result
+
+
+def _checked(out: str) -> Path | None:
+    """The file to write, whose folder is made: before minutes of compiling, not after."""
+    if not out:
+        return None
+    path = Path(out)
+    reason = "it is a folder" if path.is_dir() else ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        reason = reason or ("" if os.access(path.parent, os.W_OK) else os.strerror(errno.EACCES))
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise CommandLineError(f"--out={out} cannot be written ({reason}): expected the name of a file")
+    return path
 
 
 def _canvas(text: str, config: Config) -> tuple[int, int]:

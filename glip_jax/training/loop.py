@@ -35,7 +35,7 @@ from glip_jax.training.metrics import Progress, Window, read
 from glip_jax.training.source_counts import SourceCounts
 from glip_jax.training.step import State, glip_objective, initial_state, make_step
 from glip_jax.training.watch import Profiler, Watch
-from glip_jax.training.writer import Writer, wandb_run
+from glip_jax.training.writer import Writer, wandb_module, wandb_run
 from glip_jax.workdir import check_config, opened, prepare, write_config, write_started_from
 
 __all__ = [
@@ -133,8 +133,9 @@ def train(
     check_batch(config.train.batch_size, config.optimizer.accumulate, mesh)
     # A run that is at its end needs no data.
     mixture = Mixture(config) if max(complete_steps(workdir), default=0) < config.train.steps else None
-    prepare(workdir)
     first = jax.process_index() == 0
+    wandb = wandb_module(config.train.wandb) if first else None
+    prepare(workdir)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint.keep, config.checkpoint))
         state = _start(config, workdir, mesh, checkpoints, towers, resume_with_changes)
@@ -144,7 +145,7 @@ def train(
         progress = Progress(start, config.train.steps, quiet=not first)
         stack.callback(progress.close)
         kept = checkpoints.lines(start) if start else []
-        sink = stack.enter_context(wandb_run(config.train.wandb, workdir, config)) if first else None
+        sink = stack.enter_context(wandb_run(wandb, workdir, config))
         writer = stack.enter_context(Writer(workdir, start, kept, sink, progress.say)) if first else None
         write_config(workdir, config)
         run = _Run(config, workdir, mesh, checkpoints, writer, progress, evaluate, crew)

@@ -31,7 +31,7 @@ from glip_jax.config import Config, ConfigError
 from glip_jax.training.metrics import cut_back
 from glip_jax.workdir import opened, plain
 
-__all__ = ["Writer", "wandb_run"]
+__all__ = ["Writer", "wandb_module", "wandb_run"]
 
 _SECONDS = 30
 """Between two sendings to a bucket."""
@@ -232,23 +232,30 @@ class Writer:
         print(f"{self._behind or self._error}; all of them lie in {self._local.parent}", file=sys.stderr, flush=True)
 
 
-@contextlib.contextmanager
-def wandb_run(project: str, workdir: str, config: Config) -> Iterator[Sink | None]:
-    """What hands numbers to Weights & Biases, None without a `project`; a run that goes on is the same run there.
-
-    Where they go is W&B's own business (WANDB_MODE=offline, WANDB_DIR, WANDB_API_KEY). ConfigError if it is not installed.
-    """
+def wandb_module(project: str) -> Any:
+    """The library of Weights & Biases, None without a `project`. ConfigError if it is not installed."""
     if not project:
-        yield None
-        return
+        return None
     try:
-        wandb = importlib.import_module("wandb")
+        return importlib.import_module("wandb")
     except ImportError as error:
         raise ConfigError(
             f"train.wandb is {project!r}, but wandb is not there ({error}): pip install -r requirements-wandb.txt, or leave it empty"
         ) from None
+
+
+@contextlib.contextmanager
+def wandb_run(wandb: Any, workdir: str, config: Config) -> Iterator[Sink | None]:
+    """What hands numbers to the project `config.train.wandb`, None without a `wandb_module`; a run that goes on is the same run
+    there.
+
+    Where they go is W&B's own business (WANDB_MODE=offline, WANDB_DIR, WANDB_API_KEY).
+    """
+    if wandb is None:
+        yield None
+        return
     identity = hashlib.sha256(storage.address(workdir).encode()).hexdigest()[:16]
-    run = wandb.init(project=project, name=config.name, id=identity, resume="allow", config=plain(config))
+    run = wandb.init(project=config.train.wandb, name=config.name, id=identity, resume="allow", config=plain(config))
     try:
         yield lambda step, numbers: run.log(dict(numbers), step=step)
     finally:

@@ -40,6 +40,15 @@ def test_bad_input_is_one_line(config, capsys, arguments, message):
     assert said.startswith(message) and said.count("\n") == 1
 
 
+def test_a_file_that_cannot_be_written_is_found_before_anything_is_compiled(config, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "compile_step", lambda *_: pytest.fail("compiled"))
+    (tmp_path / "file").write_text("")
+    for out, reason in ((tmp_path, "it is a folder"), (tmp_path / "file" / "plan.json", "")):
+        assert run(config, "--topology=v5e:2x2", "--compile=fake", f"--out={out}") == exits.BAD_INPUT
+        said = capsys.readouterr().err
+        assert said.startswith(f"plan: --out={out} cannot be written ({reason}") and said.count("\n") == 1
+
+
 def test_formulas_and_json(config, capsys, tmp_path):
     out = tmp_path / "plan.json"
     arguments = ("--topology=a100:8", "--images-per-chip=2", "--canvas=64x64,64x96", f"--out={out}")

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import types
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -210,6 +211,7 @@ def test_without_wandb_it_is_one_line(config, workdir, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"train.wandb is 'glip', but wandb is not there .*requirements-wandb.txt"):
         train(tiny_run.replace(config, "train", wandb="glip"), workdir)
+    assert not Path(workdir).exists(), "found before anything is written"
 
 
 @pytest.mark.parametrize(
