@@ -2,7 +2,8 @@
 # What scripts/tpu.sh has each host of a TPU do. Code lies in ~/glip_jax there, everything else in ~/glip_jax.state.
 #   scripts/on_host.sh unpack ARCHIVE REVISION   the files of a tar.gz become ~/glip_jax, then the environment is made
 #   scripts/on_host.sh ready                     says whether a run could start, and of which revision
-#   scripts/on_host.sh start ARGS...             scripts/pretrain.sh ARGS, detached; again as often as it ends with exit code 75
+#   scripts/on_host.sh start ARGS...             scripts/pretrain.sh ARGS, detached; again as often as it ends with exit code 75,
+#                                                and after a pause with 69 or 76, three times at most without a new step
 #   scripts/on_host.sh status | stop             how it stands, with its last step; SIGTERM, and wait until it has saved
 #   scripts/on_host.sh log [--follow]            the last 200 lines of its log
 # Answers are lines that begin with "worker HOST: ", so that the caller can count who answered.
@@ -10,6 +11,8 @@ set -euo pipefail
 code=$HOME/glip_jax state=$HOME/glip_jax.state
 # How long `stop` waits: a checkpoint to a bucket may take minutes.
 patience=${GLIP_JAX_STOP_SECONDS:-300}
+# How long after 69 or 76: the other hosts must notice, too, and a bucket that does not answer wants time.
+pause=${GLIP_JAX_RESTART_SECONDS:-60}
 export LC_ALL=C
 
 say() {
@@ -94,7 +97,7 @@ start() {
 
 # The loop around a run; SIGTERM to it reaches the run, and then it does not start again.
 supervise() {
-    local code=0 child="" interrupted="" stopping="" restarts=0
+    local code=0 child="" interrupted="" stopping="" restarts=0 tries=0 step="" reached
     trap 'interrupted=1 stopping=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM
     trap '' HUP
     echo $$ >"$state/pid"
@@ -113,7 +116,23 @@ supervise() {
         done
         child=""
         echo "=== $(date -u '+%Y-%m-%d %H:%M:%S UTC') exit code $code"
-        [ "$code" = 75 ] || break
+        case $code in
+        75) tries=0 ;;
+        69 | 76)
+            # A bucket does not answer, or a process died elsewhere: that may pass. What comes again at the same step does not.
+            reached=$(last_step)
+            [ "$reached" = "$step" ] || tries=0
+            step=$reached
+            [ "$((++tries))" -le 3 ] || break
+            [ -n "$stopping" ] || {
+                sleep "$pause" &
+                child=$!
+                wait "$child" || true
+                child=""
+            }
+            ;;
+        *) break ;;
+        esac
         [ -n "$stopping" ] || echo "$((++restarts))" >"$state/restarts"
     done
     echo "$code" >"$state/exit"
@@ -157,7 +176,7 @@ log() {
 
 case "${1:-}" in
 unpack | ready | start | supervise | status | stop | log) "$@" ;;
--h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;;
+-h | --help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;;
 *)
     echo "on_host.sh: expected unpack, ready, start, status, stop or log, found: ${1:-nothing}" >&2
     exit 2

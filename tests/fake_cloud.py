@@ -68,6 +68,7 @@ class Cloud:
             "TPU_PROJECT": "p",
             "TPU_POLL_SECONDS": "0",
             "GLIP_JAX_STOP_SECONDS": "20",
+            "GLIP_JAX_RESTART_SECONDS": "0.1",
         }
 
     def commit(self):

@@ -151,13 +151,21 @@ def test_arguments_arrive_unchanged(pod):
         assert (host / "requirements").read_text() == "requirements-tpu.txt\n"
 
 
-def test_a_run_starts_again_on_75_only(pod):
+def test_a_run_starts_again_on_75(pod):
     pod.plan(75, 75, 2, 0)
     pod("run", "pod", "--", "--workdir=gs://b/runs/one")
     pod.wait_for("ended with exit code 2, restarts 2", "exit")
     for host in pod.hosts():
         assert (host / "plan").read_text() == "0\n"
         assert (host / "glip_jax.state/log").read_text().count("step 20/100") == 3
+
+
+def test_what_may_pass_is_tried_three_times_at_one_step(pod):
+    pod.plan(69, 76, 75, 76, 69, 76, 69, 0)
+    pod("run", "pod", "--", "x")
+    pod.wait_for("ended with exit code 69, restarts 6", "exit")
+    for host in pod.hosts():
+        assert (host / "plan").read_text() == "0\n"
 
 
 def test_one_run_at_a_time_and_stop_saves(pod):

@@ -37,6 +37,7 @@ from glip_jax.evaluation.page import table
 from glip_jax.inference import Detector
 from glip_jax.jobs.command_line import Arguments, CommandLineError, parse
 from glip_jax.jobs.report import FORMAT, ReportError, write_page, write_whole
+from glip_jax.jobs.saved_settings import fitting_parameters
 from glip_jax.prompts import PromptError
 from glip_jax.structures import Detections
 from glip_jax.training.loop import enable_compilation_cache
@@ -79,9 +80,10 @@ def main(argv: Sequence[str]) -> int:
         if arguments.unless_done and _done(arguments):
             print(f"{arguments.out or arguments.workdir} is evaluated; nothing is measured twice")
         else:
-            evaluate_checkpoint(
-                arguments.config, arguments.workdir, arguments.step, arguments.out, arguments.measure_chunking
-            )
+            with fitting_parameters():
+                evaluate_checkpoint(
+                    arguments.config, arguments.workdir, arguments.step, arguments.out, arguments.measure_chunking
+                )
     except _FAULTS as fault:
         print(f"evaluate: {fault}", file=sys.stderr)
         return exits.BAD_INPUT

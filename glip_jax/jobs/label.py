@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import flax.errors
 import tyro
 
 from glip_jax import assets, exits, storage
@@ -30,7 +29,7 @@ from glip_jax.evaluation import provenance
 from glip_jax.jobs.command_line import CommandLineError, divided, flags
 from glip_jax.jobs.label_page import write_page
 from glip_jax.jobs.label_run import Input, Plan, run
-from glip_jax.jobs.saved_settings import chosen_settings, finite_parameters
+from glip_jax.jobs.saved_settings import chosen_settings, finite_parameters, fitting_parameters
 from glip_jax.labeling.outside import open_detections
 from glip_jax.labeling.phrases import MOST_PHRASES, PhraseFinder, phrase_finder
 from glip_jax.labeling.pseudo import Rules
@@ -107,13 +106,11 @@ def main(argv: Sequence[str]) -> int:
         settings, own = divided(argv)
         # Tuples may be written with commas, as settings are.
         own = [part for argument in own for part in _spread(argument)]
-        label(flags(own, Label, "label", _EXAMPLE), settings, shlex.join(["python", "-m", "glip_jax", "label", *argv]))
+        job = flags(own, Label, "label", _EXAMPLE)
+        with fitting_parameters():
+            label(job, settings, shlex.join(["python", "-m", "glip_jax", "label", *argv]))
     except _FAULTS as fault:
         print(f"label: {' '.join(str(fault).split())}", file=sys.stderr)
-        return exits.BAD_INPUT
-    except flax.errors.FlaxError as fault:
-        line = str(fault).partition("\n")[0]
-        print(f"label: the checkpoint's parameters do not fit the network of its settings: {line}", file=sys.stderr)
         return exits.BAD_INPUT
     except storage.StorageError:
         raise

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, NamedTuple
 
-import flax.errors
 import numpy as np
 import tyro
 from etils import epath
@@ -27,7 +26,7 @@ from glip_jax.inference import Detector, bucket
 from glip_jax.jobs.command_line import CommandLineError, divided, flags
 from glip_jax.jobs.image_files import ImageFileError, listed, measured, read_upright
 from glip_jax.jobs.query import Query, QueryError, read_query
-from glip_jax.jobs.saved_settings import chosen_settings, finite_parameters
+from glip_jax.jobs.saved_settings import chosen_settings, finite_parameters, fitting_parameters
 from glip_jax.structures import Detections
 from glip_jax.training.loop import enable_compilation_cache
 
@@ -94,13 +93,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         settings, own = divided(argv)
         job = flags(own, Predict, "predict", _EXAMPLE)
-        predict(job, settings, shlex.join(["python", "-m", "glip_jax", "predict", *argv]))
+        with fitting_parameters():
+            predict(job, settings, shlex.join(["python", "-m", "glip_jax", "predict", *argv]))
     except (*_FAULTS, PredictError) as fault:
         print(f"predict: {' '.join(str(fault).split())}", file=sys.stderr)
-        return exits.BAD_INPUT
-    except flax.errors.FlaxError as fault:
-        line = str(fault).partition("\n")[0]
-        print(f"predict: the checkpoint's parameters do not fit the network of its settings: {line}", file=sys.stderr)
         return exits.BAD_INPUT
     return exits.DONE
 

@@ -1,10 +1,12 @@
 """The typed settings of a run from what its checkpoint recorded, for jobs that are given a working folder only."""
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import flax.errors
 import jax
 import numpy as np
 
@@ -13,7 +15,7 @@ from glip_jax.config import Config, ConfigError, flatten
 from glip_jax.jobs.command_line import Arguments, parse
 from glip_jax.workdir import check_network
 
-__all__ = ["chosen_settings", "finite_parameters", "saved_settings", "unflatten"]
+__all__ = ["chosen_settings", "finite_parameters", "fitting_parameters", "saved_settings", "unflatten"]
 
 
 def saved_settings(workdir: str, step: int | None = None) -> Config:
@@ -50,6 +52,16 @@ def finite_parameters(workdir: str, which: Literal["ema", "raw"], step: int | No
             f"{workdir}: {len(bad)} arrays are not finite, first {jax.tree_util.keystr(bad[0])}: the run diverged; give an earlier --step"
         )
     return params
+
+
+@contextlib.contextmanager
+def fitting_parameters() -> Iterator[None]:
+    """Within it, flax's complaint about parameters of another network becomes a CheckpointError of one line."""
+    try:
+        yield
+    except flax.errors.FlaxError as fault:
+        line = str(fault).partition("\n")[0]
+        raise CheckpointError(f"the checkpoint's parameters do not fit the network of its settings: {line}") from fault
 
 
 def unflatten(saved: Mapping[str, Any]) -> Config:

@@ -9,7 +9,8 @@ large operations instead of many small ones, which compile several times as fast
 
 Three forms of the same sum, with hand-written backward passes that sample again instead of storing samples:
 
-* `gather`: four row gathers a tap; backward scatters. What accelerators and sharded arrays want.
+* `gather`: four row gathers a tap; backward scatters. What accelerators want. Many outputs are computed in parts, one
+  after another: the samples of four images of 800 x 1344 at once would take gigabytes.
 * `loop`: on a single CPU device one loop over samples reads and adds whole rows in place, a few output rows at a time
   so that they stay in the cache. XLA's scatter takes ten times as long there.
 * `window`: matrix products instead of gathers, for bounded offsets (`deformable_window`). What a TPU wants.
@@ -36,6 +37,9 @@ __all__ = ["Rows", "Taps", "beyond_bound", "bounded", "deformable_convolution", 
 _TAPS = 9
 _CHUNK = 64
 """Outputs per chunk of the loop form: 64 x 9 samples of 256 channels are 590 kB."""
+_GATHERED = 24_576
+"""Most outputs at once of the gather form, a little more than an image of 800 x 1344 has on P3 to P7: of 256 channels in
+bfloat16 their samples are 113 MB, and a backward pass holds several such arrays."""
 
 
 class Rows(NamedTuple):
@@ -115,35 +119,59 @@ def _gather_columns(x: Float[Array, "R C"], samples: _Samples) -> Float[Array, "
 
 
 def _forward_gather(x: Float[Array, "R C"], samples: _Samples, kernel: Float[Array, "K O"]) -> Float[Array, "P O"]:
-    columns = _gather_columns(x, samples)
-    return columns.reshape(-1, kernel.shape[0]) @ kernel
+    def one(part: _Samples) -> Float[Array, "p O"]:
+        return _gather_columns(x, part).reshape(-1, kernel.shape[0]) @ kernel
+
+    outputs, size = samples.upper.shape[0] // _TAPS, _part_size(samples)
+    if size == outputs:
+        return one(samples)
+    return lax.map(one, _chunked(samples, size)).reshape(-1, kernel.shape[1])[:outputs]
 
 
 def _backward_gather(
     x: Float[Array, "R C"], samples: _Samples, kernel: Float[Array, "K O"], g: Float[Array, "P O"]
 ) -> tuple[Float[Array, "R C"], Float[Array, "M 4"], Float[Array, "K O"]]:
-    columns = _gather_columns(x, samples)
-    dkernel = columns.reshape(-1, kernel.shape[0]).T @ g
-    dcolumns = (g @ kernel.T).reshape(columns.shape)
-    dx, dweight = jnp.zeros_like(x), []
-    for k, row in enumerate(_neighbours(samples)):
-        near = x.at[row].get(mode="promise_in_bounds")
-        dweight.append(jnp.einsum("mc,mc->m", near, dcolumns, preferred_element_type=jnp.float32))
-        part = dcolumns * samples.weight[:, k, None].astype(x.dtype)
-        dx = dx.at[row].add(part, mode="promise_in_bounds")
-    return dx, jnp.stack(dweight, -1), dkernel
+    def one(carry: tuple[Array, Array], item: tuple[_Samples, Array]) -> tuple[tuple[Array, Array], Array]:
+        (dx, dkernel), (part, own) = carry, item
+        columns = _gather_columns(x, part)
+        dkernel += jnp.matmul(columns.reshape(-1, kernel.shape[0]).T, own, preferred_element_type=jnp.float32)
+        dcolumns, dweight = (own @ kernel.T).reshape(columns.shape), []
+        for k, row in enumerate(_neighbours(part)):
+            near = x.at[row].get(mode="promise_in_bounds")
+            dweight.append(jnp.einsum("mc,mc->m", near, dcolumns, preferred_element_type=jnp.float32))
+            weighed = dcolumns * part.weight[:, k, None].astype(x.dtype)
+            dx = dx.at[row].add(weighed, mode="promise_in_bounds")
+        return (dx, dkernel), jnp.stack(dweight, -1)
+
+    start = (jnp.zeros_like(x), jnp.zeros(kernel.shape, jnp.float32))
+    outputs, size = g.shape[0], _part_size(samples)
+    if size == outputs:
+        (dx, dkernel), dweight = one(start, (samples, g))
+    else:
+        (dx, dkernel), dweight = lax.scan(one, start, (_chunked(samples, size), _rows_chunked(g, size)))
+    return dx, dweight.reshape(-1, 4)[: outputs * _TAPS], dkernel.astype(kernel.dtype)
+
+
+def _part_size(samples: _Samples) -> int:
+    """Outputs of each part of the gather form: equal parts, none above _GATHERED."""
+    outputs = samples.upper.shape[0] // _TAPS
+    return -(-outputs // -(-outputs // _GATHERED))
+
+
+def _chunked(samples: _Samples, size: int) -> _Samples:
+    """Samples in chunks of `size` outputs (a leading axis), padded by samples of weight zero."""
+    spare = -(samples.upper.shape[0] // _TAPS) % size * _TAPS
+    upper, lower = (jnp.pad(row, (0, spare)).reshape(-1, size * _TAPS) for row in (samples.upper, samples.lower))
+    weight = jnp.pad(samples.weight, ((0, spare), (0, 0))).reshape(-1, size * _TAPS, 4)
+    return _Samples(upper, lower, weight)
+
+
+def _rows_chunked(g: Float[Array, "P O"], size: int) -> Float[Array, "_ size O"]:
+    """Gradients of outputs in the chunks of `_chunked`."""
+    return jnp.pad(g, ((0, -g.shape[0] % size), (0, 0))).reshape(-1, size, g.shape[1])
 
 
 # --- the loop form ---------------------------------------------------------------------------------------------------
-
-
-def _chunked(samples: _Samples, outputs: int) -> tuple[_Samples, int]:
-    """Samples in chunks of _CHUNK outputs, padded by samples of weight zero."""
-    chunks = -(-outputs // _CHUNK)
-    spare = (chunks * _CHUNK - outputs) * _TAPS
-    upper, lower = (jnp.pad(row, (0, spare)).reshape(chunks, -1) for row in (samples.upper, samples.lower))
-    weight = jnp.pad(samples.weight, ((0, spare), (0, 0))).reshape(chunks, -1, 4)
-    return _Samples(upper, lower, weight), chunks
 
 
 def _near(x: Float[Array, "R C"], chunk: _Samples, i: Array) -> list[Float[Array, "1 C"]]:
@@ -167,21 +195,17 @@ def _columns_of_chunk(x: Float[Array, "R C"], chunk: _Samples) -> Float[Array, "
 
 def _forward_loop(x: Float[Array, "R C"], samples: _Samples, kernel: Float[Array, "K O"]) -> Float[Array, "P O"]:
     outputs = samples.upper.shape[0] // _TAPS
-    chunked, _ = _chunked(samples, outputs)
 
     def one(chunk: _Samples) -> Float[Array, "p O"]:
         return _columns_of_chunk(x, chunk).reshape(_CHUNK, -1) @ kernel
 
-    return lax.map(one, chunked).reshape(-1, kernel.shape[1])[:outputs]
+    return lax.map(one, _chunked(samples, _CHUNK)).reshape(-1, kernel.shape[1])[:outputs]
 
 
 def _backward_loop(
     x: Float[Array, "R C"], samples: _Samples, kernel: Float[Array, "K O"], g: Float[Array, "P O"]
 ) -> tuple[Float[Array, "R C"], Float[Array, "M 4"], Float[Array, "K O"]]:
     outputs, channels = g.shape[0], x.shape[1]
-    chunked, chunks = _chunked(samples, outputs)
-    spare = chunks * _CHUNK - outputs
-    g_chunks = jnp.pad(g, ((0, spare), (0, 0))).reshape(chunks, _CHUNK, -1)
 
     def one(carry: tuple[Array, Array], item: tuple[_Samples, Array]) -> tuple[tuple[Array, Array], Array]:
         dx, dkernel = carry
@@ -206,7 +230,7 @@ def _backward_loop(
         return (dx, dkernel), dweight
 
     start = (jnp.zeros_like(x), jnp.zeros(kernel.shape, jnp.float32))
-    (dx, dkernel), dweight = lax.scan(one, start, (chunked, g_chunks))
+    (dx, dkernel), dweight = lax.scan(one, start, (_chunked(samples, _CHUNK), _rows_chunked(g, _CHUNK)))
     return dx, dweight.reshape(-1, 4)[: outputs * _TAPS], dkernel.astype(kernel.dtype)
 
 

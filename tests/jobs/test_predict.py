@@ -258,6 +258,14 @@ def test_an_output_that_cannot_be_written(run, tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
 
 
+def test_parameters_of_another_network_get_one_line(run, tmp_path, monkeypatch, capsys):
+    saved = predict.finite_parameters
+    monkeypatch.setattr(predict, "finite_parameters", lambda *which: {**saved(*which), "head": {}})
+    _predict(run, _image(tmp_path / "a.png"), "--names=cat", f"--out={tmp_path / 'out'}", code=2)
+    told = capsys.readouterr().err
+    assert told.startswith("predict: the checkpoint's parameters do not fit the network") and told.count("\n") == 1
+
+
 def test_what_stops_in_the_middle_leaves_what_was_there(run, tmp_path, monkeypatch):
     images, out = [_image(tmp_path / f"{n}.png", seed=n) for n in range(4)], tmp_path / "out"
     (out / "pictures").mkdir(parents=True)

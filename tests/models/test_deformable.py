@@ -1,12 +1,13 @@
 """Deformable convolution equals a definition written as loops, forward and backward, in all of its forms."""
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glip_jax.models import deformable
 from glip_jax.models.deformable import Taps, deformable_convolution, rows_of
 
 
@@ -51,20 +52,27 @@ def _run(
     return deformable_convolution(rows, [first, Taps(1, stride, offsets, mask)], kernel, bias, form, bound)[1]
 
 
-@pytest.mark.parametrize("form", ["gather", "loop", "window"])
+@pytest.fixture
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of a form; `parts` is `gather` with so few outputs at once that the last part is not full."""
+    if request.param != "parts":
+        return request.param
+    monkeypatch.setattr(deformable, "_GATHERED", 17)
+    return "gather"
+
+
+@pytest.mark.parametrize("form", ["gather", "parts", "loop", "window"], indirect=True)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_equals_the_definition(form: Literal["gather", "loop", "window"], stride: int) -> None:
+def test_equals_the_definition(form: str, stride: int) -> None:
     x, offsets, mask, kernel = _inputs(stride)
     a, b, c, d = (jnp.asarray(a, jnp.float32) for a in (x, offsets, mask, kernel))
     found = _run(a, b, c, d, jnp.ones(4), stride, form)
     np.testing.assert_allclose(found, _by_loops(x, offsets, mask, kernel, stride) + 1, atol=2e-5)
 
 
-@pytest.mark.parametrize("form", ["gather", "loop", "window"])
+@pytest.mark.parametrize("form", ["gather", "parts", "loop", "window"], indirect=True)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_gradient_equals_finite_differences_of_the_definition(
-    form: Literal["gather", "loop", "window"], stride: int
-) -> None:
+def test_gradient_equals_finite_differences_of_the_definition(form: str, stride: int) -> None:
     arrays = _inputs(stride)
     rng = np.random.default_rng(9)
     x, offsets, mask, kernel = arrays
