@@ -149,7 +149,7 @@ def train(
         writer = stack.enter_context(Writer(workdir, start, kept, sink, progress.say)) if first else None
         write_config(workdir, config)
         run = _Run(config, workdir, mesh, checkpoints, writer, progress, evaluate, crew)
-        for line in read(workdir) if config.checkpoint.best and first else ():
+        for line in read(workdir) if config.checkpoint.best else ():
             run.score(line["step"], line)
         if crew is not None:
             stack.enter_context(crew)  # the first to hear of what goes wrong, before anything waits for other processes
@@ -297,13 +297,20 @@ class _Run:
         self.progress.say(f"canvas {canvas[0]}x{canvas[1]}: step ready in {time.perf_counter() - begin:.1f} s")
 
     def evaluation(self, state: State, step: int) -> None:
-        """Evaluates and records the numbers at `step`; of several processes the first does, the others wait for its next step."""
-        assert self.evaluate is not None
-        parameters = evaluation_parameters(state, self.config)
-        if jax.process_count() > 1:
+        """Evaluates and records the numbers at `step`; of several processes the first does, the others wait for it."""
+        parameters, several = evaluation_parameters(state, self.config), jax.process_count() > 1
+        if several:
             parameters = multihost_utils.process_allgather(parameters, tiled=True)
-            if self.writer is None:
-                return
+        score = self._evaluated(parameters, step) if self.writer is not None else np.nan
+        if several:
+            # All keep the same checkpoints then. And they wait here, not in the next step, which would seem to hang.
+            score = float(multihost_utils.broadcast_one_to_all(np.float32(score)))
+        self.score(step, {self.config.checkpoint.best_by: score})
+
+    def _evaluated(self, parameters: dict[str, Any], step: int) -> float:
+        """Evaluates, says and writes; returns the number that `checkpoint.best_by` names, NaN where it names none."""
+        assert self.evaluate is not None
+        assert self.writer is not None
         numbers = self.evaluate(parameters, step)
         by_set: defaultdict[str, list[str]] = defaultdict(list)
         for name, value in numbers.items():
@@ -314,15 +321,14 @@ class _Run:
         best_by = self.config.checkpoint.best_by
         if self.config.checkpoint.best and best_by not in numbers:
             raise ConfigError(f"checkpoint.best_by is {best_by!r}: the evaluation gave {', '.join(sorted(numbers))}")
-        self.score(step, numbers)
-        if self.writer is not None:
-            self.writer.write(step, numbers)
-            self.writer.flush()
+        self.writer.write(step, numbers)
+        self.writer.flush()
+        return numbers.get(best_by, np.nan)
 
     def score(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Tells the checkpoints how good `step` is, where `numbers` say so."""
         value = numbers.get(self.config.checkpoint.best_by)
-        if isinstance(value, int | float):
+        if isinstance(value, int | float) and not np.isnan(value):
             self.checkpoints.scored(step, value)
 
     def _read(self, pending: _Pending | None, flush: bool = False) -> None:

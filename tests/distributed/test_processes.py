@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from glip_jax import exits
-from glip_jax.checkpoint import latest_step, restore_parameters
+from glip_jax.checkpoint import complete_steps, latest_step, restore_parameters
 from glip_jax.config import MeshConfig
 from glip_jax.data.mixture import Mixture
 from glip_jax.jobs.train import main
@@ -138,6 +138,31 @@ def test_two_and_four_processes_equal_one(file, sources, straight, tmp_path, mon
     assert codes == [0] * 4, said
     assert _hashes(*said) == expected
     _same_parameters(tmp_path / "one", tmp_path / "four")
+
+
+def test_all_processes_hear_how_good_a_checkpoint_is(file, tmp_path):
+    """The first evaluates, and the others' wait for it is no step that hangs."""
+    best, pictures, annotations = tmp_path / "best.py", tmp_path / "pictures", tmp_path / "set.json"
+    pictures.mkdir()
+    annotations.write_text('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}')
+    best.write_text(
+        f"from glip_jax.config import EvaluationConfig, EvaluationSet\n"
+        f"from tests import tiny_run\n\n"
+        f"exec(open({str(file)!r}).read().replace('get_config', 'plain'))\n\n"
+        f"def get_config():\n"
+        f"    sets = {{'set': EvaluationSet({str(annotations)!r}, {str(pictures)!r})}}\n"
+        f"    config = tiny_run.replace(plain(), 'evaluation', sets=sets)\n"
+        f"    config = tiny_run.replace(config, 'checkpoint', every=2, keep=1, best=1, best_by='evaluation/set/norm')\n"
+        f"    return tiny_run.replace(config, 'train', steps=16, evaluate_every=2, hang_multiple=1.5, hang_least=1.0)\n"
+    )
+    scores = {i: {"SCORES": "0.1 0.1 0.1 0.1 0.1 0.5 0.1 0.2"} for i in range(2)}
+    codes, said = _Job(best, tmp_path / "run", 2, 1, environment=scores).finish()
+    assert codes == [0, 0], said
+    for text in said:
+        assert "scored step 12: 0.5" in text
+        assert "it hangs" not in text
+    assert complete_steps(str(tmp_path / "run")) == [12, 16]
+    assert not [path for path in (tmp_path / "run").glob("stacks*") if path.stat().st_size]
 
 
 def test_sigterm_to_one_stops_all_at_one_step_and_the_same_bits_follow(file, sources, straight, tmp_path, monkeypatch):

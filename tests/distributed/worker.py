@@ -2,6 +2,7 @@
 
 PAUSE         N:FILE, wait before the N-th batch until FILE is there; says "paused" first
 CODE          in the place of the hash of the package's code
+SCORES        what the evaluations give, one after another; the fourth and later ones take three seconds
 """
 
 import functools
@@ -19,8 +20,8 @@ from glip_jax.jobs import train
 from glip_jax.training import loop
 from tests.training import stand_in
 
-real_place, real_code = loop.place_batch, provenance.code
-calls = []
+real_place, real_code, real_scored = loop.place_batch, provenance.code, loop.Checkpoints.scored
+calls, evaluations = [], []
 
 
 def rows(batch) -> list[str]:
@@ -48,12 +49,22 @@ def evaluate(params, step):
     """On the host, whole, whatever devices the parameters lie on."""
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)), "whole parameters of this process"
     print(f"evaluated step {step}", flush=True)
-    return {"evaluation/set/norm": float(np.linalg.norm(params["head"]["box"]["kernel"]))}
+    if "SCORES" not in os.environ:
+        return {"evaluation/set/norm": float(np.linalg.norm(params["head"]["box"]["kernel"]))}
+    evaluations.append(step)
+    time.sleep(3 * (len(evaluations) > 3))
+    return {"evaluation/set/norm": float(os.environ["SCORES"].split()[len(evaluations) - 1])}
+
+
+def scored(checkpoints, step, value):
+    print(f"scored step {step}: {value:.3g}", flush=True)
+    real_scored(checkpoints, step, value)
 
 
 if __name__ == "__main__":
     train.train = functools.partial(_evaluating, train.train)
     loop.place_batch = place
     loop._initializer, loop.glip_objective = stand_in.initializer, stand_in.objective
+    loop.Checkpoints.scored = scored
     provenance.code = lambda: {"files": os.environ.get("CODE") or real_code()["files"]}
     sys.exit(train.main(sys.argv[1:]))
