@@ -44,6 +44,8 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage, file=sys.stdout if argv else sys.stderr)
         return exits.DONE if argv else exits.BAD_INPUT
+    # Read when jax starts, by TPUs alone.
+    os.environ["LIBTPU_INIT_ARGS"] = environment.libtpu_arguments(os.environ.get("LIBTPU_INIT_ARGS", ""))
     job, *rest = argv
     if job not in JOBS:
         near = difflib.get_close_matches(job, JOBS, n=1)

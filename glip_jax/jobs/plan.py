@@ -50,8 +50,9 @@ class PlanArguments(Arguments):
     """Height x width of the images, such as 800x1344, or several with commas; default: the config's largest."""
     images_per_chip: int = 0
     """Sets train.batch_size to so many for every chip (and micro-batch), and train.steps so that as many images are seen."""
-    compile: Literal["auto", "tpu", "fake", "local", "none"] = "auto"
-    """tpu: libtpu; fake: made-up CPU devices; local: the GPUs of this machine; none: formulas. auto: for TPUs tpu, or fake
+    compile: Literal["auto", "tpu", "tpu-whole", "fake", "local", "none"] = "auto"
+    """tpu: libtpu, until it would write machine code; tpu-whole: to the end, several times as long, which adds the program's
+    size and the compiler's own estimate of time; fake: made-up CPU devices; local: the GPUs of this machine; none: formulas. auto: for TPUs tpu, or fake
     where libtpu is not installed; for GPUs none."""
     out: str = ""
     """JSON file to write."""
@@ -212,12 +213,12 @@ def _how(wanted: str, chips: Topology) -> How | None:
     match wanted:
         case "none":
             return None
-        case "tpu" if not chips.tpu:
-            raise PlanError(f"--compile=tpu: {chips.name} is no TPU")
-        case "tpu" if not has_libtpu:
-            raise PlanError("--compile=tpu: libtpu is not installed: pip install -r requirements-tpu.txt")
-        case "tpu":
-            return "tpu"
+        case "tpu" | "tpu-whole" if not chips.tpu:
+            raise PlanError(f"--compile={wanted}: {chips.name} is no TPU")
+        case "tpu" | "tpu-whole" if not has_libtpu:
+            raise PlanError(f"--compile={wanted}: libtpu is not installed: pip install -r requirements-tpu.txt")
+        case "tpu" | "tpu-whole":
+            return wanted
         case "fake":
             return "fake"
         case "local":

@@ -4,7 +4,8 @@ The parameters are the original's (glip-reference 2.5), the order of products is
 head's, the query projection folds into the text keys, the visual output projection into the text values, and the
 visual value projection is applied after the text-side attention. That leaves three products over the image's A
 locations instead of six dense layers. The logits [A, T] of one attention head at a time live in memory, and the
-backward pass computes them again.
+backward pass computes them again. Where there are several images and these logits are large, one image after another
+is attended to: a TPU then keeps what lies between the products beside its matrix units, and its memory sees little of it.
 
 Softmax over the text leaves padding tokens out; softmax over the image leaves out what lies beyond an image's extent.
 """
@@ -25,6 +26,9 @@ from glip_jax.models.remat import costly
 __all__ = ["Fusion"]
 
 _NEVER = -1e30
+_HELD = 32 * 2**20
+"""Most bytes of logits at once, where several images may be told apart: the on-chip memory of a TPU (128 MB on v5e) holds a few
+such arrays. One image of 800 x 1344 with 256 tokens has 23 MB."""
 
 
 class _Dense(NamedTuple):
@@ -45,15 +49,15 @@ def _dropped(kept: Bool[Array, "B A T"] | None, weights: Float[Array, "B A T"], 
 
 
 def _kept(
-    key: jax.Array | None, shape: tuple[int, ...], rate: float
+    keys: jax.Array | None, shape: tuple[int, ...], rate: float
 ) -> tuple[Bool[Array, "B A T"] | None, Bool[Array, "B A T"] | None]:
-    """Which weights of either direction dropout keeps.
+    """Which weights of either direction dropout keeps; `keys`: one for each image.
 
     16 random bits are enough to decide, so one draw of 32 serves both directions.
     """
-    if key is None:
+    if keys is None:
         return None, None
-    bits = jax.vmap(lambda own: jax.random.bits(own, shape[1:], jnp.uint32))(example_keys(key, shape[0]))
+    bits = jax.vmap(lambda own: jax.random.bits(own, shape[1:], jnp.uint32))(keys)
     least = round(rate * 65536)
     return (bits >> 16) >= least, (bits & 0xFFFF) >= least
 
@@ -111,7 +115,10 @@ class Fusion(nn.Module):
             ),
         )
         rate = config.dropout if self.train else 0.0
-        random = jax.random.split(self.make_rng("dropout"), heads) if rate > 0 else None
+        random = None
+        if rate > 0:
+            of_heads = jax.random.split(self.make_rng("dropout"), heads)
+            random = jax.vmap(lambda own: example_keys(own, len(visual)))(of_heads)
         for_image, for_text, share = _attend(visual, operands, inside, mask, random, rate)
 
         # Dropout makes the attention over the image sum to `share`, not to 1; the value's bias goes with it.
@@ -122,6 +129,17 @@ class Fusion(nn.Module):
         return visual, text + (text_gamma * new_text).astype(self.dtype)
 
 
+class _Attended(NamedTuple):
+    """What both directions of the attention read (leading axis of the latter two: heads)."""
+
+    for_image: Float[Array, "B A C"]
+    """What the image reads, summed over heads, float32."""
+    for_text: Float[Array, "heads B T C"]
+    """What the text reads of the visual features."""
+    share: Float[Array, "heads B T"]
+    """Sums of each token's weights over the image."""
+
+
 def _attend(
     visual: Float[Array, "B A C"],
     operands: _Operands,
@@ -129,22 +147,51 @@ def _attend(
     mask: Bool[Array, "B T"],
     random: Any,
     rate: float,
-) -> tuple[Float[Array, "B A C"], Float[Array, "heads B T C"], Float[Array, "heads B T"]]:
-    """Both directions over a scan of attention heads.
+) -> _Attended:
+    """Both directions; `random`: keys [heads, B], or None. As many images at a time as `_HELD` allows."""
+    images, locations, tokens = *visual.shape[:2], mask.shape[1]
+    most = max(1, _HELD // (4 * locations * tokens))
+    some = max(size for size in range(1, images + 1) if images % size == 0 and size <= most)
+    if some == images:
+        return costly(_attend_at_once(visual, operands, inside, mask, random, rate))
 
-    Returns what the image reads (summed over heads, float32), what the text reads of `visual` per head, and the sum of
-    each token's attention weights per head.
-    """
+    def apart(x: Array) -> Array:
+        return x.reshape(-1, some, *x.shape[1:])
+
+    def apart_behind_heads(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(len(x), -1, some, *x.shape[2:]), 1, 0)
+
+    def joined(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], images, *x.shape[3:])
+
+    parts = (
+        apart(visual), jax.tree.map(apart_behind_heads, operands), apart(inside), apart(mask),
+        jax.tree.map(apart_behind_heads, random),
+    )  # fmt: skip
+    found = jax.lax.map(lambda part: _attend_at_once(*part, rate=rate), parts)
+    whole = _Attended(found.for_image.reshape(visual.shape), joined(found.for_text), joined(found.share))
+    return costly(whole)
+
+
+def _attend_at_once(
+    visual: Float[Array, "B A C"],
+    operands: _Operands,
+    inside: Bool[Array, "B A"],
+    mask: Bool[Array, "B T"],
+    random: Any,
+    rate: float,
+) -> _Attended:
+    """Both directions over a scan of attention heads."""
 
     @jax.checkpoint
     def head(
         for_image: Float[Array, "B A C"], item: tuple[_Operands, Any]
     ) -> tuple[Float[Array, "B A C"], tuple[Float[Array, "B T C"], Float[Array, "B T"]]]:
-        own, key = item
+        own, keys = item
         logits = jnp.einsum("bac,btc->bat", visual, own.keys, preferred_element_type=jnp.float32)
         logits = bounded(logits + own.key_bias[:, None, :])
         over_text = jax.nn.softmax(jnp.where(mask[:, None, :], logits, _NEVER), axis=2)
-        kept_of_text, kept_of_image = _kept(key, logits.shape, rate)
+        kept_of_text, kept_of_image = _kept(keys, logits.shape, rate)
         over_text = _dropped(kept_of_text, over_text, rate).astype(visual.dtype)
         for_image += jnp.einsum("bat,btc->bac", over_text, own.values, preferred_element_type=jnp.float32)
         over_image = jax.nn.softmax(jnp.where(inside[:, :, None], logits, _NEVER), axis=1)
@@ -154,4 +201,4 @@ def _attend(
 
     start = jnp.zeros(visual.shape, jnp.float32)
     for_image, (for_text, share) = jax.lax.scan(head, start, (operands, random))
-    return costly((for_image, for_text, share))
+    return _Attended(for_image, for_text, share)

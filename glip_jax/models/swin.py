@@ -4,15 +4,18 @@ Faithful to the released weights (glip-reference 2.2): maps are padded to whole 
 norm, and those zeros take part in attention; patches merge in the order (0,0), (1,0), (0,1), (1,1); output norms apply
 to the outputs only. Cells beyond the image's own whole windows are separated by minus infinity, so an image sees what
 it would see alone; between the regions that a shift brings together the original's -100 stays.
+
+The logits of large maps are never there as a whole: one row of windows after another is attended to, and the backward
+pass computes a row again. On a TPU a row's logits, padded to three times their size, stay on the chip.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from glip_jax.config import BackboneConfig, Remat
 from glip_jax.models.dropout import bernoulli
@@ -23,6 +26,9 @@ from glip_jax.models.remat import rematerialized
 __all__ = ["Swin", "relative_position_index"]
 
 _SEPARATED = -1e30
+_HELD = 32 * 2**20
+"""Most bytes of logits at once; the rows of windows of a map with more come one by one. Of four images of 800 x 1344 Swin-T's
+first stage has 160 MB, a row of windows 5.5 MB (the same in every stage: heads double as rows halve)."""
 
 
 def relative_position_index(window: int) -> np.ndarray:
@@ -39,20 +45,39 @@ def _partition(x: jax.Array, window: int) -> jax.Array:
     return jnp.moveaxis(x, 3, 2).reshape(b, -1, window * window, *rest)
 
 
-def _separation(size: Int[Array, "B 2"], height: int, width: int, window: int) -> Float[Array, "B windows n n"]:
-    """What shifted attention adds to its logits on a padded height x width map."""
+def _whole(x: Float[Array, "B windows n C"], height: int, window: int) -> Float[Array, "B h w C"]:
+    """Inverse of `_partition`, for a map of that height."""
+    b, _, _, channels = x.shape
+    x = x.reshape(b, height // window, -1, window, window, channels)
+    return jnp.moveaxis(x, 3, 2).reshape(b, height, -1, channels)
+
+
+class _Marks(NamedTuple):
+    """What tells the cells of a shifted, padded map apart."""
+
+    region: Int[Array, "B h w"]
+    """Which of the regions that the shift brings together."""
+    beyond: Bool[Array, "B h w"]
+    """Beyond the image's own whole windows."""
+
+
+def _marks(size: Int[Array, "B 2"], height: int, width: int, window: int) -> _Marks:
     shift = window // 2
     whole = -(-size // window) * window
     rows, columns = jnp.arange(height), jnp.arange(width)
     beyond = (rows[None, :, None] >= whole[:, 0, None, None]) | (columns[None, None, :] >= whole[:, 1, None, None])
-    beyond = _partition(jnp.roll(beyond, (-shift, -shift), (1, 2)), window)
 
     def region(cells: jax.Array, length: int) -> jax.Array:
         return (cells >= length - window).astype(jnp.int32) + (cells >= length - shift)
 
     label = 3 * region(rows, height)[:, None] + region(columns, width)[None, :]
-    label = _partition(label[None], window)
-    apart = jnp.where(label[..., :, None] != label[..., None, :], -100.0, 0.0)
+    return _Marks(jnp.broadcast_to(label, beyond.shape), jnp.roll(beyond, (-shift, -shift), (1, 2)))
+
+
+def _separation(marks: _Marks, window: int) -> Float[Array, "B windows n n"]:
+    """What shifted attention adds to its logits."""
+    region, beyond = (_partition(x, window) for x in marks)
+    apart = jnp.where(region[..., :, None] != region[..., None, :], -100.0, 0.0)
     return jnp.where(beyond[..., :, None] != beyond[..., None, :], _SEPARATED, apart)
 
 
@@ -80,20 +105,29 @@ class _Block(nn.Module):
         height, width = x.shape[1:3]
         if self.shifted:
             x = jnp.roll(x, (-shift, -shift), (1, 2))
-        x = _partition(x, window)
         qkv = torch_dense(3 * channels, channels, self.dtype, "qkv")(x)
-        query, key, value = jnp.moveaxis(qkv.reshape(*x.shape[:3], 3, heads, channels // heads), 3, 0)
-        query = query * (channels // heads) ** -0.5
-        logits = jnp.einsum("bwqhd,bwkhd->bwhqk", query, key, preferred_element_type=jnp.float32)
         table = self.param("bias_table", nn.initializers.truncated_normal(0.02), ((2 * window - 1) ** 2, heads))
-        logits += jnp.moveaxis(table[relative_position_index(window)], -1, 0)
-        if self.shifted:
-            logits += _separation(size, height, width, window)[:, :, None]
-        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-        x = jnp.einsum("bwhqk,bwkhd->bwqhd", weights, value).reshape(x.shape)
+        bias = jnp.moveaxis(table[relative_position_index(window)], -1, 0)
+        marks = _marks(size, height, width, window) if self.shifted else None
+
+        def attended(qkv: Float[Array, "B rows w D"], marks: _Marks | None) -> Float[Array, "B rows w C"]:
+            parts = _partition(qkv, window)
+            query, key, value = jnp.moveaxis(parts.reshape(*parts.shape[:3], 3, heads, -1), 3, 0)
+            query = query * (channels // heads) ** -0.5
+            logits = jnp.einsum("bwqhd,bwkhd->bwhqk", query, key, preferred_element_type=jnp.float32) + bias
+            if marks is not None:
+                logits += _separation(marks, window)[:, :, None]
+            weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
+            read = jnp.einsum("bwhqk,bwkhd->bwqhd", weights, value).reshape(*parts.shape[:3], channels)
+            return _whole(read, qkv.shape[1], window)
+
+        if 4 * b * height * width * window**2 * heads <= _HELD:
+            x = attended(qkv, marks)
+        else:
+            by_row = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(b, -1, window, *x.shape[2:]), 1, 0), (qkv, marks))
+            rows = jax.lax.map(jax.checkpoint(lambda row: attended(*row)), by_row)
+            x = jnp.moveaxis(rows, 0, 1).reshape(b, height, width, channels)
         x = torch_dense(channels, channels, self.dtype, "projection")(x)
-        x = x.reshape(b, height // window, width // window, window, window, channels)
-        x = jnp.moveaxis(x, 3, 2).reshape(b, height, width, channels)
         if self.shifted:
             x = jnp.roll(x, (shift, shift), (1, 2))
         return x[:, :h, :w]

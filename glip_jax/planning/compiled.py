@@ -1,6 +1,6 @@
 """The real training step, compiled for chips that are not there, and what its compiler says of it.
 
-Three ways: `tpu` with libtpu's compiler, which needs no TPU; `fake`, with as many made-up CPU devices as the topology has
+Four ways: `tpu` with libtpu's compiler, which needs no TPU, until it would write machine code, `tpu-whole` to the end; `fake`, with as many made-up CPU devices as the topology has
 chips; `local`, with the GPUs of this machine if there are as many. A compiler runs in a process of its own, because it
 reads its settings from the environment once, may end the process when something does not fit, and takes gigabytes.
 What came out is kept in a folder under a key of everything that it depends on.
@@ -32,8 +32,10 @@ import glip_jax
 from glip_jax.chips import Topology
 from glip_jax.collectives import collectives
 from glip_jax.config import Config, flatten
+from glip_jax.environment import libtpu_arguments
 from glip_jax.parallel import MeshError, batch_sharding, check_batch, make_mesh
 from glip_jax.planning import program
+from glip_jax.planning.dumped import decided
 from glip_jax.planning.facts import Facts, Hot, How, Sent
 from glip_jax.structures import DROPS, Batch
 from glip_jax.training.loop import abstract_state
@@ -152,8 +154,10 @@ def compile_step(
 
 def cached(config: Config, topology: Topology, canvas: tuple[int, int], how: How, cache: Path) -> Facts | None:
     """What `compile_step` has found before, with this code and these versions; None if it has not."""
-    path = cache / f"{_key(config, topology, canvas, how)}.json"
-    if not path.is_file():
+    ways: tuple[How, ...] = ("tpu-whole", "tpu") if how == "tpu" else (how,)  # the whole knows all that a part does
+    paths = [cache / f"{_key(config, topology, canvas, way)}.json" for way in ways]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
         return None
     raw = json.loads(path.read_text())
     raw["sent"] = tuple(Sent(**{**each, "axes": tuple(each["axes"])}) for each in raw["sent"])
@@ -207,7 +211,7 @@ def _key(config: Config, topology: Topology, canvas: tuple[int, int], how: How) 
 
 
 def _compiler(how: How) -> str:
-    name = "libtpu" if how == "tpu" else "jaxlib"
+    name = "libtpu" if how in ("tpu", "tpu-whole") else "jaxlib"
     try:
         return f"{name} {importlib.metadata.version(name)}"
     except importlib.metadata.PackageNotFoundError:
@@ -219,8 +223,9 @@ def environment(topology: Topology, how: How) -> dict[str, str]:
     if how == "local":
         return {}
     values = {"JAX_PLATFORMS": "cpu"}
-    if how == "tpu":
+    if how in ("tpu", "tpu-whole"):
         values |= {
+            "LIBTPU_INIT_ARGS": libtpu_arguments(os.environ.get("LIBTPU_INIT_ARGS", "")),
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_ACCELERATOR_TYPE": f"{topology.family}-{topology.devices}".replace("v5e", "v5litepod"),
             "TPU_WORKER_HOSTNAMES": "localhost",
@@ -256,7 +261,7 @@ def _child(
 
 
 def _devices(topology: Topology, how: How) -> list[Any]:
-    if how != "tpu":
+    if how not in ("tpu", "tpu-whole"):
         devices = jax.devices()
         if len(devices) < topology.devices:
             raise PlanError(f"{topology.name}: {len(devices)} devices are here, {topology.devices} are wanted")
@@ -293,7 +298,11 @@ def _facts(pipe: Connection, config: Config, topology: Topology, canvas: tuple[i
     middle = time.monotonic()
     pipe.send(("stage", f"compiling it with {_compiler(how)}"))
     try:
-        compiled = lowered.compile()
+        if how == "tpu":
+            text, memory = decided(lowered)
+        else:
+            compiled = lowered.compile()
+            text, analysis = compiled.as_text() or "", compiled.memory_analysis()
     except jax.errors.JaxRuntimeError as fault:
         needed, available = _shortage(str(fault))
         if needed is None:
@@ -301,19 +310,27 @@ def _facts(pipe: Connection, config: Config, topology: Topology, canvas: tuple[i
         return Facts(how, _compiler(how), needed, available, " ".join(str(fault).split())[:400])
     seconds = {"trace": middle - begin, "compile": time.monotonic() - middle}
     pipe.send(("stage", "reading the compiled program"))
-    text = compiled.as_text() or ""
     if keep:
         Path(keep).write_text(text)
-    memory: Any = compiled.memory_analysis()
+    if how == "tpu":
+        sizes: dict[str, Any] = {
+            "arguments": memory.arguments,
+            "outputs": memory.others,
+            "temporaries": memory.temporaries,
+        }
+    else:
+        sizes = {
+            "arguments": float(analysis.argument_size_in_bytes),
+            "outputs": float(analysis.output_size_in_bytes),
+            "aliased": float(analysis.alias_size_in_bytes),
+            "temporaries": float(analysis.temp_size_in_bytes),
+            "code": float(analysis.generated_code_size_in_bytes),
+        }
     read = program.read(text)
     return Facts(
         how,
         _compiler(how),
-        arguments=float(memory.argument_size_in_bytes),
-        outputs=float(memory.output_size_in_bytes),
-        aliased=float(memory.alias_size_in_bytes),
-        temporaries=float(memory.temp_size_in_bytes),
-        code=float(memory.generated_code_size_in_bytes),
+        **sizes,
         flops=read.flops,
         passes=read.passes,
         bytes=read.bytes,

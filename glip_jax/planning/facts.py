@@ -5,8 +5,8 @@ from typing import Literal
 
 __all__ = ["Facts", "Hot", "How", "Sent"]
 
-How = Literal["tpu", "fake", "local"]
-"""Which compiler: libtpu's, the CPU's for made-up devices, that of the GPUs here."""
+How = Literal["tpu", "tpu-whole", "fake", "local"]
+"""Which compiler: libtpu's until it would write machine code, or to its end; the CPU's for made-up devices; that of the GPUs here."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class Facts:
     aliased: float = 0.0
     """Of the outputs, those that take the place of arguments."""
     temporaries: float = 0.0
-    code: float = 0.0
+    code: float | None = None
+    """Of the program itself; None: it was not written."""
     flops: float = 0.0
     passes: float = 0.0
     """FLOPs weighted by passes of the matrix unit (float32 products of highest precision take six)."""
@@ -75,4 +76,4 @@ class Facts:
     @property
     def peak(self) -> float:
         """Bytes at once: arguments, what outputs take beside them, temporaries and the program."""
-        return self.needed or self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+        return self.needed or self.arguments + self.outputs - self.aliased + self.temporaries + (self.code or 0.0)

@@ -75,7 +75,8 @@ def _origin(facts: Facts | None) -> str:
     times = f" ({took:.0f} s)" if took else ""
     if facts.how == "fake":
         return f"{_DIFFERS} ({facts.compiler}{times})"
-    return f"compiled ahead of time with {facts.compiler}{times}"
+    until = ", until it would write machine code" if facts.how == "tpu" and facts.needed is None else ""
+    return f"compiled ahead of time with {facts.compiler}{until}{times}"
 
 
 def _memory(found: Outlook, facts: Facts | None) -> list[str]:
@@ -103,7 +104,7 @@ def _work(found: Outlook, facts: Facts | None) -> list[str]:
         f"  {'executed':28} {found.hardware_flops / 1e12:9.3f} T  ({_executed(facts)})",
     ]
     if found.bytes is not None and facts is not None:
-        share = f", {facts.padding / max(facts.bytes, 1):.0%} of it padding" if facts.how == "tpu" else ""
+        share = f", {facts.padding / max(facts.bytes, 1):.0%} of it padding" if facts.how != "fake" else ""
         rows.append(f"  {'chip memory touched':28} {found.bytes / 1e9:9.3f} GB{share}")
     if facts is not None and facts.calls:
         rows.append(f"  {facts.calls} executions of kernels of our own, whose FLOPs no compiler counts")

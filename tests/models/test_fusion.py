@@ -6,8 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from glip_jax.config import FusionConfig
+from glip_jax.models import fusion
 from glip_jax.models.fusion import Fusion
 
 IMAGES, LOCATIONS, TOKENS, CHANNELS, TEXT = 2, 40, 9, 16, 12
@@ -61,7 +63,10 @@ def _params(module: Fusion) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(x + 0.3 * rng.normal(size=x.shape), jnp.float32), shapes)
 
 
-def test_folded_equals_plain_forward_and_backward() -> None:
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_folded_equals_plain_forward_and_backward(monkeypatch: pytest.MonkeyPatch, one_by_one: bool) -> None:
+    if one_by_one:
+        monkeypatch.setattr(fusion, "_HELD", 0)
     module = Fusion(CONFIG, train=False, dtype=jnp.float32)
     params, inputs = _params(module), _inputs()
     ones = (jnp.ones(()), jnp.ones(()))
@@ -83,18 +88,20 @@ def test_folded_equals_plain_forward_and_backward() -> None:
         np.testing.assert_allclose(a, b, atol=3e-5 * max(1.0, float(jnp.abs(b).max())))
 
 
-def test_folded_equals_plain_under_dropout(monkeypatch: Any) -> None:
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_folded_equals_plain_under_dropout(monkeypatch: pytest.MonkeyPatch, one_by_one: bool) -> None:
     """With the same weights dropped: what the folding does to the value's bias is right."""
-    from glip_jax.models import fusion
-
     rng = np.random.default_rng(3)
     factors = (rng.uniform(size=(CONFIG.heads, 2, IMAGES, LOCATIONS, TOKENS)) > 0.25) / 0.75
     module = Fusion(CONFIG, train=True, dtype=jnp.float32)
     params, inputs = _params(Fusion(CONFIG, train=False, dtype=jnp.float32)), _inputs()
-    # The module splits its key per head; the stand-in reads the number of the head instead.
+    # The module makes a key for each head and image; the stand-ins make and read numbers of both instead.
     monkeypatch.setattr(fusion.jax.random, "split", lambda *_: jnp.arange(CONFIG.heads))
-    table = jnp.asarray(factors, bool)
-    monkeypatch.setattr(fusion, "_kept", lambda head, shape, rate: (table[head, 0], table[head, 1]))
+    monkeypatch.setattr(fusion, "example_keys", lambda head, images: IMAGES * head + jnp.arange(images))
+    table = jnp.asarray(factors, bool).swapaxes(1, 2).reshape(-1, 2, LOCATIONS, TOKENS)
+    monkeypatch.setattr(fusion, "_kept", lambda keys, shape, rate: (table[keys, 0], table[keys, 1]))
+    if one_by_one:
+        monkeypatch.setattr(fusion, "_HELD", 0)
     found: Any = module.apply({"params": params}, *inputs, rngs={"dropout": jax.random.key(0)})
     per_image = factors.transpose(1, 2, 0, 3, 4)
     wanted = _plain(params, *inputs, (jnp.asarray(per_image[0]), jnp.asarray(per_image[1])))
@@ -103,12 +110,10 @@ def test_folded_equals_plain_under_dropout(monkeypatch: Any) -> None:
 
 
 def test_dropout_keeps_the_mean() -> None:
-    from glip_jax.models.fusion import _dropped, _kept
-
     weights = jnp.ones((4, 100, 100))
-    both = _kept(jax.random.key(0), weights.shape, 0.1)
+    both = fusion._kept(jax.random.split(jax.random.key(0), 4), weights.shape, 0.1)
     for kept in both:
-        dropped = _dropped(kept, weights, 0.1)
+        dropped = fusion._dropped(kept, weights, 0.1)
         assert abs(float(dropped.mean()) - 1) < 0.01
         assert abs(float((dropped == 0).mean()) - 0.1) < 0.01
     # The directions drop independently: both keep 0.9 x 0.9.

@@ -66,6 +66,9 @@ def test_memory_and_whether_it_fits(config):
     assert found.fits is True
     assert made(config, facts(temporaries=6e9)).fits is False
     assert made(config, facts(available=15e9)).fits is False, "what the compiler has at hand counts, not the label"
+    written = made(config, facts(code=None))
+    assert written.memory["program, allowed for"] == 2**29 and "program" not in written.memory
+    assert written.memory["peak"] == pytest.approx(12e9 + 0.1e9 + 3e9 + 2**29)
     assert made(config, None).fits is None
     refused = made(config, Facts("tpu", "libtpu 1", needed=20e9, available=16e9))
     assert refused.fits is False and refused.memory["peak"] == 20e9 and refused.bytes is None

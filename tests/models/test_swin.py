@@ -1,0 +1,42 @@
+"""Large maps are attended to row by row of windows; the numbers are those of all windows at once."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glip_jax.config import BackboneConfig
+from glip_jax.models import swin
+
+CONFIG = BackboneConfig(width=8, depths=(2, 1, 1, 1), heads=(1, 2, 2, 4), window=3, drop_path=0.0)
+
+
+def test_rows_of_windows_equal_all_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of different extents, maps that are no whole number of windows, shifted and plain, forward and backward."""
+    module = swin.Swin(CONFIG)
+    rng = np.random.default_rng(0)
+    image = jnp.asarray(rng.normal(size=(2, 64, 96, 3)), jnp.float32)
+    extent = jnp.asarray([[64, 64], [32, 96]])
+    params: Any = module.init(jax.random.key(0), image, extent)["params"]
+    params = jax.tree.map(lambda x: x + 0.3 * jnp.asarray(rng.normal(size=x.shape), x.dtype), params)
+    shapes: Any = jax.eval_shape(module.apply, {"params": params}, image, extent)
+    weights = [rng.normal(size=x.shape) for x in shapes]
+
+    def loss(params: Any, image: Any) -> Any:
+        maps: Any = module.apply({"params": params}, image, extent)
+        return sum((x * weight).sum() for x, weight in zip(maps, weights, strict=True)), maps
+
+    def found() -> Any:
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, image)
+
+    def loops() -> int:
+        return str(jax.make_jaxpr(lambda *own: loss(*own))(params, image)).count("scan[")
+
+    at_once, before = found(), loops()
+    monkeypatch.setattr(swin, "_HELD", 0)
+    by_rows = found()
+    assert loops() == before + 5, "a loop for each block"
+    for one, other in zip(jax.tree.leaves(by_rows), jax.tree.leaves(at_once), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4 * max(1.0, float(jnp.abs(other).max())))
