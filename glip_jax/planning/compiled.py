@@ -274,7 +274,7 @@ def _devices(topology: Topology, how: How) -> list[Any]:
         name = f"{topology.family}:{'2x2' if topology.chip.dimensions == 2 else '2x2x1'}"
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if topology.family == "v4":
-        options["chip_config_name"] = "megachip"  # both cores of a chip as one device, as jax has them on a v4
+        options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as jax has them on a v4
     try:
         found = topologies.get_topology_desc(name, "tpu", **options)
     except Exception as fault:

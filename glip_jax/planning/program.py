@@ -19,7 +19,7 @@ import numpy as np
 
 from glip_jax.collectives import Computation, Program, bits_of, opcode_on, operands
 
-__all__ = ["Operation", "Reading", "opcode_of", "read", "result_bytes"]
+__all__ = ["Operation", "Reading", "read"]
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
 _NOTHING = {
@@ -114,7 +114,7 @@ class _Reader:
             known &= sure
             own[name] = 0.0
             for instruction, rest in computation.lines.items():
-                opcode = opcode_of(rest)
+                opcode = _opcode(rest)
                 flops = _product(rest, computation) if opcode in ("dot", "convolution") else 0.0
                 passes += times * flops * _passes(rest)
                 called = re.findall(r"\b(?:calls|to_apply)=%?([\w.\-]+)", rest) if not _calls_steps(rest) else []
@@ -168,7 +168,8 @@ class _Reader:
         """What an operation writes into chip memory: of an array that it changes in place only the change."""
         sizes = _sizes(rest)
         if opcode.endswith("-start"):
-            return _begun(sizes, opcode)
+            # (result, operand, context), or ((operands), result, context)
+            return sizes[opcode == "slice-start"] if sizes else _ZERO
         if opcode in ("dynamic-update-slice", "scatter"):
             return self._change(rest, opcode, computation)
         if opcode != "fusion":
@@ -182,18 +183,18 @@ class _Reader:
         total = _ZERO
         for root, size in zip(roots, sizes):
             line = inner.lines.get(root, "")
-            changed = opcode_of(line) in ("dynamic-update-slice", "scatter") and size.bytes
-            total += self._change(line, opcode_of(line), inner) if changed else size
+            changed = _opcode(line) in ("dynamic-update-slice", "scatter") and size.bytes
+            total += self._change(line, _opcode(line), inner) if changed else size
         return total
 
     def _roots(self, computation: Computation) -> list[str]:
         """The instructions that make the elements of a computation's result, through bitcasts."""
         line = computation.lines.get(computation.root, "")
-        names = operands(line) if opcode_of(line) == "tuple" else [computation.root]
+        names = operands(line) if _opcode(line) == "tuple" else [computation.root]
         return [self._origin(name, computation) for name in names]
 
     def _origin(self, name: str, computation: Computation) -> str:
-        while opcode_of(computation.lines.get(name, "")) in ("bitcast", "copy", "reshape"):
+        while _opcode(computation.lines.get(name, "")) in ("bitcast", "copy", "reshape"):
             name = operands(computation.lines[name])[0]
         return name
 
@@ -232,7 +233,7 @@ class _Reader:
             for place, operand in enumerate(operands(rest)) if names & set(operands(rest)) else ():
                 if operand not in names:
                     continue
-                opcode = opcode_of(rest)
+                opcode = _opcode(rest)
                 if opcode == "bitcast":
                     names.add(each)
                 elif opcode in ("dynamic-slice", "slice", "gather") and place == 0:
@@ -253,27 +254,13 @@ class _Reader:
         return self.program.computations.get(found[1]) if found else None
 
 
-def _begun(sizes: list[_Size], opcode: str) -> _Size:
-    """The result among what an asynchronous operation names: (result, operand, context), or ((operands), result, context)."""
-    return sizes[opcode == "slice-start"] if sizes else _ZERO
-
-
 def _calls_steps(rest: str) -> bool:
     """Whether an instruction runs the operations of what it calls one by one, as a loop does, and not fused."""
     return bool(re.match(r"(while|conditional|call|async-start)\(", opcode_on(rest)))
 
 
-def opcode_of(rest: str) -> str:
-    """The opcode of an instruction, `rest` being what stands behind its `=`."""
+def _opcode(rest: str) -> str:
     return opcode_on(rest).partition("(")[0]
-
-
-def result_bytes(rest: str) -> float:
-    """Bytes in chip memory of the arrays that an instruction makes, padded."""
-    sizes, opcode = _sizes(rest), opcode_of(rest)
-    if opcode.endswith("-start"):
-        return _begun(sizes, opcode).bytes
-    return sum(size.bytes for size in sizes)
 
 
 def _passes(rest: str) -> int:
