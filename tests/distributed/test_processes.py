@@ -19,14 +19,14 @@ import jax
 import numpy as np
 import pytest
 
-from glip_jax import exits
+from glip_jax import checksums, exits
 from glip_jax.checkpoint import complete_steps, latest_step, restore_parameters
 from glip_jax.config import MeshConfig
 from glip_jax.data.mixture import Mixture
 from glip_jax.jobs.train import main
 from glip_jax.parallel import MeshError, make_mesh
 from glip_jax.processes import Cluster, Crew, ProcessError, announced, join
-from glip_jax.training import loop
+from glip_jax.training import loop, metrics
 from glip_jax.training import optimizer as adamw
 from tests import tiny_run
 from tests.distributed.worker import rows
@@ -138,6 +138,22 @@ def test_two_and_four_processes_equal_one(file, sources, straight, tmp_path, mon
     assert codes == [0] * 4, said
     assert _hashes(*said) == expected
     _same_parameters(tmp_path / "one", tmp_path / "four")
+
+
+def test_two_processes_write_into_a_bucket_what_they_write_into_a_folder(
+    file, straight, running, tmp_path, monkeypatch
+):
+    """Checkpoints in parts from both, numbers from the first, while requests fail."""
+    place = running.fresh(monkeypatch, tmp_path / "cache", silence=5.0, patience=120) + "/runs/one"
+    with running.arm("503", "reset", share=0.03) as injected:
+        codes, said = _Job(file, place, 2, 4, ("--config.mesh.fsdp=4",)).finish()
+    assert codes == [0, 0], said
+    assert set(injected) == {"503", "reset"}
+    prints = [re.findall("fingerprint: (.*)", text) for text in (said[0], straight[1][0])]
+    assert prints[0] == prints[1] != []
+    assert complete_steps(place) == [4, 6] and checksums.fault(f"{place}/checkpoints/6") == ""
+    assert [line["step"] for line in metrics.read(place) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    _same_parameters(straight[0], place)
 
 
 def test_all_processes_hear_how_good_a_checkpoint_is(file, tmp_path):

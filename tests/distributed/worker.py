@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from glip_jax import bucket_files
 from glip_jax.evaluation import provenance
 from glip_jax.jobs import train
 from glip_jax.training import loop
@@ -56,12 +57,13 @@ def evaluate(params, step):
     return {"evaluation/set/norm": float(os.environ["SCORES"].split()[len(evaluations) - 1])}
 
 
-def scored(checkpoints, step, value):
+def scored(self, step, value):
     print(f"scored step {step}: {value:.3g}", flush=True)
-    real_scored(checkpoints, step, value)
+    real_scored(self, step, value)
 
 
 if __name__ == "__main__":
+    bucket_files.install()
     train.train = functools.partial(_evaluating, train.train)
     loop.place_batch = place
     loop._initializer, loop.glip_objective = stand_in.initializer, stand_in.objective
