@@ -21,6 +21,7 @@ from glip_jax.config import FusionConfig
 from glip_jax.models.bert import bounded
 from glip_jax.models.dropout import example_keys
 from glip_jax.models.initial import xavier_uniform
+from glip_jax.models.on_chip import images_at_once
 from glip_jax.models.remat import costly
 
 __all__ = ["Fusion"]
@@ -149,9 +150,8 @@ def _attend(
     rate: float,
 ) -> _Attended:
     """Both directions; `random`: keys [heads, B], or None. As many images at a time as `_HELD` allows."""
-    images, locations, tokens = *visual.shape[:2], mask.shape[1]
-    most = max(1, _HELD // (4 * locations * tokens))
-    some = max(size for size in range(1, images + 1) if images % size == 0 and size <= most)
+    images = len(visual)
+    some = images_at_once(images, 4 * visual.shape[1] * mask.shape[1], _HELD)
     if some == images:
         return costly(_attend_at_once(visual, operands, inside, mask, random, rate))
 

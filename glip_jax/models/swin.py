@@ -21,14 +21,17 @@ from glip_jax.config import BackboneConfig, Remat
 from glip_jax.models.dropout import bernoulli
 from glip_jax.models.extents import level_size, zero_beyond
 from glip_jax.models.initial import torch_dense
+from glip_jax.models.on_chip import images_at_once
 from glip_jax.models.remat import rematerialized
 
 __all__ = ["Swin", "relative_position_index"]
 
 _SEPARATED = -1e30
 _HELD = 32 * 2**20
-"""Most bytes of logits at once; the rows of windows of a map with more come one by one. Of four images of 800 x 1344 Swin-T's
-first stage has 160 MB, a row of windows 5.5 MB (the same in every stage: heads double as rows halve)."""
+"""Most bytes of logits at once; of a map with more, the rows of windows come one by one."""
+_ROW = 8 * 2**20
+"""Most bytes of logits of a row, where it has several images. Swin-T's rows of 800 x 1344 have 1.4 MB an image in every stage
+(heads double as rows halve), of the 160 MB that the first stage has of four."""
 
 
 def relative_position_index(window: int) -> np.ndarray:
@@ -124,8 +127,15 @@ class _Block(nn.Module):
         if 4 * b * height * width * window**2 * heads <= _HELD:
             x = attended(qkv, marks)
         else:
-            by_row = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(b, -1, window, *x.shape[2:]), 1, 0), (qkv, marks))
-            rows = jax.lax.map(jax.checkpoint(lambda row: attended(*row)), by_row)
+            some = images_at_once(b, 4 * width * window**3 * heads, _ROW)
+
+            def by_row(x: jax.Array) -> jax.Array:
+                return jnp.moveaxis(x.reshape(b, -1, window, *x.shape[2:]), 1, 0).reshape(
+                    -1, some, window, *x.shape[2:]
+                )
+
+            rows = jax.lax.map(jax.checkpoint(lambda row: attended(*row)), jax.tree.map(by_row, (qkv, marks)))
+            rows = rows.reshape(-1, b, *rows.shape[2:])
             x = jnp.moveaxis(rows, 0, 1).reshape(b, height, width, channels)
         x = torch_dense(channels, channels, self.dtype, "projection")(x)
         if self.shifted:

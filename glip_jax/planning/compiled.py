@@ -335,7 +335,8 @@ def _facts(pipe: Connection, config: Config, topology: Topology, canvas: tuple[i
         passes=read.passes,
         bytes=read.bytes,
         padding=read.padding,
-        cycles=read.cycles,
+        # Before machine code few operations have an estimate yet.
+        cycles=0.0 if how == "tpu" else read.cycles,
         known=read.known,
         calls=read.calls,
         sent=_sent(text, mesh, topology),

@@ -27,6 +27,8 @@ _NOTHING = {
     "partition-id", "replica-id", "opt-barrier", "iota", "async-start", "add-dependency", "rng-get-and-update-state",
 }  # fmt: skip
 """Opcodes that move nothing themselves; what they call is counted on its own."""
+_NO_CYCLES = 2**63 - 1
+"""What libtpu writes where it has no estimate."""
 _PASSES = {"highest": 6, "high": 3}
 
 
@@ -159,7 +161,7 @@ class _Reader:
             moved.bytes,
             moved.padding,
             flops,
-            int(cycles[1]) if cycles else 0,
+            int(cycles[1]) if cycles and int(cycles[1]) != _NO_CYCLES else 0,
             times,
             origin[1] if origin else "",
         )

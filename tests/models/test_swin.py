@@ -9,11 +9,13 @@ import pytest
 
 from glip_jax.config import BackboneConfig
 from glip_jax.models import swin
+from glip_jax.models.on_chip import images_at_once
 
 CONFIG = BackboneConfig(width=8, depths=(2, 1, 1, 1), heads=(1, 2, 2, 4), window=3, drop_path=0.0)
 
 
-def test_rows_of_windows_equal_all_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("row", [0, 1 << 30], ids=["images apart", "images together"])
+def test_rows_of_windows_equal_all_windows(monkeypatch: pytest.MonkeyPatch, row: int) -> None:
     """Images of different extents, maps that are no whole number of windows, shifted and plain, forward and backward."""
     module = swin.Swin(CONFIG)
     rng = np.random.default_rng(0)
@@ -36,7 +38,13 @@ def test_rows_of_windows_equal_all_windows(monkeypatch: pytest.MonkeyPatch) -> N
 
     at_once, before = found(), loops()
     monkeypatch.setattr(swin, "_HELD", 0)
+    monkeypatch.setattr(swin, "_ROW", row)
     by_rows = found()
     assert loops() == before + 5, "a loop for each block"
     for one, other in zip(jax.tree.leaves(by_rows), jax.tree.leaves(at_once), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4 * max(1.0, float(jnp.abs(other).max())))
+
+
+def test_images_at_once() -> None:
+    """As many as fit and divide the batch; one, however large it is."""
+    assert [images_at_once(12, 10, most) for most in (200, 119, 60, 59, 10, 9, 0)] == [12, 6, 6, 4, 1, 1, 1]
