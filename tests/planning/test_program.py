@@ -102,6 +102,10 @@ def test_tiles_are_counted_full():
     assert narrow.padding == narrow.bytes - 300 * (2 + 4)
 
 
+def test_where_the_compiler_has_no_estimate_there_are_no_cycles():
+    assert program.read(HLO.replace('"700"', f'"{2**63 - 1}"')).cycles == 0
+
+
 def test_the_sums_are_those_of_the_operations():
     found = program.read(HLO)
     assert found.bytes == pytest.approx(sum(each.bytes * each.times for each in found.operations))
