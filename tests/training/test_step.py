@@ -64,10 +64,19 @@ def _close(one, other, tolerance, floor=1e-6):
 
 
 def _same_path(config, one, other, rates):
-    """Parameters within 1 % of the summed learning rate."""
+    """Parameters within 1 % of the summed learning rate.
+
+    But for the biases of attention's keys: they add the same to all logits of a softmax, so their gradient is rounding
+    alone, of which Adam makes whole steps.
+    """
     flat = adamw.flat(other.params)
     for path, leaf in adamw.flat(one.params).items():
-        assert np.abs(leaf - flat[path]).max() <= 0.01 * 2 * sum(rates), path
+        difference = np.abs(leaf - flat[path])
+        if path.endswith("/key/bias"):
+            continue
+        if path.endswith("/qkv/bias"):
+            difference = np.delete(difference.reshape(*leaf.shape[:-1], 3, -1), 1, axis=-2)
+        assert difference.max() <= 0.01 * 2 * sum(rates), path
 
 
 def _sent(params, mesh, config):
