@@ -250,8 +250,9 @@ class _Desk:
             self._tell(gone=text, code=code)
 
     def _tell(self, **message: Any) -> None:
-        for wire in list(self._wires.values()):
-            wire.send(**message)
+        # This process last: what it hears may end it, and this thread with it.
+        for index in sorted(self._wires, reverse=True):
+            self._wires[index].send(**message)
 
     def close(self, patience: float) -> None:
         """Waits until all have left, then ends the connections."""

@@ -35,6 +35,7 @@ def config(tmp_path_factory):
     return tiny_run.config_file(folder, tiny_run.write_sources(folder))
 
 
+@pytest.mark.slow
 def test_kill_9_then_the_same_command_gives_the_same_bits(config, tmp_path):
     code, straight, err = _finish(config, tmp_path / "straight", "--config.train.draw_first_batch=True")
     assert code == 0, err

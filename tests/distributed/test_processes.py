@@ -14,6 +14,8 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +27,7 @@ from glip_jax.config import MeshConfig
 from glip_jax.data.mixture import Mixture
 from glip_jax.jobs.train import main
 from glip_jax.parallel import MeshError, make_mesh
-from glip_jax.processes import Cluster, Crew, ProcessError, announced, join
+from glip_jax.processes import Cluster, Crew, ProcessError, _Desk, announced, join
 from glip_jax.training import loop, metrics
 from glip_jax.training import optimizer as adamw
 from tests import tiny_run
@@ -126,6 +128,7 @@ def _alone(sources, workdir, monkeypatch, mesh, devices):
     return loop.train(config, str(workdir))
 
 
+@pytest.mark.slow
 def test_two_and_four_processes_equal_one(file, sources, straight, tmp_path, monkeypatch):
     _alone(sources, tmp_path / "one", monkeypatch, MeshConfig(data=1), 1)
     batches = Mixture(tiny_run.config(sources)).batches()
@@ -140,6 +143,7 @@ def test_two_and_four_processes_equal_one(file, sources, straight, tmp_path, mon
     _same_parameters(tmp_path / "one", tmp_path / "four")
 
 
+@pytest.mark.slow
 def test_two_processes_write_into_a_bucket_what_they_write_into_a_folder(
     file, straight, running, tmp_path, monkeypatch
 ):
@@ -156,6 +160,7 @@ def test_two_processes_write_into_a_bucket_what_they_write_into_a_folder(
     _same_parameters(straight[0], place)
 
 
+@pytest.mark.slow
 def test_all_processes_hear_how_good_a_checkpoint_is(file, tmp_path):
     """The first evaluates, and the others' wait for it is no step that hangs."""
     best, pictures, annotations = tmp_path / "best.py", tmp_path / "pictures", tmp_path / "set.json"
@@ -181,6 +186,7 @@ def test_all_processes_hear_how_good_a_checkpoint_is(file, tmp_path):
     assert not [path for path in (tmp_path / "run").glob("stacks*") if path.stat().st_size]
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_stops_all_at_one_step_and_the_same_bits_follow(file, sources, straight, tmp_path, monkeypatch):
     """And what the two processes left goes on in one process, on other numbers of devices and another mesh."""
     go, mesh = tmp_path / "go", ("--config.mesh.fsdp=4",)
@@ -245,6 +251,15 @@ def test_hosts_that_differ_are_refused_with_the_difference(file, sources, tmp_pa
         assert "the package's code is ffffffffffff, not " in line
         assert re.search(r"data.sources.boxes is 8 records, \w{12}, not 8 records, \w{12}", line)
     assert not (tmp_path / "run").exists(), "refused before anything was written"
+
+
+def test_process_0_hears_last():
+    """What it hears may end it, before its thread has told the others."""
+    heard: list[int] = []
+    desk: Any = object.__new__(_Desk)
+    desk._wires = {index: SimpleNamespace(send=lambda index=index, **_: heard.append(index)) for index in (0, 2, 1)}
+    desk._tell(refused="")
+    assert heard == [2, 1, 0]
 
 
 @pytest.mark.parametrize("index", [0, 1])

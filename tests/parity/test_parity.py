@@ -10,6 +10,7 @@ from tests.parity.folder import FixtureError, model_config, read_meta
 FOLDER = Path(__file__).parents[1] / "fixtures" / "set1"
 
 
+@pytest.mark.slow
 def test_equals_the_original(capsys: pytest.CaptureFixture[str]) -> None:
     assert check.main([str(FOLDER), "--quiet"]) == 0, capsys.readouterr().out
     assert "5 cases" in capsys.readouterr().out

@@ -173,6 +173,7 @@ def test_eight_devices_equal_one(sources, mesh):
     np.testing.assert_allclose(numbers[-1]["loss"], others[-1]["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one_with_the_real_network(sources):
     """The same in one go: Adam's first moment after a step is a tenth of the (clipped) gradient.
 
