@@ -176,7 +176,12 @@ def _operations(facts: Facts, count: int) -> list[str]:
     rows.append("         MB  padding    times  cycles M  operation")
     for each in facts.hot[:count]:
         rows.append(
-            f"  {each.bytes / 1e6:9.1f}  {each.padding / max(each.bytes, 1):6.0%}  {each.times:7}  {each.cycles / 1e6:8.2f}  "
+            f"  {each.bytes / 1e6:9.1f}  {each.padding / max(each.bytes, 1):6.0%}  {each.times:7}  {_cycles(each.cycles)}  "
             f"{each.opcode} {each.type[:60]}  {each.origin[-80:]}"
         )
     return rows
+
+
+def _cycles(cycles: float) -> str:
+    """In millions; a dash where the compiler gave no estimate."""
+    return f"{cycles / 1e6:8.2f}" if cycles else f"{'-':>8}"

@@ -141,7 +141,7 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch, cache):
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (requirements-tpu.txt)")
 def test_compiled_for_a_tpu(cache):
-    """The same step by the TPU's own compiler, 7.5 minutes on a machine under load; only where libtpu is installed."""
+    """The same step by the TPU's own compiler, 45 s beside a training; only where libtpu is installed."""
     found = compile_step(CONFIG, CHIPS, CANVAS, "tpu", cache, lambda _: None)
     assert found.needed is None and found.compiler.startswith("libtpu") and found.known and found.code is None
     assert found.arguments >= sum(state().values()), "tiles pad"
