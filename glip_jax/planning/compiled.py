@@ -117,12 +117,13 @@ def compile_step(
         return known
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    with tempfile.NamedTemporaryFile() as log:
+    # The parent's, which outlives a child that is killed: a compiler may write 100 MB into it.
+    with tempfile.TemporaryDirectory(prefix="glip_jax_plan", ignore_cleanup_errors=True) as scratch:
         before = dict(os.environ)
         os.environ.update(environment(topology, how))
         try:
             child = context.Process(
-                target=_child, args=(theirs, config, topology, canvas, how, str(keep_text or ""), log.name)
+                target=_child, args=(theirs, config, topology, canvas, how, str(keep_text or ""), scratch)
             )
             child.start()
         finally:
@@ -135,8 +136,8 @@ def compile_step(
             child.kill()
             child.join()
         if found is None:
-            log.seek(0)
-            words = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+            log = (Path(scratch) / "log").read_bytes() if (Path(scratch) / "log").exists() else b""
+            words = [line for line in log.decode(errors="replace").splitlines() if line.strip()]
             raise PlanError(
                 f"the compiler of {topology.name} ended without an answer ({child.exitcode}); its last words: "
                 f"{words[-1][:300] if words else 'none'}"
@@ -244,15 +245,15 @@ def environment(topology: Topology, how: How) -> dict[str, str]:
 
 
 def _child(
-    pipe: Connection, config: Config, topology: Topology, canvas: tuple[int, int], how: How, keep: str, log: str
+    pipe: Connection, config: Config, topology: Topology, canvas: tuple[int, int], how: How, keep: str, scratch: str
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     # What libraries in C++ write as well.
-    with open(log, "wb") as file:
+    with (Path(scratch) / "log").open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
-        pipe.send(("done", _facts(pipe, config, topology, canvas, how, keep)))
+        pipe.send(("done", _facts(pipe, config, topology, canvas, how, keep, Path(scratch))))
     except (PlanError, MeshError) as fault:
         pipe.send(("failed", str(fault)))
     except Exception as fault:
@@ -284,7 +285,9 @@ def _devices(topology: Topology, how: How) -> list[Any]:
     return list(found.devices)[: topology.devices]
 
 
-def _facts(pipe: Connection, config: Config, topology: Topology, canvas: tuple[int, int], how: How, keep: str) -> Facts:
+def _facts(
+    pipe: Connection, config: Config, topology: Topology, canvas: tuple[int, int], how: How, keep: str, scratch: Path
+) -> Facts:
     if how != "local":
         jax.config.update("jax_platforms", "cpu")
     mesh = make_mesh(config.mesh, _devices(topology, how))
@@ -299,7 +302,7 @@ def _facts(pipe: Connection, config: Config, topology: Topology, canvas: tuple[i
     pipe.send(("stage", f"compiling it with {_compiler(how)}"))
     try:
         if how == "tpu":
-            text, memory = decided(lowered)
+            text, memory = decided(lowered, scratch / "dump")
         else:
             compiled = lowered.compile()
             text, analysis = compiled.as_text() or "", compiled.memory_analysis()

@@ -5,7 +5,6 @@ it but its own size. So the compiler is told to write down what it decides (XLA'
 """
 
 import re
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,34 +31,33 @@ class Decided(NamedTuple):
     memory: Memory
 
 
-def decided(lowered: Any) -> Decided:
-    """Has `lowered` (jax.stages.Lowered, for TPUs) compiled until its memory is assigned, and reads what was written.
+def decided(lowered: Any, folder: Path) -> Decided:
+    """Has `lowered` (jax.stages.Lowered, for TPUs) compiled until its memory is assigned, and reads what was written into `folder`.
 
     The compiler goes on in a thread that cannot be stopped: the process is to end soon. Raises what the compiler raises
     where it refuses the program.
     """
-    with tempfile.TemporaryDirectory(prefix="glip_jax_plan", ignore_cleanup_errors=True) as name:
-        options = {"xla_dump_to": name, "xla_dump_hlo_as_text": True}
-        faults: list[BaseException] = []
+    options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+    faults: list[BaseException] = []
 
-        def compile() -> None:
-            try:
-                lowered.compile(compiler_options=options)
-            except BaseException as fault:  # handed on below
-                faults.append(fault)
+    def compile() -> None:
+        try:
+            lowered.compile(compiler_options=options)
+        except BaseException as fault:  # handed on below
+            faults.append(fault)
 
-        thread = threading.Thread(target=compile, daemon=True)
-        thread.start()
-        folder, size = Path(name), -1
-        while thread.is_alive():
-            thread.join(1.0)
-            last = next(folder.glob(f"*{_LAST}"), None)
-            before, size = size, last.stat().st_size if last else -1
-            if size > 0 and size == before:
-                break
-        if faults:
-            raise faults[0]
-        return Decided(_only(folder, "after_optimizations.txt"), read_memory(_only(folder, "buffer-assignment.txt")))
+    thread = threading.Thread(target=compile, daemon=True)
+    thread.start()
+    size = -1
+    while thread.is_alive():
+        thread.join(1.0)
+        last = next(folder.glob(f"*{_LAST}"), None)
+        before, size = size, last.stat().st_size if last else -1
+        if size > 0 and size == before:
+            break
+    if faults:
+        raise faults[0]
+    return Decided(_only(folder, "after_optimizations.txt"), read_memory(_only(folder, "buffer-assignment.txt")))
 
 
 def _only(folder: Path, ending: str) -> str:
