@@ -6,7 +6,7 @@ parameters find some fifty boxes for every phrase; the threshold lies where two 
 
 * `label`: the job without its start: shards in, records and JPEG read, phrases found, boxes chosen, pseudo shards, report
   and manifest written.
-* `bare`: the same Detector on the same images and prompts, decoded and prepared before, in the same batches.
+* `bare`: the same Detector on the same images and prompts, decoded and prepared before, in the same batches, each waited for.
 
 Throughput relative to bare inference is the inverse of the ratio. How: `benchmarks/alternating.py`.
 
@@ -86,7 +86,7 @@ def label_runs(_: Settings) -> Runs:
     source, teacher, finder = _setting(folder)
     record = source[0]
     question = teacher.question(record.id, record.caption, finder.find(record.caption).spans)
-    ((answer,),) = teacher.answers([Picture(decode_image(record), [question])])
+    ((answer,),) = teacher.begin([Picture(decode_image(record), [question])])()
     threshold = float(np.median([np.sort(found.scores)[-3] for found in answer.found]))
     plan = Plan(
         out=str(folder), name="made", inputs=[Input(str(source.path), source)], teacher=teacher, finder=finder,

@@ -5,13 +5,13 @@ is put into, so images may be grouped freely to save compilations.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
 from glip_jax import assets, prompts
 from glip_jax import boxes as box
@@ -113,6 +113,15 @@ def category_prompts(
     return [(prompts.prompt_from_categories([names[i] for i in chunk], separator), tuple(chunk)) for chunk in chunks]
 
 
+class _Begun(NamedTuple):
+    """What a device was asked for."""
+
+    found: Detections
+    """Of a batch, on the device, perhaps not there yet."""
+    asked: list[tuple[int, Any, Float32[np.ndarray, "4"]]]
+    """Per row that holds an answer: whose image it is, the numbers of its prompt's phrases, and by how much boxes grow."""
+
+
 class Detector:
     """Finds what prompts name, with one set of parameters.
 
@@ -149,7 +158,7 @@ class Detector:
 
     def _run_text(self, params: Any, tokens: Array, mask: Array) -> Any:
         self.compiled["text"] += 1
-        return self._model.apply({"params": params}, tokens, mask, method="encode_text")
+        return self._model.apply({"params": params}, tokens[None], mask[None], method="encode_text")[0]
 
     def _run_ground(
         self, params: Any, levels: Any, size: Array, extent: Array, text: Array, mask: Array, phrase_map: Array,
@@ -167,7 +176,7 @@ class Detector:
         """Tokens and encoded states of a prompt. Raises PromptError if it exceeds the token budget."""
 
         def encode() -> Array:
-            return self._encode_text(self.params, tokenized.tokens[None], tokenized.mask[None])[0]
+            return self._encode_text(self.params, tokenized.tokens, tokenized.mask)
 
         budget = self.config.model.text.max_tokens
         key = repr(tuple(prompt))  # spans that came from JSON are lists
@@ -182,7 +191,7 @@ class Detector:
         if self._chunks[0] != tuple(names):
             self._chunks = tuple(names), category_prompts(names, self.tokenizer, self.config)
         chunks = [(prompt, np.asarray(own)) for prompt, own in self._chunks[1]]
-        return [_merge(parts) for parts in self._find(images, [chunks] * len(images))]
+        return [_merge(parts) for parts in self._begin(images, [chunks] * len(images))()]
 
     def caption(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], prompts_: Sequence[Prompt]) -> list[Detections]:
         """Detections of each image's own prompt; phrases index the prompt's."""
@@ -197,16 +206,26 @@ class Detector:
 
         The features of an image are computed once for all its prompts, however many the other images have.
         """
+        return self.begin(images, prompts_)()
+
+    def begin(
+        self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], prompts_: Sequence[Sequence[Prompt]]
+    ) -> Callable[[], list[list[Detections]]]:
+        """Like `captions`, without waiting: the device works on while the caller prepares the next images.
+
+        What comes back waits for the detections and returns them; until then their images' features may lie on the
+        device, so hold one or two of them, not all of a folder's.
+        """
         if len(images) != len(prompts_):
             raise ValueError(f"{len(images)} images and prompts of {len(prompts_)}: give a list of prompts per image")
-        return self._find(images, [[(p, np.arange(len(p.spans))) for p in own] for own in prompts_])
+        return self._begin(images, [[(p, np.arange(len(p.spans))) for p in own] for own in prompts_])
 
-    def _find(
+    def _begin(
         self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], queries: Sequence[Sequence[tuple[Prompt, Any]]]
-    ) -> list[list[Detections]]:
+    ) -> Callable[[], list[list[Detections]]]:
         """Runs images of one canvas together; `queries` holds each image's prompts, with the numbers of their phrases."""
         plans = [self.canvas(*image.shape[:2]) for image in images]
-        results: list[list[Detections]] = [[] for _ in images]
+        begun: list[_Begun] = []
         # Empty slots are never found; their number only grows, so that few programs are compiled.
         most = max((len(prompt.spans) for query in queries for prompt, _ in query), default=1)
         while self._slots < most:
@@ -215,14 +234,25 @@ class Detector:
             members = [i for i, (_, own) in enumerate(plans) if own == canvas and queries[i]]
             for begin in range(0, len(members), self.batch_size):
                 group = members[begin : begin + self.batch_size]
-                self._find_group([images[i] for i in group], [plans[i][0] for i in group], canvas,
-                                 [queries[i] for i in group], [results[i] for i in group])  # fmt: skip
-        return results
+                begun += self._begin_group(group, [images[i] for i in group], [plans[i][0] for i in group], canvas,
+                                           [queries[i] for i in group])  # fmt: skip
 
-    def _find_group(
-        self, images: list[Any], sizes: list[tuple[int, int]], canvas: tuple[int, int],
-        queries: list[Sequence[tuple[Prompt, Any]]], results: list[list[Detections]],
-    ) -> None:  # fmt: skip
+        def finish() -> list[list[Detections]]:
+            results: list[list[Detections]] = [[] for _ in images]
+            for part in begun:
+                found = jax.tree.map(np.asarray, part.found)
+                for slot, (image, numbers, ratio) in enumerate(part.asked):
+                    kept = jax.tree.map(lambda field, own=found.phrases[slot] >= 0, slot=slot: field[slot][own], found)
+                    phrases = numbers[kept.phrases].astype(np.int32)
+                    results[image].append(kept._replace(boxes=kept.boxes * ratio, phrases=phrases))
+            return results
+
+        return finish
+
+    def _begin_group(
+        self, places: list[int], images: list[Any], sizes: list[tuple[int, int]], canvas: tuple[int, int],
+        queries: list[Sequence[tuple[Prompt, Any]]],
+    ) -> Iterator[_Begun]:  # fmt: skip
         multiple = self.config.model.input.extent_multiple
         spare = self.batch_size - len(images)
         pixels = [place(resize(image, size), canvas) for image, size in zip(images, sizes)]
@@ -249,14 +279,9 @@ class Detector:
             moved = not np.array_equal(rows, np.arange(self.batch_size))
             own = _rows(levels, rows) if moved else levels
             found = self._ground(self.params, own, size[rows], extent[rows], states, mask, maps, canvas=canvas)
-            found = jax.tree.map(np.asarray, found)
-            for slot, (row, _, numbers) in enumerate(part):
-                real = found.phrases[slot] >= 0
-                kept = jax.tree.map(lambda field, slot=slot, real=real: field[slot][real], found)
-                height, width = images[row].shape[:2]
-                ratio = np.asarray([width / size[row, 1], height / size[row, 0]] * 2, np.float32)
-                phrases = numbers[kept.phrases].astype(np.int32)
-                results[row].append(kept._replace(boxes=kept.boxes * ratio, phrases=phrases))
+            ratios = [np.divide(images[row].shape[1::-1], size[row, ::-1]) for row, _, _ in part]
+            yield _Begun(found, [(places[row], numbers, np.tile(ratio, 2).astype(np.float32))
+                                 for (row, _, numbers), ratio in zip(part, ratios)])  # fmt: skip
 
 
 @jax.jit

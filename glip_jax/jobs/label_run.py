@@ -111,8 +111,9 @@ def run(plan: Plan) -> None:
                 except FileNotFoundError:
                     if not tasks.finished:  # else another process, which slept longer than its lease, was first
                         raise
-        time.sleep(pause)
-        pause = min(2 * pause, 5.0)
+        if not tasks.finished:  # another process is at it
+            time.sleep(pause)
+            pause = min(2 * pause, 5.0)
     tasks.clear()  # by everybody: who came late may have begun the folder of the work anew
 
 

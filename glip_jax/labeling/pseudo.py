@@ -26,6 +26,9 @@ from glip_jax.labeling.teacher import Answer, Picture, Question, Teacher, keep
 
 __all__ = ["Labeler", "Rules", "pseudo_record"]
 
+_BEGUN = 1
+"""Batches that the teacher is at while the one before is written."""
+
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
@@ -65,6 +68,15 @@ class _Ready(NamedTuple):
     dropped_phrases: Mapping[str, int]
 
 
+class _Begun(NamedTuple):
+    """What the teacher was asked."""
+
+    readies: list[list[_Ready]]
+    """Per image the records that share it."""
+    answers: Callable[[], list[list[Answer]]]
+    """Waits for them."""
+
+
 class Labeler:
     """Labels ranges of records."""
 
@@ -87,6 +99,14 @@ class Labeler:
         tally = Tally()
         tally.code[self._code] += 0
         waiting: defaultdict[Any, dict[int, list[_Ready]]] = defaultdict(dict)
+        begun: deque[_Begun] = deque()
+
+        def ask(own: Mapping[int, list[_Ready]]) -> None:
+            """While the teacher looks at these, what it found in those before is chosen and written."""
+            begun.append(self._ask(own))
+            while len(begun) > _BEGUN:
+                self._write(begun.popleft(), source, tally, write, made)
+
         with ThreadPoolExecutor(self._threads) as pool:
             depth = 2 * self._threads + 2 * self._teacher.images
             for ready in _ahead(pool, lambda index: self._ready(shards, index), range(begin, end), depth):
@@ -96,11 +116,13 @@ class Labeler:
                     continue
                 own = waiting[group]
                 if ready.image not in own and len(own) >= self._teacher.images:
-                    self._answer(own, source, tally, write, made)
+                    ask(own)
                     own.clear()
                 own.setdefault(ready.image, []).append(ready)
             for own in waiting.values():
-                self._answer(own, source, tally, write, made)
+                ask(own)
+            while begun:
+                self._write(begun.popleft(), source, tally, write, made)
         return tally
 
     def _ready(self, shards: Shards, index: int) -> _Ready:
@@ -137,24 +159,25 @@ class Labeler:
             tally.report.note("caption: longer than the teacher's text, asked in several prompts", example)
         return self._teacher.group(ready.record.height, ready.record.width)
 
-    def _answer(
-        self, waiting: Mapping[int, list[_Ready]], source: str, tally: Tally, write: Callable[[Record], Any],
-        made: Callable[[int], Any],
-    ) -> None:  # fmt: skip
-        """Asks the teacher about the images that wait, and writes what it found."""
+    def _ask(self, waiting: Mapping[int, list[_Ready]]) -> _Begun:
+        """Asks the teacher about the images that wait."""
         pictures = [
             Picture(own[0].pixels, [ready.question for ready in own if ready.question is not None])
             for own in waiting.values()
             if own[0].pixels is not None
         ]
-        if not pictures:
-            return
-        for own, answers in zip(waiting.values(), self._teacher.answers(pictures), strict=True):
+        return _Begun(list(waiting.values()), self._teacher.begin(pictures))
+
+    def _write(
+        self, begun: _Begun, source: str, tally: Tally, write: Callable[[Record], Any], made: Callable[[int], Any]
+    ) -> None:  # fmt: skip
+        """Chooses of what the teacher found, and writes it."""
+        provenance = {**self._about, "threshold": self._rules.of(source), "code": self._code}
+        text = json.dumps(provenance, ensure_ascii=False, separators=(",", ":"))
+        for own, answers in zip(begun.readies, begun.answers(), strict=True):
             for ready, answer in zip(own, answers, strict=True):
                 assert ready.record is not None
                 assert ready.question is not None
-                provenance = {**self._about, "threshold": self._rules.of(source), "code": self._code}
-                text = json.dumps(provenance, ensure_ascii=False, separators=(",", ":"))
                 record = pseudo_record(ready.record, ready.question, answer, self._rules, source, text, tally)
                 if record is not None:
                     write(record)

@@ -6,7 +6,7 @@ phrases; of the other stretches the teacher knows nothing then.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -86,8 +86,10 @@ class Finds(Protocol):
     tokenizer: Tokenizer
     batch_size: int
 
-    def captions(self, images: Sequence[Any], prompts_: Sequence[Sequence[Prompt]]) -> list[list[Detections]]:
-        """Detections of each image's own prompts."""
+    def begin(
+        self, images: Sequence[Any], prompts_: Sequence[Sequence[Prompt]]
+    ) -> Callable[[], list[list[Detections]]]:
+        """Begins to find each image's own prompts; what comes back waits for the detections."""
         ...
 
 
@@ -108,8 +110,8 @@ class Teacher(Protocol):
         """Prepares a caption; called from several threads."""
         ...
 
-    def answers(self, pictures: Sequence[Picture]) -> list[list[Answer]]:
-        """Answers to the questions of each picture; all of one group."""
+    def begin(self, pictures: Sequence[Picture]) -> Callable[[], list[list[Answer]]]:
+        """Begins to answer the questions of each picture, all of one group; what comes back waits for the answers."""
         ...
 
 
@@ -147,6 +149,10 @@ class View(NamedTuple):
     """Left to right; passed over for captions that say left or right."""
 
 
+_BegunView = tuple[View, list[list[int]], Callable[[], list[list[Detections]]]]
+"""A view, which questions of each picture it was asked, and its detections."""
+
+
 class DetectorTeacher:
     """Asks a detector, over one or several views.
 
@@ -177,10 +183,9 @@ class DetectorTeacher:
         asked = ask(caption, spans, self._first.tokenizer, self._first.config.model.text.max_tokens)
         return Question(key, caption, spans, asked)
 
-    def answers(self, pictures: Sequence[Picture]) -> list[list[Answer]]:
+    def begin(self, pictures: Sequence[Picture]) -> Callable[[], list[list[Answer]]]:
         """See `Teacher`."""
-        found: list[list[list[list[Boxes]]]] = [[[] for _ in picture.questions] for picture in pictures]
-        cut: set[tuple[int, int]] = set()
+        begun = []
         for view in self.views:
             asked = [
                 [
@@ -194,12 +199,19 @@ class DetectorTeacher:
             prompts = [
                 [prompt for n in own for prompt in p.questions[n].asked.prompts] for p, own in zip(pictures, asked)
             ]
-            for place, detections in enumerate(view.detector.captions(images, prompts)):
+            begun.append((view, asked, view.detector.begin(images, prompts)))
+        return lambda: self._answers(pictures, begun)
+
+    def _answers(self, pictures: Sequence[Picture], begun: Sequence[_BegunView]) -> list[list[Answer]]:
+        found: list[list[list[list[Boxes]]]] = [[[] for _ in picture.questions] for picture in pictures]
+        cut: set[tuple[int, int]] = set()
+        for view, asked, detected in begun:
+            for place, detections in enumerate(detected()):
                 answers = iter(detections)
                 for n in asked[place]:
                     question = pictures[place].questions[n]
                     parts = [next(answers) for _ in question.asked.prompts]
-                    width = images[place].shape[1] if view.mirrored else 0
+                    width = pictures[place].pixels.shape[1] if view.mirrored else 0
                     found[place][n].append(_by_phrase(question, parts, width))
                     most = view.detector.config.detection.max_detections
                     if any(len(part.scores) >= most and part.scores.min() > self._threshold for part in parts):

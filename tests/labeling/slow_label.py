@@ -32,11 +32,11 @@ def _label(arguments: list[str], said: Path, environment: dict[str, str]) -> Non
     with said.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    real = OutsideTeacher.answers
+    real = OutsideTeacher.begin
 
     def slowly(*given: Any) -> Any:
         time.sleep(0.05)
         return real(*given)
 
-    OutsideTeacher.answers = slowly  # type: ignore[method-assign]
+    OutsideTeacher.begin = slowly  # type: ignore[method-assign]
     sys.exit(main(arguments))

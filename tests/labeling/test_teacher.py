@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import random
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -36,11 +37,12 @@ class Told:
     def __init__(self, found, config: Config = CONFIG):
         self.found, self.config, self.calls = found, config, []
 
-    def captions(self, images, prompts_):
+    def begin(self, images, prompts_):
         self.calls.append(
             [(image.shape[:2], [prompt.caption for prompt in own]) for image, own in zip(images, prompts_)]
         )
-        return [[self._one(image, prompt) for prompt in own] for image, own in zip(images, prompts_)]
+        found = [[self._one(image, prompt) for prompt in own] for image, own in zip(images, prompts_)]
+        return lambda: found
 
     def _one(self, image, prompt):
         tokenize(prompt, self.tokenizer, self.config.model.text.max_tokens)  # what a Detector refuses
@@ -110,6 +112,25 @@ def test_at_most_k_boxes_and_the_rest_is_counted(tmp_path):
         made["r"].scores == pytest.approx((0.9, 0.89, 0.88))
         and tally.report.dropped["box: beyond the most of a phrase"] == 2
     )
+
+
+def test_the_next_batch_is_begun_before_the_last_is_written(tmp_path):
+    class Watched(Told):
+        events: ClassVar[list[str]] = []
+
+        def begin(self, images, prompts_):
+            finish = super().begin(images, prompts_)
+            self.events.append("begun")
+            return lambda: (self.events.append("waited"), finish())[1]
+
+    records = [record(str(n), "a cat", picture(n)) for n in range(6)]
+    detector = Watched(lambda *_: [((0, 0, 9, 9), 0.9)])
+    shards.write(iter(records), tmp_path / "cc", name="cc")
+    labeler = Labeler(DetectorTeacher([View(detector, False)], 0.6, 0.5), phrase_finder("lexicon"), Rules(), {}, "", 2)
+    written = []
+    labeler.label(shards.Shards(tmp_path / "cc"), 0, 6, written.append, lambda _: None)
+    assert Watched.events == ["begun", "begun", "waited", "begun", "waited", "waited"], "three batches of two"
+    assert [own.id for own in written] == list("012345")
 
 
 def test_a_source_has_its_own_threshold(tmp_path):
