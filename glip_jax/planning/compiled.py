@@ -1,8 +1,9 @@
 """The real training step, compiled for chips that are not there, and what its compiler says of it.
 
-Four ways: `tpu` with libtpu's compiler, which needs no TPU, until it would write machine code, `tpu-whole` to the end; `fake`, with as many made-up CPU devices as the topology has
-chips; `local`, with the GPUs of this machine if there are as many. A compiler runs in a process of its own, because it
-reads its settings from the environment once, may end the process when something does not fit, and takes gigabytes.
+Four ways: `tpu` with libtpu's compiler, which needs no TPU, until it would write machine code, `tpu-whole` to the end;
+`fake`, with as many made-up CPU devices as the topology has chips; `local`, with the GPUs of this machine if there are as
+many. A compiler runs in a process of its own, because it reads its settings from the environment once, may end the
+process when something does not fit, and takes gigabytes.
 What came out is kept in a folder under a key of everything that it depends on.
 """
 
@@ -35,7 +36,7 @@ from glip_jax.config import Config, flatten
 from glip_jax.environment import libtpu_arguments
 from glip_jax.parallel import MeshError, batch_sharding, check_batch, make_mesh
 from glip_jax.planning import program
-from glip_jax.planning.dumped import decided
+from glip_jax.planning.dumped import activation_bytes, decided, options
 from glip_jax.planning.facts import Facts, Hot, How, Sent
 from glip_jax.structures import DROPS, Batch
 from glip_jax.training.loop import abstract_state
@@ -194,7 +195,8 @@ def _key(config: Config, topology: Topology, canvas: tuple[int, int], how: How) 
         root / "parallel.py",
         root / "boxes.py",
     ]
-    for file in (*sorted(files), root / "planning" / "program.py", root / "collectives.py"):
+    planning = (root / "planning" / name for name in ("program.py", "dumped.py"))
+    for file in (*sorted(files), *planning, root / "collectives.py"):
         code.update(file.read_bytes())
     extent = [config.train.batch_size, config.data.max_boxes, sorted(config.data.sources)]
     whole = [
@@ -288,6 +290,8 @@ def _devices(topology: Topology, how: How) -> list[Any]:
 def _facts(
     pipe: Connection, config: Config, topology: Topology, canvas: tuple[int, int], how: How, keep: str, scratch: Path
 ) -> Facts:
+    # A program that comes from jax's cache is not compiled, and so nothing is written of how.
+    jax.config.update("jax_enable_compilation_cache", False)
     if how != "local":
         jax.config.update("jax_platforms", "cpu")
     mesh = make_mesh(config.mesh, _devices(topology, how))
@@ -304,7 +308,7 @@ def _facts(
         if how == "tpu":
             text, memory = decided(lowered, scratch / "dump")
         else:
-            compiled = lowered.compile()
+            compiled = lowered.compile(compiler_options=options(scratch / "dump"))
             text, analysis = compiled.as_text() or "", compiled.memory_analysis()
     except jax.errors.JaxRuntimeError as fault:
         needed, available = _shortage(str(fault))
@@ -329,6 +333,7 @@ def _facts(
             "temporaries": float(analysis.temp_size_in_bytes),
             "code": float(analysis.generated_code_size_in_bytes),
         }
+    sizes["activations"] = activation_bytes(scratch / "dump")
     read = program.read(text)
     return Facts(
         how,

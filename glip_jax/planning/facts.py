@@ -58,6 +58,8 @@ class Facts:
     aliased: float = 0.0
     """Of the outputs, those that take the place of arguments."""
     temporaries: float = 0.0
+    activations: float | None = None
+    """Of the temporaries, what the forward pass leaves for the backward pass; None: not told apart."""
     code: float | None = None
     """Of the program itself; None: it was not written."""
     flops: float = 0.0

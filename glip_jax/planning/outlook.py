@@ -48,7 +48,7 @@ class Outlook:
     fits: bool | None
     """None: not known, because nothing was compiled."""
     memory: dict[str, float]
-    """Bytes by kind: parameters, optimizer, averages, batch, then padding, temporaries, program, peak where compiled."""
+    """Bytes by kind: parameters, optimizer, averages, batch, then padding, activations, temporaries, program, peak where compiled."""
     memory_limit: float
     useful_flops: float
     """By formula, forward and backward, nothing computed twice."""
@@ -215,9 +215,13 @@ def _memory(state: dict[str, float], facts: Facts | None, limit: float) -> tuple
     if facts is None:
         return memory, None if sum(state.values()) <= limit else False
     if facts.needed is None:
+        if facts.activations is None:
+            kept = {"activations and temporaries": facts.temporaries}
+        else:
+            kept = {"activations": facts.activations, "temporaries": facts.temporaries - facts.activations}
         memory |= {
             "padding of these": max(0.0, facts.arguments - sum(state.values())),
-            "activations and temporaries": facts.temporaries,
+            **kept,
             "program" if facts.code is not None else "program, allowed for": _PROGRAM
             if facts.code is None
             else facts.code,

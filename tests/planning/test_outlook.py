@@ -63,6 +63,8 @@ def test_memory_and_whether_it_fits(config):
     found = made(config, facts())
     assert found.memory["padding of these"] == 0.5e9 and found.memory["activations and temporaries"] == 3e9
     assert found.memory["peak"] == pytest.approx(12e9 + 0.1e9 + 3e9 + 0.1e9)
+    apart = made(config, facts(activations=2e9)).memory
+    assert apart["activations"] == 2e9 and apart["temporaries"] == 1e9 and apart["peak"] == found.memory["peak"]
     assert found.fits is True
     assert made(config, facts(temporaries=6e9)).fits is False
     assert made(config, facts(available=15e9)).fits is False, "what the compiler has at hand counts, not the label"
