@@ -129,10 +129,13 @@ class Detector:
     Every step has `batch_size` images, so each canvas is compiled once: for the image side, and for the text beside it.
     """
 
-    def __init__(self, config: Config, params: Any, batch_size: int | None = None) -> None:
+    def __init__(
+        self, config: Config, params: Any, batch_size: int | None = None, texts_of: "Detector | None" = None
+    ) -> None:  # fmt: skip
         """`params` as in `GLIP`; `batch_size` images share one step (default: config.evaluation.batch_size).
 
-        Fewer images than that cost as much as all of them: give 1 to look at single images.
+        Fewer images than that cost as much as all of them: give 1 to look at single images. `texts_of`: another
+        detector with the same parameters and text encoder, whose texts need not be encoded again.
         """
         self.config, self.batch_size = config, batch_size or config.evaluation.batch_size
         # Arrays of the host would travel to the device again with every step.
@@ -140,7 +143,7 @@ class Detector:
         self.tokenizer = prompts.load_tokenizer(assets.resolve(config.model.text.vocabulary))
         self.compiled: Counter[str] = Counter()
         """Programs traced, and so compiled or read from the cache, by part: image, text, ground."""
-        self._texts: OrderedDict[str, Array] = OrderedDict()
+        self._texts: OrderedDict[str, Array] = OrderedDict() if texts_of is None else texts_of._texts
         self._tokenized: OrderedDict[str, TokenizedPrompt] = OrderedDict()
         self._chunks: tuple[tuple[str, ...], list[tuple[Prompt, tuple[int, ...]]]] = ((), [])
         self._slots = _PHRASE_SLOTS

@@ -9,6 +9,7 @@ The same command on several hosts, or several times on one, shares the work: see
 """
 
 import contextlib
+import json
 import re
 import shlex
 import sys
@@ -25,6 +26,7 @@ from glip_jax.checkpoint import CheckpointError, fingerprint, latest_step
 from glip_jax.config import ConfigError
 from glip_jax.data import shards
 from glip_jax.data.entries import SourceError
+from glip_jax.data.manifest import read_file
 from glip_jax.evaluation import provenance
 from glip_jax.jobs.command_line import CommandLineError, divided, flags
 from glip_jax.jobs.label_page import write_page
@@ -33,7 +35,7 @@ from glip_jax.jobs.saved_settings import chosen_settings, finite_parameters, fit
 from glip_jax.labeling.outside import open_detections
 from glip_jax.labeling.phrases import MOST_PHRASES, PhraseFinder, phrase_finder
 from glip_jax.labeling.pseudo import Rules
-from glip_jax.labeling.tasks import LEASE, TaskError, sweep
+from glip_jax.labeling.tasks import LEASE, TaskError, differences, sweep
 from glip_jax.labeling.teacher import DetectorTeacher, Teacher, detectors
 from glip_jax.training.loop import enable_compilation_cache
 
@@ -62,7 +64,8 @@ class Label:
     shards: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SHARDS ...")] = ()
     """Folders of shards with captions, local or gs://."""
     out: str = ""
-    """Folder to make: local, on a file system that all hosts see, or gs://; a finished one is left as it is."""
+    """Folder to make: local, on a file system that all hosts see, or gs://; a finished one of the same settings is left as
+    it is."""
     workdir: str = ""
     """Folder of the teacher's run, with a checkpoint."""
     step: int | None = None
@@ -131,13 +134,8 @@ def label(job: Label, settings: Sequence[str], command: str) -> None:
     """
     thresholds = _checked(job)
     out = storage.address(job.out) if storage.is_remote(job.out) else str(Path(job.out).absolute())
-    done = shards.finished(out)
-    if done is not None:
-        sweep(out)
-        print(f"{job.out} is finished ({done.records} records, made by: {done.command}); nothing is made twice")
-        if not storage.kind(f"{out}/report.html"):
-            print(f"drawn page: {write_page(out)}")
-        return
+    there = shards.finished(out)
+    before = None if there is None else _finished_settings(out, job, there.command)
     inputs = _inputs(job.shards)
     strange = sorted(set(thresholds) - {given.shards.manifest.name for given in inputs})
     if strange:
@@ -146,15 +144,36 @@ def label(job: Label, settings: Sequence[str], command: str) -> None:
     begin = time.monotonic()
     finder = phrase_finder(job.finder, job.most_phrases)
     teacher, rules, about = _teacher(job, settings, thresholds, [given.shards.manifest.name for given in inputs])
-    run(
-        Plan(
-            out=out, name=job.name or out.rpartition("/")[2], inputs=inputs, teacher=teacher, finder=finder, rules=rules,
-            about=about | _finder_words(finder, job), command=command, code=_code(), threads=job.threads, lease=job.lease,
-        )
+    plan = Plan(
+        out=out, name=job.name or out.rpartition("/")[2], inputs=inputs, teacher=teacher, finder=finder, rules=rules,
+        about=about | _finder_words(finder, job), command=command, code=_code(), threads=job.threads, lease=job.lease,
     )  # fmt: skip
+    if there is not None and before is not None:
+        if lines := differences(before, json.loads(json.dumps(plan.settings()))):
+            raise TaskError(
+                f"{job.out} is finished, with other settings (there -> given: {lines}): name another folder, or remove it"
+            )
+        sweep(out)
+        print(f"{job.out} is finished ({there.records} records, made by: {there.command}); nothing is made twice")
+        if not storage.kind(f"{out}/report.html"):
+            print(f"drawn page: {write_page(out)}")
+        return
+    run(plan)
     if not storage.kind(f"{out}/report.html"):
         write_page(out)
     print(f"{job.out}: finished, this process worked {time.monotonic() - begin:.0f} s; page: {out}/report.html")
+
+
+def _finished_settings(out: str, job: Label, command: str) -> dict[str, Any]:
+    """What a finished folder was labelled with; TaskError if it holds something else."""
+    try:
+        report = json.loads(read_file(f"{out}/report.json"))
+        _ = report["summary"]["captions"]
+        return dict(report["settings"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        raise TaskError(
+            f"{job.out} holds shards that no labelling made (but: {command or 'unknown'}): name another folder to make"
+        ) from None
 
 
 def _spread(argument: str) -> list[str]:
@@ -181,6 +200,12 @@ def _checked(job: Label) -> dict[str, float]:
         raise CommandLineError(
             "--detections hold numbers only: give the file that names them, --categories=ANNOTATIONS.json"
         )
+    strange = {"--no-ema": not job.ema, "--step": job.step is not None} if job.detections else {
+        "--categories": bool(job.categories)
+    }  # fmt: skip
+    for option in (option for option, given in strange.items() if given):
+        teacher = "--detections" if job.detections else "--workdir"
+        raise CommandLineError(f"{option} says nothing where the teacher is {teacher}: leave it out")
     if job.detections and (job.flip or job.scales):
         raise CommandLineError(
             "--flip and --scales are ways to look at images, which --detections does not do: leave them out"
@@ -202,7 +227,7 @@ def _checked(job: Label) -> dict[str, float]:
         raise CommandLineError(f"--nms={job.nms}: expected an overlap above 0, at most 1")
     least = {"most-boxes": job.most_boxes, "most-phrases": job.most_phrases, "threads": job.threads, "lease": job.lease}
     for name, number in [*least.items(), *(("scales", side) for side in job.scales)]:
-        if number < 1:
+        if not number >= 1:
             raise CommandLineError(f"--{name}={number}: expected 1 or more")
     if job.batch_size < 0:
         raise CommandLineError(f"--batch-size={job.batch_size}: expected 1 or more, or 0 for the setting's")

@@ -115,7 +115,8 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     settings, told = report["settings"], report["summary"]
     facts = [(name, str(value)) for name, value in settings.items() if name not in ("inputs", "thresholds", "format")]
     facts += [(f"threshold of {name}", str(value)) for name, value in settings["thresholds"].items()]
-    facts += [(f"captions of {own['name']}", f"{own['path']} {own['columns']}") for own in settings["inputs"]]
+    columns = settings["inputs"].items()
+    facts += [(f"captions of {name}", f"{path} {own}") for path, (name, own) in zip(report["inputs"], columns)]
     facts += [(f"code {code}", f"{count:,} records") for code, count in told["code"].items()]
     facts.append(("hours of all processes", f"{told['seconds'] / 3600:.2f}"))
     return [*facts, ("licence", report["licence"]), *((name, str(value)) for name, value in report["versions"].items())]

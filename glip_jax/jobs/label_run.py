@@ -21,7 +21,7 @@ from glip_jax.labeling.teacher import Teacher
 
 __all__ = ["FORMAT", "Input", "Plan", "run"]
 
-FORMAT = 1
+FORMAT = 2
 """Of report.json and plan.json."""
 
 _SIDES = 8
@@ -64,10 +64,8 @@ class Plan:
 
     def settings(self) -> dict[str, Any]:
         """All that decides the labels but the code, of which each record says its own."""
-        inputs = [
-            {"path": path, "name": own.manifest.name, "columns": own.manifest.columns["sha256"]}
-            for path, own in self.inputs
-        ]
+        # What is in the shards, not where they lie: hosts may see them at different places.
+        inputs = {own.manifest.name: own.manifest.columns["sha256"][:16] for _, own in self.inputs}
         thresholds = {own.manifest.name: self.rules.of(own.manifest.name) for _, own in self.inputs}
         return {"format": FORMAT, "name": self.name, "inputs": inputs, "thresholds": thresholds, **self.about}
 
@@ -173,7 +171,7 @@ def _finish(plan: Plan, tasks: Tasks, work: Mapping[str, _Task]) -> None:
     )  # fmt: skip
     report = {
         "format": FORMAT, "name": plan.name, "command": plan.command, "licence": manifest.licence,
-        "settings": plan.settings(), "summary": summary(total), "versions": provenance.versions(),
+        "inputs": [given.path for given in plan.inputs], "settings": plan.settings(), "summary": summary(total), "versions": provenance.versions(),
     }  # fmt: skip
     (scratch / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False))
     for file in (manifest.columns["file"], "report.json"):

@@ -7,10 +7,11 @@ bring less than half as much on captions (benchmarks/RESULTS.md).
 
 import functools
 import re
+from collections.abc import Container
 
 from glip_jax.labeling.phrase_rules import Word
 
-__all__ = ["LexiconTagger"]
+__all__ = ["LexiconTagger", "word_list", "words_of"]
 
 # A letter or digit with the accents that stand as characters of their own.
 _LETTER = r"[^\W_][\u0300-\u036f]*"
@@ -38,6 +39,19 @@ _OPENERS = ("a", "an", "the", "his", "her", "its", "their")
 _ENDS = ("IN", "CC", "VBZ", "VBG", "VBN", ",", _NO_WORD, "")
 
 
+@functools.cache
+def word_list() -> Container[str]:
+    """TextBlob's English words, in the spelling of the list: names begin with a capital."""
+    from textblob.en import parser
+
+    return parser.lexicon
+
+
+def words_of(caption: str) -> list[str]:
+    """The words of a caption, in small letters, without marks and clitics."""
+    return [match.group().lower() for match in _TOKEN.finditer(caption) if match.lastgroup == "word"]
+
+
 class LexiconTagger:
     """Words of a caption with their Penn tags; every mark that is no word is SYM, a comma a comma."""
 
@@ -59,7 +73,9 @@ class LexiconTagger:
             spans.append(match.span())
             tags.append(self._tag(text) if match.lastgroup == "word" else "," if text == "," else _NO_WORD)
         for number, text in enumerate(texts[:-1]):
-            if text == "next" and texts[number + 1] == "to":
+            # "a cat next to", "a mammoth right of"; "the right of the picture" is a place.
+            side = text in ("left", "right") and texts[number + 1] == "of" and number and tags[number - 1] != "DT"
+            if side or (text == "next" and texts[number + 1] == "to"):
                 tags[number] = "IN"
         _mend(texts, tags)
         return list(map(Word, texts, spans, tags))
@@ -119,7 +135,9 @@ def _mend(texts: list[str], tags: list[str]) -> None:
             leads = before == "DT" or (before == "JJ" and number > 1 and tags[number - 2] == "DT")
             # "an orange sits", but "the green leaves".
             many = after == "VBZ" and texts[number - 1] not in _ALONE and texts[number + 1] not in _AUXILIARIES
-            if leads and after in _ENDS and after not in ("CC", ",") and not many:
+            # "a little running shoe": no object has its verb between itself and its adjective.
+            describes = after == "VBG" and next_after in _NOUNS
+            if leads and after in _ENDS and after not in ("CC", ",") and not many and not describes:
                 tags[number] = "NN"
         elif tag == "NN":
             # "a man skiing on snow"; with an object it is seen above ("a bench reading a paper").

@@ -21,7 +21,7 @@ from glip_jax.labeling.phrase_heads import singular
 
 __all__ = ["MOST_PHRASES", "REASONS", "VERSION", "Found", "PhraseRules", "Reason", "Word"]
 
-VERSION = 2
+VERSION = 3
 """Goes up with every change of a rule or a table."""
 
 MOST_PHRASES = 32
@@ -49,6 +49,8 @@ class Found(NamedTuple):
     """(begin, end) characters of each phrase, end exclusive, in order, none overlapping."""
     dropped: dict[str, int]
     """Phrases left out, by reason (`REASONS`); a reason without any is not there."""
+    surplus: tuple[tuple[int, int], ...] = ()
+    """(begin, end) of the phrases beyond the set number: things that nobody is asked about."""
 
 
 def _words(text: str) -> frozenset[str]:
@@ -132,17 +134,20 @@ class PhraseRules:
     def apply(self, words: Sequence[Word], chunks: Iterable[tuple[int, int]]) -> Found:
         """Phrases of a caption from its words and the (begin, end) word numbers of its chunks, in order and apart."""
         spans: list[tuple[int, int]] = []
+        surplus: list[tuple[int, int]] = []
         dropped: Counter[str] = Counter()
         for chunk in chunks:
             for begin, end in _parts(words, *chunk):
                 reason = _reason(words, begin, end, first=not spans)
                 if reason is None and len(spans) == self._most:
                     reason = "surplus"
+                span = words[begin].span[0], words[end - 1].span[1]
                 if reason is None:
-                    spans.append((words[begin].span[0], words[end - 1].span[1]))
+                    spans.append(span)
                 else:
                     dropped[reason] += 1
-        return Found(tuple(spans), dict(dropped))
+                    surplus += [span] if reason == "surplus" else []
+        return Found(tuple(spans), dict(dropped), tuple(surplus))
 
 
 def _is_noun(word: Word) -> bool:
@@ -190,9 +195,7 @@ def _is_plural(word: Word) -> bool:
 
 def _trimmed(words: Sequence[Word], begin: int, end: int) -> Iterator[tuple[int, int]]:
     # "a cup right of a plate": the word is no noun there, whatever its tag.
-    while end > begin and (
-        not _is_word(words[end - 1]) or (end - begin > 1 and words[end - 1].text in _SIDES and _is_noun(words[end - 2]))
-    ):
+    while end > begin and (not _is_word(words[end - 1]) or _is_a_side(words, begin, end - 1)):
         end -= 1
     # "how many dogs" -> "dogs".
     if end - begin > 1 and words[begin].text == "how":
@@ -215,10 +218,20 @@ def _trimmed(words: Sequence[Word], begin: int, end: int) -> Iterator[tuple[int,
         yield begin, end
 
 
+def _is_a_side(words: Sequence[Word], begin: int, number: int) -> bool:
+    """Whether a word of a phrase that begins at `begin` is "right" of "a cup right of a plate"."""
+    if words[number].text not in _SIDES or number == begin:
+        return False
+    of = number + 1 < len(words) and words[number + 1].text == "of"
+    return _is_noun(words[number - 1]) or (of and words[number - 1].text not in _DETERMINERS)
+
+
 def _reason(words: Sequence[Word], begin: int, end: int, first: bool) -> Reason | None:
     """Why the phrase is none that one could box; None: it is. `first`: no phrase of the caption was kept before it."""
     head, before = words[end - 1].text, words[begin - 1].text if begin else ""
-    if head in _PRONOUNS or not any(_is_noun(word) for word in words[begin:end]):
+    # "a mammoth right of a book": what stands before the side is a thing, whatever its tag.
+    thing = end - begin > 1 and end < len(words) and _is_a_side(words, begin, end)
+    if head in _PRONOUNS or not (thing or any(_is_noun(word) for word in words[begin:end])):
         return "pronoun"
     if words[begin].text in _NONE or before == "without":
         return "absent"

@@ -70,7 +70,7 @@ class LexiconPhraseFinder:
     @property
     def version(self) -> str:
         """Our own number, and the versions of the rules and of the libraries that hold the word list and the chunker."""
-        return f"2 ({_library('textblob')}, {_library('nltk')}, {self._rules.version})"
+        return f"3 ({_library('textblob')}, {_library('nltk')}, {self._rules.version})"
 
     def find(self, caption: str) -> Found:
         """Phrases of `caption` as it stands: any text, also empty, with double spaces or in another script."""

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -20,9 +20,10 @@ from glip_jax.data import codec
 from glip_jax.data.entries import Report
 from glip_jax.data.records import Record, RecordError, content_hash
 from glip_jax.data.shards import Shards
+from glip_jax.labeling.language import OTHER_SCRIPT, language_doubt
 from glip_jax.labeling.phrases import PhraseFinder, head_word
 from glip_jax.labeling.tally import Tally
-from glip_jax.labeling.teacher import Answer, Picture, Question, Teacher, keep
+from glip_jax.labeling.teacher import Answer, Picture, Question, Span, Teacher, keep
 
 __all__ = ["Labeler", "Rules", "pseudo_record"]
 
@@ -66,6 +67,10 @@ class _Ready(NamedTuple):
     left_out: str
     example: str
     dropped_phrases: Mapping[str, int]
+    surplus: tuple[Span, ...] = ()
+    """Phrases beyond the most of a caption."""
+    doubt: str = ""
+    """Why the caption may be none in English."""
 
 
 class _Begun(NamedTuple):
@@ -130,16 +135,19 @@ class Labeler:
         try:
             record = shards[index]
             with self._one:  # finders do not say that threads may share them
-                spans, dropped = self._finder.find(record.caption)
+                (spans, dropped, surplus), doubt = self._finder.find(record.caption), language_doubt(record.caption)
+            if doubt == OTHER_SCRIPT:
+                example = f"{record.id}: {record.caption!r:.80}"
+                return _Ready(record, 0, None, None, f"caption: {doubt}", example, {})
             if not spans:
                 reason, example = "caption: no noun phrase", f"{record.id}: {record.caption!r:.80}"
                 return _Ready(record, 0, None, None, reason, example, dropped)
             if self._teacher.group(record.height, record.width) is None:
                 example = f"{record.id}: {record.height} x {record.width}"
-                return _Ready(record, 0, None, None, "image: too long and narrow", example, {})
+                return _Ready(record, 0, None, None, "image: too long and narrow", example, dropped)
             pixels = codec.decode(record, "fast")  # equal pixels, in half of Pillow's time
             question = self._teacher.question(record.id, record.caption, spans)
-            return _Ready(record, content_hash(record.image), pixels, question, "", "", dropped)
+            return _Ready(record, content_hash(record.image), pixels, question, "", "", dropped, surplus, doubt)
         except RecordError as error:
             reason = "image: cannot be decoded" if "field image" in str(error) else "record: corrupt"
             return _Ready(None, 0, None, None, reason, str(error), {})
@@ -154,6 +162,8 @@ class Labeler:
         if ready.record is None or ready.question is None:
             tally.report.drop(ready.left_out, ready.example)
             return None
+        if ready.doubt:
+            tally.report.note(f"caption: {ready.doubt}", f"{ready.record.id}: {ready.record.caption!r:.80}")
         if len(ready.question.asked.prompts) > 1:
             example = f"{ready.record.id}: {len(ready.question.asked.prompts)} prompts"
             tally.report.note("caption: longer than the teacher's text, asked in several prompts", example)
@@ -178,7 +188,9 @@ class Labeler:
             for ready, answer in zip(own, answers, strict=True):
                 assert ready.record is not None
                 assert ready.question is not None
-                record = pseudo_record(ready.record, ready.question, answer, self._rules, source, text, tally)
+                record = pseudo_record(
+                    ready.record, ready.question, answer, self._rules, source, text, tally, ready.surplus
+                )
                 if record is not None:
                     write(record)
                     tally.code[self._code] += 1
@@ -186,12 +198,13 @@ class Labeler:
 
 
 def pseudo_record(
-    record: Record, question: Question, answer: Answer, rules: Rules, source: str, provenance: str, tally: Tally
-) -> Record | None:
+    record: Record, question: Question, answer: Answer, rules: Rules, source: str, provenance: str, tally: Tally,
+    surplus: Sequence[Span] = (),
+) -> Record | None:  # fmt: skip
     """The pseudo record of a caption, or None, counted, where nothing was found.
 
-    Phrases without a box, and those that could not be asked for, become `unknown`: that the teacher does not see a
-    thing is no evidence that it is not there.
+    Phrases without a box, those that could not be asked for and `surplus`, of which nobody asked, become `unknown`: that
+    the teacher does not see a thing is no evidence that it is not there.
     """
     report: Report = tally.report
     where = f"{record.id}: {record.caption!r:.80}"
@@ -231,7 +244,7 @@ def pseudo_record(
     tally.source(source, kept=1, boxes=len(boxes))
     return dataclasses.replace(
         record, kind="pseudo", boxes=np.asarray(boxes, np.float32).reshape(-1, 4), spans=tuple(spans),
-        scores=tuple(scores), unknown=tuple(unknown), provenance=provenance,
+        scores=tuple(scores), unknown=(*unknown, *((span,) for span in surplus)), provenance=provenance,
     )  # fmt: skip
 
 

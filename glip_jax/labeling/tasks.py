@@ -35,7 +35,7 @@ from etils import epath
 from glip_jax import storage
 from glip_jax.labeling.places import WORK, Held, place_of
 
-__all__ = ["LEASE", "TaskError", "Tasks", "sweep"]
+__all__ = ["LEASE", "TaskError", "Tasks", "differences", "sweep"]
 
 LEASE = 120.0
 """Seconds without a heartbeat after which a task's process is taken for dead."""
@@ -205,9 +205,7 @@ class Tasks:
                 text = self._place.read(f"{WORK}/plan.json")
                 break
         theirs = json.loads(text)
-        keys = [key for key in sorted({*theirs, *ours} - {"begun_by"}) if theirs.get(key) != ours.get(key)]
-        if keys:
-            lines = "; ".join(f"{key}: {_short(theirs.get(key))} -> {_short(ours.get(key))}" for key in keys)
+        if lines := differences({k: v for k, v in theirs.items() if k != "begun_by"}, ours):
             raise TaskError(
                 f"{self._place.address} was begun with other settings (there -> given: {lines}): give those, name "
                 "another folder, or remove this one"
@@ -254,6 +252,12 @@ class Tasks:
         while not stop.wait(self.lease / 6):
             with contextlib.suppress(OSError):
                 self._place.beat(claim, self._me)
+
+
+def differences(there: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """What two settings do not share, both values of each, in a line; nothing if they are the same."""
+    keys = [key for key in sorted({*there, *given}) if there.get(key) != given.get(key)]
+    return "; ".join(f"{key}: {_short(there.get(key))} -> {_short(given.get(key))}" for key in keys)
 
 
 def sweep(out: epath.PathLike) -> None:

@@ -356,8 +356,9 @@ def detectors(
     """
     sizes: list[int | None] = list(scales) or [None]
     views = []
+    detector: Detector | None = None
     for size in sizes:
         own = teacher_config(config, threshold, nms_iou, size, len(sizes) * (2 if flip else 1))
-        detector = Detector(own, params if not views else views[0].detector.params, batch_size)
+        detector = Detector(own, detector.params if detector else params, batch_size, texts_of=detector)
         views += [View(detector, mirrored) for mirrored in ((False, True) if flip else (False,))]
     return views

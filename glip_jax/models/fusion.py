@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from glip_jax.config import FusionConfig
 from glip_jax.models.bert import bounded
-from glip_jax.models.dropout import example_keys
+from glip_jax.models.dropout import example_keys, hashed_bits
 from glip_jax.models.initial import xavier_uniform
 from glip_jax.models.on_chip import images_at_once
 from glip_jax.models.remat import costly
@@ -58,7 +58,7 @@ def _kept(
     """
     if keys is None:
         return None, None
-    bits = jax.vmap(lambda own: jax.random.bits(own, shape[1:], jnp.uint32))(keys)
+    bits = jax.vmap(lambda own: hashed_bits(own, shape[1:]))(keys)
     least = round(rate * 65536)
     return (bits >> 16) >= least, (bits & 0xFFFF) >= least
 

@@ -123,6 +123,20 @@ def test_a_finished_folder_is_not_made_again_but_its_page_is(run, labelled, caps
     assert before.items() <= {path.name: path.stat().st_mtime_ns for path in (run / "out").iterdir()}.items()
 
 
+def test_a_finished_folder_of_other_settings_is_refused_and_left_as_it_is(run, many, tmp_path, capsys):
+    source, _ = many
+    made = str(tmp_path / "made")
+    assert label.main(outside(run, source, made)) == 0
+    (tmp_path / "made" / ".partial").mkdir()  # what another process may be at
+    capsys.readouterr()
+    assert label.main(outside(run, source, made, "--threshold=0.7")) == exits.BAD_INPUT
+    assert "is finished, with other settings (there -> given: thresholds" in capsys.readouterr().err
+    assert (tmp_path / "made" / ".partial").exists()
+    # The same shards by another path are the same captions.
+    assert label.main(outside(run, f"{source}/../{source.name}/", made)) == 0
+    assert "nothing is made twice" in capsys.readouterr().out and not (tmp_path / "made" / ".partial").exists()
+
+
 def test_the_last_parameters_and_a_mirrored_view(run, tmp_path):
     command = ["--no-ema", "--flip", "--threshold=0.02", f"--workdir={run / 'run'}", f"--out={tmp_path / 'out'}"]
     assert label.main([str(run / "captions"), *command]) == 0
@@ -332,6 +346,19 @@ def test_a_full_disk_ends_in_a_line_and_the_same_command_goes_on(run, many, tmp_
         ),
         (["{run}/captions", "--out=x", "--detections={run}/names.json", "--categories={run}/names.json"], "names.json"),
         (["{run}/captions", "--out=x", "--workdir={run}/run", "--treshold=0.4"], "did you mean --threshold"),
+        (["{run}/captions", "--out=x", "--workdir={run}/run", "--lease=nan"], "--lease=nan: expected 1 or more"),
+        (["{run}/captions", "--out=x", "--workdir=y", "--categories=z"], "--categories says nothing"),
+        (["{run}/captions", "--out=x", "--detections=y", "--categories=z", "--step=3"], "--step says nothing"),
+        (["{run}/captions", "--out=x", "--detections=y", "--categories=z", "--no-ema"], "--no-ema says nothing"),
+        (
+            [
+                "{run}/captions",
+                "--out={run}/captions",
+                "--detections={run}/found.json",
+                "--categories={run}/names.json",
+            ],
+            "captions holds shards that no labelling made",
+        ),
     ],
 )
 def test_what_cannot_be_done_gives_one_line(run, capsys, monkeypatch, tmp_path, arguments, message):

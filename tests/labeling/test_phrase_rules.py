@@ -152,4 +152,4 @@ def test_rules_need_no_finder():
     assert found.spans == ((0, 8),) and found.dropped == {"pronoun": 1}
     assert PhraseRules().apply([], []).spans == ()
     without_noun = [Word("the", (0, 3), "DT"), Word("red", (4, 7), "JJ"), Word("two", (8, 11), "CD")]
-    assert PhraseRules().apply(without_noun, [(0, 2), (2, 3)]) == ((), {"pronoun": 2})
+    assert PhraseRules().apply(without_noun, [(0, 2), (2, 3)])[:2] == ((), {"pronoun": 2})

@@ -88,6 +88,9 @@ def test_marks_of_all_kinds_in_the_lexicon(caption, expected):
         ("a man skiing on snow", ["a man", "snow"]),
         ("teddy bears on train tracks", ["teddy bears", "train tracks"]),
         ("a dimly lit room with a barefoot child", ["a dimly lit room", "a barefoot child"]),
+        ("a little running shoe on a young smiling girl", ["a little running shoe", "a young smiling girl"]),
+        ("a mammoth right of a book", ["a mammoth", "a book"]),
+        ("a cup to the right of a plate", ["a cup", "a plate"]),
     ],
 )
 def test_neighbours_mend_the_lexicons_tags(caption, expected):

@@ -15,6 +15,7 @@ from PIL import Image
 from glip_jax.config import Config, DetectionConfig
 from glip_jax.data import shards
 from glip_jax.data.records import Record, boxes_array
+from glip_jax.labeling.language import PERHAPS_FOREIGN
 from glip_jax.labeling.phrases import phrase_finder
 from glip_jax.labeling.pseudo import Labeler, Rules
 from glip_jax.labeling.tally import Tally, summary
@@ -155,13 +156,35 @@ def test_what_cannot_be_labelled_is_counted_with_an_example(tmp_path):
         record("japanese", "犬が公園で走っている"),
         record("russian", "собака на траве"),
     ]
-    made, tally, _ = label(tmp_path, records, lambda _, w: [((0, 0, 9, 9), 0.9)] if w == "a cat" else [])
+    # Whatever it is asked for but "a dog", the detector finds.
+    made, tally, _ = label(tmp_path, records, lambda _, w: [] if w == "a dog" else [((0, 0, 9, 9), 0.9)])
     assert set(made) == {"fine"} and tally.captions == 8
     dropped = tally.report.dropped
-    assert dropped["caption: no noun phrase"] >= 1 and dropped["image: cannot be decoded"] == 2
+    assert dropped["caption: no noun phrase"] == 1 and dropped["image: cannot be decoded"] == 2
+    assert dropped["caption: not in Latin letters"] == 2
     assert dropped["image: too long and narrow"] == 1 and sum(dropped.values()) == 7
     assert "record 'corrupt', field image" in tally.report.first["image: cannot be decoded"]
     assert tally.report.first["caption: no noun phrase"] == "no noun: 'and so on'"
+
+
+def test_captions_that_may_not_be_english_are_labelled_and_counted(tmp_path):
+    records = [record("french", "deux chiens jouent dans la neige"), record("fine", "a cat sits near the xylograph")]
+    made, tally, _ = label(tmp_path, records, lambda *_: [((0, 0, 9, 9), 0.9)])
+    assert set(made) == {"french", "fine"}
+    assert tally.report.noted[f"caption: {PERHAPS_FOREIGN}"] == 1
+    assert tally.report.first[f"caption: {PERHAPS_FOREIGN}"] == "french: 'deux chiens jouent dans la neige'"
+
+
+def test_phrases_beyond_the_most_are_unknown_and_not_absent(tmp_path):
+    records = [record("r", "a cat and a dog near a red car")]
+    shards.write(iter(records), tmp_path / "cc", name="cc")
+    teacher = DetectorTeacher([View(Told(lambda *_: [((0, 0, 9, 9), 0.9)]), False)], 0.6, 0.5)
+    written = []
+    labeler = Labeler(teacher, phrase_finder("lexicon", 1), Rules(), {}, "", 2)
+    tally = labeler.label(shards.Shards(tmp_path / "cc"), 0, 1, written.append, lambda _: None)
+    (own,) = written
+    assert words(own, own.spans) == ["a cat"] and words(own, own.unknown) == ["a dog", "a red car"]
+    assert tally.report.dropped["phrase: surplus"] == 2
 
 
 def test_boxes_are_cut_at_the_image_and_those_without_area_are_counted(tmp_path):
