@@ -6,8 +6,9 @@
              GoldG: flickr30k x 8, goldg x 4; captions x 1, boxes of a score above 0.5, up to 20 other captions packed beside each
 
 The backbone starts from Microsoft's Swin-L of ImageNet-22k, window 12; its patches and first stage are not trained. The paper's
-captions are Cap24M (CC12M and SBU; 78.1 M boxes), the released weights' CC3M, CC12M and SBU: COCO zero-shot 49.8 and 51.4. The
-mixture's list of files was not released, its copies were; one copy of the captions is ours.
+captions are Cap24M, packed with up to 19 others (CC12M and SBU; 78.1 M boxes), the released weights' CC3M, CC12M and SBU: COCO zero-shot 49.8 and 51.4. The
+mixture's list of files was not released, its copies were; one copy of the captions is ours. Words whose boxes are all unsure count as
+absent in the original, here as unknown (`SourceConfig.least_score`).
 """
 
 from dataclasses import replace

@@ -141,6 +141,11 @@ def _time(config: Config, chips: Topology, found: Outlook, facts: Facts | None, 
         rows.append(f"  {'by the compiler, no network':28} {found.compiler_seconds:9.4f}  (estimated cycles)")
     elif facts is not None and facts.cycles:
         rows.append(f"  the compiler estimates {facts.cycles:.3g} cycles; the clock of {chips.family} is not published")
+    elif facts is not None and facts.how == "tpu" and facts.needed is None:
+        rows.append(
+            "  not in it: vector units (exponentials, norms, dropout), for which no peak is published and which may well be\n"
+            "  the bound; --compile=tpu-whole ends with the compiler's own estimate of time"
+        )
     rows += [
         f"at most {found.images_per_second:.1f} images/s, {found.images_per_second / chips.devices:.2f} a chip; "
         f"MFU {found.mfu:.1%} (useful FLOPs over peak)",
