@@ -67,6 +67,14 @@ class Collective:
     source: str
     """file:line of the user's code, "" if the program does not say; as it was when the program was first compiled, if it
     comes from the persistent cache."""
+    across_slices: bool = False
+    """A TPU's exchange with the other slices, which its host carries out (XLA's megascale): `groups` is empty then, the
+    bytes are what a chip hands over, `kind` what becomes of them."""
+
+    def sent_across(self, slices: int) -> float:
+        """What a chip's host sends for it to `slices` slices at one execution, by the same rings."""
+        factor = 2 * (slices - 1) / slices if self.kind == "all-reduce" else slices - 1
+        return float(factor * self.operand_bytes)
 
     @property
     def bytes(self) -> int:
@@ -141,7 +149,8 @@ def totals(found: Iterable[Collective], mesh: Mapping[str, int]) -> dict[tuple[K
 def collectives(program: Any) -> list[Collective]:
     """Every collective that `program` executes, in the order of its text.
 
-    `program`: a `jax.stages.Compiled`, or its text. Transfers between host and device are no collectives and left out.
+    `program`: a `jax.stages.Compiled`, or its text. Transfers between host and device are no collectives and left out, but
+    those by which a TPU's slices exchange.
     Raises CollectiveError for a text without an entry or with groups written in an unknown way.
     """
     text = program if isinstance(program, str) else program.as_text()
@@ -204,12 +213,24 @@ class Program:
         for name, (times, known) in self.executions().items():
             computation = self.computations[name]
             for instruction, rest in computation.lines.items():
-                if not _COLLECTIVE.search(rest) or "is_host_transfer=true" in rest or _continues(rest, computation):
+                if not _COLLECTIVE.search(rest) or _continues(rest, computation):
+                    continue
+                if "is_host_transfer=true" in rest:
+                    found += self._across_slices(instruction, computation, times, known)
                     continue
                 # Metadata may hold the words too; only the opcode counts.
                 if match := _COLLECTIVE.match(opcode_on(rest)):
                     found.append(self._collective(match[1], instruction, computation, times, known))
         return found
+
+    def _across_slices(self, name: str, computation: Computation, times: int, known: bool) -> list[Collective]:
+        """What is handed to the host for other slices; nothing for a transfer of another sort, and for what comes back."""
+        rest = computation.lines[name]
+        kind: Any = (re.search(r'_xla_megascale_transfer_type="(\w+)"', rest) or ["", ""])[1].lower().replace("_", "-")
+        if not opcode_on(rest).startswith("send(") or kind not in get_args(Kind):
+            return []
+        (dtype, size), *_ = _arrays(rest)
+        return [Collective(kind, name, (dtype,), size, size, (), times, known, "", self._source(rest), True)]
 
     def executions(self) -> dict[str, tuple[int, bool]]:
         """Computations that run, in the order of the text: how often, and whether that is known."""

@@ -118,8 +118,9 @@ supervise() {
         echo "=== $(date -u '+%Y-%m-%d %H:%M:%S UTC') exit code $code"
         case $code in
         75) tries=0 ;;
-        69 | 76)
-            # A bucket does not answer, or a process died elsewhere: that may pass. What comes again at the same step does not.
+        69 | 76 | 132 | 134 | 135 | 136 | 137 | 139)
+            # A bucket does not answer, or a process died, elsewhere or here (by a signal: want of memory, a fault in a
+            # driver): that may pass. What comes again at the same step does not.
             reached=$(last_step)
             [ "$reached" = "$step" ] || tries=0
             step=$reached

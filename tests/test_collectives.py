@@ -172,6 +172,22 @@ def test_a_collective_that_is_spread_over_fusions_counts_once():
     assert found.kind == "all-gather" and found.times == 1
 
 
+def test_what_a_host_carries_to_other_slices_counts_and_its_other_transfers_do_not():
+    def send(kind, name):
+        way = f'_xla_megascale_target="{{1,2}}x{{0:3}}",_xla_megascale_transfer_type="{kind}"' if kind else "_other=1"
+        return (f"%{name} = (f32[8]{{0}}, u32[], token[]) send(%p, %t), channel_id=3, is_host_transfer=true, "
+                f"frontend_attributes={{{way}}}")  # fmt: skip
+
+    back = "%b = (f32[8]{0}, u32[], token[]) recv(%t), channel_id=2, is_host_transfer=true, frontend_attributes={" + (
+        '_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    entry = ["%p = f32[8]{0} parameter(0)", "%t = token[] after-all()", send("ALL_REDUCE", "r"), send("ALL_GATHER", "g"),
+             send("", "h"), back]  # fmt: skip
+    reduce, gather = collectives(_text(entry))
+    assert (reduce.kind, gather.kind) == ("all-reduce", "all-gather") and reduce.across_slices and not reduce.groups
+    assert (reduce.sent_across(2), reduce.sent_across(4)) == (32, 48) and gather.sent_across(4) == 96
+
+
 def test_what_is_not_known_is_said():
     line = "ROOT %r = f32[8]{0} all-reduce(%p), replica_groups=magic(8), to_apply=%add"
     with pytest.raises(CollectiveError, match=r"replica_groups=magic\(8\).*a form that is not known"):

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import importlib.util
 import json
+import math
 import os
 import re
 import sys
@@ -79,6 +80,7 @@ def main(argv: Sequence[str]) -> int:
             raise CommandLineError("no chips: expected --topology=v5e:8x16 (or v5litepod-64, v4-32, h100:8, ...)")
         chips = topology(arguments.topology)
         canvases = [_canvas(text, arguments.config) for text in arguments.canvas] or [_largest(arguments.config)]
+        _sensible(arguments)
         how = _how(arguments.compile, chips)
         out = _checked(arguments.out)
         plans = (
@@ -91,6 +93,18 @@ def main(argv: Sequence[str]) -> int:
         print(f"plan: {fault}", file=sys.stderr)
         return exits.BAD_INPUT
     return exits.DONE
+
+
+def _sensible(arguments: PlanArguments) -> None:
+    """CommandLineError for numbers that make no plan."""
+    least = {"images-per-chip": arguments.images_per_chip, "operations": arguments.operations}
+    for name, number in least.items():
+        if number < 0:
+            raise CommandLineError(f"--{name}={number}: expected 0 or more")
+    if not 0 < arguments.images_per_core < math.inf:
+        raise CommandLineError(f"--images-per-core={arguments.images_per_core}: expected images a second, above 0")
+    if arguments.search and len(arguments.canvas) > 1:
+        raise CommandLineError(f"--search takes one --canvas, found {len(arguments.canvas)}: search for each by itself")
 
 
 def plan(
@@ -175,6 +189,8 @@ def _checked(out: str) -> Path | None:
     """The file to write, whose folder is made: before minutes of compiling, not after."""
     if not out:
         return None
+    if "://" in out:
+        raise CommandLineError(f"--out={out}: expected the name of a local file")
     path = Path(out)
     reason = "it is a folder" if path.is_dir() else ""
     try:

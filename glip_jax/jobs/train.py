@@ -138,13 +138,19 @@ def _code(workdir: str, error: BaseException) -> int:
             return exits.NOT_FINITE
         case NotSavedError():
             return exits.UNAVAILABLE if storage.is_remote(workdir) else exits.NOT_WRITTEN
-        case _ if isinstance(error, _FAULTS):
+        case _ if isinstance(error, _FAULTS) or _out_of_memory(error):
             return exits.BAD_INPUT
         case storage.StorageError():
             return exits.UNAVAILABLE if error.errno == errno.ETIMEDOUT else exits.BAD_INPUT
         case OSError() if exits.full_disk(error):
             return exits.NOT_WRITTEN
     return exits.UNEXPECTED
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether a device's memory was too small, for the program or as it ran."""
+    words = ("RESOURCE_EXHAUSTED", "Ran out of memory")
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error) for word in words)
 
 
 def _said(fault: BaseException | str, code: int) -> int:
@@ -170,6 +176,12 @@ def _train(arguments: TrainArguments, crew: Crew | None) -> int:
         code = _code(arguments.workdir, fault)
         if code == exits.UNEXPECTED:
             raise
+        if _out_of_memory(fault):
+            words = " ".join(str(fault).split())[:200]
+            return _said(
+                f"the memory of a device is too small ({words}): give fewer images (train.batch_size), "
+                "model.remat=blocks, or more of mesh.fsdp; `python -m glip_jax plan` says what fits", code,
+            )  # fmt: skip
         if isinstance(fault, storage.StorageError):
             return _said(storage.told(fault), code)
         if isinstance(fault, OSError):

@@ -195,8 +195,8 @@ def _key(config: Config, topology: Topology, canvas: tuple[int, int], how: How) 
         root / "parallel.py",
         root / "boxes.py",
     ]
-    planning = (root / "planning" / name for name in ("program.py", "dumped.py"))
-    for file in (*sorted(files), *planning, root / "collectives.py"):
+    planning = (root / "planning" / name for name in ("program.py", "dumped.py", "compiled.py"))
+    for file in (*sorted(files), *planning, root / "collectives.py", root / "structures.py"):
         code.update(file.read_bytes())
     extent = [config.train.batch_size, config.data.max_boxes, sorted(config.data.sources)]
     whole = [
@@ -266,6 +266,11 @@ def _child(
 def _devices(topology: Topology, how: How) -> list[Any]:
     if how not in ("tpu", "tpu-whole"):
         devices = jax.devices()
+        if how == "local" and devices[0].platform != "gpu":
+            raise PlanError(
+                f"{topology.name}: --compile=local is for a machine with such GPUs, here are {devices[0].platform}s: "
+                "leave it out for a plan by formulas"
+            )
         if len(devices) < topology.devices:
             raise PlanError(f"{topology.name}: {len(devices)} devices are here, {topology.devices} are wanted")
         return devices[: topology.devices]
@@ -371,9 +376,12 @@ def _sent(text: str, mesh: Mesh, topology: Topology) -> tuple[Sent, ...]:
     within = topology.devices // topology.slices if topology.tpu else topology.chip.chips
     sums: dict[tuple[str, tuple[str, ...], bool], list[float]] = {}
     for each in collectives(text):
-        outer = any(len({place // within for place in group}) > 1 for group in each.groups)
-        total = sums.setdefault((each.kind, each.axes(mesh.shape), outer), [0, 0.0, 0.0])
-        for index, value in enumerate((1, each.bytes, each.sent_bytes)):
+        outer = each.across_slices or any(len({place // within for place in group}) > 1 for group in each.groups)
+        # Slices lie along `data`, the mesh's first axis.
+        axes = ("data",) if each.across_slices else each.axes(mesh.shape)
+        sent = each.sent_across(topology.slices) if each.across_slices else each.sent_bytes
+        total = sums.setdefault((each.kind, axes, outer), [0, 0.0, 0.0])
+        for index, value in enumerate((1, each.bytes, sent)):
             total[index] += each.times * value
     ordered = sorted(sums.items(), key=lambda item: -item[1][2])
     return tuple(

@@ -33,6 +33,8 @@ JPEG_BYTES = 163e3
 """Of a picture of COCO, mean."""
 _PROGRAM = 0.5 * 2**30
 """Kept free for a program that was not written; GLIP-T's step has 0.39 GiB (benchmarks/RESULTS.md)."""
+_SYSTEM = 0.25 * 2**30
+"""What a TPU's system keeps of a chip's memory: libtpu offers programs 15.75 of a v5e's 16 GiB; of the others it is assumed."""
 _PROCESS_BYTES = 4e9
 """A training process on a host: Python, jax, the compiler's working memory."""
 
@@ -105,7 +107,7 @@ def outlook(
     host = {"images/s wanted": images / chips.hosts / device, **host}
     host["bytes/s read"] = images / chips.hosts / step * JPEG_BYTES
     host["bytes/s to chips"] = images / chips.hosts / step * math.prod(canvas) * 3
-    limit = facts.available if facts and facts.available else chip.memory
+    limit = facts.available if facts and facts.available else chip.memory - (_SYSTEM if chips.tpu else 0.0)
     memory, fits = _memory(state, facts, limit)
     hours = config.train.steps * step / 3600
     mean = hours * mean_share(config, canvas)
@@ -156,9 +158,14 @@ def formula_sent(state: dict[str, float], mesh: dict[str, int], chips: Topology)
     shard, trained = state["parameters"], state["optimizer"] / 2
     within = chips.devices // chips.slices if chips.tpu else chips.chip.chips
     sent = []
-    if data > 1:
-        outer = chips.devices > within
-        sent.append(Sent("all-reduce", ("data",), 1, trained, 2 * (data - 1) / data * trained, outer))
+    # A sum over slices (GPUs: hosts) goes in three steps: scattered inside, each chip's share summed between them, gathered.
+    outside = min(data, max(1, chips.devices // within))
+    inside = data // outside
+    if inside > 1:
+        sent.append(Sent("all-reduce", ("data",), 1, trained, 2 * (inside - 1) / inside * trained, False))
+    if outside > 1:
+        share = trained / inside
+        sent.append(Sent("all-reduce", ("data",), 1, share, 2 * (outside - 1) / outside * share, True))
     if fsdp > 1:
         outer = fsdp * mesh["tensor"] > within
         share = (fsdp - 1) / fsdp

@@ -66,7 +66,7 @@ class Reading(NamedTuple):
     known: bool
     """False where a loop's trip count is not known, which then counts once."""
     calls: int
-    """Executions of kernels that were not compiled by XLA (Pallas), of whose FLOPs nothing is known."""
+    """Executions of kernels that were not compiled by XLA (Pallas) and do not declare their FLOPs."""
     operations: list[Operation]
 
 
@@ -117,14 +117,16 @@ class _Reader:
             own[name] = 0.0
             for instruction, rest in computation.lines.items():
                 opcode = _opcode(rest)
-                flops = _product(rest, computation) if opcode in ("dot", "convolution") else 0.0
+                kernel = opcode == "custom-call" and "tpu_custom_call" in rest
+                declared = _declared(rest) if kernel else None
+                flops = _product(rest, computation) if opcode in ("dot", "convolution") else declared or 0.0
                 passes += times * flops * _passes(rest)
                 called = re.findall(r"\b(?:calls|to_apply)=%?([\w.\-]+)", rest) if not _calls_steps(rest) else []
                 flops += sum(own.get(inner, 0.0) for inner in called)
                 own[name] += flops
                 if name in self.fused or opcode in _NOTHING or opcode.endswith("-done"):
                     continue
-                calls += times * (opcode == "custom-call" and "tpu_custom_call" in rest)
+                calls += times * (kernel and declared is None)
                 operations.append(self._operation(instruction, rest, opcode, computation, flops, times))
         flops = sum(each.flops * each.times for each in operations)
         moved = [(each.bytes * each.times, each.padding * each.times) for each in operations]
@@ -263,6 +265,12 @@ def _calls_steps(rest: str) -> bool:
 
 def _opcode(rest: str) -> str:
     return opcode_on(rest).partition("(")[0]
+
+
+def _declared(rest: str) -> float | None:
+    """FLOPs that a Pallas kernel declares (`pallas_call`'s cost_estimate); None if it does not."""
+    found = re.search(r'"cost_estimate":\{"flops":"?(\d+)', rest)
+    return float(found[1]) if found else None
 
 
 def _passes(rest: str) -> int:

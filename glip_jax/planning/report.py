@@ -107,7 +107,7 @@ def _work(found: Outlook, facts: Facts | None) -> list[str]:
         share = f", {facts.padding / max(facts.bytes, 1):.0%} of it padding" if facts.how != "fake" else ""
         rows.append(f"  {'chip memory touched':28} {found.bytes / 1e9:9.3f} GB{share}")
     if facts is not None and facts.calls:
-        rows.append(f"  {facts.calls} executions of kernels of our own, whose FLOPs no compiler counts")
+        rows.append(f"  {facts.calls} executions of kernels that do not say how many FLOPs they take: not counted")
     for each in found.sent:
         way = "out of the slice or host" if each.outer else "inside the slice or host"
         times = f"{each.executions} x, " if facts is not None and facts.needed is None else "by formula, "

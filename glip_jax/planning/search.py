@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from glip_jax.chips import Topology
 from glip_jax.config import Config, MeshConfig, Remat
 from glip_jax.parallel import MeshError
+from glip_jax.planning.compiled import PlanError
 from glip_jax.planning.facts import Facts
 from glip_jax.planning.outlook import Outlook
 
@@ -55,8 +56,9 @@ def search(
     """Plans each candidate in turn, best first in the result: those that fit by images/s, then the others.
 
     Where a number of images does not fit, no larger one of the same remat and mesh is tried. A mesh that does not divide is
-    left out with its reason.
+    left out with its reason, and so is one whose compiler fails, unless all do (PlanError).
     """
+    last: PlanError | None = None
     tried: list[Tried] = []
     for number, (images, remat, fsdp, config) in enumerate(every, start=1):
         what = f"{number} of {len(every)}: {images} images a chip, remat {remat}, fsdp {fsdp}"
@@ -69,12 +71,15 @@ def search(
             continue
         try:
             found, _ = plan(config)
-        except MeshError as fault:
+        except (MeshError, PlanError) as fault:
+            last = fault if isinstance(fault, PlanError) else last
             tried.append(Tried(images, remat, fsdp, None, str(fault)))
             say(f"{what}: {fault}")
             continue
         tried.append(Tried(images, remat, fsdp, found))
         say(f"{what}: {'fits' if found.fits else 'does not fit'}, {found.images_per_second:.1f} images/s")
+    if last is not None and not any(each.found for each in tried):
+        raise last
     return sorted(tried, key=lambda t: (t.found is None, not (t.found and t.found.fits), -_rate(t)))
 
 

@@ -255,7 +255,15 @@ def wandb_run(wandb: Any, workdir: str, config: Config) -> Iterator[Sink | None]
         yield None
         return
     identity = hashlib.sha256(storage.address(workdir).encode()).hexdigest()[:16]
-    run = wandb.init(project=config.train.wandb, name=config.name, id=identity, resume="allow", config=plain(config))
+    try:
+        run = wandb.init(
+            project=config.train.wandb, name=config.name, id=identity, resume="allow", config=plain(config)
+        )
+    except getattr(wandb, "Error", Exception) as error:
+        raise ConfigError(
+            f"train.wandb is {config.train.wandb!r}, but W&B begins no run ({' '.join(str(error).split())[:200]}): wandb login, "
+            "or WANDB_MODE=offline, or leave it empty"
+        ) from None
     try:
         yield lambda step, numbers: run.log(dict(numbers), step=step)
     finally:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
+import jax
 import pytest
 
 from glip_jax import __main__ as door
@@ -280,6 +281,17 @@ def test_a_loss_that_is_not_finite_has_a_code_of_its_own(training, capsys, monke
 
     monkeypatch.setattr(train_job, "train", broken)
     assert run(capsys, *training) == (exits.NOT_FINITE, "train: step 3: loss is not finite\n")
+
+
+def test_a_device_that_is_too_small_is_one_line(training, capsys, monkeypatch):
+    def full(*_, **__):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nand more"
+        )
+
+    monkeypatch.setattr(train_job, "train", full)
+    code, line = run(capsys, *training)
+    assert code == exits.BAD_INPUT and "allocate 9 bytes. and more): give fewer images (train.batch_size)" in line
 
 
 # Imports ---------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 
 from glip_jax import __main__, exits
 from glip_jax.jobs import plan
+from glip_jax.planning.compiled import PlanError
 from glip_jax.planning.facts import Facts
 from tests import tiny_run
 
@@ -27,6 +28,21 @@ def run(config, *arguments):
         (("--topology=v5e:2x2", "--canvas=64"), "plan: --canvas=64: expected HEIGHTxWIDTH in multiples of 32"),
         (("--topology=v5e:2x2", "--canvas=64x96,64x65"), "plan: --canvas=64x65"),
         (("--topology=h100:8", "--compile=tpu"), "plan: --compile=tpu: h100:8 is no TPU"),
+        (
+            ("--topology=v5e:2x2", "--images-per-core=0"),
+            "plan: --images-per-core=0.0: expected images a second, above 0",
+        ),
+        (("--topology=v5e:2x2", "--images-per-chip=-3"), "plan: --images-per-chip=-3: expected 0 or more"),
+        (("--topology=v5e:2x2", "--operations=-3"), "plan: --operations=-3: expected 0 or more"),
+        (
+            ("--topology=v5e:2x2", "--compile=none", "--out=gs://x/y.json"),
+            "plan: --out=gs://x/y.json: expected the name of",
+        ),
+        (
+            ("--topology=v5e:2x2", "--compile=fake", "--search", "--canvas=64x64,64x96"),
+            "plan: --search takes one --canvas, found 2",
+        ),
+        (("--topology=h100:1", "--compile=local"), "plan: h100:1: --compile=local is for a machine with such GPUs"),
         (("--topology=h100:8", "--search"), "plan: --search wants a compiler, and none is used for h100:8"),
         (("--topology=v5e:2x2", "--compile=fake", "--search", "--search-remat=some"), "plan: --search-remat=some"),
         (("--topology=v5e:4x4", "--compile=none"), "plan: train.batch_size 8 does not split"),
@@ -103,6 +119,20 @@ def test_search_ranks_what_fits(config, capsys, monkeypatch, tmp_path):
     assert tried[0]["remat"] == "none" and rates == sorted(rates, reverse=True) and rates[0] > rates[1]
     assert all(t["found"]["fits"] for t in tried[:4]) and not tried[4]["found"]["fits"]
     assert tried[-1]["found"] is None
+
+
+def test_a_search_goes_on_after_a_compiler_that_died(config, capsys, monkeypatch):
+    def compile_step(config, chips, canvas, how, *_):
+        if config.train.batch_size == 8 or config.model.remat == "blocks":
+            raise PlanError("the compiler ended without an answer")
+        return Facts(how, "made up", arguments=1e9, flops=1e12, passes=1e12, bytes=1e9)
+
+    monkeypatch.setattr(plan, "compile_step", compile_step)
+    arguments = ("--search", "--search-images=1,2", "--search-fsdp=1", "--topology=v5e:2x2", "--compile=fake")
+    assert run(config, *arguments, "--search-remat=none") == exits.DONE
+    assert "ended without an answer" in capsys.readouterr().out
+    assert run(config, *arguments, "--search-remat=blocks") == exits.BAD_INPUT, "all died"
+    assert capsys.readouterr().err == "plan: the compiler ended without an answer\n"
 
 
 def test_the_largest_canvas_is_the_default():

@@ -107,7 +107,13 @@ def test_formulas_of_what_is_sent(config):
     assert reduce.sent_bytes == pytest.approx(2 * 7 / 8 * 0.8e9), "each shard on its own"
     assert gather.sent_bytes == pytest.approx(15 / 16 * 16e9), "parameters once a step"
     assert scatter.sent_bytes == pytest.approx(15 / 16 * 16 * 0.8e9)
-    assert formula_sent(state, {"data": 16, "fsdp": 1, "tensor": 1}, topology("h100:16"))[0].outer
+    # Two hosts (slices) of 8: scattered and gathered inside, each chip's eighth summed between them.
+    for chips, inside in (("h100:16", 8), ("v5e:8x8*2", 64)):
+        data = 2 * inside
+        inner, outer = formula_sent(state, {"data": data, "fsdp": 1, "tensor": 1}, topology(chips))
+        assert not inner.outer and inner.sent_bytes == pytest.approx(2 * (inside - 1) / inside * 0.8e9)
+        assert outer.outer and outer.sent_bytes == pytest.approx(2 / 2 * 0.8e9 / inside)
+    assert len(formula_sent(state, {"data": 4, "fsdp": 1, "tensor": 1}, topology("h100:4"))) == 1
 
 
 def test_what_is_computed_again(config):
@@ -136,7 +142,7 @@ def test_hosts(config):
 def test_words(config):
     found = made(config, facts())
     text = "\n".join(report.lines(config, CHIPS, CANVAS, found, facts(), scaling(CHIPS, found)))
-    assert "128 chips, 32 hosts; mesh: data 128" in text and "of 16.00: fits" in text
+    assert "128 chips, 32 hosts; mesh: data 128" in text and "of 15.75: fits" in text
     assert "chip memory                     2.0000  <- the bound" in text
     assert "18.000 GB sent inside the slice" in text and "from 16 to 256 chips" in text
     none = "\n".join(report.lines(config, CHIPS, CANVAS, made(config, None), None, None))

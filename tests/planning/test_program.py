@@ -66,6 +66,12 @@ ENTRY %main (a: f32[6,512,128], b: f32[6,512,128], c: f32[128,128], d: bf16[100,
   ROOT %result = f32[6,512,128]{2,1,0:T(8,128)} get-tuple-element(%loop), index=2
 }
 """
+KERNEL = """HloModule m
+ENTRY %main (a: bf16[64,128]) -> bf16[64,128] {
+  %a = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %k = bf16[64,128]{1,0:T(8,128)(2,1)} custom-call(%a), custom_call_target="tpu_custom_call", backend_config=CONFIG
+}
+"""
 ROW = 512 * 128 * 4
 """Bytes of one turn's slice."""
 
@@ -138,3 +144,10 @@ def test_convolutions_as_xla_counts_them():
     ours, theirs = program.read(compiled.as_text() or "").flops, compiled.cost_analysis()
     assert theirs is not None and ours == pytest.approx(theirs["flops"], rel=0.05)
     assert ours > 2 * 2 * 5 * 6 * 16 * 9 * 8 * 1.5, "three products of about one size"
+
+
+def test_a_kernel_has_the_flops_that_it_declares():
+    told = program.read(KERNEL.replace("CONFIG", '{"custom_call_config": {"cost_estimate":{"flops":"97844","x":"0"}}}'))
+    assert (told.flops, told.passes, told.calls) == (97844, 97844, 0)
+    silent = program.read(KERNEL.replace("CONFIG", "{}"))
+    assert (silent.flops, silent.calls) == (0, 1)

@@ -207,6 +207,21 @@ def test_numbers_go_to_wandb_as_well(config, workdir, monkeypatch, capsys):
     assert [line["step"] for line in metrics.read(workdir)] == [2, 4]
 
 
+def test_wandb_that_begins_no_run_is_one_line(config, workdir, monkeypatch):
+    fake = _Wandb()
+    fake.Error = RuntimeError  # type: ignore[attr-defined]
+
+    def init(**_):
+        raise RuntimeError("api_key not configured\n(no-tty)")
+
+    fake.init = init  # type: ignore[method-assign]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(
+        ConfigError, match=r"W&B begins no run \(api_key not configured \(no-tty\)\): wandb login, or WANDB"
+    ):
+        train(tiny_run.replace(config, "train", wandb="glip"), workdir)
+
+
 def test_without_wandb_it_is_one_line(config, workdir, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"train.wandb is 'glip', but wandb is not there .*requirements-wandb.txt"):
