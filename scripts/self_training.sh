@@ -27,6 +27,11 @@ case "${1:-}" in
     ;;
 esac
 
+if [ $# -gt 1 ]; then
+    echo "self_training.sh: expected nothing or --short, found: $*" >&2
+    exit 2
+fi
+
 trap 'echo "stopped; the same command again goes on from here" >&2; exit 130' INT
 environment requirements.txt
 

@@ -265,7 +265,8 @@ def _teacher(
             "teacher": f"detections {provenance.file_hash(job.detections)[:16]}",
             "config": f"categories {provenance.file_hash(job.categories)[:16]}",
         }
-        print(f"{job.detections}: an outside teacher", flush=True)
+        thin = f", {teacher.thin} boxes of a pixel's width or height left out" if teacher.thin else ""
+        print(f"{job.detections}: an outside teacher{thin}", flush=True)
         return teacher, rules, about | {"nms": rules.nms_iou, "most_boxes": rules.most_boxes}
     config = chosen_settings(job.workdir, job.step, settings, "label")
     which = config.evaluation.parameters if job.ema else "raw"

@@ -39,9 +39,11 @@ class OutsideTeacher:
 
     def __init__(
         self, names: Mapping[int, str], found: Mapping[str, _Found], keys: Mapping[str, str],
-        sizes: Mapping[str, tuple[int, int]],
+        sizes: Mapping[str, tuple[int, int]], thin: int = 0,
     ) -> None:  # fmt: skip
         """`found` by image id, `keys` from what a record's id may be to the image id, `sizes` height and width by id."""
+        self.thin = thin
+        """Listed boxes above the threshold that were left out, a pixel wide or high at most."""
         self._names = {category_words(name): number for number, name in names.items()}
         self._found, self._keys, self._sizes = found, keys, sizes
 
@@ -139,6 +141,7 @@ def open_detections(detections: epath.PathLike, categories: epath.PathLike, leas
             sizes[image] = (item["height"], item["width"])
     source = JsonFile(detections)
     found: dict[str, _Found] = {}
+    thin = 0
     for place, item in enumerate(source.objects()):
         where = f"{source.path}: item [{place}]"
         need(item, ("image_id", "category_id", "bbox", "score"), where)
@@ -154,9 +157,13 @@ def open_detections(detections: epath.PathLike, categories: epath.PathLike, leas
                 "(x, y, width, height) and a score in [0, 1]"
             )
         keys.setdefault(str(item["image_id"]), str(item["image_id"]))
-        if values[4] > least and values[2] > 1 and values[3] > 1:
+        if values[4] <= least:
+            continue
+        if values[2] <= 1 or values[3] <= 1:
+            thin += 1
+        else:
             own = found.setdefault(str(item["image_id"]), _Found([], [], []))
             own.boxes.append((values[0], values[1], values[2], values[3]))
             own.scores.append(values[4])
             own.categories.append(category)
-    return OutsideTeacher(names, found, keys, sizes)
+    return OutsideTeacher(names, found, keys, sizes, thin)

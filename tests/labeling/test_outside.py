@@ -53,6 +53,7 @@ def test_boxes_go_to_the_phrase_of_their_category(tmp_path):
         row(9, 3, [1, 1, 9, 9], 0.4), row(9, 3, [1, 1, 1, 9], 0.9), row(10, 3, [0, 0, 9, 9], 0.9),
     ]  # fmt: skip
     teacher = open_detections(*files(tmp_path, rows), 0.5)
+    assert teacher.thin == 1
     for key in ("9", "9#123", "val/000000000009.jpg", "000000000009.jpg", "000000000009"):
         found = answer(teacher, key, "two teddy bears on a sofa", "two teddy bears", "a sofa")
         assert found.found[0].boxes.tolist() == [[40, 5, 59, 34], [10, 5, 29, 34]]
