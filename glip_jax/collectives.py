@@ -14,15 +14,14 @@ Bytes are those of the arrays; a TPU's tiles may pad them.
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 __all__ = [
-    "Collective", "CollectiveError", "Computation", "Kind", "Program", "Total", "bits_of", "collectives", "opcode_on", "operands",
-    "totals",
+    "Collective", "CollectiveError", "Computation", "Kind", "Program", "bits_of", "collectives", "opcode_on", "operands",
 ]  # fmt: skip
 
 Kind = Literal[
@@ -115,35 +114,6 @@ class Collective:
             places = np.stack(np.unravel_index(np.array(group), sizes))
             varies |= (places != places[:, :1]).any(1)
         return tuple(axis for axis, differs in zip(mesh, varies) if differs)
-
-
-class Total(NamedTuple):
-    """Sums over the collectives of one kind that span the same axes, per run of the program and device."""
-
-    instructions: int
-    executions: int
-    bytes: int
-    """Of `Collective.bytes`, times executions."""
-    sent_bytes: float
-    """Of `Collective.sent_bytes`, times executions."""
-    known: bool
-    """False where a trip count was not known, so that more may be sent."""
-
-
-def totals(found: Iterable[Collective], mesh: Mapping[str, int]) -> dict[tuple[Kind, tuple[str, ...]], Total]:
-    """Sums by (kind, mesh axes), most bytes sent first; `mesh` as in `Collective.axes`."""
-    sums: dict[tuple[Kind, tuple[str, ...]], Total] = {}
-    for each in found:
-        key = (each.kind, each.axes(mesh))
-        old = sums.get(key, Total(0, 0, 0, 0.0, True))
-        sums[key] = Total(
-            old.instructions + 1,
-            old.executions + each.times,
-            old.bytes + each.times * each.bytes,
-            old.sent_bytes + each.times * each.sent_bytes,
-            old.known and each.times_known,
-        )
-    return dict(sorted(sums.items(), key=lambda item: -item[1].sent_bytes))
 
 
 def collectives(program: Any) -> list[Collective]:

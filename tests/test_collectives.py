@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from glip_jax.collectives import CollectiveError, collectives, totals
+from glip_jax.collectives import CollectiveError, collectives
 from glip_jax.config import MeshConfig
 from glip_jax.parallel import make_mesh
+from tests.collective_totals import totals
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 

@@ -11,6 +11,7 @@ import zlib
 from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
+from unittest import mock
 
 import jax
 import pytest
@@ -275,23 +276,12 @@ def test_a_checkpoint_of_another_network_or_other_settings(training, place, caps
     assert code == exits.BAD_INPUT and "is of another network (" in line and "saved, (600, 16) wanted" in line
 
 
-def test_a_loss_that_is_not_finite_has_a_code_of_its_own(training, capsys, monkeypatch):
-    def broken(*_, **__):
-        raise loop.NonFiniteLossError("step 3: loss is not finite")
-
-    monkeypatch.setattr(train_job, "train", broken)
-    assert run(capsys, *training) == (exits.NOT_FINITE, "train: step 3: loss is not finite\n")
-
-
-def test_a_device_that_is_too_small_is_one_line(training, capsys, monkeypatch):
-    def full(*_, **__):
-        raise jax.errors.JaxRuntimeError(
-            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nand more"
-        )
-
-    monkeypatch.setattr(train_job, "train", full)
+def test_what_ends_a_training_has_its_code_and_line(training, capsys, monkeypatch):
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: full\nx")
+    monkeypatch.setattr(train_job, "train", mock.Mock(side_effect=[loop.NonFiniteLossError("step 3: no number"), full]))
+    assert run(capsys, *training) == (exits.NOT_FINITE, "train: step 3: no number\n")
     code, line = run(capsys, *training)
-    assert code == exits.BAD_INPUT and "allocate 9 bytes. and more): give fewer images (train.batch_size)" in line
+    assert code == exits.BAD_INPUT and "full x): give fewer images (train.batch" in line
 
 
 # Imports ---------------------------------------------------------------------------------------------------------------

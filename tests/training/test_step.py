@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glip_jax.collectives import collectives, totals
+from glip_jax.collectives import collectives
 from glip_jax.config import MeshConfig, TextConfig
 from glip_jax.data.mixture import Mixture
 from glip_jax.parallel import abstract, layout, make_mesh, place_batch, shardings
@@ -18,6 +18,7 @@ from glip_jax.training import optimizer as adamw
 from glip_jax.training.loop import fresh_parameters
 from glip_jax.training.step import first_gradients, glip_objective, initial_state, make_step
 from tests import tiny_run
+from tests.collective_totals import totals
 from tests.training import stand_in
 
 ONE = MeshConfig(data=1)
