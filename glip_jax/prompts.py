@@ -7,11 +7,12 @@ are found from spans, and a phrase is known by its index ever after. Nothing is 
 import functools
 import os
 import re
+import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, overload, runtime_checkable
 
 import numpy as np
+from etils import epath
 from jaxtyping import Bool, Int32
 
 from glip_jax.structures import Prompt, TokenizedPrompt
@@ -83,25 +84,32 @@ def prompt_from_categories(names: Sequence[str], separator: str = ". ") -> Promp
 
 
 def load_tokenizer(vocabulary_path: str | os.PathLike[str], lowercase: bool = True) -> Tokenizer:
-    """The BERT WordPiece tokenizer of a `vocab.txt` (one token a line), through the library `tokenizers`.
+    """The BERT WordPiece tokenizer of a `vocab.txt` (one token a line; local or gs://), through the library `tokenizers`.
 
     Raises PromptError if the file is missing or lacks one of BERT's special tokens.
     """
     from tokenizers.implementations import BertWordPieceTokenizer
 
-    path = Path(vocabulary_path)
-    if not path.is_file():
+    path = epath.Path(vocabulary_path)
+    if not path.exists() or path.is_dir():
         raise PromptError(f"vocabulary {str(path)!r} is not a file: set model.text.vocabulary to a BERT vocab.txt")
     try:
-        tokens = set(path.read_text(encoding="utf-8").splitlines())
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise PromptError(f"vocabulary {str(path)!r} is not UTF-8 text ({error}): expected a BERT vocab.txt") from None
+    tokens = set(text.splitlines())
     missing = [token for token in _SPECIAL if token not in tokens]
     if missing:
         raise PromptError(
             f"vocabulary {str(path)!r} lacks {', '.join(missing)}: expected a BERT vocab.txt, one token a line"
         )
-    return BertWordPieceTokenizer(str(path), lowercase=lowercase)
+    if "://" not in str(path):
+        return BertWordPieceTokenizer(str(path), lowercase=lowercase)
+    # The library reads local files alone.
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="", suffix=".txt") as local:
+        local.write(text)
+        local.flush()
+        return BertWordPieceTokenizer(local.name, lowercase=lowercase)
 
 
 def positive_map(offsets: Int32[np.ndarray, "T 2"], spans: Sequence[Spans]) -> Bool[np.ndarray, "P T"]:

@@ -3,8 +3,9 @@
 So a batch may be spread over any number of devices, and each makes the random numbers of its own examples alone.
 
 threefry, JAX's generator, makes keys. What is drawn at each of millions of places is a hash of the place and two words of
-such a key instead: some fifteen operations where threefry has a hundred, and XLA repeats them in every operation that
-reads the result (in fusion's attention ten times over, where they were three fifths of a TPU's work).
+such a key instead: some fifteen operations where threefry has a hundred, and XLA may repeat them in every operation that
+reads the result. In a fusion block threefry was three fifths of the cycles that a TPU's compiler expects
+(`benchmarks/fusion_cycles.py`).
 """
 
 import flax.linen as nn

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from glip_jax import checksums, storage
+from glip_jax import bucket_files, checksums, storage
+from glip_jax.assets import resolve
 from glip_jax.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -27,6 +28,7 @@ from glip_jax.checkpoint import (
     unfinished,
 )
 from glip_jax.config import Config
+from glip_jax.prompts import PromptError, load_tokenizer
 from glip_jax.training import metrics, writer
 from glip_jax.training.loop import train
 from glip_jax.workdir import prepare
@@ -46,6 +48,17 @@ def place(running, tmp_path, monkeypatch) -> str:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     return tiny_run.config(tiny_run.write_sources(tmp_path_factory.mktemp("sources")))
+
+
+def test_the_vocabulary_may_lie_in_the_bucket_too(config, place):
+    bucket_files.install()
+    vocabulary = f"{place.removesuffix('/runs/one')}/assets/vocab.txt"
+    with pytest.raises(PromptError, match=r"gs://.*vocab.txt' is not a file"):
+        load_tokenizer(vocabulary)
+    storage.put(vocabulary, resolve(config.model.text.vocabulary).read_bytes())
+    here, there = (load_tokenizer(resolve(path)) for path in (config.model.text.vocabulary, vocabulary))
+    assert here.encode("A cat beside two dogs.").ids == there.encode("A cat beside two dogs.").ids
+    assert here.get_vocab_size() == there.get_vocab_size()
 
 
 def _losses(workdir):
