@@ -13,7 +13,8 @@ __all__ = ["OTHER_SCRIPT", "PERHAPS_FOREIGN", "language_doubt"]
 OTHER_SCRIPT: Final = "not in Latin letters"
 """Nothing can be found in it: the text encoder's vocabulary is English."""
 PERHAPS_FOREIGN: Final = "perhaps not English, over three tenths of its words are in no English list"
-_LEAST_WORDS = 3
+_LEAST_WORDS, _LEAST_UNKNOWN = 3, 2
+"""Of a short caption one word in no list ("three party poppers") says nothing."""
 
 
 def language_doubt(caption: str) -> str:
@@ -25,4 +26,5 @@ def language_doubt(caption: str) -> str:
         return OTHER_SCRIPT
     words, known = [word for word in words_of(caption) if word[0].isalpha()], word_list()
     unknown = sum(word not in known and word.capitalize() not in known for word in words)
-    return PERHAPS_FOREIGN if len(words) >= _LEAST_WORDS and 10 * unknown > 3 * len(words) else ""
+    few = len(words) < _LEAST_WORDS or unknown < _LEAST_UNKNOWN
+    return "" if few or 10 * unknown <= 3 * len(words) else PERHAPS_FOREIGN

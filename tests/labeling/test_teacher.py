@@ -168,7 +168,7 @@ def test_what_cannot_be_labelled_is_counted_with_an_example(tmp_path):
 
 
 def test_captions_that_may_not_be_english_are_labelled_and_counted(tmp_path):
-    records = [record("french", "deux chiens jouent dans la neige"), record("fine", "a cat sits near the xylograph")]
+    records = [record("french", "deux chiens jouent dans la neige"), record("fine", "three party poppers")]
     made, tally, _ = label(tmp_path, records, lambda *_: [((0, 0, 9, 9), 0.9)])
     assert set(made) == {"french", "fine"}
     assert tally.report.noted[f"caption: {PERHAPS_FOREIGN}"] == 1
