@@ -19,7 +19,7 @@ from glip_jax.config import Config
 from glip_jax.planning.compiled import abstract_batch, abstract_mesh, cached, compile_step, state_bytes
 from glip_jax.planning.facts import Facts
 from glip_jax.planning.outlook import Outlook, outlook, scaling
-from glip_jax.planning.search import with_batch
+from glip_jax.planning.search import with_images_per_chip
 from glip_jax.training.loop import abstract_state
 
 CANVAS = (800, 1344)
@@ -64,7 +64,7 @@ def settings(cell: Cell) -> Config:
     base, chips = CONFIGS[cell.network](), topology(cell.pod)
     head = dataclasses.replace(base.model.head, offset_bound=cell.bound)
     return dataclasses.replace(
-        with_batch(base, cell.images * chips.devices),
+        with_images_per_chip(base, cell.images, chips),
         model=dataclasses.replace(base.model, head=head),
         data=dataclasses.replace(base.data, workers=chips.chip.host_cores),
         mesh=dataclasses.replace(base.mesh, fsdp=cell.fsdp),

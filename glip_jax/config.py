@@ -124,6 +124,8 @@ class TrainConfig:
     """A step that takes so many times the usual (the median of 50) leaves the stacks of all threads in WORKDIR; 0: never."""
     hang_least: float = _free(120.0)
     """But not before so many seconds."""
+    hang_first: float = _free(1800.0)
+    """So does, after so many seconds, a step that has to be compiled, or one of the first, of which nothing is usual yet."""
     wandb: str = _free("")
     """Project of Weights & Biases that gets the numbers as well (requirements-wandb.txt); empty: none."""
 
@@ -306,6 +308,7 @@ def _cadence_checks(config: Config) -> list[tuple[bool, str]]:
         (train.hang_multiple == 0 or train.hang_multiple > 1,
          f"train.hang_multiple is {train.hang_multiple:g}: expected more than 1, or 0 (no watch)"),
         (train.hang_least > 0, f"train.hang_least is {train.hang_least:g}: expected more than 0 seconds"),
+        (train.hang_first > 0, f"train.hang_first is {train.hang_first:g}: expected more than 0 seconds"),
         (keeping.keep > 0, f"checkpoint.keep is {keeping.keep}: expected at least 1"),
         (keeping.keep_every >= 0, f"checkpoint.keep_every is {keeping.keep_every}: expected 0 (none) or more"),
         (keeping.keep_every % max(1, keeping.every) == 0,

@@ -1,12 +1,12 @@
 """One program on 1 CPU, 8 fake devices or a pod: the mesh, the table of rules, placing state and batches.
 
 The mesh has three axes. `data` and `fsdp` both split the batch; `fsdp` also splits the large parameters, with their
-moments and averages; `tensor` splits the inner widths of BERT's layers and of Swin's feed-forward layers. How a
-parameter lies on the mesh is read from its path in `RULES`, and from nowhere else.
+moments and averages; `tensor` splits the inner widths of BERT's layers and of Swin's feed-forward layers
+(`glip_jax.models.tensor_parallel`). How a parameter lies on the mesh is read from its path in `RULES`, and from nowhere else.
 
 What is sent is written here too, not left to the compiler: `per_shard` runs a function on each device's own examples,
 `gathered` gives it whole parameters, `reduced` adds up its gradients and leaves each device its part. The compiler's own
-choice was hundreds of transfers of activations (benchmarks/RESULTS.md). Only `tensor` is left to it.
+choice was hundreds of transfers of activations (benchmarks/RESULTS.md). What passes along `tensor` the layers say.
 """
 
 import re
@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from glip_jax.config import MeshConfig
+from glip_jax.config import Config, MeshConfig
 from glip_jax.structures import BATCH_AXES
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
     "abstract",
     "batch_axes",
     "batch_sharding",
-    "check_batch",
+    "check_fits",
     "gathered",
     "layout",
     "make_mesh",
@@ -37,8 +37,6 @@ __all__ = [
     "reduced",
     "replicated",
     "shardings",
-    "stacked",
-    "stacked_layout",
     "unused_rules",
 ]
 
@@ -50,10 +48,13 @@ _LAST = ("fsdp",)
 _FIRST = ("fsdp", None)
 _COLUMNS = ("fsdp", "tensor")
 _ROWS = ("tensor", "fsdp")
+_WIDE = r"(backbone/stage\d/(pairs/\w+|last)/mlp_in|(text/layers|head/tower/text)/(query|key|value|intermediate))/bias"
 
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     # Vectors and scalars: biases (Swin's position tables too), norms, residual scales. Too small to be worth a gather.
-    (r".*/(\w*bias\w*|scale|scales|log_scale|\w+_gamma|frozen_scale|frozen_shift)", ()),
+    (rf"(?!{_WIDE}$).*/(\w*bias\w*|scale|scales|log_scale|\w+_gamma|frozen_scale|frozen_shift)", ()),
+    # Those of widths that are split over tensor belong to their columns.
+    (_WIDE, ("tensor",)),
     # Swin: feed-forward in, then out; attention (its heads lie side by side in one matrix, in threes); merges; the patch
     # convolution.
     (r"backbone/stage\d/(pairs/\w+|last)/mlp_in/kernel", _COLUMNS),
@@ -196,14 +197,19 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES))
 
 
-def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
-    """Raises MeshError unless every micro-batch splits evenly over data x fsdp and over the processes."""
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % (accumulate * rows):
+def check_fits(config: Config, mesh: Mesh) -> None:
+    """Raises MeshError unless micro-batches split evenly over data x fsdp, and attention heads over tensor."""
+    rows, accumulate = mesh.shape["data"] * mesh.shape["fsdp"], config.optimizer.accumulate
+    if config.train.batch_size % (accumulate * rows):
         raise MeshError(
-            f"train.batch_size {batch_size} does not split into optimizer.accumulate {accumulate} micro-batches over "
-            f"{rows} rows of the mesh (data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}): "
+            f"train.batch_size {config.train.batch_size} does not split into optimizer.accumulate {accumulate} "
+            f"micro-batches over {rows} rows of the mesh (data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}): "
             f"expected a multiple of {accumulate * rows}"
+        )
+    if config.model.text.heads % mesh.shape["tensor"]:
+        raise MeshError(
+            f"model.text.heads {config.model.text.heads} is no multiple of mesh.tensor {mesh.shape['tensor']}, which "
+            f"shares them out: choose a smaller mesh.tensor"
         )
 
 
@@ -213,83 +219,44 @@ def batch_axes(mesh: Mesh) -> tuple[str, ...]:
 
 
 def per_shard(function: Callable[..., Any], mesh: Mesh, inputs: Any, outputs: Any) -> Callable[..., Any]:
-    """`function` of each device's own part of its arguments, as jax.shard_map over data and fsdp.
+    """`function` of each device's own part of its arguments, as jax.shard_map over all axes.
 
-    `inputs` and `outputs`: pytrees of PartitionSpec, of which only data and fsdp bind; what is split over tensor stays
-    with the compiler. Inside, the function sends what is needed itself (jax.lax.psum). Where nothing splits the batch
-    it is `function` itself.
+    `inputs` and `outputs`: pytrees of PartitionSpec. Inside, the function sends what is needed itself (jax.lax.psum); the
+    compiler has nothing left to decide. On one device it is `function` itself.
     """
-    if not batch_axes(mesh):
+    if mesh.size == 1:
         return function
-    # An axis of one device is mapped too: the compiler then has nothing left to decide.
-    mapped = {axis for axis in AXES if axis != "tensor" or mesh.shape[axis] == 1}
-
-    def bound(spec: PartitionSpec) -> PartitionSpec:
-        def only(axis: Any) -> Any:
-            return axis if isinstance(axis, tuple) or axis in mapped else None
-
-        return PartitionSpec(*map(only, spec))
-
-    specs = (jax.tree.map(bound, tree, is_leaf=_is_spec) for tree in (inputs, outputs))
-    # Without the check of what varies over devices, gradients are each device's own until `reduced`.
-    return jax.shard_map(
-        function, mesh=mesh, in_specs=next(specs), out_specs=next(specs), axis_names=mapped, check_vma=False
-    )
+    # Without the check of what varies over devices, gradients are each device's own until they are `reduced`.
+    return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
 def gathered(params: Tree, layout: Any, mesh: Mesh) -> Tree:
-    """Parameters whole again along fsdp, on every device (one all-gather each that is split there)."""
+    """Inside `per_shard`: parameters whole again along fsdp (one all-gather each that is split there)."""
     if mesh.shape["fsdp"] == 1:
         return params
 
     def one(spec: PartitionSpec, leaf: Any) -> Any:
         return jax.lax.all_gather(leaf, "fsdp", axis=spec.index("fsdp"), tiled=True) if "fsdp" in spec else leaf
 
-    whole = jax.tree.map(_without_fsdp, layout, is_leaf=_is_spec)
-    return _by_hand(lambda own: jax.tree.map(one, layout, own, is_leaf=_is_spec), mesh, layout, whole)(params)
-
-
-def stacked(gradients: Tree, mesh: Mesh) -> Tree:
-    """Inside `per_shard`: each device's own gradients as a row, as `reduced` takes them (`stacked_layout`)."""
-    return jax.tree.map(lambda leaf: leaf[None], gradients) if batch_axes(mesh) else gradients
-
-
-def stacked_layout(layout: Any, mesh: Mesh) -> Any:
-    """Where `stacked` gradients lie: rows over data and fsdp, the rest as the parameters without fsdp."""
-
-    def one(spec: PartitionSpec) -> PartitionSpec:
-        return PartitionSpec(("data", "fsdp"), *_without_fsdp(spec))
-
-    return jax.tree.map(one, layout, is_leaf=_is_spec) if batch_axes(mesh) else layout
+    return jax.tree.map(one, layout, params, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
 
 def reduced(gradients: Tree, layout: Any, mesh: Mesh) -> Tree:
-    """Sums of `stacked` gradients over data and fsdp; of what is split along fsdp each device keeps its own part."""
+    """Inside `per_shard`: each device's own gradients summed over data and fsdp.
+
+    Of what is split along fsdp each device keeps its part.
+    """
     if not batch_axes(mesh):
         return gradients
 
     def one(spec: PartitionSpec, leaf: Any) -> Any:
-        leaf, axes = leaf[0], batch_axes(mesh)
+        axes = batch_axes(mesh)
         if "fsdp" in spec and mesh.shape["fsdp"] > 1:
             leaf = jax.lax.psum_scatter(leaf, "fsdp", scatter_dimension=spec.index("fsdp"), tiled=True)
             axes = tuple(axis for axis in axes if axis != "fsdp")
         return jax.lax.psum(leaf, axes) if axes else leaf
 
-    inputs = stacked_layout(layout, mesh)
-    return _by_hand(lambda own: jax.tree.map(one, layout, own, is_leaf=_is_spec), mesh, inputs, layout)(gradients)
-
-
-def _by_hand(function: Callable[[Any], Any], mesh: Mesh, inputs: Any, outputs: Any) -> Callable[[Any], Any]:
-    """jax.shard_map over all axes: between the parts of arrays, the compiler forgets how they lie along the others."""
-    return jax.shard_map(function, mesh=mesh, in_specs=(inputs,), out_specs=outputs, check_vma=False)
-
-
-def _without_fsdp(spec: PartitionSpec) -> PartitionSpec:
-    return PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
-
-
-def _is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, PartitionSpec)
+    return jax.tree.map(one, layout, gradients, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
 
 def place_batch(batch: Tree, mesh: Mesh) -> Tree:

@@ -3,6 +3,7 @@
 The variables are set before jax is imported and reach the processes that tests start, so these find the same cache.
 """
 
+import importlib.util
 import os
 import signal
 from pathlib import Path
@@ -36,6 +37,14 @@ install_import_hook("glip_jax", "beartype.beartype")
 # A machine under load is no failure; the examples count, not their time.
 hypothesis.settings.register_profile("glip_jax", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("glip_jax")
+
+
+def pytest_collection_modifyitems(items):
+    """Without libtpu nothing compiles for a TPU."""
+    if importlib.util.find_spec("libtpu") is None:
+        for item in items:
+            if item.get_closest_marker("tpu"):
+                item.add_marker(pytest.mark.skip("libtpu is not installed: scripts/test.sh --tpu"))
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,21 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from glip_jax.config import BackboneConfig, FusionConfig, MeshConfig, ModelConfig, OptimizerConfig
+from glip_jax.config import (
+    BackboneConfig,
+    Config,
+    FusionConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TextConfig,
+    TrainConfig,
+)
 from glip_jax.models.glip import GLIP
 from glip_jax.parallel import (
     RULES,
     MeshError,
-    check_batch,
+    check_fits,
     make_mesh,
     parameter_spec,
     place_batch,
@@ -81,6 +90,7 @@ def test_every_parameter_has_one_rule_and_its_dimensions_divide(shapes, name):
     assert here < whole / 5, "most of the parameters are split, most of these over both axes"
     for path, leaf in flat.items():
         wide = re.match(r"(text/layers|head/tower/text)/|backbone/.*/mlp_(in|out)/", path) and path.endswith("/kernel")
+        wide = wide or re.search(r"/(query|key|value|intermediate|mlp_in)/bias$", path)
         assert ("tensor" in layout[path].spec) == bool(wide), f"{path}: BERT's and MLPs' widths alone"
         if re.match(r"text/layers|head/tower|backbone/stage\d/pairs", path):
             assert leaf.shape[0] == layout[path].shard_shape(leaf.shape)[0], f"{path}: the layer axis is never split"
@@ -109,8 +119,22 @@ def test_complaints_name_parameter_and_numbers():
     with pytest.raises(MeshError, match=r"dimension 12 is no multiple of mesh.fsdp 8"):
         parameter_spec("pyramid/lateral3/kernel", (1, 1, 8, 12), mesh)
     with pytest.raises(MeshError, match=r"batch_size 24 .* 2 micro-batches over 8 rows .* multiple of 16"):
-        check_batch(24, 2, mesh)
-    check_batch(32, 2, mesh)
+        check_fits(_run(24, 2), mesh)
+    check_fits(_run(32, 2), mesh)
+
+
+def _run(batch_size, accumulate, heads=12):
+    model = ModelConfig(text=TextConfig(heads=heads))
+    return Config(
+        "run", model, train=TrainConfig(batch_size=batch_size), optimizer=OptimizerConfig(accumulate=accumulate)
+    )
+
+
+def test_heads_of_attention_must_be_shared_out():
+    mesh = make_mesh(MeshConfig(data=1, tensor=8))
+    with pytest.raises(MeshError, match=r"model.text.heads 12 is no multiple of mesh.tensor 8"):
+        check_fits(_run(8, 1), mesh)
+    check_fits(_run(8, 1, heads=16), mesh)
 
 
 def test_batches_are_split_over_data_and_fsdp():

@@ -26,11 +26,12 @@ from glip_jax.planning import report
 from glip_jax.planning.compiled import PlanError, abstract_batch, abstract_mesh, compile_step, state_bytes
 from glip_jax.planning.facts import Facts, How
 from glip_jax.planning.outlook import IMAGES_PER_CORE, Outlook, outlook, scaling
-from glip_jax.planning.search import candidates, search, table, with_batch
+from glip_jax.planning.search import candidates, search, table, with_images_per_chip
 from glip_jax.training.loop import abstract_state
 
 __all__ = ["PlanArguments", "main", "plan"]
 
+_LISTS = ("--canvas", "--search-images", "--search-remat", "--search-fsdp", "--search-tensor")
 _FAULTS = (CollectiveError, CommandLineError, ConfigError, MeshError, PlanError, TopologyError)
 _NO_LIBTPU = (
     "libtpu is not installed, so the TPU's own compiler is missing: pip install -r requirements-tpu.txt (any CPU will do). "
@@ -50,7 +51,8 @@ class PlanArguments(Arguments):
     canvas: tuple[str, ...] = ()
     """Height x width of the images, such as 800x1344, or several with commas; default: the config's largest."""
     images_per_chip: int = 0
-    """Sets train.batch_size to so many for every chip (and micro-batch), and train.steps so that as many images are seen."""
+    """Sets train.batch_size to so many for every chip (and micro-batch), and train.steps so that as many images are seen. With
+    mesh.tensor, chips that share an image's work have theirs together."""
     compile: Literal["auto", "tpu", "tpu-whole", "fake", "local", "none"] = "auto"
     """tpu: libtpu, until it would write machine code; tpu-whole: to the end, several times as long, which adds the program's
     size and the compiler's own estimate of time; fake: made-up CPU devices; local: the GPUs of this machine; none: formulas. auto: for TPUs tpu, or fake
@@ -60,10 +62,12 @@ class PlanArguments(Arguments):
     operations: int = 0
     """List so many kinds of operations that touch most memory."""
     search: bool = False
-    """Try images per chip, remat and fsdp, and rank what fits. The same command again goes on where it stopped."""
+    """Try images per chip, remat, fsdp and tensor, and rank what fits. The same command again goes on where it stopped."""
     search_images: tuple[int, ...] = (1, 2, 4, 8)
     search_remat: tuple[str, ...] = ("none", "elementwise", "blocks")
     search_fsdp: tuple[int, ...] = (1, 16)
+    search_tensor: tuple[int, ...] = ()
+    """Default: the config's own."""
     images_per_core: float = IMAGES_PER_CORE
     """What a core of a host prepares in a second, JPEG to batch; `python -m benchmarks.data` measures it."""
     cache: str = ""
@@ -128,8 +132,7 @@ def _plans(
 ) -> list[dict[str, Any]]:
     config = arguments.config
     if arguments.images_per_chip:
-        rows = arguments.images_per_chip * chips.devices // max(1, config.mesh.tensor)
-        config = with_batch(config, rows * config.optimizer.accumulate)
+        config = with_images_per_chip(config, arguments.images_per_chip, chips)
     plans = []
     for canvas in canvases:
         found, facts = plan(config, chips, canvas, how, _cache(arguments), _progress, arguments.images_per_core)
@@ -148,13 +151,16 @@ def _search(
             "compiled step; give --compile=fake, or a TPU topology"
         )
     unknown = [remat for remat in arguments.search_remat if remat not in get_args(Remat)]
-    if unknown or min((*arguments.search_images, *arguments.search_fsdp), default=0) < 1:
+    tensor = arguments.search_tensor or (arguments.config.mesh.tensor,)
+    if unknown or min((*arguments.search_images, *arguments.search_fsdp, *tensor), default=0) < 1:
         raise CommandLineError(
             f"--search-remat={','.join(arguments.search_remat)} --search-images={arguments.search_images} "
-            f"--search-fsdp={arguments.search_fsdp}: expected {', '.join(get_args(Remat))}, and numbers of at least 1"
+            f"--search-fsdp={arguments.search_fsdp} --search-tensor={tensor}: expected {', '.join(get_args(Remat))}, and "
+            "numbers of at least 1"
         )
     remats: Any = arguments.search_remat
-    every = list(candidates(arguments.config, chips, arguments.search_images, remats, arguments.search_fsdp))
+    meshes = (arguments.search_fsdp, tensor)
+    every = list(candidates(arguments.config, chips, arguments.search_images, remats, *meshes))
     tried = search(
         every,
         lambda config: plan(config, chips, canvas, how, _cache(arguments), _progress, arguments.images_per_core),
@@ -178,7 +184,7 @@ def _spelled(argv: Sequence[str]) -> list[str]:
     result: list[str] = []
     for argument in argv:
         option, equals, value = argument.partition("=")
-        if equals and option.replace("_", "-") in ("--canvas", "--search-images", "--search-remat", "--search-fsdp"):
+        if equals and option.replace("_", "-") in _LISTS:
             result += [option, *filter(None, value.split(","))]
         else:
             result.append(argument)

@@ -14,6 +14,7 @@ from glip_jax.config import Remat, TextConfig
 from glip_jax.models.dropout import Dropout
 from glip_jax.models.initial import torch_dense
 from glip_jax.models.remat import rematerialized
+from glip_jax.models.tensor_parallel import entering, parts, place, summed_dot_general
 
 __all__ = ["Bert", "BertLayer", "LOGIT_BOUND", "bounded"]
 
@@ -39,10 +40,10 @@ class BertLayer(nn.Module):
     clip: bool = False
     start: Literal["bert", "torch"] = "bert"
 
-    def _dense(self, features: int, fan_in: int, name: str) -> nn.Dense:
+    def _dense(self, features: int, fan_in: int, name: str, **how: Any) -> nn.Dense:
         if self.start == "torch":
-            return torch_dense(features, fan_in, self.dtype, name)
-        return nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02), name=name)
+            return torch_dense(features, fan_in, self.dtype, name, **how)
+        return nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02), name=name, **how)
 
     def _norm(self, name: str) -> nn.LayerNorm:
         return nn.LayerNorm(epsilon=1e-12, dtype=self.dtype, use_fast_variance=False, name=name)
@@ -50,22 +51,25 @@ class BertLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T C"], mask: Bool[Array, "B T"]) -> tuple[Float[Array, "B T C"], None]:
         """Returns (new x, None): the form of a scan's body."""
-        width, heads = self.config.width, self.config.heads
+        width, hidden_width, shares = self.config.width, self.config.hidden, parts()
+        depth, heads, own = width // self.config.heads, self.config.heads // shares, width // shares
         drop = Dropout(self.config.dropout, self.train)
         clip = bounded if self.clip else lambda y: y
-        split = (*x.shape[:2], heads, width // heads)
-        query = self._dense(width, width, "query")(x).reshape(split)
-        key = self._dense(width, width, "key")(x).reshape(split)
-        value = self._dense(width, width, "value")(x).reshape(split)
+        split, whole = (*x.shape[:2], heads, depth), entering(x)
+        query = self._dense(own, width, "query")(whole).reshape(split)
+        key = self._dense(own, width, "key")(whole).reshape(split)
+        value = self._dense(own, width, "value")(whole).reshape(split)
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-        logits = clip(logits * (width // heads) ** -0.5)
+        logits = clip(logits * depth**-0.5)
         logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
-        weights = drop(jax.nn.softmax(logits, axis=-1)).astype(self.dtype)
-        context = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(x.shape)
-        x = self._norm("attention_norm")(drop(self._dense(width, width, "attention_output")(context)) + x)
-        hidden = clip(self._dense(self.config.hidden, width, "intermediate")(x))
+        weights = drop(jax.nn.softmax(logits, axis=-1), place() * heads).astype(self.dtype)
+        context = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(*x.shape[:2], own)
+        attended = self._dense(width, width, "attention_output", dot_general=summed_dot_general)(context)
+        x = self._norm("attention_norm")(drop(attended) + x)
+        hidden = clip(self._dense(hidden_width // shares, width, "intermediate")(entering(x)))
         hidden = clip(nn.gelu(hidden, approximate=False))
-        out = clip(drop(self._dense(width, self.config.hidden, "output")(hidden)))
+        out = self._dense(width, hidden_width, "output", dot_general=summed_dot_general)(hidden)
+        out = clip(drop(out))
         return clip(self._norm("output_norm")(out + x)), None
 
 

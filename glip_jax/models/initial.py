@@ -25,7 +25,7 @@ xavier_uniform = nn.initializers.xavier_uniform()
 small_normal = nn.initializers.normal(0.01)
 
 
-def torch_dense(features: int, fan_in: int, dtype: Any, name: str) -> nn.Dense:
-    """A dense layer that starts like torch.nn.Linear: weights and bias U(+-1/sqrt(fan in))."""
+def torch_dense(features: int, fan_in: int, dtype: Any, name: str, **how: Any) -> nn.Dense:
+    """A dense layer that starts like torch.nn.Linear: weights and bias U(+-1/sqrt(fan in)); `how`: as nn.Dense's."""
     start = uniform(1 / math.sqrt(fan_in))
-    return nn.Dense(features, dtype=dtype, kernel_init=start, bias_init=start, name=name)
+    return nn.Dense(features, dtype=dtype, kernel_init=start, bias_init=start, name=name, **how)

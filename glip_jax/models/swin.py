@@ -23,6 +23,7 @@ from glip_jax.models.extents import level_size, zero_beyond
 from glip_jax.models.initial import torch_dense
 from glip_jax.models.on_chip import images_at_once
 from glip_jax.models.remat import rematerialized
+from glip_jax.models.tensor_parallel import entering, parts, summed_dot_general
 
 __all__ = ["Swin", "relative_position_index"]
 
@@ -150,8 +151,9 @@ class _Block(nn.Module):
         y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name="norm1")(x)
         x = x + _drop_path(self, self._attend(zero_beyond(y, size), size), rate, self.train)
         y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name="norm2")(x)
-        y = nn.gelu(torch_dense(4 * channels, channels, self.dtype, "mlp_in")(y), approximate=False)
-        y = torch_dense(channels, 4 * channels, self.dtype, "mlp_out")(y)
+        y = torch_dense(4 * channels // parts(), channels, self.dtype, "mlp_in")(entering(y))
+        y = nn.gelu(y, approximate=False)
+        y = torch_dense(channels, 4 * channels, self.dtype, "mlp_out", dot_general=summed_dot_general)(y)
         return x + _drop_path(self, y, rate, self.train)
 
 

@@ -34,7 +34,7 @@ from glip_jax.chips import Topology
 from glip_jax.collectives import collectives
 from glip_jax.config import Config, flatten
 from glip_jax.environment import libtpu_arguments
-from glip_jax.parallel import MeshError, batch_sharding, check_batch, make_mesh
+from glip_jax.parallel import MeshError, batch_sharding, check_fits, make_mesh
 from glip_jax.planning import program
 from glip_jax.planning.dumped import activation_bytes, decided, options
 from glip_jax.planning.facts import Facts, Hot, How, Sent
@@ -80,7 +80,7 @@ def abstract_mesh(config: Config, topology: Topology) -> Mesh:
     within = topology.devices // topology.slices
     places = [_Place(i, i // topology.chip.chips, i // within) for i in range(topology.devices)]
     mesh = make_mesh(config.mesh, places)
-    check_batch(config.train.batch_size, config.optimizer.accumulate, mesh)
+    check_fits(config, mesh)
     return mesh
 
 
@@ -300,7 +300,7 @@ def _facts(
     if how != "local":
         jax.config.update("jax_platforms", "cpu")
     mesh = make_mesh(config.mesh, _devices(topology, how))
-    check_batch(config.train.batch_size, config.optimizer.accumulate, mesh)
+    check_fits(config, mesh)
     state, batch = abstract_state(config, mesh), abstract_batch(config, canvas, mesh)
     step: Any = make_step(config, mesh, glip_objective(config), state, tuple(sorted(config.data.sources)))
     pipe.send(("stage", f"tracing the step for {topology.devices} chips"))

@@ -12,7 +12,7 @@ from glip_jax.planning.compiled import PlanError
 from glip_jax.planning.facts import Facts
 from glip_jax.planning.outlook import Outlook
 
-__all__ = ["Tried", "candidates", "search", "table", "with_batch"]
+__all__ = ["Tried", "candidates", "search", "table", "with_images_per_chip"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Tried:
     images_per_chip: int
     remat: Remat
     fsdp: int
+    tensor: int
     found: Outlook | None
     """None where it was not compiled."""
     why: str = ""
@@ -29,27 +30,35 @@ class Tried:
 
 
 def candidates(
-    config: Config, chips: Topology, images: Sequence[int], remats: Sequence[Remat], fsdp: Sequence[int]
-) -> Iterator[tuple[int, Remat, int, Config]]:
-    """(images per chip, remat, fsdp, config) of every combination, fewer images first within a remat and mesh."""
-    for shards, remat, count in itertools.product(sorted(fsdp), remats, sorted(images)):
-        rows = count * chips.devices // max(1, config.mesh.tensor)
+    config: Config,
+    chips: Topology,
+    images: Sequence[int],
+    remats: Sequence[Remat],
+    fsdp: Sequence[int],
+    tensor: Sequence[int],
+) -> Iterator[tuple[int, Config]]:
+    """(images per chip, config) of every combination, fewer images first within a remat and mesh."""
+    for shards, parts, remat, count in itertools.product(sorted(fsdp), sorted(tensor), remats, sorted(images)):
         candidate = dataclasses.replace(
-            with_batch(config, rows * config.optimizer.accumulate),
+            with_images_per_chip(config, count, chips),
             model=dataclasses.replace(config.model, remat=remat),
-            mesh=MeshConfig(data=-1, fsdp=shards, tensor=config.mesh.tensor),
+            mesh=MeshConfig(data=-1, fsdp=shards, tensor=parts),
         )
-        yield count, remat, shards, candidate
+        yield count, candidate
 
 
-def with_batch(config: Config, batch_size: int) -> Config:
-    """`config` with another batch, and so many steps that as many images are seen."""
+def with_images_per_chip(config: Config, count: int, chips: Topology) -> Config:
+    """`config` with a batch of `count` images for every chip and micro-batch, and so many steps that as many are seen.
+
+    Chips that share an image's work (`mesh.tensor`) have their images together.
+    """
+    batch_size = count * chips.devices * config.optimizer.accumulate
     steps = max(1, round(config.train.steps * config.train.batch_size / batch_size))
     return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch_size, steps=steps))
 
 
 def search(
-    every: Sequence[tuple[int, Remat, int, Config]],
+    every: Sequence[tuple[int, Config]],
     plan: Callable[[Config], tuple[Outlook, Facts | None]],
     say: Callable[[str], object],
 ) -> list[Tried]:
@@ -60,23 +69,24 @@ def search(
     """
     last: PlanError | None = None
     tried: list[Tried] = []
-    for number, (images, remat, fsdp, config) in enumerate(every, start=1):
-        what = f"{number} of {len(every)}: {images} images a chip, remat {remat}, fsdp {fsdp}"
+    for number, (images, config) in enumerate(every, start=1):
+        form = (config.model.remat, config.mesh.fsdp, config.mesh.tensor)
+        what = f"{number} of {len(every)}: {images} images a chip, remat {form[0]}, fsdp {form[1]}, tensor {form[2]}"
         smaller = [
-            t.images_per_chip for t in tried if (t.remat, t.fsdp) == (remat, fsdp) and t.found and not t.found.fits
+            t.images_per_chip for t in tried if (t.remat, t.fsdp, t.tensor) == form and t.found and not t.found.fits
         ]
         if smaller:
-            tried.append(Tried(images, remat, fsdp, None, f"{min(smaller)} images do not fit"))
+            tried.append(Tried(images, *form, None, f"{min(smaller)} images do not fit"))
             say(f"{what}: not tried, {tried[-1].why}")
             continue
         try:
             found, _ = plan(config)
         except (MeshError, PlanError) as fault:
             last = fault if isinstance(fault, PlanError) else last
-            tried.append(Tried(images, remat, fsdp, None, str(fault)))
+            tried.append(Tried(images, *form, None, str(fault)))
             say(f"{what}: {fault}")
             continue
-        tried.append(Tried(images, remat, fsdp, found))
+        tried.append(Tried(images, *form, found))
         say(f"{what}: {'fits' if found.fits else 'does not fit'}, {found.images_per_second:.1f} images/s")
     if last is not None and not any(each.found for each in tried):
         raise last
@@ -89,9 +99,9 @@ def _rate(tried: Tried) -> float:
 
 def table(tried: Sequence[Tried]) -> list[str]:
     """The result of a search, a line a candidate."""
-    rows = ["images a chip  remat        fsdp  peak GiB  fits  images/s    MFU  bound"]
+    rows = ["images a chip  remat        fsdp  tensor  peak GiB  fits  images/s    MFU  bound"]
     for each in tried:
-        start = f"{each.images_per_chip:13}  {each.remat:11}  {each.fsdp:4}"
+        start = f"{each.images_per_chip:13}  {each.remat:11}  {each.fsdp:4}  {each.tensor:6}"
         if each.found is None:
             rows.append(f"{start}  {each.why}")
             continue

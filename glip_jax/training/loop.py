@@ -26,7 +26,7 @@ from glip_jax.config import Config, ConfigError, validate
 from glip_jax.data.mixture import Mixture
 from glip_jax.exits import CANCELLED, PREEMPTED
 from glip_jax.models.glip import GLIP
-from glip_jax.parallel import abstract, check_batch, make_mesh, place_batch, shardings
+from glip_jax.parallel import abstract, check_fits, make_mesh, place_batch, shardings
 from glip_jax.processes import Crew
 from glip_jax.structures import Batch
 from glip_jax.training import optimizer as adamw
@@ -130,7 +130,7 @@ def train(
     validate(config)
     enable_compilation_cache()
     mesh = make_mesh(config.mesh)
-    check_batch(config.train.batch_size, config.optimizer.accumulate, mesh)
+    check_fits(config, mesh)
     # A run that is at its end needs no data.
     mixture = Mixture(config) if max(complete_steps(workdir), default=0) < config.train.steps else None
     first = jax.process_index() == 0
@@ -225,7 +225,7 @@ class _Run:
         self.crew = crew
         self.window, self.meter = Window(), Meter(config, mesh)
         keep, settings = writer.file if writer is not None else None, config.train
-        self.watch = Watch(self.folder, settings.hang_multiple, settings.hang_least, keep)
+        self.watch = Watch(self.folder, settings.hang_multiple, settings.hang_least, settings.hang_first, keep)
         self.profiler = Profiler(self.folder, settings.profile, keep, progress.say) if keep is not None else None
         self.counts: SourceCounts | None = None
         self.names: tuple[str, ...] = ()
@@ -242,6 +242,7 @@ class _Run:
         batches = iter(mixture.batches(start, jax.process_index(), jax.process_count()))
         with _signals() as received, contextlib.ExitStack() as stack:
             stack.callback(getattr(batches, "close", lambda: None))  # Grain's threads end before the process does
+            self.watch.step = start
             stack.enter_context(self.watch)
             for step in range(start + 1, config.train.steps + 1):
                 if self.profiler is not None:
@@ -292,7 +293,7 @@ class _Run:
     def _compiling(self, canvas: tuple[int, ...]) -> Iterator[None]:
         """Around the first step of a canvas."""
         begin = time.perf_counter()
-        with self.meter.still("compile"), self.watch.paused():
+        with self.meter.still("compile"), self.watch.compiling():
             yield
         self.progress.say(f"canvas {canvas[0]}x{canvas[1]}: step ready in {time.perf_counter() - begin:.1f} s")
 

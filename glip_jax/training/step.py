@@ -5,7 +5,8 @@ micro-batches are assigned first, and a step of 4 micro-batches equals one of th
 
 Each device runs the network on its own examples. Between devices along data and fsdp there pass, once a step: the
 parameters that are split (gathered), the gradients (added up), the two counts, and some numbers per image for the
-metrics; afterwards the squares for the gradient's norm. Along tensor there passes what its split layers ask for.
+metrics; afterwards the squares for the gradient's norm. Along tensor there passes what the layers that are split there
+add up (`glip_jax.models.tensor_parallel`).
 """
 
 import contextlib
@@ -28,8 +29,6 @@ from glip_jax.parallel import (
     reduced,
     replicated,
     shardings,
-    stacked,
-    stacked_layout,
 )
 from glip_jax.structures import DROPS, Batch, Targets
 from glip_jax.training import optimizer as adamw
@@ -182,22 +181,19 @@ def _gradients(
     trained, _ = adamw.split(specs, config.model)
 
     def own(params: Any, batch: Batch, key: Array) -> tuple[Any, Denominators, _Images]:
-        return _own_gradients(params, batch, key, config, mesh, objective)
+        params = gathered(params, specs, mesh)
+        gradients, counts, images = _own_gradients(params, batch, key, config, mesh, objective)
+        return reduced(gradients, trained, mesh), counts, _gathered_images(images, mesh)
 
-    outputs = (
-        stacked_layout(trained, mesh),
-        Denominators(whole, whole),
-        _everywhere(whole, config.model.head.offset_bound),
-    )
-    inputs = (jax.tree.map(lambda _: whole, params), examples, whole)
-    gradients, counts, images = per_shard(own, mesh, inputs, outputs)(gathered(params, specs, mesh), batch, key)
-    return reduced(gradients, trained, mesh), _metrics(images, counts, config, names)
+    outputs = (trained, Denominators(whole, whole), _everywhere(whole, config.model.head.offset_bound))
+    gradients, counts, images = per_shard(own, mesh, (specs, examples, whole), outputs)(params, batch, key)
+    return gradients, _metrics(images, counts, config, names)
 
 
 def _own_gradients(
     params: Any, batch: Batch, key: Array, config: Config, mesh: Mesh, objective: Objective
 ) -> tuple[Any, Denominators, _Images]:
-    """On one device (`parallel.per_shard`): its part of the batch to what that adds to the gradients, `stacked`."""
+    """On one device (`parallel.per_shard`): its part of the batch to what that adds to the gradients."""
     parts = config.optimizer.accumulate
     micro = jax.tree.map(lambda array: _split(array, parts), batch)
     # One micro-batch after another: the table of all anchors x all boxes would not fit for the whole batch.
@@ -211,7 +207,7 @@ def _own_gradients(
     def loss(trainable: Any, batch: Batch, targets: Targets, key: Array) -> tuple[Float[Array, ""], LossSums]:
         # With bounded offsets a kernel is called that must know the mesh; in `per_shard` it knows.
         known = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-        with known if config.model.head.offset_bound and not batch_axes(mesh) else contextlib.nullcontext():
+        with known if config.model.head.offset_bound and mesh.size == 1 else contextlib.nullcontext():
             sums = objective.sums(adamw.merge(held, trainable), batch, targets, key)
         return total_loss(sums, counts, config.loss)[0], sums
 
@@ -231,7 +227,7 @@ def _own_gradients(
     positives = jnp.sum(joined.positive & batch.valid[:, None], axis=1, dtype=jnp.int32)
     unknown = jnp.sum(~batch.token_loss_mask, axis=1, dtype=jnp.int32)
     images = _Images(sums, weights, positives, batch.valid, batch.source, batch.record, unknown, batch.dropped)
-    return stacked(gradients, mesh), counts, _gathered_images(images, mesh)
+    return gradients, counts, images
 
 
 def _over_devices(send: Callable[[Any, tuple[str, ...]], Any], tree: Any, mesh: Mesh) -> Any:

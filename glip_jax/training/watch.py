@@ -47,26 +47,30 @@ Keep = Callable[[str, bytes], None]
 class Watch:
     """The thread beside the steps. Use as a context manager; `beat` after every step.
 
-    `multiple`: of the median step, after which a step hangs, but not before `least` seconds; 0: never. `keep` sends files to a
-    bucket, None on processes that record nothing.
+    `multiple`: of the median step, after which a step hangs, but not before `least` seconds; 0: never. `first`: seconds after which
+    a compilation does, or a step of which nothing is usual yet. `keep` sends files to a bucket, None on processes that record
+    nothing.
     """
 
-    def __init__(self, folder: epath.Path, multiple: float, least: float, keep: Keep | None) -> None:
-        self._folder, self._multiple, self._least, self._keep = folder, multiple, least, keep
+    def __init__(self, folder: epath.Path, multiple: float, least: float, first: float, keep: Keep | None) -> None:
+        self._folder, self._multiple, self._least, self._first, self._keep = folder, multiple, least, first, keep
         number = jax.process_index()
         self._name = f"stacks-{number}.txt" if number else "stacks.txt"
         self._times: deque[float] = deque(maxlen=_LOOKED_AT)
-        self._begin, self._step, self._limit = 0.0, 0, 0.0
-        self._said, self._skip = True, False
+        self._begin, self._limit, self._usual = 0.0, 0.0, 0.0
+        self._said, self._skip = True, True
         self._end = threading.Event()
         self._remote = storage.is_remote(folder)
         self._file: IO[str] | None = None
+        self.step = 0
+        """Completed steps."""
         self.asked = 0
         """Steps that somebody wants profiled; the loop takes it back to 0."""
 
     def __enter__(self) -> "Watch":
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
+        self._arm(self._first)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -81,51 +85,69 @@ class Watch:
 
     def beat(self, step: int) -> None:
         """Step `step` is over, the next begins."""
-        now = time.monotonic()
-        if self._begin and not self._skip:
-            self._times.append(now - self._begin)
-        self._begin, self._step, self._skip = now, step, False
-        self._arm()
+        if not self._skip:
+            self._times.append(time.monotonic() - self._begin)
+        self.step, self._skip = step, False
+        self._await_step()
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """The first step of a shape is made here: it is not like the others, but it ends some time."""
+        self._arm(self._first)
+        yield
+        self._skip = True
+        self._await_step()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done here is no step, and may take as long as it does (a compilation, an evaluation)."""
-        faulthandler.cancel_dump_traceback_later()
-        self._limit, self._begin = 0.0, 0.0
+        """What is done here is no step, and may take as long as it does (an evaluation)."""
+        self._arm(0.0)
         yield
-        self._begin, self._skip = time.monotonic(), True
-        self._arm()
+        self._skip = True
+        self._await_step()
 
-    def _arm(self) -> None:
-        if not self._multiple or len(self._times) < _FEWEST:
+    def _await_step(self) -> None:
+        usual = statistics.median(self._times) if len(self._times) >= _FEWEST else 0.0
+        self._arm(max(self._least, self._multiple * usual) if usual else self._first, usual)
+
+    def _arm(self, limit: float, usual: float = 0.0) -> None:
+        """Begins to wait: `limit` seconds, or (0) as long as it takes; `usual` is said then."""
+        faulthandler.cancel_dump_traceback_later()
+        limit = limit if self._multiple else 0.0
+        self._begin, self._limit, self._usual, self._said = time.monotonic(), limit, usual, not limit
+        if not limit:
             return
-        self._limit, self._said = max(self._least, self._multiple * statistics.median(self._times)), False
         if self._file is None:
             folder = Path(tempfile.mkdtemp()) if self._remote else Path(self._folder)
             self._file = (folder / self._name).open("w")
-        faulthandler.dump_traceback_later(self._limit, file=self._file)
+        faulthandler.dump_traceback_later(limit, file=self._file)
 
     def _look(self) -> None:
         """The thread: says what faulthandler wrote, and looks whether a profile is wanted."""
         asked = 0.0
         while not self._end.wait(min(1.0, self._least / 4)):
-            begin, limit = self._begin, self._limit
-            if begin and limit and not self._said and time.monotonic() - begin > limit + 0.2:
+            begin, limit, usual = self._begin, self._limit, self._usual
+            if limit and not self._said and time.monotonic() - begin > limit + 0.2:
                 self._said = True
-                self._tell(limit)
+                self._tell(limit, usual)
             if self._keep is not None and time.monotonic() - asked > _ASK_SECONDS:
                 asked = time.monotonic()
                 with contextlib.suppress(OSError, ValueError):  # tried again in a moment
                     self._ask()
 
-    def _tell(self, limit: float) -> None:
+    def _tell(self, limit: float, usual: float) -> None:
         if self._file is None:
             return
-        usual = statistics.median(list(self._times))
+        what = (
+            f"step {self.step + 1} has taken {limit:.0f} s, the usual is {usual:.2f} s"
+            if usual
+            else f"step {self.step + 1}, with what is compiled for it, has taken {limit:.0f} s (train.hang_first)"
+        )
         print(
-            f"step {self._step + 1} has taken {limit:.0f} s, the usual is {usual:.2f} s: it hangs, or its data or storage does; "
-            f"the stacks of all threads are in {self._folder / self._name}", file=sys.stderr, flush=True,
-        )  # fmt: skip
+            f"{what}: it hangs, or its data or storage does; the stacks of all threads are in {self._folder / self._name}",
+            file=sys.stderr,
+            flush=True,
+        )
         if self._remote and self._keep is not None:
             self._keep(self._name, Path(self._file.name).read_bytes())
 

@@ -1,6 +1,6 @@
 """Several processes on loopback train as one: same batches, same parameters, one stop, and the news of a death.
 
-The network is the stand-in, which compiles in a second; data, loop, checkpoints and exits are the real ones.
+The network is the stand-in, which compiles in a second, but for one test; data, loop, checkpoints and exits are the real ones.
 """
 
 import contextlib
@@ -18,7 +18,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 
 from glip_jax import checksums, exits
@@ -29,10 +28,10 @@ from glip_jax.jobs.train import main
 from glip_jax.parallel import MeshError, make_mesh
 from glip_jax.processes import Cluster, Crew, ProcessError, _Desk, announced, join
 from glip_jax.training import loop, metrics
-from glip_jax.training import optimizer as adamw
 from tests import tiny_run
 from tests.distributed.worker import rows
 from tests.training import stand_in
+from tests.training.same_path import same_path
 
 PATIENCE = 900
 """Seconds for a job to come to its end, on a machine that has other things to do."""
@@ -114,16 +113,17 @@ def straight(file, tmp_path_factory):
 
 
 def _same_parameters(workdir, other):
-    optimizer = tiny_run.config().optimizer
-    rates = sum(optimizer.rate * float(adamw.rate_multiplier(step, 6, optimizer)) for step in range(6))
-    one, two = (adamw.flat(restore_parameters(str(folder), "raw", 6)) for folder in (workdir, other))
-    for path, leaf in one.items():
-        assert np.abs(leaf - two[path]).max() <= 0.01 * rates * optimizer.bias_rate_factor, path
+    one, two = (restore_parameters(str(folder), "raw", 6) for folder in (workdir, other))
+    same_path(tiny_run.config(), one, two, 6)
 
 
 def _alone(sources, workdir, monkeypatch, mesh, devices):
     """The same run in this process."""
     stand_in.install(monkeypatch, devices)
+    return _trained(sources, workdir, mesh)
+
+
+def _trained(sources, workdir, mesh):
     config = dataclasses.replace(tiny_run.config(sources), mesh=mesh)
     return loop.train(config, str(workdir))
 
@@ -141,6 +141,19 @@ def test_two_and_four_processes_equal_one(file, sources, straight, tmp_path, mon
     assert codes == [0] * 4, said
     assert _hashes(*said) == expected
     _same_parameters(tmp_path / "one", tmp_path / "four")
+
+
+@pytest.mark.slow
+def test_processes_train_the_real_network_as_one_does(file, sources, tmp_path, monkeypatch):
+    """Two of four devices, split over all three axes, and four of two."""
+    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    _trained(sources, tmp_path / "one", MeshConfig())
+    for number, mesh in ((2, ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")), (4, ("--config.mesh.fsdp=4",))):
+        workdir = tmp_path / str(number)
+        real = {index: {"REAL": "1"} for index in range(number)}
+        codes, said = _Job(file, workdir, number, 8 // number, mesh, environment=real).finish()
+        assert codes == [0] * number, said
+        _same_parameters(tmp_path / "one", workdir)
 
 
 @pytest.mark.slow

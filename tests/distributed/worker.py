@@ -1,5 +1,6 @@
 """The job `train` with the stand-in network, as one of several processes: python -m tests.distributed.worker ARGS.
 
+REAL          with the network itself
 PAUSE         N:FILE, wait before the N-th batch until FILE is there; says "paused" first
 CODE          in the place of the hash of the package's code
 SCORES        what the evaluations give, one after another; the fourth and later ones take three seconds
@@ -66,7 +67,8 @@ if __name__ == "__main__":
     bucket_files.install()
     train.train = functools.partial(_evaluating, train.train)
     loop.place_batch = place
-    loop._initializer, loop.glip_objective = stand_in.initializer, stand_in.objective
+    if "REAL" not in os.environ:
+        loop._initializer, loop.glip_objective = stand_in.initializer, stand_in.objective
     loop.Checkpoints.scored = scored
     provenance.code = lambda: {"files": os.environ.get("CODE") or real_code()["files"]}
     sys.exit(train.main(sys.argv[1:]))

@@ -111,14 +111,35 @@ def test_search_ranks_what_fits(config, capsys, monkeypatch, tmp_path):
     arguments = ("--search", "--search-images=1,2,4", "--search-remat=none,blocks", "--search-fsdp=1,3", f"--out={out}")
     assert run(config, "--topology=v5e:2x2", "--compile=fake", "--config.data.workers=8", *arguments) == exits.DONE
     said = capsys.readouterr().out
-    assert "4 images a chip, remat none, fsdp 1: not tried, 2 images do not fit" in said
-    assert "fsdp 3: mesh is" in said, "a mesh that does not divide is left out with its reason"
+    assert "4 images a chip, remat none, fsdp 1, tensor 1: not tried, 2 images do not fit" in said
+    assert "fsdp 3, tensor 1: mesh is" in said, "a mesh that does not divide is left out with its reason"
     assert asked == [(1, "none", 1), (2, "none", 1), (1, "blocks", 1), (2, "blocks", 1), (4, "blocks", 1)]
     tried = json.loads(out.read_text())
     rates = [t["found"]["images_per_second"] for t in tried[:4]]
     assert tried[0]["remat"] == "none" and rates == sorted(rates, reverse=True) and rates[0] > rates[1]
     assert all(t["found"]["fits"] for t in tried[:4]) and not tried[4]["found"]["fits"]
     assert tried[-1]["found"] is None
+
+
+def test_a_search_tries_what_splits_widths(config, capsys, monkeypatch):
+    """Two chips that share an image's work have two images together: as many a chip as without."""
+    asked = []
+
+    def compile_step(config, chips, canvas, how, *_):
+        asked.append((config.train.batch_size, config.mesh.tensor))
+        return Facts(how, "made up", arguments=1e9, flops=1e12, passes=1e12, bytes=1e9)
+
+    monkeypatch.setattr(plan, "compile_step", compile_step)
+    arguments = ("--search", "--search-images=1", "--search-remat=none", "--search-fsdp=2", "--search-tensor=1,2,4")
+    assert run(config, "--topology=v5e:2x2", "--compile=fake", *arguments) == exits.DONE
+    assert asked == [(4, 1), (4, 2)]
+    said = capsys.readouterr().out
+    assert "fsdp 2, tensor 4: mesh is" in said and "images a chip  remat        fsdp  tensor" in said
+    assert (
+        run(config, "--topology=v5e:2x2", "--compile=fake", "--images-per-chip=1", "--config.mesh.tensor=2")
+        == exits.DONE
+    )
+    assert asked[-1] == (4, 2) and "1 images a chip" in capsys.readouterr().out
 
 
 def test_a_search_goes_on_after_a_compiler_that_died(config, capsys, monkeypatch):

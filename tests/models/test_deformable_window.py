@@ -1,6 +1,5 @@
 """The windowed form of the deformable convolution: equal to the others, forward and backward; bounds; traffic; TPU compiles."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -181,7 +180,7 @@ def test_the_setting_has_limits() -> None:
         assert fine or f"model.head.offset_bound is {bound}" in broken[0]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: requirements-tpu.txt")
+@pytest.mark.tpu
 @pytest.mark.parametrize("chip, stride", [("v5e", 1), ("v6e", 2)])
 def test_it_compiles_for_a_tpu(chip: str, stride: int) -> None:
     """In a process of its own, whose libtpu is told of a TPU that is not there."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import fcntl
-import importlib.util
 import json
 
 import jax
@@ -144,9 +143,9 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (requirements-tpu.txt)")
+@pytest.mark.tpu
 def test_compiled_for_a_tpu(tmp_path):
-    """The same step by the TPU's own compiler, 45 s beside a training; only where libtpu is installed."""
+    """The same step by the TPU's own compiler."""
     found = compile_step(CONFIG, CHIPS, CANVAS, "tpu", tmp_path, lambda _: None)
     assert found.needed is None and found.compiler.startswith("libtpu") and found.known and found.code is None
     assert found.arguments >= sum(state().values()), "tiles pad"

@@ -85,7 +85,7 @@ def test_a_step_that_hangs_leaves_the_stacks_and_a_line(config, workdir, tmp_pat
     def stuck_in_here():
         assert told.wait(120), "as long as it takes on a busy machine"
 
-    monkeypatch.setattr(Watch, "_tell", lambda self, limit: (tell(self, limit), told.set()))
+    monkeypatch.setattr(Watch, "_tell", lambda self, *how: (tell(self, *how), told.set()))
     monkeypatch.setattr(loop, "place_batch", slow)
     watched = tiny_run.replace(config, "train", steps=9, hang_multiple=3.0, hang_least=1.0)
     assert int(train(watched, workdir).step) == 9, "it goes on when it goes on"
@@ -96,8 +96,37 @@ def test_a_step_that_hangs_leaves_the_stacks_and_a_line(config, workdir, tmp_pat
     assert "stuck_in_here" in stacks and "in slow" in stacks and stacks.count("Thread 0x") > 2
 
 
+def test_a_first_step_that_hangs_does_so_too(config, workdir, tmp_path, monkeypatch, capsys):
+    """Where a host never comes to the first collective, nothing is usual yet."""
+    told, tell, real = threading.Event(), Watch._tell, loop.place_batch
+
+    def stuck_at_once(batch, mesh):
+        assert told.wait(120)
+        return real(batch, mesh)
+
+    monkeypatch.setattr(Watch, "_tell", lambda self, *how: (tell(self, *how), told.set()))
+    monkeypatch.setattr(loop, "place_batch", stuck_at_once)
+    train(tiny_run.replace(config, "train", steps=1, hang_first=0.5, hang_least=1.0), workdir)
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if "hangs" in each]
+    assert line.startswith("step 1, with what is compiled for it, has taken 0 s (train.hang_first): it hangs")
+    assert "stuck_at_once" in (tmp_path / "run" / "stacks.txt").read_text()
+
+
+def test_a_compilation_ends_some_time(tmp_path, capsys):
+    with Watch(epath.Path(tmp_path), 3.0, 0.2, 0.3, None) as watched:
+        with watched.compiling():
+            time.sleep(0.1)
+        for step in range(7):
+            watched.beat(step)
+        assert not (tmp_path / "stacks.txt").read_text() and capsys.readouterr().err == ""
+        with watched.compiling():
+            time.sleep(0.9)
+        assert "test_a_compilation_ends_some_time" in (tmp_path / "stacks.txt").read_text()
+    assert "step 7, with what is compiled for it" in capsys.readouterr().err
+
+
 def test_stacks_come_even_where_a_library_holds_the_lock(tmp_path):
-    with Watch(epath.Path(tmp_path), 3.0, 0.3, None) as watched:
+    with Watch(epath.Path(tmp_path), 3.0, 0.3, 60.0, None) as watched:
         for step in range(7):
             watched.beat(step)
             time.sleep(0.01)
@@ -108,14 +137,14 @@ def test_stacks_come_even_where_a_library_holds_the_lock(tmp_path):
 
 
 def test_what_is_no_step_may_take_its_time(tmp_path, capsys):
-    with Watch(epath.Path(tmp_path), 3.0, 0.2, None) as watched:
+    with Watch(epath.Path(tmp_path), 3.0, 0.2, 60.0, None) as watched:
         for step in range(7):
             watched.beat(step)
         with watched.paused():
             time.sleep(0.6)
         watched.beat(8)
     assert capsys.readouterr().err == "" and not (tmp_path / "stacks.txt").exists()
-    with Watch(epath.Path(tmp_path), 0.0, 0.2, None) as watched:
+    with Watch(epath.Path(tmp_path), 0.0, 0.2, 0.3, None) as watched:
         for step in range(7):
             watched.beat(step)
         time.sleep(0.5)
@@ -236,6 +265,7 @@ def test_without_wandb_it_is_one_line(config, workdir, monkeypatch):
         ("train", {"profile": (5, 2)}, "train.profile is 5,2"),
         ("train", {"hang_multiple": 0.5}, "hang_multiple is 0.5: expected more than 1"),
         ("train", {"hang_least": 0.0}, "hang_least is 0"),
+        ("train", {"hang_first": -1.0}, "hang_first is -1: expected more than 0 seconds"),
         ("checkpoint", {"keep": 0}, "checkpoint.keep is 0: expected at least 1"),
         ("checkpoint", {"keep_every": 3}, "keep_every 3 is not a multiple of checkpoint.every 2"),
         ("checkpoint", {"best": 1}, "best_by '': expected evaluation/SET/NUMBER"),
