@@ -156,6 +156,7 @@ ask_ready() {
 
 runtime_of() {
     case $1 in
+    v5e-*) die "create: $1 is called v5litepod-${1#v5e-} by Google Cloud: --type=v5litepod-${1#v5e-}" ;;
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v5p-*) echo v2-alpha-tpuv5 ;;
     v6e-*) echo v2-alpha-tpuv6e ;;
@@ -166,7 +167,7 @@ runtime_of() {
 create() {
     local differences="" request spot_wanted=no
     [ -n "$type" ] || die "create: no --type (or TPU_TYPE), e.g. --type=v5litepod-64"
-    version=${version:-$(runtime_of "$type")}
+    version=${version:-$(runtime_of "$type")} || exit
     [ -z "$spot" ] || spot_wanted=yes
     describe
     request=(gcloud compute tpus queued-resources create "$name" "${place[@]}" --accelerator-type="$type" --runtime-version="$version")

@@ -46,6 +46,11 @@ def test_create_asks_for_a_queued_resource(cloud):
     assert not [a for a in asked if a.startswith(("--node-id", "--spot", "--service-account"))]
 
 
+def test_create_says_what_google_calls_a_v5e(cloud):
+    said = cloud("create", "pod", "--type=v5e-64", code=2)
+    assert said == "tpu.sh: create: v5e-64 is called v5litepod-64 by Google Cloud: --type=v5litepod-64\n"
+
+
 def test_create_again_changes_nothing(cloud):
     cloud("create", "pod", "--type=v5litepod-64", "--spot", "--slices=2")
     before = json.loads((cloud.google / "resources.json").read_text())
