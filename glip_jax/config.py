@@ -124,7 +124,7 @@ class TrainConfig:
     """A step that takes so many times the usual (the median of 50) leaves the stacks of all threads in WORKDIR; 0: never."""
     hang_least: float = _free(120.0)
     """But not before so many seconds."""
-    hang_first: float = _free(1800.0)
+    hang_first: float = _free(3600.0)
     """So does, after so many seconds, a step that has to be compiled, or one of the first, of which nothing is usual yet."""
     wandb: str = _free("")
     """Project of Weights & Biases that gets the numbers as well (requirements-wandb.txt); empty: none."""

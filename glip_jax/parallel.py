@@ -244,7 +244,8 @@ def gathered(params: Tree, layout: Any, mesh: Mesh) -> Tree:
 def reduced(gradients: Tree, layout: Any, mesh: Mesh) -> Tree:
     """Inside `per_shard`: each device's own gradients summed over data and fsdp.
 
-    Of what is split along fsdp each device keeps its part.
+    Of what is split along fsdp each device keeps its part. Devices along tensor have worked out the same gradients of what
+    is not split there, to the bit where the backend adds in one order (GPUs: --xla_gpu_deterministic_ops=true).
     """
     if not batch_axes(mesh):
         return gradients

@@ -11,13 +11,17 @@ if [ "${1:-}" = --tpu ]; then
     shift
     # jax's own choice of it, and beside the environment: where it is installed, jax looks for a TPU.
     wanted=$(.venv/bin/python -c 'from importlib.metadata import requires; print(*(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))')
+    if [ -z "$wanted" ]; then
+        echo "test.sh: jax asks for no libtpu any more (its extra is called otherwise): nothing could be compiled for a TPU" >&2
+        exit 1
+    fi
     if [ "$(cat .cache/libtpu/.installed 2>/dev/null)" != "$wanted" ]; then
         echo "installing $wanted into .cache/libtpu"
         rm -rf .cache/libtpu
         .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target=.cache/libtpu "$wanted"
         echo "$wanted" >.cache/libtpu/.installed
     fi
-    PYTHONPATH=.cache/libtpu .venv/bin/python -m pytest -q -m tpu "$@"
+    PYTHONPATH=$PWD/.cache/libtpu${PYTHONPATH:+:$PYTHONPATH} .venv/bin/python -m pytest -q -m tpu "$@"
     exit
 fi
 .venv/bin/ruff check .

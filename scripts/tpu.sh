@@ -156,7 +156,6 @@ ask_ready() {
 
 runtime_of() {
     case $1 in
-    v5e-*) die "create: $1 is called v5litepod-${1#v5e-} by Google Cloud: --type=v5litepod-${1#v5e-}" ;;
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v5p-*) echo v2-alpha-tpuv5 ;;
     v6e-*) echo v2-alpha-tpuv6e ;;
@@ -167,7 +166,8 @@ runtime_of() {
 create() {
     local differences="" request spot_wanted=no
     [ -n "$type" ] || die "create: no --type (or TPU_TYPE), e.g. --type=v5litepod-64"
-    version=${version:-$(runtime_of "$type")} || exit
+    [[ $type != v5e-* ]] || die "create: $type is called v5litepod-${type#v5e-} by Google Cloud: --type=v5litepod-${type#v5e-}"
+    version=${version:-$(runtime_of "$type")}
     [ -z "$spot" ] || spot_wanted=yes
     describe
     request=(gcloud compute tpus queued-resources create "$name" "${place[@]}" --accelerator-type="$type" --runtime-version="$version")

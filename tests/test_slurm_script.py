@@ -1,4 +1,4 @@
-"""scripts/slurm.sbatch with an srun and an scontrol that write down what they are asked; and what the container's file names."""
+"""scripts/slurm.sbatch with an srun and an scontrol that write down what they are asked; the container's file; xpk's command."""
 
 import os
 import re
@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from glip_jax import exits
+
 ROOT = Path(__file__).resolve().parents[1]
+ENTRY = "scripts/pretrain.sh"
 ODD = ["--config=a b.py", "--workdir=/runs/it's $HOME;x", '--config.name="q"', ""]
 
 
@@ -59,13 +62,21 @@ def test_what_may_pass_is_queued_again(job, code, count, again):
 
 
 def test_a_dry_run_prints_what_can_be_pasted(job, tmp_path):
-    code, said, asked = job("--dry-run", *ODD)
+    code, said, asked = job("--dry-run", *ODD, SLURM_CPUS_PER_TASK="")
     assert code == 0 and asked == []
+    assert "a\\ checkout && export GLIP_JAX_REQUIREMENTS=requirements-gpu.txt" in said.splitlines()[0]
     (line,) = [each for each in said.splitlines() if each.startswith("srun ")]
     again = subprocess.run(
         ["bash", "-c", f"set -- {line}; printf '%s|' \"$@\""], capture_output=True, text=True, check=True
     )
-    assert again.stdout.split("|")[3:-1] == ["scripts/pretrain.sh", "--distributed", *ODD]
+    assert again.stdout.split("|")[:-1] == [
+        "srun",
+        "--kill-on-bad-exit=0",
+        "--cpus-per-task=12",
+        "scripts/pretrain.sh",
+        "--distributed",
+        *ODD,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -92,6 +103,24 @@ def test_what_the_container_copies_and_starts_is_there():
     for name in re.findall(r"requirements[\w-]*\.txt", "\n".join(lines)):
         assert (ROOT / name).is_file(), name
     (entry,) = re.findall(r'ENTRYPOINT \["(.*)"\]', "\n".join(lines))
-    assert os.access(ROOT / entry, os.X_OK)
+    assert entry == ENTRY and os.access(ROOT / entry, os.X_OK)
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert {".git", ".venv", "runs"} <= {each.strip("/") for each in ignored}
+
+
+def test_gke_is_told_to_start_again_where_the_others_are():
+    """The README's command for xpk: its exit codes are those of slurm.sbatch and on_host.sh, its command the container's."""
+    (command,) = re.findall(r"xpk workload create (?:.*\\\n)+.*", (ROOT / "README.md").read_text())
+    (codes,) = re.findall(r"--restart-on-exit-codes=([\d,]+)", command)
+    for script in ("slurm.sbatch", "on_host.sh"):
+        text = (ROOT / "scripts" / script).read_text()
+        again = [code for code in range(1, 256) if _starts_again(text, code)]
+        assert again == [int(code) for code in codes.split(",")], script
+    assert f'--command="{ENTRY} --distributed $RUN"' in command
+
+
+def _starts_again(text, code):
+    """By the patterns that a script holds exit codes against: an expression, or a case."""
+    found = re.findall(r"=~ \^(\([\d|\[\]]+\))\$", text) or re.findall(r"^ +(69[ |\d]+)\)$", text, re.MULTILINE)
+    assert len(found) == 1, "the pattern of codes is written in another way now"
+    return code == exits.PREEMPTED or re.fullmatch(found[0].replace(" ", ""), str(code)) is not None

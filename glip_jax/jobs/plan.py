@@ -52,7 +52,7 @@ class PlanArguments(Arguments):
     """Height x width of the images, such as 800x1344, or several with commas; default: the config's largest."""
     images_per_chip: int = 0
     """Sets train.batch_size to so many for every chip (and micro-batch), and train.steps so that as many images are seen. With
-    mesh.tensor, chips that share an image's work have theirs together."""
+    mesh.tensor, chips that share an image's work have theirs together. Default: the config's batch, or 1 where that does not split."""
     compile: Literal["auto", "tpu", "tpu-whole", "fake", "local", "none"] = "auto"
     """tpu: libtpu, until it would write machine code; tpu-whole: to the end, several times as long, which adds the program's
     size and the compiler's own estimate of time; fake: made-up CPU devices; local: the GPUs of this machine; none: formulas. auto: for TPUs tpu, or fake
@@ -79,7 +79,12 @@ def main(argv: Sequence[str]) -> int:
     # With libtpu installed and no TPU here, jax would look for one.
     jax.config.update("jax_platforms", "cpu")
     try:
-        arguments = parse(_spelled(argv), PlanArguments, "plan", "--config=configs/glip_tiny.py --topology=v5e:8x16")
+        arguments = parse(
+            _spelled(argv),
+            PlanArguments,
+            "plan",
+            "--config=configs/glip_tiny.py --topology=v5e:8x16 --images-per-chip=4",
+        )
         if not arguments.topology:
             raise CommandLineError("no chips: expected --topology=v5e:8x16 (or v5litepod-64, v4-32, h100:8, ...)")
         chips = topology(arguments.topology)
@@ -122,6 +127,11 @@ def plan(
 ) -> tuple[Outlook, Facts | None]:
     """The outlook of one config on one canvas, and what was compiled for it (`how` None: nothing)."""
     mesh = abstract_mesh(config, chips)
+    if how is None and mesh.shape["tensor"] > 1:
+        raise PlanError(
+            f"mesh.tensor is {mesh.shape['tensor']}: formulas do not know what it shares out; give --compile=fake, or "
+            "--config.mesh.tensor=1"
+        )
     state = state_bytes(abstract_state(config, mesh), abstract_batch(config, canvas, mesh))
     facts = compile_step(config, chips, canvas, how, cache, say) if how else None
     return outlook(config, chips, canvas, state, facts, dict(mesh.shape), images_per_core), facts
@@ -131,8 +141,8 @@ def _plans(
     arguments: PlanArguments, chips: Topology, canvases: list[tuple[int, int]], how: How | None
 ) -> list[dict[str, Any]]:
     config = arguments.config
-    if arguments.images_per_chip:
-        config = with_images_per_chip(config, arguments.images_per_chip, chips)
+    if arguments.images_per_chip or not _splits(config, chips):
+        config = with_images_per_chip(config, arguments.images_per_chip or 1, chips)
     plans = []
     for canvas in canvases:
         found, facts = plan(config, chips, canvas, how, _cache(arguments), _progress, arguments.images_per_core)
@@ -140,6 +150,19 @@ def _plans(
         print("\n".join(report.lines(config, chips, canvas, found, facts, scaled, arguments.operations)), flush=True)
         plans.append(report.as_dictionary(config, chips, canvas, found, facts, scaled))
     return plans
+
+
+def _splits(config: Config, chips: Topology) -> bool:
+    """Whether the config's batch is one for so many chips; says so if not."""
+    multiple = config.optimizer.accumulate * max(1, chips.devices // max(1, config.mesh.tensor))
+    if config.train.batch_size % multiple == 0:
+        return True
+    print(
+        f"plan: train.batch_size {config.train.batch_size} does not split over {chips.devices} chips (a multiple of "
+        f"{multiple} does), and `train` would refuse it: planned with --images-per-chip=1",
+        file=sys.stderr,
+    )
+    return False
 
 
 def _search(

@@ -2,7 +2,8 @@
 
 A pair of products shares the work: of the first kernel each device has some columns, of the second the rows that belong to
 them. Between the two lies the wide part, of which a device knows its own alone; before and after, every device has the
-whole. What is sent is one sum forward (of the second's outputs) and one backward (of what the first's input gets).
+whole. What is sent is one sum forward (of the second's outputs; once more where a block is computed again, `remat="blocks"`)
+and one backward (of what the first's input gets).
 
 That is so within `glip_jax.parallel.per_shard`, where the axis is mapped by hand. Elsewhere there is one part.
 """
@@ -10,6 +11,8 @@ That is so within `glip_jax.parallel.per_shard`, where the axis is mapped by han
 from typing import Any
 
 import jax
+
+from glip_jax.models.remat import costly
 
 __all__ = ["entering", "parts", "place", "summed_dot_general"]
 
@@ -35,7 +38,7 @@ def entering(x: jax.Array) -> jax.Array:
 def summed_dot_general(left: jax.Array, right: jax.Array, *how: Any, **more: Any) -> jax.Array:
     """`jax.lax.dot_general` at their end: the sum of the parts' products, before a bias (which every device has) is added."""
     product = jax.lax.dot_general(left, right, *how, **more)
-    return _summed(product) if parts() > 1 else product
+    return costly(_summed(product)) if parts() > 1 else product
 
 
 # The transpose of a sum over devices that all go on with the same is no second sum; JAX's own would be, as it cannot know.

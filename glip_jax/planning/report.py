@@ -15,7 +15,8 @@ _DIFFERS = (
     "are those of a CPU's program, which has no tiles, fuses less and works out bfloat16 products in float32"
 )
 _FORMULA = (
-    "nothing compiled: FLOPs and bytes sent are formulas, and activations are not known, so neither is whether all fits"
+    "nothing compiled: FLOPs and bytes sent are formulas, and activations are not known, so neither is whether all fits "
+    "(--compile=fake compiles for made-up CPU devices instead)"
 )
 _TIMES = {"compute": "computing", "memory": "chip memory", "network": "network", "input": "host input"}
 

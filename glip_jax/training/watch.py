@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import jax
 from etils import epath
@@ -44,6 +44,16 @@ Keep = Callable[[str, bytes], None]
 """Takes a file of the working folder: `Writer.file`."""
 
 
+class _Wait(NamedTuple):
+    """What is waited for: replaced whole, as another thread reads it."""
+
+    begin: float
+    limit: float
+    """Seconds; 0: as long as it takes."""
+    usual: float
+    """Seconds that it usually takes; 0: not known."""
+
+
 class Watch:
     """The thread beside the steps. Use as a context manager; `beat` after every step.
 
@@ -57,8 +67,8 @@ class Watch:
         number = jax.process_index()
         self._name = f"stacks-{number}.txt" if number else "stacks.txt"
         self._times: deque[float] = deque(maxlen=_LOOKED_AT)
-        self._begin, self._limit, self._usual = 0.0, 0.0, 0.0
-        self._said, self._skip = True, True
+        self._wait = _Wait(0.0, 0.0, 0.0)
+        self._skip = True
         self._end = threading.Event()
         self._remote = storage.is_remote(folder)
         self._file: IO[str] | None = None
@@ -85,10 +95,11 @@ class Watch:
 
     def beat(self, step: int) -> None:
         """Step `step` is over, the next begins."""
-        if not self._skip:
-            self._times.append(time.monotonic() - self._begin)
+        usual = not self._skip
+        if usual:
+            self._times.append(time.monotonic() - self._wait.begin)
         self.step, self._skip = step, False
-        self._await_step()
+        self._await_step(usual)
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
@@ -96,7 +107,7 @@ class Watch:
         self._arm(self._first)
         yield
         self._skip = True
-        self._await_step()
+        self._await_step(False)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -104,50 +115,53 @@ class Watch:
         self._arm(0.0)
         yield
         self._skip = True
-        self._await_step()
+        self._await_step(False)
 
-    def _await_step(self) -> None:
-        usual = statistics.median(self._times) if len(self._times) >= _FEWEST else 0.0
+    def _await_step(self, like_others: bool) -> None:
+        """`like_others` False: the step after a compilation or an evaluation, as it may wait for another host's."""
+        usual = statistics.median(self._times) if like_others and len(self._times) >= _FEWEST else 0.0
         self._arm(max(self._least, self._multiple * usual) if usual else self._first, usual)
 
     def _arm(self, limit: float, usual: float = 0.0) -> None:
         """Begins to wait: `limit` seconds, or (0) as long as it takes; `usual` is said then."""
         faulthandler.cancel_dump_traceback_later()
         limit = limit if self._multiple else 0.0
-        self._begin, self._limit, self._usual, self._said = time.monotonic(), limit, usual, not limit
+        self._wait = _Wait(time.monotonic(), limit, usual)
         if not limit:
             return
         if self._file is None:
             folder = Path(tempfile.mkdtemp()) if self._remote else Path(self._folder)
-            self._file = (folder / self._name).open("w")
+            # What a run before left here may be why there is this one.
+            self._file = (folder / self._name).open("a")
         faulthandler.dump_traceback_later(limit, file=self._file)
 
     def _look(self) -> None:
         """The thread: says what faulthandler wrote, and looks whether a profile is wanted."""
-        asked = 0.0
+        asked, said = 0.0, None
         while not self._end.wait(min(1.0, self._least / 4)):
-            begin, limit, usual = self._begin, self._limit, self._usual
-            if limit and not self._said and time.monotonic() - begin > limit + 0.2:
-                self._said = True
-                self._tell(limit, usual)
+            wait = self._wait
+            if wait.limit and wait is not said and time.monotonic() - wait.begin > wait.limit + 0.2:
+                said = wait
+                self._tell(wait)
             if self._keep is not None and time.monotonic() - asked > _ASK_SECONDS:
                 asked = time.monotonic()
                 with contextlib.suppress(OSError, ValueError):  # tried again in a moment
                     self._ask()
 
-    def _tell(self, limit: float, usual: float) -> None:
+    def _tell(self, wait: _Wait) -> None:
         if self._file is None:
             return
-        what = (
-            f"step {self.step + 1} has taken {limit:.0f} s, the usual is {usual:.2f} s"
-            if usual
-            else f"step {self.step + 1}, with what is compiled for it, has taken {limit:.0f} s (train.hang_first)"
-        )
+        what, long = f"step {self.step + 1} has taken {wait.limit:.0f} s", "it hangs, or its data or storage does"
+        if wait.usual:
+            what += f", the usual is {wait.usual:.2f} s"
+        else:
+            what = f"{what}, with what is compiled for it (train.hang_first)"
+            long += ", or the compiler takes that long"
         print(
-            f"{what}: it hangs, or its data or storage does; the stacks of all threads are in {self._folder / self._name}",
-            file=sys.stderr,
-            flush=True,
+            f"{what}: {long}; the stacks of all threads are in {self._folder / self._name}", file=sys.stderr, flush=True
         )
+        self._file.write(f"(above: step {self.step + 1}, {time.strftime('%Y-%m-%d %H:%M:%S')})\n\n")
+        self._file.flush()
         if self._remote and self._keep is not None:
             self._keep(self._name, Path(self._file.name).read_bytes())
 

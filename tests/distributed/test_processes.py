@@ -1,6 +1,6 @@
 """Several processes on loopback train as one: same batches, same parameters, one stop, and the news of a death.
 
-The network is the stand-in, which compiles in a second, but for one test; data, loop, checkpoints and exits are the real ones.
+The network is the stand-in, which compiles in a second, but for two tests; data, loop, checkpoints and exits are the real ones.
 """
 
 import contextlib
@@ -24,6 +24,8 @@ from glip_jax import checksums, exits
 from glip_jax.checkpoint import complete_steps, latest_step, restore_parameters
 from glip_jax.config import MeshConfig
 from glip_jax.data.mixture import Mixture
+from glip_jax.jobs import scenes
+from glip_jax.jobs.command_line import load_config
 from glip_jax.jobs.train import main
 from glip_jax.parallel import MeshError, make_mesh
 from glip_jax.processes import Cluster, Crew, ProcessError, _Desk, announced, join
@@ -144,16 +146,46 @@ def test_two_and_four_processes_equal_one(file, sources, straight, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_processes_train_the_real_network_as_one_does(file, sources, tmp_path, monkeypatch):
-    """Two of four devices, split over all three axes, and four of two."""
+def test_two_processes_split_the_real_network_over_all_axes(file, sources, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     _trained(sources, tmp_path / "one", MeshConfig())
-    for number, mesh in ((2, ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")), (4, ("--config.mesh.fsdp=4",))):
-        workdir = tmp_path / str(number)
+    mesh = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    codes, said = _Job(file, tmp_path / "two", 2, 4, mesh, environment={i: {"REAL": "1"} for i in range(2)}).finish()
+    assert codes == [0, 0], said
+    _same_parameters(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_two_and_four_processes_train_the_demo(tmp_path, monkeypatch):
+    """Its network, scenes, towers and schedule, five steps: as one process does, and twice alike on one layout."""
+    drawn = (f"--out={tmp_path / 'scenes'}", "--count=40", "--captions=0", "--validation=8")
+    assert scenes.main(drawn) == 0
+    file = tmp_path / "demo.py"
+    file.write_text(
+        f"from configs.demo import demo\nfrom tests import tiny_run\n\n\ndef get_config():\n"
+        f"    base = tiny_run.replace(demo({str(tmp_path / 'scenes')!r}), 'train', steps=5, draw_first_batch=False)\n"
+        f"    return tiny_run.replace(tiny_run.replace(base, 'checkpoint', every=5), 'evaluation', sets={{}})\n"
+    )
+    config = load_config(str(file))
+    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    loop.train(config, str(tmp_path / "one"))
+    batches = Mixture(config).batches()
+    expected = [rows(next(batches)) for _ in range(5)]
+    batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+    one, prints = restore_parameters(str(tmp_path / "one"), "raw", 5), []
+    for name, number, mesh in (
+        ("two", 2, "--config.mesh.fsdp=4"),
+        ("again", 2, "--config.mesh.fsdp=4"),
+        ("four", 4, ""),
+    ):
         real = {index: {"REAL": "1"} for index in range(number)}
-        codes, said = _Job(file, workdir, number, 8 // number, mesh, environment=real).finish()
+        job = _Job(file, tmp_path / name, number, 8 // number, (mesh,) if mesh else (), environment=real)
+        codes, said = job.finish()
         assert codes == [0] * number, said
-        _same_parameters(tmp_path / "one", workdir)
+        assert _hashes(*said) == expected
+        same_path(config, one, restore_parameters(str(tmp_path / name), "raw", 5), 5)
+        prints.append(re.findall("fingerprint: (.*)", said[0]))
+    assert prints[0] == prints[1] != []
 
 
 @pytest.mark.slow

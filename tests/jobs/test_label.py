@@ -138,15 +138,36 @@ def test_a_finished_folder_of_other_settings_is_refused_and_left_as_it_is(run, m
 
 
 def test_the_last_parameters_and_a_mirrored_view(run, tmp_path):
-    command = ["--no-ema", "--flip", "--threshold=0.02", f"--workdir={run / 'run'}", f"--out={tmp_path / 'out'}"]
+    command = [
+        "--no-ema",
+        "--flip",
+        "--scales=48,64",
+        "--threshold=0.02",
+        f"--workdir={run / 'run'}",
+        f"--out={tmp_path / 'out'}",
+    ]
     assert label.main([str(run / "captions"), *command]) == 0
     about = json.loads(shards.Shards(tmp_path / "out")[0].provenance)
-    assert (
-        about["teacher"] == fingerprint(restore_parameters(str(run / "run"), "raw"))[:16] and about["views"] == "flip"
-    )
-    # The round after: pseudo records are captions too.
-    again = ["--threshold=0.9", f"--detections={run / 'found.json'}", f"--categories={run / 'names.json'}"]
-    assert label.main([str(tmp_path / "out"), *again, f"--out={tmp_path / 'again'}"]) == exits.BAD_INPUT
+    assert about["teacher"] == fingerprint(restore_parameters(str(run / "run"), "raw"))[:16]
+    assert about["views"] == "flip 48,64"
+
+
+def test_the_round_after_labels_the_captions_anew(run, labelled, tmp_path):
+    """Pseudo records are captions too, and nothing of the first teacher's boxes is left."""
+    _, first = labelled
+    again = ["--threshold=0.05", f"--detections={run / 'found.json'}", f"--categories={run / 'names.json'}"]
+    assert label.main([str(run / "out"), *again, f"--out={tmp_path / 'again'}"]) == 0
+    second = shards.Shards(tmp_path / "again")
+    assert second.manifest.kinds == {"pseudo": len(second)} and 0 < len(second) <= len(first)
+    old = {first[i].id: first[i] for i in range(len(first))}
+    for record in (second[i] for i in range(len(second))):
+        before = old[record.id]
+        assert record.caption == before.caption and record.image == before.image
+        assert record.boxes.tolist() != before.boxes.tolist()
+        assert (
+            "found.json" in record.provenance
+            and json.loads(record.provenance)["teacher"] != json.loads(before.provenance)["teacher"]
+        )
 
 
 def outside(run, source, out, *more):

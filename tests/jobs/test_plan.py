@@ -45,8 +45,8 @@ def run(config, *arguments):
         (("--topology=h100:1", "--compile=local"), "plan: h100:1: --compile=local is for a machine with such GPUs"),
         (("--topology=h100:8", "--search"), "plan: --search wants a compiler, and none is used for h100:8"),
         (("--topology=v5e:2x2", "--compile=fake", "--search", "--search-remat=some"), "plan: --search-remat=some"),
-        (("--topology=v5e:4x4", "--compile=none"), "plan: train.batch_size 8 does not split"),
         (("--topology=v5e:2x2", "--compile=none", "--config.mesh.fsdp=3"), "plan: mesh is"),
+        (("--topology=v5e:2x2", "--compile=none", "--config.mesh.tensor=2"), "plan: mesh.tensor is 2: formulas do not"),
         (("--topologie=v5e:2x2",), "plan: unknown option --topologie; did you mean --topology"),
     ],
 )
@@ -63,6 +63,23 @@ def test_a_file_that_cannot_be_written_is_found_before_anything_is_compiled(conf
         assert run(config, "--topology=v5e:2x2", "--compile=fake", f"--out={out}") == exits.BAD_INPUT
         said = capsys.readouterr().err
         assert said.startswith(f"plan: --out={out} cannot be written ({reason}") and said.count("\n") == 1
+
+
+def test_a_batch_for_fewer_chips_is_planned_with_an_image_on_each(config, capsys):
+    assert run(config, "--topology=v5e:4x4", "--compile=none", "--canvas=64x64") == exits.DONE
+    said = capsys.readouterr()
+    assert said.err.startswith(
+        "plan: train.batch_size 8 does not split over 16 chips (a multiple of 16 does), and `train`"
+    )
+    assert "16 images a step (1 a chip)" in said.out and "3 steps: " in said.out
+    assert run(config, "--topology=v5e:2x2", "--compile=none", "--canvas=64x64") == exits.DONE
+    said = capsys.readouterr()
+    assert said.err == "" and "8 images a step (2 a chip)" in said.out
+
+
+def test_without_a_compiler_it_says_which_would_do(config, capsys):
+    assert run(config, "--topology=h100:8", "--canvas=64x64") == exits.DONE
+    assert "--compile=fake compiles for made-up CPU devices instead" in capsys.readouterr().out
 
 
 def test_formulas_and_json(config, capsys, tmp_path):

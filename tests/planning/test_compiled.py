@@ -39,8 +39,8 @@ def facts(cache):
         return compile_step(CONFIG, CHIPS, CANVAS, "fake", cache, lambda _: None)
 
 
-def state(config=CONFIG):
-    mesh = abstract_mesh(config, CHIPS)
+def state(config=CONFIG, chips=CHIPS):
+    mesh = abstract_mesh(config, chips)
     return state_bytes(abstract_state(config, mesh), abstract_batch(config, CANVAS, mesh))
 
 
@@ -151,6 +151,22 @@ def test_compiled_for_a_tpu(tmp_path):
     assert found.arguments >= sum(state().values()), "tiles pad"
     assert 0 < found.padding < found.bytes and 0 < (found.activations or 0) < found.temporaries
     assert jax.default_backend() == "cpu"
+
+
+@pytest.mark.tpu
+def test_slices_of_a_tpu_exchange_sums_of_gradients_alone(tmp_path):
+    """fsdp stays inside a slice; over the data centre's network goes what data adds up."""
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2, fsdp=4))
+    chips = topology("v5e:2x2*2")
+    found = compile_step(config, chips, CANVAS, "tpu", tmp_path, lambda _: None)
+    outer = [each for each in found.sent if each.outer]
+    assert outer and {each.axes for each in outer} <= {("data",), ("data", "fsdp")}, found.sent
+    assert {each.kind for each in outer} <= {"all-reduce", "all-gather"}, outer
+    inner = {each.kind for each in found.sent if each.axes == ("fsdp",) and not each.outer}
+    assert {"all-gather", "reduce-scatter"} <= inner
+    # A slice sends its sum of the gradients: a chip its part of what fsdp splits.
+    gradients = sum(each.bytes for each in outer if each.kind == "all-reduce")
+    assert gradients >= state(config, chips)["optimizer"] / 2 - 8
 
 
 def test_the_whole_program_serves_for_its_beginning(tmp_path, facts):

@@ -108,21 +108,24 @@ def test_a_first_step_that_hangs_does_so_too(config, workdir, tmp_path, monkeypa
     monkeypatch.setattr(loop, "place_batch", stuck_at_once)
     train(tiny_run.replace(config, "train", steps=1, hang_first=0.5, hang_least=1.0), workdir)
     (line,) = [each for each in capsys.readouterr().err.splitlines() if "hangs" in each]
-    assert line.startswith("step 1, with what is compiled for it, has taken 0 s (train.hang_first): it hangs")
+    assert line.startswith("step 1 has taken 0 s, with what is compiled for it (train.hang_first): it hangs")
     assert "stuck_at_once" in (tmp_path / "run" / "stacks.txt").read_text()
 
 
 def test_a_compilation_ends_some_time(tmp_path, capsys):
-    with Watch(epath.Path(tmp_path), 3.0, 0.2, 0.3, None) as watched:
+    with Watch(epath.Path(tmp_path), 3.0, 0.2, 1.0, None) as watched:
         with watched.compiling():
             time.sleep(0.1)
         for step in range(7):
             watched.beat(step)
         assert not (tmp_path / "stacks.txt").read_text() and capsys.readouterr().err == ""
         with watched.compiling():
-            time.sleep(0.9)
+            time.sleep(1.6)
         assert "test_a_compilation_ends_some_time" in (tmp_path / "stacks.txt").read_text()
-    assert "step 7, with what is compiled for it" in capsys.readouterr().err
+    assert "step 7 has taken 1 s, with what is compiled for it" in capsys.readouterr().err
+    with Watch(epath.Path(tmp_path), 3.0, 0.2, 60.0, None):
+        pass
+    assert "(above: step 7, " in (tmp_path / "stacks.txt").read_text(), "a restart keeps it"
 
 
 def test_stacks_come_even_where_a_library_holds_the_lock(tmp_path):
