@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Self-training on picture scenes: a teacher learns from boxes and captions with boxes, labels captions that have none, and
 # a student learns from all three. Ends with a table and a page that set the two side by side.
-#   scripts/self_training.sh            about 35 minutes on two CPU cores; everything lies in runs/self_training
+#   scripts/self_training.sh            about 32 minutes on two CPU cores; everything lies in runs/self_training
 #   scripts/self_training.sh --short    the same with tens of scenes and 20 steps, to see that everything works
 # The same command again goes on where it stopped. Ctrl-C is safe.
 set -euo pipefail

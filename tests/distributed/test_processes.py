@@ -30,6 +30,7 @@ from glip_jax.jobs.train import main
 from glip_jax.parallel import MeshError, make_mesh
 from glip_jax.processes import Cluster, Crew, ProcessError, _Desk, announced, join
 from glip_jax.training import loop, metrics
+from glip_jax.weights import pretrained
 from tests import tiny_run
 from tests.distributed.worker import rows
 from tests.training import stand_in
@@ -168,7 +169,7 @@ def test_two_and_four_processes_train_the_demo(tmp_path, monkeypatch):
     )
     config = load_config(str(file))
     monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-    loop.train(config, str(tmp_path / "one"))
+    loop.train(config, str(tmp_path / "one"), towers=pretrained.initialize)
     batches = Mixture(config).batches()
     expected = [rows(next(batches)) for _ in range(5)]
     batches.close()  # pyright: ignore[reportAttributeAccessIssue]

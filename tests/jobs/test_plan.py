@@ -156,7 +156,7 @@ def test_a_search_tries_what_splits_widths(config, capsys, monkeypatch):
         run(config, "--topology=v5e:2x2", "--compile=fake", "--images-per-chip=1", "--config.mesh.tensor=2")
         == exits.DONE
     )
-    assert asked[-1] == (4, 2) and "1 images a chip" in capsys.readouterr().out
+    assert asked[-1] == (4, 2) and "(1 a chip)" in capsys.readouterr().out
 
 
 def test_a_search_goes_on_after_a_compiler_that_died(config, capsys, monkeypatch):

@@ -112,15 +112,15 @@ def _check_sent(compiled, params, mesh, config, least=1.0, over_tensor=0):
     assert set(wanted) <= set(found)
 
 
-def _sums_over_tensor(config, mesh, text_layers, canvas=None):
+def _sums_over_tensor(config, mesh, text_layers, canvas=(0, 0)):
     """Bytes that the layers split over tensor add up, by kind of layer's own sizes.
 
     A text layer adds up its two outputs forward, and backward what its two inputs get; a Swin block has one pair of
-    products (none without `canvas`).
+    products (none of a canvas without cells).
     """
     images = config.train.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
     sent = text_layers * 4 * images * config.model.text.max_tokens * config.model.text.width * 4
-    for stage, depth in enumerate(config.model.backbone.depths if canvas else ()):
+    for stage, depth in enumerate(config.model.backbone.depths):
         cells = (canvas[0] >> 2 + stage) * (canvas[1] >> 2 + stage)
         sent += depth * 2 * images * cells * (config.model.backbone.width << stage) * 4
     return sent
