@@ -44,7 +44,10 @@ def parameters(config: Config, key: Any, bert: bool = False) -> dict[str, Any]:
 
 
 def objective(config: Config, train: bool = True, bert: bool = False) -> Objective:
-    """Each anchor sees the mean colour of its cell; dropout of half the features while training."""
+    """Each anchor sees the mean colour of its cell; dropout of half the features while training.
+
+    `bert`: as in `parameters`, its layers computed again as `config.model.remat` says.
+    """
     rate = config.model.text.dropout if train else 0.0
 
     def sums(params: Any, batch: Batch, targets: Targets, key: Any) -> LossSums:
@@ -61,7 +64,7 @@ def objective(config: Config, train: bool = True, bert: bool = False) -> Objecti
         x = x * bernoulli(key, 1 - rate, x.shape)
         if bert:
             rngs = {"dropout": jax.random.fold_in(key, 1)}
-            text = Bert(config.model.text, train).apply(
+            text = Bert(config.model.text, train, remat=config.model.remat).apply(
                 {"params": params["text"]}, batch.tokens, batch.token_mask, rngs=rngs
             )
         else:

@@ -169,6 +169,18 @@ def test_eight_devices_equal_one(sources, mesh):
     np.testing.assert_allclose(numbers[-1]["loss"], others[-1]["loss"], rtol=1e-5)
 
 
+def test_layers_split_over_tensor_may_be_computed_again_and_in_parts(sources):
+    """remat and micro-batches, where only tensor has several devices."""
+    config = tiny_run.config(sources, dropout=0.0)
+    parts = tiny_run.replace(tiny_run.replace(config, "model", remat="blocks"), "optimizer", accumulate=2)
+    params = stand_in.parameters(config, jax.random.key(1), bert=True)
+    batches = _batches(config, 3)
+    one, _ = _train(config, _mesh(ONE), batches, stand_in.objective(config, bert=True), params)
+    mesh = make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2])
+    two, _ = _train(parts, mesh, batches, stand_in.objective(parts, bert=True), params)
+    same_path(config, one.params, two.params, 3)
+
+
 def _five_real_steps(config, batches, params, shape):
     """The first step's gradients, the parameters after five, and the program, with the network itself."""
     mesh, gradients = _mesh(shape), None
