@@ -107,7 +107,7 @@ def _check_sent(compiled, params, mesh, config, least=1.0, over_tensor=0):
     # The gradient's norm: a number for every parameter that is split, over the axes that split it.
     spare = 4 * len(jax.tree.leaves(params))
     for key, size in found.items():
-        most = wanted.get(key, 0) + (spare if key[0] == "all-reduce" else 0)
+        most = wanted.get(key, 0) + (spare if key[0] == "all-reduce" or key == scatter else 0)
         assert least * wanted.get(key, 0) <= size <= most, (key, size, wanted.get(key, 0))
     assert set(wanted) <= set(found)
 
