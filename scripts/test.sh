@@ -18,7 +18,10 @@ if [ "${1:-}" = --tpu ]; then
     if [ "$(cat .cache/libtpu/.installed 2>/dev/null)" != "$wanted" ]; then
         echo "installing $wanted into .cache/libtpu"
         rm -rf .cache/libtpu
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target=.cache/libtpu "$wanted"
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target=.cache/libtpu "$wanted" || {
+            echo "test.sh: $wanted could not be fetched (above): nothing was compiled for a TPU" >&2
+            exit 69
+        }
         echo "$wanted" >.cache/libtpu/.installed
     fi
     PYTHONPATH=$PWD/.cache/libtpu${PYTHONPATH:+:$PYTHONPATH} .venv/bin/python -m pytest -q -m tpu "$@"
