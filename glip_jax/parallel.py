@@ -238,7 +238,7 @@ def gathered(params: Tree, layout: Any, mesh: Mesh) -> Tree:
     def one(spec: PartitionSpec, leaf: Any) -> Any:
         return jax.lax.all_gather(leaf, "fsdp", axis=spec.index("fsdp"), tiled=True) if "fsdp" in spec else leaf
 
-    return jax.tree.map(one, layout, params, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    return jax.tree.map(one, layout, params, is_leaf=_is_spec)
 
 
 def reduced(gradients: Tree, layout: Any, mesh: Mesh) -> Tree:
@@ -257,7 +257,11 @@ def reduced(gradients: Tree, layout: Any, mesh: Mesh) -> Tree:
             axes = tuple(axis for axis in axes if axis != "fsdp")
         return jax.lax.psum(leaf, axes) if axes else leaf
 
-    return jax.tree.map(one, layout, gradients, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    return jax.tree.map(one, layout, gradients, is_leaf=_is_spec)
+
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, PartitionSpec)
 
 
 def place_batch(batch: Tree, mesh: Mesh) -> Tree:
