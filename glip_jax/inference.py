@@ -274,7 +274,7 @@ class Detector:
             part = asked[begin : begin + self.batch_size]
             rows = np.asarray([row for row, _, _ in part])
             rest = np.asarray([row for row in range(self.batch_size) if row not in rows], np.int64)
-            rows = np.concatenate([rows, np.resize(rest, self.batch_size - len(part))])
+            rows = np.concatenate([rows, np.resize(rest, self.batch_size - len(part))]).astype(np.int64)
             texts = [self.text(prompt) for _, prompt, _ in part]
             texts += texts[-1:] * (self.batch_size - len(part))
             maps = np.stack([np.pad(t.phrase_map, ((0, self._slots - len(t.phrase_map)), (0, 0))) for t, _ in texts])
