@@ -23,11 +23,11 @@ import numpy as np
 import simplejpeg
 
 from benchmarks.alternating import Runs, Settings, main
-from glip_jax import storage
 from glip_jax.config import Config, DataConfig, ModelConfig, SourceConfig, TextConfig, TrainConfig
 from glip_jax.data import shards
 from glip_jax.data.mixture import Mixture
 from glip_jax.data.records import Record, boxes_array
+from glip_jax.io import gcs
 
 __all__: list[str] = []
 
@@ -48,7 +48,7 @@ def _records() -> Iterator[Record]:
 def _server(delay: str) -> None:
     """Starts the storage in a process of its own, and points this one to it."""
     running = subprocess.Popen(
-        [sys.executable, "-m", "tests.faulty_storage", delay], cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        [sys.executable, "-m", "tests.io.faulty_storage", delay], cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         text=True,
     )  # fmt: skip
     assert running.stdin is not None
@@ -72,7 +72,7 @@ def _side(delay: str | None) -> Callable[[Settings], Runs]:
         shards.write(_records(), place, name="set", names=["one", "other"], shards=4)
         if delay is not None:
             _server(delay)
-            storage.upload({path.name: path for path in Path(place).iterdir()}, "gs://bucket/set", "manifest.json")
+            gcs.upload({path.name: path for path in Path(place).iterdir()}, "gs://bucket/set", "manifest.json")
             place = "gs://bucket/set"
         vocabulary = str(_ROOT / "tests" / "fixtures" / "vocab_tiny1.txt")
         mixture = Mixture(

@@ -18,8 +18,8 @@ def glip_runs(settings: Settings) -> Runs:
     import jax
 
     from benchmarks.sample import abstract_params, made_batch, tiny
+    from glip_jax.distributed.mesh import make_mesh
     from glip_jax.models.glip import GLIP, normalize
-    from glip_jax.parallel import make_mesh
     from glip_jax.training.step import first_gradients, glip_objective
 
     config = tiny(remat=settings.remat)

@@ -21,7 +21,7 @@ RATE = 1e-6
 
 def _arrays(config: Config) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
     """Pixels [1 H W 3], tokens [1 T], and what logits, deltas and centerness are multiplied by."""
-    from glip_jax import boxes as box
+    from glip_jax.structures import boxes as box
 
     rng = np.random.default_rng(0)
     anchors = sum(int(np.prod(box.level_shape((HEIGHT, WIDTH), s))) for s in config.model.pyramid.strides)

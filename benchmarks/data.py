@@ -40,7 +40,7 @@ def pictures() -> list[bytes]:
         if not files:
             raise SystemExit(f"GLIP_JAX_PHOTOGRAPHS={folder} has no .jpg files")
         return [file.read_bytes() for file in itertools.islice(itertools.cycle(files), IMAGES)]
-    from glip_jax.data.backgrounds import background
+    from glip_jax.data.scenes.backgrounds import background
 
     made = []
     for number in range(IMAGES):
@@ -54,7 +54,7 @@ def pictures() -> list[bytes]:
 
 
 def _size(height: int, width: int) -> tuple[int, int]:
-    from glip_jax.data.transforms import target_size
+    from glip_jax.structures.canvas import target_size
 
     return target_size(height, width, SHORT, LONG)
 

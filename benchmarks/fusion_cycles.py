@@ -22,8 +22,8 @@ def main() -> None:
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES, help="none: without dropout")
     arguments = parser.parse_args()
     # Before jax asks for its devices: libtpu reads them once.
-    from glip_jax.chips import topology
-    from glip_jax.planning.compiled import environment
+    from glip_jax.distributed.chips import topology
+    from glip_jax.planning.compile import environment
 
     chips = topology(arguments.topology)
     os.environ.update(environment(chips, "tpu"))
@@ -37,7 +37,7 @@ def main() -> None:
 
     from configs.glip_tiny import get_config
     from glip_jax.models import fusion
-    from glip_jax.planning import program
+    from glip_jax.planning import cost
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
@@ -75,7 +75,7 @@ def main() -> None:
             return out, backward(out)
 
         begin = time.perf_counter()
-        read = program.read(jax.jit(both).lower(params, key, *inputs).compile().as_text() or "")
+        read = cost.read(jax.jit(both).lower(params, key, *inputs).compile().as_text() or "")
         seconds = time.perf_counter() - begin
         took = f"{read.cycles / chips.chip.clock * 1e3:5.1f}" if chips.chip.clock else "    -"
         print(f"{source:11} {read.cycles / 1e6:16.1f} {took} {read.bytes / 1e9:13.2f} {seconds:11.0f}", flush=True)

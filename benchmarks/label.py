@@ -52,7 +52,7 @@ def _setting(folder: Path) -> tuple[Any, Any, Any]:
     from configs.demo import get_config
     from glip_jax.data import shards
     from glip_jax.data.records import Record, boxes_array
-    from glip_jax.labeling.phrases import phrase_finder
+    from glip_jax.labeling.phrases.finders import phrase_finder
     from glip_jax.labeling.teacher import DetectorTeacher, detectors
 
     config = get_config()
@@ -78,8 +78,8 @@ def _setting(folder: Path) -> tuple[Any, Any, Any]:
 def label_runs(_: Settings) -> Runs:
     """Each run labels into a new folder."""
     from glip_jax.data.records import decode_image
-    from glip_jax.jobs.label_run import Input, Plan, run
     from glip_jax.labeling.pseudo import Rules
+    from glip_jax.labeling.run import Input, Plan, run
     from glip_jax.labeling.teacher import Picture
 
     folder = Path(tempfile.mkdtemp(prefix="glip_jax_label_"))

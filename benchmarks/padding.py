@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from glip_jax.cli.command_line import load_config
 from glip_jax.config import DataConfig
-from glip_jax.data import transforms
-from glip_jax.jobs.command_line import load_config
+from glip_jax.structures.canvas import canvas_size, fit, nearest_aspect, target_size
 
 __all__ = ["Row", "measure", "sizes_of"]
 
@@ -45,16 +45,16 @@ def sizes_of(path: Path) -> list[tuple[int, int]]:
 def measure(sizes: Sequence[tuple[int, int]], data: DataConfig, multiple: int = 32) -> list[Row]:
     """A row per aspect that has images, then one of all."""
     heights, widths = np.array(sizes).T
-    nearest = transforms.nearest_aspect(heights, widths, data.aspects)
+    nearest = nearest_aspect(heights, widths, data.aspects)
     rows, covered, whole, ratios, shapes = [], 0, 0, [], set()
     for index, aspect in enumerate(data.aspects):
         own, pixels, area = [], 0, 0
-        canvases = {side: transforms.canvas_size(side, aspect, data.long_side, multiple) for side in data.short_sides}
+        canvases = {side: canvas_size(side, aspect, data.long_side, multiple) for side in data.short_sides}
         for height, width in zip(heights[nearest == index].tolist(), widths[nearest == index].tolist()):
             for side, canvas in canvases.items():
-                h, w = transforms.fit(height, width, side, data.long_side, canvas)
+                h, w = fit(height, width, side, data.long_side, canvas)
                 pixels, area = pixels + h * w, area + canvas[0] * canvas[1]
-                own.append(h / transforms.target_size(height, width, side, data.long_side)[0])
+                own.append(h / target_size(height, width, side, data.long_side)[0])
         if own:
             rows.append(
                 Row(aspect, int((nearest == index).sum()), len(set(canvases.values())), 1 - pixels / area,

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from glip_jax.labeling.phrases import Found, head, phrase_finder
+from glip_jax.labeling.phrases.finders import Found, head, phrase_finder
 
 __all__ = ["Agreement", "agreement", "captions_of"]
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configs import glip_large, glip_tiny
-from glip_jax.chips import topology
 from glip_jax.config import Config
-from glip_jax.planning.compiled import abstract_batch, abstract_mesh, cached, compile_step, state_bytes
+from glip_jax.distributed.chips import topology
+from glip_jax.planning.compile import abstract_batch, abstract_mesh, cached, compile_step, state_bytes
 from glip_jax.planning.facts import Facts
-from glip_jax.planning.outlook import Outlook, outlook, scaling
+from glip_jax.planning.roofline import Outlook, outlook, scaling
 from glip_jax.planning.search import with_images_per_chip
-from glip_jax.training.loop import abstract_state
+from glip_jax.training.state import abstract_state
 
 CANVAS = (800, 1344)
 CONFIGS = {"GLIP-T": glip_tiny.get_config, "GLIP-L": glip_large.get_config}

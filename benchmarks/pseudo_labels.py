@@ -30,15 +30,15 @@ from typing import Any
 
 import numpy as np
 
-from glip_jax.data.nouns import plural
+from glip_jax.cli.reports.cards import match
+from glip_jax.cli.reports.drawing import draw_curves
 from glip_jax.data.records import Record
+from glip_jax.data.scenes.nouns import plural
 from glip_jax.data.shards import Shards
-from glip_jax.drawing import draw_curves
 from glip_jax.evaluation.average_precision import read_lists
-from glip_jax.evaluation.cards import match
 from glip_jax.evaluation.recall import CaptionedImage, Phrase, load_grounding
 from glip_jax.labeling.outside import category_of, category_words
-from glip_jax.labeling.phrases import head, head_word
+from glip_jax.labeling.phrases.finders import head, head_word
 
 __all__ = ["Judged", "by_class", "judge", "measured", "named_truth"]
 

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from glip_jax.data.pictures import load_pictures
-from glip_jax.data.scene_sets import SceneSet, finished
-from glip_jax.data.scenes import Scene, SceneStyle, draw_scene
-from glip_jax.evaluation.page import aligned
+from glip_jax.cli.reports.run_report import aligned
+from glip_jax.data.scenes.draw import Scene, SceneStyle, draw_scene
+from glip_jax.data.scenes.pictures import load_pictures
+from glip_jax.data.scenes.sets import SceneSet, finished
 from glip_jax.evaluation.recall import LEAST_OVERLAP, overlaps
 
 PICTURES = Path(__file__).parent.parent / "gcs" / "sample" / "pictures"

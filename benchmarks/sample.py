@@ -9,7 +9,7 @@ import numpy as np
 from configs.glip_tiny import get_config
 from glip_jax.config import Config
 from glip_jax.models.glip import GLIP
-from glip_jax.structures import DROPS, Batch
+from glip_jax.structures.batch import DROPS, Batch
 
 __all__ = ["abstract_params", "made_batch", "tiny", "with_head_blocks"]
 

@@ -23,8 +23,8 @@ SHARDS, RECORDS, SIDE, BATCH = 1000, 10_000, 96, 8
 def _make(folder: Path) -> None:
     """Both sources."""
     from glip_jax.data import shards
-    from glip_jax.data.backgrounds import background
     from glip_jax.data.records import Record, boxes_array
+    from glip_jax.data.scenes.backgrounds import background
 
     pictures = []
     for i in range(50):

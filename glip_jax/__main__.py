@@ -10,7 +10,10 @@ import sys
 from collections.abc import Iterator
 from types import FrameType
 
-from glip_jax import environment, exits
+from glip_jax.cli import environment
+from glip_jax.distributed import exit_codes
+from glip_jax.distributed.runtime import libtpu_arguments
+from glip_jax.io.errors import full_disk
 
 __all__ = ["JOBS", "main"]
 
@@ -39,49 +42,49 @@ def main(argv: list[str]) -> int:
     listed = "\n".join(f"  {job:10} {what}" for job, what in JOBS.items())
     usage = (
         f"usage: python -m glip_jax JOB [options]\n\njobs:\n{listed}\n\n"
-        f"python -m glip_jax JOB --help: its options and an example\n{exits.SHORT}"
+        f"python -m glip_jax JOB --help: its options and an example\n{exit_codes.SHORT}"
     )
     if not argv or argv[0] in ("-h", "--help"):
         print(usage, file=sys.stdout if argv else sys.stderr)
-        return exits.DONE if argv else exits.BAD_INPUT
+        return exit_codes.DONE if argv else exit_codes.BAD_INPUT
     # Read when jax starts, by TPUs alone.
-    os.environ["LIBTPU_INIT_ARGS"] = environment.libtpu_arguments(os.environ.get("LIBTPU_INIT_ARGS", ""))
+    os.environ["LIBTPU_INIT_ARGS"] = libtpu_arguments(os.environ.get("LIBTPU_INIT_ARGS", ""))
     job, *rest = argv
     if job not in JOBS:
         near = difflib.get_close_matches(job, JOBS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(JOBS)}"
         print(f"unknown job {job!r}; {hint}", file=sys.stderr)
-        return exits.BAD_INPUT
+        return exit_codes.BAD_INPUT
     fault = environment.fault()
     if fault:
         print(f"{job}: {fault}", file=sys.stderr)
-        return exits.BAD_INPUT
+        return exit_codes.BAD_INPUT
     return _run(job, rest)
 
 
 def _run(job: str, argv: list[str]) -> int:
     """The job's exit code; what may hit any job at any line (a signal, a full disk) ends in one line as well."""
     try:
-        from glip_jax import bucket_files  # only now: its libraries take time to load
+        from glip_jax.io import fsspec_gcs  # only now: its libraries take time to load
 
-        bucket_files.install()
+        fsspec_gcs.install()
         with _sigterm_exits(job):
-            return importlib.import_module(f"glip_jax.jobs.{_MODULES.get(job, job)}").main(argv)
+            return importlib.import_module(f"glip_jax.cli.{_MODULES.get(job, job)}").main(argv)
     except KeyboardInterrupt:
         print(f"{job}: stopped by Ctrl-C; nothing is half-made, the same command goes on", file=sys.stderr)
-        return exits.CANCELLED
+        return exit_codes.CANCELLED
     except OSError as error:
-        reason = exits.full_disk(error)
-        from glip_jax import storage  # only now: its libraries take time to load
+        reason = full_disk(error)
+        from glip_jax.io import gcs  # only now: its libraries take time to load
 
-        if isinstance(error, storage.StorageError):
-            print(f"{job}: {storage.told(error)}", file=sys.stderr)
-            return exits.UNAVAILABLE if error.errno == errno.ETIMEDOUT else exits.BAD_INPUT
+        if isinstance(error, gcs.StorageError):
+            print(f"{job}: {gcs.told(error)}", file=sys.stderr)
+            return exit_codes.UNAVAILABLE if error.errno == errno.ETIMEDOUT else exit_codes.BAD_INPUT
         if not reason:
             raise
         place = f" ({error.filename})" if error.filename else ""
         print(f"{job}: {reason}{place}: make room, then give the same command again", file=sys.stderr)
-        return exits.NOT_WRITTEN
+        return exit_codes.NOT_WRITTEN
 
 
 @contextlib.contextmanager
@@ -98,7 +101,7 @@ def _sigterm_exits(job: str) -> Iterator[None]:
             os.kill(os.getpid(), number)
             return
         print(f"{job}: stopped by SIGTERM; nothing is half-made, give the same command again", file=sys.stderr)
-        raise SystemExit(exits.PREEMPTED)
+        raise SystemExit(exit_codes.PREEMPTED)
 
     try:
         previous = signal.signal(signal.SIGTERM, leave)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Environment, ruff, pyright, tests. Other arguments go to pytest: scripts/test.sh tests/test_boxes.py -x
+# Environment, ruff, pyright, tests. Other arguments go to pytest: scripts/test.sh tests/structures/test_boxes.py -x
 #   scripts/test.sh --all    also the tests that take minutes each (marked slow), as CI does
 #   scripts/test.sh --tpu    only the tests that compile for TPUs, with libtpu (which needs no TPU) in .cache/libtpu
 set -euo pipefail

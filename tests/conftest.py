@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="module")
 def running():
     """A storage on loopback, behind a proxy that can inject faults."""
-    from tests.faulty_storage import Storage
+    from tests.io.faulty_storage import Storage
 
     server = Storage()
     yield server

@@ -8,13 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glip_jax import boxes as box
-from glip_jax import inference, prompts
+from glip_jax import inference
 from glip_jax.config import AnchorConfig, Config, DetectionConfig, MeshConfig, ModelConfig, PyramidConfig
-from glip_jax.inference import Detector, category_prompts, detect
-from glip_jax.parallel import make_mesh
-from glip_jax.structures import Detections, Predictions, Prompt
-from glip_jax.training.loop import fresh_parameters
+from glip_jax.distributed.mesh import make_mesh
+from glip_jax.inference import Detector, category_prompts
+from glip_jax.models.postprocess import detect
+from glip_jax.structures import boxes as box
+from glip_jax.structures import prompts
+from glip_jax.structures.batch import Detections, Predictions, Prompt
+from glip_jax.training.state import fresh_parameters
 from tests import tiny_run
 
 CANVAS, TOKENS, PHRASES = (64, 96), 6, 3

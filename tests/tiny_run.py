@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from glip_jax.config import (
+from glip_jax.config import (  # fmt: skip
     AnchorConfig,
     BackboneConfig,
     CheckpointConfig,
@@ -22,7 +22,7 @@ from glip_jax.config import (
     SourceConfig,
     TextConfig,
     TrainConfig,
-)  # fmt: skip
+)
 from glip_jax.data import shards
 from glip_jax.data.records import Record
 

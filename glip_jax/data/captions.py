@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float, Int, Int32
 from glip_jax.config import CaptionConfig
 from glip_jax.data.negatives import Likeness, choose, number_of_names, number_of_texts, pack
 from glip_jax.data.records import Record, RecordError
-from glip_jax.prompts import JoinedNames, Losses, Tokenizer, clean_name, positive_map, tokenize
-from glip_jax.structures import Prompt, TokenizedPrompt
+from glip_jax.structures.batch import Prompt, TokenizedPrompt
+from glip_jax.structures.prompts import JoinedNames, Losses, Tokenizer, clean_name, positive_map, tokenize
 
 __all__ = ["Captioned", "Captioner", "Others", "View", "rng_of", "says_side"]
 

@@ -11,12 +11,14 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 from glip_jax.config import Config, SourceConfig
-from glip_jax.data import codec, transforms
+from glip_jax.data import images as codec
+from glip_jax.data import transforms
 from glip_jax.data.captions import Captioner, View
-from glip_jax.data.memory import Memory
+from glip_jax.data.images import Memory
 from glip_jax.data.records import Record, RecordError
 from glip_jax.data.shards import Shards
-from glip_jax.structures import DROPS, Batch
+from glip_jax.structures.batch import DROPS, Batch
+from glip_jax.structures.canvas import fit
 
 __all__ = ["Examples"]
 
@@ -67,7 +69,7 @@ class Examples:
         if window is not None:
             boxes, shown, visible = transforms.crop_boxes(boxes, window, data.crop.least_visible)
             old, view = window[2:], View(shown, ~shown & (visible > 0))
-        new = transforms.fit(*old, short_side, data.long_side, canvas.shape[:2])
+        new = fit(*old, short_side, data.long_side, canvas.shape[:2])
         boxes = transforms.scale_boxes(boxes, old, new)
         mirrored = rng.random() < data.flip
         mirrored = mirrored and not (data.flip_captions == "safe" and captioner.says_side(record))

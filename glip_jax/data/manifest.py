@@ -12,8 +12,8 @@ from typing import Any
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
-from glip_jax import storage
 from glip_jax.data.records import FORMAT
+from glip_jax.io import gcs
 
 __all__ = ["Manifest", "ShardError", "finished", "names_in", "nothing", "opened", "read_file"]
 
@@ -48,7 +48,7 @@ class Manifest:
 
 def finished(directory: epath.PathLike) -> Manifest | None:
     """The manifest of a finished folder, None where there is none yet; ShardError for one that cannot be read."""
-    path = f"{storage.address(directory)}/manifest.json"
+    path = f"{gcs.address(directory)}/manifest.json"
     try:
         fields = json.loads(read_file(path))
         fields.update(names=tuple(fields["names"]), shards=tuple(fields["shards"]))
@@ -58,7 +58,7 @@ def finished(directory: epath.PathLike) -> Manifest | None:
         _ = manifest.columns["file"], manifest.columns["sha256"]
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except storage.StorageError:
+    except gcs.StorageError:
         raise
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ShardError(f"{path} is no manifest of shards ({error}): remove the folder and import again") from None
@@ -70,13 +70,13 @@ def finished(directory: epath.PathLike) -> Manifest | None:
 def opened(place: str) -> Manifest:
     """The manifest of a finished folder whose files are there in their sizes, local ones with their number of records.
 
-    Raises ShardError for any other folder, OSError (`storage.StorageError`) if its bucket does not answer.
+    Raises ShardError for any other folder, OSError (`gcs.StorageError`) if its bucket does not answer.
     """
     manifest = finished(place)
     if manifest is None:
         raise ShardError(f"{place} {nothing(place)}")
     _check_counts(epath.Path(place), manifest)
-    faults = _remote_faults if storage.is_remote(place) else _local_faults
+    faults = _remote_faults if gcs.is_remote(place) else _local_faults
     for fault in faults(epath.Path(place), manifest.shards):
         if fault:
             raise ShardError(f"{fault}: import again, or copy the folder again")
@@ -85,7 +85,7 @@ def opened(place: str) -> Manifest:
 
 def nothing(place: str) -> str:
     """Why there is no manifest."""
-    names, what = names_in(place), storage.kind(place)
+    names, what = names_in(place), gcs.kind(place)
     found = {"folder": "is empty", "file": "is a file", "": "does not exist"}[what]
     found = "has no manifest.json" if names else found
     return f"{found}: expected a folder of shards, there are no finished shards here"
@@ -93,14 +93,14 @@ def nothing(place: str) -> str:
 
 def names_in(place: str) -> list[str]:
     """Names of what is in a folder; none if there is no such folder."""
-    if storage.is_remote(place):
-        return list(storage.listing(place))
+    if gcs.is_remote(place):
+        return list(gcs.listing(place))
     return os.listdir(place) if os.path.isdir(place) else []
 
 
 def read_file(place: str) -> bytes:
-    """A whole file; FileNotFoundError if it is not there, OSError as `storage.read`."""
-    return storage.read(place) if storage.is_remote(place) else Path(place).read_bytes()
+    """A whole file; FileNotFoundError if it is not there, OSError as `gcs.read`."""
+    return gcs.read(place) if gcs.is_remote(place) else Path(place).read_bytes()
 
 
 def _check_counts(path: epath.Path, manifest: Manifest) -> None:
@@ -141,7 +141,7 @@ def _local_faults(path: epath.Path, shards: Sequence[dict[str, Any]]) -> Iterato
 
 def _remote_faults(path: epath.Path, shards: Sequence[dict[str, Any]]) -> Iterator[str]:
     """The same by one listing; the end of a file is looked at when its first record is read."""
-    there = storage.listing(path)
+    there = gcs.listing(path)
     for shard in shards:
         found = there.get(shard["file"])
         yield _size_fault(path / shard["file"], shard, found and found.bytes)

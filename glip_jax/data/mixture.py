@@ -19,15 +19,15 @@ from absl import flags
 from grain.transforms import DatasetSelectionMap
 from jaxtyping import Int32
 
-from glip_jax.assets import AssetError, resolve
 from glip_jax.config import Config, ConfigError, SourceConfig
-from glip_jax.data import transforms
 from glip_jax.data.captions import Captioner, rng_of
 from glip_jax.data.examples import Examples
 from glip_jax.data.records import RecordError, decode_image
 from glip_jax.data.shards import ShardError, Shards
-from glip_jax.prompts import PromptError, Tokenizer, clean_name, load_tokenizer, prompt_from_categories
-from glip_jax.structures import Batch
+from glip_jax.io.assets import AssetError, resolve
+from glip_jax.structures.batch import Batch
+from glip_jax.structures.canvas import canvas_size, nearest_aspect
+from glip_jax.structures.prompts import PromptError, Tokenizer, clean_name, load_tokenizer, prompt_from_categories
 
 __all__ = ["Mixture", "Schedule", "schedule"]
 
@@ -164,7 +164,7 @@ class Mixture:
         aspects = config.data.aspects
         self._lists = [  # [source][aspect] -> records
             [np.flatnonzero(nearest == a).astype(np.int32) for a in range(len(aspects))]
-            for nearest in (transforms.nearest_aspect(s.height, s.width, aspects) for s in self.shards)
+            for nearest in (nearest_aspect(s.height, s.width, aspects) for s in self.shards)
         ]
         weights = np.array([s.copies * len(own) if s.copies else s.weight for s, own in zip(asked, self.shards)])
         portions = np.array([[len(part) for part in lists] for lists in self._lists]) / [[len(s)] for s in self.shards]
@@ -185,7 +185,7 @@ class Mixture:
         data = self.config.data
         used = [a for a, count in zip(data.aspects, self.schedule.counts) if count]
         multiple = self.config.model.input.extent_multiple
-        sizes = {transforms.canvas_size(side, a, data.long_side, multiple) for a in used for side in data.short_sides}
+        sizes = {canvas_size(side, a, data.long_side, multiple) for a in used for side in data.short_sides}
         return tuple(sorted(sizes))
 
     def describe(self, source: int, record: int) -> str:
@@ -246,7 +246,7 @@ def _bucket(config: Config, plan: Schedule, step: int) -> tuple[int, tuple[int, 
     """Short side and canvas of a step."""
     data = config.data
     short_side = data.short_sides[plan.occurrence(step) % len(data.short_sides)]
-    return short_side, transforms.canvas_size(
+    return short_side, canvas_size(
         short_side, data.aspects[plan.aspect(step)], data.long_side, config.model.input.extent_multiple
     )
 

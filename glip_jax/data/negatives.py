@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from glip_jax.config import CaptionConfig, PackingConfig
-from glip_jax.prompts import Tokenizer
+from glip_jax.structures.prompts import Tokenizer
 
 __all__ = ["Likeness", "choose", "number_of_names", "number_of_texts", "pack"]
 

@@ -33,9 +33,9 @@ from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 from jaxtyping import UInt64
 
-from glip_jax import storage
 from glip_jax.data.records import RecordError
-from glip_jax.exits import full_disk
+from glip_jax.io import gcs
+from glip_jax.io.errors import full_disk
 
 __all__ = ["RemoteRecords", "cache_folder", "record_ends"]
 
@@ -105,7 +105,7 @@ class RemoteRecords:
         self, folder: epath.PathLike, shards: Sequence[dict[str, Any]], ends: UInt64[np.ndarray, "records"] | None
     ) -> None:
         """`shards` as the manifest has them; `ends`: per record, the offset in its file behind its chunk."""
-        self._folder = storage.address(folder)
+        self._folder = gcs.address(folder)
         self._shards = [shard for shard in shards if shard["records"]]
         self._firsts = [0, *np.cumsum([shard["records"] for shard in self._shards]).tolist()]
         self._ends = ends
@@ -156,7 +156,7 @@ class RemoteRecords:
         return f"{self._folder}/{self._shards[which]['file']}"
 
     def _fetch(self, which: int, begin: int, end: int) -> bytes:
-        return storage.read(self._place(which), begin, end)
+        return gcs.read(self._place(which), begin, end)
 
     def _through_cache(self, which: int, position: int, begin: int, end: int, fresh: bool) -> bytes:
         """The record by the shared file, its range fetched first if `fresh`; _DamagedError if it is not there, or damaged."""
@@ -212,18 +212,18 @@ class RemoteRecords:
                 made.write(self._fetch(which, end, shard["bytes"]))
             else:
                 digest = hashlib.sha256()
-                for piece in storage.pieces(self._place(which), shard["bytes"]):
+                for piece in gcs.pieces(self._place(which), shard["bytes"]):
                     digest.update(piece)
                     made.write(piece)
                 if digest.hexdigest() != shard["sha256"]:
-                    raise storage.StorageError(
+                    raise gcs.StorageError(
                         errno.EBADMSG, f"its sha256 is {digest.hexdigest()}, the manifest says {shard['sha256']}: copy the "
                         "folder again", self._place(which),
                     )  # fmt: skip
         own = _Sparse(path)
         found = own.records()
         if found != last - first:
-            raise storage.StorageError(
+            raise gcs.StorageError(
                 errno.EBADMSG, f"the manifest says {last - first} records, found "
                 f"{'no readable end' if found is None else f'{found} records'}: copy the folder again",
                 self._place(which),
@@ -232,7 +232,7 @@ class RemoteRecords:
 
     def _sweep(self, written: int) -> None:
         """Keeps the cache within its bound; looks only after some bytes more were written."""
-        bound = int(storage.number("GLIP_JAX_CACHE_GB", 16.0) * 1e9)
+        bound = int(gcs.number("GLIP_JAX_CACHE_GB", 16.0) * 1e9)
         with self._lock:
             self._unswept += written
             if self._unswept <= min(bound // 16, 1 << 26):
@@ -342,7 +342,7 @@ def _disk(place: Path) -> Iterator[None]:
     """A full disk, with what to do about it."""
     try:
         yield
-    except storage.StorageError:
+    except gcs.StorageError:
         raise
     except OSError as error:
         if full_disk(error):

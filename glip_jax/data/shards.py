@@ -28,11 +28,11 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from glip_jax import storage
 from glip_jax.data.manifest import Manifest, ShardError, finished, names_in, nothing, opened, read_file
 from glip_jax.data.records import Kind, Record, RecordError, content_hash, decode, encode
 from glip_jax.data.shard_cache import RemoteRecords, cache_folder, record_ends
-from glip_jax.exits import full_disk
+from glip_jax.io import gcs
+from glip_jax.io.errors import full_disk
 
 __all__ = [
     "KINDS",
@@ -67,12 +67,12 @@ def writable(directory: epath.PathLike) -> Path:
     For one in a bucket: where it is made before it is sent, below `shard_cache.cache_folder`. What a killed sending left
     there does not hinder; anything else does.
     """
-    place = storage.address(directory)
+    place = gcs.address(directory)
     scheme = re.match(r"[a-z0-9]+:/", place)
-    if scheme and not storage.is_remote(place):
+    if scheme and not gcs.is_remote(place):
         raise ShardError(f"{place}: expected a local folder or gs://BUCKET/FOLDER, {scheme[0]} is not known")
     target = epath.Path(place)
-    if storage.kind(place) == "file":
+    if gcs.kind(place) == "file":
         raise ShardError(f"{target} is a file: expected a folder to make")
     there = names_in(place)
     if there and (scheme is None or finished(place) or not all(map(_MADE.fullmatch, there))):
@@ -94,7 +94,7 @@ def publish(partial: Path, directory: epath.PathLike, beside: Iterable[Path] = (
     folder holds a file that `partial` has not: then nothing is sent.
     """
     beside = set(beside)
-    if not storage.is_remote(directory):
+    if not gcs.is_remote(directory):
         for file in beside:
             file.unlink(missing_ok=True)
         target = Path(directory).absolute()
@@ -104,7 +104,7 @@ def publish(partial: Path, directory: epath.PathLike, beside: Iterable[Path] = (
         return
     files = {file.name: file for file in sorted(partial.iterdir()) if file.is_file() and file not in beside}
     check_target(directory, files)
-    storage.upload(files, directory, last="manifest.json")
+    gcs.upload(files, directory, last="manifest.json")
     shutil.rmtree(partial)
 
 
@@ -223,7 +223,7 @@ def write(
 ) -> Manifest:
     """Writes `records` to `shards` files in `directory` and returns the manifest.
 
-    For records that are at hand; annotation files go through `glip_jax.data.build`. Records go to the shards in turn.
+    For records that are at hand; annotation files go through `glip_jax.data.importers.build`. Records go to the shards in turn.
     `drops` is asked after the last record. Raises ShardError if the folder exists (finished or not empty), or if there
     is no record, OSError if it cannot be written (a full disk); the folder appears only when everything is in it.
     """
@@ -259,16 +259,16 @@ class Shards:
 
     def __init__(self, directory: epath.PathLike) -> None:
         """Reads manifest and columns; ShardError if the folder is missing, unfinished or does not fit together, OSError
-        (`storage.StorageError`) if its bucket does not answer.
+        (`gcs.StorageError`) if its bucket does not answer.
         """
-        place = storage.address(directory)
+        place = gcs.address(directory)
         self.path = epath.Path(place)
         self.manifest = manifest = opened(place)
         columns = _columns(f"{place}/{manifest.columns['file']}", manifest)
         self.height, self.width, self.kind, self.hash = (columns[key] for key in _COLUMNS[:-1])
         self._data = (
             RemoteRecords(place, manifest.shards, columns.get(_COLUMNS[-1]))
-            if storage.is_remote(place)
+            if gcs.is_remote(place)
             else _LocalRecords([f"{self.path / s['file']}[0:{s['records']}]" for s in manifest.shards if s["records"]])
         )
 
@@ -304,18 +304,18 @@ def verify(directory: epath.PathLike) -> Literal[True]:
 def differing(directory: epath.PathLike, read: Callable[[int], object] = lambda _: None) -> Iterator[str]:
     """A line for each file that is not there with the SHA-256 of the manifest; `read` is told the bytes of shards that were read.
 
-    Raises ShardError for a folder without a manifest, OSError (`storage.StorageError`) if its bucket does not answer.
+    Raises ShardError for a folder without a manifest, OSError (`gcs.StorageError`) if its bucket does not answer.
     """
-    place = storage.address(directory)
+    place = gcs.address(directory)
     manifest = finished(place)
     if manifest is None:
         raise ShardError(f"{place} {nothing(place)}")
-    there = storage.listing(place) if storage.is_remote(place) else {}
+    there = gcs.listing(place) if gcs.is_remote(place) else {}
 
     def fault(entry: dict[str, Any]) -> str:
         path = f"{place}/{entry['file']}"
         try:
-            found = _sha256(path, there[entry["file"]].bytes if storage.is_remote(place) else 0)
+            found = _sha256(path, there[entry["file"]].bytes if gcs.is_remote(place) else 0)
         except (FileNotFoundError, KeyError):
             return f"{path} is missing, the manifest names it: copy the folder again"
         read(entry.get("bytes", 0))
@@ -340,10 +340,10 @@ def files_of(directory: epath.PathLike) -> dict[str, Path]:
 
 def check_target(directory: epath.PathLike, files: Iterable[str]) -> None:
     """Raises ShardError if a bucket's folder holds a file that is none of `files`."""
-    strange = sorted(set(storage.listing(directory)) - set(files))
+    strange = sorted(set(gcs.listing(directory)) - set(files))
     if strange:
         raise ShardError(
-            f"{storage.address(directory)} holds {len(strange)} files of another build ({strange[0]}): remove them, then give the "
+            f"{gcs.address(directory)} holds {len(strange)} files of another build ({strange[0]}): remove them, then give the "
             "same command again"
         )
 
@@ -364,7 +364,7 @@ def _columns(side: str, manifest: Manifest) -> dict[str, np.ndarray]:
         data = read_file(side)
         with np.load(io.BytesIO(data)) as found:
             columns = {key: found[key] for key in _COLUMNS if key in found or key != _COLUMNS[-1]}
-    except storage.StorageError:
+    except gcs.StorageError:
         raise
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise ShardError(f"{side} cannot be read ({error}): import again, or copy the folder again") from None
@@ -379,9 +379,9 @@ def _columns(side: str, manifest: Manifest) -> dict[str, np.ndarray]:
 
 def _sha256(path: epath.PathLike, size: int = 0) -> str:
     """Of a file, read in pieces; `size` of a remote one."""
-    if storage.is_remote(path):
+    if gcs.is_remote(path):
         digest = hashlib.sha256()
-        for piece in storage.pieces(path, size):
+        for piece in gcs.pieces(path, size):
             digest.update(piece)
         return digest.hexdigest()
     with Path(path).open("rb") as file:

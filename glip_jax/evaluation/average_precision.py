@@ -13,7 +13,7 @@ from jaxtyping import Float, Float64
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from glip_jax.structures import Detections
+from glip_jax.structures.batch import Detections
 
 __all__ = [
     "NUMBERS", "AveragePrecision", "GroundTruth", "GroundTruthError", "average_precision", "coco_results",

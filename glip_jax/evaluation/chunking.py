@@ -13,7 +13,7 @@ import numpy as np
 from glip_jax.config import Config, EvaluationSet
 from glip_jax.evaluation.evaluate import Evaluated, FindsCategories, evaluate_detection
 from glip_jax.inference import category_prompts
-from glip_jax.prompts import Tokenizer
+from glip_jax.structures.prompts import Tokenizer
 
 __all__ = ["AskedAgain", "chunking_effect", "prompt_chunks"]
 

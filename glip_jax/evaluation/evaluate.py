@@ -31,8 +31,8 @@ from glip_jax.evaluation.recall import (
     phrase_recall,
 )
 from glip_jax.inference import Detector
-from glip_jax.prompts import Tokenizer
-from glip_jax.structures import Detections, Prompt
+from glip_jax.structures.batch import Detections, Prompt
+from glip_jax.structures.prompts import Tokenizer
 
 __all__ = [
     "Evaluated", "EvaluationError", "Finds", "FindsCategories", "FindsPhrases", "Grounded", "check_set", "evaluate",

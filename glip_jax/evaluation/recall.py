@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Float32
 
-from glip_jax import prompts
-from glip_jax.boxes import pairwise_iou
 from glip_jax.evaluation.average_precision import GroundTruthError, read_lists
-from glip_jax.structures import Detections, Prompt
+from glip_jax.structures import prompts
+from glip_jax.structures.batch import Detections, Prompt
+from glip_jax.structures.boxes import pairwise_iou
 
 __all__ = [
     "LEAST_OVERLAP", "PROTOCOLS", "RANKS", "CaptionedImage", "Fitted", "GroundingTruth", "Phrase", "Recall",

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from glip_jax import boxes as box
-from glip_jax.data.entries import SourceError, numbers
-from glip_jax.data.formats.json_file import JsonFile, integer, need, text
-from glip_jax.labeling.phrases import head, head_word
+from glip_jax.data.importers.entry import SourceError, numbers
+from glip_jax.data.importers.readers import JsonFile, integer, need, text
+from glip_jax.labeling.phrases.finders import head, head_word
 from glip_jax.labeling.teacher import Answer, Asked, Boxes, Picture, Question, Span
-from glip_jax.prompts import clean_name
+from glip_jax.structures import boxes as box
+from glip_jax.structures.prompts import clean_name
 
 __all__ = ["OutsideTeacher", "category_of", "category_words", "open_detections"]
 

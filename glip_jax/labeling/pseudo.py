@@ -16,12 +16,12 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import UInt8
 
-from glip_jax.data import codec
-from glip_jax.data.entries import Report
+from glip_jax.data import images as codec
+from glip_jax.data.importers.entry import Report
 from glip_jax.data.records import Record, RecordError, content_hash
 from glip_jax.data.shards import Shards
-from glip_jax.labeling.language import OTHER_SCRIPT, language_doubt
-from glip_jax.labeling.phrases import PhraseFinder, head_word
+from glip_jax.labeling.phrases.finders import PhraseFinder, head_word
+from glip_jax.labeling.phrases.language import OTHER_SCRIPT, language_doubt
 from glip_jax.labeling.tally import Tally
 from glip_jax.labeling.teacher import Answer, Picture, Question, Span, Teacher, keep
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from glip_jax.data.entries import Report
+from glip_jax.data.importers.entry import Report
 
 __all__ = ["BINS", "Tally", "rarest", "summary"]
 

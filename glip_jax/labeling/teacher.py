@@ -12,13 +12,14 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
 
-from glip_jax import boxes as box
 from glip_jax.config import Config
 from glip_jax.data.captions import says_side
-from glip_jax.data.transforms import canvas_size, mirror_boxes
+from glip_jax.data.transforms import mirror_boxes
 from glip_jax.inference import Detector, bucket
-from glip_jax.prompts import Tokenizer, positive_map
-from glip_jax.structures import Detections, Prompt
+from glip_jax.structures import boxes as box
+from glip_jax.structures.batch import Detections, Prompt
+from glip_jax.structures.canvas import canvas_size
+from glip_jax.structures.prompts import Tokenizer, positive_map
 
 __all__ = [
     "Answer", "Asked", "Boxes", "DetectorTeacher", "Finds", "Picture", "Question", "Teacher", "View", "ask", "fuse",

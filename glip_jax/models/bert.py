@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from glip_jax.config import Remat, TextConfig
 from glip_jax.models.dropout import Dropout
-from glip_jax.models.initial import torch_dense
+from glip_jax.models.initializers import torch_dense
 from glip_jax.models.remat import rematerialized
 from glip_jax.models.tensor_parallel import entering, parts, place, summed_dot_general
 

@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 from glip_jax.models.deformable_tiles import limits
 from glip_jax.models.deformable_window import window_backward, window_forward
 from glip_jax.models.remat import costly
-from glip_jax.structures import BATCH_AXES
+from glip_jax.structures.batch import BATCH_AXES
 
 __all__ = ["Rows", "Taps", "beyond_bound", "bounded", "deformable_convolution", "rows_of"]
 

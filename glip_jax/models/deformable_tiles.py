@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-__all__ = ["CELLS", "COLUMNS", "LARGEST_BOUND", "ROWS", "TAPS", "Tiling", "limits", "tiling_of"]
+__all__ = ["CELLS", "LARGEST_BOUND", "TAPS", "Tiling", "limits", "tiling_of"]
 
 ROWS, COLUMNS = 8, 16
 """Cells of a block. 16 cells side by side fill a register's rows in bfloat16, 128 its lanes."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
-from glip_jax.structures import BATCH_AXES
+from glip_jax.structures.batch import BATCH_AXES
 
 __all__ = ["Dropout", "bernoulli", "example_keys", "hashed_bits"]
 
@@ -21,7 +21,7 @@ __all__ = ["Dropout", "bernoulli", "example_keys", "hashed_bits"]
 def example_keys(key: jax.Array, examples: int) -> jax.Array:
     """A key for each of the `examples` on this device.
 
-    In `jax.shard_map` (`glip_jax.parallel.per_shard`) the device's place along the axes that split the batch says which
+    In `jax.shard_map` (`glip_jax.distributed.mesh.per_shard`) the device's place along the axes that split the batch says which
     examples these are; elsewhere they are the whole batch.
     """
     mesh = jax.sharding.get_abstract_mesh()

@@ -27,7 +27,7 @@ from glip_jax.models.extents import (
     unpack,
     zero_beyond,
 )  # fmt: skip
-from glip_jax.models.initial import small_normal, torch_dense, uniform
+from glip_jax.models.initializers import small_normal, torch_dense, uniform
 
 __all__ = ["DynamicConvolution", "GroupNorm", "reread_flat"]
 

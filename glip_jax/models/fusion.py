@@ -20,9 +20,8 @@ from jaxtyping import Array, Bool, Float
 from glip_jax.config import FusionConfig
 from glip_jax.models.bert import bounded
 from glip_jax.models.dropout import example_keys, hashed_bits
-from glip_jax.models.initial import xavier_uniform
-from glip_jax.models.on_chip import images_at_once
-from glip_jax.models.remat import costly
+from glip_jax.models.initializers import xavier_uniform
+from glip_jax.models.remat import costly, images_at_once
 
 __all__ = ["Fusion"]
 

@@ -19,11 +19,11 @@ from glip_jax.models.dynamic_head import DynamicConvolution
 from glip_jax.models.efficientnet import EfficientNetLite0
 from glip_jax.models.extents import cells_of, grid, inside, level_size, pack, unpack
 from glip_jax.models.fusion import Fusion
-from glip_jax.models.initial import small_normal, torch_dense
+from glip_jax.models.initializers import small_normal, torch_dense
 from glip_jax.models.pyramid import Pyramid
 from glip_jax.models.remat import rematerialized
 from glip_jax.models.swin import Swin
-from glip_jax.structures import Predictions
+from glip_jax.structures.batch import Predictions
 
 __all__ = ["GLIP", "normalize"]
 

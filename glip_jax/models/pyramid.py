@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from glip_jax.config import PyramidConfig
 from glip_jax.models.dropout import bernoulli
 from glip_jax.models.extents import grid, inside, level_size, resize_nearest, zero_beyond
-from glip_jax.models.initial import kaiming_uniform
+from glip_jax.models.initializers import kaiming_uniform
 
 __all__ = ["Pyramid", "drop_block"]
 

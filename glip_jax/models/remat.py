@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from glip_jax.config import Remat
 
-__all__ = ["costly", "rematerialized"]
+__all__ = ["costly", "images_at_once", "rematerialized"]
 
 _COSTLY = "costly"
 
@@ -35,3 +35,11 @@ def rematerialized(block: type[nn.Module], remat: Remat) -> type[nn.Module]:
             return nn.remat(block, prevent_cse=False, policy=kept)
         case "blocks":
             return nn.remat(block, prevent_cse=False)
+
+
+# How much of a batch goes through an attention at once, so that its logits stay in a TPU's on-chip memory.
+
+
+def images_at_once(images: int, each: int, most: int) -> int:
+    """The largest divisor of `images` of whose arrays, `each` bytes an image, no more than `most` bytes are there; at least 1."""
+    return max(size for size in range(1, images + 1) if images % size == 0 and (size == 1 or size * each <= most))

@@ -20,9 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 from glip_jax.config import BackboneConfig, Remat
 from glip_jax.models.dropout import bernoulli
 from glip_jax.models.extents import level_size, zero_beyond
-from glip_jax.models.initial import torch_dense
-from glip_jax.models.on_chip import images_at_once
-from glip_jax.models.remat import rematerialized
+from glip_jax.models.initializers import torch_dense
+from glip_jax.models.remat import images_at_once, rematerialized
 from glip_jax.models.tensor_parallel import entering, parts, summed_dot_general
 
 __all__ = ["Swin", "relative_position_index"]

@@ -5,7 +5,7 @@ them. Between the two lies the wide part, of which a device knows its own alone;
 whole. What is sent is one sum forward (of the second's outputs; once more where a block is computed again, `remat="blocks"`)
 and one backward (of what the first's input gets).
 
-That is so within `glip_jax.parallel.per_shard`, where the axis is mapped by hand. Elsewhere there is one part.
+That is so within `glip_jax.distributed.mesh.per_shard`, where the axis is mapped by hand. Elsewhere there is one part.
 """
 
 from typing import Any

@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any
 
-from glip_jax.chips import Topology
 from glip_jax.config import Config
+from glip_jax.distributed.chips import Topology
 from glip_jax.planning.facts import Facts
-from glip_jax.planning.outlook import Outlook
+from glip_jax.planning.roofline import Outlook
 
 __all__ = ["as_dictionary", "lines"]
 

@@ -5,12 +5,12 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from glip_jax.chips import Topology
 from glip_jax.config import Config, MeshConfig, Remat
-from glip_jax.parallel import MeshError
-from glip_jax.planning.compiled import PlanError
+from glip_jax.distributed.chips import Topology
+from glip_jax.distributed.mesh import MeshError
+from glip_jax.planning.compile import PlanError
 from glip_jax.planning.facts import Facts
-from glip_jax.planning.outlook import Outlook
+from glip_jax.planning.roofline import Outlook
 
 __all__ = ["Tried", "candidates", "search", "table", "with_images_per_chip"]
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from glip_jax import boxes as box
 from glip_jax.config import LossConfig, ModelConfig
 from glip_jax.models.extents import inside, level_size
-from glip_jax.structures import Targets
+from glip_jax.structures import boxes as box
+from glip_jax.structures.batch import Targets
 
 __all__ = ["anchors_inside", "assign"]
 

@@ -4,12 +4,10 @@ The loop dispatches a step, then reads the numbers of the one before, so the acc
 """
 
 import contextlib
-import os
 import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -21,32 +19,25 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from glip_jax.checkpoint import Checkpoints, Saved, complete_steps, fingerprint
 from glip_jax.config import Config, ConfigError, validate
 from glip_jax.data.mixture import Mixture
-from glip_jax.exits import CANCELLED, PREEMPTED
-from glip_jax.models.glip import GLIP
-from glip_jax.parallel import abstract, check_fits, make_mesh, place_batch, shardings
-from glip_jax.processes import Crew
-from glip_jax.structures import Batch
-from glip_jax.training import optimizer as adamw
-from glip_jax.training.meter import Meter
-from glip_jax.training.metrics import Progress, Window, read
-from glip_jax.training.source_counts import SourceCounts
-from glip_jax.training.step import State, glip_objective, initial_state, make_step
-from glip_jax.training.watch import Profiler, Watch
-from glip_jax.training.writer import Writer, wandb_module, wandb_run
-from glip_jax.workdir import check_config, opened, prepare, write_config, write_started_from
+from glip_jax.distributed.cluster import Crew
+from glip_jax.distributed.exit_codes import CANCELLED, PREEMPTED
+from glip_jax.distributed.mesh import check_fits, make_mesh, place_batch, shardings
+from glip_jax.distributed.runtime import enable_compilation_cache
+from glip_jax.io.checkpoint import Checkpoints, Saved, complete_steps, fingerprint
+from glip_jax.io.workdir import check_config, opened, prepare, write_config, write_started_from
+from glip_jax.structures.batch import Batch
+from glip_jax.training.monitoring.metrics import Progress, Window, read
+from glip_jax.training.monitoring.profiler import Profiler
+from glip_jax.training.monitoring.source_counts import SourceCounts
+from glip_jax.training.monitoring.throughput import Meter
+from glip_jax.training.monitoring.watchdog import Watch
+from glip_jax.training.monitoring.writer import Writer, wandb_module, wandb_run
+from glip_jax.training.state import State, abstract_state, evaluation_parameters, fresh_parameters, initial_state
+from glip_jax.training.step import glip_objective, make_step
 
-__all__ = [
-    "NonFiniteLossError",
-    "Towers",
-    "abstract_state",
-    "enable_compilation_cache",
-    "evaluation_parameters",
-    "fresh_parameters",
-    "train",
-]
+__all__ = ["NonFiniteLossError", "Towers", "train"]
 
 Towers = Callable[[dict[str, Any], Config], tuple[dict[str, Any], dict[str, Any]]]
 """(parameters, config) to parameters of which `config.init_from` names files, and the record of what was read:
@@ -65,45 +56,6 @@ class _Pending(NamedTuple):
     step: int
     metrics: dict[str, Any]
     wait: float
-
-
-def enable_compilation_cache() -> None:
-    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, by default ~/.cache/glip_jax/jax, for later runs."""
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path.home() / ".cache" / "glip_jax" / "jax")
-    jax.config.update("jax_compilation_cache_dir", folder)
-
-
-def fresh_parameters(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """Parameters at random initial values, made where they lie on the mesh."""
-    shapes, init = _initializer(config)
-    return jax.jit(init, out_shardings=shardings(shapes, mesh))(jax.random.key(config.train.seed))
-
-
-def _initializer(config: Config) -> tuple[dict[str, Any], Callable[[jax.Array], dict[str, Any]]]:
-    model = GLIP(config.model, train=False)
-    side, tokens = 2 * config.model.pyramid.strides[-1], config.model.text.max_tokens
-    inputs = (
-        jnp.zeros((1, side, side, 3)),
-        jnp.full((1, 2), side, jnp.int32),
-        jnp.zeros((1, tokens), jnp.int32),
-        jnp.ones((1, tokens), bool),
-    )
-
-    def init(key: jax.Array) -> dict[str, Any]:
-        return model.init(key, *inputs)["params"]  # pyright: ignore[reportReturnType]
-
-    return jax.eval_shape(init, jax.random.key(0)), init
-
-
-def abstract_state(config: Config, mesh: Mesh) -> State:
-    """Shapes, and places on the mesh, of everything that training changes; nothing of it is made."""
-    shapes, _ = _initializer(config)
-    return abstract(jax.eval_shape(lambda params: initial_state(params, config), shapes), mesh)
-
-
-def evaluation_parameters(state: State, config: Config) -> dict[str, Any]:
-    """The parameters that `evaluation.parameters` names; raw ones where no average is kept."""
-    return adamw.merge(state.params, state.ema) if config.evaluation.parameters == "ema" else state.params
 
 
 def train(

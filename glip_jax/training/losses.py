@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from glip_jax import boxes as box
 from glip_jax.config import Config, LossConfig
-from glip_jax.structures import Batch, Predictions, Targets
+from glip_jax.structures import boxes as box
+from glip_jax.structures.batch import Batch, Predictions, Targets
 from glip_jax.training.assignment import anchors_inside
 
 __all__ = ["Denominators", "ImageWeights", "LossSums", "denominators", "image_weights", "loss_sums", "total_loss"]

@@ -19,8 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from glip_jax.config import Config
-from glip_jax.models.glip import GLIP, normalize
-from glip_jax.parallel import (
+from glip_jax.distributed.mesh import (
     batch_axes,
     batch_sharding,
     gathered,
@@ -30,7 +29,8 @@ from glip_jax.parallel import (
     replicated,
     shardings,
 )
-from glip_jax.structures import DROPS, Batch, Targets
+from glip_jax.models.glip import GLIP, normalize
+from glip_jax.structures.batch import DROPS, Batch, Targets
 from glip_jax.training import optimizer as adamw
 from glip_jax.training.assignment import assign
 from glip_jax.training.losses import (
@@ -42,21 +42,9 @@ from glip_jax.training.losses import (
     loss_sums,
     total_loss,
 )
+from glip_jax.training.state import State
 
-__all__ = ["Objective", "State", "StepFunction", "first_gradients", "glip_objective", "initial_state", "make_step"]
-
-
-class State(NamedTuple):
-    """Everything that training changes."""
-
-    params: Any
-    """Nested dict of float32 arrays, frozen ones included."""
-    optimizer: Any
-    """Adam's moments of the trainable parameters."""
-    ema: Any
-    """Moving averages of the trainable parameters; {} when off."""
-    step: Any
-    """Int32[]: completed steps."""
+__all__ = ["Objective", "StepFunction", "first_gradients", "glip_objective", "make_step"]
 
 
 class Objective(NamedTuple):
@@ -105,13 +93,6 @@ def glip_objective(config: Config, train: bool = True) -> Objective:
         return result._replace(offsets_clamped=shares[0]) if counted else result
 
     return Objective(targets, sums)
-
-
-def initial_state(params: Any, config: Config) -> State:
-    """The state before the first step: zero moments, averages equal to the parameters (copies: the step donates)."""
-    trainable, _ = adamw.split(params, config.model)
-    ema = jax.tree.map(jnp.copy, trainable) if config.optimizer.ema_decay else {}
-    return State(params, adamw.init(trainable, config.optimizer), ema, jnp.zeros((), jnp.int32))
 
 
 def make_step(

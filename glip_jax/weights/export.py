@@ -20,10 +20,10 @@ from etils import epath
 from jaxtyping import Shaped
 from tokenizers.implementations import BertWordPieceTokenizer
 
-from glip_jax.assets import resolve
-from glip_jax.boxes import anchors
 from glip_jax.config import Config, ModelConfig, flatten
+from glip_jax.io.assets import resolve
 from glip_jax.models.swin import relative_position_index
+from glip_jax.structures.boxes import anchors
 from glip_jax.weights.names import export_state
 
 __all__ = [

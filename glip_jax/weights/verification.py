@@ -16,15 +16,16 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw
 
-from glip_jax import assets, prompts
-from glip_jax import boxes as box
 from glip_jax.config import Config
-from glip_jax.data.backgrounds import background
-from glip_jax.data.transforms import place, resize, target_size
+from glip_jax.data.scenes.backgrounds import background
+from glip_jax.io import assets
 from glip_jax.models.glip import GLIP, normalize
+from glip_jax.structures import boxes as box
+from glip_jax.structures import prompts
+from glip_jax.structures.canvas import place, resize, target_size
 from glip_jax.weights.export import ExportError, Format, network_settings
 
-__all__ = ["BOXES", "LOGITS", "NAMES", "Answer", "Difference", "Sample", "differences", "reader", "sample_images"]
+__all__ = ["Answer", "Difference", "NAMES", "Sample", "differences", "reader", "sample_images"]
 
 LOGITS, BOXES = 1e-4, 0.05
 """Largest differences that pass: of logits (relative to the largest where that exceeds 1), of boxes in pixels."""

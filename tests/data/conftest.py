@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from glip_jax.data import shards
-from glip_jax.data.entries import Opened, finish
-from glip_jax.data.formats.coco import open_coco
-from glip_jax.data.formats.mdetr import open_mdetr
+from glip_jax.data.importers.coco import open_coco
+from glip_jax.data.importers.entry import Opened, finish
+from glip_jax.data.importers.mdetr import open_mdetr
 from glip_jax.data.records import Record
 
 NAMES = ["person", "dog", "traffic light", "cell phone", "cat_(animal)", "table"]

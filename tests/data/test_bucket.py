@@ -1,6 +1,6 @@
 """Shards in a bucket: the same bytes as from a local folder, whatever the storage does meanwhile, or one clear line.
 
-Against an emulator on loopback, behind a proxy that injects faults (`tests.faulty_storage`).
+Against an emulator on loopback, behind a proxy that injects faults (`tests.io.faulty_storage`).
 """
 
 import json
@@ -16,19 +16,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glip_jax import exits, storage
 from glip_jax.__main__ import main
+from glip_jax.cli import data as data_job
 from glip_jax.config import SourceConfig
 from glip_jax.data import shard_cache, shards
-from glip_jax.data.build import excluded_hashes
+from glip_jax.data.importers.build import excluded_hashes
 from glip_jax.data.mixture import Mixture
 from glip_jax.data.records import Record, RecordError, boxes_array
 from glip_jax.data.shards import ShardError, Shards
-from glip_jax.jobs import data as data_job
-from glip_jax.storage import StorageError
-from tests.data.test_build import command, contents, same_but_for_the_command, source, whole  # noqa: F401 (fixtures)
+from glip_jax.distributed import exit_codes
+from glip_jax.io import gcs
+from glip_jax.io.gcs import StorageError
+from tests.data.importers.test_build import command, contents, same_but_for_the_command, source, whole  # noqa: F401 (fixtures)
 from tests.data.test_mixture import config, digest, draw
-from tests.faulty_storage import FAULTS
+from tests.io.faulty_storage import FAULTS
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
@@ -41,7 +42,7 @@ def bucket(running, tmp_path, monkeypatch) -> str:
 
 
 def send(folder: Path, place: str) -> str:
-    storage.upload({path.name: path for path in folder.iterdir()}, place, "manifest.json")
+    gcs.upload({path.name: path for path in folder.iterdir()}, place, "manifest.json")
     return place
 
 
@@ -209,7 +210,7 @@ def test_exhausted_patience_is_one_line_and_no_placeholder(remote, running, monk
     with running.arm("stall", share=1.0), pytest.raises(StorageError, match=r"patience ended \(last: .*timed out"):
         Shards(remote["boxes"].path)
     with running.arm("reset", share=1.0, only="array_record"):
-        assert main(["inspect", remote["boxes"].path, f"--out={tmp_path}/page.html"]) == exits.UNAVAILABLE
+        assert main(["inspect", remote["boxes"].path, f"--out={tmp_path}/page.html"]) == exit_codes.UNAVAILABLE
     line = capsys.readouterr().err
     assert line.startswith(f"inspect: {remote['boxes'].path}/records-") and line.count("\n") == 1
     # A worker process' error comes with its own words.
@@ -245,7 +246,7 @@ def test_what_is_missing_or_cut_is_one_line(folders, bucket, change, message, ca
             np.savez(file, allow_pickle=False, **{key: columns[key] + 1 for key in columns})
     for other, path in files.items():
         if other != name or change != name:
-            storage.upload({other: cut if other == name else path}, f"{bucket}/s", other)
+            gcs.upload({other: cut if other == name else path}, f"{bucket}/s", other)
     with pytest.raises(ShardError, match=message):
         Shards(f"{bucket}/s")
     assert main(["inspect", f"{bucket}/s", "--out=page.html"]) == 2
@@ -256,17 +257,17 @@ def test_large_files_go_in_parts(bucket, running, tmp_path):
     data = np.random.default_rng(0).bytes(20_000_000)
     (tmp_path / "large").write_bytes(data)
     with running.arm("503", "429", "reset", share=0.2, only="upload"):
-        storage.upload({"large": tmp_path / "large"}, bucket, "large")
+        gcs.upload({"large": tmp_path / "large"}, bucket, "large")
     with running.arm("truncate", "short", "reset", share=0.2):
-        assert b"".join(storage.pieces(f"{bucket}/large", len(data))) == data
-        with storage.opened(f"{bucket}/large") as file:
+        assert b"".join(gcs.pieces(f"{bucket}/large", len(data))) == data
+        with gcs.opened(f"{bucket}/large") as file:
             assert file.seek(-5, 2) == len(data) - 5 and file.read() == data[-5:]
             file.seek(7)
             assert file.read(9_000_000) == data[7:9_000_007]
     asked = running.requests["POST upload"]
-    storage.upload({"large": tmp_path / "large"}, bucket, "large")
+    gcs.upload({"large": tmp_path / "large"}, bucket, "large")
     assert running.requests["POST upload"] == asked
-    assert (storage.kind(f"{bucket}/large"), storage.kind(bucket), storage.kind(f"{bucket}/none")) == (
+    assert (gcs.kind(f"{bucket}/large"), gcs.kind(bucket), gcs.kind(f"{bucket}/none")) == (
         "file",
         "folder",
         "",
@@ -291,8 +292,8 @@ def test_places_that_are_not_there(bucket, capsys):
 def fetched(place: str, folder: Path) -> Path:
     """A remote folder, copied."""
     folder.mkdir()
-    for name in storage.listing(place):
-        (folder / name).write_bytes(storage.read(f"{place}/{name}"))
+    for name in gcs.listing(place):
+        (folder / name).write_bytes(gcs.read(f"{place}/{name}"))
     return folder
 
 
@@ -304,7 +305,7 @@ def test_written_to_the_bucket(bucket, tmp_path):
     with pytest.raises(ShardError, match="finished: shards are never made twice"):
         shards.write(pictures(9), f"{bucket}/s", name="s", names=["a"])
     (tmp_path / "mine.txt").write_text("mine")
-    storage.upload({"mine.txt": tmp_path / "mine.txt"}, f"{bucket}/other", "mine.txt")
+    gcs.upload({"mine.txt": tmp_path / "mine.txt"}, f"{bucket}/other", "mine.txt")
     with pytest.raises(ShardError, match="not empty, without a manifest"):
         shards.write(pictures(2), f"{bucket}/other", name="s")
     assert not list((tmp_path / "cache").rglob("*.array_record"))
@@ -337,7 +338,7 @@ def send_tree(folder: Path, place: str) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             name = str(path.relative_to(folder))
-            storage.upload({path.name: path}, f"{place}/{name}".rpartition("/")[0], path.name)
+            gcs.upload({path.name: path}, f"{place}/{name}".rpartition("/")[0], path.name)
 
 
 def test_pictures_are_not_dropped_because_the_storage_is_silent(source, bucket, running, monkeypatch, capsys):  # noqa: F811
@@ -345,10 +346,10 @@ def test_pictures_are_not_dropped_because_the_storage_is_silent(source, bucket, 
     monkeypatch.setenv("GLIP_JAX_STORAGE_PATIENCE", "0.3")
     arguments = ["data", "coco", f"{source}/boxes.json", f"--images={bucket}/pictures", f"--out={bucket}/set"]
     with running.arm("503", share=1.0, only="img9.png"):
-        assert main([*arguments, "--processes=1"]) == exits.UNAVAILABLE
+        assert main([*arguments, "--processes=1"]) == exit_codes.UNAVAILABLE
     line = capsys.readouterr().err
     assert line.splitlines()[-1].startswith(f"data: {bucket}/pictures/img9.png: the storage failed")
-    assert storage.listing(f"{bucket}/set") == {}
+    assert gcs.listing(f"{bucket}/set") == {}
     assert main(arguments) == 0
     assert Shards(f"{bucket}/set").manifest.records == 39
 
@@ -359,11 +360,11 @@ def test_killed_while_it_sends_it_goes_on_with_the_same_bytes(source, whole, buc
     with running.arm("slow", "stall", share=0.7, only="/upload/", stall=0.5):
         child = subprocess.Popen([sys.executable, "-m", "glip_jax", "data", *arguments], cwd=ROOT)
         until = time.monotonic() + 60
-        while len(storage.listing(f"{bucket}/set")) < 2 and time.monotonic() < until:
+        while len(gcs.listing(f"{bucket}/set")) < 2 and time.monotonic() < until:
             time.sleep(0.02)
         child.kill()
         child.wait()
-    there = storage.listing(f"{bucket}/set")
+    there = gcs.listing(f"{bucket}/set")
     assert 2 <= len(there) and "manifest.json" not in there
     with pytest.raises(ShardError, match="no manifest.json"):
         Shards(f"{bucket}/set")
@@ -384,12 +385,12 @@ def test_killed_while_it_sends_it_goes_on_with_the_same_bytes(source, whole, buc
 def test_files_of_another_build_are_not_mixed_in(source, bucket, capsys, tmp_path):  # noqa: F811
     (tmp_path / "x").write_text("x")
     name = "records-00000-of-00009.array_record"
-    storage.upload({name: tmp_path / "x"}, f"{bucket}/set", name)
+    gcs.upload({name: tmp_path / "x"}, f"{bucket}/set", name)
     arguments = [a.replace("--out=OUT", f"--out={bucket}/set") for a in command(source, Path("OUT"))]
     assert data_job.main(arguments) == 2
     line = capsys.readouterr().err
     assert f"{bucket}/set holds 1 files of another build ({name})" in line
-    assert set(storage.listing(f"{bucket}/set")) == {name}
+    assert set(gcs.listing(f"{bucket}/set")) == {name}
 
 
 def test_a_thousand_shards_open_quickly(bucket, tmp_path, running):
@@ -409,7 +410,7 @@ def test_a_thousand_shards_open_quickly(bucket, tmp_path, running):
     manifest.write_text(json.dumps(fields))
     files = {entry["file"]: tiny for entry in fields["shards"]}
     files |= {half["file"]: tmp_path / "s" / half["file"], "columns.npz": side, "manifest.json": manifest}
-    storage.upload(files, f"{bucket}/s", "manifest.json")
+    gcs.upload(files, f"{bucket}/s", "manifest.json")
     before, began = running.requests.total(), time.monotonic()
     opened = Shards(f"{bucket}/s")
     seconds, asked = time.monotonic() - began, running.requests.total() - before

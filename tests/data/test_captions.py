@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from glip_jax.config import CaptionConfig
 from glip_jax.data.captions import Captioner, rng_of
 from glip_jax.data.records import Record, boxes_array
-from glip_jax.prompts import clean_name, load_tokenizer
+from glip_jax.structures.prompts import clean_name, load_tokenizer
 
 TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "fixtures" / "vocab_tiny1.txt")
 NAMES = (

@@ -25,8 +25,8 @@ from glip_jax.data import shards, transforms
 from glip_jax.data.captions import Captioner, rng_of
 from glip_jax.data.examples import Examples
 from glip_jax.data.records import Record, boxes_array
-from glip_jax.prompts import load_tokenizer
-from glip_jax.structures import DROPS, Batch
+from glip_jax.structures.batch import DROPS, Batch
+from glip_jax.structures.prompts import load_tokenizer
 
 VOCABULARY = Path(__file__).parents[1] / "fixtures" / "vocab_tiny1.txt"
 TOKENIZER = load_tokenizer(VOCABULARY)

@@ -28,7 +28,7 @@ from glip_jax.config import (
 )
 from glip_jax.data.mixture import Mixture, schedule
 from glip_jax.data.shards import Shards
-from glip_jax.structures import DROPS, Batch
+from glip_jax.structures.batch import DROPS, Batch
 
 VOCABULARY = str(Path(__file__).parents[1] / "fixtures" / "vocab_tiny1.txt")
 STEPS = 7

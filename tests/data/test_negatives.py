@@ -13,7 +13,7 @@ from glip_jax.config import CaptionConfig, PackingConfig
 from glip_jax.data.captions import Captioner, View, rng_of, says_side
 from glip_jax.data.negatives import Likeness, choose, number_of_names, number_of_texts, pack
 from glip_jax.data.records import Record, boxes_array
-from glip_jax.prompts import load_tokenizer
+from glip_jax.structures.prompts import load_tokenizer
 
 TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "fixtures" / "vocab_tiny1.txt")
 NAMES = ("person", "dog", "traffic light", "cell phone", "table", "dog house", "red", "traffic sign")

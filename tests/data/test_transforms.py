@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from benchmarks.padding import measure
 from glip_jax.config import Codec, DataConfig
 from glip_jax.data import transforms
-from tests.data.test_codec import placed
+from glip_jax.structures.canvas import canvas_size, fit, place, resize, target_size
+from tests.data.test_images import placed
 
 sides = st.integers(1, 900)
 
@@ -28,7 +29,7 @@ sides = st.integers(1, 900)
     ],
 )
 def test_target_size_is_the_originals(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    assert transforms.target_size(*size, 800, 1333) == expected
+    assert target_size(*size, 800, 1333) == expected
 
 
 @pytest.mark.parametrize(
@@ -43,18 +44,18 @@ def test_target_size_is_the_originals(size: tuple[int, int], expected: tuple[int
     ],
 )
 def test_canvas_sizes(arguments: tuple, expected: tuple[int, int]) -> None:
-    assert transforms.canvas_size(*arguments) == expected
+    assert canvas_size(*arguments) == expected
 
 
 @given(sides, sides, st.integers(16, 200), st.sampled_from([0.5, 0.75, 1.0, 4 / 3, 2.0]), st.integers(200, 300))
 def test_every_image_fits_its_canvas(height: int, width: int, short: int, aspect: float, long: int) -> None:
-    canvas = transforms.canvas_size(short, aspect, long)
+    canvas = canvas_size(short, aspect, long)
     assert canvas[0] % 32 == canvas[1] % 32 == 0
-    h, w = transforms.fit(height, width, short, long, canvas)
+    h, w = fit(height, width, short, long, canvas)
     assert 1 <= h <= canvas[0]
     assert 1 <= w <= canvas[1]
-    if transforms.target_size(height, width, short, long) <= canvas and h < canvas[0] and w < canvas[1]:
-        assert (h, w) == transforms.target_size(height, width, short, long)
+    if target_size(height, width, short, long) <= canvas and h < canvas[0] and w < canvas[1]:
+        assert (h, w) == target_size(height, width, short, long)
 
 
 @settings(deadline=None)
@@ -88,20 +89,20 @@ def test_little_of_the_default_canvases_is_padding_on_sizes_of_coco() -> None:
 def test_resize_scales_image_and_boxes_together() -> None:
     image = np.zeros((10, 20, 3), np.uint8)
     image[:, 10:] = 200
-    larger = transforms.resize(image, (20, 60))
+    larger = resize(image, (20, 60))
     assert larger.shape == (20, 60, 3)
     assert larger[:, :27].max() == 0
     assert larger[:, 33:].min() == 200
     boxes = transforms.scale_boxes(np.array([[2, 3, 10, 9]], np.float32), (10, 20), (20, 60))
     assert boxes.tolist() == [[6, 6, 30, 18]]
     assert boxes.dtype == np.float32
-    assert transforms.resize(image, (10, 20)) is image
+    assert resize(image, (10, 20)) is image
 
 
 def test_place_pads_below_and_right_with_zeros() -> None:
-    canvas = transforms.place(np.full((3, 4, 3), 5, np.uint8), (32, 64))
+    canvas = place(np.full((3, 4, 3), 5, np.uint8), (32, 64))
     assert canvas.shape == (32, 64, 3)
     assert canvas[:3, :4].min() == 5
     assert canvas.sum() == 3 * 4 * 3 * 5
     with pytest.raises(ValueError, match="33 x 4 does not fit on a canvas of 32 x 64"):
-        transforms.place(np.zeros((33, 4, 3), np.uint8), (32, 64))
+        place(np.zeros((33, 4, 3), np.uint8), (32, 64))

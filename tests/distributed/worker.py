@@ -16,10 +16,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from glip_jax import bucket_files
-from glip_jax.evaluation import provenance
-from glip_jax.jobs import train
+from glip_jax.cli import train
+from glip_jax.io import fsspec_gcs, provenance
 from glip_jax.training import loop
+from glip_jax.training.state import _initializer
 from tests.training import stand_in
 
 real_place, real_code, real_scored = loop.place_batch, provenance.code, loop.Checkpoints.scored
@@ -64,11 +64,11 @@ def scored(self, step, value):
 
 
 if __name__ == "__main__":
-    bucket_files.install()
+    fsspec_gcs.install()
     train.train = functools.partial(_evaluating, train.train)
     loop.place_batch = place
     if "REAL" not in os.environ:
-        loop._initializer, loop.glip_objective = stand_in.initializer, stand_in.objective
+        _initializer, loop.glip_objective = stand_in.initializer, stand_in.objective
     loop.Checkpoints.scored = scored
     provenance.code = lambda: {"files": os.environ.get("CODE") or real_code()["files"]}
     sys.exit(train.main(sys.argv[1:]))

@@ -12,7 +12,7 @@ from glip_jax.evaluation.average_precision import (
     load_ground_truth,
     permuted_ap50,
 )  # fmt: skip
-from glip_jax.structures import Detections
+from glip_jax.structures.batch import Detections
 
 # Two images, ids out of order and with gaps; "small" boxes are below 32 x 32 pixels, "large" ones above 96 x 96.
 TRUTH = {

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glip_jax import prompts
 from glip_jax.config import EvaluationSet
 from glip_jax.evaluation.chunking import chunking_effect, prompt_chunks
 from glip_jax.evaluation.evaluate import evaluate_detection
-from glip_jax.structures import Detections
+from glip_jax.structures import prompts
+from glip_jax.structures.batch import Detections
 from tests import tiny_run
 
 NAMES = ("cat", "dog", "person")

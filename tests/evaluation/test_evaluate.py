@@ -6,7 +6,6 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from glip_jax import prompts
 from glip_jax.config import Config, EvaluationConfig, EvaluationSet, ModelConfig, TextConfig
 from glip_jax.evaluation.average_precision import GroundTruthError
 from glip_jax.evaluation.evaluate import (
@@ -17,7 +16,8 @@ from glip_jax.evaluation.evaluate import (
     evaluate_grounding,
     scalars,
 )
-from glip_jax.structures import Detections
+from glip_jax.structures import prompts
+from glip_jax.structures.batch import Detections
 from tests.tiny_run import VOCABULARY
 
 NAMES = ["RBC", "<WBC>"]

@@ -3,7 +3,6 @@ import json
 import numpy as np
 import pytest
 
-from glip_jax import prompts
 from glip_jax.config import Config, ConfigError, EvaluationConfig, EvaluationSet, validate
 from glip_jax.evaluation.average_precision import GroundTruthError
 from glip_jax.evaluation.recall import (
@@ -16,7 +15,8 @@ from glip_jax.evaluation.recall import (
     phrase_hits,
     phrase_recall,
 )
-from glip_jax.structures import Detections
+from glip_jax.structures import prompts
+from glip_jax.structures.batch import Detections
 from tests.tiny_run import VOCABULARY
 
 CAPTION = "a cat left of two dogs"

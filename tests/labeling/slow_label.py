@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from glip_jax.jobs.label import main
+from glip_jax.cli.label import main
 from glip_jax.labeling.outside import OutsideTeacher
 
 __all__ = ["start"]

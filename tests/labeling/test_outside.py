@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from glip_jax.data.entries import SourceError
+from glip_jax.data.importers.entry import SourceError
 from glip_jax.labeling.outside import category_of, open_detections
 from glip_jax.labeling.teacher import Picture
 

@@ -15,13 +15,13 @@ from PIL import Image
 from glip_jax.config import Config, DetectionConfig
 from glip_jax.data import shards
 from glip_jax.data.records import Record, boxes_array
-from glip_jax.labeling.language import PERHAPS_FOREIGN
-from glip_jax.labeling.phrases import phrase_finder
+from glip_jax.labeling.phrases.finders import phrase_finder
+from glip_jax.labeling.phrases.language import PERHAPS_FOREIGN
 from glip_jax.labeling.pseudo import Labeler, Rules
 from glip_jax.labeling.tally import Tally, summary
 from glip_jax.labeling.teacher import Boxes, DetectorTeacher, View, ask, fuse, keep, teacher_config
-from glip_jax.prompts import load_tokenizer, tokenize
-from glip_jax.structures import Detections
+from glip_jax.structures.batch import Detections
+from glip_jax.structures.prompts import load_tokenizer, tokenize
 from tests import tiny_run
 
 TOKENIZER = load_tokenizer(tiny_run.VOCABULARY)

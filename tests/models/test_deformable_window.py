@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from glip_jax.config import MeshConfig, ModelConfig, model_checks
-from glip_jax.model_config import HeadConfig
+from glip_jax.config import HeadConfig, MeshConfig, ModelConfig
+from glip_jax.config.model import model_checks
+from glip_jax.distributed.mesh import batch_sharding, make_mesh
 from glip_jax.models.deformable import Taps, beyond_bound, bounded, deformable_convolution, rows_of
 from glip_jax.models.deformable_window import window_forward
 from glip_jax.models.dynamic_head import DynamicConvolution
-from glip_jax.parallel import batch_sharding, make_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,7 +10,7 @@ import pytest
 
 from glip_jax.config import InputConfig, ModelConfig
 from glip_jax.models.glip import GLIP, normalize
-from glip_jax.structures import Predictions
+from glip_jax.structures.batch import Predictions
 from tests import tiny_run
 
 HEAD = dataclasses.replace(tiny_run.model().head, blocks=2, log_scale=-0.5, box_scale=3.0, offset_scale=0.125)

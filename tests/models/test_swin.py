@@ -9,7 +9,7 @@ import pytest
 
 from glip_jax.config import BackboneConfig
 from glip_jax.models import swin
-from glip_jax.models.on_chip import images_at_once
+from glip_jax.models.remat import images_at_once
 
 CONFIG = BackboneConfig(width=8, depths=(2, 1, 1, 1), heads=(1, 2, 2, 4), window=3, drop_path=0.0)
 

@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glip_jax import boxes as box
-from glip_jax import prompts
 from glip_jax.config import ConfigError, OptimizerConfig
-from glip_jax.inference import detect
 from glip_jax.models.bert import BertLayer
 from glip_jax.models.dynamic_head import DynamicConvolution
 from glip_jax.models.fusion import Fusion
 from glip_jax.models.glip import GLIP
-from glip_jax.structures import Batch
+from glip_jax.models.postprocess import detect
+from glip_jax.structures import boxes as box
+from glip_jax.structures import prompts
+from glip_jax.structures.batch import Batch
 from glip_jax.training import optimizer
 from glip_jax.training.assignment import assign
 from glip_jax.training.losses import denominators, image_weights, loss_sums, total_loss

@@ -28,7 +28,7 @@ from glip_jax.config import (
     TextConfig,
     validate,
 )
-from glip_jax.structures import DROPS, Batch
+from glip_jax.structures.batch import DROPS, Batch
 from glip_jax.weights.names import import_state
 
 

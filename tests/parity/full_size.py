@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from glip_jax.checkpoint import fingerprint, restore_parameters
-from glip_jax.jobs import export_weights, import_weights
+from glip_jax.cli import export_weights, import_weights
+from glip_jax.io.checkpoint import fingerprint, restore_parameters
 
 __all__ = ["main", "random_state"]
 

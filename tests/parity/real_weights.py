@@ -25,11 +25,11 @@ from flax import traverse_util
 from PIL import Image
 
 from configs.bccd import EFFICIENTNET, MINILM, small_model
-from glip_jax import prompts
-from glip_jax.assets import resolve
+from glip_jax.io.assets import resolve
 from glip_jax.models.bert import Bert
 from glip_jax.models.efficientnet import EfficientNetLite0
 from glip_jax.models.glip import normalize
+from glip_jax.structures import prompts
 from glip_jax.weights.readers import Weights, read_backbone, read_text
 from glip_jax.weights.torch_files import load_arrays
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from glip_jax.config import Config
+from glip_jax.distributed.mesh import make_mesh
 from glip_jax.models.bert import Bert
 from glip_jax.models.dropout import bernoulli
-from glip_jax.parallel import make_mesh
-from glip_jax.structures import Batch, Predictions, Targets
+from glip_jax.structures.batch import Batch, Predictions, Targets
 from glip_jax.training import loop
 from glip_jax.training.losses import LossSums, loss_sums
 from glip_jax.training.step import Objective, glip_objective

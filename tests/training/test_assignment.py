@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from glip_jax import boxes as box
 from glip_jax.config import AnchorConfig, LossConfig, ModelConfig, PyramidConfig
-from glip_jax.structures import Targets
+from glip_jax.structures import boxes as box
+from glip_jax.structures.batch import Targets
 from glip_jax.training.assignment import assign
 
 STRIDES, SIZES = (8, 16, 32, 64), (24, 48, 96, 192)

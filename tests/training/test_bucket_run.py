@@ -1,6 +1,6 @@
 """A working folder on gs://: the same run as in a local one, whatever the storage does meanwhile.
 
-Against an emulator on loopback behind a proxy that injects faults (`tests.faulty_storage`).
+Against an emulator on loopback behind a proxy that injects faults (`tests.io.faulty_storage`).
 """
 
 import contextlib
@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from glip_jax import bucket_files, checksums, storage
-from glip_jax.assets import resolve
-from glip_jax.checkpoint import (
+from glip_jax.config import Config
+from glip_jax.io import checksums, fsspec_gcs, gcs
+from glip_jax.io.assets import resolve
+from glip_jax.io.checkpoint import (
     CheckpointError,
     Checkpoints,
     NotSavedError,
@@ -27,13 +28,12 @@ from glip_jax.checkpoint import (
     restore_parameters,
     unfinished,
 )
-from glip_jax.config import Config
-from glip_jax.prompts import PromptError, load_tokenizer
-from glip_jax.training import metrics, writer
+from glip_jax.io.workdir import prepare
+from glip_jax.structures.prompts import PromptError, load_tokenizer
 from glip_jax.training.loop import train
-from glip_jax.workdir import prepare
+from glip_jax.training.monitoring import metrics, writer
 from tests import tiny_run
-from tests.test_checkpoint import _equal, _saved
+from tests.io.test_checkpoint import _equal, _saved
 from tests.training import stand_in
 
 
@@ -51,11 +51,11 @@ def config(tmp_path_factory):
 
 
 def test_the_vocabulary_may_lie_in_the_bucket_too(config, place):
-    bucket_files.install()
+    fsspec_gcs.install()
     vocabulary = f"{place.removesuffix('/runs/one')}/assets/vocab.txt"
     with pytest.raises(PromptError, match=r"gs://.*vocab.txt' is not a file"):
         load_tokenizer(vocabulary)
-    storage.put(vocabulary, resolve(config.model.text.vocabulary).read_bytes())
+    gcs.put(vocabulary, resolve(config.model.text.vocabulary).read_bytes())
     here, there = (load_tokenizer(resolve(path)) for path in (config.model.text.vocabulary, vocabulary))
     assert here.encode("A cat beside two dogs.").ids == there.encode("A cat beside two dogs.").ids
     assert here.get_vocab_size() == there.get_vocab_size()
@@ -73,16 +73,16 @@ def test_faults_cost_time_and_nothing_of_the_run(config, place, running, tmp_pat
     assert set(injected) == {"503", "reset", "lost", "late", "truncate", "stall"}
     assert fingerprint(state.params) == straight
     # The end once more, from what lies there.
-    storage.remove(f"{place}/checkpoints/6/commit_success.txt")
+    gcs.remove(f"{place}/checkpoints/6/commit_success.txt")
     capsys.readouterr()
     assert fingerprint(train(config, place).params) == straight
     assert f"resuming at step 4 from {place}" in capsys.readouterr().out
     assert _losses(place) == _losses(str(tmp_path / "straight")) and [*_losses(place)] == [2, 4, 6]
     assert complete_steps(place) == [4, 6] and unfinished(place) == []
     assert checksums.fault(f"{place}/checkpoints/6") == ""
-    assert storage.read(f"{place}/first_batch.png") == b"picture"
-    assert {"config.json", "parameters.txt", "metrics.jsonl"} <= set(storage.listing(place))
-    events = storage.listing(f"{place}/tensorboard")
+    assert gcs.read(f"{place}/first_batch.png") == b"picture"
+    assert {"config.json", "parameters.txt", "metrics.jsonl"} <= set(gcs.listing(place))
+    events = gcs.listing(f"{place}/tensorboard")
     assert len(events) == 2 and all(each.bytes > 100 for each in events.values())
 
 
@@ -136,13 +136,13 @@ def test_half_written_and_damaged_ones_in_a_bucket(place, capsys):
     with Checkpoints(place, keep=4) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(step, _saved(step), Config())
-    storage.remove(f"{place}/checkpoints/3/commit_success.txt")
+    gcs.remove(f"{place}/checkpoints/3/commit_success.txt")
     assert unfinished(place) == [f"{place}/checkpoints/3"] and complete_steps(place) == [1, 2]
     assert _equal(restore_parameters(place, "raw"), _saved(2).params)
     # As a kill in the middle leaves it; then bytes of the one before change.
-    file = next(name for name in storage.everything(f"{place}/checkpoints/2") if name.startswith("params/d/"))
-    old = storage.read(f"{place}/checkpoints/2/{file}")
-    storage.put(f"{place}/checkpoints/2/{file}", old[:-1] + bytes([old[-1] ^ 1]))
+    file = next(name for name in gcs.everything(f"{place}/checkpoints/2") if name.startswith("params/d/"))
+    old = gcs.read(f"{place}/checkpoints/2/{file}")
+    gcs.put(f"{place}/checkpoints/2/{file}", old[:-1] + bytes([old[-1] ^ 1]))
     assert latest_step(place) == 1
     assert f"checkpoints/2 is damaged ({file} has other bytes than were written" in capsys.readouterr().err
     with Checkpoints(place, keep=4) as checkpoints:
@@ -151,8 +151,8 @@ def test_half_written_and_damaged_ones_in_a_bucket(place, capsys):
     said = capsys.readouterr().out
     assert f"{place}/checkpoints/3 was left half-written" in said
     assert f"set aside as {place}/checkpoints/2.damaged, step 1 is used" in said
-    assert f"{file}" in storage.everything(f"{place}/checkpoints/2.damaged")
-    assert not storage.everything(f"{place}/checkpoints/3")
+    assert f"{file}" in gcs.everything(f"{place}/checkpoints/2.damaged")
+    assert not gcs.everything(f"{place}/checkpoints/3")
     assert np.array_equal(restore_parameters(place, "raw")["text"]["embeddings"]["type"], np.ones((2, 8)))
     assert _equal(restore_parameters(place, "raw"), _saved(5).params)
 
@@ -197,7 +197,7 @@ def test_paths_in_a_bucket_are_files_and_folders(place, running):
         (folder / "a/b").rename(folder / "a/c")
         (folder / "a/one.txt").copy(folder / "a/c/one.txt")
         (folder / "a/one.txt").replace(folder / "a/uno.txt")
-        assert {*storage.everything(place)} == {"a/c/two.txt", "a/c/three.txt", "a/c/one.txt", "a/uno.txt"}
+        assert {*gcs.everything(place)} == {"a/c/two.txt", "a/c/three.txt", "a/c/one.txt", "a/uno.txt"}
         (folder / "a/c").rmtree()
         (folder / "a/uno.txt").unlink()
         assert not folder.exists()

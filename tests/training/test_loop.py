@@ -10,15 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glip_jax.checkpoint import CheckpointError, Checkpoints, Saved, complete_steps, fingerprint, latest_step
 from glip_jax.config import ConfigError, EvaluationConfig, EvaluationSet, InitFromConfig, MeshConfig
 from glip_jax.data.mixture import Mixture
-from glip_jax.exits import CANCELLED, PREEMPTED
-from glip_jax.parallel import MeshError, make_mesh
-from glip_jax.training import loop, metrics
-from glip_jax.training.loop import NonFiniteLossError, fresh_parameters, train
-from glip_jax.training.source_counts import CorruptDataError
-from glip_jax.workdir import started_from
+from glip_jax.distributed.exit_codes import CANCELLED, PREEMPTED
+from glip_jax.distributed.mesh import MeshError, make_mesh
+from glip_jax.io.checkpoint import CheckpointError, Checkpoints, Saved, complete_steps, fingerprint, latest_step
+from glip_jax.io.workdir import started_from
+from glip_jax.training import loop
+from glip_jax.training.loop import NonFiniteLossError, train
+from glip_jax.training.monitoring import metrics
+from glip_jax.training.monitoring.source_counts import CorruptDataError
+from glip_jax.training.state import fresh_parameters
 from tests import tiny_run
 from tests.training import stand_in
 

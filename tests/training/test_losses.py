@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 
-from glip_jax import boxes as box
 from glip_jax.config import AnchorConfig, Config, LossConfig, ModelConfig, PyramidConfig
-from glip_jax.structures import DROPS, Batch, Predictions, Targets
+from glip_jax.structures import boxes as box
+from glip_jax.structures.batch import DROPS, Batch, Predictions, Targets
 from glip_jax.training.losses import Denominators, LossSums, denominators, image_weights, loss_sums, total_loss
 
 CANVAS, TOKENS = (64, 96), 5

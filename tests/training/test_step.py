@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glip_jax.chips import topology
-from glip_jax.collectives import collectives
 from glip_jax.config import MeshConfig, TextConfig
 from glip_jax.data.mixture import Mixture
-from glip_jax.parallel import abstract, layout, make_mesh, place_batch, shardings
-from glip_jax.planning.compiled import compile_step
-from glip_jax.structures import DROPS
+from glip_jax.distributed.chips import topology
+from glip_jax.distributed.mesh import abstract, layout, make_mesh, place_batch, shardings
+from glip_jax.planning.compile import compile_step
+from glip_jax.planning.hlo import collectives
+from glip_jax.structures.batch import DROPS
 from glip_jax.training import optimizer as adamw
-from glip_jax.training.loop import abstract_state, fresh_parameters
-from glip_jax.training.step import first_gradients, glip_objective, initial_state, make_step
+from glip_jax.training.state import abstract_state, fresh_parameters, initial_state
+from glip_jax.training.step import first_gradients, glip_objective, make_step
 from tests import tiny_run
 from tests.training import stand_in
 from tests.training.same_path import same_path

@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from glip_jax import boxes as box
-from glip_jax import prompts
 from glip_jax.config import BackboneConfig, Config, HeadConfig, InputConfig
-from glip_jax.data.transforms import resize, target_size
-from glip_jax.inference import detect
 from glip_jax.models.glip import GLIP, normalize
-from glip_jax.structures import Predictions
+from glip_jax.models.postprocess import detect
+from glip_jax.structures import boxes as box
+from glip_jax.structures import prompts
+from glip_jax.structures.batch import Predictions
+from glip_jax.structures.canvas import resize, target_size
 from glip_jax.weights.export import full_state, network_settings
 from glip_jax.weights.names import export_state, parameter_shapes
 from glip_jax.weights.portable.glip_network import GlipNetwork, deformable_convolution

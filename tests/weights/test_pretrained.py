@@ -9,8 +9,8 @@ import safetensors.numpy
 from etils import epath
 from flax import traverse_util
 
-from glip_jax.assets import AssetError
 from glip_jax.config import BackboneConfig, Config, InitFromConfig, ModelConfig, TextConfig
+from glip_jax.io.assets import AssetError
 from glip_jax.models.bert import Bert
 from glip_jax.models.efficientnet import EfficientNetLite0
 from glip_jax.weights.names import WeightError

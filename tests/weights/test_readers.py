@@ -13,8 +13,8 @@ import torch
 import transformers
 from flax import traverse_util
 
-from glip_jax.checkpoint import Checkpoints, Saved, fingerprint
 from glip_jax.config import BackboneConfig, Config, InitFromConfig, ModelConfig
+from glip_jax.io.checkpoint import Checkpoints, Saved, fingerprint
 from glip_jax.models.swin import Swin
 from glip_jax.weights.names import WeightError, parameter_shapes
 from glip_jax.weights.pretrained import initialize

@@ -1,0 +1,255 @@
+"""The job `evaluate`: a checkpoint on the sets of `config.evaluation`.
+
+OUT/evaluation.json             numbers of every set; settings, prompts and hashes that they rest on
+OUT/detections_SET.json         what was found: COCO's results form, or with `phrase` (its number) for `category_id`
+OUT/report.html                 the page of the run
+
+OUT is the working folder unless --out names another. evaluation.json is written after the detections, each file aside
+and renamed, so an interrupted job leaves the earlier report as it was.
+"""
+
+import datetime
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from glip_jax.cli.command_line import Arguments, CommandLineError, parse
+from glip_jax.cli.report import FORMAT, ReportError, write_page
+from glip_jax.cli.reports.run_report import table
+from glip_jax.cli.saved_settings import fitting_parameters
+from glip_jax.config import Config, ConfigError, EvaluationSet
+from glip_jax.distributed import exit_codes
+from glip_jax.distributed.runtime import enable_compilation_cache
+from glip_jax.evaluation.average_precision import GroundTruth, GroundTruthError, coco_results
+from glip_jax.evaluation.chunking import chunking_effect, prompt_chunks
+from glip_jax.evaluation.evaluate import (
+    Evaluated,
+    EvaluationError,
+    Grounded,
+    check_set,
+    evaluate_set,
+    scalars,
+)
+from glip_jax.inference import Detector
+from glip_jax.io import provenance
+from glip_jax.io.assets import AssetError
+from glip_jax.io.checkpoint import CheckpointError, fingerprint, latest_step, restore_parameters, saved_config
+from glip_jax.io.workdir import check_network, prepare, started_from, write_whole
+from glip_jax.structures.batch import Detections
+from glip_jax.structures.prompts import PromptError
+
+__all__ = ["EvaluateArguments", "evaluate_checkpoint", "main", "phrase_results"]
+
+_FAULTS = (
+    AssetError, CheckpointError, CommandLineError, ConfigError, EvaluationError, GroundTruthError,
+    PromptError, ReportError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvaluateArguments(Arguments):
+    """Evaluate the newest checkpoint of --workdir on the sets of config.evaluation.
+
+    Prints a table and writes evaluation.json (numbers, and the settings and hashes they rest on), detections_SET.json
+    and the page report.html.
+    """
+
+    step: int | None = None
+    """Step of the checkpoint; default: the newest complete one."""
+    out: str = ""
+    """Folder for the report, local or gs://; default: the working folder."""
+    measure_chunking: bool = False
+    """Run every detection set twice more, with the names shuffled and in prompts half as long, and report what that
+    does to AP50."""
+    unless_done: bool = False
+    """Leave an evaluation.json as it is that rests on the same checkpoint, settings, code, versions and annotations."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the job; returns 0, or 2 after a message about settings, checkpoint or sets."""
+    try:
+        example = "--config=configs/demo.py --workdir=runs/demo --out=runs/demo/nms05 --config.detection.nms-iou=0.5"
+        arguments = parse(argv, EvaluateArguments, "evaluate", example)
+        if not arguments.workdir:
+            raise CommandLineError("no working folder: expected --workdir=DIR with a checkpoint of `train`")
+        if arguments.unless_done and _done(arguments):
+            print(f"{arguments.out or arguments.workdir} is evaluated; nothing is measured twice")
+        else:
+            with fitting_parameters():
+                evaluate_checkpoint(
+                    arguments.config, arguments.workdir, arguments.step, arguments.out, arguments.measure_chunking
+                )
+    except _FAULTS as fault:
+        print(f"evaluate: {fault}", file=sys.stderr)
+        return exit_codes.BAD_INPUT
+    return exit_codes.DONE
+
+
+def evaluate_checkpoint(
+    config: Config, workdir: str, step: int | None = None, out: str = "", measure_chunking: bool = False
+) -> dict[str, Evaluated | Grounded]:
+    """Evaluates a checkpoint on all sets, prints the table, writes the files named above; returns the evaluations.
+
+    Raises CommandLineError if the config names no set, CheckpointError without a checkpoint, with one of another
+    network, or where `out` cannot be written, EvaluationError or GroundTruthError for a set
+    that cannot be evaluated; annotations are read before anything is computed.
+    """
+    if not config.evaluation.sets:
+        raise CommandLineError("config.evaluation.sets is empty: name a set with annotations and images")
+    for name, dataset in config.evaluation.sets.items():
+        check_set(name, dataset)
+    saved = saved_config(workdir, step)
+    step = latest_step(workdir) if step is None else step
+    check_network(workdir, saved, config)
+    folder = epath.Path(out or workdir)
+    prepare(str(folder))
+    enable_compilation_cache()
+    print(f"{workdir}: step {step}, parameters: {config.evaluation.parameters}", flush=True)
+    parameters = restore_parameters(workdir, config.evaluation.parameters, step)
+    detector = Detector(config, parameters)
+
+    def make(other: Config) -> Detector:
+        return Detector(other, detector.params)
+
+    results, content = {}, {}
+    for name, dataset in config.evaluation.sets.items():
+        result = evaluate_set(detector, config, dataset, name=name, report=_say)
+        results[name], content[name] = result, _entry(result, dataset, detector, config)
+        if measure_chunking and isinstance(result, Evaluated):
+            longest = max(len(chunk) for chunk in content[name]["chunks"])
+            content[name]["chunking"] = chunking_effect(detector, make, config, dataset, result, longest, name)
+    for name, result in results.items():
+        write_whole(folder / f"detections_{name}.json", json.dumps(_rows(result)))
+    summary = {**_provenance(config, workdir, step, parameters, saved), "sets": content}
+    write_whole(folder / "evaluation.json", json.dumps(summary, indent=1))
+    print(table(results))
+    for name, entry in content.items():
+        for line in entry.get("chunking", ()):
+            print(f"{name}, {line['asked']}: AP50 {line['AP50']:.4f}, {line['difference']:+.4f}")
+    print(f"numbers, settings and hashes: {folder / 'evaluation.json'}")
+    print(f"drawn page: {write_page(workdir, out=str(folder))}")
+    return results
+
+
+def phrase_results(detections: dict[Any, Detections]) -> list[dict[str, Any]]:
+    """Detections of phrases by image id, as rows with `phrase` (its number) and bbox x, y, width, height.
+
+    Corners are plain: width = x2 - x1 (glip-reference 5.4). Unused rows (phrase -1) are left out.
+    """
+    rows = []
+    for image, found in detections.items():
+        for box, score, phrase in zip(np.asarray(found.boxes), np.asarray(found.scores), np.asarray(found.phrases)):
+            if phrase >= 0:
+                x1, y1, x2, y2 = (float(value) for value in box)
+                rows.append(
+                    {
+                        "image_id": image,
+                        "phrase": int(phrase),
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "score": float(score),
+                    }
+                )
+    return rows
+
+
+def _done(arguments: EvaluateArguments) -> bool:
+    """Whether the folder holds what an evaluation now would write; pictures of the same annotations count as the same.
+
+    Raises CheckpointError without a checkpoint.
+    """
+    config, folder = arguments.config, epath.Path(arguments.out or arguments.workdir)
+    saved = saved_config(arguments.workdir, arguments.step)
+    step = latest_step(arguments.workdir) if arguments.step is None else arguments.step
+    parameters = restore_parameters(arguments.workdir, config.evaluation.parameters, step)
+    now = json.loads(json.dumps(_provenance(config, arguments.workdir, step, parameters, saved)))
+    try:
+        found = json.loads((folder / "evaluation.json").read_text())
+        for summary in (now, found):
+            # Of the code its files count: a commit that leaves them as they are changes no number.
+            summary["hashes"]["code"] = summary["hashes"]["code"]["files"]
+        same = all(found[key] == now[key] for key in now if key != "date")
+        same = same and found["sets"].keys() == config.evaluation.sets.keys()
+        for name, dataset in config.evaluation.sets.items():
+            entry = found["sets"].get(name, {})
+            same = same and all(entry[key] == value for key, value in asdict(dataset).items())
+            same = same and entry["hashes"]["annotations"] == provenance.file_hash(dataset.annotations)
+            same = same and (folder / f"detections_{name}.json").exists()
+            same = same and (not arguments.measure_chunking or dataset.kind != "detection" or "chunking" in entry)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return same and (folder / "report.html").exists()
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _rows(result: Evaluated | Grounded) -> list[dict[str, Any]]:
+    match result.truth:
+        case GroundTruth():
+            return coco_results(result.truth, result.detections)
+        case _:
+            return phrase_results(result.detections)
+
+
+def _entry(result: Evaluated | Grounded, dataset: EvaluationSet, detector: Detector, config: Config) -> dict[str, Any]:
+    """What evaluation.json says of a set."""
+    shared = {
+        **asdict(dataset),
+        "image_ids": list(result.image_ids),
+        "hashes": {"annotations": provenance.file_hash(dataset.annotations), "pictures": result.pictures},
+    }
+    match result:
+        case Evaluated():
+            chance = result.permuted
+            ratio = result.precision.numbers["AP50"] / chance if chance > 0 else None
+            return {
+                **shared,
+                "prompts": list(result.prompts),
+                "chunks": prompt_chunks(result.prompts, detector.tokenizer, config),
+                "numbers": result.precision.numbers | {"AP50_permuted": chance, "AP50_ratio": ratio},
+                "per_class": result.precision.per_class,
+                "per_class_50": result.precision.per_class_50,
+            }
+        case Grounded():
+            return {
+                **shared,
+                "numbers": scalars(result),
+                "phrases": result.recall.phrases,
+                "counts": result.counts,
+                "left_out": result.truth.left_out,
+                "unasked": [[key, list(numbers)] for key, numbers in result.unasked.items()],
+            }
+
+
+def _provenance(
+    config: Config, workdir: str, step: int | None, parameters: dict[str, Any], saved: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything that the numbers rest on, but the sets."""
+    which = config.evaluation.parameters
+    raw = parameters if which == "raw" else restore_parameters(workdir, "raw", step)
+    return {
+        "format": FORMAT,
+        "name": config.name,
+        "seed": saved.get("train.seed", 0),
+        "workdir": workdir,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "step": step,
+        "parameters": which,
+        "settings": provenance.score_settings(config),
+        "started_from": started_from(workdir),
+        "hashes": {
+            # The first as `train` prints it at the end of a run; the second is of what was evaluated.
+            "checkpoint": fingerprint(raw),
+            "parameters": fingerprint(parameters),
+            "config": provenance.config_hash(config),
+            "checkpoint's config": provenance.config_hash(saved),
+            "code": provenance.code(),
+        },
+        "versions": provenance.versions(),
+    }

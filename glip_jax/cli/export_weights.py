@@ -1,0 +1,171 @@
+"""The job `export`: a checkpoint as a file or folder for other programs, run beside ours before it is kept.
+
+--format=glip-pth      OUT is a `.pth` with the tensors of microsoft/GLIP's files
+--format=huggingface   OUT is a folder for transformers' Auto classes, PyTorch network included
+--format=onnx          OUT is a folder with model.onnx, its vocabulary and settings
+"""
+
+import contextlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from glip_jax.cli.command_line import CommandLineError, divided, flags
+from glip_jax.cli.image_files import ImageFileError, listed, read_upright
+from glip_jax.cli.saved_settings import chosen_settings
+from glip_jax.config import Config, ConfigError
+from glip_jax.distributed import exit_codes
+from glip_jax.distributed.runtime import enable_compilation_cache
+from glip_jax.io import assets
+from glip_jax.io.checkpoint import CheckpointError, latest_step, restore_parameters
+from glip_jax.io.errors import full_disk
+from glip_jax.structures import prompts
+from glip_jax.weights.export import ExportError, Format, needed, write
+from glip_jax.weights.names import WeightError
+from glip_jax.weights.torch_files import sha256
+from glip_jax.weights.verification import Difference, differences, reader, sample_images
+
+__all__ = ["Export", "export", "main"]
+
+_FAULTS = (
+    assets.AssetError, CheckpointError, CommandLineError, ConfigError, ExportError, ImageFileError,
+    prompts.PromptError, WeightError,
+)  # fmt: skip
+_EXAMPLE = "--workdir=runs/demo --format=huggingface --out=exported/demo"
+_UNFINISHED = ".unfinished"
+_PHOTOGRAPHS = 4
+"""Images of --images that are compared."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write the newest checkpoint of --workdir for PyTorch, Hugging Face or ONNX.
+
+    The export is read back as its users read it and run beside the checkpoint on sample images; if logits differ by more
+    than 1e-4 or boxes by more than 0.05 pixels it is thrown away. Needs: pip install -r requirements-export.txt
+    """
+
+    workdir: str = ""
+    """Folder of a run or of `import`, local or gs://."""
+    out: str = ""
+    """File (glip-pth) or folder (huggingface, onnx) to make, local or gs://; it may not be there yet."""
+    format: Format = "huggingface"
+    """glip-pth: microsoft/GLIP's form; huggingface: transformers' Auto classes; onnx: a graph for onnxruntime."""
+    images: str = ""
+    """Folder of photographs, or one, to compare on (the first four); default: made pictures."""
+    step: int | None = None
+    """Step of the checkpoint; default: the newest complete one."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the job; returns one of `glip_jax.distributed.exit_codes`, after one line where it is not 0."""
+    try:
+        settings, own = divided(argv)
+        export(flags(own, Export, "export", _EXAMPLE), settings)
+    except _FAULTS as fault:
+        print(f"export: {' '.join(str(fault).split())}", file=sys.stderr)
+        return exit_codes.BAD_INPUT
+    return exit_codes.DONE
+
+
+def export(job: Export, settings: Sequence[str] = ()) -> Difference:
+    """Writes, reads back, compares and keeps; returns the largest differences.
+
+    `settings`: --config arguments, such as --config.evaluation.parameters=raw for the parameters that were trained
+    instead of their averages. Raises one of the errors of `main`; nothing is left then.
+    """
+    if not job.workdir:
+        raise CommandLineError("no working folder: expected --workdir=DIR with a checkpoint of `train` or `import`")
+    if not job.out:
+        raise CommandLineError("nowhere to write to: expected --out=FILE.pth or --out=FOLDER")
+    out = epath.Path(job.out)
+    if out.exists():
+        raise CommandLineError(f"--out={job.out} is there already: give another name, or remove it first")
+    if job.format == "glip-pth" and out.suffix != ".pth":
+        raise CommandLineError(f"--out={job.out}: --format=glip-pth writes one file, expected a name that ends in .pth")
+    needed(job.format)
+    config = chosen_settings(job.workdir, job.step, settings, "export")
+    images = _images(job.images)
+    step = latest_step(job.workdir) if job.step is None else job.step
+    enable_compilation_cache()
+    which = config.evaluation.parameters
+    params = restore_parameters(job.workdir, which, job.step)
+    count = sum(int(np.size(leaf)) for leaf in jax.tree.leaves(params))
+    print(f"{job.workdir}: step {step}, parameters: {which}, {count:,} values", flush=True)
+    with _staged(out) as local:
+        write(job.format, local, params, config)
+        found = _compared(job.format, local, params, config, images)
+        print(
+            f"largest difference over {len(images)} images: logits {found.logits:.1e}, boxes {found.boxes:.4f} pixels"
+        )
+        found.check(f"{job.out} ({job.format})")
+        names = {file: sha256(epath.Path(file)) for file in _heavy_files(local)}
+    for file, digest in names.items():
+        where = job.out if file == local else f"{job.out}/{file.name}"
+        print(f"written: {where} sha256 {digest}")
+    return found
+
+
+def _heavy_files(local: Path) -> list[Path]:
+    files = [local] if local.is_file() else sorted(local.iterdir())
+    return [file for file in files if file.suffix in (".pth", ".safetensors", ".onnx")]
+
+
+def _images(given: str) -> list[UInt8[np.ndarray, "_ _ 3"]]:
+    if not given:
+        return sample_images()
+    return [read_upright(path) for path in listed(epath.Path(given))[0][:_PHOTOGRAPHS]]
+
+
+def _compared(
+    form: Format, local: Path, params: Any, config: Config, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]
+) -> Difference:
+    theirs = reader(form, local, config)
+    with tqdm(total=len(images), desc="comparing", unit="image", disable=None) as bar:
+
+        def counted(sample: Any) -> Any:
+            answer = theirs(sample)
+            bar.update()
+            return answer
+
+        return differences(params, config, images, counted)
+
+
+@contextlib.contextmanager
+def _staged(out: epath.Path) -> Iterator[Path]:
+    """A local place to write to, which becomes `out` at the end, or vanishes if anything stops the job before."""
+    remote = "://" in str(out)
+    base = Path(tempfile.mkdtemp()) if remote else Path(str(out)).absolute().parent / f"{out.name}{_UNFINISHED}"
+    if base.exists() and not remote:
+        print(f"{base} was left by an export that was killed: removed")
+        shutil.rmtree(base)
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if full_disk(error):
+            raise
+        raise CommandLineError(f"--out={out} cannot be written ({error}): give a place of your own") from None
+    local = base / out.name
+    try:
+        yield local
+        if not remote:
+            local.replace(Path(str(out)).absolute())
+        elif local.is_file():
+            epath.Path(local).copy(out)
+        else:
+            out.mkdir(parents=True)
+            # config.json last: a folder without it is recognisably unfinished.
+            for file in sorted(local.iterdir(), key=lambda file: file.name == "config.json"):
+                epath.Path(file).copy(out / file.name)
+    finally:
+        shutil.rmtree(base)

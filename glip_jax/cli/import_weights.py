@@ -1,0 +1,158 @@
+"""The job `import`: released or foreign weights of a whole GLIP become a checkpoint that every other job takes.
+
+WORKDIR/checkpoints/0         the parameters; `train` makes the optimizer's state anew
+WORKDIR/config.json           the settings, flat
+WORKDIR/started_from.json     path, SHA-256, whose layout, what was ignored, counts
+
+Whole or not at all: the checkpoint comes last and by one renaming.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import tyro
+from etils import epath
+from flax import traverse_util
+
+from glip_jax.cli.command_line import Arguments, CommandLineError, parse
+from glip_jax.config import Config, ConfigError, ModelConfig, validate
+from glip_jax.config.saved import unflatten
+from glip_jax.distributed import exit_codes
+from glip_jax.io.assets import AssetError, resolve
+from glip_jax.io.checkpoint import CheckpointError, Checkpoints, NotSavedError, Saved, is_workdir, latest_step
+from glip_jax.io.workdir import prepare, write_config, write_started_from
+from glip_jax.weights.names import IGNORED, WeightError, check_shapes, parameter_shapes
+from glip_jax.weights.pretrained import counts, table
+from glip_jax.weights.readers import Weights, folder_config, read_network
+from glip_jax.weights.sizes import variant
+from glip_jax.weights.torch_files import TorchFileError
+
+__all__ = ["Import", "import_weights", "main"]
+
+_FAULTS = (AssetError, CheckpointError, CommandLineError, ConfigError, TorchFileError, WeightError)
+_EXAMPLE = "glip_tiny_model_o365_goldg_cc_sbu.pth --workdir=runs/glip_t --config=configs/glip_tiny.py"
+
+
+@dataclass(frozen=True)
+class Import(Arguments):
+    """Read the weights in FILE into --workdir, for `train`, `evaluate`, `predict` and `export`.
+
+    FILE is a .pth of microsoft/GLIP (A, B, C, T or L) or of mmdetection's GLIP, or a Hugging Face folder that `export`
+    wrote. Every parameter is filled and every tensor used, or on a list of what may be ignored. Without --config=FILE.py
+    the settings are those of the folder, or the network's sizes follow from the tensors; single ones may be given with
+    --config.section.field=value.
+    """
+
+    file: tyro.conf.Positional[str] = ""
+    """The weights: a local or gs:// path, or package:NAME/inner/file."""
+    parameters: Literal["model", "model_ema"] = "model"
+    """Which of a training checkpoint's two sets; GLIP's authors evaluate `model`."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the job; returns one of `glip_jax.distributed.exit_codes`, after one line where it is not 0."""
+    try:
+        # Read twice: which settings stand below the command line's own depends on the file that it names.
+        job = parse(argv, Import, "import", _EXAMPLE, settings=Config())
+        given = any(argument == "--config" or argument.startswith("--config=") for argument in argv)
+        import_weights(job, lambda found: job.config if given else parse(argv, Import, "import", settings=found).config)
+    except _FAULTS as fault:
+        print(f"import: {' '.join(str(fault).split())}", file=sys.stderr)
+        return exit_codes.BAD_INPUT
+    except NotSavedError as fault:
+        print(f"import: {fault}", file=sys.stderr)
+        return exit_codes.NOT_WRITTEN
+    return exit_codes.DONE
+
+
+def import_weights(job: Import, settings: Callable[[Config], Config]) -> Config:
+    """Imports, prints what was used, ignored and counted; returns the settings of the checkpoint.
+
+    `settings`: from the Config that belongs to the file to the one to use. Raises CommandLineError, CheckpointError
+    for a folder that has a checkpoint, AssetError, TorchFileError, WeightError or ConfigError.
+    """
+    if not job.file or not job.workdir:
+        raise CommandLineError(f"expected a file and a folder to make, e.g. import {_EXAMPLE}")
+    if latest_step(job.workdir) is not None:
+        raise CheckpointError(
+            f"--workdir={job.workdir} holds a checkpoint of step {latest_step(job.workdir)}: give a new folder"
+        )
+    if is_workdir(job.file):
+        raise WeightError(
+            f"{job.file} is a working folder of glip_jax, which needs no import: give it to other jobs as --workdir, or "
+            "begin a run there with init_from.model"
+        )
+    weights, inferred = read_network(job.file, job.parameters)
+    config = validate(settings(_belonging(job.file, inferred)))
+    shapes = parameter_shapes(config.model)
+    check_shapes(weights.values, shapes, f"{job.file}, {variant(inferred)},")
+    record = _record(weights, job.parameters)
+    prepare(job.workdir)
+    with _whole(job.workdir):
+        write_config(job.workdir, config)
+        write_started_from(job.workdir, record)
+        with Checkpoints(job.workdir, 1) as checkpoints:
+            checkpoints.save(0, Saved(traverse_util.unflatten_dict(weights.values, sep="/"), {}, {}), config)
+            checkpoints.wait()
+    _say(weights, record, config, job.workdir)
+    return config
+
+
+def _belonging(file: str, inferred: ModelConfig) -> Config:
+    """Settings of a folder of our export, or the inferred network with everything else at its default."""
+    folder = resolve(file)
+    flat = folder_config(folder).get("glip_jax")
+    if flat is None:
+        return Config(name=folder.stem, model=inferred)
+    try:
+        config = unflatten(flat)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / 'config.json'} {error}") from error
+    text = config.model.text
+    if (folder / "vocab.txt").exists() and not _there(text.vocabulary):
+        text = dataclasses.replace(text, vocabulary=str(folder / "vocab.txt"))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
+
+
+def _there(path: str) -> bool:
+    try:
+        return resolve(path).exists()
+    except AssetError:
+        return False
+
+
+def _record(weights: Weights, parameters: str) -> dict[str, Any]:
+    source = {"setting": "import", "path": weights.origin, "layout": weights.layout, "parameters": parameters}
+    sizes = {path: value.size for path, value in weights.values.items()}
+    return {
+        "sources": [source | weights.proof | {"ignored": weights.ignored}],
+        "parameters": {"loaded": counts(sizes), "new": {}, "left": {}},
+    }
+
+
+def _say(weights: Weights, record: dict[str, Any], config: Config, workdir: str) -> None:
+    print(f"{weights.proof['file']} sha256 {weights.proof['sha256']}")
+    print(f"{weights.layout}: {variant(config.model)}, {sum(v.size for v in weights.values.values()):,} parameters")
+    print(table({"loaded": record["parameters"]["loaded"]}))
+    for rule, number in weights.ignored.items():
+        print(f"ignored: {number} x {rule} ({IGNORED[rule]})")
+    print(f"written: {workdir}, step 0; the vocabulary is expected in {config.model.text.vocabulary}")
+
+
+@contextmanager
+def _whole(workdir: str) -> Iterator[None]:
+    """Removes what this job made in `workdir` if anything stops it, Ctrl-C included."""
+    folder = epath.Path(workdir)
+    try:
+        yield
+    except BaseException:
+        for name in ("config.json", "started_from.json"):
+            (folder / name).unlink(missing_ok=True)
+        (folder / "checkpoints").rmtree(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        raise

@@ -1,0 +1,299 @@
+"""The job `label`: captions become grounding data, by a checkpoint of ours or by anybody's detections.
+
+OUT/records-*.array_record   pseudo records, a file for each file of the captions' shards
+OUT/report.json              what was kept, found and left out, and all that it rests on
+OUT/report.html              the same as a page, with drawn samples
+OUT/manifest.json            written last but for the page: the folder is finished
+
+The same command on several hosts, or several times on one, shares the work: see `glip_jax.labeling.work_queue`.
+"""
+
+import contextlib
+import json
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from glip_jax.cli.command_line import CommandLineError, divided, flags
+from glip_jax.cli.reports.label_report import write_page
+from glip_jax.cli.saved_settings import chosen_settings, finite_parameters, fitting_parameters
+from glip_jax.config import ConfigError
+from glip_jax.data import shards
+from glip_jax.data.importers.entry import SourceError
+from glip_jax.data.manifest import read_file
+from glip_jax.distributed import exit_codes
+from glip_jax.distributed.runtime import enable_compilation_cache
+from glip_jax.io import assets, gcs, provenance
+from glip_jax.io.checkpoint import CheckpointError, fingerprint, latest_step
+from glip_jax.io.errors import full_disk
+from glip_jax.labeling.outside import open_detections
+from glip_jax.labeling.phrases.finders import MOST_PHRASES, PhraseFinder, phrase_finder
+from glip_jax.labeling.pseudo import Rules
+from glip_jax.labeling.run import Input, Plan, run
+from glip_jax.labeling.teacher import DetectorTeacher, Teacher, detectors
+from glip_jax.labeling.work_queue import LEASE, TaskError, differences, sweep
+
+__all__ = ["Label", "label", "main"]
+
+_FAULTS = (
+    assets.AssetError, CheckpointError, CommandLineError, ConfigError, ModuleNotFoundError, shards.ShardError, SourceError,
+    TaskError,
+)  # fmt: skip
+_EXAMPLE = "shards/cc3m --workdir=runs/teacher --out=shards/cc3m_labelled"
+
+
+@dataclass(frozen=True)
+class Label:
+    """Find the noun phrases of captions in their images, with the newest checkpoint of --workdir as the teacher.
+
+    SHARDS are folders that `python -m glip_jax data caption-tsv` and the like made. OUT becomes a folder of shards for
+    training: of each phrase the boxes that score above the threshold; phrases without one are marked as unknown.
+    The score is sqrt(alignment x centerness), as in `predict`. The same command again goes on after a stop; given on
+    several hosts (or once for each accelerator of one) with a folder that all of them see, it shares the work. A second
+    round, with the student as the teacher, is the same command with its --workdir.
+
+    Another teacher: --detections=FILE.json, a COCO results file that any detector wrote, with --categories.
+    """
+
+    shards: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SHARDS ...")] = ()
+    """Folders of shards with captions, local or gs://."""
+    out: str = ""
+    """Folder to make: local, on a file system that all hosts see, or gs://; a finished one of the same settings is left as
+    it is."""
+    workdir: str = ""
+    """Folder of the teacher's run, with a checkpoint."""
+    step: int | None = None
+    """Step of the checkpoint; default: the newest complete one."""
+    ema: bool = True
+    """The averaged parameters, where there are any; --no-ema: those of the last step."""
+    threshold: float = 0.5
+    """Boxes are kept that score above."""
+    threshold_for: tyro.conf.UseAppendAction[tuple[str, ...]] = field(default_factory=tuple)
+    """SOURCE=0.4: another threshold for one source, by the name in its manifest; may be given several times."""
+    most_boxes: int = 10
+    """Most boxes of a phrase."""
+    nms: float | None = None
+    """Of two boxes of a phrase that overlap by more, the better one stays; default: config.detection.nms_iou."""
+    finder: Literal["lexicon", "spacy"] = "lexicon"
+    """What finds the phrases; spacy needs requirements-spacy.txt."""
+    most_phrases: int = MOST_PHRASES
+    """Most phrases of a caption."""
+    flip: bool = False
+    """Look at the mirrored image too, unless the caption says left or right, and average."""
+    scales: tuple[int, ...] = ()
+    """Short sides in pixels to look at and average over; default: config.evaluation.short_side alone."""
+    batch_size: int = 0
+    """Images of a step; 0: config.evaluation.batch_size. Scores do not depend on it."""
+    detections: str = ""
+    """COCO results file of another detector: a list of image_id, category_id, bbox, score."""
+    categories: str = ""
+    """Annotation file that names its categories and lists its images."""
+    name: str = ""
+    """Name of the source that is made; default: the name of OUT."""
+    threads: int = 4
+    """Threads that read, decode and find phrases ahead."""
+    lease: float = LEASE
+    """Seconds without a sign of life after which another process takes over a shard; a process that was killed on this
+    host is noticed at once."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the job; returns one of `glip_jax.distributed.exit_codes`, after one line where it is not 0."""
+    try:
+        settings, own = divided(argv)
+        # Tuples may be written with commas, as settings are.
+        own = [part for argument in own for part in _spread(argument)]
+        job = flags(own, Label, "label", _EXAMPLE)
+        with fitting_parameters():
+            label(job, settings, shlex.join(["python", "-m", "glip_jax", "label", *argv]))
+    except _FAULTS as fault:
+        print(f"label: {' '.join(str(fault).split())}", file=sys.stderr)
+        return exit_codes.BAD_INPUT
+    except gcs.StorageError:
+        raise
+    except OSError as error:
+        if full_disk(error):
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        print(f"label: {error.strerror or error}{place}: expected a file or folder that can be used", file=sys.stderr)
+        return exit_codes.BAD_INPUT
+    return exit_codes.DONE
+
+
+def label(job: Label, settings: Sequence[str], command: str) -> None:
+    """Labels, alone or with others, until the folder is finished, and draws its page.
+
+    `settings`: the --config arguments. Raises CommandLineError, CheckpointError, ConfigError, SourceError, ShardError or
+    TaskError for what cannot be done; OSError for what the system or the storage refuses: then the same command goes on.
+    """
+    thresholds = _checked(job)
+    out = gcs.address(job.out) if gcs.is_remote(job.out) else str(Path(job.out).absolute())
+    there = shards.finished(out)
+    before = None if there is None else _finished_settings(out, job, there.command)
+    inputs = _inputs(job.shards)
+    strange = sorted(set(thresholds) - {given.shards.manifest.name for given in inputs})
+    if strange:
+        known = ", ".join(given.shards.manifest.name for given in inputs)
+        raise CommandLineError(f"--threshold-for={strange[0]}=...: there is no such source; there are: {known}")
+    begin = time.monotonic()
+    finder = phrase_finder(job.finder, job.most_phrases)
+    teacher, rules, about = _teacher(job, settings, thresholds, [given.shards.manifest.name for given in inputs])
+    plan = Plan(
+        out=out, name=job.name or out.rpartition("/")[2], inputs=inputs, teacher=teacher, finder=finder, rules=rules,
+        about=about | _finder_words(finder, job), command=command, code=_code(), threads=job.threads, lease=job.lease,
+    )  # fmt: skip
+    if there is not None and before is not None:
+        if lines := differences(before, json.loads(json.dumps(plan.settings()))):
+            raise TaskError(
+                f"{job.out} is finished, with other settings (there -> given: {lines}): name another folder, or remove it"
+            )
+        sweep(out)
+        print(f"{job.out} is finished ({there.records} records, made by: {there.command}); nothing is made twice")
+        if not gcs.kind(f"{out}/report.html"):
+            print(f"drawn page: {write_page(out)}")
+        return
+    run(plan)
+    if not gcs.kind(f"{out}/report.html"):
+        write_page(out)
+    print(f"{job.out}: finished, this process worked {time.monotonic() - begin:.0f} s; page: {out}/report.html")
+
+
+def _finished_settings(out: str, job: Label, command: str) -> dict[str, Any]:
+    """What a finished folder was labelled with; TaskError if it holds something else."""
+    try:
+        report = json.loads(read_file(f"{out}/report.json"))
+        _ = report["summary"]["captions"]
+        return dict(report["settings"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        raise TaskError(
+            f"{job.out} holds shards that no labelling made (but: {command or 'unknown'}): name another folder to make"
+        ) from None
+
+
+def _spread(argument: str) -> list[str]:
+    """`--scales=640,800` as tyro wants it."""
+    option, equals, value = argument.partition("=")
+    return [option, *filter(None, value.split(","))] if option == "--scales" and equals else [argument]
+
+
+def _checked(job: Label) -> dict[str, float]:
+    """The thresholds of sources; CommandLineError for options that make no sense."""
+    if not job.shards:
+        raise CommandLineError("nothing to label: expected folders of shards with captions")
+    if not job.out:
+        raise CommandLineError("no folder to make: expected --out=DIR")
+    scheme = re.match(r"[a-z0-9]+:/", job.out)
+    if scheme and not gcs.is_remote(job.out):
+        raise CommandLineError(
+            f"--out={job.out}: expected a local folder or gs://BUCKET/FOLDER, {scheme[0]} is not known"
+        )
+    if bool(job.detections) == bool(job.workdir):
+        found = "both" if job.workdir else "neither"
+        raise CommandLineError(f"expected one teacher, --workdir=DIR or --detections=FILE.json, found {found}")
+    if job.detections and not job.categories:
+        raise CommandLineError(
+            "--detections hold numbers only: give the file that names them, --categories=ANNOTATIONS.json"
+        )
+    strange = {"--no-ema": not job.ema, "--step": job.step is not None} if job.detections else {
+        "--categories": bool(job.categories)
+    }  # fmt: skip
+    for option in (option for option, given in strange.items() if given):
+        teacher = "--detections" if job.detections else "--workdir"
+        raise CommandLineError(f"{option} says nothing where the teacher is {teacher}: leave it out")
+    if job.detections and (job.flip or job.scales):
+        raise CommandLineError(
+            "--flip and --scales are ways to look at images, which --detections does not do: leave them out"
+        )
+    thresholds = {}
+    for pair in job.threshold_for:
+        source, _, value = pair.rpartition("=")
+        try:
+            thresholds[source] = float(value)
+        except ValueError:
+            raise CommandLineError(f"--threshold-for={pair}: expected SOURCE=0.4") from None
+    for name, value in {
+        "--threshold": job.threshold,
+        **{f"--threshold-for={s}": t for s, t in thresholds.items()},
+    }.items():
+        if not 0 <= value < 1:
+            raise CommandLineError(f"{name}={value}: expected 0 <= threshold < 1")
+    if job.nms is not None and not 0 < job.nms <= 1:
+        raise CommandLineError(f"--nms={job.nms}: expected an overlap above 0, at most 1")
+    least = {"most-boxes": job.most_boxes, "most-phrases": job.most_phrases, "threads": job.threads, "lease": job.lease}
+    for name, number in [*least.items(), *(("scales", side) for side in job.scales)]:
+        if not number >= 1:
+            raise CommandLineError(f"--{name}={number}: expected 1 or more")
+    if job.batch_size < 0:
+        raise CommandLineError(f"--batch-size={job.batch_size}: expected 1 or more, or 0 for the setting's")
+    return thresholds
+
+
+def _inputs(paths: Sequence[str]) -> list[Input]:
+    """The shards, opened; CommandLineError for records that are not to be labelled, or two sources of one name."""
+    inputs: list[Input] = []
+    for path in paths:
+        opened = shards.Shards(path)
+        kinds, name = opened.manifest.kinds, opened.manifest.name
+        wrong = sorted(set(kinds) - {"caption", "pseudo"})
+        if wrong:
+            why = "has no caption" if wrong[0] == "detection" else "has boxes that people made, which would be lost"
+            raise CommandLineError(
+                f"{path} holds {kinds[wrong[0]]} records of kind {wrong[0]}, which {why}: expected captions (or pseudo records)"
+            )
+        if name in (given.shards.manifest.name for given in inputs):
+            raise CommandLineError(f"two of the folders are named {name}: label them into two folders")
+        inputs.append(Input(path, opened))
+    return inputs
+
+
+def _teacher(
+    job: Label, settings: Sequence[str], thresholds: dict[str, float], sources: Sequence[str]
+) -> tuple[Teacher, Rules, dict[str, Any]]:
+    """The teacher, what is kept of its boxes, and what records say of it."""
+    if job.detections:
+        if settings:
+            raise CommandLineError(f"{settings[0]}: --detections has no settings")
+        rules = Rules(job.threshold, thresholds, 0.6 if job.nms is None else job.nms, job.most_boxes)
+        teacher = open_detections(job.detections, job.categories, rules.least(sources))
+        about = {
+            "teacher": f"detections {provenance.file_hash(job.detections)[:16]}",
+            "config": f"categories {provenance.file_hash(job.categories)[:16]}",
+        }
+        thin = f", {teacher.thin} boxes of a pixel's width or height left out" if teacher.thin else ""
+        print(f"{job.detections}: an outside teacher{thin}", flush=True)
+        return teacher, rules, about | {"nms": rules.nms_iou, "most_boxes": rules.most_boxes}
+    config = chosen_settings(job.workdir, job.step, settings, "label")
+    which = config.evaluation.parameters if job.ema else "raw"
+    step = latest_step(job.workdir) if job.step is None else job.step
+    rules = Rules(job.threshold, thresholds, config.detection.nms_iou if job.nms is None else job.nms, job.most_boxes)
+    enable_compilation_cache()
+    params = finite_parameters(job.workdir, which, step)
+    least = rules.least(sources)
+    views = detectors(config, params, least, rules.nms_iou, job.flip, job.scales, job.batch_size or None)
+    print(f"{job.workdir}: step {step}, {which} parameters, {len(views)} views of an image", flush=True)
+    about = {
+        "teacher": fingerprint(params)[:16], "config": provenance.config_hash(config)[:16],
+        "nms": rules.nms_iou, "most_boxes": rules.most_boxes,
+    }  # fmt: skip
+    if len(views) > 1:
+        about["views"] = f"{'flip ' if job.flip else ''}{','.join(map(str, job.scales))}".strip()
+    return DetectorTeacher(views, rules.nms_iou, least), rules, about
+
+
+def _finder_words(finder: PhraseFinder, job: Label) -> dict[str, Any]:
+    return {"finder": f"{finder.name} {finder.version}", "most_phrases": job.most_phrases}
+
+
+def _code() -> str:
+    """The version of the code in a word: the commit, with a + where files differ from it, or the files' hash."""
+    code = provenance.code()
+    with contextlib.suppress(KeyError):
+        return code["commit"][:12] + ("+" if code["changed_since_commit"] else "")
+    return f"files {code['files'][:12]}"

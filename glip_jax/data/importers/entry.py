@@ -1,0 +1,419 @@
+"""What every annotation format says of one example, and how that becomes a record: the checks that all formats share.
+
+A format (`glip_jax.data.formats`) streams `Entry` after `Entry`: ids, boxes and words, no picture. `finish` reads the
+picture, compares it with what the entry says, clips the boxes and makes the `Record`. A bad picture, box or span is
+dropped and counted by reason; only a fault of the whole file stops, or, in strict mode, the first drop.
+
+Boxes: xywh becomes xyxy as in the original, x2 = x + max(w - 1, 0), y2 = y + max(h - 1, 0), clipped to
+[0, W - 1] x [0, H - 1], dropped if x2 <= x1 or y2 <= y1 (glip-reference 4.3, 4.4). So a box of less than a pixel beyond
+one in size has no area.
+"""
+
+import base64
+import binascii
+import io
+import json
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from etils import epath
+from PIL import Image
+
+from glip_jax.data.records import PIXEL_LIMIT, Kind, Record, Spans, boxes_array, content_hash
+from glip_jax.io import gcs
+
+__all__ = [
+    "Box",
+    "Entry",
+    "Folder",
+    "Opened",
+    "Report",
+    "SourceError",
+    "checked_spans",
+    "finish",
+    "from_xywh",
+    "image_folder",
+    "numbers",
+    "one_line",
+    "pack",
+    "unpack",
+]
+
+Box = tuple[float, float, float, float]
+
+_PART = re.compile(r"(.+)#(\d+)\+(\d+)(;base64)?", re.DOTALL)
+
+
+class SourceError(ValueError):
+    """A fault of a whole annotation file, or any drop in strict mode. Its message is one line that can be printed."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str, most: int = 500) -> str:
+    """`text` as a line for a terminal: what annotation files hold may have line ends, controls, halves of surrogates."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an import kept and what it dropped, by reason; fills while the entries and records are drawn."""
+
+    kept: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    """By 'thing: reason', e.g. 'box: no area'."""
+    first: dict[str, str] = field(default_factory=dict)
+    """The first example of each reason."""
+    noted: Counter[str] = field(default_factory=Counter)
+    """What was kept and should be known, e.g. 'box: cut at the edge of the image'; its first example is in `first`."""
+    strict: bool = False
+
+    def drop(self, reason: str, example: str, count: int = 1) -> None:
+        """Counts a drop; with `strict` raises SourceError instead. A count of 0 does nothing."""
+        if not count:
+            return
+        if self.strict:
+            raise SourceError(f"{reason} ({example}); without --strict it would be dropped and counted")
+        self.dropped[reason] += count
+        self.first.setdefault(reason, one_line(example))
+
+    def note(self, what: str, example: str, count: int = 1) -> None:
+        """Counts something that is kept as it is and that the reader of the report should know."""
+        if count:
+            self.noted[what] += count
+            self.first.setdefault(what, one_line(example))
+
+    def merge(self, other: "Report") -> None:
+        """Adds the counts of a later part of the same import."""
+        self.kept.update(other.kept)
+        self.dropped.update(other.dropped)
+        self.noted.update(other.noted)
+        for reason, example in other.first.items():
+            self.first.setdefault(reason, example)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What an annotation file says of one example, before its picture was looked at."""
+
+    id: str
+    """The image (or image and caption) in its source; names the example in messages."""
+    image: str
+    """What `Opened.images` reads: a path below the folder of pictures, or `FILE#offset+length` inside a file there (tar),
+    or `FILE#offset+length;base64` (a column of a TSV row)."""
+    kind: Kind
+    height: int | None = None
+    """Pixels, as listed; None where the format does not say."""
+    width: int | None = None
+    boxes: tuple[Box, ...] = ()
+    """xyxy, inclusive pixels, not clipped; with `relative` shares of width and height, x2 and y2 exclusive."""
+    relative: bool = False
+    labels: tuple[int, ...] = ()
+    """Detection: per box an index into `Opened.names`."""
+    caption: str = ""
+    """Grounding and pseudo: the text, verbatim."""
+    spans: tuple[Spans, ...] = ()
+    """Grounding and pseudo: per box the (begin, end) character spans of its phrase, checked."""
+    scores: tuple[float, ...] = ()
+    """Pseudo: per box the teacher's score."""
+    known_absent: tuple[str, ...] | None = None
+    """Names known not to be in the image; None: see `Record.known_absent`."""
+    not_exhaustive: tuple[str, ...] = ()
+    """Names of which instances in the image have no box (a crowd, a group, an annotator who stopped)."""
+    unknown: tuple[Spans, ...] = ()
+    """Grounding: phrases that are listed without a box, checked."""
+    ids: tuple[str, ...] = ()
+    """Per box the annotation's id, for messages; empty: boxes are numbered."""
+    provenance: str = ""
+
+    def where(self, box: int | None = None) -> str:
+        """The place in words, for messages."""
+        if box is None:
+            return f"image {self.id}, {self.image}"
+        return f"annotation {self.ids[box] if self.ids else f'{box} (counted from 0)'} of image {self.id}"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An annotation file after its faults were looked for; its entries are still to be drawn, once."""
+
+    entries: Iterator[Entry]
+    images: Callable[[str], bytes]
+    """Bytes of `Entry.image`; raises OSError. Goes to other processes: must pickle."""
+    report: Report
+    """Fills while the entries are drawn."""
+    names: tuple[str, ...] = ()
+    """Category names; empty for grounding."""
+    count: int | None = None
+    """Entries to come, where known, for the time left."""
+    inputs: tuple[epath.Path, ...] = ()
+    """The files (or folders of small files) that the entries come from; their hash goes into the report."""
+    expected: str = ""
+    """Name of the published set in gcs/manifests, where the format knows it."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Reads pictures below a folder, also out of files that hold many: see `Entry.image`."""
+
+    path: epath.Path
+
+    def __call__(self, image: str) -> bytes:
+        """The bytes; OSError if there is no such file or part of it."""
+        part = _PART.fullmatch(image)
+        if part is None:
+            path = self.path / image
+            return gcs.read(path) if gcs.is_remote(path) else path.read_bytes()
+        begin, length = int(part[2]), int(part[3])
+        with gcs.opened(self.path / part[1], max(1, length)) as file:
+            if begin + length > file.seek(0, 2):
+                raise OSError(f"{part[1]} ends within the picture")
+            file.seek(begin)
+            data = file.read(length)
+        if part[4] is None:
+            return data
+        try:
+            return base64.b64decode(data, validate=True)
+        except binascii.Error as error:
+            raise OSError(f"no base64: {error}") from None
+
+
+def image_folder(images: epath.PathLike) -> Folder:
+    """The reader of a folder of pictures; SourceError if the folder is missing or nothing is in it."""
+    folder = epath.Path(images)
+    if gcs.kind(images) != "folder":
+        raise SourceError(f"the image folder {folder} does not exist or is no folder: set --images")
+    if not gcs.is_remote(images) and next(iter(folder.iterdir()), None) is None:
+        raise SourceError(f"the image folder {folder} is empty: set --images to the folder of the pictures")
+    return Folder(folder)
+
+
+def numbers(raw: Any, count: int) -> tuple[float, ...] | None:
+    """`raw` as floats if it is a list of `count` numbers (no booleans), else None.
+
+    Huge integers become inf; so do the texts that Python's NaN and Infinity are read as (`formats.json_file`).
+    """
+    if not isinstance(raw, list | tuple) or len(raw) != count:
+        return None
+    values = []
+    for value in raw:
+        if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity"):
+            value = float(value)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        try:
+            values.append(float(value))
+        except OverflowError:
+            values.append(math.inf)
+    return tuple(values)
+
+
+def from_xywh(raw: Any, report: Report, where: str) -> Box | None:
+    """An annotation's [x, y, w, h] in pixels as inclusive xyxy, not clipped; None, counted, if it is not four finite
+    numbers or has no area.
+    """
+    values = numbers(raw, 4)
+    if values is None:
+        report.drop("box: not four numbers", f"{where}, {raw!r:.60}")
+        return None
+    x, y, w, h = values
+    where = f"{where}, xywh {x:g} {y:g} {w:g} {h:g}"
+    if not all(map(math.isfinite, values)):
+        report.drop("box: not finite", where)
+        return None
+    if w <= 1 or h <= 1:
+        report.drop("box: no area", where)
+        return None
+    return x, y, x + w - 1, y + h - 1
+
+
+def checked_spans(raw: Any, caption: str, report: Report, where: str) -> Spans:
+    """The (begin, end) character spans, end exclusive, that cover text of `caption`; the others are counted, as is a box
+    that keeps none (the empty tuple is returned).
+    """
+    if not isinstance(raw, list | tuple) or not raw:
+        report.drop("box: no span", where)
+        return ()
+    spans = []
+    for span in raw:
+        whole = isinstance(span, list | tuple) and len(span) == 2
+        if not whole or not all(isinstance(v, int) and not isinstance(v, bool) for v in span):
+            report.drop("span: not two integers", f"{where}, {span!r:.40}")
+            continue
+        begin, end = span
+        found = f"{where}, ({begin}, {end}) in {len(caption)} characters"
+        if begin < 0 or not 0 <= end <= len(caption):
+            report.drop("span: beyond the caption", found)
+        elif not caption[begin:end].strip():
+            report.drop("span: to no token", found)
+        else:
+            spans.append((begin, end))
+    if not spans:
+        report.drop("box: no span left", where)
+    return tuple(spans)
+
+
+def pack(entry: Entry) -> str:
+    """The entry as a line of JSON: whatever came out of an annotation file can be said so (MessagePack refuses integers
+    beyond 64 bits and halves of surrogate pairs).
+    """
+    return json.dumps([getattr(entry, name) for name in _FIELDS], separators=(",", ":"))
+
+
+def unpack(line: str) -> Entry:
+    """The entry that `pack` wrote."""
+    return Entry(**dict(zip(_FIELDS, map(_as_tuples, json.loads(line)))))
+
+
+_FIELDS = tuple(item.name for item in fields(Entry))
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
+def finish(
+    entry: Entry, read_image: Callable[[str], bytes], report: Report, excluded: Set[int] = frozenset()
+) -> Record | None:
+    """The record of `entry`, or None: then its reason is counted in `report`, and so are its boxes.
+
+    Boxes of the record are clipped; those without area, beyond the image or there twice (same words, same box) are
+    dropped and counted. `excluded`: content hashes of images that must not become records.
+    """
+    image = None
+    if entry.kind != "detection" and not entry.caption.strip():
+        report.drop("image: caption empty", entry.where())
+    elif not _is_text(entry.caption):
+        report.drop("image: caption is no Unicode", entry.where())
+    elif _size_fits(entry, report):
+        image = _picture(entry, read_image, report)
+        if image is not None and content_hash(image[0]) in excluded:
+            report.drop("image: excluded", entry.where())
+            image = None
+    if image is None:
+        report.drop("box: image dropped", entry.where(), len(entry.boxes))
+        return None
+    data, height, width = image
+    boxes, kept = _kept_boxes(entry, height, width, report)
+
+    def of_kept(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(values[i] for i in kept) if values else ()
+
+    report.kept.update(images=1, boxes=len(kept))
+    if entry.kind != "detection":
+        report.kept["phrases"] += len(set(of_kept(entry.spans)))
+    return Record(
+        id=entry.id.encode(errors="backslashreplace").decode(), kind=entry.kind, image=data, height=height, width=width,
+        boxes=boxes_array(boxes), categories=of_kept(entry.labels), caption=entry.caption,
+        spans=of_kept(entry.spans), scores=of_kept(entry.scores), known_absent=entry.known_absent,
+        not_exhaustive=entry.not_exhaustive, unknown=_without_box(entry, kept), provenance=entry.provenance,
+    )  # fmt: skip
+
+
+def _without_box(entry: Entry, kept: Sequence[int]) -> tuple[Spans, ...]:
+    """Phrases that are listed without a box; one whose every box was dropped is no more known to be absent."""
+    boxed = {entry.spans[i] for i in kept} if entry.spans else set()
+    return tuple(dict.fromkeys(spans for spans in (*entry.unknown, *entry.spans) if spans not in boxed))
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be stored: JSON may hold halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _size_fits(entry: Entry, report: Report) -> bool:
+    """Whether the entry lists a size that an image may have, or none; else it is counted."""
+    if entry.height is None or entry.width is None:
+        return True
+    where = f"{entry.where()}, listed {entry.height} x {entry.width}"
+    if entry.height <= 0 or entry.width <= 0:
+        report.drop("image: no size", where)
+    elif entry.height * entry.width > PIXEL_LIMIT:
+        report.drop("image: too large", f"{where}: more than {PIXEL_LIMIT:,} pixels")
+    else:
+        return True
+    return False
+
+
+def _picture(entry: Entry, read_image: Callable[[str], bytes], report: Report) -> tuple[bytes, int, int] | None:
+    """The image file's bytes, height and width if it decodes to the size that the entry lists, or None, counted."""
+    where = entry.where()
+    try:
+        data = read_image(entry.image)
+    except gcs.StorageError:
+        raise  # says nothing of the picture
+    except FileNotFoundError:
+        report.drop("image: file missing", where)
+        return None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        report.drop("image: file unreadable", f"{where}, {getattr(error, 'strerror', None) or error}")
+        return None
+    if not data:
+        report.drop("image: file empty", where)
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower, and counts
+            image = Image.open(io.BytesIO(data))
+        with image:
+            size = (image.height, image.width)
+            if image.height * image.width > PIXEL_LIMIT:
+                report.drop("image: too large", f"{where} is {size}: more than {PIXEL_LIMIT:,} pixels")
+                return None
+            image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        report.drop("image: cannot be decoded", f"{where}, {error!s:.60}")
+        return None
+    listed = (entry.height, entry.width)
+    if None not in listed and size != listed:
+        report.drop("image: size differs", f"{where} is {size}, listed {listed}")
+        return None
+    return data, *size
+
+
+def _kept_boxes(entry: Entry, height: int, width: int, report: Report) -> tuple[list[Box], list[int]]:
+    """Clipped boxes and their places in the entry; the others are counted."""
+    boxes: list[Box] = []
+    kept: list[int] = []
+    seen = set()
+    for i, box in enumerate(entry.boxes):
+        if entry.relative:
+            box = (box[0] * width, box[1] * height, box[2] * width - 1, box[3] * height - 1)
+        where = f"{entry.where(i)}, xyxy {' '.join(f'{v:g}' for v in box)}"
+        score = entry.scores[i] if entry.scores else 1
+        if not all(map(math.isfinite, box)):
+            report.drop("box: not finite", where)
+        elif not 0 < score <= 1:
+            report.drop("box: score outside (0, 1]", f"{where}, score {score!r}")
+        elif box[2] <= box[0] or box[3] <= box[1]:
+            report.drop("box: no area", where)
+        else:
+            x1, x2 = (min(max(v, 0.0), width - 1.0) for v in box[::2])
+            y1, y2 = (min(max(v, 0.0), height - 1.0) for v in box[1::2])
+            # In float32, as stored: a sliver may lose its area there.
+            stored = tuple(boxes_array([(x1, y1, x2, y2)])[0].tolist())
+            key = (stored, entry.labels[i] if entry.labels else entry.spans[i] if entry.spans else None)
+            if stored[2] <= stored[0] or stored[3] <= stored[1]:
+                report.drop("box: outside the image", f"{where} in {height} x {width}")
+            elif key in seen:
+                report.drop("box: there twice", where)
+            else:
+                # A pixel and less is rounding of the annotation tool.
+                if box[0] < -1 or box[1] < -1 or box[2] > width or box[3] > height:
+                    report.note("box: cut at the edge of the image", f"{where} in {height} x {width}")
+                seen.add(key)
+                boxes.append((x1, y1, x2, y2))
+                kept.append(i)
+    return boxes, kept

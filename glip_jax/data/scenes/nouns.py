@@ -1,0 +1,85 @@
+"""Names in sentences: articles, numbers, plurals, adjectives."""
+
+from glip_jax.data.scenes.pictures import COLOURS
+
+__all__ = ["conflict", "noun_phrase", "plural", "says_colour"]
+
+_COUNTS = ("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# Names that are plural, or no countable thing, as they stand: "some jeans", "some corn". By the last word of the head.
+_UNCOUNTED = frozenset((
+    "bacon", "bags", "beads", "beans", "blueberries", "bread", "briefs", "broccoli", "bubbles", "butter", "chains", "cherries",
+    "chopsticks", "coral", "corn", "curry", "dango", "dna", "dolls", "eyeglasses", "fire", "footprints", "fries", "garlic",
+    "gloves", "goggles", "grapes", "headphones", "jeans", "lettuce", "masks", "meat", "music", "pancakes", "paper",
+    "peanuts", "pins", "popcorn", "prints", "ramen", "rice", "scissors", "shoes", "shorts", "socks", "spaghetti", "stew",
+    "sunglasses", "sushi", "swords",
+))  # fmt: skip
+_IRREGULAR = {
+    "mouse": "mice", "deer": "deer", "fish": "fish", "sheep": "sheep", "tooth": "teeth", "ox": "oxen", "bison": "bison",
+    "die": "dice", "squid": "squid", "shrimp": "shrimp", "leaf": "leaves", "scarf": "scarves", "blowfish": "blowfish",
+    "potato": "potatoes", "tomato": "tomatoes", "mango": "mangoes", "buffalo": "buffaloes", "wolf": "wolves", "knife": "knives",
+    "foot": "feet", "volcano": "volcanoes", "tornado": "tornadoes", "mosquito": "mosquitoes", "sheaf": "sheaves", "octopus": "octopuses", "cactus": "cacti",
+}  # fmt: skip
+_WHOLE = {"bow and arrow": "bows and arrows", "fleur-de-lis": "fleurs-de-lis"}
+_BEFORE_REST = (" of ", " with ", " on ", " behind ", " in ")
+
+
+def _head(name: str) -> tuple[str, str]:
+    """The name up to the noun that counts, and the rest: ("glass", " of milk")."""
+    cuts = [name.index(word) for word in _BEFORE_REST if word in name]
+    return (name[: min(cuts)], name[min(cuts) :]) if cuts else (name, "")
+
+
+def plural(name: str) -> str:
+    """The plural of a name, by the last word of its head: red apple -> red apples, glass of milk -> glasses of milk."""
+    if name in _WHOLE:
+        return _WHOLE[name]
+    head, rest = _head(name)
+    *before, last = head.split(" ")
+    if _is_uncounted(name):
+        form = last
+    elif last in _IRREGULAR:
+        form = _IRREGULAR[last]
+    elif last.endswith(("s", "x", "ch", "sh", "z")):
+        form = last + "es"
+    elif last.endswith("y") and last[-2:-1] not in "aeiou":
+        form = last[:-1] + "ies"
+    elif last.endswith("man"):
+        form = last[:-2] + "en"
+    else:
+        form = last + "s"
+    return " ".join([*before, form]) + rest
+
+
+def noun_phrase(name: str, count: int, size: str = "", colour: str = "", definite: bool = False) -> str:
+    """Words for `count` things: "a big snail", "two red apples", "the two red apples", "some jeans"."""
+    adjectives = f"{size} {colour}".strip()
+    if _is_uncounted(name):
+        return " ".join(filter(None, ("the" if definite else "some", adjectives, name)))
+    if count == 1:
+        words = f"{adjectives} {name}".strip()
+        return f"the {words}" if definite else f"{_article(words)} {words}"
+    number = _COUNTS[count] if count < len(_COUNTS) else str(count)
+    return " ".join(filter(None, ("the" if definite else "", number, adjectives, plural(name))))
+
+
+def says_colour(name: str) -> bool:
+    """Whether a name has a colour in it, so that no other may stand before it."""
+    return any(colour in name for colour in (*COLOURS, "gold", "silver", "bronze", "rainbow"))
+
+
+def conflict(first: str, second: str) -> bool:
+    """Whether one name begins or ends with the other's words, so that a caption of the shorter could mean both."""
+    short, long = sorted((first.split(" "), second.split(" ")), key=len)
+    return long[: len(short)] == short or long[-len(short) :] == short
+
+
+def _is_uncounted(name: str) -> bool:
+    head, _ = _head(name)
+    return head == "shaved ice" or head.split(" ")[-1] in _UNCOUNTED
+
+
+def _article(words: str) -> str:
+    # By sound: "a unicorn", "an x-ray".
+    if words.startswith(("uni", "eu", "one", "uk")):
+        return "a"
+    return "an" if words[0] in "aeiou" or words.startswith(("x-ray", "hour")) else "a"

@@ -1,0 +1,412 @@
+"""Several processes that train as one: joining, agreeing on what to do, stopping together, hearing that one is gone.
+
+jax.distributed carries the arrays. Beside it each process holds one connection to process 0 (`Crew`), because arrays
+carry no words: process 0 compares what all have before them, passes on that somebody was asked to stop, and says whose
+connection broke. The kernel closes the connection of a process that dies, whatever it died of; a host that falls silent
+is missed after half a minute.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from glip_jax.distributed.exit_codes import BAD_INPUT, CANCELLED, DONE, LOST, PREEMPTED, UNEXPECTED
+
+__all__ = ["Cluster", "Crew", "ProcessError", "announced", "join"]
+
+_LETTER = 1024
+"""Bytes of what process 0 sends to all through jax: where it listens, and a word that strangers do not know."""
+
+_ANNOUNCERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES")
+"""Variables by which SLURM, Open MPI and TPU hosts say that there are several processes."""
+
+_GOES_ON = "What was saved is intact: the same command on all hosts goes on from it"
+
+_UNWIND_SECONDS = 20.0
+"""How long a process that fails may take to unwind what it had begun."""
+
+_BLAME_SECONDS = 3.0
+"""A process whose collective failed waits so long for the news that another one died, which is the true reason."""
+
+
+class ProcessError(RuntimeError):
+    """The processes cannot work as one; the message is one line that names which, and what differs or is missing."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where the processes of a job meet; all empty: what SLURM or the TPU's hosts announce."""
+
+    coordinator: str = ""
+    """HOST:PORT of process 0."""
+    processes: int = 0
+    index: int = -1
+    patience: int = 300
+    """Seconds to wait for the others."""
+
+
+def announced(environment: Mapping[str, str]) -> tuple[int, str]:
+    """(number of processes, variable that says so); (1, "") where nothing announces more than one."""
+    for name in _ANNOUNCERS:
+        value = environment.get(name, "")
+        number = len(value.split(",")) if name.endswith("HOSTNAMES") else int(value) if value.isdigit() else 1
+        if number > 1:
+            return number, name
+    return 1, ""
+
+
+def join(cluster: Cluster) -> None:
+    """Joins the other processes (jax.distributed); before anything else of jax is used.
+
+    Raises ProcessError if fewer come than were announced or `cluster` is half given; ends the process with a line and
+    exit code BAD_INPUT if they have not come in `cluster.patience` seconds.
+    """
+    given = {"coordinator": bool(cluster.coordinator), "processes": cluster.processes > 0, "index": cluster.index >= 0}
+    missing = [f"--{name}" for name, there in given.items() if not there]
+    if missing and len(missing) < len(given):
+        raise ProcessError(
+            f"{' and '.join(missing)} not given: expected --coordinator, --processes and --index together"
+        )
+    explicit = not missing
+    if explicit and cluster.index >= cluster.processes:
+        raise ProcessError(
+            f"--index={cluster.index}: expected 0 to {cluster.processes - 1}, as --processes={cluster.processes}"
+        )
+    if explicit and not re.fullmatch(r".+:\d+", cluster.coordinator):
+        raise ProcessError(f"--coordinator={cluster.coordinator}: expected HOST:PORT of process 0")
+    expected, by = (cluster.processes, "--processes") if explicit else announced(os.environ)
+    # Its own handler of SIGTERM would replace that of the job; the crew agrees by itself.
+    jax.config.update("jax_enable_preemption_service", False)
+    where: dict[str, Any] = {}
+    mend = "start it on all hosts of a TPU pod or under srun, or give --coordinator, --processes and --index"
+    if explicit:
+        where["coordinator_address"] = cluster.coordinator
+        where["num_processes"], where["process_id"] = cluster.processes, cluster.index
+        mend = (
+            f"start all of them with --coordinator={cluster.coordinator} and --processes={cluster.processes}, each with "
+            "its own --index, and let that port of process 0 through"
+        )
+    who = (
+        f"{f'process {cluster.index} of {expected}' if explicit else 'this process'}: the others did not come together"
+    )
+    # jax itself ends the process where they do not, with pages of its own; so this comes before it.
+    last = threading.Timer(cluster.patience, _end, (f"{who} in {cluster.patience} s: {mend}", BAD_INPUT))
+    last.daemon = True
+    last.start()
+    try:
+        jax.distributed.initialize(**where, initialization_timeout=cluster.patience + 60)
+    except Exception as error:
+        told = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        raise ProcessError(f"{who} ({told}): {mend}") from None
+    finally:
+        last.cancel()
+    if jax.process_count() < expected:
+        raise ProcessError(
+            f"{by} announces {expected} processes, but jax found {jax.process_count()}: start all of them"
+        )
+
+
+class _Member(NamedTuple):
+    """A process of the crew."""
+
+    index: int
+    host: str
+    pid: int
+
+    def __str__(self) -> str:
+        return f"process {self.index} on {self.host} (pid {self.pid})"
+
+
+class _Wire:
+    """A connection that carries JSON, a line each."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.settimeout(None)
+        # A host without power closes nothing: after 10 s of silence it is asked three times.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, name):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        self._connection, self._file, self._lock = connection, connection.makefile("r"), threading.Lock()
+
+    def send(self, **message: Any) -> None:
+        """Sends a message; one that nobody can receive any more is lost, as the reader's side finds out."""
+        with self._lock, contextlib.suppress(OSError):
+            self._connection.sendall((json.dumps(message) + "\n").encode())
+
+    def receive(self) -> dict[str, Any] | None:
+        """The next message; None when the connection is at its end or broken."""
+        try:
+            line = self._file.readline()
+            return json.loads(line) if line.endswith("\n") else None
+        except (OSError, ValueError):
+            return None
+
+    def close(self) -> None:
+        """Ends it for both sides."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
+
+
+class _Desk:
+    """What process 0 does for all, itself included."""
+
+    def __init__(self, count: int, patience: float) -> None:
+        self.secret, self._count, self._patience = secrets.token_hex(16), count, patience
+        self._listener = socket.create_server(("", 0), backlog=count)
+        self.port = self._listener.getsockname()[1]
+        self._wires: dict[int, _Wire] = {}
+        self._members: dict[int, _Member] = {}
+        self._facts: dict[int, dict[str, str]] = {}
+        self._at: dict[int, int] = {}
+        self._signal, self._stop_at, self._over = 0, None, False
+        self._left: set[int] = set()
+        self._change = threading.Condition()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        refused = self._gather()
+        self._tell(refused=refused, members=[list(member) for member in self._members.values()])
+        for index, wire in self._wires.items():
+            threading.Thread(target=self._listen, args=(index, wire), daemon=True).start()
+
+    def _gather(self) -> str:
+        """Waits for everybody; what keeps them from working together, or ""."""
+        end = time.monotonic() + self._patience
+        while len(self._wires) < self._count and (left := end - time.monotonic()) > 0:
+            self._listener.settimeout(left)
+            try:
+                connection, _ = self._listener.accept()
+                wire = _Wire(connection)
+                connection.settimeout(5)  # a stranger may say nothing
+                hello = wire.receive()
+                connection.settimeout(None)
+            except OSError:
+                continue
+            if not hello or not secrets.compare_digest(str(hello.get("secret", "")), self.secret):
+                wire.close()
+                continue
+            index = hello["index"]
+            self._wires[index], self._facts[index] = wire, hello["facts"]
+            self._members[index] = _Member(index, hello["host"], hello["pid"])
+        self._listener.close()
+        missing = sorted(set(range(self._count)) - set(self._wires))
+        if missing:
+            return f"process {', '.join(map(str, missing))} of {self._count} did not report in {self._patience:g} s"
+        first, lines = self._members[0], []
+        for index in range(1, self._count):
+            own, found = self._facts[0], self._facts[index]
+            names = [name for name in sorted({*own, *found}) if own.get(name) != found.get(name)]
+            shown = [f"{name} is {found.get(name, 'absent')}, not {own.get(name, 'absent')}" for name in names]
+            more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
+            if names:
+                lines.append(f"{self._members[index]}: {'; '.join(shown[:6])}{more}")
+        if not lines:
+            return ""
+        listed = " | ".join(lines[:4]) + (f" | and {len(lines) - 4} more processes" if len(lines) > 4 else "")
+        return f"the processes differ from {first}: {listed}; give all hosts the same command, code and data"
+
+    def _listen(self, index: int, wire: _Wire) -> None:
+        while (message := wire.receive()) is not None:
+            with self._change:
+                if "stop" in message and not self._signal:
+                    self._signal = message["stop"]
+                    self._tell(stop=self._signal)
+                if "at" in message:
+                    self._at[index] = message["at"]
+                    if len(self._at) == self._count:
+                        self._stop_at = max(self._at.values()) + 1
+                        self._tell(stop_at=self._stop_at)
+                if "code" in message:
+                    self._left.add(index)
+                    together = self._stop_at is not None and message["code"] in (PREEMPTED, CANCELLED)
+                    if message["code"] != DONE and not together:
+                        self._blame(f"{self._members[index]} ended: {message['text']}", message["code"])
+                    self._change.notify_all()
+        with self._change:
+            if index not in self._left:
+                self._left.add(index)
+                self._blame(f"{self._members[index]} died; its own log says why. {_GOES_ON}", LOST)
+            self._change.notify_all()
+
+    def _blame(self, text: str, code: int) -> None:
+        """Ends everybody who is there, with the first reason only."""
+        if not self._over:
+            self._over = True
+            self._tell(gone=text, code=code)
+
+    def _tell(self, **message: Any) -> None:
+        # This process last: what it hears may end it, and this thread with it.
+        for index in sorted(self._wires, reverse=True):
+            self._wires[index].send(**message)
+
+    def close(self, patience: float) -> None:
+        """Waits until all have left, then ends the connections."""
+        with self._change:
+            self._change.wait_for(lambda: len(self._left) >= len(self._wires), patience)
+        self._tell(closed=True)
+
+
+class Crew:
+    """The processes of this job, as one of them sees them. Made once, after `join`, by all of them.
+
+    Use as a context manager: an exception that leaves it ends all processes with its exit code; a process that dies
+    ends the others, within a second, with its name and exit code LOST.
+    """
+
+    def __init__(
+        self,
+        facts: Mapping[str, str],
+        code_of: Callable[[BaseException], int] = lambda _: UNEXPECTED,
+        patience: float = 60.0,
+        place: tuple[int, int] | None = None,
+        share: Callable[[bytes], bytes] | None = None,
+    ) -> None:
+        """Meets the others. Raises ProcessError, everywhere, if one does not come or has other `facts` (name to value).
+
+        `code_of`: the exit code that an exception will end this process with. `place` (index, number of processes) and
+        `share`, which gives process 0's bytes to all, are jax's own by default.
+        """
+        self.index, self._count = (jax.process_index(), jax.process_count()) if place is None else place
+        self._code_of = code_of
+        self._desk = _Desk(self._count, patience) if self.index == 0 else None
+        letter = json.dumps([self._desk.port, self._desk.secret, *_addresses()]).encode() if self._desk else b""
+        port, secret, *addresses = json.loads((share or _broadcast)(letter))
+        self._wire = _Wire(_connect(addresses, port))
+        self._wire.send(secret=secret, index=self.index, host=socket.gethostname(), pid=os.getpid(), facts=dict(facts))
+        answer = self._wire.receive()
+        if answer is None or answer["refused"]:
+            raise ProcessError(answer["refused"] if answer else f"process 0 at {addresses[0]} ended before all had met")
+        self._first = next(_Member(*member) for member in answer["members"] if member[0] == 0)
+        self._change = threading.Condition()
+        self._step, self._signal, self._stop_at = -1, 0, None
+        self._told = self._left = False
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def agreed(self, received: int, step: int) -> int:
+        """The signal to stop for after `step`, the same step in all processes; 0 for none.
+
+        `received`: the signal that this process got, 0 for none. To be called after each step's dispatch.
+        """
+        with self._change:
+            if received and not self._told:
+                self._told = True
+                self._wire.send(stop=received)
+            # Between the question where everybody is and its answer nobody moves on.
+            self._change.wait_for(lambda: not self._signal or self._stop_at is not None)
+            self._step = step
+            return self._signal if self._stop_at is not None and step >= self._stop_at else 0
+
+    def _listen(self) -> None:
+        while (message := self._wire.receive()) is not None and "closed" not in message:
+            with self._change:
+                if "stop" in message:
+                    self._signal = message["stop"]
+                    self._wire.send(at=self._step)
+                if "stop_at" in message:
+                    self._stop_at = message["stop_at"]
+                if "gone" in message and not self._left:
+                    _end(message["gone"], message["code"])
+                self._change.notify_all()
+        if message is None and not self._left:
+            _end(
+                f"{self._first} died; its own log says why. {_GOES_ON}",
+                LOST,
+            )
+
+    def __enter__(self) -> "Crew":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if not self._left:
+            code = DONE if error is None else self._code(error)
+            said = str(error).splitlines()[0] if str(error) else ""
+            self._leave(code, "stopped" if isinstance(error, SystemExit) else f"{kind and kind.__name__}: {said}"[:300])
+
+    def _code(self, error: BaseException) -> int:
+        if isinstance(error, SystemExit):
+            return error.code if isinstance(error.code, int) else UNEXPECTED
+        return CANCELLED if isinstance(error, KeyboardInterrupt) else self._code_of(error)
+
+    def _leave(self, code: int, text: str) -> None:
+        """Tells the others that this process ends with the exit code `code`, and why."""
+        if code == UNEXPECTED:
+            # A collective fails where its partner died: then the news is on its way, and ends this process.
+            time.sleep(_BLAME_SECONDS)
+        with self._change:
+            self._left = True
+        self._wire.send(code=code, text=text)
+        if self._desk is not None:
+            self._desk.close(60.0 if code == DONE else 5.0)
+        if not self._together(code):
+            # What is left to unwind may wait for processes that are gone.
+            last = threading.Timer(_UNWIND_SECONDS, os._exit, (code,))
+            last.daemon = True
+            last.start()
+
+    def _together(self, code: int) -> bool:
+        """Whether all processes leave so, at the same step."""
+        return code == DONE or (self._stop_at is not None and code in (PREEMPTED, CANCELLED))
+
+    def finish(self, code: int) -> int:
+        """To be called last, with the exit code; returns it. Where others are gone it ends this process at once:
+        jax takes its leave of all others, and would wait for these.
+        """
+        if not self._together(code):
+            sys.stderr.flush()
+            sys.stdout.flush()
+            os._exit(code)
+        return code
+
+
+def _broadcast(letter: bytes) -> bytes:
+    """Process 0's `letter`, in all processes, by jax."""
+    padded = np.zeros(_LETTER, np.uint8)
+    padded[: len(letter)] = np.frombuffer(letter, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8).tobytes().rstrip(b"\0")
+
+
+def _addresses() -> Iterator[str]:
+    """Where others may find this host, likeliest first."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # of a range that is nobody's; nothing is sent, but the route is looked up
+        yield probe.getsockname()[0]
+    with contextlib.suppress(OSError):
+        yield from dict.fromkeys(
+            str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)
+        )
+    yield "127.0.0.1"
+
+
+def _connect(addresses: list[str], port: int) -> socket.socket:
+    """A connection to process 0."""
+    fault = ""
+    for address in addresses:
+        try:
+            return socket.create_connection((address, port), timeout=10)
+        except OSError as error:
+            fault = error.strerror or str(error)
+    raise ProcessError(
+        f"process 0 is not reached at {', '.join(addresses)}, port {port} ({fault}): let the hosts' ports through"
+    )
+
+
+def _end(text: str, code: int) -> None:
+    """Ends this process at once: its main thread may wait for a device, which waits for the process that is gone."""
+    print(f"train: {text}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)

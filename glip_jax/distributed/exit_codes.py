@@ -1,0 +1,48 @@
+"""Exit codes of every job, for people and for restart loops, and which faults are a full disk.
+
+    0    done
+    1    unexpected: a traceback was printed; please report it
+    2    bad input: command, settings, files, checkpoint or environment; one line says what to mend
+    3    the loss is not finite: nothing after the newest checkpoint was saved; the same command would come to it again
+    69   a storage (gs://) does not answer, however often it was asked: the same command goes on, or starts again
+    74   what the job writes could not be written (disk full, quota): the newest checkpoint is intact; make room
+    75   stopped by SIGTERM, state saved: give the same command again
+    76   another process of the job died or left: the newest checkpoint is intact; the same command on all hosts goes on
+    130  stopped by Ctrl-C, state saved as well: the same command goes on
+
+A loop that survives preemptions:  until python -m glip_jax train ...; do [ $? = 75 ] || break; done
+"""
+
+__all__ = [
+    "BAD_INPUT",
+    "CANCELLED",
+    "DONE",
+    "LOST",
+    "NOT_FINITE",
+    "NOT_WRITTEN",
+    "PREEMPTED",
+    "SHORT",
+    "UNAVAILABLE",
+    "UNEXPECTED",
+]
+
+DONE = 0
+UNEXPECTED = 1
+BAD_INPUT = 2
+NOT_FINITE = 3
+UNAVAILABLE = 69
+"""EX_UNAVAILABLE of sysexits.h."""
+NOT_WRITTEN = 74
+"""EX_IOERR of sysexits.h."""
+PREEMPTED = 75
+"""EX_TEMPFAIL of sysexits.h."""
+LOST = 76
+"""EX_PROTOCOL of sysexits.h: the other side did not keep to what was agreed."""
+CANCELLED = 130
+"""128 + SIGINT, as shells have it."""
+
+SHORT = (
+    "exit codes: 0 done, 2 bad input, 3 loss not finite, 69 storage does not answer, 74 cannot write (disk full), "
+    "75 stopped by SIGTERM (saved: run again), 76 another process died (run all again), 130 stopped by Ctrl-C (saved), 1 unexpected"
+)
+"""The table in a line, for --help."""

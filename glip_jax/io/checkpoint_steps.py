@@ -1,0 +1,130 @@
+"""The folders of a run's checkpoints as files: which are complete, which are damaged. Their arrays are `glip_jax.io.checkpoint`'s."""
+
+import json
+import sys
+from collections.abc import Mapping
+
+from etils import epath
+
+from glip_jax.io import checksums
+from glip_jax.io.workdir import CheckpointError, listed, opened
+
+__all__ = [
+    "METADATA",
+    "checkpoint_folder",
+    "complete_steps",
+    "fault_of",
+    "is_workdir",
+    "latest_step",
+    "newest",
+    "put_in_order",
+    "unfinished",
+]
+
+_FOLDER = "checkpoints"
+
+METADATA = "_CHECKPOINT_METADATA"
+"""Orbax's own file, to which it adds the time at the very end: it cannot be under the checksums."""
+
+
+def checkpoint_folder(workdir: str) -> epath.Path:
+    """The folder of checkpoints; absolute where it is local, as Orbax demands."""
+    folder = opened(workdir) / _FOLDER
+    return folder if "://" in str(workdir) else folder.absolute()
+
+
+def unfinished(workdir: str) -> list[str]:
+    """Folders of checkpoints whose writing was interrupted; never restored from."""
+    folder = checkpoint_folder(workdir)
+    if not folder.exists():
+        return []
+    return sorted(str(path) for path in folder.iterdir() if "orbax-checkpoint-tmp" in path.name or _uncommitted(path))
+
+
+def _uncommitted(path: epath.Path) -> bool:
+    """Whether a folder in a bucket was not finished; elsewhere its name says so."""
+    return path.name.isdigit() and "://" in str(path) and not (path / "commit_success.txt").exists()
+
+
+def is_workdir(path: str) -> bool:
+    """Whether `path` is a working folder: it has a folder of checkpoints, complete or not."""
+    return checkpoint_folder(path).is_dir()
+
+
+def complete_steps(workdir: str) -> list[int]:
+    """Steps of all complete checkpoints of a working folder, in order; whether one is damaged is not looked at."""
+    folder = checkpoint_folder(workdir)
+    if not folder.exists():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and not _uncommitted(path))
+
+
+def latest_step(workdir: str) -> int | None:
+    """Step of the newest complete checkpoint of a working folder that is not damaged, None without one.
+
+    A damaged one is said on standard error, once; CheckpointError if all are.
+    """
+    step, damaged = newest(workdir)
+    for at, fault in damaged.items():
+        line = f"{checkpoint_folder(workdir) / str(at)} is damaged ({fault})"
+        if step is not None and line not in _SAID:
+            print(f"{line}: the one of step {step} is used", file=sys.stderr)
+            _SAID.add(line)
+    if step is None and damaged:
+        raise CheckpointError(_all_damaged(workdir, damaged))
+    return step
+
+
+_SAID: set[str] = set()
+
+
+def newest(workdir: str) -> tuple[int | None, dict[int, str]]:
+    """The newest checkpoint whose files are as they were written, and what is wrong with those after it."""
+    damaged = {}
+    for step in reversed(complete_steps(workdir)):
+        fault = fault_of(checkpoint_folder(workdir) / str(step))
+        if not fault:
+            return step, damaged
+        damaged[step] = fault
+    return None, damaged
+
+
+def fault_of(path: epath.Path) -> str:
+    """What is wrong with the files of a complete checkpoint; of one of before checksums, whether the main ones are there."""
+    try:
+        json.loads((path / METADATA).read_text())
+    except FileNotFoundError:
+        return f"{METADATA} is missing"
+    except ValueError:
+        return f"{METADATA} is no JSON"
+    fault = checksums.fault(path)
+    if fault is not None:
+        return fault
+    missing = [
+        name for name in ("params/_METADATA", "params/manifest.ocdbt", "run/metadata") if not (path / name).exists()
+    ]
+    return f"{missing[0]} is missing" if missing else ""
+
+
+def _all_damaged(workdir: str, damaged: Mapping[int, str]) -> str:
+    faults = listed([f"step {step}: {fault}" for step, fault in sorted(damaged.items())])
+    return (
+        f"{checkpoint_folder(workdir)} holds only damaged checkpoints ({faults}): copy one back from wherever there is one, or start "
+        "again in a new --workdir"
+    )
+
+
+def put_in_order(workdir: str) -> None:
+    """Removes what is half-written, sets newest checkpoints that are damaged aside, makes the folder; says all of it."""
+    folder = checkpoint_folder(workdir)
+    for path in unfinished(workdir):
+        print(f"{path} was left half-written by an interrupted run: ignored and removed", flush=True)
+        epath.Path(path).rmtree(missing_ok=True)
+    step, damaged = newest(workdir)
+    if step is None and damaged:
+        raise CheckpointError(_all_damaged(workdir, damaged))
+    for at, fault in damaged.items():
+        aside = next(name for n in range(1000) if not (name := folder / f"{at}.damaged{n or ''}").exists())
+        (folder / str(at)).rename(aside)
+        print(f"checkpoint {at} is damaged ({fault}): set aside as {aside}, step {step} is used", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,24 @@
+"""Which errors say that no more can be written."""
+
+import errno
+import os
+
+__all__ = ["full_disk"]
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def full_disk(error: BaseException | None) -> str:
+    """The system's words if `error`, or what it was raised from, says that no more can be written; else "".
+
+    Libraries in C++ raise other types than OSError with the system's words in their text.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return os.strerror(error.errno)
+        for code in _FULL:
+            if os.strerror(code) in str(error):
+                return os.strerror(code)
+        error = error.__cause__ or error.__context__
+    return ""

@@ -1,0 +1,183 @@
+"""gs:// for everything that goes through `etils.epath` (checkpoints, pages, assets): each request with `glip_jax.io.gcs`'s patience.
+
+epath asks fsspec for gs://, and fsspec would take gcsfs: that gives up after six tries in half a minute, waits five minutes
+for a connection that is dead, takes a write whose answer was lost for one that failed, and remembers listings that others
+have changed since. `install` puts this in its place. Arrays of checkpoints go by TensorStore's own driver, which asks again
+by itself; `install` tells it what a dead connection is.
+"""
+
+import io
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+from fsspec.spec import AbstractFileSystem
+
+from glip_jax.io import gcs
+
+__all__ = ["BucketFiles", "install"]
+
+_AT_A_TIME = 16
+"""Files that are removed or copied at a time."""
+
+
+def install() -> None:
+    """Makes `BucketFiles` what gs:// means to fsspec in this process. Before the first use of a gs:// path."""
+    for name in ("gs", "gcs"):
+        fsspec.register_implementation(name, BucketFiles, clobber=True)
+    # Read by libcurl's threads when TensorStore opens its first file in a bucket: fewer bytes a second for so long is dead.
+    silence = max(1, round(gcs.number("GLIP_JAX_STORAGE_SILENCE", 30.0)))
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(silence))
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
+
+
+class BucketFiles(AbstractFileSystem):
+    """Files in buckets as fsspec knows file systems. A folder is there if something is in it; making one does nothing.
+
+    A file that is written lies in a temporary file until it is closed, and is sent then. Raises as `glip_jax.io.gcs` does.
+    """
+
+    protocol = ("gs", "gcs")
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
+        """What is in a folder, or the file itself."""
+        place = _place(path)
+        files, folders = gcs.level(place)
+        bare = place.removeprefix("gs://")
+        found = [{"name": f"{bare}/{name}", "size": each.bytes, "type": "file"} for name, each in files.items()]
+        found += [{"name": f"{bare}/{name}", "size": 0, "type": "directory"} for name in folders]
+        if not found:
+            found = [self.info(path)]
+            if found[0]["type"] == "directory":  # a bucket without files
+                found = []
+        return found if detail else [entry["name"] for entry in found]
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        """Size, kind and, of a file, time; FileNotFoundError if nothing is there."""
+        place = _place(path)
+        bare = place.removeprefix("gs://")
+        if "/" in bare:
+            try:
+                stamp = gcs.stamp(place)
+                return {"name": bare, "size": stamp.bytes, "type": "file", "mtime": stamp.updated}
+            except FileNotFoundError:
+                if gcs.kind(place) != "folder":
+                    raise
+        return {"name": bare, "size": 0, "type": "directory"}
+
+    def exists(self, path: str, **_: Any) -> bool:
+        """Whether a file or a folder is there; a storage that does not answer is an error, not an absence."""
+        return bool(gcs.kind(_place(path)))
+
+    def isdir(self, path: str) -> bool:
+        """Whether it is a folder."""
+        return gcs.kind(_place(path)) == "folder"
+
+    def isfile(self, path: str) -> bool:
+        """Whether it is a file."""
+        return gcs.kind(_place(path)) == "file"
+
+    def find(
+        self, path: str, maxdepth: int | None = None, withdirs: bool = False, detail: bool = False, **_: Any
+    ) -> Any:
+        """All files below a folder, by one listing."""
+        if maxdepth is not None or withdirs:
+            return super().find(path, maxdepth=maxdepth, withdirs=withdirs, detail=detail)
+        bare = _place(path).removeprefix("gs://")
+        below = gcs.everything(_place(path))
+        found = {
+            f"{bare}/{name}": {"name": f"{bare}/{name}", "size": each.bytes, "type": "file"}
+            for name, each in below.items()
+        }
+        if not found and self.isfile(path):
+            found = {bare: self.info(path)}
+        return found if detail else sorted(found)
+
+    def mkdir(self, path: str, create_parents: bool = True, **_: Any) -> None:
+        """Nothing: folders are names."""
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Nothing, as `mkdir`."""
+
+    def rmdir(self, path: str) -> None:
+        """Nothing: a folder is gone with its last file."""
+
+    def rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None) -> None:
+        """Removes a file, or with `recursive` all that is below a folder; FileNotFoundError if nothing is there."""
+        del maxdepth
+        for each in [path] if isinstance(path, str) else list(path):
+            place = _place(each)
+            there = gcs.kind(place)
+            if not there:
+                raise FileNotFoundError(place)
+            if there == "folder" and not recursive:
+                raise IsADirectoryError(place)
+            names = [place] if there == "file" else [f"{place}/{name}" for name in gcs.everything(place)]
+            _each(gcs.remove, [(name,) for name in names])
+
+    def cp_file(self, path1: str, path2: str, **_: Any) -> None:
+        """Copies a file inside the storage."""
+        gcs.copy(_place(path1), _place(path2))
+
+    def mv(self, path1: str, path2: str, recursive: bool = False, maxdepth: int | None = None, **_: Any) -> None:
+        """Copies a file or a folder inside the storage, then removes it: no step of its own in a bucket."""
+        del recursive, maxdepth
+        old, new = _place(path1), _place(path2)
+        if gcs.kind(old) == "file":
+            gcs.copy(old, new)
+            gcs.remove(old)
+            return
+        names = list(gcs.everything(old))
+        _each(gcs.copy, [(f"{old}/{name}", f"{new}/{name}") for name in names])
+        _each(gcs.remove, [(f"{old}/{name}",) for name in names])
+
+    def created(self, path: str) -> Any:
+        """When the file was written, in seconds."""
+        return self.info(path)["mtime"]
+
+    modified = created
+
+    def _open(self, path: str, mode: str = "rb", **_: Any) -> IO[bytes]:
+        if mode == "rb":
+            return gcs.opened(_place(path))
+        if mode in ("wb", "xb"):
+            return _Outgoing(_place(path))
+        raise ValueError(f"{path}: mode {mode!r} is not known in a bucket: expected rb or wb")
+
+
+class _Outgoing(io.FileIO):
+    """A temporary file that is sent when it is closed, unless its `with` ends in an exception."""
+
+    def __init__(self, place: str) -> None:
+        handle, self._local = tempfile.mkstemp()
+        self._place = place
+        super().__init__(handle, "wb")
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        if kind is not None:
+            self._place = ""
+        super().__exit__(kind, *rest)
+
+    def close(self) -> None:
+        """Sends it, the first time."""
+        if self.closed:
+            return
+        super().close()
+        try:
+            if self._place:
+                gcs.send(Path(self._local), self._place)
+        finally:
+            os.unlink(self._local)
+
+
+def _place(path: str) -> str:
+    return gcs.address("gs://" + str(path).removeprefix("gs://").removeprefix("gcs://").strip("/"))
+
+
+def _each(act: Any, arguments: list[tuple[str, ...]]) -> None:
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        for _ in pool.map(lambda each: act(*each), arguments):
+            pass

@@ -1,0 +1,150 @@
+"""What a working folder says of its run beside the checkpoints: settings, where it started from, changes on the way.
+
+    WORKDIR/config.json         the settings of the latest start, flat
+    WORKDIR/started_from.json   what the parameters of step 0 were read from, with hashes
+    WORKDIR/phases.json         every accepted change of settings, with its step
+
+Paths may be local or gs://.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from glip_jax.config import Config, differences, flatten
+from glip_jax.io import fsspec_gcs
+from glip_jax.io.errors import full_disk
+from glip_jax.io.gcs import StorageError
+
+__all__ = [
+    "CheckpointError",
+    "check_config",
+    "check_network",
+    "listed",
+    "opened",
+    "plain",
+    "prepare",
+    "started_from",
+    "write_config",
+    "write_started_from",
+    "write_whole",
+]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there, does not fit the model, or was made with other settings."""
+
+
+def opened(workdir: str) -> epath.Path:
+    """The folder as a path; one on gs:// is patient with its storage."""
+    if "://" in str(workdir):
+        fsspec_gcs.install()
+    return epath.Path(workdir)
+
+
+def prepare(workdir: str) -> None:
+    """Makes the working folder and tries that files can be made in it; CheckpointError if not."""
+    if jax.process_index() != 0:
+        return
+    folder = opened(workdir)
+    probe = folder / f".written-by-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except (OSError, ImportError) as error:
+        if full_disk(error) or (isinstance(error, StorageError) and error.errno == errno.ETIMEDOUT):
+            raise
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise CheckpointError(
+            f"--workdir={workdir} cannot be written ({reason}): expected a folder, or the name of one that can be made"
+        ) from None
+
+
+def check_config(workdir: str, step: int, saved: Mapping[str, Any], config: Config, *, accept: bool) -> list[str]:
+    """Compares the settings of checkpoint `step` with `config`; returns the lines of what changes numbers.
+
+    Differences are refused with CheckpointError unless `accept`, which records them in `workdir`/phases.json.
+    Settings that change no number (cadence, workers, mesh) may differ freely.
+    """
+    lines = differences(dict(saved), config)
+    if not lines:
+        return []
+    if not accept:
+        ordered = sorted(lines, key=lambda line: not line.startswith("model."))
+        network = ordered[0].startswith("model.")
+        raise CheckpointError(
+            f"{workdir} holds step {step} of a run with {'another network' if network else 'other settings'} "
+            f"(saved -> given: {listed(ordered)}): give the old settings to go on with that run, a new --workdir to start "
+            "another, or --resume-with-changes to continue from that step as a new, recorded phase"
+            + (" (not where that changes the shape of a parameter)" if network else "")
+        )
+    path = opened(workdir) / "phases.json"
+    phases = json.loads(path.read_text()) if path.exists() else []
+    phase = {"step": step, "differences": lines}
+    if phase not in phases and jax.process_index() == 0:
+        path.write_text(json.dumps([*phases, phase], indent=1))
+    return lines
+
+
+def check_network(workdir: str, saved: dict[str, Any], config: Config) -> None:
+    """Raises CheckpointError if `config` describes another network than the flat settings `saved` of a checkpoint.
+
+    What leaves the network the same may differ: where its vocabulary lies, and how it is computed.
+    """
+    free = ("model.text.vocabulary:", "model.dtype:", "model.remat:", "model.head.unroll:")
+    changed = [line for line in differences(saved, config) if line.startswith("model.") and not line.startswith(free)]
+    if changed:
+        raise CheckpointError(
+            f"{workdir} holds a checkpoint of another network than the settings say (saved -> given: {listed(changed)}): "
+            "give the settings that it was trained with"
+        )
+
+
+def write_config(workdir: str, config: Config) -> None:
+    """Writes the resolved settings, flat, to `workdir`/config.json."""
+    if jax.process_index() == 0:
+        folder = opened(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(plain(config), indent=1, sort_keys=True))
+
+
+def write_started_from(workdir: str, record: Mapping[str, Any]) -> None:
+    """Writes what step 0 was read from to `workdir`/started_from.json; an empty record removes an older one."""
+    path = opened(workdir) / "started_from.json"
+    if record:
+        path.write_text(json.dumps(record, indent=1))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def started_from(workdir: str) -> dict[str, Any] | None:
+    """That record; None if there is none, as for random values."""
+    path = opened(workdir) / "started_from.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The settings flat, as JSON has them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in flatten(config)}
+
+
+def listed(lines: list[str], most: int = 8) -> str:
+    """The first lines in one, so that a message stays a line."""
+    more = f"; and {len(lines) - most} more" if len(lines) > most else ""
+    return "; ".join(lines[:most]) + more
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file aside first and then renames it: a reader never meets half of one."""
+    aside = path.parent / f"{path.name}.unfinished"
+    try:
+        aside.write_text(text)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,413 @@
+"""The real training step, compiled for chips that are not there, and what its compiler says of it.
+
+Four ways: `tpu` with libtpu's compiler, which needs no TPU, until it would write machine code, `tpu-whole` to the end;
+`fake`, with as many made-up CPU devices as the topology has chips; `local`, with the GPUs of this machine if there are as
+many. A compiler runs in a process of its own, because it reads its settings from the environment once, may end the
+process when something does not fit, and takes gigabytes.
+What came out is kept in a folder under a key of everything that it depends on.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import re
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+import glip_jax
+from glip_jax.config import Config, flatten
+from glip_jax.distributed.chips import Topology
+from glip_jax.distributed.mesh import MeshError, batch_sharding, check_fits, make_mesh
+from glip_jax.distributed.runtime import libtpu_arguments
+from glip_jax.planning import cost
+from glip_jax.planning.facts import Facts, Hot, How, Sent
+from glip_jax.planning.hlo import collectives
+from glip_jax.planning.xla_dump import activation_bytes, decided, options
+from glip_jax.structures.batch import DROPS, Batch
+from glip_jax.training.state import State, abstract_state
+from glip_jax.training.step import glip_objective, make_step
+
+__all__ = ["PlanError", "abstract_batch", "abstract_mesh", "cached", "compile_step", "environment", "state_bytes"]
+
+
+class PlanError(ValueError):
+    """A plan that cannot be made; one line says why and what to do."""
+
+
+def abstract_batch(config: Config, canvas: tuple[int, int], mesh: Mesh) -> Batch:
+    """Shapes and places of a global batch of `config.train.batch_size` images on a canvas (height, width)."""
+    tokens, slots = config.model.text.max_tokens, config.data.max_boxes
+    integer, real, flag = jnp.int32, jnp.float32, jnp.bool_
+    kinds: dict[str, tuple[tuple[int, ...], Any]] = {
+        "image": ((*canvas, 3), jnp.uint8), "size": ((2,), integer), "extent": ((2,), integer),
+        "tokens": ((tokens,), integer), "token_mask": ((tokens,), flag), "boxes": ((slots, 4), real),
+        "box_mask": ((slots,), flag), "box_weight": ((slots,), real), "positive_map": ((slots, tokens), flag),
+        "token_loss_mask": ((tokens,), flag), "valid": ((), flag), "source": ((), integer), "record": ((), integer),
+        "dropped": ((len(DROPS),), integer),
+    }  # fmt: skip
+    size, sharding = config.train.batch_size, batch_sharding(mesh)
+    return Batch(
+        **{n: jax.ShapeDtypeStruct((size, *shape), kind, sharding=sharding) for n, (shape, kind) in kinds.items()}
+    )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Stands for a chip where only its number and its host matter."""
+
+    id: int
+    process_index: int
+    slice_index: int = 0
+
+
+def abstract_mesh(config: Config, topology: Topology) -> Mesh:
+    """The mesh over stand-ins of the topology's chips. Raises MeshError if these, the axes or the batch do not fit."""
+    within = topology.devices // topology.slices
+    places = [_Place(i, i // topology.chip.chips, i // within) for i in range(topology.devices)]
+    mesh = make_mesh(config.mesh, places)
+    check_fits(config, mesh)
+    return mesh
+
+
+def state_bytes(state: State, batch: Batch) -> dict[str, float]:
+    """Bytes per chip of parameters, optimizer, averages and batch, unpadded, by their shardings."""
+
+    def total(tree: Any) -> float:
+        leaves = jax.tree.leaves(tree)
+        return float(sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
+
+    return {
+        "parameters": total(state.params),
+        "optimizer": total(state.optimizer),
+        "averages": total(state.ema),
+        "batch": total(batch),
+    }
+
+
+def compile_step(
+    config: Config,
+    topology: Topology,
+    canvas: tuple[int, int],
+    how: How,
+    cache: Path | None,
+    say: Callable[[str], object] = print,
+    keep_text: Path | None = None,
+) -> Facts:
+    """Compiles the step of `config` for all chips of `topology` and reads what the compiler says; or takes it from `cache`.
+
+    `say` is told what goes on, at least twice a minute. `keep_text`: where to write the compiled program. Raises PlanError
+    if the compiler is not there or fails for another reason than want of memory.
+    """
+    path = cache / f"{_key(config, topology, canvas, how)}.json" if cache else None
+    if cache and keep_text is None and (known := cached(config, topology, canvas, how, cache)):
+        return known
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    # The parent's, which outlives a child that is killed: a compiler may write 100 MB into it.
+    with tempfile.TemporaryDirectory(prefix="glip_jax_plan", ignore_cleanup_errors=True) as scratch:
+        before = dict(os.environ)
+        os.environ.update(environment(topology, how))
+        try:
+            child = context.Process(
+                target=_child, args=(theirs, config, topology, canvas, how, str(keep_text or ""), scratch)
+            )
+            child.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        theirs.close()
+        try:
+            found = _listen(ours, say)
+        finally:
+            child.kill()
+            child.join()
+        if found is None:
+            log = (Path(scratch) / "log").read_bytes() if (Path(scratch) / "log").exists() else b""
+            words = [line for line in log.decode(errors="replace").splitlines() if line.strip()]
+            raise PlanError(
+                f"the compiler of {topology.name} ended without an answer ({child.exitcode}); its last words: "
+                f"{words[-1][:300] if words else 'none'}"
+            )
+    kind, value = found
+    if kind == "failed":
+        raise PlanError(value)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(dataclasses.asdict(value), indent=1))
+        partial.replace(path)
+    return value
+
+
+def cached(config: Config, topology: Topology, canvas: tuple[int, int], how: How, cache: Path) -> Facts | None:
+    """What `compile_step` has found before, with this code and these versions; None if it has not."""
+    ways: tuple[How, ...] = ("tpu-whole", "tpu") if how == "tpu" else (how,)  # the whole knows all that a part does
+    paths = [cache / f"{_key(config, topology, canvas, way)}.json" for way in ways]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        return None
+    raw = json.loads(path.read_text())
+    raw["sent"] = tuple(Sent(**{**each, "axes": tuple(each["axes"])}) for each in raw["sent"])
+    raw["hot"] = tuple(Hot(**each) for each in raw["hot"])
+    return Facts(**raw)
+
+
+def _listen(ours: Connection, say: Callable[[str], object]) -> tuple[str, Any] | None:
+    """The child's answer, or None if it is gone."""
+    begin, stage = time.monotonic(), "starting"
+    while True:
+        try:
+            if ours.poll(30):
+                kind, value = ours.recv()
+                if kind != "stage":
+                    return kind, value
+                stage = value
+        except (EOFError, ConnectionError):
+            return None
+        minutes, seconds = divmod(int(time.monotonic() - begin), 60)
+        say(f"{stage}, {minutes} min {seconds:02d} s")
+
+
+def _key(config: Config, topology: Topology, canvas: tuple[int, int], how: How) -> str:
+    """Hash of all that the facts depend on: settings of the step, chips, canvas, our code, versions."""
+    parts = {name: getattr(config, name) for name in ("model", "loss", "optimizer", "mesh")}
+    settings = [[section, *pair] for section, part in parts.items() for pair in flatten(part)]
+    code = hashlib.sha256()
+    root = Path(glip_jax.__file__).parent
+    files = [
+        *(root / "models").glob("*.py"),
+        *(root / "training").glob("*.py"),
+        root / "parallel.py",
+        root / "boxes.py",
+    ]
+    planning = (root / "planning" / name for name in ("program.py", "dumped.py", "compiled.py"))
+    for file in (*sorted(files), *planning, root / "collectives.py", root / "structures.py"):
+        code.update(file.read_bytes())
+    extent = [config.train.batch_size, config.data.max_boxes, sorted(config.data.sources)]
+    whole = [
+        settings,
+        extent,
+        topology.family,
+        topology.shape,
+        topology.slices,
+        canvas,
+        how,
+        _compiler(how),
+        code.hexdigest(),
+    ]
+    return hashlib.sha256(json.dumps(whole, default=str).encode()).hexdigest()[:32]
+
+
+def _compiler(how: How) -> str:
+    name = "libtpu" if how in ("tpu", "tpu-whole") else "jaxlib"
+    try:
+        return f"{name} {importlib.metadata.version(name)}"
+    except importlib.metadata.PackageNotFoundError:
+        return name
+
+
+def environment(topology: Topology, how: How) -> dict[str, str]:
+    """Variables that a compiler wants to find: libtpu looks for no TPU then and lets several compile at once."""
+    if how == "local":
+        return {}
+    values = {"JAX_PLATFORMS": "cpu"}
+    if how in ("tpu", "tpu-whole"):
+        values |= {
+            "LIBTPU_INIT_ARGS": libtpu_arguments(os.environ.get("LIBTPU_INIT_ARGS", "")),
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_ACCELERATOR_TYPE": f"{topology.family}-{topology.devices}".replace("v5e", "v5litepod"),
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_WORKER_ID": "0",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        }
+        return values
+    kept = re.sub(r"--xla_force_host_platform_device_count=\S+", "", os.environ.get("XLA_FLAGS", ""))
+    # Machine code is never run: its optimisation would only take time.
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    values["XLA_FLAGS"] = f"{kept} {quick} --xla_force_host_platform_device_count={topology.devices}".strip()
+    return values
+
+
+# --- in the compiler's own process -------------------------------------------------------------------------------------
+
+
+def _child(
+    pipe: Connection, config: Config, topology: Topology, canvas: tuple[int, int], how: How, keep: str, scratch: str
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    # What libraries in C++ write as well.
+    with (Path(scratch) / "log").open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        pipe.send(("done", _facts(pipe, config, topology, canvas, how, keep, Path(scratch))))
+    except (PlanError, MeshError) as fault:
+        pipe.send(("failed", str(fault)))
+    except Exception as fault:
+        traceback.print_exc()
+        pipe.send(("failed", f"{topology.name}: {type(fault).__name__}: {str(fault).strip().splitlines()[0][:300]}"))
+
+
+def _devices(topology: Topology, how: How) -> list[Any]:
+    if how not in ("tpu", "tpu-whole"):
+        devices = jax.devices()
+        if how == "local" and devices[0].platform != "gpu":
+            raise PlanError(
+                f"{topology.name}: --compile=local is for a machine with such GPUs, here are {devices[0].platform}s: "
+                "leave it out for a plan by formulas"
+            )
+        if len(devices) < topology.devices:
+            raise PlanError(f"{topology.name}: {len(devices)} devices are here, {topology.devices} are wanted")
+        return devices[: topology.devices]
+    from jax.experimental import topologies
+
+    # A slice is at least a whole host of four; of a smaller one its first chips are taken.
+    name = topology.compiler_name
+    if topology.devices < 4:
+        name = f"{topology.family}:{'2x2' if topology.chip.dimensions == 2 else '2x2x1'}"
+    options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    if topology.family == "v4":
+        options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as jax has them on a v4
+    try:
+        found = topologies.get_topology_desc(name, "tpu", **options)
+    except Exception as fault:
+        raise PlanError(
+            f"{topology.name}: libtpu has no such slice: {str(fault).strip().splitlines()[0][:200]}"
+        ) from None
+    return list(found.devices)[: topology.devices]
+
+
+def _facts(
+    pipe: Connection, config: Config, topology: Topology, canvas: tuple[int, int], how: How, keep: str, scratch: Path
+) -> Facts:
+    # A program that comes from jax's cache is not compiled, and so nothing is written of how.
+    jax.config.update("jax_enable_compilation_cache", False)
+    if how != "local":
+        jax.config.update("jax_platforms", "cpu")
+    mesh = make_mesh(config.mesh, _devices(topology, how))
+    check_fits(config, mesh)
+    state, batch = abstract_state(config, mesh), abstract_batch(config, canvas, mesh)
+    step: Any = make_step(config, mesh, glip_objective(config), state, tuple(sorted(config.data.sources)))
+    pipe.send(("stage", f"tracing the step for {topology.devices} chips"))
+    begin = time.monotonic()
+    with jax.set_mesh(mesh):  # kernels written for a TPU ask for its chip
+        lowered = step.lower(state, batch)
+    middle = time.monotonic()
+    pipe.send(("stage", f"compiling it with {_compiler(how)}"))
+    try:
+        if how == "tpu":
+            text, memory = decided(lowered, scratch / "dump")
+        else:
+            compiled = lowered.compile(compiler_options=options(scratch / "dump"))
+            text, analysis = compiled.as_text() or "", compiled.memory_analysis()
+    except jax.errors.JaxRuntimeError as fault:
+        needed, available = _shortage(str(fault))
+        if needed is None:
+            raise
+        return Facts(how, _compiler(how), needed, available, " ".join(str(fault).split())[:400])
+    seconds = {"trace": middle - begin, "compile": time.monotonic() - middle}
+    pipe.send(("stage", "reading the compiled program"))
+    if keep:
+        Path(keep).write_text(text)
+    if how == "tpu":
+        sizes: dict[str, Any] = {
+            "arguments": memory.arguments,
+            "outputs": memory.others,
+            "temporaries": memory.temporaries,
+        }
+    else:
+        sizes = {
+            "arguments": float(analysis.argument_size_in_bytes),
+            "outputs": float(analysis.output_size_in_bytes),
+            "aliased": float(analysis.alias_size_in_bytes),
+            "temporaries": float(analysis.temp_size_in_bytes),
+            "code": float(analysis.generated_code_size_in_bytes),
+        }
+    sizes["activations"] = activation_bytes(scratch / "dump")
+    read = cost.read(text)
+    return Facts(
+        how,
+        _compiler(how),
+        **sizes,
+        flops=read.flops,
+        passes=read.passes,
+        bytes=read.bytes,
+        padding=read.padding,
+        # Before machine code few operations have an estimate yet.
+        cycles=0.0 if how == "tpu" else read.cycles,
+        known=read.known,
+        calls=read.calls,
+        sent=_sent(text, mesh, topology),
+        hot=_hot(read),
+        seconds=seconds,
+    )
+
+
+def _shortage(message: str) -> tuple[float | None, float | None]:
+    """(bytes needed, bytes available) of a compiler's complaint about memory; None where it is about something else."""
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    size = r"([\d.]+)\s*([KMGT]?)"
+    for pattern in (
+        rf"Used {size}i?B? of {size}i?B? hbm",
+        rf"required for HLO temporaries \({size}\) exceeds available HBM \({size}\)",
+    ):
+        if found := re.search(pattern, message):
+            return float(found[1]) * units[found[2]], float(found[3]) * units[found[4]]
+    return None, None
+
+
+def _sent(text: str, mesh: Mesh, topology: Topology) -> tuple[Sent, ...]:
+    """The program's collectives, summed by kind, axes and whether they leave a slice (GPUs: a host)."""
+    within = topology.devices // topology.slices if topology.tpu else topology.chip.chips
+    sums: dict[tuple[str, tuple[str, ...], bool], list[float]] = {}
+    for each in collectives(text):
+        outer = each.across_slices or any(len({place // within for place in group}) > 1 for group in each.groups)
+        # Slices lie along `data`, the mesh's first axis.
+        axes = ("data",) if each.across_slices else each.axes(mesh.shape)
+        sent = each.sent_across(topology.slices) if each.across_slices else each.sent_bytes
+        total = sums.setdefault((each.kind, axes, outer), [0, 0.0, 0.0])
+        for index, value in enumerate((1, each.bytes, sent)):
+            total[index] += each.times * value
+    ordered = sorted(sums.items(), key=lambda item: -item[1][2])
+    return tuple(
+        Sent(kind, axes, int(n), float(size), float(sent), outer) for (kind, axes, outer), (n, size, sent) in ordered
+    )
+
+
+def _hot(read: cost.Reading, count: int = 40) -> tuple[Hot, ...]:
+    """The operations that touch most, equal ones together."""
+    groups: dict[tuple[str, str, str], list[cost.Operation]] = {}
+    for each in read.operations:
+        groups.setdefault((each.opcode, each.type[:200], each.origin), []).append(each)
+    hot = [
+        Hot(
+            opcode,
+            kind,
+            origin,
+            max(each.result_bytes for each in group),
+            sum(each.bytes * each.times for each in group),
+            sum(each.padding * each.times for each in group),
+            sum(each.flops * each.times for each in group),
+            float(sum(each.cycles * each.times for each in group)),
+            sum(each.times for each in group),
+        )
+        for (opcode, kind, origin), group in groups.items()
+    ]
+    by_bytes = sorted(hot, key=lambda each: -each.bytes)[:count]
+    largest = sorted(hot, key=lambda each: -each.result_bytes)[: count // 2]
+    return tuple(dict.fromkeys([*by_bytes, *largest]))

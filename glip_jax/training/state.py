@@ -1,0 +1,68 @@
+"""What training changes, as one tree: shapes and places on the mesh, random initial values, the parameters to evaluate."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from glip_jax.config import Config
+from glip_jax.distributed.mesh import abstract, shardings
+from glip_jax.models.glip import GLIP
+from glip_jax.training import optimizer as adamw
+
+__all__ = ["State", "abstract_state", "evaluation_parameters", "fresh_parameters", "initial_state"]
+
+
+class State(NamedTuple):
+    """Everything that training changes."""
+
+    params: Any
+    """Nested dict of float32 arrays, frozen ones included."""
+    optimizer: Any
+    """Adam's moments of the trainable parameters."""
+    ema: Any
+    """Moving averages of the trainable parameters; {} when off."""
+    step: Any
+    """Int32[]: completed steps."""
+
+
+def fresh_parameters(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """Parameters at random initial values, made where they lie on the mesh."""
+    shapes, init = _initializer(config)
+    return jax.jit(init, out_shardings=shardings(shapes, mesh))(jax.random.key(config.train.seed))
+
+
+def _initializer(config: Config) -> tuple[dict[str, Any], Callable[[jax.Array], dict[str, Any]]]:
+    model = GLIP(config.model, train=False)
+    side, tokens = 2 * config.model.pyramid.strides[-1], config.model.text.max_tokens
+    inputs = (
+        jnp.zeros((1, side, side, 3)),
+        jnp.full((1, 2), side, jnp.int32),
+        jnp.zeros((1, tokens), jnp.int32),
+        jnp.ones((1, tokens), bool),
+    )
+
+    def init(key: jax.Array) -> dict[str, Any]:
+        return model.init(key, *inputs)["params"]  # pyright: ignore[reportReturnType]
+
+    return jax.eval_shape(init, jax.random.key(0)), init
+
+
+def abstract_state(config: Config, mesh: Mesh) -> State:
+    """Shapes, and places on the mesh, of everything that training changes; nothing of it is made."""
+    shapes, _ = _initializer(config)
+    return abstract(jax.eval_shape(lambda params: initial_state(params, config), shapes), mesh)
+
+
+def evaluation_parameters(state: State, config: Config) -> dict[str, Any]:
+    """The parameters that `evaluation.parameters` names; raw ones where no average is kept."""
+    return adamw.merge(state.params, state.ema) if config.evaluation.parameters == "ema" else state.params
+
+
+def initial_state(params: Any, config: Config) -> State:
+    """The state before the first step: zero moments, averages equal to the parameters (copies: the step donates)."""
+    trainable, _ = adamw.split(params, config.model)
+    ema = jax.tree.map(jnp.copy, trainable) if config.optimizer.ema_decay else {}
+    return State(params, adamw.init(trainable, config.optimizer), ema, jnp.zeros((), jnp.int32))

@@ -1,0 +1,58 @@
+"""The job `data`: from the command line to a finished folder, or to one line and exit code 2."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from glip_jax.cli.data import main
+from glip_jax.data.shards import Shards
+from tests.data.conftest import coco_json, mdetr_json, write_image
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "pictures").mkdir()
+    write_image(tmp_path / "pictures" / "img0.png", 24, 32, 0)
+    (tmp_path / "boxes.json").write_text(json.dumps(coco_json([(24, 32)])))
+    (tmp_path / "captions.json").write_text(json.dumps(mdetr_json([(24, 32)])))
+    return tmp_path
+
+
+def test_imports_both_forms(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "names.json").write_text('{"dog": "small dog"}')
+    coco = ["coco", f"{place}/boxes.json", f"--images={place}/pictures", f"--out={place}/out", "--licence=CC0"]
+    coco.append(f"--names={place}/names.json")
+    assert main(coco) == 0
+    printed = capsys.readouterr().out
+    assert "kept boxes          3" in printed
+    assert "1 records, 3 boxes, 6 names" in printed
+    manifest = Shards(place / "out").manifest
+    assert manifest.names[1] == "small dog"
+    assert manifest.licence == "CC0"
+    assert manifest.command.startswith("python -m glip_jax data coco ")
+    assert main(coco) == 0
+    assert "nothing is made twice" in capsys.readouterr().out
+    assert main(["mdetr", f"{place}/captions.json", f"--images={place}/pictures", f"--out={place}/two"]) == 0
+    assert Shards(place / "two").manifest.kinds == {"grounding": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["coco", "{}/absent.json", "--images={}/pictures", "--out={}/out"], "absent.json does not exist"),
+        (["coco", "{}/boxes.json", "--images={}/absent", "--out={}/out"], "image folder"),
+        (["coco", "{}/boxes.json", "--images={}/pictures", "--out={}/pictures"], "not empty, without a manifest"),
+        (["coco", "{}/boxes.json", "--images={}/pictures", "--out={}/out", "--names={}/boxes.json"], "--names"),
+        (["coco", "{}/boxes.json", "--images={}/pictures", "--out={}/out", "--shards=0"], "shards is 0"),
+        (["mdetr", "{}/boxes.json", "--images={}/pictures", "--out={}/out"], "lacks caption"),
+    ],
+)
+def test_bad_input_is_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main([argument.format(place) for argument in arguments]) == 2
+    printed = capsys.readouterr().err.strip()
+    assert message in printed
+    assert printed.count("\n") == 0
+    assert not (place / "out").exists()

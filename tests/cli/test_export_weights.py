@@ -1,0 +1,239 @@
+"""The job `export` on the original's own small network (tests/fixtures/set1): every format, read as its users read it."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+
+from glip_jax.cli import export_weights, import_weights
+from glip_jax.cli.saved_settings import saved_settings
+from glip_jax.distributed import exit_codes
+from glip_jax.inference import Detector
+from glip_jax.io.checkpoint import fingerprint, restore_parameters
+from glip_jax.weights import verification
+from tests.parity.folder import model_config, read_meta
+
+ROOT = Path(__file__).resolve().parents[2]
+SET1 = ROOT / "tests" / "fixtures" / "set1"
+VOCABULARY = ROOT / "tests" / "fixtures" / "vocab_tiny1.txt"
+NAMES = ("red ball", "dog")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """set1's weights as `import` leaves them, evaluated at small sizes."""
+    folder = tmp_path_factory.mktemp("set1") / "run"
+    model = model_config(read_meta(SET1))
+    given = {
+        "model.text.heads": model.text.heads, "model.fusion.heads": model.fusion.heads, "model.head.groups": model.head.groups,
+        "model.text.vocabulary": VOCABULARY, "model.text.max-tokens": 16, "evaluation.short-side": 96, "evaluation.long-side": 128,
+    }  # fmt: skip
+    settings = [f"--config.{name}={value}" for name, value in given.items()]
+    assert import_weights.main([str(SET1 / "model_t.safetensors"), f"--workdir={folder}", *settings]) == exit_codes.DONE
+    return folder
+
+
+def run(workdir, out, form, *more):
+    return export_weights.main([f"--workdir={workdir}", f"--out={out}", f"--format={form}", *more])
+
+
+@pytest.fixture(scope="module")
+def exported(workdir, tmp_path_factory):
+    """Exports by format, made once."""
+    made = {}
+
+    def get(form):
+        if form not in made:
+            out = tmp_path_factory.mktemp(form) / ("glip.pth" if form == "glip-pth" else "model")
+            assert run(workdir, out, form) == exit_codes.DONE
+            made[form] = out
+        return made[form]
+
+    return get
+
+
+def test_glip_pth_has_exactly_the_original_s_tensors(exported):
+    """Keys, shapes, dtypes and bits, buffers included; the branch that nothing reads with its initial bias."""
+    original = load_file(SET1 / "model_t.safetensors")
+    content = torch.load(exported("glip-pth"), weights_only=True)
+    assert list(content) == ["model"]
+    assert all(name.startswith("module.") for name in content["model"])
+    found = {name.removeprefix("module."): value.numpy() for name, value in content["model"].items()}
+    assert {n: (v.shape, v.dtype) for n, v in found.items()} == {n: (v.shape, v.dtype) for n, v in original.items()}
+    for name, value in original.items():
+        if "cls_logits" not in name:
+            np.testing.assert_array_equal(found[name], value, err_msg=name)
+    np.testing.assert_allclose(found["rpn.head.cls_logits.bias"], -np.log(99), rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["glip-pth", "huggingface"])
+def test_import_export_import_is_the_same_bits(workdir, exported, tmp_path, form):
+    heads = [f"--config.model.text.heads={saved_settings(str(workdir)).model.text.heads}"] if form == "glip-pth" else []
+    assert import_weights.main([str(exported(form)), f"--workdir={tmp_path / 'again'}", *heads]) == exit_codes.DONE
+    first, second = (fingerprint(restore_parameters(str(folder))) for folder in (workdir, tmp_path / "again"))
+    assert first == second
+    if form == "huggingface":
+        assert saved_settings(str(tmp_path / "again")) == saved_settings(str(workdir))
+
+
+_USER = """
+import json, sys
+import torch
+from PIL import Image
+from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+
+assert not any(name.startswith("glip_jax") or name.startswith("jax") for name in sys.modules)
+folder, names, pictures = sys.argv[1], sys.argv[2].split(","), [Image.open(path) for path in sys.argv[3:]]
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForZeroShotObjectDetection.from_pretrained(folder, trust_remote_code=True)
+inputs = processor(images=pictures, text=[names] * len(pictures), return_tensors="pt")
+with torch.inference_mode():
+    outputs = model(**inputs)
+sizes = [picture.size[::-1] for picture in pictures]
+found = processor.post_process_grounded_object_detection(outputs, threshold=0.0, target_sizes=sizes, text_labels=[names] * len(pictures))
+print(json.dumps([{"scores": f["scores"].tolist(), "boxes": f["boxes"].tolist(), "labels": f["labels"].tolist(),
+                   "words": f["text_labels"]} for f in found]))
+"""
+
+
+def test_transformers_finds_the_same_boxes_without_us(workdir, exported, tmp_path):
+    """In a process of its own, offline, elsewhere; two images of different extents in one batch."""
+    pictures = verification.sample_images()
+    paths = []
+    for number, picture in enumerate(pictures):
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(picture).save(paths[-1])
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    clean |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", _USER, str(exported("huggingface")), ",".join(NAMES), *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, env=clean, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    detector = Detector(saved_settings(str(workdir)), restore_parameters(str(workdir)), batch_size=2)
+    for theirs, ours in zip(found, detector.categories(pictures, NAMES), strict=True):
+        assert len(theirs["scores"]) == len(ours.scores) > 3
+        np.testing.assert_allclose(theirs["scores"], ours.scores, atol=1e-4)
+        assert theirs["words"] == [NAMES[label] for label in theirs["labels"]]
+        # Scores that differ by rounding may change places.
+        for box, score, label in zip(theirs["boxes"], theirs["scores"], theirs["labels"]):
+            close = (np.abs(ours.scores - score) < 1e-4) & (ours.phrases == label)
+            assert np.abs(ours.boxes[close] - box).max(1).min() < 0.05
+
+
+def test_onnx_takes_other_sizes_and_batches(exported):
+    """Against the exported PyTorch network; the graph was traced at 192 x 256 with two images and seven tokens."""
+    import onnxruntime
+
+    from glip_jax.weights.portable.glip_network import GlipNetwork
+
+    settings = json.loads((exported("huggingface") / "config.json").read_text())
+    network = GlipNetwork(settings["network"]).eval()
+    state = load_file(exported("huggingface") / "model.safetensors")
+    network.load_state_dict({k.removeprefix("network."): torch.from_numpy(v) for k, v in state.items()})
+    session = onnxruntime.InferenceSession(str(exported("onnx") / "model.onnx"), providers=["CPUExecutionProvider"])
+    pixels, tokens = torch.randn(3, 3, 160, 96), torch.randint(5, 500, (3, 11))
+    mask = (torch.arange(11)[None] < torch.tensor([[11], [4], [8]])).long()
+    with torch.inference_mode():
+        logits, deltas, center = network(pixels, tokens, mask)
+        boxes = network.boxes(deltas, 160, 96)
+    inputs = {"pixel_values": pixels.numpy(), "input_ids": tokens.numpy(), "attention_mask": mask.numpy()}
+    found = {name: np.asarray(x) for name, x in zip(("boxes", "centerness", "logits"), session.run(None, inputs))}
+    np.testing.assert_allclose(found["logits"], logits, atol=1e-4)
+    np.testing.assert_allclose(found["centerness"], center, atol=1e-4)
+    np.testing.assert_allclose(found["boxes"], boxes, atol=0.05)
+    assert sorted(path.name for path in exported("onnx").iterdir()) == [
+        "model.onnx", "settings.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
+    ]  # fmt: skip
+
+
+def test_an_export_that_differs_is_thrown_away(workdir, tmp_path, monkeypatch, capsys):
+    honest = export_weights.write
+
+    def careless(form, out, params, config):
+        head = dict(params["head"])
+        head["bias0"] = np.asarray(head["bias0"]) + 2e-3
+        honest(form, out, {**params, "head": head}, config)
+
+    monkeypatch.setattr(export_weights, "write", careless)
+    assert run(workdir, tmp_path / "x.pth", "glip-pth") == exit_codes.BAD_INPUT
+    err = capsys.readouterr().err
+    assert "differs from the network it came from: logits by" in err
+    assert err.startswith("export: ") and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_leaves_nothing_and_a_killed_export_is_cleared_away(workdir, tmp_path, monkeypatch, capsys):
+    def interrupted(form, out, params, config):
+        out.mkdir()
+        (out / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_weights, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(workdir, tmp_path / "x", "huggingface")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    (tmp_path / "x.pth.unfinished").mkdir()
+    (tmp_path / "x.pth.unfinished" / "x.pth").write_bytes(b"half")
+    assert run(workdir, tmp_path / "x.pth", "glip-pth") == exit_codes.DONE
+    assert "was left by an export that was killed: removed" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format=glip-pth"], "no working folder"),
+        (["--workdir={run}"], "nowhere to write to"),
+        (["--workdir={run}", "--out={tmp}"], "is there already"),
+        (["--workdir={run}", "--out={tmp}/x", "--format=glip-pth"], "ends in .pth"),
+        (["--workdir={run}", "--out={tmp}/x", "--format=hugingface"], "Expected one of"),
+        (["--workdir={tmp}/none", "--out={tmp}/x"], "holds no complete checkpoint"),
+        (["--workdir={run}", "--out={tmp}/x", "--step=3"], "no checkpoint of step 3"),
+        (["--workdir={run}", "--out={tmp}/x", "--config.model.text.vocabulary={tmp}/vocab.txt"], "vocab.txt does not exist"),
+        (["--workdir={run}", "--out={tmp}/x", "--format=onnx", "--images={tmp}"], "has no images"),
+        (["--workdir={run}", "--out={tmp}/x", "--config.model.head.blocks=3"], "another network"),
+        (["--workdir={run}", "--out={tmp}/file.txt/x"], "cannot be written"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_leaves_nothing(workdir, tmp_path, capsys, arguments, message):
+    (tmp_path / "file.txt").write_text("")
+    assert export_weights.main([a.format(run=workdir, tmp=tmp_path) for a in arguments]) == exit_codes.BAD_INPUT
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.startswith("export: ") and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_networks_that_glip_cannot_be_are_refused(workdir, tmp_path, monkeypatch, capsys):
+    honest = export_weights.chosen_settings
+
+    def resized(*arguments):
+        config = honest(*arguments)
+        head = dataclasses.replace(config.model.head, coarse_offsets="resized", offset_bound=3)
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, head=head))
+
+    monkeypatch.setattr(export_weights, "chosen_settings", resized)
+    assert run(workdir, tmp_path / "x.pth", "glip-pth") == exit_codes.BAD_INPUT
+    err = capsys.readouterr().err
+    assert "model.head.coarse_offsets is resized, GLIP's is flat" in err
+    assert "model.head.offset_bound is 3, GLIP's is 0" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_library_is_named_with_what_installs_it(workdir, tmp_path, monkeypatch, capsys):
+    honest = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "onnxruntime" else honest(name, *a)
+    )
+    assert run(workdir, tmp_path / "x", "onnx") == exit_codes.BAD_INPUT
+    assert "needs onnxruntime, not installed here: pip install -r requirements-export.txt" in capsys.readouterr().err

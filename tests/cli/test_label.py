@@ -1,0 +1,406 @@
+"""The job `label`: with a random network of a few thousand parameters, with detections of a file, killed, and by three at once, in a bucket too."""
+
+import contextlib
+import json
+import re
+import resource
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from glip_jax import __main__ as door
+from glip_jax.cli import inspect, label
+from glip_jax.config import MeshConfig, SourceConfig
+from glip_jax.data import shards
+from glip_jax.data.captions import Captioner, rng_of
+from glip_jax.data.records import Record, boxes_array
+from glip_jax.distributed import exit_codes
+from glip_jax.distributed.mesh import make_mesh
+from glip_jax.io import gcs
+from glip_jax.io.checkpoint import Checkpoints, Saved, fingerprint, restore_parameters
+from glip_jax.structures.prompts import load_tokenizer
+from glip_jax.training.state import fresh_parameters
+from tests import tiny_run
+from tests.labeling import slow_label
+from tests.labeling.test_teacher import picture
+
+TEXTS = ("a cat and a dog", "the person", "and so on", "a dog by a person", "two cats", "a red dog")
+
+
+def captions(folder, count=12, files=3, name="cc"):
+    """Shards of pictures with captions, one of which names nothing and one of which cannot be decoded."""
+    records = [
+        Record(f"{i}", "caption", picture(i, corrupt=i == 3), 50, 100, boxes_array(()), caption=TEXTS[i % len(TEXTS)])
+        for i in range(count)
+    ]
+    shards.write(iter(records), folder, name=name, shards=files, licence="CC0")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A working folder with a checkpoint whose averages differ from its parameters, and captions."""
+    folder = tmp_path_factory.mktemp("label")
+    captions(folder / "captions")
+    config = tiny_run.replace(tiny_run.config(dropout=0.0), "evaluation", batch_size=4, short_side=64, long_side=128)
+    params = jax.tree.map(np.asarray, fresh_parameters(config, make_mesh(MeshConfig(data=1), jax.devices()[:1])))
+    average = jax.tree.map(lambda value: value * np.float32(0.9), params)
+    with Checkpoints(str(folder / "run"), keep=1) as checkpoints:
+        checkpoints.save(7, Saved(params, {"count": np.zeros(1, np.float32)}, average), config)
+    # Somebody else's detections of the same images.
+    names = {"categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]}
+    images = {"images": [{"id": i, "file_name": f"{i}.png", "height": 50, "width": 100} for i in range(60)]}
+    rows = [
+        {"image_id": i, "category_id": c, "bbox": [10 * c, 5, 30, 30], "score": 0.4 + 0.01 * i}
+        for i in range(60)
+        for c in (1, 2)
+    ]
+    (folder / "names.json").write_text(json.dumps(names | images))
+    (folder / "found.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labelled(run):
+    """What a network of random numbers finds, which is something everywhere."""
+    command = [
+        run / "captions",
+        f"--workdir={run / 'run'}",
+        f"--out={run / 'out'}",
+        "--threshold=0.02",
+        "--most-boxes=2",
+    ]
+    assert label.main(list(map(str, command))) == 0
+    return command, shards.Shards(run / "out")
+
+
+def test_captions_become_pseudo_records(run, labelled):
+    _, made = labelled
+    assert made.manifest.kinds == {"pseudo": len(made)} and made.manifest.licence == "CC0"
+    assert [shard["file"] for shard in made.manifest.shards] == shards.shard_files(3)
+    assert not list((run / "out").glob(".partial")), "nothing but the result is left"
+    by_id = {record.id: record for record in (made[i] for i in range(len(made)))}
+    assert set(by_id) == {"0", "1", "4", "5", "6", "7", "9", "10", "11"}
+    assert made.manifest.drops["caption: no noun phrase"] == 2 and made.manifest.drops["image: cannot be decoded"] == 1
+    first = by_id["0"]
+    assert first.caption == TEXTS[0] and first.image == picture(0)
+    phrases = [first.caption[begin:end] for ((begin, end),) in (*first.spans, *first.unknown)]
+    assert set(phrases) == {"a cat", "a dog"} and max(map(phrases.count, phrases)) <= 2
+    about = json.loads(first.provenance)
+    assert about["teacher"] == fingerprint(restore_parameters(str(run / "run"), "ema"))[:16]
+    assert about["threshold"] == 0.02 and about["most_boxes"] == 2 and about["finder"].startswith("lexicon ")
+    assert {"config", "code", "nms", "most_phrases"} <= set(about)
+
+
+def test_the_report_says_what_was_kept(run, labelled):
+    report = json.loads((run / "out" / "report.json").read_text())
+    told = report["summary"]
+    assert (told["captions"], told["kept"]) == (12, 9) and told["boxes"] == labelled[1].manifest.boxes
+    assert sum(told["box_scores"]) == told["boxes"] and sum(told["phrases_by_boxes"].values()) == told["phrases"] == 12
+    assert report["settings"]["thresholds"] == {"cc": 0.02} and report["versions"]["jax"]
+    page = (run / "out" / "report.html").read_text()
+    assert page.count("data:image/jpeg") == 9 and page.count("data:image/svg+xml") == 2
+    assert "75.0%" in page and not re.search(r'(src|href)="(?!data:)', page), "the page needs no other file"
+
+
+def test_training_and_inspect_take_what_was_made(run, labelled, tmp_path):
+    config = tiny_run.config({"cc": SourceConfig(str(run / "out"))})
+    captioner = Captioner((), load_tokenizer(tiny_run.VOCABULARY), config.data.captions, config.model.text.max_tokens)
+    record = labelled[1][0]
+    text = captioner(record, rng_of(0, 0))
+    assert text.keep.all() and text.positive_map.any(1).all()
+    assert inspect.main([str(run / "out"), f"--out={tmp_path / 'page.html'}"]) == 0
+
+
+def test_a_finished_folder_is_not_made_again_but_its_page_is(run, labelled, capsys):
+    command, _ = labelled
+    (run / "out" / "report.html").unlink()
+    before = {path.name: path.stat().st_mtime_ns for path in (run / "out").iterdir()}
+    assert label.main(list(map(str, command))) == 0
+    out = capsys.readouterr().out
+    assert "nothing is made twice" in out and "drawn page" in out
+    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in (run / "out").iterdir()}.items()
+
+
+def test_a_finished_folder_of_other_settings_is_refused_and_left_as_it_is(run, many, tmp_path, capsys):
+    source, _ = many
+    made = str(tmp_path / "made")
+    assert label.main(outside(run, source, made)) == 0
+    (tmp_path / "made" / ".partial").mkdir()  # what another process may be at
+    capsys.readouterr()
+    assert label.main(outside(run, source, made, "--threshold=0.7")) == exit_codes.BAD_INPUT
+    assert "is finished, with other settings (there -> given: thresholds" in capsys.readouterr().err
+    assert (tmp_path / "made" / ".partial").exists()
+    # The same shards by another path are the same captions.
+    assert label.main(outside(run, f"{source}/../{source.name}/", made)) == 0
+    assert "nothing is made twice" in capsys.readouterr().out and not (tmp_path / "made" / ".partial").exists()
+
+
+def test_the_last_parameters_and_a_mirrored_view(run, tmp_path):
+    command = [
+        "--no-ema",
+        "--flip",
+        "--scales=48,64",
+        "--threshold=0.02",
+        f"--workdir={run / 'run'}",
+        f"--out={tmp_path / 'out'}",
+    ]
+    assert label.main([str(run / "captions"), *command]) == 0
+    about = json.loads(shards.Shards(tmp_path / "out")[0].provenance)
+    assert about["teacher"] == fingerprint(restore_parameters(str(run / "run"), "raw"))[:16]
+    assert about["views"] == "flip 48,64"
+
+
+def test_the_round_after_labels_the_captions_anew(run, labelled, tmp_path):
+    """Pseudo records are captions too, and nothing of the first teacher's boxes is left."""
+    _, first = labelled
+    again = ["--threshold=0.05", f"--detections={run / 'found.json'}", f"--categories={run / 'names.json'}"]
+    assert label.main([str(run / "out"), *again, f"--out={tmp_path / 'again'}"]) == 0
+    second = shards.Shards(tmp_path / "again")
+    assert second.manifest.kinds == {"pseudo": len(second)} and 0 < len(second) <= len(first)
+    old = {first[i].id: first[i] for i in range(len(first))}
+    for record in (second[i] for i in range(len(second))):
+        before = old[record.id]
+        assert record.caption == before.caption and record.image == before.image
+        assert record.boxes.tolist() != before.boxes.tolist()
+        teachers = [json.loads(each.provenance)["teacher"] for each in (record, before)]
+        assert teachers[0].startswith("detections ") and teachers[0] != teachers[1]
+
+
+def outside(run, source, out, *more):
+    return [
+        str(source),
+        f"--detections={run / 'found.json'}",
+        f"--categories={run / 'names.json'}",
+        f"--out={out}",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def many(run):
+    """Captions of sixty images in six files, and what comes of them when nothing disturbs."""
+    captions(run / "many", 60, 6, "many")
+    assert label.main(outside(run, run / "many", run / "whole")) == 0
+    return run / "many", run / "whole"
+
+
+def contents(folder):
+    """All that does not tell of time, command and commit (others may commit while tests run)."""
+    made = shards.Shards(folder)
+    records = [made[i] for i in range(len(made))]
+    rows = [(r.id, r.image, r.boxes.tolist(), r.spans, r.scores, r.unknown) for r in records]
+    about = [json.loads(r.provenance) | {"code": ""} for r in records]
+    told = json.loads((folder / "report.json").read_text())["summary"]
+    return rows, about, {k: v for k, v in told.items() if k not in ("seconds", "code")}, [*made.hash, *made.width]
+
+
+def test_detections_of_a_file(many):
+    source, whole = many
+    made = shards.Shards(whole)
+    told = json.loads((whole / "report.json").read_text())["summary"]
+    assert told["captions"] == 60 and 0 < told["kept"] == len(made) < 50
+    assert told["notes"]["phrase: names no category of the detections"]["count"] > 0
+    assert all(json.loads(made[i].provenance)["teacher"].startswith("detections ") for i in range(len(made)))
+    assert min(score for i in range(len(made)) for score in made[i].scores) > 0.5
+    assert shards.verify(whole) and source.is_dir()
+
+
+def slow(run, source, out, said):
+    return slow_label.start(outside(run, source, out, "--lease=5"), said)
+
+
+def wait_for(what, seconds=60):
+    until = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return found
+
+
+def test_killed_then_other_settings_then_run_again(run, many, tmp_path, capsys):
+    source, whole = many
+    out = tmp_path / "out"
+    child = slow(run, source, out, tmp_path / "said")
+    wait_for(lambda: len(list(out.glob("records*"))) >= 2 and list((out / ".partial").glob("*.claim")))
+    child.kill()
+    child.join()
+    there = {path.name: path.stat().st_ino for path in out.glob("records*")}
+    assert 2 <= len(there) < 6 and not (out / "manifest.json").exists()
+    with pytest.raises(shards.ShardError, match="no manifest"):
+        shards.Shards(out)
+    assert label.main(outside(run, source, out, "--threshold=0.6")) == exit_codes.BAD_INPUT
+    error = capsys.readouterr().err
+    assert 'thresholds: {"many": 0.5} -> {"many": 0.6}' in error and error.count("\n") == 1
+    assert label.main(outside(run, source, out)) == 0
+    assert contents(out) == contents(whole)
+    now = {path.name: path.stat().st_ino for path in out.glob("records*")}
+    assert there.items() <= now.items(), "what was finished is not made again"
+
+
+def ended(started, said):
+    """What each of them printed; all have ended, one killed."""
+    for process in started:
+        process.join(120)
+    texts = [path.read_text() for path in said]
+    assert sorted(process.exitcode for process in started) == [-9, 0, 0], texts
+    assert sum("captions  " in text for text in texts) == 1, "one of them sums up"
+    return texts
+
+
+def test_three_at_once_and_one_is_killed(run, many, tmp_path):
+    source, whole = many
+    out, said = tmp_path / "out", [tmp_path / f"said{i}" for i in range(3)]
+    started = [slow(run, source, out, path) for path in said]
+    wait_for(lambda: list((out / ".partial").glob("*.claim")))
+    killed = next(json.loads(path.read_text())["pid"] for path in (out / ".partial").glob("*.claim"))
+    (one,) = [process for process in started if process.pid == killed]
+    one.kill()
+    ended(started, said)
+    assert contents(out) == contents(whole)
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+@pytest.fixture
+def out_in_a_bucket(running, tmp_path, monkeypatch):
+    return running, f"{running.fresh(monkeypatch, tmp_path / 'cache', silence=2)}/out"
+
+
+def test_three_at_once_on_a_bucket_that_loses_answers_and_one_is_killed(
+    run, many, tmp_path, out_in_a_bucket, capsys, monkeypatch
+):
+    (source, whole), (running, out) = many, out_in_a_bucket
+
+    def fetched(name):
+        (tmp_path / name).mkdir()
+        for file in gcs.listing(out):
+            (tmp_path / name / file).write_bytes(gcs.read(f"{out}/{file}"))
+        return tmp_path / name
+
+    def at_work():
+        """The processes that say that they do a task, once one is done."""
+        names = gcs.listing(f"{out}/.partial") if gcs.listing(out) else ()
+        claims = [name for name in names if name.startswith("records") and name.endswith(".claim")]
+        with contextlib.suppress(FileNotFoundError):  # given back meanwhile
+            return [json.loads(gcs.read(f"{out}/.partial/{name}"))["pid"] for name in claims]
+        return []
+
+    said = [tmp_path / f"said{i}" for i in range(3)]
+    with running.arm("lost", "late", share=0.4, only="ifGenerationMatch") as came:
+        started = [slow(run, source, out, path) for path in said]
+        killed, *_ = wait_for(at_work)
+        (one,) = [process for process in started if process.pid == killed]
+        one.kill()
+        there = {name: gcs.stamp(f"{out}/{name}") for name in gcs.listing(out)}
+        ended(started, said)
+    assert came.total() > 5
+    assert contents(fetched("copy")) == contents(whole) and shards.verify(out)
+    assert set(gcs.listing(out)) == {path.name for path in whole.iterdir()}
+    assert not gcs.listing(f"{out}/.partial"), "nothing but the result is left"
+    now = {name: gcs.stamp(f"{out}/{name}") for name in gcs.listing(out)}
+    assert there and there.items() <= now.items(), "what was finished is not made again"
+    # The same command again; one that was killed after the manifest left things behind, and the page was not drawn.
+    gcs.put(f"{out}/.partial/left", b"")
+    gcs.remove(f"{out}/report.html")
+    assert label.main(outside(run, source, out)) == 0
+    printed = capsys.readouterr().out
+    assert f"{out} is finished" in printed and f"drawn page: {out}/report.html" in printed
+    assert not gcs.listing(f"{out}/.partial")
+    again = {name: gcs.stamp(f"{out}/{name}") for name in gcs.listing(out)}
+    assert {name for name, found in again.items() if now[name] != found} == {"report.html"}
+    # When the storage stays silent: a line, and the code that says so.
+    monkeypatch.setenv("GLIP_JAX_STORAGE_PATIENCE", "0.3")
+    with running.arm("503", share=1.0):
+        assert door.main(["label", *outside(run, source, f"{out}2")]) == exit_codes.UNAVAILABLE
+    assert capsys.readouterr().err.startswith(f"label: {out}2/manifest.json: the storage failed")
+
+
+def test_a_full_disk_ends_in_a_line_and_the_same_command_goes_on(run, many, tmp_path, capsys):
+    source, whole = many
+    out = tmp_path / "out"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        code = door.main(["label", *outside(run, source, out)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == exit_codes.NOT_WRITTEN and "give the same command again" in capsys.readouterr().err
+    assert {path.name for path in (out / ".partial").iterdir()} <= {"plan.json"} | {
+        path.name for path in (out / ".partial").glob("*.clock")
+    }
+    assert label.main(outside(run, source, out)) == 0 and contents(out) == contents(whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to label"),
+        (["{run}/captions"], "expected --out=DIR"),
+        (
+            ["{run}/captions", "--out=s3://bucket/x", "--workdir=x"],
+            "expected a local folder or gs://BUCKET/FOLDER, s3:/",
+        ),
+        (["{run}/captions", "--out=x"], "expected one teacher, --workdir=DIR or --detections=FILE.json, found neither"),
+        (["{run}/captions", "--out=x", "--workdir=y", "--detections=z"], "found both"),
+        (["{run}/captions", "--out=x", "--detections={run}/found.json"], "--categories=ANNOTATIONS.json"),
+        (["{run}/captions", "--out=x", "--workdir={run}/run", "--threshold=1.5"], "--threshold=1.5: expected 0 <="),
+        (["{run}/captions", "--out=x", "--workdir={run}/run", "--threshold-for=cc"], "expected SOURCE=0.4"),
+        (
+            ["{run}/captions", "--out=x", "--workdir={run}/run", "--threshold-for=sbu=0.4"],
+            "no such source; there are: cc",
+        ),
+        (["{run}/captions", "--out=x", "--workdir={run}/run", "--most-boxes=0"], "--most-boxes=0: expected 1 or more"),
+        (["{run}/captions", "{run}/captions", "--out=x", "--workdir={run}/run"], "two of the folders are named cc"),
+        (["{run}/nothing", "--out=x", "--workdir={run}/run"], "does not exist"),
+        (["{run}/captions", "--out=x", "--workdir={run}/nothing"], "holds no complete checkpoint"),
+        (
+            ["{run}/captions", "--out=x", "--workdir={run}/run", "--config.model.head.blocks=2"],
+            "model.head.blocks: 1 -> 2",
+        ),
+        (["{run}/captions", "--out={run}/names.json/x", "--workdir={run}/run"], "names.json"),
+        (
+            ["{run}/captions", "--out={run}", "--detections={run}/found.json", "--categories={run}/names.json"],
+            "not empty",
+        ),
+        (["{run}/captions", "--out=x", "--detections={run}/names.json", "--categories={run}/names.json"], "names.json"),
+        (["{run}/captions", "--out=x", "--workdir={run}/run", "--treshold=0.4"], "did you mean --threshold"),
+        (["{run}/captions", "--out=x", "--workdir={run}/run", "--lease=nan"], "--lease=nan: expected 1 or more"),
+        (["{run}/captions", "--out=x", "--workdir=y", "--categories=z"], "--categories says nothing"),
+        (["{run}/captions", "--out=x", "--detections=y", "--categories=z", "--step=3"], "--step says nothing"),
+        (["{run}/captions", "--out=x", "--detections=y", "--categories=z", "--no-ema"], "--no-ema says nothing"),
+        (
+            [
+                "{run}/captions",
+                "--out={run}/captions",
+                "--detections={run}/found.json",
+                "--categories={run}/names.json",
+            ],
+            "captions holds shards that no labelling made",
+        ),
+    ],
+)
+def test_what_cannot_be_done_gives_one_line(run, capsys, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert label.main([argument.format(run=run) for argument in arguments]) == exit_codes.BAD_INPUT
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("label: ") and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_records_with_boxes_that_people_made_are_refused(run, tmp_path, capsys):
+    sources = tiny_run.write_sources(tmp_path)
+    for name, reason in (("boxes", "has no caption"), ("captions", "boxes that people made")):
+        assert (
+            label.main([sources[name].path, f"--out={tmp_path / 'x'}", f"--workdir={run / 'run'}"])
+            == exit_codes.BAD_INPUT
+        )
+        assert reason in capsys.readouterr().err
+
+
+def test_nothing_found_anywhere_leaves_nothing(run, many, tmp_path, capsys):
+    assert label.main(outside(run, many[0], tmp_path / "out", "--threshold=0.999")) == exit_codes.BAD_INPUT
+    error = capsys.readouterr().err
+    assert "of 60 captions none got a box; caption: no box above the threshold" in error
+    assert not (tmp_path / "out").exists()

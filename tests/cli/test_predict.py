@@ -1,0 +1,316 @@
+"""Prediction as a user meets it: a tiny run with a checkpoint, what is written, and what a mistake is told."""
+
+import io
+import json
+import math
+import zlib
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from glip_jax.cli import predict
+from glip_jax.cli.query import separated
+from glip_jax.cli.saved_settings import saved_settings
+from glip_jax.config import Config, ConfigError, EvaluationSet, MeshConfig, flatten
+from glip_jax.config.saved import unflatten
+from glip_jax.distributed.mesh import make_mesh
+from glip_jax.inference import Detector
+from glip_jax.io.checkpoint import Checkpoints, Saved
+from glip_jax.io.workdir import write_config
+from glip_jax.training.state import fresh_parameters
+from tests import tiny_run
+
+ALL = ("--least=0", "--config.detection.threshold=0", "--config.detection.max_detections=6")
+CONFIG = tiny_run.replace(tiny_run.config(), "evaluation", short_side=64, long_side=64, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A working folder with a checkpoint of fresh parameters at step 3."""
+    workdir = str(tmp_path_factory.mktemp("run"))
+    params = fresh_parameters(CONFIG, make_mesh(MeshConfig(), jax.devices()[:1]))
+    with Checkpoints(workdir, keep=1) as checkpoints:
+        checkpoints.save(3, Saved(params, {"count": np.zeros(1)}, {}), CONFIG)
+    write_config(workdir, CONFIG)
+    return workdir
+
+
+def _image(path, width=64, height=64, seed=0, **options):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+    return str(path)
+
+
+def _predict(run, *arguments, code=0):
+    assert predict.main([f"--workdir={run}", *map(str, arguments)]) == code
+
+
+def _content(out):
+    return json.loads((out / "predictions.json").read_text())
+
+
+def test_names_are_chunked_and_numbered_as_given(run, tmp_path, capsys):
+    names = ["cat", "dog", "person", "red car", "traffic light", "bottle", "cup", "tree", "potted plant"]
+    files = [_image(tmp_path / "a.png"), _image(tmp_path / "b.png", 128, 64), _image(tmp_path / "c.png", 50, 60)]
+    _predict(run, *files, f"--names={','.join(names)}", f"--out={tmp_path / 'out'}", *ALL)
+    content = _content(tmp_path / "out")
+    assert content["query"] == "names" and len(content["prompts"]) == 2 and content["step"] == 3
+    assert [phrase["text"] for phrase in content["phrases"]] == names
+    for phrase in content["phrases"]:
+        begin, end = phrase["span"]
+        assert content["prompts"][phrase["prompt"]][begin:end] == phrase["text"]
+    assert [(image["file"], image["width"], image["height"]) for image in content["images"]] == [
+        (files[0], 64, 64), (files[1], 128, 64), (files[2], 50, 60)]  # fmt: skip
+    for image in content["images"]:
+        assert image["detections"], "with no least score something is found"
+        scores = [found["score"] for found in image["detections"]]
+        assert scores == sorted(scores, reverse=True)
+        for found in image["detections"]:
+            assert 0 <= found["phrase"] < len(names)
+            assert found["score"] == pytest.approx(math.sqrt(found["alignment"] * found["centerness"]), abs=2e-3)
+            x1, y1, x2, y2 = found["box"]
+            assert 0 <= x1 <= x2 <= image["width"] and 0 <= y1 <= y2 <= image["height"]
+        with Image.open(tmp_path / "out" / image["drawn"]) as drawn:
+            assert drawn.width / drawn.height == pytest.approx(image["width"] / image["height"], rel=0.02)
+    told = capsys.readouterr().out
+    assert "a.png (64 x 64)" in told and "sqrt(" in told and "prompts 2" in told
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["pictures", "predictions.json"]
+
+
+def test_phrases_with_dots_keep_the_text_as_typed(run, tmp_path):
+    text = "a red cup .  two dogs . cat ."
+    _predict(run, _image(tmp_path / "a.png"), f"--text={text}", f"--out={tmp_path / 'out'}", *ALL)
+    content = _content(tmp_path / "out")
+    assert content["query"] == "phrases" and content["prompts"] == [text]
+    assert [(p["text"], p["span"]) for p in content["phrases"]] == [
+        ("a red cup", [0, 9]), ("two dogs", [13, 21]), ("cat", [24, 27])]  # fmt: skip
+
+
+def test_a_sentence_goes_through_the_phrase_finder(run, tmp_path, capsys):
+    text = "a view of a red cup near a dog"
+    _predict(run, _image(tmp_path / "a.png"), f"--text={text}", f"--out={tmp_path / 'out'}", *ALL)
+    assert "note: left out of the sentence's phrases: abstract 1" in capsys.readouterr().out
+    content = _content(tmp_path / "out")
+    assert content["query"] == "caption" and content["phrase_finder"].startswith("lexicon 3 (textblob ")
+    assert [phrase["text"] for phrase in content["phrases"]] == ["a red cup", "a dog"]
+
+
+def test_the_least_score_is_kept_and_what_is_not_found_is_said(run, tmp_path, capsys):
+    image, out = _image(tmp_path / "a.png"), tmp_path / "out"
+    _predict(run, image, "--names=cat,dog", f"--out={out}", *ALL)
+    scores = [found["score"] for found in _content(out)["images"][0]["detections"]]
+    least = sorted(scores)[len(scores) // 2]
+    _predict(run, image, "--names=cat,dog", f"--out={out}", *ALL, f"--least={least}")
+    again = [found["score"] for found in _content(out)["images"][0]["detections"]]
+    assert 0 < len(again) < len(scores) and min(again) >= least
+    _predict(run, image, "--names=cat,dog", f"--out={out}")
+    assert _content(out)["images"][0]["detections"] == []
+    assert "no score of 0.3 or more: cat, dog" in capsys.readouterr().out
+
+
+def test_folders_files_with_names_and_many_images(run, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(9):
+        _image(folder / f"{number}.png", seed=number)
+    (folder / "notes.txt").write_text("none")
+    (tmp_path / "more").mkdir()
+    _image(tmp_path / "more" / "0.png", 60, 40)
+    (tmp_path / "names.txt").write_text("\ufeffcat\n\n dog \n")
+    _predict(
+        run, folder, tmp_path / "more", f"--names-file={tmp_path / 'names.txt'}", f"--out={tmp_path / 'out'}", *ALL
+    )
+    content = _content(tmp_path / "out")
+    assert [phrase["text"] for phrase in content["phrases"]] == ["cat", "dog"]
+    assert [image["drawn"] for image in content["images"]] == [f"pictures/{n}.png" for n in range(9)] + [
+        "pictures/0_1.png"
+    ]
+    told = capsys.readouterr()
+    assert "files with other endings passed over 1" in told.out
+    assert "images 10, shapes 1, prompts 1, programs compiled or read from the cache 3" in told.out
+    assert "images, best" in told.out and "predict:" in told.err
+
+
+def test_a_picture_stored_turned_is_seen_upright(run, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = _image(tmp_path / "upright.png", 40, 60)
+    with Image.open(upright) as image:
+        image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    _predict(run, upright, tmp_path / "turned.png", "--names=cat", f"--out={tmp_path / 'out'}", *ALL)
+    first, second = _content(tmp_path / "out")["images"]
+    assert (first["turned"], second["turned"]) == (False, True)
+    assert (second["width"], second["height"]) == (40, 60)
+    assert first["detections"] == second["detections"]
+
+
+def test_the_settings_are_the_checkpoints(run, tmp_path, capsys):
+    assert saved_settings(run) == CONFIG
+    image = _image(tmp_path / "a.png")
+    _predict(run, image, "--names=cat", f"--out={tmp_path / 'out'}", "--config.detection.nms_iou=0.25")
+    assert _content(tmp_path / "out")["settings"]["detection"]["nms_iou"] == 0.25
+    _predict(run, image, "--names=cat", f"--out={tmp_path / 'no'}", "--config.model.head.blocks=2", code=2)
+    assert (
+        "another network than the settings say (saved -> given: model.head.blocks: 1 -> 2)" in capsys.readouterr().err
+    )
+    path = tiny_run.config_file(tmp_path, {})
+    _predict(run, image, "--names=cat", f"--out={tmp_path / 'out'}", f"--config={path}", "--step=3")
+    assert _content(tmp_path / "out")["settings"]["short_side"] == 800
+
+
+def test_saved_settings_come_back_through_json():
+    sources = {"a.b": tiny_run.SourceConfig("x"), "c": tiny_run.SourceConfig("y", 2.0)}
+    dataset = EvaluationSet("a.json", "images", names={"R.B C": "red blood cell"})
+    config = tiny_run.replace(tiny_run.config(sources), "evaluation", sets={"v.1": dataset})
+    saved = json.loads(json.dumps(dict(flatten(config))))
+    assert unflatten(saved) == config
+    del saved["model.head.blocks"]
+    assert unflatten(saved).model.head.blocks == Config().model.head.blocks
+    with pytest.raises(ConfigError, match=r"does not know \(model.head.colour\)"):
+        unflatten({**saved, "model.head.colour": 3})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected one of --text, --names, --names-file, found none"),
+        (["--names=cat", "--text=a dog"], "found --text and --names"),
+        (["--names=cat,dog, Cat"], r"name 3 ('Cat') is the same to the model as name 1 ('cat')"),
+        (["--names=cat,,dog"], "name 2 of 3 is empty"),
+        (["--names=cat,(x)"], "name 2 of 2 is empty ('(x)'"),
+        (["--names=ca\x07t"], "has the character U+0007"),
+        (["--names=caf\udce9"], "has the character U+DCE9"),
+        (["--names=cat,中文"], "'中文' has no word or character that the model's vocabulary knows"),
+        ([f"--names=cat,{'dog ' * 20}"], "alone takes 22 tokens with [CLS] and [SEP], the budget is 16"),
+        (["--text=" + "a dog . " * 2 + "cat"], "phrase 2 ('a dog') is the same"),
+        (["--text=cat . . dog"], "phrase 2 of 3 is empty"),
+        (["--text=" + " . ".join(tiny_run.NAMES) + " . " + "red dog " * 8], "the first phrase beyond is 'red dog"),
+        (["--text=they are running"], "no noun phrase found"),
+        (["--names-file=/nowhere/names.txt"], "--names-file=/nowhere/names.txt cannot be read"),
+        (["--names=cat", "--least=2"], "expected 0 <= least < 1"),
+        (["--names=cat", "--least=much"], "--least=much: expected a number"),
+        (["--names=cat", "--leest=0.1"], "did you mean --least"),
+        (["--names=cat", "--step=7"], "holds no checkpoint of step 7; there are: [3]"),
+        (["--names=cat", "--config.detection.nms=3"], "did you mean --config.detection.nms_iou"),
+        (["--names=cat", "--workdir=/nowhere"], "no complete checkpoint"),
+    ],
+)  # fmt: skip
+def test_a_mistaken_command_gets_one_line(run, tmp_path, capsys, arguments, message):
+    _refused(run, tmp_path, capsys, message, _image(tmp_path / "a.png"), *arguments)
+
+
+def _refused(run, tmp_path, capsys, message, *arguments):
+    _predict(run, f"--out={tmp_path / 'out'}", *arguments, code=2)
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("predict: ") and len(error.splitlines()) == 1, error
+    assert not (tmp_path / "out").exists()
+
+
+def _bytes(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def _truncated(path):
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(stream, "JPEG")
+    return _bytes(path, stream.getvalue()[:-600])
+
+
+def _huge(path):
+    """A PNG whose head says 20,000 x 20,000."""
+    stream = io.BytesIO()
+    Image.new("L", (8, 8)).save(stream, "PNG")
+    head = bytearray(stream.getvalue())
+    head[16:24] = (20_000).to_bytes(4, "big") * 2
+    head[29:33] = zlib.crc32(bytes(head[12:29])).to_bytes(4, "big")
+    return _bytes(path, bytes(head))
+
+
+def _folder(path):
+    path.mkdir()
+    (path / "notes.txt").write_text("x")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path, "is not there: expected an image or a folder"),
+        (lambda path: _bytes(path, b""), "is no image that can be read (0 bytes)"),
+        (lambda path: _bytes(path, b"text"), "is no image that can be read (4 bytes)"),
+        (_truncated, "cannot be decoded"),
+        (_huge, "huge"),
+        (lambda path: _image(path.with_suffix(".png"), 2000, 1), "too long and narrow"),
+        (_folder, "has no images (of 1 files)"),
+    ],
+    ids=["missing", "empty", "text", "truncated", "huge", "narrow", "empty folder"],
+)
+def test_an_image_that_cannot_be_used_gets_one_line(run, tmp_path, capsys, make, message):
+    good = _image(tmp_path / "a.png")
+    _refused(run, tmp_path, capsys, message, good, make(tmp_path / "bad.jpg"), "--names=cat")
+
+
+def test_an_output_that_cannot_be_written(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    _predict(run, _image(tmp_path / "a.png"), "--names=cat", f"--out={tmp_path / 'file' / 'out'}", code=2)
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_parameters_of_another_network_get_one_line(run, tmp_path, monkeypatch, capsys):
+    saved = predict.finite_parameters
+    monkeypatch.setattr(predict, "finite_parameters", lambda *which: {**saved(*which), "head": {}})
+    _predict(run, _image(tmp_path / "a.png"), "--names=cat", f"--out={tmp_path / 'out'}", code=2)
+    told = capsys.readouterr().err
+    assert told.startswith("predict: the checkpoint's parameters do not fit the network") and told.count("\n") == 1
+
+
+def test_what_stops_in_the_middle_leaves_what_was_there(run, tmp_path, monkeypatch):
+    images, out = [_image(tmp_path / f"{n}.png", seed=n) for n in range(4)], tmp_path / "out"
+    (out / "pictures").mkdir(parents=True)
+    (out / "predictions.json").write_text("old")
+    calls, categories = [], Detector.categories
+
+    def stopped(self, *arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return categories(self, *arguments)
+
+    monkeypatch.setattr(Detector, "categories", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        _predict(run, *images, "--names=cat", f"--out={out}")
+    assert (out / "predictions.json").read_text() == "old"
+    assert sorted(path.name for path in out.iterdir()) == ["pictures", "predictions.json"]
+    assert not list((out / "pictures").iterdir())
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        _predict(run, *images, "--names=cat", f"--out={tmp_path / 'new'}")
+    assert not (tmp_path / "new").exists()
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as stop:
+        predict.main(["--help"])
+    told = capsys.readouterr().out
+    assert stop.value.code == 0
+    for words in ("example: python -m glip_jax predict", "--names-file", "--text=", "alignment", "exit codes"):
+        assert words in told
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a . b", ["a", "b"]),
+        ("a .b . c. d", ["a .b", "c. d"]),
+        (". a . b .", ["", "a", "b"]),
+        ("a man rides .", []),
+        ("a. b", []),
+        ("", []),
+        (" . ", []),
+    ],
+)
+def test_separators(text, words):
+    assert [text[begin:end] for begin, end in separated(text)] == words

@@ -1,0 +1,293 @@
+"""The build: the same bytes whatever was killed and however many processes worked, and a report of what there is."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from glip_jax.cli.data import main
+from glip_jax.data.importers import build as build_module
+from glip_jax.data.importers import published, workers
+from glip_jax.data.importers.build import Plan, build, excluded_hashes
+from glip_jax.data.importers.coco import open_coco
+from glip_jax.data.importers.entry import Entry, Folder, Opened, Report, SourceError, image_folder, pack, unpack
+from glip_jax.data.records import content_hash
+from glip_jax.data.shards import ShardError, Shards, verify
+from tests.data.conftest import coco_json, write_image
+
+ROOT = Path(__file__).resolve().parents[3]
+COUNT = 40
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """Forty pictures, one of them there twice, one missing, with three boxes each, some faulty."""
+    root = tmp_path_factory.mktemp("source")
+    (root / "pictures").mkdir()
+    for i in range(COUNT):
+        write_image(root / "pictures" / f"img{i}.png", 24, 32, min(i, COUNT - 2))
+    (root / "pictures" / "img7.png").unlink()
+    data = coco_json([(24, 32)] * COUNT)
+    data["annotations"][30]["bbox"] = [100, 3, 5, 5]
+    data["annotations"][31] |= {"bbox": [-9, 3, 20, 5]}
+    data["annotations"][34] |= {key: data["annotations"][33][key] for key in ("bbox", "category_id")}
+    (root / "boxes.json").write_text(json.dumps(data))
+    return root
+
+
+def command(source: Path, out: Path, *more: str) -> list[str]:
+    return ["coco", f"{source}/boxes.json", f"--images={source}/pictures", f"--out={out}", "--shards=6", *more]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory) -> Path:
+    """What comes out of an uninterrupted build in one process."""
+    out = tmp_path_factory.mktemp("whole") / "set"
+    assert main(command(source, out, "--processes=1")) == 0
+    return out
+
+
+def same_but_for_the_command(one: Path, other: Path) -> bool:
+    """Whether two finished folders are equal; the command in a manifest names its folder."""
+    left, right = contents(one), contents(other)
+    for folder, files in ((one, left), (other, right)):
+        files["manifest.json"] = files["manifest.json"].replace(str(folder).encode(), b"OUT")
+    return left == right
+
+
+def test_the_report_counts_everything(source, whole):
+    manifest, report = Shards(whole).manifest, json.loads((whole / "report.json").read_text())
+    assert verify(whole) and len(manifest.shards) == 6
+    assert set(contents(whole)) == {
+        "manifest.json",
+        "columns.npz",
+        "report.json",
+        *(s["file"] for s in manifest.shards),
+    }
+    assert (report["records"], report["images"], report["listed_records"]) == (COUNT - 1, COUNT - 2, COUNT)
+    assert report["boxes"] == manifest.boxes == report["listed_boxes"] - 5 == 3 * COUNT - 5
+    assert {reason: drop["count"] for reason, drop in report["drops"].items()} == manifest.drops == {
+        "box: outside the image": 1, "box: there twice": 1, "box: image dropped": 3, "image: file missing": 1,
+    }  # fmt: skip
+    assert report["drops"]["image: file missing"]["first"] == "image 8, img7.png"
+    assert "annotation 35 of image 12" in report["drops"]["box: there twice"]["first"]
+    assert report["notes"]["box: cut at the edge of the image"]["count"] == 1
+    assert report["duplicates"] == {"records": 1, "first": [37, 38]}
+    assert report["inputs"][0]["file"] == f"{source}/boxes.json" and report["published"] is None
+
+
+def test_any_number_of_processes_gives_the_same_bytes(source, whole, tmp_path):
+    for number in (2, 3):
+        assert main(command(source, tmp_path / "set", f"--processes={number}")) == 0
+        assert same_but_for_the_command(whole, tmp_path / "set")
+        shutil.rmtree(tmp_path / "set")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_and_run_again_gives_the_same_bytes(source, whole, tmp_path, processes):
+    out, partial = tmp_path / "set", tmp_path / ".set.partial"
+    arguments = command(source, out, f"--processes={processes}")
+    child = subprocess.Popen([sys.executable, "-m", "tests.data.importers.slow_build", *arguments], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not list(partial.glob("records*.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    assert not out.exists()
+    there = {path.name: path.stat().st_ino for path in partial.glob("records*.array_record")}
+    assert 0 < len(there) < 6
+    assert main(arguments) == 0 and same_but_for_the_command(whole, out) and not partial.exists()
+    now = {path.name: path.stat().st_ino for path in out.glob("records*")}
+    assert {name for name in there if now[name] == there[name]}  # finished shards are not made again
+
+
+def stopped_in(monkeypatch, module, name, after):
+    """Lets a function end the build, as a kill would, at its call number `after`."""
+    real, calls = getattr(module, name), []
+
+    def function(*arguments, **options):
+        calls.append(1)
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, name, function)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "after"),
+    [
+        (build_module, "pack", 5),
+        (workers, "finish", 20),
+        (build_module, "summary", 1),
+        (build_module, "_digest", 1),
+    ],
+)
+def test_stopped_anywhere_it_goes_on(source, whole, tmp_path, monkeypatch, module, name, after):
+    arguments = command(source, tmp_path / "set", "--processes=1")
+    with monkeypatch.context() as patch:
+        stopped_in(patch, module, name, after)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments)
+    assert not (tmp_path / "set").exists()
+    assert main(arguments) == 0 and same_but_for_the_command(whole, tmp_path / "set")
+
+
+def test_an_index_of_other_inputs_or_settings_is_not_used(source, whole, tmp_path, monkeypatch):
+    shutil.copy(source / "boxes.json", tmp_path / "boxes.json")
+    arguments = [f"--images={source}/pictures", f"--out={tmp_path}/set", "--processes=1", "--shards=6"]
+    arguments = ["coco", f"{tmp_path}/boxes.json", *arguments]
+    with monkeypatch.context() as patch:
+        stopped_in(patch, workers, "finish", 20)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments)
+    data = json.loads((tmp_path / "boxes.json").read_text())
+    data["annotations"] = data["annotations"][:60]
+    (tmp_path / "boxes.json").write_text(json.dumps(data))
+    assert main(arguments) == 0
+    assert json.loads((tmp_path / "set" / "report.json").read_text())["listed_boxes"] == 60
+
+
+def test_a_second_build_of_the_same_folder_waits_and_says_so(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build_module, "_WAIT", 0.3)
+    with build_module._alone((tmp_path / ".set.partial").absolute(), tmp_path / "set"):
+        assert main(command(source, tmp_path / "set")) == 2
+    assert "another process is making this folder" in capsys.readouterr().err
+    assert main(command(source, tmp_path / "set")) == 0
+
+
+def test_a_worker_that_is_killed_is_one_line_and_the_build_goes_on(source, whole, tmp_path, capfd, monkeypatch):
+    out = tmp_path / "set"
+
+    def deadly(scratch: Path) -> Opened:
+        found = open_coco(source / "boxes.json", source / "pictures", scratch=scratch)
+        return dataclasses.replace(found, images=Deadly(image_folder(source / "pictures")))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("glip_jax.cli.data.build", lambda plan, _: build(plan, deadly))
+        assert main(command(source, out, "--processes=2")) == 2
+    line = capfd.readouterr().err
+    assert (
+        "a worker ended with code -9" in line and "fewer --processes" in line and (tmp_path / ".set.partial").exists()
+    )
+
+
+class Deadly:
+    """A reader of pictures that one of them kills."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+
+    def __call__(self, image: str) -> bytes:
+        if image == "img9.png":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.folder(image)
+
+
+def test_strict_stops_in_workers_too(source, tmp_path, capsys):
+    assert main(command(source, tmp_path / "set", "--strict", "--processes=2")) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "without --strict it would be dropped" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_excluded_pictures_stay_out_and_are_counted(source, whole, tmp_path, capsys):
+    one, other = ((source / "pictures" / f"img{i}.png").read_bytes() for i in (3, 5))
+    (tmp_path / "hashes.txt").write_text(f"{content_hash(one)}\n0x{content_hash(other):016x}\n{'ab' * 32}\n")
+    arguments = command(source, tmp_path / "set", f"--exclude={tmp_path}/hashes.txt", "--licence=CC0")
+    assert main(arguments) == 0
+    report = json.loads((tmp_path / "set" / "report.json").read_text())
+    assert report["drops"]["image: excluded"] == {"count": 2, "first": "image 4, img3.png"}
+    assert report["records"] == COUNT - 3 and report["drops"]["box: image dropped"]["count"] == 9
+    assert report["exclude"][0]["hashes"] == 3
+    printed = capsys.readouterr().out
+    assert "overlap with --exclude" in printed and "of 3 pictures in 1 lists" in printed
+    assert not {content_hash(one), content_hash(other)} & set(Shards(tmp_path / "set").hash.tolist())
+    # Every record of a folder, by folder, manifest or columns.
+    for place in (whole, whole / "manifest.json", whole / "columns.npz"):
+        assert excluded_hashes([place])[0] == set(Shards(whole).hash.tolist())
+    more = [f"--exclude={whole}", f"--exclude={tmp_path}/hashes.txt"]
+    assert main(command(source, tmp_path / "none", *more)) == 2
+    assert f"image: excluded {COUNT - 1} (first: image 1, img0.png)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("12 x7", "word 2 is 'x7'"),
+        ("1" * 30, "more than 64 bits"),
+        (None, "cannot be read"),
+        (b"\xff\xfe", "cannot be"),
+    ],
+)
+def test_lists_of_hashes_that_are_none(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "list").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SourceError, match=message):
+        excluded_hashes([tmp_path / "list"])
+
+
+def test_settings_that_make_no_folder(source, tmp_path):
+    opened = lambda scratch: open_coco(source / "boxes.json", source / "pictures", scratch=scratch)  # noqa: E731
+    for change, message in [
+        ({"processes": -1}, "processes is -1"),
+        ({"shards": 0}, "shards is 0"),
+        ({"published": "coco"}, "there is no published set 'coco'"),
+    ]:
+        with pytest.raises((ShardError, SourceError), match=message):
+            build(Plan(tmp_path / "set", "boxes.json", **change), opened)
+    nothing = Opened(iter(()), image_folder(source), Report())
+    with pytest.raises(ShardError, match="no record came out of x"):
+        build(Plan(tmp_path / "set", "x"), lambda _: nothing)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_entries_survive_the_index():
+    entry = Entry(
+        "\ud800", "a.png", "grounding", 10**30, 7, ((0.1, 1e-9, 3.0, 4.0),), caption="a \udc00", spans=(((0, 1), (2, 3)),),
+        scores=(0.5,), known_absent=("x",), not_exhaustive=("y",), unknown=(((0, 1),),), ids=("1",), provenance="p",
+    )  # fmt: skip
+    assert unpack(pack(entry)) == entry
+
+
+def test_published_sets_are_compared_and_variants_explained(source, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "manifests"
+    folder.mkdir()
+    fields = {
+        "title": "Tiny 2026", "files": ["boxes.json"], "counts": {"records": 40, "boxes": 99, "names": 7}, "units": {},
+        "source": "its paper", "licence": "CC BY 9.0", "variants": [{"boxes": 120, "why": "with the second release"}],
+    }  # fmt: skip
+    (folder / "tiny.json").write_text(json.dumps(fields))
+    monkeypatch.setattr(published, "MANIFESTS", folder)
+    assert main(command(source, tmp_path / "set")) == 0
+    printed = capsys.readouterr().out
+    assert "Tiny 2026 (its paper)" in printed and "licence: CC BY 9.0" in printed
+    assert "  40 records, as published" in printed
+    assert "  120 boxes, published are 99: with the second release" in printed
+    assert "  6 names, published are 7: no variant with this number is known" in printed
+    (folder / "bad.json").write_text("{}")
+    assert main(command(source, tmp_path / "other")) == 2
+    assert "bad.json is no manifest of a published set" in capsys.readouterr().err
+
+
+def test_the_bundled_manifests_are_whole():
+    sets = published.load()
+    assert {"coco_2017_train", "coco_2017_val", "lvis_v1_train", "objects365_v2_train"} <= set(sets)
+    files = [file for known in sets.values() for file in known.files]
+    assert len(files) == len(set(files))
+    for known in sets.values():
+        assert known.counts and known.source and known.licence
+        assert all(set(variant) - {"why"} <= set(known.counts) and variant["why"] for variant in known.variants)
+    assert np.all([count > 0 for known in sets.values() for count in known.counts.values()])

@@ -1,0 +1,129 @@
+import json
+import os
+from typing import Literal
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from glip_jax.data.scenes import sets
+from glip_jax.data.scenes.draw import SceneError, SceneStyle, draw_scene
+from glip_jax.data.scenes.pictures import Picture
+from glip_jax.data.scenes.sets import SceneSet, finished, make_scenes
+
+COLOURS = {"blue square": (0, 0, 255), "green square": (0, 255, 0), "red square": (255, 0, 0)}
+STYLE = SceneStyle(height=96, width=128, objects=(3, 6), sides=(16.0, 40.0))
+
+
+def squares():
+    return [Picture(n, "detection", "plain", Image.new("RGBA", (32, 32), (*c, 255))) for n, c in COLOURS.items()]
+
+
+def scenes(kind: Literal["detection", "grounding", "captions"] = "detection", count=4, seed=7):
+    return SceneSet(kind, count, seed, squares(), STYLE)
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_coco_form(tmp_path):
+    assert make_scenes(tmp_path / "det", scenes()) is True
+    content = read(tmp_path / "det" / "annotations.json")
+    assert [c["name"] for c in content["categories"]] == list(COLOURS)
+    assert len(content["images"]) == 4 and "caption" not in content["images"][0]
+    scene = draw_scene(squares(), 7, 1, STYLE, spoken=False)
+    rows = [a for a in content["annotations"] if a["image_id"] == 2]
+    np.testing.assert_allclose([a["bbox"][:2] for a in rows], scene.boxes[:, :2])
+    np.testing.assert_allclose([a["bbox"][2:] for a in rows], scene.boxes[:, 2:] - scene.boxes[:, :2])
+    assert [a["category_id"] for a in rows] == (scene.pictures + 1).tolist()
+    with Image.open(tmp_path / "det" / "images" / content["images"][1]["file_name"]) as image:
+        assert image.size == (128, 96)
+        assert np.abs(np.asarray(image, np.float32) - scene.image).mean() < 20
+
+
+def test_mdetr_form_tells_the_kinds_of_phrases(tmp_path):
+    make_scenes(tmp_path / "g", scenes("grounding", 12))
+    content = read(tmp_path / "g" / "annotations.json")
+    images = {image["id"]: image for image in content["images"]}
+    assert len({a["id"] for a in content["annotations"]}) == len(content["annotations"]) > 0
+    spoken = {i: [] for i in images}
+    for annotation in content["annotations"]:
+        (span,) = annotation["tokens_positive"]
+        caption = images[annotation["image_id"]]["caption"]
+        assert "square" in caption[slice(*span)]
+        spoken[annotation["image_id"]].append(span)
+    kinds = set()
+    for identity, image in images.items():
+        assert all(p["span"] in spoken[identity] and p["kind"] in ("plain", "relational") for p in image["phrases"])
+        assert len(image["phrases"]) == len({tuple(s) for s in spoken[identity]})
+        kinds |= {p["kind"] for p in image["phrases"]}
+    assert kinds == {"plain", "relational"}
+
+
+def test_captions_have_no_boxes_and_their_truth_lies_beside(tmp_path):
+    make_scenes(tmp_path / "c", scenes("captions"))
+    captions, truth = read(tmp_path / "c" / "annotations.json"), read(tmp_path / "c" / "truth.json")
+    assert set(captions) == {"info", "images", "annotations"}
+    assert all(set(a) == {"id", "image_id", "caption"} for a in captions["annotations"])
+    assert all("caption" not in image for image in captions["images"])
+    assert [a["caption"] for a in captions["annotations"]] == [image["caption"] for image in truth["images"]]
+    assert all(a["tokens_positive"] and a["bbox"] for a in truth["annotations"])
+
+
+def test_any_number_of_processes_gives_the_same_files(tmp_path):
+    for processes in (1, 2):
+        make_scenes(tmp_path / str(processes), scenes("grounding", 70), processes)
+    one, two = tmp_path / "1", tmp_path / "2"
+    files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+    assert len(files) == 71
+    assert all((one / file).read_bytes() == (two / file).read_bytes() for file in files)
+    assert sorted(path.relative_to(two) for path in two.rglob("*") if path.is_file()) == files
+
+
+def test_finished_scenes_stay_and_others_are_refused_by_name(tmp_path):
+    out = tmp_path / "det"
+    assert make_scenes(out, scenes()) and finished(out, scenes())
+    before = (out / "annotations.json").stat().st_mtime_ns
+    assert make_scenes(out, scenes()) is False
+    assert (out / "annotations.json").stat().st_mtime_ns == before
+    with pytest.raises(SceneError, match="differ in count, seed"):
+        make_scenes(out, scenes(count=5, seed=8))
+    other = squares()
+    other[0].image.putpixel((0, 0), (9, 9, 9, 255))
+    with pytest.raises(SceneError, match="differ in pictures:"):
+        make_scenes(out, SceneSet("detection", 4, 7, other, STYLE))
+
+
+def test_what_is_no_set_of_scenes_is_not_touched(tmp_path):
+    (tmp_path / "det").mkdir()
+    (tmp_path / "det" / "mine.txt").write_text("mine")
+    with pytest.raises(SceneError, match="holds no finished scenes"):
+        make_scenes(tmp_path / "det", scenes())
+    assert (tmp_path / "det" / "mine.txt").read_text() == "mine"
+
+
+def test_an_interrupted_set_is_not_there_and_is_made_again(tmp_path, monkeypatch):
+    made = sets.draw_scene
+
+    def stops(pictures, seed, index, *args, **kwargs):
+        if index == 2:
+            raise KeyboardInterrupt
+        return made(pictures, seed, index, *args, **kwargs)
+
+    monkeypatch.setattr(sets, "draw_scene", stops)
+    with pytest.raises(KeyboardInterrupt):
+        make_scenes(tmp_path / "det", scenes())
+    assert not list(tmp_path.iterdir())
+    # What a killed process leaves does not count either.
+    (tmp_path / ".det.partial" / "images").mkdir(parents=True)
+    (tmp_path / ".det.partial" / "images" / "999999.jpg").write_bytes(b"half")
+    monkeypatch.undo()
+    assert make_scenes(tmp_path / "det", scenes())
+    assert sorted(os.listdir(tmp_path)) == ["det"] and len(os.listdir(tmp_path / "det" / "images")) == 4
+
+
+@pytest.mark.parametrize(("count", "processes", "message"), [(0, 1, "count is 0"), (4, -1, "processes is -1")])
+def test_bad_settings_are_named(tmp_path, count, processes, message):
+    with pytest.raises(SceneError, match=message):
+        make_scenes(tmp_path / "det", scenes(count=count), processes)

@@ -1,0 +1,410 @@
+"""Several processes on loopback train as one: same batches, same parameters, one stop, and the news of a death.
+
+The network is the stand-in, which compiles in a second, but for two tests; data, loop, checkpoints and exits are the real ones.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import pytest
+
+from glip_jax.cli import scenes
+from glip_jax.cli.command_line import load_config
+from glip_jax.cli.train import main
+from glip_jax.config import MeshConfig
+from glip_jax.data.mixture import Mixture
+from glip_jax.distributed import exit_codes
+from glip_jax.distributed.cluster import Cluster, Crew, ProcessError, _Desk, announced, join
+from glip_jax.distributed.mesh import MeshError, make_mesh
+from glip_jax.io import checksums
+from glip_jax.io.checkpoint import complete_steps, latest_step, restore_parameters
+from glip_jax.training import loop
+from glip_jax.training.monitoring import metrics
+from glip_jax.weights import pretrained
+from tests import tiny_run
+from tests.distributed.worker import rows
+from tests.training import stand_in
+from tests.training.same_path import same_path
+
+PATIENCE = 900
+"""Seconds for a job to come to its end, on a machine that has other things to do."""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    return tiny_run.write_sources(tmp_path_factory.mktemp("sources"))
+
+
+@pytest.fixture(scope="module")
+def file(sources, tmp_path_factory):
+    return tiny_run.config_file(tmp_path_factory.mktemp("config"), sources)
+
+
+def _port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class _Job:
+    """Processes of one job, each with its own options and environment."""
+
+    def __init__(self, file, workdir, number, devices, options=(), own=(), environment=()):
+        where, own, environment = f"127.0.0.1:{_port()}", dict(own), dict(environment)
+        self.processes, self.said = [], [[] for _ in range(number)]
+        for index in range(number):
+            command = [sys.executable, "-m", "tests.distributed.worker", f"--config={file}", f"--workdir={workdir}",
+                       "--config.train.log_every=1", f"--coordinator={where}", f"--processes={number}",
+                       f"--index={index}", f"--patience={PATIENCE}", *options, *own.get(index, ())]  # fmt: skip
+            flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
+            more = {"XLA_FLAGS": flags, **environment.get(index, {})}
+            self.processes.append(
+                subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **more}
+                )
+            )
+        self._threads = [threading.Thread(target=self._read, args=(i,), daemon=True) for i in range(number)]
+        for thread in self._threads:
+            thread.start()
+
+    def _read(self, index):
+        for line in self.processes[index].stdout:
+            self.said[index].append(line.rstrip("\n"))
+
+    def wait_for(self, index, line):
+        end = time.monotonic() + PATIENCE
+        while not any(said.startswith(line) for said in self.said[index]):
+            assert time.monotonic() < end and self.processes[index].poll() is None, "\n".join(self.said[index])
+            time.sleep(0.05)
+
+    def finish(self):
+        """(exit codes, what each said); kills what does not end."""
+        try:
+            codes = [process.wait(PATIENCE) for process in self.processes]
+        finally:
+            for process in self.processes:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+        for thread in self._threads:
+            thread.join(10)
+        return codes, ["\n".join(lines) for lines in self.said]
+
+
+def _hashes(*texts):
+    """Per batch, the examples' hashes over the processes in order."""
+    found = [re.findall(r"^batch \d+: (.*)$", text, re.MULTILINE) for text in texts]
+    return [" ".join(parts).split() for parts in zip(*found, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def straight(file, tmp_path_factory):
+    """Two processes of four devices, undisturbed: workdir and what they said."""
+    workdir = tmp_path_factory.mktemp("straight")
+    codes, said = _Job(file, workdir, 2, 4, ("--config.mesh.fsdp=4",)).finish()
+    assert codes == [0, 0], said
+    return workdir, said
+
+
+def _same_parameters(workdir, other):
+    one, two = (restore_parameters(str(folder), "raw", 6) for folder in (workdir, other))
+    same_path(tiny_run.config(), one, two, 6)
+
+
+def _alone(sources, workdir, monkeypatch, mesh, devices):
+    """The same run in this process."""
+    stand_in.install(monkeypatch, devices)
+    return _trained(sources, workdir, mesh)
+
+
+def _trained(sources, workdir, mesh):
+    config = dataclasses.replace(tiny_run.config(sources), mesh=mesh)
+    return loop.train(config, str(workdir))
+
+
+@pytest.mark.slow
+def test_two_and_four_processes_equal_one(file, sources, straight, tmp_path, monkeypatch):
+    _alone(sources, tmp_path / "one", monkeypatch, MeshConfig(data=1), 1)
+    batches = Mixture(tiny_run.config(sources)).batches()
+    expected = [rows(next(batches)) for _ in range(6)]
+    batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert _hashes(*straight[1]) == expected
+    assert [text.count("evaluated step 6") for text in straight[1]] == [1, 0], "the first process evaluates"
+    _same_parameters(tmp_path / "one", straight[0])
+    codes, said = _Job(file, tmp_path / "four", 4, 1).finish()
+    assert codes == [0] * 4, said
+    assert _hashes(*said) == expected
+    _same_parameters(tmp_path / "one", tmp_path / "four")
+
+
+@pytest.mark.slow
+def test_two_processes_split_the_real_network_over_all_axes(file, sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    _trained(sources, tmp_path / "one", MeshConfig())
+    mesh = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    codes, said = _Job(file, tmp_path / "two", 2, 4, mesh, environment={i: {"REAL": "1"} for i in range(2)}).finish()
+    assert codes == [0, 0], said
+    _same_parameters(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_two_and_four_processes_train_the_demo(tmp_path, monkeypatch):
+    """Its network, scenes, towers and schedule, five steps: as one process does, and twice alike on one layout."""
+    drawn = (f"--out={tmp_path / 'scenes'}", "--count=40", "--captions=0", "--validation=8")
+    assert scenes.main(drawn) == 0
+    file = tmp_path / "demo.py"
+    file.write_text(
+        f"from configs.demo import demo\nfrom tests import tiny_run\n\n\ndef get_config():\n"
+        f"    base = tiny_run.replace(demo({str(tmp_path / 'scenes')!r}), 'train', steps=5, draw_first_batch=False)\n"
+        f"    return tiny_run.replace(tiny_run.replace(base, 'checkpoint', every=5), 'evaluation', sets={{}})\n"
+    )
+    config = load_config(str(file))
+    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    loop.train(config, str(tmp_path / "one"), towers=pretrained.initialize)
+    batches = Mixture(config).batches()
+    expected = [rows(next(batches)) for _ in range(5)]
+    batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+    one, prints = restore_parameters(str(tmp_path / "one"), "raw", 5), []
+    for name, number, mesh in (
+        ("two", 2, "--config.mesh.fsdp=4"),
+        ("again", 2, "--config.mesh.fsdp=4"),
+        ("four", 4, ""),
+    ):
+        real = {index: {"REAL": "1"} for index in range(number)}
+        job = _Job(file, tmp_path / name, number, 8 // number, (mesh,) if mesh else (), environment=real)
+        codes, said = job.finish()
+        assert codes == [0] * number, said
+        assert _hashes(*said) == expected
+        same_path(config, one, restore_parameters(str(tmp_path / name), "raw", 5), 5)
+        prints.append(re.findall("fingerprint: (.*)", said[0]))
+    assert prints[0] == prints[1] != []
+
+
+@pytest.mark.slow
+def test_two_processes_write_into_a_bucket_what_they_write_into_a_folder(
+    file, straight, running, tmp_path, monkeypatch
+):
+    """Checkpoints in parts from both, numbers from the first, while requests fail."""
+    place = running.fresh(monkeypatch, tmp_path / "cache", silence=5.0, patience=120) + "/runs/one"
+    with running.arm("503", "reset", share=0.03) as injected:
+        codes, said = _Job(file, place, 2, 4, ("--config.mesh.fsdp=4",)).finish()
+    assert codes == [0, 0], said
+    assert set(injected) == {"503", "reset"}
+    prints = [re.findall("fingerprint: (.*)", text) for text in (said[0], straight[1][0])]
+    assert prints[0] == prints[1] != []
+    assert complete_steps(place) == [4, 6] and checksums.fault(f"{place}/checkpoints/6") == ""
+    assert [line["step"] for line in metrics.read(place) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    _same_parameters(straight[0], place)
+
+
+@pytest.mark.slow
+def test_all_processes_hear_how_good_a_checkpoint_is(file, tmp_path):
+    """The first evaluates, and the others' wait for it is no step that hangs."""
+    best, pictures, annotations = tmp_path / "best.py", tmp_path / "pictures", tmp_path / "set.json"
+    pictures.mkdir()
+    annotations.write_text('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}')
+    best.write_text(
+        f"from glip_jax.config import EvaluationConfig, EvaluationSet\n"
+        f"from tests import tiny_run\n\n"
+        f"exec(open({str(file)!r}).read().replace('get_config', 'plain'))\n\n"
+        f"def get_config():\n"
+        f"    sets = {{'set': EvaluationSet({str(annotations)!r}, {str(pictures)!r})}}\n"
+        f"    config = tiny_run.replace(plain(), 'evaluation', sets=sets)\n"
+        f"    config = tiny_run.replace(config, 'checkpoint', every=2, keep=1, best=1, best_by='evaluation/set/norm')\n"
+        f"    return tiny_run.replace(config, 'train', steps=16, evaluate_every=2, hang_multiple=1.5, hang_least=1.0)\n"
+    )
+    scores = {i: {"SCORES": "0.1 0.1 0.1 0.1 0.1 0.5 0.1 0.2"} for i in range(2)}
+    codes, said = _Job(best, tmp_path / "run", 2, 1, environment=scores).finish()
+    assert codes == [0, 0], said
+    for text in said:
+        assert "scored step 12: 0.5" in text
+        assert "it hangs" not in text
+    assert complete_steps(str(tmp_path / "run")) == [12, 16]
+    assert not [path for path in (tmp_path / "run").glob("stacks*") if path.stat().st_size]
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_stops_all_at_one_step_and_the_same_bits_follow(file, sources, straight, tmp_path, monkeypatch):
+    """And what the two processes left goes on in one process, on other numbers of devices and another mesh."""
+    go, mesh = tmp_path / "go", ("--config.mesh.fsdp=4",)
+    job = _Job(file, tmp_path / "run", 2, 4, mesh, environment={1: {"PAUSE": f"3:{go}"}})
+    job.wait_for(1, "paused")
+    job.processes[1].send_signal(signal.SIGTERM)
+    go.touch()
+    codes, said = job.finish()
+    assert codes == [exit_codes.PREEMPTED] * 2, said
+    step = latest_step(str(tmp_path / "run"))
+    assert step in (3, 4) and f"SIGTERM: saved step {step}" in said[0]
+    for devices, shape in ((1, MeshConfig()), (4, MeshConfig(data=2, fsdp=2)), (8, MeshConfig(data=8))):
+        shutil.copytree(tmp_path / "run", tmp_path / f"on{devices}")
+        _alone(sources, tmp_path / f"on{devices}", monkeypatch, shape, devices)
+        _same_parameters(straight[0], tmp_path / f"on{devices}")
+    codes, said = _Job(file, tmp_path / "run", 2, 4, mesh).finish()
+    assert codes == [0, 0] and f"resuming at step {step}" in said[0], said
+    assert _hashes(*said) == _hashes(*straight[1])[step:], "the same examples in the same order"
+    prints = [re.findall("fingerprint: (.*)", text) for text in (said[0], straight[1][0])]
+    assert prints[0] == prints[1] != []
+
+
+def test_ctrl_c_on_one_host_stops_all(file, tmp_path):
+    go = tmp_path / "go"
+    job = _Job(file, tmp_path / "run", 2, 1, environment={0: {"PAUSE": f"2:{go}"}})
+    job.wait_for(0, "paused")
+    job.processes[0].send_signal(signal.SIGINT)
+    go.touch()
+    codes, said = job.finish()
+    assert codes == [exit_codes.CANCELLED] * 2, said
+    assert "SIGINT: saved step" in said[0]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_job_with_its_name(file, tmp_path, victim):
+    """The survivor waits inside a collective for the one that is killed."""
+    job = _Job(file, tmp_path / "run", 2, 1, environment={victim: {"PAUSE": f"3:{tmp_path / 'never'}"}})
+    job.wait_for(victim, "paused")
+    pid = job.processes[victim].pid
+    job.processes[victim].kill()
+    begin = time.monotonic()
+    codes, said = job.finish()
+    assert codes[1 - victim] == exit_codes.LOST, said
+    assert time.monotonic() - begin < 60, "long before jax's own 100 s of silence"
+    assert f"train: process {victim} on {socket.gethostname()} (pid {pid}) died" in said[1 - victim]
+    assert "Traceback" not in said[1 - victim]
+
+
+def test_hosts_that_differ_are_refused_with_the_difference(file, sources, tmp_path):
+    """Another setting, other code and other data, all at once."""
+    other = tmp_path / "boxes"
+    shutil.copytree(sources["boxes"].path, other)
+    manifest = other / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"licence": "', '"licence": "another'))
+    own = {1: ("--config.optimizer.rate=0.5", f"--config.data.sources.boxes.path={other}")}
+    codes, said = _Job(file, tmp_path / "run", 2, 1, own=own, environment={1: {"CODE": "f" * 64}}).finish()
+    assert codes == [exit_codes.BAD_INPUT] * 2, said
+    for text in said:
+        (line,) = [line for line in text.splitlines() if line.startswith("train: ")]
+        assert "the processes differ from process 0 on" in line and "process 1 on" in line
+        assert "config.optimizer.rate is 0.5, not 0.001" in line
+        assert "the package's code is ffffffffffff, not " in line
+        assert re.search(r"data.sources.boxes is 8 records, \w{12}, not 8 records, \w{12}", line)
+    assert not (tmp_path / "run").exists(), "refused before anything was written"
+
+
+def test_process_0_hears_last():
+    """What it hears may end it, before its thread has told the others."""
+    heard: list[int] = []
+    desk: Any = object.__new__(_Desk)
+    desk._wires = {index: SimpleNamespace(send=lambda index=index, **_: heard.append(index)) for index in (0, 2, 1)}
+    desk._tell(refused="")
+    assert heard == [2, 1, 0]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_whose_others_do_not_come_ends_with_one_line(file, tmp_path, index):
+    job = _Job(file, tmp_path / "run", 1, 1, ("--processes=2", f"--index={index}", "--patience=2"))
+    codes, said = job.finish()
+    assert codes == [exit_codes.BAD_INPUT], said
+    (line,) = [line for line in said[0].splitlines() if line]
+    wanted = r"train: process {} of 2: the others did not come together in 2 s: start all of them with --coordinator=.*"
+    assert re.fullmatch(wanted.format(index), line)
+
+
+def test_announced_processes_must_be_joined(file, tmp_path, monkeypatch, capsys):
+    assert announced({"SLURM_STEP_NUM_TASKS": "4"}) == (4, "SLURM_STEP_NUM_TASKS")
+    assert announced({"TPU_WORKER_HOSTNAMES": "a,b"}) == (2, "TPU_WORKER_HOSTNAMES")
+    assert announced({"TPU_WORKER_HOSTNAMES": "localhost", "SLURM_STEP_NUM_TASKS": "1"}) == (1, "")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert main([f"--config={file}", f"--workdir={tmp_path}"]) == exit_codes.BAD_INPUT
+    err = capsys.readouterr().err
+    assert "SLURM_STEP_NUM_TASKS announces 4 processes, but --distributed is not given" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("cluster", "message"),
+    [
+        (Cluster("host:1"), "--processes and --index not given"),
+        (Cluster("host:1", 2, 2), "--index=2: expected 0 to 1"),
+        (Cluster("host", 2, 1), "--coordinator=host: expected HOST:PORT"),
+    ],
+)
+def test_half_a_cluster_is_refused(cluster, message):
+    with pytest.raises(ProcessError, match=message):
+        join(cluster)
+
+
+def _crews(count, facts=None, patience=60.0):
+    """Crews of `count` members in threads of this process, or what kept each from being one."""
+    letter: list[bytes] = []
+    there = threading.Event()
+
+    def share(own):
+        if own:
+            letter.append(own)
+            there.set()
+        assert there.wait(60)
+        return letter[0]
+
+    found: list = [None] * count
+
+    def meet(index):
+        try:
+            found[index] = Crew(
+                (facts or {}).get(index, {"a": "1"}), patience=patience, place=(index, count), share=share
+            )
+        except ProcessError as fault:
+            found[index] = fault
+
+    threads = [threading.Thread(target=meet, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return found
+
+
+def test_a_crew_agrees_on_the_step_after_the_farthest():
+    """Also where one is in the middle of something when another is asked to stop, and moves on only later."""
+    crews = _crews(3)
+    for crew, steps in zip(crews, (5, 6, 5)):
+        assert [crew.agreed(0, step) for step in range(1, steps + 1)] == [0] * steps
+    assert crews[2].agreed(signal.SIGTERM, 6) == 0
+    deadline = time.monotonic() + 30
+    while any(crew._stop_at is None for crew in crews) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [crews[0].agreed(0, step) for step in (6, 7)] == [0, signal.SIGTERM]
+    assert crews[1].agreed(0, 7) == crews[2].agreed(0, 7) == signal.SIGTERM
+
+
+def test_a_crew_names_who_differs():
+    found = _crews(3, {1: {"a": "2"}, 2: {"a": "1", "b": "x"}})
+    assert all(isinstance(each, ProcessError) for each in found)
+    (text,) = {str(each) for each in found}
+    assert re.search(r"process 1 on \S+ \(pid \d+\): a is 2, not 1 \| process 2 on .*: b is x, not absent;", text)
+
+
+def test_slices_are_rows_of_data():
+    """Devices of two slices, as multi-slice TPUs report them, in any order."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Device:
+        id: int
+        process_index: int
+        slice_index: int
+
+    devices = [Device(n, n // 2, n % 2) for n in range(8)]
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)
+    assert [[each.slice_index for each in row.flat] for row in mesh.devices] == [[0] * 4, [1] * 4]
+    with pytest.raises(MeshError, match="the devices are of 2 slices.*mesh.data to be a multiple of 2"):
+        make_mesh(MeshConfig(data=1, fsdp=8), devices)
+    assert make_mesh(MeshConfig(), jax.devices()).shape["data"] == 8

@@ -1,0 +1,254 @@
+"""Checkpoints: there and back onto another mesh, newest kept, half-written ones ignored, differences refused."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glip_jax.config import CheckpointConfig, Config, MeshConfig, OptimizerConfig, TrainConfig
+from glip_jax.distributed.mesh import abstract, make_mesh, shardings
+from glip_jax.io import checksums
+from glip_jax.io.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    Saved,
+    complete_steps,
+    latest_step,
+    restore_parameters,
+    saved_config,
+    unfinished,
+)
+from glip_jax.io.workdir import check_config, write_config
+from glip_jax.training import optimizer as adamw
+
+EIGHT, TWO = MeshConfig(data=2, fsdp=4), MeshConfig(data=1, fsdp=2)
+
+
+def _saved(value: float) -> Saved:
+    params = {
+        "pyramid": {"lateral3": {"kernel": jnp.arange(64.0).reshape(1, 1, 8, 8) + value, "bias": jnp.ones(8) * value}},
+        "text": {"embeddings": {"type": jnp.ones((2, 8))}},
+    }
+    ema = {"pyramid": jax.tree.map(lambda x: x + 1, params["pyramid"])}
+    return Saved(params, adamw.init(ema, OptimizerConfig()), ema)
+
+
+def _equal(a, b) -> bool:
+    return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b))
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    mesh = make_mesh(EIGHT)
+    with Checkpoints(str(tmp_path), keep=2) as checkpoints:
+        for step in (1, 2, 3):
+            saved = _saved(step)
+            checkpoints.save(step, jax.device_put(saved, shardings(saved, mesh)), Config())
+    return str(tmp_path)
+
+
+def test_restored_onto_another_mesh(workdir):
+    mesh = make_mesh(TWO, jax.devices()[:2])
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        assert checkpoints.latest() == 3
+        restored = checkpoints.restore(3, abstract(_saved(0), mesh))
+    assert _equal(restored, _saved(3))
+    kernel = restored.params["pyramid"]["lateral3"]["kernel"]
+    assert kernel.sharding.mesh.shape["fsdp"] == 2 and kernel.sharding.shard_shape(kernel.shape)[-1] == 4
+    assert restored.optimizer.mu["pyramid"]["lateral3"]["kernel"].sharding == kernel.sharding
+
+
+def test_the_newest_are_kept_and_read_without_a_model(workdir):
+    assert latest_step(workdir) == 3
+    raw, average = restore_parameters(workdir, "raw"), restore_parameters(workdir, "ema")
+    assert _equal(raw, _saved(3).params)
+    assert _equal(average["pyramid"], _saved(3).ema["pyramid"]) and _equal(average["text"], raw["text"])
+    assert _equal(restore_parameters(workdir, "raw", step=2), _saved(2).params)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 1; there are: \[2, 3\]"):
+        restore_parameters(workdir, step=1)
+    assert saved_config(workdir)["train.steps"] == Config().train.steps
+
+
+def test_without_an_average(tmp_path):
+    with Checkpoints(str(tmp_path), keep=2) as checkpoints:
+        checkpoints.save(5, _saved(5)._replace(ema={}), Config())
+        checkpoints.wait()
+        assert _equal(checkpoints.restore(5, _saved(0)._replace(ema={})).params, _saved(5).params)
+        with pytest.raises(CheckpointError, match="holds no ema"):
+            checkpoints.restore(5, _saved(0))
+    assert _equal(restore_parameters(str(tmp_path), "ema"), _saved(5).params)
+
+
+def test_half_written_ones_are_ignored_and_it_is_said(workdir, tmp_path, capsys):
+    half = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp-17"
+    (half / "params").mkdir(parents=True)
+    assert unfinished(workdir) == [str(half)] and latest_step(workdir) == 3
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        assert checkpoints.latest() == 3
+    assert "4.orbax-checkpoint-tmp-17 was left half-written" in capsys.readouterr().out
+    assert not half.exists()
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """Three checkpoints, to be copied."""
+    folder = tmp_path_factory.mktemp("three")
+    with Checkpoints(str(folder), keep=3) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, _saved(step), Config())
+    return folder
+
+
+def _array_file(step):
+    return max((path for path in (step / "params" / "d").iterdir()), key=lambda path: path.stat().st_size)
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "truncated": (lambda step: os.truncate(_array_file(step), 100), r"params/d/\w+ has 100 bytes, expected \d+"),
+    "flipped": (lambda step: _flip(_array_file(step)), r"params/d/\w+ has other bytes than were written"),
+    "an array's file": (lambda step: _array_file(step).unlink(), r"params/d/\w+ is missing"),
+    "a part": (lambda step: shutil.rmtree(step / "optimizer"), r"optimizer/\S+ is missing, and \d+ more files"),
+    "arrays' metadata": (lambda step: (step / "params" / "_METADATA").write_text("{"), r"params/_METADATA has 1 bytes"),
+    "settings": (lambda step: (step / "run" / "metadata").unlink(), r"run/metadata is missing"),
+    "Orbax' metadata": (
+        lambda step: (step / "_CHECKPOINT_METADATA").write_text("{"),
+        "_CHECKPOINT_METADATA is no JSON",
+    ),
+    "checksums": (lambda step: (step / "checksums.json").write_text("[]"), "checksums.json is no list"),
+    "everything": (lambda step: (shutil.rmtree(step), step.mkdir()), "_CHECKPOINT_METADATA is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_one_is_set_aside_and_the_one_before_used(three, tmp_path, capsys, damage):
+    shutil.copytree(three, tmp_path / "run")
+    workdir, folder = str(tmp_path / "run"), tmp_path / "run" / "checkpoints"
+    act, words = DAMAGES[damage]
+    act(folder / "3")
+    # Who only reads goes by it and leaves it where it is.
+    assert latest_step(workdir) == 2 and latest_step(workdir) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(rf"checkpoints/3 is damaged \({words}.*\): the one of step 2 is used", line)
+    assert _equal(restore_parameters(workdir, "raw"), _saved(2).params)
+    with pytest.raises(CheckpointError, match=rf"3 is damaged \({words}.*\): name another --step"):
+        restore_parameters(workdir, "raw", step=3)
+    with Checkpoints(workdir, keep=3) as checkpoints:
+        assert checkpoints.latest() == 2
+        assert _equal(checkpoints.restore(2, _saved(0)), _saved(2))
+        checkpoints.save(3, _saved(4), Config())
+    said = capsys.readouterr().out
+    assert re.search(rf"checkpoint 3 is damaged \({words}.*\): set aside as \S+3.damaged, step 2 is used", said)
+    assert (folder / "3.damaged").is_dir() and _equal(restore_parameters(workdir, "raw"), _saved(4).params)
+
+
+def test_a_part_that_was_not_written_makes_no_complete_one(tmp_path):
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "_METADATA").write_text("{}")
+    checksums.seal(tmp_path, wanted=["params/_METADATA"])
+    assert checksums.fault(tmp_path) == ""
+    with pytest.raises(OSError, match="run/metadata was not written"):
+        checksums.seal(tmp_path, wanted=["params/_METADATA", "run/metadata"])
+
+
+def test_if_all_are_damaged_they_are_named_and_left(three, tmp_path):
+    shutil.copytree(three, tmp_path / "run")
+    workdir, folder = str(tmp_path / "run"), tmp_path / "run" / "checkpoints"
+    for step in (1, 2, 3):
+        os.truncate(_array_file(folder / str(step)), step)
+    for act in (
+        lambda: latest_step(workdir),
+        lambda: Checkpoints(workdir, keep=3),
+        lambda: restore_parameters(workdir),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            act()
+        assert re.search(
+            r"only damaged.*step 1: params/d/\w+ has 1 bytes.*step 2: .*has 2 .*step 3: ", str(caught.value)
+        )
+    assert sorted(os.listdir(folder)) == ["1", "2", "3"]
+
+
+def test_one_of_before_checksums_is_used_and_its_damage_is_a_line(three, tmp_path):
+    shutil.copytree(three, tmp_path / "run")
+    workdir, folder = str(tmp_path / "run"), tmp_path / "run" / "checkpoints"
+    for step in (1, 2, 3):
+        (folder / str(step) / "checksums.json").unlink()
+    assert _equal(restore_parameters(workdir, "raw"), _saved(3).params)
+    (folder / "3" / "params" / "manifest.ocdbt").write_bytes(b"no manifest")
+    with Checkpoints(workdir, keep=3) as checkpoints, pytest.raises(CheckpointError) as caught:
+        checkpoints.restore(3, _saved(0))
+    assert "checkpoints/3 cannot be read (" in str(caught.value) and "before checksums" in str(caught.value)
+    (folder / "3" / "params" / "manifest.ocdbt").unlink()
+    assert latest_step(workdir) == 2
+
+
+def test_the_best_and_every_so_many_are_kept_beside_the_newest(tmp_path):
+    policy = CheckpointConfig(keep_every=4, best=2, best_by="evaluation/set/AP")
+    with Checkpoints(str(tmp_path), keep=1, policy=policy) as checkpoints:
+        for step, score in enumerate((0.1, 0.9, 0.5, 0.2, 0.8, 0.3, 0.4), start=1):
+            checkpoints.save(step, _saved(step), Config(), [f"line {step}"])
+            checkpoints.scored(step, score)
+        checkpoints.wait()
+        assert checkpoints.lines(7) == ["line 7"]
+    assert complete_steps(str(tmp_path)) == [2, 4, 5, 7]
+    # The scores are the run's: whoever opens it again says them again.
+    with Checkpoints(str(tmp_path), keep=1, policy=policy) as checkpoints:
+        for step, score in ((2, 0.9), (5, 0.8), (7, 0.4)):
+            checkpoints.scored(step, score)
+        checkpoints.save(8, _saved(8), Config())
+        checkpoints.scored(8, 0.85)
+        checkpoints.save(9, _saved(9), Config())
+    assert complete_steps(str(tmp_path)) == [2, 4, 8, 9]
+
+
+def test_no_checkpoint_is_one_message(tmp_path):
+    assert latest_step(str(tmp_path)) is None
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint: expected a --workdir"):
+        restore_parameters(str(tmp_path))
+
+
+def test_another_model_is_refused_with_the_list(workdir):
+    other = _saved(0)
+    other.params["pyramid"]["lateral4"] = other.params["pyramid"].pop("lateral3")
+    other.params["text"]["embeddings"]["type"] = jnp.ones((2, 4))
+    with Checkpoints(workdir, keep=2) as checkpoints, pytest.raises(CheckpointError) as caught:
+        checkpoints.restore(3, abstract(other, make_mesh(TWO, jax.devices()[:2])))
+    message = str(caught.value)
+    assert "only in the checkpoint: pyramid/lateral3/kernel (1, 1, 8, 8)" in message
+    assert "only in the model: pyramid/lateral4/bias (8,)" in message
+    assert "text/embeddings/type: (2, 8) saved, (2, 4) wanted" in message
+
+
+def test_differences_of_settings(workdir, tmp_path):
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        saved = checkpoints.run(3)
+    free = Config(train=TrainConfig(log_every=3), mesh=MeshConfig(fsdp=4))
+    assert check_config(workdir, 3, saved, free, accept=False) == []
+    changed = dataclasses.replace(Config(), train=TrainConfig(seed=9), optimizer=OptimizerConfig(rate=0.5))
+    with pytest.raises(CheckpointError) as caught:
+        check_config(workdir, 3, saved, changed, accept=False)
+    message = str(caught.value)
+    assert "optimizer.rate: 0.0001 -> 0.5" in message and "train.seed: 0 -> 9" in message
+    assert "new --workdir" in message and "--resume-with-changes" in message
+    for _ in range(2):  # the same phase twice is one phase
+        assert len(check_config(workdir, 3, saved, changed, accept=True)) == 2
+    assert json.loads((tmp_path / "phases.json").read_text()) == [
+        {"step": 3, "differences": ["optimizer.rate: 0.0001 -> 0.5", "train.seed: 0 -> 9"]}
+    ]
+
+
+def test_config_is_written_flat(tmp_path):
+    write_config(str(tmp_path / "new"), Config())
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["data.short_sides"] == [480, 560, 640, 720, 800]

@@ -1,0 +1,191 @@
+"""A score may not depend on the company an image keeps: canvas, batch, position and text padding are inert."""
+
+from functools import cache, partial
+from typing import Any, Literal
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glip_jax.config import (
+    AnchorConfig,
+    BackboneConfig,
+    Config,
+    DetectionConfig,
+    FusionConfig,
+    HeadConfig,
+    ModelConfig,
+    PyramidConfig,
+    TextConfig,
+)
+from glip_jax.models.glip import GLIP
+from glip_jax.models.postprocess import detect
+from glip_jax.structures import boxes as box
+from glip_jax.structures.batch import DROPS, Batch
+from glip_jax.training.assignment import assign
+from glip_jax.training.losses import loss_sums
+
+CANVAS, TOKENS, SLOTS = (136, 168), 12, 4
+CLOSE = 2e-5
+
+Coarse = Literal["flat", "resized"]
+
+
+def _config(coarse: Coarse) -> Config:
+    model = ModelConfig(
+        backbone=BackboneConfig(width=8, depths=(2, 2, 1, 1), heads=(1, 1, 2, 2), window=3),
+        pyramid=PyramidConfig(channels=16),
+        text=TextConfig(
+            vocabulary_size=64, width=16, layers=1, heads=2, hidden=32, positions=TOKENS, max_tokens=TOKENS
+        ),
+        fusion=FusionConfig(width=16, heads=2),
+        head=HeadConfig(blocks=2, groups=4, coarse_offsets=coarse),
+        anchors=AnchorConfig((16, 32, 64, 128, 256)),
+    )
+    # A level's k-th best candidate may tie; all of them are kept, so that no tie decides.
+    return Config(model=model, detection=DetectionConfig(threshold=1e-3, candidates_per_level=10**6))
+
+
+@cache
+def _params(coarse: Coarse) -> Any:
+    """Random values far from their start, so that every path of the network matters."""
+    shapes = jax.eval_shape(
+        GLIP(_config(coarse).model).init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64),
+        jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool),
+    )["params"]  # fmt: skip
+    rng, flat = np.random.default_rng(5), dict[Any, Any](flax.traverse_util.flatten_dict(shapes))
+    values = {}
+    for path, shape in flat.items():
+        spread = 0.15 if len(shape.shape) > 1 else 0.3
+        middle = 1.0 if path[-1] in ("scale", "scales") else -2.0 if path[-1] == "bias0" else 0.0
+        values[path] = (middle + spread * rng.normal(size=shape.shape)).astype(np.float32)
+    return flax.traverse_util.unflatten_dict(values)
+
+
+def _example(seed: int, size: tuple[int, int], extent: tuple[int, int]) -> dict[str, Any]:
+    """One image of `size` at `extent` with tokens and boxes."""
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(5, TOKENS - 2))
+    corner = rng.uniform(0, 0.6, (SLOTS, 2)) * size[::-1]
+    sides = rng.uniform(0.2, 0.4, (SLOTS, 2)) * size[::-1]
+    return {
+        "pixels": rng.normal(size=(*size, 3)).astype(np.float32),
+        "size": size,
+        "extent": extent,
+        "tokens": rng.integers(1, 64, count),
+        "boxes": np.concatenate([corner, corner + sides], 1).astype(np.float32),
+        "map": rng.uniform(size=(SLOTS, count)) < 0.4,
+    }
+
+
+def _batch(examples: list[dict[str, Any]], canvas: tuple[int, int], tokens: int) -> tuple[np.ndarray, Batch]:
+    count = len(examples)
+    image = np.zeros((count, *canvas, 3), np.float32)
+    ids, mask = np.zeros((count, tokens), np.int32), np.zeros((count, tokens), bool)
+    positive = np.zeros((count, SLOTS, tokens), bool)
+    for i, e in enumerate(examples):
+        image[i, : e["size"][0], : e["size"][1]] = e["pixels"]
+        ids[i, : len(e["tokens"])], mask[i, : len(e["tokens"])] = e["tokens"], True
+        ids[i, len(e["tokens"]) :] = 7  # what padding holds must not matter
+        positive[i, :, : len(e["tokens"])] = e["map"]
+    batch = Batch(
+        image=np.zeros((count, *canvas, 3), np.uint8),
+        size=np.asarray([e["size"] for e in examples], np.int32),
+        extent=np.asarray([e["extent"] for e in examples], np.int32),
+        tokens=ids, token_mask=mask, boxes=np.stack([e["boxes"] for e in examples]),
+        box_mask=np.ones((count, SLOTS), bool), box_weight=np.ones((count, SLOTS), np.float32), positive_map=positive, token_loss_mask=np.ones_like(mask), valid=np.ones(count, bool),
+        source=np.zeros(count, np.int32), record=np.zeros(count, np.int32), dropped=np.zeros((count, len(DROPS)), np.int32),
+    )  # fmt: skip
+    return image, batch
+
+
+@partial(jax.jit, static_argnums=0)
+def _run(coarse: Coarse, params: Any, image: Any, batch: Batch) -> Any:
+    config, canvas = _config(coarse), image.shape[1:3]
+    found = GLIP(config.model).apply({"params": params}, image, batch.extent, batch.tokens, batch.token_mask)
+    targets = assign(batch.boxes, batch.box_mask, batch.extent, canvas, config.model, config.loss)
+    sums = loss_sums(found, targets, batch, canvas, config)  # pyright: ignore[reportArgumentType]
+    detections = detect(
+        found, batch.positive_map, batch.size, batch.extent, canvas, config.model, config.detection  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
+    return found, sums, detections
+
+
+def _own(flat: np.ndarray, extent: tuple[int, int], canvas: tuple[int, int]) -> np.ndarray:
+    """[A ...] on the canvas to the anchors of the extent, in the order they have when the image is alone."""
+    parts, begin = [], 0
+    for stride in PyramidConfig().strides:
+        h, w = box.level_shape(canvas, stride)
+        own = box.level_shape(extent, stride)
+        grid = flat[begin : begin + h * w].reshape(h, w, *flat.shape[1:])[: own[0], : own[1]]
+        parts.append(grid.reshape(own[0] * own[1], *flat.shape[1:]))
+        begin += h * w
+    return np.concatenate(parts)
+
+
+def _results(coarse: Coarse, examples: list[dict[str, Any]], row: int, canvas: tuple[int, int], tokens: int) -> Any:
+    """Everything that is said of one image, in a form that canvas and padding cannot change."""
+    image, batch = _batch(examples, canvas, tokens)
+    found, sums, detections = jax.tree.map(np.asarray, _run(coarse, _params(coarse), image, batch))
+    example = examples[row]
+    result = {
+        name: _own(value[row], example["extent"], canvas) for name, value in found._asdict().items()
+    }  # fmt: skip
+    result["logits"] = result["logits"][:, : len(example["tokens"])]
+    # The share of clamped offsets is () in a network without a bound.
+    result |= {f"loss {name}": value[row] for name, value in sums._asdict().items() if len(value)}
+    return result | {f"detected {name}": value[row] for name, value in detections._asdict().items()}
+
+
+def _assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name, value in wanted.items():
+        bound = CLOSE * max(1.0, float(np.abs(value).max()))
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=bound, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("coarse", "size", "extent"),
+    [
+        ("flat", (90, 121), (96, 128)),  # the default policy: rounded up to 32
+        ("flat", (75, 109), (75, 109)),  # every level odd or cut
+        ("resized", (41, 150), (41, 150)),  # a single cell on the coarse levels
+    ],
+)
+def test_alone_at_its_extent(coarse: Coarse, size: tuple[int, int], extent: tuple[int, int]) -> None:
+    """In a larger canvas beside another image, with more text padding, as in a canvas of its own."""
+    example = _example(1, size, extent)
+    other = _example(2, (130, 160), (136, 168))
+    alone = _results(coarse, [example], 0, extent, TOKENS - 2)
+    assert alone["detected scores"].max() > 0 and alone["loss box"] > 0
+    _assert_same(_results(coarse, [other, example], 1, CANVAS, TOKENS), alone)
+
+
+@pytest.mark.parametrize(
+    ("seed", "coarse", "canvas"),
+    [(seed, "flat", CANVAS) for seed in range(8)] + [(seed, "resized", (168, 136)) for seed in range(8, 12)],
+)
+def test_any_company(seed: int, coarse: Coarse, canvas: tuple[int, int]) -> None:
+    """Random extents in one compiled shape: slot, neighbours and what they hold are inert."""
+    rng = np.random.default_rng([seed, 99])
+
+    def draw(number: int) -> dict[str, Any]:
+        extent = int(rng.integers(33, canvas[0] + 1)), int(rng.integers(33, canvas[1] + 1))
+        if seed % 2:
+            extent = min(-(-extent[0] // 32) * 32, 128), min(-(-extent[1] // 32) * 32, 128)
+        size = extent[0] - int(rng.integers(0, 9)), extent[1] - int(rng.integers(0, 9))
+        return _example(100 * seed + number, size, extent)
+
+    example, *others = (draw(number) for number in range(5))
+    first = _results(coarse, [example, *others[:2]], 0, canvas, TOKENS)
+    _assert_same(_results(coarse, [others[2], others[3], example], 2, canvas, TOKENS), first)
+
+
+def test_the_extent_itself_matters() -> None:
+    """The test above can fail: at another extent the same image gets other scores."""
+    example = _example(3, (64, 64), (64, 64))
+    other = example | {"extent": (96, 96)}
+    a = _results("flat", [example, example], 0, CANVAS, TOKENS)
+    b = _results("flat", [other, other], 0, CANVAS, TOKENS)
+    assert abs(a["loss token"] - b["loss token"]) > 1e-2

@@ -1,0 +1,91 @@
+"""Records of numbers: windows, JSON lines that can be cut back, TensorBoard events, plain lines."""
+
+import json
+import math
+import time
+from typing import Any
+
+import pytest
+from tensorboardX.proto import event_pb2
+
+from glip_jax.training.monitoring.metrics import Progress, Window, cut_back, read
+from glip_jax.training.monitoring.writer import Writer
+
+EVENT: Any = getattr(event_pb2, "Event")  # noqa: B009 (made at run time; the checker does not see it)
+
+
+def _numbers(loss: float, examples: int = 4, of_a: int = 4) -> dict[str, int | float]:
+    return {
+        "loss": loss, "loss/token": loss, "gradient_norm": 1.0, "positives": 3, "examples": examples, "rate": loss / 10,
+        "dropped/boxes_over_limit": 1, "source/a/dropped/boxes_over_limit": 1, "source/a/loss/token": loss, "source/a/examples": of_a, "wait_seconds": 0.5,
+    }  # fmt: skip
+
+
+def test_window_means_sums_and_latest():
+    window = Window()
+    window.add(_numbers(1.0))
+    window.add(_numbers(3.0, of_a=0))
+    time.sleep(0.1)  # so that rounding of the seconds does not show
+    taken = window.take()
+    assert taken["loss"] == 2.0 and taken["rate"] == 0.3
+    assert taken["examples"] == 8 and taken["dropped/boxes_over_limit"] == 2 and taken["source/a/examples"] == 4
+    assert taken["source/a/dropped/boxes_over_limit"] == 2
+    assert taken["source/a/loss/token"] == 1.0, "a step without examples of the source counts in no mean of it"
+    assert taken["wait_seconds"] == 1.0 and taken["steps"] == 2
+    assert taken["images_per_second"] == pytest.approx(8 / taken["seconds"], rel=0.05)
+    window.add(_numbers(5.0))
+    assert window.take()["loss"] == 5.0
+
+
+def test_lines_are_cut_back_and_a_torn_line_is_dropped(tmp_path):
+    with Writer(str(tmp_path), 0) as writer:
+        for step in (2, 4, 6):
+            writer.write(step, {"loss": 1.0 / step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    assert [line["step"] for line in read(str(tmp_path))] == [2, 4, 6]
+    with Writer(str(tmp_path), 4) as writer:
+        writer.write(5, {"loss": 0.2})
+    assert [line["step"] for line in read(str(tmp_path))] == [2, 4, 5]
+    assert len(cut_back(str(tmp_path), 0)) == 0 and read(str(tmp_path)) == []
+
+
+def test_numbers_that_are_not_finite_stay_json(tmp_path):
+    with Writer(str(tmp_path), 0) as writer:
+        writer.write(1, {"loss": math.nan})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": "nan"}
+
+
+def _events(folder) -> list[Any]:
+    events = []
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while data:  # TFRecord: length (8), its checksum (4), message, its checksum (4)
+            length = int.from_bytes(data[:8], "little")
+            events.append(EVENT.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+    return events
+
+
+def test_events_hold_the_scalars_and_hide_what_comes_after_a_resume(tmp_path):
+    with Writer(str(tmp_path), 0) as writer:
+        writer.write(3, {"loss": 0.5})
+    with Writer(str(tmp_path), 2) as writer:
+        writer.write(3, {"loss": 0.25})
+    events = _events(tmp_path / "tensorboard")
+    values = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
+    assert (3, "loss", 0.5) in values and (3, "loss", 0.25) in values
+    # TensorBoard drops what it read at or after the step of a START message.
+    assert 3 in [e.step for e in events if e.WhichOneof("what") == "session_log"]
+
+
+def test_plain_lines_where_there_is_no_terminal(capsys):
+    progress = Progress(0, 10)
+    window = Window()
+    window.add(_numbers(1.0))
+    progress.window(2, window.take(), ["a", "b"])
+    progress.close()
+    line = capsys.readouterr().out
+    assert line.startswith("step 2/10  loss 1.0000") and "dropped 1" in line and "a 4 ex" in line and "b 0 ex" in line
+    Progress(0, 10, quiet=True).say("nothing")
+    assert capsys.readouterr().out == ""

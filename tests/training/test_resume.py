@@ -1,0 +1,80 @@
+"""The real job in processes of its own: killed in the middle, the same command ends with the same bits."""
+
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from glip_jax.io.checkpoint import latest_step
+from glip_jax.training.monitoring import metrics
+from tests import tiny_run
+
+MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.train.log_every=1")
+
+
+def _start(config, workdir, *options):
+    command = [sys.executable, "-m", "glip_jax", "train", f"--config={config}", f"--workdir={workdir}", *MESH, *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _finish(config, workdir, *options):
+    process = _start(config, workdir, *options)
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
+
+
+def _fingerprint(out):
+    return re.findall(r"fingerprint: ([0-9a-f]{64})", out)[0]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    return tiny_run.config_file(folder, tiny_run.write_sources(folder))
+
+
+@pytest.mark.slow
+def test_kill_9_then_the_same_command_gives_the_same_bits(config, tmp_path):
+    code, straight, err = _finish(config, tmp_path / "straight", "--config.train.draw_first_batch=True")
+    assert code == 0, err
+    assert (tmp_path / "straight" / "first_batch.png").stat().st_size > 1000
+
+    process = _start(config, tmp_path / "killed")
+    for line in process.stdout or ():
+        if line.startswith("step 5/6"):
+            process.kill()
+            break
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+    code, resumed, err = _finish(config, tmp_path / "killed")
+    assert code == 0, err
+    start = int(re.findall(r"resuming at step (\d+)", resumed)[0])
+    assert start in (2, 4), "a checkpoint every 2 steps"
+    assert _fingerprint(resumed) == _fingerprint(straight)
+    lines = {name: metrics.read(str(tmp_path / name)) for name in ("straight", "killed")}
+    assert [line["step"] for line in lines["killed"]] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in lines["killed"]] == [line["loss"] for line in lines["straight"]]
+
+    # Once finished, the same command says so again; other settings are refused in one message.
+    code, _, err = _finish(config, tmp_path / "killed", "--config.optimizer.rate=0.5")
+    assert code == 2 and "optimizer.rate: 0.001 -> 0.5" in err and "Traceback" not in err
+    assert latest_step(str(tmp_path / "killed")) == 6
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--config.data.sources.boxes.path=/nowhere", "data.sources.boxes: "),
+        ("--config.mesh.data=3", "mesh is"),
+        ("--config.train.stpes=3", "did you mean --config.train.steps"),
+    ],
+)
+def test_mistakes_give_code_2_and_one_message(config, tmp_path, option, message, capsys):
+    from glip_jax.cli.train import main
+
+    assert main([f"--config={config}", f"--workdir={tmp_path}", option]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("train: ") and message in err
