@@ -29,7 +29,9 @@ def test_jobs_named_are_there():
     named = {
         (job, page.name)
         for page in PAGES
-        for job in re.findall(r"(?:python -m glip_jax|^\s*(?:[$] )?glip-jax|`glip-jax) ([a-z]+)", page.read_text(), re.M)
+        for job in re.findall(
+            r"(?:python -m glip_jax|^\s*(?:[$] )?glip-jax|`glip-jax) ([a-z]+)", page.read_text(), re.MULTILINE
+        )
     }
     assert len(named) > 20
     assert not {(job, page) for job, page in named if job not in JOBS}
@@ -37,7 +39,7 @@ def test_jobs_named_are_there():
 
 def test_exit_codes_are_listed():
     codes = {value for name, value in vars(exit_codes).items() if name.isupper() and isinstance(value, int)}
-    listed = re.findall(r"^\| (\d+) \|", (ROOT / "docs" / "reference" / "exit-codes.md").read_text(), re.M)
+    listed = re.findall(r"^\| (\d+) \|", (ROOT / "docs" / "reference" / "exit-codes.md").read_text(), re.MULTILINE)
     assert sorted(map(int, listed)) == sorted(codes)
 
 

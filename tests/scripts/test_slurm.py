@@ -110,7 +110,9 @@ def test_what_the_container_copies_and_starts_is_there():
 
 def test_gke_is_told_to_start_again_where_the_others_are():
     """The documented command for xpk: its exit codes are those of slurm.sbatch and on_host.sh, its command the container's."""
-    (command,) = re.findall(r"xpk workload create (?:.*\\\n)+.*", (ROOT / "docs" / "tutorials" / "tpu-pod.md").read_text())
+    (command,) = re.findall(
+        r"xpk workload create (?:.*\\\n)+.*", (ROOT / "docs" / "tutorials" / "tpu-pod.md").read_text()
+    )
     (codes,) = re.findall(r"--restart-on-exit-codes=([\d,]+)", command)
     for script in ("slurm.sbatch", "on_host.sh"):
         text = (ROOT / "scripts" / script).read_text()
