@@ -86,7 +86,7 @@ def label_runs(_: Settings) -> Runs:
     source, teacher, finder = _setting(folder)
     record = source[0]
     question = teacher.question(record.id, record.caption, finder.find(record.caption).spans)
-    ((answer,),) = teacher.begin([Picture(decode_image(record), [question])])()
+    ((answer,),) = teacher.detect_async([Picture(decode_image(record), [question])])()
     threshold = float(np.median([np.sort(found.scores)[-3] for found in answer.found]))
     plan = Plan(
         out=str(folder), name="made", inputs=[Input(str(source.path), source)], teacher=teacher, finder=finder,

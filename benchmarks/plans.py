@@ -17,9 +17,9 @@ from configs import glip_large, glip_tiny
 from glip_jax.config import Config
 from glip_jax.distributed.chips import topology
 from glip_jax.planning.compile import abstract_batch, abstract_mesh, cached, compile_step, state_bytes
-from glip_jax.planning.facts import Facts
-from glip_jax.planning.roofline import Outlook, outlook, scaling
+from glip_jax.planning.roofline import Roofline, roofline, scaling
 from glip_jax.planning.search import with_images_per_chip
+from glip_jax.planning.statistics import CompileStatistics
 from glip_jax.training.state import abstract_state
 
 CANVAS = (800, 1344)
@@ -71,15 +71,15 @@ def settings(cell: Cell) -> Config:
     )
 
 
-def planned(cell: Cell, facts: Facts | None) -> Outlook:
-    """The outlook of a cell from what was compiled, or by formula."""
+def planned(cell: Cell, facts: CompileStatistics | None) -> Roofline:
+    """The roofline of a cell from what was compiled, or by formula."""
     config, chips = settings(cell), topology(cell.pod)
     mesh = abstract_mesh(config, chips)
     state = state_bytes(abstract_state(config, mesh), abstract_batch(config, CANVAS, mesh))
-    return outlook(config, chips, CANVAS, state, facts, dict(mesh.shape))
+    return roofline(config, chips, CANVAS, state, facts, dict(mesh.shape))
 
 
-def row(cell: Cell, facts: Facts | None) -> str:
+def row(cell: Cell, facts: CompileStatistics | None) -> str:
     """A line of the table in Markdown."""
     found, chips = planned(cell, facts), topology(cell.pod)
     if facts is None:

@@ -28,7 +28,7 @@ from glip_jax.evaluation.recall import LEAST_OVERLAP, overlaps
 PICTURES = Path(__file__).parent.parent / "gcs" / "sample" / "pictures"
 
 
-class Asked(NamedTuple):
+class RelationalPhrase(NamedTuple):
     """A relational phrase: where its detections are, and the boxes of its name."""
 
     image: int
@@ -41,7 +41,7 @@ class Asked(NamedTuple):
     """Which of them."""
 
 
-def asked(folder: Path) -> list[Asked]:
+def relational_phrases(folder: Path) -> list[RelationalPhrase]:
     """The relational phrases of a set of scenes."""
     if not (folder / "annotations.json").is_file():
         raise SystemExit(f"{folder} holds no annotations.json: expected a grounding set of `python -m glip_jax scenes`")
@@ -62,7 +62,7 @@ def asked(folder: Path) -> list[Asked]:
     return found
 
 
-def _of_scene(image: int, scene: Scene) -> list[Asked]:
+def _of_scene(image: int, scene: Scene) -> list[RelationalPhrase]:
     result = []
     for number, phrase in enumerate(scene.phrases):
         if phrase.kind == "relational":
@@ -70,11 +70,13 @@ def _of_scene(image: int, scene: Scene) -> list[Asked]:
             own = [i for i, other in enumerate(scene.names) if other == name]
             words = scene.caption[phrase.span[0] : phrase.span[1]].split()
             size = any(word.startswith(("small", "big")) for word in words)
-            result.append(Asked(image, number, size, scene.boxes[own], tuple(i in phrase.boxes for i in own)))
+            result.append(
+                RelationalPhrase(image, number, size, scene.boxes[own], tuple(i in phrase.boxes for i in own))
+            )
     return result
 
 
-def counted(phrases: Sequence[Asked], run: Path) -> Counter[str]:
+def counted(phrases: Sequence[RelationalPhrase], run: Path) -> Counter[str]:
     """What the best boxes of a run are, and what chance would be right of those on the name."""
     best: dict[tuple[int, int], dict[str, Any]] = {}
     for entry in json.loads((run / "detections_phrases.json").read_text()):
@@ -108,7 +110,7 @@ def main() -> None:
             parser.error(
                 f"{run} holds no detections_phrases.json: expected a folder that `evaluate` wrote to, with the set phrases"
             )
-    phrases = asked(arguments.scenes)
+    phrases = relational_phrases(arguments.scenes)
     rows = [["run", "phrases", "of", "meant", "another of the name", "elsewhere", "meant of the name", "by chance"]]
     for run in arguments.runs:
         for words, own in (

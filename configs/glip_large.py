@@ -8,7 +8,7 @@
 The backbone starts from Microsoft's Swin-L of ImageNet-22k, window 12; its patches and first stage are not trained. The paper's
 captions are Cap24M, packed with up to 19 others (CC12M and SBU; 78.1 M boxes), the released weights' CC3M, CC12M and SBU: COCO zero-shot 49.8 and 51.4. The
 mixture's list of files was not released, its copies were; one copy of the captions is ours. Words whose boxes are all unsure count as
-absent in the original, here as unknown (`SourceConfig.least_score`).
+absent in the original, here as unknown (`SourceConfig.threshold`).
 """
 
 from dataclasses import replace
@@ -23,7 +23,7 @@ SOURCES = {
     "imagenet_boxes": SourceConfig("data/imagenet_boxes", copies=2),
     "flickr30k": SourceConfig("data/flickr30k", copies=8),
     "goldg": SourceConfig("data/goldg_mixed", copies=4),
-    "captions": SourceConfig("data/cap24m", copies=1, least_score=0.5),
+    "captions": SourceConfig("data/cap24m", copies=1, threshold=0.5),
 }
 PACKING = PackingConfig(number=20, none_probability=0.4, full_probability=0.5, take="captions", kinds=("pseudo",))
 

@@ -40,7 +40,7 @@ OBJECTS365 = SourceConfig("data/objects365", copies=1)
 FLICKR30K = SourceConfig("data/flickr30k", copies=1)
 """149 k captions; with `GOLDG_MIXED` (621 k: GQA, Visual Genome and COCO captions without COCO's own pictures) the paper's GoldG."""
 GOLDG_MIXED = SourceConfig("data/goldg_mixed", copies=1)
-CAPTIONS = SourceConfig("data/cc3m_sbu", copies=1, least_score=0.5)
+CAPTIONS = SourceConfig("data/cc3m_sbu", copies=1, threshold=0.5)
 """CC3M and SBU (the released weights) or Cap4M (the paper), labelled by a teacher."""
 
 PASSES, BATCH = 30, 64

@@ -79,7 +79,7 @@ def _run(job: str, argv: list[str]) -> int:
 
         if isinstance(error, gcs.StorageError):
             print(f"{job}: {gcs.told(error)}", file=sys.stderr)
-            return exit_codes.UNAVAILABLE if error.errno == errno.ETIMEDOUT else exit_codes.BAD_INPUT
+            return exit_codes.STORAGE_UNAVAILABLE if error.errno == errno.ETIMEDOUT else exit_codes.BAD_INPUT
         if not reason:
             raise
         place = f" ({error.filename})" if error.filename else ""

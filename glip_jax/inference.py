@@ -19,7 +19,7 @@ from glip_jax.models.glip import GLIP, normalize
 from glip_jax.models.postprocess import detect
 from glip_jax.structures import prompts
 from glip_jax.structures.batch import Detections, Prompt, TokenizedPrompt
-from glip_jax.structures.canvas import canvas_size, place, resize, target_size
+from glip_jax.structures.canvas import canvas_size, pad_to_canvas, resize, target_size
 
 __all__ = ["Detector", "bucket", "category_prompts"]
 
@@ -140,9 +140,9 @@ class Detector:
 
         The features of an image are computed once for all its prompts, however many the other images have.
         """
-        return self.begin(images, prompts_)()
+        return self.detect_async(images, prompts_)()
 
-    def begin(
+    def detect_async(
         self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], prompts_: Sequence[Sequence[Prompt]]
     ) -> Callable[[], list[list[Detections]]]:
         """Like `captions`, without waiting: the device works on while the caller prepares the next images.
@@ -189,7 +189,7 @@ class Detector:
     ) -> Iterator[_Begun]:  # fmt: skip
         multiple = self.config.model.input.extent_multiple
         spare = self.batch_size - len(images)
-        pixels = [place(resize(image, size), canvas) for image, size in zip(images, sizes)]
+        pixels = [pad_to_canvas(resize(image, size), canvas) for image, size in zip(images, sizes)]
         pixels += [np.zeros((*canvas, 3), np.uint8)] * spare
         size = np.asarray([*sizes, *[(multiple, multiple)] * spare], np.int32)
         match self.config.model.input.extent:

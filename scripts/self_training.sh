@@ -46,7 +46,7 @@ job data coco-captions "$folder/scenes/captions/annotations.json" --images="$fol
     --out="$folder/scenes/shards/captions" --shards=8 --licence="as the scenes': gcs/sample/pictures/LICENSES.md"
 job train "${teacher[@]}"
 job evaluate "${teacher[@]}" --unless-done
-# From 0.3 on, so that training can choose (data.sources.pseudo.least_score) and the table below shows what it chooses from.
+# From 0.3 on, so that training can choose (data.sources.pseudo.threshold) and the table below shows what it chooses from.
 job label "$folder/scenes/shards/captions" --workdir="$folder/teacher" --out="$folder/pseudo" --threshold="$threshold"
 .venv/bin/python -m benchmarks.pseudo_labels "$folder/pseudo" "$folder/scenes/captions/truth.json" \
     --names="$folder/scenes/validation_caption_names/annotations.json" --plot="$folder/pseudo/quality.png"

@@ -12,4 +12,4 @@ __all__ = ["get_config"]
 def get_config() -> Config:
     base = dataclasses.replace(teacher_short.get_config(), name="student-short")
     # A detector of 20 steps is sure of nothing.
-    return with_pseudo(base, "runs/self_training-short/pseudo", least_score=0.0)
+    return with_pseudo(base, "runs/self_training-short/pseudo", threshold=0.0)

@@ -21,13 +21,14 @@ from typing import Any, TypeVar
 
 import tyro
 
+from glip_jax import UserError
 from glip_jax.config import Config, ConfigError, flatten, validate
 from glip_jax.distributed import exit_codes
 
 __all__ = ["Arguments", "CommandLineError", "divided", "flags", "load_config", "parse"]
 
 
-class CommandLineError(ValueError):
+class CommandLineError(UserError, ValueError):
     """A command that cannot be understood; the message is for the person who typed it."""
 
 

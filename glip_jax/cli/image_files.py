@@ -11,6 +11,7 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from glip_jax import UserError
 from glip_jax.data.records import PIXEL_LIMIT
 
 __all__ = ["ImageFileError", "listed", "measured", "read_upright"]
@@ -18,7 +19,7 @@ __all__ = ["ImageFileError", "listed", "measured", "read_upright"]
 _ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-class ImageFileError(ValueError):
+class ImageFileError(UserError, ValueError):
     """An image or a folder of images that is not there or cannot be read."""
 
 

@@ -34,7 +34,7 @@ from glip_jax.io import assets, gcs, provenance
 from glip_jax.io.checkpoint import CheckpointError, fingerprint, latest_step
 from glip_jax.io.errors import full_disk
 from glip_jax.labeling.outside import open_detections
-from glip_jax.labeling.phrases.finders import MOST_PHRASES, PhraseFinder, phrase_finder
+from glip_jax.labeling.phrases.finders import MAX_PHRASES, PhraseFinder, phrase_finder
 from glip_jax.labeling.pseudo import Rules
 from glip_jax.labeling.run import Input, Plan, run
 from glip_jax.labeling.teacher import DetectorTeacher, Teacher, detectors
@@ -83,7 +83,7 @@ class Label:
     """Of two boxes of a phrase that overlap by more, the better one stays; default: config.detection.nms_iou."""
     finder: Literal["lexicon", "spacy"] = "lexicon"
     """What finds the phrases; spacy needs requirements-spacy.txt."""
-    most_phrases: int = MOST_PHRASES
+    most_phrases: int = MAX_PHRASES
     """Most phrases of a caption."""
     flip: bool = False
     """Look at the mirrored image too, unless the caption says left or right, and average."""

@@ -22,10 +22,10 @@ from glip_jax.distributed.chips import Topology, TopologyError, topology
 from glip_jax.distributed.mesh import MeshError
 from glip_jax.planning import report
 from glip_jax.planning.compile import PlanError, abstract_batch, abstract_mesh, compile_step, state_bytes
-from glip_jax.planning.facts import Facts, How
 from glip_jax.planning.hlo import CollectiveError
-from glip_jax.planning.roofline import IMAGES_PER_CORE, Outlook, outlook, scaling
+from glip_jax.planning.roofline import IMAGES_PER_CORE, Roofline, roofline, scaling
 from glip_jax.planning.search import candidates, search, table, with_images_per_chip
+from glip_jax.planning.statistics import CompileStatistics, How
 from glip_jax.structures.canvas import canvas_size
 from glip_jax.training.state import abstract_state
 
@@ -124,8 +124,8 @@ def plan(
     cache: Path | None,
     say: Any = print,
     images_per_core: float = IMAGES_PER_CORE,
-) -> tuple[Outlook, Facts | None]:
-    """The outlook of one config on one canvas, and what was compiled for it (`how` None: nothing)."""
+) -> tuple[Roofline, CompileStatistics | None]:
+    """The roofline of one config on one canvas, and what was compiled for it (`how` None: nothing)."""
     mesh = abstract_mesh(config, chips)
     if how is None and mesh.shape["tensor"] > 1:
         raise PlanError(
@@ -134,7 +134,7 @@ def plan(
         )
     state = state_bytes(abstract_state(config, mesh), abstract_batch(config, canvas, mesh))
     facts = compile_step(config, chips, canvas, how, cache, say) if how else None
-    return outlook(config, chips, canvas, state, facts, dict(mesh.shape), images_per_core), facts
+    return roofline(config, chips, canvas, state, facts, dict(mesh.shape), images_per_core), facts
 
 
 def _plans(

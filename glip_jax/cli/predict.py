@@ -19,6 +19,7 @@ from etils import epath
 from jaxtyping import UInt8
 from tqdm import tqdm
 
+from glip_jax import UserError
 from glip_jax.cli.command_line import CommandLineError, divided, flags
 from glip_jax.cli.image_files import ImageFileError, listed, measured, read_upright
 from glip_jax.cli.query import Query, QueryError, read_query
@@ -43,7 +44,7 @@ _UNFINISHED = ".unfinished"
 _EXAMPLE = 'photo.jpg pictures/ --workdir=runs/demo --text="a green book . two red apples" --out=found'
 
 
-class PredictError(ValueError):
+class PredictError(UserError, ValueError):
     """An image, a folder or a setting that prediction cannot work with."""
 
 

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from etils import epath
 
+from glip_jax import UserError
 from glip_jax.config import Config
 from glip_jax.inference import category_prompts
 from glip_jax.io import assets
@@ -21,7 +22,7 @@ _SEPARATOR = re.compile(r"(?<!\S)\.(?!\S)")
 _UNKNOWN = "[UNK]"
 
 
-class QueryError(ValueError):
+class QueryError(UserError, ValueError):
     """A text or a list of names that nothing can be found with."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from glip_jax import UserError
 from glip_jax.cli.command_line import CommandLineError, flags
 from glip_jax.cli.reports.run_report import Curve, render
 from glip_jax.distributed import exit_codes
@@ -34,7 +35,7 @@ FORMAT = 2
 """Version of evaluation.json."""
 
 
-class ReportError(ValueError):
+class ReportError(UserError, ValueError):
     """A working folder of which no page can be made."""
 
 

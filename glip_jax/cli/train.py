@@ -19,7 +19,7 @@ from glip_jax.cli.reports import drawing
 from glip_jax.config import Config, ConfigError, flatten
 from glip_jax.data.manifest import ShardError, finished
 from glip_jax.distributed import exit_codes
-from glip_jax.distributed.cluster import Cluster, Crew, ProcessError, announced, join
+from glip_jax.distributed.cluster import Cluster, ProcessError, ProcessGroup, announced, join
 from glip_jax.distributed.mesh import MeshError
 from glip_jax.evaluation.average_precision import GroundTruthError
 from glip_jax.evaluation.evaluate import EvaluationError, check_set, evaluate
@@ -85,27 +85,27 @@ def main(argv: Sequence[str]) -> int:
         if not arguments.distributed and not explicit:
             _alone()
             return _train(arguments, None)
-        join(Cluster(arguments.coordinator, arguments.processes, arguments.index, arguments.patience))
+        join(ProcessGroup(arguments.coordinator, arguments.processes, arguments.index, arguments.patience))
     except ProcessError as fault:
         return _said(fault, exit_codes.BAD_INPUT)
     if jax.process_count() == 1:
         return _train(arguments, None)
     try:
-        crew = Crew(_facts(arguments.config), functools.partial(_code, arguments.workdir), arguments.patience)
+        cluster = Cluster(_facts(arguments.config), functools.partial(_code, arguments.workdir), arguments.patience)
     except ProcessError as fault:
         _said(fault, exit_codes.BAD_INPUT)
         sys.stderr.flush()
         # jax takes its leave of the others, and would wait for those that did not come.
         os._exit(exit_codes.BAD_INPUT)
     try:
-        return crew.finish(_train(arguments, crew))
+        return cluster.finish(_train(arguments, cluster))
     except SystemExit as stopped:
         raise SystemExit(
-            crew.finish(stopped.code if isinstance(stopped.code, int) else exit_codes.UNEXPECTED)
+            cluster.finish(stopped.code if isinstance(stopped.code, int) else exit_codes.UNEXPECTED)
         ) from None
     except BaseException as error:
         traceback.print_exception(error)
-        return crew.finish(exit_codes.UNEXPECTED)
+        return cluster.finish(exit_codes.UNEXPECTED)
 
 
 def _alone() -> None:
@@ -141,11 +141,11 @@ def _code(workdir: str, error: BaseException) -> int:
         case NonFiniteLossError():
             return exit_codes.NOT_FINITE
         case NotSavedError():
-            return exit_codes.UNAVAILABLE if gcs.is_remote(workdir) else exit_codes.NOT_WRITTEN
+            return exit_codes.STORAGE_UNAVAILABLE if gcs.is_remote(workdir) else exit_codes.NOT_WRITTEN
         case _ if isinstance(error, _FAULTS) or _out_of_memory(error):
             return exit_codes.BAD_INPUT
         case gcs.StorageError():
-            return exit_codes.UNAVAILABLE if error.errno == errno.ETIMEDOUT else exit_codes.BAD_INPUT
+            return exit_codes.STORAGE_UNAVAILABLE if error.errno == errno.ETIMEDOUT else exit_codes.BAD_INPUT
         case OSError() if full_disk(error):
             return exit_codes.NOT_WRITTEN
     return exit_codes.UNEXPECTED
@@ -162,19 +162,19 @@ def _said(fault: BaseException | str, code: int) -> int:
     return code
 
 
-def _train(arguments: TrainArguments, crew: Crew | None) -> int:
+def _train(arguments: TrainArguments, cluster: Cluster | None) -> int:
     """Trains; what may go wrong by the user's or the disk's doing gives a line and its exit code."""
     config = arguments.config
     try:
-        with crew or contextlib.nullcontext():
+        with cluster or contextlib.nullcontext():
             train(
                 config,
                 arguments.workdir,
                 evaluate=_evaluator(config) if config.evaluation.sets and config.train.evaluate_every >= 0 else None,
                 draw=_drawer(config),
-                towers=pretrained.initialize,
+                initial_parameters=pretrained.initialize,
                 resume_with_changes=arguments.resume_with_changes,
-                crew=crew,
+                cluster=cluster,
             )
     except Exception as fault:
         code = _code(arguments.workdir, fault)

@@ -12,16 +12,16 @@ __all__ = [
     "PackingConfig",
     "SourceConfig",
     "data_checks",
-    "free",
+    "runtime_field",
 ]
 
 Codec = Literal["fast", "pillow"]
 """How images of training are resized: OpenCV's bilinear filter on what libjpeg-turbo decoded, or Pillow's, as the original."""
 
 
-def free(default: Any) -> Any:
+def runtime_field(default: Any) -> Any:
     """A field that changes no number of the training."""
-    return field(default=default, metadata={"numbers": False})
+    return field(default=default, metadata={"affects_results": False})
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class SourceConfig:
     """Instead of a weight, as in the original: the share is copies x records. Of all sources or of none; 0: by weight."""
     box_weight: Literal["one", "score"] = "one"
     """What a box of the source counts in the losses: 1, as in the original, or its teacher's score (pseudo records)."""
-    least_score: float = 0.0
+    threshold: float = 0.0
     """Pseudo records: boxes of this score or less are left out, counted as `boxes_unsure`; where the phrase has no other,
     it is not known where it is. 0.5 in GLIP-L, where the words then count as absent (glip-reference 4.6)."""
     negatives: tuple[str, ...] = ()
@@ -93,9 +93,9 @@ class CropConfig:
     """Random crop, before the resize; the original has none."""
 
     probability: float = 0.0
-    least_side: float = 0.5
+    min_side: float = 0.5
     """Least share of height and of width that stays, each drawn anew."""
-    least_visible: float = 0.4
+    min_visible: float = 0.4
     """Boxes of which a smaller share of the area stays visible are dropped, counted as `boxes_out_of_view`."""
 
 
@@ -133,14 +133,14 @@ class DataConfig:
     jitter: JitterConfig = JitterConfig()
     max_boxes: int = 100
     """Box slots per image; more are cut, counted as `boxes_over_limit`."""
-    workers: int = free(0)
+    workers: int = runtime_field(0)
     """Grain worker processes; 0 reads in threads of this process."""
-    threads: int = free(4)
-    prefetch: int = free(8)
+    threads: int = runtime_field(4)
+    prefetch: int = runtime_field(8)
     """Batches read ahead."""
-    max_corrupt_rate: float = free(0.01)
+    max_corrupt_rate: float = runtime_field(0.01)
     """A run stops where more than this share of a source's examples, counted over `corrupt_window`, is corrupt."""
-    corrupt_window: int = free(1000)
+    corrupt_window: int = runtime_field(1000)
     """Examples of a source."""
 
 
@@ -155,7 +155,7 @@ def data_checks(data: DataConfig) -> list[tuple[bool, str]]:
         "captions.drop_positive_probability": captions.drop_positive_probability,
         "captions.packing.none_probability": packing.none_probability,
         "captions.packing.full_probability": packing.full_probability, "max_corrupt_rate": data.max_corrupt_rate,
-        "crop.least_visible": data.crop.least_visible, "crop.least_side": data.crop.least_side,
+        "crop.min_visible": data.crop.min_visible, "crop.min_side": data.crop.min_side,
         "jitter.brightness": data.jitter.brightness, "jitter.contrast": data.jitter.contrast,
         "jitter.saturation": data.jitter.saturation, "jitter.hue": data.jitter.hue,
     }  # fmt: skip
@@ -167,15 +167,15 @@ def data_checks(data: DataConfig) -> list[tuple[bool, str]]:
          f"and one_positive_probability {captions.one_positive_probability} add up to {total:g}: expected at most 1"),
         (captions.max_negatives >= 0, f"data.captions.max_negatives is {captions.max_negatives}: expected 0 or more"),
         (packing.number >= 0, f"data.captions.packing.number is {packing.number}: expected 0 or more"),
-        (data.crop.least_side > 0, f"data.crop.least_side is {data.crop.least_side}: expected more than 0"),
+        (data.crop.min_side > 0, f"data.crop.min_side is {data.crop.min_side}: expected more than 0"),
         (data.corrupt_window > 0, f"data.corrupt_window is {data.corrupt_window}: expected at least 1"),
     ]  # fmt: skip
     copied = [name for name, source in data.sources.items() if source.copies]
     for name, source in data.sources.items():
         checks += [
             (source.weight > 0, f"data.sources.{name}.weight is {source.weight}: remove the source instead of weight 0"),
-            (0 <= source.least_score < 1,
-             f"data.sources.{name}.least_score is {source.least_score}: expected 0 to less than 1"),
+            (0 <= source.threshold < 1,
+             f"data.sources.{name}.threshold is {source.threshold}: expected 0 to less than 1"),
             (source.copies >= 0, f"data.sources.{name}.copies is {source.copies}: expected 0 (by weight) or more"),
             (not source.copies or source.weight == 1.0,
              f"data.sources.{name} has weight {source.weight} and copies {source.copies}: give one of them"),

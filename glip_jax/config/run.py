@@ -1,7 +1,7 @@
 """Every setting of glip_jax once: type, unit, default.
 
 A file in `configs/` returns a `Config`; the command line overrides single fields. Fields declared with
-`numbers=False` change cadence, logging or placement but no number that training produces; every other field
+`affects_results=False` change cadence, logging or placement but no number that training produces; every other field
 changes numbers, so a resumed run refuses a difference in it (see `differences`).
 """
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from glip_jax import UserError
 from glip_jax.config.data import (
     CaptionConfig,
     Codec,
@@ -20,7 +21,7 @@ from glip_jax.config.data import (
     SourceConfig,
     data_checks,
 )
-from glip_jax.config.data import free as _free
+from glip_jax.config.data import runtime_field as _runtime_field
 from glip_jax.config.model import (
     AnchorConfig,
     BackboneConfig,
@@ -42,7 +43,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A setting, or a pair of settings, that cannot be."""
 
 
@@ -112,19 +113,19 @@ class TrainConfig:
     batch_size: int = 64
     """Examples per step over all hosts."""
     seed: int = 0
-    log_every: int = _free(10)
-    evaluate_every: int = _free(0)
+    log_every: int = _runtime_field(10)
+    evaluate_every: int = _runtime_field(0)
     """Steps between evaluations of `evaluation.sets`; 0: only at the end, -1: never (the job `evaluate` follows)."""
-    draw_first_batch: bool = _free(True)
-    profile: tuple[int, ...] = _free(())
+    draw_first_batch: bool = _runtime_field(True)
+    profile: tuple[int, ...] = _runtime_field(())
     """First and last step to profile, as 20,25; a file WORKDIR/profile asks for the next ones while the run goes."""
-    hang_multiple: float = _free(20.0)
+    hang_multiple: float = _runtime_field(20.0)
     """A step that takes so many times the usual (the median of 50) leaves the stacks of all threads in WORKDIR; 0: never."""
-    hang_least: float = _free(120.0)
+    hang_min: float = _runtime_field(120.0)
     """But not before so many seconds."""
-    hang_first: float = _free(3600.0)
+    hang_first: float = _runtime_field(3600.0)
     """So does, after so many seconds, a step that has to be compiled, or one of the first, of which nothing is usual yet."""
-    wandb: str = _free("")
+    wandb: str = _runtime_field("")
     """Project of Weights & Biases that gets the numbers as well (requirements-wandb.txt); empty: none."""
 
 
@@ -132,15 +133,15 @@ class TrainConfig:
 class CheckpointConfig:
     """When to save, how many to keep."""
 
-    every: int = _free(1000)
+    every: int = _runtime_field(1000)
     """Steps between checkpoints; the last step is always saved."""
-    keep: int = _free(3)
+    keep: int = _runtime_field(3)
     """The newest so many are kept, the last step's among them."""
-    keep_every: int = _free(0)
+    keep_every: int = _runtime_field(0)
     """Those of steps that are multiples of this are kept as well, for ever; 0: none."""
-    best: int = _free(0)
+    best: int = _runtime_field(0)
     """So many of the highest `best_by` are kept as well."""
-    best_by: str = _free("")
+    best_by: str = _runtime_field("")
     """A number of evaluations during training, `evaluation/SET/NUMBER` as in metrics.jsonl, e.g. evaluation/coco/AP; checkpoints
     of steps that were not evaluated are not among the best (see `train.evaluate_every`)."""
 
@@ -187,10 +188,10 @@ class EvaluationConfig:
 
     sets: dict[str, EvaluationSet] = field(default_factory=dict)
     parameters: Literal["ema", "raw"] = "ema"
-    batch_size: int = _free(8)
+    batch_size: int = _runtime_field(8)
     short_side: int = 800
     long_side: int = 1333
-    max_images: int = _free(0)
+    max_images: int = _runtime_field(0)
     """First so many images of each set; 0: all."""
     chunk: int = 0
     """Names per prompt; 0: as many as the token budget admits."""
@@ -200,9 +201,9 @@ class EvaluationConfig:
 class MeshConfig:
     """Devices along each axis; -1 in one place: the rest."""
 
-    data: int = _free(-1)
-    fsdp: int = _free(1)
-    tensor: int = _free(1)
+    data: int = _runtime_field(-1)
+    fsdp: int = _runtime_field(1)
+    tensor: int = _runtime_field(1)
 
 
 @dataclass(frozen=True)
@@ -218,22 +219,22 @@ class Config:
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     init_from: InitFromConfig = InitFromConfig()
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata={"numbers": False})
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata={"affects_results": False})
     mesh: MeshConfig = MeshConfig()
 
 
-def flatten(config: Any, prefix: str = "", numbers: bool | None = None) -> Iterator[tuple[str, Any]]:
-    """Yields (dotted name, value) of every leaf field; `numbers` keeps only fields of that class."""
+def flatten(config: Any, prefix: str = "", affects_results: bool | None = None) -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, value) of every leaf field; `affects_results` keeps only fields of that class."""
 
     def walk(value: Any, name: str, counts: bool) -> Iterator[tuple[str, Any]]:
         if dataclasses.is_dataclass(value):
             for item in dataclasses.fields(value):
                 inner = f"{name}.{item.name}" if name else item.name
-                yield from walk(getattr(value, item.name), inner, counts and item.metadata.get("numbers", True))
+                yield from walk(getattr(value, item.name), inner, counts and item.metadata.get("affects_results", True))
         elif isinstance(value, dict):
             for key, item in value.items():
                 yield from walk(item, f"{name}.{key}", counts)
-        elif numbers is None or numbers == counts:
+        elif affects_results is None or affects_results == counts:
             yield name, value
 
     yield from walk(config, prefix, True)
@@ -253,8 +254,8 @@ def differences(saved: dict[str, Any], config: Config) -> list[str]:
         return list(value) if isinstance(value, tuple) else value
 
     saved = _LATER | saved
-    free = {name for name, _ in flatten(config, numbers=False)}
-    new = dict(flatten(config, numbers=True))
+    free = {name for name, _ in flatten(config, affects_results=False)}
+    new = dict(flatten(config, affects_results=True))
     lines = []
     for name in sorted(set(saved) - free | set(new)):
         if name.startswith(("evaluation.", "mesh.")):
@@ -305,7 +306,7 @@ def _cadence_checks(config: Config) -> list[tuple[bool, str]]:
          f"train.profile is {','.join(map(str, train.profile))}: expected the first and the last step to profile, as 20,25"),
         (train.hang_multiple == 0 or train.hang_multiple > 1,
          f"train.hang_multiple is {train.hang_multiple:g}: expected more than 1, or 0 (no watch)"),
-        (train.hang_least > 0, f"train.hang_least is {train.hang_least:g}: expected more than 0 seconds"),
+        (train.hang_min > 0, f"train.hang_min is {train.hang_min:g}: expected more than 0 seconds"),
         (train.hang_first > 0, f"train.hang_first is {train.hang_first:g}: expected more than 0 seconds"),
         (keeping.keep > 0, f"checkpoint.keep is {keeping.keep}: expected at least 1"),
         (keeping.keep_every >= 0, f"checkpoint.keep_every is {keeping.keep_every}: expected 0 (none) or more"),

@@ -62,12 +62,12 @@ class Examples:
         self, source: int, index: int, short_side: int, canvas: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator
     ) -> Batch:
         config, data = self.config, self.config.data
-        record, unsure = _sure(self.shards[source][index], self._source(source).least_score)
+        record, unsure = _without_low_confidence(self.shards[source][index], self._source(source).threshold)
         captioner = self.captioners[source]
         window = _window(record, config, rng)
         boxes, old, view = record.boxes, (record.height, record.width), None
         if window is not None:
-            boxes, shown, visible = transforms.crop_boxes(boxes, window, data.crop.least_visible)
+            boxes, shown, visible = transforms.crop_boxes(boxes, window, data.crop.min_visible)
             old, view = window[2:], View(shown, ~shown & (visible > 0))
         new = fit(*old, short_side, data.long_side, canvas.shape[:2])
         boxes = transforms.scale_boxes(boxes, old, new)
@@ -79,7 +79,7 @@ class Examples:
         if window is not None:
             top, left, height, width = window
             image = np.ascontiguousarray(image[top : top + height, left : left + width])
-        codec.place(image, new, canvas, mirrored, data.codec)
+        codec.resize_to_canvas(image, new, canvas, mirrored, data.codec)
         if data.jitter.probability and rng.random() < data.jitter.probability:
             own = canvas[: new[0], : new[1]]
             own[:] = transforms.jitter(own, data.jitter, rng)
@@ -159,7 +159,7 @@ class Examples:
         )
 
 
-def _sure(record: Record, least: float) -> tuple[Record, int]:
+def _without_low_confidence(record: Record, least: float) -> tuple[Record, int]:
     """The record with the boxes of a score above `least`, and how many it lost; their phrases stay, as unknown ones."""
     if record.kind != "pseudo" or not least:
         return record, 0

@@ -19,7 +19,7 @@ from glip_jax.config import Codec
 from glip_jax.data.records import Record, decode_image
 from glip_jax.structures.canvas import resize
 
-__all__ = ["Memory", "decode", "place"]
+__all__ = ["Memory", "decode", "resize_to_canvas"]
 
 # Examples are made in threads and processes already; OpenCV's own would stand in one another's way.
 cv2.setNumThreads(1)
@@ -45,7 +45,7 @@ def decode(record: Record, codec: Codec, least: tuple[int, int] | None = None) -
     return decode_image(record)
 
 
-def place(
+def resize_to_canvas(
     image: UInt8[np.ndarray, "H W 3"],
     size: tuple[int, int],
     canvas: UInt8[np.ndarray, "H2 W2 3"],

@@ -12,13 +12,14 @@ from typing import Any
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
+from glip_jax import UserError
 from glip_jax.data.records import FORMAT
 from glip_jax.io import gcs
 
 __all__ = ["Manifest", "ShardError", "finished", "names_in", "nothing", "opened", "read_file"]
 
 
-class ShardError(ValueError):
+class ShardError(UserError, ValueError):
     """A folder of shards that is missing, unfinished or damaged, or cannot be written."""
 
 

@@ -17,6 +17,8 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
+from glip_jax import UserError
+
 __all__ = [
     "FORMAT",
     "PIXEL_LIMIT",
@@ -52,7 +54,7 @@ Spans = tuple[tuple[int, int], ...]
 _KEYS = ("format", "id", "kind", "image", "height", "width", "boxes", "categories", "caption", "spans", "scores")
 
 
-class RecordError(ValueError):
+class RecordError(UserError, ValueError):
     """A record that cannot be read or breaks a rule; names the record and the field."""
 
 

@@ -28,18 +28,18 @@ def mirror_boxes(boxes: Float32[np.ndarray, "N 4"], width: int) -> Float32[np.nd
 
 
 def crop_window(height: int, width: int, config: CropConfig, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """A random part of an image: top, left, height, width in pixels, each side at least `least_side` of the image's."""
-    sides = [max(1, round(side * rng.uniform(config.least_side, 1))) for side in (height, width)]
+    """A random part of an image: top, left, height, width in pixels, each side at least `min_side` of the image's."""
+    sides = [max(1, round(side * rng.uniform(config.min_side, 1))) for side in (height, width)]
     top, left = (int(rng.integers(0, side - part, endpoint=True)) for side, part in zip((height, width), sides))
     return top, left, sides[0], sides[1]
 
 
 def crop_boxes(
-    boxes: Float32[np.ndarray, "N 4"], window: tuple[int, int, int, int], least_visible: float
+    boxes: Float32[np.ndarray, "N 4"], window: tuple[int, int, int, int], min_visible: float
 ) -> tuple[Float32[np.ndarray, "N 4"], Bool[np.ndarray, "N"], Float32[np.ndarray, "N"]]:
     """Boxes cut to `window` (top, left, height, width) in its coordinates, which of them stay, and their visible shares.
 
-    A box stays if at least `least_visible` of its area (in pixels, inclusive) does and what is left is wider and higher
+    A box stays if at least `min_visible` of its area (in pixels, inclusive) does and what is left is wider and higher
     than one pixel.
     """
     top, left, height, width = window
@@ -49,7 +49,7 @@ def crop_boxes(
     # Beyond the window both corners are cut to the same edge: nothing of the box is left.
     inside = np.minimum(moved[:, 2:], [width - 1, height - 1]) - np.maximum(moved[:, :2], 0) + 1
     visible = (np.maximum(inside, 0).prod(1) / area).astype(np.float32)
-    return cut, (visible >= least_visible) & (cut[:, 2:] > cut[:, :2]).all(1), visible
+    return cut, (visible >= min_visible) & (cut[:, 2:] > cut[:, :2]).all(1), visible
 
 
 def jitter(

@@ -11,10 +11,12 @@ import math
 import re
 from typing import NamedTuple
 
+from glip_jax import UserError
+
 __all__ = ["CHIPS", "Chip", "Topology", "TopologyError", "chip_of", "topology"]
 
 
-class TopologyError(ValueError):
+class TopologyError(UserError, ValueError):
     """A name that stands for no topology."""
 
 

@@ -1,6 +1,6 @@
 """Several processes that train as one: joining, agreeing on what to do, stopping together, hearing that one is gone.
 
-jax.distributed carries the arrays. Beside it each process holds one connection to process 0 (`Crew`), because arrays
+jax.distributed carries the arrays. Beside it each process holds one connection to process 0 (`Cluster`), because arrays
 carry no words: process 0 compares what all have before them, passes on that somebody was asked to stop, and says whose
 connection broke. The kernel closes the connection of a process that dies, whatever it died of; a host that falls silent
 is missed after half a minute.
@@ -23,9 +23,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from glip_jax.distributed.exit_codes import BAD_INPUT, CANCELLED, DONE, LOST, PREEMPTED, UNEXPECTED
+from glip_jax import UserError
+from glip_jax.distributed.exit_codes import BAD_INPUT, CANCELLED, DONE, PEER_LOST, PREEMPTED, UNEXPECTED
 
-__all__ = ["Cluster", "Crew", "ProcessError", "announced", "join"]
+__all__ = ["ProcessGroup", "Cluster", "ProcessError", "announced", "join"]
 
 _LETTER = 1024
 """Bytes of what process 0 sends to all through jax: where it listens, and a word that strangers do not know."""
@@ -42,12 +43,12 @@ _BLAME_SECONDS = 3.0
 """A process whose collective failed waits so long for the news that another one died, which is the true reason."""
 
 
-class ProcessError(RuntimeError):
+class ProcessError(UserError, RuntimeError):
     """The processes cannot work as one; the message is one line that names which, and what differs or is missing."""
 
 
 @dataclass(frozen=True)
-class Cluster:
+class ProcessGroup:
     """Where the processes of a job meet; all empty: what SLURM or the TPU's hosts announce."""
 
     coordinator: str = ""
@@ -68,46 +69,44 @@ def announced(environment: Mapping[str, str]) -> tuple[int, str]:
     return 1, ""
 
 
-def join(cluster: Cluster) -> None:
+def join(group: ProcessGroup) -> None:
     """Joins the other processes (jax.distributed); before anything else of jax is used.
 
-    Raises ProcessError if fewer come than were announced or `cluster` is half given; ends the process with a line and
-    exit code BAD_INPUT if they have not come in `cluster.patience` seconds.
+    Raises ProcessError if fewer come than were announced or `group` is half given; ends the process with a line and
+    exit code BAD_INPUT if they have not come in `group.patience` seconds.
     """
-    given = {"coordinator": bool(cluster.coordinator), "processes": cluster.processes > 0, "index": cluster.index >= 0}
+    given = {"coordinator": bool(group.coordinator), "processes": group.processes > 0, "index": group.index >= 0}
     missing = [f"--{name}" for name, there in given.items() if not there]
     if missing and len(missing) < len(given):
         raise ProcessError(
             f"{' and '.join(missing)} not given: expected --coordinator, --processes and --index together"
         )
     explicit = not missing
-    if explicit and cluster.index >= cluster.processes:
+    if explicit and group.index >= group.processes:
         raise ProcessError(
-            f"--index={cluster.index}: expected 0 to {cluster.processes - 1}, as --processes={cluster.processes}"
+            f"--index={group.index}: expected 0 to {group.processes - 1}, as --processes={group.processes}"
         )
-    if explicit and not re.fullmatch(r".+:\d+", cluster.coordinator):
-        raise ProcessError(f"--coordinator={cluster.coordinator}: expected HOST:PORT of process 0")
-    expected, by = (cluster.processes, "--processes") if explicit else announced(os.environ)
-    # Its own handler of SIGTERM would replace that of the job; the crew agrees by itself.
+    if explicit and not re.fullmatch(r".+:\d+", group.coordinator):
+        raise ProcessError(f"--coordinator={group.coordinator}: expected HOST:PORT of process 0")
+    expected, by = (group.processes, "--processes") if explicit else announced(os.environ)
+    # Its own handler of SIGTERM would replace that of the job; the cluster agrees by itself.
     jax.config.update("jax_enable_preemption_service", False)
     where: dict[str, Any] = {}
     mend = "start it on all hosts of a TPU pod or under srun, or give --coordinator, --processes and --index"
     if explicit:
-        where["coordinator_address"] = cluster.coordinator
-        where["num_processes"], where["process_id"] = cluster.processes, cluster.index
+        where["coordinator_address"] = group.coordinator
+        where["num_processes"], where["process_id"] = group.processes, group.index
         mend = (
-            f"start all of them with --coordinator={cluster.coordinator} and --processes={cluster.processes}, each with "
+            f"start all of them with --coordinator={group.coordinator} and --processes={group.processes}, each with "
             "its own --index, and let that port of process 0 through"
         )
-    who = (
-        f"{f'process {cluster.index} of {expected}' if explicit else 'this process'}: the others did not come together"
-    )
+    who = f"{f'process {group.index} of {expected}' if explicit else 'this process'}: the others did not come together"
     # jax itself ends the process where they do not, with pages of its own; so this comes before it.
-    last = threading.Timer(cluster.patience, _end, (f"{who} in {cluster.patience} s: {mend}", BAD_INPUT))
+    last = threading.Timer(group.patience, _end, (f"{who} in {group.patience} s: {mend}", BAD_INPUT))
     last.daemon = True
     last.start()
     try:
-        jax.distributed.initialize(**where, initialization_timeout=cluster.patience + 60)
+        jax.distributed.initialize(**where, initialization_timeout=group.patience + 60)
     except Exception as error:
         told = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         raise ProcessError(f"{who} ({told}): {mend}") from None
@@ -120,7 +119,7 @@ def join(cluster: Cluster) -> None:
 
 
 class _Member(NamedTuple):
-    """A process of the crew."""
+    """A process of the cluster."""
 
     index: int
     host: str
@@ -130,7 +129,7 @@ class _Member(NamedTuple):
         return f"process {self.index} on {self.host} (pid {self.pid})"
 
 
-class _Wire:
+class _Connection:
     """A connection that carries JSON, a line each."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -162,14 +161,14 @@ class _Wire:
         self._connection.close()
 
 
-class _Desk:
+class _Coordinator:
     """What process 0 does for all, itself included."""
 
     def __init__(self, count: int, patience: float) -> None:
         self.secret, self._count, self._patience = secrets.token_hex(16), count, patience
         self._listener = socket.create_server(("", 0), backlog=count)
         self.port = self._listener.getsockname()[1]
-        self._wires: dict[int, _Wire] = {}
+        self._connections: dict[int, _Connection] = {}
         self._members: dict[int, _Member] = {}
         self._facts: dict[int, dict[str, str]] = {}
         self._at: dict[int, int] = {}
@@ -181,30 +180,30 @@ class _Desk:
     def _serve(self) -> None:
         refused = self._gather()
         self._tell(refused=refused, members=[list(member) for member in self._members.values()])
-        for index, wire in self._wires.items():
-            threading.Thread(target=self._listen, args=(index, wire), daemon=True).start()
+        for index, connection in self._connections.items():
+            threading.Thread(target=self._listen, args=(index, connection), daemon=True).start()
 
     def _gather(self) -> str:
         """Waits for everybody; what keeps them from working together, or ""."""
         end = time.monotonic() + self._patience
-        while len(self._wires) < self._count and (left := end - time.monotonic()) > 0:
+        while len(self._connections) < self._count and (left := end - time.monotonic()) > 0:
             self._listener.settimeout(left)
             try:
-                connection, _ = self._listener.accept()
-                wire = _Wire(connection)
-                connection.settimeout(5)  # a stranger may say nothing
-                hello = wire.receive()
-                connection.settimeout(None)
+                accepted, _ = self._listener.accept()
+                connection = _Connection(accepted)
+                accepted.settimeout(5)  # a stranger may say nothing
+                hello = connection.receive()
+                accepted.settimeout(None)
             except OSError:
                 continue
             if not hello or not secrets.compare_digest(str(hello.get("secret", "")), self.secret):
-                wire.close()
+                connection.close()
                 continue
             index = hello["index"]
-            self._wires[index], self._facts[index] = wire, hello["facts"]
+            self._connections[index], self._facts[index] = connection, hello["facts"]
             self._members[index] = _Member(index, hello["host"], hello["pid"])
         self._listener.close()
-        missing = sorted(set(range(self._count)) - set(self._wires))
+        missing = sorted(set(range(self._count)) - set(self._connections))
         if missing:
             return f"process {', '.join(map(str, missing))} of {self._count} did not report in {self._patience:g} s"
         first, lines = self._members[0], []
@@ -220,8 +219,8 @@ class _Desk:
         listed = " | ".join(lines[:4]) + (f" | and {len(lines) - 4} more processes" if len(lines) > 4 else "")
         return f"the processes differ from {first}: {listed}; give all hosts the same command, code and data"
 
-    def _listen(self, index: int, wire: _Wire) -> None:
-        while (message := wire.receive()) is not None:
+    def _listen(self, index: int, connection: _Connection) -> None:
+        while (message := connection.receive()) is not None:
             with self._change:
                 if "stop" in message and not self._signal:
                     self._signal = message["stop"]
@@ -240,7 +239,7 @@ class _Desk:
         with self._change:
             if index not in self._left:
                 self._left.add(index)
-                self._blame(f"{self._members[index]} died; its own log says why. {_GOES_ON}", LOST)
+                self._blame(f"{self._members[index]} died; its own log says why. {_GOES_ON}", PEER_LOST)
             self._change.notify_all()
 
     def _blame(self, text: str, code: int) -> None:
@@ -251,21 +250,21 @@ class _Desk:
 
     def _tell(self, **message: Any) -> None:
         # This process last: what it hears may end it, and this thread with it.
-        for index in sorted(self._wires, reverse=True):
-            self._wires[index].send(**message)
+        for index in sorted(self._connections, reverse=True):
+            self._connections[index].send(**message)
 
     def close(self, patience: float) -> None:
         """Waits until all have left, then ends the connections."""
         with self._change:
-            self._change.wait_for(lambda: len(self._left) >= len(self._wires), patience)
+            self._change.wait_for(lambda: len(self._left) >= len(self._connections), patience)
         self._tell(closed=True)
 
 
-class Crew:
+class Cluster:
     """The processes of this job, as one of them sees them. Made once, after `join`, by all of them.
 
     Use as a context manager: an exception that leaves it ends all processes with its exit code; a process that dies
-    ends the others, within a second, with its name and exit code LOST.
+    ends the others, within a second, with its name and exit code PEER_LOST.
     """
 
     def __init__(
@@ -283,12 +282,18 @@ class Crew:
         """
         self.index, self._count = (jax.process_index(), jax.process_count()) if place is None else place
         self._code_of = code_of
-        self._desk = _Desk(self._count, patience) if self.index == 0 else None
-        letter = json.dumps([self._desk.port, self._desk.secret, *_addresses()]).encode() if self._desk else b""
+        self._coordinator = _Coordinator(self._count, patience) if self.index == 0 else None
+        letter = (
+            json.dumps([self._coordinator.port, self._coordinator.secret, *_addresses()]).encode()
+            if self._coordinator
+            else b""
+        )
         port, secret, *addresses = json.loads((share or _broadcast)(letter))
-        self._wire = _Wire(_connect(addresses, port))
-        self._wire.send(secret=secret, index=self.index, host=socket.gethostname(), pid=os.getpid(), facts=dict(facts))
-        answer = self._wire.receive()
+        self._connection = _Connection(_connect(addresses, port))
+        self._connection.send(
+            secret=secret, index=self.index, host=socket.gethostname(), pid=os.getpid(), facts=dict(facts)
+        )
+        answer = self._connection.receive()
         if answer is None or answer["refused"]:
             raise ProcessError(answer["refused"] if answer else f"process 0 at {addresses[0]} ended before all had met")
         self._first = next(_Member(*member) for member in answer["members"] if member[0] == 0)
@@ -305,18 +310,18 @@ class Crew:
         with self._change:
             if received and not self._told:
                 self._told = True
-                self._wire.send(stop=received)
+                self._connection.send(stop=received)
             # Between the question where everybody is and its answer nobody moves on.
             self._change.wait_for(lambda: not self._signal or self._stop_at is not None)
             self._step = step
             return self._signal if self._stop_at is not None and step >= self._stop_at else 0
 
     def _listen(self) -> None:
-        while (message := self._wire.receive()) is not None and "closed" not in message:
+        while (message := self._connection.receive()) is not None and "closed" not in message:
             with self._change:
                 if "stop" in message:
                     self._signal = message["stop"]
-                    self._wire.send(at=self._step)
+                    self._connection.send(at=self._step)
                 if "stop_at" in message:
                     self._stop_at = message["stop_at"]
                 if "gone" in message and not self._left:
@@ -325,10 +330,10 @@ class Crew:
         if message is None and not self._left:
             _end(
                 f"{self._first} died; its own log says why. {_GOES_ON}",
-                LOST,
+                PEER_LOST,
             )
 
-    def __enter__(self) -> "Crew":
+    def __enter__(self) -> "Cluster":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -349,9 +354,9 @@ class Crew:
             time.sleep(_BLAME_SECONDS)
         with self._change:
             self._left = True
-        self._wire.send(code=code, text=text)
-        if self._desk is not None:
-            self._desk.close(60.0 if code == DONE else 5.0)
+        self._connection.send(code=code, text=text)
+        if self._coordinator is not None:
+            self._coordinator.close(60.0 if code == DONE else 5.0)
         if not self._together(code):
             # What is left to unwind may wait for processes that are gone.
             last = threading.Timer(_UNWIND_SECONDS, os._exit, (code,))

@@ -17,12 +17,12 @@ __all__ = [
     "BAD_INPUT",
     "CANCELLED",
     "DONE",
-    "LOST",
+    "PEER_LOST",
     "NOT_FINITE",
     "NOT_WRITTEN",
     "PREEMPTED",
     "SHORT",
-    "UNAVAILABLE",
+    "STORAGE_UNAVAILABLE",
     "UNEXPECTED",
 ]
 
@@ -30,13 +30,13 @@ DONE = 0
 UNEXPECTED = 1
 BAD_INPUT = 2
 NOT_FINITE = 3
-UNAVAILABLE = 69
+STORAGE_UNAVAILABLE = 69
 """EX_UNAVAILABLE of sysexits.h."""
 NOT_WRITTEN = 74
 """EX_IOERR of sysexits.h."""
 PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h."""
-LOST = 76
+PEER_LOST = 76
 """EX_PROTOCOL of sysexits.h: the other side did not keep to what was agreed."""
 CANCELLED = 130
 """128 + SIGINT, as shells have it."""

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from glip_jax import UserError
 from glip_jax.config import Config, MeshConfig
 from glip_jax.structures.batch import BATCH_AXES
 
@@ -29,7 +30,7 @@ __all__ = [
     "batch_sharding",
     "check_fits",
     "gathered",
-    "layout",
+    "parameter_specs",
     "make_mesh",
     "parameter_spec",
     "per_shard",
@@ -85,7 +86,7 @@ blocks and the taps of convolutions are never split; () replicates.
 """
 
 
-class MeshError(ValueError):
+class MeshError(UserError, ValueError):
     """A mesh that the devices, the batch or a parameter do not fit."""
 
 
@@ -159,7 +160,7 @@ def unused_rules(paths: Iterable[str]) -> list[str]:
     return [pattern for pattern, _ in RULES if not any(re.fullmatch(pattern, path) for path in listed)]
 
 
-def layout(tree: Tree, mesh: Mesh) -> Tree:
+def parameter_specs(tree: Tree, mesh: Mesh) -> Tree:
     """The same pytree with a PartitionSpec for each leaf (array or jax.ShapeDtypeStruct).
 
     The dictionary keys on the way to a leaf are its parameter path, so moments and averages lie as their parameters
@@ -174,8 +175,8 @@ def layout(tree: Tree, mesh: Mesh) -> Tree:
 
 
 def shardings(tree: Tree, mesh: Mesh) -> Tree:
-    """`layout` on `mesh`, as a NamedSharding for each leaf."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), layout(tree, mesh))
+    """`parameter_specs` on `mesh`, as a NamedSharding for each leaf."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), parameter_specs(tree, mesh))
 
 
 def abstract(tree: Tree, mesh: Mesh) -> Tree:
@@ -230,7 +231,7 @@ def per_shard(function: Callable[..., Any], mesh: Mesh, inputs: Any, outputs: An
     return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
-def gathered(params: Tree, layout: Any, mesh: Mesh) -> Tree:
+def gathered(params: Tree, specs: Any, mesh: Mesh) -> Tree:
     """Inside `per_shard`: parameters whole again along fsdp (one all-gather each that is split there)."""
     if mesh.shape["fsdp"] == 1:
         return params
@@ -238,10 +239,10 @@ def gathered(params: Tree, layout: Any, mesh: Mesh) -> Tree:
     def one(spec: PartitionSpec, leaf: Any) -> Any:
         return jax.lax.all_gather(leaf, "fsdp", axis=spec.index("fsdp"), tiled=True) if "fsdp" in spec else leaf
 
-    return jax.tree.map(one, layout, params, is_leaf=_is_spec)
+    return jax.tree.map(one, specs, params, is_leaf=_is_spec)
 
 
-def reduced(gradients: Tree, layout: Any, mesh: Mesh) -> Tree:
+def reduced(gradients: Tree, specs: Any, mesh: Mesh) -> Tree:
     """Inside `per_shard`: each device's own gradients summed over data and fsdp.
 
     Of what is split along fsdp each device keeps its part. Devices along tensor have worked out the same gradients of what
@@ -257,7 +258,7 @@ def reduced(gradients: Tree, layout: Any, mesh: Mesh) -> Tree:
             axes = tuple(axis for axis in axes if axis != "fsdp")
         return jax.lax.psum(leaf, axes) if axes else leaf
 
-    return jax.tree.map(one, layout, gradients, is_leaf=_is_spec)
+    return jax.tree.map(one, specs, gradients, is_leaf=_is_spec)
 
 
 def _is_spec(leaf: Any) -> bool:

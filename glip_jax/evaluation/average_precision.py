@@ -13,6 +13,7 @@ from jaxtyping import Float, Float64
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from glip_jax import UserError
 from glip_jax.structures.batch import Detections
 
 __all__ = [
@@ -24,7 +25,7 @@ NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 """Names of COCO's numbers in pycocotools' order; -1 where the ground truth has nothing to measure."""
 
 
-class GroundTruthError(ValueError):
+class GroundTruthError(UserError, ValueError):
     """Annotations that cannot be evaluated on."""
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from glip_jax import UserError
+
 __all__ = [
     "Comparison", "ComparisonError", "Run", "Spread", "Step", "StepWanted", "compare", "headlines", "run_of", "spread",
 ]  # fmt: skip
@@ -15,7 +17,7 @@ _OF_DETECTION = ("AP50", "AP", _CHANCE)
 _BEST = "recall@1"
 
 
-class ComparisonError(ValueError):
+class ComparisonError(UserError, ValueError):
     """Runs that cannot be compared."""
 
 

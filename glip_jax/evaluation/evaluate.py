@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
+from glip_jax import UserError
 from glip_jax.config import Config, EvaluationSet
 from glip_jax.evaluation.average_precision import (
     AveragePrecision,
@@ -40,7 +41,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-class EvaluationError(ValueError):
+class EvaluationError(UserError, ValueError):
     """A set whose pictures or names do not fit its annotations."""
 
 

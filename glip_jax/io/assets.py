@@ -5,12 +5,14 @@ from pathlib import Path
 
 from etils import epath
 
+from glip_jax import UserError
+
 __all__ = ["AssetError", "resolve"]
 
 _SCHEME = "package:"
 
 
-class AssetError(FileNotFoundError):
+class AssetError(UserError, FileNotFoundError):
     """A file that a config names is not there."""
 
 

@@ -23,6 +23,7 @@ from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
+from glip_jax import UserError
 from glip_jax.config import CheckpointConfig, Config
 from glip_jax.io import checksums
 from glip_jax.io.checkpoint_steps import (
@@ -55,7 +56,7 @@ __all__ = [
 ]
 
 
-class NotSavedError(RuntimeError):
+class NotSavedError(UserError, RuntimeError):
     """A checkpoint that could not be written; the message says what is left of the run and what to do."""
 
 

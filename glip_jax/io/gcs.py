@@ -28,7 +28,7 @@ from typing import IO, Any, Literal, NamedTuple
 from etils import epath
 from tqdm import tqdm
 
-from glip_jax.io.retry import StorageError, number, patiently, told
+from glip_jax.io.retry import StorageError, number, told, with_retries
 
 __all__ = [
     "Listed",
@@ -110,7 +110,7 @@ def read(path: epath.PathLike, begin: int = 0, end: int | None = None) -> bytes:
             raise ConnectionError(f"{len(data)} bytes came of [{begin}, {end})")
         return data
 
-    return patiently(place, attempt)
+    return with_retries(place, attempt)
 
 
 def kind(path: epath.PathLike) -> Literal["file", "folder", ""]:
@@ -136,7 +136,7 @@ def kind(path: epath.PathLike) -> Literal["file", "folder", ""]:
         return ""
 
     with contextlib.suppress(FileNotFoundError):
-        return patiently(place, attempt)
+        return with_retries(place, attempt)
     return ""
 
 
@@ -181,7 +181,7 @@ def _listed(folder: epath.PathLike, delimiter: str | None) -> tuple[dict[str, Li
         return files, sorted(below.removeprefix(prefix).rstrip("/") for below in found.prefixes)
 
     try:
-        return patiently(place, attempt)
+        return with_retries(place, attempt)
     except FileNotFoundError:
         why = f"there is no bucket {bucket} (or it may not be listed): make it, or mend the name"
         raise StorageError(errno.ENOENT, why, place) from None
@@ -239,7 +239,7 @@ def _send(local: Path, place: str, md5: str) -> None:
         if found != md5:
             raise ConnectionError(f"the storage has a file of MD5 {found or '(none)'}, {md5} was sent")
 
-    patiently(place, attempt)
+    with_retries(place, attempt)
 
 
 def put(path: epath.PathLike, data: bytes, over: int | None = None) -> Stamp | None:
@@ -275,7 +275,7 @@ def put(path: epath.PathLike, data: bytes, over: int | None = None) -> Stamp | N
                 return None
         return _stamped(blob)
 
-    return patiently(place, attempt)
+    return with_retries(place, attempt)
 
 
 def stamp(path: epath.PathLike) -> Stamp:
@@ -287,7 +287,7 @@ def stamp(path: epath.PathLike) -> Stamp:
         blob.reload(retry=None, timeout=_timeout())
         return _stamped(blob)
 
-    return patiently(place, attempt)
+    return with_retries(place, attempt)
 
 
 def _stamped(blob: Any) -> Stamp:
@@ -306,7 +306,7 @@ def copy(source: epath.PathLike, target: epath.PathLike) -> None:
             if token is None:
                 return
 
-    patiently(address(source), attempt)
+    with_retries(address(source), attempt)
 
 
 def remove(path: epath.PathLike, generation: int | None = None) -> None:
@@ -321,7 +321,7 @@ def remove(path: epath.PathLike, generation: int | None = None) -> None:
             if getattr(error, "code", None) not in (404, 412):
                 raise
 
-    patiently(place, attempt)
+    with_retries(place, attempt)
 
 
 def opened(path: epath.PathLike, buffer: int = _PIECE // 4) -> IO[bytes]:

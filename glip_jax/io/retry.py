@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-__all__ = ["StorageError", "number", "patiently", "told"]
+from glip_jax import UserError
+
+__all__ = ["StorageError", "number", "with_retries", "told"]
 
 _T = TypeVar("_T")
 
@@ -23,7 +25,7 @@ _PASSES = (408, 425, 429, 500, 502, 503, 504)
 """Codes that Google asks to try again after (cloud.google.com/storage/docs/retry-strategy); 425 is RFC 8470's."""
 
 
-class StorageError(OSError):
+class StorageError(UserError, OSError):
     """The storage did not answer in time, or refuses; `strerror` says what it said last, `filename` which file."""
 
 
@@ -42,7 +44,7 @@ def number(name: str, default: float) -> float:
     raise StorageError(errno.EINVAL, f"the environment variable {name} is {text!r}: expected a positive number")
 
 
-def patiently(place: str, attempt: Callable[[], _T]) -> _T:
+def with_retries(place: str, attempt: Callable[[], _T]) -> _T:
     """What an attempt returns, the first that succeeds; `place` is what it is about.
 
     Raises FileNotFoundError where the storage says so, StorageError for what no other attempt would mend and when

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from glip_jax import UserError
 from glip_jax.config import Config, differences, flatten
 from glip_jax.io import fsspec_gcs
 from glip_jax.io.errors import full_disk
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """A checkpoint that is not there, does not fit the model, or was made with other settings."""
 
 

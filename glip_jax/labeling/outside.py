@@ -17,7 +17,7 @@ from etils import epath
 from glip_jax.data.importers.entry import SourceError, numbers
 from glip_jax.data.importers.readers import JsonFile, integer, need, text
 from glip_jax.labeling.phrases.finders import head, head_word
-from glip_jax.labeling.teacher import Answer, Asked, Boxes, Picture, Question, Span
+from glip_jax.labeling.teacher import Boxes, Picture, PromptPlan, Query, QueryResult, Span
 from glip_jax.structures import boxes as box
 from glip_jax.structures.prompts import clean_name
 
@@ -56,24 +56,24 @@ class OutsideTeacher:
         """All go together."""
         return 0
 
-    def question(self, key: str, caption: str, spans: tuple[Span, ...]) -> Question:
+    def question(self, key: str, caption: str, spans: tuple[Span, ...]) -> Query:
         """Nothing is to be prepared."""
-        return Question(key, caption, spans, Asked((), (), {}))
+        return Query(key, caption, spans, PromptPlan((), (), {}))
 
-    def begin(self, pictures: Sequence[Picture]) -> Callable[[], list[list[Answer]]]:
+    def detect_async(self, pictures: Sequence[Picture]) -> Callable[[], list[list[QueryResult]]]:
         """See `Teacher`; nothing is worked on in the meantime."""
         return lambda: [
             [self._answer(question, picture.pixels.shape[:2]) for question in picture.questions] for picture in pictures
         ]
 
-    def _answer(self, question: Question, size: tuple[int, ...]) -> Answer:
+    def _answer(self, question: Query, size: tuple[int, ...]) -> QueryResult:
         nothing = [Boxes(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))] * len(question.spans)
         # COCO's captions are named IMAGE#CAPTION.
         image = self._keys.get(question.key, self._keys.get(question.key.rpartition("#")[0]))
         if image is None:
-            return Answer(nothing, {}, "image: unknown to the detections")
+            return QueryResult(nothing, {}, "image: unknown to the detections")
         if self._sizes.get(image, size) != tuple(size):
-            return Answer(nothing, {}, "image: of another size than where it was detected in")
+            return QueryResult(nothing, {}, "image: of another size than where it was detected in")
         wanted = [category_of(question.caption, span, self._names) for span in question.spans]
         unasked: dict[int, str] = {}
         for phrase, category in enumerate(wanted):
@@ -89,7 +89,7 @@ class OutsideTeacher:
         for phrase, category in enumerate(wanted):
             chosen = order[categories[order] == category] if phrase not in unasked else order[:0]
             found.append(Boxes(corners[chosen], scores[chosen]))
-        return Answer(found, unasked)
+        return QueryResult(found, unasked)
 
 
 def category_of(caption: str, span: Span, names: Mapping[tuple[str, ...], int]) -> int | None:

@@ -22,8 +22,8 @@ from glip_jax.data.records import Record, RecordError, content_hash
 from glip_jax.data.shards import Shards
 from glip_jax.labeling.phrases.finders import PhraseFinder, head_word
 from glip_jax.labeling.phrases.language import OTHER_SCRIPT, language_doubt
-from glip_jax.labeling.tally import Tally
-from glip_jax.labeling.teacher import Answer, Picture, Question, Span, Teacher, keep
+from glip_jax.labeling.statistics import LabelStatistics
+from glip_jax.labeling.teacher import Picture, Query, QueryResult, Span, Teacher, keep
 
 __all__ = ["Labeler", "Rules", "pseudo_record"]
 
@@ -63,7 +63,7 @@ class _Ready(NamedTuple):
     image: int
     """Content hash."""
     pixels: UInt8[np.ndarray, "H W 3"] | None
-    question: Question | None
+    question: Query | None
     left_out: str
     example: str
     dropped_phrases: Mapping[str, int]
@@ -78,7 +78,7 @@ class _Begun(NamedTuple):
 
     readies: list[list[_Ready]]
     """Per image the records that share it."""
-    answers: Callable[[], list[list[Answer]]]
+    answers: Callable[[], list[list[QueryResult]]]
     """Waits for them."""
 
 
@@ -95,13 +95,13 @@ class Labeler:
 
     def label(
         self, shards: Shards, begin: int, end: int, write: Callable[[Record], Any], made: Callable[[int], Any]
-    ) -> Tally:  # fmt: skip
-        """Labels records `begin` up to `end`; `write` gets the pseudo records, `made` is told how many were looked at.
+    ) -> LabelStatistics:  # fmt: skip
+        """Labels records `detect_async` up to `end`; `write` gets the pseudo records, `made` is told how many were looked at.
 
         The order of what is written is the order in which images become a batch, the same each time.
         """
         source = shards.manifest.name
-        tally = Tally()
+        tally = LabelStatistics()
         tally.code[self._code] += 0
         waiting: defaultdict[Any, dict[int, list[_Ready]]] = defaultdict(dict)
         begun: deque[_Begun] = deque()
@@ -152,7 +152,7 @@ class Labeler:
             reason = "image: cannot be decoded" if "field image" in str(error) else "record: corrupt"
             return _Ready(None, 0, None, None, reason, str(error), {})
 
-    def _told(self, ready: _Ready, source: str, tally: Tally) -> Any:
+    def _told(self, ready: _Ready, source: str, tally: LabelStatistics) -> Any:
         """Counts a record; the group that it waits in, None if it is left out."""
         tally.captions += 1
         tally.source(source, captions=1)
@@ -176,10 +176,10 @@ class Labeler:
             for own in waiting.values()
             if own[0].pixels is not None
         ]
-        return _Begun(list(waiting.values()), self._teacher.begin(pictures))
+        return _Begun(list(waiting.values()), self._teacher.detect_async(pictures))
 
     def _write(
-        self, begun: _Begun, source: str, tally: Tally, write: Callable[[Record], Any], made: Callable[[int], Any]
+        self, begun: _Begun, source: str, tally: LabelStatistics, write: Callable[[Record], Any], made: Callable[[int], Any]
     ) -> None:  # fmt: skip
         """Chooses of what the teacher found, and writes it."""
         provenance = {**self._about, "threshold": self._rules.of(source), "code": self._code}
@@ -198,7 +198,7 @@ class Labeler:
 
 
 def pseudo_record(
-    record: Record, question: Question, answer: Answer, rules: Rules, source: str, provenance: str, tally: Tally,
+    record: Record, question: Query, answer: QueryResult, rules: Rules, source: str, provenance: str, tally: LabelStatistics,
     surplus: Sequence[Span] = (),
 ) -> Record | None:  # fmt: skip
     """The pseudo record of a caption, or None, counted, where nothing was found.

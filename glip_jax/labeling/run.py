@@ -15,7 +15,7 @@ from glip_jax.data import shards
 from glip_jax.io import provenance
 from glip_jax.labeling.phrases.finders import PhraseFinder
 from glip_jax.labeling.pseudo import Labeler, Rules
-from glip_jax.labeling.tally import Tally, summary
+from glip_jax.labeling.statistics import LabelStatistics, summary
 from glip_jax.labeling.teacher import Teacher
 from glip_jax.labeling.work_queue import Tasks
 
@@ -150,11 +150,11 @@ def _label(tasks: Tasks, name: str, task: _Task, labeler: Labeler, made: Callabl
 
 def _finish(plan: Plan, tasks: Tasks, work: Mapping[str, _Task]) -> None:
     """Sums up, and writes columns, report and manifest."""
-    total, written = Tally(), []
+    total, written = LabelStatistics(), []
     with ThreadPoolExecutor(_SIDES) as pool:
         sides = list(pool.map(tasks.side, work))
     for side in sides:
-        total.add(Tally.from_json(side["tally"]))
+        total.add(LabelStatistics.from_json(side["tally"]))
         part = side["written"]
         part |= {"labels": {int(label): n for label, n in part["labels"].items()}, "columns": tuple(part["columns"])}
         written.append(shards.Written(**part))

@@ -22,7 +22,7 @@ from glip_jax.structures.canvas import canvas_size
 from glip_jax.structures.prompts import Tokenizer, positive_map
 
 __all__ = [
-    "Answer", "Asked", "Boxes", "DetectorTeacher", "Finds", "Picture", "Question", "Teacher", "View", "ask", "fuse",
+    "QueryResult", "PromptPlan", "Boxes", "DetectorTeacher", "DetectorProtocol", "Picture", "Query", "Teacher", "View", "ask", "fuse",
     "detectors", "keep", "teacher_config",
 ]  # fmt: skip
 
@@ -32,7 +32,7 @@ _MOST_DETECTIONS = 300
 Span = tuple[int, int]
 
 
-class Asked(NamedTuple):
+class PromptPlan(NamedTuple):
     """The prompts that ask for the phrases of a caption."""
 
     prompts: tuple[Prompt, ...]
@@ -42,20 +42,20 @@ class Asked(NamedTuple):
     """Phrases that cannot be asked for, and why."""
 
 
-class Question(NamedTuple):
+class Query(NamedTuple):
     """A caption and what is asked of it; `key` is the record's id."""
 
     key: str
     caption: str
     spans: tuple[Span, ...]
-    asked: Asked
+    asked: PromptPlan
 
 
 class Picture(NamedTuple):
     """An image and the captions that it has."""
 
     pixels: UInt8[np.ndarray, "H W 3"]
-    questions: list[Question]
+    questions: list[Query]
 
 
 class Boxes(NamedTuple):
@@ -66,7 +66,7 @@ class Boxes(NamedTuple):
     scores: Float32[np.ndarray, " D"]
 
 
-class Answer(NamedTuple):
+class QueryResult(NamedTuple):
     """What was found for a caption."""
 
     found: list[Boxes]
@@ -80,14 +80,14 @@ class Answer(NamedTuple):
 
 
 @runtime_checkable
-class Finds(Protocol):
+class DetectorProtocol(Protocol):
     """What is needed of a `Detector`."""
 
     config: Config
     tokenizer: Tokenizer
     batch_size: int
 
-    def begin(
+    def detect_async(
         self, images: Sequence[Any], prompts_: Sequence[Sequence[Prompt]]
     ) -> Callable[[], list[list[Detections]]]:
         """Begins to find each image's own prompts; what comes back waits for the detections."""
@@ -107,11 +107,11 @@ class Teacher(Protocol):
         """Images of equal groups go together; None for an image that cannot be looked at."""
         ...
 
-    def question(self, key: str, caption: str, spans: tuple[Span, ...]) -> Question:
+    def question(self, key: str, caption: str, spans: tuple[Span, ...]) -> Query:
         """Prepares a caption; called from several threads."""
         ...
 
-    def begin(self, pictures: Sequence[Picture]) -> Callable[[], list[list[Answer]]]:
+    def detect_async(self, pictures: Sequence[Picture]) -> Callable[[], list[list[QueryResult]]]:
         """Begins to answer the questions of each picture, all of one group; what comes back waits for the answers."""
         ...
 
@@ -145,7 +145,7 @@ def teacher_config(
 class View(NamedTuple):
     """One way of looking at an image."""
 
-    detector: Finds
+    detector: DetectorProtocol
     mirrored: bool
     """Left to right; passed over for captions that say left or right."""
 
@@ -179,12 +179,12 @@ class DetectorTeacher:
         known = (canvas_size(rule.short_side, aspect, rule.long_side, multiple) for aspect in config.data.aspects)
         return canvas if canvas in known else None
 
-    def question(self, key: str, caption: str, spans: tuple[Span, ...]) -> Question:
+    def question(self, key: str, caption: str, spans: tuple[Span, ...]) -> Query:
         """The prompts of a caption."""
         asked = ask(caption, spans, self._first.tokenizer, self._first.config.model.text.max_tokens)
-        return Question(key, caption, spans, asked)
+        return Query(key, caption, spans, asked)
 
-    def begin(self, pictures: Sequence[Picture]) -> Callable[[], list[list[Answer]]]:
+    def detect_async(self, pictures: Sequence[Picture]) -> Callable[[], list[list[QueryResult]]]:
         """See `Teacher`."""
         begun = []
         for view in self.views:
@@ -200,10 +200,10 @@ class DetectorTeacher:
             prompts = [
                 [prompt for n in own for prompt in p.questions[n].asked.prompts] for p, own in zip(pictures, asked)
             ]
-            begun.append((view, asked, view.detector.begin(images, prompts)))
+            begun.append((view, asked, view.detector.detect_async(images, prompts)))
         return lambda: self._answers(pictures, begun)
 
-    def _answers(self, pictures: Sequence[Picture], begun: Sequence[_BegunView]) -> list[list[Answer]]:
+    def _answers(self, pictures: Sequence[Picture], begun: Sequence[_BegunView]) -> list[list[QueryResult]]:
         found: list[list[list[list[Boxes]]]] = [[[] for _ in picture.questions] for picture in pictures]
         cut: set[tuple[int, int]] = set()
         for view, asked, detected in begun:
@@ -219,13 +219,13 @@ class DetectorTeacher:
                         cut.add((place, n))
         return [
             [
-                Answer(self._fused(q, found[place][n]), q.asked.unasked, cut=(place, n) in cut)
+                QueryResult(self._fused(q, found[place][n]), q.asked.unasked, cut=(place, n) in cut)
                 for n, q in enumerate(p.questions)
             ]
             for place, p in enumerate(pictures)
         ]
 
-    def _fused(self, question: Question, views: list[list[Boxes]]) -> list[Boxes]:
+    def _fused(self, question: Query, views: list[list[Boxes]]) -> list[Boxes]:
         if not views:
             return [_NOTHING] * len(question.spans)
         if len(self.views) == 1:
@@ -234,7 +234,7 @@ class DetectorTeacher:
         return [fuse([view[phrase] for view in views], least, self._nms_iou) for phrase in range(len(question.spans))]
 
 
-def _by_phrase(question: Question, parts: Sequence[Detections], mirrored_width: int) -> list[Boxes]:
+def _by_phrase(question: Query, parts: Sequence[Detections], mirrored_width: int) -> list[Boxes]:
     """The detections of a caption's prompts, phrase by phrase, in the pixels of the image as it is stored."""
     result = [_NOTHING] * len(question.spans)
     for part, phrases in zip(parts, question.asked.phrases, strict=True):
@@ -301,7 +301,7 @@ def fuse(views: Sequence[Boxes], least: float, iou: float) -> Boxes:
     )
 
 
-def ask(caption: str, spans: Sequence[Span], tokenizer: Tokenizer, max_tokens: int) -> Asked:
+def ask(caption: str, spans: Sequence[Span], tokenizer: Tokenizer, max_tokens: int) -> PromptPlan:
     """The prompts that ask for `spans` of a caption, each of at most `max_tokens` tokens ([CLS] and [SEP] included).
 
     The caption itself where it fits; else stretches of it, one behind the other, that begin and end at words and cut no
@@ -315,7 +315,7 @@ def ask(caption: str, spans: Sequence[Span], tokenizer: Tokenizer, max_tokens: i
     left = [phrase for phrase in range(len(spans)) if phrase not in unasked]
     if len(offsets) <= max_tokens:
         whole = Prompt(caption, tuple((spans[phrase],) for phrase in left))
-        return Asked((whole,) if left else (), (tuple(left),) if left else (), unasked)
+        return PromptPlan((whole,) if left else (), (tuple(left),) if left else (), unasked)
     budget = max_tokens - 2
     over = {phrase for phrase in left if last[phrase] - first[phrase] >= budget}
     unasked |= dict.fromkeys(sorted(over), "longer than the teacher's text")
@@ -339,11 +339,11 @@ def ask(caption: str, spans: Sequence[Span], tokenizer: Tokenizer, max_tokens: i
             prompts.append(prompt)
             phrases.append(tuple(taken))
         begin = end
-    return Asked(tuple(prompts), tuple(phrases), dict(sorted(unasked.items())))
+    return PromptPlan(tuple(prompts), tuple(phrases), dict(sorted(unasked.items())))
 
 
 def _stretch(caption: str, offsets: np.ndarray, begin: int, end: int, spans: Sequence[Span]) -> Prompt:
-    """The part of a caption from token `begin` up to token `end`, and phrases with their places in it."""
+    """The part of a caption from token `detect_async` up to token `end`, and phrases with their places in it."""
     start, stop = int(offsets[begin, 0]), int(offsets[end - 1, 1])
     moved = (((max(a - start, 0), min(b, stop) - start),) for a, b in spans)
     return Prompt(caption[start:stop], tuple(moved))

@@ -32,6 +32,7 @@ from typing import Any
 
 from etils import epath
 
+from glip_jax import UserError
 from glip_jax.io import gcs
 from glip_jax.labeling.work_store import WORK, Held, place_of
 
@@ -41,7 +42,7 @@ LEASE = 120.0
 """Seconds without a heartbeat after which a task's process is taken for dead."""
 
 
-class TaskError(ValueError):
+class TaskError(UserError, ValueError):
     """A folder in which these tasks cannot be done."""
 
 

@@ -14,7 +14,7 @@ from glip_jax.config import Remat, TextConfig
 from glip_jax.models.dropout import Dropout
 from glip_jax.models.initializers import torch_dense
 from glip_jax.models.remat import rematerialized
-from glip_jax.models.tensor_parallel import entering, parts, place, summed_dot_general
+from glip_jax.models.tensor_parallel import axis_index, entering, parts, summed_dot_general
 
 __all__ = ["Bert", "BertLayer", "LOGIT_BOUND", "bounded"]
 
@@ -62,7 +62,7 @@ class BertLayer(nn.Module):
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
         logits = clip(logits * depth**-0.5)
         logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
-        weights = drop(jax.nn.softmax(logits, axis=-1), place() * heads).astype(self.dtype)
+        weights = drop(jax.nn.softmax(logits, axis=-1), axis_index() * heads).astype(self.dtype)
         context = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(*x.shape[:2], own)
         attended = self._dense(width, width, "attention_output", dot_general=summed_dot_general)(context)
         x = self._norm("attention_norm")(drop(attended) + x)

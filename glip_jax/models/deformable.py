@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from glip_jax.models.deformable_tiles import limits
 from glip_jax.models.deformable_window import window_backward, window_forward
-from glip_jax.models.remat import costly
+from glip_jax.models.remat import save_activation
 from glip_jax.structures.batch import BATCH_AXES
 
 __all__ = ["Rows", "Taps", "beyond_bound", "bounded", "deformable_convolution", "rows_of"]
@@ -438,7 +438,7 @@ def deformable_convolution(
     if not bound:
         if form == "window":
             raise ValueError("form 'window' without a bound: give the largest offset in cells, or another form")
-        return _apart(costly(_in_one(rows, taps, kernel, form)) + bias.astype(rows.values.dtype), taps)
+        return _apart(save_activation(_in_one(rows, taps, kernel, form)) + bias.astype(rows.values.dtype), taps)
     strides = {t.stride for t in taps}
     if len(strides) > 1:
         raise ValueError(f"taps with a bound have strides {sorted(strides)}: expected one; call once per stride")
@@ -446,4 +446,4 @@ def deformable_convolution(
     how = _Bounded(tuple(t.source for t in taps), taps[0].stride, bound, form, mesh)
     offsets, masks = tuple(t.offsets for t in taps), tuple(t.mask for t in taps)
     parts: Any = _convolve_bounded(rows.maps, offsets, masks, kernel, how)
-    return [costly(part) + bias.astype(part.dtype) for part in parts]
+    return [save_activation(part) + bias.astype(part.dtype) for part in parts]

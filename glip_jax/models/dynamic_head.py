@@ -17,15 +17,15 @@ from glip_jax.config import HeadConfig
 from glip_jax.models.deformable import Taps, beyond_bound, bounded, deformable_convolution, rows_of
 from glip_jax.models.extents import (
     Cells,
+    broadcast_levels,
     cells_of,
     grid,
-    inside,
     level_mean,
+    mask_padding,
     pack,
     resize_bilinear,
-    spread,
     unpack,
-    zero_beyond,
+    valid_mask,
 )  # fmt: skip
 from glip_jax.models.initializers import small_normal, torch_dense, uniform
 
@@ -60,9 +60,9 @@ class GroupNorm(nn.Module):
             mean = mean.reshape(*mean.shape[:2], self.groups, -1).mean(-1)
             return jnp.repeat(mean, channels // self.groups, 2)
 
-        centred = packed.astype(jnp.float32) - spread(by_group(level_mean(packed, cells)), cells)
+        centred = packed.astype(jnp.float32) - broadcast_levels(by_group(level_mean(packed, cells)), cells)
         variance = by_group(level_mean(jnp.square(centred), cells))
-        return (centred * spread(jax.lax.rsqrt(variance + 1e-5) * scale, cells) + bias).astype(self.dtype)
+        return (centred * broadcast_levels(jax.lax.rsqrt(variance + 1e-5) * scale, cells) + bias).astype(self.dtype)
 
 
 def reread_flat(
@@ -118,7 +118,7 @@ class _DynamicReLU(nn.Module):
         hidden = nn.relu(torch_dense(channels // 4, channels, jnp.float32, "squeeze")(pooled))
         theta = _hard_sigmoid(torch_dense(4 * channels, channels // 4, jnp.float32, "expand")(hidden)) - 0.5
         a1, b1, a2, b2 = jnp.split(theta, 4, -1)
-        a1, b1, a2, b2 = (spread(x, cells) for x in (a1 * 2.0 + 1.0, b1, a2 * 2.0, b2))
+        a1, b1, a2, b2 = (broadcast_levels(x, cells) for x in (a1 * 2.0 + 1.0, b1, a2 * 2.0, b2))
         return jnp.maximum(packed * a1 + b1, packed * a2 + b2).astype(self.dtype)
 
 
@@ -143,7 +143,7 @@ class DynamicConvolution(nn.Module):
 
         With `offset_bound`, collection "intermediates" holds `offsets_clamped`, each image's share of clamped offsets.
         """
-        levels = [zero_beyond(x, size) for x, size in zip(levels, sizes)]
+        levels = [mask_padding(x, size) for x, size in zip(levels, sizes)]
         count, channels, shapes = len(levels), levels[0].shape[-1], [grid(x) for x in levels]
         fan_in = uniform(self.config.offset_scale * (9 * channels) ** -0.5)
         offset = nn.Conv(
@@ -167,7 +167,7 @@ class DynamicConvolution(nn.Module):
 
         def weighed(term: Array, cells: Cells) -> Array:
             weight = _hard_sigmoid(nn.relu(attention(level_mean(term, cells))))
-            return term.astype(jnp.float32) * spread(weight, cells)
+            return term.astype(jnp.float32) * broadcast_levels(weight, cells)
 
         maps = self._bounded([offset(x).astype(jnp.float32) for x in levels], sizes)
         moved = [self._coarser(maps[i], sizes[i], sizes[i + 1], shapes[i + 1]) for i in range(count - 1)]
@@ -175,7 +175,7 @@ class DynamicConvolution(nn.Module):
         fine, below = convolve("fine", range(count - 1), maps[1:], stride=2)
         coarse, _ = convolve("coarse", range(1, count), moved)
         resized = [
-            resize_bilinear(zero_beyond(term, sizes[i + 1]), sizes[i + 1], sizes[i], shapes[i])
+            resize_bilinear(mask_padding(term, sizes[i + 1]), sizes[i + 1], sizes[i], shapes[i])
             for i, term in enumerate(unpack(coarse, shapes[1:]))
         ]
         above = cells_of(shapes[:-1], sizes[:-1])
@@ -195,14 +195,14 @@ class DynamicConvolution(nn.Module):
         bound = self.config.offset_bound
         if not bound:
             return maps
-        beyond = [beyond_bound(x[..., :_OFFSETS], bound) & inside(size, *grid(x)) for x, size in zip(maps, sizes)]
+        beyond = [beyond_bound(x[..., :_OFFSETS], bound) & valid_mask(size, *grid(x)) for x, size in zip(maps, sizes)]
         clamped = jnp.stack([x.sum((1, 2, 3)) for x in beyond]).sum(0)
         self.sow("intermediates", "offsets_clamped", clamped / (_OFFSETS * sum(size.prod(-1) for size in sizes)))
         return [jnp.concatenate([bounded(x[..., :_OFFSETS], bound), x[..., _OFFSETS:]], -1) for x in maps]
 
     def _coarser(self, maps: Array, size: Array, coarse: Array, shape: tuple[int, int]) -> Array:
         """The offset maps of a level (offsets and mask logits) for its coarser neighbour."""
-        own = jnp.where(inside(size, *maps.shape[1:3]), maps, 0.0)
+        own = jnp.where(valid_mask(size, *maps.shape[1:3]), maps, 0.0)
         match self.config.coarse_offsets:
             case "flat":
                 parts = (own[..., :_OFFSETS], own[..., _OFFSETS:])

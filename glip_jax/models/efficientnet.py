@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from glip_jax.config import BackboneConfig
-from glip_jax.models.extents import level_size, zero_beyond
+from glip_jax.models.extents import level_size, mask_padding
 
 __all__ = ["OUTPUTS", "STAGES", "EfficientNetLite0", "depthwise"]
 
@@ -154,7 +154,7 @@ class _Block(nn.Module):
         # Of a depthwise kernel only its own k x k values feed an output.
         own = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
         kernel = self.param("depthwise", own, (self.kernel, self.kernel, 1, y.shape[-1]))
-        y = depthwise(zero_beyond(y, size), kernel.astype(self.dtype), self.stride)
+        y = depthwise(mask_padding(y, size), kernel.astype(self.dtype), self.stride)
         y = nn.relu6(_FrozenNorm(self.dtype, name="depthwise_norm")(y))
         y = nn.Dense(self.channels, use_bias=False, dtype=self.dtype, kernel_init=start, name="project")(y)
         y = _FrozenNorm(self.dtype, name="project_norm")(y)
@@ -204,7 +204,7 @@ class EfficientNetLite0(nn.Module):
             )
         frozen = self.config.frozen_stages
         start = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-        x = zero_beyond(image.astype(self.dtype), extent)
+        x = mask_padding(image.astype(self.dtype), extent)
         pad = _padding(3, 2)
         conv = nn.Conv(
             STEM, (3, 3), (2, 2), (pad, pad), use_bias=False, dtype=self.dtype, kernel_init=start, name="stem"
@@ -221,6 +221,6 @@ class EfficientNetLite0(nn.Module):
                 # An output of a frozen stage feeds the pyramid too; no gradient may pass there either.
                 output = jax.lax.stop_gradient(x) if number <= frozen else x
                 norm = nn.LayerNorm(1e-5, dtype=self.dtype, use_fast_variance=False, name=f"norm{len(outputs) + 1}")
-                outputs.append(zero_beyond(norm(output), level_size(extent, stride)))
+                outputs.append(mask_padding(norm(output), level_size(extent, stride)))
         c3, c4, c5 = outputs
         return c3, c4, c5

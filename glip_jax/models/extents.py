@@ -1,11 +1,11 @@
 """How layers keep to each image's own extent inside a shared canvas.
 
 A map on the canvas holds an image's cells in its upper left corner; cells beyond the image's size at that stride are
-nobody's. Layers that mix positions read zeros there (`inside`), take statistics without them (`masked_mean`) and
+nobody's. Layers that mix positions read zeros there (`valid_mask`), take statistics without them (`masked_mean`) and
 resize by each image's own ratio (`resize_nearest`, `resize_bilinear`).
 
 A pyramid may be packed: its levels' cells one after the other, row-major, as [B A C]. `Cells` says which belong to
-whom; statistics of all levels are then one matrix product (`level_mean`, `spread`) instead of one small operation per
+whom; statistics of all levels are then one matrix product (`level_mean`, `broadcast_levels`) instead of one small operation per
 level, which would cost as much to compile as the rest of the head.
 """
 
@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 __all__ = [
-    "Cells", "cells_of", "grid", "inside", "level_mean", "level_size", "pack", "resize_bilinear", "resize_nearest",
-    "spread", "unpack", "zero_beyond",
+    "Cells", "cells_of", "grid", "valid_mask", "level_mean", "level_size", "pack", "resize_bilinear", "resize_nearest",
+    "broadcast_levels", "unpack", "mask_padding",
 ]  # fmt: skip
 
 
@@ -33,16 +33,16 @@ def grid(x: Float[Array, "B h w C"]) -> tuple[int, int]:
     return x.shape[1], x.shape[2]
 
 
-def inside(size: Int[Array, "B 2"], height: int, width: int) -> Bool[Array, "B h w 1"]:
+def valid_mask(size: Int[Array, "B 2"], height: int, width: int) -> Bool[Array, "B h w 1"]:
     """True on the `size` upper left cells of a height x width map."""
     rows = jnp.arange(height)[None, :, None, None] < size[:, 0, None, None, None]
     columns = jnp.arange(width)[None, None, :, None] < size[:, 1, None, None, None]
     return rows & columns
 
 
-def zero_beyond(x: Float[Array, "B h w C"], size: Int[Array, "B 2"]) -> Float[Array, "B h w C"]:
+def mask_padding(x: Float[Array, "B h w C"], size: Int[Array, "B 2"]) -> Float[Array, "B h w C"]:
     """`x` with zeros beyond each image's size."""
-    return jnp.where(inside(size, x.shape[1], x.shape[2]), x, 0)
+    return jnp.where(valid_mask(size, x.shape[1], x.shape[2]), x, 0)
 
 
 class Cells(NamedTuple):
@@ -58,7 +58,7 @@ class Cells(NamedTuple):
 
 def cells_of(shapes: Sequence[tuple[int, int]], sizes: Sequence[Int[Array, "B 2"]]) -> Cells:
     """Cells of levels with canvas `shapes` (height, width) and each image's `sizes`."""
-    parts = [inside(size, *shape).reshape(size.shape[0], -1) for shape, size in zip(shapes, sizes)]
+    parts = [valid_mask(size, *shape).reshape(size.shape[0], -1) for shape, size in zip(shapes, sizes)]
     level = np.repeat(np.eye(len(shapes), dtype=np.float32), [h * w for h, w in shapes], axis=0)
     own = jnp.concatenate(parts, 1)[:, :, None] * level
     return Cells(own, jnp.asarray(level), jnp.stack([jnp.prod(size, -1) for size in sizes], 1).astype(jnp.float32))
@@ -83,7 +83,7 @@ def level_mean(packed: Float[Array, "B A C"], cells: Cells) -> Float[Array, "B L
     return total / cells.count[..., None]
 
 
-def spread(values: Float[Array, "B L C"], cells: Cells) -> Float[Array, "B A C"]:
+def broadcast_levels(values: Float[Array, "B L C"], cells: Cells) -> Float[Array, "B A C"]:
     """Each level's values at all of its cells, float32."""
     return jnp.einsum("blc,al->bac", values, cells.level, precision=jax.lax.Precision.HIGHEST)
 

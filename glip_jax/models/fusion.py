@@ -21,7 +21,7 @@ from glip_jax.config import FusionConfig
 from glip_jax.models.bert import bounded
 from glip_jax.models.dropout import example_keys, hashed_bits
 from glip_jax.models.initializers import xavier_uniform
-from glip_jax.models.remat import costly, images_at_once
+from glip_jax.models.remat import images_at_once, save_activation
 
 __all__ = ["Fusion"]
 
@@ -152,7 +152,7 @@ def _attend(
     images = len(visual)
     some = images_at_once(images, 4 * visual.shape[1] * mask.shape[1], _HELD)
     if some == images:
-        return costly(_attend_at_once(visual, operands, inside, mask, random, rate))
+        return save_activation(_attend_at_once(visual, operands, inside, mask, random, rate))
 
     def apart(x: Array) -> Array:
         return x.reshape(-1, some, *x.shape[1:])
@@ -169,7 +169,7 @@ def _attend(
     )  # fmt: skip
     found = jax.lax.map(lambda part: _attend_at_once(*part, rate=rate), parts)
     whole = _Attended(found.for_image.reshape(visual.shape), joined(found.for_text), joined(found.share))
-    return costly(whole)
+    return save_activation(whole)
 
 
 def _attend_at_once(

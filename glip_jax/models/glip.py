@@ -17,7 +17,7 @@ from glip_jax.config import HeadConfig, InputConfig, ModelConfig
 from glip_jax.models.bert import Bert, BertLayer, bounded
 from glip_jax.models.dynamic_head import DynamicConvolution
 from glip_jax.models.efficientnet import EfficientNetLite0
-from glip_jax.models.extents import cells_of, grid, inside, level_size, pack, unpack
+from glip_jax.models.extents import cells_of, grid, level_size, pack, unpack, valid_mask
 from glip_jax.models.fusion import Fusion
 from glip_jax.models.initializers import small_normal, torch_dense
 from glip_jax.models.pyramid import Pyramid
@@ -35,7 +35,7 @@ def normalize(
     x = image.astype(jnp.float32)
     x = x[..., ::-1] if config.order == "bgr" else x
     x = (x - jnp.asarray(config.mean)) / jnp.asarray(config.std)
-    return jnp.where(inside(size, *image.shape[1:3]), x, 0.0)
+    return jnp.where(valid_mask(size, *image.shape[1:3]), x, 0.0)
 
 
 class _Block(nn.Module):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from glip_jax.config import DetectionConfig, ModelConfig
-from glip_jax.models.extents import inside, level_size
+from glip_jax.models.extents import level_size, valid_mask
 from glip_jax.structures import boxes as box
 from glip_jax.structures.batch import Detections, Predictions
 
@@ -58,7 +58,7 @@ def detect(
         for stride in model.pyramid.strides:
             height, width = box.level_shape(canvas, stride)
             end = begin + height * width
-            own = inside(level_size(extent[None], stride), height, width).reshape(-1)
+            own = valid_mask(level_size(extent[None], stride), height, width).reshape(-1)
             aligned = jnp.matmul(jax.nn.sigmoid(part.logits[begin:end]), share.T, precision=jax.lax.Precision.HIGHEST)
             candidate = (aligned > config.threshold) & own[:, None]
             score = aligned * jax.nn.sigmoid(part.centerness[begin:end, None])

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from glip_jax.config import PyramidConfig
 from glip_jax.models.dropout import bernoulli
-from glip_jax.models.extents import grid, inside, level_size, resize_nearest, zero_beyond
+from glip_jax.models.extents import grid, level_size, mask_padding, resize_nearest, valid_mask
 from glip_jax.models.initializers import kaiming_uniform
 
 __all__ = ["Pyramid", "drop_block"]
@@ -29,7 +29,7 @@ def drop_block(
     """
     block = config.drop_block_size
     seeds = bernoulli(key, config.drop_block / block**2, (*x.shape[:3], 1)).astype(jnp.float32)
-    own = inside(size, x.shape[1], x.shape[2])
+    own = valid_mask(size, x.shape[1], x.shape[2])
     if config.drop_block_over == "image":
         seeds = jnp.where(own, seeds, 0.0)
     keep = 1.0 - nn.max_pool(seeds, (block, block), padding="SAME")
@@ -71,13 +71,13 @@ class Pyramid(nn.Module):
             lateral = self._conv(f"lateral{level}", 1)(feature)
             if merged is not None:
                 lateral += resize_nearest(merged, level_size(extent, 2 * stride), size, grid(lateral))
-            merged = kept = zero_beyond(lateral, size)
+            merged = kept = mask_padding(lateral, size)
             if self.train and self.config.drop_block > 0 and stride < 32:
                 kept = drop_block(self.make_rng("dropout"), merged, size, self.config)
-            outputs[stride] = zero_beyond(self._conv(f"output{level}", 3)(kept), size)
+            outputs[stride] = mask_padding(self._conv(f"output{level}", 3)(kept), size)
         for level, stride in enumerate(strides, start=strides[0].bit_length() - 1):
             if stride > 32:
                 finer = outputs[stride // 2]
                 x = nn.relu(finer) if stride > 64 else finer
-                outputs[stride] = zero_beyond(self._conv(f"extra{level}", 3, 2)(x), level_size(extent, stride))
+                outputs[stride] = mask_padding(self._conv(f"extra{level}", 3, 2)(x), level_size(extent, stride))
         return tuple(outputs[stride] for stride in strides)

@@ -8,20 +8,20 @@ from jax.ad_checkpoint import checkpoint_name
 
 from glip_jax.config import Remat
 
-__all__ = ["costly", "images_at_once", "rematerialized"]
+__all__ = ["save_activation", "images_at_once", "rematerialized"]
 
-_COSTLY = "costly"
+_SAVED = "save_activation"
 
 
-def costly(x: Any) -> Any:
+def save_activation(x: Any) -> Any:
     """Marks the result of something expensive that is not a plain matrix product: `remat="elementwise"` keeps it."""
-    return checkpoint_name(x, _COSTLY)
+    return checkpoint_name(x, _SAVED)
 
 
 def rematerialized(block: type[nn.Module], remat: Remat) -> type[nn.Module]:
     """The class of a block that stores what `remat` says.
 
-    "none" keeps everything, "elementwise" keeps matrix products and what is marked `costly` and computes norms,
+    "none" keeps everything, "elementwise" keeps matrix products and what is marked `save_activation` and computes norms,
     activations and dropout again, "blocks" keeps a block's inputs only.
     """
     match remat:
@@ -30,7 +30,7 @@ def rematerialized(block: type[nn.Module], remat: Remat) -> type[nn.Module]:
         case "elementwise":
             policies = jax.checkpoint_policies
             kept = policies.save_from_both_policies(
-                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(_COSTLY)
+                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(_SAVED)
             )
             return nn.remat(block, prevent_cse=False, policy=kept)
         case "blocks":

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from glip_jax.config import BackboneConfig, Remat
 from glip_jax.models.dropout import bernoulli
-from glip_jax.models.extents import level_size, zero_beyond
+from glip_jax.models.extents import level_size, mask_padding
 from glip_jax.models.initializers import torch_dense
 from glip_jax.models.remat import images_at_once, rematerialized
 from glip_jax.models.tensor_parallel import entering, parts, summed_dot_general
@@ -148,7 +148,7 @@ class _Block(nn.Module):
     ) -> Float[Array, "B h w C"]:
         channels = x.shape[-1]
         y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name="norm1")(x)
-        x = x + _drop_path(self, self._attend(zero_beyond(y, size), size), rate, self.train)
+        x = x + _drop_path(self, self._attend(mask_padding(y, size), size), rate, self.train)
         y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name="norm2")(x)
         y = torch_dense(4 * channels // parts(), channels, self.dtype, "mlp_in")(entering(y))
         y = nn.gelu(y, approximate=False)
@@ -211,7 +211,7 @@ class _Merge(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w C"], size: Int[Array, "B 2"]) -> Float[Array, "B H W D"]:
-        x = zero_beyond(x, size)
+        x = mask_padding(x, size)
         x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
         quarters = [x[:, row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
         y = jnp.concatenate(quarters, -1)
@@ -249,7 +249,7 @@ class Swin(nn.Module):
             x = body(x, size, rates[first : first + depth])
             if stage > 0:
                 norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name=f"norm{stage}")
-                outputs.append(zero_beyond(norm(x), size))
+                outputs.append(mask_padding(norm(x), size))
             if stage < 3:
                 x = _Merge(self.dtype, name=f"merge{stage + 1}")(x, size)
             if stage < config.frozen_stages:

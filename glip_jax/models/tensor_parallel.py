@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 
-from glip_jax.models.remat import costly
+from glip_jax.models.remat import save_activation
 
-__all__ = ["entering", "parts", "place", "summed_dot_general"]
+__all__ = ["entering", "parts", "axis_index", "summed_dot_general"]
 
 _AXIS = "tensor"
 
@@ -25,7 +25,7 @@ def parts() -> int:
     return mesh.shape[_AXIS] if _AXIS in mesh.manual_axes else 1
 
 
-def place() -> jax.Array | int:
+def axis_index() -> jax.Array | int:
     """Which of the parts is this device's: Int32[]."""
     return jax.lax.axis_index(_AXIS) if parts() > 1 else 0
 
@@ -38,7 +38,7 @@ def entering(x: jax.Array) -> jax.Array:
 def summed_dot_general(left: jax.Array, right: jax.Array, *how: Any, **more: Any) -> jax.Array:
     """`jax.lax.dot_general` at their end: the sum of the parts' products, before a bias (which every device has) is added."""
     product = jax.lax.dot_general(left, right, *how, **more)
-    return costly(_summed(product)) if parts() > 1 else product
+    return save_activation(_summed(product)) if parts() > 1 else product
 
 
 # The transpose of a sum over devices that all go on with the same is no second sum; JAX's own would be, as it cannot know.

@@ -30,13 +30,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 import glip_jax
+from glip_jax import UserError
 from glip_jax.config import Config, flatten
 from glip_jax.distributed.chips import Topology
 from glip_jax.distributed.mesh import MeshError, batch_sharding, check_fits, make_mesh
 from glip_jax.distributed.runtime import libtpu_arguments
 from glip_jax.planning import cost
-from glip_jax.planning.facts import Facts, Hot, How, Sent
 from glip_jax.planning.hlo import collectives
+from glip_jax.planning.statistics import CollectiveTraffic, CompileStatistics, How, TopOperation
 from glip_jax.planning.xla_dump import activation_bytes, decided, options
 from glip_jax.structures.batch import DROPS, Batch
 from glip_jax.training.state import State, abstract_state
@@ -45,7 +46,7 @@ from glip_jax.training.step import glip_objective, make_step
 __all__ = ["PlanError", "abstract_batch", "abstract_mesh", "cached", "compile_step", "environment", "state_bytes"]
 
 
-class PlanError(ValueError):
+class PlanError(UserError, ValueError):
     """A plan that cannot be made; one line says why and what to do."""
 
 
@@ -107,7 +108,7 @@ def compile_step(
     cache: Path | None,
     say: Callable[[str], object] = print,
     keep_text: Path | None = None,
-) -> Facts:
+) -> CompileStatistics:
     """Compiles the step of `config` for all chips of `topology` and reads what the compiler says; or takes it from `cache`.
 
     `say` is told what goes on, at least twice a minute. `keep_text`: where to write the compiled program. Raises PlanError
@@ -154,7 +155,9 @@ def compile_step(
     return value
 
 
-def cached(config: Config, topology: Topology, canvas: tuple[int, int], how: How, cache: Path) -> Facts | None:
+def cached(
+    config: Config, topology: Topology, canvas: tuple[int, int], how: How, cache: Path
+) -> CompileStatistics | None:
     """What `compile_step` has found before, with this code and these versions; None if it has not."""
     ways: tuple[How, ...] = ("tpu-whole", "tpu") if how == "tpu" else (how,)  # the whole knows all that a part does
     paths = [cache / f"{_key(config, topology, canvas, way)}.json" for way in ways]
@@ -162,9 +165,9 @@ def cached(config: Config, topology: Topology, canvas: tuple[int, int], how: How
     if path is None:
         return None
     raw = json.loads(path.read_text())
-    raw["sent"] = tuple(Sent(**{**each, "axes": tuple(each["axes"])}) for each in raw["sent"])
-    raw["hot"] = tuple(Hot(**each) for each in raw["hot"])
-    return Facts(**raw)
+    raw["sent"] = tuple(CollectiveTraffic(**{**each, "axes": tuple(each["axes"])}) for each in raw["sent"])
+    raw["hot"] = tuple(TopOperation(**each) for each in raw["hot"])
+    return CompileStatistics(**raw)
 
 
 def _listen(ours: Connection, say: Callable[[str], object]) -> tuple[str, Any] | None:
@@ -294,7 +297,7 @@ def _devices(topology: Topology, how: How) -> list[Any]:
 
 def _facts(
     pipe: Connection, config: Config, topology: Topology, canvas: tuple[int, int], how: How, keep: str, scratch: Path
-) -> Facts:
+) -> CompileStatistics:
     # A program that comes from jax's cache is not compiled, and so nothing is written of how.
     jax.config.update("jax_enable_compilation_cache", False)
     if how != "local":
@@ -319,7 +322,7 @@ def _facts(
         needed, available = _shortage(str(fault))
         if needed is None:
             raise
-        return Facts(how, _compiler(how), needed, available, " ".join(str(fault).split())[:400])
+        return CompileStatistics(how, _compiler(how), needed, available, " ".join(str(fault).split())[:400])
     seconds = {"trace": middle - begin, "compile": time.monotonic() - middle}
     pipe.send(("stage", "reading the compiled program"))
     if keep:
@@ -340,7 +343,7 @@ def _facts(
         }
     sizes["activations"] = activation_bytes(scratch / "dump")
     read = cost.read(text)
-    return Facts(
+    return CompileStatistics(
         how,
         _compiler(how),
         **sizes,
@@ -371,7 +374,7 @@ def _shortage(message: str) -> tuple[float | None, float | None]:
     return None, None
 
 
-def _sent(text: str, mesh: Mesh, topology: Topology) -> tuple[Sent, ...]:
+def _sent(text: str, mesh: Mesh, topology: Topology) -> tuple[CollectiveTraffic, ...]:
     """The program's collectives, summed by kind, axes and whether they leave a slice (GPUs: a host)."""
     within = topology.devices // topology.slices if topology.tpu else topology.chip.chips
     sums: dict[tuple[str, tuple[str, ...], bool], list[float]] = {}
@@ -385,17 +388,18 @@ def _sent(text: str, mesh: Mesh, topology: Topology) -> tuple[Sent, ...]:
             total[index] += each.times * value
     ordered = sorted(sums.items(), key=lambda item: -item[1][2])
     return tuple(
-        Sent(kind, axes, int(n), float(size), float(sent), outer) for (kind, axes, outer), (n, size, sent) in ordered
+        CollectiveTraffic(kind, axes, int(n), float(size), float(sent), outer)
+        for (kind, axes, outer), (n, size, sent) in ordered
     )
 
 
-def _hot(read: cost.Reading, count: int = 40) -> tuple[Hot, ...]:
+def _hot(read: cost.Reading, count: int = 40) -> tuple[TopOperation, ...]:
     """The operations that touch most, equal ones together."""
     groups: dict[tuple[str, str, str], list[cost.Operation]] = {}
     for each in read.operations:
         groups.setdefault((each.opcode, each.type[:200], each.origin), []).append(each)
     hot = [
-        Hot(
+        TopOperation(
             opcode,
             kind,
             origin,

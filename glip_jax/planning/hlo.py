@@ -20,6 +20,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from glip_jax import UserError
+
 __all__ = [
     "Collective", "CollectiveError", "Computation", "Kind", "Program", "bits_of", "collectives", "opcode_on", "operands",
 ]  # fmt: skip
@@ -37,7 +39,7 @@ _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
 
 
-class CollectiveError(ValueError):
+class CollectiveError(UserError, ValueError):
     """A program text, or a form of replica groups in it, that this module does not know."""
 
 

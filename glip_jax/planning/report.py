@@ -5,8 +5,8 @@ from typing import Any
 
 from glip_jax.config import Config
 from glip_jax.distributed.chips import Topology
-from glip_jax.planning.facts import Facts
-from glip_jax.planning.roofline import Outlook
+from glip_jax.planning.roofline import Roofline
+from glip_jax.planning.statistics import CompileStatistics
 
 __all__ = ["as_dictionary", "lines"]
 
@@ -22,7 +22,12 @@ _TIMES = {"compute": "computing", "memory": "chip memory", "network": "network",
 
 
 def as_dictionary(
-    config: Config, chips: Topology, canvas: tuple[int, int], found: Outlook, facts: Facts | None, scaled: Any
+    config: Config,
+    chips: Topology,
+    canvas: tuple[int, int],
+    found: Roofline,
+    facts: CompileStatistics | None,
+    scaled: Any,
 ) -> dict[str, Any]:
     """Everything of a plan: seconds, bytes, FLOPs."""
     return {
@@ -32,7 +37,7 @@ def as_dictionary(
         "remat": config.model.remat,
         "canvas": list(canvas),
         "images_per_chip": found.images / chips.devices,
-        "outlook": dataclasses.asdict(found),
+        "roofline": dataclasses.asdict(found),
         "scaling": scaled,
         "compiled": dataclasses.asdict(facts) if facts else None,
     }
@@ -42,8 +47,8 @@ def lines(
     config: Config,
     chips: Topology,
     canvas: tuple[int, int],
-    found: Outlook,
-    facts: Facts | None,
+    found: Roofline,
+    facts: CompileStatistics | None,
     scaled: Any,
     operations: int = 0,
 ) -> list[str]:
@@ -69,7 +74,7 @@ def lines(
     return text
 
 
-def _origin(facts: Facts | None) -> str:
+def _origin(facts: CompileStatistics | None) -> str:
     if facts is None:
         return _FORMULA
     took = sum(facts.seconds.values())
@@ -80,7 +85,7 @@ def _origin(facts: Facts | None) -> str:
     return f"compiled ahead of time with {facts.compiler}{until}{times}"
 
 
-def _memory(found: Outlook, facts: Facts | None) -> list[str]:
+def _memory(found: Roofline, facts: CompileStatistics | None) -> list[str]:
     gib = 2**30
     rows = [f"  {kind:28} {size / gib:9.3f}" for kind, size in found.memory.items() if kind != "peak"]
     limit = f"of {found.memory_limit / gib:.2f}"
@@ -99,7 +104,7 @@ def _memory(found: Outlook, facts: Facts | None) -> list[str]:
     return ["memory per chip, GiB", *rows, verdict]
 
 
-def _work(found: Outlook, facts: Facts | None) -> list[str]:
+def _work(found: Roofline, facts: CompileStatistics | None) -> list[str]:
     rows = [
         f"  {'useful FLOPs':28} {found.useful_flops / 1e12:9.3f} T  (formula; forward {found.forward_flops / 1e12:.3f} T)",
         f"  {'executed':28} {found.hardware_flops / 1e12:9.3f} T  ({_executed(facts)})",
@@ -123,13 +128,13 @@ def _work(found: Outlook, facts: Facts | None) -> list[str]:
     return ["work per chip and step", *rows]
 
 
-def _executed(facts: Facts | None) -> str:
+def _executed(facts: CompileStatistics | None) -> str:
     if facts is None or facts.needed is not None:
         return "formula, with what is computed again"
     return f"compiled products, in bfloat16 passes; {facts.flops / 1e12:.3f} T without passes"
 
 
-def _time(config: Config, chips: Topology, found: Outlook, facts: Facts | None, scaled: Any) -> list[str]:
+def _time(config: Config, chips: Topology, found: Roofline, facts: CompileStatistics | None, scaled: Any) -> list[str]:
     rows = []
     for name, label in _TIMES.items():
         if name in found.seconds:
@@ -161,7 +166,7 @@ def _time(config: Config, chips: Topology, found: Outlook, facts: Facts | None, 
     return ["seconds per step, from published peaks", *rows]
 
 
-def _input(found: Outlook) -> list[str]:
+def _input(found: Roofline) -> list[str]:
     host = found.host
     rows = [
         f"  {'images/s wanted':28} {host['images/s wanted']:9.1f}",
@@ -177,7 +182,7 @@ def _input(found: Outlook) -> list[str]:
     return ["per host", *rows]
 
 
-def _operations(facts: Facts, count: int) -> list[str]:
+def _operations(facts: CompileStatistics, count: int) -> list[str]:
     rows = [f"the {min(count, len(facts.hot))} kinds of operations that touch most, per chip and step"]
     rows.append("         MB  padding    times  cycles M  operation")
     for each in facts.hot[:count]:

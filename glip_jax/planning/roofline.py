@@ -13,17 +13,17 @@ from typing import Any
 from glip_jax.config import Config
 from glip_jax.distributed.chips import Topology
 from glip_jax.models.flops import Flops, flops_per_image
-from glip_jax.planning.facts import Facts, Sent
+from glip_jax.planning.statistics import CollectiveTraffic, CompileStatistics
 from glip_jax.structures.canvas import canvas_size
 
 __all__ = [
     "IMAGES_PER_CORE",
     "JPEG_BYTES",
-    "Outlook",
+    "Roofline",
     "formula_sent",
     "hardware_flops",
     "mean_share",
-    "outlook",
+    "roofline",
     "scaling",
 ]
 
@@ -40,7 +40,7 @@ _PROCESS_BYTES = 4e9
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Roofline:
     """Of steps on one canvas. Seconds are of one step, bytes and FLOPs of one chip unless said otherwise."""
 
     mesh: dict[str, int]
@@ -58,7 +58,7 @@ class Outlook:
     hardware_flops: float
     """What is executed, in passes of bfloat16: the compiler's products, or the formula with what is computed again."""
     bytes: float | None
-    sent: tuple[Sent, ...]
+    sent: tuple[CollectiveTraffic, ...]
     seconds: dict[str, float]
     """compute, memory (absent if not known), network, input."""
     bound: str
@@ -79,16 +79,16 @@ class Outlook:
     """Per host: images/s wanted and prepared, bytes/s read (JPEG) and sent to the chips, bytes of memory."""
 
 
-def outlook(
+def roofline(
     config: Config,
     chips: Topology,
     canvas: tuple[int, int],
     state: dict[str, float],
-    facts: Facts | None,
+    facts: CompileStatistics | None,
     mesh: dict[str, int],
     images_per_core: float = IMAGES_PER_CORE,
-) -> Outlook:
-    """The outlook of `config` on `chips`; `state`: bytes per chip by kind; `facts` None: formulas alone; `mesh`: axis sizes."""
+) -> Roofline:
+    """The roofline of `config` on `chips`; `state`: bytes per chip by kind; `facts` None: formulas alone; `mesh`: axis sizes."""
     chip, devices = chips.chip, chips.devices
     images = config.train.batch_size
     own = images / devices
@@ -111,7 +111,7 @@ def outlook(
     memory, fits = _memory(state, facts, limit)
     hours = config.train.steps * step / 3600
     mean = hours * mean_share(config, canvas)
-    return Outlook(
+    return Roofline(
         mesh=mesh,
         images=images,
         fits=fits,
@@ -148,7 +148,7 @@ def hardware_flops(config: Config, flops: Flops) -> float:
     return flops.training + again
 
 
-def formula_sent(state: dict[str, float], mesh: dict[str, int], chips: Topology) -> tuple[Sent, ...]:
+def formula_sent(state: dict[str, float], mesh: dict[str, int], chips: Topology) -> tuple[CollectiveTraffic, ...]:
     """What the step sends at least (`glip_jax.distributed.mesh`): gradients summed over `data`; over `fsdp` parameters gathered once,
     gradients summed and scattered.
 
@@ -162,15 +162,15 @@ def formula_sent(state: dict[str, float], mesh: dict[str, int], chips: Topology)
     outside = min(data, max(1, chips.devices // within))
     inside = data // outside
     if inside > 1:
-        sent.append(Sent("all-reduce", ("data",), 1, trained, 2 * (inside - 1) / inside * trained, False))
+        sent.append(CollectiveTraffic("all-reduce", ("data",), 1, trained, 2 * (inside - 1) / inside * trained, False))
     if outside > 1:
         share = trained / inside
-        sent.append(Sent("all-reduce", ("data",), 1, share, 2 * (outside - 1) / outside * share, True))
+        sent.append(CollectiveTraffic("all-reduce", ("data",), 1, share, 2 * (outside - 1) / outside * share, True))
     if fsdp > 1:
         outer = fsdp * mesh["tensor"] > within
         share = (fsdp - 1) / fsdp
-        sent.append(Sent("all-gather", ("fsdp",), 1, shard * fsdp, share * shard * fsdp, outer))
-        sent.append(Sent("reduce-scatter", ("fsdp",), 1, trained * fsdp, share * trained * fsdp, outer))
+        sent.append(CollectiveTraffic("all-gather", ("fsdp",), 1, shard * fsdp, share * shard * fsdp, outer))
+        sent.append(CollectiveTraffic("reduce-scatter", ("fsdp",), 1, trained * fsdp, share * trained * fsdp, outer))
     return tuple(sent)
 
 
@@ -185,7 +185,7 @@ def mean_share(config: Config, canvas: tuple[int, int]) -> float:
     return sum(each) / len(each) / flops_per_image(config.model, *canvas).training
 
 
-def scaling(chips: Topology, found: Outlook, sizes: tuple[int, int] = (16, 256)) -> dict[str, Any] | None:
+def scaling(chips: Topology, found: Roofline, sizes: tuple[int, int] = (16, 256)) -> dict[str, Any] | None:
     """Images per second and chip on sizes[1] over those on sizes[0] chips, the batch per chip as it is, one slice each.
 
     What `found` sends over `data` alone is scaled by (n-1)/n, what spans other axes stays, over the links of `chips`. None
@@ -209,14 +209,16 @@ def scaling(chips: Topology, found: Outlook, sizes: tuple[int, int] = (16, 256))
     return {"chips": list(sizes), "step_seconds": steps, "efficiency": steps[0] / steps[1]}
 
 
-def _network(sent: tuple[Sent, ...], chips: Topology) -> float:
+def _network(sent: tuple[CollectiveTraffic, ...], chips: Topology) -> float:
     """Seconds that a chip sends, inside a slice (or host) and then out of it."""
     inner = sum(each.sent_bytes for each in sent if not each.outer)
     outer = sum(each.sent_bytes for each in sent if each.outer)
     return (inner / chips.link if inner else 0.0) + (outer / chips.outer_link if outer else 0.0)
 
 
-def _memory(state: dict[str, float], facts: Facts | None, limit: float) -> tuple[dict[str, float], bool | None]:
+def _memory(
+    state: dict[str, float], facts: CompileStatistics | None, limit: float
+) -> tuple[dict[str, float], bool | None]:
     """Bytes per chip by kind, and whether they fit."""
     memory = dict(state)
     if facts is None:

@@ -9,21 +9,21 @@ from glip_jax.config import Config, MeshConfig, Remat
 from glip_jax.distributed.chips import Topology
 from glip_jax.distributed.mesh import MeshError
 from glip_jax.planning.compile import PlanError
-from glip_jax.planning.facts import Facts
-from glip_jax.planning.roofline import Outlook
+from glip_jax.planning.roofline import Roofline
+from glip_jax.planning.statistics import CompileStatistics
 
-__all__ = ["Tried", "candidates", "search", "table", "with_images_per_chip"]
+__all__ = ["Candidate", "candidates", "search", "table", "with_images_per_chip"]
 
 
 @dataclass(frozen=True)
-class Tried:
+class Candidate:
     """One candidate and what became of it."""
 
     images_per_chip: int
     remat: Remat
     fsdp: int
     tensor: int
-    found: Outlook | None
+    found: Roofline | None
     """None where it was not compiled."""
     why: str = ""
     """Why not."""
@@ -59,16 +59,16 @@ def with_images_per_chip(config: Config, count: int, chips: Topology) -> Config:
 
 def search(
     every: Sequence[tuple[int, Config]],
-    plan: Callable[[Config], tuple[Outlook, Facts | None]],
+    plan: Callable[[Config], tuple[Roofline, CompileStatistics | None]],
     say: Callable[[str], object],
-) -> list[Tried]:
+) -> list[Candidate]:
     """Plans each candidate in turn, best first in the result: those that fit by images/s, then the others.
 
     Where a number of images does not fit, no larger one of the same remat and mesh is tried. A mesh that does not divide is
     left out with its reason, and so is one whose compiler fails, unless all do (PlanError).
     """
     last: PlanError | None = None
-    tried: list[Tried] = []
+    tried: list[Candidate] = []
     for number, (images, config) in enumerate(every, start=1):
         form = (config.model.remat, config.mesh.fsdp, config.mesh.tensor)
         what = f"{number} of {len(every)}: {images} images a chip, remat {form[0]}, fsdp {form[1]}, tensor {form[2]}"
@@ -76,28 +76,28 @@ def search(
             t.images_per_chip for t in tried if (t.remat, t.fsdp, t.tensor) == form and t.found and not t.found.fits
         ]
         if smaller:
-            tried.append(Tried(images, *form, None, f"{min(smaller)} images do not fit"))
+            tried.append(Candidate(images, *form, None, f"{min(smaller)} images do not fit"))
             say(f"{what}: not tried, {tried[-1].why}")
             continue
         try:
             found, _ = plan(config)
         except (MeshError, PlanError) as fault:
             last = fault if isinstance(fault, PlanError) else last
-            tried.append(Tried(images, *form, None, str(fault)))
+            tried.append(Candidate(images, *form, None, str(fault)))
             say(f"{what}: {fault}")
             continue
-        tried.append(Tried(images, *form, found))
+        tried.append(Candidate(images, *form, found))
         say(f"{what}: {'fits' if found.fits else 'does not fit'}, {found.images_per_second:.1f} images/s")
     if last is not None and not any(each.found for each in tried):
         raise last
     return sorted(tried, key=lambda t: (t.found is None, not (t.found and t.found.fits), -_rate(t)))
 
 
-def _rate(tried: Tried) -> float:
+def _rate(tried: Candidate) -> float:
     return tried.found.images_per_second if tried.found else 0.0
 
 
-def table(tried: Sequence[Tried]) -> list[str]:
+def table(tried: Sequence[Candidate]) -> list[str]:
     """The result of a search, a line a candidate."""
     rows = ["images a chip  remat        fsdp  tensor  peak GiB  fits  images/s    MFU  bound"]
     for each in tried:

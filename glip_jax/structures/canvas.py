@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-__all__ = ["target_size", "canvas_size", "nearest_aspect", "fit", "resize", "place"]
+__all__ = ["target_size", "canvas_size", "nearest_aspect", "fit", "resize", "pad_to_canvas"]
 
 
 def target_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
@@ -64,7 +64,7 @@ def resize(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np
     return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
-def place(image: UInt8[np.ndarray, "h w 3"], canvas: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
+def pad_to_canvas(image: UInt8[np.ndarray, "h w 3"], canvas: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
     """The image in the upper left of a canvas (height, width) of zeros; it must fit."""
     height, width = image.shape[:2]
     if height > canvas[0] or width > canvas[1]:

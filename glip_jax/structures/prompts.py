@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool, Int32
 
+from glip_jax import UserError
 from glip_jax.structures.batch import Prompt, TokenizedPrompt
 
 __all__ = [
@@ -27,7 +28,7 @@ Spans = Sequence[tuple[int, int]]
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-class PromptError(ValueError):
+class PromptError(UserError, ValueError):
     """A prompt that cannot be built, or does not fit into its token budget."""
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from glip_jax.config import LossConfig, ModelConfig
-from glip_jax.models.extents import inside, level_size
+from glip_jax.models.extents import level_size, valid_mask
 from glip_jax.structures import boxes as box
 from glip_jax.structures.batch import Targets
 
@@ -25,7 +25,7 @@ _MARGIN = 0.01
 def anchors_inside(extent: Int[Array, "B 2"], canvas: tuple[int, int], strides: tuple[int, ...]) -> Bool[Array, "B A"]:
     """Anchors whose cell belongs to the image's extent."""
     parts = [
-        inside(level_size(extent, stride), *box.level_shape(canvas, stride)).reshape(extent.shape[0], -1)
+        valid_mask(level_size(extent, stride), *box.level_shape(canvas, stride)).reshape(extent.shape[0], -1)
         for stride in strides
     ]
     return jnp.concatenate(parts, 1)

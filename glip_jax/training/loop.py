@@ -19,9 +19,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from glip_jax import UserError
 from glip_jax.config import Config, ConfigError, validate
 from glip_jax.data.mixture import Mixture
-from glip_jax.distributed.cluster import Crew
+from glip_jax.distributed.cluster import Cluster
 from glip_jax.distributed.exit_codes import CANCELLED, PREEMPTED
 from glip_jax.distributed.mesh import check_fits, make_mesh, place_batch, shardings
 from glip_jax.distributed.runtime import enable_compilation_cache
@@ -31,22 +32,22 @@ from glip_jax.structures.batch import Batch
 from glip_jax.training.monitoring.metrics import Progress, Window, read
 from glip_jax.training.monitoring.profiler import Profiler
 from glip_jax.training.monitoring.source_counts import SourceCounts
-from glip_jax.training.monitoring.throughput import Meter
-from glip_jax.training.monitoring.watchdog import Watch
+from glip_jax.training.monitoring.throughput import Throughput
+from glip_jax.training.monitoring.watchdog import Watchdog
 from glip_jax.training.monitoring.writer import Writer, wandb_module, wandb_run
 from glip_jax.training.state import State, abstract_state, evaluation_parameters, fresh_parameters, initial_state
 from glip_jax.training.step import glip_objective, make_step
 
-__all__ = ["NonFiniteLossError", "Towers", "train"]
+__all__ = ["NonFiniteLossError", "InitialParameters", "train"]
 
-Towers = Callable[[dict[str, Any], Config], tuple[dict[str, Any], dict[str, Any]]]
+InitialParameters = Callable[[dict[str, Any], Config], tuple[dict[str, Any], dict[str, Any]]]
 """(parameters, config) to parameters of which `config.init_from` names files, and the record of what was read:
 `glip_jax.weights.pretrained.initialize`."""
 
 _PER_EXAMPLE = ("bad", "invalid", "source", "record")
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(UserError, RuntimeError):
     """The loss or a gradient is NaN or infinite; the message names step, parts and examples."""
 
 
@@ -63,15 +64,15 @@ def train(
     workdir: str,
     evaluate: Callable[[dict[str, Any], int], dict[str, float]] | None = None,
     draw: Callable[[Batch], bytes] | None = None,
-    towers: Towers | None = None,
+    initial_parameters: InitialParameters | None = None,
     resume_with_changes: bool = False,
-    crew: Crew | None = None,
+    cluster: Cluster | None = None,
 ) -> State:
     """Trains to `config.train.steps` in `workdir`, going on from its newest complete checkpoint if there is one.
 
     `evaluate(parameters, step)` returns numbers to record, every `train.evaluate_every` steps and at the end;
-    `draw(batch)` makes WORKDIR/first_batch.png of the first batch; `towers` reads the files of `config.init_from`.
-    Ends with a line `fingerprint: SHA-256`. `crew`: the processes that train together, where there are several; they
+    `draw(batch)` makes WORKDIR/first_batch.png of the first batch; `initial_parameters` reads the files of `config.init_from`.
+    Ends with a line `fingerprint: SHA-256`. `cluster`: the processes that train together, where there are several; they
     stop after the same step, whichever of them got the signal.
 
     What does not fit is found before anything is written. Raises CheckpointError if the checkpoint has other settings
@@ -90,7 +91,7 @@ def train(
     prepare(workdir)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint.keep, config.checkpoint))
-        state = _start(config, workdir, mesh, checkpoints, towers, resume_with_changes)
+        state = _start(config, workdir, mesh, checkpoints, initial_parameters, resume_with_changes)
         start = int(state.step)
         if mixture is None and start < config.train.steps:  # its last checkpoint turned out to be damaged
             mixture = Mixture(config)
@@ -100,11 +101,13 @@ def train(
         sink = stack.enter_context(wandb_run(wandb, workdir, config))
         writer = stack.enter_context(Writer(workdir, start, kept, sink, progress.say)) if first else None
         write_config(workdir, config)
-        run = _Run(config, workdir, mesh, checkpoints, writer, progress, evaluate, crew)
+        run = _Run(config, workdir, mesh, checkpoints, writer, progress, evaluate, cluster)
         for line in read(workdir) if config.checkpoint.best else ():
             run.score(line["step"], line)
-        if crew is not None:
-            stack.enter_context(crew)  # the first to hear of what goes wrong, before anything waits for other processes
+        if cluster is not None:
+            stack.enter_context(
+                cluster
+            )  # the first to hear of what goes wrong, before anything waits for other processes
         if mixture is not None:
             state = run.steps(state, start, mixture, draw)
         elif evaluate is not None:
@@ -117,14 +120,19 @@ def train(
 
 
 def _start(
-    config: Config, workdir: str, mesh: Mesh, checkpoints: Checkpoints, towers: Towers | None, resume_with_changes: bool
+    config: Config,
+    workdir: str,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    initial_parameters: InitialParameters | None,
+    resume_with_changes: bool,
 ) -> State:
     """What to start from: 1. the newest complete checkpoint, 2. the files of `config.init_from`, 3. random values."""
     first = jax.process_index() == 0
     say = print if first else lambda *_, **__: None
     step = checkpoints.latest()
     if step is None:
-        params, record = _read(fresh_parameters(config, mesh), config, towers)
+        params, record = _read(fresh_parameters(config, mesh), config, initial_parameters)
         read = " and ".join(name for name in ("model", "backbone", "text") if getattr(config.init_from, name))
         say(f"starting at step 0 from {f'pretrained {read}, the rest random' if read else 'random values'}", flush=True)
         if first:
@@ -147,14 +155,18 @@ def _start(
     return State(params, moments, ema, jax.device_put(jnp.int32(step), like.step.sharding))
 
 
-def _read(params: dict[str, Any], config: Config, towers: Towers | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read(
+    params: dict[str, Any], config: Config, initial_parameters: InitialParameters | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """`params` with what `config.init_from` names in the place of random values, and the record of it."""
     init = config.init_from
     if not (init.model or init.backbone or init.text):
         return params, {}
-    if towers is None:
-        raise ConfigError(f"init_from is {init}, but this caller of train() gave no `towers` to read the files with")
-    read, record = towers(params, config)
+    if initial_parameters is None:
+        raise ConfigError(
+            f"init_from is {init}, but this caller of train() gave no `initial_parameters` to read the files with"
+        )
+    read, record = initial_parameters(params, config)
     return jax.device_put(read, jax.tree.map(lambda leaf: leaf.sharding, params)), record
 
 
@@ -170,14 +182,14 @@ class _Run:
         writer: Writer | None,
         progress: Progress,
         evaluate: Callable[[dict[str, Any], int], dict[str, float]] | None,
-        crew: Crew | None,
+        cluster: Cluster | None,
     ) -> None:
         self.config, self.mesh, self.folder = config, mesh, epath.Path(workdir)
         self.checkpoints, self.writer, self.progress, self.evaluate = checkpoints, writer, progress, evaluate
-        self.crew = crew
-        self.window, self.meter = Window(), Meter(config, mesh)
+        self.cluster = cluster
+        self.window, self.throughput = Window(), Throughput(config, mesh)
         keep, settings = writer.file if writer is not None else None, config.train
-        self.watch = Watch(self.folder, settings.hang_multiple, settings.hang_least, settings.hang_first, keep)
+        self.watchdog = Watchdog(self.folder, settings.hang_multiple, settings.hang_min, settings.hang_first, keep)
         self.profiler = Profiler(self.folder, settings.profile, keep, progress.say) if keep is not None else None
         self.counts: SourceCounts | None = None
         self.names: tuple[str, ...] = ()
@@ -194,12 +206,12 @@ class _Run:
         batches = iter(mixture.batches(start, jax.process_index(), jax.process_count()))
         with _signals() as received, contextlib.ExitStack() as stack:
             stack.callback(getattr(batches, "close", lambda: None))  # Grain's threads end before the process does
-            self.watch.step = start
-            stack.enter_context(self.watch)
+            self.watchdog.step = start
+            stack.enter_context(self.watchdog)
             for step in range(start + 1, config.train.steps + 1):
                 if self.profiler is not None:
-                    self.profiler.before(step, self.watch.asked)
-                    self.watch.asked = 0
+                    self.profiler.before(step, self.watchdog.asked)
+                    self.watchdog.asked = 0
                 begin = time.perf_counter()
                 batch = next(batches)
                 wait = time.perf_counter() - begin
@@ -210,11 +222,11 @@ class _Run:
                 with self._compiling(canvas) if canvas not in canvases else contextlib.nullcontext():
                     state, metrics = step_function(state, place_batch(batch, self.mesh))
                 canvases.add(canvas)
-                self.meter.step(canvas, batch.tokens.shape[-1])
+                self.throughput.step(canvas, batch.tokens.shape[-1])
                 self._read(pending)
                 self.checkpoints.check()
                 pending = _Pending(step, metrics, wait)
-                last, stop = step == config.train.steps, _stop(received, step, self.crew)
+                last, stop = step == config.train.steps, _stop(received, step, self.cluster)
                 if last or stop or step % config.checkpoint.every == 0:
                     # The numbers first: a state that is not finite is never saved.
                     self._read(pending, flush=True)
@@ -223,7 +235,7 @@ class _Run:
                     if self.writer is not None:
                         lines = self.writer.unwritten()
                         self.writer.flush()
-                    with self.meter.still("checkpoint"):
+                    with self.throughput.exclude("checkpoint"):
                         self.checkpoints.save(step, saved, config, lines)
                 if stop and not last:
                     self._leave(step, stop)
@@ -231,21 +243,21 @@ class _Run:
                 if self.evaluate is not None and (last or (every > 0 and step % every == 0)):
                     self._read(pending)
                     pending = None
-                    with self.meter.still("evaluation"), self.watch.paused():
+                    with self.throughput.exclude("evaluation"), self.watchdog.paused():
                         self.evaluation(state, step)
                 if self.profiler is not None and self.profiler.ends(step, last):
                     self._read(pending)  # so that the step is over on the devices as well
                     pending = None
-                    with self.meter.still("profile"):
+                    with self.throughput.exclude("profile"):
                         self.profiler.end(step)
-                self.watch.beat(step)
+                self.watchdog.heartbeat(step)
         return state
 
     @contextlib.contextmanager
     def _compiling(self, canvas: tuple[int, ...]) -> Iterator[None]:
         """Around the first step of a canvas."""
         begin = time.perf_counter()
-        with self.meter.still("compile"), self.watch.compiling():
+        with self.throughput.exclude("compile"), self.watchdog.compiling():
             yield
         self.progress.say(f"canvas {canvas[0]}x{canvas[1]}: step ready in {time.perf_counter() - begin:.1f} s")
 
@@ -298,7 +310,7 @@ class _Run:
         self.progress.advance()
         if flush or pending.step % self.config.train.log_every == 0:
             metrics = self.window.take()
-            metrics |= self.meter.take(metrics) | self.counts.metrics()
+            metrics |= self.throughput.take(metrics) | self.counts.metrics()
             self.progress.window(pending.step, metrics, self.names)
             if self.writer is not None:
                 self.writer.write(pending.step, metrics)
@@ -351,7 +363,7 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _stop(received: list[int], step: int, crew: Crew | None) -> int:
+def _stop(received: list[int], step: int, cluster: Cluster | None) -> int:
     """The signal to stop for after this step, 0 for none; agreed between processes."""
     first = received[0] if received else 0
-    return first if crew is None else crew.agreed(first, step)
+    return first if cluster is None else cluster.agreed(first, step)

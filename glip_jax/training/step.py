@@ -23,7 +23,7 @@ from glip_jax.distributed.mesh import (
     batch_axes,
     batch_sharding,
     gathered,
-    layout,
+    parameter_specs,
     per_shard,
     reduced,
     replicated,
@@ -158,7 +158,7 @@ def _gradients(
 ) -> tuple[Any, Metrics]:
     """Gradients of the whole batch's loss by the trainable parameters, and the metrics of the forward pass."""
     whole: Any = PartitionSpec()
-    examples, specs = PartitionSpec(("data", "fsdp")), layout(params, mesh)
+    examples, specs = PartitionSpec(("data", "fsdp")), parameter_specs(params, mesh)
     trained, _ = adamw.split(specs, config.model)
 
     def own(params: Any, batch: Batch, key: Array) -> tuple[Any, Denominators, _Images]:

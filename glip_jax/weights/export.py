@@ -20,6 +20,7 @@ from etils import epath
 from jaxtyping import Shaped
 from tokenizers.implementations import BertWordPieceTokenizer
 
+from glip_jax import UserError
 from glip_jax.config import Config, ModelConfig, flatten
 from glip_jax.io.assets import resolve
 from glip_jax.models.swin import relative_position_index
@@ -45,7 +46,7 @@ _CLASSES = 80
 """Outputs of the original's frozen class branch, which nothing reads."""
 
 
-class ExportError(ValueError):
+class ExportError(UserError, ValueError):
     """A network that a format cannot hold, a library that is missing, or an export that differs from what it came from."""
 
 

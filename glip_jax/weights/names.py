@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
+from glip_jax import UserError
 from glip_jax.config import ModelConfig
 from glip_jax.models.efficientnet import OUTPUTS, STAGES
 from glip_jax.models.glip import GLIP
@@ -50,7 +51,7 @@ _TUNED = "rpn.tunable_linear."
 """Prompts learnt for one data set: the network without them is not the one that was saved."""
 
 
-class WeightError(ValueError):
+class WeightError(UserError, ValueError):
     """Weights that do not fit the network; the message names what is missing, left over or of another shape."""
 
 

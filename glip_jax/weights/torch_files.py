@@ -20,6 +20,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Shaped
 
+from glip_jax import UserError
+
 __all__ = ["TorchFileError", "load_arrays", "load_tree", "sha256"]
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -32,7 +34,7 @@ _DTYPES: dict[str, Any] = {
 }  # fmt: skip
 
 
-class TorchFileError(ValueError):
+class TorchFileError(UserError, ValueError):
     """A file that is not a `.pth` this module reads, or that wants to call something."""
 
 

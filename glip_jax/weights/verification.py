@@ -22,7 +22,7 @@ from glip_jax.io import assets
 from glip_jax.models.glip import GLIP, normalize
 from glip_jax.structures import boxes as box
 from glip_jax.structures import prompts
-from glip_jax.structures.canvas import place, resize, target_size
+from glip_jax.structures.canvas import pad_to_canvas, resize, target_size
 from glip_jax.weights.export import ExportError, Format, network_settings
 
 __all__ = ["Answer", "Difference", "NAMES", "Sample", "differences", "reader", "sample_images"]
@@ -121,7 +121,7 @@ def _sample(image: UInt8[np.ndarray, "H W 3"], config: Config) -> Sample:
     ((height, width),) = _sizes([image], config)
     canvas = _extent((height, width), config)
     pixels = normalize(
-        jnp.asarray(place(resize(image, (height, width)), canvas)[None]),
+        jnp.asarray(pad_to_canvas(resize(image, (height, width)), canvas)[None]),
         jnp.asarray([[height, width]]),
         config.model.input,
     )
@@ -160,7 +160,7 @@ def _ours(
     for image, size, extent, sample in zip(images, sizes, extents, samples):
         with jax.default_matmul_precision("highest"):
             found: Any = run(
-                params, place(resize(image, size), canvas)[None], np.asarray([size], np.int32),
+                params, pad_to_canvas(resize(image, size), canvas)[None], np.asarray([size], np.int32),
                 np.asarray([extent], np.int32), sample.tokens.astype(np.int32),
             )  # fmt: skip
         own = _own_anchors(canvas, extent, model.pyramid.strides)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.relations import Asked, asked, counted
+from benchmarks.relations import RelationalPhrase, counted, relational_phrases
 from glip_jax.cli.scenes import Names, Scenes, _sets
 from glip_jax.data.scenes.draw import SceneError
 from glip_jax.data.scenes.sets import make_scenes
@@ -19,10 +19,10 @@ def _found(image, phrase, x, score):
 
 def test_best_boxes_are_sorted(tmp_path):
     phrases = [
-        Asked(1, 0, True, BOXES, (True, False, False, False)),
-        Asked(1, 2, False, BOXES[:2], (False, True)),
-        Asked(2, 0, False, BOXES[:2], (False, True)),
-        Asked(3, 0, False, BOXES[:2], (True, False)),
+        RelationalPhrase(1, 0, True, BOXES, (True, False, False, False)),
+        RelationalPhrase(1, 2, False, BOXES[:2], (False, True)),
+        RelationalPhrase(2, 0, False, BOXES[:2], (False, True)),
+        RelationalPhrase(3, 0, False, BOXES[:2], (True, False)),
     ]
     detections = [
         _found(1, 0, 20, 0.6), _found(1, 0, 0, 0.5),  # another of the name; the meant one only second
@@ -45,7 +45,7 @@ def scenes(tmp_path_factory):
 
 def test_scenes_are_drawn_again_as_they_were(scenes):
     truth = json.loads((scenes / "annotations.json").read_text())
-    phrases = asked(scenes)
+    phrases = relational_phrases(scenes)
     listed = [
         (image["id"], number)
         for image in truth["images"] for number, phrase in enumerate(image["phrases"]) if phrase["kind"] == "relational"
@@ -63,4 +63,4 @@ def test_scenes_of_other_pictures_are_refused(scenes, tmp_path):
     truth["info"]["pictures"] = "others"
     (tmp_path / "annotations.json").write_text(json.dumps(truth))
     with pytest.raises(SceneError, match="differ in pictures"):
-        asked(tmp_path)
+        relational_phrases(tmp_path)

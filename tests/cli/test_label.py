@@ -313,7 +313,7 @@ def test_three_at_once_on_a_bucket_that_loses_answers_and_one_is_killed(
     # When the storage stays silent: a line, and the code that says so.
     monkeypatch.setenv("GLIP_JAX_STORAGE_PATIENCE", "0.3")
     with running.arm("503", share=1.0):
-        assert door.main(["label", *outside(run, source, f"{out}2")]) == exit_codes.UNAVAILABLE
+        assert door.main(["label", *outside(run, source, f"{out}2")]) == exit_codes.STORAGE_UNAVAILABLE
     assert capsys.readouterr().err.startswith(f"label: {out}2/manifest.json: the storage failed")
 
 

@@ -8,7 +8,7 @@ from glip_jax import __main__
 from glip_jax.cli import plan
 from glip_jax.distributed import exit_codes
 from glip_jax.planning.compile import PlanError
-from glip_jax.planning.facts import Facts
+from glip_jax.planning.statistics import CompileStatistics
 from tests import tiny_run
 
 
@@ -91,9 +91,9 @@ def test_formulas_and_json(config, capsys, tmp_path):
     assert said.count("16 images a step (2 a chip)") == 2 and "nothing compiled" in said
     first, second = json.loads(out.read_text())
     assert first["topology"]["chips"] == 8 and first["canvas"] == [64, 64] and first["compiled"] is None
-    assert first["outlook"]["useful_flops"] < second["outlook"]["useful_flops"]
+    assert first["roofline"]["useful_flops"] < second["roofline"]["useful_flops"]
     assert "3 steps: " in said, "six steps of 8 are three of 16"
-    assert first["outlook"]["fits"] is None and first["scaling"] is None
+    assert first["roofline"]["fits"] is None and first["scaling"] is None
 
 
 def test_without_libtpu_it_says_what_to_install_and_goes_on(config, capsys, monkeypatch):
@@ -101,7 +101,7 @@ def test_without_libtpu_it_says_what_to_install_and_goes_on(config, capsys, monk
 
     def compile_step(config, chips, canvas, how, *_):
         wanted.append(how)
-        return Facts(how, "jaxlib", arguments=1e6, temporaries=1e6, flops=1e9, passes=1e9, bytes=1e9)
+        return CompileStatistics(how, "jaxlib", arguments=1e6, temporaries=1e6, flops=1e9, passes=1e9, bytes=1e9)
 
     monkeypatch.setattr(plan, "_has_libtpu", lambda: False)
     monkeypatch.setattr(plan, "compile_step", compile_step)
@@ -122,7 +122,7 @@ def test_search_ranks_what_fits(config, capsys, monkeypatch, tmp_path):
         asked.append((own, remat, config.mesh.fsdp))
         size = own * (10e9 if remat == "none" else 3e9)
         flops = own * 1e12 * (1.0 if remat == "none" else 1.3)
-        return Facts(how, "made up", arguments=1e9, temporaries=size, flops=flops, passes=flops, bytes=1e9)
+        return CompileStatistics(how, "made up", arguments=1e9, temporaries=size, flops=flops, passes=flops, bytes=1e9)
 
     monkeypatch.setattr(plan, "compile_step", compile_step)
     out = tmp_path / "search.json"
@@ -145,7 +145,7 @@ def test_a_search_tries_what_splits_widths(config, capsys, monkeypatch):
 
     def compile_step(config, chips, canvas, how, *_):
         asked.append((config.train.batch_size, config.mesh.tensor))
-        return Facts(how, "made up", arguments=1e9, flops=1e12, passes=1e12, bytes=1e9)
+        return CompileStatistics(how, "made up", arguments=1e9, flops=1e12, passes=1e12, bytes=1e9)
 
     monkeypatch.setattr(plan, "compile_step", compile_step)
     arguments = ("--search", "--search-images=1", "--search-remat=none", "--search-fsdp=2", "--search-tensor=1,2,4")
@@ -164,7 +164,7 @@ def test_a_search_goes_on_after_a_compiler_that_died(config, capsys, monkeypatch
     def compile_step(config, chips, canvas, how, *_):
         if config.train.batch_size == 8 or config.model.remat == "blocks":
             raise PlanError("the compiler ended without an answer")
-        return Facts(how, "made up", arguments=1e9, flops=1e12, passes=1e12, bytes=1e9)
+        return CompileStatistics(how, "made up", arguments=1e9, flops=1e12, passes=1e12, bytes=1e9)
 
     monkeypatch.setattr(plan, "compile_step", compile_step)
     arguments = ("--search", "--search-images=1,2", "--search-fsdp=1", "--topology=v5e:2x2", "--compile=fake")

@@ -64,7 +64,7 @@ def _model(**fields: Any) -> Config:
         ),
         (Config(data=DataConfig(sources={"a": SourceConfig("x", copies=-1)})), "a.copies is -1"),
         (Config(data=DataConfig(flip=1.5)), "data.flip is 1.5"),
-        (Config(data=DataConfig(crop=CropConfig(least_side=0.0))), "crop.least_side is 0.0"),
+        (Config(data=DataConfig(crop=CropConfig(min_side=0.0))), "crop.min_side is 0.0"),
         (Config(data=DataConfig(max_corrupt_rate=2.0)), "max_corrupt_rate is 2.0"),
         (
             Config(data=DataConfig(captions=CaptionConfig(one_negative_probability=0.6))),
@@ -103,9 +103,9 @@ def test_differences_list_what_changes_numbers_and_only_that() -> None:
         "data.sources.coco.weight: 1.0 -> 2.0",
         "data.sources.new.box_weight: (absent) -> one",
         "data.sources.new.copies: (absent) -> 0",
-        "data.sources.new.least_score: (absent) -> 0.0",
         "data.sources.new.negatives: (absent) -> []",
         "data.sources.new.path: (absent) -> y",
+        "data.sources.new.threshold: (absent) -> 0.0",
         "data.sources.new.weight: (absent) -> 1.0",
         "optimizer.rate: 0.0001 -> 0.0003",
     ]
@@ -118,7 +118,7 @@ def test_differences_list_what_changes_numbers_and_only_that() -> None:
 
 def test_every_field_belongs_to_one_class() -> None:
     everything = {name for name, _ in flatten(Config())}
-    numbers = {name for name, _ in flatten(Config(), numbers=True)}
-    free = {name for name, _ in flatten(Config(), numbers=False)}
+    numbers = {name for name, _ in flatten(Config(), affects_results=True)}
+    free = {name for name, _ in flatten(Config(), affects_results=False)}
     assert numbers | free == everything and not numbers & free
     assert "optimizer.rate" in numbers and "train.log_every" in free and "mesh.data" in free

@@ -210,7 +210,7 @@ def test_exhausted_patience_is_one_line_and_no_placeholder(remote, running, monk
     with running.arm("stall", share=1.0), pytest.raises(StorageError, match=r"patience ended \(last: .*timed out"):
         Shards(remote["boxes"].path)
     with running.arm("reset", share=1.0, only="array_record"):
-        assert main(["inspect", remote["boxes"].path, f"--out={tmp_path}/page.html"]) == exit_codes.UNAVAILABLE
+        assert main(["inspect", remote["boxes"].path, f"--out={tmp_path}/page.html"]) == exit_codes.STORAGE_UNAVAILABLE
     line = capsys.readouterr().err
     assert line.startswith(f"inspect: {remote['boxes'].path}/records-") and line.count("\n") == 1
     # A worker process' error comes with its own words.
@@ -346,7 +346,7 @@ def test_pictures_are_not_dropped_because_the_storage_is_silent(source, bucket, 
     monkeypatch.setenv("GLIP_JAX_STORAGE_PATIENCE", "0.3")
     arguments = ["data", "coco", f"{source}/boxes.json", f"--images={bucket}/pictures", f"--out={bucket}/set"]
     with running.arm("503", share=1.0, only="img9.png"):
-        assert main([*arguments, "--processes=1"]) == exit_codes.UNAVAILABLE
+        assert main([*arguments, "--processes=1"]) == exit_codes.STORAGE_UNAVAILABLE
     line = capsys.readouterr().err
     assert line.splitlines()[-1].startswith(f"data: {bucket}/pictures/img9.png: the storage failed")
     assert gcs.listing(f"{bucket}/set") == {}

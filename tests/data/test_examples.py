@@ -227,7 +227,7 @@ def test_boxes_weigh_as_much_as_their_teacher_was_sure(opened: shards.Shards) ->
 
 
 def test_boxes_the_teacher_was_not_sure_of_are_left_out_and_their_words_unknown(opened: shards.Shards) -> None:
-    sources = {"made": SourceConfig(str(opened.path), least_score=0.75)}
+    sources = {"made": SourceConfig(str(opened.path), threshold=0.75)}
     whole, sure = make(opened, 3), make(opened, 3, sources=sources)
     assert whole.box_mask.sum() == 3 and whole.token_loss_mask.all()
     assert sure.box_mask.sum() == 1 and sure.dropped[DROPS.index("boxes_unsure")] == 2

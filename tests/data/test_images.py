@@ -26,7 +26,7 @@ def record(image, form="JPEG", **options):
 def placed(image, size, canvas, mirrored, kind):
     """On a canvas that was something else before."""
     pixels = np.full((*canvas, 3), 99, np.uint8)
-    codec.place(image, size, pixels, mirrored, kind)
+    codec.resize_to_canvas(image, size, pixels, mirrored, kind)
     return pixels
 
 

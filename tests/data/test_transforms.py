@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from benchmarks.padding import measure
 from glip_jax.config import Codec, DataConfig
 from glip_jax.data import transforms
-from glip_jax.structures.canvas import canvas_size, fit, place, resize, target_size
+from glip_jax.structures.canvas import canvas_size, fit, pad_to_canvas, resize, target_size
 from tests.data.test_images import placed
 
 sides = st.integers(1, 900)
@@ -100,9 +100,9 @@ def test_resize_scales_image_and_boxes_together() -> None:
 
 
 def test_place_pads_below_and_right_with_zeros() -> None:
-    canvas = place(np.full((3, 4, 3), 5, np.uint8), (32, 64))
+    canvas = pad_to_canvas(np.full((3, 4, 3), 5, np.uint8), (32, 64))
     assert canvas.shape == (32, 64, 3)
     assert canvas[:3, :4].min() == 5
     assert canvas.sum() == 3 * 4 * 3 * 5
     with pytest.raises(ValueError, match="33 x 4 does not fit on a canvas of 32 x 64"):
-        place(np.zeros((33, 4, 3), np.uint8), (32, 64))
+        pad_to_canvas(np.zeros((33, 4, 3), np.uint8), (32, 64))

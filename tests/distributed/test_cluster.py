@@ -26,7 +26,7 @@ from glip_jax.cli.train import main
 from glip_jax.config import MeshConfig
 from glip_jax.data.mixture import Mixture
 from glip_jax.distributed import exit_codes
-from glip_jax.distributed.cluster import Cluster, Crew, ProcessError, _Desk, announced, join
+from glip_jax.distributed.cluster import Cluster, ProcessError, ProcessGroup, _Coordinator, announced, join
 from glip_jax.distributed.mesh import MeshError, make_mesh
 from glip_jax.io import checksums
 from glip_jax.io.checkpoint import complete_steps, latest_step, restore_parameters
@@ -171,7 +171,7 @@ def test_two_and_four_processes_train_the_demo(tmp_path, monkeypatch):
     )
     config = load_config(str(file))
     monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-    loop.train(config, str(tmp_path / "one"), towers=pretrained.initialize)
+    loop.train(config, str(tmp_path / "one"), initial_parameters=pretrained.initialize)
     batches = Mixture(config).batches()
     expected = [rows(next(batches)) for _ in range(5)]
     batches.close()  # pyright: ignore[reportAttributeAccessIssue]
@@ -222,7 +222,7 @@ def test_all_processes_hear_how_good_a_checkpoint_is(file, tmp_path):
         f"    sets = {{'set': EvaluationSet({str(annotations)!r}, {str(pictures)!r})}}\n"
         f"    config = tiny_run.replace(plain(), 'evaluation', sets=sets)\n"
         f"    config = tiny_run.replace(config, 'checkpoint', every=2, keep=1, best=1, best_by='evaluation/set/norm')\n"
-        f"    return tiny_run.replace(config, 'train', steps=16, evaluate_every=2, hang_multiple=1.5, hang_least=1.0)\n"
+        f"    return tiny_run.replace(config, 'train', steps=16, evaluate_every=2, hang_multiple=1.5, hang_min=1.0)\n"
     )
     scores = {i: {"SCORES": "0.1 0.1 0.1 0.1 0.1 0.5 0.1 0.2"} for i in range(2)}
     codes, said = _Job(best, tmp_path / "run", 2, 1, environment=scores).finish()
@@ -277,7 +277,7 @@ def test_a_process_that_dies_ends_the_job_with_its_name(file, tmp_path, victim):
     job.processes[victim].kill()
     begin = time.monotonic()
     codes, said = job.finish()
-    assert codes[1 - victim] == exit_codes.LOST, said
+    assert codes[1 - victim] == exit_codes.PEER_LOST, said
     assert time.monotonic() - begin < 60, "long before jax's own 100 s of silence"
     assert f"train: process {victim} on {socket.gethostname()} (pid {pid}) died" in said[1 - victim]
     assert "Traceback" not in said[1 - victim]
@@ -304,9 +304,9 @@ def test_hosts_that_differ_are_refused_with_the_difference(file, sources, tmp_pa
 def test_process_0_hears_last():
     """What it hears may end it, before its thread has told the others."""
     heard: list[int] = []
-    desk: Any = object.__new__(_Desk)
-    desk._wires = {index: SimpleNamespace(send=lambda index=index, **_: heard.append(index)) for index in (0, 2, 1)}
-    desk._tell(refused="")
+    coordinator: Any = object.__new__(_Coordinator)
+    coordinator._connections = {index: SimpleNamespace(send=lambda index=index, **_: heard.append(index)) for index in (0, 2, 1)}
+    coordinator._tell(refused="")
     assert heard == [2, 1, 0]
 
 
@@ -331,20 +331,20 @@ def test_announced_processes_must_be_joined(file, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
-    ("cluster", "message"),
+    ("group", "message"),
     [
-        (Cluster("host:1"), "--processes and --index not given"),
-        (Cluster("host:1", 2, 2), "--index=2: expected 0 to 1"),
-        (Cluster("host", 2, 1), "--coordinator=host: expected HOST:PORT"),
+        (ProcessGroup("host:1"), "--processes and --index not given"),
+        (ProcessGroup("host:1", 2, 2), "--index=2: expected 0 to 1"),
+        (ProcessGroup("host", 2, 1), "--coordinator=host: expected HOST:PORT"),
     ],
 )
-def test_half_a_cluster_is_refused(cluster, message):
+def test_a_half_given_process_group_is_refused(group, message):
     with pytest.raises(ProcessError, match=message):
-        join(cluster)
+        join(group)
 
 
-def _crews(count, facts=None, patience=60.0):
-    """Crews of `count` members in threads of this process, or what kept each from being one."""
+def _clusters(count, facts=None, patience=60.0):
+    """Clusters of `count` members in threads of this process, or what kept each from joining."""
     letter: list[bytes] = []
     there = threading.Event()
 
@@ -359,7 +359,7 @@ def _crews(count, facts=None, patience=60.0):
 
     def meet(index):
         try:
-            found[index] = Crew(
+            found[index] = Cluster(
                 (facts or {}).get(index, {"a": "1"}), patience=patience, place=(index, count), share=share
             )
         except ProcessError as fault:
@@ -373,21 +373,21 @@ def _crews(count, facts=None, patience=60.0):
     return found
 
 
-def test_a_crew_agrees_on_the_step_after_the_farthest():
+def test_a_cluster_agrees_on_the_step_after_the_farthest():
     """Also where one is in the middle of something when another is asked to stop, and moves on only later."""
-    crews = _crews(3)
-    for crew, steps in zip(crews, (5, 6, 5)):
-        assert [crew.agreed(0, step) for step in range(1, steps + 1)] == [0] * steps
-    assert crews[2].agreed(signal.SIGTERM, 6) == 0
+    clusters = _clusters(3)
+    for cluster, steps in zip(clusters, (5, 6, 5)):
+        assert [cluster.agreed(0, step) for step in range(1, steps + 1)] == [0] * steps
+    assert clusters[2].agreed(signal.SIGTERM, 6) == 0
     deadline = time.monotonic() + 30
-    while any(crew._stop_at is None for crew in crews) and time.monotonic() < deadline:
+    while any(cluster._stop_at is None for cluster in clusters) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert [crews[0].agreed(0, step) for step in (6, 7)] == [0, signal.SIGTERM]
-    assert crews[1].agreed(0, 7) == crews[2].agreed(0, 7) == signal.SIGTERM
+    assert [clusters[0].agreed(0, step) for step in (6, 7)] == [0, signal.SIGTERM]
+    assert clusters[1].agreed(0, 7) == clusters[2].agreed(0, 7) == signal.SIGTERM
 
 
-def test_a_crew_names_who_differs():
-    found = _crews(3, {1: {"a": "2"}, 2: {"a": "1", "b": "x"}})
+def test_a_cluster_names_who_differs():
+    found = _clusters(3, {1: {"a": "2"}, 2: {"a": "1", "b": "x"}})
     assert all(isinstance(each, ProcessError) for each in found)
     (text,) = {str(each) for each in found}
     assert re.search(r"process 1 on \S+ \(pid \d+\): a is 2, not 1 \| process 2 on .*: b is x, not absent;", text)

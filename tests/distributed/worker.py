@@ -18,8 +18,7 @@ import numpy as np
 
 from glip_jax.cli import train
 from glip_jax.io import fsspec_gcs, provenance
-from glip_jax.training import loop
-from glip_jax.training.state import _initializer
+from glip_jax.training import loop, state
 from tests.training import stand_in
 
 real_place, real_code, real_scored = loop.place_batch, provenance.code, loop.Checkpoints.scored
@@ -68,7 +67,7 @@ if __name__ == "__main__":
     train.train = functools.partial(_evaluating, train.train)
     loop.place_batch = place
     if "REAL" not in os.environ:
-        _initializer, loop.glip_objective = stand_in.initializer, stand_in.objective
+        state._initializer, loop.glip_objective = stand_in.initializer, stand_in.objective
     loop.Checkpoints.scored = scored
     provenance.code = lambda: {"files": os.environ.get("CODE") or real_code()["files"]}
     sys.exit(train.main(sys.argv[1:]))

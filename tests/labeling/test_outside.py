@@ -30,7 +30,7 @@ def row(image, category, box, score):
 def answer(teacher, key, caption, *phrases, size=(50, 100)):
     spans = tuple((caption.index(words), caption.index(words) + len(words)) for words in phrases)
     picture = Picture(np.zeros((*size, 3), np.uint8), [teacher.question(key, caption, spans)])
-    return teacher.begin([picture])()[0][0]
+    return teacher.detect_async([picture])()[0][0]
 
 
 @pytest.mark.parametrize(

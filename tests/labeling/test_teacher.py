@@ -18,7 +18,7 @@ from glip_jax.data.records import Record, boxes_array
 from glip_jax.labeling.phrases.finders import phrase_finder
 from glip_jax.labeling.phrases.language import PERHAPS_FOREIGN
 from glip_jax.labeling.pseudo import Labeler, Rules
-from glip_jax.labeling.tally import Tally, summary
+from glip_jax.labeling.statistics import LabelStatistics, summary
 from glip_jax.labeling.teacher import Boxes, DetectorTeacher, View, ask, fuse, keep, teacher_config
 from glip_jax.structures.batch import Detections
 from glip_jax.structures.prompts import load_tokenizer, tokenize
@@ -31,14 +31,14 @@ CONFIG = teacher_config(
 
 
 class Told:
-    """Finds what `found` says of the words of a phrase: boxes of an image of 100 x 50, and scores."""
+    """DetectorProtocol what `found` says of the words of a phrase: boxes of an image of 100 x 50, and scores."""
 
     tokenizer, batch_size = TOKENIZER, 2
 
     def __init__(self, found, config: Config = CONFIG):
         self.found, self.config, self.calls = found, config, []
 
-    def begin(self, images, prompts_):
+    def detect_async(self, images, prompts_):
         self.calls.append(
             [(image.shape[:2], [prompt.caption for prompt in own]) for image, own in zip(images, prompts_)]
         )
@@ -119,8 +119,8 @@ def test_the_next_batch_is_begun_before_the_last_is_written(tmp_path):
     class Watched(Told):
         events: ClassVar[list[str]] = []
 
-        def begin(self, images, prompts_):
-            finish = super().begin(images, prompts_)
+        def detect_async(self, images, prompts_):
+            finish = super().detect_async(images, prompts_)
             self.events.append("begun")
             return lambda: (self.events.append("waited"), finish())[1]
 
@@ -319,7 +319,7 @@ def test_counts_survive_json_and_add_up(tmp_path):
     boxes = {"a cat": [((0, 0, 9, 9), 0.9)]}
     records = [record("1", "a cat and a dog"), record("2", "two cats"), record("3", "and so")]
     _, tally, _ = label(tmp_path, records, lambda _, w: boxes.get(w, []))
-    again = Tally.from_json(json.loads(json.dumps(tally.as_json())))
+    again = LabelStatistics.from_json(json.loads(json.dumps(tally.as_json())))
     assert again == tally
     again.add(tally)
     told = summary(again)

@@ -1,4 +1,4 @@
-"""Arithmetic of the outlook on made-up numbers, scaling, and the report's words."""
+"""Arithmetic of the roofline on made-up numbers, scaling, and the report's words."""
 
 import dataclasses
 
@@ -8,19 +8,21 @@ from glip_jax.config import CaptionConfig, DataConfig, TrainConfig
 from glip_jax.distributed.chips import topology
 from glip_jax.models.flops import flops_per_image
 from glip_jax.planning import report
-from glip_jax.planning.facts import Facts, Sent
-from glip_jax.planning.roofline import formula_sent, hardware_flops, mean_share, outlook, scaling
+from glip_jax.planning.roofline import formula_sent, hardware_flops, mean_share, roofline, scaling
+from glip_jax.planning.statistics import CollectiveTraffic, CompileStatistics
 from tests import tiny_run
 
 CANVAS = (64, 64)
 STATE = {"parameters": 4e9, "optimizer": 6e9, "averages": 1e9, "batch": 0.5e9}
 CHIPS = topology("v5e:8x16")
-SENT = (Sent("all-reduce", ("data",), 3, 9e9, 18e9, False),)
+SENT = (CollectiveTraffic("all-reduce", ("data",), 3, 9e9, 18e9, False),)
 
 
 def facts(**values):
     made = {"arguments": 12e9, "outputs": 11e9, "aliased": 10.9e9, "temporaries": 3e9, "code": 0.1e9, "sent": SENT}
-    return Facts("tpu", "libtpu 1", **{**made, "flops": 190e12, "passes": 197e12, "bytes": 1638e9, **values})
+    return CompileStatistics(
+        "tpu", "libtpu 1", **{**made, "flops": 190e12, "passes": 197e12, "bytes": 1638e9, **values}
+    )
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def config():
 
 
 def made(config, facts, **values):
-    return outlook(config, CHIPS, CANVAS, STATE, facts, {"data": 128, "fsdp": 1, "tensor": 1}, **values)
+    return roofline(config, CHIPS, CANVAS, STATE, facts, {"data": 128, "fsdp": 1, "tensor": 1}, **values)
 
 
 def test_seconds_and_bound(config):
@@ -72,9 +74,9 @@ def test_memory_and_whether_it_fits(config):
     assert written.memory["program, allowed for"] == 2**29 and "program" not in written.memory
     assert written.memory["peak"] == pytest.approx(12e9 + 0.1e9 + 3e9 + 2**29)
     assert made(config, None).fits is None
-    refused = made(config, Facts("tpu", "libtpu 1", needed=20e9, available=16e9))
+    refused = made(config, CompileStatistics("tpu", "libtpu 1", needed=20e9, available=16e9))
     assert refused.fits is False and refused.memory["peak"] == 20e9 and refused.bytes is None
-    too_much = outlook(
+    too_much = roofline(
         config, CHIPS, CANVAS, {**STATE, "parameters": 40e9}, None, {"data": 128, "fsdp": 1, "tensor": 1}
     )
     assert too_much.fits is False, "a state that does not fit needs no compiler"
@@ -84,7 +86,7 @@ def test_the_way_out_of_a_slice_is_slower(config):
     chips = topology("v5e:8x8*2")
     mesh = {"data": 128, "fsdp": 1, "tensor": 1}
     outer = facts(sent=(dataclasses.replace(SENT[0], outer=True),))
-    found = outlook(config, chips, CANVAS, STATE, outer, mesh)
+    found = roofline(config, chips, CANVAS, STATE, outer, mesh)
     assert found.seconds["network"] == pytest.approx(18e9 / (12.5e9 / 4))
     assert scaling(chips, found) is None
 
@@ -151,7 +153,7 @@ def test_words(config):
         and "not known whether they fit" in none
         and "chip memory                  not known" in none
     )
-    refused = Facts("tpu", "libtpu 1", needed=20e9, available=16e9)
+    refused = CompileStatistics("tpu", "libtpu 1", needed=20e9, available=16e9)
     said = "\n".join(report.lines(config, CHIPS, CANVAS, made(config, refused), refused, None))
     assert "18.626  of 14.90: does NOT fit (the compiler refuses it" in said
     fake = dataclasses.replace(facts(), how="fake", known=False)

@@ -13,7 +13,7 @@ from glip_jax.distributed.mesh import make_mesh
 from glip_jax.models.bert import Bert
 from glip_jax.models.dropout import bernoulli
 from glip_jax.structures.batch import Batch, Predictions, Targets
-from glip_jax.training import loop
+from glip_jax.training import loop, state
 from glip_jax.training.losses import LossSums, loss_sums
 from glip_jax.training.step import Objective, glip_objective
 
@@ -78,7 +78,7 @@ def objective(config: Config, train: bool = True, bert: bool = False) -> Objecti
 
 
 def initializer(config: Config) -> tuple[Any, Any]:
-    """In the place of `loop._initializer`."""
+    """In the place of `state._initializer`."""
 
     def init(key: Any) -> dict[str, Any]:
         return parameters(config, key)
@@ -88,6 +88,6 @@ def initializer(config: Config) -> tuple[Any, Any]:
 
 def install(monkeypatch: Any, devices: int = 1) -> None:
     """Puts it into the training loop, on one device: tests of the loop need no second, and compile in less time."""
-    monkeypatch.setattr(loop, "_initializer", initializer)
+    monkeypatch.setattr(state, "_initializer", initializer)
     monkeypatch.setattr(loop, "glip_objective", objective)
     monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:devices]))

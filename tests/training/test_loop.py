@@ -216,7 +216,7 @@ def test_what_does_not_fit_is_refused_at_once(config, workdir):
     with pytest.raises(MeshError, match="its product is 3, but there are 1 devices"):
         train(dataclasses.replace(config, mesh=MeshConfig(data=3)), workdir)
     named = dataclasses.replace(config, init_from=InitFromConfig(text="nowhere"))
-    with pytest.raises(ConfigError, match="gave no `towers`"):
+    with pytest.raises(ConfigError, match="gave no `initial_parameters`"):
         train(named, workdir)
     with contextlib.suppress(FileNotFoundError):
         assert os.listdir(f"{workdir}/checkpoints") == []
@@ -237,13 +237,13 @@ def test_a_checkpoint_of_parameters_alone_is_where_a_run_begins(config, workdir,
 
 
 def test_towers_are_asked_for(config, workdir, capsys):
-    def towers(params, config):
+    def initial_parameters(params, config):
         assert config.init_from.text == "somewhere"
         return {**params, "text": {"embeddings": {"word": jnp.full((512, stand_in.WIDTH), 0.25)}}}, {"sources": ["x"]}
 
     config = dataclasses.replace(config, init_from=InitFromConfig(text="somewhere"))
     config = tiny_run.replace(config, "model", text=dataclasses.replace(config.model.text, frozen=True))
-    state = train(config, workdir, towers=towers)
+    state = train(config, workdir, initial_parameters=initial_parameters)
     assert (np.asarray(state.params["text"]["embeddings"]["word"]) == 0.25).all()
     assert "from pretrained text, the rest random" in capsys.readouterr().out
     assert started_from(workdir) == {"sources": ["x"]}

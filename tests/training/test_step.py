@@ -1,4 +1,4 @@
-"""The step: any mesh and any number of micro-batches give one result; averages, frozen towers, counts, complaints."""
+"""The step: any mesh and any number of micro-batches give one result; averages, frozen initial_parameters, counts, complaints."""
 
 import dataclasses
 from collections import defaultdict
@@ -12,7 +12,7 @@ import pytest
 from glip_jax.config import MeshConfig, TextConfig
 from glip_jax.data.mixture import Mixture
 from glip_jax.distributed.chips import topology
-from glip_jax.distributed.mesh import abstract, layout, make_mesh, place_batch, shardings
+from glip_jax.distributed.mesh import abstract, make_mesh, parameter_specs, place_batch, shardings
 from glip_jax.planning.compile import compile_step
 from glip_jax.planning.hlo import collectives
 from glip_jax.structures.batch import DROPS
@@ -71,7 +71,7 @@ def _sent(params, mesh, config):
     """What the step has to send along data and fsdp, from sizes alone: (kind, axes) to bytes."""
     sizes, split = dict(mesh.shape), [axis for axis in ("data", "fsdp") if mesh.shape[axis] > 1]
     table: defaultdict[tuple, int] = defaultdict(int)
-    specs = adamw.flat(layout(params, mesh))
+    specs = adamw.flat(parameter_specs(params, mesh))
     for path, leaf in adamw.flat(params).items():
         # A device has its part along tensor alone.
         size = leaf.size * 4 // (sizes["tensor"] if "tensor" in specs[path] else 1)

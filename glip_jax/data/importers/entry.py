@@ -24,6 +24,7 @@ from typing import Any
 from etils import epath
 from PIL import Image
 
+from glip_jax import UserError
 from glip_jax.data.records import PIXEL_LIMIT, Kind, Record, Spans, boxes_array, content_hash
 from glip_jax.io import gcs
 
@@ -49,7 +50,7 @@ Box = tuple[float, float, float, float]
 _PART = re.compile(r"(.+)#(\d+)\+(\d+)(;base64)?", re.DOTALL)
 
 
-class SourceError(ValueError):
+class SourceError(UserError, ValueError):
     """A fault of a whole annotation file, or any drop in strict mode. Its message is one line that can be printed."""
 
     def __init__(self, message: str) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, UInt8
 from PIL import Image, ImageFilter
 
+from glip_jax import UserError
 from glip_jax.data.scenes.backgrounds import background, light
 from glip_jax.data.scenes.captions import Phrase, describe
 from glip_jax.data.scenes.nouns import conflict
@@ -20,7 +21,7 @@ from glip_jax.data.scenes.pictures import Picture
 __all__ = ["Scene", "SceneError", "SceneStyle", "draw_scene"]
 
 
-class SceneError(ValueError):
+class SceneError(UserError, ValueError):
     """Pictures or settings from which no scene can be drawn."""
 
 
@@ -38,7 +39,7 @@ class SceneStyle:
     """Largest angle either way, degrees."""
     repeat: float = 0.35
     """Chance that a picture repeats a name that the scene already shows."""
-    least_visible: float = 0.5
+    min_visible: float = 0.5
     """Share of a picture's own pixels that must stay visible."""
     light: bool = True
     """Brightness, colour cast and soft shadows; without, pictures keep their own colours."""
@@ -75,7 +76,7 @@ def draw_scene(
 ) -> Scene:
     """Draws scene `index` of the endless series that `seed` names; `spoken`: composed for a caption, and with one.
 
-    Pictures are pasted one over the other; one that would leave an earlier one with less than `least_visible` of its
+    Pictures are pasted one over the other; one that would leave an earlier one with less than `min_visible` of its
     pixels is tried elsewhere a few times, then left out. Boxes and caption speak of what is visible in the end. No
     scene shows two names of which one begins or ends with the other (a car, a police car).
 
@@ -100,7 +101,7 @@ def draw_scene(
         if sprite.shape[0] > style.height or sprite.shape[1] > style.width:
             continue
         solid = sprite[..., 3] > 0.5
-        place = _find_place(rng, solid, owner, np.asarray(areas), style.least_visible, plan.band)
+        place = _find_place(rng, solid, owner, np.asarray(areas), style.min_visible, plan.band)
         if place is None:
             continue
         rows, columns = slice(place[0], place[0] + solid.shape[0]), slice(place[1], place[1] + solid.shape[1])
@@ -231,7 +232,7 @@ def _find_place(
     solid: Bool[np.ndarray, "h w"],
     owner: Int32[np.ndarray, "H W"],
     areas: np.ndarray,
-    least_visible: float,
+    min_visible: float,
     band: tuple[int, float, float] | None,
 ) -> tuple[int, int] | None:
     """Row and column at which `solid` leaves every earlier picture visible enough; None after eight tries."""
@@ -250,7 +251,7 @@ def _find_place(
             return row, column
         under = owner[row : row + solid.shape[0], column : column + solid.shape[1]][solid]
         left = visible - np.bincount(under[under >= 0], minlength=len(areas))
-        if (left >= least_visible * areas).all():
+        if (left >= min_visible * areas).all():
             return row, column
     return None
 

@@ -14,6 +14,8 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
+from glip_jax import UserError
+
 __all__ = ["COLOURS", "SPLITS", "Picture", "PictureError", "Split", "colour_of", "load_pictures"]
 
 Split = Literal["detection", "grounding", "captions", "unseen"]
@@ -23,7 +25,7 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")
 
 
-class PictureError(ValueError):
+class PictureError(UserError, ValueError):
     """Pictures that are missing or unreadable, or fewer than were asked for."""
 
 

@@ -13,10 +13,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from glip_jax.labeling.phrases.heads import head, head_word
 from glip_jax.labeling.phrases.lexicon import LexiconTagger
-from glip_jax.labeling.phrases.rules import MOST_PHRASES, Found, PhraseRules, Word
+from glip_jax.labeling.phrases.rules import MAX_PHRASES, Found, PhraseRules, Word
 
 __all__ = [
-    "GRAMMAR", "MOST_PHRASES", "Found", "LexiconPhraseFinder", "PhraseFinder", "SpacyPhraseFinder", "find_phrases",
+    "GRAMMAR", "MAX_PHRASES", "Found", "LexiconPhraseFinder", "PhraseFinder", "SpacyPhraseFinder", "find_phrases",
     "head", "head_word", "phrase_finder",
 ]  # fmt: skip
 
@@ -60,7 +60,7 @@ class LexiconPhraseFinder:
 
     name = "lexicon"
 
-    def __init__(self, most: int = MOST_PHRASES) -> None:
+    def __init__(self, most: int = MAX_PHRASES) -> None:
         """Reads the word list (a fraction of a second); `most` phrases of a caption are kept."""
         # As long to import as jax; what needs no phrases should not wait for it.
         from nltk.chunk.regexp import RegexpParser
@@ -91,7 +91,7 @@ class SpacyPhraseFinder:
 
     name = "spacy"
 
-    def __init__(self, most: int = MOST_PHRASES) -> None:
+    def __init__(self, most: int = MAX_PHRASES) -> None:
         """Reads the model (a second); `most` phrases of a caption are kept. ModuleNotFoundError says what to install."""
         self._rules = PhraseRules(most)
         try:
@@ -130,7 +130,7 @@ class SpacyPhraseFinder:
         return self._rules.apply(words, chunks)
 
 
-def phrase_finder(name: Literal["lexicon", "spacy"], most: int = MOST_PHRASES) -> PhraseFinder:
+def phrase_finder(name: Literal["lexicon", "spacy"], most: int = MAX_PHRASES) -> PhraseFinder:
     """The finder of that name; it keeps at most `most` phrases of a caption and counts what it leaves out.
 
     Raises ModuleNotFoundError, with what to install, where spaCy or its model is missing.

@@ -19,12 +19,12 @@ from typing import Literal, NamedTuple
 
 from glip_jax.labeling.phrases.heads import singular
 
-__all__ = ["MOST_PHRASES", "REASONS", "VERSION", "Found", "PhraseRules", "Reason", "Word"]
+__all__ = ["MAX_PHRASES", "REASONS", "VERSION", "Found", "PhraseRules", "Reason", "Word"]
 
 VERSION = 3
 """Goes up with every change of a rule or a table."""
 
-MOST_PHRASES = 32
+MAX_PHRASES = 32
 """Phrases of one caption that are kept unless another number is asked for."""
 
 Reason = Literal["pronoun", "absent", "quantity", "abstract", "surplus"]
@@ -124,7 +124,7 @@ _PASTIMES = _words("""
 class PhraseRules:
     """The rules that turn a finder's chunks into phrases, the same for every finder."""
 
-    def __init__(self, most: int = MOST_PHRASES) -> None:
+    def __init__(self, most: int = MAX_PHRASES) -> None:
         """`most` phrases of a caption are kept, at least one; the later ones are counted as surplus."""
         if most < 1:
             raise ValueError(f"at most {most} phrases of a caption: expected 1 or more")

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from glip_jax import UserError
 from glip_jax.config import DataConfig
 
 __all__ = ["CorruptDataError", "SourceCounts"]
@@ -14,7 +15,7 @@ _NAMED = 5
 """Corrupt records that the message names."""
 
 
-class CorruptDataError(RuntimeError):
+class CorruptDataError(UserError, RuntimeError):
     """Too much of a source is corrupt; the message names the source, the share and the first records."""
 
 

@@ -20,10 +20,10 @@ from glip_jax.config import Config
 from glip_jax.distributed.chips import chip_of
 from glip_jax.models.flops import flops_per_image
 
-__all__ = ["Meter"]
+__all__ = ["Throughput"]
 
 
-class Meter:
+class Throughput:
     """Counts of one window; `take` begins the next."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
@@ -35,7 +35,7 @@ class Meter:
         self._per_image: dict[tuple[int, ...], float] = {}
 
     @contextlib.contextmanager
-    def still(self, what: str) -> Iterator[None]:
+    def exclude(self, what: str) -> Iterator[None]:
         """The time of this block is no time of steps, but of `what`."""
         begin = time.perf_counter()
         try:

@@ -26,7 +26,7 @@ from etils import epath
 
 from glip_jax.io import gcs
 
-__all__ = ["Watch"]
+__all__ = ["Watchdog"]
 
 _LOOKED_AT = 50
 """Steps of which the median is usual."""
@@ -53,7 +53,7 @@ class _Wait(NamedTuple):
     """Seconds that it usually takes; 0: not known."""
 
 
-class Watch:
+class Watchdog:
     """The thread beside the steps. Use as a context manager; `beat` after every step.
 
     `multiple`: of the median step, after which a step hangs, but not before `least` seconds; 0: never. `first`: seconds after which
@@ -76,7 +76,7 @@ class Watch:
         self.asked = 0
         """Steps that somebody wants profiled; the loop takes it back to 0."""
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "Watchdog":
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
         self._arm(self._first)
@@ -92,7 +92,7 @@ class Watch:
             if self._remote or not path.stat().st_size:
                 path.unlink()
 
-    def beat(self, step: int) -> None:
+    def heartbeat(self, step: int) -> None:
         """Step `step` is over, the next begins."""
         usual = not self._skip
         if usual:

@@ -31,7 +31,7 @@ def test_the_same_scene_again_and_another_one(squares):
 def test_boxes_are_those_of_the_visible_pixels(squares):
     # Without light and rotation pure colours are found again: a name's boxes must be exactly around where they show.
     still = SceneStyle(
-        height=96, width=128, objects=(5, 9), sides=(16.0, 40.0), rotation=0.0, least_visible=0.3, light=False
+        height=96, width=128, objects=(5, 9), sides=(16.0, 40.0), rotation=0.0, min_visible=0.3, light=False
     )
     covered = 0
     for index in range(20):
@@ -55,7 +55,7 @@ def test_boxes_are_those_of_the_visible_pixels(squares):
 
 def test_every_picture_stays_visible_enough(squares):
     style = SceneStyle(
-        height=64, width=64, objects=(9, 9), sides=(30.0, 40.0), rotation=0.0, least_visible=0.6, light=False
+        height=64, width=64, objects=(9, 9), sides=(30.0, 40.0), rotation=0.0, min_visible=0.6, light=False
     )
     for index in range(10):
         scene = draw_scene(squares, 1, index, style)

@@ -22,8 +22,8 @@ from glip_jax.training import loop
 from glip_jax.training.loop import train
 from glip_jax.training.monitoring import metrics, throughput, watchdog
 from glip_jax.training.monitoring.profiler import Profiler
-from glip_jax.training.monitoring.throughput import Meter
-from glip_jax.training.monitoring.watchdog import Watch
+from glip_jax.training.monitoring.throughput import Throughput
+from glip_jax.training.monitoring.watchdog import Watchdog
 from tests import tiny_run
 from tests.training import stand_in
 
@@ -42,8 +42,8 @@ def workdir(tmp_path, monkeypatch):
 def test_mfu_is_of_the_steps_alone(config, monkeypatch):
     chip = chips.CHIPS["v5e"]._replace(flops=1e9)
     monkeypatch.setattr(throughput, "chip_of", lambda kind: chip)
-    measured = Meter(config, make_mesh(MeshConfig(data=2), jax.devices()[:2]))
-    with measured.still("compile"):
+    measured = Throughput(config, make_mesh(MeshConfig(data=2), jax.devices()[:2]))
+    with measured.exclude("compile"):
         time.sleep(0.2)
     for canvas in ((64, 64), (64, 64), (64, 128)):
         measured.step(canvas, 16)
@@ -67,7 +67,7 @@ def test_memory_is_of_the_fullest_device(config, monkeypatch):
         types.SimpleNamespace(memory_stats=lambda n=n: {"bytes_in_use": n, "peak_bytes_in_use": 2 * n}) for n in (5, 7)
     ]
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
-    numbers = Meter(config, make_mesh(MeshConfig(), jax.devices()[:1])).take(
+    numbers = Throughput(config, make_mesh(MeshConfig(), jax.devices()[:1])).take(
         {"steps": 1, "seconds": 1.0, "images_per_second": 8}
     )
     assert numbers["memory_bytes"] == 7 and numbers["memory_peak_bytes"] == 14 and "mfu" not in numbers
@@ -82,14 +82,14 @@ def test_a_step_that_hangs_leaves_the_stacks_and_a_line(config, workdir, tmp_pat
             stuck_in_here()
         return real(batch, mesh)
 
-    told, tell = threading.Event(), Watch._tell
+    told, tell = threading.Event(), Watchdog._tell
 
     def stuck_in_here():
         assert told.wait(120), "as long as it takes on a busy machine"
 
-    monkeypatch.setattr(Watch, "_tell", lambda self, *how: (tell(self, *how), told.set()))
+    monkeypatch.setattr(Watchdog, "_tell", lambda self, *how: (tell(self, *how), told.set()))
     monkeypatch.setattr(loop, "place_batch", slow)
-    watched = tiny_run.replace(config, "train", steps=9, hang_multiple=3.0, hang_least=1.0)
+    watched = tiny_run.replace(config, "train", steps=9, hang_multiple=3.0, hang_min=1.0)
     assert int(train(watched, workdir).step) == 9, "it goes on when it goes on"
     (line,) = [each for each in capsys.readouterr().err.splitlines() if "the usual is" in each]
     assert re.match(r"step 8 has taken \d+ s, the usual is \d\.\d\d s: it hangs", line)
@@ -100,40 +100,40 @@ def test_a_step_that_hangs_leaves_the_stacks_and_a_line(config, workdir, tmp_pat
 
 def test_a_first_step_that_hangs_does_so_too(config, workdir, tmp_path, monkeypatch, capsys):
     """Where a host never comes to the first collective, nothing is usual yet."""
-    told, tell, real = threading.Event(), Watch._tell, loop.place_batch
+    told, tell, real = threading.Event(), Watchdog._tell, loop.place_batch
 
     def stuck_at_once(batch, mesh):
         assert told.wait(120)
         return real(batch, mesh)
 
-    monkeypatch.setattr(Watch, "_tell", lambda self, *how: (tell(self, *how), told.set()))
+    monkeypatch.setattr(Watchdog, "_tell", lambda self, *how: (tell(self, *how), told.set()))
     monkeypatch.setattr(loop, "place_batch", stuck_at_once)
-    train(tiny_run.replace(config, "train", steps=1, hang_first=0.5, hang_least=1.0), workdir)
+    train(tiny_run.replace(config, "train", steps=1, hang_first=0.5, hang_min=1.0), workdir)
     (line,) = [each for each in capsys.readouterr().err.splitlines() if "hangs" in each]
     assert line.startswith("step 1 has taken 0 s, with what is compiled for it (train.hang_first): it hangs")
     assert "stuck_at_once" in (tmp_path / "run" / "stacks.txt").read_text()
 
 
 def test_a_compilation_ends_some_time(tmp_path, capsys):
-    with Watch(epath.Path(tmp_path), 3.0, 0.2, 1.0, None) as watched:
+    with Watchdog(epath.Path(tmp_path), 3.0, 0.2, 1.0, None) as watched:
         with watched.compiling():
             time.sleep(0.1)
         for step in range(7):
-            watched.beat(step)
+            watched.heartbeat(step)
         assert not (tmp_path / "stacks.txt").read_text() and capsys.readouterr().err == ""
         with watched.compiling():
             time.sleep(1.6)
         assert "test_a_compilation_ends_some_time" in (tmp_path / "stacks.txt").read_text()
     assert "step 7 has taken 1 s, with what is compiled for it" in capsys.readouterr().err
-    with Watch(epath.Path(tmp_path), 3.0, 0.2, 60.0, None):
+    with Watchdog(epath.Path(tmp_path), 3.0, 0.2, 60.0, None):
         pass
     assert "(above: step 7, " in (tmp_path / "stacks.txt").read_text(), "a restart keeps it"
 
 
 def test_stacks_come_even_where_a_library_holds_the_lock(tmp_path):
-    with Watch(epath.Path(tmp_path), 3.0, 0.3, 60.0, None) as watched:
+    with Watchdog(epath.Path(tmp_path), 3.0, 0.3, 60.0, None) as watched:
         for step in range(7):
-            watched.beat(step)
+            watched.heartbeat(step)
             time.sleep(0.01)
         # Through PyDLL the interpreter's lock is held: no Python runs meanwhile.
         ctypes.PyDLL(None).usleep(900_000)
@@ -142,16 +142,16 @@ def test_stacks_come_even_where_a_library_holds_the_lock(tmp_path):
 
 
 def test_what_is_no_step_may_take_its_time(tmp_path, capsys):
-    with Watch(epath.Path(tmp_path), 3.0, 0.2, 60.0, None) as watched:
+    with Watchdog(epath.Path(tmp_path), 3.0, 0.2, 60.0, None) as watched:
         for step in range(7):
-            watched.beat(step)
+            watched.heartbeat(step)
         with watched.paused():
             time.sleep(0.6)
-        watched.beat(8)
+        watched.heartbeat(8)
     assert capsys.readouterr().err == "" and not (tmp_path / "stacks.txt").exists()
-    with Watch(epath.Path(tmp_path), 0.0, 0.2, 0.3, None) as watched:
+    with Watchdog(epath.Path(tmp_path), 0.0, 0.2, 0.3, None) as watched:
         for step in range(7):
-            watched.beat(step)
+            watched.heartbeat(step)
         time.sleep(0.5)
     assert capsys.readouterr().err == "" and not (tmp_path / "stacks.txt").exists()
 
@@ -179,7 +179,7 @@ def test_profiles_by_setting_and_by_a_file(config, workdir, tmp_path, monkeypatc
         return real(batch, mesh)
 
     monkeypatch.setattr(loop, "place_batch", asking)
-    train(tiny_run.replace(config, "train", steps=9, profile=(2, 3), hang_least=1.0), workdir)
+    train(tiny_run.replace(config, "train", steps=9, profile=(2, 3), hang_min=1.0), workdir)
     said = capsys.readouterr().out
     assert "steps 2 to 3 are profiled: tensorboard --logdir=" in said and "steps 6 to 7 are profiled" in said
     assert made == [f"{workdir}/tensorboard", "stop"] * 2
@@ -269,7 +269,7 @@ def test_without_wandb_it_is_one_line(config, workdir, monkeypatch):
         ("train", {"profile": (3,)}, "train.profile is 3: expected the first and the last"),
         ("train", {"profile": (5, 2)}, "train.profile is 5,2"),
         ("train", {"hang_multiple": 0.5}, "hang_multiple is 0.5: expected more than 1"),
-        ("train", {"hang_least": 0.0}, "hang_least is 0"),
+        ("train", {"hang_min": 0.0}, "hang_min is 0"),
         ("train", {"hang_first": -1.0}, "hang_first is -1: expected more than 0 seconds"),
         ("checkpoint", {"keep": 0}, "checkpoint.keep is 0: expected at least 1"),
         ("checkpoint", {"keep_every": 3}, "keep_every 3 is not a multiple of checkpoint.every 2"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from glip_jax.data.importers.entry import Report
 
-__all__ = ["BINS", "Tally", "rarest", "summary"]
+__all__ = ["BINS", "LabelStatistics", "rarest", "summary"]
 
 BINS = 50
 """Of the histograms of scores, over [0, 1]."""
@@ -21,7 +21,7 @@ def _bins() -> list[int]:
 
 
 @dataclass
-class Tally:
+class LabelStatistics:
     """Counts over captions; those of two parts add up."""
 
     captions: int = 0
@@ -76,7 +76,7 @@ class Tally:
         own = self.sources.setdefault(name, [0, 0, 0])
         own[0], own[1], own[2] = own[0] + captions, own[1] + kept, own[2] + boxes
 
-    def add(self, other: "Tally") -> None:
+    def add(self, other: "LabelStatistics") -> None:
         """Adds another part."""
         for name in ("captions", "kept", "phrases", "phrases_with_boxes", "boxes", "seconds", "texts_forgotten"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -100,7 +100,7 @@ class Tally:
         return {**vars(self), "report": told}
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "Tally":
+    def from_json(cls, fields: Mapping[str, Any]) -> "LabelStatistics":
         """What `as_json` gave, also after a way through JSON."""
         told = fields["report"]
         report = Report(Counter(told["kept"]), Counter(told["dropped"]), dict(told["first"]), Counter(told["noted"]))
@@ -118,7 +118,7 @@ def rarest(counts: Mapping[str, Sequence[int]], number: int) -> list[tuple[str, 
     return sorted(with_boxes, key=lambda item: (item[1], item[0]))[:number]
 
 
-def summary(tally: Tally, listed: int = 40) -> dict[str, Any]:
+def summary(tally: LabelStatistics, listed: int = 40) -> dict[str, Any]:
     """The report in numbers: what `report.json` holds of the counts, `listed` names of each table."""
     frequent = sorted(tally.concepts.items(), key=lambda item: (-item[1][2], item[0]))
     never = [(text, own[0]) for text, own in tally.texts.items() if not own[1]]

@@ -3,14 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["Facts", "Hot", "How", "Sent"]
+__all__ = ["CompileStatistics", "TopOperation", "How", "CollectiveTraffic"]
 
 How = Literal["tpu", "tpu-whole", "fake", "local"]
 """Which compiler: libtpu's until it would write machine code, or to its end; the CPU's for made-up devices; that of the GPUs here."""
 
 
 @dataclass(frozen=True)
-class Sent:
+class CollectiveTraffic:
     """Collectives of one kind that span the same mesh axes, per chip and step."""
 
     kind: str
@@ -25,7 +25,7 @@ class Sent:
 
 
 @dataclass(frozen=True)
-class Hot:
+class TopOperation:
     """An operation that touches much memory, per chip and step."""
 
     opcode: str
@@ -40,7 +40,7 @@ class Hot:
 
 
 @dataclass(frozen=True)
-class Facts:
+class CompileStatistics:
     """What a compiler says of one step on one canvas, per chip."""
 
     how: How
@@ -70,8 +70,8 @@ class Facts:
     cycles: float = 0.0
     known: bool = True
     calls: int = 0
-    sent: tuple[Sent, ...] = ()
-    hot: tuple[Hot, ...] = ()
+    sent: tuple[CollectiveTraffic, ...] = ()
+    hot: tuple[TopOperation, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     """What lowering and compiling took here."""
 
