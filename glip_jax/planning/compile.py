@@ -192,14 +192,9 @@ def _key(config: Config, topology: Topology, canvas: tuple[int, int], how: How) 
     settings = [[section, *pair] for section, part in parts.items() for pair in flatten(part)]
     code = hashlib.sha256()
     root = Path(glip_jax.__file__).parent
-    files = [
-        *(root / "models").glob("*.py"),
-        *(root / "training").glob("*.py"),
-        root / "parallel.py",
-        root / "boxes.py",
-    ]
-    planning = (root / "planning" / name for name in ("program.py", "dumped.py", "compiled.py"))
-    for file in (*sorted(files), *planning, root / "collectives.py", root / "structures.py"):
+    packages = ("models/*.py", "structures/*.py", "training/*.py", "distributed/mesh.py")
+    planning = ("planning/compile.py", "planning/cost.py", "planning/hlo.py", "planning/xla_dump.py")
+    for file in sorted(path for pattern in (*packages, *planning) for path in root.glob(pattern)):
         code.update(file.read_bytes())
     extent = [config.train.batch_size, config.data.max_boxes, sorted(config.data.sources)]
     whole = [
