@@ -1,4 +1,4 @@
-"""The README's table of plans: GLIP-T and GLIP-L on five pods, at the largest images that a config can ask for (800 x 1344).
+"""The table of plans in docs/results/plans.md: GLIP-T and GLIP-L on five pods, at the largest images that a config can ask for (800 x 1344).
 
     python -m benchmarks.plans              the table of what was compiled before; the rest by formula
     python -m benchmarks.plans --compile    compiles what is missing first, one cell after another (libtpu; no TPU)
