@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from glip_jax.__main__ import JOBS
+from glip_jax.config import Config, DataConfig, EvaluationConfig, EvaluationSet, SourceConfig, flatten
 from glip_jax.distributed import exit_codes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +36,21 @@ def test_jobs_named_are_there():
     }
     assert len(named) > 20
     assert not {(job, page) for job, page in named if job not in JOBS}
+
+
+def test_settings_named_are_there():
+    sources, sets = {"NAME": SourceConfig("")}, {"NAME": EvaluationSet("", "")}
+    config = Config(data=DataConfig(sources=sources), evaluation=EvaluationConfig(sets=sets))
+    fields = {name for name, _ in flatten(config)}
+    known = {name[: place.start()] for name in fields for place in re.finditer(r"\.|$", name)}
+    sections = "|".join({name.split(".")[0] for name in fields if "." in name})
+    lost = []
+    for page in PAGES:
+        for name in re.findall(rf"(?:--config\.|`)((?:{sections})\.[a-z][\w.-]*)", page.read_text()):
+            setting = re.sub(r"\b(sources|sets)\.\w+", r"\1.NAME", name.replace("-", "_")).rstrip(".")
+            if setting not in known and not name.endswith(".json"):  # evaluation.json is a file
+                lost.append(f"{page.relative_to(ROOT)}: {name}")
+    assert not lost
 
 
 def test_exit_codes_are_listed():
