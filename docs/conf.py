@@ -12,7 +12,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # modules are imported for their 
 project = "glip_jax"
 author = "the glip_jax authors"
 copyright = "the glip_jax authors, Apache-2.0"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "generated"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "generated"]
+toc_object_entries_show_parents = "hide"
 exclude_patterns = ["_build"]
 
 html_theme = "furo"
@@ -27,30 +28,43 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
-autodoc_class_signature = "separated"
+autoclass_content = "both"
 # Types of other libraries and of shapes are text here, not links.
 nitpick_ignore_regex = [("py:.*", ".*")]
 
 
 def setup(app: Any) -> None:
-    """Docstrings of the package are plain text: nothing but backticks is markup in them."""
+    """Docstrings of the package are plain text: nothing but backticks and *emphasis* is markup in them."""
     app.connect("autodoc-process-docstring", _plain)
 
 
 def _plain(_: Any, __: str, ___: str, ____: Any, _____: Any, lines: list[str]) -> None:
-    """Escapes what reStructuredText would read as markup; indented lines become literal blocks."""
-    result, code = [], False
+    """Makes a docstring reStructuredText: indented paragraphs become literal blocks, the errors of `Raises:` a list."""
+    result: list[str] = []
+    code = raises = False
     for line in lines:
-        indented = line.startswith("    ") and not code and (not result or not result[-1].strip())
-        if indented and result and not code:
+        if line.startswith("Create new instance of "):  # what Python says of a NamedTuple
+            continue
+        indented = line.startswith("    ")
+        if line == "Raises:":
+            raises = True
+        elif raises and indented:
+            name, colon, text = line.strip().partition(": ")
+            entry = colon and not line.startswith("     ")
+            result += ["", f"* ``{name}``: {_escaped(text)}"] if entry else [f"  {_escaped(line.strip())}"]
+            continue
+        elif indented and not code and not "".join(result[-1:]).strip():
             result += ["::", ""]
-        code = bool(indented or (code and (line.startswith("    ") or not line.strip())))
-        if not code and line.strip() and result and result[-1].startswith("    "):
+            code = True
+        elif not indented and line.strip() and code:
             result.append("")
+            code = False
         result.append(line if code else _escaped(line))
     lines[:] = result
 
 
 def _escaped(line: str) -> str:
-    parts = re.split(r"(`[^`]*`)", line)
-    return "".join(f"`{part}`" if part.startswith("`") else re.sub(r"([*|\\])", r"\\\1", part) for part in parts)
+    parts = re.split(r"(`[^`]*`|\*\w[\w -]*\*)", line)
+    marked = [f"`{part}`" if part.startswith("`") else part for part in parts[1::2]]
+    plain = [re.sub(r"([*|\\])", r"\\\1", part) for part in parts[::2]]
+    return "".join(one + other for one, other in zip(plain, [*marked, ""]))
