@@ -9,28 +9,33 @@ renamed and a file `commit_success.txt`, written last, says that a folder is com
 """
 
 import contextlib
-import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from glip_jax import UserError
 from glip_jax.config import CheckpointConfig, Config
 from glip_jax.io import checksums
+from glip_jax.io.checkpoint_reader import (
+    Checkpoint,
+    fingerprint,
+    open_checkpoint,
+    readable,
+    restore_parameters,
+    saved_config,
+)
 from glip_jax.io.checkpoint_steps import (
     METADATA,
     checkpoint_folder,
     complete_steps,
-    fault_of,
     is_workdir,
     latest_step,
     newest,
@@ -41,6 +46,7 @@ from glip_jax.io.errors import full_disk
 from glip_jax.io.workdir import CheckpointError, listed, plain
 
 __all__ = [
+    "Checkpoint",
     "CheckpointError",
     "Checkpoints",
     "NotSavedError",
@@ -49,6 +55,7 @@ __all__ = [
     "fingerprint",
     "is_workdir",
     "latest_step",
+    "open_checkpoint",
     "restore_parameters",
     "saved_config",
     "unfinished",
@@ -186,7 +193,7 @@ class Checkpoints:
 
         Raises CheckpointError listing the parameters that only one side has or whose shapes differ.
         """
-        with _readable(self.folder / str(step)):
+        with readable(self.folder / str(step)):
             metadata = self._manager.item_metadata(step)
             wanted = {name: tree for name, tree in like._asdict().items() if tree}
             for name, tree in wanted.items():
@@ -262,88 +269,12 @@ def _by_the_first(act: Callable[[], None]) -> None:
         raise fault
 
 
-@contextlib.contextmanager
-def _readable(path: epath.Path) -> Iterator[None]:
-    """Arrays that cannot be read as CheckpointError; with checksums that fit, it is no damage and stays what it is."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        if checksums.fault(path) is not None:
-            raise
-        text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path} cannot be read ({text}); it was written before checksums were kept, so this was found only now: remove "
-            "it, then the same command uses the one before"
-        ) from error
-
-
-def saved_config(workdir: str, step: int | None = None) -> dict[str, Any]:
-    """Flat settings of a checkpoint (the newest complete one by default)."""
-    step = _existing(workdir, step)
-    with _reader(workdir) as manager:
-        return manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]["config"]
-
-
-def restore_parameters(workdir: str, which: Literal["ema", "raw"] = "ema", step: int | None = None) -> dict[str, Any]:
-    """Parameters of a checkpoint as a nested dict of numpy arrays, without needing the model or the mesh.
-
-    `ema`: the moving averages where they exist (all trainable parameters), else the raw ones. `step`: None is the
-    newest complete checkpoint. Raises CheckpointError without one.
-    """
-    step = _existing(workdir, step)
-    with _readable(checkpoint_folder(workdir) / str(step)), _reader(workdir) as manager:
-        metadata = manager.item_metadata(step)
-        names = ["params"] + (["ema"] if which == "ema" and _part(metadata, "ema") is not None else [])
-
-        def restorable(tree: Any) -> Any:
-            here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), _tree(tree))
-
-        args = ocp.args.Composite(**{name: ocp.args.StandardRestore(restorable(metadata[name])) for name in names})
-        restored = manager.restore(step, args=args)
-    parameters = jax.tree.map(np.asarray, restored["params"])
-    return _overlaid(parameters, jax.tree.map(np.asarray, restored["ema"])) if "ema" in names else parameters
-
-
-def fingerprint(params: Any) -> str:
-    """SHA-256 of the parameters: float32 bytes in sorted order of paths. Every process must call it."""
-    digest = hashlib.sha256()
-    for _, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
-        spread = jax.process_count() > 1 and isinstance(leaf, jax.Array)
-        whole = multihost_utils.process_allgather(leaf, tiled=True) if spread else leaf
-        digest.update(np.ascontiguousarray(whole, np.float32).tobytes())
-    return digest.hexdigest()
-
-
 def _manager(folder: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     # Orbax tells every step of its own work as information or warning, and prints tracebacks of what it raises as well.
     logging.set_verbosity(logging.FATAL)
     arrays = ("params", "optimizer", "ema")
     handlers = {name: ocp.StandardCheckpointHandler() for name in arrays} | {"run": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
-
-
-def _reader(workdir: str) -> ocp.CheckpointManager:
-    logging.set_verbosity(logging.FATAL)  # before the options below, which warn of one another
-    return _manager(checkpoint_folder(workdir), ocp.CheckpointManagerOptions(read_only=True))
-
-
-def _existing(workdir: str, step: int | None) -> int:
-    folder = checkpoint_folder(workdir)
-    found = step if step is not None else latest_step(workdir)
-    if found is None:
-        half = unfinished(workdir)
-        note = f" (only half-written ones: {', '.join(half)})" if half else ""
-        raise CheckpointError(f"{folder} holds no complete checkpoint{note}: expected a --workdir that `train` wrote")
-    steps = complete_steps(workdir)
-    if found not in steps:
-        raise CheckpointError(f"{folder} holds no checkpoint of step {found}; there are: {steps}")
-    fault = "" if step is None else fault_of(folder / str(found))
-    if fault:
-        raise CheckpointError(f"{folder / str(found)} is damaged ({fault}): name another --step of {steps}")
-    return found
 
 
 def _part(metadata: Any, name: str) -> Any:
@@ -373,10 +304,3 @@ def _same_arrays(what: str, found: Any, wanted: Any) -> None:
             f"checkpoint {what}: is of another network ({listed(faults)}): give the settings it was made with, or use a "
             "new --workdir"
         )
-
-
-def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(below)
-    for key, value in above.items():
-        result[key] = _overlaid(below[key], value) if isinstance(value, Mapping) else value
-    return result

@@ -1,13 +1,15 @@
 """The folders of a run's checkpoints as files: which are complete, which are damaged. Their arrays are `glip_jax.io.checkpoint`'s."""
 
 import json
-import sys
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 
 from etils import epath
 
 from glip_jax.io import checksums
 from glip_jax.io.workdir import CheckpointError, listed, opened
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "METADATA",
@@ -17,6 +19,7 @@ __all__ = [
     "is_workdir",
     "latest_step",
     "newest",
+    "newest_sound",
     "put_in_order",
     "unfinished",
 ]
@@ -62,47 +65,57 @@ def complete_steps(workdir: str) -> list[int]:
 def latest_step(workdir: str) -> int | None:
     """Step of the newest complete checkpoint of a working folder that is not damaged, None without one.
 
-    A damaged one is said on standard error, once; CheckpointError if all are.
+    Logs a warning, once, for a newer one that is damaged. Raises CheckpointError if all are.
     """
-    step, damaged = newest(workdir)
-    for at, fault in damaged.items():
-        line = f"{checkpoint_folder(workdir) / str(at)} is damaged ({fault})"
-        if step is not None and line not in _SAID:
-            print(f"{line}: the one of step {step} is used", file=sys.stderr)
-            _SAID.add(line)
+    return newest_sound(workdir)
+
+
+def newest_sound(workdir: str, items: Sequence[str] = ()) -> int | None:
+    """`latest_step`, which compares only the files of `items` (parts such as `params`) with their checksums; () is all."""
+    step, damaged = newest(workdir, items)
+    for damaged_step, fault in damaged.items():
+        line = f"{checkpoint_folder(workdir) / str(damaged_step)} is damaged ({fault})"
+        if step is not None and line not in _REPORTED:
+            logger.warning("%s: the one of step %d is used", line, step)
+            _REPORTED.add(line)
     if step is None and damaged:
         raise CheckpointError(_all_damaged(workdir, damaged))
     return step
 
 
-_SAID: set[str] = set()
+_REPORTED: set[str] = set()
 
 
-def newest(workdir: str) -> tuple[int | None, dict[int, str]]:
+def newest(workdir: str, items: Sequence[str] = ()) -> tuple[int | None, dict[int, str]]:
     """The newest checkpoint whose files are as they were written, and what is wrong with those after it."""
     damaged = {}
     for step in reversed(complete_steps(workdir)):
-        fault = fault_of(checkpoint_folder(workdir) / str(step))
+        folder = checkpoint_folder(workdir) / str(step)
+        fault = fault_of(folder, items)
         if not fault:
             return step, damaged
-        damaged[step] = fault
+        if folder.exists():  # else a running training removed it meanwhile
+            damaged[step] = fault
     return None, damaged
 
 
-def fault_of(path: epath.Path) -> str:
-    """What is wrong with the files of a complete checkpoint; of one of before checksums, whether the main ones are there."""
+def fault_of(path: epath.Path, items: Sequence[str] = ()) -> str:
+    """What is wrong with the files of a complete checkpoint, "" if nothing is.
+
+    `items`: the parts whose files are compared with their checksums, () for all. Of a checkpoint that was written before
+    checksums were kept: whether its main files exist.
+    """
     try:
         json.loads((path / METADATA).read_text())
     except FileNotFoundError:
         return f"{METADATA} is missing"
     except ValueError:
         return f"{METADATA} is no JSON"
-    fault = checksums.fault(path)
+    fault = checksums.fault(path, items)
     if fault is not None:
         return fault
-    missing = [
-        name for name in ("params/_METADATA", "params/manifest.ocdbt", "run/metadata") if not (path / name).exists()
-    ]
+    required = ("params/_METADATA", "params/manifest.ocdbt", "run/metadata")
+    missing = [name for name in required if not (path / name).exists()]
     return f"{missing[0]} is missing" if missing else ""
 
 
@@ -118,13 +131,13 @@ def put_in_order(workdir: str) -> None:
     """Removes what is half-written, sets newest checkpoints that are damaged aside, makes the folder; says all of it."""
     folder = checkpoint_folder(workdir)
     for path in unfinished(workdir):
-        print(f"{path} was left half-written by an interrupted run: ignored and removed", flush=True)
+        logger.info("%s was left half-written by an interrupted run: ignored and removed", path)
         epath.Path(path).rmtree(missing_ok=True)
     step, damaged = newest(workdir)
     if step is None and damaged:
         raise CheckpointError(_all_damaged(workdir, damaged))
-    for at, fault in damaged.items():
-        aside = next(name for n in range(1000) if not (name := folder / f"{at}.damaged{n or ''}").exists())
-        (folder / str(at)).rename(aside)
-        print(f"checkpoint {at} is damaged ({fault}): set aside as {aside}, step {step} is used", flush=True)
+    for damaged_step, fault in damaged.items():
+        aside = next(name for n in range(1000) if not (name := folder / f"{damaged_step}.damaged{n or ''}").exists())
+        (folder / str(damaged_step)).rename(aside)
+        logger.info("checkpoint %d is damaged (%s): set aside as %s, step %d is used", damaged_step, fault, aside, step)
     folder.mkdir(parents=True, exist_ok=True)

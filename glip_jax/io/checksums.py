@@ -7,7 +7,7 @@ since a bucket knows that of its files, so a folder there is compared by one lis
 import errno
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,10 +46,11 @@ def seal(folder: epath.PathLike, without: str = "", wanted: Iterable[str] = ()) 
         (Path(place) / NAME).write_text(text)
 
 
-def fault(folder: epath.PathLike) -> str | None:
-    """What differs from the checksums, in words; "" if nothing does, None if there are none. Files beyond them may be there.
+def fault(folder: epath.PathLike, within: Sequence[str] = ()) -> str | None:
+    """Which files differ from the checksums, in one line; "" if none does, None if the folder has no checksums.
 
-    Raises `storage.StorageError` for a bucket that does not answer.
+    `within`: folders in it, of whose files alone this is asked (no other is read); () for all. Files without a checksum
+    are not looked at. Raises StorageError for a bucket that does not answer.
     """
     place = gcs.address(folder)
     path = f"{place}/{NAME}"
@@ -61,6 +62,8 @@ def fault(folder: epath.PathLike) -> str | None:
         wanted = {name: Listed(*values) for name, values in json.loads(text)["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{NAME} is no list of files and checksums"
+    if within:
+        wanted = {name: values for name, values in wanted.items() if name.partition("/")[0] in within}
     if gcs.is_remote(place):
         there = gcs.everything(place)
         found = {name: there[name] for name in wanted if name in there}

@@ -1,7 +1,8 @@
-"""Files of weights as parameters of ours: whole networks, backbones and text encoders, whoever stored them.
+"""Reads weight files of this and other projects into glip_jax parameters: whole networks, backbones, text encoders.
 
-Strict on the file's side: every tensor becomes (part of) a parameter or is on a short list of what a detector has no use
-for. Sizes are the file's own; whoever takes the parameters compares them with the network's.
+A path is a `.pth` or `.bin` of PyTorch, a `.safetensors`, a Hugging Face folder that holds one of them, or a working folder.
+Reading is strict: every tensor of a file becomes (part of) a parameter or is on a short list of tensors that a detector
+does not use. Arrays keep the sizes of the file; the caller compares them with those of its network.
 """
 
 import fnmatch
@@ -17,16 +18,20 @@ from jaxtyping import Shaped
 from numpy import ndarray
 
 from glip_jax.config import ModelConfig, TextConfig
-from glip_jax.io.assets import resolve
-from glip_jax.io.checkpoint import fingerprint, is_workdir, latest_step, restore_parameters
+from glip_jax.io.assets import AssetError, resolve
+from glip_jax.io.checkpoint_reader import Checkpoint, Which, fingerprint, open_checkpoint
+from glip_jax.io.checkpoint_steps import is_workdir
+from glip_jax.io.workdir import CheckpointError, opened
 from glip_jax.weights import dialects, names
 from glip_jax.weights.names import WeightError
-from glip_jax.weights.sizes import infer_model, infer_swin
+from glip_jax.weights.sizes import infer_model, infer_swin, variant
 from glip_jax.weights.torch_files import load_arrays, sha256
 
 __all__ = [
     "Weights",
     "folder_config",
+    "open_checkpoint_or_export",
+    "open_export",
     "read_arrays",
     "read_backbone",
     "read_network",
@@ -35,12 +40,15 @@ __all__ = [
     "weight_file",
 ]
 
+_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
+"""Weight files of a Hugging Face folder, in the order in which they are looked for."""
 _OUTPUT_NORMS = ("backbone/norm[123]/*",)
+"""Parameters of a detector's backbone that a classifier's file does not have."""
 _SWIN_IGNORED = {
     "norm.*": "of the classifier",
     "head.*": "of the classifier",
-    "*.attn_mask": "made again from the map's size",
-    "*.relative_position_index": "made again from the window's size",
+    "*.attn_mask": "recomputed from the size of the map",
+    "*.relative_position_index": "recomputed from the size of the window",
 }
 _EFFICIENTNET_IGNORED = {
     "_conv_head.*": "of the classifier",
@@ -50,8 +58,8 @@ _EFFICIENTNET_IGNORED = {
 }
 _BERT_IGNORED = {
     "embeddings.position_ids": "0, 1, 2, ...",
-    "pooler.*": "behind what GLIP reads",
-    "cls.*": "of the tasks that BERT was trained on",
+    "pooler.*": "after the layers that GLIP reads",
+    "cls.*": "of the pretraining tasks of BERT",
 }
 _BERT_SIZES = {
     "vocab_size": "vocabulary_size", "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads",
@@ -62,24 +70,24 @@ _SWIN_FIXED = {"model_type": "swin", "hidden_act": "gelu", "layer_norm_eps": 1e-
 
 
 class Weights(NamedTuple):
-    """What a file, or a working folder, offers."""
+    """Parameters read from a file or a working folder."""
 
     origin: str
-    """As the setting or the command named it."""
+    """The path as the setting or the command gave it."""
     layout: str
-    """Whose names it has."""
+    """Which project's tensor names the file has."""
     values: dict[str, Shaped[ndarray, "..."]]
-    """Parameters by our slash-separated paths, float32, of the file's own sizes."""
+    """Parameters by their slash-separated paths in glip_jax, float32, of the sizes in the file."""
     ignored: dict[str, int]
-    """How many tensors each rule of what may be ignored let pass."""
+    """Number of tensors that each rule ignored."""
     proof: dict[str, Any]
-    """What it is known again by: `file` and `sha256`, or `step` and `fingerprint`."""
+    """What identifies the content: `file` and `sha256`, or `step` and `fingerprint`."""
     never: tuple[str, ...] = ()
-    """Patterns of parameters that files of this kind do not hold."""
+    """Patterns of parameters that files of this kind never hold."""
 
 
 def read_network(name: str, parameters: Literal["model", "model_ema"] = "model") -> tuple[Weights, ModelConfig]:
-    """A whole GLIP from a `.pth` of microsoft/GLIP or mmdetection or a folder of our export, and its inferred network.
+    """A whole GLIP from a `.pth` of microsoft/GLIP or mmdetection or a folder of `export`, and its inferred network.
 
     `parameters`: which state dict of a training checkpoint; GLIP's authors evaluate `model`. Raises AssetError,
     TorchFileError or WeightError.
@@ -92,13 +100,55 @@ def read_network(name: str, parameters: Literal["model", "model_ema"] = "model")
     return Weights(name, layout, values, ignored, _hashed(name, file)), model
 
 
+def open_checkpoint_or_export(path: str, step: int | None = None) -> Checkpoint:
+    """Opens what `--checkpoint` names: WORKDIR, WORKDIR/checkpoints/STEP, or a Hugging Face folder that `export` wrote.
+
+    `step`: see `glip_jax.io.checkpoint_reader.open_checkpoint`. Raises CheckpointError or, for an export, WeightError.
+    """
+    folder = opened(path)
+    if not (folder / "config.json").exists() or is_workdir(path):
+        return open_checkpoint(path, step)
+    if step is not None:
+        raise CheckpointError(f"{path} is an exported folder, which has no steps: leave --step out")
+    return open_export(path)
+
+
+def open_export(path: str) -> Checkpoint:
+    """A Hugging Face folder that `export` wrote, as a checkpoint without step and metrics; ema and raw are the same here.
+
+    If the vocabulary that its settings name is not on this machine, the folder's own is used. Parameters are read when
+    they are asked for. Raises WeightError for a folder of another origin, and then for files that cannot be read.
+    """
+    folder = opened(path)
+    settings = folder_config(folder).get("glip_jax")
+    if not isinstance(settings, dict):
+        raise WeightError(
+            f"{folder / 'config.json'} has no settings of glip_jax: expected a folder of `export --format=huggingface`; "
+            "read other weights with the job `import`"
+        )
+    vocabulary = "model.text.vocabulary"
+    if (folder / "vocab.txt").exists() and not _exists(str(settings.get(vocabulary, ""))):
+        settings = settings | {vocabulary: str(folder / "vocab.txt")}
+
+    def read(_: Which) -> dict[str, Any]:
+        weights, model = read_network(path)
+        names.check_shapes(
+            weights.values, names.parameter_shapes(checkpoint.config.model), f"{path}, {variant(model)},"
+        )
+        return dict(traverse_util.unflatten_dict(weights.values, sep="/"))
+
+    checkpoint = Checkpoint(folder, None, settings, (), read)
+    return checkpoint
+
+
 def read_workdir(name: str) -> Weights | None:
-    """The newest checkpoint of a working folder, averaged parameters where there are any; None if `name` is none."""
+    """The newest checkpoint of a working folder, averaged parameters where it has them; None if `name` is not one."""
     if not is_workdir(name):
         return None
-    step, parameters = latest_step(name), restore_parameters(name)
+    checkpoint = open_checkpoint(name)
+    parameters = checkpoint.parameters("ema")
     values = traverse_util.flatten_dict(parameters, sep="/")
-    proof = {"step": step, "fingerprint": fingerprint(parameters)}
+    proof = {"step": checkpoint.step, "fingerprint": fingerprint(parameters)}
     return Weights(name, "a working folder of glip_jax", dict(values), {}, proof)  # pyright: ignore[reportArgumentType]
 
 
@@ -138,45 +188,6 @@ def read_text(name: str, model: ModelConfig) -> Weights:
     state = dialects.bert_state(read_arrays(file))
     gathered = names.gather(state, names.bert_entries(model, ""), _rules(_BERT_IGNORED), str(file))
     return Weights(name, "transformers' BERT", *gathered, _hashed(name, file))
-
-
-def _check_folder(path: epath.Path, fixed: Mapping[str, Any], text: TextConfig | None = None) -> None:
-    """Raises WeightError where a folder's config.json and what we compute differ."""
-    found = folder_config(path)
-    wrong = [
-        f"{name} is {found[name]!r}, the encoder's {value!r}"
-        for name, value in fixed.items()
-        if found.get(name, value) != value
-    ]
-    if text is not None:
-        wrong += [
-            f"{theirs} is {found.get(theirs)}, model.text.{ours} {getattr(text, ours)}"
-            for theirs, ours in _BERT_SIZES.items()
-            if found.get(theirs) != getattr(text, ours)
-        ]
-    if wrong:
-        raise WeightError(f"{path / 'config.json'} does not fit the model: {'; '.join(wrong)}")
-
-
-def _rules(patterns: Mapping[str, str]) -> Callable[[str], str | None]:
-    return lambda name: next((pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)), None)
-
-
-def _matches(path: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
-
-
-def _hashed(name: str, file: epath.Path) -> dict[str, Any]:
-    folder = not name.endswith(file.name)
-    return {"file": f"{name.rstrip('/')}/{file.name}" if folder else name, "sha256": sha256(file)}
-
-
-# Files of weights: which one a path means, the arrays in it, and the hash by which it is known again.
-#
-# A path is a `.pth` or `.bin` of PyTorch, a `.safetensors`, or a Hugging Face folder that holds one of them.
-
-
-_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
 
 
 def weight_file(path: epath.Path) -> epath.Path:
@@ -238,3 +249,41 @@ def _load(file: epath.Path) -> dict[str, Shaped[ndarray, "..."]]:
         raise WeightError(
             f"{file} has tensors of type {error}, which are read from local files only: copy it"
         ) from error
+
+
+def _exists(path: str) -> bool:
+    try:
+        return resolve(path).exists()
+    except AssetError:
+        return False
+
+
+def _check_folder(path: epath.Path, fixed: Mapping[str, Any], text: TextConfig | None = None) -> None:
+    """Raises WeightError where config.json of a folder and the encoder in `glip_jax.models` differ."""
+    found = folder_config(path)
+    wrong = [
+        f"{name} is {found[name]!r}, the encoder's {value!r}"
+        for name, value in fixed.items()
+        if found.get(name, value) != value
+    ]
+    if text is not None:
+        wrong += [
+            f"{key} is {found.get(key)}, model.text.{field} {getattr(text, field)}"
+            for key, field in _BERT_SIZES.items()
+            if found.get(key) != getattr(text, field)
+        ]
+    if wrong:
+        raise WeightError(f"{path / 'config.json'} does not fit the model: {'; '.join(wrong)}")
+
+
+def _rules(patterns: Mapping[str, str]) -> Callable[[str], str | None]:
+    return lambda name: next((pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)), None)
+
+
+def _matches(path: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def _hashed(name: str, file: epath.Path) -> dict[str, Any]:
+    folder = not name.endswith(file.name)
+    return {"file": f"{name.rstrip('/')}/{file.name}" if folder else name, "sha256": sha256(file)}

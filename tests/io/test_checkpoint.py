@@ -13,15 +13,15 @@ import pytest
 
 from glip_jax.config import CheckpointConfig, Config, MeshConfig, OptimizerConfig, TrainConfig
 from glip_jax.distributed.mesh import abstract, make_mesh, shardings
-from glip_jax.io import checksums
+from glip_jax.io import checkpoint_reader, checksums, gcs
 from glip_jax.io.checkpoint import (
     CheckpointError,
     Checkpoints,
     Saved,
     complete_steps,
+    fingerprint,
     latest_step,
-    restore_parameters,
-    saved_config,
+    open_checkpoint,
     unfinished,
 )
 from glip_jax.io.workdir import check_config, write_config
@@ -66,13 +66,13 @@ def test_restored_onto_another_mesh(workdir):
 
 def test_the_newest_are_kept_and_read_without_a_model(workdir):
     assert latest_step(workdir) == 3
-    raw, average = restore_parameters(workdir, "raw"), restore_parameters(workdir, "ema")
+    raw, average = open_checkpoint(workdir).parameters("raw"), open_checkpoint(workdir).parameters("ema")
     assert _equal(raw, _saved(3).params)
     assert _equal(average["pyramid"], _saved(3).ema["pyramid"]) and _equal(average["text"], raw["text"])
-    assert _equal(restore_parameters(workdir, "raw", step=2), _saved(2).params)
+    assert _equal(open_checkpoint(workdir, 2).parameters("raw"), _saved(2).params)
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 1; there are: \[2, 3\]"):
-        restore_parameters(workdir, step=1)
-    assert saved_config(workdir)["train.steps"] == Config().train.steps
+        open_checkpoint(workdir, 1)
+    assert open_checkpoint(workdir).settings["train.steps"] == Config().train.steps
 
 
 def test_without_an_average(tmp_path):
@@ -82,16 +82,17 @@ def test_without_an_average(tmp_path):
         assert _equal(checkpoints.restore(5, _saved(0)._replace(ema={})).params, _saved(5).params)
         with pytest.raises(CheckpointError, match="holds no ema"):
             checkpoints.restore(5, _saved(0))
-    assert _equal(restore_parameters(str(tmp_path), "ema"), _saved(5).params)
+    assert _equal(open_checkpoint(str(tmp_path)).parameters("ema"), _saved(5).params)
 
 
-def test_half_written_ones_are_ignored_and_it_is_said(workdir, tmp_path, capsys):
+def test_half_written_ones_are_ignored_and_it_is_logged(workdir, tmp_path, caplog):
     half = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp-17"
     (half / "params").mkdir(parents=True)
     assert unfinished(workdir) == [str(half)] and latest_step(workdir) == 3
+    caplog.set_level("INFO")
     with Checkpoints(workdir, keep=2) as checkpoints:
         assert checkpoints.latest() == 3
-    assert "4.orbax-checkpoint-tmp-17 was left half-written" in capsys.readouterr().out
+    assert "4.orbax-checkpoint-tmp-17 was left half-written" in caplog.text
     assert not half.exists()
 
 
@@ -132,25 +133,102 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_one_is_set_aside_and_the_one_before_used(three, tmp_path, capsys, damage):
+def test_a_damaged_one_is_set_aside_and_the_one_before_used(three, tmp_path, caplog, damage):
     shutil.copytree(three, tmp_path / "run")
     workdir, folder = str(tmp_path / "run"), tmp_path / "run" / "checkpoints"
     act, words = DAMAGES[damage]
     act(folder / "3")
-    # Who only reads goes by it and leaves it where it is.
+    # A reader uses the one before and leaves the damaged one where it is.
     assert latest_step(workdir) == 2 and latest_step(workdir) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(rf"checkpoints/3 is damaged \({words}.*\): the one of step 2 is used", line)
-    assert _equal(restore_parameters(workdir, "raw"), _saved(2).params)
-    with pytest.raises(CheckpointError, match=rf"3 is damaged \({words}.*\): name another --step"):
-        restore_parameters(workdir, "raw", step=3)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert re.search(rf"checkpoints/3 is damaged \({words}.*\): the one of step 2 is used", record.getMessage())
+    if damage == "a part":  # the optimizer's, which nobody reads but training
+        assert _equal(open_checkpoint(workdir).parameters("raw"), _saved(3).params)
+    else:
+        assert _equal(open_checkpoint(workdir).parameters("raw"), _saved(2).params)
+        with pytest.raises(CheckpointError, match=rf"3 is damaged \({words}.*\): name another --step"):
+            open_checkpoint(workdir, 3)
+    caplog.set_level("INFO")
     with Checkpoints(workdir, keep=3) as checkpoints:
         assert checkpoints.latest() == 2
         assert _equal(checkpoints.restore(2, _saved(0)), _saved(2))
         checkpoints.save(3, _saved(4), Config())
-    said = capsys.readouterr().out
-    assert re.search(rf"checkpoint 3 is damaged \({words}.*\): set aside as \S+3.damaged, step 2 is used", said)
-    assert (folder / "3.damaged").is_dir() and _equal(restore_parameters(workdir, "raw"), _saved(4).params)
+    assert re.search(rf"checkpoint 3 is damaged \({words}.*\): set aside as \S+3.damaged, step 2 is used", caplog.text)
+    assert (folder / "3.damaged").is_dir() and _equal(open_checkpoint(workdir).parameters("raw"), _saved(4).params)
+
+
+def test_an_opened_checkpoint_stays_itself_while_training_saves(tmp_path):
+    workdir = str(tmp_path)
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, _saved(step), dataclasses.replace(Config(), name=f"at {step}"), [f"line {step}"])
+        checkpoints.wait()
+        opened = open_checkpoint(workdir)
+        checkpoints.save(3, _saved(3), dataclasses.replace(Config(), name="at 3"), ["line 3"])
+        checkpoints.wait()
+        assert open_checkpoint(workdir).step == 3
+        assert (opened.step, opened.config.name, opened.lines) == (2, "at 2", ["line 2"])
+        assert _equal(opened.parameters("raw"), _saved(2).params)
+        assert opened.fingerprint() == fingerprint(_saved(2).params) != open_checkpoint(workdir).fingerprint()
+        checkpoints.save(4, _saved(4), Config())
+        checkpoints.wait()
+        with pytest.raises(CheckpointError, match="checkpoints/2 was removed while it was read.*raise checkpoint.keep"):
+            opened.parameters("raw")
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_looked_for_gives_way_to_the_next(workdir, tmp_path, monkeypatch):
+    choose = checkpoint_reader.newest_sound
+
+    def removed_at_once(*arguments):
+        step = choose(*arguments)
+        if step == 3:
+            shutil.rmtree(tmp_path / "checkpoints" / "3")
+        return step
+
+    monkeypatch.setattr(checkpoint_reader, "newest_sound", removed_at_once)
+    assert open_checkpoint(workdir).step == 2
+
+
+def test_only_the_files_that_are_read_are_hashed(three, tmp_path, monkeypatch):
+    shutil.copytree(three, tmp_path / "run")
+    hashed, md5_of = [], gcs.md5_of
+
+    def recording(path):
+        hashed.append(path.relative_to(tmp_path / "run" / "checkpoints").parts[:2])
+        return md5_of(path)
+
+    monkeypatch.setattr(gcs, "md5_of", recording)
+    opened = open_checkpoint(str(tmp_path / "run"), verify=())
+    assert set(hashed) == {("3", "run")} and opened.step == 3
+    opened.parameters("raw")
+    assert set(hashed) == {("3", "run"), ("3", "params")}
+    opened.parameters("ema")
+    assert set(hashed) == {("3", "run"), ("3", "params"), ("3", "ema")}
+
+
+def test_what_is_verified_late_is_refused_late(three, tmp_path):
+    shutil.copytree(three, tmp_path / "run")
+    _flip(_array_file(tmp_path / "run" / "checkpoints" / "3"))
+    opened = open_checkpoint(str(tmp_path / "run"), verify=())
+    with pytest.raises(CheckpointError, match="checkpoints/3 is damaged.*other bytes than were written"):
+        opened.parameters("raw")
+
+
+def test_a_path_may_name_the_step(workdir, monkeypatch):
+    assert open_checkpoint(f"{workdir}/checkpoints/2").step == 2
+    assert open_checkpoint(f"{workdir}/checkpoints/2/", 2).step == 2
+    with pytest.raises(CheckpointError, match="is the checkpoint of step 2, and --step=3"):
+        open_checkpoint(f"{workdir}/checkpoints/2", 3)
+    monkeypatch.chdir(workdir)
+    assert open_checkpoint("checkpoints/2").step == 2
+
+
+def test_parameters_that_are_not_finite_are_refused(tmp_path):
+    with Checkpoints(str(tmp_path), keep=1) as checkpoints:
+        checkpoints.save(1, _saved(float("nan")), Config())
+    with pytest.raises(CheckpointError, match="2 arrays are not finite, first .*lateral3.*the run diverged"):
+        open_checkpoint(str(tmp_path)).parameters("raw")
 
 
 def test_a_part_that_was_not_written_makes_no_complete_one(tmp_path):
@@ -170,7 +248,7 @@ def test_if_all_are_damaged_they_are_named_and_left(three, tmp_path):
     for act in (
         lambda: latest_step(workdir),
         lambda: Checkpoints(workdir, keep=3),
-        lambda: restore_parameters(workdir),
+        lambda: open_checkpoint(workdir),
     ):
         with pytest.raises(CheckpointError) as caught:
             act()
@@ -185,7 +263,7 @@ def test_one_of_before_checksums_is_used_and_its_damage_is_a_line(three, tmp_pat
     workdir, folder = str(tmp_path / "run"), tmp_path / "run" / "checkpoints"
     for step in (1, 2, 3):
         (folder / str(step) / "checksums.json").unlink()
-    assert _equal(restore_parameters(workdir, "raw"), _saved(3).params)
+    assert _equal(open_checkpoint(workdir).parameters("raw"), _saved(3).params)
     (folder / "3" / "params" / "manifest.ocdbt").write_bytes(b"no manifest")
     with Checkpoints(workdir, keep=3) as checkpoints, pytest.raises(CheckpointError) as caught:
         checkpoints.restore(3, _saved(0))
@@ -216,7 +294,7 @@ def test_the_best_and_every_so_many_are_kept_beside_the_newest(tmp_path):
 def test_no_checkpoint_is_one_message(tmp_path):
     assert latest_step(str(tmp_path)) is None
     with pytest.raises(CheckpointError, match="holds no complete checkpoint: expected a --workdir"):
-        restore_parameters(str(tmp_path))
+        open_checkpoint(str(tmp_path))
 
 
 def test_another_model_is_refused_with_the_list(workdir):

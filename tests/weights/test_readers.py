@@ -14,11 +14,12 @@ import transformers
 from flax import traverse_util
 
 from glip_jax.config import BackboneConfig, Config, InitFromConfig, ModelConfig
-from glip_jax.io.checkpoint import Checkpoints, Saved, fingerprint
+from glip_jax.io.checkpoint import CheckpointError, Checkpoints, Saved, fingerprint
 from glip_jax.models.swin import Swin
+from glip_jax.weights.export import write_huggingface
 from glip_jax.weights.names import WeightError, parameter_shapes
 from glip_jax.weights.pretrained import initialize
-from glip_jax.weights.readers import read_backbone
+from glip_jax.weights.readers import open_checkpoint_or_export, read_backbone
 from tests.weights.networks import SMALL, mmdetection, parameters, state
 from tests.weights.pth_writer import write_state
 
@@ -234,3 +235,32 @@ def test_a_working_folder_and_mmdetections_file(tmp_path, params, capsys):
             digest = fingerprint(found)
             assert record["sources"][0]["step"] == 7 and record["sources"][0]["fingerprint"] == digest
             assert f"{tmp_path / 'run'} step 7 fingerprint {digest}" in capsys.readouterr().out
+
+
+def test_an_exported_folder_is_opened_as_a_checkpoint(tmp_path):
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dog"]))
+    model = dataclasses.replace(SMALL, text=dataclasses.replace(SMALL.text, vocabulary=str(vocabulary)))
+    ours, export = parameters(), tmp_path / "export"
+    write_huggingface(export, traverse_util.unflatten_dict(ours, sep="/"), Config(name="small", model=model))
+    opened = open_checkpoint_or_export(str(export))
+    assert opened.config == Config(name="small", model=model) and opened.step is None
+    read = traverse_util.flatten_dict(opened.parameters(), sep="/")
+    assert read.keys() == ours.keys() and all(np.array_equal(read[path], ours[path]) for path in ours)
+    vocabulary.unlink()
+    assert open_checkpoint_or_export(str(export)).config.model.text.vocabulary == str(export / "vocab.txt")
+    with pytest.raises(CheckpointError, match="has no steps"):
+        open_checkpoint_or_export(str(export), 3)
+    (export / "config.json").write_text("{}")
+    with pytest.raises(WeightError, match="has no settings of glip_jax"):
+        open_checkpoint_or_export(str(export))
+
+
+def test_a_working_folder_is_opened_in_spite_of_its_config_json(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with Checkpoints(str(tmp_path), keep=1) as checkpoints:
+        checkpoints.save(3, Saved({"kernel": jnp.ones(2)}, {}, {}), Config())
+    assert open_checkpoint_or_export(str(tmp_path)).step == 3
+    assert open_checkpoint_or_export(f"{tmp_path}/checkpoints/3").step == 3
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        open_checkpoint_or_export(str(tmp_path / "elsewhere"))
