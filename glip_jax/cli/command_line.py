@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import inspect
 import io
+import logging
 import re
 import sys
 import traceback
@@ -22,10 +23,13 @@ from typing import Any, TypeVar
 import tyro
 
 from glip_jax import UserError
-from glip_jax.config import Config, ConfigError, flatten, validate
+from glip_jax.config import Config, ConfigError, current_name, flatten, renamed_hint, validate
 from glip_jax.distributed import exit_codes
 
 __all__ = ["Arguments", "CommandLineError", "divided", "flags", "load_config", "parse"]
+
+
+logger = logging.getLogger(__name__)
 
 
 class CommandLineError(UserError, ValueError):
@@ -194,7 +198,8 @@ def load_config(path: str) -> Config:
     except (CommandLineError, ConfigError):
         raise
     except Exception as error:
-        raise CommandLineError(f"--config={path}{_line_of(error, file)}: {type(error).__name__}: {error}") from error
+        complaint = f"{type(error).__name__}: {error}{renamed_hint(str(error))}"
+        raise CommandLineError(f"--config={path}{_line_of(error, file)}: {complaint}") from error
     if not isinstance(config, Config):
         raise CommandLineError(f"--config={path}: get_config() returned {type(config).__name__}, expected Config")
     return config
@@ -234,7 +239,12 @@ def _checked(arguments: Sequence[str], config: Config, flags: Sequence[str]) -> 
             result.append(argument)
             continue
         known = {name.replace("-", "_"): name for name in fields}
-        name = known.get(option.removeprefix("--config.").replace("-", "_"))
+        given = option.removeprefix("--config.").replace("-", "_")
+        name = known.get(current_name(given))
+        if name is not None and current_name(given) != given:
+            logger.warning("%s is renamed: use --config.%s; the old name works until version 1.0", option, name)
+            option = f"--config.{name}"
+            argument = option + equals + value
         if name is None:
             _refuse(option, [f"--config.{field}" for field in fields])
         elif isinstance(fields[name], tuple) and equals:

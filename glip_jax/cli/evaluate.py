@@ -22,7 +22,7 @@ from glip_jax.cli.command_line import Arguments, CommandLineError, parse
 from glip_jax.cli.report import FORMAT, ReportError, write_page
 from glip_jax.cli.reports.run_report import table
 from glip_jax.cli.saved_settings import fitting_parameters
-from glip_jax.config import Config, ConfigError, EvaluationSet
+from glip_jax.config import Config, ConfigError, EvaluationSet, current_names
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.evaluation.average_precision import GroundTruth, GroundTruthError, coco_results
@@ -172,6 +172,7 @@ def _done(arguments: EvaluateArguments) -> bool:
         for summary in (now, found):
             # Of the code its files count: a commit that leaves them as they are changes no number.
             summary["hashes"]["code"] = summary["hashes"]["code"]["files"]
+            summary["settings"] = current_names(summary["settings"])
         same = all(found[key] == now[key] for key in now if key != "date")
         same = same and found["sets"].keys() == config.evaluation.sets.keys()
         for name, dataset in config.evaluation.sets.items():

@@ -14,6 +14,7 @@ from etils import epath
 from glip_jax import UserError
 from glip_jax.cli.command_line import CommandLineError, flags
 from glip_jax.cli.reports.run_report import Curve, render
+from glip_jax.config import current_names
 from glip_jax.distributed import exit_codes
 from glip_jax.evaluation.average_precision import (
     NUMBERS,
@@ -88,6 +89,7 @@ def write_page(workdir: str, scenes: int = 12, least: float | None = None, out: 
             summary = json.loads(recorded.read_text())
             if summary is None or summary.get("format") != FORMAT:
                 raise ReportError(f"{recorded} is of another version of glip_jax: run `evaluate` again")
+            summary["settings"] = current_names(summary["settings"])
             notes.append(
                 f"config {summary['name']}, evaluated at step {summary['step']}, {summary['parameters']} parameters"
             )

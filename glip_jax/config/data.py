@@ -36,7 +36,7 @@ class SourceConfig:
     box_weight: Literal["one", "score"] = "one"
     """What a box of the source counts in the losses: 1, as in the original, or its teacher's score (pseudo records)."""
     threshold: float = 0.0
-    """Pseudo records: boxes of this score or less are left out, counted as `boxes_unsure`; where the phrase has no other,
+    """Pseudo records: boxes of this score or less are left out, counted as `boxes_below_threshold`; where the phrase has no other,
     it is not known where it is. 0.5 in GLIP-L, where the words then count as absent (glip-reference 4.6)."""
     negatives: tuple[str, ...] = ()
     """More names that may be drawn as negatives: the user says that they are absent from every image of the source

@@ -39,7 +39,7 @@ __all__ = [
     "AnchorConfig", "BackboneConfig", "CaptionConfig", "CheckpointConfig", "Codec", "Config", "ConfigError", "CropConfig",
     "DataConfig", "DetectionConfig", "EvaluationConfig", "EvaluationSet", "FusionConfig", "HeadConfig", "InitFromConfig",
     "InputConfig", "JitterConfig", "LossConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "PackingConfig",
-    "PyramidConfig", "Remat", "SourceConfig", "TextConfig", "TrainConfig", "differences", "flatten", "validate",
+    "PyramidConfig", "Remat", "SourceConfig", "TextConfig", "TrainConfig", "flatten", "validate",
 ]  # fmt: skip
 
 
@@ -238,32 +238,6 @@ def flatten(config: Any, prefix: str = "", affects_results: bool | None = None) 
             yield name, value
 
     yield from walk(config, prefix, True)
-
-
-_LATER = {"model.head.offset_bound": 0}
-"""Fields that runs of older versions do not have, with the value that says what those did."""
-
-
-def differences(saved: dict[str, Any], config: Config) -> list[str]:
-    """Lines 'field: saved value -> new value' for every number-changing field in which `config` differs.
-
-    `saved` is `dict(flatten(...))` of the earlier run, possibly through JSON (tuples became lists).
-    """
-
-    def plain(value: Any) -> Any:
-        return list(value) if isinstance(value, tuple) else value
-
-    saved = _LATER | saved
-    free = {name for name, _ in flatten(config, affects_results=False)}
-    new = dict(flatten(config, affects_results=True))
-    lines = []
-    for name in sorted(set(saved) - free | set(new)):
-        if name.startswith(("evaluation.", "mesh.")):
-            continue
-        old_value, new_value = plain(saved.get(name, "(absent)")), plain(new.get(name, "(absent)"))
-        if old_value != new_value:
-            lines.append(f"{name}: {old_value} -> {new_value}")
-    return lines
 
 
 def validate(config: Config) -> Config:

@@ -1,20 +1,85 @@
-"""The typed settings of a run from what its checkpoint recorded."""
+"""Settings and metrics as earlier versions saved them: their names today, and how saved settings compare with a `Config`.
+
+`RENAMED_KEYS` is the one table of renamed keys. Every reader of a checkpoint, an exported folder, `evaluation.json`,
+`metrics.jsonl` or a command line passes names through it, so old files and commands stay valid. The old names stay until
+version 1.0.
+"""
 
 import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin, get_type_hints
 
-from glip_jax.config.run import Config, ConfigError
+from glip_jax.config.run import Config, ConfigError, flatten
 
-__all__ = ["unflatten"]
+__all__ = ["RENAMED_KEYS", "current_name", "current_names", "differences", "first_names", "renamed_hint", "unflatten"]
+
+RENAMED_KEYS = {
+    "data.crop.least_side": "data.crop.min_side",
+    "data.crop.least_visible": "data.crop.min_visible",
+    "data.sources.*.least_score": "data.sources.*.threshold",
+    "train.hang_least": "train.hang_min",
+    "dropped/boxes_unsure": "dropped/boxes_below_threshold",
+    "source/*/dropped/boxes_unsure": "source/*/dropped/boxes_below_threshold",
+}
+"""Old name -> new name; dotted names are settings, names with slashes are metrics. `*` stands for any characters."""
+
+_ADDED_KEYS = {"model.head.offset_bound": 0}
+"""Settings that saved runs may lack, with the value that describes what earlier versions did."""
+
+
+def current_name(name: str) -> str:
+    """Today's name of a setting or metric; `name` itself if it was not renamed."""
+    return _renamed(name, RENAMED_KEYS)
+
+
+def current_names(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved settings or metrics under today's names, in the same order."""
+    return {current_name(name): value for name, value in saved.items()}
+
+
+def first_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of `current_names`: the names that each key had first, so that a hash over names survives a renaming."""
+    inverse = {new: old for old, new in RENAMED_KEYS.items()}
+    return {_renamed(name, inverse): value for name, value in settings.items()}
+
+
+def renamed_hint(text: str) -> str:
+    """For an error message `text` that quotes an old field name, as in "unexpected keyword argument 'least_side'": the new
+    name, as "; least_side is now min_side". Empty if there is none.
+    """
+    fields = {old.rpartition(".")[2]: new.rpartition(".")[2] for old, new in RENAMED_KEYS.items() if "/" not in old}
+    return next((f"; {old} is now {new}" for old, new in fields.items() if f"'{old}'" in text), "")
+
+
+def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
+    """Lines "field: saved value -> new value" for every setting in which `config` differs and that affects results.
+
+    `saved` is `dict(flatten(...))` of the earlier run, possibly through JSON (tuples became lists) and with old names.
+    """
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    saved = _ADDED_KEYS | current_names(saved)
+    runtime = {name for name, _ in flatten(config, affects_results=False)}
+    new = dict(flatten(config, affects_results=True))
+    lines = []
+    for name in sorted(set(saved) - runtime | set(new)):
+        if name.startswith(("evaluation.", "mesh.")):
+            continue
+        old_value, new_value = plain(saved.get(name, "(absent)")), plain(new.get(name, "(absent)"))
+        if old_value != new_value:
+            lines.append(f"{name}: {old_value} -> {new_value}")
+    return lines
 
 
 def unflatten(saved: Mapping[str, Any]) -> Config:
-    """The Config of which `saved` is `dict(flatten(config))`, possibly through JSON; what it lacks has its default.
+    """Inverse of `dict(flatten(config))`, also after JSON and with old names. Missing settings get their default.
 
-    Raises ConfigError for names that no setting has.
+    Raises ConfigError for a setting that this version does not have.
     """
+    saved = current_names(saved)
     used: set[str] = set()
 
     def build(kind: Any, prefix: str) -> Any:
@@ -36,18 +101,29 @@ def unflatten(saved: Mapping[str, Any]) -> Config:
         if not dataclasses.is_dataclass(kind):
             used.update(names)
             return {key: saved[prefix + key] for key in rest}
-        # A key may have dots of its own: it ends where a field's name follows.
+        # A key of the dict may contain dots: it ends where the name of a field follows.
         fields = "|".join(item.name for item in dataclasses.fields(kind))
         ends = re.compile(rf"(.+?)\.(?:{fields})(?:\.|$)")
-        found = (ends.match(name) for name in rest)
-        keys = dict.fromkeys(match[1] for match in found if match)
+        matches = (ends.match(name) for name in rest)
+        keys = dict.fromkeys(match[1] for match in matches if match)
         return {key: build(kind, f"{prefix}{key}.") for key in keys}
 
     try:
         config = build(Config, "")
-    except TypeError as error:  # a field without a default is not there
+    except TypeError as error:  # a field without a default is missing
         raise ConfigError(f"has incomplete settings ({error})") from error
     unknown = sorted(set(saved) - used)
     if unknown:
         raise ConfigError(f"has settings that this version of glip_jax does not know ({', '.join(unknown)})")
     return config
+
+
+def _renamed(name: str, table: Mapping[str, str]) -> str:
+    for old, new in table.items():
+        if name == old:
+            return new
+        before, star, after = old.partition("*")
+        fits = star and len(name) > len(before) + len(after) and name.startswith(before) and name.endswith(after)
+        if fits:
+            return new.replace("*", name[len(before) : len(name) - len(after)])
+    return name

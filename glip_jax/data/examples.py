@@ -92,7 +92,7 @@ class Examples:
         positive_map[:count] = rows[:count]
         dropped = {
             "boxes_over_limit": len(boxes) - count,
-            "boxes_unsure": unsure,
+            "boxes_below_threshold": unsure,
             "boxes_out_of_view": int((~view.shown).sum()) if view else 0,
             "phrases_over_budget": text.over_budget,
             "spans_without_token": text.without_token,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from glip_jax import UserError
+from glip_jax.config import current_names
 
 __all__ = [
     "Comparison", "ComparisonError", "Run", "Spread", "Step", "StepWanted", "compare", "headlines", "run_of", "spread",
@@ -90,6 +91,7 @@ def run_of(path: str, summary: Mapping[str, Any]) -> Run:
         else:
             kinds = [f"{kind}/{_BEST}" if kind else _BEST for kind in entry["phrases"]]
             numbers |= {f"{name}/{number}": float(found[number]) for number in kinds}
+    summary = {**summary, "settings": current_names(summary["settings"])}
     return Run(path, str(summary["name"]), int(summary["seed"]), summary, numbers)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from glip_jax.config import Config, flatten
+from glip_jax.config import Config, first_names, flatten
 
 __all__ = ["code", "config_hash", "file_hash", "score_settings", "versions"]
 
@@ -38,8 +38,10 @@ def score_settings(config: Config) -> dict[str, Any]:
 
 
 def config_hash(settings: Config | dict[str, Any]) -> str:
-    """SHA-256 of all settings, flat, as JSON with sorted keys; a checkpoint's saved settings hash alike."""
-    flat = dict(flatten(settings)) if isinstance(settings, Config) else settings
+    """SHA-256 of all settings, flat, as JSON with sorted keys. Equal for a Config, for the flat settings that a checkpoint
+    saved of it, and for the same settings under the names of an earlier version.
+    """
+    flat = first_names(dict(flatten(settings)) if isinstance(settings, Config) else settings)
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
 

@@ -18,7 +18,7 @@ BATCH_AXES = ("data", "fsdp")
 """Axes of the mesh that split the examples of a batch."""
 
 DROPS = (
-    "boxes_over_limit", "boxes_out_of_view", "boxes_unsure", "phrases_over_budget", "spans_without_token",
+    "boxes_over_limit", "boxes_out_of_view", "boxes_below_threshold", "phrases_over_budget", "spans_without_token",
     "corrupt_records",
 )  # fmt: skip
 """What can be lost on the way into a batch: the columns of `Batch.dropped`."""

@@ -230,7 +230,7 @@ def test_boxes_the_teacher_was_not_sure_of_are_left_out_and_their_words_unknown(
     sources = {"made": SourceConfig(str(opened.path), threshold=0.75)}
     whole, sure = make(opened, 3), make(opened, 3, sources=sources)
     assert whole.box_mask.sum() == 3 and whole.token_loss_mask.all()
-    assert sure.box_mask.sum() == 1 and sure.dropped[DROPS.index("boxes_unsure")] == 2
+    assert sure.box_mask.sum() == 1 and sure.dropped[DROPS.index("boxes_below_threshold")] == 2
     assert words(sure, sure.positive_map[0]) == "dog"
     tokens = whole.positive_map[1] | whole.positive_map[2]  # red table, table
     np.testing.assert_array_equal(~sure.token_loss_mask, tokens)

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from glip_jax.config import current_names
 from glip_jax.io.workdir import opened
 
 __all__ = ["Progress", "Window", "cut_back", "read"]
@@ -64,10 +65,10 @@ class Window:
 
 
 def read(workdir: str) -> list[dict[str, Any]]:
-    """The complete lines of a run's metrics.jsonl; a last line that was cut off by a kill is left out."""
+    """The complete lines of a run's metrics.jsonl under today's names; a last line that was cut off by a kill is left out."""
     path = opened(workdir) / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [current_names(json.loads(line)) for line in lines if line.endswith("\n")]
 
 
 def cut_back(workdir: str, step: int, also: Sequence[str] = ()) -> list[str]:
@@ -76,7 +77,7 @@ def cut_back(workdir: str, step: int, also: Sequence[str] = ()) -> list[str]:
     The file is written aside and renamed; in a bucket, in one step.
     """
     kept = [json.dumps(line) + "\n" for line in read(workdir)]
-    kept += [line for line in also if line not in kept]
+    kept += [line for line in (json.dumps(current_names(json.loads(line))) + "\n" for line in also) if line not in kept]
     kept = sorted(
         (line for line in kept if json.loads(line)["step"] <= step), key=lambda line: json.loads(line)["step"]
     )
