@@ -53,7 +53,7 @@ def _setting(folder: Path) -> tuple[Any, Any, Any]:
     from glip_jax.data import shards
     from glip_jax.data.records import Record, boxes_array
     from glip_jax.labeling.phrases.finders import phrase_finder
-    from glip_jax.labeling.teacher import DetectorTeacher, detectors
+    from glip_jax.labeling.teacher import DetectorTeacher, detector_views
 
     config = get_config()
     init, _ = abstract_params(config)
@@ -67,7 +67,7 @@ def _setting(folder: Path) -> tuple[Any, Any, Any]:
         height, width = ((480, 640), (480, 640), (640, 480))[number % len(images) % 3]
         records.append(Record(str(number), "caption", data, height, width, boxes_array(()), caption=caption))
     shards.write(iter(records), folder / "captions", name="captions")
-    views = detectors(config, params, THRESHOLD, config.detection.nms_iou, False, (), BATCH)
+    views = detector_views(config, params, THRESHOLD, config.detection.nms_iou, False, (), BATCH)
     return (
         shards.Shards(folder / "captions"),
         DetectorTeacher(views, config.detection.nms_iou, THRESHOLD),
@@ -79,16 +79,16 @@ def label_runs(_: Settings) -> Runs:
     """Each run labels into a new folder."""
     from glip_jax.data.records import decode_image
     from glip_jax.labeling.pseudo import Rules
-    from glip_jax.labeling.run import Input, Plan, run
-    from glip_jax.labeling.teacher import Picture
+    from glip_jax.labeling.run import Input, LabelingJob, run
+    from glip_jax.labeling.teacher import ImageQueries
 
     folder = Path(tempfile.mkdtemp(prefix="glip_jax_label_"))
     source, teacher, finder = _setting(folder)
     record = source[0]
-    question = teacher.question(record.id, record.caption, finder.find(record.caption).spans)
-    ((answer,),) = teacher.detect_async([Picture(decode_image(record), [question])])()
-    threshold = float(np.median([np.sort(found.scores)[-3] for found in answer.found]))
-    plan = Plan(
+    query = teacher.make_query(record.id, record.caption, finder.find(record.caption).spans)
+    ((answer,),) = teacher.detect_async([ImageQueries(decode_image(record), [query])])()
+    threshold = float(np.median([np.sort(found.scores)[-3] for found in answer.detections]))
+    plan = LabelingJob(
         out=str(folder), name="made", inputs=[Input(str(source.path), source)], teacher=teacher, finder=finder,
         rules=Rules(threshold), about={"teacher": "random"}, command="", code="benchmark", threads=4, lease=120.0,
     )  # fmt: skip
@@ -112,9 +112,9 @@ def bare_runs(_: Settings) -> Runs:
         groups: dict[Any, list[tuple[Any, Any]]] = {}
         for index in range(len(source)):
             record = source[index]
-            question = teacher.question(record.id, record.caption, finder.find(record.caption).spans)
+            query = teacher.make_query(record.id, record.caption, finder.find(record.caption).spans)
             canvas = bucket(record.height, record.width, detector.config)[1]
-            groups.setdefault(canvas, []).append((decode_image(record), question.asked.prompts))
+            groups.setdefault(canvas, []).append((decode_image(record), query.plan.prompts))
 
     def once() -> None:
         for group in groups.values():

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from glip_jax.labeling.phrases.finders import Found, head, phrase_finder
+from glip_jax.labeling.phrases.finders import Phrases, head, phrase_finder
 
 __all__ = ["Agreement", "agreement", "captions_of"]
 
@@ -82,7 +82,7 @@ def agreement(
     return Agreement(numbers["found"], numbers["expected"], numbers["same"], numbers["head"], extra, missed)
 
 
-def _run(name: Literal["lexicon", "spacy"], captions: Sequence[str]) -> list[Found]:
+def _run(name: Literal["lexicon", "spacy"], captions: Sequence[str]) -> list[Phrases]:
     finder = phrase_finder(name)
     # The first captions fill caches and start libraries.
     for caption in captions[:100]:

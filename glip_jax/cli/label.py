@@ -36,8 +36,8 @@ from glip_jax.io.errors import full_disk
 from glip_jax.labeling.outside import open_detections
 from glip_jax.labeling.phrases.finders import MAX_PHRASES, PhraseFinder, phrase_finder
 from glip_jax.labeling.pseudo import Rules
-from glip_jax.labeling.run import Input, Plan, run
-from glip_jax.labeling.teacher import DetectorTeacher, Teacher, detectors
+from glip_jax.labeling.run import Input, LabelingJob, run
+from glip_jax.labeling.teacher import DetectorTeacher, Teacher, detector_views
 from glip_jax.labeling.work_queue import LEASE, TaskError, differences, sweep
 
 __all__ = ["Label", "label", "main"]
@@ -145,14 +145,14 @@ def label(job: Label, settings: Sequence[str], command: str) -> None:
     begin = time.monotonic()
     finder = phrase_finder(job.finder, job.most_phrases)
     teacher, rules, about = _teacher(job, settings, thresholds, [given.shards.manifest.name for given in inputs])
-    plan = Plan(
+    plan = LabelingJob(
         out=out, name=job.name or out.rpartition("/")[2], inputs=inputs, teacher=teacher, finder=finder, rules=rules,
         about=about | _finder_words(finder, job), command=command, code=_code(), threads=job.threads, lease=job.lease,
     )  # fmt: skip
     if there is not None and before is not None:
         if lines := differences(before, json.loads(json.dumps(plan.settings()))):
             raise TaskError(
-                f"{job.out} is finished, with other settings (there -> given: {lines}): name another folder, or remove it"
+                f"{job.out} is finished, with other settings (existing -> given: {lines}): name another folder, or remove it"
             )
         sweep(out)
         print(f"{job.out} is finished ({there.records} records, made by: {there.command}); nothing is made twice")
@@ -261,7 +261,7 @@ def _teacher(
         if settings:
             raise CommandLineError(f"{settings[0]}: --detections has no settings")
         rules = Rules(job.threshold, thresholds, 0.6 if job.nms is None else job.nms, job.most_boxes)
-        teacher = open_detections(job.detections, job.categories, rules.least(sources))
+        teacher = open_detections(job.detections, job.categories, rules.min_threshold(sources))
         about = {
             "teacher": f"detections {provenance.file_hash(job.detections)[:16]}",
             "config": f"categories {provenance.file_hash(job.categories)[:16]}",
@@ -275,8 +275,8 @@ def _teacher(
     rules = Rules(job.threshold, thresholds, config.detection.nms_iou if job.nms is None else job.nms, job.most_boxes)
     enable_compilation_cache()
     params = finite_parameters(job.workdir, which, step)
-    least = rules.least(sources)
-    views = detectors(config, params, least, rules.nms_iou, job.flip, job.scales, job.batch_size or None)
+    least = rules.min_threshold(sources)
+    views = detector_views(config, params, least, rules.nms_iou, job.flip, job.scales, job.batch_size or None)
     print(f"{job.workdir}: step {step}, {which} parameters, {len(views)} views of an image", flush=True)
     about = {
         "teacher": fingerprint(params)[:16], "config": provenance.config_hash(config)[:16],

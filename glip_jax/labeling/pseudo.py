@@ -1,7 +1,7 @@
-"""From the captions of a shard to pseudo records: the work between reading, the teacher and writing.
+"""Labels the captions of a shard: reads records, runs the teacher, selects boxes and writes pseudo records.
 
-Threads read, decode and find phrases ahead of the teacher, so that a device need not wait; images of one canvas go to the
-teacher together, and captions of one image share its features.
+Threads read, decode and find phrases ahead of the teacher, so that the device does not wait for them. A batch holds images
+of one canvas size; captions of the same image share its features.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from glip_jax.data.shards import Shards
 from glip_jax.labeling.phrases.finders import PhraseFinder, head_word
 from glip_jax.labeling.phrases.language import OTHER_SCRIPT, language_doubt
 from glip_jax.labeling.statistics import LabelStatistics
-from glip_jax.labeling.teacher import Picture, Query, QueryResult, Span, Teacher, keep
+from glip_jax.labeling.teacher import ImageQueries, Query, QueryResult, Span, Teacher, select_boxes
 
 __all__ = ["Labeler", "Rules", "pseudo_record"]
 
-_BEGUN = 1
-"""Batches that the teacher is at while the one before is written."""
+_MAX_PENDING = 1
+"""Batches that the teacher works on while the results of an earlier one are written."""
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -36,50 +36,50 @@ _Out = TypeVar("_Out")
 
 @dataclass(frozen=True)
 class Rules:
-    """What of a teacher's boxes becomes a pseudo label."""
+    """Which boxes of a teacher become pseudo labels."""
 
     threshold: float = 0.5
-    """A box is kept if its score is above."""
+    """Boxes with a higher score are kept."""
     thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """By source, where it is another."""
+    """Thresholds of single sources, by name; they replace `threshold`."""
     nms_iou: float = 0.6
-    """Of two boxes of a phrase that overlap by more, the better one stays."""
-    most_boxes: int = 10
-    """Of a phrase."""
+    """IoU above which a box of a phrase is suppressed by one of a higher score."""
+    max_boxes: int = 10
+    """Maximum number of boxes per phrase."""
 
-    def of(self, source: str) -> float:
+    def threshold_of(self, source: str) -> float:
         """The threshold of a source."""
         return self.thresholds.get(source, self.threshold)
 
-    def least(self, sources: Iterable[str]) -> float:
-        """The lowest threshold of any of the sources."""
-        return min(map(self.of, sources))
+    def min_threshold(self, sources: Iterable[str]) -> float:
+        """The lowest threshold among the sources."""
+        return min(map(self.threshold_of, sources))
 
 
-class _Ready(NamedTuple):
-    """A record that can be asked about; without pixels it is left out."""
+class _Prepared(NamedTuple):
+    """A record with its decoded image and its query, or the reason why it is skipped."""
 
     record: Record | None
     image: int
-    """Content hash."""
+    """Content hash of the image."""
     pixels: UInt8[np.ndarray, "H W 3"] | None
-    question: Query | None
-    left_out: str
+    query: Query | None
+    skip_reason: str
     example: str
     dropped_phrases: Mapping[str, int]
     surplus: tuple[Span, ...] = ()
-    """Phrases beyond the most of a caption."""
+    """Phrases beyond the maximum number per caption."""
     doubt: str = ""
-    """Why the caption may be none in English."""
+    """Why the caption may not be English; empty if it seems to be."""
 
 
-class _Begun(NamedTuple):
-    """What the teacher was asked."""
+class _PendingBatch(NamedTuple):
+    """A batch that the teacher works on."""
 
-    readies: list[list[_Ready]]
-    """Per image the records that share it."""
-    answers: Callable[[], list[list[QueryResult]]]
-    """Waits for them."""
+    prepared: list[list[_Prepared]]
+    """For each image the records that share it."""
+    wait: Callable[[], list[list[QueryResult]]]
+    """Waits for the results, one per image and record."""
 
 
 class Labeler:
@@ -88,178 +88,182 @@ class Labeler:
     def __init__(
         self, teacher: Teacher, finder: PhraseFinder, rules: Rules, about: Mapping[str, Any], code: str, threads: int
     ) -> None:  # fmt: skip
-        """`about`: what every record says of where it comes from, beside threshold and code; `threads` read ahead."""
+        """`about`: provenance written into every record, beside threshold and code; `threads`: how many read ahead."""
         self._teacher, self._finder, self._rules, self._about = teacher, finder, rules, about
         self._code, self._threads = code, threads
-        self._one = threading.Lock()
+        self._finder_lock = threading.Lock()
 
     def label(
-        self, shards: Shards, begin: int, end: int, write: Callable[[Record], Any], made: Callable[[int], Any]
+        self, shards: Shards, begin: int, end: int, write: Callable[[Record], Any], progress: Callable[[int], Any]
     ) -> LabelStatistics:  # fmt: skip
-        """Labels records `detect_async` up to `end`; `write` gets the pseudo records, `made` is told how many were looked at.
+        """Labels the records from `begin` up to `end` (exclusive).
 
-        The order of what is written is the order in which images become a batch, the same each time.
+        `write` receives each pseudo record, `progress` the number of records processed since its last call. Records are
+        written in the order in which their images form batches, which is deterministic.
         """
         source = shards.manifest.name
-        tally = LabelStatistics()
-        tally.code[self._code] += 0
-        waiting: defaultdict[Any, dict[int, list[_Ready]]] = defaultdict(dict)
-        begun: deque[_Begun] = deque()
+        statistics = LabelStatistics()
+        statistics.code[self._code] += 0
+        waiting: defaultdict[Any, dict[int, list[_Prepared]]] = defaultdict(dict)
+        pending: deque[_PendingBatch] = deque()
 
-        def ask(own: Mapping[int, list[_Ready]]) -> None:
-            """While the teacher looks at these, what it found in those before is chosen and written."""
-            begun.append(self._ask(own))
-            while len(begun) > _BEGUN:
-                self._write(begun.popleft(), source, tally, write, made)
+        def submit(images: Mapping[int, list[_Prepared]]) -> None:
+            """Starts a batch, then writes the results of the ones before while the teacher works on it."""
+            pending.append(self._submit(images))
+            while len(pending) > _MAX_PENDING:
+                self._write(pending.popleft(), source, statistics, write, progress)
 
         with ThreadPoolExecutor(self._threads) as pool:
-            depth = 2 * self._threads + 2 * self._teacher.images
-            for ready in _ahead(pool, lambda index: self._ready(shards, index), range(begin, end), depth):
-                group = self._told(ready, source, tally)
-                if group is None:
-                    made(1)
+            depth = 2 * self._threads + 2 * self._teacher.batch_size
+            for item in _prefetch(pool, lambda index: self._prepare(shards, index), range(begin, end), depth):
+                key = self._count(item, source, statistics)
+                if key is None:
+                    progress(1)
                     continue
-                own = waiting[group]
-                if ready.image not in own and len(own) >= self._teacher.images:
-                    ask(own)
-                    own.clear()
-                own.setdefault(ready.image, []).append(ready)
-            for own in waiting.values():
-                ask(own)
-            while begun:
-                self._write(begun.popleft(), source, tally, write, made)
-        return tally
+                images = waiting[key]
+                if item.image not in images and len(images) >= self._teacher.batch_size:
+                    submit(images)
+                    images.clear()
+                images.setdefault(item.image, []).append(item)
+            for images in waiting.values():
+                submit(images)
+            while pending:
+                self._write(pending.popleft(), source, statistics, write, progress)
+        return statistics
 
-    def _ready(self, shards: Shards, index: int) -> _Ready:
-        """In a thread: all that can be done before the teacher is asked."""
+    def _prepare(self, shards: Shards, index: int) -> _Prepared:
+        """Runs in a thread: everything that precedes the teacher."""
         try:
             record = shards[index]
-            with self._one:  # finders do not say that threads may share them
+            with self._finder_lock:  # phrase finders need not be thread-safe
                 (spans, dropped, surplus), doubt = self._finder.find(record.caption), language_doubt(record.caption)
             if doubt == OTHER_SCRIPT:
                 example = f"{record.id}: {record.caption!r:.80}"
-                return _Ready(record, 0, None, None, f"caption: {doubt}", example, {})
+                return _Prepared(record, 0, None, None, f"caption: {doubt}", example, {})
             if not spans:
                 reason, example = "caption: no noun phrase", f"{record.id}: {record.caption!r:.80}"
-                return _Ready(record, 0, None, None, reason, example, dropped)
-            if self._teacher.group(record.height, record.width) is None:
+                return _Prepared(record, 0, None, None, reason, example, dropped)
+            if self._teacher.batch_key(record.height, record.width) is None:
                 example = f"{record.id}: {record.height} x {record.width}"
-                return _Ready(record, 0, None, None, "image: too long and narrow", example, dropped)
-            pixels = codec.decode(record, "fast")  # equal pixels, in half of Pillow's time
-            question = self._teacher.question(record.id, record.caption, spans)
-            return _Ready(record, content_hash(record.image), pixels, question, "", "", dropped, surplus, doubt)
+                return _Prepared(record, 0, None, None, "image: too long and narrow", example, dropped)
+            pixels = codec.decode(record, "fast")  # the same pixels as Pillow, in half the time
+            query = self._teacher.make_query(record.id, record.caption, spans)
+            return _Prepared(record, content_hash(record.image), pixels, query, "", "", dropped, surplus, doubt)
         except RecordError as error:
             reason = "image: cannot be decoded" if "field image" in str(error) else "record: corrupt"
-            return _Ready(None, 0, None, None, reason, str(error), {})
+            return _Prepared(None, 0, None, None, reason, str(error), {})
 
-    def _told(self, ready: _Ready, source: str, tally: LabelStatistics) -> Any:
-        """Counts a record; the group that it waits in, None if it is left out."""
-        tally.captions += 1
-        tally.source(source, captions=1)
-        for reason, count in ready.dropped_phrases.items():
-            example = f"{ready.record.id}: {ready.record.caption!r:.80}" if ready.record else ""
-            tally.report.drop(f"phrase: {reason}", example, count)
-        if ready.record is None or ready.question is None:
-            tally.report.drop(ready.left_out, ready.example)
+    def _count(self, item: _Prepared, source: str, statistics: LabelStatistics) -> Any:
+        """Counts a record; returns the batch key of its image, None if the record is skipped."""
+        statistics.captions += 1
+        statistics.source(source, captions=1)
+        for reason, count in item.dropped_phrases.items():
+            example = f"{item.record.id}: {item.record.caption!r:.80}" if item.record else ""
+            statistics.report.drop(f"phrase: {reason}", example, count)
+        if item.record is None or item.query is None:
+            statistics.report.drop(item.skip_reason, item.example)
             return None
-        if ready.doubt:
-            tally.report.note(f"caption: {ready.doubt}", f"{ready.record.id}: {ready.record.caption!r:.80}")
-        if len(ready.question.asked.prompts) > 1:
-            example = f"{ready.record.id}: {len(ready.question.asked.prompts)} prompts"
-            tally.report.note("caption: longer than the teacher's text, asked in several prompts", example)
-        return self._teacher.group(ready.record.height, ready.record.width)
+        if item.doubt:
+            statistics.report.note(f"caption: {item.doubt}", f"{item.record.id}: {item.record.caption!r:.80}")
+        if len(item.query.plan.prompts) > 1:
+            example = f"{item.record.id}: {len(item.query.plan.prompts)} prompts"
+            statistics.report.note("caption: longer than the teacher's text limit, split into several prompts", example)
+        return self._teacher.batch_key(item.record.height, item.record.width)
 
-    def _ask(self, waiting: Mapping[int, list[_Ready]]) -> _Begun:
-        """Asks the teacher about the images that wait."""
-        pictures = [
-            Picture(own[0].pixels, [ready.question for ready in own if ready.question is not None])
-            for own in waiting.values()
-            if own[0].pixels is not None
+    def _submit(self, waiting: Mapping[int, list[_Prepared]]) -> _PendingBatch:
+        """Starts the teacher on a batch of images."""
+        images = [
+            ImageQueries(items[0].pixels, [item.query for item in items if item.query is not None])
+            for items in waiting.values()
+            if items[0].pixels is not None
         ]
-        return _Begun(list(waiting.values()), self._teacher.detect_async(pictures))
+        return _PendingBatch(list(waiting.values()), self._teacher.detect_async(images))
 
     def _write(
-        self, begun: _Begun, source: str, tally: LabelStatistics, write: Callable[[Record], Any], made: Callable[[int], Any]
+        self, batch: _PendingBatch, source: str, statistics: LabelStatistics, write: Callable[[Record], Any], progress: Callable[[int], Any]
     ) -> None:  # fmt: skip
-        """Chooses of what the teacher found, and writes it."""
-        provenance = {**self._about, "threshold": self._rules.of(source), "code": self._code}
+        """Waits for a batch, selects its boxes and writes the records."""
+        provenance = {**self._about, "threshold": self._rules.threshold_of(source), "code": self._code}
         text = json.dumps(provenance, ensure_ascii=False, separators=(",", ":"))
-        for own, answers in zip(begun.readies, begun.answers(), strict=True):
-            for ready, answer in zip(own, answers, strict=True):
-                assert ready.record is not None
-                assert ready.question is not None
+        for items, results in zip(batch.prepared, batch.wait(), strict=True):
+            for item, result in zip(items, results, strict=True):
+                assert item.record is not None
+                assert item.query is not None
                 record = pseudo_record(
-                    ready.record, ready.question, answer, self._rules, source, text, tally, ready.surplus
+                    item.record, item.query, result, self._rules, source, text, statistics, item.surplus
                 )
                 if record is not None:
                     write(record)
-                    tally.code[self._code] += 1
-                made(1)
+                    statistics.code[self._code] += 1
+                progress(1)
 
 
 def pseudo_record(
-    record: Record, question: Query, answer: QueryResult, rules: Rules, source: str, provenance: str, tally: LabelStatistics,
+    record: Record, query: Query, result: QueryResult, rules: Rules, source: str, provenance: str, statistics: LabelStatistics,
     surplus: Sequence[Span] = (),
 ) -> Record | None:  # fmt: skip
-    """The pseudo record of a caption, or None, counted, where nothing was found.
+    """Builds the pseudo record of a caption; returns None, and counts the reason, if no box was selected.
 
-    Phrases without a box, those that could not be asked for and `surplus`, of which nobody asked, become `unknown`: that
-    the teacher does not see a thing is no evidence that it is not there.
+    Phrases without a box, phrases that the teacher skipped and `surplus` phrases become `unknown` (unlabelled), not absent:
+    a missed detection is no evidence that the object is not in the image.
     """
-    report: Report = tally.report
+    report: Report = statistics.report
     where = f"{record.id}: {record.caption!r:.80}"
-    if answer.left_out:
-        report.drop(answer.left_out, where)
+    if result.skip_reason:
+        report.drop(result.skip_reason, where)
         return None
-    if answer.cut:
-        report.note("caption: as many boxes as the detector gives, worse ones may be missing", where)
+    if result.truncated:
+        report.note(
+            "caption: detector reached its maximum number of boxes, boxes of lower scores may be missing", where
+        )
     boxes, spans, scores, unknown = [], [], [], []
     limit = np.array([record.width, record.height] * 2, np.float32) - 1
-    for number, span in enumerate(question.spans):
+    for number, span in enumerate(query.spans):
         words = record.caption[slice(*span)]
-        if number in answer.unasked:
-            report.note(f"phrase: {answer.unasked[number]}", f"{record.id}: {words!r:.80}")
-        found = answer.found[number]
-        clipped = np.clip(found.boxes, 0, limit)
-        solid = (clipped[:, 2:] > clipped[:, :2]).all(1)
-        best = float(found.scores.max()) if len(found.scores) else None
-        report.drop("box: no area inside the image", where, int((~solid & (found.scores > rules.of(source))).sum()))
-        found, beyond = keep(
-            found._replace(boxes=clipped[solid], scores=found.scores[solid]),
-            rules.of(source), rules.nms_iou, rules.most_boxes,
+        if number in result.skipped:
+            report.note(f"phrase: {result.skipped[number]}", f"{record.id}: {words!r:.80}")
+        detections = result.detections[number]
+        clipped = np.clip(detections.boxes, 0, limit)
+        has_area = (clipped[:, 2:] > clipped[:, :2]).all(1)
+        best = float(detections.scores.max()) if len(detections.scores) else None
+        without_area = ~has_area & (detections.scores > rules.threshold_of(source))
+        report.drop("box: no area inside the image", where, int(without_area.sum()))
+        selected, surplus_boxes = select_boxes(
+            detections._replace(boxes=clipped[has_area], scores=detections.scores[has_area]),
+            rules.threshold_of(source), rules.nms_iou, rules.max_boxes,
         )  # fmt: skip
-        report.drop("box: beyond the most of a phrase", f"{record.id}: {words!r:.80}", beyond)
-        tally.phrase(words, head_word(record.caption, span), best, len(found.scores))
-        if not len(found.scores):
+        report.drop("box: more than the maximum of a phrase", f"{record.id}: {words!r:.80}", surplus_boxes)
+        statistics.phrase(words, head_word(record.caption, span), best, len(selected.scores))
+        if not len(selected.scores):
             unknown.append((span,))
-        own = [min(float(score), 1.0) for score in found.scores]
-        boxes += found.boxes.tolist()
-        spans += [(span,)] * len(own)
-        scores += own
-        tally.box(own)
+        phrase_scores = [min(float(score), 1.0) for score in selected.scores]
+        boxes += selected.boxes.tolist()
+        spans += [(span,)] * len(phrase_scores)
+        scores += phrase_scores
+        statistics.box(phrase_scores)
     if not boxes:
         report.drop("caption: no box above the threshold", where)
         return None
-    tally.kept += 1
-    tally.source(source, kept=1, boxes=len(boxes))
+    statistics.kept += 1
+    statistics.source(source, kept=1, boxes=len(boxes))
     return dataclasses.replace(
         record, kind="pseudo", boxes=np.asarray(boxes, np.float32).reshape(-1, 4), spans=tuple(spans),
         scores=tuple(scores), unknown=(*unknown, *((span,) for span in surplus)), provenance=provenance,
     )  # fmt: skip
 
 
-def _ahead(
+def _prefetch(
     pool: ThreadPoolExecutor, make: Callable[[_In], _Out], items: Iterable[_In], depth: int
 ) -> Iterator[_Out]:  # fmt: skip
-    """What `make` makes of the items, in their order, `depth` of them begun ahead."""
-    begun: deque[Future[_Out]] = deque()
+    """Yields `make(item)` for each item in order, with up to `depth` items being computed ahead."""
+    pending: deque[Future[_Out]] = deque()
     try:
         for item in items:
-            begun.append(pool.submit(make, item))
-            if len(begun) > depth:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
+            pending.append(pool.submit(make, item))
+            if len(pending) > depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
-        for future in begun:
+        for future in pending:
             future.cancel()

@@ -1,4 +1,4 @@
-"""The work of the job `label`: shard after shard, together with whoever else is at it, and the folder's end."""
+"""Runs a labelling job: labels shard after shard, shared with other processes, and completes the output folder."""
 
 import contextlib
 import json
@@ -17,179 +17,180 @@ from glip_jax.labeling.phrases.finders import PhraseFinder
 from glip_jax.labeling.pseudo import Labeler, Rules
 from glip_jax.labeling.statistics import LabelStatistics, summary
 from glip_jax.labeling.teacher import Teacher
-from glip_jax.labeling.work_queue import Tasks
+from glip_jax.labeling.work_queue import WorkQueue
 
-__all__ = ["FORMAT", "Input", "Plan", "run"]
+__all__ = ["FORMAT", "Input", "LabelingJob", "run"]
 
 FORMAT = 2
-"""Of report.json and plan.json."""
+"""Version of the format of report.json and plan.json."""
 
-_SIDES = 8
-"""Finished tasks that are looked at at a time."""
+_READS = 8
+"""Results of finished tasks that are read concurrently."""
 
 
 class Input(NamedTuple):
-    """Captions to label."""
+    """A folder of shards with captions to label."""
 
     path: str
     shards: shards.Shards
 
 
 class _Task(NamedTuple):
-    """A file of captions."""
+    """The records of one shard file."""
 
     shards: shards.Shards
     begin: int
-    """First record in it, counted over the folder."""
+    """Index of its first record in the folder."""
     end: int
+    """Index after its last record."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All of a labelling."""
+class LabelingJob:
+    """Everything that defines a labelling job."""
 
     out: str
-    """Folder to make, local or gs://."""
+    """Output folder, local or gs://."""
     name: str
     inputs: Sequence[Input]
     teacher: Teacher
     finder: PhraseFinder
     rules: Rules
     about: Mapping[str, Any]
-    """What every record says of its origin, beside threshold and code."""
+    """Provenance written into every record, beside threshold and code."""
     command: str
     code: str
     threads: int
     lease: float
 
     def settings(self) -> dict[str, Any]:
-        """All that decides the labels but the code, of which each record says its own."""
-        # What is in the shards, not where they lie: hosts may see them at different places.
-        inputs = {own.manifest.name: own.manifest.columns["sha256"][:16] for _, own in self.inputs}
-        thresholds = {own.manifest.name: self.rules.of(own.manifest.name) for _, own in self.inputs}
+        """Everything that determines the labels except the code, whose version each record states."""
+        # The content of the shards, not their path, which may differ between hosts.
+        inputs = {source.manifest.name: source.manifest.columns["sha256"][:16] for _, source in self.inputs}
+        thresholds = {source.manifest.name: self.rules.threshold_of(source.manifest.name) for _, source in self.inputs}
         return {"format": FORMAT, "name": self.name, "inputs": inputs, "thresholds": thresholds, **self.about}
 
 
-def run(plan: Plan) -> None:
-    """Labels until everything is done, by this process or others, and finishes the folder.
+def run(job: LabelingJob) -> None:
+    """Labels until all shards are done, by this process or others, and completes the output folder.
 
-    Raises TaskError if the folder holds other work, ShardError if not one caption got a box (then nothing is left),
-    OSError for what the system or the storage refuses.
+    Raises TaskError if the folder holds the work of another job, ShardError if no caption got a box (the folder is then
+    removed), and OSError for failures of the file system or the storage.
     """
-    work = _tasks(plan.inputs)
-    tasks = Tasks(plan.out, list(work), plan.settings(), plan.lease)
-    labeler = Labeler(plan.teacher, plan.finder, plan.rules, plan.about, plan.code, plan.threads)
+    work = _tasks(job.inputs)
+    queue = WorkQueue(job.out, list(work), job.settings(), job.lease)
+    labeler = Labeler(job.teacher, job.finder, job.rules, job.about, job.code, job.threads)
     total = sum(task.end - task.begin for task in work.values())
-    own, begin = 0, time.monotonic()
-    # A terminal gets a moving bar, a log file a line now and then.
+    labeled, begin = 0, time.monotonic()
+    # A terminal shows a moving bar, a log file gets a line every 30 s.
     interval = 0.5 if sys.stderr.isatty() else 30.0
-    with tqdm(desc="label", total=total, initial=_done(tasks, work), unit="image", mininterval=interval,
+    with tqdm(desc="label", total=total, initial=_done(queue, work), unit="image", mininterval=interval,
               maxinterval=interval) as bar:  # fmt: skip
 
-        def made(count: int) -> None:
-            nonlocal own
-            own += count
-            bar.set_postfix_str(f"this process {own / (time.monotonic() - begin):.1f} images/s", refresh=False)
+        def progress(count: int) -> None:
+            nonlocal labeled
+            labeled += count
+            bar.set_postfix_str(f"this process {labeled / (time.monotonic() - begin):.1f} images/s", refresh=False)
             bar.update(count)
 
-        def look() -> None:
-            """What others have done counts for the time left."""
-            bar.update(max(0, _done(tasks, work) - int(bar.n)))
+        def add_others() -> None:
+            """Counts what other processes have done, for the estimate of the time left."""
+            bar.update(max(0, _done(queue, work) - int(bar.n)))
 
-        with contextlib.closing(tasks.mine(look)) as mine:
-            for name in mine:
-                look()
-                _label(tasks, name, work[name], labeler, made)
+        with contextlib.closing(queue.claim_tasks(add_others)) as claimed_tasks:
+            for name in claimed_tasks:
+                add_others()
+                _label(queue, name, work[name], labeler, progress)
     pause = 0.2
-    while not tasks.finished:
-        with tasks.claim("end") as claimed:
-            if claimed and not tasks.finished:
+    while not queue.finished:
+        with queue.claim("end") as claimed:
+            if claimed and not queue.finished:
                 try:
-                    _finish(plan, tasks, work)
+                    _finish(job, queue, work)
                 except FileNotFoundError:
-                    if not tasks.finished:  # else another process, which slept longer than its lease, was first
+                    if not queue.finished:  # otherwise another process completed it: this one exceeded its lease
                         raise
-        if not tasks.finished:  # another process is at it
+        if not queue.finished:  # another process is completing it
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
-    tasks.clear()  # by everybody: who came late may have begun the folder of the work anew
+    queue.clear()  # in every process: a late one may have created the work folder again
 
 
 def _tasks(inputs: Sequence[Input]) -> dict[str, _Task]:
-    """The files to make, one for each file of captions, in order."""
+    """Output files and their input records, one for each input shard file, in order."""
     ranges = []
-    for _, own in inputs:
+    for _, source in inputs:
         begin = 0
-        for shard in own.manifest.shards:
-            ranges.append(_Task(own, begin, begin + shard["records"]))
+        for shard in source.manifest.shards:
+            ranges.append(_Task(source, begin, begin + shard["records"]))
             begin += shard["records"]
     return dict(zip(shards.shard_files(len(ranges)), ranges, strict=True))
 
 
-def _done(tasks: Tasks, work: Mapping[str, _Task]) -> int:
-    return sum(work[name].end - work[name].begin for name in tasks.seen)
+def _done(queue: WorkQueue, work: Mapping[str, _Task]) -> int:
+    return sum(work[name].end - work[name].begin for name in queue.seen)
 
 
-def _label(tasks: Tasks, name: str, task: _Task, labeler: Labeler, made: Callable[[int], None]) -> None:
-    """One file; what another process finished first is let go."""
+def _label(queue: WorkQueue, name: str, task: _Task, labeler: Labeler, progress: Callable[[int], None]) -> None:
+    """Labels one shard file; the result is discarded if another process finished it first."""
     begin = time.monotonic()
     try:
-        writer = shards.ShardWriter(tasks.writing(name), 0)
+        writer = shards.ShardWriter(queue.writing(name), 0)
         try:
-            tally = labeler.label(task.shards, task.begin, task.end, writer.add, made)
+            statistics = labeler.label(task.shards, task.begin, task.end, writer.add, progress)
             written = asdict(writer.close()) | {"file": name}
         except BaseException:
             writer.abandon()
             raise
-        tally.seconds = time.monotonic() - begin
-        tasks.publish(name, {"written": written, "tally": tally.as_json()})
+        statistics.seconds = time.monotonic() - begin
+        queue.publish(name, {"written": written, "tally": statistics.as_json()})
     except OSError:
-        if not tasks.finished:  # else the folder of the work is gone: others have ended it
+        if not queue.finished:  # otherwise the work folder was removed: other processes completed the job
             raise
 
 
-def _finish(plan: Plan, tasks: Tasks, work: Mapping[str, _Task]) -> None:
-    """Sums up, and writes columns, report and manifest."""
+def _finish(job: LabelingJob, queue: WorkQueue, work: Mapping[str, _Task]) -> None:
+    """Adds up the statistics of all shards and writes columns, report and manifest."""
     total, written = LabelStatistics(), []
-    with ThreadPoolExecutor(_SIDES) as pool:
-        sides = list(pool.map(tasks.side, work))
-    for side in sides:
-        total.add(LabelStatistics.from_json(side["tally"]))
-        part = side["written"]
+    with ThreadPoolExecutor(_READS) as pool:
+        infos = list(pool.map(queue.result_info, work))
+    for info in infos:
+        total.add(LabelStatistics.from_json(info["tally"]))
+        part = info["written"]
         part |= {"labels": {int(label): n for label, n in part["labels"].items()}, "columns": tuple(part["columns"])}
         written.append(shards.Written(**part))
     reasons = total.report.dropped
     if not any(part.records for part in written):
-        tasks.abandon()
-        told = ", ".join(f"{reason} {n} (first: {total.report.first[reason]})" for reason, n in reasons.most_common(5))
-        raise shards.ShardError(f"nothing to write to {plan.out}: of {total.captions} captions none got a box; {told}")
-    licences = dict.fromkeys(given.shards.manifest.licence for given in plan.inputs)
-    scratch = tasks.scratch("end")
+        queue.abandon()
+        drops = ", ".join(f"{reason} {n} (first: {total.report.first[reason]})" for reason, n in reasons.most_common(5))
+        raise shards.ShardError(f"nothing to write to {job.out}: of {total.captions} captions none got a box; {drops}")
+    licences = dict.fromkeys(source.shards.manifest.licence for source in job.inputs)
+    scratch = queue.scratch("end")
     manifest = shards.complete(
-        scratch, written, name=plan.name, names=(), licence="; ".join(licences),
-        source="; ".join(given.path for given in plan.inputs), command=plan.command, drops=dict(sorted(reasons.items())),
+        scratch, written, name=job.name, names=(), licence="; ".join(licences),
+        source="; ".join(source.path for source in job.inputs), command=job.command, drops=dict(sorted(reasons.items())),
     )  # fmt: skip
     report = {
-        "format": FORMAT, "name": plan.name, "command": plan.command, "licence": manifest.licence,
-        "inputs": [given.path for given in plan.inputs], "settings": plan.settings(), "summary": summary(total), "versions": provenance.versions(),
+        "format": FORMAT, "name": job.name, "command": job.command, "licence": manifest.licence,
+        "inputs": [source.path for source in job.inputs], "settings": job.settings(), "summary": summary(total), "versions": provenance.versions(),
     }  # fmt: skip
     (scratch / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False))
     for file in (manifest.columns["file"], "report.json"):
-        tasks.put(scratch / file, file)
-    tasks.finish((scratch / "manifest.json").read_text())
+        queue.put(scratch / file, file)
+    queue.finish((scratch / "manifest.json").read_text())
     print(_table(report["summary"]))
 
 
-def _table(told: Mapping[str, Any]) -> str:
-    """For the terminal."""
+def _table(counts: Mapping[str, Any]) -> str:
+    """The summary as lines for the terminal."""
     rows = [
-        ("captions", f"{told['captions']}", ""),
-        ("kept", f"{told['kept']}", f"{told['kept_share']:.1%}"),
-        ("phrases", f"{told['phrases']}", f"{told['phrases_with_boxes']} with a box"),
-        ("boxes", f"{told['boxes']}", f"{told['boxes_per_phrase_with_boxes']:.2f} for a phrase with any"),
-        ("concepts", f"{told['concepts']}", f"{told['concepts_with_boxes']} with a box"),
+        ("captions", f"{counts['captions']}", ""),
+        ("kept", f"{counts['kept']}", f"{counts['kept_share']:.1%}"),
+        ("phrases", f"{counts['phrases']}", f"{counts['phrases_with_boxes']} with a box"),
+        ("boxes", f"{counts['boxes']}", f"{counts['boxes_per_phrase_with_boxes']:.2f} for a phrase with any"),
+        ("concepts", f"{counts['concepts']}", f"{counts['concepts_with_boxes']} with a box"),
     ]
-    for kind, label in (("notes", "noted"), ("drops", "left out")):
-        rows += [(f"{label} {what}", f"{own['count']}", f"first: {own['first']}") for what, own in told[kind].items()]
+    for kind, label in (("notes", "noted"), ("drops", "dropped")):
+        rows += [(f"{label} {reason}", f"{n['count']}", f"first: {n['first']}") for reason, n in counts[kind].items()]
     width = max(len(row[0]) for row in rows)
     return "\n".join(f"{name:<{width}}  {count:>8}  {more}".rstrip() for name, count, more in rows)

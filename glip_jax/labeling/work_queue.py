@@ -1,21 +1,21 @@
-"""Shares the shards of a labelling among processes, on any hosts, that know of one another only through the folder they write.
+"""A work queue in a folder: processes on any hosts share the shards of a labelling job through the folder they write.
 
-    OUT/.partial/plan.json            what all of them do, written by the first; another with other settings is refused
-    OUT/.partial/TASK.claim           who is at work on a task; its time of change is a heartbeat
+    OUT/.partial/plan.json            settings of the job, written by the first process; others with other settings are refused
+    OUT/.partial/TASK.claim           the process that works on a task; its modification time is a heartbeat
     OUT/.partial/TASK.OWNER.writing   a result that is being written
-    OUT/.partial/TASK.json            the task is done: names the one result that counts, and what is to be said of it
+    OUT/.partial/TASK.json            the task is done: names the result that counts, and holds its statistics
     OUT/TASK                          that result
-    OUT/manifest.json                 everything is done; `.partial` goes, plan.json first
+    OUT/manifest.json                 the job is done; `.partial` is removed, plan.json first
 
-OUT is a folder of a file system or gs://; `places` says how each keeps its promises.
+OUT is a folder of a file system or gs://; `work_store` implements the operations for both.
 
-A claim saves work, it decides nothing: one whose heartbeat is older than the lease, or whose process is seen to be dead,
-is taken over, and in a rare race two processes do the same task. What decides is that TASK.json is created where there was
-none: the process that made it has done the task, and the result of any other is removed. The same holds for manifest.json.
+Claims only avoid duplicate work: a claim whose heartbeat is older than the lease, or whose process is known to be dead, is
+taken over, and in a rare race two processes do the same task. The atomic creation of TASK.json decides: the process that
+creates it has done the task, and the result of any other process is removed. The same holds for manifest.json.
 
-One who slept while all others ended the work would find no TASK.json again, and be first once more. So who has made one
-looks whether the plan is still the one it joined, and takes its TASK.json back if not: the plan goes before anything else
-does, so with the plan there nothing was removed yet, and whoever was first, was first.
+A process that was suspended until after the job was completed would find no TASK.json and could create one again. A process
+that has created a TASK.json therefore checks that plan.json is still the one it joined, and removes its TASK.json otherwise.
+plan.json is removed first, so while it exists nothing else has been removed.
 """
 
 import contextlib
@@ -34,70 +34,70 @@ from etils import epath
 
 from glip_jax import UserError
 from glip_jax.io import gcs
-from glip_jax.labeling.work_store import WORK, Held, place_of
+from glip_jax.labeling.work_store import WORK, Claim, open_store
 
-__all__ = ["LEASE", "TaskError", "Tasks", "differences", "sweep"]
+__all__ = ["LEASE", "TaskError", "WorkQueue", "differences", "sweep"]
 
 LEASE = 120.0
-"""Seconds without a heartbeat after which a task's process is taken for dead."""
+"""Seconds without a heartbeat after which the process of a task is considered dead."""
 
 
 class TaskError(UserError, ValueError):
-    """A folder in which these tasks cannot be done."""
+    """The output folder cannot be used for this job."""
 
 
-class Tasks:
-    """The tasks of one folder, seen by one process."""
+class WorkQueue:
+    """The tasks of one folder, as seen by one process."""
 
     def __init__(
         self, out: epath.PathLike, names: Sequence[str], settings: Mapping[str, Any], lease: float = LEASE
     ) -> None:
-        """Joins those at work in `out`, or begins.
+        """Joins the work in `out`, or starts it.
 
-        `names`: the files to make; `settings`: all that decides what is in them, as JSON. Raises TaskError if the
-        folder holds something else, or the work of other settings (with the differences); OSError if the file system
-        or the storage refuses.
+        `names`: the files to create; `settings`: everything that determines their content, as JSON. Raises TaskError if
+        the folder holds something else or work with other settings (the message lists the differences), and OSError for
+        failures of the file system or the storage.
         """
         self.names, self.lease = tuple(names), lease
-        self._place = place_of(out)
+        self._store = open_store(out)
         self._owner = uuid.uuid4().hex[:12]
-        self._me = json.dumps(
+        self._claim_text = json.dumps(
             {"owner": self._owner, "host": socket.gethostname(), "boot": _boot(), "pid": os.getpid()}, sort_keys=True
         )
         if gcs.kind(out) == "file":
-            raise TaskError(f"{self._place.address} is a file: expected a folder to make")
-        if self._place.files() and not self._place.work() and not self.finished:
-            raise TaskError(f"{self._place.address} is not empty, without a manifest: remove it or name another folder")
-        self._place.begin(self._owner)
-        self._plan = self._joined({"tasks": list(self.names), **settings})
+            raise TaskError(f"{self._store.address} is a file: expected a folder to create")
+        if self._store.files() and not self._store.work() and not self.finished:
+            raise TaskError(f"{self._store.address} is not empty, without a manifest: remove it or name another folder")
+        self._store.prepare(self._owner)
+        self._plan = self._join({"tasks": list(self.names), **settings})
         self._seen: set[str] = set()
-        self._look()
+        self._refresh()
 
     @property
     def finished(self) -> bool:
         """Whether the folder is complete."""
-        return self._place.has("manifest.json")
+        return self._store.has("manifest.json")
 
     @property
     def seen(self) -> frozenset[str]:
-        """The tasks that were done when this process last looked."""
+        """The tasks that were done when this process last checked."""
         return frozenset(self._seen)
 
     def done(self, name: str) -> bool:
         """Whether a task is done."""
-        if name not in self._seen and (self._place.has(f"{WORK}/{name}.json") or self.finished):
+        if name not in self._seen and (self._store.has(f"{WORK}/{name}.json") or self.finished):
             self._seen.add(name)
         return name in self._seen
 
-    def mine(self, look: Callable[[], Any] = lambda: None) -> Generator[str, None, None]:
-        """Tasks that this process is to do, one after the other, until all are done by whomever.
+    def claim_tasks(self, on_wait: Callable[[], Any] = lambda: None) -> Generator[str, None, None]:
+        """Yields tasks that this process has claimed, until all tasks are done by any process.
 
-        A task that is not published when the next is asked for may come again. Waits for what others are at, and does
-        it where they die; `look` is called now and then while it waits.
+        A task that was not published before the next one is requested may be yielded again. Waits for the tasks of other
+        processes and takes them over if a process dies; `on_wait` is called periodically while waiting.
         """
         while not self.finished:
             waiting = False
-            self._look()
+            self._refresh()
             for name in self.names:
                 if name in self._seen:
                     continue
@@ -106,172 +106,173 @@ class Tasks:
                         waiting = True
                     elif not self.done(name):
                         yield name
-                        self._look()
+                        self._refresh()
             if not waiting and all(map(self.done, self.names)):
                 return
             if waiting:
-                look()
+                on_wait()
                 time.sleep(min(5.0, self.lease / 5))
 
     @contextlib.contextmanager
     def claim(self, name: str) -> Iterator[bool]:
-        """Claims `name` while the context lasts; False where a living process has it, or the folder is finished."""
-        if not self._claimed(name):
+        """Claims `name` for the duration of the context; False if a live process holds it or the folder is finished."""
+        if not self._try_claim(name):
             yield False
             return
         stop = threading.Event()
-        beat = threading.Thread(target=self._beat, args=(_claim(name), stop), daemon=True)
-        beat.start()
+        heartbeat = threading.Thread(target=self._heartbeat, args=(_claim_name(name), stop), daemon=True)
+        heartbeat.start()
         try:
             yield True
         finally:
             stop.set()
-            beat.join()
+            heartbeat.join()
             self.writing(name).unlink(missing_ok=True)
-            self._place.give_back(_claim(name), self._me)
+            self._store.release(_claim_name(name), self._claim_text)
 
     def writing(self, name: str) -> Path:
-        """Where this process writes the result of a task: a local file, which goes when the claim ends."""
-        return self._place.local(f"{name}.{self._owner}.writing")
+        """The local file for the result of a task; it is removed when the claim ends."""
+        return self._store.local(f"{name}.{self._owner}.writing")
 
-    def publish(self, name: str, side: Mapping[str, Any]) -> bool:
-        """Makes what lies at `writing` the result of a task, with `side` (JSON) beside it; False if another was first."""
+    def publish(self, name: str, info: Mapping[str, Any]) -> bool:
+        """Makes the file `writing` the result of a task, with `info` (JSON); False if another process was first."""
         result, entry = f"{name}.{self._owner}.result", f"{WORK}/{name}.json"
         if self.done(name):
             self.writing(name).unlink(missing_ok=True)
             return False
-        self._place.put(self.writing(name), f"{WORK}/{result}")
-        first = self._place.create(entry, json.dumps({"result": result, **side}, ensure_ascii=False))
-        if first and not self._planned():
-            self._place.remove(entry)
+        self._store.put(self.writing(name), f"{WORK}/{result}")
+        first = self._store.create(entry, json.dumps({"result": result, **info}, ensure_ascii=False))
+        if first and not self._plan_unchanged():
+            self._store.remove(entry)
             first = False
         if not first:
-            self._place.remove(f"{WORK}/{result}")
+            self._store.remove(f"{WORK}/{result}")
             return False
-        self._settle(name, result)
+        self._rename_result(name, result)
         return True
 
-    def side(self, name: str) -> dict[str, Any]:
-        """What was said of a task that is done; also sees to it that its result has its name."""
-        side = json.loads(self._place.read(f"{WORK}/{name}.json"))
-        self._settle(name, side.pop("result"))
-        return side
+    def result_info(self, name: str) -> dict[str, Any]:
+        """The `info` of a task that is done; also completes the renaming of its result if necessary."""
+        info = json.loads(self._store.read(f"{WORK}/{name}.json"))
+        self._rename_result(name, info.pop("result"))
+        return info
 
     def put(self, local: Path, name: str) -> None:
         """Moves a local file into the folder, under `name`."""
-        self._place.put(local, name)
+        self._store.put(local, name)
 
     def finish(self, manifest: str) -> bool:
         """Writes manifest.json; False if another process was first."""
-        return self._place.create("manifest.json", manifest)
+        return self._store.create("manifest.json", manifest)
 
     def scratch(self, name: str) -> Path:
-        """An empty local folder of this process for what it makes under the claim `name`."""
-        folder = self._place.local(f"{name}.{self._owner}.scratch")
+        """An empty local folder for what this process creates under the claim `name`."""
+        folder = self._store.local(f"{name}.{self._owner}.scratch")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         return folder
 
     def abandon(self) -> None:
-        """Removes everything, for work of which nothing comes."""
+        """Removes everything, for a job without a result."""
         for name in self.names:
-            self._place.remove(name)
+            self._store.remove(name)
         self.clear()
-        self._place.remove_folder()
+        self._store.remove_folder()
 
     def clear(self) -> None:
-        """Removes what only the work needed."""
-        self._place.clear()
+        """Removes the work folder."""
+        self._store.clear()
 
-    def _look(self) -> None:
-        """Notes which tasks are done, at one request."""
-        there = self._place.work()
-        self._seen.update(name for name in self.names if f"{name}.json" in there)
-        if "plan.json" not in there and self.finished:
+    def _refresh(self) -> None:
+        """Updates the set of tasks that are done, with one request."""
+        existing = self._store.work()
+        self._seen.update(name for name in self.names if f"{name}.json" in existing)
+        if "plan.json" not in existing and self.finished:
             self._seen.update(self.names)
 
-    def _settle(self, name: str, result: str) -> None:
-        """Gives the result its name; whoever comes second finds it done."""
-        self._place.rename(f"{WORK}/{result}", name)
+    def _rename_result(self, name: str, result: str) -> None:
+        """Renames the result to its final name; does nothing if another process has done so."""
+        self._store.rename(f"{WORK}/{result}", name)
 
-    def _joined(self, plan: Mapping[str, Any]) -> str:
-        """The text of the plan that all follow; TaskError if it says something else."""
-        ours = json.loads(json.dumps(plan))
-        # Its writer's name tells this plan from one that is made anew when the work was ended or given up.
-        own = json.dumps({**ours, "begun_by": self._owner}, indent=1, sort_keys=True, ensure_ascii=False)
+    def _join(self, plan: Mapping[str, Any]) -> str:
+        """The text of the plan that all processes share; TaskError if it differs from `plan`."""
+        wanted = json.loads(json.dumps(plan))
+        # The writer's name distinguishes this plan from one that is created after the job was completed or abandoned.
+        text = json.dumps({**wanted, "begun_by": self._owner}, indent=1, sort_keys=True, ensure_ascii=False)
         while True:
-            if self._place.create(f"{WORK}/plan.json", own):
-                return own
-            with contextlib.suppress(FileNotFoundError):  # the work ended this moment
-                text = self._place.read(f"{WORK}/plan.json")
+            if self._store.create(f"{WORK}/plan.json", text):
+                return text
+            with contextlib.suppress(FileNotFoundError):  # the job was completed in between
+                text = self._store.read(f"{WORK}/plan.json")
                 break
-        theirs = json.loads(text)
-        if lines := differences({k: v for k, v in theirs.items() if k != "begun_by"}, ours):
+        existing = json.loads(text)
+        if lines := differences({k: v for k, v in existing.items() if k != "begun_by"}, wanted):
             raise TaskError(
-                f"{self._place.address} was begun with other settings (there -> given: {lines}): give those, name "
-                "another folder, or remove this one"
+                f"{self._store.address} was begun with other settings (existing -> given: {lines}): give the existing "
+                "ones, name another folder, or remove this one"
             )
         return text
 
-    def _planned(self) -> bool:
-        """Whether the work that this process joined goes on."""
+    def _plan_unchanged(self) -> bool:
+        """Whether plan.json is still the one that this process joined."""
         with contextlib.suppress(FileNotFoundError):
-            return self._place.read(f"{WORK}/plan.json") == self._plan
+            return self._store.read(f"{WORK}/plan.json") == self._plan
         return False
 
-    def _claimed(self, name: str) -> bool:
-        """Makes the claim, or takes it over from the dead."""
+    def _try_claim(self, name: str) -> bool:
+        """Creates the claim, or takes over an abandoned one."""
         try:
-            held = self._place.held(_claim(name))  # first: a bucket bears many who look, and few who try to write
+            # Read first: a bucket allows many more reads than writes of one object.
+            claim = self._store.read_claim(_claim_name(name))
         except FileNotFoundError:
             try:
-                return self._place.create(_claim(name), self._me)
+                return self._store.create(_claim_name(name), self._claim_text)
             except FileNotFoundError:
-                if self.finished:  # and so the folder of the work is gone
+                if self.finished:  # then the work folder was removed
                     return False
                 raise
         try:
-            return self._dead(name, held) and self._place.take(_claim(name), self._me, held)
+            return self._is_abandoned(name, claim) and self._store.take_over(_claim_name(name), self._claim_text, claim)
         except FileNotFoundError:
-            return False  # given back this moment; the next round sees it
+            return False  # released in between; the next round sees it
 
-    def _dead(self, name: str, held: Held) -> bool:
-        """Whether the process of a claim is no more; removes what it was writing."""
+    def _is_abandoned(self, name: str, claim: Claim) -> bool:
+        """Whether the process of a claim is dead or its lease has expired; removes the file that a dead process wrote."""
         try:
-            holder = json.loads(held.text)
+            holder = json.loads(claim.text)
             gone = (holder["host"], holder["boot"]) == (socket.gethostname(), _boot()) and not _alive(holder["pid"])
             owner = holder["owner"]
         except (ValueError, KeyError, TypeError):
-            gone, owner = True, ""  # no claim of ours, or one that a crash left empty
-        if not gone and held.age < self.lease:
+            gone, owner = True, ""  # not a claim, or one that a crash left empty
+        if not gone and claim.age < self.lease:
             return False
-        if gone and owner:  # a process that only sleeps may still wake up and go on
-            self._place.remove(f"{WORK}/{name}.{owner}.writing")
+        if gone and owner:  # a suspended process may resume and continue
+            self._store.remove(f"{WORK}/{name}.{owner}.writing")
         return True
 
-    def _beat(self, claim: str, stop: threading.Event) -> None:
+    def _heartbeat(self, claim: str, stop: threading.Event) -> None:
         while not stop.wait(self.lease / 6):
             with contextlib.suppress(OSError):
-                self._place.beat(claim, self._me)
+                self._store.heartbeat(claim, self._claim_text)
 
 
-def differences(there: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """What two settings do not share, both values of each, in a line; nothing if they are the same."""
-    keys = [key for key in sorted({*there, *given}) if there.get(key) != given.get(key)]
-    return "; ".join(f"{key}: {_short(there.get(key))} -> {_short(given.get(key))}" for key in keys)
+def differences(existing: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """The settings that differ, with both values, in one line; empty if there are none."""
+    keys = [key for key in sorted({*existing, *given}) if existing.get(key) != given.get(key)]
+    return "; ".join(f"{key}: {_short(existing.get(key))} -> {_short(given.get(key))}" for key in keys)
 
 
 def sweep(out: epath.PathLike) -> None:
-    """Removes what a killed process left of the work on a finished folder. Raises OSError if the storage refuses."""
-    place_of(out).clear()
+    """Removes the work folder that a killed process left in a finished folder. Raises OSError if the storage fails."""
+    open_store(out).clear()
 
 
-def _claim(name: str) -> str:
+def _claim_name(name: str) -> str:
     return f"{WORK}/{name}.claim"
 
 
 def _boot() -> str:
-    """What process numbers belong to: a machine since it was last started, and a container on it."""
+    """Identifies the namespace of process ids: the boot of a machine, and a container on it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').stat().st_ino}"
@@ -280,7 +281,7 @@ def _boot() -> str:
 
 
 def _alive(pid: int) -> bool:
-    """Whether a process of this machine is there; one that has ended and that its parent has not asked about is not."""
+    """Whether a process of this machine is running; zombies are not."""
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     try:

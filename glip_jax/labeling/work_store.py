@@ -1,12 +1,12 @@
-"""Where the shared work of `tasks` lies: a folder of a file system, or one in a bucket. Both give the same few promises.
+"""Storage of a work queue: a folder of a file system or of a bucket, with the same guarantees.
 
-Of all processes that `create` a file one succeeds, and what it wrote is there as a whole or not at all; a new file is seen
-by everybody at once; a claim's age is by the place's own clock, so that hosts may have others.
+Exactly one of the processes that `create` a file succeeds, the file appears complete or not at all, and every process sees
+it immediately. The age of a claim is measured by the clock of the storage, so the clocks of hosts may differ.
 
-    a folder   created by a hard link, which fails where the name exists; a heartbeat is the file's time. Local disks, NFS
-               and Lustre have these, gcsfuse does not
-    a bucket   created under the condition that there is no such object; a heartbeat writes the claim again. Results are
-               written below `cache_folder` and sent; a rename is a copy inside the storage and a removal
+    file system   a file is created by a hard link, which fails if the name exists; a heartbeat sets the modification time.
+                  Local disks, NFS and Lustre support both, gcsfuse does not
+    bucket        an object is created on the condition that it does not exist; a heartbeat rewrites the claim. Results are
+                  written below `cache_folder` and uploaded; a rename is a copy in the storage and a removal
 
 Names are relative to the folder: `manifest.json`, `.partial/plan.json`.
 """
@@ -27,108 +27,108 @@ from etils import epath
 from glip_jax.data.shard_cache import cache_folder
 from glip_jax.io import gcs
 
-__all__ = ["WORK", "Held", "Place", "place_of"]
+__all__ = ["WORK", "Claim", "WorkStore", "open_store"]
 
 WORK = ".partial"
-"""The folder of what only the work needs."""
+"""Name of the work folder in the output folder."""
 
 _REMOVALS = 16
-"""Objects that are removed at a time."""
+"""Objects that are removed concurrently."""
 
 
-class Held(NamedTuple):
-    """A claim as it is found."""
+class Claim(NamedTuple):
+    """State of a claim."""
 
     text: str
     age: float
-    """Seconds since it was written or its holder gave a sign of life."""
+    """Seconds since it was written or since the last heartbeat."""
     version: int
-    """What `take` replaces; 0 where the place has no such number."""
+    """Generation that `take_over` replaces; 0 for a file system."""
 
 
 @runtime_checkable
-class Place(Protocol):
-    """A folder that several processes work in. All methods raise OSError (`storage.StorageError`) if it refuses."""
+class WorkStore(Protocol):
+    """A folder that several processes write. All methods raise OSError (`gcs.StorageError`) if the storage fails."""
 
     address: str
 
-    def begin(self, owner: str) -> None:
-        """Makes what is needed to work here."""
+    def prepare(self, owner: str) -> None:
+        """Creates the work folder, and a scratch folder of this process where one is needed."""
         ...
 
     def files(self) -> set[str]:
-        """Names of what lies in the folder itself, but for WORK; empty if it is not there."""
+        """Names in the folder except WORK; empty if the folder does not exist."""
         ...
 
     def work(self) -> set[str]:
-        """Names in WORK; empty if it is not there."""
+        """Names in WORK; empty if it does not exist."""
         ...
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Whether the file exists."""
         ...
 
     def read(self, name: str) -> str:
-        """A file's text; FileNotFoundError if it is not there."""
+        """Text of a file; FileNotFoundError if it does not exist."""
         ...
 
     def create(self, name: str, text: str) -> bool:
-        """Makes a whole file that was not there; False if it was."""
+        """Creates a file atomically; False if it exists."""
         ...
 
-    def held(self, name: str) -> Held:
-        """A claim, with its age; FileNotFoundError if there is none."""
+    def read_claim(self, name: str) -> Claim:
+        """A claim with its age; FileNotFoundError if there is none."""
         ...
 
-    def take(self, name: str, text: str, held: Held) -> bool:
-        """Puts `text` in place of a claim; False if another process was first. Decides nothing: see `tasks`."""
+    def take_over(self, name: str, text: str, claim: Claim) -> bool:
+        """Replaces a claim by `text`; False if another process was first. Not exclusive in all cases: see `work_queue`."""
         ...
 
-    def beat(self, name: str, text: str) -> None:
-        """A sign of life, if the claim still is `text`."""
+    def heartbeat(self, name: str, text: str) -> None:
+        """Renews a claim, if it still is `text`."""
         ...
 
     def local(self, name: str) -> Path:
-        """Where this process writes what `put` gives a name in WORK."""
+        """Local path at which this process writes a file before `put`."""
         ...
 
     def put(self, local: Path, name: str) -> None:
-        """Gives a local file a name here, in place of one that is there."""
+        """Moves a local file to `name`, replacing an existing one."""
         ...
 
     def rename(self, name: str, to: str) -> None:
-        """Gives a file another name; whoever comes second finds it done. FileNotFoundError if neither is there."""
+        """Renames a file; does nothing if another process has. FileNotFoundError if neither name exists."""
         ...
 
     def remove(self, name: str) -> None:
-        """Removes a file; none there is no fault."""
+        """Removes a file, if it exists."""
         ...
 
-    def give_back(self, name: str, text: str) -> None:
+    def release(self, name: str, text: str) -> None:
         """Removes a claim, if it still is `text`."""
         ...
 
     def clear(self) -> None:
-        """Removes WORK, the plan first, and what of this process lies elsewhere."""
+        """Removes WORK, the plan first, and the scratch folder of this process."""
         ...
 
     def remove_folder(self) -> None:
-        """Removes the folder itself if nothing is left in it."""
+        """Removes the folder itself if it is empty."""
         ...
 
 
-def place_of(out: epath.PathLike) -> Place:
-    """The place of a path, local or gs://."""
-    return _Bucket(gcs.address(out)) if gcs.is_remote(out) else _Folder(Path(out).absolute())
+def open_store(out: epath.PathLike) -> WorkStore:
+    """The store of a path, local or gs://."""
+    return _BucketStore(gcs.address(out)) if gcs.is_remote(out) else _LocalStore(Path(out).absolute())
 
 
-class _Folder:
-    """A folder of a file system that all processes see."""
+class _LocalStore:
+    """A folder of a file system that all processes share."""
 
     def __init__(self, folder: Path) -> None:
         self.address, self._folder, self._work = str(folder), folder, folder / WORK
 
-    def begin(self, owner: str) -> None:
+    def prepare(self, owner: str) -> None:
         self._work.mkdir(parents=True, exist_ok=True)
         self._owner = owner
 
@@ -147,38 +147,38 @@ class _Folder:
         return (self._folder / name).read_text()
 
     def create(self, name: str, text: str) -> bool:
-        aside = self._work / f"{Path(name).name}.{uuid.uuid4().hex[:12]}.aside"
+        temporary = self._work / f"{Path(name).name}.{uuid.uuid4().hex[:12]}.temporary"
         try:
-            with aside.open("w", encoding="utf-8") as file:
+            with temporary.open("w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             try:
-                os.link(aside, self._folder / name)
+                os.link(temporary, self._folder / name)
             except FileExistsError:
                 return False
             return True
         finally:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
-    def held(self, name: str) -> Held:
+    def read_claim(self, name: str) -> Claim:
         path = self._folder / name
         text = path.read_text()
-        probe = self._work / f"{self._owner}.clock"  # the clock that also stamps the claims
+        probe = self._work / f"{self._owner}.clock"  # measures by the clock that also stamps the claims
         probe.touch()
-        return Held(text, probe.stat().st_mtime - path.stat().st_mtime, version=0)
+        return Claim(text, probe.stat().st_mtime - path.stat().st_mtime, version=0)
 
-    def take(self, name: str, text: str, held: Held) -> bool:
+    def take_over(self, name: str, text: str, claim: Claim) -> bool:
         path = self._folder / name
-        if path.read_text() != held.text:
+        if path.read_text() != claim.text:
             return False
-        aside = path.with_suffix(f".{self._owner}.aside")
-        aside.write_text(text)
-        aside.replace(path)
-        # Of two that take over at once, the later one's words stand.
+        temporary = path.with_suffix(f".{self._owner}.temporary")
+        temporary.write_text(text)
+        temporary.replace(path)
+        # If two processes take over at once, the text of the later one remains.
         return path.read_text() == text
 
-    def beat(self, name: str, text: str) -> None:
+    def heartbeat(self, name: str, text: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             if self.read(name) == text:
                 os.utime(self._folder / name)
@@ -201,7 +201,7 @@ class _Folder:
     def remove(self, name: str) -> None:
         (self._folder / name).unlink(missing_ok=True)
 
-    def give_back(self, name: str, text: str) -> None:
+    def release(self, name: str, text: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             if self.read(name) == text:
                 self.remove(name)
@@ -210,11 +210,11 @@ class _Folder:
         shutil.rmtree(self._work, ignore_errors=True)
 
     def remove_folder(self) -> None:
-        with contextlib.suppress(OSError):  # what is not ours stays
+        with contextlib.suppress(OSError):  # other files stay
             self._folder.rmdir()
 
 
-class _Bucket:
+class _BucketStore:
     """A folder in a bucket."""
 
     def __init__(self, address: str) -> None:
@@ -223,20 +223,20 @@ class _Bucket:
         self._scratch: Path | None = None
         self._lock: IO[bytes] | None = None
 
-    def begin(self, owner: str) -> None:
+    def prepare(self, owner: str) -> None:
         self._owner = owner
         folder = cache_folder() / "labelling" / hashlib.sha256(self.address.encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
-        # A process holds the lock on its scratch for as long as it lives: what can be locked was left by the dead.
+        # A live process holds the lock on its scratch folder: a folder that can be locked was left by a dead process.
         for left in folder.iterdir():
             with contextlib.suppress(OSError), (left / "lock").open("rb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(left, ignore_errors=True)
-        self._scratch, aside = folder / owner, folder / f"{owner}.lock"
-        self._lock = aside.open("wb")
+        self._scratch, temporary = folder / owner, folder / f"{owner}.lock"
+        self._lock = temporary.open("wb")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._scratch.mkdir()
-        aside.rename(self._scratch / "lock")
+        temporary.rename(self._scratch / "lock")
 
     def files(self) -> set[str]:
         return set(gcs.listing(self.address))
@@ -246,83 +246,83 @@ class _Bucket:
 
     def has(self, name: str) -> bool:
         with contextlib.suppress(FileNotFoundError):
-            gcs.stamp(self._at(name))
+            gcs.stamp(self._address(name))
             return True
         return False
 
     def read(self, name: str) -> str:
-        return gcs.read(self._at(name)).decode()
+        return gcs.read(self._address(name)).decode()
 
     def create(self, name: str, text: str) -> bool:
-        return self._noted(gcs.put(self._at(name), text.encode(), over=0)) is not None
+        return self._set_clock(gcs.put(self._address(name), text.encode(), over=0)) is not None
 
-    def held(self, name: str) -> Held:
-        found = gcs.stamp(self._at(name))
+    def read_claim(self, name: str) -> Claim:
+        stamp = gcs.stamp(self._address(name))
         if self._clock is None:
             probe = f"{WORK}/{self._owner}.clock"
-            self._noted(gcs.put(self._at(probe), b""))
+            self._set_clock(gcs.put(self._address(probe), b""))
             self.remove(probe)
-        # The storage's time, by a clock of ours that was set when it last answered: late by that answer's way, so
-        # nobody is taken for older than he is.
+        # The storage's time, estimated from its last response: late by that response's delay, so an age is never
+        # overestimated.
         assert self._clock is not None
-        age = self._clock + time.monotonic() - found.updated
-        # Who writes between the two is not missed: `take` replaces what was stamped and nothing else.
-        return Held(text=self.read(name), age=age, version=found.generation)
+        age = self._clock + time.monotonic() - stamp.updated
+        # A write between the two requests is not missed: `take_over` replaces only the generation that was read here.
+        return Claim(text=self.read(name), age=age, version=stamp.generation)
 
-    def take(self, name: str, text: str, held: Held) -> bool:
-        return self._noted(gcs.put(self._at(name), text.encode(), over=held.version)) is not None
+    def take_over(self, name: str, text: str, claim: Claim) -> bool:
+        return self._set_clock(gcs.put(self._address(name), text.encode(), over=claim.version)) is not None
 
-    def beat(self, name: str, text: str) -> None:
+    def heartbeat(self, name: str, text: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            found = gcs.stamp(self._at(name))
+            stamp = gcs.stamp(self._address(name))
             if self.read(name) == text:
-                self._noted(gcs.put(self._at(name), text.encode(), over=found.generation))
+                self._set_clock(gcs.put(self._address(name), text.encode(), over=stamp.generation))
 
     def local(self, name: str) -> Path:
-        assert self._scratch is not None, "begin comes first"
+        assert self._scratch is not None, "prepare() has not been called"
         return self._scratch / name
 
     def put(self, local: Path, name: str) -> None:
-        gcs.send(local, self._at(name))
+        gcs.send(local, self._address(name))
         local.unlink()
 
     def rename(self, name: str, to: str) -> None:
-        if self.has(to):  # a copy appears as a whole; what it was made of goes with WORK
+        if self.has(to):  # copies appear complete; the original is removed with WORK
             return
         try:
-            gcs.copy(self._at(name), self._at(to))
+            gcs.copy(self._address(name), self._address(to))
         except FileNotFoundError:
             if not self.has(to):
                 raise
         self.remove(name)
 
     def remove(self, name: str) -> None:
-        gcs.remove(self._at(name))
+        gcs.remove(self._address(name))
 
-    def give_back(self, name: str, text: str) -> None:
+    def release(self, name: str, text: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            found = gcs.stamp(self._at(name))
+            stamp = gcs.stamp(self._address(name))
             if self.read(name) == text:
-                gcs.remove(self._at(name), found.generation)
+                gcs.remove(self._address(name), stamp.generation)
 
     def clear(self) -> None:
         left = self.work()
         if "plan.json" in left:
             self.remove(f"{WORK}/plan.json")
-            left = self.work() - {"plan.json"}  # once more: what was made before the plan went
+            left = self.work() - {"plan.json"}  # again, for files that were created before the plan was removed
         with ThreadPoolExecutor(_REMOVALS) as pool:
             list(pool.map(self.remove, (f"{WORK}/{name}" for name in left)))
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     def remove_folder(self) -> None:
-        """Folders in a bucket end with what is in them."""
+        """Does nothing: a folder in a bucket ends with its last object."""
 
-    def _at(self, name: str) -> str:
+    def _address(self, name: str) -> str:
         return f"{self.address}/{name}"
 
-    def _noted(self, written: gcs.Stamp | None) -> gcs.Stamp | None:
-        """Sets the clock by what the storage has just written."""
+    def _set_clock(self, written: gcs.Stamp | None) -> gcs.Stamp | None:
+        """Sets the clock by the time stamp of an object that the storage has just written."""
         if written is not None:
             self._clock = written.updated - time.monotonic()
         return written

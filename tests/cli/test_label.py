@@ -131,7 +131,7 @@ def test_a_finished_folder_of_other_settings_is_refused_and_left_as_it_is(run, m
     (tmp_path / "made" / ".partial").mkdir()  # what another process may be at
     capsys.readouterr()
     assert label.main(outside(run, source, made, "--threshold=0.7")) == exit_codes.BAD_INPUT
-    assert "is finished, with other settings (there -> given: thresholds" in capsys.readouterr().err
+    assert "is finished, with other settings (existing -> given: thresholds" in capsys.readouterr().err
     assert (tmp_path / "made" / ".partial").exists()
     # The same shards by another path are the same captions.
     assert label.main(outside(run, f"{source}/../{source.name}/", made)) == 0

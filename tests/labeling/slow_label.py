@@ -1,6 +1,6 @@
-"""The job `label` with an outside teacher that takes its time, in processes that tests may kill.
+"""Runs the job `label` with a slow outside teacher, in processes that tests may kill.
 
-They are forked from a server that has imported everything once, which takes longer than what they do.
+The processes are forked from a server that has imported everything once; importing takes longer than their work.
 """
 
 import multiprocessing
@@ -17,26 +17,26 @@ from glip_jax.labeling.outside import OutsideTeacher
 __all__ = ["start"]
 
 
-def start(arguments: list[str], said: Path) -> multiprocessing.process.BaseProcess:
-    """A process of the job; what it prints goes to the file `said`."""
+def start(arguments: list[str], output: Path) -> multiprocessing.process.BaseProcess:
+    """Starts a process of the job; its stdout and stderr go to the file `output`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    process = context.Process(target=_label, args=(arguments, said, dict(os.environ)), daemon=True)
+    process = context.Process(target=_label, args=(arguments, output, dict(os.environ)), daemon=True)
     process.start()
     return process
 
 
-def _label(arguments: list[str], said: Path, environment: dict[str, str]) -> None:
-    os.environ.clear()  # of the day when the server began
+def _label(arguments: list[str], output: Path, environment: dict[str, str]) -> None:
+    os.environ.clear()  # the server has the environment of its start
     os.environ.update(environment)
-    with said.open("w") as file:
+    with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    real = OutsideTeacher.detect_async
+    detect_async = OutsideTeacher.detect_async
 
-    def slowly(*given: Any) -> Any:
+    def delayed(*args: Any) -> Any:
         time.sleep(0.05)
-        return real(*given)
+        return detect_async(*args)
 
-    OutsideTeacher.detect_async = slowly  # type: ignore[method-assign]
+    OutsideTeacher.detect_async = delayed  # type: ignore[method-assign]
     sys.exit(main(arguments))

@@ -1,4 +1,4 @@
-"""Somebody else's detections: which phrase a box of a category belongs to, and which files are refused."""
+"""A teacher from a COCO results file: assignment of boxes to phrases by category, and files that are refused."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 
 from glip_jax.data.importers.entry import SourceError
 from glip_jax.labeling.outside import category_of, open_detections
-from glip_jax.labeling.teacher import Picture
+from glip_jax.labeling.teacher import ImageQueries
 
 CATEGORIES = {1: "person", 2: "bear", 3: "teddy bear", 4: "dining table", 5: "dog", 6: "bus_(vehicle)", 7: "wine glass"}
 
@@ -27,9 +27,9 @@ def row(image, category, box, score):
     return {"image_id": image, "category_id": category, "bbox": box, "score": score}
 
 
-def answer(teacher, key, caption, *phrases, size=(50, 100)):
+def detect(teacher, key, caption, *phrases, size=(50, 100)):
     spans = tuple((caption.index(words), caption.index(words) + len(words)) for words in phrases)
-    picture = Picture(np.zeros((*size, 3), np.uint8), [teacher.question(key, caption, spans)])
+    picture = ImageQueries(np.zeros((*size, 3), np.uint8), [teacher.make_query(key, caption, spans)])
     return teacher.detect_async([picture])()[0][0]
 
 
@@ -41,13 +41,13 @@ def answer(teacher, key, caption, *phrases, size=(50, 100)):
         ("a bear of a dog", "bear"), ("two wine glasses", "wine glass"), ("wine", None), ("a dog house", None),
     ],
 )  # fmt: skip
-def test_a_phrase_has_the_longest_name_that_ends_at_its_head(tmp_path, phrase, name):
+def test_a_phrase_gets_the_longest_category_name_that_ends_at_its_head(tmp_path, phrase, name):
     teacher = open_detections(*files(tmp_path, []), 0.5)
     number = category_of(f"see {phrase} here", (4, 4 + len(phrase)), teacher._names)
     assert CATEGORIES.get(number or 0) == name
 
 
-def test_boxes_go_to_the_phrase_of_their_category(tmp_path):
+def test_boxes_are_assigned_to_the_phrase_of_their_category(tmp_path):
     rows = [
         row(9, 3, [10, 5, 20, 30], 0.7), row(9, 3, [40, 5, 20, 30], 0.9), row(9, 2, [0, 0, 9, 9], 0.8),
         row(9, 3, [1, 1, 9, 9], 0.4), row(9, 3, [1, 1, 1, 9], 0.9), row(10, 3, [0, 0, 9, 9], 0.9),
@@ -55,25 +55,27 @@ def test_boxes_go_to_the_phrase_of_their_category(tmp_path):
     teacher = open_detections(*files(tmp_path, rows), 0.5)
     assert teacher.thin == 1
     for key in ("9", "9#123", "val/000000000009.jpg", "000000000009.jpg", "000000000009"):
-        found = answer(teacher, key, "two teddy bears on a sofa", "two teddy bears", "a sofa")
-        assert found.found[0].boxes.tolist() == [[40, 5, 59, 34], [10, 5, 29, 34]]
-        assert found.found[0].scores.tolist() == pytest.approx([0.9, 0.7]) and not len(found.found[1].scores)
-        assert found.unasked == {1: "names no category of the detections"} and not found.left_out
+        result = detect(teacher, key, "two teddy bears on a sofa", "two teddy bears", "a sofa")
+        assert result.detections[0].boxes.tolist() == [[40, 5, 59, 34], [10, 5, 29, 34]]
+        assert result.detections[0].scores.tolist() == pytest.approx([0.9, 0.7]) and not len(
+            result.detections[1].scores
+        )
+        assert result.skipped == {1: "names no category of the detections"} and not result.skip_reason
 
 
-def test_two_phrases_of_one_category_stay_unknown(tmp_path):
+def test_two_phrases_of_one_category_stay_unlabelled(tmp_path):
     teacher = open_detections(*files(tmp_path, [row(9, 5, [0, 0, 9, 9], 0.9)]), 0.5)
-    found = answer(teacher, "9", "a black dog and a white dog", "a black dog", "a white dog")
-    assert not any(len(own.scores) for own in found.found)
-    assert found.unasked == dict.fromkeys((0, 1), "shares its category with another phrase")
+    result = detect(teacher, "9", "a black dog and a white dog", "a black dog", "a white dog")
+    assert not any(len(phrase.scores) for phrase in result.detections)
+    assert result.skipped == dict.fromkeys((0, 1), "shares its category with another phrase")
 
 
-def test_an_image_that_the_file_does_not_know_is_left_out(tmp_path):
+def test_an_image_that_is_not_in_the_file_is_skipped(tmp_path):
     teacher = open_detections(*files(tmp_path, [row(77, 5, [0, 0, 9, 9], 0.9)]), 0.5)
-    assert answer(teacher, "11", "a dog", "a dog").left_out == "image: unknown to the detections"
-    assert answer(teacher, "9", "a dog", "a dog", size=(60, 100)).left_out.startswith("image: of another size")
-    assert answer(teacher, "77", "a dog", "a dog", size=(60, 100)).found[0].scores.tolist() == pytest.approx([0.9])
-    assert not answer(teacher, "10", "a dog", "a dog").left_out, "looked at, and nothing was found"
+    assert detect(teacher, "11", "a dog", "a dog").skip_reason == "image: not among the detections"
+    assert detect(teacher, "9", "a dog", "a dog", size=(60, 100)).skip_reason.startswith("image: size differs")
+    assert detect(teacher, "77", "a dog", "a dog", size=(60, 100)).detections[0].scores.tolist() == pytest.approx([0.9])
+    assert not detect(teacher, "10", "a dog", "a dog").skip_reason, "listed, without detections"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_an_image_that_the_file_does_not_know_is_left_out(tmp_path):
         ({"annotations": []}, "found.json"),
     ],
 )
-def test_other_files_are_refused_in_a_line(tmp_path, rows, message):
+def test_malformed_files_are_refused(tmp_path, rows, message):
     with pytest.raises(SourceError, match=message):
         open_detections(*files(tmp_path, rows), 0.5)
     with pytest.raises(SourceError, match="does not exist"):

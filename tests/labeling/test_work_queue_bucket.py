@@ -1,7 +1,7 @@
-"""Sharing tasks through a folder in a bucket: of all who try one is first, also where the storage's answers are lost.
+"""The work queue in a bucket: exactly one process succeeds, also if responses of the storage are lost.
 
-The emulator keeps the condition of an upload in one request (412 where it fails; `test_the_emulator_keeps_its_word`). It ignores
-conditions of removals, copies and uploads in parts, and a patch does not move `updated`: nothing here rests on these.
+The emulator honours the condition of an upload in one request (412 where it fails; `test_the_emulator_honours_the_condition_of_an_upload`). It ignores
+conditions of removals, copies and uploads in parts, and a patch does not move `updated`: no test here depends on these.
 """
 
 import contextlib
@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from glip_jax.io import gcs
-from glip_jax.labeling.work_queue import TaskError, Tasks, sweep
+from glip_jax.labeling.work_queue import TaskError, WorkQueue, sweep
 from tests.io.faulty_storage import FAULTS
 
 NAMES = ["a", "b", "c"]
 UPLOADS = "ifGenerationMatch"
-"""In the address of a request that creates, takes over or beats."""
+"""In the URL of a request that creates, takes over or renews."""
 
 
 @pytest.fixture
@@ -27,9 +27,9 @@ def out(running, tmp_path, monkeypatch) -> str:
     return f"{running.fresh(monkeypatch, tmp_path / 'cache', silence=1, patience=30)}/some/folder"
 
 
-def _result(tasks, name, words):
-    tasks.writing(name).write_text(words)
-    return tasks.publish(name, {"words": words})
+def _result(queue, name, words):
+    queue.writing(name).write_text(words)
+    return queue.publish(name, {"words": words})
 
 
 def _work(out):
@@ -37,7 +37,7 @@ def _work(out):
 
 
 def _together(count, what):
-    """The results of `what(0)`, `what(1)`..., begun at one moment."""
+    """The results of `what(0)`, `what(1)`..., started at the same moment."""
     barrier = threading.Barrier(count)
 
     def one(number):
@@ -48,7 +48,7 @@ def _together(count, what):
         return list(pool.map(one, range(count)))
 
 
-def test_the_emulator_keeps_its_word(out, running):
+def test_the_emulator_honours_the_condition_of_an_upload(out, running):
     for number in range(5):
         made = _together(6, lambda own, number=number: gcs.put(f"{out}/{number}", str(own).encode(), over=0))
         (winner,) = [own for own, stamp in enumerate(made) if stamp]
@@ -63,11 +63,11 @@ def test_the_emulator_keeps_its_word(out, running):
 
 
 @pytest.mark.parametrize("fault", ["lost", "late", "truncate"])
-def test_who_made_a_file_knows_it_though_the_answer_is_lost(out, running, fault):
+def test_the_creator_of_an_object_is_recognised_though_the_response_is_lost(out, running, fault):
     with running.arm(fault, share=0.0, only=UPLOADS) as came:
         first = gcs.put(f"{out}/x", b"same", over=0)
         assert first and came[fault] == 1
-    # Equal bytes are no proof: the other one is another one.
+    # Equal bytes do not make another writer the creator.
     assert gcs.put(f"{out}/x", b"same", over=0) is None
     with running.arm(fault, share=0.0, only=UPLOADS) as came:
         second = gcs.put(f"{out}/x", b"same", over=first.generation)
@@ -80,143 +80,143 @@ def test_who_made_a_file_knows_it_though_the_answer_is_lost(out, running, fault)
 
 
 def test_tasks_are_done_one_after_the_other(out, tmp_path):
-    tasks = Tasks(out, NAMES, {"k": 1})
-    assert [name for name in tasks.mine() if _result(tasks, name, name.upper())] == NAMES
-    assert [tasks.side(name) for name in NAMES] == [{"words": name.upper()} for name in NAMES]
+    queue = WorkQueue(out, NAMES, {"k": 1})
+    assert [name for name in queue.claim_tasks() if _result(queue, name, name.upper())] == NAMES
+    assert [queue.result_info(name) for name in NAMES] == [{"words": name.upper()} for name in NAMES]
     assert [gcs.read(f"{out}/{name}") for name in NAMES] == [b"A", b"B", b"C"]
-    assert not tasks.finished and tasks.finish("{}") and tasks.finished and not tasks.finish("{}")
-    tasks.clear()
+    assert not queue.finished and queue.finish("{}") and queue.finished and not queue.finish("{}")
+    queue.clear()
     assert set(gcs.listing(out)) == {*NAMES, "manifest.json"} and not _work(out)
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] and list(tasks.mine()) == []
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] and list(queue.claim_tasks()) == []
 
 
-def test_of_two_results_the_first_counts(out):
-    one, other = (Tasks(out, NAMES, {}) for _ in range(2))
+def test_the_first_of_two_results_counts(out):
+    one, other = (WorkQueue(out, NAMES, {}) for _ in range(2))
     one.writing("a").write_text("slow")
-    one.done = lambda _: False  # type: ignore[method-assign]  # it looked before the other was done
+    one.done = lambda _: False  # type: ignore[method-assign]  # it checked before the other was done
     assert _result(other, "a", "fast") and not one.publish("a", {"words": "slow"})
-    assert one.side("a") == {"words": "fast"} and gcs.read(f"{out}/a") == b"fast"
+    assert one.result_info("a") == {"words": "fast"} and gcs.read(f"{out}/a") == b"fast"
     assert not [name for name in _work(out) if name.endswith(".result")]
 
 
-def test_a_result_published_by_one_who_was_killed_before_it_had_its_name(out, monkeypatch):
-    tasks = Tasks(out, NAMES, {})
-    tasks._settle = lambda *_: None  # type: ignore[method-assign]
-    assert _result(tasks, "a", "x") and not gcs.kind(f"{out}/a") and tasks.done("a")
-    other = Tasks(out, NAMES, {})
-    assert _together(2, lambda _: other.side("a")) == [{"words": "x"}] * 2 and gcs.read(f"{out}/a") == b"x"
-    # One who looked, and then came second.
+def test_a_result_is_renamed_after_its_publisher_was_killed(out, monkeypatch):
+    queue = WorkQueue(out, NAMES, {})
+    queue._rename_result = lambda *_: None  # type: ignore[method-assign]
+    assert _result(queue, "a", "x") and not gcs.kind(f"{out}/a") and queue.done("a")
+    other = WorkQueue(out, NAMES, {})
+    assert _together(2, lambda _: other.result_info("a")) == [{"words": "x"}] * 2 and gcs.read(f"{out}/a") == b"x"
+    # A process that checked first and then came second.
     real = gcs.copy
     monkeypatch.setattr(gcs, "copy", lambda *places: (real(*places), gcs.remove(places[0]), real(*places)))
-    assert _result(tasks, "b", "y") and other.side("b") == {"words": "y"} and gcs.read(f"{out}/b") == b"y"
+    assert _result(queue, "b", "y") and other.result_info("b") == {"words": "y"} and gcs.read(f"{out}/b") == b"y"
 
 
-def test_claims_by_the_clock_of_the_storage(out, monkeypatch):
-    one, other = (Tasks(out, NAMES, {}, lease=0.9) for _ in range(2))
-    # A host whose clock is wrong judges as the others.
+def test_claims_are_aged_by_the_clock_of_the_storage(out, monkeypatch):
+    one, other = (WorkQueue(out, NAMES, {}, lease=0.9) for _ in range(2))
+    # A host with a wrong clock computes the same age.
     monkeypatch.setattr(time, "time", lambda: 0.0)
-    with one.claim("a") as mine:
+    with one.claim("a") as first:
         time.sleep(1.5)
-        with other.claim("a") as theirs, other.claim("b") as free:
-            assert mine and not theirs and free, "a heartbeat keeps it"
-    with other.claim("a") as theirs:
-        assert theirs, "given back"
-    one._beat = lambda *_: None  # type: ignore[method-assign]
-    with one.claim("a") as mine:
+        with other.claim("a") as second, other.claim("b") as free:
+            assert first and not second and free, "a heartbeat renews it"
+    with other.claim("a") as second:
+        assert second, "released"
+    one._heartbeat = lambda *_: None  # type: ignore[method-assign]
+    with one.claim("a") as first:
         one.writing("a").write_text("slow")
-        with other.claim("a") as theirs:
-            assert mine and not theirs, "within its lease"
+        with other.claim("a") as second:
+            assert first and not second, "within its lease"
         time.sleep(1.0)
-        third = Tasks(out, NAMES, {}, lease=0.9)
+        third = WorkQueue(out, NAMES, {}, lease=0.9)
         with contextlib.ExitStack() as stack:
             taken = _together(2, lambda own: stack.enter_context((other, third)[own].claim("a")))
-            assert sorted(taken) == [False, True], "of two that take over, one has it"
-            assert one.publish("a", {"words": "slow"}), "who sleeps may still be first"
+            assert sorted(taken) == [False, True], "one of two processes takes it over"
+            assert one.publish("a", {"words": "slow"}), "a process whose lease expired may still publish first"
             assert other.done("a") and not _result(other, "a", "late") and not _result(third, "a", "late")
     assert not [name for name in _work(out) if name.endswith(".claim")]
 
 
 @pytest.mark.parametrize("kinds", [("lost", "late"), FAULTS])
-def test_three_at_once_do_each_task_once_whatever_the_storage_does(out, running, kinds):
+def test_three_processes_do_each_task_once_despite_storage_faults(out, running, kinds):
     names = [f"t{i}" for i in range(8)]
     sums = []
 
     def work(own):
-        tasks, won = Tasks(out, names, {}, lease=4.0), []
-        for name in tasks.mine():
-            if _result(tasks, name, f"{own}"):
+        queue, won = WorkQueue(out, names, {}, lease=4.0), []
+        for name in queue.claim_tasks():
+            if _result(queue, name, f"{own}"):
                 won.append(name)
-        with tasks.claim("end") as claimed:
-            sums.append(claimed and tasks.finish("same"))
+        with queue.claim("end") as claimed:
+            sums.append(claimed and queue.finish("same"))
         return won
 
     creations = len(kinds) == 2
     with running.arm(*kinds, share=0.4 if creations else 0.1, only=UPLOADS if creations else "", stall=1.1) as came:
         won = _together(3, work)
     assert all(came[kind] for kind in kinds) and sorted(name for own in won for name in own) == names
-    tasks = Tasks(out, names, {})
-    assert all(tasks.side(n) == {"words": f"{k}"} for k, own in enumerate(won) for n in own)
+    queue = WorkQueue(out, names, {})
+    assert all(queue.result_info(n) == {"words": f"{k}"} for k, own in enumerate(won) for n in own)
     assert all(gcs.read(f"{out}/{n}") == f"{k}".encode() for k, own in enumerate(won) for n in own)
     assert sums.count(True) == 1
     sweep(out)
     assert not _work(out) and set(gcs.listing(out)) == {*names, "manifest.json"}
 
 
-def test_who_slept_through_the_end_is_not_first_again(out):
-    late, first = (Tasks(out, ["a"], {}) for _ in range(2))
+def test_a_process_suspended_until_the_end_cannot_publish_again(out):
+    late, first = (WorkQueue(out, ["a"], {}) for _ in range(2))
     late.writing("a").write_text("late")
-    late.done = lambda _: False  # type: ignore[method-assign]  # it looked before the end
-    for name in first.mine():
+    late.done = lambda _: False  # type: ignore[method-assign]  # it checked before the end
+    for name in first.claim_tasks():
         _result(first, name, "first")
     first.finish("{}")
     first.clear()
     assert not late.publish("a", {"words": "late"}) and gcs.read(f"{out}/a") == b"first"
     with late.claim("end") as claimed:
         assert late.finished or not claimed
-    assert list(late.mine()) == [] and not _work(out)
-    # Nor where somebody came as it ended, and began the folder of the work anew.
+    assert list(late.claim_tasks()) == [] and not _work(out)
+    # Nor if another process joined at the end and created the work folder again.
     late.writing("a").parent.mkdir(exist_ok=True)
     late.writing("a").write_text("late")
-    came = Tasks(out, ["a"], {})
-    assert not late.publish("a", {"words": "late"}) and list(came.mine()) == []
+    came = WorkQueue(out, ["a"], {})
+    assert not late.publish("a", {"words": "late"}) and list(came.claim_tasks()) == []
     came.clear()
     assert not _work(out) and set(gcs.listing(out)) == {"a", "manifest.json"}
-    # Nor after the work was given up and another has begun it anew.
+    # Nor after the job was abandoned and another process has started it again.
     where = f"{out}/again"
-    late, first = (Tasks(where, ["a"], {}) for _ in range(2))
+    late, first = (WorkQueue(where, ["a"], {}) for _ in range(2))
     late.writing("a").write_text("late")
     first.abandon()
-    new = Tasks(where, ["a"], {"other": 1})
+    new = WorkQueue(where, ["a"], {"other": 1})
     assert not late.publish("a", {"words": "late"}) and not new.done("a") and _work(where) == {"plan.json"}
 
 
 def test_other_settings_and_other_folders_are_refused(out, tmp_path):
-    Tasks(out, NAMES, {"threshold": 0.5})
-    Tasks(out, NAMES, {"threshold": 0.5})
+    WorkQueue(out, NAMES, {"threshold": 0.5})
+    WorkQueue(out, NAMES, {"threshold": 0.5})
     with pytest.raises(TaskError, match=r"some/folder was begun with other settings .*threshold: 0\.5 -> 0\.4\)"):
-        Tasks(out, NAMES, {"threshold": 0.4})
-    gcs.put(f"{out}/else/mine.txt", b"mine")
+        WorkQueue(out, NAMES, {"threshold": 0.4})
+    gcs.put(f"{out}/else/mine.txt", b"first")
     with pytest.raises(TaskError, match="not empty, without a manifest"):
-        Tasks(f"{out}/else", NAMES, {})
+        WorkQueue(f"{out}/else", NAMES, {})
     with pytest.raises(TaskError, match="is a file"):
-        Tasks(f"{out}/else/mine.txt", NAMES, {})
+        WorkQueue(f"{out}/else/mine.txt", NAMES, {})
     assert set(gcs.listing(f"{out}/else")) == {"mine.txt"}
 
 
-def test_a_failure_leaves_no_claim_and_the_dead_no_scratch(out, tmp_path):
-    tasks = Tasks(out, NAMES, {})
-    with contextlib.suppress(OSError), tasks.claim("a"):
-        tasks.writing("a").write_text("half")
+def test_a_failure_leaves_no_claim_and_a_dead_process_no_scratch_folder(out, tmp_path):
+    queue = WorkQueue(out, NAMES, {})
+    with contextlib.suppress(OSError), queue.claim("a"):
+        queue.writing("a").write_text("half")
         raise OSError("full")
-    assert _work(out) == {"plan.json"} and not tasks.writing("a").exists()
-    folder = tasks.writing("a").parent
-    Tasks(out, NAMES, {})
-    assert folder.is_dir(), "the living keep theirs"
-    fcntl.flock(tasks._place._lock, fcntl.LOCK_UN)  # type: ignore[attr-defined]  # as the system does for the killed
-    Tasks(out, NAMES, {})
+    assert _work(out) == {"plan.json"} and not queue.writing("a").exists()
+    folder = queue.writing("a").parent
+    WorkQueue(out, NAMES, {})
+    assert folder.is_dir(), "a live process keeps its folder"
+    fcntl.flock(queue._store._lock, fcntl.LOCK_UN)  # type: ignore[attr-defined]  # as the system does for a killed process
+    WorkQueue(out, NAMES, {})
     assert not folder.exists()
-    # One of this machine that was killed is noticed at once, whatever its lease.
-    dead = json.dumps(json.loads(tasks._me) | {"pid": 2**22 + 1, "owner": "dead"})
+    # A killed process of this machine is detected at once, whatever its lease.
+    dead = json.dumps(json.loads(queue._claim_text) | {"pid": 2**22 + 1, "owner": "dead"})
     gcs.put(f"{out}/.partial/b.claim", dead.encode())
-    with tasks.claim("b") as claimed:
+    with queue.claim("b") as claimed:
         assert claimed

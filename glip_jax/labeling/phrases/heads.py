@@ -1,4 +1,4 @@
-"""The noun that says what a phrase names, for comparing phrases with the class names of a detector."""
+"""Head nouns of phrases, for comparing phrases with the class names of a detector."""
 
 import functools
 import re
@@ -6,11 +6,11 @@ import re
 __all__ = ["head", "head_word", "singular"]
 
 _WORD = re.compile(r"[^\W_][\w\u0300-\u036f]*(?:[-'’.&](?:[^\W_][\w\u0300-\u036f]*))*")
-# What ends the words that may hold a head: "a cup of tea", "a slice of pizza".
+# The head is before it: "a cup of tea", "a slice of pizza".
 _OF = "of"
 
-# TextBlob's singularize takes an "s" from any word; these are its faults among what pictures show, and plurals that have
-# no singular. A word that its word list knows as a singular noun ("bus", "dress", "grass", "lens") is left as it is.
+# Corrections of TextBlob's singularize, which strips "s" from any word, for nouns of common objects, and plurals without a
+# singular. Words that its word list has as singular nouns ("bus", "dress", "grass", "lens") are not singularized.
 _SINGULARS = {
     "abacuses": "abacus", "hibiscuses": "hibiscus", "neckties": "necktie",
     "bikinis": "bikini", "binoculars": "binoculars", "brownies": "brownie", "cactuses": "cactus", "canoes": "canoe",
@@ -27,10 +27,10 @@ _SINGULARS = {
 
 
 def head(caption: str, span: tuple[int, int]) -> tuple[int, int]:
-    """Span of the head noun of a phrase: its last word before any "of" ("cup" of "a cup of tea").
+    """Span of the head noun of a phrase: its last word before any "of" ("cup" in "a cup of tea").
 
-    A number at the end is no head ("bus" of "bus 42") unless there is nothing else; a span without any word is its own
-    head.
+    A trailing number is not the head ("bus" in "bus 42") unless the phrase has no other word. A span without words is
+    returned unchanged.
     """
     words = list(_WORD.finditer(caption, *span))
     for number, word in enumerate(words):
@@ -42,9 +42,9 @@ def head(caption: str, span: tuple[int, int]) -> tuple[int, int]:
 
 
 def head_word(caption: str, span: tuple[int, int]) -> str:
-    """The head noun of a phrase in small letters and in the singular: "man" of "Two men", "bus" of "the buses".
+    """The head noun of a phrase in lower case and singular: "man" for "Two men", "bus" for "the buses".
 
-    One word: whether "two wine glasses" are a "wine glass" is for the caller to see in the words before it.
+    A single word: for "two wine glasses" the caller must look at the words before it.
     """
     begin, end = head(caption, span)
     return singular(caption[begin:end].casefold())
@@ -52,8 +52,8 @@ def head_word(caption: str, span: tuple[int, int]) -> str:
 
 @functools.lru_cache(1 << 16)
 def singular(noun: str) -> str:
-    """A noun in small letters in the singular; one that is a singular, or has none ("scissors"), as it is."""
-    # As long to import as jax.
+    """The singular of a lower-case noun; singulars, and plurals without a singular ("scissors"), are returned unchanged."""
+    # Imported here because the import takes as long as that of jax.
     from textblob.en import inflect, parser
 
     if noun in _SINGULARS:

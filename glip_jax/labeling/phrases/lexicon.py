@@ -1,8 +1,8 @@
-"""Tags of a caption's words from TextBlob's word list, mended where a caption's grammar leaves no doubt.
+"""Tags the words of a caption with TextBlob's word list, and corrects tags that contradict their context.
 
-The list has one tag a word, the more frequent one: "sink" is a verb, "parked" a participle, "orange" an adjective. The
-rules here look at the neighbours, as Brill's do that TextBlob keeps beside the list; those were learnt from newspapers and
-bring less than half as much on captions (benchmarks/RESULTS.md).
+The list has one tag per word, the most frequent one: "sink" is a verb, "parked" a participle, "orange" an adjective. The
+correction rules look at the neighbouring words, like the Brill rules that TextBlob provides; those were learned from
+newspapers and improve captions less than half as much (benchmarks/RESULTS.md).
 """
 
 import functools
@@ -13,11 +13,11 @@ from glip_jax.labeling.phrases.rules import Word
 
 __all__ = ["LexiconTagger", "word_list", "words_of"]
 
-# A letter or digit with the accents that stand as characters of their own.
+# A letter or digit with its combining accents.
 _LETTER = r"[^\W_][\u0300-\u036f]*"
 _APOSTROPHE = "['’´`ʼ]"
-# A clitic; a word with its inner hyphens and dots ("t-shirt", "u.s"), but not with its "n't"; or one character that is
-# neither. A line break is a token of its own, so that no phrase runs across it.
+# A clitic; a word with inner hyphens and dots ("t-shirt", "u.s") but without "n't"; or any other single character. A line
+# break is a token, so that no phrase crosses it.
 _TOKEN = re.compile(
     rf"(?P<clitic>(?:{_APOSTROPHE}(?:s|d|m|ll|re|ve)|n{_APOSTROPHE}t)\b)"
     rf"|(?P<word>(?:{_LETTER})+?(?=n{_APOSTROPHE}t\b)|(?:{_LETTER})+(?:[-.·‐‑](?:{_LETTER})+)*)"
@@ -28,7 +28,7 @@ _NO_WORD = "SYM"
 _PENN = re.compile(r"[A-Z]+\$?")
 _NOUNS = ("NN", "NNS", "NNP", "NNPS")
 _NAMES = (*_NOUNS, "JJ", "JJR", "JJS", "CD")
-# In newspapers verbs, in pictures things.
+# Verbs in newspapers, nouns in captions.
 _THINGS = {"bears": "NNS", "tracks": "NNS", "sinks": "NNS"}
 _ROOMS = ("living", "dining", "parking")
 _ACTIVITIES = ("skiing", "surfing", "snowboarding", "swimming", "racing", "cooking", "reading", "drinking", "petting")
@@ -41,14 +41,14 @@ _ENDS = ("IN", "CC", "VBZ", "VBG", "VBN", ",", _NO_WORD, "")
 
 @functools.cache
 def word_list() -> Container[str]:
-    """TextBlob's English words, in the spelling of the list: names begin with a capital."""
+    """TextBlob's English words as spelled in its list: names begin with a capital letter."""
     from textblob.en import parser
 
     return parser.lexicon
 
 
 def words_of(caption: str) -> list[str]:
-    """The words of a caption, in small letters, without marks and clitics."""
+    """The words of a caption in lower case, without punctuation and clitics."""
     return [match.group().lower() for match in _TOKEN.finditer(caption) if match.lastgroup == "word"]
 
 
@@ -57,15 +57,15 @@ class LexiconTagger:
 
     def __init__(self) -> None:
         """Reads the word list (a fraction of a second)."""
-        # As long to import as jax; what needs no phrases should not wait for it.
+        # Imported here because the import takes as long as that of jax.
         from textblob.en import parser
 
         self._parser = parser
-        # Captions say the same few thousand words.
-        self._tag = functools.lru_cache(1 << 16)(self._look_up)
+        # Most captions use the same few thousand words.
+        self._tag = functools.lru_cache(1 << 16)(self._lookup_tag)
 
     def words(self, caption: str) -> list[Word]:
-        """The words and marks of a caption, in order."""
+        """The words and punctuation marks of a caption with their tags, in order."""
         texts, spans, tags = [], [], []
         for match in _TOKEN.finditer(caption):
             text = match.group().lower()
@@ -73,23 +73,23 @@ class LexiconTagger:
             spans.append(match.span())
             tags.append(self._tag(text) if match.lastgroup == "word" else "," if text == "," else _NO_WORD)
         for number, text in enumerate(texts[:-1]):
-            # "a cat next to", "a mammoth right of"; "the right of the picture" is a place.
+            # "a cat next to", "a mammoth right of"; "the right of the picture" is a noun phrase.
             side = text in ("left", "right") and texts[number + 1] == "of" and number and tags[number - 1] != "DT"
             if side or (text == "next" and texts[number + 1] == "to"):
                 tags[number] = "IN"
-        _mend(texts, tags)
+        _correct_tags(texts, tags)
         return list(map(Word, texts, spans, tags))
 
-    def _look_up(self, word: str) -> str:
-        """The Penn tag of a word, in small letters as the original asks: at the head of a sentence "Two" is no name."""
+    def _lookup_tag(self, word: str) -> str:
+        """The Penn Treebank tag of a lower-case word (as in the original: "Two" at the start of a sentence is no name)."""
         ((_, tag),) = self._parser.find_tags([word])
-        # The list has a few tags of its own; the chunker's grammar reads them between < and >.
+        # The list has some tags of its own, which the chunker's grammar cannot parse.
         tag = _THINGS.get(word, tag or _NO_WORD)
         return tag if _PENN.fullmatch(tag) else _NO_WORD
 
 
-def _mend(texts: list[str], tags: list[str]) -> None:
-    """Changes the tags that their neighbours contradict, from left to right."""
+def _correct_tags(texts: list[str], tags: list[str]) -> None:
+    """Corrects tags that contradict their neighbours, from left to right, in place."""
     for number, (text, tag) in enumerate(zip(texts, tags)):
         before = tags[number - 1] if number else ""
         after, next_after = (tags[number + 1 : number + 3] + ["", ""])[:2]
@@ -100,7 +100,7 @@ def _mend(texts: list[str], tags: list[str]) -> None:
             tags[number] = "VBZ" if tag == "NNS" else "VBP"
             continue
         if tag in ("VB", "VBP"):
-            # "a sink", "a white drink": no verb follows these; nor, but with an object, one without "s" a singular.
+            # "a sink", "a white drink": no verb follows a determiner; nor does one without "s" follow a singular noun.
             if before in ("DT", "JJ", "PRP$") or (before == "NN" and after in _ENDS):
                 tags[number] = "NN"
         elif text in _ROOMS and after in _NOUNS:
@@ -111,7 +111,7 @@ def _mend(texts: list[str], tags: list[str]) -> None:
             if after in _NAMES and before not in _NOUNS:
                 tags[number] = "DT"
         elif tag in ("VBN", "VBG", "VBD"):
-            # "a parked car", "two smiling girls"; "dried flowers" (participles of the past only: "riding waves").
+            # "a parked car", "two smiling girls"; "dried flowers" (past participles only, not "riding waves").
             if after in _NAMES and (before in _LEADS or tag == "VBN"):
                 tags[number] = "JJ"
                 if tag == "VBN" and before == "NN" and after in _NOUNS:
@@ -135,12 +135,12 @@ def _mend(texts: list[str], tags: list[str]) -> None:
             leads = before == "DT" or (before == "JJ" and number > 1 and tags[number - 2] == "DT")
             # "an orange sits", but "the green leaves".
             many = after == "VBZ" and texts[number - 1] not in _ALONE and texts[number + 1] not in _AUXILIARIES
-            # "a little running shoe": no object has its verb between itself and its adjective.
+            # "a little running shoe": a verb cannot stand between an adjective and its noun.
             describes = after == "VBG" and next_after in _NOUNS
             if leads and after in _ENDS and after not in ("CC", ",") and not many and not describes:
                 tags[number] = "NN"
         elif tag == "NN":
-            # "a man skiing on snow"; with an object it is seen above ("a bench reading a paper").
+            # "a man skiing on snow"; verbs with an object are handled above ("a bench reading a paper").
             if text in _ACTIVITIES and before in _NOUNS:
                 tags[number] = "VBG"
         elif text == "can" and before in _NOUNS and after in (*_ENDS, "DT"):

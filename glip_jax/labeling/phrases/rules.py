@@ -1,16 +1,17 @@
-"""What becomes of a finder's noun chunks: which words stay in a phrase, and which chunks name nothing one could box.
+"""Rules that turn the noun chunks of a finder into phrases: which words a phrase keeps, and which chunks name no object.
 
-The policy, for every finder alike. The original (glip-reference 5.7) keeps a determiner in the phrase ("a man"), has no
-place for a possessive pronoun in its grammar, and takes each occurrence of a phrase as a phrase of its own. So:
+The rules are the same for every finder. They follow the original GLIP, which keeps a determiner in the phrase ("a man"), has
+no possessive pronouns in its grammar, and treats each occurrence of a phrase separately:
 
-- Determiners and quantities right before the noun stay: "a man", "some cows", "two small apples", "several dogs".
-- A possessive goes, its owner is another thing: "his hat" -> "hat", "a man's hat" -> "a man" and "hat".
-- Coordinated nouns are phrases of their own ("a laptop", "mouse"), coordinated adjectives are not ("a black and white cat").
-- Left out, and counted by reason: pronouns; what is said not to be there ("no cars", "without a lid"); quantities with
+- Determiners and quantities directly before the noun are kept: "a man", "some cows", "two small apples", "several dogs".
+- Possessives are removed, the owner is a phrase of its own: "his hat" -> "hat", "a man's hat" -> "a man" and "hat".
+- Coordinated nouns become separate phrases ("a laptop", "mouse"), coordinated adjectives do not ("a black and white cat").
+- Dropped, and counted by reason: pronouns; objects stated to be absent ("no cars", "without a lid"); quantities with
   "of" ("a couple of dogs" -> "dogs"); abstract heads ("a view of a street" -> "a street", "the front", "the middle",
-  "a sunny day"); phrases beyond a set number.
+  "a sunny day"); phrases beyond the maximum number.
 
-The tables are small and English; a word in none of them stays, since a phrase too many costs a teacher one low score.
+The word tables are small and English. Words that are in none of them are kept: a phrase without an object costs only one
+low score of the teacher.
 """
 
 from collections import Counter
@@ -19,38 +20,38 @@ from typing import Literal, NamedTuple
 
 from glip_jax.labeling.phrases.heads import singular
 
-__all__ = ["MAX_PHRASES", "REASONS", "VERSION", "Found", "PhraseRules", "Reason", "Word"]
+__all__ = ["MAX_PHRASES", "REASONS", "VERSION", "Phrases", "PhraseRules", "Reason", "Word"]
 
 VERSION = 3
-"""Goes up with every change of a rule or a table."""
+"""Incremented with every change of a rule or a table."""
 
 MAX_PHRASES = 32
-"""Phrases of one caption that are kept unless another number is asked for."""
+"""Default maximum number of phrases per caption."""
 
 Reason = Literal["pronoun", "absent", "quantity", "abstract", "surplus"]
 REASONS: tuple[Reason, ...] = ("pronoun", "absent", "quantity", "abstract", "surplus")
-"""Why a phrase is left out; surplus: more of them in one caption than were asked for."""
+"""Why a phrase is dropped; surplus: beyond the maximum number per caption."""
 
 
 class Word(NamedTuple):
-    """One word, clitic or mark of a caption, as a tagger saw it."""
+    """A word, clitic or punctuation mark of a caption with its tag."""
 
     text: str
-    """In small letters."""
+    """In lower case."""
     span: tuple[int, int]
     tag: str
-    """Of the Penn Treebank; marks that have none there may have any other."""
+    """Penn Treebank tag; marks without one there may have any other tag."""
 
 
-class Found(NamedTuple):
-    """The phrases of a caption, and what was left out."""
+class Phrases(NamedTuple):
+    """The phrases of a caption, and the dropped ones."""
 
     spans: tuple[tuple[int, int], ...]
-    """(begin, end) characters of each phrase, end exclusive, in order, none overlapping."""
+    """(begin, end) characters of each phrase, end exclusive; ordered, not overlapping."""
     dropped: dict[str, int]
-    """Phrases left out, by reason (`REASONS`); a reason without any is not there."""
+    """Number of dropped phrases by reason (`REASONS`); reasons without any are omitted."""
     surplus: tuple[tuple[int, int], ...] = ()
-    """(begin, end) of the phrases beyond the set number: things that nobody is asked about."""
+    """(begin, end) characters of the phrases beyond the maximum number."""
 
 
 def _words(text: str) -> frozenset[str]:
@@ -63,13 +64,13 @@ _PRONOUNS = _words("""
     herself themselves yourself myself ourselves each both all some any many several few most more half either neither
     there
 """)
-# Words that may stand before a determiner, and say nothing of how the thing looks.
+# Words before a determiner that do not describe the object.
 _BEFORE_DETERMINERS = _words(
     "all both half such quite just only about over even what rather nearly almost of not and or"
 )
 _DETERMINERS = _words("a an the this that these those some any each every another either")
 _NONE = _words("no zero neither")
-# Say how many or how much, if "of" follows; what is counted comes after it.
+# Quantities if "of" follows; the counted noun comes after it.
 _QUANTITIES = _words("""
     group groups bunch bunches couple couples pair pairs lot lots number numbers variety varieties collection assortment
     array set sets series crowd crowds herd herds flock flocks pack row rows cluster clusters gang batch dozen dozens
@@ -77,11 +78,11 @@ _QUANTITIES = _words("""
     part parts portion portions selection mix mixture range handful majority rest half host trio duo family body flight
     swarm multitude abundance quantity quantities
 """)
-# Pictures of what comes after "of", where they are what a caption begins with; on a wall they are things.
+# The image itself where a caption begins with them ("a photo of ..."); elsewhere, objects ("a picture on the wall").
 _PICTURES = _words("picture pictures photo photos photograph photographs image images scene scenes snapshot shots")
 _VIEWS = _words("view views shot closeup closeups close-up close-ups up selfie selfies perspective angle angles look")
 _TAKEN = _words("take takes taking took taken snap snaps snapping for")
-# "looks at the camera": the one that took the picture.
+# "looks at the camera": the camera that took the image.
 _FACING = _words("at for facing to toward towards into")
 _TIMES = _words("""
     day days night nights morning afternoon evening noon midnight midday dusk dawn daytime nighttime daylight time times
@@ -95,7 +96,7 @@ _DOINGS = _words("""
     conversation nap break attention preparation air midair mid-air background foreground distance middle midst vicinity
     fashion formation sense sale pursuit mid-jump mid-flight rain storm wind weather poker
 """)
-# Abstract only without a word that says how it looks: "the top", but "a red top"; "the other side".
+# Abstract only without a describing word: "the top" and "the other side", but not "a red top".
 _PLACES = _words("""
     front back top tops bottom side sides left right center centre end ends edge edges corner corners inside outside rear
     area place places spot spots part parts interior exterior surroundings display duty position half
@@ -104,17 +105,17 @@ _PLACE_WORDS = _words("""
     left right far very other opposite front back upper lower top bottom near same middle outer inner either open
     different both all various many several
 """)
-# Colours that taggers take for things: "a silver and green train" is one phrase.
+# Colors that taggers take for nouns: "a silver and green train" is one phrase.
 _COLOURS = _words("orange silver gold magenta turquoise cream tan teal beige pink purple violet grey gray")
 _SIDES = _words("left right")
 _SINGULAR_DETERMINERS = _words("a an one another every each this that")
-# Nouns in spite of their ending: "a tile living room", "a plastic cutting board".
+# Nouns despite their ending: "a tile living room", "a plastic cutting board".
 _PURPOSES = _words(
     "living dining parking waiting cutting sewing washing swimming shopping building landing looking flying"
 )
-# "in a row", "in line": how things stand, not a thing.
+# "in a row", "in line": an arrangement, not an object.
 _ARRANGEMENTS = _words("row rows line lines group groups pair pairs circle bunch stack")
-# Without any word before them what people do, not what they hold: "playing baseball", but "a baseball".
+# Without a word before them an activity, not an object: "playing baseball", but "a baseball".
 _PASTIMES = _words("""
     tennis baseball soccer football basketball volleyball cricket golf hockey polo rugby badminton softball chess
     lunch dinner breakfast skiing surfing snowboarding skateboarding
@@ -122,24 +123,27 @@ _PASTIMES = _words("""
 
 
 class PhraseRules:
-    """The rules that turn a finder's chunks into phrases, the same for every finder."""
+    """Turns a finder's chunks into phrases; the same for every finder."""
 
-    def __init__(self, most: int = MAX_PHRASES) -> None:
-        """`most` phrases of a caption are kept, at least one; the later ones are counted as surplus."""
-        if most < 1:
-            raise ValueError(f"at most {most} phrases of a caption: expected 1 or more")
-        self._most = most
-        self.version = f"rules {VERSION}, at most {most}"
+    def __init__(self, max_phrases: int = MAX_PHRASES) -> None:
+        """At most `max_phrases` (>= 1) phrases of a caption are kept; later ones count as surplus."""
+        if max_phrases < 1:
+            raise ValueError(f"at most {max_phrases} phrases of a caption: expected 1 or more")
+        self._max_phrases = max_phrases
+        self.version = f"rules {VERSION}, at most {max_phrases}"
 
-    def apply(self, words: Sequence[Word], chunks: Iterable[tuple[int, int]]) -> Found:
-        """Phrases of a caption from its words and the (begin, end) word numbers of its chunks, in order and apart."""
+    def apply(self, words: Sequence[Word], chunks: Iterable[tuple[int, int]]) -> Phrases:
+        """Returns the phrases of a caption.
+
+        `words`: the words of the caption; `chunks`: (begin, end) word indices, ordered and not overlapping.
+        """
         spans: list[tuple[int, int]] = []
         surplus: list[tuple[int, int]] = []
         dropped: Counter[str] = Counter()
         for chunk in chunks:
             for begin, end in _parts(words, *chunk):
                 reason = _reason(words, begin, end, first=not spans)
-                if reason is None and len(spans) == self._most:
+                if reason is None and len(spans) == self._max_phrases:
                     reason = "surplus"
                 span = words[begin].span[0], words[end - 1].span[1]
                 if reason is None:
@@ -147,7 +151,7 @@ class PhraseRules:
                 else:
                     dropped[reason] += 1
                     surplus += [span] if reason == "surplus" else []
-        return Found(tuple(spans), dict(dropped), tuple(surplus))
+        return Phrases(tuple(spans), dict(dropped), tuple(surplus))
 
 
 def _is_noun(word: Word) -> bool:
@@ -159,14 +163,14 @@ def _is_word(word: Word) -> bool:
 
 
 def _parts(words: Sequence[Word], begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """The chunk without its possessives, cut where nouns are coordinated; each part without marks at its ends."""
+    """Splits a chunk at possessives and between coordinated nouns; punctuation at the ends of a part is removed."""
     start = begin
     for number in range(begin, end):
         word, after_noun = words[number], number > start and _is_noun(words[number - 1])
         if after_noun and words[number - 1].text in _COLOURS and number + 1 < end and words[number + 1].tag == "JJ":
             continue
         if word.tag in ("PRP$", "WP$"):
-            # "all his dogs": what stands before a possessive belongs to it.
+            # "all his dogs": words before the possessive are removed with it.
             start = number + 1
         elif (
             word.tag == "POS"
@@ -179,22 +183,22 @@ def _parts(words: Sequence[Word], begin: int, end: int) -> Iterator[tuple[int, i
 
 
 def _divides(word: Word) -> bool:
-    """Whether no phrase has the word between its nouns: "a laptop and keyboard", "a surfer riding waves"."""
+    """Whether a word between two nouns separates phrases: "a laptop and keyboard", "a surfer riding waves"."""
     return word.tag == "CC" or word.text == "," or (word.tag == "VBG" and word.text not in _PURPOSES)
 
 
 def _joins(noun: Word, word: Word) -> bool:
-    """Whether a word says what the thing before it does: "riding" of "a surfer riding waves"."""
+    """Whether a word is the verb of the noun before it: "riding" in "a surfer riding waves"."""
     return _is_noun(noun) and word.tag == "VBG" and _divides(word)
 
 
 def _is_plural(word: Word) -> bool:
-    """Whether a noun is a plural: after "a seaplane", "lands" is the verb that the tagger took it not for."""
+    """Whether a word tagged as a noun is a plural: after "a seaplane", "lands" is a verb despite its tag."""
     return word.tag == "NNS" and word.text.endswith("s") and singular(word.text) != word.text
 
 
 def _trimmed(words: Sequence[Word], begin: int, end: int) -> Iterator[tuple[int, int]]:
-    # "a cup right of a plate": the word is no noun there, whatever its tag.
+    # "a cup right of a plate": "right" is not a noun there, whatever its tag.
     while end > begin and (not _is_word(words[end - 1]) or _is_a_side(words, begin, end - 1)):
         end -= 1
     # "how many dogs" -> "dogs".
@@ -219,7 +223,7 @@ def _trimmed(words: Sequence[Word], begin: int, end: int) -> Iterator[tuple[int,
 
 
 def _is_a_side(words: Sequence[Word], begin: int, number: int) -> bool:
-    """Whether a word of a phrase that begins at `begin` is "right" of "a cup right of a plate"."""
+    """Whether word `number` of a phrase is a direction, as "right" in "a cup right of a plate"."""
     if words[number].text not in _SIDES or number == begin:
         return False
     of = number + 1 < len(words) and words[number + 1].text == "of"
@@ -227,9 +231,9 @@ def _is_a_side(words: Sequence[Word], begin: int, number: int) -> bool:
 
 
 def _reason(words: Sequence[Word], begin: int, end: int, first: bool) -> Reason | None:
-    """Why the phrase is none that one could box; None: it is. `first`: no phrase of the caption was kept before it."""
+    """Why the phrase names no object; None if it does. `first`: no phrase of the caption was kept before it."""
     head, before = words[end - 1].text, words[begin - 1].text if begin else ""
-    # "a mammoth right of a book": what stands before the side is a thing, whatever its tag.
+    # "a mammoth right of a book": the word before the direction is an object, whatever its tag.
     thing = end - begin > 1 and end < len(words) and _is_a_side(words, begin, end)
     if head in _PRONOUNS or not (thing or any(_is_noun(word) for word in words[begin:end])):
         return "pronoun"
@@ -257,7 +261,7 @@ def _reason(words: Sequence[Word], begin: int, end: int, first: bool) -> Reason 
 
 
 def _is_the_picture_itself(words: Sequence[Word], begin: int, end: int, first: bool) -> bool:
-    """Whether "picture" is what the caption is of: "a photo of a dog", "this image shows", "in the picture"."""
+    """Whether the phrase is the image itself: "a photo of a dog", "this image shows", "in the picture"."""
     before = words[begin - 1].text if begin else ""
     of = end < len(words) and words[end].text == "of"
     pointed = words[begin].text in ("this", "these") or (words[begin].text == "the" and before in ("of", "in", "this"))

