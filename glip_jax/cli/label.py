@@ -268,7 +268,7 @@ def _teacher(
         }
         thin = f", {teacher.thin} boxes of a pixel's width or height left out" if teacher.thin else ""
         print(f"{job.detections}: an outside teacher{thin}", flush=True)
-        return teacher, rules, about | {"nms": rules.nms_iou, "most_boxes": rules.most_boxes}
+        return teacher, rules, about | {"nms": rules.nms_iou, "most_boxes": rules.max_boxes}
     config = chosen_settings(job.workdir, job.step, settings, "label")
     which = config.evaluation.parameters if job.ema else "raw"
     step = latest_step(job.workdir) if job.step is None else job.step
@@ -280,7 +280,7 @@ def _teacher(
     print(f"{job.workdir}: step {step}, {which} parameters, {len(views)} views of an image", flush=True)
     about = {
         "teacher": fingerprint(params)[:16], "config": provenance.config_hash(config)[:16],
-        "nms": rules.nms_iou, "most_boxes": rules.most_boxes,
+        "nms": rules.nms_iou, "most_boxes": rules.max_boxes,
     }  # fmt: skip
     if len(views) > 1:
         about["views"] = f"{'flip ' if job.flip else ''}{','.join(map(str, job.scales))}".strip()
