@@ -1,4 +1,4 @@
-"""Settings of the data: sources, captions, crops and colours, and what they must keep. Part of `glip_jax.config.run`."""
+"""Settings of the training data: sources, captions, image augmentation, and their checks. Offered by `glip_jax.config`."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,138 +16,150 @@ __all__ = [
 ]
 
 Codec = Literal["fast", "pillow"]
-"""How images of training are resized: OpenCV's bilinear filter on what libjpeg-turbo decoded, or Pillow's, as the original."""
+"""Decoder and resize of training images: libjpeg-turbo and OpenCV's bilinear filter, or Pillow as in the original code."""
 
 
 def runtime_field(default: Any) -> Any:
-    """A field that changes no number of the training."""
+    """A dataclass field that changes no number of the training: it may differ when a run is resumed."""
     return field(default=default, metadata={"affects_results": False})
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One source of the mixture: a folder of shards with a manifest."""
+    """One data source of the mixture: a folder of shards with a manifest."""
 
     path: str
+    """Folder of the shards, local or gs://."""
     weight: float = 1.0
-    """Share of examples relative to the other sources' weights; must be positive."""
+    """Relative share of the examples; positive. Shares are the weights divided by their sum."""
     copies: int = 0
-    """Instead of a weight, as in the original: the share is copies x records. Of all sources or of none; 0: by weight."""
+    """Alternative to `weight`, as in the original code: the share is proportional to copies x records. Set for all sources or
+    for none; 0: by weight."""
     box_weight: Literal["one", "score"] = "one"
-    """What a box of the source counts in the losses: 1, as in the original, or its teacher's score (pseudo records)."""
+    """Weight of a box in the losses: 1, as in the original, or the score that the teacher gave it (pseudo records)."""
     threshold: float = 0.0
-    """Pseudo records: boxes of this score or less are left out, counted as `boxes_below_threshold`; where the phrase has no other,
-    it is not known where it is. 0.5 in GLIP-L, where the words then count as absent (glip-reference 4.6)."""
+    """Score threshold for pseudo records: boxes at or below it are dropped and counted as `boxes_below_threshold`. A phrase
+    that loses its last box becomes unlabelled. GLIP-L uses 0.5 and treats such phrases as absent (glip-reference 4.6)."""
     negatives: tuple[str, ...] = ()
-    """More names that may be drawn as negatives: the user says that they are absent from every image of the source
-    (one that is a name of the source or a phrase of the image is never drawn)."""
+    """Additional names to sample as negatives. The user guarantees that they are absent from every image of the source.
+    Names of the source's own categories and phrases of the image are never sampled."""
 
 
 @dataclass(frozen=True)
 class PackingConfig:
-    """Negative text beside the caption of a grounding or pseudo record, taken from elsewhere (glip-reference 4.6).
+    """Negative texts that are packed around the caption of a grounding or pseudo record (glip-reference 4.6).
 
-    GLIP-T packs nothing, which is the default; GLIP-L packs `number=20` captions with these probabilities.
+    GLIP-T packs none (the default). GLIP-L packs `number=20` captions with the probabilities below.
     """
 
     number: int = 0
-    """Most texts packed with a caption; 0 leaves every caption as it is."""
+    """Maximum number of texts packed with a caption; 0 disables packing."""
     none_probability: float = 0.4
-    """Chance of packing none."""
+    """Probability of packing no text."""
     full_probability: float = 0.5
-    """Chance, where it is not none, of packing `number`; otherwise a uniform number from 0 to number - 1."""
+    """Probability, if any text is packed, of packing `number`; otherwise the count is uniform in 0 ... number - 1."""
     take: Literal["captions", "phrases", "names"] = "captions"
-    """`captions` of other records of the source, their `phrases` with boxes, or the source's `negatives`."""
+    """Source of the texts: `captions` of other records of the same source, their `phrases` with boxes, or `negatives`."""
     kinds: tuple[Literal["pseudo", "grounding"], ...] = ("pseudo",)
+    """Kinds of records whose captions are packed."""
 
 
 @dataclass(frozen=True)
 class CaptionConfig:
-    """How a record becomes a caption (defaults: the original's, glip-reference 1.7 and 4.2).
+    """How the caption of a record is built. Defaults are those of the original code (glip-reference 1.7 and 4.2).
 
-    The number of negative names is `max_negatives` (or as many as there are) with `full_probability`, 1 with
-    `one_negative_probability`, 0 with `one_positive_probability`, and otherwise uniform from 1 to that number.
+    The number of negative names is n = min(`max_negatives`, available names) with `full_probability`, 1 with
+    `one_negative_probability`, 0 with `one_positive_probability`, and otherwise uniform in 1 ... n.
     """
 
     mode: Literal["sampled", "all_names"] = "sampled"
-    """`all_names`: every name of the source in its order (shuffled if `shuffle`), as in fine-tuning (4.3)."""
+    """`sampled`: positives and sampled negatives; `all_names`: every category of the source, as in fine-tuning (4.3)."""
     separator: str = ". "
+    """Text between two names of a caption."""
     max_negatives: int = 85
+    """Maximum number of negative names in a caption."""
     full_probability: float = 0.5
     one_negative_probability: float = 0.0
     one_positive_probability: float = 0.0
     drop_positive_probability: float = 0.0
-    """Chance of keeping only a uniform number, at least 1, of the positive names, and their boxes. The original names it
-    but refuses any value except 0."""
+    """Probability of keeping a random subset of the positive names (uniform size, at least 1) and only their boxes. The
+    original code has this option but accepts only 0."""
     hard_share: float = 0.0
-    """Share of the negatives (names or packed phrases) drawn from those most like the positives in words and letters."""
+    """Fraction of hard negatives: names or packed phrases that share words or letters with the positives."""
     shuffle: bool = True
+    """Shuffle the names of a caption."""
     words_without_box: Literal["negative", "unknown"] = "negative"
-    """Words of grounding and pseudo captions that are in no box's phrase: negative everywhere, as in the original, or
-    unknown, so that they give no loss where no box is."""
+    """Words of grounding and pseudo captions that belong to no phrase with a box: `negative` at every anchor, as in the
+    original, or `unknown`, which removes their loss at anchors without a box."""
     packing: PackingConfig = PackingConfig()
 
 
 @dataclass(frozen=True)
 class CropConfig:
-    """Random crop, before the resize; the original has none."""
+    """Random crop before the resize. The original code has none."""
 
     probability: float = 0.0
+    """Probability of cropping an image."""
     min_side: float = 0.5
-    """Least share of height and of width that stays, each drawn anew."""
+    """Minimum fraction of height and of width that is kept; each is uniform in min_side ... 1."""
     min_visible: float = 0.4
-    """Boxes of which a smaller share of the area stays visible are dropped, counted as `boxes_out_of_view`."""
+    """Minimum visible fraction of a box's area. Boxes below it are dropped and counted as `boxes_out_of_view`."""
 
 
 @dataclass(frozen=True)
 class JitterConfig:
-    """Random colours, after the resize; the original has none. Factors are uniform in 1 - x to 1 + x."""
+    """Random color jitter after the resize. The original code has none. Factors are uniform in 1 - x ... 1 + x."""
 
     probability: float = 0.0
+    """Probability of jittering an image."""
     brightness: float = 0.2
     contrast: float = 0.2
     saturation: float = 0.2
     hue: float = 0.02
-    """Turn of the colour circle, uniform in -x to x; 0.5 is its opposite side."""
+    """Hue shift, uniform in -x ... x; 1 is a full turn of the color circle."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The mixture and what happens to an example before it is batched."""
+    """The mixture of sources and the preprocessing of an example."""
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Sources by name."""
     captions: CaptionConfig = CaptionConfig()
     short_sides: tuple[int, ...] = (480, 560, 640, 720, 800)
-    """Candidate lengths of the short side, pixels; one per step."""
+    """Lengths of the short side in pixels; each step uses one of them, in turn."""
     long_side: int = 1333
-    """Upper bound of the long side, pixels."""
+    """Maximum length of the long side, pixels."""
     aspects: tuple[float, ...] = (0.666667, 0.75, 1.0, 1.333333, 1.5)
-    """Height / width of the canvases; each record goes to the nearest (in log). Each pair of short side and aspect is one compiled shape."""
+    """Height / width of the canvases. A record uses the nearest one in log scale. Each pair of short side and aspect is one
+    compiled shape."""
     codec: Codec = "fast"
-    """`pillow`: the original's pixels, at a third of the speed."""
+    """`pillow` gives the pixels of the original code at a third of the speed."""
     flip: float = 0.5
-    """Chance of mirroring left and right."""
+    """Probability of a horizontal flip."""
     flip_captions: Literal["as_is", "safe"] = "as_is"
-    """`safe`: examples whose caption or names say left or right are not mirrored. The original mirrors them as they are."""
+    """`safe`: examples whose caption or names contain "left" or "right" are not flipped. `as_is`: as in the original, every
+    example may be flipped."""
     crop: CropConfig = CropConfig()
     jitter: JitterConfig = JitterConfig()
     max_boxes: int = 100
-    """Box slots per image; more are cut, counted as `boxes_over_limit`."""
+    """Box slots per image. Further boxes are dropped and counted as `boxes_over_limit`."""
     workers: int = runtime_field(0)
-    """Grain worker processes; 0 reads in threads of this process."""
+    """Grain worker processes; 0: threads of the training process read the data."""
     threads: int = runtime_field(4)
+    """Reader threads, over all worker processes."""
     prefetch: int = runtime_field(8)
-    """Batches read ahead."""
+    """Batches that are prepared ahead."""
     max_corrupt_rate: float = runtime_field(0.01)
-    """A run stops where more than this share of a source's examples, counted over `corrupt_window`, is corrupt."""
+    """Training stops if more than this fraction of `corrupt_window` examples of one source is corrupt."""
     corrupt_window: int = runtime_field(1000)
-    """Examples of a source."""
+    """Examples of a source per window in which corrupt records are counted."""
 
 
 def data_checks(data: DataConfig) -> list[tuple[bool, str]]:
-    """What the settings of the data must keep, each with the message for where it is broken."""
+    """Checks of the data settings: (fits, message if it does not)."""
     captions, packing = data.captions, data.captions.packing
-    chances = {
+    fractions = {
         "flip": data.flip, "crop.probability": data.crop.probability, "jitter.probability": data.jitter.probability,
         "captions.full_probability": captions.full_probability, "captions.hard_share": captions.hard_share,
         "captions.one_negative_probability": captions.one_negative_probability,
@@ -160,7 +172,7 @@ def data_checks(data: DataConfig) -> list[tuple[bool, str]]:
         "jitter.saturation": data.jitter.saturation, "jitter.hue": data.jitter.hue,
     }  # fmt: skip
     total = captions.full_probability + captions.one_negative_probability + captions.one_positive_probability
-    checks = [(0 <= value <= 1, f"data.{name} is {value}: expected 0 to 1") for name, value in chances.items()]
+    checks = [(0 <= value <= 1, f"data.{name} is {value}: expected 0 to 1") for name, value in fractions.items()]
     checks += [
         (total <= 1 + 1e-9,
          f"data.captions: full_probability {captions.full_probability}, one_negative_probability {captions.one_negative_probability} "
@@ -178,9 +190,9 @@ def data_checks(data: DataConfig) -> list[tuple[bool, str]]:
              f"data.sources.{name}.threshold is {source.threshold}: expected 0 to less than 1"),
             (source.copies >= 0, f"data.sources.{name}.copies is {source.copies}: expected 0 (by weight) or more"),
             (not source.copies or source.weight == 1.0,
-             f"data.sources.{name} has weight {source.weight} and copies {source.copies}: give one of them"),
+             f"data.sources.{name} has weight {source.weight} and copies {source.copies}: set only one of them"),
             (bool(source.copies) == bool(copied),
-             f"data.sources.{name} goes by weight {source.weight}, data.sources.{copied[0] if copied else ''} by copies: "
-             "give all sources weights, or all copies"),
+             f"data.sources.{name} has weight {source.weight}, data.sources.{copied[0] if copied else ''} has copies: "
+             "set weight for all sources, or copies for all"),
         ]  # fmt: skip
     return checks

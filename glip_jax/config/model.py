@@ -1,7 +1,4 @@
-"""The settings of the network, each once: type, unit, default. `config` offers them to everyone else.
-
-Every field changes the numbers that training produces.
-"""
+"""Settings of the network: type, unit, default. Offered by `glip_jax.config`. Every field affects the results of training."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,74 +10,87 @@ __all__ = [
 
 
 Remat = Literal["none", "elementwise", "blocks"]
-"""What the backward pass computes again of Swin blocks, BERT layers and head blocks."""
+"""What the backward pass recomputes of Swin blocks, BERT layers and head blocks (rematerialization)."""
 
 
 @dataclass(frozen=True)
 class InputConfig:
-    """Pixels in: uint8 RGB images become (pixel - mean) / std in `order`. Means are written in that order."""
+    """Normalization of uint8 RGB images: (pixel - mean) / std with channels in `order`; `mean` and `std` are in that order."""
 
     order: Literal["bgr", "rgb"] = "bgr"
     mean: tuple[float, float, float] = (103.53, 116.28, 123.675)
     std: tuple[float, float, float] = (57.375, 57.12, 58.395)
     extent_multiple: int = 32
-    """An image's extent is its size rounded up to this many pixels."""
+    """The extent of an image is its size rounded up to a multiple of this, pixels."""
     extent: Literal["image", "batch"] = "image"
-    """`image`: each image stands alone; `batch`: every image has the canvas as extent, as in the original."""
+    """`image`: each image has its own extent, so its result does not depend on the batch; `batch`: the extent of every image is
+    the canvas, as in the original."""
 
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """Swin v1 of any size, or EfficientNet-Lite0. Swin's fields are ignored by the latter."""
+    """Swin v1 of any size, or EfficientNet-Lite0, which reads `kind` and `frozen_stages` only."""
 
     kind: Literal["swin", "efficientnet_lite0"] = "swin"
     width: int = 96
+    """Channels of the first stage; each stage doubles them."""
     depths: tuple[int, int, int, int] = (2, 2, 6, 2)
+    """Blocks per stage."""
     heads: tuple[int, int, int, int] = (3, 6, 12, 24)
+    """Attention heads per stage."""
     window: int = 7
+    """Side of an attention window, cells."""
     drop_path: float = 0.2
-    """Rate of the last block; rates rise linearly from 0."""
+    """Stochastic depth rate of the last block; the rate rises linearly from 0 at the first."""
     frozen_stages: int = 0
-    """Stem and so many first stages get no gradient and stay in evaluation mode (GLIP-L: 1; EfficientNet-Lite0: 0-7)."""
+    """Number of first stages, and with them the stem, that get no gradient and run in evaluation mode (GLIP-L: 1; EfficientNet-Lite0: 0 to 7)."""
 
 
 @dataclass(frozen=True)
 class PyramidConfig:
-    """Feature pyramid. `strides` says which levels there are; consecutive powers of two from 8 or 16 on."""
+    """Feature pyramid network."""
 
     channels: int = 256
+    """Channels of every level."""
     strides: tuple[int, ...] = (8, 16, 32, 64, 128)
+    """Strides of the levels: consecutive powers of two, from 8 or 16 to 32 or more."""
     drop_block: float = 0.3
-    """DropBlock rate in training on the merged laterals below the coarsest one; 0 switches it off."""
+    """DropBlock rate in training, on the merged laterals of strides 8 and 16; 0 disables it."""
     drop_block_size: int = 3
+    """Side of a dropped block, cells."""
     drop_block_over: Literal["image", "batch"] = "image"
-    """What kept activations are renormalised over; the original: the batch of one GPU."""
+    """Set over which the kept activations are renormalized; the original uses the batch of one GPU."""
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """BERT encoder, in Hugging Face's sizes."""
+    """BERT text encoder; sizes as in Hugging Face's BertConfig."""
 
     vocabulary: str = "assets/bert-base-uncased/vocab.txt"
-    """Path of the WordPiece vocabulary, one token a line; relative paths are looked up from the working folder."""
+    """Path of the WordPiece vocabulary, one token per line; a relative path starts at the current folder."""
     vocabulary_size: int = 30522
+    """Rows of the word embedding."""
     width: int = 768
     layers: int = 12
     heads: int = 12
     hidden: int = 3072
+    """Width of the feed-forward layers."""
     positions: int = 512
+    """Rows of the position embedding."""
     dropout: float = 0.1
     max_tokens: int = 256
     """Length of every prompt after padding, [CLS] and [SEP] included."""
     frozen: bool = False
+    """The text encoder gets no gradient and runs without dropout."""
 
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """Bidirectional image-text attention of each head block."""
+    """Bidirectional image-text attention (deep fusion) of each head block."""
 
     enabled: bool = True
     width: int = 2048
+    """Width of queries, keys and values over all attention heads."""
     heads: int = 8
     dropout: float = 0.1
     gamma: float = 1 / 6
@@ -89,31 +99,33 @@ class FusionConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """Tower of [fusion, BERT layer,] DyConv blocks and the three outputs."""
+    """Detection head: blocks of [fusion, BERT layer,] DyConv, then the three outputs."""
 
     blocks: int = 6
     groups: int = 16
     """Groups of GroupNorm."""
     coarse_offsets: Literal["flat", "resized"] = "resized"
-    """Offsets for the coarser neighbour: the original's flat re-read, or the map resized bilinearly."""
+    """Offsets that DyConv uses for the coarser neighbor level: `flat`, the original's read of the buffer with wrong strides, or
+    `resized`, the offset map resized bilinearly."""
     offset_bound: int = 0
-    """Largest deformable offset in cells of the level read, 1 to 7; what is larger is clamped and counted. 0: unbounded, as
-    released weights are. On a TPU bounded offsets are read by matrix products instead of gathers."""
+    """Maximum deformable offset in cells of the level that is sampled, 1 to 7; larger offsets are clamped and counted
+    (`offsets_clamped`). 0: unbounded, as for released weights. On TPUs bounded offsets use matrix products instead of gathers."""
     offset_scale: float = 1.0
-    """Initial deformable offsets, relative to the original's; near 0 the head starts as regular convolutions."""
+    """Scale of the initial weights of the offset convolution relative to the original; near 0 DyConv starts as a regular convolution."""
     log_scale: float = 0.0
-    """Initial value of the alignment's log scale: logits are divided by its exponential."""
+    """Initial log scale of the alignment logits, which are divided by exp(log_scale)."""
     box_scale: float = 1.0
-    """Initial value of every level's scale of box deltas."""
+    """Initial scale of the box deltas of every level."""
     unroll: int = 1
-    """Blocks per turn of the tower's loop. All of them: longer to compile, up to twice as fast on a CPU."""
+    """Blocks per iteration of the compiled loop. All of them: longer to compile, up to twice as fast on a CPU."""
 
 
 @dataclass(frozen=True)
 class AnchorConfig:
-    """One square anchor per location and level, in pixels of the resized image."""
+    """One square anchor per location."""
 
     sizes: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    """Side per level, pixels of the resized image."""
 
 
 @dataclass(frozen=True)
@@ -128,13 +140,13 @@ class ModelConfig:
     head: HeadConfig = HeadConfig()
     anchors: AnchorConfig = AnchorConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations; parameters, statistics, boxes and losses are float32."""
+    """Type of activations. Parameters, statistics, boxes and losses are float32."""
     remat: Remat = "none"
-    """`elementwise` computes norms, activations and dropout again, `blocks` all of a block but its inputs."""
+    """Recomputation in the backward pass: `elementwise` recomputes norms, activations and dropout, `blocks` everything but the inputs of a block."""
 
 
 def model_checks(model: ModelConfig) -> list[tuple[bool, str]]:
-    """What the settings of a network must keep, each with the message for where it is broken."""
+    """Checks of the network settings: (fits, message if it does not)."""
     text, strides = model.text, model.pyramid.strides
     return [
         (len(model.anchors.sizes) == len(strides),

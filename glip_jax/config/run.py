@@ -1,8 +1,8 @@
-"""Every setting of glip_jax once: type, unit, default.
+"""Settings of a run: type, unit, default. Offered by `glip_jax.config`.
 
-A file in `configs/` returns a `Config`; the command line overrides single fields. Fields declared with
-`affects_results=False` change cadence, logging or placement but no number that training produces; every other field
-changes numbers, so a resumed run refuses a difference in it (see `differences`).
+A file in `configs/` returns a `Config`; the command line overrides single fields. Fields with `affects_results=False`
+(`runtime_field`) change intervals, logging or placement, but not the results of training. A resumed run refuses a difference
+in any other field (`glip_jax.config.saved.differences`).
 """
 
 import dataclasses
@@ -44,173 +44,197 @@ __all__ = [
 
 
 class ConfigError(UserError, ValueError):
-    """A setting, or a pair of settings, that cannot be."""
+    """An invalid setting, or settings that contradict each other."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Token focal loss, GIoU, centerness; assignment by ATSS."""
+    """Losses (token focal loss, GIoU, centerness) and assignment of anchors to boxes (ATSS)."""
 
     box_weight: float = 2.0
+    """Weight of the GIoU loss."""
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
     atss_candidates: int = 9
-    """Nearest anchors per level and box."""
+    """Nearest anchors per level and box that ATSS considers."""
     positives_floor: float = 1.0
-    """Least denominator of token and centerness loss (the original: its number of GPUs)."""
+    """Minimum denominator of token and centerness loss (the original uses its number of GPUs)."""
     last_token_negative: bool = True
-    """False: unmatched anchors carry target 1 on the last token slot, as in the original."""
+    """False: the target of unmatched anchors is 1 at the last token slot, as in the original."""
 
 
 @dataclass(frozen=True)
 class DetectionConfig:
-    """From logits to boxes."""
+    """Post-processing: from logits to detections."""
 
     threshold: float = 0.05
-    """Least mean token probability of a candidate, before centerness."""
+    """Score threshold: minimum mean token probability of a candidate, before it is combined with centerness."""
     candidates_per_level: int = 1000
+    """Maximum number of candidates per level that enter non-maximum suppression."""
     nms_iou: float = 0.6
     max_detections: int = 100
+    """Maximum number of detections per image and prompt."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with the original's parameter groups (glip-reference 1.6)."""
+    """AdamW with the parameter groups of the original code (glip-reference 1.6)."""
 
     rate: float = 1e-4
+    """Base learning rate."""
     text_rate: float = 1e-5
-    """Rate of the text encoder (not of the BERT layers inside the head)."""
+    """Learning rate of the text encoder (not of the BERT layers inside the head)."""
     backbone_rate_factor: float = 1.0
+    """Factor on `rate` for the backbone."""
     head_text_rate_factor: float = 1.0
-    """Of the head's own BERT layers."""
+    """Factor on `rate` for the BERT layers of the head."""
     bias_rate_factor: float = 2.0
+    """Factor on the rate for biases."""
     decay: float = 1e-4
+    """Weight decay."""
     bias_decay: float = 0.0
+    """Weight decay of biases."""
     decay_milestone_factor: float = 1.0
-    """What both decays are multiplied by at `decay_milestone_share` of the way to each milestone; GLIP-L: 0.1."""
+    """Factor on both weight decays, applied once per milestone at `decay_milestone_share` of its step; GLIP-L: 0.1."""
     decay_milestone_share: float = 0.667
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
     warmup_steps: int = 2000
+    """Steps of linear warmup."""
     warmup_factor: float = 0.001
+    """Factor on the rate at the first step."""
     milestones: tuple[float, ...] = (0.67, 0.89)
-    """Fractions of `train.steps` at which the rate is multiplied by `milestone_factor`."""
+    """Fractions of `train.steps` after which the rate is multiplied by `milestone_factor`."""
     milestone_factor: float = 0.1
     clip_norm: float = 1.0
-    """Bound of the global gradient norm; 0 switches clipping off."""
+    """Maximum global gradient norm; 0 disables clipping."""
     ema_decay: float = 0.999
-    """Decay per step of the moving average of parameters; 0 switches it off."""
+    """Decay per step of the exponential moving average (EMA) of the parameters; 0 disables it."""
     accumulate: int = 1
-    """Micro-batches per step."""
+    """Micro-batches per step (gradient accumulation)."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length and cadence."""
+    """Length of training, and intervals of logging, evaluation and profiling."""
 
     steps: int = 1000
+    """Optimizer steps."""
     batch_size: int = 64
     """Examples per step over all hosts."""
     seed: int = 0
+    """Seed of initial parameters, data order, augmentation and dropout."""
     log_every: int = _runtime_field(10)
+    """Steps between lines of metrics."""
     evaluate_every: int = _runtime_field(0)
-    """Steps between evaluations of `evaluation.sets`; 0: only at the end, -1: never (the job `evaluate` follows)."""
+    """Steps between evaluations of `evaluation.sets`; 0: only at the end, -1: never (for runs that are followed by `evaluate`)."""
     draw_first_batch: bool = _runtime_field(True)
+    """Write the first batch as an image, WORKDIR/first_batch.png."""
     profile: tuple[int, ...] = _runtime_field(())
-    """First and last step to profile, as 20,25; a file WORKDIR/profile asks for the next ones while the run goes."""
+    """First and last step to profile, as 20,25. Creating the file WORKDIR/profile profiles the next steps of a running job."""
     hang_multiple: float = _runtime_field(20.0)
-    """A step that takes so many times the usual (the median of 50) leaves the stacks of all threads in WORKDIR; 0: never."""
+    """Watchdog: a step that takes this many times the median of the last 50 steps writes the stacks of all threads to WORKDIR; 0: off."""
     hang_min: float = _runtime_field(120.0)
-    """But not before so many seconds."""
+    """Minimum time before the watchdog reacts, seconds."""
     hang_first: float = _runtime_field(3600.0)
-    """So does, after so many seconds, a step that has to be compiled, or one of the first, of which nothing is usual yet."""
+    """Time limit of the watchdog for first steps and steps that compile, seconds."""
     wandb: str = _runtime_field("")
-    """Project of Weights & Biases that gets the numbers as well (requirements-wandb.txt); empty: none."""
+    """Weights & Biases project that also receives the metrics (requirements-wandb.txt); empty: none."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save, how many to keep."""
+    """When checkpoints are saved, and which are kept."""
 
     every: int = _runtime_field(1000)
     """Steps between checkpoints; the last step is always saved."""
     keep: int = _runtime_field(3)
-    """The newest so many are kept, the last step's among them."""
+    """Number of newest checkpoints that are kept."""
     keep_every: int = _runtime_field(0)
-    """Those of steps that are multiples of this are kept as well, for ever; 0: none."""
+    """Checkpoints of steps that are multiples of this are never removed; 0: none."""
     best: int = _runtime_field(0)
-    """So many of the highest `best_by` are kept as well."""
+    """Number of checkpoints with the highest `best_by` that are kept as well."""
     best_by: str = _runtime_field("")
-    """A number of evaluations during training, `evaluation/SET/NUMBER` as in metrics.jsonl, e.g. evaluation/coco/AP; checkpoints
-    of steps that were not evaluated are not among the best (see `train.evaluate_every`)."""
+    """Metric of evaluations during training, `evaluation/SET/METRIC` as in metrics.jsonl, e.g. evaluation/coco/AP. Only
+    checkpoints of evaluated steps can be best (see `train.evaluate_every`)."""
 
 
 @dataclass(frozen=True)
 class InitFromConfig:
-    """What a run starts from: local or gs:// paths, or package:NAME/...; empty means random.
+    """Files that the initial parameters are read from: local or gs:// paths, or package:NAME/...; empty: random values.
 
-    Random values first, then `model`, then `backbone` and `text`; each takes the parameters that `load` and `skip` say.
+    `model` overwrites random values, `backbone` and `text` overwrite `model`. `load` and `skip` select parameters.
     """
 
     model: str = ""
-    """A whole network: GLIP's or mmdetection's .pth, an exported Hugging Face folder, or a working folder of ours."""
+    """A whole network: .pth of GLIP or mmdetection, an exported Hugging Face folder, or a working folder of glip_jax."""
     backbone: str = ""
-    """ImageNet weights: Swin as its authors, timm or Hugging Face store it, or EfficientNet-Lite0's .pth."""
+    """ImageNet weights: Swin in the format of its authors, timm or Hugging Face, or the .pth of EfficientNet-Lite0."""
     text: str = ""
     """Folder of a Hugging Face BERT (config.json, model.safetensors or pytorch_model.bin)."""
     backbone_channels: Literal["as_stored", "reversed"] = "as_stored"
-    """Order of the first convolution's input channels in `backbone`. Files are for RGB; the original feeds BGR into them
-    as they are stored. `reversed` exchanges R and B, so that they fit model.input.order bgr."""
+    """Input channels of the first convolution in `backbone`. Files expect RGB; the original feeds BGR into them unchanged
+    (`as_stored`). `reversed` exchanges R and B, so that the weights fit model.input.order bgr."""
     load: tuple[str, ...] = ("*",)
-    """What to take of every file: patterns of our parameters' paths (as in WORKDIR/parameters.txt), in which * is any run of
-    characters, slashes included: `head/*` is the whole head. What no pattern matches keeps its value."""
+    """Patterns of parameter paths (as in WORKDIR/parameters.txt) that are read from each file; * matches any characters,
+    slashes included: `head/*` is the whole head. Other parameters keep their value."""
     skip: tuple[str, ...] = ()
-    """Patterns of what not to take although `load` matches it."""
+    """Patterns of parameter paths that are not read although `load` matches."""
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """A JSON of annotations with its pictures."""
+    """An annotation file and its images."""
 
     annotations: str
     """COCO detection JSON, or MDETR's grounding JSON where `kind` says so."""
     images: str
+    """Folder of the images."""
     names: dict[str, str] = field(default_factory=dict)
-    """Detection: prompt text for names that mean nothing to a text encoder, e.g. RBC -> red blood cell."""
+    """Detection: prompt text that replaces a category name, e.g. RBC -> red blood cell."""
     kind: Literal["detection", "grounding"] = "detection"
-    """`detection`: COCO's AP with every category as a prompt; `grounding`: recall of each caption's phrases."""
+    """`detection`: COCO AP, prompted with all categories; `grounding`: recall of the phrases of each caption."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is evaluated during and after training."""
+    """Evaluation during and after training."""
 
     sets: dict[str, EvaluationSet] = field(default_factory=dict)
+    """Evaluation sets by name."""
     parameters: Literal["ema", "raw"] = "ema"
+    """Moving averages of the parameters (where they exist), or the parameters themselves."""
     batch_size: int = _runtime_field(8)
+    """Images per step."""
     short_side: int = 800
+    """Length of the short side, pixels."""
     long_side: int = 1333
+    """Maximum length of the long side, pixels."""
     max_images: int = _runtime_field(0)
-    """First so many images of each set; 0: all."""
+    """Number of first images of each set that are evaluated; 0: all."""
     chunk: int = 0
-    """Names per prompt; 0: as many as the token budget admits."""
+    """Category names per prompt; 0: as many as the token budget allows."""
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; -1 in one place: the rest."""
+    """Devices along each axis of the mesh; -1 for one axis: all remaining devices."""
 
     data: int = _runtime_field(-1)
+    """Data parallel replicas."""
     fsdp: int = _runtime_field(1)
+    """Devices that shard parameters, gradients and optimizer state."""
     tensor: int = _runtime_field(1)
+    """Devices that split the widths of BERT and MLP layers."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """A run."""
+    """All settings of a run."""
 
     name: str = "run"
+    """Name in reports and comparisons."""
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     detection: DetectionConfig = DetectionConfig()
@@ -226,22 +250,24 @@ class Config:
 def flatten(config: Any, prefix: str = "", affects_results: bool | None = None) -> Iterator[tuple[str, Any]]:
     """Yields (dotted name, value) of every leaf field; `affects_results` keeps only fields of that class."""
 
-    def walk(value: Any, name: str, counts: bool) -> Iterator[tuple[str, Any]]:
+    def walk(value: Any, name: str, affects: bool) -> Iterator[tuple[str, Any]]:
         if dataclasses.is_dataclass(value):
             for item in dataclasses.fields(value):
                 inner = f"{name}.{item.name}" if name else item.name
-                yield from walk(getattr(value, item.name), inner, counts and item.metadata.get("affects_results", True))
+                yield from walk(
+                    getattr(value, item.name), inner, affects and item.metadata.get("affects_results", True)
+                )
         elif isinstance(value, dict):
             for key, item in value.items():
-                yield from walk(item, f"{name}.{key}", counts)
-        elif affects_results is None or affects_results == counts:
+                yield from walk(item, f"{name}.{key}", affects)
+        elif affects_results is None or affects_results == affects:
             yield name, value
 
     yield from walk(config, prefix, True)
 
 
 def validate(config: Config) -> Config:
-    """Returns `config` if its settings fit together; raises ConfigError naming both values otherwise."""
+    """Returns `config` if its settings are valid; otherwise raises ConfigError that names the values."""
     checks = [
         *model_checks(config.model),
         (config.train.batch_size % config.optimizer.accumulate == 0,
@@ -279,17 +305,17 @@ def _cadence_checks(config: Config) -> list[tuple[bool, str]]:
         (not train.profile or (len(train.profile) == 2 and 0 < train.profile[0] <= train.profile[1]),
          f"train.profile is {','.join(map(str, train.profile))}: expected the first and the last step to profile, as 20,25"),
         (train.hang_multiple == 0 or train.hang_multiple > 1,
-         f"train.hang_multiple is {train.hang_multiple:g}: expected more than 1, or 0 (no watch)"),
+         f"train.hang_multiple is {train.hang_multiple:g}: expected more than 1, or 0 (no watchdog)"),
         (train.hang_min > 0, f"train.hang_min is {train.hang_min:g}: expected more than 0 seconds"),
         (train.hang_first > 0, f"train.hang_first is {train.hang_first:g}: expected more than 0 seconds"),
         (keeping.keep > 0, f"checkpoint.keep is {keeping.keep}: expected at least 1"),
         (keeping.keep_every >= 0, f"checkpoint.keep_every is {keeping.keep_every}: expected 0 (none) or more"),
         (keeping.keep_every % max(1, keeping.every) == 0,
-         f"checkpoint.keep_every {keeping.keep_every} is not a multiple of checkpoint.every {keeping.every}, so there would be none"),
+         f"checkpoint.keep_every {keeping.keep_every} is not a multiple of checkpoint.every {keeping.every}, so none would be kept"),
         (keeping.best >= 0, f"checkpoint.best is {keeping.best}: expected 0 (none) or more"),
         (not keeping.best or named,
          f"checkpoint.best is {keeping.best}, and checkpoint.best_by {keeping.best_by!r}: expected evaluation/SET/NUMBER with a set of "
-         f"evaluation.sets ({', '.join(config.evaluation.sets) or 'there are none'})"),
+         f"evaluation.sets ({', '.join(config.evaluation.sets) or 'no set is configured'})"),
         (not keeping.best or every > 0,
-         f"checkpoint.best is {keeping.best}, and train.evaluate_every {every}: only what is evaluated during training can be the best"),
+         f"checkpoint.best is {keeping.best}, and train.evaluate_every {every}: only checkpoints evaluated during training can be best"),
     ]  # fmt: skip

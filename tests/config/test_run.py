@@ -60,7 +60,7 @@ def _model(**fields: Any) -> Config:
         (Config(data=DataConfig(sources={"a": SourceConfig("x", 2.0, 3)})), "a has weight 2.0 and copies 3"),
         (
             Config(data=DataConfig(sources={"a": SourceConfig("x", 2.0), "b": SourceConfig("y", copies=3)})),
-            "sources.a goes by weight 2.0, data.sources.b by copies",
+            "sources.a has weight 2.0, data.sources.b has copies",
         ),
         (Config(data=DataConfig(sources={"a": SourceConfig("x", copies=-1)})), "a.copies is -1"),
         (Config(data=DataConfig(flip=1.5)), "data.flip is 1.5"),
