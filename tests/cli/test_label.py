@@ -24,7 +24,7 @@ from glip_jax.structures.prompts import load_tokenizer
 from glip_jax.training.state import fresh_parameters
 from tests import tiny_run
 from tests.labeling import slow_label
-from tests.labeling.test_teacher import picture
+from tests.labeling.test_teacher import png
 
 TEXTS = ("a cat and a dog", "the person", "and so on", "a dog by a person", "two cats", "a red dog")
 
@@ -32,7 +32,7 @@ TEXTS = ("a cat and a dog", "the person", "and so on", "a dog by a person", "two
 def captions(folder, count=12, files=3, name="cc"):
     """Shards of pictures with captions, one of which names nothing and one of which cannot be decoded."""
     records = [
-        Record(f"{i}", "caption", picture(i, corrupt=i == 3), 50, 100, boxes_array(()), caption=TEXTS[i % len(TEXTS)])
+        Record(f"{i}", "caption", png(i, corrupt=i == 3), 50, 100, boxes_array(()), caption=TEXTS[i % len(TEXTS)])
         for i in range(count)
     ]
     shards.write(iter(records), folder, name=name, shards=files, licence="CC0")
@@ -85,7 +85,7 @@ def test_captions_become_pseudo_records(run, labelled):
     assert set(by_id) == {"0", "1", "4", "5", "6", "7", "9", "10", "11"}
     assert made.manifest.drops["caption: no noun phrase"] == 2 and made.manifest.drops["image: cannot be decoded"] == 1
     first = by_id["0"]
-    assert first.caption == TEXTS[0] and first.image == picture(0)
+    assert first.caption == TEXTS[0] and first.image == png(0)
     phrases = [first.caption[begin:end] for ((begin, end),) in (*first.spans, *first.unknown)]
     assert set(phrases) == {"a cat", "a dog"} and max(map(phrases.count, phrases)) <= 2
     about = json.loads(first.provenance)
