@@ -8,6 +8,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -44,6 +45,9 @@ InitialParameters = Callable[[dict[str, Any], Config], tuple[dict[str, Any], dic
 """(parameters, config) to parameters of which `config.init_from` names files, and the record of what was read:
 `glip_jax.weights.pretrained.initialize`."""
 
+Evaluate = Callable[[dict[str, Any], int], dict[str, float]]
+"""(parameters, step) to the metrics to record."""
+
 _PER_EXAMPLE = ("bad", "invalid", "source", "record")
 
 
@@ -51,18 +55,10 @@ class NonFiniteLossError(UserError, RuntimeError):
     """The loss or a gradient is NaN or infinite; the message names step, parts and examples."""
 
 
-class _Pending(NamedTuple):
-    """A dispatched step whose numbers were not read yet."""
-
-    step: int
-    metrics: dict[str, Any]
-    wait: float
-
-
 def train(
     config: Config,
     workdir: str,
-    evaluate: Callable[[dict[str, Any], int], dict[str, float]] | None = None,
+    evaluate: Evaluate | None = None,
     draw: Callable[[Batch], bytes] | None = None,
     initial_parameters: InitialParameters | None = None,
     resume_with_changes: bool = False,
@@ -99,23 +95,22 @@ def train(
         stack.callback(progress.close)
         kept = checkpoints.lines(start) if start else []
         sink = stack.enter_context(wandb_run(wandb, workdir, config))
-        writer = stack.enter_context(Writer(workdir, start, kept, sink, progress.say)) if first else None
+        writer = stack.enter_context(Writer(workdir, start, kept, sink, progress.log)) if first else None
         write_config(workdir, config)
-        run = _Run(config, workdir, mesh, checkpoints, writer, progress, evaluate, cluster)
+        run = _Run(config, epath.Path(workdir), mesh, checkpoints, writer, progress, evaluate, cluster)
         for line in read(workdir) if config.checkpoint.best else ():
             run.score(line["step"], line)
         if cluster is not None:
-            stack.enter_context(
-                cluster
-            )  # the first to hear of what goes wrong, before anything waits for other processes
+            # The first context that an error leaves: the other processes hear of it before anything waits for them.
+            stack.enter_context(cluster)
         if mixture is not None:
-            state = run.steps(state, start, mixture, draw)
+            state = _train_steps(run, state, start, mixture, draw)
         elif evaluate is not None:
-            run.evaluation(state, start)
+            run.evaluation(start, state)
         checkpoints.wait()
         digest = fingerprint(state.params)
         if first:
-            progress.say(f"fingerprint: {digest}")
+            progress.log(f"fingerprint: {digest}")
     return state
 
 
@@ -170,174 +165,241 @@ def _read(
     return jax.device_put(read, jax.tree.map(lambda leaf: leaf.sharding, params)), record
 
 
+@dataclass(frozen=True)
 class _Run:
-    """The steps of one process: what stays the same from step to step, and the windows of numbers."""
+    """What does not change from step to step."""
 
-    def __init__(
-        self,
-        config: Config,
-        workdir: str,
-        mesh: Mesh,
-        checkpoints: Checkpoints,
-        writer: Writer | None,
-        progress: Progress,
-        evaluate: Callable[[dict[str, Any], int], dict[str, float]] | None,
-        cluster: Cluster | None,
-    ) -> None:
-        self.config, self.mesh, self.folder = config, mesh, epath.Path(workdir)
-        self.checkpoints, self.writer, self.progress, self.evaluate = checkpoints, writer, progress, evaluate
-        self.cluster = cluster
-        self.window, self.throughput = Window(), Throughput(config, mesh)
-        keep, settings = writer.file if writer is not None else None, config.train
-        self.watchdog = Watchdog(self.folder, settings.hang_multiple, settings.hang_min, settings.hang_first, keep)
-        self.profiler = Profiler(self.folder, settings.profile, keep, progress.say) if keep is not None else None
-        self.counts: SourceCounts | None = None
-        self.names: tuple[str, ...] = ()
-        self.describe: Callable[[int, int], str] = "{}[{}]".format
+    config: Config
+    folder: epath.Path
+    mesh: Mesh
+    checkpoints: Checkpoints
+    writer: Writer | None
+    """None on all processes but the first."""
+    progress: Progress
+    evaluate: Evaluate | None
+    cluster: Cluster | None
 
-    def steps(self, state: State, start: int, mixture: Mixture, draw: Callable[[Batch], bytes] | None) -> State:
-        """Runs the steps after `start`; see `train`."""
-        config, pending = self.config, None
-        self.names, self.describe = tuple(mixture.source_names), mixture.describe
-        self.counts = SourceCounts(self.names, mixture.records, config.data, mixture.describe)
-        self.counts.resume(read(str(self.folder)) if start else [], mixture.shares, start * config.train.batch_size)
-        step_function = make_step(config, self.mesh, glip_objective(config), state, self.names)
-        canvases: set[tuple[int, ...]] = set()
-        batches = iter(mixture.batches(start, jax.process_index(), jax.process_count()))
-        with _signals() as received, contextlib.ExitStack() as stack:
-            stack.callback(getattr(batches, "close", lambda: None))  # Grain's threads end before the process does
-            self.watchdog.step = start
-            stack.enter_context(self.watchdog)
-            for step in range(start + 1, config.train.steps + 1):
-                if self.profiler is not None:
-                    self.profiler.before(step, self.watchdog.asked)
-                    self.watchdog.asked = 0
-                begin = time.perf_counter()
-                batch = next(batches)
-                wait = time.perf_counter() - begin
-                if step == 1 and draw is not None and config.train.draw_first_batch and self.writer is not None:
-                    self.writer.file("first_batch.png", draw(batch))
-                    self.progress.say(f"first batch drawn: {self.folder / 'first_batch.png'}")
-                canvas = batch.image.shape[1:3]
-                with self._compiling(canvas) if canvas not in canvases else contextlib.nullcontext():
-                    state, metrics = step_function(state, place_batch(batch, self.mesh))
-                canvases.add(canvas)
-                self.throughput.step(canvas, batch.tokens.shape[-1])
-                self._read(pending)
-                self.checkpoints.check()
-                pending = _Pending(step, metrics, wait)
-                last, stop = step == config.train.steps, _stop(received, step, self.cluster)
-                if last or stop or step % config.checkpoint.every == 0:
-                    # The numbers first: a state that is not finite is never saved.
-                    self._read(pending, flush=True)
-                    pending = None
-                    saved, lines = Saved(state.params, state.optimizer, state.ema), []
-                    if self.writer is not None:
-                        lines = self.writer.unwritten()
-                        self.writer.flush()
-                    with self.throughput.exclude("checkpoint"):
-                        self.checkpoints.save(step, saved, config, lines)
-                if stop and not last:
-                    self._leave(step, stop)
-                every = config.train.evaluate_every
-                if self.evaluate is not None and (last or (every > 0 and step % every == 0)):
-                    self._read(pending)
-                    pending = None
-                    with self.throughput.exclude("evaluation"), self.watchdog.paused():
-                        self.evaluation(state, step)
-                if self.profiler is not None and self.profiler.ends(step, last):
-                    self._read(pending)  # so that the step is over on the devices as well
-                    pending = None
-                    with self.throughput.exclude("profile"):
-                        self.profiler.end(step)
-                self.watchdog.heartbeat(step)
-        return state
+    def draw_first_batch(self, batch: Batch, draw: Callable[[Batch], bytes] | None) -> None:
+        """Writes WORKDIR/first_batch.png, if it is asked for."""
+        if draw is not None and self.config.train.draw_first_batch and self.writer is not None:
+            self.writer.file("first_batch.png", draw(batch))
+            self.progress.log(f"first batch drawn: {self.folder / 'first_batch.png'}")
 
-    @contextlib.contextmanager
-    def _compiling(self, canvas: tuple[int, ...]) -> Iterator[None]:
-        """Around the first step of a canvas."""
-        begin = time.perf_counter()
-        with self.throughput.exclude("compile"), self.watchdog.compiling():
-            yield
-        self.progress.say(f"canvas {canvas[0]}x{canvas[1]}: step ready in {time.perf_counter() - begin:.1f} s")
+    def save(self, step: int, state: State) -> None:
+        """Starts writing a checkpoint, with the lines of metrics that are not in metrics.jsonl yet."""
+        lines = []
+        if self.writer is not None:
+            lines = self.writer.unwritten()
+            self.writer.flush()
+        self.checkpoints.save(step, Saved(state.params, state.optimizer, state.ema), self.config, lines)
 
-    def evaluation(self, state: State, step: int) -> None:
-        """Evaluates and records the numbers at `step`; of several processes the first does, the others wait for it."""
+    def stop(self, step: int, signal_number: int) -> None:
+        """Ends the process after a signal, as soon as the checkpoint of `step` is complete."""
+        self.checkpoints.wait()
+        code = PREEMPTED if signal_number == signal.SIGTERM else CANCELLED
+        name = signal.Signals(signal_number).name
+        self.progress.log(f"{name}: saved step {step}; the same command goes on from there (exit code {code})")
+        raise SystemExit(code)
+
+    def evaluation(self, step: int, state: State) -> None:
+        """Evaluates and records the metrics of `step`. Of several processes the first evaluates, the others wait for it."""
         parameters, several = evaluation_parameters(state, self.config), jax.process_count() > 1
         if several:
             parameters = multihost_utils.process_allgather(parameters, tiled=True)
-        score = self._evaluated(parameters, step) if self.writer is not None else np.nan
+        score = self._evaluate(parameters, step) if self.writer is not None else np.nan
         if several:
-            # All keep the same checkpoints then. And they wait here, not in the next step, which would seem to hang.
+            # All processes keep the same checkpoints then. And they wait here, not in the next step, which would seem to hang.
             score = float(multihost_utils.broadcast_one_to_all(np.float32(score)))
         self.score(step, {self.config.checkpoint.best_by: score})
 
-    def _evaluated(self, parameters: dict[str, Any], step: int) -> float:
-        """Evaluates, says and writes; returns the number that `checkpoint.best_by` names, NaN where it names none."""
+    def _evaluate(self, parameters: dict[str, Any], step: int) -> float:
+        """Evaluates, logs and records; returns the metric `checkpoint.best_by`, NaN where that is empty."""
         assert self.evaluate is not None
         assert self.writer is not None
-        numbers = self.evaluate(parameters, step)
+        metrics = self.evaluate(parameters, step)
         by_set: defaultdict[str, list[str]] = defaultdict(list)
-        for name, value in numbers.items():
-            of, _, number = name.removeprefix("evaluation/").partition("/")
-            by_set[of].append(f"{number} {value:.4f}")
-        for of, values in by_set.items():
-            self.progress.say(f"step {step}: {of}  " + "  ".join(values))
+        for name, value in metrics.items():
+            dataset, _, metric = name.removeprefix("evaluation/").partition("/")
+            by_set[dataset].append(f"{metric} {value:.4f}")
+        for dataset, values in by_set.items():
+            self.progress.log(f"step {step}: {dataset}  " + "  ".join(values))
         best_by = self.config.checkpoint.best_by
-        if self.config.checkpoint.best and best_by not in numbers:
-            raise ConfigError(f"checkpoint.best_by is {best_by!r}: the evaluation gave {', '.join(sorted(numbers))}")
-        self.writer.write(step, numbers)
+        if self.config.checkpoint.best and best_by not in metrics:
+            raise ConfigError(f"checkpoint.best_by is {best_by!r}: the evaluation gave {', '.join(sorted(metrics))}")
+        self.writer.write(step, metrics)
         self.writer.flush()
-        return numbers.get(best_by, np.nan)
+        return metrics.get(best_by, np.nan)
 
-    def score(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """Tells the checkpoints how good `step` is, where `numbers` say so."""
-        value = numbers.get(self.config.checkpoint.best_by)
+    def score(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Gives the checkpoints the score of `step`, where `metrics` hold `checkpoint.best_by`."""
+        value = metrics.get(self.config.checkpoint.best_by)
         if isinstance(value, int | float) and not np.isnan(value):
             self.checkpoints.scored(step, value)
 
-    def _read(self, pending: _Pending | None, flush: bool = False) -> None:
-        """Waits for a step's numbers, checks them and closes the window where one ends (or on `flush`)."""
-        if pending is None:
-            return
-        numbers = jax.device_get(pending.metrics)
-        if not numbers["finite"]:
-            raise NonFiniteLossError(self._complaint(pending.step, numbers))
-        assert self.counts is not None
-        self.counts.add(numbers["source"], numbers["record"], numbers["invalid"])
-        scalars = {name: value for name, value in numbers.items() if name not in (*_PER_EXAMPLE, "finite")}
-        self.window.add({**scalars, "wait_seconds": pending.wait})
-        self.progress.advance()
-        if flush or pending.step % self.config.train.log_every == 0:
-            metrics = self.window.take()
-            metrics |= self.throughput.take(metrics) | self.counts.metrics()
-            self.progress.window(pending.step, metrics, self.names)
-            if self.writer is not None:
-                self.writer.write(pending.step, metrics)
 
-    def _complaint(self, step: int, numbers: dict[str, Any]) -> str:
-        parts = {name: float(value) for name, value in numbers.items() if name == "loss" or name.startswith("loss/")}
-        parts["gradient_norm"] = float(numbers["gradient_norm"])
+class _Dispatched(NamedTuple):
+    """A step that the devices work on."""
+
+    step: int
+    state: State
+    """After the step."""
+    last: bool
+    """Whether it is the last one of the run."""
+    signal: int
+    """Number of the signal that stops the run after this step, 0 for none."""
+
+
+class _Hook(NamedTuple):
+    """An action that follows some of the steps."""
+
+    due: Callable[[_Dispatched], bool]
+    action: Callable[[_Dispatched], None]
+
+
+def _every(n: int, action: Callable[[_Dispatched], None], on_signal: bool = False) -> _Hook:
+    """`action` after every `n`-th step (0: after none), after the last one, and `on_signal` before the run stops."""
+    return _Hook(
+        lambda now: now.last or (n > 0 and now.step % n == 0) or (on_signal and now.signal != 0),
+        action,
+    )
+
+
+def _train_steps(run: _Run, state: State, start: int, mixture: Mixture, draw: Callable[[Batch], bytes] | None) -> State:
+    """Runs the steps after `start`; see `train`."""
+    config, settings, mesh = run.config, run.config.train, run.mesh
+    file = run.writer.file if run.writer is not None else None
+    throughput = Throughput(config, mesh)
+    pending = _PendingMetrics(run, mixture, throughput, start)
+    watchdog = Watchdog(run.folder, settings.hang_multiple, settings.hang_min, settings.hang_first, file, start)
+    profiler = Profiler(run.folder, settings.profile, file, run.progress.log)
+    step_function = make_step(config, mesh, glip_objective(config), state, tuple(mixture.source_names))
+    batches = iter(mixture.batches(start, jax.process_index(), jax.process_count()))
+    compiled: set[tuple[int, ...]] = set()
+
+    def dispatch(state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
+        canvas = batch.image.shape[1:3]
+        with contextlib.nullcontext() if canvas in compiled else _compiling(run, throughput, watchdog, canvas):
+            result = step_function(state, place_batch(batch, mesh))
+        compiled.add(canvas)
+        throughput.step(canvas, batch.tokens.shape[-1])
+        return result
+
+    def save(now: _Dispatched) -> None:
+        pending.report(now.step)
+        with throughput.exclude("checkpoint"):
+            run.save(now.step, now.state)
+
+    def evaluation(now: _Dispatched) -> None:
+        with throughput.exclude("evaluation"), watchdog.paused():
+            run.evaluation(now.step, now.state)
+
+    def end_profile(now: _Dispatched) -> None:
+        with throughput.exclude("profile"):
+            profiler.stop(now.step)
+
+    # In this order: what was saved can be evaluated again after a kill, and a run that a signal stops evaluates nothing.
+    hooks = [
+        _every(config.checkpoint.every, save, on_signal=True),
+        _Hook(lambda now: now.signal != 0 and not now.last, lambda now: run.stop(now.step, now.signal)),
+        *([_every(settings.evaluate_every, evaluation)] if run.evaluate is not None else []),
+        _Hook(lambda now: profiler.ends(now.step, now.last), end_profile),
+    ]
+
+    with _signals() as received, contextlib.ExitStack() as stack:
+        stack.callback(getattr(batches, "close", lambda: None))  # Grain's threads end before the process does
+        stack.enter_context(watchdog)
+        for step in range(start + 1, settings.steps + 1):
+            profiler.start_if_due(step, watchdog.take_request())
+            begin = time.perf_counter()
+            batch = next(batches)
+            wait = time.perf_counter() - begin
+            if step == 1:
+                run.draw_first_batch(batch, draw)
+            state, metrics = dispatch(state, batch)
+            # Reads the metrics of the step before, while the devices work on this one.
+            pending.push(step, metrics, wait)
+            run.checkpoints.check()
+            now = _Dispatched(step, state, step == settings.steps, _stop(received, step, run.cluster))
+            for hook in hooks:
+                if hook.due(now):
+                    # Before the action: a state that is not finite is never saved.
+                    pending.drain()
+                    hook.action(now)
+            watchdog.heartbeat(step)
+    return state
+
+
+@contextlib.contextmanager
+def _compiling(run: _Run, throughput: Throughput, watchdog: Watchdog, canvas: tuple[int, ...]) -> Iterator[None]:
+    """Around the first step on a canvas."""
+    begin = time.perf_counter()
+    with throughput.exclude("compile"), watchdog.compiling():
+        yield
+    run.progress.log(f"canvas {canvas[0]}x{canvas[1]}: step ready in {time.perf_counter() - begin:.1f} s")
+
+
+class _PendingMetrics:
+    """The metrics of the newest step, still on the devices, and the window of steps that the next line is about.
+
+    A step's metrics are read when the next step was dispatched, or earlier for a hook (`drain`). Reading them checks them and,
+    every `train.log_every` steps, writes the line.
+    """
+
+    def __init__(self, run: _Run, mixture: Mixture, throughput: Throughput, start: int) -> None:
+        self._run, self._throughput, self._window = run, throughput, Window()
+        self._names, self._describe = tuple(mixture.source_names), mixture.describe
+        self._counts = SourceCounts(self._names, mixture.records, run.config.data, mixture.describe)
+        lines = read(str(run.folder)) if start else []
+        self._counts.resume(lines, mixture.shares, start * run.config.train.batch_size)
+        self._newest: tuple[int, dict[str, Any], float] | None = None
+
+    def push(self, step: int, metrics: dict[str, Any], wait: float) -> None:
+        """Drains, then keeps the metrics of `step`, whose batch took `wait` seconds to come."""
+        self.drain()
+        self._newest = step, metrics, wait
+
+    def drain(self) -> None:
+        """Waits for the metrics that were pushed last, if they were not read yet.
+
+        Raises NonFiniteLossError if loss or gradient is not finite, CorruptDataError past `data.max_corrupt_rate`.
+        """
+        if self._newest is None:
+            return
+        (step, metrics, wait), self._newest = self._newest, None
+        metrics = jax.device_get(metrics)
+        if not metrics["finite"]:
+            raise NonFiniteLossError(self._not_finite(step, metrics))
+        self._counts.add(metrics["source"], metrics["record"], metrics["invalid"])
+        scalars = {name: value for name, value in metrics.items() if name not in (*_PER_EXAMPLE, "finite")}
+        self._window.add({**scalars, "wait_seconds": wait})
+        self._run.progress.advance()
+        if step % self._run.config.train.log_every == 0:
+            self.report(step)
+
+    def report(self, step: int) -> None:
+        """Closes the window, unless it is empty, with a line for `step`, the last step that was read."""
+        if not self._window.steps:
+            return
+        metrics = self._window.take()
+        metrics |= self._throughput.take(metrics) | self._counts.metrics()
+        self._run.progress.window(step, metrics, self._names)
+        if self._run.writer is not None:
+            self._run.writer.write(step, metrics)
+
+    def _not_finite(self, step: int, metrics: dict[str, Any]) -> str:
+        parts = {name: float(value) for name, value in metrics.items() if name == "loss" or name.startswith("loss/")}
+        parts["gradient_norm"] = float(metrics["gradient_norm"])
         listed = ", ".join(f"{name} {value:g}" for name, value in parts.items())
-        chosen = np.flatnonzero(numbers["bad"]) if numbers["bad"].any() else np.arange(len(numbers["bad"]))
-        which = (
-            "examples with a non-finite loss" if numbers["bad"].any() else "no single example's loss is; the batch was"
-        )
-        places = [(int(numbers["source"][i]), int(numbers["record"][i])) for i in chosen]
-        examples = "; ".join(self.describe(*place) for place in places)
-        latest = self.checkpoints.latest()
+        bad = metrics["bad"]
+        which = "examples with a non-finite loss" if bad.any() else "no single example's loss is; the batch was"
+        chosen = np.flatnonzero(bad) if bad.any() else np.arange(len(bad))
+        examples = "; ".join(self._describe(int(metrics["source"][i]), int(metrics["record"][i])) for i in chosen)
+        latest = self._run.checkpoints.latest()
         return (
             f"step {step}: loss or gradient is not finite: {listed}\n{which}: {examples}\n"
             f"Newest checkpoint: {'none' if latest is None else f'step {latest}'}. Nothing was skipped or saved; look at "
             "those records, or lower optimizer.rate, lengthen optimizer.warmup_steps or lower optimizer.clip_norm."
         )
-
-    def _leave(self, step: int, stop: int) -> None:
-        self.checkpoints.wait()
-        code = PREEMPTED if stop == signal.SIGTERM else CANCELLED
-        name = signal.Signals(stop).name
-        self.progress.say(f"{name}: saved step {step}; the same command goes on from there (exit code {code})")
-        raise SystemExit(code)
 
 
 @contextlib.contextmanager

@@ -86,10 +86,10 @@ def test_faults_cost_time_and_nothing_of_the_run(config, place, running, tmp_pat
     assert len(events) == 2 and all(each.bytes > 100 for each in events.values())
 
 
-def test_numbers_that_cannot_be_sent_hold_nothing_up_and_are_there_after_the_next_start(
+def test_metrics_that_cannot_be_uploaded_delay_nothing_and_are_there_after_the_next_start(
     config, place, running, monkeypatch, capsys
 ):
-    monkeypatch.setattr(writer, "_SECONDS", 0.1)
+    monkeypatch.setattr(writer, "_UPLOAD_SECONDS", 0.1)
     train(tiny_run.replace(config, "train", steps=2), place)
     monkeypatch.setenv("GLIP_JAX_STORAGE_PATIENCE", "0.5")
     with contextlib.ExitStack() as stack:
@@ -102,9 +102,9 @@ def test_numbers_that_cannot_be_sent_hold_nothing_up_and_are_there_after_the_nex
         at = tiny_run.replace(config, "train", evaluate_every=1)
         state = train(at, place, evaluate, resume_with_changes=True)
         assert int(state.step) == 6
-    said = capsys.readouterr()
-    assert f"{place}: numbers could not be sent" in said.err and "503" in said.err
-    local = Path(re.findall(r"all of them lie in (\S+)", said.err)[0])
+    captured = capsys.readouterr()
+    assert f"{place}: metrics could not be uploaded" in captured.err and "503" in captured.err
+    local = Path(re.findall(r"all of them are in (\S+)", captured.err)[0])
     assert 6 in [json.loads(line)["step"] for line in (local / "metrics.jsonl").read_text().splitlines()]
     assert 6 not in _losses(place)
     monkeypatch.setenv("GLIP_JAX_STORAGE_PATIENCE", "60")
@@ -112,9 +112,9 @@ def test_numbers_that_cannot_be_sent_hold_nothing_up_and_are_there_after_the_nex
     assert [*_losses(place)] == [2, 4, 6], "the checkpoint had kept the lines"
 
 
-def test_a_writer_never_waits_and_says_what_it_drops(place, running, monkeypatch, capsys):
-    monkeypatch.setattr(writer, "_MOST", 5)
-    monkeypatch.setattr(writer, "_SECONDS", 0.05)
+def test_a_writer_never_waits_and_reports_what_it_drops(place, running, monkeypatch, capsys):
+    monkeypatch.setattr(writer, "_MAX_QUEUED", 5)
+    monkeypatch.setattr(writer, "_UPLOAD_SECONDS", 0.05)
     monkeypatch.setenv("GLIP_JAX_STORAGE_SILENCE", "20")
     # The thread hangs in a request that does not come back.
     stall = running.arm("stall", share=1.0, stall=4.0, only="runs/one/metrics.jsonl")
@@ -126,8 +126,8 @@ def test_a_writer_never_waits_and_says_what_it_drops(place, running, monkeypatch
             log.write(step, {"loss": 1.0})
         assert time.monotonic() - began < 0.5
         assert len(log.unwritten()) == 6
-    said = capsys.readouterr().out
-    assert "5 wait, from here on they are dropped" in said and "5 windows of numbers were dropped" in said
+    captured = capsys.readouterr().out
+    assert "5 are queued, from here on they are dropped" in captured and "5 windows of metrics were dropped" in captured
     assert [line["step"] for line in metrics.read(place)] == [1, 2, 3, 4, 5, 6]
     assert not [thread for thread in threading.enumerate() if thread.name == "writer"]
 
@@ -148,9 +148,9 @@ def test_half_written_and_damaged_ones_in_a_bucket(place, capsys):
     with Checkpoints(place, keep=4) as checkpoints:
         assert checkpoints.latest() == 1
         checkpoints.save(2, _saved(5), Config())
-    said = capsys.readouterr().out
-    assert f"{place}/checkpoints/3 was left half-written" in said
-    assert f"set aside as {place}/checkpoints/2.damaged, step 1 is used" in said
+    captured = capsys.readouterr().out
+    assert f"{place}/checkpoints/3 was left half-written" in captured
+    assert f"set aside as {place}/checkpoints/2.damaged, step 1 is used" in captured
     assert f"{file}" in gcs.everything(f"{place}/checkpoints/2.damaged")
     assert not gcs.everything(f"{place}/checkpoints/3")
     assert np.array_equal(restore_parameters(place, "raw")["text"]["embeddings"]["type"], np.ones((2, 8)))
@@ -169,7 +169,7 @@ def torn(path):
         raise ZeroDivisionError
 
 
-def test_a_storage_that_stays_away_is_one_line(place, running, monkeypatch):
+def test_a_storage_that_does_not_answer_is_one_line(place, running, monkeypatch):
     save(place, 1)
     monkeypatch.setenv("GLIP_JAX_STORAGE_PATIENCE", "0.5")
     with running.arm("503", share=1.0, only="uploadType=multipart"), pytest.raises(NotSavedError) as caught:

@@ -1,6 +1,6 @@
-"""Numbers of a run: gathered over windows of steps, read from `metrics.jsonl`, shown as a bar or plain lines to whoever watches.
+"""Metrics of a run: gathered over windows of steps, read from `metrics.jsonl`, shown as a progress bar or plain lines.
 
-What writes them is `glip_jax.training.monitoring.writer`.
+`glip_jax.training.monitoring.writer` writes them.
 """
 
 import json
@@ -17,46 +17,51 @@ from glip_jax.io.workdir import opened
 __all__ = ["Progress", "Window", "cut_back", "read"]
 
 _COUNTS = ("examples", "positives", "corrupt", "dropped", "unknown_tokens")
-_LAST = ("rate", "text_rate")
+_LATEST = ("rate", "text_rate")
 
 
 class Window:
     """Means and sums of per-step metrics since the last `take`.
 
-    Counts (examples, positives, corrupt, unknown_tokens, dropped…) and seconds are summed, rates are the latest, everything else is a
-    mean over steps; the losses of a source are means over the steps in which it had examples.
+    Counts (examples, positives, corrupt, unknown_tokens, dropped…) and seconds are summed, of rates the latest is taken, everything
+    else is a mean over steps. The losses of a source are means over the steps in which it had examples.
     """
 
     def __init__(self) -> None:
         self._steps = 0
         self._sums: dict[str, float] = {}
-        self._seen: dict[str, int] = {}
+        self._counts: dict[str, int] = {}
         self._begin = time.perf_counter()
 
+    @property
+    def steps(self) -> int:
+        """Steps since the last `take`."""
+        return self._steps
+
     def add(self, metrics: Mapping[str, Any]) -> None:
-        """One step's scalars."""
+        """Adds the scalars of one step."""
         self._steps += 1
         for name, value in metrics.items():
             value = float(value)
             source, loss, _ = name.partition("/loss/")
             if loss and not metrics[f"{source}/examples"]:
                 continue
-            self._sums[name] = value if name in _LAST else self._sums.get(name, 0.0) + value
-            self._seen[name] = self._seen.get(name, 0) + 1
+            self._sums[name] = value if name in _LATEST else self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
 
     def take(self) -> dict[str, int | float]:
-        """The window's numbers with `steps`, `seconds` and `images_per_second`; begins the next window."""
+        """The metrics of the window, with `steps`, `seconds` and `images_per_second`; starts the next window."""
         result: dict[str, int | float] = {}
         for name, value in self._sums.items():
             parts = name.split("/")
-            if name in _LAST:
+            if name in _LATEST:
                 result[name] = value
             elif parts[-1] in _COUNTS or parts[-2:-1] == ["dropped"]:
                 result[name] = int(value)
             elif parts[-1].endswith("seconds"):
                 result[name] = round(value, 4)
             else:
-                result[name] = value / self._seen[name]
+                result[name] = value / self._counts[name]
         seconds = time.perf_counter() - self._begin
         result |= {"steps": self._steps, "seconds": round(seconds, 4)}
         result["images_per_second"] = round(result.get("examples", 0) / seconds, 4)
@@ -65,16 +70,16 @@ class Window:
 
 
 def read(workdir: str) -> list[dict[str, Any]]:
-    """The complete lines of a run's metrics.jsonl under today's names; a last line that was cut off by a kill is left out."""
+    """The complete lines of a run's metrics.jsonl under today's names; a last line that a kill cut off is left out."""
     path = opened(workdir) / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [current_names(json.loads(line)) for line in lines if line.endswith("\n")]
 
 
 def cut_back(workdir: str, step: int, also: Sequence[str] = ()) -> list[str]:
-    """Removes the lines after `step` from metrics.jsonl, puts those of `also` in where they are missing; returns all.
+    """Removes the lines after `step` from metrics.jsonl, adds the lines of `also` that it lacks, and returns all lines.
 
-    The file is written aside and renamed; in a bucket, in one step.
+    A local file is written under another name and renamed; an object in a bucket is replaced as a whole.
     """
     kept = [json.dumps(line) + "\n" for line in read(workdir)]
     kept += [line for line in (json.dumps(current_names(json.loads(line))) + "\n" for line in also) if line not in kept]
@@ -83,15 +88,15 @@ def cut_back(workdir: str, step: int, also: Sequence[str] = ()) -> list[str]:
     )
     path = opened(workdir) / "metrics.jsonl"
     if path.exists() or kept:
-        aside = path if "://" in str(path) else path.parent / "metrics.jsonl.tmp"
-        aside.write_text("".join(kept))
-        if aside != path:
-            aside.replace(path)
+        temporary = path if "://" in str(path) else path.parent / "metrics.jsonl.tmp"
+        temporary.write_text("".join(kept))
+        if temporary != path:
+            temporary.replace(path)
     return kept
 
 
 class Progress:
-    """A bar in a terminal, a plain line per window elsewhere; silent on all processes but the first."""
+    """A progress bar in a terminal, a plain line per window elsewhere; nothing where `quiet` (all processes but the first)."""
 
     def __init__(self, start: int, total: int, quiet: bool = False) -> None:
         self._total, self._quiet = total, quiet
@@ -100,17 +105,17 @@ class Progress:
             self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
 
     def advance(self) -> None:
-        """One step was finished."""
+        """Counts a finished step."""
         if self._bar is not None:
             self._bar.update(1)
 
-    def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
+    def log(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
         if not self._quiet:
             tqdm.write(text) if self._bar is not None else print(text, flush=True)
 
     def window(self, step: int, metrics: Mapping[str, int | float], sources: Sequence[str]) -> None:
-        """Shows a window's numbers: beside the bar, or as a line."""
+        """Shows the metrics of a window: beside the bar, or as a line."""
         shown = {"loss": metrics["loss"], "grad": metrics["gradient_norm"], "img/s": metrics["images_per_second"]}
         if self._bar is not None:
             self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
@@ -124,9 +129,9 @@ class Progress:
         parts += [f"rate {metrics['rate']:.2e}", f"{shown['img/s']:.2f} img/s"]
         parts += [f"mfu {100 * metrics['mfu']:.1f} %"] if "mfu" in metrics else []
         parts += [f"wait {metrics.get('wait_seconds', 0):.1f} s"]
-        self.say(f"step {step}/{self._total}  loss {shown['loss']:.4f}  " + "  ".join(parts))
+        self.log(f"step {step}/{self._total}  loss {shown['loss']:.4f}  " + "  ".join(parts))
 
     def close(self) -> None:
-        """Leaves the terminal's line."""
+        """Ends the bar."""
         if self._bar is not None:
             self._bar.close()

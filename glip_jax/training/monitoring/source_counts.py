@@ -1,4 +1,4 @@
-"""What a run has seen of each source: examples, passes, and how much of it was corrupt."""
+"""Counts of each source over a run: examples, epochs, and corrupt records."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,12 +11,12 @@ from glip_jax.config import DataConfig
 
 __all__ = ["CorruptDataError", "SourceCounts"]
 
-_NAMED = 5
-"""Corrupt records that the message names."""
+_MAX_NAMED = 5
+"""Corrupt records that a message names."""
 
 
 class CorruptDataError(UserError, RuntimeError):
-    """Too much of a source is corrupt; the message names the source, the share and the first records."""
+    """More of a source is corrupt than `data.max_corrupt_rate`; the message names the source, the share and the first records."""
 
 
 class SourceCounts:
@@ -25,17 +25,17 @@ class SourceCounts:
     def __init__(
         self, names: Sequence[str], records: Sequence[int], data: DataConfig, describe: Callable[[int, int], str]
     ) -> None:
-        """`records`: of each source; `describe(source, record)` names a record in a message."""
+        """`records`: number of records of each source. `describe(source, record)` names a record in a message."""
         self._names, self._records, self._data, self._describe = names, records, data, describe
         self._seen = np.zeros(len(names), np.int64)
         self._window = np.zeros(len(names), np.int64)
         self._corrupt: list[list[int]] = [[] for _ in names]
 
     def resume(self, lines: Sequence[Mapping[str, Any]], shares: Sequence[float], examples: int) -> None:
-        """Goes on from the latest of a run's recorded `lines` that has counts.
+        """Continues from the counts in the latest of the recorded `lines` that has any.
 
-        A source of which none tells is taken to have had its share of the run's `examples` so far, if no source was
-        counted before (a run of an older version), else none (a source that is new in this phase).
+        Where no line has counts (a run of an older version), each source is taken to have had its share of the `examples` so
+        far. A source that the counts lack is new in this phase and starts at 0.
         """
         counted = next((line for line in reversed(lines) if any(k.endswith("/seen") for k in line)), None)
         for index, name in enumerate(self._names):
@@ -45,35 +45,35 @@ class SourceCounts:
     def add(
         self, source: Int[np.ndarray, " B"], record: Int[np.ndarray, " B"], corrupt: Bool[np.ndarray, " B"]
     ) -> None:
-        """One step's examples: source, record, and whether it was corrupt.
+        """Adds the examples of one step: source, record, and whether it was corrupt.
 
         Raises CorruptDataError as soon as more than `data.max_corrupt_rate` of `data.corrupt_window` examples of a
-        source are corrupt: at once where everything is, and after one window at the latest.
+        source are corrupt, within the first window if all of them are.
         """
         counts = np.bincount(source, minlength=len(self._names))
         self._seen += counts
         self._window += counts
         for index in range(len(self._names)):
             self._corrupt[index] += record[corrupt & (source == index)].tolist()
-            # A step may reach beyond the end of a window.
+            # A step can reach beyond the end of a window.
             over = max(self._data.corrupt_window, int(self._window[index]))
             if len(self._corrupt[index]) > self._data.max_corrupt_rate * over:
-                raise CorruptDataError(self._complaint(index))
+                raise CorruptDataError(self._message(index))
             if self._window[index] >= self._data.corrupt_window:
                 self._window[index], self._corrupt[index] = 0, []
 
     def metrics(self) -> dict[str, int | float]:
-        """`source/NAME/seen`: examples since step 0; `source/NAME/epochs`: passes over the source's records."""
+        """`source/NAME/seen`: examples since step 0; `source/NAME/epochs`: passes over the records of the source."""
         numbers: dict[str, int | float] = {}
         for name, seen, records in zip(self._names, self._seen.tolist(), self._records, strict=True):
             numbers |= {f"source/{name}/seen": seen, f"source/{name}/epochs": round(seen / records, 4)}
         return numbers
 
-    def _complaint(self, index: int) -> str:
+    def _message(self, index: int) -> str:
         bad, seen = self._corrupt[index], int(self._window[index])
         records = list(dict.fromkeys(bad))
-        shown = "; ".join(self._describe(index, record) for record in records[:_NAMED])
-        more = f" and {len(records) - _NAMED} more" if len(records) > _NAMED else ""
+        shown = "; ".join(self._describe(index, record) for record in records[:_MAX_NAMED])
+        more = f" and {len(records) - _MAX_NAMED} more" if len(records) > _MAX_NAMED else ""
         return (
             f"data.sources.{self._names[index]}: {len(bad)} of its last {seen} examples are corrupt "
             f"({len(bad) / seen:.1%}), data.max_corrupt_rate allows {self._data.max_corrupt_rate:.1%} of "

@@ -1,11 +1,11 @@
-"""Looks at a run from beside it: a step that hangs leaves the stacks of all threads, and a profile can be had on demand.
+"""Watches a run from a thread: a step that hangs leaves the stacks of all threads, and a profile can be requested while the run goes.
 
-    WORKDIR/stacks.txt       where every thread of the first process stood when a step took many times its usual time
+    WORKDIR/stacks.txt       stacks of all threads of the first process, when a step took many times the usual time
                              (stacks-3.txt: of process 3)
-    WORKDIR/profile          made by somebody while the run goes: the next five steps, or as many as the file says, are profiled
+    WORKDIR/profile          a request, made while the run goes: the next five steps, or as many as the file says, are profiled
     WORKDIR/tensorboard/plugins/profile/    profiles, for TensorBoard's profile plugin or xprof
 
-The stacks are written by a thread of faulthandler's, which needs nothing of Python: they come even where a library holds the
+The stacks are written by a thread of faulthandler, which needs no Python: they are written even where a library holds the
 interpreter's lock.
 """
 
@@ -26,60 +26,68 @@ from etils import epath
 
 from glip_jax.io import gcs
 
-__all__ = ["Watchdog"]
+__all__ = ["WriteFile", "Watchdog"]
 
-_LOOKED_AT = 50
-"""Steps of which the median is usual."""
+_MEDIAN_STEPS = 50
+"""The usual time of a step is the median of this many."""
 
-_FEWEST = 5
-"""Steps before which nothing is usual."""
+_MIN_STEPS = 5
+"""With fewer steps the usual time is not known."""
 
-_ASK_SECONDS = 5.0
+_POLL_SECONDS = 5.0
 """Between two looks for WORKDIR/profile."""
 
-_STEPS = 5
+_PROFILED_STEPS = 5
+"""Where WORKDIR/profile names no number."""
 
-Keep = Callable[[str, bytes], None]
-"""Takes a file of the working folder: `Writer.file`."""
+WriteFile = Callable[[str, bytes], None]
+"""Takes name and content of a file of the working folder: `Writer.file`."""
 
 
-class _Wait(NamedTuple):
-    """What is waited for: replaced whole, as another thread reads it."""
+class _Deadline(NamedTuple):
+    """What the thread waits for. Replaced as a whole, because another thread reads it."""
 
     begin: float
     limit: float
-    """Seconds; 0: as long as it takes."""
+    """Seconds; 0: no limit."""
     usual: float
     """Seconds that it usually takes; 0: not known."""
 
 
 class Watchdog:
-    """The thread beside the steps. Use as a context manager; `beat` after every step.
+    """The thread that watches the steps. Use as a context manager; call `heartbeat` after every step.
 
-    `multiple`: of the median step, after which a step hangs, but not before `least` seconds; 0: never. `first`: seconds after which
-    a compilation does, or a step of which nothing is usual yet. `keep` sends files to a bucket, None on processes that record
-    nothing.
+    A step hangs after `multiple` times the median step, but not before `min_seconds`; `multiple` 0: never. A compilation, or a
+    step whose usual time is not known, hangs after `first` seconds. `write_file` takes files for a bucket and is None on processes
+    that record nothing. `step`: completed steps.
     """
 
-    def __init__(self, folder: epath.Path, multiple: float, least: float, first: float, keep: Keep | None) -> None:
-        self._folder, self._multiple, self._least, self._first, self._keep = folder, multiple, least, first, keep
-        number = jax.process_index()
-        self._name = f"stacks-{number}.txt" if number else "stacks.txt"
-        self._times: deque[float] = deque(maxlen=_LOOKED_AT)
-        self._wait = _Wait(0.0, 0.0, 0.0)
+    def __init__(
+        self,
+        folder: epath.Path,
+        multiple: float,
+        min_seconds: float,
+        first: float,
+        write_file: WriteFile | None,
+        step: int = 0,
+    ) -> None:
+        self._folder, self._write_file, self._step = folder, write_file, step
+        self._multiple, self._min_seconds, self._first = multiple, min_seconds, first
+        process = jax.process_index()
+        self._name = f"stacks-{process}.txt" if process else "stacks.txt"
+        self._times: deque[float] = deque(maxlen=_MEDIAN_STEPS)
+        self._deadline = _Deadline(0.0, 0.0, 0.0)
         self._skip = True
+        """The next step is not like the others: its time is not recorded."""
         self._end = threading.Event()
         self._remote = gcs.is_remote(folder)
         self._file: IO[str] | None = None
-        self.step = 0
-        """Completed steps."""
-        self.asked = 0
-        """Steps that somebody wants profiled; the loop takes it back to 0."""
+        self._requested = 0
 
     def __enter__(self) -> "Watchdog":
-        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
-        self._arm(self._first)
+        self._set_deadline(self._first)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -93,80 +101,85 @@ class Watchdog:
                 path.unlink()
 
     def heartbeat(self, step: int) -> None:
-        """Step `step` is over, the next begins."""
+        """Step `step` is complete, the next one begins."""
         usual = not self._skip
         if usual:
-            self._times.append(time.monotonic() - self._wait.begin)
-        self.step, self._skip = step, False
-        self._await_step(usual)
+            self._times.append(time.monotonic() - self._deadline.begin)
+        self._step, self._skip = step, False
+        self._expect_step(usual)
+
+    def take_request(self) -> int:
+        """How many steps from the next one on WORKDIR/profile asked to profile since the last call; 0: none."""
+        requested, self._requested = self._requested, 0
+        return requested
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """The first step of a shape is made here: it is not like the others, but it ends some time."""
-        self._arm(self._first)
+        """Around the first step of a shape: it takes longer than the others, but not longer than `first`."""
+        self._set_deadline(self._first)
         yield
         self._skip = True
-        self._await_step(False)
+        self._expect_step(False)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done here is no step, and may take as long as it does (an evaluation)."""
-        self._arm(0.0)
+        """Around what is no step and may take any time, such as an evaluation."""
+        self._set_deadline(0.0)
         yield
         self._skip = True
-        self._await_step(False)
+        self._expect_step(False)
 
-    def _await_step(self, like_others: bool) -> None:
-        """`like_others` False: the step after a compilation or an evaluation, as it may wait for another host's."""
-        usual = statistics.median(self._times) if like_others and len(self._times) >= _FEWEST else 0.0
-        self._arm(max(self._least, self._multiple * usual) if usual else self._first, usual)
+    def _expect_step(self, like_others: bool) -> None:
+        """`like_others` False: the step after a compilation or an evaluation, which may wait for that of another host."""
+        usual = statistics.median(self._times) if like_others and len(self._times) >= _MIN_STEPS else 0.0
+        self._set_deadline(max(self._min_seconds, self._multiple * usual) if usual else self._first, usual)
 
-    def _arm(self, limit: float, usual: float = 0.0) -> None:
-        """Begins to wait: `limit` seconds, or (0) as long as it takes; `usual` is said then."""
+    def _set_deadline(self, limit: float, usual: float = 0.0) -> None:
+        """Starts to wait for `limit` seconds (0: no limit); `usual` is named in the message."""
         faulthandler.cancel_dump_traceback_later()
         limit = limit if self._multiple else 0.0
-        self._wait = _Wait(time.monotonic(), limit, usual)
+        self._deadline = _Deadline(time.monotonic(), limit, usual)
         if not limit:
             return
         if self._file is None:
             folder = Path(tempfile.mkdtemp()) if self._remote else Path(self._folder)
-            # What a run before left here may be why there is this one.
+            # Appended to: stacks of an earlier run in this folder may tell why it was restarted.
             self._file = (folder / self._name).open("a")
         faulthandler.dump_traceback_later(limit, file=self._file)
 
-    def _look(self) -> None:
-        """The thread: says what faulthandler wrote, and looks whether a profile is wanted."""
-        asked, said = 0.0, None
-        while not self._end.wait(min(1.0, self._least / 4)):
-            wait = self._wait
-            if wait.limit and wait is not said and time.monotonic() - wait.begin > wait.limit + 0.2:
-                said = wait
-                self._tell(wait)
-            if self._keep is not None and time.monotonic() - asked > _ASK_SECONDS:
-                asked = time.monotonic()
-                with contextlib.suppress(OSError, ValueError):  # tried again in a moment
-                    self._ask()
+    def _watch(self) -> None:
+        """The thread: reports what faulthandler wrote, and polls for requested profiles."""
+        polled, reported = 0.0, None
+        while not self._end.wait(min(1.0, self._min_seconds / 4)):
+            deadline = self._deadline
+            if deadline.limit and deadline is not reported and time.monotonic() - deadline.begin > deadline.limit + 0.2:
+                reported = deadline
+                self._report(deadline)
+            if self._write_file is not None and time.monotonic() - polled > _POLL_SECONDS:
+                polled = time.monotonic()
+                with contextlib.suppress(OSError, ValueError):  # the next poll tries again
+                    self._poll()
 
-    def _tell(self, wait: _Wait) -> None:
+    def _report(self, deadline: _Deadline) -> None:
         if self._file is None:
             return
-        what, long = f"step {self.step + 1} has taken {wait.limit:.0f} s", "it hangs, or its data or storage does"
-        if wait.usual:
-            what += f", the usual is {wait.usual:.2f} s"
+        what = f"step {self._step + 1} has taken {deadline.limit:.0f} s"
+        cause = "it hangs, or its data or storage does"
+        if deadline.usual:
+            what += f", the usual is {deadline.usual:.2f} s"
         else:
             what = f"{what}, with what is compiled for it (train.hang_first)"
-            long += ", or the compiler takes that long"
-        print(
-            f"{what}: {long}; the stacks of all threads are in {self._folder / self._name}", file=sys.stderr, flush=True
-        )
-        self._file.write(f"(above: step {self.step + 1}, {time.strftime('%Y-%m-%d %H:%M:%S')})\n\n")
+            cause += ", or the compiler takes that long"
+        stacks = self._folder / self._name
+        print(f"{what}: {cause}; the stacks of all threads are in {stacks}", file=sys.stderr, flush=True)
+        self._file.write(f"(above: step {self._step + 1}, {time.strftime('%Y-%m-%d %H:%M:%S')})\n\n")
         self._file.flush()
-        if self._remote and self._keep is not None:
-            self._keep(self._name, Path(self._file.name).read_bytes())
+        if self._remote and self._write_file is not None:
+            self._write_file(self._name, Path(self._file.name).read_bytes())
 
-    def _ask(self) -> None:
+    def _poll(self) -> None:
         path = self._folder / "profile"
         if path.exists():
             text = path.read_text().strip()
             path.unlink()
-            self.asked = int(text) if text.isdigit() and int(text) else _STEPS
+            self._requested = int(text) if text.isdigit() and int(text) else _PROFILED_STEPS

@@ -1,11 +1,12 @@
-"""Writes what a run records, in a thread of its own, so that no step ever waits for a disk or a bucket.
+"""Writes the metrics and files of a run in a thread, so that no step waits for a disk or a bucket.
 
     WORKDIR/metrics.jsonl     one JSON object a line, {"step": 120, "loss": 1.2, ...}; steps never go back
     WORKDIR/tensorboard/      the same scalars as event files (written without TensorFlow)
 
-On resume both are cut back to the restored step, so a run that was killed reads like one that was not. A bucket cannot append: there
-the lines are kept and the whole small file is sent every half minute, at every checkpoint and at the end. What was not written when a
-checkpoint is saved goes into the checkpoint (`unwritten`), so a kill loses no line before it.
+On resume both are cut back to the restored step, so the records of a run that was killed look like those of one that was not. An
+object in a bucket cannot be appended to: there the lines are kept in memory, and the whole small file is uploaded every half minute, at
+every checkpoint and at the end. Lines that are not written yet when a checkpoint is saved go into the checkpoint (`unwritten`), so a
+kill loses no line before it.
 """
 
 import contextlib
@@ -33,21 +34,22 @@ from glip_jax.training.monitoring.metrics import cut_back
 
 __all__ = ["Writer", "wandb_module", "wandb_run"]
 
-_SECONDS = 30
-"""Between two sendings to a bucket."""
+_UPLOAD_SECONDS = 30
+"""Between two uploads to a bucket."""
 
-_MOST = 10_000
-"""Lines and files that may wait; more are dropped and counted."""
+_MAX_QUEUED = 10_000
+"""Lines and files in the queue; more are dropped and counted."""
 
 Sink = Callable[[int, Mapping[str, int | float]], None]
+"""Takes (step, metrics) for another service."""
 
 
 class Writer:
-    """Appends to the two records of `workdir`, cut back to `step` first. Use as a context manager.
+    """Appends to the metrics of `workdir`, cut back to `step` first. Use as a context manager.
 
-    `also`: the lines that a checkpoint kept (`unwritten`), put where they are missing; `sink`: another receiver of the numbers;
-    `say`: where complaints go. A disk that cannot be written raises its OSError at the next call; a bucket that does not answer
-    is said and tried again, and at the end what is missing there lies in a local folder that is named.
+    `also`: lines from the checkpoint (`unwritten`), added where they are missing. `sink` takes the metrics too. `log` takes messages.
+    The OSError of a disk that cannot be written is raised by the next call. A bucket that does not answer is reported and tried
+    again; what it lacks at the end is left in a local folder, and a message names that folder.
     """
 
     def __init__(
@@ -56,29 +58,30 @@ class Writer:
         step: int,
         also: Sequence[str] = (),
         sink: Sink | None = None,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
     ) -> None:
         self._folder = opened(workdir)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._remote, self._sink, self._say = gcs.is_remote(workdir), sink, say
+        self._remote, self._sink, self._log = gcs.is_remote(workdir), sink, log
         self._lines = cut_back(workdir, step, also)
         self._local = Path(tempfile.mkdtemp() if self._remote else workdir) / "tensorboard"
         self._local.mkdir(parents=True, exist_ok=True)
-        # Names hold whole seconds only: without the suffix a quick second start would overwrite the first one's file.
-        # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and then the next numbers wait for ever.
+        # The names of event files hold whole seconds: without the suffix a second start in the same second overwrites the file.
+        # Not tensorboardX's SummaryWriter: a full disk ends its thread, and then the next event waits for ever.
         self._events = EventsWriter(str(self._local / "events"), f".{time.time_ns()}")
-        # TensorBoard hides what it read at this step or later.
+        # TensorBoard hides earlier events of this step and later ones.
         self._events.write_event(
             Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START))
         )
-        self._waiting: deque[tuple[int, str, Any]] = deque()
+        self._queue: deque[tuple[int, str, Any]] = deque()
         """(step, line, numbers), or (0, name, bytes) of a file."""
         self._unwritten: deque[str] = deque()
         self._lock, self._wake = threading.Lock(), threading.Event()
-        self._closing, self._now, self._dropped = False, False, 0
+        self._closing, self._upload_now, self._dropped = False, False, 0
         self._error: OSError | None = None
-        self._behind = ""
-        self._sent = time.monotonic()
+        self._missing = ""
+        """Why the bucket lacks something; empty: it lacks nothing."""
+        self._uploaded = time.monotonic()
         self._thread = threading.Thread(target=self._work, name="writer", daemon=True)
         self._thread.start()
 
@@ -91,65 +94,65 @@ class Writer:
         self._thread.join()
         self._events.close()
         if self._dropped:
-            self._say(
-                f"{self._folder}: {self._dropped} windows of numbers were dropped, as nothing could be written for long"
+            self._log(
+                f"{self._folder}: {self._dropped} windows of metrics were dropped, because nothing could be written for a long time"
             )
         if self._remote:
-            self._leave()
+            self._remove_local()
         if self._error is not None and kind is None:
             raise self._error
 
     def write(self, step: int, metrics: Mapping[str, int | float]) -> None:
-        """One line and its events, at once or later; numbers that are not finite are written as strings, which JSON can hold.
+        """Queues one line and its events. Values that are not finite are written as strings, because JSON has no number for them.
 
-        Never waits. Raises the OSError of an earlier line that a disk refused.
+        Never waits. Raises the OSError of an earlier line that the disk refused.
         """
         plain = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
         line = json.dumps({"step": step, **plain}) + "\n"
         self._add((step, line, dict(metrics)))
 
     def file(self, name: str, data: bytes) -> None:
-        """A file of the working folder, as `write`; a later one of the same name replaces it."""
+        """Queues a file of the working folder, as `write`; a later one of the same name replaces it."""
         self._add((0, name, data))
 
     def flush(self) -> None:
-        """Asks for everything to be sent now; does not wait."""
-        self._now = True
+        """Starts an upload of everything that is queued; does not wait for it."""
+        self._upload_now = True
         self._wake.set()
 
     def unwritten(self) -> list[str]:
-        """The lines that are not known to lie in metrics.jsonl yet."""
+        """The lines that may not be in metrics.jsonl yet."""
         with self._lock:
             return list(self._unwritten)
 
     def _add(self, item: tuple[int, str, Any]) -> None:
         if self._error is not None:
             raise self._error
-        if len(self._waiting) >= _MOST:
+        if len(self._queue) >= _MAX_QUEUED:
             if not self._dropped:
-                self._say(
-                    f"{self._folder} takes no more numbers: {_MOST} wait, from here on they are dropped and counted"
+                self._log(
+                    f"{self._folder} takes no more metrics: {_MAX_QUEUED} are queued, from here on they are dropped and counted"
                 )
             self._dropped += 1
             return
         if isinstance(item[2], dict):
             with self._lock:
                 self._unwritten.append(item[1])
-        self._waiting.append(item)
+        self._queue.append(item)
         self._wake.set()
 
     def _work(self) -> None:
-        """The thread: what waits is written; to a bucket, together and not at once."""
+        """The thread: writes what is queued; uploads to a bucket at intervals."""
         files: dict[str, bytes] = {}
         while True:
-            self._wake.wait(_SECONDS)
-            closing = self._closing  # before the queue is looked at: nothing comes after it was set
+            self._wake.wait(_UPLOAD_SECONDS)
+            closing = self._closing  # read before the queue: nothing is queued after it was set
             self._wake.clear()
             try:
-                fresh = self._drain(files)
+                has_file = self._drain(files)
                 if self._remote:
-                    if closing or self._now or fresh or time.monotonic() - self._sent > _SECONDS:
-                        self._send(files)
+                    if closing or self._upload_now or has_file or time.monotonic() - self._uploaded > _UPLOAD_SECONDS:
+                        self._upload(files)
             except OSError as error:
                 self._error = error
                 return
@@ -157,12 +160,12 @@ class Writer:
                 return
 
     def _drain(self, files: dict[str, bytes]) -> bool:
-        """Takes what waits; a disk gets it here. True if a file is among it, which is not kept back."""
-        fresh = False
-        while self._waiting:
-            step, text, content = self._waiting.popleft()
+        """Empties the queue; writes to a local disk. True if a file was queued, which is uploaded without delay."""
+        has_file = False
+        while self._queue:
+            step, text, content = self._queue.popleft()
             if isinstance(content, bytes):
-                fresh = True
+                has_file = True
                 if self._remote:
                     files[text] = content
                 else:
@@ -177,18 +180,18 @@ class Writer:
             values = [Summary.Value(tag=name, simple_value=value) for name, value in content.items()]
             self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
             self._events.flush()
-            self._tell(step, content)
-        return fresh
+            self._send_to_sink(step, content)
+        return has_file
 
-    def _tell(self, step: int, numbers: Mapping[str, int | float]) -> None:
+    def _send_to_sink(self, step: int, metrics: Mapping[str, int | float]) -> None:
         if self._sink is None:
             return
         try:
-            self._sink(step, numbers)
-        except Exception as error:  # somebody else's service; the run's own records go on
+            self._sink(step, metrics)
+        except Exception as error:  # a failure of another service does not stop the run
             self._sink = None
-            self._say(
-                f"the numbers go to wandb no longer: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            self._log(
+                f"metrics are no longer sent to wandb: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             )
 
     def _written(self, number: int) -> None:
@@ -196,9 +199,9 @@ class Writer:
             for _ in range(number):
                 self._unwritten.popleft()
 
-    def _send(self, files: dict[str, bytes]) -> None:
-        """Everything that is new, to the bucket; if that fails it is said, and stays to be sent."""
-        self._now, count = False, len(self._lines)
+    def _upload(self, files: dict[str, bytes]) -> None:
+        """Uploads everything new to the bucket. A failure is reported, and the next upload tries again."""
+        self._upload_now, count = False, len(self._lines)
         try:
             gcs.put(f"{self._folder}/metrics.jsonl", "".join(self._lines).encode())
             with self._lock:
@@ -210,46 +213,46 @@ class Writer:
                 del files[name]
             for path in self._local.iterdir():
                 gcs.send(path, f"{self._folder}/tensorboard/{path.name}")
-            if self._behind:
-                self._say(f"{self._folder}: the numbers are all there again")
-            self._behind = ""
+            if self._missing:
+                self._log(f"{self._folder}: all metrics are uploaded again")
+            self._missing = ""
         except (gcs.StorageError, FileNotFoundError) as error:
             reason = gcs.told(error) if isinstance(error, gcs.StorageError) else str(error)
-            self._behind = f"{self._folder}: numbers could not be sent ({reason})"
+            self._missing = f"{self._folder}: metrics could not be uploaded ({reason})"
             if not self._closing:
-                self._say(f"{self._behind}; the run goes on and tries again")
-        self._sent = time.monotonic()
+                self._log(f"{self._missing}; the run continues and tries again")
+        self._uploaded = time.monotonic()
 
-    def _leave(self) -> None:
-        """The local copy goes, or is named where the bucket lacks something."""
-        if not self._behind and self._error is None:
+    def _remove_local(self) -> None:
+        """Removes the local copy, or names it in a message if the bucket lacks something."""
+        if not self._missing and self._error is None:
             for path in self._local.iterdir():
                 path.unlink()
             self._local.rmdir()
             self._local.parent.rmdir()
             return
         (self._local.parent / "metrics.jsonl").write_text("".join(self._lines))
-        print(f"{self._behind or self._error}; all of them lie in {self._local.parent}", file=sys.stderr, flush=True)
+        print(f"{self._missing or self._error}; all of them are in {self._local.parent}", file=sys.stderr, flush=True)
 
 
 def wandb_module(project: str) -> Any:
-    """The library of Weights & Biases, None without a `project`. ConfigError if it is not installed."""
+    """The module of Weights & Biases, None without a `project`. Raises ConfigError if it is not installed."""
     if not project:
         return None
     try:
         return importlib.import_module("wandb")
     except ImportError as error:
         raise ConfigError(
-            f"train.wandb is {project!r}, but wandb is not there ({error}): pip install -r requirements-wandb.txt, or leave it empty"
+            f"train.wandb is {project!r}, but wandb cannot be imported ({error}): pip install -r requirements-wandb.txt, or leave it empty"
         ) from None
 
 
 @contextlib.contextmanager
 def wandb_run(wandb: Any, workdir: str, config: Config) -> Iterator[Sink | None]:
-    """What hands numbers to the project `config.train.wandb`, None without a `wandb_module`; a run that goes on is the same run
+    """Logs to the project `config.train.wandb`; yields None if `wandb` (see `wandb_module`) is None. A resumed run is the same run
     there.
 
-    Where they go is W&B's own business (WANDB_MODE=offline, WANDB_DIR, WANDB_API_KEY).
+    W&B's environment variables apply: WANDB_MODE=offline, WANDB_DIR, WANDB_API_KEY.
     """
     if wandb is None:
         yield None
@@ -261,10 +264,10 @@ def wandb_run(wandb: Any, workdir: str, config: Config) -> Iterator[Sink | None]
         )
     except getattr(wandb, "Error", Exception) as error:
         raise ConfigError(
-            f"train.wandb is {config.train.wandb!r}, but W&B begins no run ({' '.join(str(error).split())[:200]}): wandb login, "
+            f"train.wandb is {config.train.wandb!r}, but W&B starts no run ({' '.join(str(error).split())[:200]}): wandb login, "
             "or WANDB_MODE=offline, or leave it empty"
         ) from None
     try:
-        yield lambda step, numbers: run.log(dict(numbers), step=step)
+        yield lambda step, metrics: run.log(dict(metrics), step=step)
     finally:
         run.finish()

@@ -1,4 +1,4 @@
-"""Records of numbers: windows, JSON lines that can be cut back, TensorBoard events, plain lines."""
+"""Metrics of a run: windows, JSON lines that can be cut back, TensorBoard events, plain lines."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from glip_jax.training.monitoring.writer import Writer
 EVENT: Any = getattr(event_pb2, "Event")  # noqa: B009 (made at run time; the checker does not see it)
 
 
-def _numbers(loss: float, examples: int = 4, of_a: int = 4) -> dict[str, int | float]:
+def _metrics(loss: float, examples: int = 4, of_a: int = 4) -> dict[str, int | float]:
     return {
         "loss": loss, "loss/token": loss, "gradient_norm": 1.0, "positives": 3, "examples": examples, "rate": loss / 10,
         "dropped/boxes_over_limit": 1, "source/a/dropped/boxes_over_limit": 1, "source/a/loss/token": loss, "source/a/examples": of_a, "wait_seconds": 0.5,
@@ -23,17 +23,17 @@ def _numbers(loss: float, examples: int = 4, of_a: int = 4) -> dict[str, int | f
 
 def test_window_means_sums_and_latest():
     window = Window()
-    window.add(_numbers(1.0))
-    window.add(_numbers(3.0, of_a=0))
-    time.sleep(0.1)  # so that rounding of the seconds does not show
+    window.add(_metrics(1.0))
+    window.add(_metrics(3.0, of_a=0))
+    time.sleep(0.1)  # longer than the rounding of the seconds
     taken = window.take()
     assert taken["loss"] == 2.0 and taken["rate"] == 0.3
     assert taken["examples"] == 8 and taken["dropped/boxes_over_limit"] == 2 and taken["source/a/examples"] == 4
     assert taken["source/a/dropped/boxes_over_limit"] == 2
-    assert taken["source/a/loss/token"] == 1.0, "a step without examples of the source counts in no mean of it"
+    assert taken["source/a/loss/token"] == 1.0, "a step without examples of the source is in no mean of it"
     assert taken["wait_seconds"] == 1.0 and taken["steps"] == 2
     assert taken["images_per_second"] == pytest.approx(8 / taken["seconds"], rel=0.05)
-    window.add(_numbers(5.0))
+    window.add(_metrics(5.0))
     assert window.take()["loss"] == 5.0
 
 
@@ -50,7 +50,7 @@ def test_lines_are_cut_back_and_a_torn_line_is_dropped(tmp_path):
     assert len(cut_back(str(tmp_path), 0)) == 0 and read(str(tmp_path)) == []
 
 
-def test_numbers_that_are_not_finite_stay_json(tmp_path):
+def test_values_that_are_not_finite_stay_json(tmp_path):
     with Writer(str(tmp_path), 0) as writer:
         writer.write(1, {"loss": math.nan})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": "nan"}
@@ -67,7 +67,7 @@ def _events(folder) -> list[Any]:
     return events
 
 
-def test_events_hold_the_scalars_and_hide_what_comes_after_a_resume(tmp_path):
+def test_events_hold_the_scalars_and_a_resume_hides_later_ones(tmp_path):
     with Writer(str(tmp_path), 0) as writer:
         writer.write(3, {"loss": 0.5})
     with Writer(str(tmp_path), 2) as writer:
@@ -79,13 +79,13 @@ def test_events_hold_the_scalars_and_hide_what_comes_after_a_resume(tmp_path):
     assert 3 in [e.step for e in events if e.WhichOneof("what") == "session_log"]
 
 
-def test_plain_lines_where_there_is_no_terminal(capsys):
+def test_plain_lines_without_a_terminal(capsys):
     progress = Progress(0, 10)
     window = Window()
-    window.add(_numbers(1.0))
+    window.add(_metrics(1.0))
     progress.window(2, window.take(), ["a", "b"])
     progress.close()
     line = capsys.readouterr().out
     assert line.startswith("step 2/10  loss 1.0000") and "dropped 1" in line and "a 4 ex" in line and "b 0 ex" in line
-    Progress(0, 10, quiet=True).say("nothing")
+    Progress(0, 10, quiet=True).log("nothing")
     assert capsys.readouterr().out == ""

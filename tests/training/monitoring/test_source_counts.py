@@ -1,4 +1,4 @@
-"""What a run has seen of each source, over resumes, and when it stops for corrupt records."""
+"""Counts of each source over resumes, and the corrupt records that stop a run."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ NAMES, RECORDS = ("boxes", "captions"), (10, 40)
 
 def counts(rate: float = 0.1, window: int = 20) -> SourceCounts:
     data = DataConfig(max_corrupt_rate=rate, corrupt_window=window)
-    return SourceCounts(NAMES, RECORDS, data, lambda source, record: f"{NAMES[source]}[{record}] (spoilt)")
+    return SourceCounts(NAMES, RECORDS, data, lambda source, record: f"{NAMES[source]}[{record}] (corrupt)")
 
 
 def step(counted: SourceCounts, source: list[int], corrupt: list[int] = [], first: int = 0) -> None:  # noqa: B006
@@ -19,7 +19,7 @@ def step(counted: SourceCounts, source: list[int], corrupt: list[int] = [], firs
     counted.add(np.array(source), np.arange(first, first + len(source)), bad)
 
 
-def test_examples_and_passes_go_on_over_a_resume() -> None:
+def test_examples_and_epochs_continue_after_a_resume() -> None:
     counted = counts()
     step(counted, [0, 0, 1, 1, 1, 1])
     step(counted, [0, 0, 1, 1, 1, 1])
@@ -50,11 +50,11 @@ def test_a_source_beyond_the_rate_stops_the_run_with_its_first_records() -> None
         step(counted, [1, 1, 0, 0], corrupt=[0, 2], first=7)
     message = str(caught.value)
     assert message.startswith("data.sources.captions: 3 of its last 6 examples are corrupt (50.0%)")
-    assert "captions[30] (spoilt); captions[32] (spoilt); captions[7] (spoilt). " in message
+    assert "captions[30] (corrupt); captions[32] (corrupt); captions[7] (corrupt). " in message
     assert "data.max_corrupt_rate allows 10.0% of 20" in message and "\n" not in message
 
 
-def test_below_the_rate_it_goes_on_and_each_window_counts_anew() -> None:
+def test_below_the_rate_the_run_continues_and_each_window_starts_at_0() -> None:
     counted = counts()
     for _ in range(10):
         step(counted, [0] * 20, corrupt=[3, 5])
@@ -62,7 +62,7 @@ def test_below_the_rate_it_goes_on_and_each_window_counts_anew() -> None:
     for _ in range(10):
         step(late, [0] * 20)
     with pytest.raises(CorruptDataError, match="3 of its last 6 examples"):
-        step(late, [0] * 6, corrupt=[0, 1, 2])  # a mount that goes away late
+        step(late, [0] * 6, corrupt=[0, 1, 2])  # as when a mount disappears late in a run
     with pytest.raises(CorruptDataError, match="6 of its last 6 examples .* and 1 more"):
         step(counts(rate=0.25), [0] * 6, corrupt=[*range(6)])
     never = counts(rate=1.0)

@@ -1,4 +1,4 @@
-"""From beside a run: speed, steps that hang, profiles on demand, numbers for W&B."""
+"""Throughput, steps that hang, requested profiles, metrics for W&B."""
 
 import ctypes
 import dataclasses
@@ -53,10 +53,10 @@ def test_mfu_is_of_the_steps_alone(config, monkeypatch):
     flops = 8 * sum(flops_per_image(config.model, 64, width, 16).training for width in (64, 64, 128))
     assert numbers["mfu"] == pytest.approx(flops / 3.0 / 2e9, rel=0.05)
     assert measured.take({"steps": 1, "seconds": 1.0, "images_per_second": 8})["mfu"] == 0, (
-        "the next window begins anew"
+        "the next window starts at 0"
     )
     progress, shown = metrics.Progress(0, 10), []
-    monkeypatch.setattr(progress, "say", shown.append)
+    monkeypatch.setattr(progress, "log", shown.append)
     known = {"loss": 1.0, "gradient_norm": 1.0, "images_per_second": 1.0, "positives": 1, "rate": 1e-4, "mfu": 0.4123}
     progress.window(5, known, ["a"])
     assert "mfu 41.2 %" in shown[0]
@@ -82,15 +82,15 @@ def test_a_step_that_hangs_leaves_the_stacks_and_a_line(config, workdir, tmp_pat
             stuck_in_here()
         return real(batch, mesh)
 
-    told, tell = threading.Event(), Watchdog._tell
+    reported, report = threading.Event(), Watchdog._report
 
     def stuck_in_here():
-        assert told.wait(120), "as long as it takes on a busy machine"
+        assert reported.wait(120), "as long as it takes on a busy machine"
 
-    monkeypatch.setattr(Watchdog, "_tell", lambda self, *how: (tell(self, *how), told.set()))
+    monkeypatch.setattr(Watchdog, "_report", lambda self, *how: (report(self, *how), reported.set()))
     monkeypatch.setattr(loop, "place_batch", slow)
-    watched = tiny_run.replace(config, "train", steps=9, hang_multiple=3.0, hang_min=1.0)
-    assert int(train(watched, workdir).step) == 9, "it goes on when it goes on"
+    short = tiny_run.replace(config, "train", steps=9, hang_multiple=3.0, hang_min=1.0)
+    assert int(train(short, workdir).step) == 9, "the run continues when the step does"
     (line,) = [each for each in capsys.readouterr().err.splitlines() if "the usual is" in each]
     assert re.match(r"step 8 has taken \d+ s, the usual is \d\.\d\d s: it hangs", line)
     assert line.endswith(f"{workdir}/stacks.txt")
@@ -98,65 +98,65 @@ def test_a_step_that_hangs_leaves_the_stacks_and_a_line(config, workdir, tmp_pat
     assert "stuck_in_here" in stacks and "in slow" in stacks and stacks.count("Thread 0x") > 2
 
 
-def test_a_first_step_that_hangs_does_so_too(config, workdir, tmp_path, monkeypatch, capsys):
-    """Where a host never comes to the first collective, nothing is usual yet."""
-    told, tell, real = threading.Event(), Watchdog._tell, loop.place_batch
+def test_a_first_step_that_hangs_leaves_the_stacks_too(config, workdir, tmp_path, monkeypatch, capsys):
+    """As when a host never reaches the first collective: the usual time is not known yet."""
+    reported, report, real = threading.Event(), Watchdog._report, loop.place_batch
 
-    def stuck_at_once(batch, mesh):
-        assert told.wait(120)
+    def stuck_in_the_first_step(batch, mesh):
+        assert reported.wait(120)
         return real(batch, mesh)
 
-    monkeypatch.setattr(Watchdog, "_tell", lambda self, *how: (tell(self, *how), told.set()))
-    monkeypatch.setattr(loop, "place_batch", stuck_at_once)
+    monkeypatch.setattr(Watchdog, "_report", lambda self, *how: (report(self, *how), reported.set()))
+    monkeypatch.setattr(loop, "place_batch", stuck_in_the_first_step)
     train(tiny_run.replace(config, "train", steps=1, hang_first=0.5, hang_min=1.0), workdir)
     (line,) = [each for each in capsys.readouterr().err.splitlines() if "hangs" in each]
     assert line.startswith("step 1 has taken 0 s, with what is compiled for it (train.hang_first): it hangs")
-    assert "stuck_at_once" in (tmp_path / "run" / "stacks.txt").read_text()
+    assert "stuck_in_the_first_step" in (tmp_path / "run" / "stacks.txt").read_text()
 
 
-def test_a_compilation_ends_some_time(tmp_path, capsys):
-    with Watchdog(epath.Path(tmp_path), 3.0, 0.2, 1.0, None) as watched:
-        with watched.compiling():
+def test_a_compilation_has_a_limit(tmp_path, capsys):
+    with Watchdog(epath.Path(tmp_path), 3.0, 0.2, 1.0, None) as running:
+        with running.compiling():
             time.sleep(0.1)
         for step in range(7):
-            watched.heartbeat(step)
+            running.heartbeat(step)
         assert not (tmp_path / "stacks.txt").read_text() and capsys.readouterr().err == ""
-        with watched.compiling():
+        with running.compiling():
             time.sleep(1.6)
-        assert "test_a_compilation_ends_some_time" in (tmp_path / "stacks.txt").read_text()
+        assert "test_a_compilation_has_a_limit" in (tmp_path / "stacks.txt").read_text()
     assert "step 7 has taken 1 s, with what is compiled for it" in capsys.readouterr().err
     with Watchdog(epath.Path(tmp_path), 3.0, 0.2, 60.0, None):
         pass
-    assert "(above: step 7, " in (tmp_path / "stacks.txt").read_text(), "a restart keeps it"
+    assert "(above: step 7, " in (tmp_path / "stacks.txt").read_text(), "a restart appends"
 
 
-def test_stacks_come_even_where_a_library_holds_the_lock(tmp_path):
-    with Watchdog(epath.Path(tmp_path), 3.0, 0.3, 60.0, None) as watched:
+def test_stacks_are_written_while_a_library_holds_the_interpreter_lock(tmp_path):
+    with Watchdog(epath.Path(tmp_path), 3.0, 0.3, 60.0, None) as running:
         for step in range(7):
-            watched.heartbeat(step)
+            running.heartbeat(step)
             time.sleep(0.01)
         # Through PyDLL the interpreter's lock is held: no Python runs meanwhile.
         ctypes.PyDLL(None).usleep(900_000)
-        taken = (tmp_path / "stacks.txt").read_text()
-    assert "test_stacks_come_even" in taken
+        stacks = (tmp_path / "stacks.txt").read_text()
+    assert "test_stacks_are_written_while" in stacks
 
 
-def test_what_is_no_step_may_take_its_time(tmp_path, capsys):
-    with Watchdog(epath.Path(tmp_path), 3.0, 0.2, 60.0, None) as watched:
+def test_a_pause_has_no_limit(tmp_path, capsys):
+    with Watchdog(epath.Path(tmp_path), 3.0, 0.2, 60.0, None) as running:
         for step in range(7):
-            watched.heartbeat(step)
-        with watched.paused():
+            running.heartbeat(step)
+        with running.paused():
             time.sleep(0.6)
-        watched.heartbeat(8)
+        running.heartbeat(8)
     assert capsys.readouterr().err == "" and not (tmp_path / "stacks.txt").exists()
-    with Watchdog(epath.Path(tmp_path), 0.0, 0.2, 0.3, None) as watched:
+    with Watchdog(epath.Path(tmp_path), 0.0, 0.2, 0.3, None) as running:
         for step in range(7):
-            watched.heartbeat(step)
+            running.heartbeat(step)
         time.sleep(0.5)
     assert capsys.readouterr().err == "" and not (tmp_path / "stacks.txt").exists()
 
 
-def test_profiles_by_setting_and_by_a_file(config, workdir, tmp_path, monkeypatch, capsys):
+def test_profiles_by_setting_and_by_request(config, workdir, tmp_path, monkeypatch, capsys):
     made = []
 
     def start(folder):
@@ -165,10 +165,10 @@ def test_profiles_by_setting_and_by_a_file(config, workdir, tmp_path, monkeypatc
 
     monkeypatch.setattr(jax.profiler, "start_trace", start)
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: made.append("stop"))
-    monkeypatch.setattr(watchdog, "_ASK_SECONDS", 0.0)
+    monkeypatch.setattr(watchdog, "_POLL_SECONDS", 0.0)
     real, calls = loop.place_batch, []
 
-    def asking(batch, mesh):
+    def requesting(batch, mesh):
         calls.append(1)
         if len(calls) == 5:
             (tmp_path / "run" / "profile").write_text("2\n")
@@ -178,15 +178,15 @@ def test_profiles_by_setting_and_by_a_file(config, workdir, tmp_path, monkeypatc
             time.sleep(0.2)
         return real(batch, mesh)
 
-    monkeypatch.setattr(loop, "place_batch", asking)
+    monkeypatch.setattr(loop, "place_batch", requesting)
     train(tiny_run.replace(config, "train", steps=9, profile=(2, 3), hang_min=1.0), workdir)
-    said = capsys.readouterr().out
-    assert "steps 2 to 3 are profiled: tensorboard --logdir=" in said and "steps 6 to 7 are profiled" in said
+    out = capsys.readouterr().out
+    assert "steps 2 to 3 are profiled: tensorboard --logdir=" in out and "steps 6 to 7 are profiled" in out
     assert made == [f"{workdir}/tensorboard", "stop"] * 2
     assert "profile_seconds" in metrics.read(workdir)[1]
 
 
-def test_a_profile_of_a_run_in_a_bucket_is_sent(tmp_path, monkeypatch):
+def test_a_profile_of_a_run_in_a_bucket_is_uploaded(tmp_path, monkeypatch):
     kept: dict[str, bytes] = {}
     profiler = Profiler(epath.Path("gs://bucket/run"), (), kept.__setitem__, lambda text: None)
 
@@ -196,52 +196,52 @@ def test_a_profile_of_a_run_in_a_bucket_is_sent(tmp_path, monkeypatch):
 
     monkeypatch.setattr(jax.profiler, "start_trace", start)
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
-    profiler.before(3)
+    profiler.start_if_due(3)
     assert not profiler.ends(3, True)
-    profiler.before(4, asked=2)
+    profiler.start_if_due(4, requested=2)
     assert not profiler.ends(4, False) and profiler.ends(5, False) and profiler.ends(4, True)
-    profiler.end(5)
+    profiler.stop(5)
     assert kept == {"tensorboard/plugins/host.xplane.pb": b"trace"} and not profiler.ends(6, False)
 
 
 class _Wandb(types.ModuleType):
     def __init__(self):
         super().__init__("wandb")
-        self.asked: list[dict[str, Any]] = []
+        self.settings: list[dict[str, Any]] = []
         self.logged: list[tuple[int, dict[str, Any]]] = []
         self.finished = 0
         self.broken = False
 
     def init(self, **settings):
-        self.asked.append(settings)
+        self.settings.append(settings)
         return self
 
-    def log(self, numbers, step):
+    def log(self, metrics, step):
         if self.broken:
-            raise ConnectionError("no way to it\nat all")
-        self.logged.append((step, numbers))
+            raise ConnectionError("no route to host\nat all")
+        self.logged.append((step, metrics))
 
     def finish(self):
         self.finished += 1
 
 
-def test_numbers_go_to_wandb_as_well(config, workdir, monkeypatch, capsys):
+def test_metrics_are_logged_to_wandb_too(config, workdir, monkeypatch, capsys):
     fake = _Wandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     train(tiny_run.replace(config, "train", steps=2, wandb="glip"), workdir)
     fake.broken = True
     named = tiny_run.replace(config, "train", steps=4, wandb="glip")
     assert int(train(named, workdir, resume_with_changes=True).step) == 4
-    first, second = fake.asked
+    first, second = fake.settings
     assert first["project"] == "glip" and first["id"] == second["id"] and first["resume"] == "allow"
     assert first["config"]["optimizer.rate"] == 1e-3 and fake.finished == 2
     assert [step for step, _ in fake.logged] == [2]
     assert fake.logged[0][1]["loss"] == metrics.read(workdir)[0]["loss"]
-    assert "numbers go to wandb no longer: ConnectionError: no way to it" in capsys.readouterr().out
+    assert "metrics are no longer sent to wandb: ConnectionError: no route to host" in capsys.readouterr().out
     assert [line["step"] for line in metrics.read(workdir)] == [2, 4]
 
 
-def test_wandb_that_begins_no_run_is_one_line(config, workdir, monkeypatch):
+def test_wandb_that_starts_no_run_is_one_line(config, workdir, monkeypatch):
     fake = _Wandb()
     fake.Error = RuntimeError  # type: ignore[attr-defined]
 
@@ -251,14 +251,16 @@ def test_wandb_that_begins_no_run_is_one_line(config, workdir, monkeypatch):
     fake.init = init  # type: ignore[method-assign]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     with pytest.raises(
-        ConfigError, match=r"W&B begins no run \(api_key not configured \(no-tty\)\): wandb login, or WANDB"
+        ConfigError, match=r"W&B starts no run \(api_key not configured \(no-tty\)\): wandb login, or WANDB"
     ):
         train(tiny_run.replace(config, "train", wandb="glip"), workdir)
 
 
 def test_without_wandb_it_is_one_line(config, workdir, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"train.wandb is 'glip', but wandb is not there .*requirements-wandb.txt"):
+    with pytest.raises(
+        ConfigError, match=r"train.wandb is 'glip', but wandb cannot be imported .*requirements-wandb.txt"
+    ):
         train(tiny_run.replace(config, "train", wandb="glip"), workdir)
     assert not Path(workdir).exists(), "found before anything is written"
 
@@ -277,7 +279,7 @@ def test_without_wandb_it_is_one_line(config, workdir, monkeypatch):
         ("checkpoint", {"best": 1, "best_by": "evaluation/x/AP"}, r"\(there are none\)"),
     ],
 )
-def test_settings_that_cannot_be(config, section, values, message):
+def test_invalid_settings_are_refused(config, section, values, message):
     changed = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
     with pytest.raises(ConfigError, match=message):
         validate(changed)
