@@ -5,6 +5,7 @@ A page holds a comment `<!-- generated: NAME -->`; the comment is replaced with 
     settings    every setting of `Config`, a table a section
     jobs        every job of `python -m glip_jax` with its own flags, every format of the job `data` with its options
     joblist     rows of a table: every job and what it does
+    renamed     settings and metrics that had another name in earlier versions
     schema      every field of a record and of a manifest
     published   what gcs/manifests says of published data sets
 """
@@ -29,6 +30,7 @@ from sphinx.application import Sphinx
 
 from glip_jax.__main__ import _MODULES, JOBS
 from glip_jax.config import Config
+from glip_jax.config.saved import RENAMED_KEYS
 from glip_jax.data.manifest import Manifest
 from glip_jax.data.records import Record
 
@@ -60,6 +62,7 @@ def _replace(_: Sphinx, __: str, source: list[str]) -> None:
         "settings": _settings,
         "jobs": _jobs,
         "joblist": _joblist,
+        "renamed": _renamed,
         "schema": _schema,
         "published": _published,
     }
@@ -136,6 +139,12 @@ def _published() -> str:
         units = "; ".join(f"{what}: {unit}" for what, unit in fields.get("units", {}).items())
         rows.append((fields["title"], *counts, units))
     return _table(("set", "records", "boxes", "names", "counted are"), rows)
+
+
+def _renamed() -> str:
+    """A table of old and new names."""
+    rows = [(f"`{old}`", f"`{new}`", "metric" if "/" in old else "setting") for old, new in RENAMED_KEYS.items()]
+    return _table(("until now", "today", "what it is"), rows)
 
 
 def _arguments_of(job: str) -> Any:
