@@ -37,8 +37,9 @@ _MODULES = {"import": "import_weights", "export": "export_weights"}
 """Modules of jobs that are not called as the job is (`import` is a word of Python)."""
 
 
-def main(argv: list[str]) -> int:
-    """Runs the job that `argv` names and returns its exit code; a mistaken command gives one message and code 2."""
+def main(argv: list[str] | None = None) -> int:
+    """Runs the job that `argv` (default: of the process) names and returns its exit code; a mistaken command gives one message and code 2."""
+    argv = sys.argv[1:] if argv is None else argv
     listed = "\n".join(f"  {job:10} {what}" for job, what in JOBS.items())
     usage = (
         f"usage: python -m glip_jax JOB [options]\n\njobs:\n{listed}\n\n"
@@ -115,4 +116,4 @@ def _sigterm_exits(job: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

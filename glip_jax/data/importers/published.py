@@ -13,10 +13,11 @@ from typing import Any
 from etils import epath
 
 from glip_jax.data.importers.entry import SourceError
+from glip_jax.io.assets import bundled
 
 __all__ = ["MANIFESTS", "Comparison", "Published", "compare", "find", "load"]
 
-MANIFESTS = Path(__file__).resolve().parents[3] / "gcs" / "manifests"
+MANIFESTS = bundled("gcs/manifests")
 
 _COUNTS = ("records", "boxes", "names")
 
