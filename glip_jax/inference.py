@@ -4,6 +4,7 @@ A score never depends on the company an image keeps: every image runs at its own
 is put into, so images may be grouped freely to save compilations.
 """
 
+import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jaxtyping import Array, Float32, UInt8
+from PIL import Image, ImageOps
 
 from glip_jax.config import Config
 from glip_jax.io import assets
@@ -21,7 +24,7 @@ from glip_jax.structures import prompts
 from glip_jax.structures.batch import Detections, Prompt, TokenizedPrompt
 from glip_jax.structures.canvas import canvas_size, pad_to_canvas, resize, target_size
 
-__all__ = ["Detector", "bucket", "category_prompts"]
+__all__ = ["Detector", "ImageDetections", "bucket", "category_prompts"]
 
 _PHRASE_SLOTS = 8
 """Least number of phrases that a program is compiled for; it doubles when a prompt has more."""
@@ -42,6 +45,17 @@ def category_prompts(
     separator, budget = config.data.captions.separator, config.model.text.max_tokens
     chunks = prompts.chunk(names, tokenizer, budget, separator, config.evaluation.chunk)
     return [(prompts.prompt_from_categories([names[i] for i in chunk], separator), tuple(chunk)) for chunk in chunks]
+
+
+class ImageDetections(NamedTuple):
+    """What a Detector found in one image, best first."""
+
+    boxes: Float32[np.ndarray, "N 4"]
+    """x1, y1, x2, y2 in pixels of the image, which is upright."""
+    scores: Float32[np.ndarray, "N"]
+    """sqrt(alignment x centerness), between 0 and 1."""
+    names: list[str]
+    """The name, or the phrase of the caption, that each box was found for."""
 
 
 class _Begun(NamedTuple):
@@ -74,6 +88,8 @@ class Detector:
         self.tokenizer = prompts.load_tokenizer(assets.resolve(config.model.text.vocabulary))
         self.compiled: Counter[str] = Counter()
         """Programs traced, and so compiled or read from the cache, by part: image, text, ground."""
+        self.read_caption: Callable[[str], Prompt] = _phrases
+        """Makes the prompt of a caption that the detector is called with."""
         self._texts: OrderedDict[str, Array] = OrderedDict() if texts_of is None else texts_of._texts
         self._tokenized: OrderedDict[str, TokenizedPrompt] = OrderedDict()
         self._chunks: tuple[tuple[str, ...], list[tuple[Prompt, tuple[int, ...]]]] = ((), [])
@@ -105,6 +121,40 @@ class Detector:
     def canvas(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Size after resizing, and the canvas an image of that size runs on: see `bucket`."""
         return bucket(height, width, self.config)
+
+    def __call__(
+        self, images: Sequence[Any], query: Sequence[str] | str | Prompt, threshold: float = 0.3
+    ) -> list[ImageDetections]:
+        """Detects in every image what `query` names.
+
+        Args:
+            images: paths (local or gs://), PIL images, or RGB arrays uint8[H W 3]. Files and PIL images are turned upright
+                by their EXIF orientation; boxes are in the pixels of the upright image.
+            query: a list of names of any length; or a caption: phrases with " . " between them, or (of a detector of
+                `glip_jax.load_detector`) a sentence, whose noun phrases are asked for; or a Prompt.
+            threshold: lowest score that is returned.
+
+        Returns:
+            For each image its detections, best first.
+        """
+        if isinstance(query, str):
+            query = self.read_caption(query)
+        if isinstance(query, Prompt):
+            names = [" ".join(query.caption[begin:end] for begin, end in spans) for spans in query.spans]
+        else:
+            names = list(query)
+        results = []
+        for begin in range(0, len(images), self.batch_size):
+            group = [_rgb(image) for image in images[begin : begin + self.batch_size]]
+            if isinstance(query, Prompt):
+                found = self.caption(group, [query] * len(group))
+            else:
+                found = self.categories(group, names)
+            for each in found:
+                chosen = each.scores >= threshold
+                phrases = [names[phrase] for phrase in each.phrases[chosen]]
+                results.append(ImageDetections(each.boxes[chosen], each.scores[chosen], phrases))
+        return results
 
     def text(self, prompt: Prompt) -> tuple[TokenizedPrompt, Array]:
         """Tokens and encoded states of a prompt. Raises PromptError if it exceeds the token budget."""
@@ -235,6 +285,24 @@ def bucket(height: int, width: int, config: Config) -> tuple[tuple[int, int], tu
     known = [canvas_size(rule.short_side, a, rule.long_side, multiple) for a in config.data.aspects]
     fitting = [c for c in known if c[0] >= extent[0] and c[1] >= extent[1]]
     return size, min(fitting, key=lambda c: c[0] * c[1]) if fitting else (extent[0], extent[1])
+
+
+def _phrases(text: str) -> Prompt:
+    """The prompt of phrases with " . " between them."""
+    return prompts.prompt_from_categories([part.strip(" .") for part in text.split(" . ") if part.strip(" .")], " . ")
+
+
+def _rgb(image: Any) -> UInt8[np.ndarray, "H W 3"]:
+    """Pixels of a path, a PIL image or an array; ValueError for an array of another type or shape."""
+    if isinstance(image, str | os.PathLike):
+        with epath.Path(image).open("rb") as file, Image.open(file) as opened:
+            return _rgb(opened)
+    if isinstance(image, Image.Image):
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ValueError(f"an image is {array.dtype}{list(array.shape)}: expected a path, a PIL image or uint8[H W 3]")
+    return array
 
 
 def _kept(memory: OrderedDict[str, Any], key: str, make: Callable[[], Any]) -> Any:

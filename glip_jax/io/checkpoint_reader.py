@@ -21,7 +21,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from glip_jax.config import Config, ConfigError
-from glip_jax.config.saved import unflatten
+from glip_jax.config.saved import current_names, unflatten
 from glip_jax.io import checksums
 from glip_jax.io.checkpoint_steps import checkpoint_folder, complete_steps, fault_of, newest_sound, unfinished
 from glip_jax.io.workdir import CheckpointError
@@ -48,7 +48,7 @@ class Checkpoint:
         self.step = step
         """Completed training steps; None for an export, which does not record them."""
         self.settings = dict(settings)
-        """The settings of the run, flat, as recorded: {"model.fusion.layers": 6, ...}."""
+        """The settings of the run, flat, as recorded but under today's names: {"optimizer.rate": 0.0001, ...}."""
         self.lines = list(lines)
         """The lines of metrics.jsonl up to this step; none in an export."""
         self._read = read
@@ -109,7 +109,7 @@ def open_checkpoint(path: str, step: int | None = None, *, verify: Sequence[str]
                 raise CheckpointError(_removed(folder)) from None
             continue
         read = functools.partial(_read_parameters, folder, set(verify))
-        return Checkpoint(folder, chosen, run["config"], run.get("lines", []), read)
+        return Checkpoint(folder, chosen, current_names(run["config"]), run.get("lines", []), read)
     raise AssertionError
 
 
