@@ -1,8 +1,8 @@
-"""Which anchors answer for which box: ATSS (arXiv 1912.02424) as GLIP runs it (glip-reference 3.1).
+"""Assignment of anchors to boxes: ATSS (arXiv 1912.02424) as in GLIP (glip-reference 3.1).
 
-Per box, the nearest anchors of each level are candidates; those whose IoU reaches mean + standard deviation of all
-candidates' and whose centre lies in the box are positive; an anchor claimed twice goes to the box of highest IoU. Ties
-go to the upper left anchor and the lower box slot. Anchors beyond an image's extent do not exist for it.
+Per box, the nearest anchors of each level are candidates. Those whose IoU reaches the mean + standard deviation over the
+candidates, and whose centre is in the box, are positive. An anchor that is positive for several boxes goes to the box of
+highest IoU. Ties go to the upper left anchor and the lower box slot. Anchors beyond the extent of an image are ignored.
 """
 
 import jax
@@ -19,11 +19,11 @@ __all__ = ["anchors_inside", "assign"]
 
 _UNCLAIMED = -1e8
 _MARGIN = 0.01
-"""Pixels that an anchor's centre must lie inside the box."""
+"""Minimum distance in pixels of an anchor's centre from the sides of the box."""
 
 
 def anchors_inside(extent: Int[Array, "B 2"], canvas: tuple[int, int], strides: tuple[int, ...]) -> Bool[Array, "B A"]:
-    """Anchors whose cell belongs to the image's extent."""
+    """Anchors whose cell is in the extent of the image."""
     parts = [
         valid_mask(level_size(extent, stride), *box.level_shape(canvas, stride)).reshape(extent.shape[0], -1)
         for stride in strides
@@ -32,37 +32,37 @@ def anchors_inside(extent: Int[Array, "B 2"], canvas: tuple[int, int], strides: 
 
 
 def _candidates(
-    boxes: Float[Array, "N 4"], own: Bool[Array, " A"], anchors: Float[Array, "A 4"], ends: list[int], count: int
+    boxes: Float[Array, "N 4"], inside: Bool[Array, " A"], anchors: Float[Array, "A 4"], ends: list[int], count: int
 ) -> tuple[Int[Array, "N K"], Bool[Array, "N K"]]:
-    """Indices of the nearest anchors per level, and which of them exist."""
+    """Indices of the nearest anchors per level, and which of them are inside the extent."""
     offset = box.centers(boxes)[:, None] - box.centers(anchors)[None]
-    distance = jnp.where(own[None], jnp.sqrt(jnp.square(offset).sum(-1)), jnp.inf)
-    found, begin = [], 0
+    distance = jnp.where(inside[None], jnp.sqrt(jnp.square(offset).sum(-1)), jnp.inf)
+    candidates, begin = [], 0
     for end in ends:
         _, nearest = jax.lax.top_k(-distance[:, begin:end], min(count, end - begin))
-        found.append(nearest + begin)
+        candidates.append(nearest + begin)
         begin = end
-    indices = jnp.concatenate(found, 1)
-    return indices, own[indices]
+    indices = jnp.concatenate(candidates, 1)
+    return indices, inside[indices]
 
 
 def _assign_one(
-    boxes: Float[Array, "N 4"], mask: Bool[Array, " N"], own: Bool[Array, " A"], anchors: Float[Array, "A 4"],
+    boxes: Float[Array, "N 4"], mask: Bool[Array, " N"], inside: Bool[Array, " A"], anchors: Float[Array, "A 4"],
     ends: list[int], count: int,
 ) -> Targets:  # fmt: skip
-    # Empty slots get a box of positive size, so that nothing is divided by zero; they claim nothing.
+    # Empty slots get a box of positive size, so that nothing is divided by zero; the mask excludes them below.
     safe = jnp.where(mask[:, None], boxes, jnp.array([0.0, 0.0, 1.0, 1.0]))
-    indices, real = _candidates(safe, own, anchors, ends, count)
+    indices, valid = _candidates(safe, inside, anchors, ends, count)
     near = anchors[indices]
     overlap = box.iou(near, safe[:, None])
-    number = real.sum(1)
-    mean = jnp.where(real, overlap, 0.0).sum(1) / number
-    spread = jnp.where(real, jnp.square(overlap - mean[:, None]), 0.0).sum(1)
-    threshold = mean + jnp.sqrt(spread / jnp.maximum(number - 1, 1))
+    number = valid.sum(1)
+    mean = jnp.where(valid, overlap, 0.0).sum(1) / number
+    variance = jnp.where(valid, jnp.square(overlap - mean[:, None]), 0.0).sum(1)
+    threshold = mean + jnp.sqrt(variance / jnp.maximum(number - 1, 1))
     x, y = jnp.moveaxis(box.centers(near), -1, 0)
     x1, y1, x2, y2 = jnp.moveaxis(safe[:, None], -1, 0)
     within = jnp.minimum(jnp.minimum(x - x1, y - y1), jnp.minimum(x2 - x, y2 - y)) > _MARGIN
-    claims = real & within & (overlap >= threshold[:, None]) & mask[:, None]
+    claims = valid & within & (overlap >= threshold[:, None]) & mask[:, None]
 
     claimed = jnp.full((boxes.shape[0], anchors.shape[0]), _UNCLAIMED)
     slots = jnp.arange(boxes.shape[0])[:, None]
@@ -86,10 +86,10 @@ def assign(
     model: ModelConfig,
     loss: LossConfig,
 ) -> Targets:
-    """Targets of every anchor on `canvas` (height, width), per image. Images without boxes are normal input."""
+    """Targets of every anchor on `canvas` (height, width), per image. An image may have no boxes."""
     strides = model.pyramid.strides
     anchors = box.anchors(canvas, strides, model.anchors.sizes)
     ends = np.cumsum([np.prod(box.level_shape(canvas, stride)) for stride in strides]).tolist()
-    own = anchors_inside(extent, canvas, strides)
+    inside = anchors_inside(extent, canvas, strides)
     each = jax.vmap(lambda b, m, o: _assign_one(b, m, o, jnp.asarray(anchors), ends, loss.atss_candidates))
-    return jax.lax.stop_gradient(each(boxes, box_mask, own))
+    return jax.lax.stop_gradient(each(boxes, box_mask, inside))

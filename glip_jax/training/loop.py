@@ -1,6 +1,6 @@
-"""Training from the first step, or from the newest checkpoint, to the last: what `python -m glip_jax train` runs.
+"""The training loop: from the first step or the newest checkpoint to the last step. `python -m glip_jax train` runs it.
 
-The loop dispatches a step, then reads the numbers of the one before, so the accelerator never waits for the host.
+The loop dispatches a step, then reads the metrics of the step before, so the accelerator never waits for the host.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from glip_jax.training.step import glip_objective, make_step
 __all__ = ["NonFiniteLossError", "InitialParameters", "train"]
 
 InitialParameters = Callable[[dict[str, Any], Config], tuple[dict[str, Any], dict[str, Any]]]
-"""(parameters, config) to parameters of which `config.init_from` names files, and the record of what was read:
+"""(parameters, config) to parameters read from the files of `config.init_from`, and a record of what was read:
 `glip_jax.weights.pretrained.initialize`."""
 
 Evaluate = Callable[[dict[str, Any], int], dict[str, float]]
@@ -52,7 +52,7 @@ _PER_EXAMPLE = ("bad", "invalid", "source", "record")
 
 
 class NonFiniteLossError(UserError, RuntimeError):
-    """The loss or a gradient is NaN or infinite; the message names step, parts and examples."""
+    """The loss or a gradient is NaN or infinite; the message names the step, the parts of the loss and the examples."""
 
 
 def train(
@@ -64,23 +64,29 @@ def train(
     resume_with_changes: bool = False,
     cluster: Cluster | None = None,
 ) -> State:
-    """Trains to `config.train.steps` in `workdir`, going on from its newest complete checkpoint if there is one.
+    """Trains to `config.train.steps` in `workdir`, from its newest complete checkpoint if there is one.
 
-    `evaluate(parameters, step)` returns numbers to record, every `train.evaluate_every` steps and at the end;
-    `draw(batch)` makes WORKDIR/first_batch.png of the first batch; `initial_parameters` reads the files of `config.init_from`.
-    Ends with a line `fingerprint: SHA-256`. `cluster`: the processes that train together, where there are several; they
-    stop after the same step, whichever of them got the signal.
+    `evaluate(parameters, step)` returns metrics to record; it is called every `train.evaluate_every` steps and at the end.
+    `draw(batch)` makes WORKDIR/first_batch.png of the first batch. `initial_parameters` reads the files of `config.init_from`.
+    `cluster`: the processes that train together, where there are several; they stop after the same step, whichever of them
+    received the signal. The last line printed is `fingerprint: SHA-256`.
 
-    What does not fit is found before anything is written. Raises CheckpointError if the checkpoint has other settings
-    and `resume_with_changes` is not set or if `workdir` cannot be written, MeshError if batch, devices and mesh do not
-    fit, ConfigError for data that are missing or damaged, NotSavedError if a checkpoint could not be written,
-    NonFiniteLossError, CorruptDataError past `data.max_corrupt_rate`; SystemExit with exits.PREEMPTED or CANCELLED after a signal, saved.
+    Settings, data and devices are checked before anything is written.
+
+    Raises:
+        CheckpointError: the checkpoint has other settings and `resume_with_changes` is not set, or `workdir` cannot be written.
+        MeshError: batch, devices and mesh do not fit.
+        ConfigError: data are missing or damaged.
+        NotSavedError: a checkpoint could not be written.
+        NonFiniteLossError: the loss or a gradient is not finite.
+        CorruptDataError: more of a source is corrupt than `data.max_corrupt_rate`.
+        SystemExit: after a signal, when the step was saved; with exit_codes.PREEMPTED or CANCELLED.
     """
     validate(config)
     enable_compilation_cache()
     mesh = make_mesh(config.mesh)
     check_fits(config, mesh)
-    # A run that is at its end needs no data.
+    # A run that has finished needs no data.
     mixture = Mixture(config) if max(complete_steps(workdir), default=0) < config.train.steps else None
     first = jax.process_index() == 0
     wandb = wandb_module(config.train.wandb) if first else None
@@ -89,13 +95,13 @@ def train(
         checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint.keep, config.checkpoint))
         state = _start(config, workdir, mesh, checkpoints, initial_parameters, resume_with_changes)
         start = int(state.step)
-        if mixture is None and start < config.train.steps:  # its last checkpoint turned out to be damaged
+        if mixture is None and start < config.train.steps:  # the last checkpoint is damaged
             mixture = Mixture(config)
         progress = Progress(start, config.train.steps, quiet=not first)
         stack.callback(progress.close)
-        kept = checkpoints.lines(start) if start else []
+        lines = checkpoints.lines(start) if start else []
         sink = stack.enter_context(wandb_run(wandb, workdir, config))
-        writer = stack.enter_context(Writer(workdir, start, kept, sink, progress.log)) if first else None
+        writer = stack.enter_context(Writer(workdir, start, lines, sink, progress.log)) if first else None
         write_config(workdir, config)
         run = _Run(config, epath.Path(workdir), mesh, checkpoints, writer, progress, evaluate, cluster)
         for line in read(workdir) if config.checkpoint.best else ():
@@ -122,14 +128,17 @@ def _start(
     initial_parameters: InitialParameters | None,
     resume_with_changes: bool,
 ) -> State:
-    """What to start from: 1. the newest complete checkpoint, 2. the files of `config.init_from`, 3. random values."""
+    """The initial state, from 1. the newest complete checkpoint, 2. the files of `config.init_from`, 3. random values."""
     first = jax.process_index() == 0
-    say = print if first else lambda *_, **__: None
+    log = print if first else lambda *_, **__: None
     step = checkpoints.latest()
     if step is None:
-        params, record = _read(fresh_parameters(config, mesh), config, initial_parameters)
-        read = " and ".join(name for name in ("model", "backbone", "text") if getattr(config.init_from, name))
-        say(f"starting at step 0 from {f'pretrained {read}, the rest random' if read else 'random values'}", flush=True)
+        params, record = _read_initial(fresh_parameters(config, mesh), config, initial_parameters)
+        files = " and ".join(name for name in ("model", "backbone", "text") if getattr(config.init_from, name))
+        log(
+            f"starting at step 0 from {f'pretrained {files}, the rest random' if files else 'random values'}",
+            flush=True,
+        )
         if first:
             overview = parameter_overview.get_parameter_overview(params, include_stats=False)
             (opened(workdir) / "parameters.txt").write_text(overview + "\n")
@@ -138,22 +147,22 @@ def _start(
         return jax.device_put(state, shardings(state, mesh))
     changes = check_config(workdir, step, checkpoints.run(step), config, accept=resume_with_changes)
     for line in changes:
-        say(f"new phase from step {step}: {line}")
+        log(f"new phase from step {step}: {line}")
     like = abstract_state(config, mesh)
     if checkpoints.imported(step):
         params = checkpoints.restore(step, Saved(like.params, {}, {})).params
-        say(f"starting at step {step} from imported weights, {checkpoints.folder / str(step)}", flush=True)
+        log(f"starting at step {step} from imported weights, {checkpoints.folder / str(step)}", flush=True)
         state = initial_state(params, config)
         return jax.device_put(state, shardings(state, mesh))
-    params, moments, ema = checkpoints.restore(step, Saved(like.params, like.optimizer, like.ema))
-    say(f"resuming at step {step} from {checkpoints.folder / str(step)}", flush=True)
-    return State(params, moments, ema, jax.device_put(jnp.int32(step), like.step.sharding))
+    params, optimizer, ema = checkpoints.restore(step, Saved(like.params, like.optimizer, like.ema))
+    log(f"resuming at step {step} from {checkpoints.folder / str(step)}", flush=True)
+    return State(params, optimizer, ema, jax.device_put(jnp.int32(step), like.step.sharding))
 
 
-def _read(
+def _read_initial(
     params: dict[str, Any], config: Config, initial_parameters: InitialParameters | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`params` with what `config.init_from` names in the place of random values, and the record of it."""
+    """`params` with the random values replaced by what `config.init_from` names, and a record of it."""
     init = config.init_from
     if not (init.model or init.backbone or init.text):
         return params, {}
@@ -404,19 +413,19 @@ class _PendingMetrics:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying from the first; a second one acts as usual."""
+    """Collects the first SIGTERM or SIGINT; a second one acts as usual."""
     received: list[int] = []
     previous: dict[int, Any] = {}
 
-    def note(number: int, _: FrameType | None) -> None:
+    def collect(number: int, _: FrameType | None) -> None:
         received.append(number)
         for each, handler in previous.items():
             signal.signal(each, handler)
 
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread: signals are someone else's
+            previous[number] = signal.signal(number, collect)
+    except ValueError:  # not the main thread, which alone can set handlers
         pass
     try:
         yield received
@@ -426,6 +435,6 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _stop(received: list[int], step: int, cluster: Cluster | None) -> int:
-    """The signal to stop for after this step, 0 for none; agreed between processes."""
+    """The signal that stops the run after this step, 0 for none; the same in all processes."""
     first = received[0] if received else 0
     return first if cluster is None else cluster.agreed(first, step)

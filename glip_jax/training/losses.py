@@ -1,7 +1,7 @@
 """Token focal loss, GIoU and centerness, as sums per image and denominators over the whole batch.
 
-Sums are each image's own; what they are divided by is global (glip-reference 3.4, 3.5), so a batch may be cut into
-micro-batches or spread over devices without changing the loss.
+Sums are per image, denominators are global (glip-reference 3.4, 3.5), so a batch can be split into micro-batches or over
+devices without changing the loss.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ __all__ = ["Denominators", "ImageWeights", "LossSums", "denominators", "image_we
 
 
 class LossSums(NamedTuple):
-    """Undivided losses, and what is counted beside them; leading axis: images."""
+    """Losses before division, and a statistic of the network; leading axis: images."""
 
     token: Float[Array, " B"]
     box: Float[Array, " B"]
@@ -29,16 +29,16 @@ class LossSums(NamedTuple):
 
 
 class Denominators(NamedTuple):
-    """What the sums are divided by."""
+    """Divisors of the loss sums."""
 
     positives: Float[Array, ""]
-    """Positive anchors of the whole batch, each as much as its box weighs, at least the floor."""
+    """Positive anchors of the whole batch, weighted by `Batch.box_weight`, at least the floor."""
     box_weight: Float[Array, ""]
-    """Sum of their centerness targets, weighted alike."""
+    """Sum of their centerness targets, with the same weights."""
 
 
 class ImageWeights(NamedTuple):
-    """What each image adds to the denominators; leading axis: images."""
+    """Contributions of each image to the denominators; leading axis: images."""
 
     positives: Float[Array, " B"]
     box_weight: Float[Array, " B"]
@@ -51,13 +51,13 @@ def image_weights(targets: Targets, box_weight: Float[Array, "B N"]) -> ImageWei
 
 
 def denominators(weights: ImageWeights, valid: Bool[Array, " B"], floor: float) -> Denominators:
-    """From the weights of the whole batch; examples that are not `valid` do not count."""
+    """From the weights of the whole batch; examples that are not `valid` are left out."""
     positives, boxes = (jnp.where(valid, part, 0.0).sum() for part in weights)
     return Denominators(jnp.maximum(positives, floor), boxes)
 
 
 def _anchor_weights(targets: Targets, box_weight: Float[Array, "B N"]) -> Float[Array, "B A"]:
-    """What each positive anchor counts: as much as its box; 0 for the others."""
+    """Weight of each positive anchor, which is that of its box; 0 for the others."""
     return jnp.where(targets.positive, jnp.take_along_axis(box_weight, targets.box_index, axis=1), 0.0)
 
 
@@ -74,38 +74,38 @@ def loss_sums(
 ) -> LossSums:
     """Loss sums of each image, float32; zero for examples that are not valid.
 
-    Positive anchors count as much as their box weighs, so that with the denominators' weights the losses are weighted
-    means; weights of 1 are the original's. Anchors without a box count 1.
+    Positive anchors have the weight of their box. The denominators use the same weights, so the losses are weighted means. The
+    original has weights of 1. Anchors without a box have weight 1.
     """
     model, weight = config.model, _anchor_weights(targets, batch.box_weight)
-    own = anchors_inside(batch.extent, canvas, model.pyramid.strides)
+    inside = anchors_inside(batch.extent, canvas, model.pyramid.strides)
     rows = jnp.take_along_axis(batch.positive_map, targets.box_index[:, :, None], axis=1)
-    wanted = rows & targets.positive[:, :, None]
+    target = rows & targets.positive[:, :, None]
     if not config.loss.last_token_negative:
-        wanted |= ~targets.positive[:, :, None] & (jnp.arange(batch.tokens.shape[1]) == batch.tokens.shape[1] - 1)
-    # Where it is unknown whether the image has what a token names, an anchor without a box is no evidence.
+        target |= ~targets.positive[:, :, None] & (jnp.arange(batch.tokens.shape[1]) == batch.tokens.shape[1] - 1)
+    # Unlabelled is not absent: where it is unknown whether the image shows what a token names, only positive anchors count.
     known = batch.token_loss_mask[:, None, :] | targets.positive[:, :, None]
-    counted = own[:, :, None] & batch.token_mask[:, None, :] & known
-    token = jnp.where(counted, _focal(predictions.logits, wanted, config.loss), 0.0).sum(2)
+    counted = inside[:, :, None] & batch.token_mask[:, None, :] & known
+    token = jnp.where(counted, _focal(predictions.logits, target, config.loss), 0.0).sum(2)
     token = jnp.where(targets.positive, token * weight, token).sum(1)
 
     anchors = jnp.asarray(box.anchors(canvas, model.pyramid.strides, model.anchors.sizes))
     deltas = jnp.where(targets.positive[:, :, None], predictions.deltas, 0.0)
-    apart = 1.0 - box.giou(box.decode(deltas, anchors), targets.boxes)
-    boxes = jnp.where(targets.positive, apart * targets.centerness * weight, 0.0).sum(1)
-    cross = jax.nn.softplus(predictions.centerness) - predictions.centerness * targets.centerness
-    centerness = jnp.where(targets.positive, cross * weight, 0.0).sum(1)
+    distance = 1.0 - box.giou(box.decode(deltas, anchors), targets.boxes)
+    boxes = jnp.where(targets.positive, distance * targets.centerness * weight, 0.0).sum(1)
+    cross_entropy = jax.nn.softplus(predictions.centerness) - predictions.centerness * targets.centerness
+    centerness = jnp.where(targets.positive, cross_entropy * weight, 0.0).sum(1)
     return LossSums(*(jnp.where(batch.valid, part, 0.0) for part in (token, boxes, centerness)))
 
 
 def total_loss(
     sums: LossSums, over: Denominators, config: LossConfig
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The loss and its parts (`token`, `box` with its weight, `centerness`). No box weight: no box loss."""
-    share = jnp.where(over.box_weight > 0, 1.0 / jnp.where(over.box_weight > 0, over.box_weight, 1.0), 0.0)
+    """The loss and its parts: `token`, `box` (times `loss.box_weight`), `centerness`. Without box weight there is no box loss."""
+    inverse = jnp.where(over.box_weight > 0, 1.0 / jnp.where(over.box_weight > 0, over.box_weight, 1.0), 0.0)
     parts = {
         "token": sums.token.sum() / over.positives,
-        "box": config.box_weight * sums.box.sum() * share,
+        "box": config.box_weight * sums.box.sum() * inverse,
         "centerness": sums.centerness.sum() / over.positives,
     }
     return parts["token"] + parts["box"] + parts["centerness"], parts

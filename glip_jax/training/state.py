@@ -1,4 +1,4 @@
-"""What training changes, as one tree: shapes and places on the mesh, random initial values, the parameters to evaluate."""
+"""The training state as one pytree: shapes and shardings, random initial values, the parameters to evaluate."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ class State(NamedTuple):
 
 
 def fresh_parameters(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """Parameters at random initial values, made where they lie on the mesh."""
+    """Parameters at random initial values, created with their shardings."""
     shapes, init = _initializer(config)
     return jax.jit(init, out_shardings=shardings(shapes, mesh))(jax.random.key(config.train.seed))
 
@@ -51,18 +51,18 @@ def _initializer(config: Config) -> tuple[dict[str, Any], Callable[[jax.Array], 
 
 
 def abstract_state(config: Config, mesh: Mesh) -> State:
-    """Shapes, and places on the mesh, of everything that training changes; nothing of it is made."""
+    """Shapes and shardings of the training state, without allocating it."""
     shapes, _ = _initializer(config)
     return abstract(jax.eval_shape(lambda params: initial_state(params, config), shapes), mesh)
 
 
 def evaluation_parameters(state: State, config: Config) -> dict[str, Any]:
-    """The parameters that `evaluation.parameters` names; raw ones where no average is kept."""
+    """The parameters that `evaluation.parameters` names; the raw ones where no average is kept."""
     return adamw.merge(state.params, state.ema) if config.evaluation.parameters == "ema" else state.params
 
 
 def initial_state(params: Any, config: Config) -> State:
-    """The state before the first step: zero moments, averages equal to the parameters (copies: the step donates)."""
+    """The state before the first step: zero moments, averages equal to the parameters (copies, because the step donates them)."""
     trainable, _ = adamw.split(params, config.model)
     ema = jax.tree.map(jnp.copy, trainable) if config.optimizer.ema_decay else {}
     return State(params, adamw.init(trainable, config.optimizer), ema, jnp.zeros((), jnp.int32))

@@ -3,10 +3,10 @@
 Losses are sums over the global batch divided by global counts, which depend on the assignment alone. So all
 micro-batches are assigned first, and a step of 4 micro-batches equals one of the whole batch (up to dropout).
 
-Each device runs the network on its own examples. Between devices along data and fsdp there pass, once a step: the
-parameters that are split (gathered), the gradients (added up), the two counts, and some numbers per image for the
-metrics; afterwards the squares for the gradient's norm. Along tensor there passes what the layers that are split there
-add up (`glip_jax.models.tensor_parallel`).
+Each device runs the network on its local examples. Once a step, devices along data and fsdp exchange the sharded parameters
+(all-gather), the gradients (sum), the two counts and a few values per image for the metrics; then the squares for the
+gradient norm. Devices along tensor exchange the partial sums of the layers that are split there
+(`glip_jax.models.tensor_parallel`).
 """
 
 import contextlib
@@ -48,10 +48,10 @@ __all__ = ["Objective", "StepFunction", "first_gradients", "glip_objective", "ma
 
 
 class Objective(NamedTuple):
-    """What is minimised, in the parts that accumulation and sharding need apart."""
+    """The objective, in the two parts that accumulation and sharding call separately."""
 
     targets: Callable[[Batch], Targets]
-    """Assignment of a micro-batch; no gradient passes through it."""
+    """Assignment of a micro-batch; no gradient flows through it."""
     sums: Callable[[Any, Batch, Targets, Array], LossSums]
     """(params, batch, targets, dropout key) to loss sums per image, zero where the example is not valid."""
 
@@ -61,7 +61,7 @@ StepFunction = Callable[[State, Batch], tuple[State, Metrics]]
 
 
 class _Images(NamedTuple):
-    """What the metrics need of each image of the batch, on every device."""
+    """What the metrics need of each image."""
 
     sums: LossSums
     weights: ImageWeights
@@ -74,7 +74,7 @@ class _Images(NamedTuple):
 
 
 def glip_objective(config: Config, train: bool = True) -> Objective:
-    """GLIP's losses; `train` False switches every dropout off."""
+    """The losses of GLIP; `train` False turns off every dropout."""
     model = GLIP(config.model, train=train)
 
     def targets(batch: Batch) -> Targets:
@@ -85,11 +85,13 @@ def glip_objective(config: Config, train: bool = True) -> Objective:
         image = normalize(batch.image, batch.size, config.model.input)
         inputs = (image, batch.extent, batch.tokens, batch.token_mask)
         counted = ["intermediates"] if config.model.head.offset_bound else False
-        found: Any = model.apply({"params": params}, *inputs, rngs={"dropout": key} if train else None, mutable=counted)
-        predictions, seen = found if counted else (found, {})
+        outputs: Any = model.apply(
+            {"params": params}, *inputs, rngs={"dropout": key} if train else None, mutable=counted
+        )
+        predictions, sown = outputs if counted else (outputs, {})
         result = loss_sums(predictions, targets, batch, batch.image.shape[1:3], config)
-        # One array of blocks x images, of the only thing that is counted inside the network.
-        shares = [share.mean(0) for share in jax.tree.leaves(seen)]
+        # The network sows one array only, of blocks x images.
+        shares = [share.mean(0) for share in jax.tree.leaves(sown)]
         return result._replace(offsets_clamped=shares[0]) if counted else result
 
     return Objective(targets, sums)
@@ -98,12 +100,12 @@ def glip_objective(config: Config, train: bool = True) -> Objective:
 def make_step(
     config: Config, mesh: Mesh, objective: Objective, state: State, names: tuple[str, ...] = ()
 ) -> StepFunction:
-    """The jitted step on `mesh`. `state` gives the shapes; it is donated at each call. `names`: sources, in order.
+    """The jitted step on `mesh`. `state` gives the shapes; the argument is donated at each call. `names`: sources, in order.
 
     The step returns (state, metrics). Scalars: `loss`, `loss/PART`, `gradient_norm` (before clipping), `rate`,
     `text_rate`, `positives`, `examples`, `corrupt`, `dropped/REASON`, `finite`, with a bound on offsets `offsets_clamped`
     (the share of deformable offsets beyond it, over blocks and images), and for each source
-    `source/NAME/{loss/PART, examples, positives, dropped, dropped/REASON}`. For messages, per example: `bad` (its loss is
+    `source/NAME/{loss/PART, examples, positives, dropped, dropped/REASON}`. Per example, for messages: `bad` (its loss is
     not finite), `invalid` (it is corrupt), `source`, `record`.
     """
     group = adamw.groups(state.params, config.model, config.optimizer)
@@ -111,7 +113,7 @@ def make_step(
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         gradients, metrics = _gradients(state.params, batch, key, config, mesh, objective, names)
-        trainable, held = adamw.split(state.params, config.model)
+        trainable, frozen = adamw.split(state.params, config.model)
         gradients, norm = adamw.clip(gradients, config.optimizer.clip_norm)
         scale = adamw.rate_multiplier(state.step, config.train.steps, config.optimizer)
         trainable, moments = adamw.apply_gradients(
@@ -130,66 +132,66 @@ def make_step(
             "text_rate": scale * config.optimizer.text_rate,
             "finite": jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm),
         }
-        return State(adamw.merge(held, trainable), moments, ema, state.step + 1), metrics
+        return State(adamw.merge(frozen, trainable), moments, ema, state.step + 1), metrics
 
-    places = shardings(state, mesh)
+    state_shardings = shardings(state, mesh)
     return jax.jit(
         step,
-        in_shardings=(places, batch_sharding(mesh)),
-        out_shardings=(places, replicated(mesh)),
+        in_shardings=(state_shardings, batch_sharding(mesh)),
+        out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,
     )
 
 
 def first_gradients(params: Any, batch: Batch, config: Config, mesh: Mesh, objective: Objective) -> dict[str, Array]:
-    """Gradients (unclipped, path to array) and `loss` of the trainable parameters at step 0, as `make_step` sees them."""
+    """Unclipped gradients (path to array) of the trainable parameters at step 0, and `loss`, as `make_step` computes them."""
 
     def gradients(params: Any, batch: Batch) -> dict[str, Array]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
         tree, metrics = _gradients(params, batch, key, config, mesh, objective, ())
         return {**adamw.flat(tree), "loss": metrics["loss"]}
 
-    places = (shardings(params, mesh), batch_sharding(mesh))
-    return jax.jit(gradients, in_shardings=places, out_shardings=replicated(mesh))(params, batch)
+    inputs = (shardings(params, mesh), batch_sharding(mesh))
+    return jax.jit(gradients, in_shardings=inputs, out_shardings=replicated(mesh))(params, batch)
 
 
 def _gradients(
     params: Any, batch: Batch, key: Array, config: Config, mesh: Mesh, objective: Objective, names: tuple[str, ...]
 ) -> tuple[Any, Metrics]:
-    """Gradients of the whole batch's loss by the trainable parameters, and the metrics of the forward pass."""
+    """Gradients of the loss of the whole batch by the trainable parameters, and the metrics of the forward pass."""
     whole: Any = PartitionSpec()
     examples, specs = PartitionSpec(("data", "fsdp")), parameter_specs(params, mesh)
-    trained, _ = adamw.split(specs, config.model)
+    trainable_specs, _ = adamw.split(specs, config.model)
 
-    def own(params: Any, batch: Batch, key: Array) -> tuple[Any, Denominators, _Images]:
+    def local(params: Any, batch: Batch, key: Array) -> tuple[Any, Denominators, _Images]:
         params = gathered(params, specs, mesh)
-        gradients, counts, images = _own_gradients(params, batch, key, config, mesh, objective)
-        return reduced(gradients, trained, mesh), counts, _gathered_images(images, mesh)
+        gradients, counts, images = _local_gradients(params, batch, key, config, mesh, objective)
+        return reduced(gradients, trainable_specs, mesh), counts, _gathered_images(images, mesh)
 
-    outputs = (trained, Denominators(whole, whole), _everywhere(whole, config.model.head.offset_bound))
-    gradients, counts, images = per_shard(own, mesh, (specs, examples, whole), outputs)(params, batch, key)
+    outputs = (trainable_specs, Denominators(whole, whole), _image_specs(whole, config.model.head.offset_bound))
+    gradients, counts, images = per_shard(local, mesh, (specs, examples, whole), outputs)(params, batch, key)
     return gradients, _metrics(images, counts, config, names)
 
 
-def _own_gradients(
+def _local_gradients(
     params: Any, batch: Batch, key: Array, config: Config, mesh: Mesh, objective: Objective
 ) -> tuple[Any, Denominators, _Images]:
-    """On one device (`parallel.per_shard`): its part of the batch to what that adds to the gradients."""
+    """On one device (`glip_jax.distributed.mesh.per_shard`): what the local part of the batch adds to the gradients."""
     parts = config.optimizer.accumulate
     micro = jax.tree.map(lambda array: _split(array, parts), batch)
-    # One micro-batch after another: the table of all anchors x all boxes would not fit for the whole batch.
+    # One micro-batch at a time: for the whole batch the table of anchors x boxes does not fit into memory.
     targets = jax.lax.map(objective.targets, micro)
     joined = jax.tree.map(_join, targets)
     weights = image_weights(joined, batch.box_weight)
     counts = _over_devices(jax.lax.psum, denominators(weights, batch.valid, 0.0), mesh)
     counts = counts._replace(positives=jnp.maximum(counts.positives, config.loss.positives_floor))
-    trainable, held = adamw.split(params, config.model)
+    trainable, frozen = adamw.split(params, config.model)
 
     def loss(trainable: Any, batch: Batch, targets: Targets, key: Array) -> tuple[Float[Array, ""], LossSums]:
-        # With bounded offsets a kernel is called that must know the mesh; in `per_shard` it knows.
-        known = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-        with known if config.model.head.offset_bound and mesh.size == 1 else contextlib.nullcontext():
-            sums = objective.sums(adamw.merge(held, trainable), batch, targets, key)
+        # Bounded offsets call a kernel that reads the mesh from the context; `per_shard` sets it on several devices only.
+        context = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+        with context if config.model.head.offset_bound and mesh.size == 1 else contextlib.nullcontext():
+            sums = objective.sums(adamw.merge(frozen, trainable), batch, targets, key)
         return total_loss(sums, counts, config.loss)[0], sums
 
     differentiate = jax.grad(loss, has_aux=True)
@@ -211,26 +213,26 @@ def _own_gradients(
     return gradients, counts, images
 
 
-def _over_devices(send: Callable[[Any, tuple[str, ...]], Any], tree: Any, mesh: Mesh) -> Any:
-    """`send` of every array along the axes that split the batch; the arrays themselves where none does."""
+def _over_devices(collective: Callable[[Any, tuple[str, ...]], Any], tree: Any, mesh: Mesh) -> Any:
+    """`collective` of `tree` along the axes that split the batch; `tree` itself where no axis does."""
     axes = batch_axes(mesh)
-    return send(tree, axes) if axes else tree
+    return collective(tree, axes) if axes else tree
 
 
-def _everywhere(spec: Any, bound: Any) -> _Images:
-    """`spec` for every field; with a `bound` on offsets there is one more."""
+def _image_specs(spec: Any, bound: Any) -> _Images:
+    """`spec` for every field; with a `bound` on offsets there is one field more."""
     return _Images(LossSums(spec, spec, spec, spec if bound else ()), ImageWeights(spec, spec), *(spec,) * 6)
 
 
 def _gathered_images(images: _Images, mesh: Mesh) -> _Images:
-    """The images of all devices, in the order of the batch: two arrays are sent, one of each kind of number."""
+    """The images of all devices, in the order of the batch: two arrays are sent, one of float32 and one of int32."""
     leaves, tree = jax.tree.flatten(images)
     columns = [leaf.reshape(leaf.shape[0], -1) for leaf in leaves]
     result: list[Any] = [None] * len(leaves)
     for kind in (jnp.float32, jnp.int32):
         chosen = [i for i, leaf in enumerate(leaves) if (leaf.dtype == jnp.float32) == (kind == jnp.float32)]
         table = jnp.concatenate([columns[i].astype(kind) for i in chosen], 1)
-        table = _over_devices(lambda own, axes: jax.lax.all_gather(own, axes, tiled=True), table, mesh)
+        table = _over_devices(lambda local, axes: jax.lax.all_gather(local, axes, tiled=True), table, mesh)
         begin = 0
         for i in chosen:
             end = begin + columns[i].shape[1]
@@ -240,7 +242,7 @@ def _gathered_images(images: _Images, mesh: Mesh) -> _Images:
 
 
 def _split(array: Array, parts: int) -> Array:
-    """[B ...] to [parts B/parts ...]; micro-batch m takes rows m, m + parts, ..., whatever device they are on."""
+    """[B ...] to [parts B/parts ...]; micro-batch m takes rows m, m + parts, ..., on every device."""
     return array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1)
 
 
@@ -261,19 +263,19 @@ def _metrics(images: _Images, counts: Denominators, config: Config, names: tuple
     for share in jax.tree.leaves(images.sums.offsets_clamped):
         metrics["offsets_clamped"] = jnp.where(images.valid, share, 0.0).sum() / jnp.maximum(images.valid.sum(), 1)
     for index, name in enumerate(names):
-        metrics |= _of_source(name, images.source == index, images, config)
+        metrics |= _source_metrics(name, images.source == index, images, config)
     return metrics
 
 
-def _of_source(name: str, mine: Bool[Array, " B"], images: _Images, config: Config) -> Metrics:
-    """Losses of one source as if the batch held it alone: its sums over its own counts, comparable between steps."""
-    own = denominators(images.weights, images.valid & mine, config.loss.positives_floor)
-    _, parts = total_loss(jax.tree.map(lambda part: jnp.where(mine, part, 0.0), images.sums), own, config.loss)
+def _source_metrics(name: str, of_source: Bool[Array, " B"], images: _Images, config: Config) -> Metrics:
+    """Losses of one source as if the batch held it alone: its sums over its counts, comparable between steps."""
+    counts = denominators(images.weights, images.valid & of_source, config.loss.positives_floor)
+    _, parts = total_loss(jax.tree.map(lambda part: jnp.where(of_source, part, 0.0), images.sums), counts, config.loss)
     metrics = {f"source/{name}/loss/{part}": value for part, value in parts.items()}
-    lost = jnp.where(mine[:, None], images.dropped, 0).sum(0)
-    metrics |= {f"source/{name}/dropped/{reason}": lost[column] for column, reason in enumerate(DROPS)}
+    dropped = jnp.where(of_source[:, None], images.dropped, 0).sum(0)
+    metrics |= {f"source/{name}/dropped/{reason}": dropped[column] for column, reason in enumerate(DROPS)}
     return metrics | {
-        f"source/{name}/examples": mine.sum(),
-        f"source/{name}/positives": jnp.where(mine, images.positives, 0).sum(),
-        f"source/{name}/dropped": lost.sum(),
+        f"source/{name}/examples": of_source.sum(),
+        f"source/{name}/positives": jnp.where(of_source, images.positives, 0).sum(),
+        f"source/{name}/dropped": dropped.sum(),
     }

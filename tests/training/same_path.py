@@ -1,4 +1,4 @@
-"""Whether two runs of one config went the same way, up to what other orders of sums do to Adam's steps."""
+"""Compares the parameters of two runs of one config, up to what another order of sums does to the steps of Adam."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,10 +10,10 @@ from glip_jax.training import optimizer as adamw
 
 
 def same_path(config: Config, one: Mapping[str, Any], other: Mapping[str, Any], steps: int) -> None:
-    """Asserts that each parameter is within 1 % of its own learning rate, summed over the steps.
+    """Asserts that each parameter differs by at most 1 % of its learning rate, summed over the steps.
 
-    But for the biases of attention's keys: they add the same to all logits of a softmax, so their gradient is rounding
-    alone, of which Adam makes whole steps.
+    The biases of the keys of attention are left out: they add the same value to all logits of a softmax, so their gradient is
+    rounding alone, and Adam amplifies it to whole steps.
     """
     multiplier = sum(float(adamw.rate_multiplier(step, config.train.steps, config.optimizer)) for step in range(steps))
     groups, flat = adamw.groups(dict(one), config.model, config.optimizer), adamw.flat(dict(other))
@@ -25,6 +25,6 @@ def same_path(config: Config, one: Mapping[str, Any], other: Mapping[str, Any], 
         if path.endswith("/qkv/bias"):
             difference = np.delete(difference.reshape(*leaf.shape[:-1], 3, -1), 1, axis=-2)
         allowed = 0.01 * multiplier * groups[path].rate
-        if not difference.max() <= allowed:  # not a number neither
+        if not difference.max() <= allowed:  # false for NaN too
             worst[path] = float(difference.max() / allowed)
-    assert not worst, f"times what is allowed: {worst}"
+    assert not worst, f"differences in units of what is allowed: {worst}"

@@ -1,6 +1,6 @@
-"""A network of four matrices in GLIP's place: it compiles in a second, and its losses are the real ones.
+"""A network of four matrices that replaces GLIP: it compiles in a second, and its losses are those of GLIP.
 
-Its parameters bear names of the real ones, so the rules of groups and meshes hold for them.
+Its parameters have paths of GLIP, so the rules of parameter groups and of the mesh apply to them.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ WIDTH = 16
 
 
 def parameters(config: Config, key: Any, bert: bool = False) -> dict[str, Any]:
-    """Random values; `bert`: the real text encoder, whose layers are split over tensor, in the place of a table."""
+    """Random values. `bert`: the text encoder of GLIP, whose layers are split over tensor, instead of a table."""
     keys = iter(jax.random.split(key, 8))
     text = config.model.text
 
@@ -44,9 +44,9 @@ def parameters(config: Config, key: Any, bert: bool = False) -> dict[str, Any]:
 
 
 def objective(config: Config, train: bool = True, bert: bool = False) -> Objective:
-    """Each anchor sees the mean colour of its cell; dropout of half the features while training.
+    """Each anchor gets the mean color of its cell; dropout while training.
 
-    `bert`: as in `parameters`, its layers computed again as `config.model.remat` says.
+    `bert`: as in `parameters`, with the rematerialisation of `config.model.remat`.
     """
     rate = config.model.text.dropout if train else 0.0
 
@@ -78,7 +78,7 @@ def objective(config: Config, train: bool = True, bert: bool = False) -> Objecti
 
 
 def initializer(config: Config) -> tuple[Any, Any]:
-    """In the place of `state._initializer`."""
+    """Replaces `state._initializer`."""
 
     def init(key: Any) -> dict[str, Any]:
         return parameters(config, key)
@@ -87,7 +87,7 @@ def initializer(config: Config) -> tuple[Any, Any]:
 
 
 def install(monkeypatch: Any, devices: int = 1) -> None:
-    """Puts it into the training loop, on one device: tests of the loop need no second, and compile in less time."""
+    """Installs the network in the training loop, on one device by default: most tests of the loop need no second one."""
     monkeypatch.setattr(state, "_initializer", initializer)
     monkeypatch.setattr(loop, "glip_objective", objective)
     monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:devices]))

@@ -1,4 +1,4 @@
-"""ATSS equals a loop over boxes and levels, on random boxes, several of them claiming the same anchors."""
+"""ATSS equals a loop over boxes and levels, on random boxes of which several have the same positive anchors."""
 
 import jax
 import numpy as np

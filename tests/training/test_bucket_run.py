@@ -1,6 +1,6 @@
-"""A working folder on gs://: the same run as in a local one, whatever the storage does meanwhile.
+"""A working folder on gs:// gives the same run as a local one while the storage fails.
 
-Against an emulator on loopback behind a proxy that injects faults (`tests.io.faulty_storage`).
+The storage is an emulator on loopback behind a proxy that injects faults (`tests.io.faulty_storage`).
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def config(tmp_path_factory):
     return tiny_run.config(tiny_run.write_sources(tmp_path_factory.mktemp("sources")))
 
 
-def test_the_vocabulary_may_lie_in_the_bucket_too(config, place):
+def test_the_vocabulary_can_be_in_the_bucket(config, place):
     fsspec_gcs.install()
     vocabulary = f"{place.removesuffix('/runs/one')}/assets/vocab.txt"
     with pytest.raises(PromptError, match=r"gs://.*vocab.txt' is not a file"):
@@ -65,14 +65,14 @@ def _losses(workdir):
     return {line["step"]: line["loss"] for line in metrics.read(workdir) if "loss" in line}
 
 
-def test_faults_cost_time_and_nothing_of_the_run(config, place, running, tmp_path, capsys):
+def test_faults_of_the_storage_change_nothing_in_the_run(config, place, running, tmp_path, capsys):
     straight = fingerprint(train(config, str(tmp_path / "straight")).params)
     drawing = tiny_run.replace(config, "train", draw_first_batch=True)
     with running.arm("503", "reset", "lost", "late", "truncate", "stall", share=0.05, stall=1.5) as injected:
         state = train(drawing, place, draw=lambda batch: b"picture")
     assert set(injected) == {"503", "reset", "lost", "late", "truncate", "stall"}
     assert fingerprint(state.params) == straight
-    # The end once more, from what lies there.
+    # The last checkpoint is incomplete now: the run continues from the one before.
     gcs.remove(f"{place}/checkpoints/6/commit_success.txt")
     capsys.readouterr()
     assert fingerprint(train(config, place).params) == straight
@@ -109,14 +109,14 @@ def test_metrics_that_cannot_be_uploaded_delay_nothing_and_are_there_after_the_n
     assert 6 not in _losses(place)
     monkeypatch.setenv("GLIP_JAX_STORAGE_PATIENCE", "60")
     train(at, place)
-    assert [*_losses(place)] == [2, 4, 6], "the checkpoint had kept the lines"
+    assert [*_losses(place)] == [2, 4, 6], "the checkpoint holds the lines"
 
 
 def test_a_writer_never_waits_and_reports_what_it_drops(place, running, monkeypatch, capsys):
     monkeypatch.setattr(writer, "_MAX_QUEUED", 5)
     monkeypatch.setattr(writer, "_UPLOAD_SECONDS", 0.05)
     monkeypatch.setenv("GLIP_JAX_STORAGE_SILENCE", "20")
-    # The thread hangs in a request that does not come back.
+    # The thread waits in a request without an answer.
     stall = running.arm("stall", share=1.0, stall=4.0, only="runs/one/metrics.jsonl")
     with writer.Writer(place, 0) as log, stall:
         log.write(1, {"loss": 1.0})
@@ -139,7 +139,7 @@ def test_half_written_and_damaged_ones_in_a_bucket(place, capsys):
     gcs.remove(f"{place}/checkpoints/3/commit_success.txt")
     assert unfinished(place) == [f"{place}/checkpoints/3"] and complete_steps(place) == [1, 2]
     assert _equal(restore_parameters(place, "raw"), _saved(2).params)
-    # As a kill in the middle leaves it; then bytes of the one before change.
+    # As a kill in the middle of a write leaves it; then bytes of the checkpoint before change.
     file = next(name for name in gcs.everything(f"{place}/checkpoints/2") if name.startswith("params/d/"))
     old = gcs.read(f"{place}/checkpoints/2/{file}")
     gcs.put(f"{place}/checkpoints/2/{file}", old[:-1] + bytes([old[-1] ^ 1]))

@@ -1,4 +1,4 @@
-"""The loop on real data with a stand-in network: resume, signals, records, evaluation, complaints."""
+"""The loop on real data with a small network: resume, signals, records, evaluation, errors."""
 
 import contextlib
 import dataclasses
@@ -76,7 +76,7 @@ def test_a_run_leaves_its_records(config, workdir, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, CANCELLED)])
-def test_a_signal_saves_and_the_same_call_ends_bit_for_bit(config, workdir, tmp_path, monkeypatch, number, code):
+def test_a_signal_saves_and_the_same_call_ends_with_the_same_bits(config, workdir, tmp_path, monkeypatch, number, code):
     straight = fingerprint(train(config, str(tmp_path / "straight")).params)
     real = loop.place_batch
     calls = []
@@ -92,7 +92,7 @@ def test_a_signal_saves_and_the_same_call_ends_bit_for_bit(config, workdir, tmp_
         train(config, workdir)
     assert caught.value.code == code and latest_step(workdir) == 3
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    # What a killed run wrote after its checkpoint goes away.
+    # Lines that a killed run wrote after its checkpoint are removed.
     with open(f"{workdir}/metrics.jsonl", "a") as file:
         file.write('{"step": 5, "loss": 77.0}\n{"step": 6, "lo')
     assert fingerprint(train(config, workdir).params) == straight
@@ -100,7 +100,7 @@ def test_a_signal_saves_and_the_same_call_ends_bit_for_bit(config, workdir, tmp_
     assert _losses(workdir)[6] == _losses(str(tmp_path / "straight"))[6]
 
 
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(config, workdir, tmp_path, capsys):
+def test_after_a_damaged_checkpoint_the_run_continues_from_the_one_before(config, workdir, tmp_path, capsys):
     straight = fingerprint(train(config, workdir).params)
     written = metrics.read(workdir)
     folder = tmp_path / "run" / "checkpoints"
@@ -108,13 +108,13 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(config, workd
     os.truncate(file, file.stat().st_size - 1)
     capsys.readouterr()
     assert fingerprint(train(config, workdir).params) == straight
-    said = capsys.readouterr().out
-    assert "checkpoint 6 is damaged (params/d/" in said and "resuming at step 4" in said
+    out = capsys.readouterr().out
+    assert "checkpoint 6 is damaged (params/d/" in out and "resuming at step 4" in out
     assert sorted(os.listdir(folder)) == ["4", "6", "6.damaged"]
     assert [line["loss"] for line in metrics.read(workdir)] == [line["loss"] for line in written]
 
 
-def test_the_best_by_an_evaluation_are_kept_over_a_restart(config, workdir):
+def test_the_best_checkpoints_by_an_evaluation_are_kept_over_a_restart(config, workdir):
     sets = {"set": EvaluationSet("nowhere.json", "nowhere")}
     config = dataclasses.replace(config, evaluation=EvaluationConfig(sets=sets))
     config = tiny_run.replace(config, "train", evaluate_every=2, steps=8)
@@ -133,7 +133,7 @@ def test_the_best_by_an_evaluation_are_kept_over_a_restart(config, workdir):
         train(other, workdir, evaluate, resume_with_changes=True)
 
 
-def test_other_settings_are_refused_or_become_a_phase(config, workdir, tmp_path, capsys):
+def test_changed_settings_are_refused_or_start_a_phase(config, workdir, tmp_path, capsys):
     train(config, workdir)
     longer = tiny_run.replace(config, "train", steps=8)
     with pytest.raises(CheckpointError, match=r"train.steps: 6 -> 8"):
@@ -144,10 +144,10 @@ def test_other_settings_are_refused_or_become_a_phase(config, workdir, tmp_path,
     assert int(train(longer, workdir, resume_with_changes=True).step) == 8
     assert "new phase from step 6: train.steps: 6 -> 8" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "phases.json").read_text())[0]["step"] == 6
-    assert int(train(longer, workdir).step) == 8, "the new settings are now the run's"
+    assert int(train(longer, workdir).step) == 8, "the run has the new settings now"
 
 
-def test_another_mixture_is_refused_or_becomes_a_phase_and_the_counts_go_on(config, workdir, tmp_path):
+def test_a_changed_mixture_is_refused_or_starts_a_phase_and_the_counts_continue(config, workdir, tmp_path):
     train(tiny_run.replace(config, "train", steps=2), workdir)
     first = [line for line in metrics.read(workdir) if "source/boxes/seen" in line][-1]
     assert first["source/boxes/seen"] + first["source/captions/seen"] == 16
@@ -165,21 +165,21 @@ def test_another_mixture_is_refused_or_becomes_a_phase_and_the_counts_go_on(conf
 
 
 def test_too_many_corrupt_records_stop_the_run(config, workdir, monkeypatch):
-    """All of one source from step 3 on, as when a mount goes away: what was saved at step 2 stays."""
+    """All of one source from step 3 on, as when a mount disappears: the checkpoint of step 2 stays."""
     real = Mixture.batches
 
-    def spoilt(self, *place):
-        for number, batch in enumerate(real(self, *place), 1):
+    def corrupt(self, *arguments):
+        for number, batch in enumerate(real(self, *arguments), 1):
             yield batch._replace(valid=batch.valid & ((batch.source == 0) | (number < 3)))
 
-    monkeypatch.setattr(Mixture, "batches", spoilt)
+    monkeypatch.setattr(Mixture, "batches", corrupt)
     with pytest.raises(CorruptDataError, match=r"data\.sources\.captions: 4 of its last 12 .*captions\[\d\] \(image g"):
         train(tiny_run.replace(config, "data", corrupt_window=100, max_corrupt_rate=0.03), workdir)
     assert latest_step(workdir) == 2
 
 
-def test_a_loss_that_is_not_finite_stops_with_names(config, workdir, monkeypatch):
-    """The rate explodes at step 3: nothing after the checkpoint of step 2 is saved."""
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_examples(config, workdir, monkeypatch):
+    """A box is NaN at step 3: nothing after the checkpoint of step 2 is saved."""
     real = loop.place_batch
     calls = []
 
@@ -212,7 +212,7 @@ def test_a_loss_that_is_not_finite_stops_with_names(config, workdir, monkeypatch
     assert "Newest checkpoint: step 2" in message and latest_step(workdir) == 2
 
 
-def test_what_does_not_fit_is_refused_at_once(config, workdir):
+def test_settings_that_do_not_fit_are_refused_before_anything_is_written(config, workdir):
     with pytest.raises(MeshError, match="its product is 3, but there are 1 devices"):
         train(dataclasses.replace(config, mesh=MeshConfig(data=3)), workdir)
     named = dataclasses.replace(config, init_from=InitFromConfig(text="nowhere"))
@@ -222,8 +222,8 @@ def test_what_does_not_fit_is_refused_at_once(config, workdir):
         assert os.listdir(f"{workdir}/checkpoints") == []
 
 
-def test_a_checkpoint_of_parameters_alone_is_where_a_run_begins(config, workdir, capsys):
-    """As the job `import` leaves it."""
+def test_a_run_starts_from_a_checkpoint_of_parameters_alone(config, workdir, capsys):
+    """As the job `import` writes it."""
     params = fresh_parameters(config, make_mesh(config.mesh))
     params["text"]["embeddings"]["word"] = jnp.full_like(params["text"]["embeddings"]["word"], 0.25)
     with Checkpoints(workdir, 1) as checkpoints:
@@ -236,7 +236,7 @@ def test_a_checkpoint_of_parameters_alone_is_where_a_run_begins(config, workdir,
     assert "starting at step 0 from imported weights" in capsys.readouterr().out
 
 
-def test_towers_are_asked_for(config, workdir, capsys):
+def test_initial_parameters_are_read(config, workdir, capsys):
     def initial_parameters(params, config):
         assert config.init_from.text == "somewhere"
         return {**params, "text": {"embeddings": {"word": jnp.full((512, stand_in.WIDTH), 0.25)}}}, {"sources": ["x"]}

@@ -1,4 +1,4 @@
-"""The three losses against their formulas, and what is counted."""
+"""The three losses against their formulas, and their weights."""
 
 import jax
 import numpy as np
@@ -64,7 +64,7 @@ def test_token_loss_is_the_focal_loss_of_valid_tokens_inside_the_extent() -> Non
     np.testing.assert_allclose(_sums(predictions, targets, batch).token, wanted, rtol=1e-5)
 
 
-def test_where_it_is_unknown_only_anchors_with_a_box_count() -> None:
+def test_unlabelled_tokens_count_for_positive_anchors_only() -> None:
     predictions, targets, batch = _case()
     batch = batch._replace(token_mask=np.ones((2, TOKENS), bool))
     known = np.ones((2, TOKENS), bool)
@@ -76,7 +76,7 @@ def test_where_it_is_unknown_only_anchors_with_a_box_count() -> None:
     np.testing.assert_allclose(whole.token - part.token, lost.sum(1), rtol=1e-4)
     np.testing.assert_array_equal(whole.box, part.box)
     np.testing.assert_array_equal(whole.centerness, part.centerness)
-    # What the network says there without a box does not matter, what it says at a box does.
+    # Logits of these tokens matter at positive anchors only.
     there = np.where(targets.positive, 0, 5).astype(np.float32)
     for change, matters in ((there, False), (5 - there, True)):
         logits = predictions.logits.copy()
@@ -85,7 +85,7 @@ def test_where_it_is_unknown_only_anchors_with_a_box_count() -> None:
         assert (moved.token[0] != part.token[0]) == matters
 
 
-def test_the_original_adds_a_positive_on_the_last_slot() -> None:
+def test_compat_adds_a_positive_on_the_last_slot() -> None:
     predictions, targets, batch = _case()
     batch = batch._replace(token_mask=np.ones((2, TOKENS), bool))
     ours = _sums(predictions, targets, batch)
@@ -110,7 +110,7 @@ def test_box_and_centerness_losses_by_hand() -> None:
     np.testing.assert_allclose(found.centerness, [wanted_center, 0], rtol=1e-4)
 
 
-def test_an_invalid_example_counts_nowhere() -> None:
+def test_an_invalid_example_changes_nothing() -> None:
     predictions, targets, batch = _case()
     masked = batch._replace(valid=np.array([False, True]))
     found = _sums(predictions, targets, masked)
@@ -119,7 +119,7 @@ def test_an_invalid_example_counts_nowhere() -> None:
     assert (float(counted.positives), float(counted.box_weight)) == (1.0, 0.0)
 
 
-def test_a_box_counts_as_much_as_it_weighs() -> None:
+def test_losses_are_weighted_by_box() -> None:
     predictions, targets, batch = _case()
     second = targets.positive & (np.arange(len(ANCHORS)) == 7)  # the others are the first box's
     targets = targets._replace(box_index=second.astype(np.int32))

@@ -53,8 +53,8 @@ def test_groups_follow_the_original_rules(glip_t, path, rate, decay):
 def test_frozen_swin_stage_has_the_tensors_of_the_original(glip_t):
     """GLIP-L freezes patch embedding (4) and first stage with its downsample (29): glip-reference 1.3 [run]."""
     model = ModelConfig(backbone=BackboneConfig(frozen_stages=1))
-    _, held = adamw.split(glip_t, model)
-    paths = set(adamw.flat(held))
+    _, frozen = adamw.split(glip_t, model)
+    paths = set(adamw.flat(frozen))
     blocks = {path for path in paths if path.startswith("backbone/stage1/")}
     assert len(paths - blocks) == 4 + 3
     assert len(blocks) == 2 * 13  # the scanned pair's two blocks
@@ -62,26 +62,26 @@ def test_frozen_swin_stage_has_the_tensors_of_the_original(glip_t):
     assert {"backbone/patch_norm/bias", "backbone/merge1/reduction/kernel"} <= paths
 
 
-def test_frozen_towers_have_no_moments_and_rate_zero(glip_t):
+def test_frozen_encoders_have_no_moments_and_rate_zero(glip_t):
     model = ModelConfig(text=TextConfig(frozen=True))
-    trainable, held = adamw.split(glip_t, model)
-    assert "text" not in trainable and set(held) == {"text"}
+    trainable, frozen = adamw.split(glip_t, model)
+    assert "text" not in trainable and set(frozen) == {"text"}
     assert "text" not in jax.eval_shape(lambda t: adamw.init(t, CONFIG), trainable).mu
     group = adamw.groups(glip_t, model, CONFIG)
     assert all(group[path] == (0, 0) for path in group if path.startswith("text/"))
-    assert jax.tree.structure(adamw.merge(held, trainable)) == jax.tree.structure(glip_t)
+    assert jax.tree.structure(adamw.merge(frozen, trainable)) == jax.tree.structure(glip_t)
 
 
-def test_efficientnet_stages_freeze_and_its_norms_always():
+def test_frozen_stages_of_efficientnet_and_its_norms_which_always_are():
     shapes = _shapes(ModelConfig(backbone=BackboneConfig(kind="efficientnet_lite0")))
     for stages, stem, stage3 in ((0, False, False), (3, True, True), (2, True, False)):
         model = ModelConfig(backbone=BackboneConfig(kind="efficientnet_lite0", frozen_stages=stages))
-        held = set(adamw.flat(adamw.split(shapes, model)[1]))
-        assert ("backbone/stem/kernel" in held) == stem
-        assert ("backbone/stage3/block1/expand/kernel" in held) == stage3
-        assert "backbone/stage7/block1/expand_norm/frozen_scale" in held
+        frozen = set(adamw.flat(adamw.split(shapes, model)[1]))
+        assert ("backbone/stem/kernel" in frozen) == stem
+        assert ("backbone/stage3/block1/expand/kernel" in frozen) == stage3
+        assert "backbone/stage7/block1/expand_norm/frozen_scale" in frozen
     whole = ModelConfig(backbone=BackboneConfig(kind="efficientnet_lite0", frozen_stages=7))
-    # The norms of the outputs belong to no stage, as Swin's.
+    # The norms of the outputs belong to no stage, as in Swin.
     assert set(adamw.split(shapes, whole)[0]["backbone"]) == {"norm1", "norm2", "norm3"}
 
 
@@ -95,7 +95,7 @@ def test_schedule_by_hand():
     assert adamw.milestone_steps(50, CONFIG) == [34, 44]  # 33.5 and 44.5 round half to even, as Python's round
 
 
-def test_decay_of_glip_l_falls_before_the_rate():
+def test_the_decay_of_glip_l_falls_before_its_rate():
     large = OptimizerConfig(decay=0.01, decay_milestone_factor=0.1)
     for step, value in ((0, 1), (446_889, 1), (446_890, 0.1), (593_629, 0.1), (593_630, 0.01), (10**6, 0.01)):
         assert float(adamw.decay_multiplier(step, 10**6, large)) == pytest.approx(value, rel=1e-6)

@@ -1,4 +1,4 @@
-"""The real job in processes of its own: killed in the middle, the same command ends with the same bits."""
+"""The job in a subprocess: killed in the middle, the same command ends with the same bits."""
 
 import re
 import signal
@@ -58,7 +58,7 @@ def test_kill_9_then_the_same_command_gives_the_same_bits(config, tmp_path):
     assert [line["step"] for line in lines["killed"]] == [1, 2, 3, 4, 5, 6]
     assert [line["loss"] for line in lines["killed"]] == [line["loss"] for line in lines["straight"]]
 
-    # Once finished, the same command says so again; other settings are refused in one message.
+    # A finished run refuses other settings in one message.
     code, _, err = _finish(config, tmp_path / "killed", "--config.optimizer.rate=0.5")
     assert code == 2 and "optimizer.rate: 0.001 -> 0.5" in err and "Traceback" not in err
     assert latest_step(str(tmp_path / "killed")) == 6

@@ -1,4 +1,4 @@
-"""The step: any mesh and any number of micro-batches give one result; averages, frozen initial_parameters, counts, complaints."""
+"""The step: one result on any mesh and for any number of micro-batches; averages, frozen parameters, counts, non-finite losses."""
 
 import dataclasses
 from collections import defaultdict
@@ -51,29 +51,32 @@ def _train(config, mesh, batches, objective=None, params=None):
     step = make_step(config, mesh, objective or stand_in.objective(config), state, NAMES)
     metrics = []
     for batch in batches:
-        state, numbers = step(state, place_batch(batch, mesh))
-        metrics.append(jax.device_get(numbers))
+        state, step_metrics = step(state, place_batch(batch, mesh))
+        metrics.append(jax.device_get(step_metrics))
     return jax.device_get(state), metrics
 
 
 def _close(one, other, tolerance, floor=1e-6):
-    """Each array's largest difference relative to its largest value; arrays below `floor` of the whole count as 0."""
-    whole = np.sqrt(sum(float((np.float64(leaf) ** 2).sum()) for leaf in jax.tree.leaves(one)))
-    assert np.isfinite(whole)
+    """Asserts that the largest difference of each array, relative to its largest value, is below `tolerance`.
+
+    Arrays whose norm is below `floor` of the global norm are left out.
+    """
+    norm = np.sqrt(sum(float((np.float64(leaf) ** 2).sum()) for leaf in jax.tree.leaves(one)))
+    assert np.isfinite(norm)
     flat = adamw.flat(other)
     for path, leaf in adamw.flat(one).items():
-        if np.linalg.norm(leaf) > floor * whole:
+        if np.linalg.norm(leaf) > floor * norm:
             difference = np.abs(np.float64(leaf) - flat[path]).max() / np.abs(leaf).max()
             assert difference < tolerance, f"{path}: {difference}"
 
 
-def _sent(params, mesh, config):
-    """What the step has to send along data and fsdp, from sizes alone: (kind, axes) to bytes."""
+def _traffic(params, mesh, config):
+    """Bytes that the step has to send along data and fsdp, by (kind, axes), from the sizes of the arrays."""
     sizes, split = dict(mesh.shape), [axis for axis in ("data", "fsdp") if mesh.shape[axis] > 1]
     table: defaultdict[tuple, int] = defaultdict(int)
     specs = adamw.flat(parameter_specs(params, mesh))
     for path, leaf in adamw.flat(params).items():
-        # A device has its part along tensor alone.
+        # Along tensor each device holds a part and sends that only.
         size = leaf.size * 4 // (sizes["tensor"] if "tensor" in specs[path] else 1)
         if "fsdp" in specs[path] and sizes["fsdp"] > 1:
             table["all-gather", ("fsdp",)] += size
@@ -82,41 +85,41 @@ def _sent(params, mesh, config):
         else:
             table["all-reduce", tuple(split)] += size
     table["all-reduce", tuple(split)] += 2 * 4  # the denominators
-    numbers = 3 + 2 + 5 + len(DROPS)  # loss parts and weights; counts and names; what was cut
-    table["all-gather", tuple(split)] += config.train.batch_size * numbers * 4
+    columns = 3 + 2 + 5 + len(DROPS)  # parts of the loss and weights; counts and indices; what was dropped
+    table["all-gather", tuple(split)] += config.train.batch_size * columns * 4
     return {key: size for key, size in table.items() if size and key[1]}
 
 
-def _check_sent(compiled, params, mesh, config, least=1.0, over_tensor=0):
-    """Compares the program's collectives with `_sent` and, along tensor, with sums of `over_tensor` bytes.
+def _check_traffic(compiled, params, mesh, config, min_share=1.0, over_tensor=0):
+    """Compares the collectives of the program with `_traffic` and, along tensor, with sums of `over_tensor` bytes.
 
-    `least`: share of the table that must be sent at least; the compiler does not send what it finds to be zero or twice the same.
+    `min_share`: share of the table that must be sent; the compiler drops what it finds to be zero or a duplicate.
     """
     found: defaultdict[tuple, int] = defaultdict(int)
     for each in collectives(compiled):
         assert each.times_known
-        # A TPU multiplies bfloat16 unless told otherwise, and gathers as such what it multiplies.
+        # By default a TPU multiplies in bfloat16, and gathers operands in that type.
         found[each.kind, each.axes(mesh.shape)] += each.times * each.bytes * (2 if each.dtypes == ("bf16",) else 1)
-    wanted = _sent(params, mesh, config)
-    # It also adds up small arrays whole, where each device keeps but its part.
-    scatter, whole = ("reduce-scatter", ("fsdp",)), ("all-reduce", ("fsdp",))
-    if {scatter, whole} <= set(found) and whole not in wanted:
-        found[scatter] += found.pop(whole)
+    wanted = _traffic(params, mesh, config)
+    # It also sums small arrays by all-reduce, of which each device then keeps its part.
+    scatter, reduce = ("reduce-scatter", ("fsdp",)), ("all-reduce", ("fsdp",))
+    if {scatter, reduce} <= set(found) and reduce not in wanted:
+        found[scatter] += found.pop(reduce)
     if over_tensor:
         wanted["all-reduce", ("tensor",)] = over_tensor
-    # The gradient's norm: a number for every parameter that is split, over the axes that split it.
+    # The gradient norm: one value for every sharded parameter, over the axes that shard it.
     spare = 4 * len(jax.tree.leaves(params))
     for key, size in found.items():
-        most = wanted.get(key, 0) + (spare if key[0] == "all-reduce" or key == scatter else 0)
-        assert least * wanted.get(key, 0) <= size <= most, (key, size, wanted.get(key, 0))
+        limit = wanted.get(key, 0) + (spare if key[0] == "all-reduce" or key == scatter else 0)
+        assert min_share * wanted.get(key, 0) <= size <= limit, (key, size, wanted.get(key, 0))
     assert set(wanted) <= set(found)
 
 
 def _sums_over_tensor(config, mesh, text_layers, canvas=(0, 0)):
-    """Bytes that the layers split over tensor add up, by kind of layer's own sizes.
+    """Bytes that the layers split over tensor sum, from the sizes of the layers.
 
-    A text layer adds up its two outputs forward, and backward what its two inputs get; a Swin block has one pair of
-    products (none of a canvas without cells).
+    A text layer sums its two outputs in the forward pass and the gradients of its two inputs in the backward pass; a Swin block
+    has one such pair (none for a canvas without cells).
     """
     images = config.train.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
     sent = text_layers * 4 * images * config.model.text.max_tokens * config.model.text.width * 4
@@ -127,7 +130,7 @@ def _sums_over_tensor(config, mesh, text_layers, canvas=(0, 0)):
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=4)])
-def test_nothing_is_sent_that_was_not_meant(sources, mesh):
+def test_the_program_sends_the_intended_collectives_only(sources, mesh):
     config = tiny_run.config(sources)
     (batch,) = _batches(config, 1)
     params = jax.eval_shape(lambda: stand_in.parameters(config, jax.random.key(1)))
@@ -135,11 +138,11 @@ def test_nothing_is_sent_that_was_not_meant(sources, mesh):
     state = jax.eval_shape(lambda p: initial_state(p, config), params)
     step = make_step(config, placed, stand_in.objective(config), state, NAMES)
     compiled = step.lower(abstract(state, placed), jax.eval_shape(lambda: batch)).compile()
-    _check_sent(compiled, params, placed, config)
+    _check_traffic(compiled, params, placed, config)
 
 
 @pytest.mark.parametrize("shape", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=1, tensor=2)])
-def test_bert_is_split_over_tensor_as_it_was_meant(sources, shape):
+def test_bert_split_over_tensor_sends_the_intended_sums_only(sources, shape):
     config = tiny_run.config(sources)
     batches, mesh = _batches(config, 2), make_mesh(shape, jax.devices()[: shape.data * shape.fsdp * shape.tensor])
     params = stand_in.parameters(config, jax.random.key(1), bert=True)
@@ -150,7 +153,9 @@ def test_bert_is_split_over_tensor_as_it_was_meant(sources, shape):
     start = jax.eval_shape(lambda p: initial_state(p, config), shapes)
     step = make_step(config, mesh, objective, start, NAMES)
     compiled = step.lower(abstract(start, mesh), jax.eval_shape(lambda: batches[0])).compile()
-    _check_sent(compiled, params, mesh, config, over_tensor=_sums_over_tensor(config, mesh, config.model.text.layers))
+    _check_traffic(
+        compiled, params, mesh, config, over_tensor=_sums_over_tensor(config, mesh, config.model.text.layers)
+    )
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)])
@@ -169,8 +174,8 @@ def test_eight_devices_equal_one(sources, mesh):
     np.testing.assert_allclose(numbers[-1]["loss"], others[-1]["loss"], rtol=1e-5)
 
 
-def test_layers_split_over_tensor_may_be_computed_again_and_in_parts(sources):
-    """remat and micro-batches, where only tensor has several devices."""
+def test_layers_split_over_tensor_with_remat_and_micro_batches(sources):
+    """On a mesh where only tensor has several devices."""
     config = tiny_run.config(sources, dropout=0.0)
     parts = tiny_run.replace(tiny_run.replace(config, "model", remat="blocks"), "optimizer", accumulate=2)
     params = stand_in.parameters(config, jax.random.key(1), bert=True)
@@ -182,7 +187,7 @@ def test_layers_split_over_tensor_may_be_computed_again_and_in_parts(sources):
 
 
 def _five_real_steps(config, batches, params, shape):
-    """The first step's gradients, the parameters after five, and the program, with the network itself."""
+    """The gradients of the first step, the parameters after five, and the program, with the network of GLIP."""
     mesh, gradients = _mesh(shape), None
     state = initial_state(jax.tree.map(jnp.array, params), config)
     state = jax.device_put(state, shardings(state, mesh))
@@ -197,7 +202,7 @@ def _five_real_steps(config, batches, params, shape):
 
 @pytest.fixture(scope="module")
 def real(sources):
-    """Config, five batches, first parameters, and what one device makes of them."""
+    """Config, five batches, initial parameters, and the results of one device."""
     config = tiny_run.config(sources)
     batches, params = _batches(config, 5), jax.device_get(fresh_parameters(config, _mesh(ONE)))
     return config, batches, params, _five_real_steps(config, batches, params, ONE)
@@ -208,46 +213,46 @@ def real(sources):
     "shape", [MeshConfig(data=8), MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)]
 )
 def test_eight_devices_equal_one_with_the_real_network(real, shape):
-    """Beside what all steps send, the program sends what the layers split over tensor add up, and nothing else."""
+    """Beside `_traffic`, the program sends the sums of the layers split over tensor, and nothing else."""
     config, batches, params, (gradients, one, _) = real
     found, eight, compiled = _five_real_steps(config, batches, params, shape)
     _close(gradients, found, tolerance=1e-5)
     same_path(config, one, eight, 5)
     layers = config.model.text.layers + config.model.head.blocks
     over_tensor = _sums_over_tensor(config, _mesh(shape), layers, (64, 64)) if shape.tensor > 1 else 0
-    _check_sent(compiled, params, _mesh(shape), config, least=0.98, over_tensor=over_tensor)
+    _check_traffic(compiled, params, _mesh(shape), config, min_share=0.98, over_tensor=over_tensor)
 
 
 @pytest.mark.tpu
-def test_a_tpus_compiler_sends_no_more(sources, tmp_path):
-    """Left to itself it divided fusion, Swin's attention and the dynamic convolutions over tensor as well."""
+def test_the_compiler_for_tpus_adds_no_collectives(sources, tmp_path):
+    """Without `per_shard` it splits fusion, the attention of Swin and the dynamic convolutions over tensor too."""
     config, chips = tiny_run.config(sources), topology("v5e:2x4")
     config = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     compile_step(config, chips, (64, 64), "tpu", None, print, keep_text=tmp_path / "step.txt")
     mesh = _mesh(config.mesh)
     over_tensor = _sums_over_tensor(config, mesh, config.model.text.layers + config.model.head.blocks, (64, 64))
     text = (tmp_path / "step.txt").read_text()
-    _check_sent(text, abstract_state(config, mesh).params, mesh, config, least=0.98, over_tensor=over_tensor)
+    _check_traffic(text, abstract_state(config, mesh).params, mesh, config, min_share=0.98, over_tensor=over_tensor)
 
 
 def test_four_micro_batches_equal_one(sources):
-    """Dropout off; the batch holds images with other numbers of boxes, so means of means would differ."""
+    """Without dropout. The images have different numbers of boxes, so means of means would differ."""
     config = tiny_run.config(sources, dropout=0.0)
     four = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, accumulate=4))
     mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
     batches = _batches(config, 3)
     params = stand_in.parameters(config, jax.random.key(1))
-    whole, parts = (
+    single, split = (
         jax.device_get(first_gradients(params, batches[0], c, mesh, stand_in.objective(c))) for c in (config, four)
     )
-    _close(whole, parts, tolerance=1e-5)
-    (one, numbers), (other, others) = (_train(c, mesh, batches) for c in (config, four))
+    _close(single, split, tolerance=1e-5)
+    (one, metrics), (other, other_metrics) = (_train(c, mesh, batches) for c in (config, four))
     same_path(config, one.params, other.params, 3)
-    for name, value in numbers[-1].items():
-        np.testing.assert_allclose(value, others[-1][name], rtol=1e-4, err_msg=name)
+    for name, value in metrics[-1].items():
+        np.testing.assert_allclose(value, other_metrics[-1][name], rtol=1e-4, err_msg=name)
 
 
-def test_average_follows_by_hand(sources):
+def test_the_average_equals_its_formula(sources):
     config = tiny_run.config(sources)
     batches = _batches(config, 2)
     start = stand_in.parameters(config, jax.random.key(1))["head"]["box"]["kernel"]
@@ -260,7 +265,7 @@ def test_average_follows_by_hand(sources):
     assert _train(off, _mesh(ONE), batches[:1])[0].ema == {}
 
 
-def test_a_frozen_tower_stays_and_has_no_state(sources):
+def test_frozen_parameters_stay_and_have_no_state(sources):
     config = tiny_run.config(sources)
     text: TextConfig = dataclasses.replace(config.model.text, frozen=True)
     config = tiny_run.replace(config, "model", text=text)
@@ -285,19 +290,19 @@ def test_counts_and_losses_of_each_source(sources):
     (batch,) = _batches(config, 1)
     batch.valid[0] = False
     batch.dropped[1, 0] = 3
-    _, (numbers,) = _train(config, _mesh(ONE), [batch])
-    assert numbers["examples"] == 8 and numbers["corrupt"] == 1 and numbers["dropped/boxes_over_limit"] == 3
-    assert sum(numbers[f"source/{name}/examples"] for name in NAMES) == 8
-    assert sum(numbers[f"source/{name}/positives"] for name in NAMES) == numbers["positives"] > 0
-    assert sum(numbers[f"source/{name}/dropped"] for name in NAMES) == 3
+    _, (metrics,) = _train(config, _mesh(ONE), [batch])
+    assert metrics["examples"] == 8 and metrics["corrupt"] == 1 and metrics["dropped/boxes_over_limit"] == 3
+    assert sum(metrics[f"source/{name}/examples"] for name in NAMES) == 8
+    assert sum(metrics[f"source/{name}/positives"] for name in NAMES) == metrics["positives"] > 0
+    assert sum(metrics[f"source/{name}/dropped"] for name in NAMES) == 3
     name = NAMES[int(batch.source[1])]
-    assert numbers[f"source/{name}/dropped/boxes_over_limit"] == numbers[f"source/{name}/dropped"] == 3
-    assert numbers["invalid"].tolist() == [True] + [False] * 7 and numbers["unknown_tokens"] == 0
-    assert numbers["loss"] == pytest.approx(sum(numbers[f"loss/{p}"] for p in ("token", "box", "centerness")), rel=1e-6)
-    # Alone in a batch, a source's loss is the loss.
+    assert metrics[f"source/{name}/dropped/boxes_over_limit"] == metrics[f"source/{name}/dropped"] == 3
+    assert metrics["invalid"].tolist() == [True] + [False] * 7 and metrics["unknown_tokens"] == 0
+    assert metrics["loss"] == pytest.approx(sum(metrics[f"loss/{p}"] for p in ("token", "box", "centerness")), rel=1e-6)
+    # The loss of a source equals the loss of a batch that holds it alone.
     chosen = batch._replace(valid=batch.valid & (batch.source == 0))
     _, (alone,) = _train(config, _mesh(ONE), [chosen])
-    assert numbers["source/boxes/loss/token"] == pytest.approx(float(alone["loss/token"]), rel=1e-5)
+    assert metrics["source/boxes/loss/token"] == pytest.approx(float(alone["loss/token"]), rel=1e-5)
 
 
 def test_the_share_of_clamped_offsets_is_a_metric(sources):
@@ -313,13 +318,13 @@ def test_the_share_of_clamped_offsets_is_a_metric(sources):
         jax.random.key(0),
     )
     assert jax.eval_shape(objective.sums, *inputs).offsets_clamped.shape == (8,)
-    # The stand-in has no offsets: what the network would have counted is given to it.
-    honest = stand_in.objective(config)
+    # The stand-in has no offsets: the shares are given.
+    objective = stand_in.objective(config)
     shares = jnp.linspace(0, 0.7, 8)
-    counting = honest._replace(sums=lambda *a: honest.sums(*a)._replace(offsets_clamped=shares))
+    with_shares = objective._replace(sums=lambda *a: objective.sums(*a)._replace(offsets_clamped=shares))
     batch.valid[7] = False
-    _, (numbers,) = _train(config, _mesh(ONE), [batch], counting)
-    assert numbers["offsets_clamped"] == pytest.approx(0.3) and not numbers["bad"].any()
+    _, (metrics,) = _train(config, _mesh(ONE), [batch], with_shares)
+    assert metrics["offsets_clamped"] == pytest.approx(0.3) and not metrics["bad"].any()
     assert "offsets_clamped" not in _train(config, _mesh(ONE), [batch])[1][0]
 
 
@@ -329,7 +334,7 @@ def test_a_loss_that_is_not_finite_is_flagged_with_its_examples(sources):
     params = stand_in.parameters(config, jax.random.key(1))
     used = int(batch.tokens[3][batch.token_mask[3]][1])
     params["text"]["embeddings"]["word"] = params["text"]["embeddings"]["word"].at[used].set(jnp.nan)
-    _, (numbers,) = _train(config, _mesh(ONE), [batch], params=params)
-    assert not numbers["finite"] and numbers["bad"][3]
+    _, (metrics,) = _train(config, _mesh(ONE), [batch], params=params)
+    assert not metrics["finite"] and metrics["bad"][3]
     expected = [used in row[mask] for row, mask in zip(batch.tokens, batch.token_mask)]
-    assert numbers["bad"].tolist() == expected
+    assert metrics["bad"].tolist() == expected
