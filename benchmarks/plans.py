@@ -71,18 +71,18 @@ def settings(cell: Cell) -> Config:
     )
 
 
-def planned(cell: Cell, facts: CompileStatistics | None) -> Roofline:
+def planned(cell: Cell, statistics: CompileStatistics | None) -> Roofline:
     """The roofline of a cell from what was compiled, or by formula."""
     config, chips = settings(cell), topology(cell.pod)
     mesh = abstract_mesh(config, chips)
     state = state_bytes(abstract_state(config, mesh), abstract_batch(config, CANVAS, mesh))
-    return roofline(config, chips, CANVAS, state, facts, dict(mesh.shape))
+    return roofline(config, chips, CANVAS, state, statistics, dict(mesh.shape))
 
 
-def row(cell: Cell, facts: CompileStatistics | None) -> str:
+def row(cell: Cell, statistics: CompileStatistics | None) -> str:
     """A line of the table in Markdown."""
-    found, chips = planned(cell, facts), topology(cell.pod)
-    if facts is None:
+    found, chips = planned(cell, statistics), topology(cell.pod)
+    if statistics is None:
         memory = f"not run (state {(sum(found.memory.values())) / 2**30:.1f}) of {found.memory_limit / 2**30:.0f}"
     else:
         memory = f"{found.memory['peak'] / 2**30:.2f} of {found.memory_limit / 2**30:.2f}: {'fits' if found.fits else 'does **not** fit'}"
@@ -131,12 +131,12 @@ def main() -> None:
     rows = []
     for cell in CELLS:
         config, chips = settings(cell), topology(cell.pod)
-        facts = cached(config, chips, CANVAS, "tpu", arguments.cache)
-        if facts is None and arguments.compile and (not arguments.only or cell.name in arguments.only):
+        statistics = cached(config, chips, CANVAS, "tpu", arguments.cache)
+        if statistics is None and arguments.compile and (not arguments.only or cell.name in arguments.only):
             print(f"{cell.name}: {time.strftime('%H:%M')}", flush=True)
             text = arguments.text / f"{cell.name}.hlo" if arguments.text else None
-            facts = compile_step(config, chips, CANVAS, "tpu", arguments.cache, lambda line: print(f"  {line}"), text)
-        rows.append(row(cell, facts))
+            statistics = compile_step(config, chips, CANVAS, "tpu", arguments.cache, lambda line: print(f"  {line}"), text)
+        rows.append(row(cell, statistics))
     print("\n".join([HEAD, "|---" * (HEAD.count("|") - 1) + "|", *rows]))
 
 

@@ -25,7 +25,7 @@ from glip_jax.planning.compile import PlanError, abstract_batch, abstract_mesh, 
 from glip_jax.planning.hlo import CollectiveError
 from glip_jax.planning.roofline import IMAGES_PER_CORE, Roofline, roofline, scaling
 from glip_jax.planning.search import candidates, search, table, with_images_per_chip
-from glip_jax.planning.statistics import CompileStatistics, How
+from glip_jax.planning.statistics import CompileMode, CompileStatistics
 from glip_jax.structures.canvas import canvas_size
 from glip_jax.training.state import abstract_state
 
@@ -120,7 +120,7 @@ def plan(
     config: Config,
     chips: Topology,
     canvas: tuple[int, int],
-    how: How | None,
+    how: CompileMode | None,
     cache: Path | None,
     say: Any = print,
     images_per_core: float = IMAGES_PER_CORE,
@@ -133,22 +133,24 @@ def plan(
             "--config.mesh.tensor=1"
         )
     state = state_bytes(abstract_state(config, mesh), abstract_batch(config, canvas, mesh))
-    facts = compile_step(config, chips, canvas, how, cache, say) if how else None
-    return roofline(config, chips, canvas, state, facts, dict(mesh.shape), images_per_core), facts
+    statistics = compile_step(config, chips, canvas, how, cache, say) if how else None
+    return roofline(config, chips, canvas, state, statistics, dict(mesh.shape), images_per_core), statistics
 
 
 def _plans(
-    arguments: PlanArguments, chips: Topology, canvases: list[tuple[int, int]], how: How | None
+    arguments: PlanArguments, chips: Topology, canvases: list[tuple[int, int]], how: CompileMode | None
 ) -> list[dict[str, Any]]:
     config = arguments.config
     if arguments.images_per_chip or not _splits(config, chips):
         config = with_images_per_chip(config, arguments.images_per_chip or 1, chips)
     plans = []
     for canvas in canvases:
-        found, facts = plan(config, chips, canvas, how, _cache(arguments), _progress, arguments.images_per_core)
+        found, statistics = plan(config, chips, canvas, how, _cache(arguments), _progress, arguments.images_per_core)
         scaled = scaling(chips, found)
-        print("\n".join(report.lines(config, chips, canvas, found, facts, scaled, arguments.operations)), flush=True)
-        plans.append(report.as_dictionary(config, chips, canvas, found, facts, scaled))
+        print(
+            "\n".join(report.lines(config, chips, canvas, found, statistics, scaled, arguments.operations)), flush=True
+        )
+        plans.append(report.as_dictionary(config, chips, canvas, found, statistics, scaled))
     return plans
 
 
@@ -166,7 +168,7 @@ def _splits(config: Config, chips: Topology) -> bool:
 
 
 def _search(
-    arguments: PlanArguments, chips: Topology, canvas: tuple[int, int], how: How | None
+    arguments: PlanArguments, chips: Topology, canvas: tuple[int, int], how: CompileMode | None
 ) -> list[dict[str, Any]]:
     if how is None:
         raise CommandLineError(
@@ -252,7 +254,7 @@ def _largest(config: Config) -> tuple[int, int]:
     return max(sizes, key=lambda size: (size[0] * size[1], size[1]))
 
 
-def _how(wanted: str, chips: Topology) -> How | None:
+def _how(wanted: str, chips: Topology) -> CompileMode | None:
     """Which compiler; None for formulas alone. Says so where it is not the best one."""
     has_libtpu = _has_libtpu()
     match wanted:

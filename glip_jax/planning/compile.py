@@ -1,10 +1,9 @@
-"""The real training step, compiled for chips that are not there, and what its compiler says of it.
+"""Compiles the real training step ahead of time for chips that are not present, and collects statistics of the program.
 
-Four ways: `tpu` with libtpu's compiler, which needs no TPU, until it would write machine code, `tpu-whole` to the end;
-`fake`, with as many made-up CPU devices as the topology has chips; `local`, with the GPUs of this machine if there are as
-many. A compiler runs in a process of its own, because it reads its settings from the environment once, may end the
-process when something does not fit, and takes gigabytes.
-What came out is kept in a folder under a key of everything that it depends on.
+Four modes: `tpu` compiles with libtpu, which needs no TPU, without code generation; `tpu-whole` includes it; `fake` compiles
+for as many fake CPU devices as the topology has chips; `local` for the GPUs of this machine, if there are as many. The
+compiler runs in a process of its own, because it reads its settings from the environment once, may abort the process, and
+uses gigabytes of memory. Results are cached in a folder under a key of everything that they depend on.
 """
 
 import dataclasses
@@ -37,8 +36,8 @@ from glip_jax.distributed.mesh import MeshError, batch_sharding, check_fits, mak
 from glip_jax.distributed.runtime import libtpu_arguments
 from glip_jax.planning import cost
 from glip_jax.planning.hlo import collectives
-from glip_jax.planning.statistics import CollectiveTraffic, CompileStatistics, How, TopOperation
-from glip_jax.planning.xla_dump import activation_bytes, decided, options
+from glip_jax.planning.statistics import CollectiveTraffic, CompileMode, CompileStatistics, TopOperation
+from glip_jax.planning.xla_dump import activation_bytes, compile_until_assignment, dump_options
 from glip_jax.structures.batch import DROPS, Batch
 from glip_jax.training.state import State, abstract_state
 from glip_jax.training.step import glip_objective, make_step
@@ -47,11 +46,11 @@ __all__ = ["PlanError", "abstract_batch", "abstract_mesh", "cached", "compile_st
 
 
 class PlanError(UserError, ValueError):
-    """A plan that cannot be made; one line says why and what to do."""
+    """The step cannot be planned; the message is one line with the reason and what to do."""
 
 
 def abstract_batch(config: Config, canvas: tuple[int, int], mesh: Mesh) -> Batch:
-    """Shapes and places of a global batch of `config.train.batch_size` images on a canvas (height, width)."""
+    """Shapes and shardings of a global batch of `config.train.batch_size` images on a canvas (height, width)."""
     tokens, slots = config.model.text.max_tokens, config.data.max_boxes
     integer, real, flag = jnp.int32, jnp.float32, jnp.bool_
     kinds: dict[str, tuple[tuple[int, ...], Any]] = {
@@ -68,8 +67,8 @@ def abstract_batch(config: Config, canvas: tuple[int, int], mesh: Mesh) -> Batch
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Stands for a chip where only its number and its host matter."""
+class _StandInDevice:
+    """Stand-in for a device of which only id and process are used."""
 
     id: int
     process_index: int
@@ -77,16 +76,16 @@ class _Place:
 
 
 def abstract_mesh(config: Config, topology: Topology) -> Mesh:
-    """The mesh over stand-ins of the topology's chips. Raises MeshError if these, the axes or the batch do not fit."""
+    """The mesh over stand-ins for the topology's chips. Raises MeshError if chips, axes and batch do not match."""
     within = topology.devices // topology.slices
-    places = [_Place(i, i // topology.chip.chips, i // within) for i in range(topology.devices)]
-    mesh = make_mesh(config.mesh, places)
+    devices = [_StandInDevice(i, i // topology.chip.chips, i // within) for i in range(topology.devices)]
+    mesh = make_mesh(config.mesh, devices)
     check_fits(config, mesh)
     return mesh
 
 
 def state_bytes(state: State, batch: Batch) -> dict[str, float]:
-    """Bytes per chip of parameters, optimizer, averages and batch, unpadded, by their shardings."""
+    """Bytes per chip of parameters, optimizer state, averages (EMA) and batch, unpadded, by their shardings."""
 
     def total(tree: Any) -> float:
         leaves = jax.tree.leaves(tree)
@@ -104,47 +103,47 @@ def compile_step(
     config: Config,
     topology: Topology,
     canvas: tuple[int, int],
-    how: How,
+    how: CompileMode,
     cache: Path | None,
-    say: Callable[[str], object] = print,
-    keep_text: Path | None = None,
+    progress: Callable[[str], object] = print,
+    program_path: Path | None = None,
 ) -> CompileStatistics:
-    """Compiles the step of `config` for all chips of `topology` and reads what the compiler says; or takes it from `cache`.
+    """Compiles the step of `config` for all chips of `topology` and returns its statistics, from `cache` if they are there.
 
-    `say` is told what goes on, at least twice a minute. `keep_text`: where to write the compiled program. Raises PlanError
-    if the compiler is not there or fails for another reason than want of memory.
+    `progress` receives a line at least twice a minute. `program_path`: file for the text of the compiled program. Raises
+    PlanError if the compiler is not installed, or fails for another reason than lack of memory.
     """
     path = cache / f"{_key(config, topology, canvas, how)}.json" if cache else None
-    if cache and keep_text is None and (known := cached(config, topology, canvas, how, cache)):
-        return known
+    if cache and program_path is None and (hit := cached(config, topology, canvas, how, cache)):
+        return hit
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    # The parent's, which outlives a child that is killed: a compiler may write 100 MB into it.
+    receiver, sender = context.Pipe(duplex=False)
+    # Owned by the parent, which outlives a killed child; a compiler may write 100 MB into it.
     with tempfile.TemporaryDirectory(prefix="glip_jax_plan", ignore_cleanup_errors=True) as scratch:
         before = dict(os.environ)
         os.environ.update(environment(topology, how))
         try:
             child = context.Process(
-                target=_child, args=(theirs, config, topology, canvas, how, str(keep_text or ""), scratch)
+                target=_run_child, args=(sender, config, topology, canvas, how, str(program_path or ""), scratch)
             )
             child.start()
         finally:
             os.environ.clear()
             os.environ.update(before)
-        theirs.close()
+        sender.close()
         try:
-            found = _listen(ours, say)
+            answer = _wait_for_result(receiver, progress)
         finally:
             child.kill()
             child.join()
-        if found is None:
+        if answer is None:
             log = (Path(scratch) / "log").read_bytes() if (Path(scratch) / "log").exists() else b""
-            words = [line for line in log.decode(errors="replace").splitlines() if line.strip()]
+            output = [line for line in log.decode(errors="replace").splitlines() if line.strip()]
             raise PlanError(
-                f"the compiler of {topology.name} ended without an answer ({child.exitcode}); its last words: "
-                f"{words[-1][:300] if words else 'none'}"
+                f"the compiler of {topology.name} ended without a result (exit code {child.exitcode}); its last line of output: "
+                f"{output[-1][:300] if output else 'none'}"
             )
-    kind, value = found
+    kind, value = answer
     if kind == "failed":
         raise PlanError(value)
     if path:
@@ -156,11 +155,12 @@ def compile_step(
 
 
 def cached(
-    config: Config, topology: Topology, canvas: tuple[int, int], how: How, cache: Path
+    config: Config, topology: Topology, canvas: tuple[int, int], how: CompileMode, cache: Path
 ) -> CompileStatistics | None:
-    """What `compile_step` has found before, with this code and these versions; None if it has not."""
-    ways: tuple[How, ...] = ("tpu-whole", "tpu") if how == "tpu" else (how,)  # the whole knows all that a part does
-    paths = [cache / f"{_key(config, topology, canvas, way)}.json" for way in ways]
+    """Statistics that `compile_step` has cached with this code and these versions; None if there are none."""
+    # A result with code generation has everything that one without has.
+    modes: tuple[CompileMode, ...] = ("tpu-whole", "tpu") if how == "tpu" else (how,)
+    paths = [cache / f"{_key(config, topology, canvas, mode)}.json" for mode in modes]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         return None
@@ -170,30 +170,36 @@ def cached(
     return CompileStatistics(**raw)
 
 
-def _listen(ours: Connection, say: Callable[[str], object]) -> tuple[str, Any] | None:
-    """The child's answer, or None if it is gone."""
+def _wait_for_result(receiver: Connection, progress: Callable[[str], object]) -> tuple[str, Any] | None:
+    """The child's result; None if the child ended without one."""
     begin, stage = time.monotonic(), "starting"
     while True:
         try:
-            if ours.poll(30):
-                kind, value = ours.recv()
+            if receiver.poll(30):
+                kind, value = receiver.recv()
                 if kind != "stage":
                     return kind, value
                 stage = value
         except (EOFError, ConnectionError):
             return None
         minutes, seconds = divmod(int(time.monotonic() - begin), 60)
-        say(f"{stage}, {minutes} min {seconds:02d} s")
+        progress(f"{stage}, {minutes} min {seconds:02d} s")
 
 
-def _key(config: Config, topology: Topology, canvas: tuple[int, int], how: How) -> str:
-    """Hash of all that the facts depend on: settings of the step, chips, canvas, our code, versions."""
+def _key(config: Config, topology: Topology, canvas: tuple[int, int], how: CompileMode) -> str:
+    """Hash of everything that the statistics depend on: settings of the step, topology, canvas, code, versions."""
     parts = {name: getattr(config, name) for name in ("model", "loss", "optimizer", "mesh")}
     settings = [[section, *pair] for section, part in parts.items() for pair in flatten(part)]
     code = hashlib.sha256()
     root = Path(glip_jax.__file__).parent
     packages = ("models/*.py", "structures/*.py", "training/*.py", "distributed/mesh.py")
-    planning = ("planning/compile.py", "planning/cost.py", "planning/hlo.py", "planning/xla_dump.py")
+    planning = (
+        "planning/compile.py",
+        "planning/cost.py",
+        "planning/hlo.py",
+        "planning/statistics.py",
+        "planning/xla_dump.py",
+    )
     for file in sorted(path for pattern in (*packages, *planning) for path in root.glob(pattern)):
         code.update(file.read_bytes())
     extent = [config.train.batch_size, config.data.max_boxes, sorted(config.data.sources)]
@@ -211,7 +217,7 @@ def _key(config: Config, topology: Topology, canvas: tuple[int, int], how: How) 
     return hashlib.sha256(json.dumps(whole, default=str).encode()).hexdigest()[:32]
 
 
-def _compiler(how: How) -> str:
+def _compiler(how: CompileMode) -> str:
     name = "libtpu" if how in ("tpu", "tpu-whole") else "jaxlib"
     try:
         return f"{name} {importlib.metadata.version(name)}"
@@ -219,8 +225,8 @@ def _compiler(how: How) -> str:
         return name
 
 
-def environment(topology: Topology, how: How) -> dict[str, str]:
-    """Variables that a compiler wants to find: libtpu looks for no TPU then and lets several compile at once."""
+def environment(topology: Topology, how: CompileMode) -> dict[str, str]:
+    """Environment variables of a compiler: with them libtpu does not look for a TPU, and several processes can compile."""
     if how == "local":
         return {}
     values = {"JAX_PLATFORMS": "cpu"}
@@ -235,25 +241,31 @@ def environment(topology: Topology, how: How) -> dict[str, str]:
         }
         return values
     kept = re.sub(r"--xla_force_host_platform_device_count=\S+", "", os.environ.get("XLA_FLAGS", ""))
-    # Machine code is never run: its optimisation would only take time.
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    values["XLA_FLAGS"] = f"{kept} {quick} --xla_force_host_platform_device_count={topology.devices}".strip()
+    # The machine code is never run, so it is not optimised.
+    unoptimised = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    values["XLA_FLAGS"] = f"{kept} {unoptimised} --xla_force_host_platform_device_count={topology.devices}".strip()
     return values
 
 
-# --- in the compiler's own process -------------------------------------------------------------------------------------
+# --- in the process of the compiler -------------------------------------------------------------------------------------
 
 
-def _child(
-    pipe: Connection, config: Config, topology: Topology, canvas: tuple[int, int], how: How, keep: str, scratch: str
+def _run_child(
+    pipe: Connection,
+    config: Config,
+    topology: Topology,
+    canvas: tuple[int, int],
+    how: CompileMode,
+    keep: str,
+    scratch: str,
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    # What libraries in C++ write as well.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    # File descriptors, so that output of C++ libraries is redirected too.
     with (Path(scratch) / "log").open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
-        pipe.send(("done", _facts(pipe, config, topology, canvas, how, keep, Path(scratch))))
+        pipe.send(("done", _statistics(pipe, config, topology, canvas, how, keep, Path(scratch))))
     except (PlanError, MeshError) as fault:
         pipe.send(("failed", str(fault)))
     except Exception as fault:
@@ -261,39 +273,45 @@ def _child(
         pipe.send(("failed", f"{topology.name}: {type(fault).__name__}: {str(fault).strip().splitlines()[0][:300]}"))
 
 
-def _devices(topology: Topology, how: How) -> list[Any]:
+def _devices(topology: Topology, how: CompileMode) -> list[Any]:
     if how not in ("tpu", "tpu-whole"):
         devices = jax.devices()
         if how == "local" and devices[0].platform != "gpu":
             raise PlanError(
-                f"{topology.name}: --compile=local is for a machine with such GPUs, here are {devices[0].platform}s: "
+                f"{topology.name}: --compile=local is for a machine with such GPUs, found {devices[0].platform}s: "
                 "leave it out for a plan by formulas"
             )
         if len(devices) < topology.devices:
-            raise PlanError(f"{topology.name}: {len(devices)} devices are here, {topology.devices} are wanted")
+            raise PlanError(f"{topology.name}: found {len(devices)} devices, expected {topology.devices}")
         return devices[: topology.devices]
     from jax.experimental import topologies
 
-    # A slice is at least a whole host of four; of a smaller one its first chips are taken.
+    # The smallest slice is a host of four chips; for fewer chips its first ones are used.
     name = topology.compiler_name
     if topology.devices < 4:
         name = f"{topology.family}:{'2x2' if topology.chip.dimensions == 2 else '2x2x1'}"
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if topology.family == "v4":
-        options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as jax has them on a v4
+        options["chip_config_name"] = "megacore"  # both cores of a chip form one device, as in JAX on a v4
     try:
-        found = topologies.get_topology_desc(name, "tpu", **options)
+        description = topologies.get_topology_desc(name, "tpu", **options)
     except Exception as fault:
         raise PlanError(
             f"{topology.name}: libtpu has no such slice: {str(fault).strip().splitlines()[0][:200]}"
         ) from None
-    return list(found.devices)[: topology.devices]
+    return list(description.devices)[: topology.devices]
 
 
-def _facts(
-    pipe: Connection, config: Config, topology: Topology, canvas: tuple[int, int], how: How, keep: str, scratch: Path
+def _statistics(
+    pipe: Connection,
+    config: Config,
+    topology: Topology,
+    canvas: tuple[int, int],
+    how: CompileMode,
+    keep: str,
+    scratch: Path,
 ) -> CompileStatistics:
-    # A program that comes from jax's cache is not compiled, and so nothing is written of how.
+    # A program from the persistent cache is not compiled, so no dumps would be written.
     jax.config.update("jax_enable_compilation_cache", False)
     if how != "local":
         jax.config.update("jax_platforms", "cpu")
@@ -303,18 +321,18 @@ def _facts(
     step: Any = make_step(config, mesh, glip_objective(config), state, tuple(sorted(config.data.sources)))
     pipe.send(("stage", f"tracing the step for {topology.devices} chips"))
     begin = time.monotonic()
-    with jax.set_mesh(mesh):  # kernels written for a TPU ask for its chip
+    with jax.set_mesh(mesh):  # Pallas kernels for TPUs look up the chip
         lowered = step.lower(state, batch)
     middle = time.monotonic()
-    pipe.send(("stage", f"compiling it with {_compiler(how)}"))
+    pipe.send(("stage", f"compiling the step with {_compiler(how)}"))
     try:
         if how == "tpu":
-            text, memory = decided(lowered, scratch / "dump")
+            text, memory = compile_until_assignment(lowered, scratch / "dump")
         else:
-            compiled = lowered.compile(compiler_options=options(scratch / "dump"))
+            compiled = lowered.compile(compiler_options=dump_options(scratch / "dump"))
             text, analysis = compiled.as_text() or "", compiled.memory_analysis()
     except jax.errors.JaxRuntimeError as fault:
-        needed, available = _shortage(str(fault))
+        needed, available = _memory_shortage(str(fault))
         if needed is None:
             raise
         return CompileStatistics(how, _compiler(how), needed, available, " ".join(str(fault).split())[:400])
@@ -337,27 +355,27 @@ def _facts(
             "code": float(analysis.generated_code_size_in_bytes),
         }
     sizes["activations"] = activation_bytes(scratch / "dump")
-    read = cost.read(text)
+    program = cost.program_cost(text)
     return CompileStatistics(
         how,
         _compiler(how),
         **sizes,
-        flops=read.flops,
-        passes=read.passes,
-        bytes=read.bytes,
-        padding=read.padding,
-        # Before machine code few operations have an estimate yet.
-        cycles=0.0 if how == "tpu" else read.cycles,
-        known=read.known,
-        calls=read.calls,
-        sent=_sent(text, mesh, topology),
-        hot=_hot(read),
+        flops=program.flops,
+        passes=program.passes,
+        bytes=program.bytes,
+        padding=program.padding,
+        # Most operations have no estimate before code generation.
+        cycles=0.0 if how == "tpu" else program.cycles,
+        known=program.known,
+        calls=program.calls,
+        sent=_collective_traffic(text, mesh, topology),
+        hot=_top_operations(program),
         seconds=seconds,
     )
 
 
-def _shortage(message: str) -> tuple[float | None, float | None]:
-    """(bytes needed, bytes available) of a compiler's complaint about memory; None where it is about something else."""
+def _memory_shortage(message: str) -> tuple[float | None, float | None]:
+    """(bytes needed, bytes available) from a compiler's out-of-memory message; None for other messages."""
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     size = r"([\d.]+)\s*([KMGT]?)"
     for pattern in (
@@ -369,13 +387,13 @@ def _shortage(message: str) -> tuple[float | None, float | None]:
     return None, None
 
 
-def _sent(text: str, mesh: Mesh, topology: Topology) -> tuple[CollectiveTraffic, ...]:
-    """The program's collectives, summed by kind, axes and whether they leave a slice (GPUs: a host)."""
+def _collective_traffic(text: str, mesh: Mesh, topology: Topology) -> tuple[CollectiveTraffic, ...]:
+    """The program's collectives, summed by kind, axes and whether they span slices (GPUs: hosts)."""
     within = topology.devices // topology.slices if topology.tpu else topology.chip.chips
     sums: dict[tuple[str, tuple[str, ...], bool], list[float]] = {}
     for each in collectives(text):
-        outer = each.across_slices or any(len({place // within for place in group}) > 1 for group in each.groups)
-        # Slices lie along `data`, the mesh's first axis.
+        outer = each.across_slices or any(len({device // within for device in group}) > 1 for group in each.groups)
+        # Slices are arranged along `data`, the first axis of the mesh.
         axes = ("data",) if each.across_slices else each.axes(mesh.shape)
         sent = each.sent_across(topology.slices) if each.across_slices else each.sent_bytes
         total = sums.setdefault((each.kind, axes, outer), [0, 0.0, 0.0])
@@ -388,12 +406,12 @@ def _sent(text: str, mesh: Mesh, topology: Topology) -> tuple[CollectiveTraffic,
     )
 
 
-def _hot(read: cost.Reading, count: int = 40) -> tuple[TopOperation, ...]:
-    """The operations that touch most, equal ones together."""
+def _top_operations(program: cost.ProgramCost, count: int = 40) -> tuple[TopOperation, ...]:
+    """The operations with the most memory traffic and the largest results; equal ones are summed."""
     groups: dict[tuple[str, str, str], list[cost.Operation]] = {}
-    for each in read.operations:
+    for each in program.operations:
         groups.setdefault((each.opcode, each.type[:200], each.origin), []).append(each)
-    hot = [
+    operations = [
         TopOperation(
             opcode,
             kind,
@@ -407,6 +425,6 @@ def _hot(read: cost.Reading, count: int = 40) -> tuple[TopOperation, ...]:
         )
         for (opcode, kind, origin), group in groups.items()
     ]
-    by_bytes = sorted(hot, key=lambda each: -each.bytes)[:count]
-    largest = sorted(hot, key=lambda each: -each.result_bytes)[: count // 2]
+    by_bytes = sorted(operations, key=lambda each: -each.bytes)[:count]
+    largest = sorted(operations, key=lambda each: -each.result_bytes)[: count // 2]
     return tuple(dict.fromkeys([*by_bytes, *largest]))

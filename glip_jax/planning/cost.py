@@ -1,13 +1,13 @@
-"""What one run of a compiled program computes and touches, read from its text (HLO), loops by their trip counts.
+"""Counts FLOPs, memory traffic and estimated cycles of a compiled program from its text (HLO), including loop trip counts.
 
-XLA's own cost analysis counts the body of a loop once, and GLIP's layers are loops. Counted here:
+XLA's cost analysis counts the body of a loop once, but GLIP's layers are loops. Counted here:
 
-* products and convolutions, two operations per multiply-add, without taps that fall on padding; and the same in
-  passes of the TPU's matrix unit: a float32 product of highest precision takes six passes of bfloat16, of high three;
-* bytes between chip memory and compute: operands and results of every operation outside fusions, tiles padded as the
-  layout says (T(8,128): a last dimension of 3 takes 128), arrays in on-chip memory (S(1), ...) left out; of an array of
-  which a fusion reads slices or rows, or into which it writes some, only these;
-* the cycles that a TPU's compiler estimates for its operations, where it does.
+* FLOPs of matrix products and convolutions, two per multiply-add, without taps on padding; and the same in passes of the
+  TPU's matrix unit: a float32 product takes six bfloat16 passes with precision `highest`, three with `high`;
+* bytes between chip memory and compute: operands and results of every operation outside fusions, padded to the tiles of the
+  layout (T(8,128): a last dimension of 3 takes 128), without arrays in on-chip memory (S(1), ...). Of arrays that a fusion
+  reads or updates in slices, only the slices count;
+* the cycles that the TPU compiler estimates, where it does.
 """
 
 import functools
@@ -17,62 +17,62 @@ from typing import NamedTuple
 
 import numpy as np
 
-from glip_jax.planning.hlo import Computation, Program, bits_of, opcode_on, operands
+from glip_jax.planning.hlo import Computation, Program, bits_of, opcode_and_rest, operands
 
-__all__ = ["Operation", "Reading", "read"]
+__all__ = ["Operation", "ProgramCost", "program_cost"]
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
-_NOTHING = {
+_NO_TRAFFIC = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "replica-id", "opt-barrier", "iota", "async-start", "add-dependency", "rng-get-and-update-state",
 }  # fmt: skip
-"""Opcodes that move nothing themselves; what they call is counted on its own."""
+"""Opcodes without memory traffic of their own; the computations that they call are counted separately."""
 _NO_CYCLES = 2**63 - 1
-"""What libtpu writes where it has no estimate."""
+"""Value that libtpu writes where it has no estimate."""
 _PASSES = {"highest": 6, "high": 3}
 
 
 class Operation(NamedTuple):
-    """One operation outside fusions."""
+    """An operation outside fusions."""
 
     name: str
     opcode: str
     type: str
     result_bytes: int
-    """Of its result in chip memory, padded."""
+    """Size of its result in chip memory, padded."""
     bytes: float
-    """Read and written at one execution, padded."""
+    """Bytes read and written per execution, padded."""
     padding: float
-    """Of these, how many are padding."""
+    """The part of `bytes` that is padding."""
     flops: float
-    """Of its products, at one execution."""
+    """FLOPs per execution."""
     cycles: int
-    """By the TPU compiler's estimate, at one execution; 0 where it gives none."""
+    """The TPU compiler's estimate per execution; 0 if it gives none."""
     times: int
-    """Executions in one run of the program."""
+    """Executions per run of the program."""
     origin: str
-    """Path of JAX names it was made for."""
+    """JAX name stack of the operation."""
 
 
-class Reading(NamedTuple):
+class ProgramCost(NamedTuple):
     """Sums over one run of the program on one device."""
 
     flops: float
     passes: float
-    """FLOPs, each product times the passes of its precision."""
+    """FLOPs, multiplied by the passes of each product's precision."""
     bytes: float
     padding: float
     cycles: float
     known: bool
-    """False where a loop's trip count is not known, which then counts once."""
+    """False if the trip count of a loop is not known; its body counts once."""
     calls: int
-    """Executions of kernels that were not compiled by XLA (Pallas) and do not declare their FLOPs."""
+    """Executions of Pallas kernels that do not declare their FLOPs."""
     operations: list[Operation]
 
 
-def read(text: str) -> Reading:
-    """Reads the optimised program `text` (`jax.stages.Compiled.as_text`). Raises CollectiveError for what is no program."""
-    return _Reader(Program(text)).read()
+def program_cost(text: str) -> ProgramCost:
+    """Reads the optimised program `text` (`jax.stages.Compiled.as_text`). Raises CollectiveError if it is not a program."""
+    return _CostReader(Program(text)).read()
 
 
 class _Size(NamedTuple):
@@ -86,7 +86,7 @@ class _Size(NamedTuple):
 _ZERO = _Size(0, 0)
 
 
-class _Reader:
+class _CostReader:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.fused: set[str] = set()
@@ -94,7 +94,7 @@ class _Reader:
             name
             for computation in program.computations.values()
             for rest in computation.lines.values()
-            if not _calls_steps(rest)
+            if not _runs_callee_unfused(rest)
             for name in re.findall(r"\b(?:calls|to_apply)=%?([\w.\-]+)", rest)
         ]
         while pending:
@@ -105,32 +105,34 @@ class _Reader:
             for rest in program.computations[name].lines.values():
                 pending += re.findall(r"\b(?:calls|to_apply)=%?([\w.\-]+)", rest)
 
-    def read(self) -> Reading:
+    def read(self) -> ProgramCost:
         operations: list[Operation] = []
         passes, known, calls = 0.0, True, 0
-        own: dict[str, float] = {}
-        """FLOPs of a fused computation and those that it calls."""
+        fused_flops: dict[str, float] = {}
+        """FLOPs of each computation, including those that it calls."""
         executions = self.program.executions()
-        for name, (times, sure) in executions.items():
+        for name, (times, times_known) in executions.items():
             computation = self.program.computations[name]
-            known &= sure
-            own[name] = 0.0
+            known &= times_known
+            fused_flops[name] = 0.0
             for instruction, rest in computation.lines.items():
                 opcode = _opcode(rest)
                 kernel = opcode == "custom-call" and "tpu_custom_call" in rest
-                declared = _declared(rest) if kernel else None
+                declared = _declared_flops(rest) if kernel else None
                 flops = _product(rest, computation) if opcode in ("dot", "convolution") else declared or 0.0
                 passes += times * flops * _passes(rest)
-                called = re.findall(r"\b(?:calls|to_apply)=%?([\w.\-]+)", rest) if not _calls_steps(rest) else []
-                flops += sum(own.get(inner, 0.0) for inner in called)
-                own[name] += flops
-                if name in self.fused or opcode in _NOTHING or opcode.endswith("-done"):
+                called = (
+                    re.findall(r"\b(?:calls|to_apply)=%?([\w.\-]+)", rest) if not _runs_callee_unfused(rest) else []
+                )
+                flops += sum(fused_flops.get(inner, 0.0) for inner in called)
+                fused_flops[name] += flops
+                if name in self.fused or opcode in _NO_TRAFFIC or opcode.endswith("-done"):
                     continue
                 calls += times * (kernel and declared is None)
                 operations.append(self._operation(instruction, rest, opcode, computation, flops, times))
         flops = sum(each.flops * each.times for each in operations)
         moved = [(each.bytes * each.times, each.padding * each.times) for each in operations]
-        return Reading(
+        return ProgramCost(
             flops,
             passes,
             sum(size for size, _ in moved),
@@ -144,12 +146,12 @@ class _Reader:
     def _operation(
         self, name: str, rest: str, opcode: str, computation: Computation, flops: float, times: int
     ) -> Operation:
-        kind = rest[: len(rest) - len(opcode_on(rest))].strip()
-        result = self._written(rest, opcode, computation)
+        kind = rest[: len(rest) - len(opcode_and_rest(rest))].strip()
+        result = self._written_size(rest, opcode, computation)
         moved = result
         for index, operand in enumerate(operands(rest)):
             if operand in computation.lines:
-                moved += self._taken(rest, opcode, index, _sizes(computation.lines[operand]))
+                moved += self._read_size(rest, opcode, index, _sizes(computation.lines[operand]))
         if opcode == "custom-call" and "AllocateBuffer" in rest:
             moved = _ZERO
         cycles = re.search(r'"estimated_cycles":"(\d+)"', rest)
@@ -168,14 +170,14 @@ class _Reader:
             origin[1] if origin else "",
         )
 
-    def _written(self, rest: str, opcode: str, computation: Computation) -> _Size:
-        """What an operation writes into chip memory: of an array that it changes in place only the change."""
+    def _written_size(self, rest: str, opcode: str, computation: Computation) -> _Size:
+        """Bytes that an operation writes into chip memory; for an in-place update only the updated part."""
         sizes = _sizes(rest)
         if opcode.endswith("-start"):
             # (result, operand, context), or ((operands), result, context)
             return sizes[opcode == "slice-start"] if sizes else _ZERO
         if opcode in ("dynamic-update-slice", "scatter"):
-            return self._change(rest, opcode, computation)
+            return self._update_size(rest, opcode, computation)
         if opcode != "fusion":
             return sum(sizes, start=_ZERO)
         inner = self._called(rest)
@@ -188,11 +190,11 @@ class _Reader:
         for root, size in zip(roots, sizes):
             line = inner.lines.get(root, "")
             changed = _opcode(line) in ("dynamic-update-slice", "scatter") and size.bytes
-            total += self._change(line, _opcode(line), inner) if changed else size
+            total += self._update_size(line, _opcode(line), inner) if changed else size
         return total
 
     def _roots(self, computation: Computation) -> list[str]:
-        """The instructions that make the elements of a computation's result, through bitcasts."""
+        """The instructions that produce the elements of a computation's result, looking through bitcasts."""
         line = computation.lines.get(computation.root, "")
         names = operands(line) if _opcode(line) == "tuple" else [computation.root]
         return [self._origin(name, computation) for name in names]
@@ -202,14 +204,14 @@ class _Reader:
             name = operands(computation.lines[name])[0]
         return name
 
-    def _change(self, rest: str, opcode: str, computation: Computation) -> _Size:
-        """The update of a dynamic-update-slice, twice that of a scatter, which reads what it adds to."""
+    def _update_size(self, rest: str, opcode: str, computation: Computation) -> _Size:
+        """Size of the update of a dynamic-update-slice; twice that of a scatter, which also reads the updated elements."""
         update = operands(rest)[1 if opcode == "dynamic-update-slice" else 2 : None]
         size = sum(_sizes(computation.lines.get(update[0], "")) if update else [], start=_ZERO)
         return size if opcode == "dynamic-update-slice" else size + size
 
-    def _taken(self, rest: str, opcode: str, index: int, sizes: list[_Size]) -> _Size:
-        """What an operation reads of its operand `index`, whose arrays have `sizes`."""
+    def _read_size(self, rest: str, opcode: str, index: int, sizes: list[_Size]) -> _Size:
+        """Bytes that an operation reads of its operand `index`, whose arrays have `sizes`."""
         whole = sum(sizes, start=_ZERO)
         if not whole.bytes:
             return _ZERO
@@ -220,32 +222,32 @@ class _Reader:
         if opcode == "slice-start":
             return _sizes(rest, anywhere=True)[1]
         if opcode == "fusion" and (inner := self._called(rest)) is not None:
-            part = self._of_parameter(inner.name, index)
+            part = self._parameter_read_size(inner.name, index)
             return whole if part is None else part
         return whole
 
-    @functools.cache  # noqa: B019 (a reader lives as long as its one reading)
-    def _of_parameter(self, name: str, index: int) -> _Size | None:
-        """What a fused computation reads of its parameter; None: all of it."""
+    @functools.cache  # noqa: B019 (a reader is used once)
+    def _parameter_read_size(self, name: str, index: int) -> _Size | None:
+        """Bytes that a fused computation reads of its parameter; None: all of it."""
         computation = self.program.computations[name]
         marker = f"parameter({index})"
-        parameter = next((n for n, rest in computation.lines.items() if opcode_on(rest).startswith(marker)), None)
+        parameter = next((n for n, rest in computation.lines.items() if opcode_and_rest(rest).startswith(marker)), None)
         if parameter is None:
             return None
         total, names = _ZERO, {parameter}
         for each, rest in computation.lines.items():
-            for place, operand in enumerate(operands(rest)) if names & set(operands(rest)) else ():
+            for position, operand in enumerate(operands(rest)) if names & set(operands(rest)) else ():
                 if operand not in names:
                     continue
                 opcode = _opcode(rest)
                 if opcode == "bitcast":
                     names.add(each)
-                elif opcode in ("dynamic-slice", "slice", "gather") and place == 0:
+                elif opcode in ("dynamic-slice", "slice", "gather") and position == 0:
                     total += sum(_sizes(rest, anywhere=True), start=_ZERO)
-                elif opcode in ("dynamic-update-slice", "scatter") and place == 0:
+                elif opcode in ("dynamic-update-slice", "scatter") and position == 0:
                     continue
                 elif opcode == "fusion" and (inner := self._called(rest)) is not None:
-                    part = self._of_parameter(inner.name, place)
+                    part = self._parameter_read_size(inner.name, position)
                     if part is None:
                         return None
                     total += part
@@ -258,17 +260,17 @@ class _Reader:
         return self.program.computations.get(found[1]) if found else None
 
 
-def _calls_steps(rest: str) -> bool:
-    """Whether an instruction runs the operations of what it calls one by one, as a loop does, and not fused."""
-    return bool(re.match(r"(while|conditional|call|async-start)\(", opcode_on(rest)))
+def _runs_callee_unfused(rest: str) -> bool:
+    """Whether an instruction runs the operations of its callee one by one, as a loop does, instead of fused."""
+    return bool(re.match(r"(while|conditional|call|async-start)\(", opcode_and_rest(rest)))
 
 
 def _opcode(rest: str) -> str:
-    return opcode_on(rest).partition("(")[0]
+    return opcode_and_rest(rest).partition("(")[0]
 
 
-def _declared(rest: str) -> float | None:
-    """FLOPs that a Pallas kernel declares (`pallas_call`'s cost_estimate); None if it does not."""
+def _declared_flops(rest: str) -> float | None:
+    """FLOPs that a Pallas kernel declares (`cost_estimate` of `pallas_call`); None if it does not."""
     found = re.search(r'"cost_estimate":\{"flops":"?(\d+)', rest)
     return float(found[1]) if found else None
 
@@ -279,8 +281,8 @@ def _passes(rest: str) -> int:
 
 
 def _sizes(rest: str, anywhere: bool = False) -> list[_Size]:
-    """Bytes in chip memory of the arrays of an instruction's type; zero for arrays elsewhere unless `anywhere`."""
-    kind = rest[: len(rest) - len(opcode_on(rest))]
+    """Bytes of the arrays of an instruction's type; zero for arrays outside chip memory unless `anywhere`."""
+    kind = rest[: len(rest) - len(opcode_and_rest(rest))]
     sizes = []
     for dtype, shape, order, layout in _ARRAY.findall(kind):
         if dtype in ("token", "opaque"):
@@ -298,7 +300,7 @@ def _sizes(rest: str, anywhere: bool = False) -> list[_Size]:
 
 
 def _padded(sides: list[int], minor_to_major: list[int], layout: str) -> int:
-    """Elements of an array whose most minor dimensions are filled up to whole tiles."""
+    """Number of elements of an array with its minor dimensions padded to whole tiles."""
     tile = re.search(r"T\(([\d,]+)\)", layout)
     if not tile or not sides:
         return math.prod(sides)
@@ -315,7 +317,7 @@ def _shape(name: str, computation: Computation) -> list[int]:
 
 
 def _product(rest: str, computation: Computation) -> float:
-    """Operations of a dot or convolution."""
+    """FLOPs of a dot or convolution."""
     out = _ARRAY.search(rest)
     assert out is not None
     result = [int(side.lstrip("<=")) for side in out[2].split(",") if side]
@@ -334,7 +336,7 @@ def _product(rest: str, computation: Computation) -> float:
         def of(key: str, default: str = "1", axis: int = axis) -> str:
             return window[key].split("x")[axis] if key in window else default
 
-        total *= _taps(
+        total *= _count_taps(
             left[inputs.index(letter)],
             right[kernel.index(letter)],
             result[outputs.index(letter)],
@@ -347,13 +349,13 @@ def _product(rest: str, computation: Computation) -> float:
 
 
 @functools.cache
-def _taps(length: int, kernel: int, outputs: int, stride: int, pad: int, dilate: int, spread: int) -> int:
-    """Pairs of an output and a tap along one dimension that meet an element of the input, not padding or a gap."""
+def _count_taps(length: int, kernel: int, outputs: int, stride: int, pad: int, dilate: int, dilation: int) -> int:
+    """Number of (output, tap) pairs along one dimension that read an input element instead of padding or a dilation gap."""
     if kernel * outputs > 10**8:
         return outputs * kernel
     count = 0
     places = np.arange(outputs, dtype=np.int64) * stride - pad
     for tap in range(kernel):
-        at = places + tap * spread
+        at = places + tap * dilation
         count += int(np.count_nonzero((at >= 0) & (at < (length - 1) * dilate + 1) & (at % dilate == 0)))
     return count

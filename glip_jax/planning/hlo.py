@@ -1,14 +1,14 @@
-"""What a compiled program sends between devices: kind, bytes, groups and mesh axes of every collective.
+"""Finds the collectives of a compiled program: kind, bytes, groups and mesh axes.
 
-Read from the optimised program's text (`jax.stages.Compiled.as_text`, HLO), as CPU, GPU and TPU compilers write it:
+Reads the text of the optimised program (`jax.stages.Compiled.as_text`, HLO) of the CPU, GPU and TPU compilers:
 
-* loops multiply: the trip count is the compiler's own (`known_trip_count`) or, where it gives none (TPU), that of a
-  loop from one constant below another, counted by ones as all loops of JAX are;
-* a collective in flight (start, done) counts once, also where a TPU spreads its parts over the fusions it overlaps;
-* the TPU's fused all-reduce and slice counts as the reduce-scatter that it is;
-* of a conditional every branch counts, so the sums are upper bounds there.
+* executions in loops are multiplied by the trip count: the compiler's (`known_trip_count`) or, where it gives none (TPU),
+  that of a loop from one constant to another with increment 1, as in all loops of JAX;
+* an asynchronous collective (start, done) counts once, also where the TPU compiler distributes its parts over fusions;
+* the TPU's fusion of an all-reduce and a slice counts as a reduce-scatter;
+* every branch of a conditional counts, so sums are upper bounds there.
 
-Bytes are those of the arrays; a TPU's tiles may pad them.
+Bytes are those of the arrays, without padding to TPU tiles.
 """
 
 import itertools
@@ -23,7 +23,7 @@ import numpy as np
 from glip_jax import UserError
 
 __all__ = [
-    "Collective", "CollectiveError", "Computation", "Kind", "Program", "bits_of", "collectives", "opcode_on", "operands",
+    "Collective", "CollectiveError", "Computation", "Kind", "Program", "bits_of", "collectives", "opcode_and_rest", "operands",
 ]  # fmt: skip
 
 Kind = Literal[
@@ -40,58 +40,58 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
 
 
 class CollectiveError(UserError, ValueError):
-    """A program text, or a form of replica groups in it, that this module does not know."""
+    """The text is no program, or has replica groups in an unknown format."""
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective instruction of a program."""
+    """A collective instruction of a program."""
 
     kind: Kind
     name: str
-    """The instruction's name in the program."""
+    """Name of the instruction in the program."""
     dtypes: tuple[str, ...]
-    """Of the arrays that it carries, in HLO's names (f32, bf16, s32, pred)."""
+    """HLO names of the arrays' types (f32, bf16, s32, pred)."""
     operand_bytes: int
-    """What each device puts in, once."""
+    """Size of a device's operand, per execution."""
     result_bytes: int
-    """What each device gets out, once."""
+    """Size of a device's result, per execution."""
     groups: Groups
-    """Places in the program's order of devices (mesh.devices.flat) that communicate among themselves; for
-    collective-permute, send and recv (source, target) pairs."""
+    """Groups of communicating devices, as indices into mesh.devices.flat; for collective-permute, send and recv
+    (source, target) pairs."""
     times: int
-    """How often one run of the program executes it: the product of the trip counts of the loops around it."""
+    """Executions per run of the program: the product of the trip counts of the enclosing loops."""
     times_known: bool
-    """False where a loop around it has an unknown trip count, which then counts as 1."""
+    """False if the trip count of an enclosing loop is not known; it counts as 1."""
     op_name: str
-    """Path of JAX names that it was made for; several joined by the compiler in parentheses."""
+    """JAX name stack; several that the compiler combined are in parentheses."""
     source: str
-    """file:line of the user's code, "" if the program does not say; as it was when the program was first compiled, if it
-    comes from the persistent cache."""
+    """file:line of the user's code, "" if the program has none; of the first compilation if the program comes from the
+    persistent cache."""
     across_slices: bool = False
-    """A TPU's exchange with the other slices, which its host carries out (XLA's megascale): `groups` is empty then, the
-    bytes are what a chip hands over, `kind` what becomes of them."""
+    """Whether this is an exchange between TPU slices, which the host performs (XLA's megascale). Then `groups` is empty, the
+    bytes are those that a chip transfers to its host, and `kind` is the collective that the hosts perform."""
 
     def sent_across(self, slices: int) -> float:
-        """What a chip's host sends for it to `slices` slices at one execution, by the same rings."""
+        """Bytes that the host sends per chip and execution among `slices` slices, with ring algorithms."""
         factor = 2 * (slices - 1) / slices if self.kind == "all-reduce" else slices - 1
         return float(factor * self.operand_bytes)
 
     @property
     def bytes(self) -> int:
-        """The larger of operand and result: of an all-gather what is gathered, of a reduce-scatter what is reduced."""
+        """The larger of operand and result: the result of an all-gather, the operand of a reduce-scatter."""
         return max(self.operand_bytes, self.result_bytes)
 
     @property
     def devices(self) -> int:
-        """Devices of a group; of a permutation 2 (1 where nobody sends to another)."""
+        """Devices of a group; 2 for a permutation (1 if every device sends to itself)."""
         return max((len(set(group)) for group in self.groups), default=1)
 
     @property
     def sent_bytes(self) -> float:
-        """What a device sends at one execution by the ring algorithms that are optimal in bytes (arXiv 1909.09756, 2.2).
+        """Bytes that a device sends per execution with bandwidth-optimal ring algorithms (arXiv 1909.09756, 2.2).
 
-        n devices: all-reduce 2 (n-1)/n, all-gather, reduce-scatter and all-to-all (n-1)/n of `bytes`.
+        For n devices: 2 (n-1)/n of `bytes` for all-reduce, (n-1)/n for all-gather, reduce-scatter and all-to-all.
         """
         share = (self.devices - 1) / self.devices
         match self.kind:
@@ -104,7 +104,7 @@ class Collective:
         return share * self.bytes
 
     def axes(self, mesh: Mapping[str, int]) -> tuple[str, ...]:
-        """The mesh axes along which members of a group differ; `mesh`: sizes by name, in order (`Mesh.shape`).
+        """The mesh axes along which the members of a group differ; `mesh`: sizes by name, in order (`Mesh.shape`).
 
         Raises CollectiveError if the groups name devices that the mesh does not have.
         """
@@ -113,17 +113,17 @@ class Collective:
             raise CollectiveError(f"{self.name} is among {members[-1] + 1} devices, the mesh is {dict(mesh)}")
         varies = np.zeros(len(sizes), bool)
         for group in self.groups:
-            places = np.stack(np.unravel_index(np.array(group), sizes))
-            varies |= (places != places[:, :1]).any(1)
+            coordinates = np.stack(np.unravel_index(np.array(group), sizes))
+            varies |= (coordinates != coordinates[:, :1]).any(1)
         return tuple(axis for axis, differs in zip(mesh, varies) if differs)
 
 
 def collectives(program: Any) -> list[Collective]:
-    """Every collective that `program` executes, in the order of its text.
+    """All collectives that `program` executes, in the order of its text.
 
-    `program`: a `jax.stages.Compiled`, or its text. Transfers between host and device are no collectives and left out, but
-    those by which a TPU's slices exchange.
-    Raises CollectiveError for a text without an entry or with groups written in an unknown way.
+    `program`: a `jax.stages.Compiled`, or its text. Transfers between host and device are omitted, except those that
+    exchange data between TPU slices. Raises CollectiveError for a text without an entry computation, or with replica groups
+    in an unknown format.
     """
     text = program if isinstance(program, str) else program.as_text()
     if not isinstance(text, str):
@@ -139,11 +139,11 @@ class Computation(NamedTuple):
     lines: dict[str, str]
     """Instruction name to what follows its " = "."""
     root: str
-    """Name of the instruction whose result is the computation's."""
+    """Name of the instruction whose result is that of the computation."""
 
 
 class _Called(NamedTuple):
-    """A computation that an instruction calls, how often, and whether that is known."""
+    """A computation that an instruction calls: executions per call, and whether that number is known."""
 
     computation: str
     times: int
@@ -151,7 +151,7 @@ class _Called(NamedTuple):
 
 
 class Program:
-    """A program's text, cut into computations."""
+    """The text of a program, split into computations."""
 
     def __init__(self, text: str) -> None:
         header = text[: text.find("\n")]
@@ -185,36 +185,36 @@ class Program:
         for name, (times, known) in self.executions().items():
             computation = self.computations[name]
             for instruction, rest in computation.lines.items():
-                if not _COLLECTIVE.search(rest) or _continues(rest, computation):
+                if not _COLLECTIVE.search(rest) or _is_continuation(rest, computation):
                     continue
                 if "is_host_transfer=true" in rest:
                     found += self._across_slices(instruction, computation, times, known)
                     continue
-                # Metadata may hold the words too; only the opcode counts.
-                if match := _COLLECTIVE.match(opcode_on(rest)):
+                # Metadata may contain these words too; only the opcode counts.
+                if match := _COLLECTIVE.match(opcode_and_rest(rest)):
                     found.append(self._collective(match[1], instruction, computation, times, known))
         return found
 
     def _across_slices(self, name: str, computation: Computation, times: int, known: bool) -> list[Collective]:
-        """What is handed to the host for other slices; nothing for a transfer of another sort, and for what comes back."""
+        """The transfer to the host for other slices; empty for other transfers and for the received data."""
         rest = computation.lines[name]
         kind: Any = (re.search(r'_xla_megascale_transfer_type="(\w+)"', rest) or ["", ""])[1].lower().replace("_", "-")
-        if not opcode_on(rest).startswith("send(") or kind not in get_args(Kind):
+        if not opcode_and_rest(rest).startswith("send(") or kind not in get_args(Kind):
             return []
         (dtype, size), *_ = _arrays(rest)
         return [Collective(kind, name, (dtype,), size, size, (), times, known, "", self._source(rest), True)]
 
     def executions(self) -> dict[str, tuple[int, bool]]:
-        """Computations that run, in the order of the text: how often, and whether that is known."""
+        """The computations that run, in the order of the text, with (executions, whether that number is known)."""
         times: dict[str, tuple[int, bool]] = {self.entry: (1, True)}
-        # Whoever is called stands before who calls, so a caller's own count is complete when its turn comes.
+        # A callee precedes its callers in the text, so in reverse order the count of a caller is complete when it is read.
         for name in reversed(self.computations):
             if name not in times:
                 continue
-            own, sure = times[name]
+            own, times_known = times[name]
             for called, factor, known in self._calls(self.computations[name]):
                 before, all_known = times.get(called, (0, True))
-                times[called] = (before + own * factor, all_known and sure and known)
+                times[called] = (before + own * factor, all_known and times_known and known)
         return {name: times[name] for name in self.computations if name in times}
 
     def _calls(self, computation: Computation) -> Iterator[_Called]:
@@ -231,7 +231,7 @@ class Program:
                     yield _Called(name, factor, known)
 
     def _trips(self, rest: str, computation: Computation) -> tuple[int, bool]:
-        """Trip count of a while instruction, and whether it is known (1 if not)."""
+        """Trip count of a while instruction (1 if not known), and whether it is known."""
         if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest):
             return int(match[1]), True
         named = re.search(r"\bcondition=%?([\w.\-]+)", rest)
@@ -241,7 +241,7 @@ class Program:
         # ROOT compare(element i of the loop's tuple, constant), direction=LT
         root = condition.lines.get(condition.root, "")
         compared = operands(root)
-        if not opcode_on(root).startswith("compare(") or "direction=LT" not in root or len(compared) != 2:
+        if not opcode_and_rest(root).startswith("compare(") or "direction=LT" not in root or len(compared) != 2:
             return 1, False
         element = re.search(r"get-tuple-element\(.*index=(\d+)", condition.lines.get(compared[0], ""))
         end = _constant(condition, compared[1])
@@ -263,16 +263,16 @@ class Program:
         if kind in ("send", "recv"):
             arrays = _arrays(rest)[:1]  # (array, context, token)
             operand, result = (arrays[0][1], 0) if kind == "send" else (0, arrays[0][1])
-        slices = _scattered(name, computation) if kind == "all-reduce" else []
+        slices = _kept_slices(name, computation) if kind == "all-reduce" else []
         if slices:
             kind = "reduce-scatter"
             result = sum(size for each in slices for _, size in _arrays(computation.lines[each]))
-        # What the compiler wrapped into a fusion bears its names outside.
-        told = rest if "op_name=" in rest else self.callers.get(computation.name, rest)
-        op_name = re.search(r'\bop_name="((?:[^"\\]|\\.)*)"', told)
+        # A collective inside a fusion has its metadata on the fusion.
+        annotated = rest if "op_name=" in rest else self.callers.get(computation.name, rest)
+        op_name = re.search(r'\bop_name="((?:[^"\\]|\\.)*)"', annotated)
         return Collective(
             kind, name, tuple(sorted({dtype for dtype, _ in arrays})), operand, result, groups, times, known,
-            op_name[1] if op_name else "", self._source(told),
+            op_name[1] if op_name else "", self._source(annotated),
         )  # fmt: skip
 
     def _groups(self, rest: str, kind: str) -> Groups:
@@ -294,7 +294,7 @@ class Program:
 
 
 def _groups(text: str, devices: int) -> Groups:
-    """Replica groups at the beginning of `text`: listed, as an iota, or by axes of a mesh of the compiler's own."""
+    """Parses the replica groups at the start of `text`: lists, an iota, or axes of a mesh of the compiler."""
     if text.startswith("{"):
         listed = re.findall(r"\{([\d,]*)\}", text[: text.find("}}") + 1]) if text.startswith("{{") else []
         return tuple(tuple(map(int, group.split(","))) for group in listed) or (tuple(range(devices)),)
@@ -304,8 +304,8 @@ def _groups(text: str, devices: int) -> Groups:
         names = re.findall(r"'([^']+)'=(\d+)", match[1])
         sizes = [int(size) for _, size in names]
         order = _iota(match[2]) if match[2] else np.arange(math.prod(sizes))
-        # Each axis in parts, so that a reference may mean a part of one: 'axis':(factors before it)size.
-        shape, chosen, place = [], [], 0
+        # Axes are split into parts, because a reference may select one: 'axis':(product of the parts before it)size.
+        shape, chosen, position = [], [], 0
         references = {
             name: (int(before or 1), int(size or 0))
             for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", match[3])
@@ -314,16 +314,16 @@ def _groups(text: str, devices: int) -> Groups:
             before, size = references.get(name, (int(whole), 1))
             size = size or int(whole)
             shape += [before, size, int(whole) // (before * size)]
-            chosen += [place + 1] if name in references else []
-            place += 3
+            chosen += [position + 1] if name in references else []
+            position += 3
         grid = order.reshape(shape)
         grid = np.moveaxis(grid, chosen, range(-len(chosen), 0))
         return _rows(grid.reshape(-1, math.prod(grid.shape[len(shape) - len(chosen) :])))
-    raise CollectiveError(f"replica_groups={text[:80]}: a form that is not known; expected lists, an iota, axes")
+    raise CollectiveError(f"replica_groups={text[:80]}: an unknown format; expected lists, an iota or mesh axes")
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[4,2]T(1,0)`: the numbers from 0 in that shape, transposed, in their new order."""
+    """Evaluates `[4,2]T(1,0)`: an iota of that shape, transposed and flattened."""
     match = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if not match:
         raise CollectiveError(f"device list {text[:80]!r}: expected [sizes] or [sizes]T(order)")
@@ -333,11 +333,11 @@ def _iota(text: str) -> np.ndarray:
 
 
 def _rows(table: np.ndarray) -> Groups:
-    return tuple(tuple(int(place) for place in row) for row in table)
+    return tuple(tuple(int(device) for device in row) for row in table)
 
 
-def opcode_on(rest: str) -> str:
-    """What follows the type of an instruction."""
+def opcode_and_rest(rest: str) -> str:
+    """The text after the type of an instruction: its opcode, operands and attributes."""
     if not rest.startswith("("):
         return rest.partition(" ")[2]
     return rest[_closing(rest, 0) + 1 :].lstrip()
@@ -355,23 +355,23 @@ def _closing(text: str, at: int) -> int:
 
 def operands(rest: str) -> list[str]:
     """Names of an instruction's operands."""
-    after = opcode_on(rest)
+    after = opcode_and_rest(rest)
     begin = after.find("(")
     if begin < 0:
         return []
     inner = re.sub(r"/\*.*?\*/", "", after[begin + 1 : _closing(after, begin)])
-    # Operands may be written with their types before them, whose layouts hold commas too.
+    # Operands may be preceded by their types, whose layouts contain commas too.
     return re.findall(r"%([\w.\-]+)", inner) or [word.split()[-1] for word in inner.split(",") if word.strip()]
 
 
 def _arrays(rest: str) -> list[tuple[str, int]]:
     """(dtype, bytes) of the arrays of an instruction's type."""
-    kind = rest[: len(rest) - len(opcode_on(rest))]
+    kind = rest[: len(rest) - len(opcode_and_rest(rest))]
     return [(dtype, _bytes(dtype, sizes)) for dtype, sizes in _ARRAY.findall(kind) if dtype not in ("token", "opaque")]
 
 
 def bits_of(dtype: str) -> int:
-    """Of an element of an array of HLO's type `dtype` (f32, bf16, pred)."""
+    """Bits of an element of HLO type `dtype` (f32, bf16, pred)."""
     return 8 if dtype == "pred" else int((re.match(r"[a-z]+(\d+)", dtype) or ["", "8"])[1])
 
 
@@ -381,10 +381,10 @@ def _bytes(dtype: str, sizes: str) -> int:
 
 
 def _constant(computation: Computation, name: str) -> int | None:
-    """The integer that an instruction holds, through copies and conversions; None if it is not constant."""
+    """The integer value of an instruction, looking through copies and conversions; None if it is not constant."""
     for _ in range(8):
         rest = computation.lines.get(name, "")
-        after = opcode_on(rest)
+        after = opcode_and_rest(rest)
         if match := re.match(r"constant\((-?\d+)\)", after):
             return int(match[1])
         if not re.match(r"(copy|bitcast|convert|copy-start|copy-done)\(", after):
@@ -393,22 +393,22 @@ def _constant(computation: Computation, name: str) -> int | None:
     return None
 
 
-def _continues(rest: str, computation: Computation) -> bool:
-    """Whether it is a later part of a collective that a TPU spreads over fusions: only the start counts."""
+def _is_continuation(rest: str, computation: Computation) -> bool:
+    """Whether an instruction continues a collective that the TPU compiler distributes over fusions: only the start counts."""
     if '"async_collective_fusion_config"' not in rest:
         return False
     return not any('custom_call_target="AsyncCollectiveStart"' in line for line in computation.lines.values())
 
 
-def _scattered(name: str, computation: Computation) -> list[str]:
-    """The slices, if a fusion (never the entry) does nothing with an all-reduce but keep each device's own slice."""
+def _kept_slices(name: str, computation: Computation) -> list[str]:
+    """The slices of an all-reduce in a fusion that keeps only each device's own slice; empty if the whole result is used."""
     if computation.entry:
         return []
     slices, names = [], {name}
     for each, rest in computation.lines.items():
         if each in names or not names & set(operands(rest)):
             continue
-        after = opcode_on(rest)
+        after = opcode_and_rest(rest)
         if after.startswith("dynamic-slice("):
             slices.append(each)
         elif re.match(r"(get-tuple-element|bitcast|reshape)\(", after):
@@ -419,7 +419,7 @@ def _scattered(name: str, computation: Computation) -> list[str]:
 
 
 def _sources(text: str) -> dict[int, str]:
-    """file:line of each stack frame in the tables at the head of a program: the innermost that no library's is."""
+    """file:line of each stack frame in the tables at the head of a program: the innermost frame outside installed packages."""
 
     def section(title: str) -> Sequence[str]:
         match = re.search(rf"^{title}\n((?:\d+ .*\n)+)", text, re.MULTILINE)
@@ -427,7 +427,9 @@ def _sources(text: str) -> dict[int, str]:
 
     files = {int(n): name for n, name in (re.match(r'(\d+) "(.*)"', line).groups() for line in section("FileNames"))}  # pyright: ignore[reportOptionalMemberAccess]
     fields = r"(\d+) \{file_name_id=(\d+).*? line=(\d+)"
-    places = {int(n): (files[int(f)], line) for n, f, line in re.findall(fields, "\n".join(section("FileLocations")))}
+    locations = {
+        int(n): (files[int(f)], line) for n, f, line in re.findall(fields, "\n".join(section("FileLocations")))
+    }
     fields = r"(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?"
     frames = {int(n): (int(p), int(up or 1) - 1) for n, p, up in re.findall(fields, "\n".join(section("StackFrames")))}
 
@@ -435,7 +437,7 @@ def _sources(text: str) -> dict[int, str]:
         chain = [frame]
         while (up := frames[chain[-1]][1]) in frames and up not in chain:
             chain.append(up)
-        found = [places[frames[each][0]] for each in chain]
-        return ":".join(next((place for place in found if "site-packages" not in place[0]), found[0]))
+        found = [locations[frames[each][0]] for each in chain]
+        return ":".join(next((location for location in found if "site-packages" not in location[0]), found[0]))
 
     return {frame: source(frame) for frame in frames}

@@ -1,8 +1,8 @@
-"""From what a step computes, touches and sends to seconds, images and hours: arithmetic on published peaks.
+"""Roofline model of a training step: times from its FLOPs, memory traffic and collectives and from published peaks.
 
-A roofline without overlap: a step takes the longer of computing and memory, and after that the network; the hosts prepare
-the next batch meanwhile, and if that takes longer it is what counts. Real steps are slower than any roofline, so the
-images per second here are what cannot be passed, and the largest of the four times says what to work on.
+The model assumes no overlap on the device: a step takes the longer of compute and memory time, plus the network time. The
+hosts prepare the next batch in the meantime; if that takes longer, it bounds the step. Real steps are slower than any
+roofline, so images per second are an upper bound, and the largest of the four times is what to optimise.
 """
 
 import dataclasses
@@ -28,55 +28,55 @@ __all__ = [
 ]
 
 IMAGES_PER_CORE = 200.0
-"""From JPEG to batch at 800 x 1333 (benchmarks/RESULTS.md: 280 a second on one core, 468 on two)."""
+"""Images per second that a core prepares, JPEG to batch at 800 x 1333 (benchmarks/RESULTS.md: 280 on one core, 468 on two)."""
 JPEG_BYTES = 163e3
-"""Of a picture of COCO, mean."""
+"""Mean size of a COCO image."""
 _PROGRAM = 0.5 * 2**30
-"""Kept free for a program that was not written; GLIP-T's step has 0.39 GiB (benchmarks/RESULTS.md)."""
+"""Memory reserved for the program if no code was generated; that of GLIP-T's step has 0.39 GiB (benchmarks/RESULTS.md)."""
 _SYSTEM = 0.25 * 2**30
-"""What a TPU's system keeps of a chip's memory: libtpu offers programs 15.75 of a v5e's 16 GiB; of the others it is assumed."""
+"""Memory of a chip that the TPU runtime reserves: 15.75 of 16 GiB are available on a v5e; assumed for other chips."""
 _PROCESS_BYTES = 4e9
-"""A training process on a host: Python, jax, the compiler's working memory."""
+"""Host memory of a training process: Python, JAX, the compiler."""
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Of steps on one canvas. Seconds are of one step, bytes and FLOPs of one chip unless said otherwise."""
+    """A plan for one canvas size. Seconds are per step, bytes and FLOPs per chip and step unless stated otherwise."""
 
     mesh: dict[str, int]
-    """Sizes of its axes."""
+    """Sizes of the mesh axes."""
     images: int
-    """Of a step, over all chips."""
+    """Images per step, over all chips."""
     fits: bool | None
-    """None: not known, because nothing was compiled."""
+    """Whether the step fits into memory; None: not known, because nothing was compiled."""
     memory: dict[str, float]
-    """Bytes by kind: parameters, optimizer, averages, batch, then padding, activations, temporaries, program, peak where compiled."""
+    """Bytes by kind: parameters, optimizer, averages (EMA), batch; if compiled also padding, activations, temporaries, program, peak."""
     memory_limit: float
     useful_flops: float
-    """By formula, forward and backward, nothing computed twice."""
+    """By formula: forward and backward pass without recomputation."""
     forward_flops: float
     hardware_flops: float
-    """What is executed, in passes of bfloat16: the compiler's products, or the formula with what is computed again."""
+    """Executed FLOPs in bfloat16 passes: those of the compiled program, or the formula including recomputation."""
     bytes: float | None
     sent: tuple[CollectiveTraffic, ...]
     seconds: dict[str, float]
-    """compute, memory (absent if not known), network, input."""
+    """By resource: compute, memory (missing if not known), network, input."""
     bound: str
-    """The longest of these."""
+    """The resource with the longest time."""
     step_seconds: float
     images_per_second: float
     mfu: float
-    """Useful FLOPs over what the chips could do in that time."""
+    """Model FLOPs utilisation: useful FLOPs divided by the peak FLOPs of the step's time."""
     compiler_seconds: float | None
-    """The compiler's own estimate of a step without network, where it gives one and the clock is known."""
+    """The compiler's estimate of the step without network; None without an estimate or a published clock."""
     hours: float
-    """For the whole schedule, if every step had this canvas."""
+    """Hours of the whole schedule, if every step had this canvas size."""
     mean_hours: float
-    """With the time of the other canvases in proportion to their FLOPs, aspects equally frequent."""
+    """Hours of the whole schedule over all canvas sizes, with times proportional to FLOPs and equally frequent aspects."""
     chip_hours: float
-    """`mean_hours` of all chips."""
+    """`mean_hours` times the number of chips."""
     host: dict[str, float]
-    """Per host: images/s wanted and prepared, bytes/s read (JPEG) and sent to the chips, bytes of memory."""
+    """Per host: images/s required ("wanted") and prepared, bytes/s read (JPEG) and sent to the chips, bytes of memory."""
 
 
 def roofline(
@@ -84,21 +84,25 @@ def roofline(
     chips: Topology,
     canvas: tuple[int, int],
     state: dict[str, float],
-    facts: CompileStatistics | None,
+    statistics: CompileStatistics | None,
     mesh: dict[str, int],
     images_per_core: float = IMAGES_PER_CORE,
 ) -> Roofline:
-    """The roofline of `config` on `chips`; `state`: bytes per chip by kind; `facts` None: formulas alone; `mesh`: axis sizes."""
+    """Computes the roofline of `config` on `chips`.
+
+    `state`: bytes per chip by kind; `statistics`: of the compiled step, None to use formulas only; `mesh`: axis sizes;
+    `images_per_core`: images per second that a core of a host prepares.
+    """
     chip, devices = chips.chip, chips.devices
     images = config.train.batch_size
-    own = images / devices
+    images_per_chip = images / devices
     flops = flops_per_image(config.model, *canvas)
-    compiled = facts is not None and facts.needed is None
-    passes = facts.passes if facts and compiled else hardware_flops(config, flops) * own
-    sent = facts.sent if facts and compiled else formula_sent(state, mesh, chips)
+    compiled = statistics is not None and statistics.needed is None
+    passes = statistics.passes if statistics and compiled else hardware_flops(config, flops) * images_per_chip
+    sent = statistics.sent if statistics and compiled else formula_sent(state, mesh, chips)
     seconds = {"compute": passes / chip.flops}
-    if facts and compiled:
-        seconds["memory"] = facts.bytes / chip.bandwidth
+    if statistics and compiled:
+        seconds["memory"] = statistics.bytes / chip.bandwidth
     seconds["network"] = _network(sent, chips)
     host = _host(config, chips, canvas, state, images_per_core)
     seconds["input"] = host.pop("images") / host["images/s prepared"]
@@ -107,8 +111,10 @@ def roofline(
     host = {"images/s wanted": images / chips.hosts / device, **host}
     host["bytes/s read"] = images / chips.hosts / step * JPEG_BYTES
     host["bytes/s to chips"] = images / chips.hosts / step * math.prod(canvas) * 3
-    limit = facts.available if facts and facts.available else chip.memory - (_SYSTEM if chips.tpu else 0.0)
-    memory, fits = _memory(state, facts, limit)
+    limit = (
+        statistics.available if statistics and statistics.available else chip.memory - (_SYSTEM if chips.tpu else 0.0)
+    )
+    memory, fits = _memory(state, statistics, limit)
     hours = config.train.steps * step / 3600
     mean = hours * mean_share(config, canvas)
     return Roofline(
@@ -117,17 +123,17 @@ def roofline(
         fits=fits,
         memory=memory,
         memory_limit=limit,
-        useful_flops=flops.training * own,
-        forward_flops=flops.forward * own,
+        useful_flops=flops.training * images_per_chip,
+        forward_flops=flops.forward * images_per_chip,
         hardware_flops=passes,
-        bytes=facts.bytes if facts and compiled else None,
+        bytes=statistics.bytes if statistics and compiled else None,
         sent=sent,
         seconds=seconds,
         bound=max(seconds, key=lambda name: seconds[name]),
         step_seconds=step,
         images_per_second=images / step,
-        mfu=flops.training * own / (step * chip.flops),
-        compiler_seconds=facts.cycles / chip.clock if facts and facts.cycles and chip.clock else None,
+        mfu=flops.training * images_per_chip / (step * chip.flops),
+        compiler_seconds=statistics.cycles / chip.clock if statistics and statistics.cycles and chip.clock else None,
         hours=hours,
         mean_hours=mean,
         chip_hours=mean * devices,
@@ -136,29 +142,30 @@ def roofline(
 
 
 def hardware_flops(config: Config, flops: Flops) -> float:
-    """Operations of one image that are executed, by formula: training, and what the backward pass computes again.
+    """Executed FLOPs of one image by formula: training plus recomputation in the backward pass.
 
-    The fusion's attention is computed again always; with model.remat=blocks the blocks of all parts are, once more.
+    The attention of the fusion is always recomputed; with model.remat=blocks, the blocks of all parts are recomputed too.
     """
-    again = flops.parts["fusion"]
+    recomputed = flops.parts["fusion"]
     if config.model.remat == "blocks":
         blocks = ("text", "fusion", "head_text", "dynamic")
-        again += sum(flops.parts[part] for part in blocks)
-        again += flops.parts["backbone"] if config.model.backbone.kind == "swin" else 0.0
-    return flops.training + again
+        recomputed += sum(flops.parts[part] for part in blocks)
+        recomputed += flops.parts["backbone"] if config.model.backbone.kind == "swin" else 0.0
+    return flops.training + recomputed
 
 
 def formula_sent(state: dict[str, float], mesh: dict[str, int], chips: Topology) -> tuple[CollectiveTraffic, ...]:
-    """What the step sends at least (`glip_jax.distributed.mesh`): gradients summed over `data`; over `fsdp` parameters gathered once,
-    gradients summed and scattered.
+    """The minimum collective traffic of a step: gradients are all-reduced over `data`; over `fsdp`, parameters are
+    all-gathered once and gradients reduce-scattered (`glip_jax.distributed.mesh`).
 
-    Gradients and parameters are float32. Trained parameters are half of Adam's moments.
+    Gradients and parameters are float32. The size of the trained parameters is half of that of Adam's moments.
     """
     data, fsdp = mesh["data"], mesh["fsdp"]
     shard, trained = state["parameters"], state["optimizer"] / 2
     within = chips.devices // chips.slices if chips.tpu else chips.chip.chips
     sent = []
-    # A sum over slices (GPUs: hosts) goes in three steps: scattered inside, each chip's share summed between them, gathered.
+    # An all-reduce over slices (GPUs: hosts) has three steps: reduce-scatter inside, all-reduce of each chip's share between
+    # them, all-gather inside.
     outside = min(data, max(1, chips.devices // within))
     inside = data // outside
     if inside > 1:
@@ -175,7 +182,7 @@ def formula_sent(state: dict[str, float], mesh: dict[str, int], chips: Topology)
 
 
 def mean_share(config: Config, canvas: tuple[int, int]) -> float:
-    """FLOPs of an image over the mean of all canvases of the config, relative to one on `canvas`."""
+    """Mean FLOPs of an image over all canvas sizes of the config, relative to one on `canvas`."""
     data = config.data
     multiple = config.model.input.extent_multiple
     sizes = [
@@ -185,77 +192,80 @@ def mean_share(config: Config, canvas: tuple[int, int]) -> float:
     return sum(each) / len(each) / flops_per_image(config.model, *canvas).training
 
 
-def scaling(chips: Topology, found: Roofline, sizes: tuple[int, int] = (16, 256)) -> dict[str, Any] | None:
-    """Images per second and chip on sizes[1] over those on sizes[0] chips, the batch per chip as it is, one slice each.
+def scaling(chips: Topology, plan: Roofline, sizes: tuple[int, int] = (16, 256)) -> dict[str, Any] | None:
+    """Weak scaling: images per second and chip on sizes[1] chips relative to sizes[0] chips, each a single slice.
 
-    What `found` sends over `data` alone is scaled by (n-1)/n, what spans other axes stays, over the links of `chips`. None
-    where that makes no sense: no TPUs, several slices, no data axis, sizes that the other axes do
-    not divide.
+    Traffic of `plan` over `data` alone is scaled by (n-1)/n, other traffic is unchanged; link speeds are those of `chips`.
+    Returns None where this does not apply: no TPUs, several slices, no data axis, or sizes that the other axes do not
+    divide.
     """
-    now = found.mesh["data"]
-    others = chips.devices // now
-    if not chips.tpu or chips.slices > 1 or now < 2 or any(size % others for size in sizes):
+    data_size = plan.mesh["data"]
+    others = chips.devices // data_size
+    if not chips.tpu or chips.slices > 1 or data_size < 2 or any(size % others for size in sizes):
         return None
     steps = []
     for size in sizes:
-        then = size // others
-        factor = ((then - 1) / then) / ((now - 1) / now)
+        scaled_size = size // others
+        factor = ((scaled_size - 1) / scaled_size) / ((data_size - 1) / data_size)
         scaled = [
             dataclasses.replace(each, sent_bytes=each.sent_bytes * (factor if each.axes == ("data",) else 1.0))
-            for each in found.sent
+            for each in plan.sent
         ]
-        device = max(found.seconds["compute"], found.seconds.get("memory", 0.0)) + _network(tuple(scaled), chips)
-        steps.append(max(device, found.seconds["input"]))
+        device = max(plan.seconds["compute"], plan.seconds.get("memory", 0.0)) + _network(tuple(scaled), chips)
+        steps.append(max(device, plan.seconds["input"]))
     return {"chips": list(sizes), "step_seconds": steps, "efficiency": steps[0] / steps[1]}
 
 
 def _network(sent: tuple[CollectiveTraffic, ...], chips: Topology) -> float:
-    """Seconds that a chip sends, inside a slice (or host) and then out of it."""
+    """Seconds that a chip sends, first inside a slice (or host), then between slices."""
     inner = sum(each.sent_bytes for each in sent if not each.outer)
     outer = sum(each.sent_bytes for each in sent if each.outer)
     return (inner / chips.link if inner else 0.0) + (outer / chips.outer_link if outer else 0.0)
 
 
 def _memory(
-    state: dict[str, float], facts: CompileStatistics | None, limit: float
+    state: dict[str, float], statistics: CompileStatistics | None, limit: float
 ) -> tuple[dict[str, float], bool | None]:
-    """Bytes per chip by kind, and whether they fit."""
+    """Bytes per chip by kind, and whether they fit into `limit`."""
     memory = dict(state)
-    if facts is None:
+    if statistics is None:
         return memory, None if sum(state.values()) <= limit else False
-    if facts.needed is None:
-        if facts.activations is None:
-            kept = {"activations and temporaries": facts.temporaries}
+    if statistics.needed is None:
+        if statistics.activations is None:
+            kept = {"activations and temporaries": statistics.temporaries}
         else:
-            kept = {"activations": facts.activations, "temporaries": facts.temporaries - facts.activations}
+            kept = {
+                "activations": statistics.activations,
+                "temporaries": statistics.temporaries - statistics.activations,
+            }
         memory |= {
-            "padding of these": max(0.0, facts.arguments - sum(state.values())),
+            "padding of these": max(0.0, statistics.arguments - sum(state.values())),
             **kept,
-            "program" if facts.code is not None else "program, allowed for": _PROGRAM
-            if facts.code is None
-            else facts.code,
+            "program" if statistics.code is not None else "program, allowed for": _PROGRAM
+            if statistics.code is None
+            else statistics.code,
         }
-        # Results that take no argument's place: the step's numbers.
-        memory["outputs"] = facts.outputs - facts.aliased
-    memory["peak"] = facts.peak + (_PROGRAM if facts.needed is None and facts.code is None else 0.0)
-    return memory, facts.needed is None and memory["peak"] <= limit
+        # Results that do not reuse the memory of arguments: the step's metrics.
+        memory["outputs"] = statistics.outputs - statistics.aliased
+    memory["peak"] = statistics.peak + (_PROGRAM if statistics.needed is None and statistics.code is None else 0.0)
+    return memory, statistics.needed is None and memory["peak"] <= limit
 
 
 def _host(
     config: Config, chips: Topology, canvas: tuple[int, int], state: dict[str, float], images_per_core: float
 ) -> dict[str, float]:
-    """What a host prepares and holds; `images`: of a step."""
+    """Rates and memory of a host; `images`: per step."""
     data, chip = config.data, chips.chip
     images = config.train.batch_size / chips.hosts
     cores = min(chip.host_cores, data.workers or data.threads)
-    picture = math.prod(canvas) * 3
-    here = min(chip.chips, chips.devices)
-    # While a checkpoint is written, a copy of the state of all of a host's chips lies in its memory.
-    copy = here * (state["parameters"] + state["optimizer"] + state["averages"])
+    image_bytes = math.prod(canvas) * 3
+    host_chips = min(chip.chips, chips.devices)
+    # While a checkpoint is written, host memory holds a copy of the state of all its chips.
+    copy = host_chips * (state["parameters"] + state["optimizer"] + state["averages"])
     return {
         "images": images,
         "images/s prepared": cores * images_per_core,
-        "memory wanted": (data.prefetch + 2) * images * picture + copy + _PROCESS_BYTES,
+        "memory wanted": (data.prefetch + 2) * images * image_bytes + copy + _PROCESS_BYTES,
         "memory": chip.host_memory,
         "cores": float(chip.host_cores),
     }

@@ -1,4 +1,4 @@
-"""Which batch, rematerialisation and mesh fit a topology, and which of those is fastest by the roofline."""
+"""Searches batch sizes, rematerialisation settings and meshes for those that fit a topology, ranked by the roofline."""
 
 import dataclasses
 import itertools
@@ -17,16 +17,16 @@ __all__ = ["Candidate", "candidates", "search", "table", "with_images_per_chip"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One candidate and what became of it."""
+    """A combination of settings, and its plan."""
 
     images_per_chip: int
     remat: Remat
     fsdp: int
     tensor: int
     found: Roofline | None
-    """None where it was not compiled."""
+    """The plan; None if there is none."""
     why: str = ""
-    """Why not."""
+    """Why there is no plan."""
 
 
 def candidates(
@@ -37,7 +37,7 @@ def candidates(
     fsdp: Sequence[int],
     tensor: Sequence[int],
 ) -> Iterator[tuple[int, Config]]:
-    """(images per chip, config) of every combination, fewer images first within a remat and mesh."""
+    """Yields (images per chip, config) for every combination; within a remat setting and mesh in ascending order of images."""
     for shards, parts, remat, count in itertools.product(sorted(fsdp), sorted(tensor), remats, sorted(images)):
         candidate = dataclasses.replace(
             with_images_per_chip(config, count, chips),
@@ -48,9 +48,9 @@ def candidates(
 
 
 def with_images_per_chip(config: Config, count: int, chips: Topology) -> Config:
-    """`config` with a batch of `count` images for every chip and micro-batch, and so many steps that as many are seen.
+    """`config` with `count` images per chip and micro-batch, and with the number of steps that trains on as many images.
 
-    Chips that share an image's work (`mesh.tensor`) have their images together.
+    Chips along `mesh.tensor` process their images together.
     """
     batch_size = count * chips.devices * config.optimizer.accumulate
     steps = max(1, round(config.train.steps * config.train.batch_size / batch_size))
@@ -60,47 +60,50 @@ def with_images_per_chip(config: Config, count: int, chips: Topology) -> Config:
 def search(
     every: Sequence[tuple[int, Config]],
     plan: Callable[[Config], tuple[Roofline, CompileStatistics | None]],
-    say: Callable[[str], object],
+    progress: Callable[[str], object],
 ) -> list[Candidate]:
-    """Plans each candidate in turn, best first in the result: those that fit by images/s, then the others.
+    """Plans each of the candidates `every`; returns those that fit by descending images/s, then the others.
 
-    Where a number of images does not fit, no larger one of the same remat and mesh is tried. A mesh that does not divide is
-    left out with its reason, and so is one whose compiler fails, unless all do (PlanError).
+    If a number of images does not fit, larger ones with the same remat setting and mesh are skipped. A mesh that does not
+    divide, and a candidate whose compilation fails, are returned with the reason; PlanError is raised if all compilations
+    fail. `progress` receives a line for each candidate.
     """
     last: PlanError | None = None
-    tried: list[Candidate] = []
+    results: list[Candidate] = []
     for number, (images, config) in enumerate(every, start=1):
-        form = (config.model.remat, config.mesh.fsdp, config.mesh.tensor)
-        what = f"{number} of {len(every)}: {images} images a chip, remat {form[0]}, fsdp {form[1]}, tensor {form[2]}"
+        setting = (config.model.remat, config.mesh.fsdp, config.mesh.tensor)
+        label = f"{number} of {len(every)}: {images} images a chip, remat {setting[0]}, fsdp {setting[1]}, tensor {setting[2]}"
         smaller = [
-            t.images_per_chip for t in tried if (t.remat, t.fsdp, t.tensor) == form and t.found and not t.found.fits
+            t.images_per_chip
+            for t in results
+            if (t.remat, t.fsdp, t.tensor) == setting and t.found and not t.found.fits
         ]
         if smaller:
-            tried.append(Candidate(images, *form, None, f"{min(smaller)} images do not fit"))
-            say(f"{what}: not tried, {tried[-1].why}")
+            results.append(Candidate(images, *setting, None, f"{min(smaller)} images do not fit"))
+            progress(f"{label}: skipped, {results[-1].why}")
             continue
         try:
             found, _ = plan(config)
         except (MeshError, PlanError) as fault:
             last = fault if isinstance(fault, PlanError) else last
-            tried.append(Candidate(images, *form, None, str(fault)))
-            say(f"{what}: {fault}")
+            results.append(Candidate(images, *setting, None, str(fault)))
+            progress(f"{label}: {fault}")
             continue
-        tried.append(Candidate(images, *form, found))
-        say(f"{what}: {'fits' if found.fits else 'does not fit'}, {found.images_per_second:.1f} images/s")
-    if last is not None and not any(each.found for each in tried):
+        results.append(Candidate(images, *setting, found))
+        progress(f"{label}: {'fits' if found.fits else 'does not fit'}, {found.images_per_second:.1f} images/s")
+    if last is not None and not any(each.found for each in results):
         raise last
-    return sorted(tried, key=lambda t: (t.found is None, not (t.found and t.found.fits), -_rate(t)))
+    return sorted(results, key=lambda t: (t.found is None, not (t.found and t.found.fits), -_rate(t)))
 
 
-def _rate(tried: Candidate) -> float:
-    return tried.found.images_per_second if tried.found else 0.0
+def _rate(candidate: Candidate) -> float:
+    return candidate.found.images_per_second if candidate.found else 0.0
 
 
-def table(tried: Sequence[Candidate]) -> list[str]:
-    """The result of a search, a line a candidate."""
+def table(results: Sequence[Candidate]) -> list[str]:
+    """The result of a search as lines, one per candidate."""
     rows = ["images a chip  remat        fsdp  tensor  peak GiB  fits  images/s    MFU  bound"]
-    for each in tried:
+    for each in results:
         start = f"{each.images_per_chip:13}  {each.remat:11}  {each.fsdp:4}  {each.tensor:6}"
         if each.found is None:
             rows.append(f"{start}  {each.why}")

@@ -1,12 +1,13 @@
-"""What a compiler says of a training step: plain values, kept as JSON."""
+"""Statistics of a compiled training step: plain values that are stored as JSON."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["CompileStatistics", "TopOperation", "How", "CollectiveTraffic"]
+__all__ = ["CollectiveTraffic", "CompileMode", "CompileStatistics", "TopOperation"]
 
-How = Literal["tpu", "tpu-whole", "fake", "local"]
-"""Which compiler: libtpu's until it would write machine code, or to its end; the CPU's for made-up devices; that of the GPUs here."""
+CompileMode = Literal["tpu", "tpu-whole", "fake", "local"]
+"""Compiler and extent: libtpu without code generation (tpu) or with it (tpu-whole); XLA for fake CPU devices (fake) or for the
+GPUs of this machine (local)."""
 
 
 @dataclass(frozen=True)
@@ -17,16 +18,16 @@ class CollectiveTraffic:
     axes: tuple[str, ...]
     executions: int
     bytes: float
-    """Of the arrays."""
+    """Size of the arrays."""
     sent_bytes: float
-    """That a chip sends, by ring algorithms."""
+    """Bytes that a chip sends with ring algorithms."""
     outer: bool
-    """Whether a group reaches beyond one slice of TPUs, or one host of GPUs."""
+    """Whether a group spans several TPU slices, or several GPU hosts."""
 
 
 @dataclass(frozen=True)
 class TopOperation:
-    """An operation that touches much memory, per chip and step."""
+    """An operation with much memory traffic, per chip and step."""
 
     opcode: str
     type: str
@@ -41,41 +42,48 @@ class TopOperation:
 
 @dataclass(frozen=True)
 class CompileStatistics:
-    """What a compiler says of one step on one canvas, per chip."""
+    """Statistics of the step compiled for one canvas size, per chip."""
 
-    how: How
+    how: CompileMode
     compiler: str
     """Name and version."""
     needed: float | None = None
-    """Bytes of memory, where the compiler refused because that was too much; then what is below is empty."""
+    """Bytes of memory that the program needs, if the compiler refused it for lack of memory; the fields below are empty then."""
     available: float | None = None
-    """Bytes that the compiler has at hand, where it says so."""
+    """Bytes of memory available to the compiler, if it reports them."""
     words: str = ""
-    """Its own, where it refused."""
+    """The compiler's message, if it refused the program."""
     arguments: float = 0.0
-    """Bytes of state and batch as the chip lays them out."""
+    """Bytes of state and batch in the chip's layout."""
     outputs: float = 0.0
     aliased: float = 0.0
-    """Of the outputs, those that take the place of arguments."""
+    """Bytes of outputs that reuse the memory of arguments."""
     temporaries: float = 0.0
     activations: float | None = None
-    """Of the temporaries, what the forward pass leaves for the backward pass; None: not told apart."""
+    """The part of the temporaries that the forward pass keeps for the backward pass; None: not known."""
     code: float | None = None
-    """Of the program itself; None: it was not written."""
+    """Bytes of machine code; None: not generated."""
     flops: float = 0.0
     passes: float = 0.0
     """FLOPs weighted by passes of the matrix unit (float32 products of highest precision take six)."""
     bytes: float = 0.0
+    """Memory traffic, padded to tiles."""
     padding: float = 0.0
+    """The part of `bytes` that is padding."""
     cycles: float = 0.0
+    """The compiler's estimate; 0 if it gives none."""
     known: bool = True
+    """Whether all trip counts of loops are known; loops without one count once."""
     calls: int = 0
+    """Executions of kernels that do not declare their FLOPs."""
     sent: tuple[CollectiveTraffic, ...] = ()
+    """Collectives by kind and axes."""
     hot: tuple[TopOperation, ...] = ()
+    """Operations with the most memory traffic."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """What lowering and compiling took here."""
+    """Time of tracing and compiling on this machine."""
 
     @property
     def peak(self) -> float:
-        """Bytes at once: arguments, what outputs take beside them, temporaries and the program."""
+        """Peak memory in bytes: arguments, outputs that are not aliased, temporaries and program."""
         return self.needed or self.arguments + self.outputs - self.aliased + self.temporaries + (self.code or 0.0)

@@ -1,7 +1,7 @@
-"""What XLA writes down of what it decides (`xla_dump_to`): the scheduled program, its memory, and what lies there when.
+"""Reads XLA's dumps (`xla_dump_to`): the scheduled program, its buffer assignment, and the live ranges of its buffers.
 
-libtpu decides all of it before it begins to write machine code. That is most of its work (of GLIP-T's step minutes become
-half an hour), and nothing that a plan says depends on it but its own size: so it can be left at that.
+libtpu writes them before it generates machine code. Code generation is most of the work (it extends the compilation of
+GLIP-T's step from minutes to half an hour), and only the size of the program depends on it, so a plan can omit it.
 """
 
 import bisect
@@ -10,45 +10,47 @@ import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Decided", "activation_bytes", "decided", "options", "read_activations", "read_memory"]
+__all__ = [
+    "ScheduledProgram", "activation_bytes", "compile_until_assignment", "dump_options", "read_activations", "read_memory",
+]  # fmt: skip
 
 _LAST = "after_optimizations_after_buffer_assignment.txt"
-"""The file that is written last before machine code."""
+"""The last file that is written before code generation."""
 
 
 class Memory(NamedTuple):
-    """Bytes in a chip's memory."""
+    """Buffer sizes in a chip's memory, in bytes."""
 
     arguments: float
     temporaries: float
     others: float
-    """Results that take no argument's place, and constants."""
+    """Constants, and results that do not reuse the memory of an argument."""
 
 
-class Decided(NamedTuple):
-    """A program before its machine code."""
+class ScheduledProgram(NamedTuple):
+    """An optimised and scheduled program before code generation."""
 
     text: str
     memory: Memory
 
 
-def options(folder: Path) -> dict[str, Any]:
-    """Of a compilation that writes into `folder` what it decides."""
+def dump_options(folder: Path) -> dict[str, Any]:
+    """Compiler options with which a compilation writes its dumps into `folder`."""
     return {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
 
 
-def decided(lowered: Any, folder: Path) -> Decided:
-    """Has `lowered` (jax.stages.Lowered, for TPUs) compiled until its memory is assigned, and reads what was written into `folder`.
+def compile_until_assignment(lowered: Any, folder: Path) -> ScheduledProgram:
+    """Compiles `lowered` (jax.stages.Lowered, for TPUs) until its buffers are assigned, and reads the dumps in `folder`.
 
-    The compiler goes on in a thread that cannot be stopped: the process is to end soon. Raises what the compiler raises
-    where it refuses the program.
+    The compiler continues in a thread that cannot be stopped, so the process should end soon. Raises what the compiler
+    raises if it refuses the program.
     """
     faults: list[BaseException] = []
 
     def compile() -> None:
         try:
-            lowered.compile(compiler_options=options(folder))
-        except BaseException as fault:  # handed on below
+            lowered.compile(compiler_options=dump_options(folder))
+        except BaseException as fault:  # re-raised below
             faults.append(fault)
 
     thread = threading.Thread(target=compile, daemon=True)
@@ -62,21 +64,23 @@ def decided(lowered: Any, folder: Path) -> Decided:
             break
     if faults:
         raise faults[0]
-    return Decided(_only(folder, "after_optimizations.txt"), read_memory(_only(folder, "buffer-assignment.txt")))
+    return ScheduledProgram(
+        _only(folder, "after_optimizations.txt"), read_memory(_only(folder, "buffer-assignment.txt"))
+    )
 
 
 def _only(folder: Path, ending: str) -> str:
-    """The text of the largest file of that kind; the compiler may have written some for small parts."""
+    """The text of the largest file with that ending; the compiler may write others for auxiliary programs."""
     files = sorted(folder.glob(f"*{ending}"), key=lambda path: path.stat().st_size)
     if not files:
         raise RuntimeError(
-            f"the compiler wrote no *{ending}: this libtpu decides in another order; use --compile=tpu-whole"
+            f"the compiler wrote no *{ending}: this version of libtpu dumps in another order; use --compile=tpu-whole"
         )
     return files[-1].read_text()
 
 
 def read_memory(text: str) -> Memory:
-    """Sums XLA's buffer assignment, without what lies on the chip itself (`color`) or belongs to one operation."""
+    """Sums XLA's buffer assignment, without on-chip memory (`color`) and thread-local buffers."""
     arguments = temporaries = others = 0.0
     for size, kind in re.findall(r"^allocation \d+: size (\d+), (.*)$", text, re.MULTILINE):
         if "color" in kind or kind.startswith("thread-local"):
@@ -91,7 +95,7 @@ def read_memory(text: str) -> Memory:
 
 
 def activation_bytes(folder: Path) -> float | None:
-    """`read_activations` of what a compilation wrote into `folder`; None where it wrote too little."""
+    """`read_activations` of the dumps in `folder`; None if files are missing."""
     endings = ("buffer-assignment.txt", "live-range.txt", "after_optimizations.txt")
     if not all(any(folder.glob(f"*{ending}")) for ending in endings):
         return None
@@ -99,13 +103,14 @@ def activation_bytes(folder: Path) -> float | None:
 
 
 def read_activations(assignment: str, ranges: str, text: str) -> float | None:
-    """Bytes of temporaries that the forward pass leaves for the backward pass, from XLA's buffer assignment, live ranges
-    and program; None where the program has no backward pass, or the files are of a form not known here.
+    """Bytes of temporaries that the forward pass keeps for the backward pass.
 
-    That is what lies in memory where in the order of execution the one pass ends and the other begins, and is needed
-    before and after. What the backward pass computes again is its own. Bytes that several values share count once.
+    Reads XLA's buffer assignment, live ranges and program. These are the buffers that are live across the point of the
+    schedule where the forward pass ends and the backward pass begins; values that the backward pass recomputes are not
+    among them. Bytes that several values share count once. Returns None if the program has no backward pass or the files
+    have an unknown format.
     """
-    order = {name: int(place) for place, name in re.findall(r"^    (\d+):(\S+)$", ranges, re.MULTILINE)}
+    order = {name: int(position) for position, name in re.findall(r"^    (\d+):(\S+)$", ranges, re.MULTILINE)}
     origins = re.findall(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', text, re.MULTILINE)
     forward, backward = [], []
     for name, origin in origins:
@@ -120,25 +125,25 @@ def read_activations(assignment: str, ranges: str, text: str) -> float | None:
     )
     if not (forward and backward and lives and temporary):
         return None
-    turn = _turn(sorted(forward), sorted(backward))
-    held = []
+    boundary = _pass_boundary(sorted(forward), sorted(backward))
+    kept = []
     for name, index, size, offset in re.findall(
         r"^ value: <\d+ (\S+?)(\{[\d,]*\})? @\d+> \(size=(\d+),offset=(\d+)\)", temporary[1], re.MULTILINE
     ):
         begin, end = lives.get(name + (index or "{}"), (0, 0))
-        if begin < turn <= end:
-            held.append((int(offset), int(offset) + int(size)))
+        if begin < boundary <= end:
+            kept.append((int(offset), int(offset) + int(size)))
     total = reached = 0
-    for begin, end in sorted(held):
+    for begin, end in sorted(kept):
         total += max(0, end - max(begin, reached))
         reached = max(reached, end)
     return float(total)
 
 
-def _turn(forward: list[int], backward: list[int]) -> int:
-    """The place in the order before which most operations are of the forward pass, and from which most are of the other:
-    the compiler moves a few across.
+def _pass_boundary(forward: list[int], backward: list[int]) -> int:
+    """The position in the schedule that best separates the forward from the backward pass; the compiler moves some operations
+    across it.
     """
-    wrong = {place: bisect.bisect_left(backward, place) + len(forward) - bisect.bisect_left(forward, place)
-             for place in backward}  # fmt: skip
-    return min(wrong, key=lambda place: (wrong[place], place))
+    misplaced = {position: bisect.bisect_left(backward, position) + len(forward) - bisect.bisect_left(forward, position)
+                 for position in backward}  # fmt: skip
+    return min(misplaced, key=lambda position: (misplaced[position], position))

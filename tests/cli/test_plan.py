@@ -80,7 +80,7 @@ def test_a_batch_for_fewer_chips_is_planned_with_an_image_on_each(config, capsys
 
 def test_without_a_compiler_it_says_which_would_do(config, capsys):
     assert run(config, "--topology=h100:8", "--canvas=64x64") == exit_codes.DONE
-    assert "--compile=fake compiles for made-up CPU devices instead" in capsys.readouterr().out
+    assert "--compile=fake compiles for fake CPU devices" in capsys.readouterr().out
 
 
 def test_formulas_and_json(config, capsys, tmp_path):
@@ -108,7 +108,7 @@ def test_without_libtpu_it_says_what_to_install_and_goes_on(config, capsys, monk
     assert run(config, "--topology=v5e:2x2") == exit_codes.DONE
     said = capsys.readouterr()
     assert wanted == ["fake"] and "pip install -r requirements-tpu.txt" in said.err
-    assert "temporaries and bytes are those of a CPU's program" in said.out
+    assert "temporaries and bytes are those of a CPU program" in said.out
     assert run(config, "--topology=v5e:2x2", "--compile=tpu") == exit_codes.BAD_INPUT
     assert "libtpu is not installed" in capsys.readouterr().err
 
@@ -129,7 +129,7 @@ def test_search_ranks_what_fits(config, capsys, monkeypatch, tmp_path):
     arguments = ("--search", "--search-images=1,2,4", "--search-remat=none,blocks", "--search-fsdp=1,3", f"--out={out}")
     assert run(config, "--topology=v5e:2x2", "--compile=fake", "--config.data.workers=8", *arguments) == exit_codes.DONE
     said = capsys.readouterr().out
-    assert "4 images a chip, remat none, fsdp 1, tensor 1: not tried, 2 images do not fit" in said
+    assert "4 images a chip, remat none, fsdp 1, tensor 1: skipped, 2 images do not fit" in said
     assert "fsdp 3, tensor 1: mesh is" in said, "a mesh that does not divide is left out with its reason"
     assert asked == [(1, "none", 1), (2, "none", 1), (1, "blocks", 1), (2, "blocks", 1), (4, "blocks", 1)]
     tried = json.loads(out.read_text())

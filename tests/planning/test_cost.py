@@ -1,4 +1,4 @@
-"""FLOPs and bytes of a program's text: loops, layouts, precision, what fusions touch in part."""
+"""FLOPs and memory traffic from a program's text: loops, layouts, precision, fusions that access slices."""
 
 import jax
 import jax.numpy as jnp
@@ -73,65 +73,65 @@ ENTRY %main (a: bf16[64,128]) -> bf16[64,128] {
 }
 """
 ROW = 512 * 128 * 4
-"""Bytes of one turn's slice."""
+"""Bytes of the slice of one iteration."""
 
 
 def named(reading):
     return {each.name: each for each in reading.operations}
 
 
-def test_loops_count_by_their_turns():
-    found = cost.read(HLO)
-    assert found.known and found.flops == 6 * 2 * 512 * 128 * 128
-    assert found.passes == 6 * found.flops, "float32 products of highest precision take six passes"
-    assert found.cycles == 6 * 700
+def test_loop_bodies_are_multiplied_by_the_trip_count():
+    result = cost.program_cost(HLO)
+    assert result.known and result.flops == 6 * 2 * 512 * 128 * 128
+    assert result.passes == 6 * result.flops, "float32 products of highest precision take six passes"
+    assert result.cycles == 6 * 700
 
 
-def test_slices_and_updates_count_as_much_as_they_touch():
-    found = named(cost.read(HLO))
-    assert found["x"].bytes == 2 * ROW, "a slice is read, not the whole array, and written"
-    assert found["out"].bytes == 2 * ROW, "an update is read, and written in place"
-    assert found["x"].times == 6
+def test_slices_and_updates_count_only_the_bytes_accessed():
+    result = named(cost.program_cost(HLO))
+    assert result["x"].bytes == 2 * ROW, "a slice is read, not the whole array, and written"
+    assert result["out"].bytes == 2 * ROW, "an update is read, and written in place"
+    assert result["x"].times == 6
 
 
-def test_what_lies_on_the_chip_is_not_touched():
-    found = named(cost.read(HLO))
-    assert found["near"].bytes == 128 * 128 * 4, "read from memory, written beside the matrix unit"
-    assert found["y"].bytes == 2 * ROW, "the kernel is there already"
-    assert found["y"].origin == "jit(f)/dot"
+def test_arrays_in_on_chip_memory_are_not_counted():
+    result = named(cost.program_cost(HLO))
+    assert result["near"].bytes == 128 * 128 * 4, "read from chip memory, written to on-chip memory"
+    assert result["y"].bytes == 2 * ROW, "the kernel is in on-chip memory"
+    assert result["y"].origin == "jit(f)/dot"
 
 
-def test_tiles_are_counted_full():
-    narrow = named(cost.read(HLO))["narrow"]
+def test_arrays_are_padded_to_tiles():
+    narrow = named(cost.program_cost(HLO))["narrow"]
     # 100 x 3 in tiles of 8 x 128: 104 x 128, of bfloat16 read and of float32 written.
     assert narrow.bytes == 104 * 128 * (2 + 4) and narrow.result_bytes == 104 * 128 * 4
     assert narrow.padding == narrow.bytes - 300 * (2 + 4)
 
 
-def test_where_the_compiler_has_no_estimate_there_are_no_cycles():
-    assert cost.read(HLO.replace('"700"', f'"{2**63 - 1}"')).cycles == 0
+def test_missing_estimates_count_no_cycles():
+    assert cost.program_cost(HLO.replace('"700"', f'"{2**63 - 1}"')).cycles == 0
 
 
-def test_the_sums_are_those_of_the_operations():
-    found = cost.read(HLO)
-    assert found.bytes == pytest.approx(sum(each.bytes * each.times for each in found.operations))
-    assert found.bytes == pytest.approx(6 * 3 * 2 * ROW + 128 * 128 * 4 + 104 * 128 * 6, rel=1e-3)
+def test_totals_are_the_sums_over_operations():
+    result = cost.program_cost(HLO)
+    assert result.bytes == pytest.approx(sum(each.bytes * each.times for each in result.operations))
+    assert result.bytes == pytest.approx(6 * 3 * 2 * ROW + 128 * 128 * 4 + 104 * 128 * 6, rel=1e-3)
 
 
 @pytest.mark.parametrize("length", [1, 5])
-def test_a_compiled_loop(length):
-    """XLA's own analysis would count its body once."""
+def test_a_loop_compiled_by_xla(length):
+    """XLA's cost analysis counts its body once."""
 
     def run(x, w):
         return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=length)[0]
 
     shapes = jax.ShapeDtypeStruct((32, 64), jnp.float32), jax.ShapeDtypeStruct((64, 64), jnp.float32)
-    found = cost.read(jax.jit(run).lower(*shapes).compile().as_text() or "")
-    assert found.flops == length * 2 * 32 * 64 * 64
+    result = cost.program_cost(jax.jit(run).lower(*shapes).compile().as_text() or "")
+    assert result.flops == length * 2 * 32 * 64 * 64
 
 
-def test_convolutions_as_xla_counts_them():
-    """Forward and both gradients of a strided convolution: taps on padding and in gaps are left out."""
+def test_convolutions_agree_with_xlas_cost_analysis():
+    """Forward and both gradients of a strided convolution: taps on padding and in gaps are not counted."""
 
     def run(x, kernel):
         out = jax.lax.conv_general_dilated(
@@ -141,13 +141,15 @@ def test_convolutions_as_xla_counts_them():
 
     shapes = jax.ShapeDtypeStruct((2, 9, 12, 8), jnp.float32), jax.ShapeDtypeStruct((3, 3, 8, 16), jnp.float32)
     compiled = jax.jit(jax.grad(run, (0, 1))).lower(*shapes).compile()
-    ours, theirs = cost.read(compiled.as_text() or "").flops, compiled.cost_analysis()
-    assert theirs is not None and ours == pytest.approx(theirs["flops"], rel=0.05)
-    assert ours > 2 * 2 * 5 * 6 * 16 * 9 * 8 * 1.5, "three products of about one size"
+    flops, xla = cost.program_cost(compiled.as_text() or "").flops, compiled.cost_analysis()
+    assert xla is not None and flops == pytest.approx(xla["flops"], rel=0.05)
+    assert flops > 2 * 2 * 5 * 6 * 16 * 9 * 8 * 1.5, "three products of about one size"
 
 
-def test_a_kernel_has_the_flops_that_it_declares():
-    told = cost.read(KERNEL.replace("CONFIG", '{"custom_call_config": {"cost_estimate":{"flops":"97844","x":"0"}}}'))
-    assert (told.flops, told.passes, told.calls) == (97844, 97844, 0)
-    silent = cost.read(KERNEL.replace("CONFIG", "{}"))
-    assert (silent.flops, silent.calls) == (0, 1)
+def test_pallas_kernels_count_the_flops_that_they_declare():
+    declared = cost.program_cost(
+        KERNEL.replace("CONFIG", '{"custom_call_config": {"cost_estimate":{"flops":"97844","x":"0"}}}')
+    )
+    assert (declared.flops, declared.passes, declared.calls) == (97844, 97844, 0)
+    undeclared = cost.program_cost(KERNEL.replace("CONFIG", "{}"))
+    assert (undeclared.flops, undeclared.calls) == (0, 1)

@@ -1,4 +1,4 @@
-"""Collectives read out of compiled programs, and out of texts in the forms that the TPU's compiler writes."""
+"""Collectives of compiled programs, and of texts as the TPU compiler writes them."""
 
 import re
 from functools import partial
@@ -17,7 +17,7 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Every kind once, over known axes, the sum in a loop of six."""
+    """A program with one collective of every kind over known axes, the all-reduce in a loop of six iterations."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 
     @partial(jax.shard_map, mesh=mesh, in_specs=P(("data", "fsdp")), out_specs=P(("data", "fsdp")), check_vma=False)
@@ -36,26 +36,26 @@ def test_kind_bytes_axes_and_times_of_a_compiled_program(compiled):
     rows = {
         kind: (c.axes(MESH), c.operand_bytes, c.result_bytes, c.times, c.devices, c.dtypes) for kind, c in found.items()
     }
-    here = 32 // 4 * 16 * 4
+    local = 32 // 4 * 16 * 4
     assert rows == {
-        "all-reduce": (("data",), here, here, 6, 2, ("f32",)),
-        "all-gather": (("fsdp",), here, 2 * here, 1, 2, ("f32",)),
-        "reduce-scatter": (("tensor",), 2 * here, here, 1, 2, ("f32",)),
-        "all-to-all": (("data", "tensor"), here, here, 1, 4, ("f32",)),
-        "collective-permute": (("data",), here, here, 1, 2, ("f32",)),
+        "all-reduce": (("data",), local, local, 6, 2, ("f32",)),
+        "all-gather": (("fsdp",), local, 2 * local, 1, 2, ("f32",)),
+        "reduce-scatter": (("tensor",), 2 * local, local, 1, 2, ("f32",)),
+        "all-to-all": (("data", "tensor"), local, local, 1, 4, ("f32",)),
+        "collective-permute": (("data",), local, local, 1, 2, ("f32",)),
     }
     assert all(c.times_known for c in found.values())
     assert "psum" in found["all-reduce"].op_name
     assert re.fullmatch(r".*test_hlo.py:\d+", found["all-reduce"].source)
     sent = {kind: each.sent_bytes for kind, each in found.items()}
     assert sent == {
-        "all-reduce": here, "all-gather": here, "reduce-scatter": here, "all-to-all": here * 3 / 4,
-        "collective-permute": here,
+        "all-reduce": local, "all-gather": local, "reduce-scatter": local, "all-to-all": local * 3 / 4,
+        "collective-permute": local,
     }  # fmt: skip
 
 
 def _text(entry, *computations, devices=8):
-    """A program of these instructions, in the layout of a compiler's text."""
+    """The text of a program with these instructions, in the format of the compilers."""
     whole = [f"HloModule jit_step, is_scheduled=true, num_partitions={devices}", ""]
     for name, *lines in computations:
         whole += [f"%{name} (p: f32[8]) -> f32[8] {{", *(f"  {line}" for line in lines), "}", ""]
@@ -80,14 +80,14 @@ _GROUPS = {
 
 
 @pytest.mark.parametrize("groups", [name for name, axes in _GROUPS.items() if axes])
-def test_every_form_of_groups(groups):
+def test_every_format_of_replica_groups(groups):
     line = f"ROOT %r = f32[8]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add"
     (found,) = collectives(_text(["%p = f32[8]{0} parameter(0)", line]))
     assert found.axes(MESH) == _GROUPS[groups]
-    assert sorted(place for group in found.groups for place in group) == list(range(8))
+    assert sorted(device for group in found.groups for device in group) == list(range(8))
 
 
-def test_groups_are_read_as_they_are_written():
+def test_the_order_of_groups_is_preserved():
     line = "ROOT %r = f32[8]{0} all-gather(%p), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}"
     (found,) = collectives(_text(["%p = f32[8]{0} parameter(0)", line]))
     assert found.groups == ((0, 2, 4, 6), (1, 3, 5, 7)) and found.result_bytes == 4 * found.operand_bytes == 128
@@ -117,8 +117,8 @@ def test_an_async_pair_counts_once_and_tuples_are_summed():
     assert found[0].dtypes == ("bf16", "f32") and found[0].sent_bytes == 2 * 7 / 8 * 48
 
 
-def test_a_loop_without_a_count_counts_from_its_constants():
-    """As on a TPU: the condition compares an element of the loop's tuple with a constant."""
+def test_a_trip_count_is_derived_from_constants():
+    """On TPUs the condition compares an element of the loop's tuple with a constant."""
     body = ("body", "%q = (s32[], f32[8]{0}) parameter(0)", "%x = f32[8]{0} get-tuple-element(%q), index=1",
             "%r = f32[8]{0} all-reduce(%x), replica_groups=[4,2]<=[8], to_apply=%add")  # fmt: skip
     condition = ("condition", "%n = s32[]{:T(128)} constant(6)", "%q = (s32[], f32[8]{0}) parameter(0)",
@@ -143,12 +143,12 @@ def test_a_fused_all_reduce_and_slice_is_a_reduce_scatter():
              'ROOT %f = f32[4]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter, metadata={op_name="jit(step)/dot"}']  # fmt: skip
     (found,) = collectives(_text(entry, fused))
     assert (found.kind, found.operand_bytes, found.result_bytes) == ("reduce-scatter", 32, 16)
-    assert found.op_name == "jit(step)/dot", "the fusion's, as the reduction has none"
+    assert found.op_name == "jit(step)/dot", "taken from the fusion, as the reduction has none"
     used = (*fused[:-1], "%s = f32[4]{0} dynamic-slice(%r, %a)", "ROOT %u = f32[8]{0} add(%r, %r)")
     assert collectives(_text(entry, used))[0].kind == "all-reduce"
 
 
-def test_a_collective_that_is_spread_over_fusions_counts_once():
+def test_a_collective_distributed_over_fusions_counts_once():
     gather = (
         "%g = f32[16]{0} all-gather(%i), channel_id=11, replica_groups=[4,2]<=[8], dimensions={0}, "
         'backend_config={"async_collective_fusion_config":{"flag_start":"-1"}}'
@@ -164,7 +164,7 @@ def test_a_collective_that_is_spread_over_fusions_counts_once():
     assert found.kind == "all-gather" and found.times == 1
 
 
-def test_what_a_host_carries_to_other_slices_counts_and_its_other_transfers_do_not():
+def test_only_host_transfers_between_slices_count():
     def send(kind, name):
         way = f'_xla_megascale_target="{{1,2}}x{{0:3}}",_xla_megascale_transfer_type="{kind}"' if kind else "_other=1"
         return (f"%{name} = (f32[8]{{0}}, u32[], token[]) send(%p, %t), channel_id=3, is_host_transfer=true, "
@@ -180,9 +180,9 @@ def test_what_a_host_carries_to_other_slices_counts_and_its_other_transfers_do_n
     assert (reduce.sent_across(2), reduce.sent_across(4)) == (32, 48) and gather.sent_across(4) == 96
 
 
-def test_what_is_not_known_is_said():
+def test_unknown_formats_are_refused():
     line = "ROOT %r = f32[8]{0} all-reduce(%p), replica_groups=magic(8), to_apply=%add"
-    with pytest.raises(CollectiveError, match=r"replica_groups=magic\(8\).*a form that is not known"):
+    with pytest.raises(CollectiveError, match=r"replica_groups=magic\(8\).*an unknown format"):
         collectives(_text(["%p = f32[8]{0} parameter(0)", line]))
     with pytest.raises(CollectiveError, match="no ENTRY computation"):
         collectives("HloModule jit_step")

@@ -1,4 +1,4 @@
-"""What is read from files in which XLA says what it decided: a small one written by hand, and those of real compilations."""
+"""Reading XLA's dumps: small ones written by hand, and those of real compilations."""
 
 import random
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from glip_jax.planning.xla_dump import activation_bytes, options, read_activations, read_memory
+from glip_jax.planning.xla_dump import activation_bytes, dump_options, read_activations, read_memory
 
 ASSIGNMENT = """BufferAssignment:
 allocation 0: size 512, thread-local:
@@ -61,13 +61,13 @@ def test_buffer_assignments_are_summed():
     assert read_memory(ASSIGNMENT) == (4096 + 1024, 65536, 512 + 2048)
 
 
-def test_activations_live_where_the_passes_meet_and_count_once():
-    # kept, pair and what shares half of pair's place; not what ends before, nor what begins after.
+def test_activations_are_buffers_live_between_the_passes():
+    # kept, pair, and same, which shares half of pair's buffer; not early, which ends before, nor late, which begins after.
     assert read_activations(ASSIGNMENT, RANGES, TEXT) == 512 + 1024
 
 
 @pytest.mark.parametrize("strange", [(ASSIGNMENT, RANGES, ""), (ASSIGNMENT, "", TEXT), ("", RANGES, TEXT)])
-def test_files_of_another_form_tell_nothing(strange):
+def test_files_of_an_unknown_format_give_none(strange):
     assert read_activations(*strange) is None
 
 
@@ -77,25 +77,25 @@ def _compiled(folder, layers):
             x = jnp.tanh(x @ weight)
         return (x**2).sum()
 
-    rate = random.random()  # a program that jax's cache knows would not be compiled, and nothing written
+    rate = random.random()  # a program from the persistent cache would not be compiled, and no dumps written
 
     def step(weights, x):
         return jax.tree.map(lambda w, g: w - rate * g, weights, jax.grad(loss)(weights, x))
 
     weights = [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * layers
     lowered = jax.jit(step, donate_argnums=0).lower(weights, jax.ShapeDtypeStruct((4096, 256), jnp.float32))
-    lowered.compile(compiler_options=options(folder))
+    lowered.compile(compiler_options=dump_options(folder))
     kept = activation_bytes(folder)
     assert kept is not None
     return kept
 
 
-def test_a_layer_more_keeps_its_result(tmp_path):
+def test_each_layer_keeps_its_result(tmp_path):
     result = 4096 * 256 * 4
     few, many = (_compiled(tmp_path / str(layers), layers) for layers in (3, 7))
     assert many - few == 4 * result and 2 * result <= few <= 4 * result
 
 
-def test_without_gradients_nothing_is_kept(tmp_path):
-    jax.jit(lambda x: jnp.tanh(x @ x)).lower(jnp.ones((256, 256))).compile(compiler_options=options(tmp_path))
+def test_without_gradients_there_are_no_activations(tmp_path):
+    jax.jit(lambda x: jnp.tanh(x @ x)).lower(jnp.ones((256, 256))).compile(compiler_options=dump_options(tmp_path))
     assert activation_bytes(tmp_path) is None

@@ -228,7 +228,7 @@ def test_the_compiler_for_tpus_adds_no_collectives(sources, tmp_path):
     """Without `per_shard` it splits fusion, the attention of Swin and the dynamic convolutions over tensor too."""
     config, chips = tiny_run.config(sources), topology("v5e:2x4")
     config = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
-    compile_step(config, chips, (64, 64), "tpu", None, print, keep_text=tmp_path / "step.txt")
+    compile_step(config, chips, (64, 64), "tpu", None, print, program_path=tmp_path / "step.txt")
     mesh = _mesh(config.mesh)
     over_tensor = _sums_over_tensor(config, mesh, config.model.text.layers + config.model.head.blocks, (64, 64))
     text = (tmp_path / "step.txt").read_text()
