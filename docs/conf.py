@@ -32,6 +32,8 @@ autoclass_content = "both"
 # Types of other libraries and of shapes are text here, not links.
 nitpick_ignore_regex = [("py:.*", ".*")]
 
+_SECTIONS = ("Args:", "Returns:", "Raises:")
+
 
 def setup(app: Any) -> None:
     """Docstrings of the package are plain text: nothing but backticks and *emphasis* is markup in them."""
@@ -39,21 +41,22 @@ def setup(app: Any) -> None:
 
 
 def _plain(_: Any, __: str, ___: str, ____: Any, _____: Any, lines: list[str]) -> None:
-    """Makes a docstring reStructuredText: indented paragraphs become literal blocks, the errors of `Raises:` a list."""
+    """Makes a docstring reStructuredText: indented paragraphs become literal blocks, sections such as `Raises:` lists."""
     result: list[str] = []
-    code = raises = False
+    code, section = False, ""
     for line in lines:
         if line.startswith("Create new instance of "):  # what Python says of a NamedTuple
             continue
         indented = line.startswith("    ")
-        if line == "Raises:":
-            raises = True
-        elif raises and indented:
+        section = line if line in _SECTIONS else section if indented or not line.strip() else ""
+        if section and indented:
             name, colon, text = line.strip().partition(": ")
-            entry = colon and not line.startswith("     ")
-            result += ["", f"* ``{name}``: {_escaped(text)}"] if entry else [f"  {_escaped(line.strip())}"]
+            if line.startswith("     ") or not colon or section == "Returns:":
+                result.append(f"  {_escaped(line.strip())}")
+            else:
+                result += ["", f"* ``{name}``: {_escaped(text)}"]
             continue
-        elif indented and not code and not "".join(result[-1:]).strip():
+        if indented and not code and not "".join(result[-1:]).strip():
             result += ["::", ""]
             code = True
         elif not indented and line.strip() and code:
