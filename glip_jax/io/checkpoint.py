@@ -1,11 +1,12 @@
 """Checkpoints of a run: parameters, optimizer, moving average, step and config, behind Orbax.
 
-    WORKDIR/checkpoints/STEP/{params,optimizer,ema,run}   one folder a step, written aside and renamed when complete
+    WORKDIR/checkpoints/STEP/{params,optimizer,ema,run}   one folder per step, renamed to this name when it is complete
     WORKDIR/checkpoints/STEP/checksums.json               size and MD5 of its files, written just before that
-    WORKDIR/checkpoints/STEP.damaged                      one whose files are no longer those; a run went on from an older one
+    WORKDIR/checkpoints/STEP.damaged                      a checkpoint whose files changed; the run resumed from an older one
 
-Arrays are restored onto whatever mesh the caller's abstract state names. Paths may be local or gs://, where nothing can be
-renamed and a file `commit_success.txt`, written last, says that a folder is complete.
+Arrays are restored onto the mesh of the caller's abstract state. Paths may be local or gs://: a bucket cannot rename, so
+there a file `commit_success.txt`, written last, marks a complete folder. `glip_jax.io.checkpoint_reader` reads one
+checkpoint without the mesh and the model.
 """
 
 import contextlib
@@ -64,7 +65,7 @@ __all__ = [
 
 
 class NotSavedError(UserError, RuntimeError):
-    """A checkpoint that could not be written; the message says what is left of the run and what to do."""
+    """A checkpoint that could not be written; the message names the newest complete one and says what to do."""
 
 
 class Saved(NamedTuple):
@@ -72,23 +73,23 @@ class Saved(NamedTuple):
 
     params: Any
     optimizer: Any
-    """Empty in a checkpoint of imported weights: the run that begins there makes it anew."""
+    """Empty in a checkpoint of imported weights: the run that starts there initialises it."""
     ema: Any
-    """Averages of the trainable parameters; empty when the average is off, or made anew as well."""
+    """Averages of the trainable parameters; empty when the average is off, or in imported weights."""
 
 
 class Checkpoints:
-    """The checkpoints of one working folder. Use as a context manager: leaving it waits for the last write.
+    """Saves and restores the checkpoints of one run. Use as a context manager: leaving it waits for the last write.
 
-    Every method that writes or waits raises NotSavedError if a write failed, in the background or here. The older
-    checkpoints are then untouched, as one is removed only after a newer one is complete.
+    Every method that writes or waits raises NotSavedError if a write failed, in the background or here. Older checkpoints
+    are then intact, because one is removed only after a newer one is complete.
     """
 
     def __init__(self, workdir: str, keep: int, policy: CheckpointConfig | None = None) -> None:
-        """Opens (and makes) `workdir`/checkpoints, keeping the newest `keep` and what else `policy` says.
+        """Opens (and creates) `workdir`/checkpoints, keeping the newest `keep` and those that `policy` names.
 
-        Half-written ones are removed and said; a newest one that is damaged is set aside and said. Raises CheckpointError
-        if there are only damaged ones.
+        Half-written checkpoints are removed, a newest one that is damaged is renamed; both are logged. Raises
+        CheckpointError if all are damaged.
         """
         self.folder = checkpoint_folder(workdir)
         self._scores: dict[int, float] = {}
@@ -99,7 +100,7 @@ class Checkpoints:
             kept.append(policies.EveryNSteps(policy.keep_every))
         if policy.best:
             kept.append(_Best(policy.best, self._scores))
-        _by_the_first(lambda: put_in_order(workdir))
+        _on_first_process(lambda: put_in_order(workdir))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
@@ -107,22 +108,22 @@ class Checkpoints:
         self._manager = _manager(self.folder, options)
         self._workdir = workdir
         self._writing: int | None = None
-        """The step whose write was started last and not waited for."""
+        """The step whose write was started last and not awaited yet."""
         self._failed = False
-        self._wanted: list[str] = []
-        """Files without which what is being written is not complete."""
+        self._required: list[str] = []
+        """Files without which the checkpoint that is being written is incomplete."""
 
     def __enter__(self) -> "Checkpoints":
-        # Parts of a failed write that end after its event loop report to this hook, many tracebacks that say nothing.
+        # Parts of a failed write that end after its event loop call this hook: many tracebacks without information.
         self._hook, hook = sys.unraisablehook, sys.unraisablehook
         sys.unraisablehook = lambda fault: None if str(fault.exc_value) == "Event loop is closed" else hook(fault)
         return self
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
-        # Whoever leaves for a reason of his own hears of that one, unless it is the same full disk.
+        # An error that ends the context is more telling than one of the last write, unless it is the same full disk.
         quiet = error is not None and not full_disk(error)
         try:
-            with contextlib.suppress(*([Exception] if quiet else [])), self._complaining():
+            with contextlib.suppress(*([Exception] if quiet else [])), self._not_saved_errors():
                 self._manager.close()
         finally:
             if self._failed:
@@ -145,47 +146,47 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def scored(self, step: int, value: float) -> None:
-        """Says how good `step` is, for `policy.best`; higher is better."""
+        """Records the score of `step`, for `policy.best`; higher is better."""
         self._scores[step] = value
 
     def save(self, step: int, saved: Saved, config: Config, lines: Sequence[str] = ()) -> None:
-        """Starts writing step `step` in the background; arrays are copied first, so the caller may donate them.
+        """Starts writing step `step` in the background, after the write before it; the caller may donate the arrays.
 
-        Waits for the write before it. `lines` of the run's record are kept with it, see `lines`.
+        `lines` of metrics.jsonl are saved with it, see `lines`.
         """
         self.wait()
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in saved._asdict().items() if tree}
         items["run"] = ocp.args.JsonSave({"step": step, "config": plain(config), "lines": list(lines)})
         self._writing = step
-        self._wanted = [f"{name}/{'metadata' if name == 'run' else '_METADATA'}" for name in items]
-        with self._complaining():
+        self._required = [f"{name}/{'metadata' if name == 'run' else '_METADATA'}" for name in items]
+        with self._not_saved_errors():
             self._manager.save(step, args=ocp.args.Composite(**items))
 
     def wait(self) -> None:
         """Returns when every started write is complete."""
-        with self._complaining():
+        with self._not_saved_errors():
             self._manager.wait_until_finished()
         self._writing = None
 
     def check(self) -> None:
-        """Raises NotSavedError if the write in the background came to a bad end; does not wait for it."""
-        # Orbax' own check_for_errors takes the error away from the thread that, without one, removes old checkpoints.
+        """Raises NotSavedError if the write in the background failed; does not wait for it."""
+        # Orbax's check_for_errors clears the error, and the thread that removes old checkpoints would then do so.
         if self._writing is not None and not self._manager.is_saving_in_progress():
             self.wait()
 
     def run(self, step: int) -> dict[str, Any]:
-        """The flat settings that checkpoint `step` was written with."""
+        """The flat settings that checkpoint `step` was saved with."""
         return self._run(step)["config"]
 
     def lines(self, step: int) -> list[str]:
-        """The lines that `save` was given, none in checkpoints of before."""
+        """The lines that `save` was given; none in checkpoints of older versions."""
         return self._run(step).get("lines", [])
 
     def _run(self, step: int) -> dict[str, Any]:
         return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
 
     def imported(self, step: int) -> bool:
-        """Whether checkpoint `step` holds parameters alone: read from a file, not yet trained."""
+        """Whether checkpoint `step` holds parameters only: imported from a file, not yet trained."""
         return _part(self._manager.item_metadata(step), "optimizer") is None
 
     def restore(self, step: int, like: Saved) -> Saved:
@@ -208,17 +209,17 @@ class Checkpoints:
         return Saved(*(restored[name] if name in wanted else {} for name in Saved._fields))
 
     def _seal(self) -> None:
-        """Checksums of what was written, just before it becomes complete; Orbax calls it in the background."""
+        """Writes the checksums just before the checkpoint becomes complete; Orbax calls it in the background."""
         if jax.process_index() != 0 or self._writing is None:
             return
         name = str(self._writing)
         aside = [path for path in self.folder.iterdir() if path.name.startswith(f"{name}.orbax-checkpoint-tmp")]
-        # Parts are written beside one another: where one failed, the others must not make a complete checkpoint.
-        checksums.seal(aside[0] if aside else self.folder / name, without=METADATA, wanted=self._wanted)
+        # Items are written concurrently: if one failed, the others must not make a complete checkpoint.
+        checksums.seal(aside[0] if aside else self.folder / name, without=METADATA, wanted=self._required)
 
     @contextlib.contextmanager
-    def _complaining(self) -> Iterator[None]:
-        """What goes wrong while writing as NotSavedError; leaving the context removes the half-written folder."""
+    def _not_saved_errors(self) -> Iterator[None]:
+        """Turns errors of writing into NotSavedError; leaving `Checkpoints` removes the half-written folder."""
         try:
             yield
         except Exception as error:
@@ -240,7 +241,7 @@ class _Best(ocp.checkpoint_managers.PreservationPolicy):
         self._number, self._scores = number, scores
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """One answer for each of `checkpoints`."""
+        """For each of `checkpoints`, whether it is kept."""
         del context
         scored = [info.step for info in checkpoints if info.step in self._scores]
         best = sorted(scored, key=lambda step: (self._scores[step], step))[-self._number :]
@@ -248,15 +249,15 @@ class _Best(ocp.checkpoint_managers.PreservationPolicy):
 
 
 def what_is_left(workdir: str, full: str) -> str:
-    """For messages of a run that could not write: its newest sound checkpoint, and what to do (`full`: the disk is)."""
+    """For messages of a run that could not write: its newest intact checkpoint, and what to do (`full`: the disk is)."""
     mend, left = "make room there" if full else "mend that", newest(workdir)[0]
     if left is None:
         return f"there is no earlier one: {mend}, then the same command begins again"
     return f"the one of step {left} is complete and untouched: {mend}, then the same command goes on from it"
 
 
-def _by_the_first(act: Callable[[], None]) -> None:
-    """Lets the first process act while the others wait; CheckpointError in all of them if it fails so."""
+def _on_first_process(act: Callable[[], None]) -> None:
+    """Lets process 0 act while the others wait; if it raises CheckpointError, all of them do."""
     fault: CheckpointError | None = None
     if jax.process_index() == 0:
         try:
@@ -264,13 +265,13 @@ def _by_the_first(act: Callable[[], None]) -> None:
         except CheckpointError as error:
             fault = error
     if jax.process_count() > 1 and not multihost_utils.broadcast_one_to_all(np.int32(fault is None)):
-        fault = fault or CheckpointError("the checkpoints cannot be used: the first process says why")
+        fault = fault or CheckpointError("the checkpoints cannot be used: process 0 says why")
     if fault is not None:
         raise fault
 
 
 def _manager(folder: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
-    # Orbax tells every step of its own work as information or warning, and prints tracebacks of what it raises as well.
+    # Orbax logs every step of its own work, and prints tracebacks of errors that it raises too.
     logging.set_verbosity(logging.FATAL)
     arrays = ("params", "optimizer", "ema")
     handlers = {name: ocp.StandardCheckpointHandler() for name in arrays} | {"run": ocp.JsonCheckpointHandler()}
@@ -278,7 +279,7 @@ def _manager(folder: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.C
 
 
 def _part(metadata: Any, name: str) -> Any:
-    """Metadata of one part of a checkpoint, None if it is not there."""
+    """Metadata of one item of a checkpoint, None if it has no such item."""
     return dict(metadata.items()).get(name)
 
 
@@ -294,13 +295,13 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _same_arrays(what: str, found: Any, wanted: Any) -> None:
-    ours, theirs = _shapes(wanted), _shapes(found)
-    faults = [f"only in the checkpoint: {name} {theirs[name]}" for name in sorted(set(theirs) - set(ours))]
-    faults += [f"only in the model: {name} {ours[name]}" for name in sorted(set(ours) - set(theirs))]
-    shared = sorted(set(ours) & set(theirs))
-    faults += [f"{name}: {theirs[name]} saved, {ours[name]} wanted" for name in shared if ours[name] != theirs[name]]
-    if faults:
+    model, saved = _shapes(wanted), _shapes(found)
+    lines = [f"only in the checkpoint: {name} {saved[name]}" for name in sorted(set(saved) - set(model))]
+    lines += [f"only in the model: {name} {model[name]}" for name in sorted(set(model) - set(saved))]
+    shared = sorted(set(model) & set(saved))
+    lines += [f"{name}: {saved[name]} saved, {model[name]} wanted" for name in shared if model[name] != saved[name]]
+    if lines:
         raise CheckpointError(
-            f"checkpoint {what}: is of another network ({listed(faults)}): give the settings it was made with, or use a "
+            f"checkpoint {what}: is of another network ({listed(lines)}): give the settings it was made with, or use a "
             "new --workdir"
         )

@@ -1,4 +1,4 @@
-"""The folders of a run's checkpoints as files: which are complete, which are damaged. Their arrays are `glip_jax.io.checkpoint`'s."""
+"""The checkpoint folders of a run: which are complete, which are damaged. `glip_jax.io.checkpoint` reads and writes what they hold."""
 
 import json
 import logging
@@ -27,17 +27,17 @@ __all__ = [
 _FOLDER = "checkpoints"
 
 METADATA = "_CHECKPOINT_METADATA"
-"""Orbax's own file, to which it adds the time at the very end: it cannot be under the checksums."""
+"""A file of Orbax, to which it adds the time after the checksums were written: it has none."""
 
 
 def checkpoint_folder(workdir: str) -> epath.Path:
-    """The folder of checkpoints; absolute where it is local, as Orbax demands."""
+    """The folder of checkpoints; absolute if it is local, as Orbax requires."""
     folder = opened(workdir) / _FOLDER
     return folder if "://" in str(workdir) else folder.absolute()
 
 
 def unfinished(workdir: str) -> list[str]:
-    """Folders of checkpoints whose writing was interrupted; never restored from."""
+    """Folders of checkpoints whose writing was interrupted; they are never restored from."""
     folder = checkpoint_folder(workdir)
     if not folder.exists():
         return []
@@ -45,17 +45,17 @@ def unfinished(workdir: str) -> list[str]:
 
 
 def _uncommitted(path: epath.Path) -> bool:
-    """Whether a folder in a bucket was not finished; elsewhere its name says so."""
+    """Whether a checkpoint folder in a bucket is incomplete; the name of a local one tells it."""
     return path.name.isdigit() and "://" in str(path) and not (path / "commit_success.txt").exists()
 
 
 def is_workdir(path: str) -> bool:
-    """Whether `path` is a working folder: it has a folder of checkpoints, complete or not."""
+    """Whether `path` is a working folder: it has a folder of checkpoints, even an empty one."""
     return checkpoint_folder(path).is_dir()
 
 
 def complete_steps(workdir: str) -> list[int]:
-    """Steps of all complete checkpoints of a working folder, in order; whether one is damaged is not looked at."""
+    """Steps of all complete checkpoints of a working folder, in order, damaged ones included."""
     folder = checkpoint_folder(workdir)
     if not folder.exists():
         return []
@@ -122,13 +122,13 @@ def fault_of(path: epath.Path, items: Sequence[str] = ()) -> str:
 def _all_damaged(workdir: str, damaged: Mapping[int, str]) -> str:
     faults = listed([f"step {step}: {fault}" for step, fault in sorted(damaged.items())])
     return (
-        f"{checkpoint_folder(workdir)} holds only damaged checkpoints ({faults}): copy one back from wherever there is one, or start "
+        f"{checkpoint_folder(workdir)} holds only damaged checkpoints ({faults}): restore one from a copy, or start "
         "again in a new --workdir"
     )
 
 
 def put_in_order(workdir: str) -> None:
-    """Removes what is half-written, sets newest checkpoints that are damaged aside, makes the folder; says all of it."""
+    """Removes half-written checkpoints, renames damaged newest ones to STEP.damaged, creates the folder; logs all of it."""
     folder = checkpoint_folder(workdir)
     for path in unfinished(workdir):
         logger.info("%s was left half-written by an interrupted run: ignored and removed", path)

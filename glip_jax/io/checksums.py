@@ -1,7 +1,7 @@
-"""Size and MD5 of every file of a folder, in a file of the folder itself: what was damaged since is found and named.
+"""Size and MD5 of every file of a folder, in a file of that folder, so that later damage is found and named.
 
-Arrays of a checkpoint have no checksums of their own all the way down: a flipped bit would be read as another number. MD5,
-since a bucket knows that of its files, so a folder there is compared by one listing and nothing of it is read.
+Array files of a checkpoint have no checksum of every byte: a flipped bit would be read as another number. MD5 is used
+because a bucket lists the MD5 of its files, so that a remote folder is compared by one listing and none of it is read.
 """
 
 import errno
@@ -19,20 +19,20 @@ from glip_jax.io.gcs import Listed
 __all__ = ["NAME", "fault", "seal"]
 
 NAME = "checksums.json"
-_AT_A_TIME = 8
+_THREADS = 8
 
 
 def seal(folder: epath.PathLike, without: str = "", wanted: Iterable[str] = ()) -> None:
-    """Writes the checksums of all files below `folder`, local or gs://, but `without`.
+    """Writes the checksums of all files below `folder`, local or gs://, except the file `without`.
 
-    OSError if that cannot be, or if one of the `wanted` files is not there.
+    Raises OSError if they cannot be written, or if one of the `wanted` files does not exist.
     """
     place = gcs.address(folder)
     if gcs.is_remote(place):
         files = gcs.everything(place)
     else:
         names = _below(Path(place))
-        with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        with ThreadPoolExecutor(_THREADS) as pool:
             files = dict(zip(names, pool.map(lambda name: _measured(Path(place) / name), names)))
     for name in (NAME, without):
         files.pop(name, None)
@@ -65,8 +65,8 @@ def fault(folder: epath.PathLike, within: Sequence[str] = ()) -> str | None:
     if within:
         wanted = {name: values for name, values in wanted.items() if name.partition("/")[0] in within}
     if gcs.is_remote(place):
-        there = gcs.everything(place)
-        found = {name: there[name] for name in wanted if name in there}
+        remote = gcs.everything(place)
+        found = {name: remote[name] for name in wanted if name in remote}
     else:
         found = _local(Path(place), wanted)
     faults = [text for name in sorted(wanted) if (text := _difference(name, wanted[name], found.get(name)))]
@@ -75,28 +75,28 @@ def fault(folder: epath.PathLike, within: Sequence[str] = ()) -> str | None:
 
 
 def _local(folder: Path, wanted: dict[str, Listed]) -> dict[str, Listed]:
-    """The files that are there; read only where the size is right and they changed since they were read last."""
+    """The files that exist; one is read only if its size is right and it changed since this process read it last."""
 
     def of(name: str) -> Listed | None:
         path = folder / name
         try:
-            seen = path.stat()
+            status = path.stat()
         except OSError:
             return None
-        if seen.st_size != wanted[name].bytes:
-            return Listed(seen.st_size, "")
-        key = (str(path), seen.st_size, seen.st_mtime_ns, seen.st_ino)
-        if key not in _READ:
-            _READ[key] = _measured(path)
-        return _READ[key]
+        if status.st_size != wanted[name].bytes:
+            return Listed(status.st_size, "")
+        key = (str(path), status.st_size, status.st_mtime_ns, status.st_ino)
+        if key not in _HASHED:
+            _HASHED[key] = _measured(path)
+        return _HASHED[key]
 
-    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         found = dict(zip(wanted, pool.map(of, wanted)))
     return {name: each for name, each in found.items() if each is not None}
 
 
-_READ: dict[tuple[str, int, int, int], Listed] = {}
-"""What this process read before: a job asks several times for the same checkpoint."""
+_HASHED: dict[tuple[str, int, int, int], Listed] = {}
+"""What this process hashed before: training verifies the same checkpoint several times."""
 
 
 def _difference(name: str, wanted: Listed, found: Listed | None) -> str:

@@ -1,4 +1,4 @@
-"""Which errors say that no more can be written."""
+"""Recognises errors of a full disk."""
 
 import errno
 import os
@@ -10,9 +10,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def full_disk(error: BaseException | None) -> str:
-    """The system's words if `error`, or what it was raised from, says that no more can be written; else "".
+    """The message of the operating system if `error`, or its cause, is that of a full disk or quota; else "".
 
-    Libraries in C++ raise other types than OSError with the system's words in their text.
+    Libraries in C++ raise other types than OSError, with this message in their text.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:

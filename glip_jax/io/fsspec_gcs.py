@@ -1,9 +1,9 @@
-"""gs:// for everything that goes through `etils.epath` (checkpoints, pages, assets): each request with `glip_jax.io.gcs`'s patience.
+"""gs:// for everything that goes through `etils.epath` (checkpoints, reports, assets), with the retries of `glip_jax.io.gcs`.
 
-epath asks fsspec for gs://, and fsspec would take gcsfs: that gives up after six tries in half a minute, waits five minutes
-for a connection that is dead, takes a write whose answer was lost for one that failed, and remembers listings that others
-have changed since. `install` puts this in its place. Arrays of checkpoints go by TensorStore's own driver, which asks again
-by itself; `install` tells it what a dead connection is.
+epath opens gs:// through fsspec, whose default is gcsfs: it gives up after six attempts in half a minute, waits five minutes
+for a dead connection, reports a write whose response was lost as failed, and caches listings that other processes have
+changed since. `install` replaces it. Arrays of checkpoints go through TensorStore's own driver, which retries by itself;
+`install` sets its timeout.
 """
 
 import io
@@ -16,34 +16,34 @@ from typing import IO, Any
 import fsspec
 from fsspec.spec import AbstractFileSystem
 
-from glip_jax.io import gcs
+from glip_jax.io import gcs, retry
 
 __all__ = ["BucketFiles", "install"]
 
 _AT_A_TIME = 16
-"""Files that are removed or copied at a time."""
+"""Files that are removed or copied at the same time."""
 
 
 def install() -> None:
-    """Makes `BucketFiles` what gs:// means to fsspec in this process. Before the first use of a gs:// path."""
+    """Registers `BucketFiles` for gs:// with fsspec in this process. Call it before the first use of a gs:// path."""
     for name in ("gs", "gcs"):
         fsspec.register_implementation(name, BucketFiles, clobber=True)
-    # Read by libcurl's threads when TensorStore opens its first file in a bucket: fewer bytes a second for so long is dead.
-    silence = max(1, round(gcs.number("GLIP_JAX_STORAGE_SILENCE", 30.0)))
-    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(silence))
+    # libcurl's threads read them when TensorStore opens its first file in a bucket: a connection with fewer bytes a second
+    # for this long counts as dead.
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(max(1, round(retry.timeout()))))
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
 
 
 class BucketFiles(AbstractFileSystem):
-    """Files in buckets as fsspec knows file systems. A folder is there if something is in it; making one does nothing.
+    """Buckets as a file system of fsspec. A folder exists if a file is below it; creating one does nothing.
 
-    A file that is written lies in a temporary file until it is closed, and is sent then. Raises as `glip_jax.io.gcs` does.
+    A file that is written is a local temporary file until it is closed, and is uploaded then. Raises as `glip_jax.io.gcs`.
     """
 
     protocol = ("gs", "gcs")
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
-        """What is in a folder, or the file itself."""
+        """The entries of a folder, or the file itself."""
         place = _place(path)
         files, folders = gcs.level(place)
         bare = place.removeprefix("gs://")
@@ -56,7 +56,7 @@ class BucketFiles(AbstractFileSystem):
         return found if detail else [entry["name"] for entry in found]
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
-        """Size, kind and, of a file, time; FileNotFoundError if nothing is there."""
+        """Size, kind and, of a file, time; FileNotFoundError if the path does not exist."""
         place = _place(path)
         bare = place.removeprefix("gs://")
         if "/" in bare:
@@ -69,21 +69,21 @@ class BucketFiles(AbstractFileSystem):
         return {"name": bare, "size": 0, "type": "directory"}
 
     def exists(self, path: str, **_: Any) -> bool:
-        """Whether a file or a folder is there; a storage that does not answer is an error, not an absence."""
+        """Whether a file or a folder exists; a storage that does not answer is an error, not an absence."""
         return bool(gcs.kind(_place(path)))
 
     def isdir(self, path: str) -> bool:
-        """Whether it is a folder."""
+        """Whether the path is a folder."""
         return gcs.kind(_place(path)) == "folder"
 
     def isfile(self, path: str) -> bool:
-        """Whether it is a file."""
+        """Whether the path is a file."""
         return gcs.kind(_place(path)) == "file"
 
     def find(
         self, path: str, maxdepth: int | None = None, withdirs: bool = False, detail: bool = False, **_: Any
     ) -> Any:
-        """All files below a folder, by one listing."""
+        """All files below a folder, from one listing."""
         if maxdepth is not None or withdirs:
             return super().find(path, maxdepth=maxdepth, withdirs=withdirs, detail=detail)
         bare = _place(path).removeprefix("gs://")
@@ -97,25 +97,25 @@ class BucketFiles(AbstractFileSystem):
         return found if detail else sorted(found)
 
     def mkdir(self, path: str, create_parents: bool = True, **_: Any) -> None:
-        """Nothing: folders are names."""
+        """Does nothing: folders are prefixes of names."""
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Nothing, as `mkdir`."""
+        """Does nothing, as `mkdir`."""
 
     def rmdir(self, path: str) -> None:
-        """Nothing: a folder is gone with its last file."""
+        """Does nothing: a folder ends with its last file."""
 
     def rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None) -> None:
-        """Removes a file, or with `recursive` all that is below a folder; FileNotFoundError if nothing is there."""
+        """Removes a file, or with `recursive` all files below a folder; FileNotFoundError if the path does not exist."""
         del maxdepth
         for each in [path] if isinstance(path, str) else list(path):
             place = _place(each)
-            there = gcs.kind(place)
-            if not there:
+            kind = gcs.kind(place)
+            if not kind:
                 raise FileNotFoundError(place)
-            if there == "folder" and not recursive:
+            if kind == "folder" and not recursive:
                 raise IsADirectoryError(place)
-            names = [place] if there == "file" else [f"{place}/{name}" for name in gcs.everything(place)]
+            names = [place] if kind == "file" else [f"{place}/{name}" for name in gcs.everything(place)]
             _each(gcs.remove, [(name,) for name in names])
 
     def cp_file(self, path1: str, path2: str, **_: Any) -> None:
@@ -123,7 +123,7 @@ class BucketFiles(AbstractFileSystem):
         gcs.copy(_place(path1), _place(path2))
 
     def mv(self, path1: str, path2: str, recursive: bool = False, maxdepth: int | None = None, **_: Any) -> None:
-        """Copies a file or a folder inside the storage, then removes it: no step of its own in a bucket."""
+        """Copies a file or a folder inside the storage, then removes it: a bucket has no atomic rename."""
         del recursive, maxdepth
         old, new = _place(path1), _place(path2)
         if gcs.kind(old) == "file":
@@ -135,7 +135,7 @@ class BucketFiles(AbstractFileSystem):
         _each(gcs.remove, [(f"{old}/{name}",) for name in names])
 
     def created(self, path: str) -> Any:
-        """When the file was written, in seconds."""
+        """Time of writing in seconds."""
         return self.info(path)["mtime"]
 
     modified = created
@@ -144,12 +144,12 @@ class BucketFiles(AbstractFileSystem):
         if mode == "rb":
             return gcs.opened(_place(path))
         if mode in ("wb", "xb"):
-            return _Outgoing(_place(path))
-        raise ValueError(f"{path}: mode {mode!r} is not known in a bucket: expected rb or wb")
+            return _UploadOnClose(_place(path))
+        raise ValueError(f"{path}: mode {mode!r} is not supported in a bucket: expected rb or wb")
 
 
-class _Outgoing(io.FileIO):
-    """A temporary file that is sent when it is closed, unless its `with` ends in an exception."""
+class _UploadOnClose(io.FileIO):
+    """A temporary file that is uploaded when it is closed, unless its `with` block ends in an exception."""
 
     def __init__(self, place: str) -> None:
         handle, self._local = tempfile.mkstemp()
@@ -162,7 +162,7 @@ class _Outgoing(io.FileIO):
         super().__exit__(kind, *rest)
 
     def close(self) -> None:
-        """Sends it, the first time."""
+        """Uploads the file, the first time."""
         if self.closed:
             return
         super().close()

@@ -1,13 +1,13 @@
-"""Files in a bucket (gs://BUCKET/NAME): ranges, whole files, listings and uploads, patient with faults that pass.
+"""Files in a bucket (gs://BUCKET/NAME): ranges, whole files, listings and uploads, with retries of transient errors.
 
-In hours of work a storage answers with 503 and 429, resets connections, sends less than it said, or nothing at all. Each of
-these costs a pause and another attempt (`glip_jax.io.retry`), at last StorageError names the file and the last fault. Paths
-of `etils.epath` come here too (`glip_jax.io.fsspec_gcs`).
+In hours of work a storage answers with 503 and 429, resets connections, sends fewer bytes than announced, or none at all.
+Each of these costs a pause and another attempt (`glip_jax.io.retry`); in the end StorageError names the file and the last
+error. Paths of `etils.epath` come here too (`glip_jax.io.fsspec_gcs`).
 
-What several processes write at once is kept apart by `put`, which makes a file only where there is none, or only in place
-of the one that was seen; of all that try, one succeeds, and is told so even if the storage's first answer was lost.
+`put` is atomic among processes: it creates a file only if none exists, or replaces only the version that was read. Of all
+callers one succeeds, and learns so even if the first response of the storage was lost.
 
-Requests go through google-cloud-storage: it finds Google's credentials, and honours STORAGE_EMULATOR_HOST.
+Requests go through google-cloud-storage, which finds Google's credentials and honours STORAGE_EMULATOR_HOST.
 """
 
 import base64
@@ -28,7 +28,7 @@ from typing import IO, Any, Literal, NamedTuple
 from etils import epath
 from tqdm import tqdm
 
-from glip_jax.io.retry import StorageError, number, told, with_retries
+from glip_jax.io.retry import StorageError, describe, environment_number, timeout, with_retries
 
 __all__ = [
     "Listed",
@@ -42,7 +42,7 @@ __all__ = [
     "level",
     "listing",
     "md5_of",
-    "number",
+    "environment_number",
     "opened",
     "pieces",
     "put",
@@ -50,19 +50,19 @@ __all__ = [
     "remove",
     "send",
     "stamp",
-    "told",
+    "describe",
     "upload",
 ]
 
 _PIECE = 1 << 24
-"""Bytes of a request for a part of a whole file, so that a fault costs no more than that; a multiple of 256 KiB."""
+"""Bytes of one request for a part of a file, so that an error costs no more than that; a multiple of 256 KiB."""
 
 _UPLOADS = 4
-"""Files that are sent at a time."""
+"""Files that are uploaded at the same time."""
 
 
 class Listed(NamedTuple):
-    """A file of a listing."""
+    """A file in a listing."""
 
     bytes: int
     md5: str
@@ -70,12 +70,12 @@ class Listed(NamedTuple):
 
 
 class Stamp(NamedTuple):
-    """A file as it is at one moment."""
+    """One version of a file."""
 
     generation: int
-    """The storage's number for this very content."""
+    """The number that the storage gives to this version."""
     updated: float
-    """When it was written, in seconds, by the storage's clock."""
+    """Time of writing in seconds, by the clock of the storage."""
     bytes: int
 
 
@@ -85,36 +85,36 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def address(path: epath.PathLike) -> str:
-    """The path as text; the slash of gs:// that pathlib takes away is there again, one at the end is not."""
+    """The path as text, with the second slash of gs:// that pathlib removes, and without a slash at the end."""
     text = os.fspath(path)
     remote = re.match(r"gs:/+(.*)", text, re.DOTALL)
     return f"gs://{remote[1].rstrip('/')}" if remote else text
 
 
 def read(path: epath.PathLike, begin: int = 0, end: int | None = None) -> bytes:
-    """The bytes [begin, end) of a file, None: to its end; just as many as asked for.
+    """The bytes [begin, end) of a file, None: to its end. Never fewer than asked for.
 
-    Raises FileNotFoundError if it is not there, StorageError if the storage refuses or outlasts the patience.
+    Raises FileNotFoundError if it does not exist, StorageError if the storage refuses or retries did not help.
     """
     place, (bucket, name) = address(path), _parts(path)
     if end is not None and end <= begin:
         return b""
 
     def attempt() -> bytes:
-        # A range has no checksum of its own (records have one inside); of a whole file the client compares the storage's.
+        # The client compares the checksum of a whole file; a range has none (records have one inside).
         data = _client().bucket(bucket).blob(name).download_as_bytes(
             start=begin or None, end=None if end is None else end - 1, raw_download=True, retry=None,
             checksum="crc32c" if not begin and end is None else None, timeout=_timeout(),
         )  # fmt: skip
         if end is not None and len(data) != end - begin:
-            raise ConnectionError(f"{len(data)} bytes came of [{begin}, {end})")
+            raise ConnectionError(f"{len(data)} bytes arrived of [{begin}, {end})")
         return data
 
     return with_retries(place, attempt)
 
 
 def kind(path: epath.PathLike) -> Literal["file", "folder", ""]:
-    """What is there, local or remote; "" if nothing is. A folder in a bucket is there if something is in it."""
+    """What a path is, local or remote; "" if it does not exist. A folder in a bucket exists if a file is below it."""
     if not is_remote(path):
         return "folder" if Path(path).is_dir() else "file" if Path(path).exists() else ""
     place, (bucket, name) = address(path), _parts(path, whole=True)
@@ -123,7 +123,7 @@ def kind(path: epath.PathLike) -> Literal["file", "folder", ""]:
         if not name:
             found = _client().list_blobs(bucket, max_results=1, retry=None, timeout=_timeout())
             return "folder" if any(True for _ in found) else ""
-        # One request for both: of the names that begin so, this one, or those below it.
+        # One request for both: of the names with this prefix, this one, or those below it.
         found = _client().list_blobs(
             bucket, prefix=name, delimiter="/", fields="items(name),prefixes,nextPageToken", retry=None,
             timeout=_timeout(),
@@ -141,26 +141,26 @@ def kind(path: epath.PathLike) -> Literal["file", "folder", ""]:
 
 
 def pieces(path: epath.PathLike, size: int) -> Iterator[bytes]:
-    """A file of `size` bytes in order, some megabytes at a time; raises as `read`."""
+    """Yields a file of `size` bytes in order, some megabytes at a time; raises as `read`."""
     for begin in range(0, size, _PIECE):
         yield read(path, begin, min(begin + _PIECE, size))
 
 
 def listing(folder: epath.PathLike) -> dict[str, Listed]:
-    """The files that lie in a folder, not those in folders below, by name; empty where there is no such folder.
+    """The files in a folder, without those in folders below, by name; empty if there is no such folder.
 
-    Raises StorageError as `read`, and for a bucket that is not there.
+    Raises StorageError as `read`, and for a bucket that does not exist.
     """
     return level(folder)[0]
 
 
 def level(folder: epath.PathLike) -> tuple[dict[str, Listed], list[str]]:
-    """`listing`, and the names of the folders in the folder."""
+    """`listing`, and the names of the folders in this folder."""
     return _listed(folder, "/")
 
 
 def everything(folder: epath.PathLike) -> dict[str, Listed]:
-    """All files below a folder by their path in it, `a/b.txt`. Raises as `listing`."""
+    """All files below a folder by their relative path, `a/b.txt`. Raises as `listing`."""
     return _listed(folder, None)[0]
 
 
@@ -183,43 +183,43 @@ def _listed(folder: epath.PathLike, delimiter: str | None) -> tuple[dict[str, Li
     try:
         return with_retries(place, attempt)
     except FileNotFoundError:
-        why = f"there is no bucket {bucket} (or it may not be listed): make it, or mend the name"
-        raise StorageError(errno.ENOENT, why, place) from None
+        reason = f"there is no bucket {bucket} (or it may not be listed): create it, or correct the name"
+        raise StorageError(errno.ENOENT, reason, place) from None
 
 
 def upload(files: Mapping[str, Path], folder: epath.PathLike, last: str) -> list[str]:
-    """Sends local files to a folder, under their names there; `last`, one of the names, after all others.
+    """Uploads local files to a folder under the given names; `last`, one of the names, after all others.
 
-    A file that is there with the same bytes (size and MD5) is not sent again, so the same call goes on after a kill.
-    Each is compared by MD5 as the storage has it. Returns the names of what was sent. Raises as `read`, OSError for what
-    cannot be read here.
+    A file that exists there with the same size and MD5 is not uploaded again, so the same call resumes after a kill. The
+    MD5 that the storage reports is compared for each file. Returns the names of the uploaded files. Raises as `read`,
+    OSError for local files that cannot be read.
     """
-    there = listing(folder)
+    remote = listing(folder)
     sizes = {name: path.stat().st_size for name, path in files.items()}
-    new: list[str] = []
+    uploaded: list[str] = []
 
     def compared(name: str) -> int:
         md5 = md5_of(files[name])
-        if there.get(name) != Listed(sizes[name], md5):
+        if remote.get(name) != Listed(sizes[name], md5):
             _send(files[name], f"{address(folder)}/{name}", md5)
-            new.append(name)
+            uploaded.append(name)
         return sizes[name]
 
     with tqdm(desc="upload", total=sum(sizes.values()), unit="B", unit_scale=True, disable=None) as bar:
         with ThreadPoolExecutor(_UPLOADS) as pool:
-            sent = [pool.submit(compared, name) for name in files if name != last]
+            futures = [pool.submit(compared, name) for name in files if name != last]
             try:
-                for one in sent:
-                    bar.update(one.result())
+                for future in futures:
+                    bar.update(future.result())
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         bar.update(compared(last))
-    return new
+    return uploaded
 
 
 def send(local: Path, path: epath.PathLike) -> None:
-    """Sends a local file, whatever is there; compared by MD5. Raises as `upload`."""
+    """Uploads a local file, over an existing one too; compared by MD5. Raises as `upload`."""
     _send(local, address(path), md5_of(local))
 
 
@@ -237,25 +237,25 @@ def _send(local: Path, place: str, md5: str) -> None:
         blob.upload_from_filename(str(local), checksum="md5", retry=None, timeout=_timeout())
         found = base64.b64decode(blob.md5_hash or "").hex()
         if found != md5:
-            raise ConnectionError(f"the storage has a file of MD5 {found or '(none)'}, {md5} was sent")
+            raise ConnectionError(f"the storage has a file of MD5 {found or '(none)'}, {md5} was uploaded")
 
     with_retries(place, attempt)
 
 
 def put(path: epath.PathLike, data: bytes, over: int | None = None) -> Stamp | None:
-    """Writes a file in one step; None where the condition fails, and then nothing is written.
+    """Writes a file atomically; returns None if the condition does not hold, and then nothing is written.
 
-    `over`: 0: only where there is no file; the generation of a `Stamp`: only in place of that; None: whatever is there.
-    Raises StorageError as `read`, FileNotFoundError for a bucket that is not there.
+    `over`: 0: only if no file exists; the generation of a `Stamp`: only in place of that version; None: unconditionally.
+    Raises StorageError as `read`, FileNotFoundError for a bucket that does not exist.
     """
     place, (bucket, name) = address(path), _parts(path)
-    # An answer may be lost after the file was made; the next attempt then meets the file of the one before, and must
-    # not take it for another process's. Contents may be equal, so each call leaves a word of its own beside them.
-    word = uuid.uuid4().hex
+    # A response may be lost after the file was written; the next attempt then meets the file of this one, and must not
+    # take it for that of another process. Contents may be equal, so each call adds a token to the metadata.
+    token = uuid.uuid4().hex
 
     def attempt() -> Stamp | None:
         blob = _client().bucket(bucket).blob(name)
-        blob.metadata = {"put": word}
+        blob.metadata = {"put": token}
         try:
             blob.upload_from_string(data, checksum="md5", if_generation_match=over, retry=None, timeout=_timeout())
         except Exception as error:
@@ -268,10 +268,10 @@ def put(path: epath.PathLike, data: bytes, over: int | None = None) -> Stamp | N
                     raise
                 if over:
                     return None
-                if getattr(error, "code", None) == 404:  # so it is the bucket that is not there
+                if getattr(error, "code", None) == 404:  # so the bucket does not exist
                     raise
-                raise ConnectionError("the file that was in the way is gone") from None
-            if (blob.metadata or {}).get("put") != word:
+                raise ConnectionError("the file that stood in its place was removed") from None
+            if (blob.metadata or {}).get("put") != token:
                 return None
         return _stamped(blob)
 
@@ -279,7 +279,7 @@ def put(path: epath.PathLike, data: bytes, over: int | None = None) -> Stamp | N
 
 
 def stamp(path: epath.PathLike) -> Stamp:
-    """What a file in a bucket is now. Raises as `read`."""
+    """The current version of a file in a bucket. Raises as `read`."""
     place, (bucket, name) = address(path), _parts(path)
 
     def attempt() -> Stamp:
@@ -299,10 +299,10 @@ def copy(source: epath.PathLike, target: epath.PathLike) -> None:
     (bucket, name), (to, target_name) = _parts(source), _parts(target)
 
     def attempt() -> None:
-        here = _client().bucket(bucket).blob(name)
-        there, token = _client().bucket(to).blob(target_name), None
-        while True:  # a large file may take the storage several steps
-            token, _, _ = there.rewrite(here, token=token, retry=None, timeout=_timeout())
+        old = _client().bucket(bucket).blob(name)
+        new, token = _client().bucket(to).blob(target_name), None
+        while True:  # a large file may take the storage several requests
+            token, _, _ = new.rewrite(old, token=token, retry=None, timeout=_timeout())
             if token is None:
                 return
 
@@ -310,7 +310,7 @@ def copy(source: epath.PathLike, target: epath.PathLike) -> None:
 
 
 def remove(path: epath.PathLike, generation: int | None = None) -> None:
-    """Removes a file, or only that `generation` of it; none there is no fault. Raises StorageError as `read`."""
+    """Removes a file, or only this `generation` of it; a file that does not exist is no error. Raises StorageError as `read`."""
     place, (bucket, name) = address(path), _parts(path)
 
     def attempt() -> None:
@@ -325,7 +325,7 @@ def remove(path: epath.PathLike, generation: int | None = None) -> None:
 
 
 def opened(path: epath.PathLike, buffer: int = _PIECE // 4) -> IO[bytes]:
-    """A file opened for reading, local or remote; of a remote one `buffer` bytes at least are read at a time, as by `read`."""
+    """Opens a file for reading, local or remote; of a remote one at least `buffer` bytes are read at a time, as by `read`."""
     if not is_remote(path):
         return Path(path).open("rb")
     return io.BufferedReader(_Ranges(address(path), stamp(path).bytes), buffer)
@@ -358,22 +358,21 @@ class _Ranges(io.RawIOBase):
 
 
 def _parts(path: epath.PathLike, whole: bool = False) -> tuple[str, str]:
-    """Bucket, and name in it; `whole`: it may be empty."""
+    """Bucket, and name in it; `whole`: the name may be empty."""
     place = address(path)
     bucket, _, name = place.removeprefix("gs://").partition("/")
     if not place.startswith("gs://") or not bucket or not (name or whole):
-        raise StorageError(errno.EINVAL, "is no place in a bucket: expected gs://BUCKET/NAME", place)
+        raise StorageError(errno.EINVAL, "is no path in a bucket: expected gs://BUCKET/NAME", place)
     return bucket, name
 
 
 def _timeout() -> tuple[float, float]:
-    """Seconds to connect in and seconds between two bytes."""
-    silence = number("GLIP_JAX_STORAGE_SILENCE", 30.0)
-    return silence, silence
+    """Seconds to connect, and seconds between two bytes."""
+    return timeout(), timeout()
 
 
 _clients = threading.local()
-"""A session of requests is one thread's; a process that was forked must not go on with its parent's connections."""
+"""One client per thread; a forked process must not use the connections of its parent."""
 
 
 def _client() -> Any:
@@ -385,5 +384,5 @@ def _client() -> Any:
             raise StorageError(
                 errno.ENOPKG, f"gs:// needs google-cloud-storage ({error}): pip install -r requirements.txt"
             ) from None
-        _clients.key, _clients.client = key, module.Client(project=None)  # of the bucket, whose name is enough
+        _clients.key, _clients.client = key, module.Client(project=None)  # a bucket is found by its name alone
     return _clients.client

@@ -1,4 +1,4 @@
-"""What a number rests on: every setting that moves a score, and hashes of parameters, settings, data and code."""
+"""What a result depends on: the settings that affect scores, and hashes of parameters, settings, data and code."""
 
 import hashlib
 import importlib.metadata
@@ -51,7 +51,7 @@ def file_hash(path: str) -> str:
 
 
 def code() -> dict[str, Any]:
-    """The git commit of the package with whether its files differ from it, where there is one, and its files' hash.
+    """Hash of the files of the package, and of a git checkout its commit and whether files differ from it.
 
     `files` is the SHA-256 over relative path and content of every Python file of the package, sorted; the configs that an
     installed package carries in `bundled` are not among them, so that it is equal in a checkout and installed from it.
@@ -64,7 +64,7 @@ def code() -> dict[str, Any]:
         )
     found: dict[str, Any] = {"files": digest.hexdigest()}
     top = _git("rev-parse", "--show-toplevel")
-    # A package installed below somebody else's repository has nothing to do with that one's commits.
+    # The repository that a package is installed below is not its own.
     if top and Path(top.strip()).resolve() == _PACKAGE.parent and (commit := _git("rev-parse", "HEAD")):
         changed = _git("status", "--porcelain", "--", _PACKAGE.name)
         found |= {"commit": commit.strip(), "changed_since_commit": bool(changed is None or changed.strip())}
@@ -72,7 +72,7 @@ def code() -> dict[str, Any]:
 
 
 def _git(*arguments: Sequence[str] | str) -> str | None:
-    """Output of git in the package's parent; None without git or repository."""
+    """Output of git in the parent folder of the package; None without git or repository."""
     command = ["git", "-C", str(_PACKAGE.parent), *map(str, arguments)]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
@@ -81,7 +81,7 @@ def _git(*arguments: Sequence[str] | str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that a score passes through, and the devices it was computed on."""
+    """Versions of Python and of the libraries that affect a score, and the devices that it is computed on."""
     found = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:

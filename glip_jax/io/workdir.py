@@ -1,4 +1,4 @@
-"""What a working folder says of its run beside the checkpoints: settings, where it started from, changes on the way.
+"""The files of a working folder beside its checkpoints: settings, what step 0 was read from, accepted changes.
 
     WORKDIR/config.json         the settings of the latest start, flat
     WORKDIR/started_from.json   what the parameters of step 0 were read from, with hashes
@@ -38,18 +38,18 @@ __all__ = [
 
 
 class CheckpointError(UserError, ValueError):
-    """A checkpoint that is not there, does not fit the model, or was made with other settings."""
+    """A checkpoint that does not exist, does not fit the model, or was made with other settings."""
 
 
 def opened(workdir: str) -> epath.Path:
-    """The folder as a path; one on gs:// is patient with its storage."""
+    """The folder as a path; requests to gs:// are retried."""
     if "://" in str(workdir):
         fsspec_gcs.install()
     return epath.Path(workdir)
 
 
 def prepare(workdir: str) -> None:
-    """Makes the working folder and tries that files can be made in it; CheckpointError if not."""
+    """Creates the working folder and tries to write in it; CheckpointError if that fails."""
     if jax.process_index() != 0:
         return
     folder = opened(workdir)
@@ -63,7 +63,7 @@ def prepare(workdir: str) -> None:
             raise
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise CheckpointError(
-            f"--workdir={workdir} cannot be written ({reason}): expected a folder, or the name of one that can be made"
+            f"--workdir={workdir} cannot be written ({reason}): expected a folder, or the name of one that can be created"
         ) from None
 
 
@@ -96,7 +96,7 @@ def check_config(workdir: str, step: int, saved: Mapping[str, Any], config: Conf
 def check_network(workdir: str, saved: dict[str, Any], config: Config) -> None:
     """Raises CheckpointError if `config` describes another network than the flat settings `saved` of a checkpoint.
 
-    What leaves the network the same may differ: where its vocabulary lies, and how it is computed.
+    The path of the vocabulary and how the network is computed may differ.
     """
     free = ("model.text.vocabulary:", "model.dtype:", "model.remat:", "model.head.unroll:")
     changed = [line for line in differences(saved, config) if line.startswith("model.") and not line.startswith(free)]
@@ -116,7 +116,7 @@ def write_config(workdir: str, config: Config) -> None:
 
 
 def write_started_from(workdir: str, record: Mapping[str, Any]) -> None:
-    """Writes what step 0 was read from to `workdir`/started_from.json; an empty record removes an older one."""
+    """Writes the record of what step 0 was read from to `workdir`/started_from.json; an empty record removes the file."""
     path = opened(workdir) / "started_from.json"
     if record:
         path.write_text(json.dumps(record, indent=1))
@@ -125,24 +125,24 @@ def write_started_from(workdir: str, record: Mapping[str, Any]) -> None:
 
 
 def started_from(workdir: str) -> dict[str, Any] | None:
-    """That record; None if there is none, as for random values."""
+    """The record of what step 0 was read from; None if there is none, as for random values."""
     path = opened(workdir) / "started_from.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def plain(config: Config) -> dict[str, Any]:
-    """The settings flat, as JSON has them."""
+    """The settings, flat, with lists in place of tuples, as JSON gives them back."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flatten(config)}
 
 
 def listed(lines: list[str], most: int = 8) -> str:
-    """The first lines in one, so that a message stays a line."""
+    """The first lines joined into one, for a message of one line."""
     more = f"; and {len(lines) - most} more" if len(lines) > most else ""
     return "; ".join(lines[:most]) + more
 
 
 def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file aside first and then renames it: a reader never meets half of one."""
+    """Writes a file under another name and renames it, so that no reader sees half of it."""
     aside = path.parent / f"{path.name}.unfinished"
     try:
         aside.write_text(text)
