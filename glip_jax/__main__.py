@@ -79,7 +79,7 @@ def _run(job: str, argv: list[str]) -> int:
         from glip_jax.io import gcs  # only now: its libraries take time to load
 
         if isinstance(error, gcs.StorageError):
-            print(f"{job}: {gcs.told(error)}", file=sys.stderr)
+            print(f"{job}: {gcs.describe(error)}", file=sys.stderr)
             return exit_codes.STORAGE_UNAVAILABLE if error.errno == errno.ETIMEDOUT else exit_codes.BAD_INPUT
         if not reason:
             raise

@@ -187,7 +187,7 @@ def _train(arguments: TrainArguments, cluster: Cluster | None) -> int:
                 "model.remat=blocks, or more of mesh.fsdp; `python -m glip_jax plan` says what fits", code,
             )  # fmt: skip
         if isinstance(fault, gcs.StorageError):
-            return _said(gcs.told(fault), code)
+            return _said(gcs.describe(fault), code)
         if isinstance(fault, OSError):
             full = full_disk(fault)
             left = what_is_left(arguments.workdir, full)

@@ -232,7 +232,7 @@ class RemoteRecords:
 
     def _sweep(self, written: int) -> None:
         """Keeps the cache within its bound; looks only after some bytes more were written."""
-        bound = int(gcs.number("GLIP_JAX_CACHE_GB", 16.0) * 1e9)
+        bound = int(gcs.environment_number("GLIP_JAX_CACHE_GB", 16.0) * 1e9)
         with self._lock:
             self._unswept += written
             if self._unswept <= min(bound // 16, 1 << 26):

@@ -54,6 +54,7 @@ __all__ = [
     "upload",
 ]
 
+told = describe  # the name until every caller has the new one
 _PIECE = 1 << 24
 """Bytes of one request for a part of a file, so that an error costs no more than that; a multiple of 256 KiB."""
 

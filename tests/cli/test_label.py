@@ -265,7 +265,7 @@ def test_three_at_once_and_one_is_killed(run, many, tmp_path):
 
 @pytest.fixture
 def out_in_a_bucket(running, tmp_path, monkeypatch):
-    return running, f"{running.fresh(monkeypatch, tmp_path / 'cache', silence=2)}/out"
+    return running, f"{running.fresh(monkeypatch, tmp_path / 'cache', timeout=2)}/out"
 
 
 def test_three_at_once_on_a_bucket_that_loses_answers_and_one_is_killed(
@@ -311,7 +311,7 @@ def test_three_at_once_on_a_bucket_that_loses_answers_and_one_is_killed(
     again = {name: gcs.stamp(f"{out}/{name}") for name in gcs.listing(out)}
     assert {name for name, found in again.items() if now[name] != found} == {"report.html"}
     # When the storage stays silent: a line, and the code that says so.
-    monkeypatch.setenv("GLIP_JAX_STORAGE_PATIENCE", "0.3")
+    monkeypatch.setenv("GLIP_JAX_STORAGE_RETRY_SECONDS", "0.3")
     with running.arm("503", share=1.0):
         assert door.main(["label", *outside(run, source, f"{out}2")]) == exit_codes.STORAGE_UNAVAILABLE
     assert capsys.readouterr().err.startswith(f"label: {out}2/manifest.json: the storage failed")

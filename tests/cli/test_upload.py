@@ -32,7 +32,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def target(running, tmp_path, monkeypatch) -> str:
-    return running.fresh(monkeypatch, tmp_path / "cache", silence=1.0, patience=60) + "/shards/s"
+    return running.fresh(monkeypatch, tmp_path / "cache", timeout=1.0, retry_seconds=60) + "/shards/s"
 
 
 def test_sent_through_faults_and_nothing_twice(folder, target, running, capsys):

@@ -37,8 +37,8 @@ STEPS = 4
 
 @pytest.fixture
 def bucket(running, tmp_path, monkeypatch) -> str:
-    """A new bucket, and a cache of its own; impatient, but patient enough for all that is injected."""
-    return running.fresh(monkeypatch, tmp_path / "cache", silence=0.4, patience=60)
+    """A new bucket, and a cache of its own; with short timeouts, and retries for longer than all injected errors."""
+    return running.fresh(monkeypatch, tmp_path / "cache", timeout=0.4, retry_seconds=60)
 
 
 def send(folder: Path, place: str) -> str:
@@ -202,19 +202,25 @@ def test_folders_without_the_column_of_ends_are_fetched_whole(bucket, tmp_path):
         Shards(f"{bucket}/spoilt").read(3)
 
 
-def test_exhausted_patience_is_one_line_and_no_placeholder(remote, running, monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("GLIP_JAX_STORAGE_PATIENCE", "0.5")
+def test_exhausted_retries_are_one_line_and_no_placeholder(remote, running, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("GLIP_JAX_STORAGE_RETRY_SECONDS", "0.5")
     mixture = Mixture(config(remote))
     with running.arm("503", share=1.0), pytest.raises(StorageError, match=r"failed \d+ times in a row.*last: .*503"):
         draw(mixture, 1)
-    with running.arm("stall", share=1.0), pytest.raises(StorageError, match=r"patience ended \(last: .*timed out"):
+    with (
+        running.arm("stall", share=1.0),
+        pytest.raises(StorageError, match=r"the time for retries was over \(last: .*timed out"),
+    ):
         Shards(remote["boxes"].path)
     with running.arm("reset", share=1.0, only="array_record"):
         assert main(["inspect", remote["boxes"].path, f"--out={tmp_path}/page.html"]) == exit_codes.STORAGE_UNAVAILABLE
     line = capsys.readouterr().err
     assert line.startswith(f"inspect: {remote['boxes'].path}/records-") and line.count("\n") == 1
     # A worker process' error comes with its own words.
-    with running.arm("503", share=1.0, only="array_record"), pytest.raises(Exception, match="patience ended") as caught:
+    with (
+        running.arm("503", share=1.0, only="array_record"),
+        pytest.raises(Exception, match="time for retries was over") as caught,
+    ):
         draw(Mixture(config(remote, workers=1)), 1)
     assert "placeholder" not in str(caught.value)
 
@@ -281,7 +287,7 @@ def test_places_that_are_not_there(bucket, capsys):
         Shards("gs://nobucket/s")
     assert main(["inspect", "gs://nobucket/s", "--out=page.html"]) == 2
     assert capsys.readouterr().err.startswith("inspect: gs://nobucket/s: there is no bucket nobucket")
-    with pytest.raises(StorageError, match="is no place in a bucket"):
+    with pytest.raises(StorageError, match="is no path in a bucket"):
         Shards("gs://")
     assert main(["data", "tfds", f"{bucket}/voc", f"--out={bucket}/s"]) == 2
     assert "array_record reads local files" in capsys.readouterr().err
@@ -343,7 +349,7 @@ def send_tree(folder: Path, place: str) -> None:
 
 def test_pictures_are_not_dropped_because_the_storage_is_silent(source, bucket, running, monkeypatch, capsys):  # noqa: F811
     send_tree(source, bucket)
-    monkeypatch.setenv("GLIP_JAX_STORAGE_PATIENCE", "0.3")
+    monkeypatch.setenv("GLIP_JAX_STORAGE_RETRY_SECONDS", "0.3")
     arguments = ["data", "coco", f"{source}/boxes.json", f"--images={bucket}/pictures", f"--out={bucket}/set"]
     with running.arm("503", share=1.0, only="img9.png"):
         assert main([*arguments, "--processes=1"]) == exit_codes.STORAGE_UNAVAILABLE
@@ -420,7 +426,12 @@ def test_a_thousand_shards_open_quickly(bucket, tmp_path, running):
 
 
 def test_settings_that_are_no_numbers(bucket, monkeypatch):
-    monkeypatch.setenv("GLIP_JAX_STORAGE_PATIENCE", "long")
-    monkeypatch.setenv("GLIP_JAX_STORAGE_SILENCE", "-1")
-    with pytest.raises(StorageError, match="GLIP_JAX_STORAGE_SILENCE is '-1': expected a positive number"):
+    monkeypatch.setenv("GLIP_JAX_STORAGE_RETRY_SECONDS", "long")
+    monkeypatch.setenv("GLIP_JAX_STORAGE_TIMEOUT", "-1")
+    with pytest.raises(StorageError, match="GLIP_JAX_STORAGE_TIMEOUT is '-1': expected a positive number"):
+        Shards(f"{bucket}/s")
+    # The name of older versions.
+    monkeypatch.delenv("GLIP_JAX_STORAGE_TIMEOUT")
+    monkeypatch.setenv("GLIP_JAX_STORAGE_SILENCE", "-2")
+    with pytest.raises(StorageError, match="GLIP_JAX_STORAGE_SILENCE is '-2': expected a positive number"):
         Shards(f"{bucket}/s")

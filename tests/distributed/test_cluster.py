@@ -196,7 +196,7 @@ def test_two_processes_write_into_a_bucket_what_they_write_into_a_folder(
     file, straight, running, tmp_path, monkeypatch
 ):
     """Checkpoints in parts from both, numbers from the first, while requests fail."""
-    place = running.fresh(monkeypatch, tmp_path / "cache", silence=5.0, patience=120) + "/runs/one"
+    place = running.fresh(monkeypatch, tmp_path / "cache", timeout=5.0, retry_seconds=120) + "/runs/one"
     with running.arm("503", "reset", share=0.03) as injected:
         codes, said = _Job(file, place, 2, 4, ("--config.mesh.fsdp=4",)).finish()
     assert codes == [0, 0], said
@@ -305,7 +305,9 @@ def test_process_0_hears_last():
     """What it hears may end it, before its thread has told the others."""
     heard: list[int] = []
     coordinator: Any = object.__new__(_Coordinator)
-    coordinator._connections = {index: SimpleNamespace(send=lambda index=index, **_: heard.append(index)) for index in (0, 2, 1)}
+    coordinator._connections = {
+        index: SimpleNamespace(send=lambda index=index, **_: heard.append(index)) for index in (0, 2, 1)
+    }
     coordinator._tell(refused="")
     assert heard == [2, 1, 0]
 

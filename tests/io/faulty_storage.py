@@ -62,11 +62,11 @@ class Storage:
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
         }
 
-    def fresh(self, monkeypatch: Any, cache: Path, silence: float, patience: float = 600) -> str:
+    def fresh(self, monkeypatch: Any, cache: Path, timeout: float, retry_seconds: float = 600) -> str:
         """Points this process here for a test, with a cache of its own; returns a new bucket."""
         settings = {
-            "GLIP_JAX_CACHE": str(cache), "GLIP_JAX_STORAGE_SILENCE": str(silence),
-            "GLIP_JAX_STORAGE_PATIENCE": str(patience),
+            "GLIP_JAX_CACHE": str(cache), "GLIP_JAX_STORAGE_TIMEOUT": str(timeout),
+            "GLIP_JAX_STORAGE_RETRY_SECONDS": str(retry_seconds),
         }  # fmt: skip
         for name, value in (self.environment | settings).items():
             monkeypatch.setenv(name, value)

@@ -24,7 +24,7 @@ UPLOADS = "ifGenerationMatch"
 
 @pytest.fixture
 def out(running, tmp_path, monkeypatch) -> str:
-    return f"{running.fresh(monkeypatch, tmp_path / 'cache', silence=1, patience=30)}/some/folder"
+    return f"{running.fresh(monkeypatch, tmp_path / 'cache', timeout=1, retry_seconds=30)}/some/folder"
 
 
 def _result(queue, name, words):

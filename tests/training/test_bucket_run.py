@@ -42,7 +42,7 @@ def place(running, tmp_path, monkeypatch) -> str:
     """A working folder in a new bucket, with a network that compiles in a second."""
     stand_in.install(monkeypatch)
     monkeypatch.setitem(sys.modules, "gcsfs", None)  # what fsspec would take
-    return running.fresh(monkeypatch, tmp_path / "cache", silence=1.0, patience=60) + "/runs/one"
+    return running.fresh(monkeypatch, tmp_path / "cache", timeout=1.0, retry_seconds=60) + "/runs/one"
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_metrics_that_cannot_be_uploaded_delay_nothing_and_are_there_after_the_n
 ):
     monkeypatch.setattr(writer, "_UPLOAD_SECONDS", 0.1)
     train(tiny_run.replace(config, "train", steps=2), place)
-    monkeypatch.setenv("GLIP_JAX_STORAGE_PATIENCE", "0.5")
+    monkeypatch.setenv("GLIP_JAX_STORAGE_RETRY_SECONDS", "0.5")
     with contextlib.ExitStack() as stack:
 
         def evaluate(params, step):
@@ -107,7 +107,7 @@ def test_metrics_that_cannot_be_uploaded_delay_nothing_and_are_there_after_the_n
     local = Path(re.findall(r"all of them are in (\S+)", captured.err)[0])
     assert 6 in [json.loads(line)["step"] for line in (local / "metrics.jsonl").read_text().splitlines()]
     assert 6 not in _losses(place)
-    monkeypatch.setenv("GLIP_JAX_STORAGE_PATIENCE", "60")
+    monkeypatch.setenv("GLIP_JAX_STORAGE_RETRY_SECONDS", "60")
     train(at, place)
     assert [*_losses(place)] == [2, 4, 6], "the checkpoint holds the lines"
 
@@ -115,7 +115,7 @@ def test_metrics_that_cannot_be_uploaded_delay_nothing_and_are_there_after_the_n
 def test_a_writer_never_waits_and_reports_what_it_drops(place, running, monkeypatch, capsys):
     monkeypatch.setattr(writer, "_MAX_QUEUED", 5)
     monkeypatch.setattr(writer, "_UPLOAD_SECONDS", 0.05)
-    monkeypatch.setenv("GLIP_JAX_STORAGE_SILENCE", "20")
+    monkeypatch.setenv("GLIP_JAX_STORAGE_TIMEOUT", "20")
     # The thread waits in a request without an answer.
     stall = running.arm("stall", share=1.0, stall=4.0, only="runs/one/metrics.jsonl")
     with writer.Writer(place, 0) as log, stall:
@@ -171,7 +171,7 @@ def torn(path):
 
 def test_a_storage_that_does_not_answer_is_one_line(place, running, monkeypatch):
     save(place, 1)
-    monkeypatch.setenv("GLIP_JAX_STORAGE_PATIENCE", "0.5")
+    monkeypatch.setenv("GLIP_JAX_STORAGE_RETRY_SECONDS", "0.5")
     with running.arm("503", share=1.0, only="uploadType=multipart"), pytest.raises(NotSavedError) as caught:
         save(place, 2)
     message = str(caught.value)

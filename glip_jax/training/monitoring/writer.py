@@ -217,7 +217,7 @@ class Writer:
                 self._log(f"{self._folder}: all metrics are uploaded again")
             self._missing = ""
         except (gcs.StorageError, FileNotFoundError) as error:
-            reason = gcs.told(error) if isinstance(error, gcs.StorageError) else str(error)
+            reason = gcs.describe(error) if isinstance(error, gcs.StorageError) else str(error)
             self._missing = f"{self._folder}: metrics could not be uploaded ({reason})"
             if not self._closing:
                 self._log(f"{self._missing}; the run continues and tries again")
