@@ -23,7 +23,7 @@ from glip_jax.cli.reports.run_report import aligned
 from glip_jax.data.scenes.draw import Scene, SceneStyle, draw_scene
 from glip_jax.data.scenes.pictures import load_pictures
 from glip_jax.data.scenes.sets import SceneSet, finished
-from glip_jax.evaluation.recall import LEAST_OVERLAP, overlaps
+from glip_jax.evaluation.recall import MIN_IOU, overlaps
 
 PICTURES = Path(__file__).parent.parent / "gcs" / "sample" / "pictures"
 
@@ -91,7 +91,7 @@ def counted(phrases: Sequence[RelationalPhrase], run: Path) -> Counter[str]:
             continue
         x, y, width, height = entry["bbox"]
         met = overlaps(np.array([[x, y, x + width, y + height]], np.float32), phrase.boxes)[0]
-        if met.max() < LEAST_OVERLAP:
+        if met.max() < MIN_IOU:
             counts["elsewhere"] += 1
             continue
         counts["meant" if phrase.meant[int(met.argmax())] else "another of the name"] += 1

@@ -26,7 +26,7 @@ from glip_jax.evaluation.comparison import (
     ComparisonError,
     Run,
     Spread,
-    StepWanted,
+    StepRequest,
     compare,
     headlines,
     run_of,
@@ -124,12 +124,12 @@ def _compared(folders: Sequence[str], steps: Sequence[str]) -> Comparison:
     return compare([_read(folder) for folder in folders], [_wanted(step) for step in steps])
 
 
-def _wanted(text: str) -> StepWanted:
+def _wanted(text: str) -> StepRequest:
     names, _, numbers = text.partition("=")
     new, slash, old = names.partition("/")
     if not slash or not new or not old:
         raise CommandLineError(f"--steps {text}: expected NEW/OLD or NEW/OLD=NUMBER,NUMBER, such as b/a")
-    return StepWanted(new, old, tuple(filter(None, numbers.split(","))))
+    return StepRequest(new, old, tuple(filter(None, numbers.split(","))))
 
 
 def _read(folder: str) -> Run:

@@ -1,4 +1,4 @@
-"""COCO's twelve numbers, through pycocotools, of detections on any COCO JSON."""
+"""COCO's twelve metrics, by pycocotools, of detections on any COCO JSON."""
 
 import contextlib
 import io
@@ -22,16 +22,16 @@ __all__ = [
 ]  # fmt: skip
 
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-"""Names of COCO's numbers in pycocotools' order; -1 where the ground truth has nothing to measure."""
+"""Names of COCO's metrics in the order of pycocotools. A metric is -1 where the ground truth has no boxes for it."""
 
 
 class GroundTruthError(UserError, ValueError):
-    """Annotations that cannot be evaluated on."""
+    """Annotations that cannot be used for evaluation."""
 
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """A COCO detection JSON with its categories in the order in which a detector is asked for them (by id)."""
+    """A COCO detection JSON with its categories in the order of the prompts (by id)."""
 
     path: str
     content: dict[str, Any]
@@ -40,7 +40,7 @@ class GroundTruth:
 
 
 class AveragePrecision(NamedTuple):
-    """What an evaluation says."""
+    """Results of an evaluation."""
 
     numbers: dict[str, float]
     """The twelve of `NUMBERS`."""
@@ -51,10 +51,10 @@ class AveragePrecision(NamedTuple):
 
 
 def read_lists(path: str, lists: Sequence[str], expected: str) -> dict[str, Any]:
-    """The JSON object in `path`, which holds the named lists; `expected` says in messages what was looked for.
+    """The JSON object in `path`, which holds the named lists; `expected` names the format in messages.
 
     Raises:
-        GroundTruthError: not there, not JSON, no object, or a list missing.
+        GroundTruthError: the file is missing, is no JSON object, or lacks a list.
     """
     file = epath.Path(path)
     if not file.exists():
@@ -73,7 +73,8 @@ def load_ground_truth(path: str) -> GroundTruth:
     """Reads a COCO detection JSON.
 
     Raises:
-        GroundTruthError: not there, not JSON, a list missing, ids twice, boxes of unknown images or categories.
+        GroundTruthError: the file is missing or no COCO detection JSON, an id occurs twice, or a box is of an unknown image or
+            category.
     """
     content = read_lists(path, ("images", "annotations", "categories"), "a COCO detection JSON")
     try:
@@ -86,17 +87,21 @@ def load_ground_truth(path: str) -> GroundTruth:
                 raise GroundTruthError(
                     f"{path}: annotation {entry['id']} has bbox {entry['bbox']}: expected x, y, w, h"
                 )
-            # COCO's rules: these two may be left out of one's own data.
+            # Data sets of users may lack these two; the defaults are those of COCO.
             entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
             entry.setdefault("iscrowd", 0)
         categories = sorted((entry["id"], str(entry["name"])) for entry in content["categories"])
         images = {entry["id"] for entry in content["images"]}
         known = {number for number, _ in categories}
-        lost = [a["id"] for a in content["annotations"] if a["image_id"] not in images or a["category_id"] not in known]
+        orphans = [
+            a["id"] for a in content["annotations"] if a["image_id"] not in images or a["category_id"] not in known
+        ]
     except (KeyError, TypeError) as error:
         raise GroundTruthError(f"{path}: an entry lacks {error}: expected a COCO detection JSON") from error
-    if lost:
-        raise GroundTruthError(f"{path}: {len(lost)} annotations (first {lost[:3]}) name unknown images or categories")
+    if orphans:
+        raise GroundTruthError(
+            f"{path}: {len(orphans)} annotations (first {orphans[:3]}) name unknown images or categories"
+        )
     return GroundTruth(path, content, tuple(i for i, _ in categories), tuple(name for _, name in categories))
 
 
@@ -127,12 +132,12 @@ def average_precision(
 ) -> AveragePrecision:
     """COCO's box AP and AR of `results` (COCO's results form), on `image_ids` or on all images.
 
-    No result at all is a measurement too: zeros wherever the ground truth has boxes.
+    Without any result the metrics are 0 wherever the ground truth has boxes.
 
     Raises:
         GroundTruthError: a result or an id of `image_ids` names an image that the ground truth does not have.
     """
-    # pycocotools prints its progress; it stays inside.
+    # Hides the progress that pycocotools prints.
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = _evaluation(truth, results, image_ids)
         evaluation.evaluate()
@@ -147,9 +152,9 @@ def average_precision(
 
 
 def derangement(count: int) -> tuple[int, ...]:
-    """A fixed permutation of `count` categories that leaves none at its place: one cycle through a shuffled order.
+    """A fixed permutation of `count` categories without fixed points: one cycle through a shuffled order.
 
-    Shuffled, because neighbours in a list of names are often alike. Raises ValueError below 2, where there is none.
+    Shuffled, because neighbours in a list of names are often similar. Raises ValueError for fewer than 2.
     """
     if count < 2:
         raise ValueError(f"{count} categories have no derangement: expected at least 2")
@@ -160,10 +165,10 @@ def derangement(count: int) -> tuple[int, ...]:
 
 
 def permuted_ap50(truth: GroundTruth, results: list[dict[str, Any]], image_ids: list[int] | None = None) -> float:
-    """AP50 of the same boxes and scores with the categories exchanged by `derangement`: the level of chance.
+    """AP50 of the same boxes and scores with the categories permuted by `derangement`: the level of chance.
 
-    It is what a detector reaches that finds things but does not know their names, and equals permuting the vectors of
-    the names where these do not see one another. -1 with fewer than two categories or without boxes to measure on.
+    A detector that localises objects but does not know their names reaches this AP50. It equals permuting the embeddings of the
+    names where these do not depend on one another. -1 with fewer than two categories or without boxes.
 
     Raises:
         GroundTruthError: as `average_precision`.
@@ -172,9 +177,9 @@ def permuted_ap50(truth: GroundTruth, results: list[dict[str, Any]], image_ids: 
         return -1.0
     ids = truth.category_ids
     other = {ids[i]: ids[j] for i, j in enumerate(derangement(len(ids)))}
-    exchanged = [row | {"category_id": other[row["category_id"]]} for row in results]
+    permuted = [row | {"category_id": other[row["category_id"]]} for row in results]
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = _evaluation(truth, exchanged, image_ids)
+        evaluation = _evaluation(truth, permuted, image_ids)
         evaluation.params.iouThrs = np.array([0.5])
         evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ["all"]
         evaluation.params.maxDets = [100]
@@ -185,16 +190,16 @@ def permuted_ap50(truth: GroundTruth, results: list[dict[str, Any]], image_ids: 
 
 
 def _evaluation(truth: GroundTruth, results: list[dict[str, Any]], image_ids: list[int] | None) -> COCOeval:
-    """The evaluation by pycocotools, set up; it writes into what it is given, so that is copied."""
+    """The evaluation of pycocotools, set up with copies of its inputs, because it writes into them."""
     known = {entry["id"] for entry in truth.content["images"]}
     named = {row["image_id"] for row in results} | set(image_ids or ())
     if named - known:
-        raise GroundTruthError(f"{truth.path} has no images {sorted(named - known)[:5]} which detections speak of")
+        raise GroundTruthError(f"{truth.path} has no images {sorted(named - known)[:5]} that detections refer to")
     dataset = _indexed({
         "info": truth.content.get("info", {}),
         "images": truth.content["images"],
         "categories": truth.content["categories"],
-        # pycocotools notes the id of the box that a detection met, and takes 0 for none: numbered from 1.
+        # pycocotools records the id of the box that a detection matches, and takes 0 for none: ids from 1.
         "annotations": [entry | {"id": number} for number, entry in enumerate(truth.content["annotations"], 1)],
     })  # fmt: skip
     evaluation = COCOeval(dataset, _results(dataset, results), "bbox")
@@ -213,7 +218,7 @@ def _indexed(content: dict[str, Any]) -> COCO:
 def _results(dataset: Any, results: list[dict[str, Any]]) -> COCO:
     if results:
         return dataset.loadRes([dict(row) for row in results])
-    # loadRes looks at its first row, so no rows need a set of their own.
+    # loadRes reads the first row, so it cannot load an empty list.
     return _indexed({**dataset.dataset, "annotations": []})
 
 

@@ -1,7 +1,7 @@
-"""What the company of names in a prompt does to a detection set.
+"""Measures how the other names in a prompt change the AP50 of a detection set.
 
-With fusion and a text encoder a name's score depends on the names beside it, and a set of more names than the token
-budget holds is asked in chunks; so chunking moves the score, and by how much can only be measured.
+With fusion and a text encoder the score of a name depends on the other names of the prompt. The names of a large set are split into
+chunks that fit the token budget, so the split changes the scores. This module measures by how much.
 """
 
 import dataclasses
@@ -11,43 +11,43 @@ from typing import TypedDict
 import numpy as np
 
 from glip_jax.config import Config, EvaluationSet
-from glip_jax.evaluation.evaluate import Evaluated, FindsCategories, evaluate_detection
+from glip_jax.evaluation.evaluate import CategoryDetector, Evaluated, evaluate_detection
 from glip_jax.inference import category_prompts
 from glip_jax.structures.prompts import Tokenizer
 
-__all__ = ["AskedAgain", "chunking_effect", "prompt_chunks"]
+__all__ = ["PromptVariant", "chunking_effect", "prompt_chunks"]
 
 
-class AskedAgain(TypedDict):
-    """A detection set asked for in another way."""
+class PromptVariant(TypedDict):
+    """Results of a detection set with other prompts."""
 
     asked: str
-    """What was different."""
+    """What differs in the prompts."""
     AP50: float
     difference: float
-    """AP50 minus that of the first time."""
+    """AP50 minus that of the usual prompts."""
 
 
 def prompt_chunks(names: Sequence[str], tokenizer: Tokenizer, config: Config) -> list[list[str]]:
-    """The names of each prompt, as `Detector.categories` asks for them."""
+    """The names of each prompt of `Detector.categories`."""
     return [[names[i] for i in chunk] for _, chunk in category_prompts(names, tokenizer, config)]
 
 
 def chunking_effect(
-    detector: FindsCategories,
-    make: Callable[[Config], FindsCategories],
+    detector: CategoryDetector,
+    make: Callable[[Config], CategoryDetector],
     config: Config,
     dataset: EvaluationSet,
     first: Evaluated,
     longest: int,
     name: str = "",
     progress: bool = True,
-) -> list[AskedAgain]:
-    """Asks for the names of a set again in two ways, and says what AP50 becomes.
+) -> list[PromptVariant]:
+    """Evaluates a set again with two variants of the prompts.
 
-    Shuffled: by `detector`, so in another order and in other chunks. In their order with half as many names a prompt as
-    `longest`, the most of the first time: by the detector that `make` gives for such settings. A single name has no
-    company: an empty list. `first` is the evaluation in the usual way.
+    1. Shuffled names, by `detector`: another order and other chunks. 2. Half as many names a prompt as `longest`, the longest of
+    the usual prompts, by the detector that `make` returns for these settings. `first` is the evaluation with the usual prompts.
+    Returns an empty list for a single name.
     """
     count = len(first.prompts)
     if count < 2:
@@ -55,7 +55,7 @@ def chunking_effect(
     half = -(-longest // 2)
     shorter = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, chunk=half))
     order = np.random.default_rng(0).permutation(count).tolist()
-    again = [
+    variants = [
         ("names shuffled", evaluate_detection(
             detector, config, dataset, name=f"{name} (names shuffled)", progress=progress, order=order)),
         (f"at most {half} names a prompt", evaluate_detection(
@@ -63,6 +63,10 @@ def chunking_effect(
     ]  # fmt: skip
     base = first.precision.numbers["AP50"]
     return [
-        {"asked": asked, "AP50": found.precision.numbers["AP50"], "difference": found.precision.numbers["AP50"] - base}
-        for asked, found in again
+        {
+            "asked": asked,
+            "AP50": result.precision.numbers["AP50"],
+            "difference": result.precision.numbers["AP50"] - base,
+        }
+        for asked, result in variants
     ]

@@ -1,4 +1,4 @@
-"""Runs side by side: those of one config, which differ in their seed, are replicas, and give a mean and a spread."""
+"""Compares evaluated runs. Runs of one config that differ in the seed are replicas and give a mean and a standard deviation."""
 
 import statistics
 from collections import Counter
@@ -10,7 +10,7 @@ from glip_jax import UserError
 from glip_jax.config import current_names
 
 __all__ = [
-    "Comparison", "ComparisonError", "Run", "Spread", "Step", "StepWanted", "compare", "headlines", "run_of", "spread",
+    "Comparison", "ComparisonError", "Run", "Spread", "Step", "StepRequest", "compare", "headlines", "run_of", "spread",
 ]  # fmt: skip
 
 _CHANCE = "AP50_permuted"
@@ -24,31 +24,31 @@ class ComparisonError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """An evaluation of a run, as evaluation.json tells it."""
+    """The evaluation of a run, from its evaluation.json."""
 
     path: str
     name: str
-    """Of its config."""
+    """Of the config."""
     seed: int
     summary: Mapping[str, Any]
-    """The file."""
+    """The content of the file."""
     numbers: Mapping[str, float]
-    """The numbers to compare, as SET/NUMBER."""
+    """The metrics to compare, as SET/METRIC."""
 
 
 class Spread(NamedTuple):
-    """Some values in short."""
+    """Mean, standard deviation and extremes of some values."""
 
     mean: float
     deviation: float | None
     """Standard deviation with n - 1; None for a single value."""
-    least: float
-    most: float
+    min: float
+    max: float
     values: tuple[float, ...]
 
 
-class StepWanted(NamedTuple):
-    """Two configs, and the numbers in which the first is to be compared with the second."""
+class StepRequest(NamedTuple):
+    """Two configs to compare, and the metrics to compare them in."""
 
     new: str
     old: str
@@ -58,45 +58,47 @@ class StepWanted(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """What the change from one config to another does, seed by seed."""
+    """Differences between two configs, seed by seed."""
 
     new: str
     old: str
     seeds: tuple[int, ...]
-    """Those that both have."""
+    """Those of both configs."""
     differences: Mapping[str, Spread]
-    """Per number; values in the order of `seeds`."""
+    """`new` minus `old` per metric; values in the order of `seeds`."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Columns of a table: per config its runs by seed, and its numbers."""
+    """The compared runs: per config the runs by seed and the metrics."""
 
     runs: Mapping[str, tuple[Run, ...]]
     numbers: Mapping[str, Mapping[str, Spread]]
-    """Per config and number."""
+    """Per config and metric."""
     steps: tuple[Step, ...]
     differing: tuple[tuple[str, tuple[str, ...]], ...]
-    """Settings of evaluation, and the state of the code, that are not the same in all runs; what each config has."""
+    """Settings of evaluation, and hashes of the code, that differ between runs, with the values of each config."""
 
 
 def run_of(path: str, summary: Mapping[str, Any]) -> Run:
-    """A run from its evaluation.json; KeyError or TypeError if it is none."""
+    """A run from the content of its evaluation.json. Raises KeyError or TypeError for other content."""
     numbers: dict[str, float] = {}
     for name, entry in summary["sets"].items():
-        found = entry["numbers"]
+        measured = entry["numbers"]
         if entry["kind"] == "detection":
-            # COCO's -1: there is nothing to measure it on.
-            numbers |= {f"{name}/{number}": float(found[number]) for number in _OF_DETECTION if found[number] >= 0}
+            # -1 in COCO's metrics: not defined on this set.
+            numbers |= {
+                f"{name}/{number}": float(measured[number]) for number in _OF_DETECTION if measured[number] >= 0
+            }
         else:
             kinds = [f"{kind}/{_BEST}" if kind else _BEST for kind in entry["phrases"]]
-            numbers |= {f"{name}/{number}": float(found[number]) for number in kinds}
+            numbers |= {f"{name}/{number}": float(measured[number]) for number in kinds}
     summary = {**summary, "settings": current_names(summary["settings"])}
     return Run(path, str(summary["name"]), int(summary["seed"]), summary, numbers)
 
 
 def headlines(numbers: Iterable[str]) -> list[str]:
-    """Those that a plot shows: AP50 of detection, recall@1 of phrases with its kinds."""
+    """The metrics that a plot shows: AP50 of detection, recall@1 of all phrases and of each kind."""
     return [number for number in numbers if number.rpartition("/")[2] in ("AP50", _BEST)]
 
 
@@ -106,24 +108,26 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.fmean(values), deviation, min(values), max(values), tuple(values))
 
 
-def compare(runs: Sequence[Run], wanted: Sequence[StepWanted] = ()) -> Comparison:
-    """Groups the runs by their config, in the order given, and takes the wanted steps.
+def compare(runs: Sequence[Run], wanted: Sequence[StepRequest] = ()) -> Comparison:
+    """Groups the runs by config, in the order given, and computes the wanted steps.
 
     Raises:
-        ComparisonError: no run, one twice, two of one config and seed, runs evaluated on different sets, other
-            annotations or pictures, or a step between configs or numbers that are not there, or without a common seed.
+        ComparisonError: no run; a run twice; two runs of one config and seed; runs evaluated on different sets, annotations or
+            images; a step of a config or metric that no run has, or of configs without a common seed.
     """
     if not runs:
-        raise ComparisonError("there is nothing to compare: expected folders with evaluation.json")
+        raise ComparisonError("no runs to compare: expected folders with evaluation.json")
     _check_same_sets(runs)
     _check_once(runs)
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.name, []).append(run)
-    grouped = {name: tuple(sorted(own, key=lambda run: run.seed)) for name, own in groups.items()}
-    # A number that one run could not measure is left out for all.
+    grouped = {name: tuple(sorted(members, key=lambda run: run.seed)) for name, members in groups.items()}
+    # A metric that one run lacks is left out for all.
     keys = [number for number in runs[0].numbers if all(number in run.numbers for run in runs)]
-    numbers = {name: {key: spread([run.numbers[key] for run in own]) for key in keys} for name, own in grouped.items()}
+    numbers = {
+        name: {key: spread([run.numbers[key] for run in members]) for key in keys} for name, members in grouped.items()
+    }
     steps = tuple(_step(step, grouped, keys) for step in wanted)
     return Comparison(grouped, numbers, steps, _differing(grouped))
 
@@ -156,13 +160,13 @@ def _check_once(runs: Sequence[Run]) -> None:
         for what, key in ((f"the same parameters ({weights:.12})", weights), (f"config {run.name} with seed {run.seed}", (run.name, run.seed))):  # fmt: skip
             if key in seen:
                 raise ComparisonError(
-                    f"{seen[key].path} and {run.path} are both of {what}: expected each run once; replicas differ in "
+                    f"{seen[key].path} and {run.path} both have {what}: expected each run once; replicas differ in "
                     "config.train.seed"
                 )
         seen[weights] = seen[run.name, run.seed] = run
 
 
-def _step(wanted: StepWanted, groups: Mapping[str, Sequence[Run]], keys: Sequence[str]) -> Step:
+def _step(wanted: StepRequest, groups: Mapping[str, Sequence[Run]], keys: Sequence[str]) -> Step:
     for name in (wanted.new, wanted.old):
         if name not in groups:
             raise ComparisonError(
@@ -188,15 +192,15 @@ def _step(wanted: StepWanted, groups: Mapping[str, Sequence[Run]], keys: Sequenc
 
 
 def _differing(groups: Mapping[str, Sequence[Run]]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    def facts(run: Run) -> dict[str, str]:
-        told = {name: str(run.summary[name]) for name in ("step", "parameters")}
-        told |= {name: str(value) for name, value in run.summary["settings"].items()}
-        return told | {"code": f"{run.summary['hashes'].get('code', {}).get('files', '-'):.12}"}
+    def settings(run: Run) -> dict[str, str]:
+        values = {name: str(run.summary[name]) for name in ("step", "parameters")}
+        values |= {name: str(value) for name, value in run.summary["settings"].items()}
+        return values | {"code": f"{run.summary['hashes'].get('code', {}).get('files', '-'):.12}"}
 
-    told = {run.path: facts(run) for own in groups.values() for run in own}
+    by_run = {run.path: settings(run) for members in groups.values() for run in members}
     rows = []
-    for name in dict.fromkeys(name for own in told.values() for name in own):
-        if len({own.get(name, "-") for own in told.values()}) > 1:
-            counts = (Counter(told[run.path].get(name, "-") for run in own) for own in groups.values())
-            rows.append((name, tuple(", ".join(own) for own in counts)))
+    for name in dict.fromkeys(name for values in by_run.values() for name in values):
+        if len({values.get(name, "-") for values in by_run.values()}) > 1:
+            counts = (Counter(by_run[run.path].get(name, "-") for run in members) for members in groups.values())
+            rows.append((name, tuple(", ".join(each) for each in counts)))
     return tuple(rows)

@@ -47,7 +47,7 @@ def test_seeds_are_replicas_and_steps_are_taken_seed_by_seed(runs, tmp_path, cap
     assert [(run["config"], run["seed"]) for run in found["runs"]] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
     cells = found["configs"]["b"]["cells/AP50"]
     assert cells["mean"] == pytest.approx(0.5) and cells["deviation"] == pytest.approx(0.08**0.5)
-    assert (cells["least"], cells["most"], cells["values"]) == (0.3, 0.7, [0.3, 0.7])
+    assert (cells["min"], cells["max"], cells["values"]) == (0.3, 0.7, [0.3, 0.7])
     up, down = found["steps"]
     assert up["seeds"] == [0, 1] and up["differences"]["cells/AP50"]["values"] == pytest.approx([0.1, 0.3])
     assert "cells/AP50_permuted" not in up["differences"] and "cells/AP" in up["differences"]
@@ -119,5 +119,5 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, capsys, make, 
 
 
 def test_nothing_to_compare_and_nowhere_to_write(tmp_path, capsys):
-    assert compare.main([f"--out={tmp_path / 'out'}"]) == 2 and "nothing to compare" in capsys.readouterr().err
+    assert compare.main([f"--out={tmp_path / 'out'}"]) == 2 and "no runs to compare" in capsys.readouterr().err
     assert compare.main([str(tmp_path)]) == 2 and "no folder to write to" in capsys.readouterr().err

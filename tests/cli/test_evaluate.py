@@ -83,7 +83,7 @@ def evaluated(run):
 def test_the_table_has_both_kinds(evaluated):
     output, _ = evaluated
     assert "step 7, parameters: ema" in output
-    assert "boxes: 3 categories, asked for as: a cat, dog, person" in output
+    assert "boxes: 3 categories, prompted as: a cat, dog, person" in output
     assert "words: 4 phrases in 4 captions; 1 captions cut; 1 phrases over budget" in output
     assert re.search(r"^boxes, names shuffled: AP50 0\.\d{4}, [+-]0\.\d{4}$", output, re.MULTILINE)
     assert re.search(r"^set +images +AP +AP50 +permuted +ratio", output, re.MULTILINE)

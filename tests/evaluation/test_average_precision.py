@@ -1,3 +1,5 @@
+"""COCO's metrics against values worked out by hand, and the level of chance."""
+
 import json
 
 import numpy as np
@@ -36,7 +38,7 @@ def _result(image, category, box, score):
     return {"image_id": image, "category_id": category, "bbox": box, "score": score}
 
 
-def test_categories_stand_by_id(truth):
+def test_categories_are_sorted_by_id(truth):
     assert truth.category_ids == (2, 5, 9)
     assert truth.names == ("platelet", "red blood cell", "unseen")
 
@@ -49,14 +51,14 @@ def test_perfect_results_score_one(truth):
     assert found.per_class == pytest.approx({"platelet": 1, "red blood cell": 1, "unseen": -1})
 
 
-def test_a_box_with_the_id_0_can_be_found(tmp_path):
+def test_a_box_with_the_id_0_can_be_matched(tmp_path):
     annotations = [entry | {"id": number} for number, entry in enumerate(TRUTH["annotations"])]
     (tmp_path / "truth.json").write_text(json.dumps({**TRUTH, "annotations": annotations}))
     results = [_result(a["image_id"], a["category_id"], a["bbox"], 0.9) for a in annotations]
     assert average_precision(load_ground_truth(str(tmp_path / "truth.json")), results).numbers["AP"] == pytest.approx(1)
 
 
-def test_numbers_worked_out_by_hand(truth):
+def test_metrics_worked_out_by_hand(truth):
     # Platelet: found with an overlap of 0.8 (of 20 x 20, 16 x 20), thus at seven of the ten thresholds 0.5 .. 0.8.
     # Red blood cell: one of two found, behind a false one: precision 1/2 up to recall 1/2, which are 51 of 101 points.
     results = [
@@ -80,11 +82,11 @@ def test_a_derangement_moves_every_category_once(count):
     moved = derangement(count)
     assert sorted(moved) == list(range(count)) and all(i != j for i, j in enumerate(moved))
     assert derangement(count) == moved
-    # One cycle: no group of names is exchanged only among itself.
-    place, seen = 0, set()
-    while place not in seen:
-        seen.add(place)
-        place = moved[place]
+    # One cycle: no group of names is permuted within itself.
+    index, seen = 0, set()
+    while index not in seen:
+        seen.add(index)
+        index = moved[index]
     assert len(seen) == count
 
 
@@ -93,18 +95,18 @@ def test_there_is_no_derangement_of_one():
         derangement(1)
 
 
-def test_ap50_with_the_names_exchanged(truth):
+def test_ap50_with_permuted_names(truth):
     exchanged = {truth.category_ids[j]: truth.category_ids[i] for i, j in enumerate(derangement(3))}
     right = [_result(a["image_id"], a["category_id"], a["bbox"], 0.9) for a in TRUTH["annotations"]]
     assert permuted_ap50(truth, right) == 0
-    # Whoever calls everything by the name that stands for it in the exchange is right there, at AP50 only.
+    # Results with permuted names are right after the permutation.
     wrong = [row | {"category_id": exchanged[row["category_id"]]} for row in right]
     assert permuted_ap50(truth, wrong) == pytest.approx(1)
     assert average_precision(truth, wrong).numbers["AP50"] == 0
     assert wrong[0]["category_id"] == exchanged[TRUTH["annotations"][0]["category_id"]], "the results were changed"
 
 
-def test_the_exchange_is_measured_as_ap50_is(truth):
+def test_permuted_ap50_equals_ap50_of_permuted_results(truth):
     back = {truth.category_ids[j]: truth.category_ids[i] for i, j in enumerate(derangement(3))}
     rng = np.random.default_rng(0)
     results = [
@@ -127,18 +129,18 @@ def test_one_category_has_no_level_of_chance(tmp_path):
     assert permuted_ap50(load_ground_truth(str(tmp_path / "truth.json")), []) == -1
 
 
-def test_nothing_found_is_zero_and_no_image_left_is_minus_one(truth):
+def test_without_results_ap_is_zero_and_without_boxes_minus_one(truth):
     assert average_precision(truth, []).numbers["AP"] == 0
     assert average_precision(truth, [], image_ids=[3]).per_class == {"platelet": -1, "red blood cell": 0, "unseen": -1}
 
 
-def test_measured_on_the_images_that_were_looked_at(truth):
+def test_metrics_of_the_given_images_only(truth):
     results = [_result(3, 5, [0, 0, 50, 50], 0.9)]
     assert average_precision(truth, results).numbers["AP"] < 0.3
     assert average_precision(truth, results, image_ids=[3]).numbers["AP"] == pytest.approx(1)
 
 
-def test_results_have_the_originals_widths_and_dataset_ids(truth):
+def test_results_have_the_widths_of_the_original_and_the_ids_of_the_set(truth):
     found = Detections(
         np.array([[1, 2, 11, 22], [0, 0, 5, 5], [0, 0, 0, 0]], np.float32),
         np.array([0.75, 0.5, 0], np.float32),
@@ -157,7 +159,7 @@ def test_evaluating_changes_neither_truth_nor_results(truth):
     assert json.dumps([truth.content, results]) == before
 
 
-def test_categories_of_one_name_stay_apart(tmp_path):
+def test_categories_of_one_name_are_told_apart_by_id(tmp_path):
     content = {**TRUTH, "categories": [{"id": 2, "name": "cell"}, {"id": 5, "name": "cell"}]}
     (tmp_path / "truth.json").write_text(json.dumps(content))
     found = average_precision(load_ground_truth(str(tmp_path / "truth.json")), [])

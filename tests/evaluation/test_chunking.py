@@ -1,3 +1,5 @@
+"""The effect of other names in the prompt on AP50."""
+
 import json
 
 import numpy as np
@@ -16,7 +18,7 @@ NAMES = ("cat", "dog", "person")
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Three pictures with a box of one name each; picture k is filled with red value k."""
+    """Three images with a box of one name each; image k is filled with red value k."""
     images, annotations = [], []
     for k in range(3):
         Image.new("RGB", (64, 64), (k, 0, 0)).save(tmp_path / f"{k}.png")
@@ -28,8 +30,8 @@ def dataset(tmp_path):
     return EvaluationSet(str(tmp_path / "truth.json"), str(tmp_path))
 
 
-class Confused:
-    """Finds a name only if it stands first in its prompt."""
+class FirstNameOnly:
+    """Detects a name only if it is the first of its prompt."""
 
     def __init__(self, config):
         self.limit = config.evaluation.chunk or 3
@@ -37,42 +39,43 @@ class Confused:
     def categories(self, images, names, /):
         found = []
         for image in images:
-            place = list(names).index(NAMES[int(image[0, 0, 0])])
-            box = [8, 8, 31, 31] if place % self.limit == 0 else [0, 0, 1, 1]
-            found.append(Detections(np.array([box], np.float32), np.ones(1, np.float32), np.array([place], np.int32)))
+            index = list(names).index(NAMES[int(image[0, 0, 0])])
+            box = [8, 8, 31, 31] if index % self.limit == 0 else [0, 0, 1, 1]
+            found.append(Detections(np.array([box], np.float32), np.ones(1, np.float32), np.array([index], np.int32)))
         return found
 
 
 def test_the_effect_of_chunking(dataset):
     config = tiny_run.config()
-    first = evaluate_detection(Confused(config), config, dataset, progress=False)
-    effect = chunking_effect(Confused(config), Confused, config, dataset, first, 3, progress=False)
+    first = evaluate_detection(FirstNameOnly(config), config, dataset, progress=False)
+    effect = chunking_effect(FirstNameOnly(config), FirstNameOnly, config, dataset, first, 3, progress=False)
     shuffled, shorter = effect
-    # At first only "cat" leads a prompt; with two names a prompt "person" does so as well.
+    # Only "cat" is first in a prompt; with two names a prompt "person" is too.
     assert first.precision.per_class_50 == pytest.approx({"cat": 1, "dog": 0, "person": 0})
     assert shorter["asked"] == "at most 2 names a prompt"
     assert (shorter["AP50"], shorter["difference"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
     assert (shuffled["AP50"], shuffled["difference"]) == (pytest.approx(1 / 3), pytest.approx(0))
 
 
-def test_shuffled_names_are_asked_for_in_another_order(dataset):
-    asked = []
+def test_shuffled_names_are_in_another_order(dataset):
+    prompted = []
 
-    class Noting(Confused):
+    class Recorder(FirstNameOnly):
         def categories(self, images, names, /):
-            asked.append(list(names))
+            prompted.append(list(names))
             return super().categories(images, names)
 
     config = tiny_run.config()
-    first = evaluate_detection(Noting(config), config, dataset, progress=False)
-    chunking_effect(Noting(config), Noting, config, dataset, first, 3, progress=False)
-    assert asked[0] == asked[2] == list(NAMES) and asked[1] != asked[0] and sorted(asked[1]) == sorted(NAMES)
+    first = evaluate_detection(Recorder(config), config, dataset, progress=False)
+    chunking_effect(Recorder(config), Recorder, config, dataset, first, 3, progress=False)
+    assert prompted[0] == prompted[2] == list(NAMES)
+    assert prompted[1] != prompted[0] and sorted(prompted[1]) == sorted(NAMES)
 
 
-def test_a_single_name_has_no_company(dataset):
+def test_a_single_name_has_no_variants(dataset):
     config = tiny_run.config()
-    first = evaluate_detection(Confused(config), config, dataset, progress=False)._replace(prompts=("cat",))
-    assert chunking_effect(Confused(config), Confused, config, dataset, first, 1, progress=False) == []
+    first = evaluate_detection(FirstNameOnly(config), config, dataset, progress=False)._replace(prompts=("cat",))
+    assert chunking_effect(FirstNameOnly(config), FirstNameOnly, config, dataset, first, 1, progress=False) == []
 
 
 def test_the_chunks_are_those_of_the_detector():

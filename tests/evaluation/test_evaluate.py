@@ -1,3 +1,5 @@
+"""Evaluation of detection and grounding sets with detectors whose results are known."""
+
 import dataclasses
 import json
 
@@ -40,7 +42,7 @@ def dataset(tmp_path):
 
 
 class Oracle:
-    """Knows where the boxes are: image k is filled with red value k."""
+    """Returns the true boxes: image k is filled with red value k."""
 
     def __init__(self):
         self.groups, self.names = [], []
@@ -51,7 +53,7 @@ class Oracle:
         found = []
         for image in images:
             k = int(image[0, 0, 0])
-            # Inclusive corners, as GLIP's boxes are: a width of 20 pixels ends at k + 19.
+            # Inclusive corners, as in GLIP: a width of 20 pixels ends at k + 19.
             boxes = np.array([[k, k, k + 19, k + 9], [0, 0, 0, 0]], np.float32)
             found.append(Detections(boxes, np.array([0.9, 0], np.float32), np.array([k % 2, -1], np.int32)))
         return found
@@ -70,26 +72,26 @@ def test_a_perfect_detector_scores_one(dataset):
     assert result.image_ids == (10, 11, 12)
 
 
-def test_only_so_many_images_count(dataset):
+def test_max_images(dataset):
     result = evaluate_detection(Oracle(), _config(max_images=1), dataset, progress=False)
     assert result.image_ids == (10,)
     assert result.precision.numbers["AP"] == pytest.approx(1)
     assert result.precision.per_class == {"RBC": pytest.approx(1), "<WBC>": -1}
 
 
-def test_numbers_are_named_by_set(dataset, monkeypatch):
+def test_metrics_are_named_by_set(dataset, monkeypatch):
     monkeypatch.setattr("glip_jax.evaluation.evaluate.Detector", Both)
     numbers = evaluate(_config(), {}, {"cells": dataset}, progress=False)
     assert numbers["evaluation/cells/AP50"] == pytest.approx(1)
     assert numbers["evaluation/cells/images"] == 3
-    assert numbers["evaluation/cells/AP50_permuted"] == 0, "with the names exchanged nothing is right"
-    assert "evaluation/cells/APl" not in numbers, "no box is large: there is nothing to measure"
+    assert numbers["evaluation/cells/AP50_permuted"] == 0, "with permuted names nothing is right"
+    assert "evaluation/cells/APl" not in numbers, "no box is large: not defined"
 
 
-def test_the_prompts_are_told(dataset):
+def test_the_prompts_are_reported(dataset):
     lines = []
     evaluate_detection(Oracle(), _config(), dataset, name="cells", progress=False, report=lines.append)
-    assert lines == ["cells: 2 categories, asked for as: red blood cell, <WBC>"]
+    assert lines == ["cells: 2 categories, prompted as: red blood cell, <WBC>"]
 
 
 def _missing(dataset):
@@ -97,7 +99,7 @@ def _missing(dataset):
 
 
 def _broken(dataset):
-    (epath.Path(dataset.images) / "1.png").write_bytes(b"no picture")
+    (epath.Path(dataset.images) / "1.png").write_bytes(b"no image")
 
 
 def _other_size(dataset):
@@ -108,7 +110,7 @@ def _other_size(dataset):
     ("spoil", "message"),
     [
         (_missing, r"1\.png is not there"),
-        (_broken, r"1\.png is no readable picture"),
+        (_broken, r"1\.png is no readable image"),
         (_other_size, r"1\.png has 10 x 10 .* 41 x 60"),
         (lambda dataset: dataset.names.update(XYZ="x"), "names XYZ are no categories .* RBC, <WBC>"),
     ],
@@ -119,19 +121,19 @@ def test_sets_that_do_not_fit_give_one_message(dataset, spoil, message):
         evaluate_detection(Oracle(), _config(), dataset, progress=False)
 
 
-def test_the_order_of_asking_does_not_show(dataset):
-    class Asked(Oracle):
+def test_the_order_in_the_prompts_does_not_change_the_result(dataset):
+    class Reordered(Oracle):
         def categories(self, images, names, /):
             found = super().categories(images, names)
             assert names == ["<WBC>", "red blood cell"]
             return [one._replace(phrases=np.where(one.phrases >= 0, 1 - one.phrases, -1)) for one in found]
 
     straight = evaluate_detection(Oracle(), _config(), dataset, progress=False)
-    turned = evaluate_detection(Asked(), _config(), dataset, progress=False, order=[1, 0])
-    assert turned.precision == straight.precision and turned.prompts == straight.prompts
+    reordered = evaluate_detection(Reordered(), _config(), dataset, progress=False, order=[1, 0])
+    assert reordered.precision == straight.precision and reordered.prompts == straight.prompts
 
 
-def test_the_pictures_have_a_hash_of_names_and_contents(dataset):
+def test_the_hash_of_the_images_is_of_names_and_contents(dataset):
     first = evaluate_detection(Oracle(), _config(), dataset, progress=False).pictures
     assert len(first) == 64
     assert evaluate_detection(Oracle(), _config(), dataset, progress=False).pictures == first
@@ -145,7 +147,7 @@ CAPTIONS = ("a cat left of a dog", "a person, a cat, a dog", "nothing at all")
 
 @pytest.fixture
 def grounding(tmp_path):
-    """Three captions on two pictures; phrase p of caption k has one box at (10 p, 0), 9 x 9; the third has none."""
+    """Three captions on two images; phrase p of caption k has one box at (10 p, 0), 9 x 9; the third has none."""
     (tmp_path / "pictures").mkdir()
     images, annotations = [], []
     for k, caption in enumerate(CAPTIONS):
@@ -166,7 +168,7 @@ def grounding(tmp_path):
 
 
 class Reader:
-    """Finds "a cat" right, everything else at a wrong place first and at the right one second; notes its prompts."""
+    """Returns the right box of "a cat", and a wrong box before the right one for other phrases; records the captions."""
 
     def __init__(self):
         self.tokenizer = prompts.load_tokenizer(VOCABULARY)
@@ -217,29 +219,29 @@ def test_recall_of_a_grounding_set(grounding):
     assert lines == ["x: 5 phrases in 2 captions; left out: 1 captions without a phrase that has a box"]
 
 
-def test_phrases_beyond_the_budget_are_missed_and_told(grounding):
+def test_phrases_beyond_the_budget_are_missed_and_reported(grounding):
     reader, lines = Reader(), []
     budget = len(reader.tokenizer.encode("a person, a cat").ids)
     assert budget < len(reader.tokenizer.encode(CAPTIONS[0]).ids)
     result = evaluate_grounding(reader, _budget(budget), grounding, progress=False, report=lines.append)
     assert sorted(reader.seen) == ["a cat", "a person, a cat"]
-    # Of five phrases two were never asked for, and still are in the denominator.
+    # Two of five phrases are in no prompt, but in the denominator.
     assert result.recall.phrases[""] == 5 and result.recall.numbers["recall@10"] == pytest.approx(3 / 5)
     assert result.unasked == {5: (1,), 4: (2,)}
     assert scalars(result)["phrases_over_budget"] == 2 and scalars(result)["captions_cut"] == 2
     assert "2 captions cut; 2 phrases over budget" in lines[0]
 
 
-def test_a_caption_of_which_nothing_fits_is_missed_whole(grounding):
+def test_a_caption_of_which_nothing_fits_counts_as_missed(grounding):
     reader = Reader()
     result = evaluate_grounding(reader, _budget(3), grounding, progress=False)
     assert reader.seen == [] and result.recall.numbers["recall@10"] == 0
     assert result.counts == {"captions": 2, "captions_cut": 2, "phrases_over_budget": 5, "phrases_without_token": 0}
 
 
-def test_detections_index_the_phrases_of_the_caption_not_of_what_was_asked(grounding):
+def test_detections_index_the_phrases_of_the_caption_not_of_the_prompt(grounding):
     content = json.loads(epath.Path(grounding.annotations).read_text())
-    # In another order than in the caption: the first listed is cut off.
+    # In another order than in the caption: the first in the list is cut off.
     content["images"][0]["phrases"].reverse()
     epath.Path(grounding.annotations).write_text(json.dumps(content))
     budget = len(Reader().tokenizer.encode("a cat").ids)

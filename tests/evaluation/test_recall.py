@@ -1,3 +1,5 @@
+"""Phrase recall: reading of annotations, captions within a token budget, hits by rank."""
+
 import json
 
 import numpy as np
@@ -61,17 +63,17 @@ def test_phrases_with_their_boxes_and_kinds(tmp_path):
     assert truth.left_out == {}
 
 
-def test_without_a_list_the_annotations_name_the_phrases(tmp_path):
+def test_without_a_list_the_phrases_are_those_of_the_annotations(tmp_path):
     content = json.loads(json.dumps(TRUTH))
     del content["images"][0]["phrases"]
     content["annotations"][2]["tokens_positive"] = [[14, 22], [0, 5]]
     (image,) = _load(tmp_path, content).images
-    # Two spans that share a box without a list that says otherwise: one phrase in two places. It covers the others too.
+    # Without a list, two spans of one box are one phrase of two spans; its box belongs to the phrases of either span too.
     assert [phrase.spans for phrase in image.phrases] == [((0, 5),), ((0, 5), (14, 22)), ((14, 22),)]
     assert [len(phrase.boxes) for phrase in image.phrases] == [2, 1, 2]
 
 
-def test_flickrs_own_list_of_phrases_is_used(tmp_path):
+def test_the_list_of_phrases_of_flickr_is_used(tmp_path):
     content = json.loads(json.dumps(TRUTH))
     content["images"][0]["tokens_positive_eval"] = [[[0, 5]], [[6, 10]], [[14, 22]]]
     content["annotations"][2]["tokens_positive"] = [[14, 22], [0, 5]]
@@ -93,7 +95,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     }  # fmt: skip
 
 
-def _spoilt(**changes):
+def _corrupt(**changes):
     content = json.loads(json.dumps(TRUTH))
     content["annotations"][0] |= changes
     return json.dumps(content)
@@ -105,15 +107,15 @@ def _spoilt(**changes):
         ("{", "is no JSON"),
         ("[]", "lacks the lists images, annotations"),
         (json.dumps({"images": []}), "lacks the lists annotations"),
-        (json.dumps({**TRUTH, "images": TRUTH["images"] * 2}), "the id 4 stands twice"),
+        (json.dumps({**TRUTH, "images": TRUTH["images"] * 2}), "the id 4 occurs twice"),
         (json.dumps({**TRUTH, "images": [{"id": 4}]}), "'caption'"),
         (json.dumps({**TRUTH, "images": [{"id": 4, "caption": None}]}), "caption None: expected text"),
-        (json.dumps({**TRUTH, "annotations": []}), "nothing to measure"),
-        (_spoilt(image_id=7), "annotation 1 is of image 7"),
-        (_spoilt(bbox=[1, 2]), "expected x, y, w, h"),
-        (_spoilt(bbox=[1, 2, float("nan"), 3]), "expected x, y, w, h"),
-        (_spoilt(tokens_positive=[[0, 99]]), r"span \[0, 99\] in a caption of 22 characters"),
-        (_spoilt(tokens_positive=[]), "with at least one"),
+        (json.dumps({**TRUTH, "annotations": []}), "no caption has a phrase with a box"),
+        (_corrupt(image_id=7), "annotation 1 is of image 7"),
+        (_corrupt(bbox=[1, 2]), "expected x, y, w, h"),
+        (_corrupt(bbox=[1, 2, float("nan"), 3]), "expected x, y, w, h"),
+        (_corrupt(tokens_positive=[[0, 99]]), r"span \[0, 99\] in a caption of 22 characters"),
+        (_corrupt(tokens_positive=[]), "with at least one"),
     ],
 )
 def test_bad_files_give_one_message(tmp_path, content, message):
@@ -127,7 +129,7 @@ def test_a_missing_file_is_named(tmp_path):
         load_grounding(str(tmp_path / "nothing.json"))
 
 
-def test_overlap_is_of_plain_corners():
+def test_iou_of_plain_corners():
     a = np.array([[0, 0, 10, 10], [3, 3, 3, 3]], np.float32)
     b = np.array([[0, 0, 10, 5], [5, 5, 15, 15], [3, 3, 3, 3]], np.float32)
     # With COCO's "+1" the first would be 66 / 121.
@@ -137,12 +139,12 @@ def test_overlap_is_of_plain_corners():
 def test_any_box_and_merged_box():
     true = _phrase([0, 0, 10, 10], [20, 0, 30, 10])
     np.testing.assert_array_equal(merged(true.boxes), [[0, 0, 30, 10]])
-    one, around = _found((0, 0.9, [20, 0, 30, 10])), _found((0, 0.9, [0, 0, 30, 10]))
-    assert phrase_hits([true], one)[:, 0].tolist() == [[True] * 3, [False] * 3]
+    single, around = _found((0, 0.9, [20, 0, 30, 10])), _found((0, 0.9, [0, 0, 30, 10]))
+    assert phrase_hits([true], single)[:, 0].tolist() == [[True] * 3, [False] * 3]
     assert phrase_hits([true], around)[:, 0].tolist() == [[False] * 3, [True] * 3]
 
 
-def test_exactly_half_is_enough():
+def test_an_iou_of_exactly_half_is_a_hit():
     assert phrase_hits([_phrase([0, 0, 10, 10])], _found((0, 0.5, [0, 0, 10, 5]))).all()
     assert not phrase_hits([_phrase([0, 0, 10, 10])], _found((0, 0.5, [0, 0, 10, 4.9]))).any()
 
@@ -151,7 +153,7 @@ def test_exactly_half_is_enough():
     ("rank", "hits"), [(1, [1, 1, 1]), (2, [0, 1, 1]), (5, [0, 1, 1]), (6, [0, 0, 1]), (11, [0] * 3)]
 )
 def test_the_rank_is_counted_within_the_phrase(rank, hits):
-    # Better boxes of another phrase stand before all of them; rows come in any order.
+    # Another phrase has boxes of higher scores; the rows are in any order.
     rows = [(1, 0.99, [0, 0, 10, 10])] * 4 + [(0, 0.9 - 0.05 * i, [50, 50, 60, 60]) for i in range(rank - 1)]
     rows.append((0, 0.9 - 0.05 * (rank - 1), [0, 0, 10, 10]))
     found = phrase_hits([_phrase([0, 0, 10, 10]), _phrase([0, 0, 10, 10])], _found(*rows[::-1]))
@@ -174,7 +176,7 @@ def test_recall_over_all_phrases_and_by_kind():
     assert len(numbers) == 3 * 2 * 3
 
 
-def test_no_phrase_no_number():
+def test_without_phrases_there_are_no_metrics():
     assert phrase_recall([]) == ({}, {"": 0})
 
 
@@ -188,37 +190,37 @@ def _image(caption, *words):
     return CaptionedImage(1, {}, caption, tuple(Phrase(span, np.ones((1, 4), np.float32)) for span in spans))
 
 
-def test_a_caption_that_fits_is_asked_verbatim(tokenizer):
+def test_a_caption_that_fits_is_the_prompt(tokenizer):
     image = _image("a cat, a dog.", "a cat", "a dog")
     fitted = fit_caption(image, tokenizer, 256)
     assert fitted.prompt == ("a cat, a dog.", (((0, 5),), ((7, 12),)))
-    assert (fitted.asked, fitted.over_budget, fitted.without_token) == ((0, 1), (), ())
+    assert (fitted.included, fitted.over_budget, fitted.without_token) == ((0, 1), (), ())
 
 
 def test_a_caption_beyond_the_budget_is_cut_at_the_last_phrase_end_that_fits(tokenizer):
     image = _image("a dog. and a cat, then a person; the end", "a person", "a dog", "a cat")
     for budget in range(3, 40):
         fitted = fit_caption(image, tokenizer, budget)
-        assert sorted([*fitted.asked, *fitted.over_budget]) == [0, 1, 2]
+        assert sorted([*fitted.included, *fitted.over_budget]) == [0, 1, 2]
         if fitted.prompt is None:
-            assert fitted.asked == ()
+            assert fitted.included == ()
             continue
         tokens = prompts.tokenize(fitted.prompt, tokenizer, budget)
         assert tokens.phrase_map.any(1).all()
         assert image.caption.startswith(fitted.prompt.caption)
         words = [fitted.prompt.caption[b:e] for ((b, e),) in fitted.prompt.spans]
-        assert words == [["a person", "a dog", "a cat"][i] for i in fitted.asked]
+        assert words == [["a person", "a dog", "a cat"][i] for i in fitted.included]
         longer = image.caption[: max(e for p in image.phrases for _, e in p.spans if e <= 16)]
         if len(tokenizer.encode(longer).ids) <= budget:
-            assert {1, 2} <= set(fitted.asked), "more would have fitted"
+            assert {1, 2} <= set(fitted.included), "more fits"
 
 
-def test_a_phrase_without_a_token_is_told_apart(tokenizer):
+def test_a_phrase_without_a_token_is_listed(tokenizer):
     image = CaptionedImage(
         1, {}, "a     dog", tuple(Phrase((span,), np.ones((1, 4), np.float32)) for span in [(1, 6), (6, 9)])
     )
     fitted = fit_caption(image, tokenizer, 256)
-    assert (fitted.asked, fitted.over_budget, fitted.without_token) == ((1,), (), (0,))
+    assert (fitted.included, fitted.over_budget, fitted.without_token) == ((1,), (), (0,))
 
 
 def test_settings_of_a_set():
@@ -226,7 +228,7 @@ def test_settings_of_a_set():
     with pytest.raises(ConfigError, match=r"sets.x.names has 1 entries, its kind is grounding"):
         validate(Config(evaluation=EvaluationConfig(sets={"x": named})))
     misspelt = EvaluationSet("a", "b")
-    # A config file may hold what the types forbid.
+    # The types are not checked in a config file.
     object.__setattr__(misspelt, "kind", "grounded")
     with pytest.raises(ConfigError, match=r"sets.x.kind is 'grounded': expected detection or grounding"):
         validate(Config(evaluation=EvaluationConfig(sets={"x": misspelt})))

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, UInt8
 
 from glip_jax.cli.reports.drawing import CARD_WIDTH, Box, card_box, card_picture, hex_colour
 from glip_jax.evaluation.evaluate import Evaluated, Grounded, read_image
-from glip_jax.evaluation.recall import LEAST_OVERLAP, Phrase, overlaps
+from glip_jax.evaluation.recall import MIN_IOU, Phrase, overlaps
 from glip_jax.structures.batch import Detections
 
 __all__ = ["Card", "Chip", "Piece", "best_threshold", "cards", "match", "pieces"]
@@ -78,7 +78,7 @@ def match(
     shared[numbers[:, None] != true_numbers[None]] = 0
     for row in range(len(found)):
         best = int(shared[row].argmax())
-        if shared[row, best] >= LEAST_OVERLAP:
+        if shared[row, best] >= MIN_IOU:
             met[row] = best
             shared[:, best] = 0
     return met

@@ -23,14 +23,14 @@ tr.of td { border-top: 2px solid var(--line) } .up { color: var(--good) } .down 
 <h2>Numbers</h2><p class="soft">{{ legend }}</p>
 <div class="wide"><table><tr><th>number</th>{% for name, own in runs.items() %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for key, words in rows.items() %}<tr{% if loop.first or not words.startswith(" ") %} class="of"{% else %} class="kind"{% endif %}><td>{{ words }}</td>
-{% for name in runs %}{% set s = numbers[name][key] %}<td title="{{ "%.4f to %.4f" | format(s.least, s.most) }}">{{ cell(s, "%.4f") }}</td>{% endfor %}</tr>
+{% for name in runs %}{% set s = numbers[name][key] %}<td title="{{ "%.4f to %.4f" | format(s.min, s.max) }}">{{ cell(s, "%.4f") }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>
 <h2>Plot</h2><p class="soft">A dot a run, a line at the mean of each config. Every panel has its own scale.</p>
 <img class="plot" src="{{ plot }}" alt="numbers by config">
 {% for step in steps %}<h2>{{ step.new }} − {{ step.old }}</h2>
 <div class="wide"><table><tr><th>number</th><th>mean</th>{% for seed in step.seeds %}<th>seed {{ seed }}</th>{% endfor %}</tr>
 {% for key, s in step.differences.items() %}<tr><td>{{ label(key) }}</td>
-<td class="main {{ "up" if s.least > 0 else "down" if s.most < 0 }}">{{ cell(s, "%+.4f") }}</td>
+<td class="main {{ "up" if s.min > 0 else "down" if s.max < 0 }}">{{ cell(s, "%+.4f") }}</td>
 {% for value in s["values"] %}<td>{{ "%+.4f" | format(value) }}</td>{% endfor %}</tr>{% endfor %}</table></div>{% endfor %}
 {% if steps %}<p class="soft">Green and red: the difference has one sign for all seeds.</p>{% endif %}
 {% if differing %}<h2>What is not the same everywhere</h2>
