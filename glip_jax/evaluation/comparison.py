@@ -160,7 +160,7 @@ def _check_once(runs: Sequence[Run]) -> None:
         for what, key in ((f"the same parameters ({weights:.12})", weights), (f"config {run.name} with seed {run.seed}", (run.name, run.seed))):  # fmt: skip
             if key in seen:
                 raise ComparisonError(
-                    f"{seen[key].path} and {run.path} both have {what}: expected each run once; replicas differ in "
+                    f"{seen[key].path} and {run.path} are both of {what}: expected each run once; replicas differ in "
                     "config.train.seed"
                 )
         seen[weights] = seen[run.name, run.seed] = run
