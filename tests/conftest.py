@@ -4,6 +4,7 @@ The variables are set before jax is imported and reach the processes that tests 
 """
 
 import importlib.util
+import logging
 import os
 import signal
 from pathlib import Path
@@ -41,9 +42,23 @@ _ARRAYS = (
 )  # fmt: skip
 install_import_hook([f"glip_jax.{name}" for name in _ARRAYS], "beartype.beartype")
 
+from glip_jax.cli import log  # noqa: E402
+
 # A machine under load is no failure; the examples count, not their time.
 hypothesis.settings.register_profile("glip_jax", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("glip_jax")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _terminal():
+    """The log's lines on stdout and stderr as in a job."""
+    log.install()
+
+
+@pytest.fixture(autouse=True)
+def _caplog():
+    """caplog listens at the root logger, from which a job takes the log away."""
+    logging.getLogger("glip_jax").propagate = True
 
 
 def pytest_collection_modifyitems(items):

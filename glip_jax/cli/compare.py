@@ -6,8 +6,8 @@ OUT/compare.html   table, plot and steps as one page
 """
 
 import json
+import logging
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -31,10 +31,11 @@ from glip_jax.evaluation.comparison import (
     headlines,
     run_of,
 )
-from glip_jax.io.checkpoint import CheckpointError
 from glip_jax.io.workdir import prepare, write_whole
 
 __all__ = ["Compare", "main", "table", "write_comparison"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,14 @@ class Compare:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `compare RUN ... --out=DIR`; returns 0, or 2 after one line about what is wrong."""
-    try:
-        example = "runs/a-0 runs/a-1 runs/b-0 runs/b-1 --out=runs/compared --steps b/a"
-        job = flags(argv, Compare, "compare", example)
-        if not job.out:
-            raise CommandLineError("no folder to write to: expected --out=DIR")
-        compared = _compared(job.runs, job.steps)  # first: what is refused leaves no folder
-        prepare(job.out)
-        write_comparison(compared, job.out)
-    except (CommandLineError, ComparisonError, CheckpointError) as error:
-        print(f"compare: {error}", file=sys.stderr)
-        return exit_codes.BAD_INPUT
+    """Runs `compare RUN ... --out=DIR`. Raises CommandLineError, ComparisonError or CheckpointError."""
+    example = "runs/a-0 runs/a-1 runs/b-0 runs/b-1 --out=runs/compared --steps b/a"
+    job = flags(argv, Compare, "compare", example)
+    if not job.out:
+        raise CommandLineError("no folder to write to: expected --out=DIR")
+    compared = _compared(job.runs, job.steps)  # first: what is refused leaves no folder
+    prepare(job.out)
+    write_comparison(compared, job.out)
     return exit_codes.DONE
 
 
@@ -83,9 +80,9 @@ def write_comparison(compared: Comparison, out: str) -> None:
     aside.replace(folder / "compare.png")
     write_whole(folder / "compare.json", json.dumps(_content(compared), indent=1))
     write_whole(folder / "compare.html", render(compared, draw_groups(panels, form="svg")))
-    print(table(compared))
-    print(f"every run's numbers: {folder / 'compare.json'}, plot: {folder / 'compare.png'}")
-    print(f"drawn page: {folder / 'compare.html'}")
+    logger.info(table(compared))
+    logger.info(f"every run's numbers: {folder / 'compare.json'}, plot: {folder / 'compare.png'}")
+    logger.info(f"HTML report: {folder / 'compare.html'}")
 
 
 def table(compared: Comparison) -> str:

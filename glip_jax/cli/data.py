@@ -3,19 +3,18 @@
 A format of annotations is a dataclass with its options in its module of `data/importers/`; what all share is in `importers/options.py`.
 """
 
+import logging
 import shlex
-import sys
 from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
 
-from glip_jax.cli.command_line import CommandLineError, flags
+from glip_jax.cli.command_line import flags
 from glip_jax.data import shards
 from glip_jax.data.importers.build import Plan, build
 from glip_jax.data.importers.caption_files import CaptionLines, CaptionTsv, Sbu, Webdataset
 from glip_jax.data.importers.coco import Coco, Lvis, Objects365, Odinw
-from glip_jax.data.importers.entry import SourceError
 from glip_jax.data.importers.flickr30k import Flickr30k
 from glip_jax.data.importers.mdetr import CocoCaptions, Mdetr
 from glip_jax.data.importers.openimages import Openimages
@@ -23,12 +22,11 @@ from glip_jax.data.importers.options import BuildOptions
 from glip_jax.data.importers.tfds import Tfds
 from glip_jax.data.importers.tsv import Tsv
 from glip_jax.data.importers.visual_genome import VisualGenome
-from glip_jax.data.records import RecordError
 from glip_jax.distributed import exit_codes
-from glip_jax.io.errors import full_disk
-from glip_jax.io.gcs import StorageError
 
 __all__ = ["Format", "main"]
+
+logger = logging.getLogger(__name__)
 
 Format = (
     Annotated[Coco, tyro.conf.subcommand("coco", prefix_name=False)]
@@ -53,32 +51,14 @@ _EXAMPLE = "coco annotations.json --images=pictures --out=shards/mine (then `dat
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `data FORM ...`; returns one of `glip_jax.distributed.exit_codes`, after one line where it is not 0.
+    """Runs `data FORMAT ...`. Raises CommandLineError, SourceError, ShardError, RecordError, or OSError for a file.
 
     A build that is stopped leaves nothing but `.NAME.partial`, with which the same command goes on.
     """
-    try:
-        return _import(flags(argv, Format, "data", _EXAMPLE), argv)
-    except (CommandLineError, SourceError, shards.ShardError, RecordError) as error:
-        print(f"data: {error}", file=sys.stderr)
-        return exit_codes.BAD_INPUT
-    except StorageError:
-        raise
-    except OSError as error:
-        if full_disk(error):
-            raise
-        place = f" ({error.filename})" if error.filename else ""
-        print(
-            f"data: {error.strerror or error}{place}: expected a file or folder that can be used; nothing is half-made",
-            file=sys.stderr,
-        )
-        return exit_codes.BAD_INPUT
-
-
-def _import(job: BuildOptions, argv: Sequence[str]) -> int:
+    job: BuildOptions = flags(argv, Format, "data", _EXAMPLE)
     done = shards.finished(job.out)
     if done is not None:
-        print(f"{job.out} is finished ({done.records} records, made by: {done.command}); nothing is made twice")
+        logger.info(f"{job.out} is finished ({done.records} records, made by: {done.command}); nothing is made twice")
         return exit_codes.DONE
     plan = Plan(
         job.out, str(job.source), name=job.name, licence=job.licence, shards=job.shards, processes=job.processes,
@@ -86,8 +66,8 @@ def _import(job: BuildOptions, argv: Sequence[str]) -> int:
         exclude=job.exclude, published=job.published,
     )  # fmt: skip
     manifest, report = build(plan, job.opened)
-    print(report.table())
-    print(f"{job.out}: {manifest.records} records, {manifest.boxes} boxes, {len(manifest.names)} names")
+    logger.info(report.table())
+    logger.info(f"{job.out}: {manifest.records} records, {manifest.boxes} boxes, {len(manifest.names)} names")
     return exit_codes.DONE
 
 

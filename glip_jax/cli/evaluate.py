@@ -10,7 +10,7 @@ and renamed, so an interrupted job leaves the earlier report as it was.
 
 import datetime
 import json
-import sys
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,17 +19,16 @@ import numpy as np
 from etils import epath
 
 from glip_jax.cli.command_line import Arguments, CommandLineError, parse
-from glip_jax.cli.report import FORMAT, ReportError, write_page
+from glip_jax.cli.report import FORMAT, write_page
 from glip_jax.cli.reports.run_report import table
 from glip_jax.cli.saved_settings import fitting_parameters
-from glip_jax.config import Config, ConfigError, EvaluationSet, current_names
+from glip_jax.config import Config, EvaluationSet, current_names
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
-from glip_jax.evaluation.average_precision import GroundTruth, GroundTruthError, coco_results
+from glip_jax.evaluation.average_precision import GroundTruth, coco_results
 from glip_jax.evaluation.chunking import chunking_effect, prompt_chunks
 from glip_jax.evaluation.evaluate import (
     Evaluated,
-    EvaluationError,
     Grounded,
     check_set,
     evaluate_set,
@@ -37,18 +36,13 @@ from glip_jax.evaluation.evaluate import (
 )
 from glip_jax.inference import Detector
 from glip_jax.io import provenance
-from glip_jax.io.assets import AssetError
-from glip_jax.io.checkpoint import CheckpointError, fingerprint, latest_step, restore_parameters, saved_config
+from glip_jax.io.checkpoint import fingerprint, latest_step, restore_parameters, saved_config
 from glip_jax.io.workdir import check_network, prepare, started_from, write_whole
 from glip_jax.structures.batch import Detections
-from glip_jax.structures.prompts import PromptError
 
 __all__ = ["EvaluateArguments", "evaluate_checkpoint", "main", "phrase_results"]
 
-_FAULTS = (
-    AssetError, CheckpointError, CommandLineError, ConfigError, EvaluationError, GroundTruthError,
-    PromptError, ReportError,
-)  # fmt: skip
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,22 +65,18 @@ class EvaluateArguments(Arguments):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the job; returns 0, or 2 after a message about settings, checkpoint or sets."""
-    try:
-        example = "--config=configs/demo.py --workdir=runs/demo --out=runs/demo/nms05 --config.detection.nms-iou=0.5"
-        arguments = parse(argv, EvaluateArguments, "evaluate", example)
-        if not arguments.workdir:
-            raise CommandLineError("no working folder: expected --workdir=DIR with a checkpoint of `train`")
-        if arguments.unless_done and _done(arguments):
-            print(f"{arguments.out or arguments.workdir} is evaluated; nothing is measured twice")
-        else:
-            with fitting_parameters():
-                evaluate_checkpoint(
-                    arguments.config, arguments.workdir, arguments.step, arguments.out, arguments.measure_chunking
-                )
-    except _FAULTS as fault:
-        print(f"evaluate: {fault}", file=sys.stderr)
-        return exit_codes.BAD_INPUT
+    """Runs the job. Raises CommandLineError or ConfigError, and what `evaluate_checkpoint` raises."""
+    example = "--config=configs/demo.py --workdir=runs/demo --out=runs/demo/nms05 --config.detection.nms-iou=0.5"
+    arguments = parse(argv, EvaluateArguments, "evaluate", example)
+    if not arguments.workdir:
+        raise CommandLineError("no working folder: expected --workdir=DIR with a checkpoint of `train`")
+    if arguments.unless_done and _done(arguments):
+        logger.info(f"{arguments.out or arguments.workdir} is evaluated; nothing is measured twice")
+        return exit_codes.DONE
+    with fitting_parameters():
+        evaluate_checkpoint(
+            arguments.config, arguments.workdir, arguments.step, arguments.out, arguments.measure_chunking
+        )
     return exit_codes.DONE
 
 
@@ -109,7 +99,7 @@ def evaluate_checkpoint(
     folder = epath.Path(out or workdir)
     prepare(str(folder))
     enable_compilation_cache()
-    print(f"{workdir}: step {step}, parameters: {config.evaluation.parameters}", flush=True)
+    logger.info(f"{workdir}: step {step}, parameters: {config.evaluation.parameters}")
     parameters = restore_parameters(workdir, config.evaluation.parameters, step)
     detector = Detector(config, parameters)
 
@@ -118,7 +108,7 @@ def evaluate_checkpoint(
 
     results, content = {}, {}
     for name, dataset in config.evaluation.sets.items():
-        result = evaluate_set(detector, config, dataset, name=name, report=_say)
+        result = evaluate_set(detector, config, dataset, name=name, report=logger.info)
         results[name], content[name] = result, _entry(result, dataset, detector, config)
         if measure_chunking and isinstance(result, Evaluated):
             longest = max(len(chunk) for chunk in content[name]["chunks"])
@@ -127,12 +117,12 @@ def evaluate_checkpoint(
         write_whole(folder / f"detections_{name}.json", json.dumps(_rows(result)))
     summary = {**_provenance(config, workdir, step, parameters, saved), "sets": content}
     write_whole(folder / "evaluation.json", json.dumps(summary, indent=1))
-    print(table(results))
+    logger.info(table(results))
     for name, entry in content.items():
         for line in entry.get("chunking", ()):
-            print(f"{name}, {line['asked']}: AP50 {line['AP50']:.4f}, {line['difference']:+.4f}")
-    print(f"numbers, settings and hashes: {folder / 'evaluation.json'}")
-    print(f"drawn page: {write_page(workdir, out=str(folder))}")
+            logger.info(f"{name}, {line['asked']}: AP50 {line['AP50']:.4f}, {line['difference']:+.4f}")
+    logger.info(f"numbers, settings and hashes: {folder / 'evaluation.json'}")
+    logger.info(f"HTML report: {write_page(workdir, out=str(folder))}")
     return results
 
 
@@ -184,10 +174,6 @@ def _done(arguments: EvaluateArguments) -> bool:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return same and (folder / "report.html").exists()
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def _rows(result: Evaluated | Grounded) -> list[dict[str, Any]]:

@@ -6,8 +6,8 @@
 """
 
 import contextlib
+import logging
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,26 +21,21 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from glip_jax.cli.command_line import CommandLineError, divided, flags
-from glip_jax.cli.image_files import ImageFileError, listed, read_upright
+from glip_jax.cli.image_files import listed, read_upright
 from glip_jax.cli.saved_settings import chosen_settings
-from glip_jax.config import Config, ConfigError
+from glip_jax.config import Config
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
-from glip_jax.io import assets
-from glip_jax.io.checkpoint import CheckpointError, latest_step, restore_parameters
+from glip_jax.io.checkpoint import latest_step, restore_parameters
 from glip_jax.io.errors import full_disk
-from glip_jax.structures import prompts
-from glip_jax.weights.export import ExportError, Format, needed, write
-from glip_jax.weights.names import WeightError
+from glip_jax.weights.export import Format, needed, write
 from glip_jax.weights.torch_files import sha256
 from glip_jax.weights.verification import Difference, differences, reader, sample_images
 
 __all__ = ["Export", "export", "main"]
 
-_FAULTS = (
-    assets.AssetError, CheckpointError, CommandLineError, ConfigError, ExportError, ImageFileError,
-    prompts.PromptError, WeightError,
-)  # fmt: skip
+logger = logging.getLogger(__name__)
+
 _EXAMPLE = "--workdir=runs/demo --format=huggingface --out=exported/demo"
 _UNFINISHED = ".unfinished"
 _PHOTOGRAPHS = 4
@@ -68,13 +63,9 @@ class Export:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the job; returns one of `glip_jax.distributed.exit_codes`, after one line where it is not 0."""
-    try:
-        settings, own = divided(argv)
-        export(flags(own, Export, "export", _EXAMPLE), settings)
-    except _FAULTS as fault:
-        print(f"export: {' '.join(str(fault).split())}", file=sys.stderr)
-        return exit_codes.BAD_INPUT
+    """Runs the job; raises what `export` raises."""
+    settings, own = divided(argv)
+    export(flags(own, Export, "export", _EXAMPLE), settings)
     return exit_codes.DONE
 
 
@@ -82,7 +73,8 @@ def export(job: Export, settings: Sequence[str] = ()) -> Difference:
     """Writes, reads back, compares and keeps; returns the largest differences.
 
     `settings`: --config arguments, such as --config.evaluation.parameters=raw for the parameters that were trained
-    instead of their averages. Raises one of the errors of `main`; nothing is left then.
+    instead of their averages. Raises CommandLineError, ConfigError, CheckpointError, AssetError,
+    ImageFileError, PromptError, WeightError or ExportError; nothing is left then.
     """
     if not job.workdir:
         raise CommandLineError("no working folder: expected --workdir=DIR with a checkpoint of `train` or `import`")
@@ -101,18 +93,18 @@ def export(job: Export, settings: Sequence[str] = ()) -> Difference:
     which = config.evaluation.parameters
     params = restore_parameters(job.workdir, which, job.step)
     count = sum(int(np.size(leaf)) for leaf in jax.tree.leaves(params))
-    print(f"{job.workdir}: step {step}, parameters: {which}, {count:,} values", flush=True)
+    logger.info(f"{job.workdir}: step {step}, parameters: {which}, {count:,} values")
     with _staged(out) as local:
         write(job.format, local, params, config)
         found = _compared(job.format, local, params, config, images)
-        print(
+        logger.info(
             f"largest difference over {len(images)} images: logits {found.logits:.1e}, boxes {found.boxes:.4f} pixels"
         )
         found.check(f"{job.out} ({job.format})")
         names = {file: sha256(epath.Path(file)) for file in _heavy_files(local)}
     for file, digest in names.items():
         where = job.out if file == local else f"{job.out}/{file.name}"
-        print(f"written: {where} sha256 {digest}")
+        logger.info(f"written: {where} sha256 {digest}")
     return found
 
 
@@ -147,7 +139,7 @@ def _staged(out: epath.Path) -> Iterator[Path]:
     remote = "://" in str(out)
     base = Path(tempfile.mkdtemp()) if remote else Path(str(out)).absolute().parent / f"{out.name}{_UNFINISHED}"
     if base.exists() and not remote:
-        print(f"{base} was left by an export that was killed: removed")
+        logger.info(f"{base} was left by an export that was killed: removed")
         shutil.rmtree(base)
     try:
         base.mkdir(parents=True, exist_ok=True)

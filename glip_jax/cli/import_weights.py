@@ -8,7 +8,7 @@ Whole or not at all: the checkpoint comes last and by one renaming.
 """
 
 import dataclasses
-import sys
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,17 +23,17 @@ from glip_jax.config import Config, ConfigError, ModelConfig, validate
 from glip_jax.config.saved import unflatten
 from glip_jax.distributed import exit_codes
 from glip_jax.io.assets import AssetError, resolve
-from glip_jax.io.checkpoint import CheckpointError, Checkpoints, NotSavedError, Saved, is_workdir, latest_step
+from glip_jax.io.checkpoint import CheckpointError, Checkpoints, Saved, is_workdir, latest_step
 from glip_jax.io.workdir import prepare, write_config, write_started_from
 from glip_jax.weights.names import IGNORED, WeightError, check_shapes, parameter_shapes
 from glip_jax.weights.pretrained import counts, table
 from glip_jax.weights.readers import Weights, folder_config, read_network
 from glip_jax.weights.sizes import variant
-from glip_jax.weights.torch_files import TorchFileError
 
 __all__ = ["Import", "import_weights", "main"]
 
-_FAULTS = (AssetError, CheckpointError, CommandLineError, ConfigError, TorchFileError, WeightError)
+logger = logging.getLogger(__name__)
+
 _EXAMPLE = "glip_tiny_model_o365_goldg_cc_sbu.pth --workdir=runs/glip_t --config=configs/glip_tiny.py"
 
 
@@ -54,18 +54,11 @@ class Import(Arguments):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the job; returns one of `glip_jax.distributed.exit_codes`, after one line where it is not 0."""
-    try:
-        # Read twice: which settings stand below the command line's own depends on the file that it names.
-        job = parse(argv, Import, "import", _EXAMPLE, settings=Config())
-        given = any(argument == "--config" or argument.startswith("--config=") for argument in argv)
-        import_weights(job, lambda found: job.config if given else parse(argv, Import, "import", settings=found).config)
-    except _FAULTS as fault:
-        print(f"import: {' '.join(str(fault).split())}", file=sys.stderr)
-        return exit_codes.BAD_INPUT
-    except NotSavedError as fault:
-        print(f"import: {fault}", file=sys.stderr)
-        return exit_codes.NOT_WRITTEN
+    """Runs the job; raises what `import_weights` raises."""
+    # Parsed twice: the settings below the command line's own depend on the file that it names.
+    job = parse(argv, Import, "import", _EXAMPLE, settings=Config())
+    given = any(argument == "--config" or argument.startswith("--config=") for argument in argv)
+    import_weights(job, lambda found: job.config if given else parse(argv, Import, "import", settings=found).config)
     return exit_codes.DONE
 
 
@@ -73,7 +66,7 @@ def import_weights(job: Import, settings: Callable[[Config], Config]) -> Config:
     """Imports, prints what was used, ignored and counted; returns the settings of the checkpoint.
 
     `settings`: from the Config that belongs to the file to the one to use. Raises CommandLineError, CheckpointError
-    for a folder that has a checkpoint, AssetError, TorchFileError, WeightError or ConfigError.
+    for a folder that has a checkpoint, AssetError, TorchFileError, WeightError, ConfigError or NotSavedError.
     """
     if not job.file or not job.workdir:
         raise CommandLineError(f"expected a file and a folder to make, e.g. import {_EXAMPLE}")
@@ -135,12 +128,14 @@ def _record(weights: Weights, parameters: str) -> dict[str, Any]:
 
 
 def _say(weights: Weights, record: dict[str, Any], config: Config, workdir: str) -> None:
-    print(f"{weights.proof['file']} sha256 {weights.proof['sha256']}")
-    print(f"{weights.layout}: {variant(config.model)}, {sum(v.size for v in weights.values.values()):,} parameters")
-    print(table({"loaded": record["parameters"]["loaded"]}))
+    logger.info(f"{weights.proof['file']} sha256 {weights.proof['sha256']}")
+    logger.info(
+        f"{weights.layout}: {variant(config.model)}, {sum(v.size for v in weights.values.values()):,} parameters"
+    )
+    logger.info(table({"loaded": record["parameters"]["loaded"]}))
     for rule, number in weights.ignored.items():
-        print(f"ignored: {number} x {rule} ({IGNORED[rule]})")
-    print(f"written: {workdir}, step 0; the vocabulary is expected in {config.model.text.vocabulary}")
+        logger.info(f"ignored: {number} x {rule} ({IGNORED[rule]})")
+    logger.info(f"written: {workdir}, step 0; the vocabulary is expected in {config.model.text.vocabulary}")
 
 
 @contextmanager

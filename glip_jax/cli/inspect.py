@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-import sys
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -17,14 +17,16 @@ from glip_jax.cli.command_line import Arguments, CommandLineError, divided, flag
 from glip_jax.cli.reports.drawing import draw_histogram, svg_uri
 from glip_jax.cli.reports.inspect_cards import Card, Counts, add_drops, count_records, example_cards, record_cards
 from glip_jax.cli.reports.inspect_template import INSPECTION
-from glip_jax.config import Config, ConfigError, SourceConfig
+from glip_jax.config import Config, SourceConfig
 from glip_jax.data.mixture import Mixture
-from glip_jax.data.shards import ShardError, Shards
+from glip_jax.data.shards import Shards
 from glip_jax.distributed import exit_codes
 from glip_jax.io.assets import resolve
 from glip_jax.io.workdir import write_whole
 
 __all__ = ["InspectArguments", "InspectShards", "main"]
+
+logger = logging.getLogger(__name__)
 
 _EXAMPLE = "shards/mine --out=mine.html (or --config=configs/coco_cc.py --out=coco_cc.html)"
 
@@ -61,52 +63,48 @@ class InspectArguments(Arguments):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `inspect SHARDS|--config=FILE --out=page.html`; returns 0, or 2 after one line about what is wrong."""
-    try:
-        settings, own = divided(argv)
-        asked = flags(own, InspectShards, "inspect", _EXAMPLE)
-        config = parse(settings, InspectArguments, "inspect", _EXAMPLE).config if settings else None
-        if not asked.shards and config is None:
-            raise CommandLineError("nothing to inspect: expected a folder of shards or --config=FILE.py")
-        if asked.records < 1 or asked.examples < 0 or asked.limit < 0:
-            raise CommandLineError(
-                f"--records={asked.records} --examples={asked.examples} --limit={asked.limit}: expected 1, 0 and 0 or more"
-            )
-        print(f"drawn page: {_write(asked, config)}")
-    except (CommandLineError, ConfigError, ShardError) as error:
-        print(f"inspect: {error}", file=sys.stderr)
-        return exit_codes.BAD_INPUT
+    """Runs `inspect SHARDS|--config=FILE --out=report.html`. Raises CommandLineError, ConfigError or ShardError."""
+    settings, own = divided(argv)
+    job = flags(own, InspectShards, "inspect", _EXAMPLE)
+    config = parse(settings, InspectArguments, "inspect", _EXAMPLE).config if settings else None
+    if not job.shards and config is None:
+        raise CommandLineError("nothing to inspect: expected a folder of shards or --config=FILE.py")
+    if job.records < 1 or job.examples < 0 or job.limit < 0:
+        raise CommandLineError(
+            f"--records={job.records} --examples={job.examples} --limit={job.limit}: expected 1, 0 and 0 or more"
+        )
+    logger.info(f"HTML report: {_write(job, config)}")
     return exit_codes.DONE
 
 
-def _write(asked: InspectShards, config: Config | None) -> epath.Path:
+def _write(job: InspectShards, config: Config | None) -> epath.Path:
     """Counts, draws and writes the page."""
-    if config is not None and asked.shards:
-        named = {name: SourceConfig(path) for name, path in _names(asked.shards).items()}
+    if config is not None and job.shards:
+        named = {name: SourceConfig(path) for name, path in _names(job.shards).items()}
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=named))
     mixture = Mixture(config) if config is not None else None
     if mixture is not None:
         opened = dict(zip(mixture.source_names, mixture.shards))
         captioners = dict(zip(mixture.source_names, mixture.captioners))
     else:
-        opened = {name: Shards(path) for name, path in _names(asked.shards).items()}
+        opened = {name: Shards(path) for name, path in _names(job.shards).items()}
         captioners = {}
     seed = config.train.seed if config is not None else 0
-    counts = {name: count_records(own, asked.limit, captioners.get(name), seed) for name, own in opened.items()}
-    cards, drawn = _examples(mixture, asked.examples, counts) if mixture is not None else ([], dict.fromkeys(opened, 0))
+    counts = {name: count_records(own, job.limit, captioners.get(name), seed) for name, own in opened.items()}
+    cards, drawn = _examples(mixture, job.examples, counts) if mixture is not None else ([], dict.fromkeys(opened, 0))
     most = config.model.text.max_tokens if config is not None else 0
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     text = environment.from_string(INSPECTION).render(
-        title=f"inspect: {', '.join(opened) if config is None or asked.shards else config.name}",
+        title=f"inspect: {', '.join(opened) if config is None or job.shards else config.name}",
         notes=_notes(mixture, counts, opened),
         counted="Over the records counted of each source, in per cent. " + "; ".join(
             f"{name}: {own.records:,} of {len(opened[name]):,} records" for name, own in counts.items()
         ) + ".",
         plots=[(name, svg_uri(picture)) for name, picture in _plots(counts, most)],
         examples=cards, examples_of="the first steps",
-        sources=[_source(name, own, counts[name], drawn[name], asked.records) for name, own in opened.items()],
+        sources=[_source(name, own, counts[name], drawn[name], job.records) for name, own in opened.items()],
     )  # fmt: skip
-    page = epath.Path(asked.out)
+    page = epath.Path(job.out)
     page.parent.mkdir(parents=True, exist_ok=True)
     write_whole(page, text)
     return page

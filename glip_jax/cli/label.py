@@ -10,9 +10,9 @@ The same command on several hosts, or several times on one, shares the work: see
 
 import contextlib
 import json
+import logging
 import re
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,15 +24,12 @@ import tyro
 from glip_jax.cli.command_line import CommandLineError, divided, flags
 from glip_jax.cli.reports.label_report import write_page
 from glip_jax.cli.saved_settings import chosen_settings, finite_parameters, fitting_parameters
-from glip_jax.config import ConfigError
 from glip_jax.data import shards
-from glip_jax.data.importers.entry import SourceError
 from glip_jax.data.manifest import read_file
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
-from glip_jax.io import assets, gcs, provenance
-from glip_jax.io.checkpoint import CheckpointError, fingerprint, latest_step
-from glip_jax.io.errors import full_disk
+from glip_jax.io import gcs, provenance
+from glip_jax.io.checkpoint import fingerprint, latest_step
 from glip_jax.labeling.outside import open_detections
 from glip_jax.labeling.phrases.finders import MAX_PHRASES, PhraseFinder, phrase_finder
 from glip_jax.labeling.pseudo import Rules
@@ -42,10 +39,8 @@ from glip_jax.labeling.work_queue import LEASE, TaskError, differences, sweep
 
 __all__ = ["Label", "label", "main"]
 
-_FAULTS = (
-    assets.AssetError, CheckpointError, CommandLineError, ConfigError, ModuleNotFoundError, shards.ShardError, SourceError,
-    TaskError,
-)  # fmt: skip
+logger = logging.getLogger(__name__)
+
 _EXAMPLE = "shards/cc3m --workdir=runs/teacher --out=shards/cc3m_labelled"
 
 
@@ -105,25 +100,13 @@ class Label:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the job; returns one of `glip_jax.distributed.exit_codes`, after one line where it is not 0."""
-    try:
-        settings, own = divided(argv)
-        # Tuples may be written with commas, as settings are.
-        own = [part for argument in own for part in _spread(argument)]
-        job = flags(own, Label, "label", _EXAMPLE)
-        with fitting_parameters():
-            label(job, settings, shlex.join(["python", "-m", "glip_jax", "label", *argv]))
-    except _FAULTS as fault:
-        print(f"label: {' '.join(str(fault).split())}", file=sys.stderr)
-        return exit_codes.BAD_INPUT
-    except gcs.StorageError:
-        raise
-    except OSError as error:
-        if full_disk(error):
-            raise
-        place = f" ({error.filename})" if error.filename else ""
-        print(f"label: {error.strerror or error}{place}: expected a file or folder that can be used", file=sys.stderr)
-        return exit_codes.BAD_INPUT
+    """Runs the job; raises what `label` raises."""
+    settings, own = divided(argv)
+    # Tuples may be written with commas, as settings are.
+    own = [part for argument in own for part in _split_tuple(argument)]
+    job = flags(own, Label, "label", _EXAMPLE)
+    with fitting_parameters():
+        label(job, settings, shlex.join(["python", "-m", "glip_jax", "label", *argv]))
     return exit_codes.DONE
 
 
@@ -155,14 +138,16 @@ def label(job: Label, settings: Sequence[str], command: str) -> None:
                 f"{job.out} is finished, with other settings (existing -> given: {lines}): name another folder, or remove it"
             )
         sweep(out)
-        print(f"{job.out} is finished ({there.records} records, made by: {there.command}); nothing is made twice")
+        logger.info(f"{job.out} is finished ({there.records} records, made by: {there.command}); nothing is made twice")
         if not gcs.kind(f"{out}/report.html"):
-            print(f"drawn page: {write_page(out)}")
+            logger.info(f"HTML report: {write_page(out)}")
         return
     run(plan)
     if not gcs.kind(f"{out}/report.html"):
         write_page(out)
-    print(f"{job.out}: finished, this process worked {time.monotonic() - begin:.0f} s; page: {out}/report.html")
+    logger.info(
+        f"{job.out}: finished, this process worked {time.monotonic() - begin:.0f} s; HTML report: {out}/report.html"
+    )
 
 
 def _finished_settings(out: str, job: Label, command: str) -> dict[str, Any]:
@@ -177,7 +162,7 @@ def _finished_settings(out: str, job: Label, command: str) -> dict[str, Any]:
         ) from None
 
 
-def _spread(argument: str) -> list[str]:
+def _split_tuple(argument: str) -> list[str]:
     """`--scales=640,800` as tyro wants it."""
     option, equals, value = argument.partition("=")
     return [option, *filter(None, value.split(","))] if option == "--scales" and equals else [argument]
@@ -267,7 +252,7 @@ def _teacher(
             "config": f"categories {provenance.file_hash(job.categories)[:16]}",
         }
         thin = f", {teacher.thin} boxes of a pixel's width or height left out" if teacher.thin else ""
-        print(f"{job.detections}: an outside teacher{thin}", flush=True)
+        logger.info(f"{job.detections}: an outside teacher{thin}")
         return teacher, rules, about | {"nms": rules.nms_iou, "most_boxes": rules.max_boxes}
     config = chosen_settings(job.workdir, job.step, settings, "label")
     which = config.evaluation.parameters if job.ema else "raw"
@@ -277,7 +262,7 @@ def _teacher(
     params = finite_parameters(job.workdir, which, step)
     least = rules.min_threshold(sources)
     views = detector_views(config, params, least, rules.nms_iou, job.flip, job.scales, job.batch_size or None)
-    print(f"{job.workdir}: step {step}, {which} parameters, {len(views)} views of an image", flush=True)
+    logger.info(f"{job.workdir}: step {step}, {which} parameters, {len(views)} views of an image")
     about = {
         "teacher": fingerprint(params)[:16], "config": provenance.config_hash(config)[:16],
         "nms": rules.nms_iou, "most_boxes": rules.max_boxes,

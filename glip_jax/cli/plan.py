@@ -4,25 +4,25 @@ import dataclasses
 import errno
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
+from tqdm import tqdm
 
 from glip_jax.cli.command_line import Arguments, CommandLineError, parse
-from glip_jax.config import Config, ConfigError, Remat
+from glip_jax.config import Config, Remat
 from glip_jax.distributed import exit_codes
-from glip_jax.distributed.chips import Topology, TopologyError, topology
-from glip_jax.distributed.mesh import MeshError
+from glip_jax.distributed.chips import Topology, topology
 from glip_jax.planning import report
 from glip_jax.planning.compile import PlanError, abstract_batch, abstract_mesh, compile_step, state_bytes
-from glip_jax.planning.hlo import CollectiveError
 from glip_jax.planning.roofline import IMAGES_PER_CORE, Roofline, roofline, scaling
 from glip_jax.planning.search import candidates, search, table, with_images_per_chip
 from glip_jax.planning.statistics import CompileMode, CompileStatistics
@@ -31,8 +31,9 @@ from glip_jax.training.state import abstract_state
 
 __all__ = ["PlanArguments", "main", "plan"]
 
+logger = logging.getLogger(__name__)
+
 _LISTS = ("--canvas", "--search-images", "--search-remat", "--search-fsdp", "--search-tensor")
-_FAULTS = (CollectiveError, CommandLineError, ConfigError, MeshError, PlanError, TopologyError)
 _NO_LIBTPU = (
     "libtpu is not installed, so the TPU's own compiler is missing: pip install -r requirements-tpu.txt (any CPU will do). "
     "Going on with a compile for made-up CPU devices"
@@ -75,36 +76,26 @@ class PlanArguments(Arguments):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the job; returns one of `glip_jax.distributed.exit_codes`."""
+    """Runs the job. Raises CommandLineError, ConfigError, MeshError, TopologyError, PlanError or CollectiveError."""
     # With libtpu installed and no TPU here, jax would look for one.
     jax.config.update("jax_platforms", "cpu")
-    try:
-        arguments = parse(
-            _spelled(argv),
-            PlanArguments,
-            "plan",
-            "--config=configs/glip_tiny.py --topology=v5e:8x16 --images-per-chip=4",
-        )
-        if not arguments.topology:
-            raise CommandLineError("no chips: expected --topology=v5e:8x16 (or v5litepod-64, v4-32, h100:8, ...)")
-        chips = topology(arguments.topology)
-        canvases = [_canvas(text, arguments.config) for text in arguments.canvas] or [_largest(arguments.config)]
-        _sensible(arguments)
-        how = _how(arguments.compile, chips)
-        out = _checked(arguments.out)
-        plans = (
-            _search(arguments, chips, canvases[0], how) if arguments.search else _plans(arguments, chips, canvases, how)
-        )
-        if out is not None:
-            out.write_text(json.dumps(plans, indent=1) + "\n")
-            print(f"written: {out}")
-    except _FAULTS as fault:
-        print(f"plan: {fault}", file=sys.stderr)
-        return exit_codes.BAD_INPUT
+    example = "--config=configs/glip_tiny.py --topology=v5e:8x16 --images-per-chip=4"
+    arguments = parse(_split_tuples(argv), PlanArguments, "plan", example)
+    if not arguments.topology:
+        raise CommandLineError("no chips: expected --topology=v5e:8x16 (or v5litepod-64, v4-32, h100:8, ...)")
+    chips = topology(arguments.topology)
+    canvases = [_canvas(text, arguments.config) for text in arguments.canvas] or [_largest(arguments.config)]
+    _check_numbers(arguments)
+    how = _how(arguments.compile, chips)
+    out = _checked(arguments.out)
+    plans = _search(arguments, chips, canvases[0], how) if arguments.search else _plans(arguments, chips, canvases, how)
+    if out is not None:
+        out.write_text(json.dumps(plans, indent=1) + "\n")
+        logger.info(f"written: {out}")
     return exit_codes.DONE
 
 
-def _sensible(arguments: PlanArguments) -> None:
+def _check_numbers(arguments: PlanArguments) -> None:
     """CommandLineError for numbers that make no plan."""
     least = {"images-per-chip": arguments.images_per_chip, "operations": arguments.operations}
     for name, number in least.items():
@@ -122,7 +113,7 @@ def plan(
     canvas: tuple[int, int],
     how: CompileMode | None,
     cache: Path | None,
-    say: Any = print,
+    say: Callable[[str], object] = logger.info,
     images_per_core: float = IMAGES_PER_CORE,
 ) -> tuple[Roofline, CompileStatistics | None]:
     """The roofline of one config on one canvas, and what was compiled for it (`how` None: nothing)."""
@@ -147,9 +138,7 @@ def _plans(
     for canvas in canvases:
         found, statistics = plan(config, chips, canvas, how, _cache(arguments), _progress, arguments.images_per_core)
         scaled = scaling(chips, found)
-        print(
-            "\n".join(report.lines(config, chips, canvas, found, statistics, scaled, arguments.operations)), flush=True
-        )
+        logger.info("\n".join(report.lines(config, chips, canvas, found, statistics, scaled, arguments.operations)))
         plans.append(report.as_dictionary(config, chips, canvas, found, statistics, scaled))
     return plans
 
@@ -159,10 +148,9 @@ def _splits(config: Config, chips: Topology) -> bool:
     multiple = config.optimizer.accumulate * max(1, chips.devices // max(1, config.mesh.tensor))
     if config.train.batch_size % multiple == 0:
         return True
-    print(
+    logger.warning(
         f"plan: train.batch_size {config.train.batch_size} does not split over {chips.devices} chips (a multiple of "
-        f"{multiple} does), and `train` would refuse it: planned with --images-per-chip=1",
-        file=sys.stderr,
+        f"{multiple} does), and `train` would refuse it: planned with --images-per-chip=1"
     )
     return False
 
@@ -189,14 +177,15 @@ def _search(
     tried = search(
         every,
         lambda config: plan(config, chips, canvas, how, _cache(arguments), _progress, arguments.images_per_core),
-        lambda line: print(line, flush=True),
+        logger.info,
     )
-    print("\n".join(["", f"{chips.name}, canvas {canvas[0]} x {canvas[1]}", *table(tried)]))
+    logger.info("\n".join(["", f"{chips.name}, canvas {canvas[0]} x {canvas[1]}", *table(tried)]))
     return [dataclasses.asdict(each) for each in tried]
 
 
 def _progress(line: str) -> None:
-    print(f"  {line}", file=sys.stderr, flush=True)
+    # Progress, which a pipe of the results leaves out.
+    tqdm.write(f"  {line}", file=sys.stderr)
 
 
 def _cache(arguments: PlanArguments) -> Path:
@@ -204,7 +193,7 @@ def _cache(arguments: PlanArguments) -> Path:
     return Path(arguments.cache) if arguments.cache else user / "glip_jax" / "plans"
 
 
-def _spelled(argv: Sequence[str]) -> list[str]:
+def _split_tuples(argv: Sequence[str]) -> list[str]:
     """`--canvas=a,b` and the lists of the search as tyro wants them: one argument an item."""
     result: list[str] = []
     for argument in argv:
@@ -273,7 +262,7 @@ def _how(wanted: str, chips: Topology) -> CompileMode | None:
     if not chips.tpu:
         return None
     if not has_libtpu:
-        print(f"plan: {_NO_LIBTPU}", file=sys.stderr)
+        logger.warning(f"plan: {_NO_LIBTPU}")
     return "tpu" if has_libtpu else "fake"
 
 

@@ -6,6 +6,7 @@ OUT/pictures/NAME.png    each image with its boxes
 
 import contextlib
 import json
+import logging
 import shlex
 import sys
 import time
@@ -21,25 +22,22 @@ from tqdm import tqdm
 
 from glip_jax import UserError
 from glip_jax.cli.command_line import CommandLineError, divided, flags
-from glip_jax.cli.image_files import ImageFileError, listed, measured, read_upright
-from glip_jax.cli.query import Query, QueryError, read_query
+from glip_jax.cli.image_files import listed, measured, read_upright
+from glip_jax.cli.query import Query, read_query
 from glip_jax.cli.reports import drawing
 from glip_jax.cli.saved_settings import chosen_settings, finite_parameters, fitting_parameters
-from glip_jax.config import Config, ConfigError
+from glip_jax.config import Config
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.inference import Detector, bucket
-from glip_jax.io import assets
-from glip_jax.io.checkpoint import CheckpointError, latest_step
+from glip_jax.io.checkpoint import latest_step
 from glip_jax.io.errors import full_disk
-from glip_jax.structures import prompts
 from glip_jax.structures.batch import Detections
 
 __all__ = ["Predict", "PredictError", "main", "predict"]
 
-_FAULTS = (
-    assets.AssetError, CheckpointError, CommandLineError, ConfigError, ImageFileError, QueryError, prompts.PromptError,
-)  # fmt: skip
+logger = logging.getLogger(__name__)
+
 _UNFINISHED = ".unfinished"
 _EXAMPLE = 'photo.jpg pictures/ --workdir=runs/demo --text="a green book . two red apples" --out=found'
 
@@ -94,15 +92,11 @@ class Picture(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the job; returns 0, or 2 after one line about the command, the images, the query or the checkpoint."""
-    try:
-        settings, own = divided(argv)
-        job = flags(own, Predict, "predict", _EXAMPLE)
-        with fitting_parameters():
-            predict(job, settings, shlex.join(["python", "-m", "glip_jax", "predict", *argv]))
-    except (*_FAULTS, PredictError) as fault:
-        print(f"predict: {' '.join(str(fault).split())}", file=sys.stderr)
-        return exit_codes.BAD_INPUT
+    """Runs the job; raises what `predict` raises."""
+    settings, own = divided(argv)
+    job = flags(own, Predict, "predict", _EXAMPLE)
+    with fitting_parameters():
+        predict(job, settings, shlex.join(["python", "-m", "glip_jax", "predict", *argv]))
     return exit_codes.DONE
 
 
@@ -123,8 +117,8 @@ def predict(job: Predict, settings: Sequence[str], command: str) -> dict[str, An
     query = read_query(job.text, job.names, job.names_file, config)
     pictures = _pictures(job.images, config)
     for note in query.notes:
-        print(note)
-    print(f"{job.workdir}: step {step}, {config.evaluation.parameters} parameters", flush=True)
+        logger.info(note)
+    logger.info(f"{job.workdir}: step {step}, {config.evaluation.parameters} parameters")
     enable_compilation_cache()
     with _unfinished(epath.Path(job.out)) as folder:
         begin = time.monotonic()
@@ -139,10 +133,10 @@ def predict(job: Predict, settings: Sequence[str], command: str) -> dict[str, An
             "phrases": [phrase._asdict() for phrase in query.phrases], "images": images,
         }  # fmt: skip
         (folder / "predictions.json").write_text(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False))
-        print(_table(content))
+        logger.info(_table(content))
         seconds = time.monotonic() - begin
     shapes = len({bucket(picture.height, picture.width, config)[1] for picture in pictures})
-    print(
+    logger.info(
         f"images {len(pictures)}, shapes {shapes}, prompts {len(query.prompts)}, programs compiled or read from the "
         f"cache {sum(detector.compiled.values())}, {seconds:.1f} s\n"
         f"written: {job.out}/predictions.json, {job.out}/pictures/"
@@ -156,7 +150,7 @@ def _pictures(given: Sequence[str], config: Config) -> list[Picture]:
     for name in given:
         images, passed = listed(epath.Path(name))
         if passed:
-            print(f"{name}: images {len(images)}, files with other endings passed over {passed}")
+            logger.info(f"{name}: images {len(images)}, files with other endings passed over {passed}")
         paths += images
     pictures, taken = [], set[str]()
     for path in paths:
@@ -180,7 +174,7 @@ def _unfinished(out: epath.Path) -> Iterator[epath.Path]:
     folder, new = out / _UNFINISHED, not out.exists()
     try:
         if folder.exists():
-            print(f"{folder} was left by a run that was killed: removed")
+            logger.info(f"{folder} was left by a run that was killed: removed")
             folder.rmtree()
         (folder / "pictures").mkdir(parents=True)
     except OSError as error:

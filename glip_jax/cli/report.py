@@ -1,7 +1,7 @@
 """The job `report`: the page of a run, from what the run recorded (metrics.jsonl, evaluation.json, detections)."""
 
 import json
-import sys
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from glip_jax import UserError
-from glip_jax.cli.command_line import CommandLineError, flags
+from glip_jax.cli.command_line import flags
 from glip_jax.cli.reports.run_report import Curve, render
 from glip_jax.config import current_names
 from glip_jax.distributed import exit_codes
@@ -20,10 +20,9 @@ from glip_jax.evaluation.average_precision import (
     NUMBERS,
     AveragePrecision,
     GroundTruth,
-    GroundTruthError,
     load_ground_truth,
 )
-from glip_jax.evaluation.evaluate import Evaluated, EvaluationError, Grounded
+from glip_jax.evaluation.evaluate import Evaluated, Grounded
 from glip_jax.evaluation.recall import Recall, load_grounding
 from glip_jax.io.provenance import file_hash
 from glip_jax.io.workdir import write_whole
@@ -31,6 +30,8 @@ from glip_jax.structures.batch import Detections
 from glip_jax.training.monitoring.metrics import read
 
 __all__ = ["FORMAT", "Report", "ReportError", "main", "write_page"]
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 2
 """Version of evaluation.json."""
@@ -55,13 +56,9 @@ class Report:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `report --workdir=DIR`; returns 0, or 2 after one line about what is wrong."""
-    try:
-        job = flags(argv, Report, "report", "--workdir=runs/demo --scenes=24")
-        print(f"drawn page: {write_page(job.workdir, job.scenes, job.least, job.out)}")
-    except (CommandLineError, ReportError, GroundTruthError, EvaluationError) as error:
-        print(f"report: {error}", file=sys.stderr)
-        return exit_codes.BAD_INPUT
+    """Runs `report --workdir=DIR`. Raises CommandLineError, and what `write_page` raises."""
+    job = flags(argv, Report, "report", "--workdir=runs/demo --scenes=24")
+    logger.info(f"HTML report: {write_page(job.workdir, job.scenes, job.least, job.out)}")
     return exit_codes.DONE
 
 

@@ -7,6 +7,7 @@ OUT/validation*/  other scenes for evaluation: names and style of the training, 
                   grounding or only captions show, names that nothing shows, phrases (MDETR's JSON)
 """
 
+import logging
 import shlex
 import shutil
 import sys
@@ -14,21 +15,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from glip_jax.cli.command_line import CommandLineError, flags
+from glip_jax.cli.command_line import flags
 from glip_jax.data import shards
 from glip_jax.data.importers.build import Plan, build
 from glip_jax.data.importers.coco import open_coco
-from glip_jax.data.importers.entry import SourceError
 from glip_jax.data.importers.mdetr import open_mdetr
-from glip_jax.data.records import RecordError
 from glip_jax.data.scenes.draw import SceneError, SceneStyle
-from glip_jax.data.scenes.pictures import Picture, PictureError, Split, load_pictures
+from glip_jax.data.scenes.pictures import Picture, Split, load_pictures
 from glip_jax.data.scenes.sets import SceneSet, finished, make_scenes
 from glip_jax.distributed import exit_codes
 from glip_jax.io.assets import bundled
-from glip_jax.io.errors import full_disk
 
 __all__ = ["Names", "Scenes", "main", "make"]
+
+logger = logging.getLogger(__name__)
 
 _BUNDLED = bundled("gcs/sample/pictures")
 _LICENCE = (
@@ -78,18 +78,9 @@ class Scenes:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `scenes --out=DIR ...`; returns one of `glip_jax.distributed.exit_codes`, after one line where it is not 0."""
-    try:
-        job = flags(argv, Scenes, "scenes", "--out=runs/demo/scenes --count=2000 --names.detection=40")
-        make(job, shlex.join(["python", "-m", "glip_jax", "scenes", *argv]))
-    except (CommandLineError, PictureError, SceneError, SourceError, shards.ShardError, RecordError) as error:
-        print(f"scenes: {error}", file=sys.stderr)
-        return exit_codes.BAD_INPUT
-    except OSError as error:
-        if full_disk(error):
-            raise
-        print(f"scenes: {error}", file=sys.stderr)
-        return exit_codes.BAD_INPUT
+    """Runs `scenes --out=DIR ...`. Raises CommandLineError, and what `make` raises."""
+    job = flags(argv, Scenes, "scenes", "--out=runs/demo/scenes --count=2000 --names.detection=40")
+    make(job, shlex.join(["python", "-m", "glip_jax", "scenes", *argv]))
     return exit_codes.DONE
 
 
@@ -106,12 +97,12 @@ def make(job: Scenes, command: str) -> None:
             # Shards of scenes that were deleted and are drawn anew would be of the old ones.
             shutil.rmtree(job.out / "shards" / part, ignore_errors=True)
             make_scenes(job.out / part, scenes, job.processes, progress=sys.stderr.isatty())
-            print(f"{job.out / part}: {scenes.count} scenes of {len(scenes.names)} names", flush=True)
+            logger.info(f"{job.out / part}: {scenes.count} scenes of {len(scenes.names)} names")
         if part in ("detection", "grounding"):
             _import(job.out / part, job.out / "shards" / part, command, job.processes)
     validation = sum(part.startswith("validation") for part in sets)
     captions = sets["captions"].count if "captions" in sets else 0
-    print(
+    logger.info(
         f"{job.out}: {job.count} training scenes with boxes, {captions} with captions only, "
         f"{validation} sets of {job.validation} for validation"
     )
@@ -167,4 +158,4 @@ def _import(folder: Path, out: Path, command: str, processes: int) -> None:
     )
     manifest, _ = build(plan, lambda scratch: opened(annotations, images, scratch=scratch))
     dropped = sum(manifest.drops.values())
-    print(f"{out}: {manifest.records} records, {manifest.boxes} boxes, {dropped} dropped", flush=True)
+    logger.info(f"{out}: {manifest.records} records, {manifest.boxes} boxes, {dropped} dropped")

@@ -1,7 +1,7 @@
 """The job `upload`: a finished folder of shards into a bucket, compared with its manifest before."""
 
 import dataclasses
-import sys
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +16,8 @@ from glip_jax.distributed import exit_codes
 from glip_jax.io import gcs
 
 __all__ = ["Upload", "main"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,19 +35,13 @@ class Upload:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `upload DIR gs://BUCKET/shards/NAME`; returns 0, or 2 after one line about what is wrong."""
-    try:
-        job = flags(argv, Upload, "upload", "shards/coco gs://BUCKET/shards/coco")
-        if not job.folder or not job.target:
-            raise CommandLineError("expected a folder and where it goes: upload DIR gs://BUCKET/shards/NAME")
-        if gcs.is_remote(job.folder) or not gcs.is_remote(job.target):
-            raise CommandLineError(
-                f"upload {job.folder} {job.target}: expected a local folder, then gs://BUCKET/FOLDER"
-            )
-        _upload(job)
-    except (CommandLineError, shards.ShardError) as error:
-        print(f"upload: {error}", file=sys.stderr)
-        return exit_codes.BAD_INPUT
+    """Runs `upload DIR gs://BUCKET/shards/NAME`. Raises CommandLineError or ShardError."""
+    job = flags(argv, Upload, "upload", "shards/coco gs://BUCKET/shards/coco")
+    if not job.folder or not job.target:
+        raise CommandLineError("expected a folder and where it goes: upload DIR gs://BUCKET/shards/NAME")
+    if gcs.is_remote(job.folder) or not gcs.is_remote(job.target):
+        raise CommandLineError(f"upload {job.folder} {job.target}: expected a local folder, then gs://BUCKET/FOLDER")
+    _upload(job)
     return exit_codes.DONE
 
 
@@ -69,7 +65,7 @@ def _upload(job: Upload) -> None:
     sent = gcs.upload(files, job.target, last="manifest.json")
     seconds = max(1e-3, time.monotonic() - begin)
     gone = sum(sizes[name] for name in sent)
-    print(
+    logger.info(
         f"{job.target}: {len(files)} files, {sum(sizes.values()):,} bytes; sent {len(sent)} ({gone:,} bytes, "
         f"{gone / seconds / 1e6:.1f} MB/s), {len(files) - len(sent)} were there"
     )

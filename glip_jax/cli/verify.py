@@ -1,6 +1,6 @@
 """The job `verify`: folders of shards against their manifests, checkpoints against their checksums."""
 
-import sys
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ from glip_jax.io.checkpoint_steps import checkpoint_folder, complete_steps, faul
 
 __all__ = ["Verify", "differing", "main"]
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Verify:
@@ -31,17 +33,16 @@ class Verify:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `verify DIR ...`; returns 0, or 2 after a line for each file that is not what it should be."""
-    try:
-        job = flags(argv, Verify, "verify", "shards/coco gs://BUCKET/shards/coco runs/demo")
-        if not job.folders:
-            raise CommandLineError("nothing to verify: expected folders of shards or working folders, local or gs://")
-        wrong = [line for folder in job.folders for line in _verified(folder)]
-    except (CommandLineError, shards.ShardError) as error:
-        print(f"verify: {error}", file=sys.stderr)
-        return exit_codes.BAD_INPUT
+    """Runs `verify DIR ...`; returns 0, or 2 after a line for each file that is not what it should be.
+
+    Raises CommandLineError or ShardError.
+    """
+    job = flags(argv, Verify, "verify", "shards/coco gs://BUCKET/shards/coco runs/demo")
+    if not job.folders:
+        raise CommandLineError("nothing to verify: expected folders of shards or working folders, local or gs://")
+    wrong = [line for folder in job.folders for line in _verified(folder)]
     for line in wrong:
-        print(f"verify: {line}", file=sys.stderr)
+        logger.error(f"verify: {line}")
     return exit_codes.BAD_INPUT if wrong else exit_codes.DONE
 
 
@@ -55,7 +56,7 @@ def _verified(folder: str) -> list[str]:
         if not wrong:
             size = sum(shard["bytes"] for shard in manifest.shards)
             seconds = max(1e-3, time.monotonic() - begin)
-            print(
+            logger.info(
                 f"{folder}: {len(manifest.shards) + 1} files as the manifest says, {manifest.records:,} records, "
                 f"{size:,} bytes ({size / seconds / 1e6:.0f} MB/s)"
             )
@@ -63,9 +64,9 @@ def _verified(folder: str) -> list[str]:
     place, steps = checkpoint_folder(folder), complete_steps(folder)
     faults = {step: fault_of(place / str(step)) for step in steps}
     sound = [str(step) for step, fault in faults.items() if not fault]
-    print(f"{folder}: checkpoints as they were written: {', '.join(sound) or 'none'}")
+    logger.info(f"{folder}: checkpoints as they were written: {', '.join(sound) or 'none'}")
     for path in unfinished(folder):
-        print(f"{path}: half-written; `train` removes it")
+        logger.info(f"{path}: half-written; `train` removes it")
     return [f"{place / str(step)} is damaged ({fault})" for step, fault in faults.items() if fault]
 
 

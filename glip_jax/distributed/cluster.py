@@ -412,6 +412,7 @@ def _connect(addresses: list[str], port: int) -> socket.socket:
 
 def _end(text: str, code: int) -> None:
     """Ends this process at once: its main thread may wait for a device, which waits for the process that is gone."""
+    # No logger: the main thread may hold its lock.
     print(f"train: {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)

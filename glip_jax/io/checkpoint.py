@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from glip_jax import UserError
 from glip_jax.config import CheckpointConfig, Config
-from glip_jax.io import checksums
+from glip_jax.io import checksums, gcs
 from glip_jax.io.checkpoint_reader import (
     Checkpoint,
     fingerprint,
@@ -66,6 +66,8 @@ __all__ = [
 
 class NotSavedError(UserError, RuntimeError):
     """A checkpoint that could not be written; the message names the newest complete one and says what to do."""
+
+    exit_code = 74  # exit_codes.NOT_WRITTEN
 
 
 class Saved(NamedTuple):
@@ -228,10 +230,13 @@ class Checkpoints:
             full = full_disk(error)
             reason = full or f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
             self._failed = True
-            raise NotSavedError(
+            failure = NotSavedError(
                 f"the checkpoint of step {self._writing} could not be written to {self.folder} ({reason}); "
                 f"{what_is_left(self._workdir, full)}"
-            ) from error
+            )
+            if gcs.is_remote(self._workdir):
+                failure.exit_code = 69  # exit_codes.STORAGE_UNAVAILABLE: the same command goes on when it answers
+            raise failure from error
 
 
 class _Best(ocp.checkpoint_managers.PreservationPolicy):

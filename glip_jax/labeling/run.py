@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,8 @@ from glip_jax.labeling.teacher import Teacher
 from glip_jax.labeling.work_queue import WorkQueue
 
 __all__ = ["FORMAT", "Input", "LabelingJob", "run"]
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 2
 """Version of the format of report.json and plan.json."""
@@ -178,7 +181,7 @@ def _finish(job: LabelingJob, queue: WorkQueue, work: Mapping[str, _Task]) -> No
     for file in (manifest.columns["file"], "report.json"):
         queue.put(scratch / file, file)
     queue.finish((scratch / "manifest.json").read_text())
-    print(_table(report["summary"]))
+    logger.info(_table(report["summary"]))
 
 
 def _table(counts: Mapping[str, Any]) -> str:

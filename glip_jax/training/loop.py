@@ -4,6 +4,7 @@ The loop dispatches a step, then reads the metrics of the step before, so the ac
 """
 
 import contextlib
+import logging
 import signal
 import time
 from collections import defaultdict
@@ -24,7 +25,7 @@ from glip_jax import UserError
 from glip_jax.config import Config, ConfigError, validate
 from glip_jax.data.mixture import Mixture
 from glip_jax.distributed.cluster import Cluster
-from glip_jax.distributed.exit_codes import CANCELLED, PREEMPTED
+from glip_jax.distributed.exit_codes import CANCELLED, NOT_FINITE, PREEMPTED
 from glip_jax.distributed.mesh import check_fits, make_mesh, place_batch, shardings
 from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.io.checkpoint import Checkpoints, Saved, complete_steps, fingerprint
@@ -41,6 +42,8 @@ from glip_jax.training.step import glip_objective, make_step
 
 __all__ = ["NonFiniteLossError", "InitialParameters", "train"]
 
+logger = logging.getLogger(__name__)
+
 InitialParameters = Callable[[dict[str, Any], Config], tuple[dict[str, Any], dict[str, Any]]]
 """(parameters, config) to parameters read from the files of `config.init_from`, and a record of what was read:
 `glip_jax.weights.pretrained.initialize`."""
@@ -53,6 +56,8 @@ _PER_EXAMPLE = ("bad", "invalid", "source", "record")
 
 class NonFiniteLossError(UserError, RuntimeError):
     """The loss or a gradient is NaN or infinite; the message names the step, the parts of the loss and the examples."""
+
+    exit_code = NOT_FINITE
 
 
 def train(
@@ -130,14 +135,13 @@ def _start(
 ) -> State:
     """The initial state, from 1. the newest complete checkpoint, 2. the files of `config.init_from`, 3. random values."""
     first = jax.process_index() == 0
-    log = print if first else lambda *_, **__: None
+    log = logger.info if first else lambda _: None
     step = checkpoints.latest()
     if step is None:
         params, record = _read_initial(fresh_parameters(config, mesh), config, initial_parameters)
         files = " and ".join(name for name in ("model", "backbone", "text") if getattr(config.init_from, name))
         log(
             f"starting at step 0 from {f'pretrained {files}, the rest random' if files else 'random values'}",
-            flush=True,
         )
         if first:
             overview = parameter_overview.get_parameter_overview(params, include_stats=False)
@@ -151,11 +155,11 @@ def _start(
     like = abstract_state(config, mesh)
     if checkpoints.imported(step):
         params = checkpoints.restore(step, Saved(like.params, {}, {})).params
-        log(f"starting at step {step} from imported weights, {checkpoints.folder / str(step)}", flush=True)
+        log(f"starting at step {step} from imported weights, {checkpoints.folder / str(step)}")
         state = initial_state(params, config)
         return jax.device_put(state, shardings(state, mesh))
     params, optimizer, ema = checkpoints.restore(step, Saved(like.params, like.optimizer, like.ema))
-    log(f"resuming at step {step} from {checkpoints.folder / str(step)}", flush=True)
+    log(f"resuming at step {step} from {checkpoints.folder / str(step)}")
     return State(params, optimizer, ema, jax.device_put(jnp.int32(step), like.step.sharding))
 
 

@@ -6,6 +6,7 @@ or the run does not begin; and a rule that chooses nothing is refused as a missp
 
 import difflib
 import fnmatch
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ from glip_jax.weights.names import WeightError, check_shapes
 from glip_jax.weights.readers import Weights, read_backbone, read_network, read_text, read_workdir
 
 __all__ = ["counts", "initialize", "table"]
+
+logger = logging.getLogger(__name__)
 
 _PARTS = ("backbone", "pyramid", "text", "head/tower/fusion", "head/tower/text", "head/tower/convolution", "head")
 _SCOPES = {"model": "", "backbone": "backbone/", "text": "text/"}
@@ -59,7 +62,7 @@ def initialize(params: dict[str, Any], config: Config) -> tuple[dict[str, Any], 
         },
     }
     if sources and jax.process_index() == 0:
-        print("\n".join([*lines, table(record["parameters"])]), flush=True)
+        logger.info("\n".join([*lines, table(record["parameters"])]))
     return traverse_util.unflatten_dict(leaves, sep="/"), record
 
 

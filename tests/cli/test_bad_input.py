@@ -1,8 +1,9 @@
 """What a user gets wrong, and what happens to a job: one line on stderr, an exit code that says which, nothing half-made."""
 
-import dataclasses
+import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -16,26 +17,27 @@ from unittest import mock
 import jax
 import pytest
 
-from glip_jax import __main__ as door
-from glip_jax.cli import environment
-from glip_jax.cli import train as train_job
-from glip_jax.config import SourceConfig
+from glip_jax import __main__
+from glip_jax.cli import environment, errors
+from glip_jax.config import ConfigError, SourceConfig
 from glip_jax.data import shards
 from glip_jax.data.importers import entry
 from glip_jax.data.records import PIXEL_LIMIT
 from glip_jax.distributed import exit_codes
-from glip_jax.io.checkpoint import Checkpoints, latest_step, restore_parameters, unfinished
+from glip_jax.io.checkpoint import Checkpoints, NotSavedError, latest_step, restore_parameters, unfinished
 from glip_jax.io.errors import full_disk
+from glip_jax.io.retry import StorageError
 from glip_jax.training import loop
 from tests import tiny_run
 from tests.data.conftest import coco_json, mdetr_json, write_image
+from tests.run_job import run_job
 from tests.training import stand_in
 
 
 def run(capture, *argv):
     """Exit code and the line on stderr, or what was printed where all went well."""
     capture.readouterr()
-    code = door.main([str(argument) for argument in argv])
+    code = __main__.main([str(argument) for argument in argv])
     out, err = capture.readouterr()
     if code == exit_codes.DONE:
         return code, out
@@ -162,26 +164,46 @@ def test_a_workdir_below_a_file_or_on_a_system_that_forbids_it(training, place, 
     assert code == exit_codes.BAD_INPUT and "other cannot be written (Permission denied)" in line
 
 
-def test_a_wrong_environment_is_found_before_anything_is_imported(capsys, monkeypatch):
-    asked = ["jax>=0.1,<0.2", "no-such-package>=3", "numpy>=1", 'absent>=1; python_version < "3"']
-    monkeypatch.setattr(environment, "wanted", lambda: (asked, "-r requirements.txt"))
-    monkeypatch.setattr(door.importlib, "import_module", lambda name: pytest.fail(f"{name} was imported"))
-    for job in door.JOBS:
+def test_a_missing_library_refuses_every_job_before_anything_is_imported(capsys, monkeypatch):
+    lines = ["jax>=0.1,<0.2", "no-such-package>=3", "numpy>=1", 'absent>=1; python_version < "3"']
+    monkeypatch.setattr(environment, "required", lambda: lines)
+    monkeypatch.setattr(__main__.importlib, "import_module", lambda name: pytest.fail(f"{name} was imported"))
+    for job in set(__main__.JOBS) - {"doctor"}:
         code, line = run(capsys, job)
         assert code == exit_codes.BAD_INPUT
-        assert f"jax is {metadata.version('jax')}, expected <0.2,>=0.1" in line
-        assert "no-such-package is not installed, expected >=3" in line and "numpy" not in line and "absent" not in line
-        assert "-m pip install -r requirements.txt" in line
+        assert "no-such-package is not installed, expected >=3" in line and "jax" not in line.partition(";")[0]
+        assert "-m pip install -r " in line and "requirements.txt" in line
+
+
+def test_another_version_is_a_warning_and_the_job_runs(capsys, monkeypatch):
+    monkeypatch.setattr(environment, "required", lambda: ["jax>=0.1,<0.2", "numpy>=1"])
+    assert __main__.main(["verify"]) == exit_codes.BAD_INPUT
+    warning, error = capsys.readouterr().err.splitlines()
+    assert f"jax is {metadata.version('jax')}, expected <0.2,>=0.1" in warning and "glip_jax doctor" in warning
+    assert "numpy" not in warning and error.startswith("verify: nothing to verify")
+
+
+def test_doctor_lists_what_is_there_and_what_is_missing(capsys, monkeypatch):
+    assert run_job("doctor", []) == exit_codes.DONE
+    out = capsys.readouterr().out
+    for name in ("Python", "libraries", "extra export", "devices", "compile cache", "disk of this folder"):
+        assert re.search(rf"^(ok|note) +{name} ", out, re.MULTILINE), name
+    monkeypatch.setattr(environment, "required", lambda: ["no-such-package>=3", "numpy<1"])
+    code = run_job("doctor", [])
+    out, err = capsys.readouterr()
+    assert code == exit_codes.BAD_INPUT and "missing: no-such-package" in err
+    assert re.search(r"^missing +no-such-package ", out, re.MULTILINE) and re.search(
+        r"^note +numpy ", out, re.MULTILINE
+    )
 
 
 def test_this_environment_is_right_and_the_ranges_are_the_files(monkeypatch):
-    assert environment.fault() == ""
-    lines, arguments = environment.wanted()
-    assert any(line.startswith("jax>=") for line in lines) and arguments.endswith("requirements.txt")
+    assert environment.mismatches() == []
+    assert any(line.startswith("jax>=") for line in environment.required())
     project = (environment._ROOT / "pyproject.toml").read_text()
     assert f'requires-python = ">={environment.PYTHON[0]}.{environment.PYTHON[1]}"' in project
     monkeypatch.setattr(environment, "PYTHON", (9, 1))
-    assert "expected 9.1 or newer" in environment.fault()
+    assert "expected >=9.1" in environment.absent(environment.mismatches())
 
 
 # What happens while training -------------------------------------------------------------------------------------------
@@ -277,14 +299,6 @@ def test_a_checkpoint_of_another_network_or_other_settings(training, place, caps
     assert {path: path.stat().st_mtime_ns for path in (place / "run").rglob("*") if path.is_file()} == before
     code, line = run(capsys, *training, *options, "--resume-with-changes")
     assert code == exit_codes.BAD_INPUT and "is of another network (" in line and "saved, (600, 16) wanted" in line
-
-
-def test_what_ends_a_training_has_its_code_and_line(training, capsys, monkeypatch):
-    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: full\nx")
-    monkeypatch.setattr(train_job, "train", mock.Mock(side_effect=[loop.NonFiniteLossError("step 3: no number"), full]))
-    assert run(capsys, *training) == (exit_codes.NOT_FINITE, "train: step 3: no number\n")
-    code, line = run(capsys, *training)
-    assert code == exit_codes.BAD_INPUT and "full x): give fewer images (train.batch" in line
 
 
 # Imports ---------------------------------------------------------------------------------------------------------------
@@ -390,7 +404,7 @@ def test_a_worker_that_its_pool_ends_says_nothing(capsys, monkeypatch):
     """Forked workers inherit the handler; a pool ends them by SIGTERM, which then acts as it does by default."""
     own, sent = os.getpid(), []
     monkeypatch.setattr(os, "kill", lambda *arguments: sent.append(arguments))
-    with door._sigterm_exits("scenes"):
+    with __main__._sigterm_exits("scenes"):
         handler: Any = signal.getsignal(signal.SIGTERM)
         monkeypatch.setattr(os, "getpid", lambda: own + 1)
         handler(signal.SIGTERM, None)
@@ -437,18 +451,40 @@ def test_a_full_disk_is_known_by_number_and_by_words():
     assert raised(OSError(13, "Permission denied")) == "" == full_disk(None)
 
 
-def test_a_full_disk_in_any_job_ends_in_a_line(capsys, monkeypatch):
-    @dataclasses.dataclass
-    class Job:
-        error: Exception
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ConfigError("train.steps is 0:\nexpected more"), 2, "train.steps is 0: expected more"),
+        (loop.NonFiniteLossError("step 3: no number"), exit_codes.NOT_FINITE, "step 3: no number"),
+        (NotSavedError("no room"), exit_codes.NOT_WRITTEN, "no room"),
+        (StorageError(errno.ETIMEDOUT, "gave up", "gs://a/b"), exit_codes.STORAGE_UNAVAILABLE, "gs://a/b: gave up"),
+        (StorageError(errno.EACCES, "refused", "gs://a/b"), exit_codes.BAD_INPUT, "gs://a/b: refused"),
+        (OSError(28, "No space", "/a/b"), exit_codes.NOT_WRITTEN, "No space left on device (/a/b): make room, then"),
+        (FileNotFoundError(2, "No such file", "/a/b"), exit_codes.BAD_INPUT, "No such file (/a/b): expected a file or"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: full\nx"), exit_codes.BAD_INPUT, "full x): give fewer images (train.b"),
+        (KeyboardInterrupt(), exit_codes.CANCELLED, "stopped by Ctrl-C"),
+    ],
+)  # fmt: skip
+def test_what_ends_a_job_has_its_code_and_line(capsys, monkeypatch, error, code, line):
+    monkeypatch.setattr(__main__.importlib, "import_module", lambda _: mock.Mock(main=mock.Mock(side_effect=error)))
+    found, err = run(capsys, "report")
+    assert (found == code and err.startswith(f"report: {line}")) or f"small (RESOURCE_EXHAUSTED: {line}" in err
+    assert errors.exit_code_of(error) == code, "what the other processes of a cluster hear"
 
-        def main(self, *_):
-            raise self.error
 
-    monkeypatch.setattr(door.importlib, "import_module", lambda _: Job(OSError(28, "No space", "/a/b")))
-    assert run(capsys, "report") == (
-        exit_codes.NOT_WRITTEN, "report: No space left on device (/a/b): make room, then give the same command again\n"
-    )  # fmt: skip
-    monkeypatch.setattr(door.importlib, "import_module", lambda _: Job(OSError(5, "Input/output error")))
-    with pytest.raises(OSError, match="Input/output"):
-        door.main(["report"])
+@pytest.mark.parametrize("argv", [["--debug", "verify"], ["verify", "--debug"]])
+def test_debug_shows_the_traceback(capsys, argv):
+    assert __main__.main(argv) == exit_codes.BAD_INPUT
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback") and err.splitlines()[-1].startswith("verify: nothing to verify")
+    assert run(capsys, "verify")[0] == exit_codes.BAD_INPUT, "no traceback without it"
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    for error in (OSError(5, "Input/output error"), ZeroDivisionError(), FileNotFoundError("no name")):
+        monkeypatch.setattr(
+            __main__.importlib, "import_module", lambda _, e=error: mock.Mock(main=mock.Mock(side_effect=e))
+        )
+        with pytest.raises(type(error)):
+            __main__.main(["report"])
+        assert errors.exit_code_of(error) == exit_codes.UNEXPECTED

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from glip_jax import __main__ as door
-from glip_jax.cli import compare, report
+from glip_jax.cli import report
 from glip_jax.evaluation.comparison import ComparisonError, spread
+from tests.run_job import run_job
 
 
 def evaluation(folder, name, seed, value, **changes):
@@ -65,7 +66,7 @@ def test_seeds_are_replicas_and_steps_are_taken_seed_by_seed(runs, tmp_path, cap
 
 def test_the_page_needs_no_other_file_and_escapes(tmp_path):
     runs = [evaluation(tmp_path, "<b>", 0, 0.5), evaluation(tmp_path, "a", 0, 0.4)]
-    assert compare.main([*runs, f"--out={tmp_path / 'out'}"]) == 0
+    assert run_job("compare", [*runs, f"--out={tmp_path / 'out'}"]) == 0
     page = (tmp_path / "out" / "compare.html").read_text()
     assert "&lt;b&gt;" in page and "<b></th>" not in page
     assert 'src="data:image/svg' in page and "http" not in page.replace("http://www.w3.org", "")
@@ -110,7 +111,7 @@ def _other_annotations(folder):
 def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, capsys, make, message):
     (tmp_path / "x").mkdir()
     first = evaluation(tmp_path, "a", 0, 0.2)
-    assert compare.main([first, *map(str, make(tmp_path)), f"--out={tmp_path / 'out'}"]) == 2
+    assert run_job("compare", [first, *map(str, make(tmp_path)), f"--out={tmp_path / 'out'}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("compare: ")
     with pytest.raises(ComparisonError, match=message):
@@ -119,5 +120,5 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, capsys, make, 
 
 
 def test_nothing_to_compare_and_nowhere_to_write(tmp_path, capsys):
-    assert compare.main([f"--out={tmp_path / 'out'}"]) == 2 and "no runs to compare" in capsys.readouterr().err
-    assert compare.main([str(tmp_path)]) == 2 and "no folder to write to" in capsys.readouterr().err
+    assert run_job("compare", [f"--out={tmp_path / 'out'}"]) == 2 and "no runs to compare" in capsys.readouterr().err
+    assert run_job("compare", [str(tmp_path)]) == 2 and "no folder to write to" in capsys.readouterr().err

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from glip_jax.cli.data import main
 from glip_jax.data.shards import Shards
 from tests.data.conftest import coco_json, mdetr_json, write_image
+from tests.run_job import run_job
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def test_imports_both_forms(place: Path, capsys: pytest.CaptureFixture[str]) -> 
     (place / "names.json").write_text('{"dog": "small dog"}')
     coco = ["coco", f"{place}/boxes.json", f"--images={place}/pictures", f"--out={place}/out", "--licence=CC0"]
     coco.append(f"--names={place}/names.json")
-    assert main(coco) == 0
+    assert run_job("data", coco) == 0
     printed = capsys.readouterr().out
     assert "kept boxes          3" in printed
     assert "1 records, 3 boxes, 6 names" in printed
@@ -31,9 +31,9 @@ def test_imports_both_forms(place: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert manifest.names[1] == "small dog"
     assert manifest.licence == "CC0"
     assert manifest.command.startswith("python -m glip_jax data coco ")
-    assert main(coco) == 0
+    assert run_job("data", coco) == 0
     assert "nothing is made twice" in capsys.readouterr().out
-    assert main(["mdetr", f"{place}/captions.json", f"--images={place}/pictures", f"--out={place}/two"]) == 0
+    assert run_job("data", ["mdetr", f"{place}/captions.json", f"--images={place}/pictures", f"--out={place}/two"]) == 0
     assert Shards(place / "two").manifest.kinds == {"grounding": 1}
 
 
@@ -51,7 +51,7 @@ def test_imports_both_forms(place: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_bad_input_is_one_line(
     place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert main([argument.format(place) for argument in arguments]) == 2
+    assert run_job("data", [argument.format(place) for argument in arguments]) == 2
     printed = capsys.readouterr().err.strip()
     assert message in printed
     assert printed.count("\n") == 0

@@ -16,6 +16,7 @@ from glip_jax.io.checkpoint import Checkpoints, Saved, fingerprint, restore_para
 from glip_jax.io.workdir import write_started_from, write_whole
 from glip_jax.training.state import fresh_parameters
 from tests import tiny_run
+from tests.run_job import run_job
 
 NAMES = ("cat", "dog", "person")
 
@@ -73,8 +74,9 @@ def evaluated(run):
 
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        code = evaluate.main(
-            [f"--config={run / 'tiny.py'}", f"--workdir={run / 'run'}", f"--out={run / 'out'}", "--measure-chunking"]
+        code = run_job(
+            "evaluate",
+            [f"--config={run / 'tiny.py'}", f"--workdir={run / 'run'}", f"--out={run / 'out'}", "--measure-chunking"],
         )
     assert code == 0
     return output.getvalue(), json.loads((run / "out" / "evaluation.json").read_text())
@@ -142,7 +144,7 @@ def test_the_report_lies_where_it_was_asked_for_and_is_whole(run, evaluated):
     ],
 )
 def test_what_cannot_be_evaluated_gives_one_line(run, capsys, arguments, message):
-    assert evaluate.main([argument.format(run=run) for argument in arguments]) == 2
+    assert run_job("evaluate", [argument.format(run=run) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not (run / "run" / "evaluation.json").exists()
@@ -160,7 +162,7 @@ def test_an_evaluation_that_is_there_is_left_unless_something_moved(run, tmp_pat
     out = run / "out" / "evaluation.json"
     before = out.read_text()
     command = [f"--config={run / 'tiny.py'}", f"--workdir={run / 'run'}", f"--out={run / 'out'}", "--unless-done"]
-    assert evaluate.main(command) == 0
+    assert run_job("evaluate", command) == 0
     assert "nothing is measured twice" in capsys.readouterr().out and out.read_text() == before
 
     def done(*more):

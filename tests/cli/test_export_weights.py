@@ -14,13 +14,14 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from glip_jax.cli import export_weights, import_weights
+from glip_jax.cli import export_weights
 from glip_jax.cli.saved_settings import saved_settings
 from glip_jax.distributed import exit_codes
 from glip_jax.inference import Detector
 from glip_jax.io.checkpoint import fingerprint, restore_parameters
 from glip_jax.weights import verification
 from tests.parity.folder import model_config, read_meta
+from tests.run_job import run_job
 
 ROOT = Path(__file__).resolve().parents[2]
 SET1 = ROOT / "tests" / "fixtures" / "set1"
@@ -38,12 +39,12 @@ def workdir(tmp_path_factory):
         "model.text.vocabulary": VOCABULARY, "model.text.max-tokens": 16, "evaluation.short-side": 96, "evaluation.long-side": 128,
     }  # fmt: skip
     settings = [f"--config.{name}={value}" for name, value in given.items()]
-    assert import_weights.main([str(SET1 / "model_t.safetensors"), f"--workdir={folder}", *settings]) == exit_codes.DONE
+    assert run_job("import", [str(SET1 / "model_t.safetensors"), f"--workdir={folder}", *settings]) == exit_codes.DONE
     return folder
 
 
 def run(workdir, out, form, *more):
-    return export_weights.main([f"--workdir={workdir}", f"--out={out}", f"--format={form}", *more])
+    return run_job("export", [f"--workdir={workdir}", f"--out={out}", f"--format={form}", *more])
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_glip_pth_has_exactly_the_original_s_tensors(exported):
 @pytest.mark.parametrize("form", ["glip-pth", "huggingface"])
 def test_import_export_import_is_the_same_bits(workdir, exported, tmp_path, form):
     heads = [f"--config.model.text.heads={saved_settings(str(workdir)).model.text.heads}"] if form == "glip-pth" else []
-    assert import_weights.main([str(exported(form)), f"--workdir={tmp_path / 'again'}", *heads]) == exit_codes.DONE
+    assert run_job("import", [str(exported(form)), f"--workdir={tmp_path / 'again'}", *heads]) == exit_codes.DONE
     first, second = (fingerprint(restore_parameters(str(folder))) for folder in (workdir, tmp_path / "again"))
     assert first == second
     if form == "huggingface":
@@ -207,7 +208,7 @@ def test_ctrl_c_leaves_nothing_and_a_killed_export_is_cleared_away(workdir, tmp_
 )  # fmt: skip
 def test_bad_input_is_one_line_and_leaves_nothing(workdir, tmp_path, capsys, arguments, message):
     (tmp_path / "file.txt").write_text("")
-    assert export_weights.main([a.format(run=workdir, tmp=tmp_path) for a in arguments]) == exit_codes.BAD_INPUT
+    assert run_job("export", [a.format(run=workdir, tmp=tmp_path) for a in arguments]) == exit_codes.BAD_INPUT
     err = capsys.readouterr().err
     assert message in err
     assert err.startswith("export: ") and err.count("\n") == 1

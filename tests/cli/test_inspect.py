@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glip_jax.cli import inspect
 from glip_jax.cli.reports.drawing import hex_colour
 from glip_jax.cli.reports.inspect_cards import count_records, example_cards, record_cards, spread
 from glip_jax.data import shards
 from tests import tiny_run
+from tests.run_job import run_job
 
 BAD = "<script>alert(1)</script>"
 
@@ -36,8 +36,8 @@ def test_counts_of_records(sources):
 
 def test_a_page_of_shards_alone(sources, tmp_path, capsys):
     out = tmp_path / "deep" / "page.html"
-    assert inspect.main([sources["boxes"].path, sources["captions"].path, f"--out={out}", "--records=2"]) == 0
-    assert capsys.readouterr().out == f"drawn page: {out}\n"
+    assert run_job("inspect", [sources["boxes"].path, sources["captions"].path, f"--out={out}", "--records=2"]) == 0
+    assert capsys.readouterr().out == f"HTML report: {out}\n"
     page = out.read_text()
     assert page.count("data:image/jpeg") == 4 and page.count("data:image/svg+xml") == 4
     assert "Training examples" not in page and "Token budget" not in page
@@ -49,13 +49,13 @@ def test_a_page_of_a_config_shows_examples(sources, tmp_path):
     config = tiny_run.config_file(tmp_path, sources)
     out = tmp_path / "page.html"
     command = [f"--config={config}", f"--out={out}", "--examples=10", "--config.data.max_boxes=2", "--records=3"]
-    assert inspect.main(command) == 0
+    assert run_job("inspect", command) == 0
     page = out.read_text()
     assert page.count("data:image/jpeg") == 10 + 2 * 3 and page.count("data:image/svg+xml") == 6
     assert "step 1, " in page and "step 2, " in page and "boxes_over_limit" in page
     assert "shares of examples: boxes 50.0%, captions 50.0%" in page
     # Folders beside a config take the place of its sources.
-    assert inspect.main([sources["boxes"].path, *command]) == 0
+    assert run_job("inspect", [sources["boxes"].path, *command]) == 0
     assert "captions" not in re.findall(r'<span class="name">(.*?)</span>', out.read_text())
 
 
@@ -104,7 +104,7 @@ def test_words_of_strangers_are_escaped_and_corrupt_records_shown(tmp_path):
     cards = record_cards(shards.Shards(tmp_path / "s"), 3)
     assert cards[1].uri == "" and "corrupt: record" in cards[1].chips[0][0]
     assert ("not all dog have boxes", "") in cards[2].chips and cards[2].boxes[0].colour == hex_colour(0)
-    assert inspect.main([str(tmp_path / "s"), f"--out={tmp_path / 'page.html'}"]) == 0
+    assert run_job("inspect", [str(tmp_path / "s"), f"--out={tmp_path / 'page.html'}"]) == 0
     page = (tmp_path / "page.html").read_text()
     assert BAD not in page and "&lt;script&gt;" in page and "no picture" in page
 
@@ -121,7 +121,7 @@ def test_words_of_strangers_are_escaped_and_corrupt_records_shown(tmp_path):
 )
 def test_what_does_not_fit_gets_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert inspect.main(arguments) == 2
+    assert run_job("inspect", arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("inspect: ") and message in error and error.count("\n") == 1
     assert not list(Path(tmp_path).iterdir())

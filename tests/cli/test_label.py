@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from glip_jax import __main__ as door
-from glip_jax.cli import inspect, label
 from glip_jax.config import MeshConfig, SourceConfig
 from glip_jax.data import shards
 from glip_jax.data.captions import Captioner, rng_of
@@ -25,6 +24,7 @@ from glip_jax.training.state import fresh_parameters
 from tests import tiny_run
 from tests.labeling import slow_label
 from tests.labeling.test_teacher import png
+from tests.run_job import run_job
 
 TEXTS = ("a cat and a dog", "the person", "and so on", "a dog by a person", "two cats", "a red dog")
 
@@ -72,7 +72,7 @@ def labelled(run):
         "--threshold=0.02",
         "--most-boxes=2",
     ]
-    assert label.main(list(map(str, command))) == 0
+    assert run_job("label", list(map(str, command))) == 0
     return command, shards.Shards(run / "out")
 
 
@@ -111,30 +111,30 @@ def test_training_and_inspect_take_what_was_made(run, labelled, tmp_path):
     record = labelled[1][0]
     text = captioner(record, rng_of(0, 0))
     assert text.keep.all() and text.positive_map.any(1).all()
-    assert inspect.main([str(run / "out"), f"--out={tmp_path / 'page.html'}"]) == 0
+    assert run_job("inspect", [str(run / "out"), f"--out={tmp_path / 'page.html'}"]) == 0
 
 
 def test_a_finished_folder_is_not_made_again_but_its_page_is(run, labelled, capsys):
     command, _ = labelled
     (run / "out" / "report.html").unlink()
     before = {path.name: path.stat().st_mtime_ns for path in (run / "out").iterdir()}
-    assert label.main(list(map(str, command))) == 0
+    assert run_job("label", list(map(str, command))) == 0
     out = capsys.readouterr().out
-    assert "nothing is made twice" in out and "drawn page" in out
+    assert "nothing is made twice" in out and "HTML report" in out
     assert before.items() <= {path.name: path.stat().st_mtime_ns for path in (run / "out").iterdir()}.items()
 
 
 def test_a_finished_folder_of_other_settings_is_refused_and_left_as_it_is(run, many, tmp_path, capsys):
     source, _ = many
     made = str(tmp_path / "made")
-    assert label.main(outside(run, source, made)) == 0
+    assert run_job("label", outside(run, source, made)) == 0
     (tmp_path / "made" / ".partial").mkdir()  # what another process may be at
     capsys.readouterr()
-    assert label.main(outside(run, source, made, "--threshold=0.7")) == exit_codes.BAD_INPUT
+    assert run_job("label", outside(run, source, made, "--threshold=0.7")) == exit_codes.BAD_INPUT
     assert "is finished, with other settings (existing -> given: thresholds" in capsys.readouterr().err
     assert (tmp_path / "made" / ".partial").exists()
     # The same shards by another path are the same captions.
-    assert label.main(outside(run, f"{source}/../{source.name}/", made)) == 0
+    assert run_job("label", outside(run, f"{source}/../{source.name}/", made)) == 0
     assert "nothing is made twice" in capsys.readouterr().out and not (tmp_path / "made" / ".partial").exists()
 
 
@@ -147,7 +147,7 @@ def test_the_last_parameters_and_a_mirrored_view(run, tmp_path):
         f"--workdir={run / 'run'}",
         f"--out={tmp_path / 'out'}",
     ]
-    assert label.main([str(run / "captions"), *command]) == 0
+    assert run_job("label", [str(run / "captions"), *command]) == 0
     about = json.loads(shards.Shards(tmp_path / "out")[0].provenance)
     assert about["teacher"] == fingerprint(restore_parameters(str(run / "run"), "raw"))[:16]
     assert about["views"] == "flip 48,64"
@@ -157,7 +157,7 @@ def test_the_round_after_labels_the_captions_anew(run, labelled, tmp_path):
     """Pseudo records are captions too, and nothing of the first teacher's boxes is left."""
     _, first = labelled
     again = ["--threshold=0.05", f"--detections={run / 'found.json'}", f"--categories={run / 'names.json'}"]
-    assert label.main([str(run / "out"), *again, f"--out={tmp_path / 'again'}"]) == 0
+    assert run_job("label", [str(run / "out"), *again, f"--out={tmp_path / 'again'}"]) == 0
     second = shards.Shards(tmp_path / "again")
     assert second.manifest.kinds == {"pseudo": len(second)} and 0 < len(second) <= len(first)
     old = {first[i].id: first[i] for i in range(len(first))}
@@ -183,7 +183,7 @@ def outside(run, source, out, *more):
 def many(run):
     """Captions of sixty images in six files, and what comes of them when nothing disturbs."""
     captions(run / "many", 60, 6, "many")
-    assert label.main(outside(run, run / "many", run / "whole")) == 0
+    assert run_job("label", outside(run, run / "many", run / "whole")) == 0
     return run / "many", run / "whole"
 
 
@@ -231,10 +231,10 @@ def test_killed_then_other_settings_then_run_again(run, many, tmp_path, capsys):
     assert 2 <= len(there) < 6 and not (out / "manifest.json").exists()
     with pytest.raises(shards.ShardError, match="no manifest"):
         shards.Shards(out)
-    assert label.main(outside(run, source, out, "--threshold=0.6")) == exit_codes.BAD_INPUT
+    assert run_job("label", outside(run, source, out, "--threshold=0.6")) == exit_codes.BAD_INPUT
     error = capsys.readouterr().err
     assert 'thresholds: {"many": 0.5} -> {"many": 0.6}' in error and error.count("\n") == 1
-    assert label.main(outside(run, source, out)) == 0
+    assert run_job("label", outside(run, source, out)) == 0
     assert contents(out) == contents(whole)
     now = {path.name: path.stat().st_ino for path in out.glob("records*")}
     assert there.items() <= now.items(), "what was finished is not made again"
@@ -304,9 +304,9 @@ def test_three_at_once_on_a_bucket_that_loses_answers_and_one_is_killed(
     # The same command again; one that was killed after the manifest left things behind, and the page was not drawn.
     gcs.put(f"{out}/.partial/left", b"")
     gcs.remove(f"{out}/report.html")
-    assert label.main(outside(run, source, out)) == 0
+    assert run_job("label", outside(run, source, out)) == 0
     printed = capsys.readouterr().out
-    assert f"{out} is finished" in printed and f"drawn page: {out}/report.html" in printed
+    assert f"{out} is finished" in printed and f"HTML report: {out}/report.html" in printed
     assert not gcs.listing(f"{out}/.partial")
     again = {name: gcs.stamp(f"{out}/{name}") for name in gcs.listing(out)}
     assert {name for name, found in again.items() if now[name] != found} == {"report.html"}
@@ -330,7 +330,7 @@ def test_a_full_disk_ends_in_a_line_and_the_same_command_goes_on(run, many, tmp_
     assert {path.name for path in (out / ".partial").iterdir()} <= {"plan.json"} | {
         path.name for path in (out / ".partial").glob("*.clock")
     }
-    assert label.main(outside(run, source, out)) == 0 and contents(out) == contents(whole)
+    assert run_job("label", outside(run, source, out)) == 0 and contents(out) == contents(whole)
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ def test_a_full_disk_ends_in_a_line_and_the_same_command_goes_on(run, many, tmp_
 )
 def test_what_cannot_be_done_gives_one_line(run, capsys, monkeypatch, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert label.main([argument.format(run=run) for argument in arguments]) == exit_codes.BAD_INPUT
+    assert run_job("label", [argument.format(run=run) for argument in arguments]) == exit_codes.BAD_INPUT
     error = capsys.readouterr().err
     assert message in error and error.startswith("label: ") and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -393,14 +393,14 @@ def test_records_with_boxes_that_people_made_are_refused(run, tmp_path, capsys):
     sources = tiny_run.write_sources(tmp_path)
     for name, reason in (("boxes", "has no caption"), ("captions", "boxes that people made")):
         assert (
-            label.main([sources[name].path, f"--out={tmp_path / 'x'}", f"--workdir={run / 'run'}"])
+            run_job("label", [sources[name].path, f"--out={tmp_path / 'x'}", f"--workdir={run / 'run'}"])
             == exit_codes.BAD_INPUT
         )
         assert reason in capsys.readouterr().err
 
 
 def test_nothing_found_anywhere_leaves_nothing(run, many, tmp_path, capsys):
-    assert label.main(outside(run, many[0], tmp_path / "out", "--threshold=0.999")) == exit_codes.BAD_INPUT
+    assert run_job("label", outside(run, many[0], tmp_path / "out", "--threshold=0.999")) == exit_codes.BAD_INPUT
     error = capsys.readouterr().err
     assert "of 60 captions none got a box; caption: no box above the threshold" in error
     assert not (tmp_path / "out").exists()

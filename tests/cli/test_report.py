@@ -9,6 +9,7 @@ from glip_jax.cli.evaluate import phrase_results
 from glip_jax.evaluation.average_precision import NUMBERS, coco_results, load_ground_truth
 from glip_jax.io.provenance import file_hash
 from glip_jax.structures.batch import Detections
+from tests.run_job import run_job
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def run(tmp_path):
 
 
 def test_the_page_of_a_run(run, capsys):
-    assert report.main([f"--workdir={run}"]) == 0
+    assert run_job("report", [f"--workdir={run}"]) == 0
     page = (run / "report.html").read_text()
     assert str(run / "report.html") in capsys.readouterr().out
     for words in ("config demo, evaluated at step 2, ema parameters", 'alt="loss by step"', "losses of det", "losses of a/b",
@@ -71,7 +72,7 @@ def test_an_evaluation_elsewhere_has_its_page_there(run, capsys):
     (run / "other").mkdir()
     for file in ("evaluation.json", "detections_cells.json", "detections_x.json"):
         (run / file).rename(run / "other" / file)
-    assert report.main([f"--workdir={run}", f"--out={run / 'other'}"]) == 0
+    assert run_job("report", [f"--workdir={run}", f"--out={run / 'other'}"]) == 0
     page = (run / "other" / "report.html").read_text()
     assert "4.0 × chance" in page and 'alt="loss by step"' in page
     assert not (run / "report.html").exists()
@@ -79,7 +80,7 @@ def test_an_evaluation_elsewhere_has_its_page_there(run, capsys):
 
 def test_a_run_without_evaluation_has_its_curves(run):
     (run / "evaluation.json").unlink()
-    assert report.main([f"--workdir={run}"]) == 0
+    assert run_job("report", [f"--workdir={run}"]) == 0
     assert "chance" not in (run / "report.html").read_text()
 
 
@@ -110,10 +111,10 @@ def test_detections_come_back_as_they_went(run):
 )
 def test_what_is_missing_is_named(run, capsys, spoil, message):
     spoil(run)
-    assert report.main([f"--workdir={run}"]) == 2
+    assert run_job("report", [f"--workdir={run}"]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_an_empty_folder_has_no_page(tmp_path, capsys):
-    assert report.main([f"--workdir={tmp_path}"]) == 2
+    assert run_job("report", [f"--workdir={tmp_path}"]) == 2
     assert "holds no metrics.jsonl" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import pytest
 from glip_jax import __main__ as door
 from glip_jax.cli import scenes
 from glip_jax.data import shards
+from tests.run_job import run_job
 
 PARTS = {
     "detection", "grounding", "captions", "validation", "validation_style", "validation_grounding_names",
@@ -15,7 +16,7 @@ PARTS = {
 
 def _run(out, *more):
     few = [f"--names.{split}=6" for split in ("detection", "grounding", "captions", "unseen")]
-    return scenes.main([f"--out={out}", "--count=5", "--captions=2", "--validation=2", "--size=96", *few, *more])
+    return run_job("scenes", [f"--out={out}", "--count=5", "--captions=2", "--validation=2", "--size=96", *few, *more])
 
 
 def _read(out, part, file="annotations.json"):

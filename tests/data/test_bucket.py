@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from glip_jax.__main__ import main
-from glip_jax.cli import data as data_job
 from glip_jax.config import SourceConfig
 from glip_jax.data import shard_cache, shards
 from glip_jax.data.importers.build import excluded_hashes
@@ -30,6 +29,7 @@ from glip_jax.io.gcs import StorageError
 from tests.data.importers.test_build import command, contents, same_but_for_the_command, source, whole  # noqa: F401 (fixtures)
 from tests.data.test_mixture import config, digest, draw
 from tests.io.faulty_storage import FAULTS
+from tests.run_job import run_job
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
@@ -321,7 +321,7 @@ def test_built_from_and_to_the_bucket_with_faults(source, whole, bucket, running
     send_tree(source, bucket)
     arguments = ["coco", f"{bucket}/boxes.json", f"--images={bucket}/pictures", f"--out={bucket}/set", "--shards=6"]
     with running.arm(share=0.1, stall=1.0) as injected:
-        assert data_job.main([*arguments, "--processes=1"]) == 0
+        assert run_job("data", [*arguments, "--processes=1"]) == 0
     assert injected.total() > 10
     built = fetched(f"{bucket}/set", tmp_path / "built")
     names = {"manifest.json", "report.json"}
@@ -334,7 +334,7 @@ def test_built_from_and_to_the_bucket_with_faults(source, whole, bucket, running
     )
     assert not list((tmp_path / "cache").rglob("*.array_record"))
     capsys.readouterr()
-    assert data_job.main(arguments) == 0
+    assert run_job("data", arguments) == 0
     assert f"{bucket}/set is finished (39 records" in capsys.readouterr().out
     for place in ("set", "set/manifest.json", "set/columns.npz"):
         assert excluded_hashes([f"{bucket}/{place}"])[0] == set(Shards(whole).hash.tolist())
@@ -375,7 +375,7 @@ def test_killed_while_it_sends_it_goes_on_with_the_same_bytes(source, whole, buc
     with pytest.raises(ShardError, match="no manifest.json"):
         Shards(f"{bucket}/set")
     before = running.requests["POST upload"]
-    assert data_job.main(arguments) == 0
+    assert run_job("data", arguments) == 0
     assert running.requests["POST upload"] - before <= 9 - len(there)  # what was there is not sent again
     built = fetched(f"{bucket}/set", tmp_path / "built")
     (built / "manifest.json").write_bytes(
@@ -393,7 +393,7 @@ def test_files_of_another_build_are_not_mixed_in(source, bucket, capsys, tmp_pat
     name = "records-00000-of-00009.array_record"
     gcs.upload({name: tmp_path / "x"}, f"{bucket}/set", name)
     arguments = [a.replace("--out=OUT", f"--out={bucket}/set") for a in command(source, Path("OUT"))]
-    assert data_job.main(arguments) == 2
+    assert run_job("data", arguments) == 2
     line = capsys.readouterr().err
     assert f"{bucket}/set holds 1 files of another build ({name})" in line
     assert set(gcs.listing(f"{bucket}/set")) == {name}

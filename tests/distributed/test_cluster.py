@@ -20,9 +20,7 @@ from typing import Any
 import jax
 import pytest
 
-from glip_jax.cli import scenes
 from glip_jax.cli.command_line import load_config
-from glip_jax.cli.train import main
 from glip_jax.config import MeshConfig
 from glip_jax.data.mixture import Mixture
 from glip_jax.distributed import exit_codes
@@ -35,6 +33,7 @@ from glip_jax.training.monitoring import metrics
 from glip_jax.weights import pretrained
 from tests import tiny_run
 from tests.distributed.worker import rows
+from tests.run_job import run_job
 from tests.training import stand_in
 from tests.training.same_path import same_path
 
@@ -162,7 +161,7 @@ def test_two_processes_split_the_real_network_over_all_axes(file, sources, tmp_p
 def test_two_and_four_processes_train_the_demo(tmp_path, monkeypatch):
     """Its network, scenes, towers and schedule, five steps: as one process does, and twice alike on one layout."""
     drawn = (f"--out={tmp_path / 'scenes'}", "--count=40", "--captions=0", "--validation=8")
-    assert scenes.main(drawn) == 0
+    assert run_job("scenes", drawn) == 0
     file = tmp_path / "demo.py"
     file.write_text(
         f"from configs.demo import demo\nfrom tests import tiny_run\n\n\ndef get_config():\n"
@@ -327,7 +326,7 @@ def test_announced_processes_must_be_joined(file, tmp_path, monkeypatch, capsys)
     assert announced({"TPU_WORKER_HOSTNAMES": "a,b"}) == (2, "TPU_WORKER_HOSTNAMES")
     assert announced({"TPU_WORKER_HOSTNAMES": "localhost", "SLURM_STEP_NUM_TASKS": "1"}) == (1, "")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    assert main([f"--config={file}", f"--workdir={tmp_path}"]) == exit_codes.BAD_INPUT
+    assert run_job("train", [f"--config={file}", f"--workdir={tmp_path}"]) == exit_codes.BAD_INPUT
     err = capsys.readouterr().err
     assert "SLURM_STEP_NUM_TASKS announces 4 processes, but --distributed is not given" in err and err.count("\n") == 1
 

@@ -17,8 +17,9 @@ import jax
 import numpy as np
 
 from glip_jax.cli import train
-from glip_jax.io import fsspec_gcs, provenance
+from glip_jax.io import provenance
 from glip_jax.training import loop, state
+from tests.run_job import run_job
 from tests.training import stand_in
 
 real_place, real_code, real_scored = loop.place_batch, provenance.code, loop.Checkpoints.scored
@@ -63,11 +64,10 @@ def scored(self, step, value):
 
 
 if __name__ == "__main__":
-    fsspec_gcs.install()
     train.train = functools.partial(_evaluating, train.train)
     loop.place_batch = place
     if "REAL" not in os.environ:
         state._initializer, loop.glip_objective = stand_in.initializer, stand_in.objective
     loop.Checkpoints.scored = scored
     provenance.code = lambda: {"files": os.environ.get("CODE") or real_code()["files"]}
-    sys.exit(train.main(sys.argv[1:]))
+    sys.exit(run_job("train", sys.argv[1:]))

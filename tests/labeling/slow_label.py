@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from glip_jax.cli.label import main
 from glip_jax.labeling.outside import OutsideTeacher
+from tests.run_job import run_job
 
 __all__ = ["start"]
 
@@ -39,4 +39,4 @@ def _label(arguments: list[str], output: Path, environment: dict[str, str]) -> N
         return detect_async(*args)
 
     OutsideTeacher.detect_async = delayed  # type: ignore[method-assign]
-    sys.exit(main(arguments))
+    sys.exit(run_job("label", arguments))

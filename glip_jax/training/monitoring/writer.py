@@ -13,8 +13,8 @@ import contextlib
 import hashlib
 import importlib
 import json
+import logging
 import math
-import sys
 import tempfile
 import threading
 import time
@@ -33,6 +33,8 @@ from glip_jax.io.workdir import opened, plain
 from glip_jax.training.monitoring.metrics import cut_back
 
 __all__ = ["Writer", "wandb_module", "wandb_run"]
+
+logger = logging.getLogger(__name__)
 
 _UPLOAD_SECONDS = 30
 """Between two uploads to a bucket."""
@@ -58,7 +60,7 @@ class Writer:
         step: int,
         also: Sequence[str] = (),
         sink: Sink | None = None,
-        log: Callable[[str], None] = print,
+        log: Callable[[str], None] = logger.info,
     ) -> None:
         self._folder = opened(workdir)
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -232,7 +234,7 @@ class Writer:
             self._local.parent.rmdir()
             return
         (self._local.parent / "metrics.jsonl").write_text("".join(self._lines))
-        print(f"{self._missing or self._error}; all of them are in {self._local.parent}", file=sys.stderr, flush=True)
+        logger.warning(f"{self._missing or self._error}; all of them are in {self._local.parent}")
 
 
 def wandb_module(project: str) -> Any:

@@ -4,8 +4,8 @@ import sys
 import time
 from typing import Any
 
-from glip_jax.cli.data import main
 from glip_jax.data.importers import entry
+from tests.run_job import run_job
 
 __all__: list[str] = []
 
@@ -20,4 +20,4 @@ def _slowly(*arguments: Any) -> Any:
 entry._picture = _slowly
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_job("data", sys.argv[1:]))

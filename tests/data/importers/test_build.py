@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glip_jax.cli.data import main
 from glip_jax.data.importers import build as build_module
 from glip_jax.data.importers import published, workers
 from glip_jax.data.importers.build import Plan, build, excluded_hashes
@@ -22,6 +21,7 @@ from glip_jax.data.importers.entry import Entry, Folder, Opened, Report, SourceE
 from glip_jax.data.records import content_hash
 from glip_jax.data.shards import ShardError, Shards, verify
 from tests.data.conftest import coco_json, write_image
+from tests.run_job import run_job
 
 ROOT = Path(__file__).resolve().parents[3]
 COUNT = 40
@@ -55,7 +55,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def whole(source, tmp_path_factory) -> Path:
     """What comes out of an uninterrupted build in one process."""
     out = tmp_path_factory.mktemp("whole") / "set"
-    assert main(command(source, out, "--processes=1")) == 0
+    assert run_job("data", command(source, out, "--processes=1")) == 0
     return out
 
 
@@ -90,7 +90,7 @@ def test_the_report_counts_everything(source, whole):
 
 def test_any_number_of_processes_gives_the_same_bytes(source, whole, tmp_path):
     for number in (2, 3):
-        assert main(command(source, tmp_path / "set", f"--processes={number}")) == 0
+        assert run_job("data", command(source, tmp_path / "set", f"--processes={number}")) == 0
         assert same_but_for_the_command(whole, tmp_path / "set")
         shutil.rmtree(tmp_path / "set")
 
@@ -108,7 +108,7 @@ def test_killed_and_run_again_gives_the_same_bytes(source, whole, tmp_path, proc
     assert not out.exists()
     there = {path.name: path.stat().st_ino for path in partial.glob("records*.array_record")}
     assert 0 < len(there) < 6
-    assert main(arguments) == 0 and same_but_for_the_command(whole, out) and not partial.exists()
+    assert run_job("data", arguments) == 0 and same_but_for_the_command(whole, out) and not partial.exists()
     now = {path.name: path.stat().st_ino for path in out.glob("records*")}
     assert {name for name in there if now[name] == there[name]}  # finished shards are not made again
 
@@ -140,9 +140,9 @@ def test_stopped_anywhere_it_goes_on(source, whole, tmp_path, monkeypatch, modul
     with monkeypatch.context() as patch:
         stopped_in(patch, module, name, after)
         with pytest.raises(KeyboardInterrupt):
-            main(arguments)
+            run_job("data", arguments)
     assert not (tmp_path / "set").exists()
-    assert main(arguments) == 0 and same_but_for_the_command(whole, tmp_path / "set")
+    assert run_job("data", arguments) == 0 and same_but_for_the_command(whole, tmp_path / "set")
 
 
 def test_an_index_of_other_inputs_or_settings_is_not_used(source, whole, tmp_path, monkeypatch):
@@ -152,20 +152,20 @@ def test_an_index_of_other_inputs_or_settings_is_not_used(source, whole, tmp_pat
     with monkeypatch.context() as patch:
         stopped_in(patch, workers, "finish", 20)
         with pytest.raises(KeyboardInterrupt):
-            main(arguments)
+            run_job("data", arguments)
     data = json.loads((tmp_path / "boxes.json").read_text())
     data["annotations"] = data["annotations"][:60]
     (tmp_path / "boxes.json").write_text(json.dumps(data))
-    assert main(arguments) == 0
+    assert run_job("data", arguments) == 0
     assert json.loads((tmp_path / "set" / "report.json").read_text())["listed_boxes"] == 60
 
 
 def test_a_second_build_of_the_same_folder_waits_and_says_so(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(build_module, "_WAIT", 0.3)
     with build_module._alone((tmp_path / ".set.partial").absolute(), tmp_path / "set"):
-        assert main(command(source, tmp_path / "set")) == 2
+        assert run_job("data", command(source, tmp_path / "set")) == 2
     assert "another process is making this folder" in capsys.readouterr().err
-    assert main(command(source, tmp_path / "set")) == 0
+    assert run_job("data", command(source, tmp_path / "set")) == 0
 
 
 def test_a_worker_that_is_killed_is_one_line_and_the_build_goes_on(source, whole, tmp_path, capfd, monkeypatch):
@@ -177,7 +177,7 @@ def test_a_worker_that_is_killed_is_one_line_and_the_build_goes_on(source, whole
 
     with monkeypatch.context() as patch:
         patch.setattr("glip_jax.cli.data.build", lambda plan, _: build(plan, deadly))
-        assert main(command(source, out, "--processes=2")) == 2
+        assert run_job("data", command(source, out, "--processes=2")) == 2
     line = capfd.readouterr().err
     assert (
         "a worker ended with code -9" in line and "fewer --processes" in line and (tmp_path / ".set.partial").exists()
@@ -197,7 +197,7 @@ class Deadly:
 
 
 def test_strict_stops_in_workers_too(source, tmp_path, capsys):
-    assert main(command(source, tmp_path / "set", "--strict", "--processes=2")) == 2
+    assert run_job("data", command(source, tmp_path / "set", "--strict", "--processes=2")) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "without --strict it would be dropped" in line
     assert list(tmp_path.iterdir()) == []
@@ -207,7 +207,7 @@ def test_excluded_pictures_stay_out_and_are_counted(source, whole, tmp_path, cap
     one, other = ((source / "pictures" / f"img{i}.png").read_bytes() for i in (3, 5))
     (tmp_path / "hashes.txt").write_text(f"{content_hash(one)}\n0x{content_hash(other):016x}\n{'ab' * 32}\n")
     arguments = command(source, tmp_path / "set", f"--exclude={tmp_path}/hashes.txt", "--licence=CC0")
-    assert main(arguments) == 0
+    assert run_job("data", arguments) == 0
     report = json.loads((tmp_path / "set" / "report.json").read_text())
     assert report["drops"]["image: excluded"] == {"count": 2, "first": "image 4, img3.png"}
     assert report["records"] == COUNT - 3 and report["drops"]["box: image dropped"]["count"] == 9
@@ -219,7 +219,7 @@ def test_excluded_pictures_stay_out_and_are_counted(source, whole, tmp_path, cap
     for place in (whole, whole / "manifest.json", whole / "columns.npz"):
         assert excluded_hashes([place])[0] == set(Shards(whole).hash.tolist())
     more = [f"--exclude={whole}", f"--exclude={tmp_path}/hashes.txt"]
-    assert main(command(source, tmp_path / "none", *more)) == 2
+    assert run_job("data", command(source, tmp_path / "none", *more)) == 2
     assert f"image: excluded {COUNT - 1} (first: image 1, img0.png)" in capsys.readouterr().err
 
 
@@ -271,14 +271,14 @@ def test_published_sets_are_compared_and_variants_explained(source, tmp_path, mo
     }  # fmt: skip
     (folder / "tiny.json").write_text(json.dumps(fields))
     monkeypatch.setattr(published, "MANIFESTS", folder)
-    assert main(command(source, tmp_path / "set")) == 0
+    assert run_job("data", command(source, tmp_path / "set")) == 0
     printed = capsys.readouterr().out
     assert "Tiny 2026 (its paper)" in printed and "licence: CC BY 9.0" in printed
     assert "  40 records, as published" in printed
     assert "  120 boxes, published are 99: with the second release" in printed
     assert "  6 names, published are 7: no variant with this number is known" in printed
     (folder / "bad.json").write_text("{}")
-    assert main(command(source, tmp_path / "other")) == 2
+    assert run_job("data", command(source, tmp_path / "other")) == 2
     assert "bad.json is no manifest of a published set" in capsys.readouterr().err
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from glip_jax.cli.data import main
 from glip_jax.data.importers.caption_files import open_caption_lines, open_caption_tsv, open_sbu, open_webdataset
 from glip_jax.data.importers.entry import Opened, SourceError, finish
 from glip_jax.data.records import Record
 from glip_jax.data.shards import Shards
 from tests.data.conftest import write_image
+from tests.run_job import run_job
 
 
 @pytest.fixture
@@ -174,12 +174,12 @@ def test_faulty_tars_are_counted(place: Path) -> None:
 def test_the_job_makes_records_for_the_teacher(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "a.tsv").write_text("0\t7\ta dog\n1\t8\tthe cat\n9\t8\tno picture\n")
     command = ["caption-tsv", f"{place}/a.tsv", f"--images={place}/pictures", "--columns=image,-,caption"]
-    assert main([*command, "--files=img{name}.jpg", f"--out={place}/out", "--processes=1"]) == 0
+    assert run_job("data", [*command, "--files=img{name}.jpg", f"--out={place}/out", "--processes=1"]) == 0
     manifest = Shards(place / "out").manifest
     assert manifest.kinds == {"caption": 2}
     assert manifest.drops == {"image: file missing": 1}
     assert Shards(place / "out")[1].caption == "the cat"
-    assert main([*command, "--files={no}", f"--out={place}/other"]) == 2
+    assert run_job("data", [*command, "--files={no}", f"--out={place}/other"]) == 2
     assert "files is '{no}'" in capsys.readouterr().err
     assert not (place / "other").exists()
 

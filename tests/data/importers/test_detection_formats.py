@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from glip_jax.cli.data import main
 from glip_jax.data.importers.coco import open_coco, open_odinw
 from glip_jax.data.importers.entry import Opened, SourceError
 from glip_jax.data.importers.openimages import open_openimages
@@ -17,6 +16,7 @@ from glip_jax.data.records import Record, decode, encode
 from glip_jax.data.shards import Shards
 from tests.data.conftest import NAMES, coco_json, records, write_image
 from tests.data.importers.prepared_set import prepare
+from tests.run_job import run_job
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_odinw_folders(tmp_path, pictures, capsys):
     saved(pictures, data, "annotations_without_background.json")
     saved(pictures, "{", "_annotations.coco.json")
     assert len(records(open_odinw(pictures))) == 2
-    assert main(["odinw", str(pictures), f"--out={tmp_path}/set"]) == 0
+    assert run_job("data", ["odinw", str(pictures), f"--out={tmp_path}/set"]) == 0
     assert Shards(tmp_path / "set").manifest.source == str(pictures)
     (pictures / "annotations_without_background.json").unlink()
     with pytest.raises(SourceError, match="_annotations.coco.json is not JSON"):
@@ -344,7 +344,7 @@ def prepared(tmp_path_factory) -> Path:
 
 
 def test_a_prepared_set_without_tensorflow(prepared, tmp_path, capsys):
-    assert main(["tfds", str(prepared), f"--out={tmp_path}/set", "--processes=2", "--shards=2"]) == 0
+    assert run_job("data", ["tfds", str(prepared), f"--out={tmp_path}/set", "--processes=2", "--shards=2"]) == 0
     found = Shards(tmp_path / "set")
     assert found.manifest.names == ("cat", "dog", "cow") and found.manifest.drops == {"box: crowd": 3}
     by_id = {found[i].id: found[i] for i in range(3)}
@@ -357,5 +357,5 @@ def test_a_prepared_set_without_tensorflow(prepared, tmp_path, capsys):
         ([str(prepared), "--split=val"], "has the splits train, not 'val'"),
         ([str(tmp_path)], "has no features.json"),
     ]:
-        assert main(["tfds", *arguments, f"--out={tmp_path}/other"]) == 2
+        assert run_job("data", ["tfds", *arguments, f"--out={tmp_path}/other"]) == 2
         assert message in capsys.readouterr().err

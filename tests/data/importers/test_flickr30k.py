@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from glip_jax.cli.data import main
 from glip_jax.data.importers.entry import SourceError, finish
 from glip_jax.data.importers.flickr30k import open_flickr30k, plain_sentence
 from glip_jax.data.records import Record
 from tests.data.conftest import write_image
+from tests.run_job import run_job
 
 SENTENCES = """[/EN#1/people Two young guys] with [/EN#2/bodyparts shaggy hair] look at [/EN#3/bodyparts their hands] .
 [/EN#1/people Two men] in [/EN#4/clothing/other green shirts] stand in [/EN#5/scene a yard] .
@@ -155,7 +155,7 @@ def test_files_that_are_missing(place: Path) -> None:
 def test_a_sentence_that_changes_makes_another_build(place: Path, tmp_path: Path) -> None:
     def report(name: str) -> dict[str, Any]:
         command = ["flickr30k", str(place), f"--images={place}/images", f"--out={tmp_path}/{name}", "--processes=1"]
-        assert main(command) == 0
+        assert run_job("data", command) == 0
         return json.loads((tmp_path / name / "report.json").read_text())
 
     first, same = report("one"), report("two")

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from glip_jax.cli.data import main
 from glip_jax.data import shards
 from glip_jax.data.importers.entry import Report, SourceError, finish
 from glip_jax.data.records import Record, decode, encode
 from tests.data.conftest import write_image
 from tests.data.importers.layouts import LAYOUTS, Layout
 from tests.data.importers.mutations import mutated, spoil_image
+from tests.run_job import run_job
 
 EACH = -(-2100 // len(LAYOUTS))
 """Spoiled files of each format."""
@@ -126,7 +126,7 @@ def test_the_job_ends_with_a_whole_folder_or_with_none(
         data = [whole[file], whole[file][: len(whole[file]) // 2], b"", b"\x00\xff" + whole[file]][number]
         (tmp_path / file).write_bytes(data)
         out = tmp_path / f"out{number}"
-        code = main([*command, f"--out={out}", "--processes=1"])
+        code = run_job("data", [*command, f"--out={out}", "--processes=1"])
         printed = capsys.readouterr()
         (tmp_path / file).write_bytes(whole[file])
         assert code in ((0,) if number == 0 else (0, 2)), printed.err
