@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.parity import check
@@ -14,6 +15,15 @@ FOLDER = Path(__file__).parents[1] / "fixtures" / "set1"
 def test_equals_the_original(capsys: pytest.CaptureFixture[str]) -> None:
     assert check.main([str(FOLDER), "--quiet"]) == 0, capsys.readouterr().out
     assert "5 cases" in capsys.readouterr().out
+
+
+def test_rounding_of_gradients_near_zero_widens_the_tolerance_of_the_step() -> None:
+    gradient = np.array([1e-3, -2e-9, 0.0, 3e-8], np.float32)
+    changed = [gradient + 1e-9 * sign * (gradient != 0) for sign in (-1.0, 1.0)]
+    steps = [g / (np.abs(g) + 1e-8) for g in (gradient, *changed)]
+    expected = np.sqrt(np.square(np.maximum(abs(steps[1] - steps[0]), abs(steps[2] - steps[0]))).mean())
+    assert check.adam_rounding(gradient, 1e-9, 1e-8) == pytest.approx(expected, rel=1e-3)
+    assert check.adam_rounding(gradient[:1], 1e-9, 1e-8) < 1e-7, "far from zero nothing is amplified"
 
 
 def test_unknown_options_are_refused_by_name() -> None:
