@@ -1,8 +1,8 @@
-"""Published peaks of accelerators, and what a name such as v5e:8x16 or h100:8 stands for.
+"""Published peaks of accelerators, and topologies by name, such as v5e:8x16 or h100:8.
 
 Looked up in Google's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" of the Cloud TPU documentation: peaks, memory and its
-bandwidth, and the links of all but v4. Written down from memory, and not compared with a source: v4's links, what hosts
-have (cores, memory, network; four chips a TPU VM in slices of several hosts), and all of the GPUs, as NVIDIA's data sheets of
+bandwidth, and the links of all but v4. Not compared with a source, but written from memory: the links of v4, the cores,
+memory and network of hosts (four chips a TPU VM in slices of several hosts), and all numbers of GPUs, as NVIDIA's data sheets of
 A100, H100 and H200 (SXM, dense bfloat16) and DGX machines of eight give them. Rates are in one direction; Google's
 "bidirectional" figures are halved.
 """
@@ -17,33 +17,33 @@ __all__ = ["CHIPS", "Chip", "Topology", "TopologyError", "chip_of", "topology"]
 
 
 class TopologyError(UserError, ValueError):
-    """A name that stands for no topology."""
+    """A name that is no topology."""
 
 
 class Chip(NamedTuple):
     """One accelerator and its share of the machine around it. Bytes, bytes/s, FLOP/s."""
 
     kinds: tuple[str, ...]
-    """How jax names it (`device_kind`); a name that begins so."""
+    """Prefixes of its `device_kind` in jax."""
     flops: float
-    """Peak of dense bfloat16 products."""
+    """Peak of dense bfloat16 matrix products."""
     memory: float
     """High-bandwidth memory."""
     bandwidth: float
-    """Of that memory."""
+    """Of the high-bandwidth memory."""
     link: float
-    """What a chip sends to its neighbours over all of its links (ICI, NVLink)."""
+    """Sent by a chip to its neighbours over all of its links (ICI, NVLink)."""
     network: float
-    """What a host sends to other hosts (DCN, InfiniBand)."""
+    """Sent by a host to other hosts (DCN, InfiniBand)."""
     chips: int
     """Per host."""
     host_memory: float
     host_cores: int
     """Virtual CPUs of a host."""
     dimensions: int
-    """Of the torus of chips; 1: a switch within the host."""
+    """Dimensions of the torus of chips; 1: a switch within the host."""
     clock: float = 0.0
-    """Cycles a second, where the peak and the sizes of the matrix units say it (v4, v5e, v5p); else 0."""
+    """Cycles a second, derived from the peak and the sizes of the matrix units (v4, v5e, v5p); else 0."""
 
 
 CHIPS: dict[str, Chip] = {
@@ -55,31 +55,31 @@ CHIPS: dict[str, Chip] = {
     "h100": Chip(("NVIDIA H100",), 989e12, 80e9, 3350e9, 450e9, 400e9, 8, 2e12, 224, 1),
     "h200": Chip(("NVIDIA H200",), 989e12, 141e9, 4800e9, 450e9, 400e9, 8, 2e12, 224, 1),
 }
-"""By the name that topologies begin with. Hosts' cores and memory of GPUs are those of DGX machines."""
+"""Chips by the prefix of a topology's name. Host cores and host memory of GPUs are those of DGX machines."""
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that jax calls `device_kind`; None for one without published peaks here, such as a CPU."""
-    # The longest name decides: "TPU v5 lite" is no "TPU v5".
+    """The chip of jax's `device_kind`; None for one without published peaks, such as a CPU."""
+    # The longest prefix decides: "TPU v5 lite" is no "TPU v5".
     known = [(kind, chip) for chip in CHIPS.values() for kind in chip.kinds if device_kind.startswith(kind)]
     return max(known, key=lambda pair: len(pair[0]))[1] if known else None
 
 
 class Topology(NamedTuple):
-    """Chips and how they hang together."""
+    """Chips and their interconnect."""
 
     name: str
-    """As it was given."""
+    """The given name."""
     family: str
     """Key of `CHIPS`."""
     shape: tuple[int, ...]
     """Chips along each dimension of one slice; (n,) of GPUs."""
     slices: int
-    """Joined by the data center's network only."""
+    """Number of slices, connected by the network of the data center only."""
 
     @property
     def chip(self) -> Chip:
-        """The chip's peaks."""
+        """The peaks of a chip."""
         return CHIPS[self.family]
 
     @property
@@ -94,28 +94,28 @@ class Topology(NamedTuple):
 
     @property
     def tpu(self) -> bool:
-        """Whether libtpu knows it."""
+        """Whether it is a TPU topology, which libtpu compiles for."""
         return self.chip.dimensions > 1
 
     @property
     def compiler_name(self) -> str:
-        """What jax.experimental.topologies calls a slice of it; TPUs only."""
+        """The name of one slice in jax.experimental.topologies; TPUs only."""
         return f"{self.family}:{'x'.join(map(str, self.shape))}"
 
     @property
     def link(self) -> float:
-        """Bytes/s that a chip sends inside a slice. Dimensions without a link from the last chip to the first count half.
+        """Bytes/s that a chip sends inside a slice. Dimensions without a wraparound link count half.
 
-        Tori close at 16 chips in 2D, and where every side is a multiple of 4 in 3D.
+        In 2D a dimension of 16 chips wraps around; in 3D all do if every side is a multiple of 4.
         """
         if not self.tpu:
             return self.chip.link
-        longest = [side for side in self.shape if side > 1]
+        sides = [side for side in self.shape if side > 1]
         if self.chip.dimensions == 3:
-            closed = [all(side % 4 == 0 for side in self.shape)] * len(longest)
+            wraps = [all(side % 4 == 0 for side in self.shape)] * len(sides)
         else:
-            closed = [side == 16 for side in longest]
-        return self.chip.link / self.chip.dimensions * sum(1.0 if one else 0.5 for one in closed)
+            wraps = [side == 16 for side in sides]
+        return self.chip.link / self.chip.dimensions * sum(1.0 if wrap else 0.5 for wrap in wraps)
 
     @property
     def outer_link(self) -> float:
@@ -128,7 +128,7 @@ _ACCELERATOR = re.compile(r"(v4|v5p|v5e|v5litepod|v6e)-(\d+)")
 
 
 def topology(name: str) -> Topology:
-    """The topology that `name` stands for: FAMILY:AxB[xC][*SLICES], GPU:COUNT, or a Cloud TPU type such as v5litepod-64.
+    """The topology called `name`: FAMILY:AxB[xC][*SLICES], GPU:COUNT, or a Cloud TPU type such as v5litepod-64.
 
     Types of v4 and v5p count two cores a chip. Raises TopologyError with the known names.
     """
@@ -151,11 +151,11 @@ def topology(name: str) -> Topology:
 
 
 def _default_shape(name: str, family: str, chips: int) -> tuple[int, ...]:
-    """The shape that Google gives a type by default: as square as powers of two make it, short sides first."""
+    """The default shape of a Cloud TPU type: as square as powers of two allow, short sides first."""
     dimensions = CHIPS[family].dimensions
     power = chips.bit_length() - 1
-    least = 2 if dimensions == 3 else 0
-    if chips != 2**power or power < least or (dimensions == 2 and chips > 256):
+    min_power = 2 if dimensions == 3 else 0
+    if chips != 2**power or power < min_power or (dimensions == 2 and chips > 256):
         raise TopologyError(
             f"topology {name!r}: no slice of {family} has {chips} chips by default; give its shape, such as {_EXAMPLES}"
         )

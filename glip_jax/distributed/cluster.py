@@ -1,9 +1,8 @@
-"""Several processes that train as one: joining, agreeing on what to do, stopping together, hearing that one is gone.
+"""Several processes that train as one: joining, checking that they agree, stopping together, noticing that one died.
 
-jax.distributed carries the arrays. Beside it each process holds one connection to process 0 (`Cluster`), because arrays
-carry no words: process 0 compares what all have before them, passes on that somebody was asked to stop, and says whose
-connection broke. The kernel closes the connection of a process that dies, whatever it died of; a host that falls silent
-is missed after half a minute.
+jax.distributed carries the arrays. Beside it each process has one connection to process 0 (`Cluster`) for messages: process
+0 compares the settings of all processes, forwards signals to stop, and reports whose connection broke. The kernel closes
+the connection of a process that dies for any reason; a host that does not answer is noticed after half a minute.
 """
 
 import contextlib
@@ -28,39 +27,39 @@ from glip_jax.distributed.exit_codes import BAD_INPUT, CANCELLED, DONE, PEER_LOS
 
 __all__ = ["ProcessGroup", "Cluster", "ProcessError", "announced", "join"]
 
-_LETTER = 1024
-"""Bytes of what process 0 sends to all through jax: where it listens, and a word that strangers do not know."""
+_HANDSHAKE_BYTES = 1024
+"""Bytes of the message that process 0 sends to all through jax: its address and a secret."""
 
 _ANNOUNCERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES")
-"""Variables by which SLURM, Open MPI and TPU hosts say that there are several processes."""
+"""Variables by which SLURM, Open MPI and TPU hosts announce several processes."""
 
-_GOES_ON = "What was saved is intact: the same command on all hosts goes on from it"
+_RESUME_HINT = "What was saved is intact: the same command on all hosts goes on from it"
 
 _UNWIND_SECONDS = 20.0
-"""How long a process that fails may take to unwind what it had begun."""
+"""Time for a process that fails to unwind."""
 
 _BLAME_SECONDS = 3.0
-"""A process whose collective failed waits so long for the news that another one died, which is the true reason."""
+"""Time that a process whose collective failed waits for the message that another one died, which is the true reason."""
 
 
 class ProcessError(UserError, RuntimeError):
-    """The processes cannot work as one; the message is one line that names which, and what differs or is missing."""
+    """The processes cannot train as one; the message names the process, and what differs or is missing."""
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """Where the processes of a job meet; all empty: what SLURM or the TPU's hosts announce."""
+    """The processes of a job; if all is empty, as SLURM or the TPU hosts announce them."""
 
     coordinator: str = ""
     """HOST:PORT of process 0."""
     processes: int = 0
     index: int = -1
-    patience: int = 300
-    """Seconds to wait for the others."""
+    timeout: int = 300
+    """Seconds to wait for the other processes."""
 
 
 def announced(environment: Mapping[str, str]) -> tuple[int, str]:
-    """(number of processes, variable that says so); (1, "") where nothing announces more than one."""
+    """(number of processes, variable that announces it); (1, "") if no variable announces more than one."""
     for name in _ANNOUNCERS:
         value = environment.get(name, "")
         number = len(value.split(",")) if name.endswith("HOSTNAMES") else int(value) if value.isdigit() else 1
@@ -73,10 +72,10 @@ def join(group: ProcessGroup) -> None:
     """Joins the other processes (jax.distributed); before anything else of jax is used.
 
     Raises ProcessError if fewer come than were announced or `group` is half given; ends the process with a line and
-    exit code BAD_INPUT if they have not come in `group.patience` seconds.
+    exit code BAD_INPUT if they have not come in `group.timeout` seconds.
     """
     given = {"coordinator": bool(group.coordinator), "processes": group.processes > 0, "index": group.index >= 0}
-    missing = [f"--{name}" for name, there in given.items() if not there]
+    missing = [f"--{name}" for name, is_given in given.items() if not is_given]
     if missing and len(missing) < len(given):
         raise ProcessError(
             f"{' and '.join(missing)} not given: expected --coordinator, --processes and --index together"
@@ -102,14 +101,14 @@ def join(group: ProcessGroup) -> None:
         )
     who = f"{f'process {group.index} of {expected}' if explicit else 'this process'}: the others did not come together"
     # jax itself ends the process where they do not, with pages of its own; so this comes before it.
-    last = threading.Timer(group.patience, _end, (f"{who} in {group.patience} s: {mend}", BAD_INPUT))
+    last = threading.Timer(group.timeout, _end, (f"{who} in {group.timeout} s: {mend}", BAD_INPUT))
     last.daemon = True
     last.start()
     try:
-        jax.distributed.initialize(**where, initialization_timeout=group.patience + 60)
+        jax.distributed.initialize(**where, initialization_timeout=group.timeout + 60)
     except Exception as error:
-        told = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-        raise ProcessError(f"{who} ({told}): {mend}") from None
+        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        raise ProcessError(f"{who} ({reason}): {mend}") from None
     finally:
         last.cancel()
     if jax.process_count() < expected:
@@ -164,8 +163,8 @@ class _Connection:
 class _Coordinator:
     """What process 0 does for all, itself included."""
 
-    def __init__(self, count: int, patience: float) -> None:
-        self.secret, self._count, self._patience = secrets.token_hex(16), count, patience
+    def __init__(self, count: int, timeout: float) -> None:
+        self.secret, self._count, self._timeout = secrets.token_hex(16), count, timeout
         self._listener = socket.create_server(("", 0), backlog=count)
         self.port = self._listener.getsockname()[1]
         self._connections: dict[int, _Connection] = {}
@@ -178,14 +177,14 @@ class _Coordinator:
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
-        refused = self._gather()
-        self._tell(refused=refused, members=[list(member) for member in self._members.values()])
+        refused = self._accept_all()
+        self._send_all(refused=refused, members=[list(member) for member in self._members.values()])
         for index, connection in self._connections.items():
             threading.Thread(target=self._listen, args=(index, connection), daemon=True).start()
 
-    def _gather(self) -> str:
+    def _accept_all(self) -> str:
         """Waits for everybody; what keeps them from working together, or ""."""
-        end = time.monotonic() + self._patience
+        end = time.monotonic() + self._timeout
         while len(self._connections) < self._count and (left := end - time.monotonic()) > 0:
             self._listener.settimeout(left)
             try:
@@ -205,12 +204,12 @@ class _Coordinator:
         self._listener.close()
         missing = sorted(set(range(self._count)) - set(self._connections))
         if missing:
-            return f"process {', '.join(map(str, missing))} of {self._count} did not report in {self._patience:g} s"
+            return f"process {', '.join(map(str, missing))} of {self._count} did not report in {self._timeout:g} s"
         first, lines = self._members[0], []
         for index in range(1, self._count):
-            own, found = self._facts[0], self._facts[index]
-            names = [name for name in sorted({*own, *found}) if own.get(name) != found.get(name)]
-            shown = [f"{name} is {found.get(name, 'absent')}, not {own.get(name, 'absent')}" for name in names]
+            local, remote = self._facts[0], self._facts[index]
+            names = [name for name in sorted({*local, *remote}) if local.get(name) != remote.get(name)]
+            shown = [f"{name} is {remote.get(name, 'absent')}, not {local.get(name, 'absent')}" for name in names]
             more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
             if names:
                 lines.append(f"{self._members[index]}: {'; '.join(shown[:6])}{more}")
@@ -224,12 +223,12 @@ class _Coordinator:
             with self._change:
                 if "stop" in message and not self._signal:
                     self._signal = message["stop"]
-                    self._tell(stop=self._signal)
+                    self._send_all(stop=self._signal)
                 if "at" in message:
                     self._at[index] = message["at"]
                     if len(self._at) == self._count:
                         self._stop_at = max(self._at.values()) + 1
-                        self._tell(stop_at=self._stop_at)
+                        self._send_all(stop_at=self._stop_at)
                 if "code" in message:
                     self._left.add(index)
                     together = self._stop_at is not None and message["code"] in (PREEMPTED, CANCELLED)
@@ -239,25 +238,25 @@ class _Coordinator:
         with self._change:
             if index not in self._left:
                 self._left.add(index)
-                self._blame(f"{self._members[index]} died; its own log says why. {_GOES_ON}", PEER_LOST)
+                self._blame(f"{self._members[index]} died; its own log says why. {_RESUME_HINT}", PEER_LOST)
             self._change.notify_all()
 
     def _blame(self, text: str, code: int) -> None:
         """Ends everybody who is there, with the first reason only."""
         if not self._over:
             self._over = True
-            self._tell(gone=text, code=code)
+            self._send_all(gone=text, code=code)
 
-    def _tell(self, **message: Any) -> None:
+    def _send_all(self, **message: Any) -> None:
         # This process last: what it hears may end it, and this thread with it.
         for index in sorted(self._connections, reverse=True):
             self._connections[index].send(**message)
 
-    def close(self, patience: float) -> None:
+    def close(self, timeout: float) -> None:
         """Waits until all have left, then ends the connections."""
         with self._change:
-            self._change.wait_for(lambda: len(self._left) >= len(self._connections), patience)
-        self._tell(closed=True)
+            self._change.wait_for(lambda: len(self._left) >= len(self._connections), timeout)
+        self._send_all(closed=True)
 
 
 class Cluster:
@@ -271,7 +270,7 @@ class Cluster:
         self,
         facts: Mapping[str, str],
         code_of: Callable[[BaseException], int] = lambda _: UNEXPECTED,
-        patience: float = 60.0,
+        timeout: float = 60.0,
         place: tuple[int, int] | None = None,
         share: Callable[[bytes], bytes] | None = None,
     ) -> None:
@@ -282,13 +281,13 @@ class Cluster:
         """
         self.index, self._count = (jax.process_index(), jax.process_count()) if place is None else place
         self._code_of = code_of
-        self._coordinator = _Coordinator(self._count, patience) if self.index == 0 else None
-        letter = (
+        self._coordinator = _Coordinator(self._count, timeout) if self.index == 0 else None
+        handshake = (
             json.dumps([self._coordinator.port, self._coordinator.secret, *_addresses()]).encode()
             if self._coordinator
             else b""
         )
-        port, secret, *addresses = json.loads((share or _broadcast)(letter))
+        port, secret, *addresses = json.loads((share or _broadcast)(handshake))
         self._connection = _Connection(_connect(addresses, port))
         self._connection.send(
             secret=secret, index=self.index, host=socket.gethostname(), pid=os.getpid(), facts=dict(facts)
@@ -299,7 +298,7 @@ class Cluster:
         self._first = next(_Member(*member) for member in answer["members"] if member[0] == 0)
         self._change = threading.Condition()
         self._step, self._signal, self._stop_at = -1, 0, None
-        self._told = self._left = False
+        self._signal_sent = self._left = False
         threading.Thread(target=self._listen, daemon=True).start()
 
     def agreed(self, received: int, step: int) -> int:
@@ -308,8 +307,8 @@ class Cluster:
         `received`: the signal that this process got, 0 for none. To be called after each step's dispatch.
         """
         with self._change:
-            if received and not self._told:
-                self._told = True
+            if received and not self._signal_sent:
+                self._signal_sent = True
                 self._connection.send(stop=received)
             # Between the question where everybody is and its answer nobody moves on.
             self._change.wait_for(lambda: not self._signal or self._stop_at is not None)
@@ -329,7 +328,7 @@ class Cluster:
                 self._change.notify_all()
         if message is None and not self._left:
             _end(
-                f"{self._first} died; its own log says why. {_GOES_ON}",
+                f"{self._first} died; its own log says why. {_RESUME_HINT}",
                 PEER_LOST,
             )
 
@@ -339,8 +338,10 @@ class Cluster:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if not self._left:
             code = DONE if error is None else self._code(error)
-            said = str(error).splitlines()[0] if str(error) else ""
-            self._leave(code, "stopped" if isinstance(error, SystemExit) else f"{kind and kind.__name__}: {said}"[:300])
+            reason = str(error).splitlines()[0] if str(error) else ""
+            self._leave(
+                code, "stopped" if isinstance(error, SystemExit) else f"{kind and kind.__name__}: {reason}"[:300]
+            )
 
     def _code(self, error: BaseException) -> int:
         if isinstance(error, SystemExit):
@@ -378,10 +379,10 @@ class Cluster:
         return code
 
 
-def _broadcast(letter: bytes) -> bytes:
-    """Process 0's `letter`, in all processes, by jax."""
-    padded = np.zeros(_LETTER, np.uint8)
-    padded[: len(letter)] = np.frombuffer(letter, np.uint8)
+def _broadcast(handshake: bytes) -> bytes:
+    """Process 0's `handshake`, in all processes, by jax."""
+    padded = np.zeros(_HANDSHAKE_BYTES, np.uint8)
+    padded[: len(handshake)] = np.frombuffer(handshake, np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8).tobytes().rstrip(b"\0")
 
 

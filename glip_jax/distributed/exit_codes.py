@@ -1,14 +1,14 @@
-"""Exit codes of every job, for people and for restart loops, and which faults are a full disk.
+"""Exit codes of every job, for users and restart loops.
 
     0    done
     1    unexpected: a traceback was printed; please report it
-    2    bad input: command, settings, files, checkpoint or environment; one line says what to mend
-    3    the loss is not finite: nothing after the newest checkpoint was saved; the same command would come to it again
-    69   a storage (gs://) does not answer, however often it was asked: the same command goes on, or starts again
+    2    bad input: command, settings, files, checkpoint or environment; one line says what to correct
+    3    the loss is not finite: nothing after the newest checkpoint was saved; the same command would fail again
+    69   a storage (gs://) did not answer within the time for retries: the same command resumes
     74   what the job writes could not be written (disk full, quota): the newest checkpoint is intact; make room
     75   stopped by SIGTERM, state saved: give the same command again
-    76   another process of the job died or left: the newest checkpoint is intact; the same command on all hosts goes on
-    130  stopped by Ctrl-C, state saved as well: the same command goes on
+    76   another process of the job died or left: the newest checkpoint is intact; the same command on all hosts resumes
+    130  stopped by Ctrl-C, state saved as well: the same command resumes
 
 A loop that survives preemptions:  until python -m glip_jax train ...; do [ $? = 75 ] || break; done
 """
@@ -37,12 +37,12 @@ NOT_WRITTEN = 74
 PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h."""
 PEER_LOST = 76
-"""EX_PROTOCOL of sysexits.h: the other side did not keep to what was agreed."""
+"""EX_PROTOCOL of sysexits.h."""
 CANCELLED = 130
-"""128 + SIGINT, as shells have it."""
+"""128 + SIGINT, as in shells."""
 
 SHORT = (
     "exit codes: 0 done, 2 bad input, 3 loss not finite, 69 storage does not answer, 74 cannot write (disk full), "
     "75 stopped by SIGTERM (saved: run again), 76 another process died (run all again), 130 stopped by Ctrl-C (saved), 1 unexpected"
 )
-"""The table in a line, for --help."""
+"""The table in one line, for --help."""

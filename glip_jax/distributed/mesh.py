@@ -1,12 +1,12 @@
-"""One program on 1 CPU, 8 fake devices or a pod: the mesh, the table of rules, placing state and batches.
+"""The device mesh, sharding rules of parameters, and the collectives of a step: one program for 1 CPU, 8 fake devices or a pod.
 
 The mesh has three axes. `data` and `fsdp` both split the batch; `fsdp` also splits the large parameters, with their
 moments and averages; `tensor` splits the inner widths of BERT's layers and of Swin's feed-forward layers
-(`glip_jax.models.tensor_parallel`). How a parameter lies on the mesh is read from its path in `RULES`, and from nowhere else.
+(`glip_jax.models.tensor_parallel`). `RULES` alone gives the sharding of a parameter, by its path.
 
-What is sent is written here too, not left to the compiler: `per_shard` runs a function on each device's own examples,
-`gathered` gives it whole parameters, `reduced` adds up its gradients and leaves each device its part. The compiler's own
-choice was hundreds of transfers of activations (benchmarks/RESULTS.md). What passes along `tensor` the layers say.
+Collectives are explicit, not left to the compiler: `per_shard` runs a function on the local examples of each device,
+`gather_parameters` all-gathers its parameters, `reduce_gradients` reduce-scatters its gradients. Sharding propagation of
+the compiler gave hundreds of transfers of activations (benchmarks/RESULTS.md). Collectives over `tensor` are in the layers.
 """
 
 import re
@@ -29,13 +29,13 @@ __all__ = [
     "batch_axes",
     "batch_sharding",
     "check_fits",
-    "gathered",
+    "gather_parameters",
     "parameter_specs",
     "make_mesh",
     "parameter_spec",
     "per_shard",
     "place_batch",
-    "reduced",
+    "reduce_gradients",
     "replicated",
     "shardings",
     "unused_rules",
@@ -52,25 +52,25 @@ _ROWS = ("tensor", "fsdp")
 _WIDE = r"(backbone/stage\d/(pairs/\w+|last)/mlp_in|(text/layers|head/tower/text)/(query|key|value|intermediate))/bias"
 
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    # Vectors and scalars: biases (Swin's position tables too), norms, residual scales. Too small to be worth a gather.
+    # Vectors and scalars: biases (Swin's position tables too), norms, residual scales. Too small to be worth an all-gather.
     (rf"(?!{_WIDE}$).*/(\w*bias\w*|scale|scales|log_scale|\w+_gamma|frozen_scale|frozen_shift)", ()),
-    # Those of widths that are split over tensor belong to their columns.
+    # Biases of widths that are split over tensor are split as their columns.
     (_WIDE, ("tensor",)),
-    # Swin: feed-forward in, then out; attention (its heads lie side by side in one matrix, in threes); merges; the patch
+    # Swin: feed-forward in, then out; attention (query, key and value of all heads in one matrix); merges; the patch
     # convolution.
     (r"backbone/stage\d/(pairs/\w+|last)/mlp_in/kernel", _COLUMNS),
     (r"backbone/stage\d/(pairs/\w+|last)/mlp_out/kernel", _ROWS),
     (r"backbone/stage\d/(pairs/\w+|last)/(qkv|projection)/kernel", _LAST),
     (r"backbone/merge\d/reduction/kernel", _LAST),
     (r"backbone/patch_embedding/kernel", _LAST),
-    # EfficientNet-Lite0: 3.4 M parameters in widths that few meshes divide.
+    # EfficientNet-Lite0: 3.4 M parameters, of widths that few meshes divide.
     (r"backbone/(stem/kernel|stage\d/block\d/(depthwise|(expand|project)/kernel))", ()),
     (r"pyramid/(lateral|output|extra)\d/kernel", _LAST),
-    # Text encoder, and the BERT layers inside the head. The vocabulary is divided by no mesh, the width is.
+    # Text encoder, and the BERT layers of the head. No mesh divides the size of the vocabulary; the width is split.
     (r"text/embeddings/(word|position|type)", _LAST),
     (r"(text/layers|head/tower/text)/(query|key|value|intermediate)/kernel", _COLUMNS),
     (r"(text/layers|head/tower/text)/(attention_output|output)/kernel", _ROWS),
-    # Head: fusion (its products over the image's locations have head width, not heads), dynamic convolutions, outputs.
+    # Head: fusion (its products over the locations of the image have the width of the head, not heads), dynamic convolutions, outputs.
     (r"head/tower/fusion/(visual|text)_(query|key|value|output)_kernel", _LAST),
     (r"head/tower/convolution/(fine|same|coarse)_kernel", _LAST),
     (r"head/tower/convolution/relu/expand/kernel", _LAST),
@@ -87,14 +87,14 @@ blocks and the taps of convolutions are never split; () replicates.
 
 
 class MeshError(UserError, ValueError):
-    """A mesh that the devices, the batch or a parameter do not fit."""
+    """A mesh that does not fit the devices, the batch or a parameter."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over `devices` (default: all), in order of process so that a process holds adjacent rows of a batch.
+    """The mesh over `devices` (default: all), ordered by process, so that a process has adjacent rows of a batch.
 
-    Where the devices are of several slices (TPUs joined by the data centre's network), slices come first: `data` is the
-    axis between them, and fsdp and tensor stay inside. Raises MeshError with both numbers if the axes' product is not
+    Devices of several slices (TPUs connected by the network of the data center) are ordered by slice first: `data` is the
+    axis between slices, fsdp and tensor stay inside one. Raises MeshError with both numbers if the axes' product is not
     the number of devices, or a slice does not hold whole rows of `data`.
     """
     devices = jax.devices() if devices is None else devices
@@ -119,19 +119,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh is {sizes}: the devices are of {slices} slices, of which each must hold whole rows of data: expected "
             f"mesh.data to be a multiple of {slices}, so that fsdp x tensor stay inside a slice"
         )
-    here = sum(device.process_index == ordered[0].process_index for device in ordered)
-    if here % sizes["tensor"]:
-        raise MeshError(f"mesh.tensor is {sizes['tensor']}: it must divide the {here} devices of a process")
+    local = sum(device.process_index == ordered[0].process_index for device in ordered)
+    if local % sizes["tensor"]:
+        raise MeshError(f"mesh.tensor is {sizes['tensor']}: it must divide the {local} devices of a process")
     return Mesh(np.array(ordered).reshape(tuple(sizes.values())), AXES)
 
 
 def _slice(device: Any) -> int:
-    """Which slice a device is of; devices that know nothing of slices are of one."""
+    """Index of the slice of a device; 0 on platforms without slices."""
     return getattr(device, "slice_index", None) or 0
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """How the parameter at `path` lies on the mesh.
+    """The PartitionSpec of the parameter at `path`.
 
     Raises MeshError if not exactly one rule matches, or if a split dimension is no multiple of its axis.
     """
@@ -163,8 +163,8 @@ def unused_rules(paths: Iterable[str]) -> list[str]:
 def parameter_specs(tree: Tree, mesh: Mesh) -> Tree:
     """The same pytree with a PartitionSpec for each leaf (array or jax.ShapeDtypeStruct).
 
-    The dictionary keys on the way to a leaf are its parameter path, so moments and averages lie as their parameters
-    do; leaves outside any dictionary (counters) are replicated.
+    The dictionary keys above a leaf are its parameter path, so moments and averages are sharded as their parameters;
+    leaves outside any dictionary (counters) are replicated.
     """
 
     def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
@@ -180,7 +180,7 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
 
 
 def abstract(tree: Tree, mesh: Mesh) -> Tree:
-    """The same pytree of jax.ShapeDtypeStruct with shardings: what a checkpoint is restored into."""
+    """The same pytree of jax.ShapeDtypeStruct with shardings, into which a checkpoint is restored."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
@@ -194,7 +194,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Examples split over data and fsdp; `leading` axes before the examples' (micro-batches) are not split."""
+    """Examples split over data and fsdp; `leading` axes before that of the examples (micro-batches) are not split."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES))
 
 
@@ -209,8 +209,8 @@ def check_fits(config: Config, mesh: Mesh) -> None:
         )
     if config.model.text.heads % mesh.shape["tensor"]:
         raise MeshError(
-            f"model.text.heads {config.model.text.heads} is no multiple of mesh.tensor {mesh.shape['tensor']}, which "
-            f"shares them out: choose a smaller mesh.tensor"
+            f"model.text.heads {config.model.text.heads} is no multiple of mesh.tensor {mesh.shape['tensor']}, over "
+            f"which heads are split: choose a smaller mesh.tensor"
         )
 
 
@@ -220,19 +220,19 @@ def batch_axes(mesh: Mesh) -> tuple[str, ...]:
 
 
 def per_shard(function: Callable[..., Any], mesh: Mesh, inputs: Any, outputs: Any) -> Callable[..., Any]:
-    """`function` of each device's own part of its arguments, as jax.shard_map over all axes.
+    """`function` on the local shard of its arguments, as jax.shard_map over all axes; on one device `function` itself.
 
-    `inputs` and `outputs`: pytrees of PartitionSpec. Inside, the function sends what is needed itself (jax.lax.psum); the
-    compiler has nothing left to decide. On one device it is `function` itself.
+    `inputs` and `outputs`: pytrees of PartitionSpec. The function calls its collectives itself (jax.lax.psum); the compiler
+    adds none.
     """
     if mesh.size == 1:
         return function
-    # Without the check of what varies over devices, gradients are each device's own until they are `reduced`.
+    # Without the check of varying axes, gradients stay local to each device until `reduce_gradients`.
     return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
-def gathered(params: Tree, specs: Any, mesh: Mesh) -> Tree:
-    """Inside `per_shard`: parameters whole again along fsdp (one all-gather each that is split there)."""
+def gather_parameters(params: Tree, specs: Any, mesh: Mesh) -> Tree:
+    """Inside `per_shard`: the parameters, all-gathered along fsdp (one collective for each that is split over it)."""
     if mesh.shape["fsdp"] == 1:
         return params
 
@@ -242,11 +242,12 @@ def gathered(params: Tree, specs: Any, mesh: Mesh) -> Tree:
     return jax.tree.map(one, specs, params, is_leaf=_is_spec)
 
 
-def reduced(gradients: Tree, specs: Any, mesh: Mesh) -> Tree:
-    """Inside `per_shard`: each device's own gradients summed over data and fsdp.
+def reduce_gradients(gradients: Tree, specs: Any, mesh: Mesh) -> Tree:
+    """Inside `per_shard`: local gradients summed over data and fsdp.
 
-    Of what is split along fsdp each device keeps its part. Devices along tensor have worked out the same gradients of what
-    is not split there, to the bit where the backend adds in one order (GPUs: --xla_gpu_deterministic_ops=true).
+    Gradients of parameters that are split over fsdp are reduce-scattered. Devices along tensor compute the same gradients
+    of parameters that are not split over it, bit for bit if the backend adds in a fixed order (GPUs:
+    --xla_gpu_deterministic_ops=true).
     """
     if not batch_axes(mesh):
         return gradients
@@ -266,6 +267,6 @@ def _is_spec(leaf: Any) -> bool:
 
 
 def place_batch(batch: Tree, mesh: Mesh) -> Tree:
-    """This process' rows of a batch (a pytree of numpy arrays) as global arrays split over data and fsdp."""
+    """The rows of a batch of this process (a pytree of numpy arrays) as global arrays split over data and fsdp."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, np.asarray(array)), batch)

@@ -22,10 +22,10 @@ from glip_jax.config import Config
 from glip_jax.distributed.mesh import (
     batch_axes,
     batch_sharding,
-    gathered,
+    gather_parameters,
     parameter_specs,
     per_shard,
-    reduced,
+    reduce_gradients,
     replicated,
     shardings,
 )
@@ -164,9 +164,9 @@ def _gradients(
     trainable_specs, _ = adamw.split(specs, config.model)
 
     def local(params: Any, batch: Batch, key: Array) -> tuple[Any, Denominators, _Images]:
-        params = gathered(params, specs, mesh)
+        params = gather_parameters(params, specs, mesh)
         gradients, counts, images = _local_gradients(params, batch, key, config, mesh, objective)
-        return reduced(gradients, trainable_specs, mesh), counts, _gathered_images(images, mesh)
+        return reduce_gradients(gradients, trainable_specs, mesh), counts, _gathered_images(images, mesh)
 
     outputs = (trainable_specs, Denominators(whole, whole), _image_specs(whole, config.model.head.offset_bound))
     gradients, counts, images = per_shard(local, mesh, (specs, examples, whole), outputs)(params, batch, key)

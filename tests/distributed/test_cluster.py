@@ -37,7 +37,7 @@ from tests.run_job import run_job
 from tests.training import stand_in
 from tests.training.same_path import same_path
 
-PATIENCE = 900
+TIMEOUT = 900
 """Seconds for a job to come to its end, on a machine that has other things to do."""
 
 
@@ -66,7 +66,7 @@ class _Job:
         for index in range(number):
             command = [sys.executable, "-m", "tests.distributed.worker", f"--config={file}", f"--workdir={workdir}",
                        "--config.train.log_every=1", f"--coordinator={where}", f"--processes={number}",
-                       f"--index={index}", f"--patience={PATIENCE}", *options, *own.get(index, ())]  # fmt: skip
+                       f"--index={index}", f"--patience={TIMEOUT}", *options, *own.get(index, ())]  # fmt: skip
             flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
             more = {"XLA_FLAGS": flags, **environment.get(index, {})}
             self.processes.append(
@@ -83,7 +83,7 @@ class _Job:
             self.said[index].append(line.rstrip("\n"))
 
     def wait_for(self, index, line):
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIMEOUT
         while not any(said.startswith(line) for said in self.said[index]):
             assert time.monotonic() < end and self.processes[index].poll() is None, "\n".join(self.said[index])
             time.sleep(0.05)
@@ -91,7 +91,7 @@ class _Job:
     def finish(self):
         """(exit codes, what each said); kills what does not end."""
         try:
-            codes = [process.wait(PATIENCE) for process in self.processes]
+            codes = [process.wait(TIMEOUT) for process in self.processes]
         finally:
             for process in self.processes:
                 with contextlib.suppress(ProcessLookupError):
@@ -307,7 +307,7 @@ def test_process_0_hears_last():
     coordinator._connections = {
         index: SimpleNamespace(send=lambda index=index, **_: heard.append(index)) for index in (0, 2, 1)
     }
-    coordinator._tell(refused="")
+    coordinator._send_all(refused="")
     assert heard == [2, 1, 0]
 
 
@@ -344,7 +344,7 @@ def test_a_half_given_process_group_is_refused(group, message):
         join(group)
 
 
-def _clusters(count, facts=None, patience=60.0):
+def _clusters(count, facts=None, timeout=60.0):
     """Clusters of `count` members in threads of this process, or what kept each from joining."""
     letter: list[bytes] = []
     there = threading.Event()
@@ -361,7 +361,7 @@ def _clusters(count, facts=None, patience=60.0):
     def meet(index):
         try:
             found[index] = Cluster(
-                (facts or {}).get(index, {"a": "1"}), patience=patience, place=(index, count), share=share
+                (facts or {}).get(index, {"a": "1"}), timeout=timeout, place=(index, count), share=share
             )
         except ProcessError as fault:
             found[index] = fault
