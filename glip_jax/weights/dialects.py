@@ -1,8 +1,8 @@
-"""Other people's names for the same tensors, translated into the original's, which `names.entries` knows.
+"""Translates tensor names of other libraries into those of microsoft/GLIP, which `names.entries` lists.
 
 Four libraries store these networks: microsoft/GLIP itself, mmdetection (glip-reference 8), timm and Hugging Face's
-transformers. Values are untouched but for two things: mmdetection's patch merging has its columns in another order, and
-transformers keeps query, key and value apart. What is not a name of the library stays as it is, for `gather` to refuse.
+transformers. Values change in two cases only: patch merging in mmdetection has its columns in another order, and
+transformers stores query, key and value separately. Other names are left as they are, for `gather` to refuse.
 """
 
 import re
@@ -20,7 +20,7 @@ State = dict[str, Any]
 """Tensors by name."""
 
 _EFFICIENTNET_EPSILON = 1e-3
-"""Of its batch normalisation: TensorFlow's, not PyTorch's."""
+"""Epsilon of its batch normalisation: the default of TensorFlow, not of PyTorch."""
 
 _MMDETECTION = (
     (r"backbone\.", "backbone.body."),
@@ -56,48 +56,48 @@ _TRANSFORMERS_SWIN = (
     (r"(.*\.)intermediate\.dense\.", r"\1mlp.fc1."),
     (r"(.*\.)output\.dense\.", r"\1mlp.fc2."),
 )
-"""transformers' names in files, and those of its version 5 in memory."""
+"""Names of transformers in files, and those of its version 5 in memory."""
 _BERT = (
     (r"bert\.", ""),
     (r"(.*)\.gamma", r"\1.weight"),
     (r"(.*)\.beta", r"\1.bias"),
 )
-"""Names of task models and of the first BERT files."""
+"""Prefix of task models, and names in the first BERT files."""
 
 
 def glip_state(arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> tuple[str, State]:
-    """Whose file it is, and the tensors of a whole GLIP under the original's names."""
+    """The library that wrote the file, and the tensors of a whole GLIP under the names of microsoft/GLIP."""
     prefixes = {"network.": "glip_jax's Hugging Face export", "module.": "GLIP", "": "GLIP"}
     prefix = next(prefix for prefix in prefixes if all(name.startswith(prefix) for name in arrays))
     bare = {name.removeprefix(prefix): array for name, array in arrays.items()}
     if not any(name.startswith("bbox_head.") for name in bare):
         return prefixes[prefix], bare
     renamed = _renamed(bare, _MMDETECTION)
-    return "mmdetection's GLIP", {name: _merged_as_the_original(name, array) for name, array in renamed.items()}
+    return "mmdetection's GLIP", {name: _reordered_merging(name, array) for name, array in renamed.items()}
 
 
 def swin_state(arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> tuple[str, State]:
-    """Whose file it is, and the tensors of an ImageNet Swin under the original's names (no prefix)."""
+    """The library that wrote the file, and the tensors of an ImageNet Swin under the original names (no prefix)."""
     if any(name.removeprefix("swin.").startswith("embeddings.patch_embeddings.") for name in arrays):
         return "transformers' Swin", _joined(_renamed(arrays, _TRANSFORMERS_SWIN))
     if any(name.startswith("layers.3.downsample.") for name in arrays):
-        # Since 0.9 merging opens a stage instead of closing the one before; the order of the four cells is the same.
+        # Since timm 0.9 merging is the first part of a stage, not the last of the one before; the order of its four cells is the same.
         earlier = tuple((rf"layers\.{stage}\.downsample\.", f"layers.{stage - 1}.downsample.") for stage in (1, 2, 3))
         return "timm's Swin", _renamed(arrays, earlier)
     return "the original's Swin", dict(arrays)
 
 
 def bert_state(arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> State:
-    """Tensors by the names of a bare BertModel of today."""
+    """Tensors under the names of BertModel in current transformers."""
     return _renamed(arrays, _BERT)
 
 
 def efficientnet_state(arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> State:
-    """EfficientNet-Lite0 under our names, from those of lukemelas' EfficientNet-PyTorch.
+    """EfficientNet-Lite0 of lukemelas' EfficientNet-PyTorch, under the names that `names.efficientnet_entries` lists.
 
-    Theirs count blocks through all stages; batch normalisation becomes a scale and a shift.
+    EfficientNet-PyTorch numbers blocks through all stages; batch normalisation becomes a scale and a shift.
     """
-    places = [(stage, block) for stage, (blocks, *_) in enumerate(STAGES) for block in range(blocks)]
+    blocks_of_stages = [(stage, block) for stage, (blocks, *_) in enumerate(STAGES) for block in range(blocks)]
     parts = (
         ("_expand_conv.weight", "expand.weight"), ("_depthwise_conv.weight", "depthwise.weight"),
         ("_project_conv.weight", "project.weight"), ("_bn1.", "depthwise_norm."), ("_bn2.", "project_norm."),
@@ -105,9 +105,9 @@ def efficientnet_state(arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> State
     )  # fmt: skip
     rules = [(r"_conv_stem\.", "stem."), (r"_bn0\.", "stem_norm.")]
     rules += [
-        (rf"_blocks\.{number}\.{re.escape(theirs)}", f"stages.{stage}.{block}.{ours}")
-        for number, (stage, block) in enumerate(places)
-        for theirs, ours in parts
+        (rf"_blocks\.{number}\.{re.escape(old)}", f"stages.{stage}.{block}.{new}")
+        for number, (stage, block) in enumerate(blocks_of_stages)
+        for old, new in parts
     ]
     state = _renamed(arrays, tuple(rules))
     for name in [name.removesuffix(".running_var") for name in state if name.endswith("_norm.running_var")]:
@@ -120,7 +120,7 @@ def efficientnet_state(arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> State
 
 
 def _renamed(arrays: Mapping[str, Any], rules: tuple[tuple[str, str], ...]) -> State:
-    """Every rule once, in order, at the beginning of the name."""
+    """Applies every rule once, in order, to the beginning of each name."""
     compiled = [(re.compile(pattern), new) for pattern, new in rules]
     state: State = {}
     for name, array in arrays.items():
@@ -132,16 +132,16 @@ def _renamed(arrays: Mapping[str, Any], rules: tuple[tuple[str, str], ...]) -> S
 
 
 def _joined(state: State) -> State:
-    """`attn.query`, `attn.key` and `attn.value`, where all are there, as one `attn.qkv`."""
+    """Concatenates `attn.query`, `attn.key` and `attn.value`, where all exist, into `attn.qkv`."""
     for query in [name for name in state if re.search(r"\.attn\.query\.(weight|bias)$", name)]:
-        trio = [query.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        if all(name in state for name in trio):
-            state[query.replace(".query.", ".qkv.")] = np.concatenate([state.pop(name) for name in trio])
+        parts = [query.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        if all(name in state for name in parts):
+            state[query.replace(".query.", ".qkv.")] = np.concatenate([state.pop(name) for name in parts])
     return state
 
 
-def _merged_as_the_original(name: str, value: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-    """Patch merging's norm [4C] and columns [O 4C]: from (channel, cell) with cells by row to (cell, channel) by column.
+def _reordered_merging(name: str, value: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+    """Reorders norm [4C] and columns [O 4C] of patch merging: from (channel, cell), cells by row, to (cell, channel), by column.
 
     The inverse of what tools/model_converters/glip_to_mmdet.py of mmdetection does.
     """

@@ -1,7 +1,7 @@
-"""Writes a network for others: GLIP's own `.pth`, a Hugging Face folder with its PyTorch model, an ONNX graph.
+"""Exports a network: a `.pth` of microsoft/GLIP, a Hugging Face folder with its PyTorch model, an ONNX graph.
 
-torch is needed for `.pth` and ONNX, and by nothing else here; it is imported where it is used. What is written is
-float32. `weights/verification.py` runs what was written beside ours.
+torch is needed for `.pth` and ONNX only, and imported where it is used. Tensors are written as float32.
+`weights/verification.py` compares an export with the network.
 """
 
 import dataclasses
@@ -38,16 +38,16 @@ FORMATS: dict[Format, tuple[str, ...]] = {
     "huggingface": ("torch", "transformers"),
     "onnx": ("torch", "onnx", "onnxruntime"),
 }
-"""What each needs beyond requirements.txt, to be written or to be run beside ours."""
+"""Libraries that each format needs beyond requirements.txt, to be written or verified."""
 PORTABLE = Path(__file__).parent / "portable"
 NETWORK_PREFIX = "network."
-"""Of names in a Hugging Face folder: the network is a member of transformers' model."""
+"""Prefix of names in a Hugging Face folder: the network is a submodule of the transformers model."""
 _CLASSES = 80
-"""Outputs of the original's frozen class branch, which nothing reads."""
+"""Outputs of the frozen class branch of microsoft/GLIP, which nothing reads."""
 
 
 class ExportError(UserError, ValueError):
-    """A network that a format cannot hold, a library that is missing, or an export that differs from what it came from."""
+    """A network that a format cannot represent, a library that is missing, or an export that differs from the network."""
 
 
 def needed(form: Format) -> None:
@@ -60,9 +60,9 @@ def needed(form: Format) -> None:
 
 
 def write(form: Format, out: Path, params: Mapping[str, Any], config: Config) -> None:
-    """Writes `params` as a file (glip-pth) or a folder that is made (huggingface, onnx).
+    """Writes `params` as a file (glip-pth) or a new folder (huggingface, onnx).
 
-    Raises ExportError for a network that the format cannot hold, AssetError without the vocabulary it needs.
+    Raises ExportError for a network that the format cannot represent, AssetError if the vocabulary does not exist.
     """
     match form:
         case "glip-pth":
@@ -74,7 +74,7 @@ def write(form: Format, out: Path, params: Mapping[str, Any], config: Config) ->
 
 
 def network_settings(model: ModelConfig) -> dict[str, Any]:
-    """What `portable.glip_network.GlipNetwork` is built from: the sizes, without what only training needs."""
+    """Arguments of `portable.glip_network.GlipNetwork`: the sizes of the network, without settings of training."""
     sizes = dataclasses.asdict(model)
     kept: dict[str, tuple[str, ...]] = {
         "backbone": ("kind", "width", "depths", "heads", "window"),
@@ -87,8 +87,8 @@ def network_settings(model: ModelConfig) -> dict[str, Any]:
     return {part: {field: sizes[part][field] for field in fields} for part, fields in kept.items()}
 
 
-def _own_buffers(model: ModelConfig) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """What the PyTorch network stores beside parameters: cell anchors [1 4] and, for Swin, indices of its bias tables."""
+def _buffers(model: ModelConfig) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """Buffers of the PyTorch network: cell anchors [1 4] and, for Swin, indices of its bias tables."""
     found: dict[str, Any] = {
         f"rpn.anchor_generator.cell_anchors.{level}": anchors((1, 1), (stride,), (size,))
         for level, (stride, size) in enumerate(zip(model.pyramid.strides, model.anchors.sizes))
@@ -102,17 +102,17 @@ def _own_buffers(model: ModelConfig) -> dict[str, Shaped[np.ndarray, "..."]]:
 
 
 def full_state(params: Mapping[str, Any], model: ModelConfig) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """Every tensor of the PyTorch network, buffers included, under the original's names; float32 and int64."""
+    """Every tensor of the PyTorch network, buffers included, under GLIP names; float32 and int64."""
     state = {name: np.asarray(value, np.float32) for name, value in export_state(params, model).items()}
-    # Arrays of jax are read-only, which torch warns of.
-    return {name: np.require(value, requirements=("C", "W")) for name, value in (state | _own_buffers(model)).items()}
+    # torch warns of the read-only arrays of jax.
+    return {name: np.require(value, requirements=("C", "W")) for name, value in (state | _buffers(model)).items()}
 
 
 def write_glip_pth(path: Path, params: Mapping[str, Any], model: ModelConfig) -> None:
     """A `.pth` with exactly the tensors of microsoft/GLIP's files: {"model": {"module.NAME": tensor}}.
 
-    The class branch that the original freezes and never reads is there with its initial bias and zero weights. Raises
-    ExportError for a network that the original cannot be configured to.
+    The class branch, which microsoft/GLIP freezes and never reads, has its initial bias and zero weights. Raises
+    ExportError for a network that microsoft/GLIP cannot be configured to.
     """
     if model.backbone.kind != "swin":
         raise ExportError(
@@ -124,14 +124,16 @@ def write_glip_pth(path: Path, params: Mapping[str, Any], model: ModelConfig) ->
         for name, found, wanted in (
             ("model.pyramid.strides", model.pyramid.strides, (8, 16, 32, 64, 128)),
             ("model.head.coarse_offsets", model.head.coarse_offsets, "flat"),
-            # The original knows no bound, and would read where this network never did.
+            # microsoft/GLIP has no bound on offsets, and would sample where this network does not.
             ("model.head.offset_bound", model.head.offset_bound, 0),
             ("model.input.order", model.input.order, "bgr"),
         )
         if found != wanted
     ]
     if wrong:
-        raise ExportError(f"glip-pth: {'; '.join(wrong)}: it would find other boxes there; use --format=huggingface")
+        raise ExportError(
+            f"glip-pth: {'; '.join(wrong)}: microsoft/GLIP would give other boxes; use --format=huggingface"
+        )
     import torch
 
     branch = {
@@ -145,8 +147,8 @@ def write_glip_pth(path: Path, params: Mapping[str, Any], model: ModelConfig) ->
 def write_huggingface(folder: Path, params: Mapping[str, Any], config: Config) -> None:
     """A folder for `AutoModelForZeroShotObjectDetection` and `AutoProcessor` with trust_remote_code.
 
-    Holds the weights, the network and the processor as readable files, and the settings of glip_jax, so that
-    `python -m glip_jax import` takes it back.
+    It has the weights, the network and the processor as Python files, and the settings of glip_jax, so that the jobs
+    `import`, `predict` and others read it.
     """
     folder.mkdir(parents=True)
     _write_tokenizer(folder, config)
@@ -154,7 +156,7 @@ def write_huggingface(folder: Path, params: Mapping[str, Any], config: Config) -
         shutil.copyfile(PORTABLE / file, folder / file)
     state = {f"{NETWORK_PREFIX}{name}": value for name, value in full_state(params, config.model).items()}
     safetensors.numpy.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    # The library makes it readable for its owner alone.
+    # safetensors makes the file readable by its owner only.
     (folder / "model.safetensors").chmod((folder / "vocab.txt").stat().st_mode)
     processing, detection = "processing_glip.GlipProcessor", dataclasses.asdict(config.detection)
     _write_json(folder / "preprocessor_config.json", {
@@ -167,7 +169,7 @@ def write_huggingface(folder: Path, params: Mapping[str, Any], config: Config) -
         "separator": config.data.captions.separator, "max_tokens": config.model.text.max_tokens, "detection": detection,
     })  # fmt: skip
     (folder / "README.md").write_text(_CARD.format(name=config.name))
-    # Last: a folder without it is recognisably unfinished.
+    # Last: a folder without it is incomplete.
     _write_json(folder / "config.json", {
         "architectures": ["GlipForZeroShotObjectDetection"], "model_type": "glip", "dtype": "float32",
         "auto_map": {"AutoConfig": "modeling_glip.GlipConfig",
@@ -181,8 +183,8 @@ def write_onnx(folder: Path, params: Mapping[str, Any], config: Config) -> None:
     """A folder with model.onnx, vocab.txt and settings.json.
 
     The graph takes pixel_values [B 3 H W] (normalised, sides multiples of 32), input_ids and attention_mask [B T], and
-    gives boxes [B A 4] (x1, y1, x2, y2 in its pixels), centerness [B A] and logits [B A T]; B, H, W and T are free. All
-    images of a batch are taken to fill it.
+    gives boxes [B A 4] (x1, y1, x2, y2 in its pixels), centerness [B A] and logits [B A T]; B, H, W and T are free. Every
+    image of a batch has its full size as extent.
     """
     import torch
 
@@ -208,8 +210,8 @@ def write_onnx(folder: Path, params: Mapping[str, Any], config: Config) -> None:
             "attention_mask": {0: "batch", 1: "tokens"}, "boxes": {0: "batch", 1: "anchors"},
             "centerness": {0: "batch", 1: "anchors"}, "logits": {0: "batch", 1: "anchors", 2: "tokens"}}  # fmt: skip
     with warnings.catch_warnings(), torch.inference_mode():
-        # Of the older exporter, which the newer one takes forty times as long as where sides are free (220 s against
-        # 5 s for a network of two blocks), and of sizes that it follows all the same: the check runs other sizes.
+        # Warnings that the older exporter is deprecated (the newer one takes 220 s instead of 5 s for a network of two
+        # blocks with free sides), and about traced sizes, which do follow the input: the verification runs other sizes.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             Graph().eval(), (torch.zeros(2, 3, 192, 256), tokens, torch.ones_like(tokens)), str(folder / "model.onnx"),
@@ -223,7 +225,7 @@ def write_onnx(folder: Path, params: Mapping[str, Any], config: Config) -> None:
 
 
 def _input_settings(config: Config) -> dict[str, Any]:
-    """How images become pixels, in the words of `GlipImageProcessor`."""
+    """Preprocessing of images, under the names of `GlipImageProcessor`."""
     pixels = config.model.input
     return {
         "short_side": config.evaluation.short_side, "long_side": config.evaluation.long_side,
@@ -232,7 +234,7 @@ def _input_settings(config: Config) -> dict[str, Any]:
 
 
 def _write_tokenizer(folder: Path, config: Config) -> None:
-    """vocab.txt, tokenizer.json and tokenizer_config.json. Raises AssetError where the vocabulary is not there."""
+    """Writes vocab.txt, tokenizer.json and tokenizer_config.json. Raises AssetError if the vocabulary does not exist."""
     vocabulary = resolve(config.model.text.vocabulary)
     epath.Path(vocabulary).copy(folder / "vocab.txt")
     BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=True).save(str(folder / "tokenizer.json"))

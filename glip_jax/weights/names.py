@@ -1,7 +1,7 @@
-"""Our parameter paths and the original's names: one table, read both ways.
+"""The table of tensor names: microsoft/GLIP name <-> parameter path in glip_jax, for import and export.
 
-Names are those of GLIP's checkpoints (glip-reference 6.2) without the `module.` prefix. Ours stack equal layers along
-a leading axis, so one of our arrays answers to several of theirs.
+Names are those of GLIP's checkpoints (glip-reference 6.2) without the `module.` prefix. glip_jax stacks equal layers along
+a leading axis, so one of its arrays corresponds to several GLIP tensors.
 """
 
 import functools
@@ -39,44 +39,44 @@ __all__ = [
 
 IGNORED = {
     "rpn.head.cls_logits.": "a frozen branch whose loss counts zero times",
-    "relative_position_index": "made again from the window's size",
-    "rpn.anchor_generator.cell_anchors.": "made again from the anchors' sizes",
+    "relative_position_index": "recomputed from the size of the window",
+    "rpn.anchor_generator.cell_anchors.": "recomputed from the sizes of the anchors",
     "embeddings.position_ids": "0, 1, 2, ...",
-    ".pooler.": "of BERT, behind what GLIP reads",
-    "rpn.resizer.": "of older code, not in the graph",
+    ".pooler.": "of BERT, after the layers that GLIP reads",
+    "rpn.resizer.": "of older code, not part of the network",
 }
-"""Parts of names that files of the original hold and nothing needs (glip-reference 6.2, 6.3), and why."""
+"""Parts of names of GLIP tensors that nothing needs (glip-reference 6.2, 6.3), and why."""
 
 _TUNED = "rpn.tunable_linear."
-"""Prompts learnt for one data set: the network without them is not the one that was saved."""
+"""Prompts tuned for one data set: without them the network is not the saved one."""
 
 
 class WeightError(UserError, ValueError):
-    """Weights that do not fit the network; the message names what is missing, left over or of another shape."""
+    """Weights that do not fit the network; the message names tensors that are missing, unknown or of another shape."""
 
 
 class Entry(NamedTuple):
-    """One of the original's tensors and its place in our tree."""
+    """A GLIP tensor and its place in the parameter tree."""
 
     name: str
     path: str
-    """Slash-separated path in our tree."""
+    """Slash-separated path in the parameter tree."""
     index: int | None
-    """Position along our leading, stacked axis; None if ours is not stacked."""
+    """Index along the leading axis of stacked layers; None if the parameter is not stacked."""
     layout: Literal["same", "linear", "conv", "pointwise", "scalar"]
-    """How theirs becomes ours: as it is; [O I] -> [I O]; OIHW -> HWIO; [O I 1 1] -> [I O]; [1] -> []."""
+    """Conversion from GLIP to glip_jax: none; [O I] -> [I O]; OIHW -> HWIO; [O I 1 1] -> [I O]; [1] -> []."""
 
 
 class Gathered(NamedTuple):
-    """Tensors of a file under our paths."""
+    """Tensors of a file under parameter paths."""
 
     values: dict[str, Shaped[np.ndarray, "..."]]
-    """Float32, by our path; as large as the file has them."""
+    """Float32 arrays by path, with the sizes in the file."""
     ignored: dict[str, int]
-    """How many tensors each rule of what may be ignored let pass."""
+    """Number of tensors that each rule ignored."""
 
 
-def _to_ours(value: Shaped[np.ndarray, "..."], layout: str) -> Shaped[np.ndarray, "..."]:
+def _from_torch(value: Shaped[np.ndarray, "..."], layout: str) -> Shaped[np.ndarray, "..."]:
     match layout:
         case "linear":
             return value.T
@@ -90,7 +90,7 @@ def _to_ours(value: Shaped[np.ndarray, "..."], layout: str) -> Shaped[np.ndarray
             return value
 
 
-def _to_theirs(value: Shaped[np.ndarray, "..."], layout: str) -> Shaped[np.ndarray, "..."]:
+def _to_torch(value: Shaped[np.ndarray, "..."], layout: str) -> Shaped[np.ndarray, "..."]:
     match layout:
         case "linear":
             return value.T
@@ -105,7 +105,7 @@ def _to_theirs(value: Shaped[np.ndarray, "..."], layout: str) -> Shaped[np.ndarr
 
 
 def _layer(name: str, path: str, index: int | None, layout: Any = "linear", joint: str = "/") -> Iterator[Entry]:
-    """Weight and bias of a layer; `joint` stands between our path and 'kernel' or 'bias'."""
+    """Weight and bias of a layer; `joint` separates the path from 'kernel' or 'bias'."""
     yield Entry(f"{name}.weight", f"{path}{joint}kernel", index, layout)
     yield Entry(f"{name}.bias", f"{path}{joint}bias", index, "same")
 
@@ -116,23 +116,23 @@ def _norm(name: str, path: str, index: int | None) -> Iterator[Entry]:
 
 
 def swin_entries(config: ModelConfig, body: str = "backbone.body.") -> Iterator[Entry]:
-    """The tensors of a Swin under the original's names after `body`."""
+    """The tensors of a Swin, under the original names with the prefix `body`."""
     yield from _layer(f"{body}patch_embed.proj", "backbone/patch_embedding", None, "conv")
     yield from _norm(f"{body}patch_embed.norm", "backbone/patch_norm", None)
     for stage, depth in enumerate(config.backbone.depths):
         for block in range(depth):
-            theirs, ours = f"{body}layers.{stage}.blocks.{block}", f"backbone/stage{stage + 1}"
+            name, path = f"{body}layers.{stage}.blocks.{block}", f"backbone/stage{stage + 1}"
             if block == depth - 1 and depth % 2:
-                place, index = f"{ours}/last", None
+                path, index = f"{path}/last", None
             else:
-                place, index = f"{ours}/pairs/{('plain', 'shifted')[block % 2]}", block // 2
-            yield from _norm(f"{theirs}.norm1", f"{place}/norm1", index)
-            yield Entry(f"{theirs}.attn.relative_position_bias_table", f"{place}/bias_table", index, "same")
-            yield from _layer(f"{theirs}.attn.qkv", f"{place}/qkv", index)
-            yield from _layer(f"{theirs}.attn.proj", f"{place}/projection", index)
-            yield from _norm(f"{theirs}.norm2", f"{place}/norm2", index)
-            yield from _layer(f"{theirs}.mlp.fc1", f"{place}/mlp_in", index)
-            yield from _layer(f"{theirs}.mlp.fc2", f"{place}/mlp_out", index)
+                path, index = f"{path}/pairs/{('plain', 'shifted')[block % 2]}", block // 2
+            yield from _norm(f"{name}.norm1", f"{path}/norm1", index)
+            yield Entry(f"{name}.attn.relative_position_bias_table", f"{path}/bias_table", index, "same")
+            yield from _layer(f"{name}.attn.qkv", f"{path}/qkv", index)
+            yield from _layer(f"{name}.attn.proj", f"{path}/projection", index)
+            yield from _norm(f"{name}.norm2", f"{path}/norm2", index)
+            yield from _layer(f"{name}.mlp.fc1", f"{path}/mlp_in", index)
+            yield from _layer(f"{name}.mlp.fc2", f"{path}/mlp_out", index)
         if stage < 3:
             merge = f"{body}layers.{stage}.downsample"
             yield from _norm(f"{merge}.norm", f"backbone/merge{stage + 1}/norm", None)
@@ -142,7 +142,7 @@ def swin_entries(config: ModelConfig, body: str = "backbone.body.") -> Iterator[
 
 
 def efficientnet_entries(body: str = "backbone.body.") -> Iterator[Entry]:
-    """Names of our own after `body`, as the original has no such backbone; `weights/portable` has them too."""
+    """EfficientNet-Lite0 with the prefix `body`: GLIP has no such backbone, so the names are those of `weights/portable`."""
 
     def norm(name: str, path: str) -> Iterator[Entry]:
         yield Entry(f"{name}.weight", f"{path}/frozen_scale", None, "same")
@@ -152,12 +152,12 @@ def efficientnet_entries(body: str = "backbone.body.") -> Iterator[Entry]:
     yield from norm(f"{body}stem_norm", "backbone/stem_norm")
     for stage, (blocks, _, _, expansion, _) in enumerate(STAGES):
         for block in range(blocks):
-            theirs, ours = f"{body}stages.{stage}.{block}", f"backbone/stage{stage + 1}/block{block + 1}"
+            name, path = f"{body}stages.{stage}.{block}", f"backbone/stage{stage + 1}/block{block + 1}"
             for part in ("expand", "project") if expansion > 1 else ("project",):
-                yield Entry(f"{theirs}.{part}.weight", f"{ours}/{part}/kernel", None, "pointwise")
-                yield from norm(f"{theirs}.{part}_norm", f"{ours}/{part}_norm")
-            yield Entry(f"{theirs}.depthwise.weight", f"{ours}/depthwise", None, "conv")
-            yield from norm(f"{theirs}.depthwise_norm", f"{ours}/depthwise_norm")
+                yield Entry(f"{name}.{part}.weight", f"{path}/{part}/kernel", None, "pointwise")
+                yield from norm(f"{name}.{part}_norm", f"{path}/{part}_norm")
+            yield Entry(f"{name}.depthwise.weight", f"{path}/depthwise", None, "conv")
+            yield from norm(f"{name}.depthwise_norm", f"{path}/depthwise_norm")
     for number in range(1, len(OUTPUTS) + 1):
         yield from _norm(f"{body}norm{number}", f"backbone/norm{number}", None)
 
@@ -185,20 +185,20 @@ _BERT_NORM = {"attention.output.LayerNorm": "attention_norm", "output.LayerNorm"
 
 
 def _bert_layer(name: str, path: str, index: int) -> Iterator[Entry]:
-    for theirs, ours in _BERT_LAYER.items():
-        yield from _layer(f"{name}.{theirs}", f"{path}/{ours}", index)
-    for theirs, ours in _BERT_NORM.items():
-        yield from _norm(f"{name}.{theirs}", f"{path}/{ours}", index)
+    for torch_name, part in _BERT_LAYER.items():
+        yield from _layer(f"{name}.{torch_name}", f"{path}/{part}", index)
+    for torch_name, part in _BERT_NORM.items():
+        yield from _norm(f"{name}.{torch_name}", f"{path}/{part}", index)
 
 
 def bert_entries(config: ModelConfig, prefix: str = "language_backbone.body.model.") -> Iterator[Entry]:
-    """The text encoder's tensors under Hugging Face's names after `prefix`."""
-    for theirs, ours in (
+    """The tensors of the text encoder, under the names of transformers with the prefix `prefix`."""
+    for torch_name, part in (
         ("word_embeddings", "word"),
         ("position_embeddings", "position"),
         ("token_type_embeddings", "type"),
     ):
-        yield Entry(f"{prefix}embeddings.{theirs}.weight", f"text/embeddings/{ours}", None, "same")
+        yield Entry(f"{prefix}embeddings.{torch_name}.weight", f"text/embeddings/{part}", None, "same")
     yield from _norm(f"{prefix}embeddings.LayerNorm", "text/embeddings/norm", None)
     for layer in range(config.text.layers):
         yield from _bert_layer(f"{prefix}encoder.layer.{layer}", "text/layers", layer)
@@ -217,26 +217,26 @@ _FUSION = {
 def _block(config: ModelConfig, block: int) -> Iterator[Entry]:
     tower, per_block = "rpn.head.dyhead_tower", 3 if config.fusion.enabled else 1
     if config.fusion.enabled:
-        fusion, ours = f"{tower}.{per_block * block}.b_attn", "head/tower/fusion"
-        yield Entry(f"{fusion}.gamma_v", f"{ours}/visual_gamma", block, "same")
-        yield Entry(f"{fusion}.gamma_l", f"{ours}/text_gamma", block, "same")
-        yield from _norm(f"{fusion}.layer_norm_v", f"{ours}/visual_norm", block)
-        yield from _norm(f"{fusion}.layer_norm_l", f"{ours}/text_norm", block)
-        for theirs, name in _FUSION.items():
-            yield from _layer(f"{fusion}.attn.{theirs}", f"{ours}/{name}", block, joint="_")
+        fusion, path = f"{tower}.{per_block * block}.b_attn", "head/tower/fusion"
+        yield Entry(f"{fusion}.gamma_v", f"{path}/visual_gamma", block, "same")
+        yield Entry(f"{fusion}.gamma_l", f"{path}/text_gamma", block, "same")
+        yield from _norm(f"{fusion}.layer_norm_v", f"{path}/visual_norm", block)
+        yield from _norm(f"{fusion}.layer_norm_l", f"{path}/text_norm", block)
+        for torch_name, part in _FUSION.items():
+            yield from _layer(f"{fusion}.attn.{torch_name}", f"{path}/{part}", block, joint="_")
         yield from _bert_layer(f"{tower}.{per_block * block + 1}", "head/tower/text", block)
-    dynamic, ours = f"{tower}.{per_block * (block + 1) - 1}", "head/tower/convolution"
+    dynamic, path = f"{tower}.{per_block * (block + 1) - 1}", "head/tower/convolution"
     for number, name in enumerate(("coarse", "same", "fine")):
-        yield from _layer(f"{dynamic}.DyConv.{number}.conv", f"{ours}/{name}", block, "conv", joint="_")
-        yield from _norm(f"{dynamic}.DyConv.{number}.bn", f"{ours}/{name}_norm", block)
-    yield from _layer(f"{dynamic}.AttnConv.1", f"{ours}/attention", block, "pointwise")
-    yield from _layer(f"{dynamic}.relu.fc.0", f"{ours}/relu/squeeze", block)
-    yield from _layer(f"{dynamic}.relu.fc.2", f"{ours}/relu/expand", block)
-    yield from _layer(f"{dynamic}.offset", f"{ours}/offset", block, "conv")
+        yield from _layer(f"{dynamic}.DyConv.{number}.conv", f"{path}/{name}", block, "conv", joint="_")
+        yield from _norm(f"{dynamic}.DyConv.{number}.bn", f"{path}/{name}_norm", block)
+    yield from _layer(f"{dynamic}.AttnConv.1", f"{path}/attention", block, "pointwise")
+    yield from _layer(f"{dynamic}.relu.fc.0", f"{path}/relu/squeeze", block)
+    yield from _layer(f"{dynamic}.relu.fc.2", f"{path}/relu/expand", block)
+    yield from _layer(f"{dynamic}.offset", f"{path}/offset", block, "conv")
 
 
 def entries(config: ModelConfig) -> list[Entry]:
-    """Every parameter of the network under the original's name."""
+    """The table of every parameter of the network."""
     match config.backbone.kind:
         case "swin":
             backbone = swin_entries(config)
@@ -260,7 +260,7 @@ def entries(config: ModelConfig) -> list[Entry]:
 
 @functools.lru_cache(maxsize=8)
 def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of our parameters by slash-separated path, without computing any."""
+    """Shapes of the parameters by slash-separated path, without computing any."""
     image, extent = jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64)
     tokens = jnp.zeros((1, 4), jnp.int32)
     tree = jax.eval_shape(GLIP(config).init, jax.random.key(0), image, extent, tokens, tokens == 0)["params"]
@@ -268,7 +268,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def rule_of(name: str) -> str | None:
-    """The rule of `IGNORED` that lets a tensor pass unused; None if it may not."""
+    """The rule of `IGNORED` that matches a tensor; None if it may not be ignored."""
     return next((part for part in IGNORED if part in name), None)
 
 
@@ -278,10 +278,10 @@ def gather(
     ignorable: Callable[[str], str | None] = rule_of,
     origin: str = "the state dict",
 ) -> Gathered:
-    """Our arrays from tensors under the original's names, whatever their sizes.
+    """Parameters by path from tensors by name, of any size.
 
-    Strict: raises WeightError if a tensor of `table` is not there, one is there that neither `table` nor `ignorable`
-    knows, layers that we stack differ in shape, or a value is not finite.
+    Strict: raises WeightError if a tensor of `table` is missing, a tensor is neither in `table` nor `ignorable`, layers
+    that are stacked differ in shape, or a value is not finite.
     """
     table = list(table)
     names = {entry.name for entry in table}
@@ -290,7 +290,7 @@ def gather(
     unknown = sorted(name for name, rule in rules.items() if rule is None)
     if any(_TUNED in name for name in unknown):
         raise WeightError(
-            f"{origin} holds prompts tuned for one data set ({_TUNED}*), which glip_jax has no place for: give the file "
+            f"{origin} holds prompts tuned for one data set ({_TUNED}*), which glip_jax does not support: give the file "
             "that the tuning started from"
         )
     faults = [
@@ -306,7 +306,7 @@ def gather(
         value = _checked(state[entry.name], entry, origin)
         if parts[entry.path] and parts[entry.path][0].shape != value.shape:
             raise WeightError(
-                f"{entry.name} of {origin} has shape {state[entry.name].shape}, unlike the same tensor of other layers"
+                f"{entry.name} of {origin} has shape {state[entry.name].shape}, unlike that of other layers"
             )
         parts[entry.path].append(value)
     values = {path: np.stack(part) if path in stacked else part[0] for path, part in parts.items()}
@@ -314,7 +314,7 @@ def gather(
 
 
 def _checked(tensor: Shaped[np.ndarray, "..."], entry: Entry, origin: str) -> Shaped[np.ndarray, "..."]:
-    """One tensor in our layout, float32."""
+    """One tensor in the layout of glip_jax, float32."""
     axes = {"linear": 2, "conv": 4, "pointwise": 4}.get(entry.layout, tensor.ndim)
     if tensor.ndim != axes or (entry.layout == "scalar" and tensor.size != 1):
         expected = "1 value" if entry.layout == "scalar" else f"{axes} axes"
@@ -322,27 +322,27 @@ def _checked(tensor: Shaped[np.ndarray, "..."], entry: Entry, origin: str) -> Sh
     value = np.asarray(tensor, np.float32)
     if not np.isfinite(value).all():
         raise WeightError(f"{entry.name} of {origin} holds NaN or infinite values: the run that made it diverged")
-    return _to_ours(value, entry.layout)
+    return _from_torch(value, entry.layout)
 
 
 def check_shapes(
     values: Mapping[str, Shaped[np.ndarray, "..."]], shapes: Mapping[str, Any], origin: str = "the state dict"
 ) -> None:
-    """Raises WeightError, naming parameters and both shapes, where `values` are not those of a network of `shapes`."""
+    """Raises WeightError, naming parameters and both shapes, unless `values` have exactly the paths and `shapes`."""
     faults = [
-        f"{path} is {values[path].shape} there, {tuple(shapes[path].shape)} in the network"
+        f"{path} is {values[path].shape} in the file, {tuple(shapes[path].shape)} in the network"
         for path in shapes
         if path in values and values[path].shape != tuple(shapes[path].shape)
     ]
-    faults += [f"{path} is in the network alone" for path in shapes if path not in values]
-    faults += [f"{path} is in the file alone" for path in values if path not in shapes]
+    faults += [f"{path} is in the network only" for path in shapes if path not in values]
+    faults += [f"{path} is in the file only" for path in values if path not in shapes]
     if faults:
         more = f"; {len(faults) - 3} more" if len(faults) > 3 else ""
         raise WeightError(f"{origin} does not fit the network: {'; '.join(faults[:3])}{more}")
 
 
 def import_state(state: Mapping[str, Shaped[np.ndarray, "..."]], config: ModelConfig) -> dict[str, Any]:
-    """Our parameter tree from tensors under the original's names. Strict.
+    """The parameter tree from tensors under GLIP names. Strict.
 
     Raises:
       WeightError: naming every missing, unknown or wrongly shaped tensor.
@@ -353,10 +353,10 @@ def import_state(state: Mapping[str, Shaped[np.ndarray, "..."]], config: ModelCo
 
 
 def export_state(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """Tensors under the original's names from our tree (parameters, gradients, or anything of their shape)."""
+    """Tensors under GLIP names from a tree of parameters, gradients, or anything of their shape."""
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     state = {}
     for entry in entries(config):
         value = np.asarray(flat[entry.path])
-        state[entry.name] = _to_theirs(value if entry.index is None else value[entry.index, ...], entry.layout)
+        state[entry.name] = _to_torch(value if entry.index is None else value[entry.index, ...], entry.layout)
     return state

@@ -1,7 +1,7 @@
-"""Starts a run from the files that `config.init_from` names, and says what came from where.
+"""Initial parameters of a run from the files that `config.init_from` names, with a record of their origin.
 
-Strict on our side: of every file all parameters are taken that the rules of `init_from.load` and `init_from.skip` choose,
-or the run does not begin; and a rule that chooses nothing is refused as a misspelling.
+Strict: every parameter that the rules of `init_from.load` and `init_from.skip` choose is loaded, or the run does not start; a
+rule that matches no parameter is refused as a misspelling.
 """
 
 import difflib
@@ -29,11 +29,11 @@ _SCOPES = {"model": "", "backbone": "backbone/", "text": "text/"}
 
 
 def initialize(params: dict[str, Any], config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`params` with what the files of `config.init_from` hold in its place, and a record of it as JSON values.
+    """`params` with the values in the files of `config.init_from`, and a record of them as JSON values.
 
-    Prints each file with its hash and a table of what was loaded, is new, or was left in a file. Keeps the dtype and
-    placement of each parameter. Raises AssetError for files that are not there, TorchFileError for unreadable ones and
-    WeightError, naming parameters and both shapes, for ones that do not fit.
+    Logs each file with its hash, and a table of the parameters that were loaded, are new, or were left in a file. Keeps the
+    dtype and sharding of each parameter. Raises AssetError for files that do not exist, TorchFileError for unreadable ones
+    and WeightError, naming parameters and both shapes, for those that do not fit.
     """
     rules = config.init_from
     leaves: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
@@ -67,7 +67,7 @@ def initialize(params: dict[str, Any], config: Config) -> tuple[dict[str, Any], 
 
 
 def counts(sizes: Mapping[str, int]) -> dict[str, list[int]]:
-    """Arrays and values per part of the network, of the arrays' sizes by path."""
+    """Number of arrays and of values for each part of the network, from the sizes of arrays by path."""
     found: dict[str, list[int]] = {}
     for part in _PARTS:
         inside = [size for path, size in sizes.items() if _part(path) == part]
@@ -77,7 +77,7 @@ def counts(sizes: Mapping[str, int]) -> dict[str, list[int]]:
 
 
 def table(columns: Mapping[str, Mapping[str, list[int]]]) -> str:
-    """Arrays and values of every part, a pair of columns for each of `columns`, with the sums."""
+    """A table of arrays and values of every part, a pair of columns for each of `columns`, with sums."""
     parts = [part for part in _PARTS if any(part in column for column in columns.values())]
     lines = ["arrays, values".ljust(24) + "".join(f"{name:>20}" for name in columns)]
     for part in [*parts, "all"]:
@@ -91,7 +91,7 @@ def table(columns: Mapping[str, Mapping[str, list[int]]]) -> str:
 
 
 def _read(config: Config) -> Iterator[tuple[str, Weights]]:
-    """What the settings name, in the order in which one overwrites the other."""
+    """Reads the files that the settings name; later ones overwrite earlier ones."""
     init = config.init_from
     if init.model:
         yield "model", read_workdir(init.model) or read_network(init.model)[0]
@@ -108,18 +108,18 @@ def _check(
     weights: Weights,
     rules: InitFromConfig,
 ) -> None:
-    """Raises WeightError unless exactly what the rules choose is offered, in the network's shapes."""
+    """Raises WeightError unless `offered` is exactly what the rules choose, in the shapes of the network."""
     wanted = {
         path
         for path in leaves
         if path.startswith(_SCOPES[setting]) and _chosen(path, rules) and not _matches(path, weights.never)
     }
-    mine = {path: leaf for path, leaf in leaves.items() if path in wanted or path in offered}
+    expected = {path: leaf for path, leaf in leaves.items() if path in wanted or path in offered}
     try:
-        check_shapes(offered, mine, f"init_from.{setting}={weights.origin}")
+        check_shapes(offered, expected, f"init_from.{setting}={weights.origin}")
     except WeightError as error:
         raise WeightError(
-            f"{error}: give the sizes that it has, or leave such parameters as they are with init_from.skip (patterns of "
+            f"{error}: set the sizes of the file, or exclude these parameters with init_from.skip (patterns of "
             "their paths)"
         ) from None
 
@@ -155,7 +155,7 @@ def _placed(value: Shaped[ndarray, "..."], leaf: Any) -> Any:
 
 
 def _lines(weights: Weights) -> list[str]:
-    """What was read, by hash, and what was ignored."""
+    """Lines about the file that was read, with its hash, and about ignored tensors."""
     lines = [f"pretrained: {weights.origin} step {weights.proof['step']} fingerprint {weights.proof['fingerprint']}"
              if "step" in weights.proof
              else f"pretrained: {weights.proof['file']} sha256 {weights.proof['sha256']}"]  # fmt: skip

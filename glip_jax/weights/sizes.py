@@ -1,7 +1,7 @@
-"""The network that a file of GLIP's weights belongs to, from the names and shapes of its tensors.
+"""Infers the network of a GLIP weight file from the names and shapes of its tensors.
 
-What shapes do not tell follows the released models: heads of 64 channels in BERT and 8 in the fusion, GroupNorm of 16
-groups, the flat re-read of coarser offsets, anchors of 8 strides.
+Settings that shapes do not determine follow the released models: heads of 64 channels in BERT, 8 heads in the fusion,
+GroupNorm of 16 groups, the flat re-read of coarser offsets, anchors of 8 strides.
 """
 
 import math
@@ -26,11 +26,11 @@ __all__ = ["infer_model", "infer_swin", "variant"]
 _TEXT = "language_backbone.body.model."
 _TOWER = "rpn.head.dyhead_tower."
 _LARGE = 192
-"""Width from which on a Swin is trained as GLIP-L's was: stem and first stage fixed, drop path 0.4, gamma 1/8."""
+"""Minimum width of a Swin that is trained as that of GLIP-L: stem and first stage frozen, drop path 0.4, gamma 1/8."""
 
 
 def infer_model(state: Mapping[str, Any], origin: str = "the state dict") -> ModelConfig:
-    """The network of a state dict under the original's names. Raises WeightError if it is not a whole GLIP's."""
+    """The network of a state dict under GLIP names. Raises WeightError if it is not a whole GLIP."""
     sizes = _Sizes(state, origin)
     text_width = sizes.of(f"{_TEXT}embeddings.word_embeddings.weight", 1)
     fused = sizes.has(f"{_TOWER}0.b_attn.gamma_v")
@@ -62,7 +62,7 @@ def infer_model(state: Mapping[str, Any], origin: str = "the state dict") -> Mod
 
 
 def infer_swin(state: Mapping[str, Any], body: str = "", origin: str = "the state dict") -> BackboneConfig:
-    """The Swin whose tensors stand after `body`. Raises WeightError if there is none of four stages."""
+    """The Swin whose tensors have the prefix `body`. Raises WeightError if there is none of four stages."""
     sizes = _Sizes(state, origin)
 
     def stage(number: int) -> tuple[int, int]:
@@ -95,7 +95,7 @@ def variant(model: ModelConfig) -> str:
 
 
 class _Sizes:
-    """Sizes and counts of named tensors; what is not there is refused by name."""
+    """Sizes and counts of named tensors; a missing one is a WeightError with its name."""
 
     def __init__(self, state: Mapping[str, Any], origin: str) -> None:
         self._state, self._origin = state, origin
@@ -108,7 +108,7 @@ class _Sizes:
         if name not in self._state:
             found = ", ".join(sorted(self._state)[:3])
             raise WeightError(
-                f"{self._origin} lacks {name}: it is of another network, or not whole; it holds "
+                f"{self._origin} lacks {name}: it is of another network, or incomplete; it holds "
                 f"{len(self._state)} tensors: {found}, ..."
             )
         shape = self._state[name].shape
@@ -117,5 +117,5 @@ class _Sizes:
         return int(shape[axis])
 
     def count(self, pattern: str) -> int:
-        """How many numbers the group of `pattern` takes; at least 1."""
+        """How many different values the group of `pattern` has; at least 1."""
         return max(len({match[1] for name in self._state if (match := re.match(pattern, name))}), 1)

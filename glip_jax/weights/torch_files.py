@@ -1,9 +1,9 @@
 """Reads PyTorch's `.pth` files without torch and without executing what they contain.
 
 A `.pth` file is a pickle beside raw storages: since torch 1.6 a zip archive (`*/data.pkl`, `*/data/KEY`), before that
-five pickles in a row followed by the storages. A pickle may call anything; the unpickler here admits the handful of
-names that tensors are made of, builds numpy arrays from them, and refuses every other name by saying what it was.
-Only the storages of what is asked for are read: the optimizer beside a model costs nothing.
+five pickles in a row followed by the storages. A pickle may call any function; the unpickler here admits the few names
+that tensors are made of, builds numpy arrays from them, and refuses every other name with an error that names it.
+Only the storages of the requested tensors are read, not those of an optimizer beside a model.
 """
 
 import hashlib
@@ -35,17 +35,17 @@ _DTYPES: dict[str, Any] = {
 
 
 class TorchFileError(UserError, ValueError):
-    """A file that is not a `.pth` this module reads, or that wants to call something."""
+    """A file that is not a readable `.pth`, or one that calls a function while it is read."""
 
 
 class _StorageType(NamedTuple):
-    """Stands for torch.FloatStorage and its kin."""
+    """Replaces torch.FloatStorage and the like."""
 
     dtype: Any
 
 
 class _Storage(NamedTuple):
-    """A flat run of values, known by its key until the bytes are at hand."""
+    """A flat array of values, identified by its key; its bytes are read later."""
 
     key: str
     dtype: Any
@@ -67,18 +67,18 @@ class _View(NamedTuple):
 
 
 def load_tree(path: epath.Path, keys: Sequence[str] = (), *, required: bool = False) -> Any:
-    """What was saved, with numpy arrays in the place of tensors; dicts, lists, tuples, numbers and strings as they are.
+    """The saved object, with numpy arrays in place of tensors; dicts, lists, tuples, numbers and strings as they are.
 
-    With `keys` only what stands under the first of them that is there and a dict; everything if none is, unless one is
+    With `keys` only the value of the first of them that exists and is a dict; everything if none does, unless one is
     `required`. Raises TorchFileError for other formats, truncated files, and pickles that name anything but tensors.
     """
-    with _complaining(str(path)), path.open("rb") as file:
+    with _torch_file_errors(str(path)), path.open("rb") as file:
         tree, read = _read_zip(file, str(path)) if zipfile.is_zipfile(file) else _read_legacy(file, str(path))
-        there = tree if isinstance(tree, dict) else {}
-        if required and not any(isinstance(there.get(key), dict) for key in keys):
-            listed = ", ".join(map(str, list(there)[:6])) or f"a {type(tree).__name__}"
+        content = tree if isinstance(tree, dict) else {}
+        if required and not any(isinstance(content.get(key), dict) for key in keys):
+            listed = ", ".join(map(str, list(content)[:6])) or f"a {type(tree).__name__}"
             raise TorchFileError(f"{path} holds no {' or '.join(keys)}; it holds: {listed}")
-        tree = next((there[key] for key in keys if isinstance(there.get(key), dict)), tree)
+        tree = next((content[key] for key in keys if isinstance(content.get(key), dict)), tree)
         return _arrays(tree, read, str(path))
 
 
@@ -87,8 +87,8 @@ def load_arrays(
 ) -> dict[str, Shaped[np.ndarray, "..."]]:
     """The state dict of a `.pth` file: {original name: array}.
 
-    Training checkpoints keep it under a key; the first of `keys` that is there is taken, and the file itself is the state
-    dict if none is, unless one is `required`. Raises TorchFileError if there is none.
+    Training checkpoints keep it under a key: the first of `keys` that exists is used; without one the file itself is the
+    state dict, unless a key is `required`. Raises TorchFileError if there is none.
     """
     tree = load_tree(path, keys, required=required)
     if not isinstance(tree, dict):
@@ -101,8 +101,8 @@ def load_arrays(
 
 
 @contextmanager
-def _complaining(name: str) -> Iterator[None]:
-    """Whatever goes wrong while a file is read, as a TorchFileError of one line."""
+def _torch_file_errors(name: str) -> Iterator[None]:
+    """Turns every error of reading a file into a TorchFileError of one line."""
     try:
         yield
     except (TorchFileError, OSError):
@@ -129,14 +129,14 @@ def sha256(path: epath.Path) -> str:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows tensors and nothing else."""
+    """Admits tensors and plain containers only."""
 
     def __init__(self, file: Any, name: str) -> None:
         super().__init__(file, encoding="utf-8")
         self._name = name
 
     def find_class(self, module: str, name: str, /) -> Any:
-        # Everything returned here is immutable or made anew, so that no later opcode can bend it for the next user.
+        # Everything returned here is immutable or new, so that no later opcode can change it for the next file.
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module in ("torch", "torch.storage") and name in _DTYPES:
@@ -148,7 +148,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return _parameter_builder()
         raise TorchFileError(
-            f"{self._name} wants to call {module}.{name} while it is read; refused, since only tensors and plain "
+            f"{self._name} calls {module}.{name} while it is read; refused, since only tensors and plain "
             "containers are admitted. Save the state dict alone: torch.save(model.state_dict(), path)"
         )
 
@@ -198,7 +198,7 @@ def _read_zip(file: Any, name: str) -> tuple[Any, Callable[[_Storage], bytearray
 
 
 def _read_legacy(file: Any, name: str) -> tuple[Any, Callable[[_Storage], bytearray]]:
-    """The same of a file from before torch 1.6: magic, protocol, system, tree, keys, then count and values per key."""
+    """The same for the format before torch 1.6: magic, protocol, system, tree, keys, then count and values per key."""
     head = file.seek(0) or file.read(8)
     if head[:4] == b"PK\x03\x04":
         raise TorchFileError(f"{name} begins as a zip archive and has no end: it is incomplete, fetch it again")
@@ -211,20 +211,22 @@ def _read_legacy(file: Any, name: str) -> tuple[Any, Callable[[_Storage], bytear
         raise TorchFileError(f"{name} has protocol {protocol} and system {system}; expected 1001, little-endian")
     keys = [str(key) for key in _Unpickler(file, name).load()]
     known = {view.storage.key: view.storage for view in _views(tree)}
-    places: dict[str, int] = {}
+    offsets: dict[str, int] = {}
     end = file.tell()
     for key in keys:
         if key not in known:
-            raise TorchFileError(f"{name} stores values under {key} that no tensor refers to; their width is unknown")
+            raise TorchFileError(
+                f"{name} stores values under {key} that no tensor refers to, so their dtype is unknown"
+            )
         file.seek(end)
         count = int.from_bytes(file.read(8), "little")
-        places[key] = end + 8
+        offsets[key] = end + 8
         end += 8 + count * np.dtype(known[key].dtype).itemsize
 
     def read(storage: _Storage) -> bytearray:
-        if storage.key not in places:
+        if storage.key not in offsets:
             raise TorchFileError(f"{name} lacks the storage {storage.key}, which its tensors refer to")
-        file.seek(places[storage.key])
+        file.seek(offsets[storage.key])
         data = bytearray(file.read(storage.size))
         _check_size(storage, len(data), name)
         return data
@@ -241,7 +243,7 @@ def _check_size(storage: _Storage, found: int, name: str) -> None:
 
 
 def _views(tree: Any, seen: set[int] | None = None) -> Iterator[_View]:
-    """Every view in `tree`; containers that stand in several places are walked once."""
+    """Every view in `tree`; a container that occurs several times is walked once."""
     seen = set() if seen is None else seen
     if isinstance(tree, _View):
         yield tree
@@ -252,7 +254,7 @@ def _views(tree: Any, seen: set[int] | None = None) -> Iterator[_View]:
 
 
 def _arrays(tree: Any, read: Callable[[_Storage], bytearray], name: str) -> Any:
-    """`tree` with arrays in the place of views; shared storages are read once, shared containers copied once."""
+    """`tree` with arrays in place of views; shared storages are read once, shared containers copied once."""
     uses = Counter(view.storage.key for view in _views(tree))
     flats: dict[str, np.ndarray] = {}
     done: dict[int, Any] = {}
@@ -267,7 +269,7 @@ def _arrays(tree: Any, read: Callable[[_Storage], bytearray], name: str) -> Any:
         else:
             flats.pop(key, None)
         result = _strided(flat, view, name)
-        # A storage that is one tensor's alone needs no second copy; else a small view would keep the whole alive.
+        # The storage of a single tensor needs no copy; a small view of a shared one would keep all of it in memory.
         return result.copy() if shared or result.size < flat.size else result
 
     def walk(item: Any) -> Any:
@@ -287,7 +289,7 @@ def _arrays(tree: Any, read: Callable[[_Storage], bytearray], name: str) -> Any:
 
 
 def _strided(flat: Shaped[np.ndarray, " n"], view: _View, name: str) -> Shaped[np.ndarray, "..."]:
-    """The array of a view; one that reaches beyond its storage or repeats it is refused."""
+    """The array of a view; one that reaches beyond its storage or repeats values is refused."""
     values = int(np.prod(view.size, dtype=object)) if view.size else 1
     last = view.offset + sum((n - 1) * step for n, step in zip(view.size, view.stride, strict=True))
     lowest = min((view.offset, *view.size, *view.stride))

@@ -1,7 +1,7 @@
-"""Runs an exported network beside ours on sample images, as its users would, and compares what both say.
+"""Verifies an export: runs it on sample images as its users would, and compares its outputs with those of the reference.
 
-Every format is read back from where it was written: the `.pth` into the PyTorch network, the folder through
-transformers' Auto classes, the graph through onnxruntime. Ours is computed in float32 at full precision.
+Every format is read back from disk: the `.pth` into the PyTorch network, the folder through the Auto classes of
+transformers, the graph through onnxruntime. The reference is the network in glip_jax, in float32 at full precision.
 """
 
 import dataclasses
@@ -25,16 +25,16 @@ from glip_jax.structures import prompts
 from glip_jax.structures.canvas import pad_to_canvas, resize, target_size
 from glip_jax.weights.export import ExportError, Format, network_settings
 
-__all__ = ["Answer", "Difference", "NAMES", "Sample", "differences", "reader", "sample_images"]
+__all__ = ["Outputs", "Difference", "NAMES", "Sample", "differences", "reader", "sample_images"]
 
 LOGITS, BOXES = 1e-4, 0.05
-"""Largest differences that pass: of logits (relative to the largest where that exceeds 1), of boxes in pixels."""
+"""Allowed differences: of logits (relative to the largest if that exceeds 1), of boxes in pixels."""
 NAMES = ("red ball", "blue box", "a green book", "dog")
-"""What the samples are asked for."""
+"""Names in the prompt of the samples."""
 
 
 class Sample(NamedTuple):
-    """An image with what it is asked for, as it came and as the network takes it, alone at its own extent."""
+    """An image with its names, and both as inputs of the network: one image at its own extent."""
 
     image: UInt8[np.ndarray, "H W 3"]
     names: tuple[str, ...]
@@ -42,8 +42,8 @@ class Sample(NamedTuple):
     pixels: Float[np.ndarray, "1 3 h w"]
 
 
-class Answer(NamedTuple):
-    """What a network says of every anchor of a sample."""
+class Outputs(NamedTuple):
+    """Outputs of a network for every anchor of a sample."""
 
     logits: Float[np.ndarray, "A T"]
     boxes: Float[np.ndarray, "A 4"]
@@ -51,7 +51,7 @@ class Answer(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """The largest differences over all samples."""
+    """Largest differences over all samples."""
 
     logits: float
     boxes: float
@@ -65,11 +65,11 @@ class Difference(NamedTuple):
             )
 
 
-Reader = Callable[[Sample], Answer]
+Reader = Callable[[Sample], Outputs]
 
 
 def sample_images(count: int = 2) -> list[UInt8[np.ndarray, "_ _ 3"]]:
-    """Made pictures of different shapes: coloured things on patterned grounds, the same at every call."""
+    """Synthetic images of different shapes: coloured shapes on patterned backgrounds, the same at every call."""
     pictures = []
     for number, (height, width) in zip(range(count), ((240, 320), (320, 214), (256, 256))):
         rng = np.random.default_rng(number)
@@ -85,24 +85,24 @@ def sample_images(count: int = 2) -> list[UInt8[np.ndarray, "_ _ 3"]]:
 
 
 def differences(
-    params: Mapping[str, Any], config: Config, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], theirs: Reader
+    params: Mapping[str, Any], config: Config, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], exported: Reader
 ) -> Difference:
-    """The largest differences between `theirs` and our network with `params` on the images."""
+    """Largest differences between `exported` and the reference network with `params` on the images."""
     logits = boxes = 0.0
     samples = [_sample(image, config) for image in images]
-    for sample, size, ours in zip(samples, _sizes(images, config), _ours(params, config, images, samples)):
-        answer = theirs(sample)
-        if answer.logits.shape != ours.logits.shape or answer.boxes.shape != ours.boxes.shape:
+    for sample, size, reference in zip(samples, _sizes(images, config), _reference(params, config, images, samples)):
+        outputs = exported(sample)
+        if outputs.logits.shape != reference.logits.shape or outputs.boxes.shape != reference.boxes.shape:
             raise ExportError(
-                f"the exported network answers with shapes {answer.logits.shape} and {answer.boxes.shape}, "
-                f"ours with {ours.logits.shape} and {ours.boxes.shape}"
+                f"the exported network has outputs of shapes {outputs.logits.shape} and {outputs.boxes.shape}, "
+                f"the reference {reference.logits.shape} and {reference.boxes.shape}"
             )
-        scale = max(1.0, float(np.abs(ours.logits).max()))
-        logits = max(logits, float(np.abs(answer.logits - ours.logits).max()) / scale)
+        scale = max(1.0, float(np.abs(reference.logits).max()))
+        logits = max(logits, float(np.abs(outputs.logits - reference.logits).max()) / scale)
         limit = np.asarray(size, np.float32)[None]
-        boxes = max(boxes, float(np.abs(box.clip(answer.boxes, limit) - box.clip(ours.boxes, limit)).max()))
-        # A comparison with NaN is never beyond anything.
-        if not (np.isfinite(answer.logits).all() and np.isfinite(answer.boxes).all()):
+        boxes = max(boxes, float(np.abs(box.clip(outputs.boxes, limit) - box.clip(reference.boxes, limit)).max()))
+        # A comparison with NaN is false, so it would pass.
+        if not (np.isfinite(outputs.logits).all() and np.isfinite(outputs.boxes).all()):
             logits = float("inf")
     return Difference(logits, boxes)
 
@@ -125,11 +125,11 @@ def _sample(image: UInt8[np.ndarray, "H W 3"], config: Config) -> Sample:
         jnp.asarray([[height, width]]),
         config.model.input,
     )
-    return Sample(image, *_asked(config), np.array(pixels).transpose(0, 3, 1, 2))
+    return Sample(image, *_prompt(config), np.array(pixels).transpose(0, 3, 1, 2))
 
 
-def _asked(config: Config) -> tuple[tuple[str, ...], Int[np.ndarray, "1 T"]]:
-    """Those of NAMES that fit into a prompt, and its token ids; of a network whose vocabulary is not at hand any ids."""
+def _prompt(config: Config) -> tuple[tuple[str, ...], Int[np.ndarray, "1 T"]]:
+    """Those of NAMES that fit into a prompt, and its token ids; any ids if the vocabulary does not exist on this machine."""
     text, separator = config.model.text, config.data.captions.separator
     try:
         tokenizer = prompts.load_tokenizer(assets.resolve(text.vocabulary))
@@ -142,10 +142,10 @@ def _asked(config: Config) -> tuple[tuple[str, ...], Int[np.ndarray, "1 T"]]:
     return names, np.asarray(ids, np.int64)[None]
 
 
-def _ours(
+def _reference(
     params: Mapping[str, Any], config: Config, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], samples: Sequence[Sample]
-) -> Iterator[Answer]:
-    """Our network on one canvas for all, so that it is compiled once; each image keeps its own extent."""
+) -> Iterator[Outputs]:
+    """Outputs of the network in glip_jax, on one canvas for all images, so that it is compiled once; each keeps its extent."""
     model = dataclasses.replace(config.model, dtype="float32", remat="none")
     sizes = _sizes(images, config)
     extents = [_extent(size, config) for size in sizes]
@@ -163,13 +163,13 @@ def _ours(
                 params, pad_to_canvas(resize(image, size), canvas)[None], np.asarray([size], np.int32),
                 np.asarray([extent], np.int32), sample.tokens.astype(np.int32),
             )  # fmt: skip
-        own = _own_anchors(canvas, extent, model.pyramid.strides)
-        boxes = box.decode(np.asarray(found.deltas[0])[own], anchors[own])
-        yield Answer(np.asarray(found.logits[0])[own], np.asarray(boxes, np.float32))
+        inside = _anchors_of(canvas, extent, model.pyramid.strides)
+        boxes = box.decode(np.asarray(found.deltas[0])[inside], anchors[inside])
+        yield Outputs(np.asarray(found.logits[0])[inside], np.asarray(boxes, np.float32))
 
 
-def _own_anchors(canvas: tuple[int, int], extent: tuple[int, int], strides: Sequence[int]) -> Int[np.ndarray, " a"]:
-    """Which anchors of the canvas are those of an image of `extent`, in order."""
+def _anchors_of(canvas: tuple[int, int], extent: tuple[int, int], strides: Sequence[int]) -> Int[np.ndarray, " a"]:
+    """Indices of the anchors of the canvas that belong to an image of `extent`, in order."""
     parts, begin = [], 0
     for stride in strides:
         height, width = box.level_shape(canvas, stride)
@@ -180,7 +180,7 @@ def _own_anchors(canvas: tuple[int, int], extent: tuple[int, int], strides: Sequ
 
 
 def reader(form: Format, path: Path, config: Config) -> Reader:
-    """The exported network at `path`, read as its users read it."""
+    """The exported network at `path`, loaded as its users load it."""
     match form:
         case "glip-pth":
             return _pth_reader(path, config)
@@ -200,12 +200,12 @@ def _pth_reader(path: Path, config: Config) -> Reader:
     network = GlipNetwork(network_settings(config.model)).eval()
     network.load_state_dict(state, strict=True)
 
-    def read(sample: Sample) -> Answer:
+    def read(sample: Sample) -> Outputs:
         pixels, tokens = torch.from_numpy(sample.pixels), torch.from_numpy(sample.tokens)
         with torch.inference_mode():
             logits, deltas, _ = network(pixels, tokens, torch.ones_like(tokens))
             boxes = network.boxes(deltas, *pixels.shape[-2:])
-        return Answer(logits[0].numpy(), boxes[0].numpy())
+        return Outputs(logits[0].numpy(), boxes[0].numpy())
 
     return read
 
@@ -215,22 +215,22 @@ def _huggingface_reader(folder: Path) -> Reader:
     import torch
     import transformers
 
-    # Its progress bars and advice are for people who load it on purpose.
+    # Its progress bars and advice are not meant for a verification.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     where = {"trust_remote_code": True, "local_files_only": True}
     processor: Any = transformers.AutoProcessor.from_pretrained(folder, **where)
     model: Any = transformers.AutoModelForZeroShotObjectDetection.from_pretrained(folder, **where).eval()
 
-    def read(sample: Sample) -> Answer:
+    def read(sample: Sample) -> Outputs:
         inputs = processor(images=sample.image, text=list(sample.names), return_tensors="pt")
         if inputs["input_ids"].tolist() != sample.tokens.tolist():
             raise ExportError(
-                f"the exported tokenizer reads {sample.names} as {inputs['input_ids'].tolist()}, ours as {sample.tokens.tolist()}"
+                f"the exported tokenizer gives {inputs['input_ids'].tolist()} for {sample.names}, the reference {sample.tokens.tolist()}"
             )
         with torch.inference_mode():
             outputs = model(**inputs)
-        return Answer(outputs.logits[0].numpy(), outputs.pred_boxes[0].numpy())
+        return Outputs(outputs.logits[0].numpy(), outputs.pred_boxes[0].numpy())
 
     return read
 
@@ -240,10 +240,10 @@ def _onnx_reader(folder: Path) -> Reader:
 
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
 
-    def read(sample: Sample) -> Answer:
+    def read(sample: Sample) -> Outputs:
         mask = np.ones_like(sample.tokens)
         inputs = {"pixel_values": sample.pixels, "input_ids": sample.tokens, "attention_mask": mask}
         boxes, _, logits = session.run(None, inputs)
-        return Answer(np.asarray(logits)[0], np.asarray(boxes)[0])
+        return Outputs(np.asarray(logits)[0], np.asarray(boxes)[0])
 
     return read
