@@ -197,12 +197,12 @@ def _spoiled(kind, released, tensors, path):
         ("page", "neither a zip archive nor a PyTorch pickle: it starts with b'<html>40'"),
         ("folder", "is a folder that holds neither model.safetensors nor pytorch_model.bin"),
         ("missing", "f.pth does not exist"),
-        ("hostile", "wants to call posix.system while it is read; refused"),
+        ("hostile", "calls posix.system while it is read; refused"),
         ("unknown", "f.pth does not fit the network: it holds the unknown rpn.head.new.weight (1 in all)"),
         ("lacking", "it lacks rpn.head.dyhead_tower.1.output.dense.bias (1 in all)"),
         ("not finite", "rpn.head.bias0 of "),
         ("tuned", "prompts tuned for one data set (rpn.tunable_linear.*)"),
-        ("sizes", "pyramid/lateral3/bias is (5,) there, (16,) in the network"),
+        ("sizes", "pyramid/lateral3/bias is (5,) in the file, (16,) in the network"),
         ("tower", "lacks language_backbone.body.model.embeddings.word_embeddings.weight: it is of another network"),
         ("no tensors", "holds entries that are not tensors: a"),
     ],
@@ -227,7 +227,7 @@ def test_another_variant_is_refused_by_parameter_and_both_shapes(released, tmp_p
         "glip.pth, Swin of width 8, depths (1, 2, 3, 1), 2 head blocks with fusion, BERT of 2 layers, does not fit"
         in err
     )
-    assert "head/tower/convolution/attention/bias is (2, 1) there, (3, 1) in the network" in err
+    assert "head/tower/convolution/attention/bias is (2, 1) in the file, (3, 1) in the network" in err
     for options, message in (
         ((released,), "expected a file and a folder to make, e.g. import"),
         ((f"--workdir={tmp_path / 'run'}",), "expected a file and a folder to make, e.g. import"),

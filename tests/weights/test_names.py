@@ -73,14 +73,14 @@ def test_refusals_name_the_tensor() -> None:
         import_state(missing, SMALL)
     with pytest.raises(WeightError, match="something.else"):
         import_state(state | {"something.else": np.zeros(2)}, SMALL)
-    with pytest.raises(WeightError, match=r"head/box/kernel is \(3, 4\) there, \(16, 4\) in"):
+    with pytest.raises(WeightError, match=r"head/box/kernel is \(3, 4\) in the file, \(16, 4\) in"):
         import_state(state | {"rpn.head.bbox_pred.weight": np.zeros((4, 3, 1, 1))}, SMALL)
     with pytest.raises(WeightError, match="bbox_pred.weight of the state dict has shape .4, 3., expected 4 axes"):
         import_state(state | {"rpn.head.bbox_pred.weight": np.zeros((4, 3))}, SMALL)
     with pytest.raises(WeightError, match="log_scale of the state dict holds NaN"):
         import_state(state | {"rpn.head.log_scale": np.full(1, np.nan)}, SMALL)
     other = "language_backbone.body.model.encoder.layer.1.output.dense.bias"
-    with pytest.raises(WeightError, match=f"{other} of the state dict has shape .3,., unlike the same tensor of other"):
+    with pytest.raises(WeightError, match=f"{other} of the state dict has shape .3,., unlike that of other"):
         import_state(state | {other: np.zeros(3)}, SMALL)
     with pytest.raises(WeightError, match="prompts tuned for one data set"):
         import_state(state | {"rpn.tunable_linear.weight": np.zeros((1000, 12))}, SMALL)

@@ -181,7 +181,7 @@ def test_every_backbone_parameter_comes_from_its_tensor(tmp_path, params, capsys
         (lambda a: a.pop("encoder.layer.1.output.dense.bias"), r"lacks encoder\.layer\.1\.output\.dense\.bias"),
         (lambda a: a.update({"encoder.layer.2.output.dense.bias": np.zeros(8, np.float32)}), r"holds the unknown encoder\.layer\.2"),
         (lambda a: a.update({"embeddings.word_embeddings.weight": np.zeros((12, 8), np.float32)}),
-         r"text/embeddings/word is \(12, 8\) there, \(11, 8\) in the network: .*init_from\.skip"),
+         r"text/embeddings/word is \(12, 8\) in the file, \(11, 8\) in the network: .*init_from\.skip"),
     ],
 )  # fmt: skip
 def test_files_that_do_not_fit_are_refused_by_name_and_shape(tmp_path, params, change, message):

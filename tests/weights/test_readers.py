@@ -144,7 +144,7 @@ def test_channels_may_be_reversed(tmp_path, params):
 def test_another_window_is_refused_unless_its_tables_are_skipped(tmp_path, params):
     write_state(tmp_path / "swin.pth", original(window=4))
     with pytest.raises(
-        WeightError, match=r"backbone/stage1/last/bias_table is \(49, 1\) there, \(25, 1\) in .*init_from\.skip"
+        WeightError, match=r"backbone/stage1/last/bias_table is \(49, 1\) in the file, \(25, 1\) in .*init_from\.skip"
     ):
         begin(params, backbone=str(tmp_path / "swin.pth"))
     found, record = begin(params, backbone=str(tmp_path / "swin.pth"), skip=("backbone/*/bias_table",))
@@ -158,7 +158,7 @@ def test_another_window_is_refused_unless_its_tables_are_skipped(tmp_path, param
         (lambda t: t.pop("layers.2.blocks.1.mlp.fc1.bias"), r"lacks layers\.2\.blocks\.1\.mlp\.fc1\.bias"),
         (lambda t: t.update({"layers.2.blocks.1.gamma": np.ones(8, np.float32)}), r"holds the unknown layers\.2\.blocks\.1\.gamma"),
         (lambda t: t.update({"patch_embed.proj.weight": np.ones((16, 3, 4, 4), np.float32)}),
-         r"patch_embedding/kernel is \(4, 4, 3, 16\) there, \(4, 4, 3, 8\) in the network"),
+         r"patch_embedding/kernel is \(4, 4, 3, 16\) in the file, \(4, 4, 3, 8\) in the network"),
         (lambda t: t.update({"layers.0.blocks.0.attn.relative_position_bias_table": np.ones((24, 1), np.float32)}), "has 24 rows"),
         (lambda t: [t.pop(name) for name in [*t] if name.startswith("layers.3")], r"lacks layers\.3\.blocks\.0.*another network"),
     ],
@@ -195,7 +195,7 @@ def test_parts_of_another_network(network):
     params = traverse_util.unflatten_dict(zeros, sep="/")
 
     with pytest.raises(
-        WeightError, match=r"head/tower/convolution/attention/bias is \(2, 1\) there, \(1, 1\) in the network"
+        WeightError, match=r"head/tower/convolution/attention/bias is \(2, 1\) in the file, \(1, 1\) in the network"
     ):
         begin(params, model=network)
     rules = {"load": ("backbone/*", "text/*", "head/*"), "skip": ("head/tower/*",)}
@@ -215,7 +215,7 @@ def test_what_only_one_side_has_is_refused(network):
     with_more = parameter_shapes(SMALL) | {"head/extra": jax.ShapeDtypeStruct((3,), jnp.float32)}
     del with_more["head/bias0"]
     params = traverse_util.unflatten_dict({path: jnp.zeros(shape.shape) for path, shape in with_more.items()}, sep="/")
-    with pytest.raises(WeightError, match="head/extra is in the network alone; head/bias0 is in the file alone"):
+    with pytest.raises(WeightError, match="head/extra is in the network only; head/bias0 is in the file only"):
         begin(params, model=network)
 
 

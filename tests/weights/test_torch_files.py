@@ -105,7 +105,7 @@ def test_a_hostile_pickle_is_refused_by_the_name_of_what_it_calls(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     data = pickle.dumps({"w": Hostile()}, protocol=2)
     path = (write_zip if form == "zip" else write_legacy)(tmp_path / "m.pth", data, [])
-    with pytest.raises(TorchFileError, match=r"m\.pth wants to call (posix|nt)\.system"):
+    with pytest.raises(TorchFileError, match=r"m\.pth calls (posix|nt)\.system"):
         load_tree(path)
     assert not (tmp_path / "hostile-was-here").exists()
 
@@ -114,7 +114,7 @@ def test_a_hostile_pickle_is_refused_by_the_name_of_what_it_calls(tmp_path, monk
     "code", [b"cbuiltins\neval\n(S'1'\ntR.", b"cbuiltins\ngetattr\n.", b"(ibuiltins\nexec\n.", b"cnumpy\nload\n."]
 )
 def test_names_by_any_opcode_are_refused(tmp_path, code):
-    with pytest.raises(TorchFileError, match="wants to call"):
+    with pytest.raises(TorchFileError, match="calls "):
         load_tree(write_zip(tmp_path / "m.pth", code, []))
 
 
