@@ -72,7 +72,7 @@ def _side(delay: str | None) -> Callable[[Settings], Runs]:
         shards.write(_records(), place, name="set", names=["one", "other"], shards=4)
         if delay is not None:
             _server(delay)
-            gcs.upload({path.name: path for path in Path(place).iterdir()}, "gs://bucket/set", "manifest.json")
+            gcs.upload_files({path.name: path for path in Path(place).iterdir()}, "gs://bucket/set", "manifest.json")
             place = "gs://bucket/set"
         vocabulary = str(_ROOT / "tests" / "fixtures" / "vocab_tiny1.txt")
         mixture = Mixture(

@@ -135,7 +135,9 @@ def main() -> None:
         if statistics is None and arguments.compile and (not arguments.only or cell.name in arguments.only):
             print(f"{cell.name}: {time.strftime('%H:%M')}", flush=True)
             text = arguments.text / f"{cell.name}.hlo" if arguments.text else None
-            statistics = compile_step(config, chips, CANVAS, "tpu", arguments.cache, lambda line: print(f"  {line}"), text)
+            statistics = compile_step(
+                config, chips, CANVAS, "tpu", arguments.cache, lambda line: print(f"  {line}"), text
+            )
         rows.append(row(cell, statistics))
     print("\n".join([HEAD, "|---" * (HEAD.count("|") - 1) + "|", *rows]))
 

@@ -31,7 +31,7 @@ from glip_jax.evaluation.comparison import (
     headlines,
     run_of,
 )
-from glip_jax.io.workdir import prepare, write_whole
+from glip_jax.io.workdir import prepare, write_atomic
 
 __all__ = ["Compare", "main", "table", "write_comparison"]
 
@@ -78,8 +78,8 @@ def write_comparison(compared: Comparison, out: str) -> None:
     aside = folder / "compare.png.unfinished"
     aside.write_bytes(picture)
     aside.replace(folder / "compare.png")
-    write_whole(folder / "compare.json", json.dumps(_content(compared), indent=1))
-    write_whole(folder / "compare.html", render(compared, draw_groups(panels, form="svg")))
+    write_atomic(folder / "compare.json", json.dumps(_content(compared), indent=1))
+    write_atomic(folder / "compare.html", render(compared, draw_groups(panels, form="svg")))
     logger.info(table(compared))
     logger.info(f"every run's numbers: {folder / 'compare.json'}, plot: {folder / 'compare.png'}")
     logger.info(f"HTML report: {folder / 'compare.html'}")

@@ -37,7 +37,7 @@ from glip_jax.evaluation.evaluate import (
 from glip_jax.inference import Detector
 from glip_jax.io import provenance
 from glip_jax.io.checkpoint import fingerprint, latest_step, restore_parameters, saved_config
-from glip_jax.io.workdir import check_network, prepare, started_from, write_whole
+from glip_jax.io.workdir import check_network, prepare, started_from, write_atomic
 from glip_jax.structures.batch import Detections
 
 __all__ = ["EvaluateArguments", "evaluate_checkpoint", "main", "phrase_results"]
@@ -114,9 +114,9 @@ def evaluate_checkpoint(
             longest = max(len(chunk) for chunk in content[name]["chunks"])
             content[name]["chunking"] = chunking_effect(detector, make, config, dataset, result, longest, name)
     for name, result in results.items():
-        write_whole(folder / f"detections_{name}.json", json.dumps(_rows(result)))
+        write_atomic(folder / f"detections_{name}.json", json.dumps(_rows(result)))
     summary = {**_provenance(config, workdir, step, parameters, saved), "sets": content}
-    write_whole(folder / "evaluation.json", json.dumps(summary, indent=1))
+    write_atomic(folder / "evaluation.json", json.dumps(summary, indent=1))
     logger.info(table(results))
     for name, entry in content.items():
         for line in entry.get("chunking", ()):

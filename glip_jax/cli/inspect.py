@@ -22,7 +22,7 @@ from glip_jax.data.mixture import Mixture
 from glip_jax.data.shards import Shards
 from glip_jax.distributed import exit_codes
 from glip_jax.io.assets import resolve
-from glip_jax.io.workdir import write_whole
+from glip_jax.io.workdir import write_atomic
 
 __all__ = ["InspectArguments", "InspectShards", "main"]
 
@@ -106,7 +106,7 @@ def _write(job: InspectShards, config: Config | None) -> epath.Path:
     )  # fmt: skip
     page = epath.Path(job.out)
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(page, text)
+    write_atomic(page, text)
     return page
 
 

@@ -25,7 +25,7 @@ from glip_jax.evaluation.average_precision import (
 from glip_jax.evaluation.evaluate import Evaluated, Grounded
 from glip_jax.evaluation.recall import Recall, load_grounding
 from glip_jax.io.provenance import file_hash
-from glip_jax.io.workdir import write_whole
+from glip_jax.io.workdir import write_atomic
 from glip_jax.structures.batch import Detections
 from glip_jax.training.monitoring.metrics import read
 
@@ -97,7 +97,7 @@ def write_page(workdir: str, scenes: int = 12, least: float | None = None, out: 
     page = folder / "report.html"
     title = f"glip_jax: {PurePath(workdir).name}"
     text = render(title, evaluated, _curves(lines), notes, scenes, least, summary)
-    write_whole(page, text)
+    write_atomic(page, text)
     return page
 
 

@@ -22,7 +22,7 @@ from glip_jax.distributed.cluster import Cluster, ProcessError, ProcessGroup, an
 from glip_jax.evaluation.evaluate import check_set, evaluate
 from glip_jax.io import provenance
 from glip_jax.io.assets import resolve
-from glip_jax.io.checkpoint import NotSavedError, what_is_left
+from glip_jax.io.checkpoint import NotSavedError, recovery_hint
 from glip_jax.io.errors import full_disk
 from glip_jax.structures.batch import Batch
 from glip_jax.training.loop import train
@@ -129,7 +129,7 @@ def _train(arguments: TrainArguments, cluster: Cluster | None) -> int:
             if not full:
                 raise
             raise NotSavedError(
-                f"{error.filename or workdir} cannot be written ({full}); checkpoints: {what_is_left(workdir, full)}"
+                f"{error.filename or workdir} cannot be written ({full}); checkpoints: {recovery_hint(workdir, full)}"
             ) from error
     return exit_codes.DONE
 

@@ -62,7 +62,7 @@ def _upload(job: Upload) -> None:
     begin, files = time.monotonic(), shards.files_of(job.folder)
     sizes = {name: path.stat().st_size for name, path in files.items()}
     shards.check_target(job.target, files)
-    sent = gcs.upload(files, job.target, last="manifest.json")
+    sent = gcs.upload_files(files, job.target, last="manifest.json")
     seconds = max(1e-3, time.monotonic() - begin)
     gone = sum(sizes[name] for name in sent)
     logger.info(

@@ -14,7 +14,7 @@ from glip_jax.cli.command_line import CommandLineError, flags
 from glip_jax.data import shards
 from glip_jax.distributed import exit_codes
 from glip_jax.io import gcs
-from glip_jax.io.checkpoint_steps import checkpoint_folder, complete_steps, fault_of, is_workdir, unfinished
+from glip_jax.io.checkpoint_steps import checkpoint_folder, complete_steps, damage_of, is_workdir, unfinished
 
 __all__ = ["Verify", "differing", "main"]
 
@@ -62,7 +62,7 @@ def _verified(folder: str) -> list[str]:
             )
         return wrong
     place, steps = checkpoint_folder(folder), complete_steps(folder)
-    faults = {step: fault_of(place / str(step)) for step in steps}
+    faults = {step: damage_of(place / str(step)) for step in steps}
     sound = [str(step) for step, fault in faults.items() if not fault]
     logger.info(f"{folder}: checkpoints as they were written: {', '.join(sound) or 'none'}")
     for path in unfinished(folder):

@@ -95,7 +95,7 @@ def nothing(place: str) -> str:
 def names_in(place: str) -> list[str]:
     """Names of what is in a folder; none if there is no such folder."""
     if gcs.is_remote(place):
-        return list(gcs.listing(place))
+        return list(gcs.list_files(place))
     return os.listdir(place) if os.path.isdir(place) else []
 
 
@@ -142,7 +142,7 @@ def _local_faults(path: epath.Path, shards: Sequence[dict[str, Any]]) -> Iterato
 
 def _remote_faults(path: epath.Path, shards: Sequence[dict[str, Any]]) -> Iterator[str]:
     """The same by one listing; the end of a file is looked at when its first record is read."""
-    there = gcs.listing(path)
+    there = gcs.list_files(path)
     for shard in shards:
         found = there.get(shard["file"])
         yield _size_fault(path / shard["file"], shard, found and found.bytes)

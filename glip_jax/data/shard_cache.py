@@ -212,7 +212,7 @@ class RemoteRecords:
                 made.write(self._fetch(which, end, shard["bytes"]))
             else:
                 digest = hashlib.sha256()
-                for piece in gcs.pieces(self._place(which), shard["bytes"]):
+                for piece in gcs.read_chunks(self._place(which), shard["bytes"]):
                     digest.update(piece)
                     made.write(piece)
                 if digest.hexdigest() != shard["sha256"]:

@@ -104,7 +104,7 @@ def publish(partial: Path, directory: epath.PathLike, beside: Iterable[Path] = (
         return
     files = {file.name: file for file in sorted(partial.iterdir()) if file.is_file() and file not in beside}
     check_target(directory, files)
-    gcs.upload(files, directory, last="manifest.json")
+    gcs.upload_files(files, directory, last="manifest.json")
     shutil.rmtree(partial)
 
 
@@ -310,7 +310,7 @@ def differing(directory: epath.PathLike, read: Callable[[int], object] = lambda 
     manifest = finished(place)
     if manifest is None:
         raise ShardError(f"{place} {nothing(place)}")
-    there = gcs.listing(place) if gcs.is_remote(place) else {}
+    there = gcs.list_files(place) if gcs.is_remote(place) else {}
 
     def fault(entry: dict[str, Any]) -> str:
         path = f"{place}/{entry['file']}"
@@ -340,7 +340,7 @@ def files_of(directory: epath.PathLike) -> dict[str, Path]:
 
 def check_target(directory: epath.PathLike, files: Iterable[str]) -> None:
     """Raises ShardError if a bucket's folder holds a file that is none of `files`."""
-    strange = sorted(set(gcs.listing(directory)) - set(files))
+    strange = sorted(set(gcs.list_files(directory)) - set(files))
     if strange:
         raise ShardError(
             f"{gcs.address(directory)} holds {len(strange)} files of another build ({strange[0]}): remove them, then give the "
@@ -381,7 +381,7 @@ def _sha256(path: epath.PathLike, size: int = 0) -> str:
     """Of a file, read in pieces; `size` of a remote one."""
     if gcs.is_remote(path):
         digest = hashlib.sha256()
-        for piece in gcs.pieces(path, size):
+        for piece in gcs.read_chunks(path, size):
             digest.update(piece)
         return digest.hexdigest()
     with Path(path).open("rb") as file:

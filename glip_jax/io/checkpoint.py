@@ -36,15 +36,15 @@ from glip_jax.io.checkpoint_reader import (
 from glip_jax.io.checkpoint_steps import (
     METADATA,
     checkpoint_folder,
+    clean_up,
     complete_steps,
     is_workdir,
     latest_step,
     newest,
-    put_in_order,
     unfinished,
 )
 from glip_jax.io.errors import full_disk
-from glip_jax.io.workdir import CheckpointError, listed, plain
+from glip_jax.io.workdir import CheckpointError, flat_settings, join_lines
 
 __all__ = [
     "Checkpoint",
@@ -60,7 +60,7 @@ __all__ = [
     "restore_parameters",
     "saved_config",
     "unfinished",
-    "what_is_left",
+    "recovery_hint",
 ]
 
 
@@ -102,7 +102,7 @@ class Checkpoints:
             kept.append(policies.EveryNSteps(policy.keep_every))
         if policy.best:
             kept.append(_Best(policy.best, self._scores))
-        _on_first_process(lambda: put_in_order(workdir))
+        _on_first_process(lambda: clean_up(workdir))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
@@ -158,7 +158,7 @@ class Checkpoints:
         """
         self.wait()
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in saved._asdict().items() if tree}
-        items["run"] = ocp.args.JsonSave({"step": step, "config": plain(config), "lines": list(lines)})
+        items["run"] = ocp.args.JsonSave({"step": step, "config": flat_settings(config), "lines": list(lines)})
         self._writing = step
         self._required = [f"{name}/{'metadata' if name == 'run' else '_METADATA'}" for name in items]
         with self._not_saved_errors():
@@ -217,7 +217,7 @@ class Checkpoints:
         name = str(self._writing)
         aside = [path for path in self.folder.iterdir() if path.name.startswith(f"{name}.orbax-checkpoint-tmp")]
         # Items are written concurrently: if one failed, the others must not make a complete checkpoint.
-        checksums.seal(aside[0] if aside else self.folder / name, without=METADATA, wanted=self._required)
+        checksums.write(aside[0] if aside else self.folder / name, without=METADATA, wanted=self._required)
 
     @contextlib.contextmanager
     def _not_saved_errors(self) -> Iterator[None]:
@@ -232,7 +232,7 @@ class Checkpoints:
             self._failed = True
             failure = NotSavedError(
                 f"the checkpoint of step {self._writing} could not be written to {self.folder} ({reason}); "
-                f"{what_is_left(self._workdir, full)}"
+                f"{recovery_hint(self._workdir, full)}"
             )
             if gcs.is_remote(self._workdir):
                 failure.exit_code = 69  # exit_codes.STORAGE_UNAVAILABLE: the same command goes on when it answers
@@ -253,7 +253,7 @@ class _Best(ocp.checkpoint_managers.PreservationPolicy):
         return [info.step in best for info in checkpoints]
 
 
-def what_is_left(workdir: str, full: str) -> str:
+def recovery_hint(workdir: str, full: str) -> str:
     """For messages of a run that could not write: its newest intact checkpoint, and what to do (`full`: the disk is)."""
     mend, left = "make room there" if full else "mend that", newest(workdir)[0]
     if left is None:
@@ -307,6 +307,6 @@ def _same_arrays(what: str, found: Any, wanted: Any) -> None:
     lines += [f"{name}: {saved[name]} saved, {model[name]} wanted" for name in shared if model[name] != saved[name]]
     if lines:
         raise CheckpointError(
-            f"checkpoint {what}: is of another network ({listed(lines)}): give the settings it was made with, or use a "
+            f"checkpoint {what}: is of another network ({join_lines(lines)}): give the settings it was made with, or use a "
             "new --workdir"
         )

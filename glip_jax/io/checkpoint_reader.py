@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from glip_jax.config import Config, ConfigError
 from glip_jax.config.saved import current_names, unflatten
 from glip_jax.io import checksums
-from glip_jax.io.checkpoint_steps import checkpoint_folder, complete_steps, fault_of, newest_sound, unfinished
+from glip_jax.io.checkpoint_steps import checkpoint_folder, complete_steps, damage_of, newest_intact, unfinished
 from glip_jax.io.workdir import CheckpointError
 
 __all__ = ["Checkpoint", "Which", "fingerprint", "open_checkpoint", "readable", "restore_parameters", "saved_config"]
@@ -147,7 +147,7 @@ def readable(path: epath.Path) -> Iterator[None]:
     except Exception as error:
         if not path.exists():
             raise CheckpointError(_removed(path)) from error
-        if checksums.fault(path) is not None:
+        if checksums.mismatch(path) is not None:
             raise
         text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise CheckpointError(
@@ -170,7 +170,7 @@ def _existing(workdir: str, step: int | None, items: Sequence[str]) -> int:
     """The step to open, whose `items` are as they were written."""
     folder = checkpoint_folder(workdir)
     if step is None:
-        step = newest_sound(workdir, items)
+        step = newest_intact(workdir, items)
         if step is not None:
             return step
         half = unfinished(workdir)
@@ -179,7 +179,7 @@ def _existing(workdir: str, step: int | None, items: Sequence[str]) -> int:
     steps = complete_steps(workdir)
     if step not in steps:
         raise CheckpointError(f"{folder} holds no checkpoint of step {step}; there are: {steps}")
-    fault = fault_of(folder / str(step), items)
+    fault = damage_of(folder / str(step), items)
     if fault:
         raise CheckpointError(f"{folder / str(step)} is damaged ({fault}): name another --step of {steps}")
     return step
@@ -192,7 +192,7 @@ def _read_parameters(folder: epath.Path, verified: set[str], which: Which) -> di
     items = ["params"] + (["ema"] if which == "ema" and (folder / "ema").exists() else [])
     rest = [item for item in items if item not in verified]
     with readable(folder):
-        if rest and (fault := fault_of(folder, rest)):
+        if rest and (fault := damage_of(folder, rest)):
             raise CheckpointError(f"{folder} is damaged ({fault}): name another --step")
         absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax reports every step of its own work
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

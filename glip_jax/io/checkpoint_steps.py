@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from etils import epath
 
 from glip_jax.io import checksums
-from glip_jax.io.workdir import CheckpointError, listed, opened
+from glip_jax.io.workdir import CheckpointError, join_lines, workdir_path
 
 logger = logging.getLogger(__name__)
 
@@ -15,12 +15,12 @@ __all__ = [
     "METADATA",
     "checkpoint_folder",
     "complete_steps",
-    "fault_of",
+    "damage_of",
     "is_workdir",
     "latest_step",
     "newest",
-    "newest_sound",
-    "put_in_order",
+    "newest_intact",
+    "clean_up",
     "unfinished",
 ]
 
@@ -32,7 +32,7 @@ METADATA = "_CHECKPOINT_METADATA"
 
 def checkpoint_folder(workdir: str) -> epath.Path:
     """The folder of checkpoints; absolute if it is local, as Orbax requires."""
-    folder = opened(workdir) / _FOLDER
+    folder = workdir_path(workdir) / _FOLDER
     return folder if "://" in str(workdir) else folder.absolute()
 
 
@@ -67,10 +67,10 @@ def latest_step(workdir: str) -> int | None:
 
     Logs a warning, once, for a newer one that is damaged. Raises CheckpointError if all are.
     """
-    return newest_sound(workdir)
+    return newest_intact(workdir)
 
 
-def newest_sound(workdir: str, items: Sequence[str] = ()) -> int | None:
+def newest_intact(workdir: str, items: Sequence[str] = ()) -> int | None:
     """`latest_step`, which compares only the files of `items` (parts such as `params`) with their checksums; () is all."""
     step, damaged = newest(workdir, items)
     for damaged_step, fault in damaged.items():
@@ -91,7 +91,7 @@ def newest(workdir: str, items: Sequence[str] = ()) -> tuple[int | None, dict[in
     damaged = {}
     for step in reversed(complete_steps(workdir)):
         folder = checkpoint_folder(workdir) / str(step)
-        fault = fault_of(folder, items)
+        fault = damage_of(folder, items)
         if not fault:
             return step, damaged
         if folder.exists():  # else a running training removed it meanwhile
@@ -99,7 +99,7 @@ def newest(workdir: str, items: Sequence[str] = ()) -> tuple[int | None, dict[in
     return None, damaged
 
 
-def fault_of(path: epath.Path, items: Sequence[str] = ()) -> str:
+def damage_of(path: epath.Path, items: Sequence[str] = ()) -> str:
     """What is wrong with the files of a complete checkpoint, "" if nothing is.
 
     `items`: the parts whose files are compared with their checksums, () for all. Of a checkpoint that was written before
@@ -111,7 +111,7 @@ def fault_of(path: epath.Path, items: Sequence[str] = ()) -> str:
         return f"{METADATA} is missing"
     except ValueError:
         return f"{METADATA} is no JSON"
-    fault = checksums.fault(path, items)
+    fault = checksums.mismatch(path, items)
     if fault is not None:
         return fault
     required = ("params/_METADATA", "params/manifest.ocdbt", "run/metadata")
@@ -120,14 +120,14 @@ def fault_of(path: epath.Path, items: Sequence[str] = ()) -> str:
 
 
 def _all_damaged(workdir: str, damaged: Mapping[int, str]) -> str:
-    faults = listed([f"step {step}: {fault}" for step, fault in sorted(damaged.items())])
+    faults = join_lines([f"step {step}: {fault}" for step, fault in sorted(damaged.items())])
     return (
         f"{checkpoint_folder(workdir)} holds only damaged checkpoints ({faults}): restore one from a copy, or start "
         "again in a new --workdir"
     )
 
 
-def put_in_order(workdir: str) -> None:
+def clean_up(workdir: str) -> None:
     """Removes half-written checkpoints, renames damaged newest ones to STEP.damaged, creates the folder; logs all of it."""
     folder = checkpoint_folder(workdir)
     for path in unfinished(workdir):

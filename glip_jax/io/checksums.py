@@ -14,22 +14,22 @@ from pathlib import Path
 from etils import epath
 
 from glip_jax.io import gcs
-from glip_jax.io.gcs import Listed
+from glip_jax.io.gcs import FileInfo
 
-__all__ = ["NAME", "fault", "seal"]
+__all__ = ["NAME", "mismatch", "write"]
 
 NAME = "checksums.json"
 _THREADS = 8
 
 
-def seal(folder: epath.PathLike, without: str = "", wanted: Iterable[str] = ()) -> None:
+def write(folder: epath.PathLike, without: str = "", wanted: Iterable[str] = ()) -> None:
     """Writes the checksums of all files below `folder`, local or gs://, except the file `without`.
 
     Raises OSError if they cannot be written, or if one of the `wanted` files does not exist.
     """
     place = gcs.address(folder)
     if gcs.is_remote(place):
-        files = gcs.everything(place)
+        files = gcs.list_recursive(place)
     else:
         names = _below(Path(place))
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -46,7 +46,7 @@ def seal(folder: epath.PathLike, without: str = "", wanted: Iterable[str] = ()) 
         (Path(place) / NAME).write_text(text)
 
 
-def fault(folder: epath.PathLike, within: Sequence[str] = ()) -> str | None:
+def mismatch(folder: epath.PathLike, within: Sequence[str] = ()) -> str | None:
     """Which files differ from the checksums, in one line; "" if none does, None if the folder has no checksums.
 
     `within`: folders in it, of whose files alone this is asked (no other is read); () for all. Files without a checksum
@@ -59,13 +59,13 @@ def fault(folder: epath.PathLike, within: Sequence[str] = ()) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        wanted = {name: Listed(*values) for name, values in json.loads(text)["files"].items()}
+        wanted = {name: FileInfo(*values) for name, values in json.loads(text)["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{NAME} is no list of files and checksums"
     if within:
         wanted = {name: values for name, values in wanted.items() if name.partition("/")[0] in within}
     if gcs.is_remote(place):
-        remote = gcs.everything(place)
+        remote = gcs.list_recursive(place)
         found = {name: remote[name] for name in wanted if name in remote}
     else:
         found = _local(Path(place), wanted)
@@ -74,17 +74,17 @@ def fault(folder: epath.PathLike, within: Sequence[str] = ()) -> str | None:
     return f"{faults[0]}{more}" if faults else ""
 
 
-def _local(folder: Path, wanted: dict[str, Listed]) -> dict[str, Listed]:
+def _local(folder: Path, wanted: dict[str, FileInfo]) -> dict[str, FileInfo]:
     """The files that exist; one is read only if its size is right and it changed since this process read it last."""
 
-    def of(name: str) -> Listed | None:
+    def of(name: str) -> FileInfo | None:
         path = folder / name
         try:
             status = path.stat()
         except OSError:
             return None
         if status.st_size != wanted[name].bytes:
-            return Listed(status.st_size, "")
+            return FileInfo(status.st_size, "")
         key = (str(path), status.st_size, status.st_mtime_ns, status.st_ino)
         if key not in _HASHED:
             _HASHED[key] = _measured(path)
@@ -95,11 +95,11 @@ def _local(folder: Path, wanted: dict[str, Listed]) -> dict[str, Listed]:
     return {name: each for name, each in found.items() if each is not None}
 
 
-_HASHED: dict[tuple[str, int, int, int], Listed] = {}
+_HASHED: dict[tuple[str, int, int, int], FileInfo] = {}
 """What this process hashed before: training verifies the same checkpoint several times."""
 
 
-def _difference(name: str, wanted: Listed, found: Listed | None) -> str:
+def _difference(name: str, wanted: FileInfo, found: FileInfo | None) -> str:
     if found is None:
         return f"{name} is missing"
     if found.bytes != wanted.bytes:
@@ -115,5 +115,5 @@ def _below(folder: Path) -> list[str]:
     )
 
 
-def _measured(path: Path) -> Listed:
-    return Listed(path.stat().st_size, gcs.md5_of(path))
+def _measured(path: Path) -> FileInfo:
+    return FileInfo(path.stat().st_size, gcs.md5_of(path))

@@ -45,7 +45,7 @@ class BucketFiles(AbstractFileSystem):
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
         """The entries of a folder, or the file itself."""
         place = _place(path)
-        files, folders = gcs.level(place)
+        files, folders = gcs.list_folder(place)
         bare = place.removeprefix("gs://")
         found = [{"name": f"{bare}/{name}", "size": each.bytes, "type": "file"} for name, each in files.items()]
         found += [{"name": f"{bare}/{name}", "size": 0, "type": "directory"} for name in folders]
@@ -61,7 +61,7 @@ class BucketFiles(AbstractFileSystem):
         bare = place.removeprefix("gs://")
         if "/" in bare:
             try:
-                stamp = gcs.stamp(place)
+                stamp = gcs.stat(place)
                 return {"name": bare, "size": stamp.bytes, "type": "file", "mtime": stamp.updated}
             except FileNotFoundError:
                 if gcs.kind(place) != "folder":
@@ -87,7 +87,7 @@ class BucketFiles(AbstractFileSystem):
         if maxdepth is not None or withdirs:
             return super().find(path, maxdepth=maxdepth, withdirs=withdirs, detail=detail)
         bare = _place(path).removeprefix("gs://")
-        below = gcs.everything(_place(path))
+        below = gcs.list_recursive(_place(path))
         found = {
             f"{bare}/{name}": {"name": f"{bare}/{name}", "size": each.bytes, "type": "file"}
             for name, each in below.items()
@@ -115,7 +115,7 @@ class BucketFiles(AbstractFileSystem):
                 raise FileNotFoundError(place)
             if kind == "folder" and not recursive:
                 raise IsADirectoryError(place)
-            names = [place] if kind == "file" else [f"{place}/{name}" for name in gcs.everything(place)]
+            names = [place] if kind == "file" else [f"{place}/{name}" for name in gcs.list_recursive(place)]
             _each(gcs.remove, [(name,) for name in names])
 
     def cp_file(self, path1: str, path2: str, **_: Any) -> None:
@@ -130,7 +130,7 @@ class BucketFiles(AbstractFileSystem):
             gcs.copy(old, new)
             gcs.remove(old)
             return
-        names = list(gcs.everything(old))
+        names = list(gcs.list_recursive(old))
         _each(gcs.copy, [(f"{old}/{name}", f"{new}/{name}") for name in names])
         _each(gcs.remove, [(f"{old}/{name}",) for name in names])
 
@@ -142,7 +142,7 @@ class BucketFiles(AbstractFileSystem):
 
     def _open(self, path: str, mode: str = "rb", **_: Any) -> IO[bytes]:
         if mode == "rb":
-            return gcs.opened(_place(path))
+            return gcs.open_file(_place(path))
         if mode in ("wb", "xb"):
             return _UploadOnClose(_place(path))
         raise ValueError(f"{path}: mode {mode!r} is not supported in a bucket: expected rb or wb")
@@ -168,7 +168,7 @@ class _UploadOnClose(io.FileIO):
         super().close()
         try:
             if self._place:
-                gcs.send(Path(self._local), self._place)
+                gcs.upload_file(Path(self._local), self._place)
         finally:
             os.unlink(self._local)
 

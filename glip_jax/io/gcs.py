@@ -31,38 +31,37 @@ from tqdm import tqdm
 from glip_jax.io.retry import StorageError, describe, environment_number, timeout, with_retries
 
 __all__ = [
-    "Listed",
-    "Stamp",
+    "FileInfo",
+    "FileStat",
     "StorageError",
     "address",
     "copy",
-    "everything",
+    "list_recursive",
     "is_remote",
     "kind",
-    "level",
-    "listing",
+    "list_folder",
+    "list_files",
     "md5_of",
     "environment_number",
-    "opened",
-    "pieces",
+    "open_file",
+    "read_chunks",
     "put",
     "read",
     "remove",
-    "send",
-    "stamp",
+    "upload_file",
+    "stat",
     "describe",
-    "upload",
+    "upload_files",
 ]
 
-told = describe  # the name until every caller has the new one
-_PIECE = 1 << 24
+_CHUNK = 1 << 24
 """Bytes of one request for a part of a file, so that an error costs no more than that; a multiple of 256 KiB."""
 
 _UPLOADS = 4
 """Files that are uploaded at the same time."""
 
 
-class Listed(NamedTuple):
+class FileInfo(NamedTuple):
     """A file in a listing."""
 
     bytes: int
@@ -70,7 +69,7 @@ class Listed(NamedTuple):
     """Hexadecimal; "" where the storage keeps none (composed objects)."""
 
 
-class Stamp(NamedTuple):
+class FileStat(NamedTuple):
     """One version of a file."""
 
     generation: int
@@ -141,41 +140,41 @@ def kind(path: epath.PathLike) -> Literal["file", "folder", ""]:
     return ""
 
 
-def pieces(path: epath.PathLike, size: int) -> Iterator[bytes]:
+def read_chunks(path: epath.PathLike, size: int) -> Iterator[bytes]:
     """Yields a file of `size` bytes in order, some megabytes at a time; raises as `read`."""
-    for begin in range(0, size, _PIECE):
-        yield read(path, begin, min(begin + _PIECE, size))
+    for begin in range(0, size, _CHUNK):
+        yield read(path, begin, min(begin + _CHUNK, size))
 
 
-def listing(folder: epath.PathLike) -> dict[str, Listed]:
+def list_files(folder: epath.PathLike) -> dict[str, FileInfo]:
     """The files in a folder, without those in folders below, by name; empty if there is no such folder.
 
     Raises StorageError as `read`, and for a bucket that does not exist.
     """
-    return level(folder)[0]
+    return list_folder(folder)[0]
 
 
-def level(folder: epath.PathLike) -> tuple[dict[str, Listed], list[str]]:
-    """`listing`, and the names of the folders in this folder."""
+def list_folder(folder: epath.PathLike) -> tuple[dict[str, FileInfo], list[str]]:
+    """`list_files`, and the names of the folders in this folder."""
     return _listed(folder, "/")
 
 
-def everything(folder: epath.PathLike) -> dict[str, Listed]:
-    """All files below a folder by their relative path, `a/b.txt`. Raises as `listing`."""
+def list_recursive(folder: epath.PathLike) -> dict[str, FileInfo]:
+    """All files below a folder by their relative path, `a/b.txt`. Raises as `list_files`."""
     return _listed(folder, None)[0]
 
 
-def _listed(folder: epath.PathLike, delimiter: str | None) -> tuple[dict[str, Listed], list[str]]:
+def _listed(folder: epath.PathLike, delimiter: str | None) -> tuple[dict[str, FileInfo], list[str]]:
     place, (bucket, name) = address(folder), _parts(folder, whole=True)
     prefix = f"{name}/" if name else ""
 
-    def attempt() -> tuple[dict[str, Listed], list[str]]:
+    def attempt() -> tuple[dict[str, FileInfo], list[str]]:
         found = _client().list_blobs(
             bucket, prefix=prefix, delimiter=delimiter, fields="items(name,size,md5Hash),prefixes,nextPageToken", retry=None,
             timeout=_timeout(),
         )  # fmt: skip
         files = {
-            blob.name.removeprefix(prefix): Listed(int(blob.size), base64.b64decode(blob.md5_hash or "").hex())
+            blob.name.removeprefix(prefix): FileInfo(int(blob.size), base64.b64decode(blob.md5_hash or "").hex())
             for blob in found
             if blob.name != prefix
         }
@@ -188,21 +187,21 @@ def _listed(folder: epath.PathLike, delimiter: str | None) -> tuple[dict[str, Li
         raise StorageError(errno.ENOENT, reason, place) from None
 
 
-def upload(files: Mapping[str, Path], folder: epath.PathLike, last: str) -> list[str]:
+def upload_files(files: Mapping[str, Path], folder: epath.PathLike, last: str) -> list[str]:
     """Uploads local files to a folder under the given names; `last`, one of the names, after all others.
 
     A file that exists there with the same size and MD5 is not uploaded again, so the same call resumes after a kill. The
     MD5 that the storage reports is compared for each file. Returns the names of the uploaded files. Raises as `read`,
     OSError for local files that cannot be read.
     """
-    remote = listing(folder)
+    remote = list_files(folder)
     sizes = {name: path.stat().st_size for name, path in files.items()}
     uploaded: list[str] = []
 
     def compared(name: str) -> int:
         md5 = md5_of(files[name])
-        if remote.get(name) != Listed(sizes[name], md5):
-            _send(files[name], f"{address(folder)}/{name}", md5)
+        if remote.get(name) != FileInfo(sizes[name], md5):
+            _upload(files[name], f"{address(folder)}/{name}", md5)
             uploaded.append(name)
         return sizes[name]
 
@@ -219,22 +218,22 @@ def upload(files: Mapping[str, Path], folder: epath.PathLike, last: str) -> list
     return uploaded
 
 
-def send(local: Path, path: epath.PathLike) -> None:
-    """Uploads a local file, over an existing one too; compared by MD5. Raises as `upload`."""
-    _send(local, address(path), md5_of(local))
+def upload_file(local: Path, path: epath.PathLike) -> None:
+    """Uploads a local file, over an existing one too; compared by MD5. Raises as `upload_files`."""
+    _upload(local, address(path), md5_of(local))
 
 
 def md5_of(local: Path) -> str:
-    """MD5 of a local file in hexadecimal, as `Listed` has it."""
+    """MD5 of a local file in hexadecimal, as `FileInfo` has it."""
     with local.open("rb") as file:
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
-def _send(local: Path, place: str, md5: str) -> None:
+def _upload(local: Path, place: str, md5: str) -> None:
     bucket, name = _parts(place)
 
     def attempt() -> None:
-        blob = _client().bucket(bucket).blob(name, chunk_size=_PIECE)
+        blob = _client().bucket(bucket).blob(name, chunk_size=_CHUNK)
         blob.upload_from_filename(str(local), checksum="md5", retry=None, timeout=_timeout())
         found = base64.b64decode(blob.md5_hash or "").hex()
         if found != md5:
@@ -243,10 +242,10 @@ def _send(local: Path, place: str, md5: str) -> None:
     with_retries(place, attempt)
 
 
-def put(path: epath.PathLike, data: bytes, over: int | None = None) -> Stamp | None:
+def put(path: epath.PathLike, data: bytes, over: int | None = None) -> FileStat | None:
     """Writes a file atomically; returns None if the condition does not hold, and then nothing is written.
 
-    `over`: 0: only if no file exists; the generation of a `Stamp`: only in place of that version; None: unconditionally.
+    `over`: 0: only if no file exists; the generation of a `FileStat`: only in place of that version; None: unconditionally.
     Raises StorageError as `read`, FileNotFoundError for a bucket that does not exist.
     """
     place, (bucket, name) = address(path), _parts(path)
@@ -254,7 +253,7 @@ def put(path: epath.PathLike, data: bytes, over: int | None = None) -> Stamp | N
     # take it for that of another process. Contents may be equal, so each call adds a token to the metadata.
     token = uuid.uuid4().hex
 
-    def attempt() -> Stamp | None:
+    def attempt() -> FileStat | None:
         blob = _client().bucket(bucket).blob(name)
         blob.metadata = {"put": token}
         try:
@@ -274,25 +273,25 @@ def put(path: epath.PathLike, data: bytes, over: int | None = None) -> Stamp | N
                 raise ConnectionError("the file that stood in its place was removed") from None
             if (blob.metadata or {}).get("put") != token:
                 return None
-        return _stamped(blob)
+        return _stat_of(blob)
 
     return with_retries(place, attempt)
 
 
-def stamp(path: epath.PathLike) -> Stamp:
+def stat(path: epath.PathLike) -> FileStat:
     """The current version of a file in a bucket. Raises as `read`."""
     place, (bucket, name) = address(path), _parts(path)
 
-    def attempt() -> Stamp:
+    def attempt() -> FileStat:
         blob = _client().bucket(bucket).blob(name)
         blob.reload(retry=None, timeout=_timeout())
-        return _stamped(blob)
+        return _stat_of(blob)
 
     return with_retries(place, attempt)
 
 
-def _stamped(blob: Any) -> Stamp:
-    return Stamp(int(blob.generation), blob.updated.timestamp(), int(blob.size))
+def _stat_of(blob: Any) -> FileStat:
+    return FileStat(int(blob.generation), blob.updated.timestamp(), int(blob.size))
 
 
 def copy(source: epath.PathLike, target: epath.PathLike) -> None:
@@ -325,11 +324,11 @@ def remove(path: epath.PathLike, generation: int | None = None) -> None:
     with_retries(place, attempt)
 
 
-def opened(path: epath.PathLike, buffer: int = _PIECE // 4) -> IO[bytes]:
+def open_file(path: epath.PathLike, buffer: int = _CHUNK // 4) -> IO[bytes]:
     """Opens a file for reading, local or remote; of a remote one at least `buffer` bytes are read at a time, as by `read`."""
     if not is_remote(path):
         return Path(path).open("rb")
-    return io.BufferedReader(_Ranges(address(path), stamp(path).bytes), buffer)
+    return io.BufferedReader(_Ranges(address(path), stat(path).bytes), buffer)
 
 
 class _Ranges(io.RawIOBase):

@@ -26,14 +26,14 @@ __all__ = [
     "CheckpointError",
     "check_config",
     "check_network",
-    "listed",
-    "opened",
-    "plain",
+    "join_lines",
+    "workdir_path",
+    "flat_settings",
     "prepare",
     "started_from",
     "write_config",
     "write_started_from",
-    "write_whole",
+    "write_atomic",
 ]
 
 
@@ -41,7 +41,7 @@ class CheckpointError(UserError, ValueError):
     """A checkpoint that does not exist, does not fit the model, or was made with other settings."""
 
 
-def opened(workdir: str) -> epath.Path:
+def workdir_path(workdir: str) -> epath.Path:
     """The folder as a path; requests to gs:// are retried."""
     if "://" in str(workdir):
         fsspec_gcs.install()
@@ -52,7 +52,7 @@ def prepare(workdir: str) -> None:
     """Creates the working folder and tries to write in it; CheckpointError if that fails."""
     if jax.process_index() != 0:
         return
-    folder = opened(workdir)
+    folder = workdir_path(workdir)
     probe = folder / f".written-by-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,11 +81,11 @@ def check_config(workdir: str, step: int, saved: Mapping[str, Any], config: Conf
         network = ordered[0].startswith("model.")
         raise CheckpointError(
             f"{workdir} holds step {step} of a run with {'another network' if network else 'other settings'} "
-            f"(saved -> given: {listed(ordered)}): give the old settings to go on with that run, a new --workdir to start "
+            f"(saved -> given: {join_lines(ordered)}): give the old settings to go on with that run, a new --workdir to start "
             "another, or --resume-with-changes to continue from that step as a new, recorded phase"
             + (" (not where that changes the shape of a parameter)" if network else "")
         )
-    path = opened(workdir) / "phases.json"
+    path = workdir_path(workdir) / "phases.json"
     phases = json.loads(path.read_text()) if path.exists() else []
     phase = {"step": step, "differences": lines}
     if phase not in phases and jax.process_index() == 0:
@@ -102,7 +102,7 @@ def check_network(workdir: str, saved: dict[str, Any], config: Config) -> None:
     changed = [line for line in differences(saved, config) if line.startswith("model.") and not line.startswith(free)]
     if changed:
         raise CheckpointError(
-            f"{workdir} holds a checkpoint of another network than the settings say (saved -> given: {listed(changed)}): "
+            f"{workdir} holds a checkpoint of another network than the settings say (saved -> given: {join_lines(changed)}): "
             "give the settings that it was trained with"
         )
 
@@ -110,14 +110,14 @@ def check_network(workdir: str, saved: dict[str, Any], config: Config) -> None:
 def write_config(workdir: str, config: Config) -> None:
     """Writes the resolved settings, flat, to `workdir`/config.json."""
     if jax.process_index() == 0:
-        folder = opened(workdir)
+        folder = workdir_path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(plain(config), indent=1, sort_keys=True))
+        (folder / "config.json").write_text(json.dumps(flat_settings(config), indent=1, sort_keys=True))
 
 
 def write_started_from(workdir: str, record: Mapping[str, Any]) -> None:
     """Writes the record of what step 0 was read from to `workdir`/started_from.json; an empty record removes the file."""
-    path = opened(workdir) / "started_from.json"
+    path = workdir_path(workdir) / "started_from.json"
     if record:
         path.write_text(json.dumps(record, indent=1))
     else:
@@ -126,22 +126,22 @@ def write_started_from(workdir: str, record: Mapping[str, Any]) -> None:
 
 def started_from(workdir: str) -> dict[str, Any] | None:
     """The record of what step 0 was read from; None if there is none, as for random values."""
-    path = opened(workdir) / "started_from.json"
+    path = workdir_path(workdir) / "started_from.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def plain(config: Config) -> dict[str, Any]:
+def flat_settings(config: Config) -> dict[str, Any]:
     """The settings, flat, with lists in place of tuples, as JSON gives them back."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flatten(config)}
 
 
-def listed(lines: list[str], most: int = 8) -> str:
+def join_lines(lines: list[str], most: int = 8) -> str:
     """The first lines joined into one, for a message of one line."""
     more = f"; and {len(lines) - most} more" if len(lines) > most else ""
     return "; ".join(lines[:most]) + more
 
 
-def write_whole(path: epath.Path, text: str) -> None:
+def write_atomic(path: epath.Path, text: str) -> None:
     """Writes a file under another name and renames it, so that no reader sees half of it."""
     aside = path.parent / f"{path.name}.unfinished"
     try:

@@ -239,14 +239,14 @@ class _BucketStore:
         temporary.rename(self._scratch / "lock")
 
     def files(self) -> set[str]:
-        return set(gcs.listing(self.address))
+        return set(gcs.list_files(self.address))
 
     def work(self) -> set[str]:
-        return set(gcs.listing(f"{self.address}/{WORK}"))
+        return set(gcs.list_files(f"{self.address}/{WORK}"))
 
     def has(self, name: str) -> bool:
         with contextlib.suppress(FileNotFoundError):
-            gcs.stamp(self._address(name))
+            gcs.stat(self._address(name))
             return True
         return False
 
@@ -257,7 +257,7 @@ class _BucketStore:
         return self._set_clock(gcs.put(self._address(name), text.encode(), over=0)) is not None
 
     def read_claim(self, name: str) -> Claim:
-        stamp = gcs.stamp(self._address(name))
+        stamp = gcs.stat(self._address(name))
         if self._clock is None:
             probe = f"{WORK}/{self._owner}.clock"
             self._set_clock(gcs.put(self._address(probe), b""))
@@ -274,7 +274,7 @@ class _BucketStore:
 
     def heartbeat(self, name: str, text: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            stamp = gcs.stamp(self._address(name))
+            stamp = gcs.stat(self._address(name))
             if self.read(name) == text:
                 self._set_clock(gcs.put(self._address(name), text.encode(), over=stamp.generation))
 
@@ -283,7 +283,7 @@ class _BucketStore:
         return self._scratch / name
 
     def put(self, local: Path, name: str) -> None:
-        gcs.send(local, self._address(name))
+        gcs.upload_file(local, self._address(name))
         local.unlink()
 
     def rename(self, name: str, to: str) -> None:
@@ -301,7 +301,7 @@ class _BucketStore:
 
     def release(self, name: str, text: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            stamp = gcs.stamp(self._address(name))
+            stamp = gcs.stat(self._address(name))
             if self.read(name) == text:
                 gcs.remove(self._address(name), stamp.generation)
 
@@ -321,7 +321,7 @@ class _BucketStore:
     def _address(self, name: str) -> str:
         return f"{self.address}/{name}"
 
-    def _set_clock(self, written: gcs.Stamp | None) -> gcs.Stamp | None:
+    def _set_clock(self, written: gcs.FileStat | None) -> gcs.FileStat | None:
         """Sets the clock by the time stamp of an object that the storage has just written."""
         if written is not None:
             self._clock = written.updated - time.monotonic()

@@ -29,7 +29,7 @@ from glip_jax.distributed.exit_codes import CANCELLED, NOT_FINITE, PREEMPTED
 from glip_jax.distributed.mesh import check_fits, make_mesh, place_batch, shardings
 from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.io.checkpoint import Checkpoints, Saved, complete_steps, fingerprint
-from glip_jax.io.workdir import check_config, opened, prepare, write_config, write_started_from
+from glip_jax.io.workdir import check_config, prepare, workdir_path, write_config, write_started_from
 from glip_jax.structures.batch import Batch
 from glip_jax.training.monitoring.metrics import Progress, Window, read
 from glip_jax.training.monitoring.profiler import Profiler
@@ -145,7 +145,7 @@ def _start(
         )
         if first:
             overview = parameter_overview.get_parameter_overview(params, include_stats=False)
-            (opened(workdir) / "parameters.txt").write_text(overview + "\n")
+            (workdir_path(workdir) / "parameters.txt").write_text(overview + "\n")
             write_started_from(workdir, record)
         state = initial_state(params, config)
         return jax.device_put(state, shardings(state, mesh))

@@ -21,7 +21,7 @@ from glip_jax.config import ModelConfig, TextConfig
 from glip_jax.io.assets import AssetError, resolve
 from glip_jax.io.checkpoint_reader import Checkpoint, Which, fingerprint, open_checkpoint
 from glip_jax.io.checkpoint_steps import is_workdir
-from glip_jax.io.workdir import CheckpointError, opened
+from glip_jax.io.workdir import CheckpointError, workdir_path
 from glip_jax.weights import dialects, names
 from glip_jax.weights.names import WeightError
 from glip_jax.weights.sizes import infer_model, infer_swin, variant
@@ -105,7 +105,7 @@ def open_checkpoint_or_export(path: str, step: int | None = None) -> Checkpoint:
 
     `step`: see `glip_jax.io.checkpoint_reader.open_checkpoint`. Raises CheckpointError or, for an export, WeightError.
     """
-    folder = opened(path)
+    folder = workdir_path(path)
     if not (folder / "config.json").exists() or is_workdir(path):
         return open_checkpoint(path, step)
     if step is not None:
@@ -119,7 +119,7 @@ def open_export(path: str) -> Checkpoint:
     If the vocabulary that its settings name is not on this machine, the folder's own is used. Parameters are read when
     they are asked for. Raises WeightError for a folder of another origin, and then for files that cannot be read.
     """
-    folder = opened(path)
+    folder = workdir_path(path)
     settings = folder_config(folder).get("glip_jax")
     if not isinstance(settings, dict):
         raise WeightError(

@@ -13,7 +13,7 @@ from glip_jax.cli import evaluate
 from glip_jax.config import EvaluationConfig, MeshConfig
 from glip_jax.distributed.mesh import make_mesh
 from glip_jax.io.checkpoint import Checkpoints, Saved, fingerprint, restore_parameters
-from glip_jax.io.workdir import write_started_from, write_whole
+from glip_jax.io.workdir import write_atomic, write_started_from
 from glip_jax.training.state import fresh_parameters
 from tests import tiny_run
 from tests.run_job import run_job
@@ -190,7 +190,7 @@ def test_what_is_interrupted_leaves_the_earlier_report(tmp_path):
     from etils import epath
 
     path = epath.Path(tmp_path) / "evaluation.json"
-    write_whole(path, "old")
+    write_atomic(path, "old")
 
     class Full(type(path)):
         def write_text(self, text, *_, **__):
@@ -198,5 +198,5 @@ def test_what_is_interrupted_leaves_the_earlier_report(tmp_path):
             raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        write_whole(Full(path), "new")
+        write_atomic(Full(path), "new")
     assert path.read_text() == "old" and [p.name for p in epath.Path(tmp_path).iterdir()] == ["evaluation.json"]

@@ -275,13 +275,13 @@ def test_three_at_once_on_a_bucket_that_loses_answers_and_one_is_killed(
 
     def fetched(name):
         (tmp_path / name).mkdir()
-        for file in gcs.listing(out):
+        for file in gcs.list_files(out):
             (tmp_path / name / file).write_bytes(gcs.read(f"{out}/{file}"))
         return tmp_path / name
 
     def at_work():
         """The processes that say that they do a task, once one is done."""
-        names = gcs.listing(f"{out}/.partial") if gcs.listing(out) else ()
+        names = gcs.list_files(f"{out}/.partial") if gcs.list_files(out) else ()
         claims = [name for name in names if name.startswith("records") and name.endswith(".claim")]
         with contextlib.suppress(FileNotFoundError):  # given back meanwhile
             return [json.loads(gcs.read(f"{out}/.partial/{name}"))["pid"] for name in claims]
@@ -293,13 +293,13 @@ def test_three_at_once_on_a_bucket_that_loses_answers_and_one_is_killed(
         killed, *_ = wait_for(at_work)
         (one,) = [process for process in started if process.pid == killed]
         one.kill()
-        there = {name: gcs.stamp(f"{out}/{name}") for name in gcs.listing(out)}
+        there = {name: gcs.stat(f"{out}/{name}") for name in gcs.list_files(out)}
         ended(started, said)
     assert came.total() > 5
     assert contents(fetched("copy")) == contents(whole) and shards.verify(out)
-    assert set(gcs.listing(out)) == {path.name for path in whole.iterdir()}
-    assert not gcs.listing(f"{out}/.partial"), "nothing but the result is left"
-    now = {name: gcs.stamp(f"{out}/{name}") for name in gcs.listing(out)}
+    assert set(gcs.list_files(out)) == {path.name for path in whole.iterdir()}
+    assert not gcs.list_files(f"{out}/.partial"), "nothing but the result is left"
+    now = {name: gcs.stat(f"{out}/{name}") for name in gcs.list_files(out)}
     assert there and there.items() <= now.items(), "what was finished is not made again"
     # The same command again; one that was killed after the manifest left things behind, and the page was not drawn.
     gcs.put(f"{out}/.partial/left", b"")
@@ -307,8 +307,8 @@ def test_three_at_once_on_a_bucket_that_loses_answers_and_one_is_killed(
     assert run_job("label", outside(run, source, out)) == 0
     printed = capsys.readouterr().out
     assert f"{out} is finished" in printed and f"HTML report: {out}/report.html" in printed
-    assert not gcs.listing(f"{out}/.partial")
-    again = {name: gcs.stamp(f"{out}/{name}") for name in gcs.listing(out)}
+    assert not gcs.list_files(f"{out}/.partial")
+    again = {name: gcs.stat(f"{out}/{name}") for name in gcs.list_files(out)}
     assert {name for name, found in again.items() if now[name] != found} == {"report.html"}
     # When the storage stays silent: a line, and the code that says so.
     monkeypatch.setenv("GLIP_JAX_STORAGE_RETRY_SECONDS", "0.3")

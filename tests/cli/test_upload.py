@@ -54,11 +54,11 @@ def test_killed_in_the_middle_the_same_command_goes_on(folder, target, running, 
     with running.arm("slow", "stall", share=0.9, only="/upload/", stall=0.8):
         child = subprocess.Popen(command, cwd=ROOT)
         until = time.monotonic() + 90
-        while len(gcs.listing(target)) < 2 and time.monotonic() < until:
+        while len(gcs.list_files(target)) < 2 and time.monotonic() < until:
             time.sleep(0.02)
         child.kill()
         child.wait()
-    there = gcs.listing(target)
+    there = gcs.list_files(target)
     assert 2 <= len(there) < 8 and "manifest.json" not in there
     assert main(["verify", target]) == 2
     assert "has no manifest.json" in capsys.readouterr().err
@@ -79,7 +79,7 @@ def test_damage_is_named_here_and_there_and_never_sent(folder, target, tmp_path,
     assert main(["upload", str(tmp_path / "s"), target]) == 2
     line = capsys.readouterr().err
     assert f"{first}: sha256 is" in line and "(and 1 more files): nothing was sent" in line
-    assert gcs.listing(target) == {}
+    assert gcs.list_files(target) == {}
     assert main(["verify", str(tmp_path / "s")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and f"verify: {second} is missing" in lines[1]

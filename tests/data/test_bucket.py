@@ -42,7 +42,7 @@ def bucket(running, tmp_path, monkeypatch) -> str:
 
 
 def send(folder: Path, place: str) -> str:
-    gcs.upload({path.name: path for path in folder.iterdir()}, place, "manifest.json")
+    gcs.upload_files({path.name: path for path in folder.iterdir()}, place, "manifest.json")
     return place
 
 
@@ -252,7 +252,7 @@ def test_what_is_missing_or_cut_is_one_line(folders, bucket, change, message, ca
             np.savez(file, allow_pickle=False, **{key: columns[key] + 1 for key in columns})
     for other, path in files.items():
         if other != name or change != name:
-            gcs.upload({other: cut if other == name else path}, f"{bucket}/s", other)
+            gcs.upload_files({other: cut if other == name else path}, f"{bucket}/s", other)
     with pytest.raises(ShardError, match=message):
         Shards(f"{bucket}/s")
     assert main(["inspect", f"{bucket}/s", "--out=page.html"]) == 2
@@ -263,15 +263,15 @@ def test_large_files_go_in_parts(bucket, running, tmp_path):
     data = np.random.default_rng(0).bytes(20_000_000)
     (tmp_path / "large").write_bytes(data)
     with running.arm("503", "429", "reset", share=0.2, only="upload"):
-        gcs.upload({"large": tmp_path / "large"}, bucket, "large")
+        gcs.upload_files({"large": tmp_path / "large"}, bucket, "large")
     with running.arm("truncate", "short", "reset", share=0.2):
-        assert b"".join(gcs.pieces(f"{bucket}/large", len(data))) == data
-        with gcs.opened(f"{bucket}/large") as file:
+        assert b"".join(gcs.read_chunks(f"{bucket}/large", len(data))) == data
+        with gcs.open_file(f"{bucket}/large") as file:
             assert file.seek(-5, 2) == len(data) - 5 and file.read() == data[-5:]
             file.seek(7)
             assert file.read(9_000_000) == data[7:9_000_007]
     asked = running.requests["POST upload"]
-    gcs.upload({"large": tmp_path / "large"}, bucket, "large")
+    gcs.upload_files({"large": tmp_path / "large"}, bucket, "large")
     assert running.requests["POST upload"] == asked
     assert (gcs.kind(f"{bucket}/large"), gcs.kind(bucket), gcs.kind(f"{bucket}/none")) == (
         "file",
@@ -298,7 +298,7 @@ def test_places_that_are_not_there(bucket, capsys):
 def fetched(place: str, folder: Path) -> Path:
     """A remote folder, copied."""
     folder.mkdir()
-    for name in gcs.listing(place):
+    for name in gcs.list_files(place):
         (folder / name).write_bytes(gcs.read(f"{place}/{name}"))
     return folder
 
@@ -311,7 +311,7 @@ def test_written_to_the_bucket(bucket, tmp_path):
     with pytest.raises(ShardError, match="finished: shards are never made twice"):
         shards.write(pictures(9), f"{bucket}/s", name="s", names=["a"])
     (tmp_path / "mine.txt").write_text("mine")
-    gcs.upload({"mine.txt": tmp_path / "mine.txt"}, f"{bucket}/other", "mine.txt")
+    gcs.upload_files({"mine.txt": tmp_path / "mine.txt"}, f"{bucket}/other", "mine.txt")
     with pytest.raises(ShardError, match="not empty, without a manifest"):
         shards.write(pictures(2), f"{bucket}/other", name="s")
     assert not list((tmp_path / "cache").rglob("*.array_record"))
@@ -344,7 +344,7 @@ def send_tree(folder: Path, place: str) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             name = str(path.relative_to(folder))
-            gcs.upload({path.name: path}, f"{place}/{name}".rpartition("/")[0], path.name)
+            gcs.upload_files({path.name: path}, f"{place}/{name}".rpartition("/")[0], path.name)
 
 
 def test_pictures_are_not_dropped_because_the_storage_is_silent(source, bucket, running, monkeypatch, capsys):  # noqa: F811
@@ -355,7 +355,7 @@ def test_pictures_are_not_dropped_because_the_storage_is_silent(source, bucket, 
         assert main([*arguments, "--processes=1"]) == exit_codes.STORAGE_UNAVAILABLE
     line = capsys.readouterr().err
     assert line.splitlines()[-1].startswith(f"data: {bucket}/pictures/img9.png: the storage failed")
-    assert gcs.listing(f"{bucket}/set") == {}
+    assert gcs.list_files(f"{bucket}/set") == {}
     assert main(arguments) == 0
     assert Shards(f"{bucket}/set").manifest.records == 39
 
@@ -366,11 +366,11 @@ def test_killed_while_it_sends_it_goes_on_with_the_same_bytes(source, whole, buc
     with running.arm("slow", "stall", share=0.7, only="/upload/", stall=0.5):
         child = subprocess.Popen([sys.executable, "-m", "glip_jax", "data", *arguments], cwd=ROOT)
         until = time.monotonic() + 60
-        while len(gcs.listing(f"{bucket}/set")) < 2 and time.monotonic() < until:
+        while len(gcs.list_files(f"{bucket}/set")) < 2 and time.monotonic() < until:
             time.sleep(0.02)
         child.kill()
         child.wait()
-    there = gcs.listing(f"{bucket}/set")
+    there = gcs.list_files(f"{bucket}/set")
     assert 2 <= len(there) and "manifest.json" not in there
     with pytest.raises(ShardError, match="no manifest.json"):
         Shards(f"{bucket}/set")
@@ -391,12 +391,12 @@ def test_killed_while_it_sends_it_goes_on_with_the_same_bytes(source, whole, buc
 def test_files_of_another_build_are_not_mixed_in(source, bucket, capsys, tmp_path):  # noqa: F811
     (tmp_path / "x").write_text("x")
     name = "records-00000-of-00009.array_record"
-    gcs.upload({name: tmp_path / "x"}, f"{bucket}/set", name)
+    gcs.upload_files({name: tmp_path / "x"}, f"{bucket}/set", name)
     arguments = [a.replace("--out=OUT", f"--out={bucket}/set") for a in command(source, Path("OUT"))]
     assert run_job("data", arguments) == 2
     line = capsys.readouterr().err
     assert f"{bucket}/set holds 1 files of another build ({name})" in line
-    assert set(gcs.listing(f"{bucket}/set")) == {name}
+    assert set(gcs.list_files(f"{bucket}/set")) == {name}
 
 
 def test_a_thousand_shards_open_quickly(bucket, tmp_path, running):
@@ -416,7 +416,7 @@ def test_a_thousand_shards_open_quickly(bucket, tmp_path, running):
     manifest.write_text(json.dumps(fields))
     files = {entry["file"]: tiny for entry in fields["shards"]}
     files |= {half["file"]: tmp_path / "s" / half["file"], "columns.npz": side, "manifest.json": manifest}
-    gcs.upload(files, f"{bucket}/s", "manifest.json")
+    gcs.upload_files(files, f"{bucket}/s", "manifest.json")
     before, began = running.requests.total(), time.monotonic()
     opened = Shards(f"{bucket}/s")
     seconds, asked = time.monotonic() - began, running.requests.total() - before

@@ -202,7 +202,7 @@ def test_two_processes_write_into_a_bucket_what_they_write_into_a_folder(
     assert set(injected) == {"503", "reset"}
     prints = [re.findall("fingerprint: (.*)", text) for text in (said[0], straight[1][0])]
     assert prints[0] == prints[1] != []
-    assert complete_steps(place) == [4, 6] and checksums.fault(f"{place}/checkpoints/6") == ""
+    assert complete_steps(place) == [4, 6] and checksums.mismatch(f"{place}/checkpoints/6") == ""
     assert [line["step"] for line in metrics.read(place) if "loss" in line] == [1, 2, 3, 4, 5, 6]
     _same_parameters(straight[0], place)
 

@@ -178,7 +178,7 @@ def test_an_opened_checkpoint_stays_itself_while_training_saves(tmp_path):
 
 
 def test_a_checkpoint_that_is_removed_while_it_is_looked_for_gives_way_to_the_next(workdir, tmp_path, monkeypatch):
-    choose = checkpoint_reader.newest_sound
+    choose = checkpoint_reader.newest_intact
 
     def removed_at_once(*arguments):
         step = choose(*arguments)
@@ -186,7 +186,7 @@ def test_a_checkpoint_that_is_removed_while_it_is_looked_for_gives_way_to_the_ne
             shutil.rmtree(tmp_path / "checkpoints" / "3")
         return step
 
-    monkeypatch.setattr(checkpoint_reader, "newest_sound", removed_at_once)
+    monkeypatch.setattr(checkpoint_reader, "newest_intact", removed_at_once)
     assert open_checkpoint(workdir).step == 2
 
 
@@ -234,10 +234,10 @@ def test_parameters_that_are_not_finite_are_refused(tmp_path):
 def test_a_part_that_was_not_written_makes_no_complete_one(tmp_path):
     (tmp_path / "params").mkdir()
     (tmp_path / "params" / "_METADATA").write_text("{}")
-    checksums.seal(tmp_path, wanted=["params/_METADATA"])
-    assert checksums.fault(tmp_path) == ""
+    checksums.write(tmp_path, wanted=["params/_METADATA"])
+    assert checksums.mismatch(tmp_path) == ""
     with pytest.raises(OSError, match="run/metadata was not written"):
-        checksums.seal(tmp_path, wanted=["params/_METADATA", "run/metadata"])
+        checksums.write(tmp_path, wanted=["params/_METADATA", "run/metadata"])
 
 
 def test_if_all_are_damaged_they_are_named_and_left(three, tmp_path):

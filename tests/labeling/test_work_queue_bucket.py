@@ -33,7 +33,7 @@ def _result(queue, name, words):
 
 
 def _work(out):
-    return set(gcs.listing(f"{out}/.partial"))
+    return set(gcs.list_files(f"{out}/.partial"))
 
 
 def _together(count, what):
@@ -59,7 +59,7 @@ def test_the_emulator_honours_the_condition_of_an_upload(out, running):
         (winner,) = [own for own, stamp in enumerate(taken) if stamp]
         assert gcs.read(f"{out}/{number}") == bytes([winner])
         after = taken[winner]
-        assert after and gcs.stamp(f"{out}/{number}") == after and after.updated > before.updated
+        assert after and gcs.stat(f"{out}/{number}") == after and after.updated > before.updated
 
 
 @pytest.mark.parametrize("fault", ["lost", "late", "truncate"])
@@ -86,7 +86,7 @@ def test_tasks_are_done_one_after_the_other(out, tmp_path):
     assert [gcs.read(f"{out}/{name}") for name in NAMES] == [b"A", b"B", b"C"]
     assert not queue.finished and queue.finish("{}") and queue.finished and not queue.finish("{}")
     queue.clear()
-    assert set(gcs.listing(out)) == {*NAMES, "manifest.json"} and not _work(out)
+    assert set(gcs.list_files(out)) == {*NAMES, "manifest.json"} and not _work(out)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] and list(queue.claim_tasks()) == []
 
 
@@ -159,7 +159,7 @@ def test_three_processes_do_each_task_once_despite_storage_faults(out, running, 
     assert all(gcs.read(f"{out}/{n}") == f"{k}".encode() for k, own in enumerate(won) for n in own)
     assert sums.count(True) == 1
     sweep(out)
-    assert not _work(out) and set(gcs.listing(out)) == {*names, "manifest.json"}
+    assert not _work(out) and set(gcs.list_files(out)) == {*names, "manifest.json"}
 
 
 def test_a_process_suspended_until_the_end_cannot_publish_again(out):
@@ -180,7 +180,7 @@ def test_a_process_suspended_until_the_end_cannot_publish_again(out):
     came = WorkQueue(out, ["a"], {})
     assert not late.publish("a", {"words": "late"}) and list(came.claim_tasks()) == []
     came.clear()
-    assert not _work(out) and set(gcs.listing(out)) == {"a", "manifest.json"}
+    assert not _work(out) and set(gcs.list_files(out)) == {"a", "manifest.json"}
     # Nor after the job was abandoned and another process has started it again.
     where = f"{out}/again"
     late, first = (WorkQueue(where, ["a"], {}) for _ in range(2))
@@ -200,7 +200,7 @@ def test_other_settings_and_other_folders_are_refused(out, tmp_path):
         WorkQueue(f"{out}/else", NAMES, {})
     with pytest.raises(TaskError, match="is a file"):
         WorkQueue(f"{out}/else/mine.txt", NAMES, {})
-    assert set(gcs.listing(f"{out}/else")) == {"mine.txt"}
+    assert set(gcs.list_files(f"{out}/else")) == {"mine.txt"}
 
 
 def test_a_failure_leaves_no_claim_and_a_dead_process_no_scratch_folder(out, tmp_path):

@@ -79,10 +79,10 @@ def test_faults_of_the_storage_change_nothing_in_the_run(config, place, running,
     assert f"resuming at step 4 from {place}" in capsys.readouterr().out
     assert _losses(place) == _losses(str(tmp_path / "straight")) and [*_losses(place)] == [2, 4, 6]
     assert complete_steps(place) == [4, 6] and unfinished(place) == []
-    assert checksums.fault(f"{place}/checkpoints/6") == ""
+    assert checksums.mismatch(f"{place}/checkpoints/6") == ""
     assert gcs.read(f"{place}/first_batch.png") == b"picture"
-    assert {"config.json", "parameters.txt", "metrics.jsonl"} <= set(gcs.listing(place))
-    events = gcs.listing(f"{place}/tensorboard")
+    assert {"config.json", "parameters.txt", "metrics.jsonl"} <= set(gcs.list_files(place))
+    events = gcs.list_files(f"{place}/tensorboard")
     assert len(events) == 2 and all(each.bytes > 100 for each in events.values())
 
 
@@ -140,7 +140,7 @@ def test_half_written_and_damaged_ones_in_a_bucket(place, capsys):
     assert unfinished(place) == [f"{place}/checkpoints/3"] and complete_steps(place) == [1, 2]
     assert _equal(restore_parameters(place, "raw"), _saved(2).params)
     # As a kill in the middle of a write leaves it; then bytes of the checkpoint before change.
-    file = next(name for name in gcs.everything(f"{place}/checkpoints/2") if name.startswith("params/d/"))
+    file = next(name for name in gcs.list_recursive(f"{place}/checkpoints/2") if name.startswith("params/d/"))
     old = gcs.read(f"{place}/checkpoints/2/{file}")
     gcs.put(f"{place}/checkpoints/2/{file}", old[:-1] + bytes([old[-1] ^ 1]))
     assert latest_step(place) == 1
@@ -151,8 +151,8 @@ def test_half_written_and_damaged_ones_in_a_bucket(place, capsys):
     captured = capsys.readouterr().out
     assert f"{place}/checkpoints/3 was left half-written" in captured
     assert f"set aside as {place}/checkpoints/2.damaged, step 1 is used" in captured
-    assert f"{file}" in gcs.everything(f"{place}/checkpoints/2.damaged")
-    assert not gcs.everything(f"{place}/checkpoints/3")
+    assert f"{file}" in gcs.list_recursive(f"{place}/checkpoints/2.damaged")
+    assert not gcs.list_recursive(f"{place}/checkpoints/3")
     assert np.array_equal(restore_parameters(place, "raw")["text"]["embeddings"]["type"], np.ones((2, 8)))
     assert _equal(restore_parameters(place, "raw"), _saved(5).params)
 
@@ -197,7 +197,7 @@ def test_paths_in_a_bucket_are_files_and_folders(place, running):
         (folder / "a/b").rename(folder / "a/c")
         (folder / "a/one.txt").copy(folder / "a/c/one.txt")
         (folder / "a/one.txt").replace(folder / "a/uno.txt")
-        assert {*gcs.everything(place)} == {"a/c/two.txt", "a/c/three.txt", "a/c/one.txt", "a/uno.txt"}
+        assert {*gcs.list_recursive(place)} == {"a/c/two.txt", "a/c/three.txt", "a/c/one.txt", "a/uno.txt"}
         (folder / "a/c").rmtree()
         (folder / "a/uno.txt").unlink()
         assert not folder.exists()

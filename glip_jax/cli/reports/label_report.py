@@ -14,7 +14,7 @@ from glip_jax.cli.reports.run_template import STYLE
 from glip_jax.data.manifest import read_file
 from glip_jax.data.shards import Shards
 from glip_jax.io import gcs
-from glip_jax.io.workdir import write_whole
+from glip_jax.io.workdir import write_atomic
 
 __all__ = ["render", "write_page"]
 
@@ -57,7 +57,7 @@ def write_page(out: str, samples: int = 24) -> str:
     if gcs.is_remote(page):
         gcs.put(page, text.encode())
     else:
-        write_whole(epath.Path(page), text)
+        write_atomic(epath.Path(page), text)
     return page
 
 

@@ -149,7 +149,7 @@ def _hashes_in(path: str) -> set[int]:
         folder = path.removesuffix("/manifest.json")
         if folder != path or gcs.kind(path) == "folder":
             return set(shards.Shards(folder).hash.tolist())
-        data = gcs.opened(path).read()
+        data = gcs.open_file(path).read()
         if path.endswith(".npz"):
             with np.load(io.BytesIO(data)) as columns:
                 return set(columns["hash"].tolist())
@@ -266,7 +266,7 @@ def _digest(path: epath.Path) -> dict[str, Any]:
         named = "".join(f"{file.name} {part['sha256']}\n" for file, part in zip(files, parts))
         size = sum(part["bytes"] for part in parts)
         return {"file": str(path), "bytes": size, "sha256": hashlib.sha256(named.encode()).hexdigest()}
-    with gcs.opened(path) as file:
+    with gcs.open_file(path) as file:
         digest, size = hashlib.sha256(), 0
         while block := file.read(1 << 20):
             digest.update(block)

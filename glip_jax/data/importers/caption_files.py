@@ -233,7 +233,7 @@ class _Sample(NamedTuple):
 def _samples(path: epath.Path, report: Report) -> Iterator[_Sample]:
     """Samples of a tar in order; what makes it unreadable is counted once, and ends it."""
     try:
-        with gcs.opened(path) as file:
+        with gcs.open_file(path) as file:
             size = file.seek(0, 2)
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as tar:

@@ -338,7 +338,7 @@ def rename_map(path: epath.Path | None) -> dict[str, str] | None:
     if path is None:
         return None
     try:
-        names = json.loads(gcs.opened(path).read())
+        names = json.loads(gcs.open_file(path).read())
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"--names {path} cannot be read as JSON ({error})") from None
     if not isinstance(names, dict) or not all(isinstance(value, str) for value in names.values()):

@@ -174,7 +174,7 @@ class Folder:
             path = self.path / image
             return gcs.read(path) if gcs.is_remote(path) else path.read_bytes()
         begin, length = int(part[2]), int(part[3])
-        with gcs.opened(self.path / part[1], max(1, length)) as file:
+        with gcs.open_file(self.path / part[1], max(1, length)) as file:
             if begin + length > file.seek(0, 2):
                 raise OSError(f"{part[1]} ends within the picture")
             file.seek(begin)

@@ -124,7 +124,7 @@ def _lines(path: epath.Path) -> Iterator[tuple[int, list[str]]]:
     """Lines of a CSV with their number from 1."""
     number = 0
     try:
-        with gcs.opened(path) as raw:
+        with gcs.open_file(path) as raw:
             text = io.TextIOWrapper(cast(Any, raw), encoding="utf-8-sig", newline="")
             for number, row in enumerate(csv.reader(text), 1):
                 if row:

@@ -44,7 +44,7 @@ class JsonFile:
         self._python_numbers = False
         tail = b""
         try:
-            with gcs.opened(self.path) as file:
+            with gcs.open_file(self.path) as file:
                 while block := file.read(_BLOCK):
                     seen = tail + block
                     self._python_numbers |= b"NaN" in seen or b"Infinity" in seen
@@ -70,7 +70,7 @@ class JsonFile:
     def values(self, start: str) -> Iterator[Any]:
         """Values at a place, as ijson names it, whatever they are; SourceError if the file is not JSON."""
         try:
-            with gcs.opened(self.path) as raw:
+            with gcs.open_file(self.path) as raw:
                 size = raw.seek(0, io.SEEK_END)
                 raw.seek(0)
                 title = f"{self.path.name}: {start.removesuffix('.item')}"
@@ -90,7 +90,7 @@ class JsonFile:
     def _check_list(self, key: str, required: bool) -> None:
         """SourceError unless there is a list, empty, where objects were looked for."""
         found = "nothing"
-        with gcs.opened(self.path) as file:
+        with gcs.open_file(self.path) as file:
             plain = _WithoutPythonNumbers(file) if self._python_numbers else file
             for place, event, _ in ijson.parse(plain, use_float=True):
                 kind = {"start_map": "dict", "start_array": "list"}.get(event, event)
@@ -273,7 +273,7 @@ def numbered(path: epath.PathLike) -> Iterator[tuple[int, bytes]]:
     file, number = epath.Path(path), 0
     try:
         with contextlib.ExitStack() as stack:
-            lines = stack.enter_context(gcs.opened(file))
+            lines = stack.enter_context(gcs.open_file(file))
             if file.suffix == ".gz":
                 lines = stack.enter_context(gzip.open(lines))
             for number, line in enumerate(lines, 1):

@@ -81,7 +81,7 @@ class Rows:
 
     def __init__(self, path: epath.Path) -> None:
         self.path = path
-        self._file = gcs.opened(path)
+        self._file = gcs.open_file(path)
         self._size = self._file.seek(0, 2)
         index = path.with_suffix(".lineidx")
         with tempfile.TemporaryFile() as offsets:
@@ -156,7 +156,7 @@ class Rows:
             yield last
 
     def _found(self) -> Iterator[int]:
-        with gcs.opened(self.path) as file:
+        with gcs.open_file(self.path) as file:
             offset = 0
             for line in file:
                 yield offset
@@ -376,7 +376,7 @@ class _RowOfId:
         self._rows = sqlite3.connect("")
         self._rows.execute("create table rows (id text primary key, row integer) without rowid")
         try:
-            with gcs.opened(path) as file:
+            with gcs.open_file(path) as file:
                 for identity, row in ijson.kvitems(file, "", use_float=True):
                     if type(row) is not int or not 0 <= row < 2**60:
                         raise SourceError(f"{path}: {identity!r:.60} is {row!r:.40}, expected the number of a row")

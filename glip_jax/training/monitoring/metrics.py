@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from glip_jax.config import current_names
-from glip_jax.io.workdir import opened
+from glip_jax.io.workdir import workdir_path
 
 __all__ = ["Progress", "Window", "cut_back", "read"]
 
@@ -74,7 +74,7 @@ class Window:
 
 def read(workdir: str) -> list[dict[str, Any]]:
     """The complete lines of a run's metrics.jsonl under today's names; a last line that a kill cut off is left out."""
-    path = opened(workdir) / "metrics.jsonl"
+    path = workdir_path(workdir) / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [current_names(json.loads(line)) for line in lines if line.endswith("\n")]
 
@@ -89,7 +89,7 @@ def cut_back(workdir: str, step: int, also: Sequence[str] = ()) -> list[str]:
     kept = sorted(
         (line for line in kept if json.loads(line)["step"] <= step), key=lambda line: json.loads(line)["step"]
     )
-    path = opened(workdir) / "metrics.jsonl"
+    path = workdir_path(workdir) / "metrics.jsonl"
     if path.exists() or kept:
         temporary = path if "://" in str(path) else path.parent / "metrics.jsonl.tmp"
         temporary.write_text("".join(kept))

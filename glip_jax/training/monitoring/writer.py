@@ -29,7 +29,7 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 
 from glip_jax.config import Config, ConfigError
 from glip_jax.io import gcs
-from glip_jax.io.workdir import opened, plain
+from glip_jax.io.workdir import flat_settings, workdir_path
 from glip_jax.training.monitoring.metrics import cut_back
 
 __all__ = ["Writer", "wandb_module", "wandb_run"]
@@ -62,7 +62,7 @@ class Writer:
         sink: Sink | None = None,
         log: Callable[[str], None] = logger.info,
     ) -> None:
-        self._folder = opened(workdir)
+        self._folder = workdir_path(workdir)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._remote, self._sink, self._log = gcs.is_remote(workdir), sink, log
         self._lines = cut_back(workdir, step, also)
@@ -214,7 +214,7 @@ class Writer:
                 gcs.put(f"{self._folder}/{name}", files[name])
                 del files[name]
             for path in self._local.iterdir():
-                gcs.send(path, f"{self._folder}/tensorboard/{path.name}")
+                gcs.upload_file(path, f"{self._folder}/tensorboard/{path.name}")
             if self._missing:
                 self._log(f"{self._folder}: all metrics are uploaded again")
             self._missing = ""
@@ -262,7 +262,7 @@ def wandb_run(wandb: Any, workdir: str, config: Config) -> Iterator[Sink | None]
     identity = hashlib.sha256(gcs.address(workdir).encode()).hexdigest()[:16]
     try:
         run = wandb.init(
-            project=config.train.wandb, name=config.name, id=identity, resume="allow", config=plain(config)
+            project=config.train.wandb, name=config.name, id=identity, resume="allow", config=flat_settings(config)
         )
     except getattr(wandb, "Error", Exception) as error:
         raise ConfigError(
