@@ -1,7 +1,11 @@
-"""From predictions to detections, and the Detector that evaluation, labelling and prediction share.
+"""The Detector: images and prompts in, boxes out. Evaluation, labelling and prediction use it.
 
-A score never depends on the company an image keeps: every image runs at its own extent, whatever canvas and batch it
-is put into, so images may be grouped freely to save compilations.
+    detector = Detector(config, params)                          # or glip_jax.load_detector(WORKDIR or EXPORT)
+    (found,) = detector(["shelf.jpg"], ["green book", "snail"])
+    found.boxes, found.scores, found.names                       # xyxy in pixels, descending scores, one name per box
+
+Results are batch invariant: each image is processed at its own extent, so its detections do not depend on the canvas or on the
+other images of the batch. The Detector therefore groups images to save compilations.
 """
 
 import os
@@ -27,69 +31,76 @@ from glip_jax.structures.canvas import canvas_size, pad_to_canvas, resize, targe
 __all__ = ["Detector", "ImageDetections", "bucket", "category_prompts"]
 
 _PHRASE_SLOTS = 8
-"""Least number of phrases that a program is compiled for; it doubles when a prompt has more."""
-_TEXTS_KEPT = 256
-"""Captions whose states a Detector remembers: 200 MB at 256 tokens of width 768."""
+"""Initial number of phrase slots of the compiled program; it doubles when a prompt has more phrases."""
+_CACHED_TEXTS = 256
+"""Captions whose encoded states a Detector caches: 200 MB at 256 tokens of width 768."""
 
 
 def category_prompts(
     names: Sequence[str], tokenizer: prompts.Tokenizer, config: Config
 ) -> list[tuple[Prompt, tuple[int, ...]]]:
-    """The prompts that ask for `names`, each with the indices in `names` of its phrases.
+    """Prompts for `names`: each with the indices in `names` of its phrases.
 
-    As many consecutive names a prompt as `config.evaluation.chunk` and the token budget admit. Raises PromptError for
-    a name that cleaning empties, or that alone exceeds the budget, and if there are no names.
+    A prompt holds as many consecutive names as `config.evaluation.chunk` and the token budget allow. Raises PromptError for a
+    name that is empty after cleaning or exceeds the budget alone, and for an empty list.
     """
     if not names:
-        raise prompts.PromptError("there are no names to ask for: expected at least one")
+        raise prompts.PromptError("there are no names to detect: expected at least one")
     separator, budget = config.data.captions.separator, config.model.text.max_tokens
     chunks = prompts.chunk(names, tokenizer, budget, separator, config.evaluation.chunk)
     return [(prompts.prompt_from_categories([names[i] for i in chunk], separator), tuple(chunk)) for chunk in chunks]
 
 
 class ImageDetections(NamedTuple):
-    """What a Detector found in one image, best first."""
+    """Detections of one image in order of descending score, as a call of the Detector returns them."""
 
     boxes: Float32[np.ndarray, "N 4"]
-    """x1, y1, x2, y2 in pixels of the image, which is upright."""
+    """xyxy, pixels of the image after EXIF rotation."""
     scores: Float32[np.ndarray, "N"]
-    """sqrt(alignment x centerness), between 0 and 1."""
+    """sqrt(alignment * centerness), in [0, 1]."""
     names: list[str]
-    """The name, or the phrase of the caption, that each box was found for."""
+    """Per box the name, or the phrase of the caption, that it was detected for."""
 
 
-class _Begun(NamedTuple):
-    """What a device was asked for."""
+class _PendingBatch(NamedTuple):
+    """A batch that was dispatched to the device."""
 
-    found: Detections
-    """Of a batch, on the device, perhaps not there yet."""
-    asked: list[tuple[int, Any, Float32[np.ndarray, "4"]]]
-    """Per row that holds an answer: whose image it is, the numbers of its prompt's phrases, and by how much boxes grow."""
+    detections: Detections
+    """Device arrays, possibly not computed yet."""
+    rows: list[tuple[int, Any, Float32[np.ndarray, "4"]]]
+    """Per row in use: index of the image, indices of the phrases of its prompt, scale from resized to image pixels."""
 
 
 class Detector:
-    """Finds what prompts name, with one set of parameters.
+    """Detects the phrases of prompts in images, with one set of parameters.
 
-    Image features are computed once for all chunks of a prompt, text states once per caption (the latest are kept).
-    Every step has `batch_size` images, so each canvas is compiled once: for the image side, and for the text beside it.
+    Images are RGB arrays UInt8[H W 3] of any size, without regard to EXIF orientation. Boxes are xyxy in pixels of the given
+    image, scores are in [0, 1] and descending; detections below `config.detection.threshold` are left out.
+
+    Features of an image are computed once for all its prompts, states of a caption once (the latest are cached). Every batch
+    has `batch_size` images, so each canvas is compiled once: for the image encoder, and for the head with the text.
     """
 
     def __init__(
         self, config: Config, params: Any, batch_size: int | None = None, texts_of: "Detector | None" = None
     ) -> None:  # fmt: skip
-        """`params` as in `GLIP`; `batch_size` images share one step (default: config.evaluation.batch_size).
+        """Moves `params` (parameters of `GLIP`, nested dict) to the device; nothing is compiled yet.
 
-        Fewer images than that cost as much as all of them: give 1 to look at single images. `texts_of`: another
-        detector with the same parameters and text encoder, whose texts need not be encoded again.
+        Args:
+            config: settings of the network, of post-processing and of evaluation (sizes, names per prompt).
+            params: host or device arrays.
+            batch_size: images per batch; default: config.evaluation.batch_size. Fewer images cost as much as a full batch,
+                so use 1 to process single images.
+            texts_of: another detector with the same parameters, whose cache of encoded captions is shared.
         """
         self.config, self.batch_size = config, batch_size or config.evaluation.batch_size
-        # Arrays of the host would travel to the device again with every step.
+        # Host arrays would be copied to the device in every call.
         self.params = jax.tree.map(jnp.asarray, params)
         self.tokenizer = prompts.load_tokenizer(assets.resolve(config.model.text.vocabulary))
         self.compiled: Counter[str] = Counter()
-        """Programs traced, and so compiled or read from the cache, by part: image, text, ground."""
+        """Number of programs that were traced, and compiled or read from the compilation cache, by part: image, text, ground."""
         self.read_caption: Callable[[str], Prompt] = _phrases
-        """Makes the prompt of a caption that the detector is called with."""
+        """Converts a caption that the detector is called with to a prompt."""
         self._texts: OrderedDict[str, Array] = OrderedDict() if texts_of is None else texts_of._texts
         self._tokenized: OrderedDict[str, TokenizedPrompt] = OrderedDict()
         self._chunks: tuple[tuple[str, ...], list[tuple[Prompt, tuple[int, ...]]]] = ((), [])
@@ -99,7 +110,7 @@ class Detector:
         self._encode_text = jax.jit(self._run_text)
         self._ground = jax.jit(self._run_ground, static_argnames="canvas")
 
-    # The bodies below run when jax traces them: once per shape, which is what `compiled` counts.
+    # The next three methods run when jax traces them: once per shape. So `compiled` counts programs.
 
     def _run_image(self, params: Any, image: Array, size: Array, extent: Array) -> Any:
         self.compiled["image"] += 1
@@ -115,11 +126,11 @@ class Detector:
         canvas: tuple[int, int],
     ) -> Detections:  # fmt: skip
         self.compiled["ground"] += 1
-        found = self._model.apply({"params": params}, levels, extent, text, mask, method="ground")
-        return detect(found, phrase_map, size, extent, canvas, self.config.model, self.config.detection)  # type: ignore[arg-type]
+        predictions = self._model.apply({"params": params}, levels, extent, text, mask, method="ground")
+        return detect(predictions, phrase_map, size, extent, canvas, self.config.model, self.config.detection)  # type: ignore[arg-type]
 
     def canvas(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Size after resizing, and the canvas an image of that size runs on: see `bucket`."""
+        """Resized size and canvas of an image, (height, width) in pixels; see `bucket`."""
         return bucket(height, width, self.config)
 
     def __call__(
@@ -128,14 +139,14 @@ class Detector:
         """Detects in every image what `query` names.
 
         Args:
-            images: paths (local or gs://), PIL images, or RGB arrays uint8[H W 3]. Files and PIL images are turned upright
-                by their EXIF orientation; boxes are in the pixels of the upright image.
-            query: a list of names of any length; or a caption: phrases with " . " between them, or (of a detector of
-                `glip_jax.load_detector`) a sentence, whose noun phrases are asked for; or a Prompt.
-            threshold: lowest score that is returned.
+            images: paths (local or gs://), PIL images, or RGB arrays UInt8[H W 3]. Files and PIL images are rotated by their EXIF
+                orientation; boxes are in pixels of the rotated image.
+            query: a list of names of any length; or a caption: phrases separated by " . ", or, for a detector from
+                `glip_jax.load_detector`, a sentence, whose noun phrases are detected; or a Prompt.
+            threshold: minimum score of returned detections.
 
         Returns:
-            For each image its detections, best first.
+            One ImageDetections per image.
         """
         if isinstance(query, str):
             query = self.read_caption(query)
@@ -157,86 +168,93 @@ class Detector:
         return results
 
     def text(self, prompt: Prompt) -> tuple[TokenizedPrompt, Array]:
-        """Tokens and encoded states of a prompt. Raises PromptError if it exceeds the token budget."""
+        """Tokens of a prompt and the encoded states of its caption, Float[T D]. Raises PromptError if it exceeds the token budget."""
 
         def encode() -> Array:
             return self._encode_text(self.params, tokenized.tokens, tokenized.mask)
 
         budget = self.config.model.text.max_tokens
-        key = repr(tuple(prompt))  # spans that came from JSON are lists
-        tokenized = _kept(self._tokenized, key, lambda: prompts.tokenize(prompt, self.tokenizer, budget))
-        return tokenized, _kept(self._texts, prompt.caption, encode)
+        key = repr(tuple(prompt))  # spans read from JSON are lists, which are not hashable
+        tokenized = _cached(self._tokenized, key, lambda: prompts.tokenize(prompt, self.tokenizer, budget))
+        return tokenized, _cached(self._texts, prompt.caption, encode)
 
     def categories(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], names: Sequence[str]) -> list[Detections]:
-        """Detections of category names in RGB images: boxes in their own pixels, phrases index `names`, best first.
+        """Detections of category names, one entry per image; `phrases` are indices into `names`.
 
-        Names that do not fit into one prompt run in chunks; each chunk may contribute `max_detections`.
+        Names that exceed the token budget of one prompt are split into several; each of these adds at most
+        `config.detection.max_detections` detections. Raises PromptError as `category_prompts`.
         """
         if self._chunks[0] != tuple(names):
             self._chunks = tuple(names), category_prompts(names, self.tokenizer, self.config)
-        chunks = [(prompt, np.asarray(own)) for prompt, own in self._chunks[1]]
-        return [_merge(parts) for parts in self._begin(images, [chunks] * len(images))()]
+        chunks = [(prompt, np.asarray(indices)) for prompt, indices in self._chunks[1]]
+        return [_merge(parts) for parts in self._dispatch(images, [chunks] * len(images))()]
 
     def caption(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], prompts_: Sequence[Prompt]) -> list[Detections]:
-        """Detections of each image's own prompt; phrases index the prompt's."""
+        """Detections of one prompt per image; `phrases` are indices into the phrases of that prompt.
+
+        Raises ValueError if the numbers of images and prompts differ, PromptError if a prompt exceeds the token budget.
+        """
         if len(images) != len(prompts_):
             raise ValueError(f"{len(images)} images and {len(prompts_)} prompts: give one prompt per image")
-        return [found for (found,) in self.captions(images, [[prompt] for prompt in prompts_])]
+        return [detections for (detections,) in self.captions(images, [[prompt] for prompt in prompts_])]
 
     def captions(
         self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], prompts_: Sequence[Sequence[Prompt]]
     ) -> list[list[Detections]]:
-        """Detections of each image's own prompts, any number of them; phrases index the prompt's.
+        """Detections of any number of prompts per image: per image one entry per prompt.
 
-        The features of an image are computed once for all its prompts, however many the other images have.
+        `phrases` are indices into the phrases of the prompt. Features of an image are computed once for all its prompts.
+        Raises as `caption`.
         """
         return self.detect_async(images, prompts_)()
 
     def detect_async(
         self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], prompts_: Sequence[Sequence[Prompt]]
     ) -> Callable[[], list[list[Detections]]]:
-        """Like `captions`, without waiting: the device works on while the caller prepares the next images.
+        """Starts `captions` on the device and returns a function that waits for the result and returns it.
 
-        What comes back waits for the detections and returns them; until then their images' features may lie on the
-        device, so hold one or two of them, not all of a folder's.
+        The caller can prepare the next images meanwhile. Features of the images stay in device memory until the function
+        has returned, so keep one or two calls pending, not a whole folder.
         """
         if len(images) != len(prompts_):
             raise ValueError(f"{len(images)} images and prompts of {len(prompts_)}: give a list of prompts per image")
-        return self._begin(images, [[(p, np.arange(len(p.spans))) for p in own] for own in prompts_])
+        return self._dispatch(images, [[(p, np.arange(len(p.spans))) for p in given] for given in prompts_])
 
-    def _begin(
+    def _dispatch(
         self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], queries: Sequence[Sequence[tuple[Prompt, Any]]]
     ) -> Callable[[], list[list[Detections]]]:
-        """Runs images of one canvas together; `queries` holds each image's prompts, with the numbers of their phrases."""
+        """Runs the images canvas by canvas; `queries`: per image its prompts, each with the indices that its phrases get."""
         plans = [self.canvas(*image.shape[:2]) for image in images]
-        begun: list[_Begun] = []
-        # Empty slots are never found; their number only grows, so that few programs are compiled.
-        most = max((len(prompt.spans) for query in queries for prompt, _ in query), default=1)
-        while self._slots < most:
+        pending: list[_PendingBatch] = []
+        # Empty phrase slots are never detected; their number only grows, so that few programs are compiled.
+        needed = max((len(prompt.spans) for query in queries for prompt, _ in query), default=1)
+        while self._slots < needed:
             self._slots *= 2
         for canvas in sorted({canvas for _, canvas in plans}):
-            members = [i for i, (_, own) in enumerate(plans) if own == canvas and queries[i]]
+            members = [i for i, (_, planned) in enumerate(plans) if planned == canvas and queries[i]]
             for begin in range(0, len(members), self.batch_size):
                 group = members[begin : begin + self.batch_size]
-                begun += self._begin_group(group, [images[i] for i in group], [plans[i][0] for i in group], canvas,
-                                           [queries[i] for i in group])  # fmt: skip
+                pending += self._dispatch_group(group, [images[i] for i in group], [plans[i][0] for i in group], canvas,
+                                                [queries[i] for i in group])  # fmt: skip
 
         def finish() -> list[list[Detections]]:
             results: list[list[Detections]] = [[] for _ in images]
-            for part in begun:
-                found = jax.tree.map(np.asarray, part.found)
-                for slot, (image, numbers, ratio) in enumerate(part.asked):
-                    kept = jax.tree.map(lambda field, own=found.phrases[slot] >= 0, slot=slot: field[slot][own], found)
-                    phrases = numbers[kept.phrases].astype(np.int32)
+            for batch in pending:
+                detections = jax.tree.map(np.asarray, batch.detections)
+                for row, (image, indices, ratio) in enumerate(batch.rows):
+                    used = detections.phrases[row] >= 0
+                    kept = jax.tree.map(lambda field, row=row, used=used: field[row][used], detections)
+                    phrases = indices[kept.phrases].astype(np.int32)
                     results[image].append(kept._replace(boxes=kept.boxes * ratio, phrases=phrases))
             return results
 
         return finish
 
-    def _begin_group(
-        self, places: list[int], images: list[Any], sizes: list[tuple[int, int]], canvas: tuple[int, int],
+    def _dispatch_group(
+        self, indices: list[int], images: list[Any], sizes: list[tuple[int, int]], canvas: tuple[int, int],
         queries: list[Sequence[tuple[Prompt, Any]]],
-    ) -> Iterator[_Begun]:  # fmt: skip
+    ) -> Iterator[_PendingBatch]:  # fmt: skip
+        """At most `batch_size` images of one canvas: encodes them once, then runs all their prompts."""
         multiple = self.config.model.input.extent_multiple
         spare = self.batch_size - len(images)
         pixels = [pad_to_canvas(resize(image, size), canvas) for image, size in zip(images, sizes)]
@@ -248,9 +266,9 @@ class Detector:
             case "batch":
                 extent = np.tile(np.asarray(canvas, np.int32), (len(size), 1))
         levels = self._encode_image(self.params, np.stack(pixels), size, extent)
-        # First prompts first: where each image has as many, no features need to be moved.
-        asked = [(row, *own[turn]) for turn in range(max(map(len, queries))) for row, own in enumerate(queries)
-                 if turn < len(own)]  # fmt: skip
+        # The first prompts of all images, then the second: if all have equally many, no features are gathered.
+        asked = [(row, *given[turn]) for turn in range(max(map(len, queries))) for row, given in enumerate(queries)
+                 if turn < len(given)]  # fmt: skip
         for begin in range(0, len(asked), self.batch_size):
             part = asked[begin : begin + self.batch_size]
             rows = np.asarray([row for row, _, _ in part])
@@ -260,24 +278,24 @@ class Detector:
             texts += texts[-1:] * (self.batch_size - len(part))
             maps = np.stack([np.pad(t.phrase_map, ((0, self._slots - len(t.phrase_map)), (0, 0))) for t, _ in texts])
             states, mask = jnp.stack([s for _, s in texts]), np.stack([t.mask for t, _ in texts])
-            moved = not np.array_equal(rows, np.arange(self.batch_size))
-            own = _rows(levels, rows) if moved else levels
-            found = self._ground(self.params, own, size[rows], extent[rows], states, mask, maps, canvas=canvas)
+            in_order = np.array_equal(rows, np.arange(self.batch_size))
+            features = levels if in_order else _gathered(levels, rows)
+            found = self._ground(self.params, features, size[rows], extent[rows], states, mask, maps, canvas=canvas)
             ratios = [np.divide(images[row].shape[1::-1], size[row, ::-1]) for row, _, _ in part]
-            yield _Begun(found, [(places[row], numbers, np.tile(ratio, 2).astype(np.float32))
-                                 for (row, _, numbers), ratio in zip(part, ratios)])  # fmt: skip
+            yield _PendingBatch(found, [(indices[row], phrases, np.tile(ratio, 2).astype(np.float32))
+                                        for (row, _, phrases), ratio in zip(part, ratios)])  # fmt: skip
 
 
 @jax.jit
-def _rows(levels: Any, rows: Array) -> Any:
-    """The features of some images, also several times, as a batch."""
+def _gathered(levels: Any, rows: Array) -> Any:
+    """Features of the images `rows`, in this order; a row may repeat."""
     return jax.tree.map(lambda level: level[rows], levels)
 
 
 def bucket(height: int, width: int, config: Config) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Size (height, width) after resizing, and the canvas: the smallest of the config's buckets that the image fits.
+    """Resized size and canvas of an image, (height, width) in pixels: the smallest canvas of the config that the image fits.
 
-    An image that fits none gets a canvas of its own extent, and so a compiled program of its own.
+    An image that fits none gets a canvas of its own extent, and with it its own compiled program.
     """
     rule, multiple = config.evaluation, config.model.input.extent_multiple
     size = target_size(height, width, rule.short_side, rule.long_side)
@@ -305,18 +323,18 @@ def _rgb(image: Any) -> UInt8[np.ndarray, "H W 3"]:
     return array
 
 
-def _kept(memory: OrderedDict[str, Any], key: str, make: Callable[[], Any]) -> Any:
-    """The value of `key`, made where it is not among the latest that are kept."""
-    if key not in memory:
-        memory[key] = make()
-        if len(memory) > _TEXTS_KEPT:
-            memory.popitem(last=False)
-    memory.move_to_end(key)
-    return memory[key]
+def _cached(cache: OrderedDict[str, Any], key: str, make: Callable[[], Any]) -> Any:
+    """The value of `key` from an LRU cache of `_CACHED_TEXTS` entries."""
+    if key not in cache:
+        cache[key] = make()
+        if len(cache) > _CACHED_TEXTS:
+            cache.popitem(last=False)
+    cache.move_to_end(key)
+    return cache[key]
 
 
 def _merge(parts: list[Detections]) -> Detections:
-    """The detections of an image's chunks, best first."""
+    """Concatenated detections of several prompts, in order of descending score."""
     whole = Detections(*(np.concatenate(fields) for fields in zip(*parts)))
     order = np.argsort(-whole.scores, kind="stable")
     return Detections(*(field[order] for field in whole))

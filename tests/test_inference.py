@@ -1,4 +1,4 @@
-"""From predictions to detections: against a plain loop, and the Detector's bookkeeping."""
+"""Post-processing against a plain loop, and the Detector: chunks, compiled programs, caches, batch invariance."""
 
 from typing import Any
 
@@ -45,16 +45,16 @@ def _detect(
 def _by_loops(
     found: Predictions, phrase_map: np.ndarray, size: tuple[int, int], config: DetectionConfig
 ) -> list[tuple[float, int, np.ndarray]]:
-    """glip-reference 2.10, score by score; survivors of a full suppression, best first."""
+    """glip-reference 2.10, score by score: (score, phrase, box) after non-maximum suppression, descending."""
     candidates = []
     for begin, end in zip(ENDS, ENDS[1:]):
         level = []
-        for place, phrase in np.ndindex(end - begin, PHRASES):
-            place += begin
-            p = 1 / (1 + np.exp(-found.logits[0, place, phrase_map[phrase]].astype(np.float64)))
+        for anchor, phrase in np.ndindex(end - begin, PHRASES):
+            anchor += begin
+            p = 1 / (1 + np.exp(-found.logits[0, anchor, phrase_map[phrase]].astype(np.float64)))
             if p.mean() > config.threshold:
-                center = 1 / (1 + np.exp(-float(found.centerness[0, place])))
-                decoded = box.clip(box.decode(found.deltas[0, place], ANCHORS[place]), np.array(size, np.float32))
+                center = 1 / (1 + np.exp(-float(found.centerness[0, anchor])))
+                decoded = box.clip(box.decode(found.deltas[0, anchor], ANCHORS[anchor]), np.array(size, np.float32))
                 level.append((np.sqrt(p.mean() * center), phrase, decoded))
         level.sort(key=lambda item: -item[0])
         candidates += level[: config.candidates_per_level]
@@ -110,7 +110,7 @@ def test_equal_scores_go_to_the_lowest_index() -> None:
     np.testing.assert_allclose(detections.boxes[0], wanted, atol=1e-4)
 
 
-# The Detector on a network of a few thousand parameters.
+# The Detector with a network of a few thousand parameters.
 
 NAMES = ["cat", "dog", "person", "red car", "traffic light", "bottle", "cup", "tree", "potted plant", "chair"]
 
@@ -125,9 +125,9 @@ def _config(chunk: int = 0) -> Config:
 
 @pytest.fixture(scope="module")
 def params() -> Any:
-    """Random parameters without positions of words: the network then cares for names, not for their order."""
+    """Random parameters without position embeddings, so that results do not depend on the order of names."""
     params = fresh_parameters(_config(), make_mesh(MeshConfig(), jax.devices()[:1]))
-    # A fresh head answers nearly the same everywhere: spread it, so that results tell places and words apart.
+    # A fresh head has nearly equal outputs everywhere: noise makes them depend on location and text.
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: np.array(x + rng.normal(0, 0.2, x.shape) * (x.ndim > 1), np.float32), params)
     (table,) = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if "position" in str(path)]
@@ -147,20 +147,20 @@ def _by_phrase(found: Detections, numbers: Any) -> list[np.ndarray]:
 @pytest.mark.parametrize("chunk", [0, 1], ids=["as many as fit", "one by one"])
 def test_permuting_names_permutes_results(params: Any, chunk: int) -> None:
     detector, images = Detector(_config(chunk), params), _images((64, 64))
-    # Chunks are of consecutive names, so what shares a prompt must be permuted within it.
+    # Prompts hold consecutive names: only names of one prompt may be permuted.
     names = NAMES[:4] if chunk == 0 else NAMES
     (before,) = detector.categories(images, names)
     order = np.random.default_rng(2).permutation(len(names))
     (after,) = detector.categories(images, [names[i] for i in order])
-    ours, theirs = _by_phrase(before, order), _by_phrase(after, range(len(names)))
-    assert min(map(len, ours)) > 0
-    for one, other in zip(ours, theirs, strict=True):
+    expected, permuted = _by_phrase(before, order), _by_phrase(after, range(len(names)))
+    assert min(map(len, expected)) > 0
+    for one, other in zip(expected, permuted, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4)
     means = [scores[0] for scores in _by_phrase(before, range(len(names)))]
-    assert len(np.unique(np.round(means, 6))) == len(names), "names are told apart, so a mix-up would be seen"
+    assert len(np.unique(np.round(means, 6))) == len(names), "scores differ by name, so a permutation would be noticed"
 
 
-def test_a_name_keeps_its_number_however_names_are_chunked(params: Any) -> None:
+def test_indices_of_names_do_not_depend_on_chunks(params: Any) -> None:
     images = _images((64, 64))
     alone = {name: Detector(_config(1), params).categories(images, [name])[0] for name in NAMES[:4]}
     (chunked,) = Detector(_config(1), params).categories(images, NAMES[:4])
@@ -174,7 +174,7 @@ def test_a_name_keeps_its_number_however_names_are_chunked(params: Any) -> None:
     st.lists(st.sampled_from([*NAMES, "dogs", "zebra9", "Éclair", "bow_(x)", "🙂 cup"]), min_size=1, max_size=25),
     st.integers(0, 6),
 )
-def test_any_chunking_numbers_phrases_alike(names: list[str], chunk: int) -> None:
+def test_any_chunks_give_the_same_indices(names: list[str], chunk: int) -> None:
     config = _config(chunk)
     asked: dict[int, str] = {}
     for prompt, numbers in category_prompts(names, TOKENIZER, config):
@@ -192,53 +192,53 @@ def test_no_names_are_refused() -> None:
         category_prompts([], TOKENIZER, _config())
 
 
-def test_one_program_a_canvas_and_one_encoding_a_text(params: Any) -> None:
-    detector, encoded, looked = Detector(_config(3), params), [], []
+def test_one_program_per_canvas_and_one_encoding_per_text(params: Any) -> None:
+    detector, encoded_texts, encoded_images = Detector(_config(3), params), [], []
     encode_text, encode_image = detector._encode_text, detector._encode_image
-    detector._encode_text = lambda *a: (encoded.append(1), encode_text(*a))[1]  # type: ignore[assignment]
-    detector._encode_image = lambda *a: (looked.append(1), encode_image(*a))[1]  # type: ignore[assignment]
-    detector.categories(_images((64, 64)), NAMES[:1])
+    detector._encode_text = lambda *a: (encoded_texts.append(1), encode_text(*a))[1]  # type: ignore[assignment]
+    detector._encode_image = lambda *a: (encoded_images.append(1), encode_image(*a))[1]  # type: ignore[assignment]
+    detector(_images((64, 64)), NAMES[:1])
     assert detector.compiled == {"image": 1, "text": 1, "ground": 1}
     # Another size of the same bucket, other numbers of images or names, a caption: nothing is compiled again.
     detector.categories(_images((64, 64)), NAMES)
-    assert (len(looked), len(encoded)) == (2, 5), "image features once for all four chunks"
+    assert (len(encoded_images), len(encoded_texts)) == (2, 5), "image features once for all four chunks"
     detector.categories(_images((60, 60), (64, 64), (30, 30)), NAMES)
     detector.caption(_images((64, 64)), [Prompt("a cat and a dog", (((0, 5),), ((10, 15),)))])
     assert detector.compiled == {"image": 1, "text": 1, "ground": 1}
-    assert (len(looked), len(encoded)) == (5, 6)
+    assert (len(encoded_images), len(encoded_texts)) == (5, 6)
     detector.categories(_images((128, 64), (64, 64)), NAMES)
     assert detector.compiled == {"image": 2, "text": 1, "ground": 2}
-    assert len(encoded) == 6
+    assert len(encoded_texts) == 6
 
 
-def test_the_latest_texts_are_kept(params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "_TEXTS_KEPT", 2)
+def test_the_latest_texts_are_cached(params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "_CACHED_TEXTS", 2)
     detector = Detector(_config(1), params)
     for name in NAMES[:3]:
         detector.text(prompts.prompt_from_categories([name]))
     assert list(detector._texts) == NAMES[1:3]
 
 
-def test_scores_come_with_their_parts_in_the_images_own_pixels(params: Any) -> None:
+def test_detections_are_in_image_pixels_and_batch_invariant(params: Any) -> None:
     detector, images = Detector(_config(), params), _images((32, 32), (64, 64), (40, 64))
     results = detector.categories(images, NAMES)
     for image, found in zip(images, results, strict=True):
         np.testing.assert_allclose(found.scores, np.sqrt(found.alignment * found.centerness), rtol=1e-5)
         assert (np.diff(found.scores) <= 0).all() and set(found.phrases.tolist()) <= set(range(len(NAMES)))
         assert found.boxes[:, 2].max() <= image.shape[1] and found.boxes[:, 3].max() <= image.shape[0]
-    # Alone or in company, an image has the same detections.
+    # Batch invariance: the same detections for the image alone.
     (alone,) = detector.categories(images[:1], NAMES)
     np.testing.assert_allclose(alone.scores, results[0].scores, rtol=1e-4)
 
 
-def test_several_prompts_share_an_images_features(params: Any) -> None:
-    detector, images, looked = Detector(_config(), params), _images((64, 64), (40, 64), (32, 32)), []
+def test_several_prompts_share_the_features_of_an_image(params: Any) -> None:
+    detector, images, encoded_images = Detector(_config(), params), _images((64, 64), (40, 64), (32, 32)), []
     encode_image = detector._encode_image
-    detector._encode_image = lambda *a: (looked.append(1), encode_image(*a))[1]  # type: ignore[assignment]
+    detector._encode_image = lambda *a: (encoded_images.append(1), encode_image(*a))[1]  # type: ignore[assignment]
     texts = [["a cat", "red car . dog", "a tree"], [], ["dog and cup"]]
     asked = [[Prompt(text, (((0, 5),), ((len(text) - 3, len(text)),))) for text in own] for own in texts]
     found = detector.captions(images, asked)
-    assert [len(own) for own in found] == [3, 0, 1] and len(looked) == 1
+    assert [len(own) for own in found] == [3, 0, 1] and len(encoded_images) == 1
     for image, prompts_, own in zip(images, asked, found, strict=True):
         for prompt, some in zip(prompts_, own, strict=True):
             (alone,) = detector.caption([image], [prompt])

@@ -78,4 +78,4 @@ def differing(folder: str) -> list[str]:
 
 
 def _nothing(folder: str) -> shards.Manifest:
-    raise shards.ShardError(f"{folder} {shards.nothing(gcs.address(folder))}")
+    raise shards.ShardError(f"{folder} {shards.why_unfinished(gcs.address(folder))}")

@@ -1,7 +1,6 @@
-"""One example: a record, cropped, resized, mirrored, recoloured and captioned, in the arrays of a Batch.
+"""Preprocessing: a record is cropped, resized, flipped, color-jittered and captioned into the arrays of a Batch.
 
-What is random is drawn from the given generator and nothing else, in one order, so an example is a function of the
-record, the settings and that generator.
+All random numbers come from the given generator, in a fixed order: an example is a function of record, settings and generator.
 """
 
 from collections.abc import Sequence
@@ -13,8 +12,8 @@ from jaxtyping import Float32, Int32, UInt8
 from glip_jax.config import Config, SourceConfig
 from glip_jax.data import images as codec
 from glip_jax.data import transforms
-from glip_jax.data.captions import Captioner, View
-from glip_jax.data.images import Memory
+from glip_jax.data.captions import Captioner, CropResult
+from glip_jax.data.images import BufferPool
 from glip_jax.data.records import Record, RecordError
 from glip_jax.data.shards import Shards
 from glip_jax.structures.batch import DROPS, Batch
@@ -25,20 +24,20 @@ __all__ = ["Examples"]
 
 @dataclass(frozen=True)
 class Examples:
-    """Makes examples of the records of all sources."""
+    """Makes training examples of the records of all sources."""
 
     config: Config
     shards: tuple[Shards, ...]
     captioners: tuple[Captioner, ...]
-    memory: Memory = field(default_factory=Memory)
-    """Of the pictures."""
+    buffers: BufferPool = field(default_factory=BufferPool)
+    """Memory of the images of batches."""
 
     def __call__(
         self, source: int, index: int, short_side: int, canvas: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator
     ) -> Batch:
-        """Record `index` of a source, its pixels written to `canvas`: a Batch without its leading axis.
+        """The example of record `index` of a source, a Batch without its leading axis; its pixels are written to `canvas`.
 
-        A corrupt record becomes a placeholder, masked out by `valid`.
+        A corrupt record becomes a placeholder with `valid` False.
         """
         try:
             return self._example(source, index, short_side, canvas, rng)
@@ -52,38 +51,40 @@ class Examples:
         canvas: tuple[int, int],
         generators: Sequence[np.random.Generator],
     ) -> Batch:
-        """The records (source, index) on one canvas (height, width), each with its own generator."""
-        pixels = self.memory.lend((len(slots), *canvas, 3))
-        made = [self(*slot, short_side, own, rng) for slot, own, rng in zip(slots, pixels, generators, strict=True)]
-        fields = Batch(*zip(*made))
+        """The batch of the records (source, index) on one canvas (height, width), each with its own generator."""
+        pixels = self.buffers.acquire((len(slots), *canvas, 3))
+        examples = [
+            self(*slot, short_side, image, rng) for slot, image, rng in zip(slots, pixels, generators, strict=True)
+        ]
+        fields = Batch(*zip(*examples))
         return Batch(*map(np.stack, fields._replace(image=fields.size)))._replace(image=pixels)
 
     def _example(
         self, source: int, index: int, short_side: int, canvas: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator
     ) -> Batch:
         config, data = self.config, self.config.data
-        record, unsure = _without_low_confidence(self.shards[source][index], self._source(source).threshold)
+        record, low_confidence = _without_low_confidence(self.shards[source][index], self._source(source).threshold)
         captioner = self.captioners[source]
         window = _window(record, config, rng)
-        boxes, old, view = record.boxes, (record.height, record.width), None
+        boxes, old_size, crop = record.boxes, (record.height, record.width), None
         if window is not None:
-            boxes, shown, visible = transforms.crop_boxes(boxes, window, data.crop.min_visible)
-            old, view = window[2:], View(shown, ~shown & (visible > 0))
-        new = fit(*old, short_side, data.long_side, canvas.shape[:2])
-        boxes = transforms.scale_boxes(boxes, old, new)
+            boxes, kept, visible = transforms.crop_boxes(boxes, window, data.crop.min_visible)
+            old_size, crop = window[2:], CropResult(kept, ~kept & (visible > 0))
+        new_size = fit(*old_size, short_side, data.long_side, canvas.shape[:2])
+        boxes = transforms.scale_boxes(boxes, old_size, new_size)
         mirrored = rng.random() < data.flip
         mirrored = mirrored and not (data.flip_captions == "safe" and captioner.says_side(record))
-        boxes = transforms.mirror_boxes(boxes, new[1]) if mirrored else boxes
-        # A part is cut out of the whole; an image that stays whole may come from its file smaller.
-        image = codec.decode(record, data.codec, None if window else new)
+        boxes = transforms.mirror_boxes(boxes, new_size[1]) if mirrored else boxes
+        # A crop needs the image at full size; otherwise the decoder may scale it down.
+        image = codec.decode(record, data.codec, None if window else new_size)
         if window is not None:
             top, left, height, width = window
             image = np.ascontiguousarray(image[top : top + height, left : left + width])
-        codec.resize_to_canvas(image, new, canvas, mirrored, data.codec)
+        codec.resize_to_canvas(image, new_size, canvas, mirrored, data.codec)
         if data.jitter.probability and rng.random() < data.jitter.probability:
-            own = canvas[: new[0], : new[1]]
-            own[:] = transforms.jitter(own, data.jitter, rng)
-        text = captioner(record, rng, view)
+            pixels = canvas[: new_size[0], : new_size[1]]
+            pixels[:] = transforms.jitter(pixels, data.jitter, rng)
+        text = captioner(record, rng, crop)
         boxes, rows, weights = boxes[text.keep], text.positive_map[text.keep], self._weights(source, record)[text.keep]
         count = min(len(boxes), data.max_boxes)
         slots, weight = np.zeros((data.max_boxes, 4), np.float32), np.zeros(data.max_boxes, np.float32)
@@ -92,22 +93,22 @@ class Examples:
         positive_map[:count] = rows[:count]
         dropped = {
             "boxes_over_limit": len(boxes) - count,
-            "boxes_below_threshold": unsure,
-            "boxes_out_of_view": int((~view.shown).sum()) if view else 0,
+            "boxes_below_threshold": low_confidence,
+            "boxes_out_of_view": int((~crop.kept).sum()) if crop else 0,
             "phrases_over_budget": text.over_budget,
             "spans_without_token": text.without_token,
         }
         return Batch(
             image=canvas,
-            size=np.array(new, np.int32),
-            extent=self._extent(new, canvas.shape[:2]),
+            size=np.array(new_size, np.int32),
+            extent=self._extent(new_size, canvas.shape[:2]),
             tokens=text.tokens,
             token_mask=text.mask,
             boxes=slots,
             box_mask=np.arange(data.max_boxes) < count,
             box_weight=weight,
             positive_map=positive_map,
-            # What lost a box to the limit is in the image without one.
+            # A phrase that lost a box to the limit is in the image without that box.
             token_loss_mask=text.token_loss_mask & ~rows[count:].any(0),
             valid=np.bool_(True),
             source=np.int32(source),
@@ -120,13 +121,13 @@ class Examples:
         return self.config.data.sources[sorted(self.config.data.sources)[source]]
 
     def _weights(self, source: int, record: Record) -> Float32[np.ndarray, "N"]:
-        """What each box counts in the losses."""
+        """Loss weights of the boxes."""
         if self._source(source).box_weight == "score" and record.kind == "pseudo":
             return np.asarray(record.scores, np.float32)
         return np.ones(len(record.boxes), np.float32)
 
     def _extent(self, size: tuple[int, int], canvas: tuple[int, int]) -> Int32[np.ndarray, "2"]:
-        """What the network takes as the image's size: rounded up, or the canvas."""
+        """Extent of an image of `size`: rounded up, or the canvas."""
         model = self.config.model.input
         if model.extent == "batch":
             return np.array(canvas, np.int32)
@@ -159,23 +160,20 @@ class Examples:
         )
 
 
-def _without_low_confidence(record: Record, least: float) -> tuple[Record, int]:
-    """The record with the boxes of a score above `least`, and how many it lost; their phrases stay, as unknown ones."""
-    if record.kind != "pseudo" or not least:
+def _without_low_confidence(record: Record, threshold: float) -> tuple[Record, int]:
+    """The record with the boxes of a score above `threshold`, and how many were dropped; phrases without a box become unlabelled."""
+    if record.kind != "pseudo" or not threshold:
         return record, 0
-    kept = [i for i, score in enumerate(record.scores) if score > least]
+    kept = [i for i, score in enumerate(record.scores) if score > threshold]
     spans = tuple(record.spans[i] for i in kept)
     unknown = dict.fromkeys(phrase for phrase in (*record.unknown, *record.spans) if phrase not in spans)
     scores = tuple(record.scores[i] for i in kept)
-    sure = replace(record, boxes=record.boxes[kept], spans=spans, scores=scores, unknown=tuple(unknown))
-    return sure, len(record.scores) - len(kept)
+    confident = replace(record, boxes=record.boxes[kept], spans=spans, scores=scores, unknown=tuple(unknown))
+    return confident, len(record.scores) - len(kept)
 
 
 def _window(record: Record, config: Config, rng: np.random.Generator) -> tuple[int, int, int, int] | None:
-    """The part of the image that is looked at (top, left, height, width); None: all of it.
-
-    Boxes that go leave their rows behind, which the caption's `keep` removes.
-    """
+    """A random crop window (top, left, height, width) in pixels, or None for the whole image."""
     crop = config.data.crop
     if not crop.probability or rng.random() >= crop.probability:
         return None

@@ -1,4 +1,4 @@
-"""The manifest of a folder of shards: what marks it as finished, and what its files are checked against."""
+"""The manifest of a folder of shards. It marks the folder as finished, and its files are checked against it."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from glip_jax import UserError
 from glip_jax.data.records import FORMAT
 from glip_jax.io import gcs
 
-__all__ = ["Manifest", "ShardError", "finished", "names_in", "nothing", "opened", "read_file"]
+__all__ = ["Manifest", "ShardError", "finished", "names_in", "opened", "read_file", "why_unfinished"]
 
 
 class ShardError(UserError, ValueError):
@@ -25,12 +25,12 @@ class ShardError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is in a folder of shards and where it came from."""
+    """Content and origin of a folder of shards."""
 
     name: str
     licence: str
     source: str
-    """The annotation file (or whatever the records were made of)."""
+    """The annotation file, or what else the records were made from."""
     command: str
     """The command that made the folder."""
     names: tuple[str, ...]
@@ -39,16 +39,16 @@ class Manifest:
     boxes: int
     kinds: dict[str, int]
     drops: dict[str, int]
-    """What was left out, by reason."""
+    """Number of dropped items by reason."""
     shards: tuple[dict[str, Any], ...]
     """Per shard: file, records, bytes, sha256."""
     columns: dict[str, Any]
-    """The side file: file, sha256."""
+    """The file with one row of columns per record: file, sha256."""
     format: int = FORMAT
 
 
 def finished(directory: epath.PathLike) -> Manifest | None:
-    """The manifest of a finished folder, None where there is none yet; ShardError for one that cannot be read."""
+    """The manifest of a folder, or None if it has none. Raises ShardError for an invalid one."""
     path = f"{gcs.address(directory)}/manifest.json"
     try:
         fields = json.loads(read_file(path))
@@ -62,20 +62,21 @@ def finished(directory: epath.PathLike) -> Manifest | None:
     except gcs.StorageError:
         raise
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ShardError(f"{path} is no manifest of shards ({error}): remove the folder and import again") from None
+        raise ShardError(f"{path} is not a manifest of shards ({error}): remove the folder and import again") from None
     if manifest.format != FORMAT:
         raise ShardError(f"{path} has format {manifest.format}, this version reads {FORMAT}: import again")
     return manifest
 
 
 def opened(place: str) -> Manifest:
-    """The manifest of a finished folder whose files are there in their sizes, local ones with their number of records.
+    """The manifest of a finished folder, after checking that its files exist with the stated size and, if local, number of
+    records.
 
-    Raises ShardError for any other folder, OSError (`gcs.StorageError`) if its bucket does not answer.
+    Raises ShardError if they do not, OSError (`gcs.StorageError`) if the bucket does not answer.
     """
     manifest = finished(place)
     if manifest is None:
-        raise ShardError(f"{place} {nothing(place)}")
+        raise ShardError(f"{place} {why_unfinished(place)}")
     _check_counts(epath.Path(place), manifest)
     faults = _remote_faults if gcs.is_remote(place) else _local_faults
     for fault in faults(epath.Path(place), manifest.shards):
@@ -84,23 +85,23 @@ def opened(place: str) -> Manifest:
     return manifest
 
 
-def nothing(place: str) -> str:
-    """Why there is no manifest."""
-    names, what = names_in(place), gcs.kind(place)
-    found = {"folder": "is empty", "file": "is a file", "": "does not exist"}[what]
-    found = "has no manifest.json" if names else found
-    return f"{found}: expected a folder of shards, there are no finished shards here"
+def why_unfinished(place: str) -> str:
+    """Error message: why a folder has no manifest."""
+    names, kind = names_in(place), gcs.kind(place)
+    state = {"folder": "is empty", "file": "is a file", "": "does not exist"}[kind]
+    state = "has no manifest.json" if names else state
+    return f"{state}: expected a folder of finished shards"
 
 
 def names_in(place: str) -> list[str]:
-    """Names of what is in a folder; none if there is no such folder."""
+    """Names of the files in a folder; empty if it does not exist."""
     if gcs.is_remote(place):
         return list(gcs.list_files(place))
     return os.listdir(place) if os.path.isdir(place) else []
 
 
 def read_file(place: str) -> bytes:
-    """A whole file; FileNotFoundError if it is not there, OSError as `gcs.read`."""
+    """Content of a file. Raises FileNotFoundError, and OSError as `gcs.read`."""
     return gcs.read(place) if gcs.is_remote(place) else Path(place).read_bytes()
 
 
@@ -116,40 +117,39 @@ def _check_counts(path: epath.Path, manifest: Manifest) -> None:
 
 
 def _local_faults(path: epath.Path, shards: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What of the files is not as the manifest says, "" for each that is."""
+    """Per file how it differs from the manifest, "" if it does not."""
 
-    def of(shard: dict[str, Any]) -> str:
+    def fault(shard: dict[str, Any]) -> str:
         file = path / shard["file"]
         try:
             size = file.stat().length
         except OSError:
             size = None
-        fault = _size_fault(file, shard, size)
-        if fault:
-            return fault
+        if wrong_size := _size_fault(file, shard, size):
+            return wrong_size
         reader = ArrayRecordReader(str(file))
-        found = reader.num_records() if reader.ok() else None
-        with contextlib.suppress(RuntimeError):  # what made it not ok, once more
+        records = reader.num_records() if reader.ok() else None
+        with contextlib.suppress(RuntimeError):  # closing repeats the error of opening
             reader.close()
-        if found != shard["records"]:
-            found = "no readable end" if found is None else f"{found} records"
+        if records != shard["records"]:
+            found = "no readable end" if records is None else f"{records} records"
             return f"{file}: the manifest says {shard['records']} records, found {found}"
         return ""
 
     with ThreadPoolExecutor(16) as pool:
-        yield from pool.map(of, shards)
+        yield from pool.map(fault, shards)
 
 
 def _remote_faults(path: epath.Path, shards: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The same by one listing; the end of a file is looked at when its first record is read."""
-    there = gcs.list_files(path)
+    """Same, from one listing of the bucket. The end of a file is read together with its first record."""
+    remote = gcs.list_files(path)
     for shard in shards:
-        found = there.get(shard["file"])
-        yield _size_fault(path / shard["file"], shard, found and found.bytes)
+        entry = remote.get(shard["file"])
+        yield _size_fault(path / shard["file"], shard, entry and entry.bytes)
 
 
 def _size_fault(file: epath.Path, shard: dict[str, Any], size: int | None) -> str:
-    """What is wrong with a file's size; None: there is no such file."""
+    """How the size of a file differs from the manifest, "" if it does not; `size` None: no such file."""
     if size is None:
         return f"{file}: the manifest says {shard['bytes']} bytes, found nothing (no such file)"
     if size != shard["bytes"]:

@@ -1,12 +1,12 @@
-"""The mixture: sources of shards become one endless, random-access stream of batches.
+"""The mixture: all sources of shards as one endless, random-access stream of batches.
 
-Example k of step t is element t * B + k of the stream, whatever the number of hosts, threads or worker processes; a host
-reads its slice of each batch. So the step is the whole state of the data. Nothing is filtered: a corrupt record becomes
-a masked-out example.
+Example k of step t is element t * B + k of the stream for any number of hosts, threads or worker processes; each host reads its
+slice of the batch. The step number is therefore the whole state of the data. No record is filtered out: a corrupt one becomes an
+example with `valid` False.
 
-A step's batch has one canvas. Which one follows a fixed periodic schedule over the aspects of the canvases (by their
-share of all examples) and the short sides (in turn). Records go to the aspect nearest to their own; per aspect and
-source there is one list of records, shuffled anew in each pass, and per aspect the sources are mixed by weight.
+All images of a batch have the same canvas. A fixed periodic schedule selects it: aspects by their share of all examples, short
+sides in turn. A record belongs to the aspect nearest to its own. Per aspect and source, the records are shuffled in each epoch;
+per aspect, the sources are mixed by weight.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,38 +32,37 @@ from glip_jax.structures.prompts import PromptError, Tokenizer, clean_name, load
 __all__ = ["Mixture", "Schedule", "schedule"]
 
 _PERIOD = 4096
-"""Steps after which the sequence of aspects repeats; the rarest aspect gets at least one of them."""
+"""Steps after which the sequence of aspects repeats; the rarest aspect has at least one of them."""
 
 _ELEMENTS = 2**52
-"""Length of the endless stream; grain's arithmetic on lengths stays exact below 2**53."""
+"""Length of the endless stream; Grain's arithmetic on lengths is exact below 2**53."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which aspect and short side each step has."""
+    """Aspect and short side of each step."""
 
     aspects: Int32[np.ndarray, "period"]
-    """Per step of a period, the index of the aspect."""
+    """Per step of a period: index of its aspect."""
     before: Int32[np.ndarray, "period"]
-    """Per step of a period, how many earlier ones have the same aspect."""
+    """Per step of a period: number of earlier steps with the same aspect."""
     counts: Int32[np.ndarray, "aspects"]
-    """Steps of each aspect in a period."""
+    """Per aspect: number of its steps in a period."""
 
     def aspect(self, step: int) -> int:
-        """Index of the step's aspect."""
+        """Index of the aspect of a step."""
         return int(self.aspects[step % len(self.aspects)])
 
     def occurrence(self, step: int) -> int:
-        """How many earlier steps had this step's aspect."""
+        """Number of earlier steps with the aspect of this step."""
         periods, rest = divmod(step, len(self.aspects))
         return periods * int(self.counts[self.aspects[rest]]) + int(self.before[rest])
 
 
 def schedule(shares: Sequence[float], period: int = _PERIOD) -> Schedule:
-    """Spreads aspects over a period as evenly as their shares (non-negative, one at least positive) allow.
+    """A schedule that distributes aspects evenly over a period, by their shares (non-negative, not all 0).
 
-    Shares are rounded to whole steps of the period, none of a positive share to 0; the order is that of smooth
-    weighted round robin.
+    Shares are rounded to steps of the period, positive ones to at least one step. The order is smooth weighted round robin.
     """
     weights = np.asarray(shares, float) / np.sum(shares)
     counts = np.maximum(np.floor(weights * period), weights > 0).astype(np.int32)
@@ -83,7 +82,7 @@ def schedule(shares: Sequence[float], period: int = _PERIOD) -> Schedule:
 
 @dataclass(frozen=True)
 class _Slots:
-    """The records of one source with one aspect, as (source, record)."""
+    """The records of one source and aspect, as (source, record)."""
 
     source: int
     records: Int32[np.ndarray, "n"]
@@ -97,7 +96,7 @@ class _Slots:
 
 @dataclass(frozen=True)
 class _Slice(DatasetSelectionMap):
-    """Element j of a host's stream: which aspect's mixture it comes from, and which element of it."""
+    """Maps element j of the stream of a host to (aspect, element of the mixture of that aspect)."""
 
     schedule: Schedule
     batch_size: int
@@ -109,28 +108,28 @@ class _Slice(DatasetSelectionMap):
         return _ELEMENTS
 
     def step(self, index: int) -> tuple[int, int]:
-        """(step, place in the global batch) of element `index` of this host."""
-        own = self.batch_size // self.hosts
-        return self.start + index // own, self.host * own + index % own
+        """(step, position in the global batch) of element `index` of this host."""
+        per_host = self.batch_size // self.hosts
+        return self.start + index // per_host, self.host * per_host + index % per_host
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        step, place = self.step(index)
-        return self.schedule.aspect(step), self.schedule.occurrence(step) * self.batch_size + place
+        step, position = self.step(index)
+        return self.schedule.aspect(step), self.schedule.occurrence(step) * self.batch_size + position
 
 
 @dataclass(frozen=True)
-class _Made:
-    """Turns the (source, record) pairs of a batch of a host's stream into that batch."""
+class _MakeBatch:
+    """Makes a batch from its (source, record) pairs."""
 
     examples: Examples
     slice: _Slice
 
     def __call__(self, index: int, slots: Sequence[tuple[int, int]]) -> Batch:
-        """Batch `index` of the stream, which is one of its step's canvas."""
+        """Batch `index` of the stream of this host, on the canvas of its step."""
         config = self.examples.config
-        places = [self.slice.step(index * len(slots) + place) for place in range(len(slots))]
-        rngs = [rng_of(config.train.seed, step * self.slice.batch_size + place) for step, place in places]
-        return self.examples.batch(slots, *_bucket(config, self.slice.schedule, places[0][0]), rngs)
+        positions = [self.slice.step(index * len(slots) + k) for k in range(len(slots))]
+        rngs = [rng_of(config.train.seed, step * self.slice.batch_size + position) for step, position in positions]
+        return self.examples.batch(slots, *_bucket(config, self.slice.schedule, positions[0][0]), rngs)
 
 
 class Mixture:
@@ -140,22 +139,24 @@ class Mixture:
     """Sorted; `Batch.source` indexes them."""
 
     def __init__(self, config: Config) -> None:
-        """Opens the sources' manifests and side files. ConfigError names a source that is missing or damaged."""
+        """Opens manifest and columns of every source. Raises ConfigError that names a missing or damaged source."""
         if not config.data.sources:
-            raise ConfigError("data.sources is empty: name at least one folder of shards (python -m glip_jax data ...)")
+            raise ConfigError(
+                "data.sources is empty: expected at least one folder of shards (python -m glip_jax data ...)"
+            )
         for field in ("short_sides", "aspects"):
             values = getattr(config.data, field)
             if not values or min(values) <= 0:
-                raise ConfigError(f"data.{field} is {values}: expected one positive number at least")
+                raise ConfigError(f"data.{field} is {values}: expected at least one positive number")
         self.config = config
         self.source_names = tuple(sorted(config.data.sources))
         tokenizer = _tokenizer(config)
         self.shards = tuple(_open(name, config.data.sources[name]) for name in self.source_names)
         text = config.model.text
-        asked = [config.data.sources[name] for name in self.source_names]
+        sources = [config.data.sources[name] for name in self.source_names]
         self.captioners = tuple(
             Captioner(s.manifest.names, tokenizer, config.data.captions, text.max_tokens, source.negatives, s)
-            for source, s in zip(asked, self.shards)
+            for source, s in zip(sources, self.shards)
         )
         self._examples = Examples(config, self.shards, self.captioners)
         for name, opened in zip(self.source_names, self.shards):
@@ -166,22 +167,24 @@ class Mixture:
             [np.flatnonzero(nearest == a).astype(np.int32) for a in range(len(aspects))]
             for nearest in (nearest_aspect(s.height, s.width, aspects) for s in self.shards)
         ]
-        weights = np.array([s.copies * len(own) if s.copies else s.weight for s, own in zip(asked, self.shards)])
+        weights = np.array(
+            [s.copies * len(shards) if s.copies else s.weight for s, shards in zip(sources, self.shards)]
+        )
         portions = np.array([[len(part) for part in lists] for lists in self._lists]) / [[len(s)] for s in self.shards]
         self._weights = weights[:, None] / weights.sum() * portions
-        """[source, aspect]: share of all examples."""
+        """[source, aspect]: fraction of all examples."""
         self.shares = tuple(float(share) for share in self._weights.sum(1))
-        """Per source, its share of all examples."""
+        """Per source: fraction of all examples."""
         self.records = tuple(len(s) for s in self.shards)
         self.schedule = schedule(self._weights.sum(0).tolist())
 
     def canvas(self, step: int) -> tuple[int, int]:
-        """Height and width of the step's images."""
+        """Canvas (height, width) of a step, pixels."""
         return _bucket(self.config, self.schedule, step)[1]
 
     @property
     def canvases(self) -> tuple[tuple[int, int], ...]:
-        """Every canvas that the schedule holds: one compiled shape each."""
+        """All canvases of the schedule; each is one compiled shape."""
         data = self.config.data
         used = [a for a, count in zip(data.aspects, self.schedule.counts) if count]
         multiple = self.config.model.input.extent_multiple
@@ -189,20 +192,20 @@ class Mixture:
         return tuple(sorted(sizes))
 
     def describe(self, source: int, record: int) -> str:
-        """Names an example for a message: source, record and, if readable, the image's id and its origin."""
-        place = f"{self.source_names[source]}[{record}]"
+        """Description of an example for messages: source, record and, if readable, id and provenance."""
+        name = f"{self.source_names[source]}[{record}]"
         try:
-            found = self.shards[source][record]
-            decode_image(found)
+            example = self.shards[source][record]
+            decode_image(example)
         except RecordError as error:
-            return f"{place} (corrupt: {error})"
-        return f"{place} (image {found.id}, {found.provenance})"
+            return f"{name} (corrupt: {error})"
+        return f"{name} (image {example.id}, {example.provenance})"
 
     def batches(self, start_step: int = 0, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
-        """This host's slice of the batches of steps start_step, start_step + 1, ... without end.
+        """Endless iterator over the slice of this host of the batches of steps start_step, start_step + 1, ...
 
-        Host h of n has the places h * B / n to (h + 1) * B / n of each batch. Close the iterator when done with it:
-        that ends its threads and processes.
+        Host h of n has the positions h * B / n to (h + 1) * B / n - 1 of each batch. Closing the iterator ends its threads and
+        processes. Raises ConfigError if the batch size is not a multiple of `hosts`.
         """
         size, data = self.config.train.batch_size, self.config.data
         if size % hosts:
@@ -211,16 +214,16 @@ class Mixture:
             raise ConfigError(f"host {host} of {hosts} from step {start_step}: expected 0 <= host < hosts, step >= 0")
         part = _Slice(self.schedule, size, start_step, host, hosts)
         stream = grain.MapDataset.select_from_datasets([self._mix(a) for a in range(len(data.aspects))], part)
-        # Batched first, so that every picture is resized straight into its batch.
+        # Batched before decoding, so that every image is resized directly into its batch.
         stream = stream.batch(size // hosts, drop_remainder=True, batch_fn=list)
-        stream = stream.map_with_index(_Made(self._examples, part))
+        stream = stream.map_with_index(_MakeBatch(self._examples, part))
         processes = max(data.workers, 1)
         ahead = -(-data.prefetch // processes)
         loader = stream.to_iter_dataset(
             grain.ReadOptions(num_threads=max(1, data.threads // processes), prefetch_buffer_size=max(1, ahead))
         )
         if data.workers:
-            # Grain's workers read absl flags, which nobody parses in a program with another command line.
+            # Grain's workers read absl flags, which this program does not parse.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             loader = loader.mp_prefetch(
@@ -229,7 +232,7 @@ class Mixture:
         return _drain(loader)
 
     def _mix(self, aspect: int) -> grain.MapDataset:
-        """The endless mixture of all sources' records of one aspect; one idle element where there are none."""
+        """The endless mixture of all records of one aspect; a placeholder that is never read if there are none."""
         parents, weights = [], []
         for source, lists in enumerate(self._lists):
             if len(lists[aspect]):
@@ -252,7 +255,7 @@ def _bucket(config: Config, plan: Schedule, step: int) -> tuple[int, tuple[int, 
 
 
 def _open(name: str, source: SourceConfig) -> Shards:
-    """The source's shards, or ConfigError with the command that makes them."""
+    """Opens the shards of a source. Raises ConfigError with the command that makes them."""
     try:
         return Shards(source.path)
     except ShardError as error:
@@ -263,22 +266,22 @@ def _open(name: str, source: SourceConfig) -> Shards:
 
 
 def _check_kinds(source: str, opened: Shards) -> None:
-    """ConfigError for captions of which nothing is known: they would teach that nothing is in their images."""
+    """Raises ConfigError for caption records: without boxes, all their words would be trained as absent."""
     count = opened.manifest.kinds.get("caption", 0)
     if count:
         raise ConfigError(
-            f"data.sources.{source}: {opened.path} has {count} records of kind caption, which have no boxes: they are for "
-            "the job `label`, whose teacher makes pseudo records of them; train on those"
+            f"data.sources.{source}: {opened.path} has {count} records of kind caption, which have no boxes: run the "
+            "job `label` on them and train on the pseudo records that it writes"
         )
 
 
 def _check_names(source: str, names: Sequence[str], tokenizer: Tokenizer, config: Config) -> None:
-    """ConfigError for a category that no caption can hold: it would never be trained."""
+    """Raises ConfigError for a category name that exceeds the token budget: it would never be trained."""
     budget = config.model.text.max_tokens
     for name in config.data.sources[source].negatives:
         if not clean_name(name).strip():
             raise ConfigError(
-                f"data.sources.{source}.negatives has {name!r}, of which nothing is left without its parentheses: remove it"
+                f"data.sources.{source}.negatives has {name!r}, which is empty without its parentheses: remove it"
             )
     for name in (*names, *config.data.sources[source].negatives):
         encoded = tokenizer.encode(clean_name(name) + config.data.captions.separator)
@@ -286,7 +289,7 @@ def _check_names(source: str, names: Sequence[str], tokenizer: Tokenizer, config
             shown = name if len(name) <= 60 else f"{name[:60]}…"
             raise ConfigError(
                 f"data.sources.{source}: the name {shown!r} takes {len(encoded.ids)} tokens with [CLS], separator and [SEP], "
-                f"model.text.max_tokens is {budget}: import it again with a shorter text (`data coco --names=FILE.json`), "
+                f"model.text.max_tokens is {budget}: import the data again with a shorter name (`data coco --names=FILE.json`), "
                 "or raise model.text.max_tokens"
             )
     if config.data.captions.mode == "all_names" and names:
@@ -295,12 +298,12 @@ def _check_names(source: str, names: Sequence[str], tokenizer: Tokenizer, config
         if tokens > budget:
             raise ConfigError(
                 f"data.sources.{source}: its {len(names)} names take {tokens} tokens with [CLS] and [SEP], "
-                f"model.text.max_tokens is {budget}: data.captions.mode all_names needs them all; set it to sampled"
+                f"model.text.max_tokens is {budget}: data.captions.mode all_names uses all of them; set it to sampled"
             )
 
 
 def _tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer of the text encoder, checked against the size of its embedding."""
+    """The tokenizer of the text encoder. Raises ConfigError if it exceeds the size of the embedding."""
     text = config.model.text
     try:
         tokenizer = load_tokenizer(str(resolve(text.vocabulary)))
@@ -309,13 +312,13 @@ def _tokenizer(config: Config) -> Tokenizer:
     if tokenizer.get_vocab_size() > text.vocabulary_size:
         raise ConfigError(
             f"model.text.vocabulary {text.vocabulary} has {tokenizer.get_vocab_size()} tokens, "
-            f"model.text.vocabulary_size is {text.vocabulary_size}: one of them is of another model"
+            f"model.text.vocabulary_size is {text.vocabulary_size}: expected at most as many"
         )
     return tokenizer
 
 
 def _drain(loader: grain.IterDataset) -> Iterator[Batch]:
-    """The loader's batches; closes its threads and processes at the end."""
+    """The batches of a loader; closes its threads and processes at the end."""
     iterator = iter(loader)
     try:
         yield from iterator

@@ -1,4 +1,4 @@
-"""What a caption says that is not in the image: how many names, which ones, and text packed beside a caption."""
+"""Negatives of captions: number and choice of names that are absent from the image, and packing of texts around a caption."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,32 +12,29 @@ from glip_jax.structures.prompts import Tokenizer
 
 __all__ = ["Likeness", "choose", "number_of_names", "number_of_texts", "pack"]
 
-_REMEMBERED = 4096
-"""Positives whose likeness to a list of names is kept."""
+_CACHED = 4096
+"""Texts whose likeness to a list of names is cached."""
 
 
 def number_of_names(available: int, config: CaptionConfig, rng: np.random.Generator) -> int:
-    """How many of `available` negative names to draw (CONTROL_PROB of the original, glip-reference 4.2 step 3).
-
-    The original draws a number of positives as well and never uses it; so does nothing here.
-    """
-    most = min(config.max_negatives, available)
-    if most <= 0:
+    """Number of negative names to sample of `available` ones (CONTROL_PROB of the original, glip-reference 4.2 step 3)."""
+    limit = min(config.max_negatives, available)
+    if limit <= 0:
         return 0
     number = rng.random()
     for probability, count in (
         (config.one_negative_probability, 1),
         (config.one_positive_probability, 0),
-        (config.full_probability, most),
+        (config.full_probability, limit),
     ):
         if number < probability:
             return count
         number -= probability
-    return int(rng.integers(1, most, endpoint=True))
+    return int(rng.integers(1, limit, endpoint=True))
 
 
 def number_of_texts(config: PackingConfig, rng: np.random.Generator) -> int:
-    """How many texts to pack with a caption (glip-reference 4.6)."""
+    """Number of texts to pack with a caption (glip-reference 4.6)."""
     if not config.number or rng.random() < config.none_probability:
         return 0
     if rng.random() < config.full_probability:
@@ -48,9 +45,9 @@ def number_of_texts(config: PackingConfig, rng: np.random.Generator) -> int:
 def choose(
     likeness: Float[np.ndarray, " P"] | None, available: int, count: int, hard_share: float, rng: np.random.Generator
 ) -> list[int]:
-    """`count` of the indices below `available` in random order, without repetition, fewer if there are not so many.
+    """At most `count` distinct indices below `available`, in random order.
 
-    A share of them, `hard_share`, is drawn from twice as many that are most alike (`likeness` above 0).
+    The fraction `hard_share` of them is sampled from the indices of highest positive `likeness`, twice as many as needed.
     """
     if likeness is None or hard_share <= 0:
         return rng.permutation(available)[:count].tolist()
@@ -63,9 +60,9 @@ def choose(
 
 @dataclass(frozen=True)
 class Likeness:
-    """How alike the words of any text are to each of `names`: shared words, then shared runs of three letters.
+    """Likeness of a text to each of `names`: Jaccard index of words plus Jaccard index of letter trigrams, in [0, 2].
 
-    The sum of two Jaccard indices, 0 to 2; "traffic light" is like "traffic sign" and "trafficker", not like "dog".
+    "traffic light" is like "traffic sign" and "trafficker", not like "dog".
     """
 
     names: tuple[str, ...]
@@ -75,50 +72,49 @@ class Likeness:
         return [_parts(name) for name in self.names]
 
     @cached_property
-    def _known(self) -> dict[str, np.ndarray]:
+    def _cache(self) -> dict[str, np.ndarray]:
         return {}
 
     def __call__(self, texts: Sequence[str]) -> Float[np.ndarray, " P"]:
-        """Per name, the likeness to the nearest of `texts`."""
-        found = np.zeros(len(self.names), np.float32)
+        """Per name: the maximum of its likeness to `texts`."""
+        likeness = np.zeros(len(self.names), np.float32)
         for text in texts:
-            if text not in self._known:
-                if len(self._known) >= _REMEMBERED:
-                    self._known.clear()
-                words, runs = _parts(text)
-                rows = [_shared(words, other) + _shared(runs, others) for other, others in self._parts]
-                self._known[text] = np.array(rows, np.float32)
-            found = np.maximum(found, self._known[text])
-        return found
+            if text not in self._cache:
+                if len(self._cache) >= _CACHED:
+                    self._cache.clear()
+                words, trigrams = _parts(text)
+                rows = [_shared(words, other) + _shared(trigrams, others) for other, others in self._parts]
+                self._cache[text] = np.array(rows, np.float32)
+            likeness = np.maximum(likeness, self._cache[text])
+        return likeness
 
 
 def pack(
     caption: str, texts: Sequence[str], tokenizer: Tokenizer, max_tokens: int, rng: np.random.Generator
 ) -> tuple[str, int, int]:
-    """The caption among those of `texts` that fit: new text, where the caption begins in it, how many were packed.
+    """The caption shuffled among those of `texts` that fit: (new text, offset of the caption in it, number of packed texts).
 
-    Texts are tried in the given order; each costs its tokens, [CLS] and [SEP] included, of what `max_tokens` leaves
-    beside the caption. All are shuffled; each ends with "." and a space follows (glip-reference 4.6). Without texts the
-    caption stays as it is. Positions are counted, not searched, so equal texts do no harm.
+    Texts are tried in the given order; a text fits if its tokens, [CLS] and [SEP] included, are fewer than `max_tokens` leaves.
+    Each part ends with ". " (glip-reference 4.6). If no text fits, the caption is returned unchanged.
     """
     left = max_tokens - len(tokenizer.encode(caption).ids)
-    taken = [caption]
+    parts = [caption]
     for text in texts:
         cost = len(tokenizer.encode(text).ids)
         if cost < left:
-            taken.append(text)
+            parts.append(text)
             left -= cost
-    if len(taken) == 1:
+    if len(parts) == 1:
         return caption, 0, 0
     packed, begin = "", 0
-    for index in rng.permutation(len(taken)).tolist():
+    for index in rng.permutation(len(parts)).tolist():
         begin = len(packed) if index == 0 else begin
-        packed += taken[index] + ("" if taken[index].endswith(".") else ".") + " "
-    return packed, begin, len(taken) - 1
+        packed += parts[index] + ("" if parts[index].endswith(".") else ".") + " "
+    return packed, begin, len(parts) - 1
 
 
 def _parts(text: str) -> tuple[set[str], set[str]]:
-    """Words and runs of three letters; a word's ends count as letters."""
+    """Words and letter trigrams; the boundaries of a word count as letters."""
     words = text.lower().replace("_", " ").replace("(", " ").replace(")", " ").split()
     return set(words), {f" {word} "[i : i + 3] for word in words for i in range(len(word))}
 

@@ -1,7 +1,7 @@
-"""The record: one example as it lies on disk, the same type for detection, grounding and pseudo-labelled data.
+"""The record: one stored example, of the same type for detection, grounding, pseudo-labelled and caption data.
 
-Boxes are xyxy in pixels of the stored image and, as in the original GLIP, inclusive: a box of w x h pixels has
-x2 = x + w - 1. Targets, flips and clipping are defined on such boxes (glip-reference 0.5).
+Boxes are xyxy in pixels of the stored image with inclusive corners, as in the original GLIP: a box of w x h pixels has
+x2 = x + w - 1. Targets, flips and clipping use such boxes (glip-reference 0.5).
 
 On disk a record is a MessagePack map; boxes are little-endian float32.
 """
@@ -34,20 +34,20 @@ __all__ = [
 ]
 
 FORMAT = 1
-"""Version of the encoding, kept in every record and manifest."""
+"""Version of the encoding, stored in every record and manifest."""
 
 PIXEL_LIMIT = 80_000_000
-"""Most pixels of an image: below what Pillow itself warns of, so that this limit is the one that speaks.
+"""Maximum number of pixels of an image; lower than the limit of Pillow, so that this one applies.
 
-An import counts larger ones as dropped: decoded they take more than 240 MB each, in every reading thread.
+Imports drop and count larger images: decoded, each takes more than 240 MB in every reader thread.
 """
 
 Kind = Literal["detection", "grounding", "pseudo", "caption"]
-"""What the boxes and words of a record are.
+"""Kind of annotation of a record.
 
-detection: boxes with names; grounding: a caption whose phrases have boxes, made by people; pseudo: the same, made by a
-teacher; caption: a caption with nothing known of its boxes. A caption record has no boxes and is not for training (every
-word would count as absent) but for the job `label`, which makes pseudo records of it.
+detection: boxes with category names; grounding: a caption whose phrases have boxes, annotated by people; pseudo: the same,
+labelled by a teacher; caption: a caption without boxes. Caption records are not for training, where every word would count as
+absent: the job `label` turns them into pseudo records.
 """
 Spans = tuple[tuple[int, int], ...]
 
@@ -55,45 +55,44 @@ _KEYS = ("format", "id", "kind", "image", "height", "width", "boxes", "categorie
 
 
 class RecordError(UserError, ValueError):
-    """A record that cannot be read or breaks a rule; names the record and the field."""
+    """An unreadable or invalid record; the message names the record and the field."""
 
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """One image with its boxes and what is known of their words."""
+    """One image with its boxes and their names or phrases."""
 
     id: str
-    """The image (or image and caption) in its source; names the record in messages."""
+    """Identifies the image (or image and caption) in its source, also in error messages."""
     kind: Kind
     image: bytes
-    """JPEG or PNG, as found."""
+    """The unchanged image file, JPEG or PNG."""
     height: int
     width: int
     boxes: Any
     """Float32[N 4]: xyxy, inclusive pixels of the stored image."""
     categories: tuple[int, ...] = ()
-    """Detection: per box an index into the source's list of names, which the manifest keeps."""
+    """Detection: per box an index into the names of the manifest."""
     caption: str = ""
-    """All but detection: the text, verbatim."""
+    """All kinds but detection: the unchanged text."""
     spans: tuple[Spans, ...] = ()
     """Grounding and pseudo: per box the (begin, end) character spans of its phrase, end exclusive."""
     scores: tuple[float, ...] = ()
-    """Pseudo: per box the teacher's score in (0, 1]."""
+    """Pseudo: per box the score of the teacher in (0, 1]."""
     known_absent: tuple[str, ...] | None = None
-    """Names known not to be in the image. None: detection, every name without a box is absent (exhaustively labelled);
-    other kinds, nothing is known."""
+    """Names that are known to be absent from the image. None: for detection every name without a box is absent (exhaustive
+    labels); for other kinds nothing is known."""
     not_exhaustive: tuple[str, ...] = ()
-    """Names of which instances in the image have no box (a crowd, a group, an annotator who stopped): away from the boxes
-    it is not known where they are."""
+    """Names with instances in the image that have no box (a crowd, a group, incomplete annotation)."""
     unknown: tuple[Spans, ...] = ()
-    """Grounding and pseudo: phrases of the caption of which it is not known where they are (no box was drawn, a teacher
-    found none): without one they give no loss."""
+    """Grounding and pseudo: unlabelled phrases of the caption (not annotated, or not detected by a teacher). They give no loss
+    at anchors without a box."""
     provenance: str = ""
-    """Pseudo: the teacher that made boxes and spans; otherwise the annotation file."""
+    """Pseudo: the teacher that predicted the boxes; otherwise the annotation file."""
 
 
 def validate(record: Record, names: int | None = None) -> Record:
-    """Returns `record` if it keeps the rules, else raises RecordError; `names` is the length of the source's list."""
+    """Returns `record` if it is valid, otherwise raises RecordError. `names`: number of names of the source."""
 
     def need(fits: bool, field: str, message: str) -> None:
         if not fits:
@@ -105,7 +104,7 @@ def validate(record: Record, names: int | None = None) -> Record:
     )
     need(len(record.image) > 0, "image", "is empty")
     shaped = isinstance(boxes, np.ndarray) and boxes.dtype == np.float32 and boxes.shape == (count, 4)
-    # The name of a dtype takes longer than all the rest, and every example of a run comes through here.
+    # Formatting a dtype takes longer than all other checks, and every training example is validated.
     found = "" if shaped else f"{getattr(boxes, 'dtype', type(boxes))} of shape {np.shape(boxes)}"
     need(shaped, "boxes", f"is {found}, expected float32 [N, 4]")
     inside = bool(((boxes >= 0) & (boxes <= np.array([record.width, record.height] * 2) - 1)).all())
@@ -114,13 +113,13 @@ def validate(record: Record, names: int | None = None) -> Record:
     need(bool((boxes[:, 2:] > boxes[:, :2]).all()), "boxes", "has a box without area (x2 <= x1 or y2 <= y1)")
     if kind == "detection":
         need(len(record.categories) == count, "categories", f"has {len(record.categories)} entries for {count} boxes")
-        need(not record.spans and not record.caption, "caption", "stands in a detection record, which has none")
-        need(not record.unknown, "unknown", "stands in a detection record, which has no phrases")
+        need(not record.spans and not record.caption, "caption", "is set in a detection record, which has none")
+        need(not record.unknown, "unknown", "is set in a detection record, which has no phrases")
         beyond = [c for c in record.categories if c < 0 or (names is not None and c >= names)]
         need(not beyond, "categories", f"has the index {beyond[:1]}, the source has {names} names")
     else:
         need(len(record.spans) == count, "spans", f"has {len(record.spans)} entries for {count} boxes")
-        need(not record.categories, "categories", f"stands in a {kind} record, which has none")
+        need(not record.categories, "categories", f"is set in a {kind} record, which has none")
         need(kind != "caption" or not count, "boxes", f"has {count} boxes in a caption record, which has none")
         need(kind != "caption" or bool(record.caption.strip()), "caption", "is empty in a caption record")
         phrases = [("spans", f"of box {box}", spans) for box, spans in enumerate(record.spans)]
@@ -139,7 +138,7 @@ def validate(record: Record, names: int | None = None) -> Record:
 
 
 def encode(record: Record) -> bytes:
-    """The record as bytes; validates it first."""
+    """Validates the record and encodes it."""
     validate(record)
     fields = msgpack.packb(
         {
@@ -164,7 +163,7 @@ def encode(record: Record) -> bytes:
 
 
 def decode(data: bytes, names: int | None = None) -> Record:
-    """The record in `data`, validated; RecordError names the fault."""
+    """Decodes and validates a record; raises RecordError."""
     try:
         fields = msgpack.unpackb(data)
     except (ValueError, msgpack.UnpackException) as error:
@@ -206,14 +205,14 @@ def decode(data: bytes, names: int | None = None) -> Record:
 
 
 def _phrases(raw: Any) -> tuple[Spans, ...]:
-    """Lists of spans as they were before MessagePack."""
+    """Spans as nested tuples, from the lists that MessagePack returns."""
     return tuple(tuple((int(begin), int(end)) for begin, end in spans) for spans in raw)
 
 
 def decode_image(record: Record) -> UInt8[np.ndarray, "H W 3"]:
-    """The pixels, RGB, without regard to EXIF orientation (as in the original: boxes are on the stored pixels).
+    """RGB pixels without regard to EXIF orientation, because boxes refer to the stored pixels, as in the original.
 
-    Raises RecordError if the bytes are no readable image or its size is not the record's.
+    Raises RecordError if the bytes are not a readable image of the size that the record states.
     """
     try:
         with Image.open(io.BytesIO(record.image)) as image:
@@ -236,10 +235,10 @@ def decode_image(record: Record) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def content_hash(image: bytes) -> int:
-    """First eight bytes of the SHA-256 of the image file, as an unsigned integer: for exclusion and duplicates."""
+    """First eight bytes of the SHA-256 of the image file as an unsigned integer; identifies duplicates and excluded images."""
     return int.from_bytes(hashlib.sha256(image).digest()[:8], "big")
 
 
 def boxes_array(boxes: Sequence[Sequence[float | int]]) -> Float32[np.ndarray, "N 4"]:
-    """Boxes as a record holds them, also for none."""
+    """Boxes as an array, also for an empty list."""
     return np.asarray(boxes, np.float32).reshape(-1, 4)

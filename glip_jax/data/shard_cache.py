@@ -1,16 +1,16 @@
 """Records of shards in a bucket, read one range at a time through sparse files on the local disk.
 
-array_record's reader wants a local file. It is given one of the shard's size of which only the head, the end (its index)
-and the records asked for are there; the rest are holes, which take no space. A record is a chunk of the file with
-checksums of its own, so whatever is wrong with a range, be it a hole, half a write or a damaged disk, is found by the reader,
-and the range is fetched again. A record that fails after a fetch into a file of its own is corrupt where it comes from.
+The reader of array_record needs a local file. It gets a sparse file of the size of the shard that holds only the head, the end
+(the index) and the requested records; holes take no disk space. Each record is a chunk with its own checksum, so the reader
+detects a wrong range (a hole, a partial write, a damaged disk), and the range is fetched again. A record that fails after it was
+fetched into a private file is corrupt in the bucket.
 
-    GLIP_JAX_CACHE     folder for these files, and for folders of shards on their way to a bucket; ~/.cache/glip_jax
-    GLIP_JAX_CACHE_GB  what the files may take, in GB (1e9 bytes); 16
+    GLIP_JAX_CACHE     folder of these files, and of folders that are being uploaded; default ~/.cache/glip_jax
+    GLIP_JAX_CACHE_GB  maximum size of the files, GB (1e9 bytes); default 16
 
-Files are named by the sha256 of their shard, so runs, worker processes and sources that read the same shard share one. Where
-they take more than allowed, the least recently used go. The limit may be passed for a moment: by some megabytes for each
-process, and by files that another process still has open. A pod's hosts have a cache each.
+Files are named by the SHA-256 of their shard, so runs, worker processes and sources that read the same shard share one. Above the
+maximum, the least recently used files are removed. The maximum may be exceeded temporarily: by some megabytes per process, and
+by removed files that another process still has open. Each host of a pod has its own cache.
 """
 
 import bisect
@@ -44,67 +44,68 @@ HEAD = 64
 
 _BLOCK, _BLOCK_HEADER = 65536, 24
 
-_OPEN = 200
-"""Files that a process keeps open; each takes two descriptors, and systems allow a process 1,024 without being asked."""
+_OPEN_FILES = 200
+"""Files that a process keeps open. Each takes two descriptors; the usual limit of a process is 1,024."""
 
-_TOUCHED = 30.0
-"""Seconds after which a use is noted again in the file's time, for the choice of what goes."""
+_TOUCH_INTERVAL = 30.0
+"""Interval at which the use of a file is recorded in its modification time, seconds."""
 
 _ABANDONED = 3600.0
-"""Seconds after which an unfinished file is taken to be of a process that was killed."""
+"""Age at which an unfinished file is considered abandoned by a killed process, seconds."""
 
 
 def cache_folder() -> Path:
-    """Where local copies of what is in buckets lie: GLIP_JAX_CACHE, or glip_jax in the user's folder of caches."""
+    """Folder of local copies of remote files: GLIP_JAX_CACHE, or glip_jax in the cache folder of the user."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("GLIP_JAX_CACHE") or user / "glip_jax").absolute()
 
 
 def record_ends(path: Path, records: int) -> list[int]:
-    """Per record of a closed file with one record a chunk (group_size:1), the offset behind it; bytes.
+    """Per record of a complete file with one record per chunk (group_size:1): offset of its end, bytes.
 
-    By Riegeli's file format (github.com/google/riegeli, doc/riegeli_records_file_format.md): each 65,536 bytes begin with a
-    block header of 24, in the midst of a chunk too; a chunk begins with a header of 40, in it the size of its data, its
-    type and its number of records. Raises OSError (EBADMSG) if what comes first is not `records` chunks of one record.
+    Follows Riegeli's file format (github.com/google/riegeli, doc/riegeli_records_file_format.md): each 65,536 bytes begin with
+    a block header of 24 bytes, also inside of a chunk. A chunk begins with a header of 40 bytes, which holds the size of its
+    data, its type and its number of records. Raises OSError (EBADMSG) if the file does not begin with `records` chunks of one
+    record.
     """
     ends: list[int] = []
     with path.open("rb", buffering=4096) as file:
         at = HEAD
         while len(ends) < records:
-            header, place = b"", at
-            while len(header) < 40 and place < at + 128:
-                place += 0 if place % _BLOCK else _BLOCK_HEADER
-                file.seek(place)
-                header += file.read(min(40 - len(header), _BLOCK - place % _BLOCK))
-                place = file.tell()
+            header, position = b"", at
+            while len(header) < 40 and position < at + 128:
+                position += 0 if position % _BLOCK else _BLOCK_HEADER
+                file.seek(position)
+                header += file.read(min(40 - len(header), _BLOCK - position % _BLOCK))
+                position = file.tell()
             if len(header) < 40 or header[24:25] != b"r" or int.from_bytes(header[25:32], "little") != 1:
                 raise OSError(errno.EBADMSG, f"has no record {len(ends)} in a chunk of its own at byte {at}", str(path))
             (size,) = struct.unpack("<Q", header[8:16])
-            at = _behind(place, size)
+            at = _end_of(position, size)
             ends.append(at)
     return ends
 
 
-def _behind(place: int, size: int) -> int:
-    """Where `size` bytes of data end that begin at `place`, with the headers of the blocks that begin among them."""
+def _end_of(position: int, size: int) -> int:
+    """Offset of the end of `size` bytes of data that begin at `position`, block headers among them included."""
     while size:
-        place += 0 if place % _BLOCK else _BLOCK_HEADER
-        step = min(size, _BLOCK - place % _BLOCK)
-        place, size = place + step, size - step
-    return place
+        position += 0 if position % _BLOCK else _BLOCK_HEADER
+        step = min(size, _BLOCK - position % _BLOCK)
+        position, size = position + step, size - step
+    return position
 
 
 class RemoteRecords:
-    """Random access to the records of a remote folder of shards, for threads and processes. Pickles; opens nothing then.
+    """Random access to the records of a remote folder of shards. Thread-safe; pickles without open files.
 
-    Without `ends` (folders written before there was that column) a shard is fetched whole, and its sha256 compared, at
-    the first use of one of its records; the disk then has to hold what is used between two sweeps of the cache.
+    Without `ends` (folders of earlier versions lack this column), a shard is downloaded whole and its SHA-256 compared when one
+    of its records is first used; the disk then must hold all shards used between two sweeps of the cache.
     """
 
     def __init__(
         self, folder: epath.PathLike, shards: Sequence[dict[str, Any]], ends: UInt64[np.ndarray, "records"] | None
     ) -> None:
-        """`shards` as the manifest has them; `ends`: per record, the offset in its file behind its chunk."""
+        """`shards`: as in the manifest; `ends`: per record the offset of the end of its chunk in its file."""
         self._folder = gcs.address(folder)
         self._shards = [shard for shard in shards if shard["records"]]
         self._firsts = [0, *np.cumsum([shard["records"] for shard in self._shards]).tolist()]
@@ -113,7 +114,7 @@ class RemoteRecords:
 
     def _start(self) -> None:
         self._lock = threading.RLock()
-        self._open: OrderedDict[int, _Sparse] = OrderedDict()
+        self._open: OrderedDict[int, _SparseFile] = OrderedDict()
         self._unswept = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -126,8 +127,8 @@ class RemoteRecords:
     def read(self, index: int) -> bytes:
         """The bytes of record `index`.
 
-        Raises RecordError if they are corrupt in the bucket, OSError (`storage.StorageError`) if they cannot be fetched
-        or the disk is full: that is no fault of the record, and must not be taken for one.
+        Raises RecordError if they are corrupt in the bucket, OSError (`gcs.StorageError`) if they cannot be fetched or the disk
+        is full, which does not make the record corrupt.
         """
         which = bisect.bisect_right(self._firsts, index) - 1
         position = index - self._firsts[which]
@@ -135,31 +136,31 @@ class RemoteRecords:
         for fresh in (False, True):
             with contextlib.suppress(_DamagedError):
                 return self._through_cache(which, position, begin, end, fresh)
-        # Now in a file that nobody else writes or removes: what fails here is what lies in the bucket.
+        # Once more in a private file that no other process writes or removes: if this fails, the bucket's data are corrupt.
         cache = cache_folder() / "shards"
         cache.mkdir(parents=True, exist_ok=True)
         with _disk(cache), tempfile.NamedTemporaryFile(dir=cache, suffix=".making") as file:
             try:
-                with self._filled(which, Path(file.name)) as own:
-                    own.put(begin, self._fetch(which, begin, end))
-                    return own.read(position)
+                with self._filled(which, Path(file.name)) as private:
+                    private.put(begin, self._fetch(which, begin, end))
+                    return private.read(position)
             except _DamagedError as error:
                 raise RecordError(f"record {index} of {self._folder} cannot be read ({error})") from None
 
     def _range(self, which: int, index: int) -> tuple[int, int]:
-        """Where a record lies in its shard; of a shard that is fetched whole, nowhere."""
+        """Byte range of a record in its shard; empty for a shard that is downloaded whole."""
         if self._ends is None:
             return 0, 0
         return int(self._ends[index - 1]) if index > self._firsts[which] else HEAD, int(self._ends[index])
 
-    def _place(self, which: int) -> str:
+    def _address(self, which: int) -> str:
         return f"{self._folder}/{self._shards[which]['file']}"
 
     def _fetch(self, which: int, begin: int, end: int) -> bytes:
-        return gcs.read(self._place(which), begin, end)
+        return gcs.read(self._address(which), begin, end)
 
     def _through_cache(self, which: int, position: int, begin: int, end: int, fresh: bool) -> bytes:
-        """The record by the shared file, its range fetched first if `fresh`; _DamagedError if it is not there, or damaged."""
+        """The record from the shared file, after fetching its range if `fresh`. Raises _DamagedError if it is missing or damaged."""
         file = self._file(which, fresh and self._ends is None)
         if fresh:
             data = self._fetch(which, begin, end)
@@ -168,19 +169,19 @@ class RemoteRecords:
             self._sweep(len(data))
         return file.read(position)
 
-    def _file(self, which: int, anew: bool) -> "_Sparse":
-        """The shared file of a shard, opened; made where it is missing, was removed by a sweep, or `anew`."""
+    def _file(self, which: int, renew: bool) -> "_SparseFile":
+        """The open shared file of a shard; created if it is missing, was removed by a sweep, or if `renew`."""
         shard = self._shards[which]
         with self._lock:
             file = self._open.get(which)
-            if file is not None and not anew and file.whole(shard["bytes"]):
+            if file is not None and not renew and file.whole(shard["bytes"]):
                 self._open.move_to_end(which)
                 file.touch()
                 return file
             self._open.pop(which, None)
         kind = "whole" if self._ends is None else "sparse"
         path = cache_folder() / "shards" / f"{shard['sha256'][:40]}.{kind}"
-        file = None if anew else _existing(path, shard["bytes"])
+        file = None if renew else _existing(path, shard["bytes"])
         if file is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             making = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.making")
@@ -195,13 +196,13 @@ class RemoteRecords:
                 raise _DamagedError("its local copy was removed")
         with self._lock:
             self._open[which] = file
-            while len(self._open) > _OPEN:
+            while len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)
         return file
 
     @contextlib.contextmanager
-    def _filled(self, which: int, path: Path) -> Iterator["_Sparse"]:
-        """A new file with the head and the end of a shard, or all of it."""
+    def _filled(self, which: int, path: Path) -> Iterator["_SparseFile"]:
+        """A new file with head and end of a shard, or with all of it."""
         shard, first, last = self._shards[which], self._firsts[which], self._firsts[which + 1]
         with path.open("w+b") as made:
             made.truncate(shard["bytes"])
@@ -212,33 +213,33 @@ class RemoteRecords:
                 made.write(self._fetch(which, end, shard["bytes"]))
             else:
                 digest = hashlib.sha256()
-                for piece in gcs.read_chunks(self._place(which), shard["bytes"]):
+                for piece in gcs.read_chunks(self._address(which), shard["bytes"]):
                     digest.update(piece)
                     made.write(piece)
                 if digest.hexdigest() != shard["sha256"]:
                     raise gcs.StorageError(
                         errno.EBADMSG, f"its sha256 is {digest.hexdigest()}, the manifest says {shard['sha256']}: copy the "
-                        "folder again", self._place(which),
+                        "folder again", self._address(which),
                     )  # fmt: skip
-        own = _Sparse(path)
-        found = own.records()
+        file = _SparseFile(path)
+        found = file.records()
         if found != last - first:
             raise gcs.StorageError(
                 errno.EBADMSG, f"the manifest says {last - first} records, found "
                 f"{'no readable end' if found is None else f'{found} records'}: copy the folder again",
-                self._place(which),
+                self._address(which),
             )  # fmt: skip
-        yield own
+        yield file
 
     def _sweep(self, written: int) -> None:
-        """Keeps the cache within its bound; looks only after some bytes more were written."""
+        """Limits the size of the cache; checks only after enough bytes were written since the last time."""
         bound = int(gcs.environment_number("GLIP_JAX_CACHE_GB", 16.0) * 1e9)
         with self._lock:
             self._unswept += written
             if self._unswept <= min(bound // 16, 1 << 26):
                 return
             self._unswept = 0
-            for which, file in list(self._open.items()):  # what others removed takes space until it is closed here too
+            for which, file in list(self._open.items()):  # removed files take space until they are closed
                 if not file.linked():
                     del self._open[which]
         _sweep(cache_folder() / "shards", bound)
@@ -248,16 +249,16 @@ class _DamagedError(Exception):
     """A local copy does not hold what the reader expects."""
 
 
-class _Sparse:
-    """A local file that holds parts of a shard, and array_record's reader of it. Closes with the last reference."""
+class _SparseFile:
+    """A local file with parts of a shard and the array_record reader on it. Closed when the last reference is deleted."""
 
     def __init__(self, path: Path) -> None:
-        """Opens a file that is there."""
+        """Opens an existing file. Raises _DamagedError if the reader cannot."""
         self.path = path
         self._file = path.open("r+b", buffering=0)
         self._touched = 0.0
         try:
-            # As grain's own source opens it: no reading ahead, which would meet holes.
+            # As in Grain's own data source: no read-ahead, which would read holes.
             self._reader = ArrayRecordReader(
                 str(path), options="readahead_buffer_size:0,", file_reader_buffer_size=32768
             )
@@ -265,34 +266,34 @@ class _Sparse:
             raise _DamagedError(str(error)) from None
 
     def records(self) -> int | None:
-        """Their number by the index at the end; None if that cannot be read."""
+        """Number of records from the index at the end; None if it cannot be read."""
         return self._reader.num_records() if self._reader.ok() else None
 
     def linked(self) -> bool:
-        """Whether the file still has its name."""
+        """Whether the file is still in the cache folder."""
         return os.fstat(self._file.fileno()).st_nlink > 0
 
     def whole(self, size: int) -> bool:
-        """Whether it is there in full length. array_record takes what lies beyond the end for empty records."""
+        """Whether the file is in the cache folder at full length. array_record reads records beyond its end as empty."""
         found = os.fstat(self._file.fileno())
         return found.st_nlink > 0 and found.st_size == size
 
     def touch(self) -> None:
-        """Notes the use, now and then."""
-        if time.monotonic() - self._touched > _TOUCHED:
+        """Records the use of the file, at intervals."""
+        if time.monotonic() - self._touched > _TOUCH_INTERVAL:
             self._touched = time.monotonic()
             with contextlib.suppress(OSError):
                 os.utime(self._file.fileno())
 
     def put(self, begin: int, data: bytes) -> None:
-        """Writes a range. Who reads it meanwhile sees a wrong checksum, and fetches it as well."""
+        """Writes a range. A concurrent reader sees a wrong checksum and fetches the range itself."""
         part = memoryview(data)
         while part:
             written = os.pwrite(self._file.fileno(), part, begin)
             begin, part = begin + written, part[written:]
 
     def read(self, position: int) -> bytes:
-        """A record; _DamagedError if it is not there or its checksum differs."""
+        """A record. Raises _DamagedError if it is missing or its checksum differs."""
         try:
             (value,) = self._reader.read([position])
         except RuntimeError as error:
@@ -302,50 +303,50 @@ class _Sparse:
         return value
 
 
-def _existing(path: Path, size: int) -> _Sparse | None:
-    """A file of the cache, opened; None if there is none, or none that can be used."""
+def _existing(path: Path, size: int) -> _SparseFile | None:
+    """An open file of the cache; None if it does not exist or is damaged."""
     try:
-        file = _Sparse(path)
+        file = _SparseFile(path)
     except (FileNotFoundError, _DamagedError):
         return None
     return file if file.whole(size) and file.records() is not None else None
 
 
 def _sweep(folder: Path, bound: int) -> None:
-    """Removes the least recently used files, down to four fifths of the bound, if they take more than it."""
+    """If the files exceed `bound` bytes, removes the least recently used ones, down to four fifths of it."""
     with (folder / "lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return  # another process is at it
-        found = []
+            return  # another process sweeps
+        files = []
         for entry in os.scandir(folder):
             with contextlib.suppress(FileNotFoundError):
                 state = entry.stat()
                 if not entry.name.endswith(".making"):
-                    found.append((state.st_mtime, state.st_blocks * 512, entry.path))
+                    files.append((state.st_mtime, state.st_blocks * 512, entry.path))
                 elif time.time() - state.st_mtime > _ABANDONED:
                     os.unlink(entry.path)
-        taken = sum(size for _, size, _ in found)
-        if taken <= bound:
+        used = sum(size for _, size, _ in files)
+        if used <= bound:
             return
-        for _, size, path in sorted(found):
-            if taken <= bound * 4 // 5:
+        for _, size, path in sorted(files):
+            if used <= bound * 4 // 5:
                 return
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-            taken -= size
+            used -= size
 
 
 @contextlib.contextmanager
-def _disk(place: Path) -> Iterator[None]:
-    """A full disk, with what to do about it."""
+def _disk(path: Path) -> Iterator[None]:
+    """Adds to the error of a full disk what to do about it."""
     try:
         yield
     except gcs.StorageError:
         raise
     except OSError as error:
         if full_disk(error):
-            why = f"{full_disk(error)} in the cache of shards: name a larger place in GLIP_JAX_CACHE, or a lower GLIP_JAX_CACHE_GB"
-            raise OSError(error.errno, why, str(place)) from error
+            why = f"{full_disk(error)} in the cache of shards: set GLIP_JAX_CACHE to a folder with more space, or lower GLIP_JAX_CACHE_GB"
+            raise OSError(error.errno, why, str(path)) from error
         raise

@@ -1,11 +1,11 @@
-"""Folders of records: ArrayRecord shards, `manifest.json`, and `columns.npz` with what scheduling needs of each record.
+"""Folders of records: ArrayRecord shards, `manifest.json`, and `columns.npz` with size, kind and hash of each record.
 
-A folder is written under a temporary name and renamed when complete; its manifest is what marks it as finished. A
-finished folder is never made twice. Opening reads the manifest, the columns and the end of each file (its number of
-records), and refuses what does not fit together; `verify` reads everything.
+A folder is written under a temporary name and renamed when complete; the manifest marks it as finished. A finished folder is
+never written again. Opening reads the manifest, the columns and the end of each file (its number of records) and refuses
+inconsistent ones; `verify` reads everything.
 
-A folder may lie in a bucket (gs://). It is made in a local folder then and sent when complete, the manifest last; opening reads
-manifest and columns and asks for one listing, and records come one range at a time (`shard_cache`).
+A folder in a bucket (gs://) is built in a local folder and uploaded when complete, the manifest last. Opening reads manifest and
+columns and lists the folder once; records are read one range at a time (`shard_cache`).
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from glip_jax.data.manifest import Manifest, ShardError, finished, names_in, nothing, opened, read_file
+from glip_jax.data.manifest import Manifest, ShardError, finished, names_in, opened, read_file, why_unfinished
 from glip_jax.data.records import Kind, Record, RecordError, content_hash, decode, encode
 from glip_jax.data.shard_cache import RemoteRecords, cache_folder, record_ends
 from glip_jax.io import gcs
@@ -46,26 +46,26 @@ __all__ = [
     "differing",
     "files_of",
     "finished",
-    "nothing",
     "publish",
     "shard_files",
     "verify",
+    "why_unfinished",
     "writable",
     "write",
 ]
 
 KINDS: tuple[Kind, ...] = ("detection", "grounding", "pseudo", "caption")
-"""Codes of the column `kind`; new kinds go to the end, older shards stay readable."""
+"""Values of the column `kind`. New kinds are appended, so that existing shards stay readable."""
 
 _COLUMNS = ("height", "width", "kind", "hash", "end")
 _TYPES = (np.int32, np.int32, np.uint8, np.uint64, np.uint64)
 
 
 def writable(directory: epath.PathLike) -> Path:
-    """The absolute path of a local folder that can be made; ShardError if it is there already.
+    """The absolute path at which a folder can be built. Raises ShardError if it exists already.
 
-    For one in a bucket: where it is made before it is sent, below `shard_cache.cache_folder`. What a killed sending left
-    there does not hinder; anything else does.
+    For a folder in a bucket this is a local one below `shard_cache.cache_folder`. The bucket may hold files of an interrupted
+    upload, but no others.
     """
     place = gcs.address(directory)
     scheme = re.match(r"[a-z0-9]+:/", place)
@@ -73,43 +73,43 @@ def writable(directory: epath.PathLike) -> Path:
         raise ShardError(f"{place}: expected a local folder or gs://BUCKET/FOLDER, {scheme[0]} is not known")
     target = epath.Path(place)
     if gcs.kind(place) == "file":
-        raise ShardError(f"{target} is a file: expected a folder to make")
-    there = names_in(place)
-    if there and (scheme is None or finished(place) or not all(map(_MADE.fullmatch, there))):
+        raise ShardError(f"{target} is a file: expected the name of a new folder")
+    existing = names_in(place)
+    if existing and (scheme is None or finished(place) or not all(map(_UPLOADED.fullmatch, existing))):
         state = "finished" if finished(place) else "not empty, without a manifest"
-        raise ShardError(f"{place} is {state}: shards are never made twice; remove it or name another folder")
+        raise ShardError(f"{place} is {state}: existing shards are never overwritten; remove it or name another folder")
     if scheme:
         return cache_folder() / "sending" / hashlib.sha256(place.encode()).hexdigest()[:16] / target.name
     return Path(target).absolute()
 
 
-_MADE = re.compile(r"records-\d{5,}-of-\d{5,}\.array_record|columns\.npz|report\.json")
-"""Names in a folder whose manifest was not sent yet."""
+_UPLOADED = re.compile(r"records-\d{5,}-of-\d{5,}\.array_record|columns\.npz|report\.json")
+"""Files of a folder whose upload was interrupted before the manifest."""
 
 
-def publish(partial: Path, directory: epath.PathLike, beside: Iterable[Path] = ()) -> None:
-    """Gives a complete folder its name, or sends it to its bucket; `beside`: files in it that do not belong to it.
+def publish(partial: Path, directory: epath.PathLike, exclude: Iterable[Path] = ()) -> None:
+    """Renames a complete folder to `directory`, or uploads it there; `exclude`: files in it that do not belong to it.
 
-    The manifest is sent last; after a kill the same call goes on. OSError if a file cannot be sent, ShardError if the bucket's
-    folder holds a file that `partial` has not: then nothing is sent.
+    The manifest is uploaded last; an interrupted upload continues with the same call. Raises OSError if a file cannot be
+    uploaded, and ShardError before the upload if the bucket's folder holds a file that `partial` lacks.
     """
-    beside = set(beside)
+    exclude = set(exclude)
     if not gcs.is_remote(directory):
-        for file in beside:
+        for file in exclude:
             file.unlink(missing_ok=True)
         target = Path(directory).absolute()
         if target.exists():
             target.rmdir()
         partial.rename(target)
         return
-    files = {file.name: file for file in sorted(partial.iterdir()) if file.is_file() and file not in beside}
+    files = {file.name: file for file in sorted(partial.iterdir()) if file.is_file() and file not in exclude}
     check_target(directory, files)
     gcs.upload_files(files, directory, last="manifest.json")
     shutil.rmtree(partial)
 
 
 def shard_files(shards: int) -> list[str]:
-    """Names of the files of a folder; ShardError for fewer than one."""
+    """File names of `shards` shards. Raises ShardError for less than one."""
     if shards < 1:
         raise ShardError(f"shards is {shards}: expected at least 1")
     return [f"records-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
@@ -117,7 +117,7 @@ def shard_files(shards: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Written:
-    """What is known of a shard file when it is closed."""
+    """Summary of a shard file that was written."""
 
     file: str
     records: int
@@ -127,25 +127,25 @@ class Written:
     labels: dict[int, int]
     """Boxes by category."""
     columns: tuple[list[int], ...]
-    """height, width, kind and hash of each record, and the offset behind it in the file."""
+    """height, width, kind and hash of each record, and the offset of its end in the file."""
 
 
 class ShardWriter:
-    """One shard file being written. OSError, with the system's words, for what the system refuses."""
+    """Writes one shard file. Errors of the system are raised as OSError."""
 
     def __init__(self, path: Path, names: int) -> None:
         self._path, self._names, self._boxes = path, names, 0
         self._columns: tuple[list[int], ...] = ([], [], [], [], [])
         self._labels: Counter[int] = Counter()
-        with _system_words(path):
+        with _as_os_error(path):
             self._writer = ArrayRecordWriter(str(path), "group_size:1")
 
     def add(self, record: Record) -> None:
-        """Appends a record; ShardError if it has a category beyond the names."""
+        """Appends a record. Raises ShardError if a category is not an index of the names."""
         beyond = [c for c in record.categories if c >= self._names]
         if beyond:
             raise ShardError(f"record {record.id!r} has category {beyond[0]}, there are {self._names} names")
-        with _system_words(self._path):
+        with _as_os_error(self._path):
             self._writer.write(encode(record))
         row = (record.height, record.width, KINDS.index(record.kind), content_hash(record.image))
         for column, value in zip(self._columns[:-1], row):
@@ -154,8 +154,8 @@ class ShardWriter:
         self._boxes += len(record.boxes)
 
     def close(self) -> Written:
-        """Ends the file."""
-        with _system_words(self._path):
+        """Completes the file."""
+        with _as_os_error(self._path):
             self._writer.close()
         return Written(
             file=self._path.name, records=len(self._columns[0]), bytes=self._path.stat().st_size,
@@ -164,7 +164,7 @@ class ShardWriter:
         )  # fmt: skip
 
     def abandon(self) -> None:
-        """Lets go of a file that will not be used."""
+        """Closes a file that is discarded."""
         with contextlib.suppress(RuntimeError):
             self._writer.close()
 
@@ -180,9 +180,9 @@ def complete(
     command: str,
     drops: dict[str, int],
 ) -> Manifest:
-    """Writes the columns and the manifest of the shards in `partial`; the manifest comes last.
+    """Writes columns and manifest, the manifest last, for the shard files in `partial`.
 
-    Raises ShardError if there is no record.
+    Raises ShardError if they hold no record.
     """
     parts: list[Written] = []
     columns: list[list[np.ndarray]] = [[] for _ in _COLUMNS]
@@ -192,7 +192,7 @@ def complete(
         parts.append(replace(part, columns=()))
     records = sum(part.records for part in parts)
     if not records:
-        raise ShardError(f"nothing to write: no record came out of {source or name}")
+        raise ShardError(f"nothing to write: {source or name} has no records")
     joined = {key: np.concatenate(column) for key, column in zip(_COLUMNS, columns)}
     np.savez(partial / "columns.npz", allow_pickle=False, **joined)
     manifest = Manifest(
@@ -221,11 +221,11 @@ def write(
     shards: int = 1,
     drops: Callable[[], dict[str, int]] = dict,
 ) -> Manifest:
-    """Writes `records` to `shards` files in `directory` and returns the manifest.
+    """Writes `records` round robin to `shards` files in `directory` and returns the manifest.
 
-    For records that are at hand; annotation files go through `glip_jax.data.importers.build`. Records go to the shards in turn.
-    `drops` is asked after the last record. Raises ShardError if the folder exists (finished or not empty), or if there
-    is no record, OSError if it cannot be written (a full disk); the folder appears only when everything is in it.
+    Annotation files are imported by `glip_jax.data.importers.build` instead. `drops` is called after the last record. The folder
+    appears when it is complete. Raises ShardError if the folder exists and is not empty, or if there is no record, and OSError
+    if it cannot be written (full disk).
     """
     local = writable(directory)
     files = shard_files(shards)
@@ -252,14 +252,14 @@ def write(
 
 
 class Shards:
-    """Random access to the records of a finished folder. Files are opened at the first read; pickles by path.
+    """Random access to the records of a finished folder. Files are opened at the first read.
 
-    `height`, `width`, `kind` (index into KINDS) and `hash` are arrays with one entry per record, in reading order.
+    `height`, `width` (pixels), `kind` (index into KINDS) and `hash` are arrays with one entry per record.
     """
 
     def __init__(self, directory: epath.PathLike) -> None:
-        """Reads manifest and columns; ShardError if the folder is missing, unfinished or does not fit together, OSError
-        (`gcs.StorageError`) if its bucket does not answer.
+        """Reads manifest and columns. Raises ShardError if the folder is missing, unfinished or inconsistent, OSError
+        (`gcs.StorageError`) if the bucket does not answer.
         """
         place = gcs.address(directory)
         self.path = epath.Path(place)
@@ -276,81 +276,81 @@ class Shards:
         return self.manifest.records
 
     def read(self, index: int) -> bytes:
-        """The bytes of record `index`; RecordError if the file is damaged there, OSError if its bucket does not answer."""
+        """The bytes of record `index`. Raises RecordError if the file is damaged there, OSError if the bucket does not answer."""
         try:
             return self._data.read(index)
-        except RuntimeError as error:  # what array_record raises for a block whose checksum differs
+        except RuntimeError as error:  # array_record: the checksum of the block differs
             raise RecordError(f"record {index} of {self.path} cannot be read ({error})") from None
 
     def __getitem__(self, index: int) -> Record:
-        """Record `index`, decoded and validated; RecordError if it is corrupt."""
+        """Record `index`, decoded and validated. Raises RecordError if it is corrupt."""
         return decode(self.read(index), len(self.manifest.names))
 
 
 class _LocalRecords(ArrayRecordDataSource):
-    """Local files, read as remote ones are."""
+    """Local files with the interface of `RemoteRecords`."""
 
     def read(self, index: int) -> bytes:
         return self[index]
 
 
 def verify(directory: epath.PathLike) -> Literal[True]:
-    """Compares every file with the hash in the manifest; ShardError names the first that differs."""
+    """Compares the SHA-256 of every file with the manifest. Raises ShardError for the first that differs."""
     for fault in differing(directory):
         raise ShardError(fault)
     return True
 
 
 def differing(directory: epath.PathLike, read: Callable[[int], object] = lambda _: None) -> Iterator[str]:
-    """A line for each file that is not there with the SHA-256 of the manifest; `read` is told the bytes of shards that were read.
+    """One message per file that is missing or whose SHA-256 differs from the manifest. `read` is called with the bytes read.
 
-    Raises ShardError for a folder without a manifest, OSError (`gcs.StorageError`) if its bucket does not answer.
+    Raises ShardError for a folder without a manifest, OSError (`gcs.StorageError`) if the bucket does not answer.
     """
     place = gcs.address(directory)
     manifest = finished(place)
     if manifest is None:
-        raise ShardError(f"{place} {nothing(place)}")
-    there = gcs.list_files(place) if gcs.is_remote(place) else {}
+        raise ShardError(f"{place} {why_unfinished(place)}")
+    remote = gcs.list_files(place) if gcs.is_remote(place) else {}
 
     def fault(entry: dict[str, Any]) -> str:
         path = f"{place}/{entry['file']}"
         try:
-            found = _sha256(path, there[entry["file"]].bytes if gcs.is_remote(place) else 0)
+            found = _sha256(path, remote[entry["file"]].bytes if gcs.is_remote(place) else 0)
         except (FileNotFoundError, KeyError):
             return f"{path} is missing, the manifest names it: copy the folder again"
         read(entry.get("bytes", 0))
         return "" if found == entry["sha256"] else f"{path}: sha256 is {found}, the manifest says {entry['sha256']}"
 
-    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
         yield from filter(None, pool.map(fault, (*manifest.shards, manifest.columns)))
 
 
-_AT_A_TIME = 4
-"""Files that are hashed at a time."""
+_HASHING_THREADS = 4
+"""Files that are hashed at the same time."""
 
 
 def files_of(directory: epath.PathLike) -> dict[str, Path]:
-    """The files of a finished local folder by name: those of the manifest, itself, and the report where there is one."""
+    """The files of a finished local folder by name: shards, columns, manifest, and the report if there is one."""
     manifest = finished(directory)
     if manifest is None:
-        raise ShardError(f"{directory} {nothing(str(directory))}")
+        raise ShardError(f"{directory} {why_unfinished(str(directory))}")
     names = [*(shard["file"] for shard in manifest.shards), manifest.columns["file"], "manifest.json"]
     return {name: Path(directory) / name for name in (*names, "report.json") if (Path(directory) / name).exists()}
 
 
 def check_target(directory: epath.PathLike, files: Iterable[str]) -> None:
-    """Raises ShardError if a bucket's folder holds a file that is none of `files`."""
-    strange = sorted(set(gcs.list_files(directory)) - set(files))
-    if strange:
+    """Raises ShardError if a bucket's folder holds a file that is not among `files`."""
+    foreign = sorted(set(gcs.list_files(directory)) - set(files))
+    if foreign:
         raise ShardError(
-            f"{gcs.address(directory)} holds {len(strange)} files of another build ({strange[0]}): remove them, then give the "
-            "same command again"
+            f"{gcs.address(directory)} holds {len(foreign)} files of another build ({foreign[0]}): remove them, then repeat the "
+            "command"
         )
 
 
 @contextlib.contextmanager
-def _system_words(path: Path) -> Iterator[None]:
-    """array_record's own kind of error, for whatever the system refused, as OSError."""
+def _as_os_error(path: Path) -> Iterator[None]:
+    """Converts the RuntimeError that array_record raises for errors of the system to OSError."""
     try:
         yield
     except RuntimeError as error:
@@ -359,11 +359,11 @@ def _system_words(path: Path) -> Iterator[None]:
 
 
 def _columns(side: str, manifest: Manifest) -> dict[str, np.ndarray]:
-    """The columns, checked; `end` is not there in folders of before it was kept."""
+    """The columns, checked against the manifest. Folders of earlier versions lack `end`."""
     try:
         data = read_file(side)
-        with np.load(io.BytesIO(data)) as found:
-            columns = {key: found[key] for key in _COLUMNS if key in found or key != _COLUMNS[-1]}
+        with np.load(io.BytesIO(data)) as stored:
+            columns = {key: stored[key] for key in _COLUMNS if key in stored or key != _COLUMNS[-1]}
     except gcs.StorageError:
         raise
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
@@ -373,12 +373,12 @@ def _columns(side: str, manifest: Manifest) -> dict[str, np.ndarray]:
         rows = " or ".join(map(str, sorted(rows)))
         raise ShardError(f"{side} has {rows} rows, the manifest says {manifest.records} records: import again")
     if hashlib.sha256(data).hexdigest() != manifest.columns["sha256"]:
-        raise ShardError(f"{side} is not the file that the manifest names (its sha256 differs): import again")
+        raise ShardError(f"{side} differs from the manifest (its sha256 is another): import again")
     return columns
 
 
 def _sha256(path: epath.PathLike, size: int = 0) -> str:
-    """Of a file, read in pieces; `size` of a remote one."""
+    """SHA-256 of a file, read in pieces; `size`: bytes of a remote one."""
     if gcs.is_remote(path):
         digest = hashlib.sha256()
         for piece in gcs.read_chunks(path, size):

@@ -1,7 +1,7 @@
-"""Boxes: xyxy, float32, pixels. Serves numpy and jax arrays alike.
+"""Box geometry: xyxy, float32, pixels. Functions take numpy and jax arrays.
 
-The original counts pixels inclusively: a box from x1 to x2 is x2 - x1 + 1 wide (glip-reference, fact 5). Functions
-say in their name or argument where that holds; GIoU is the exception, as it is there.
+The original code uses inclusive corners: a box from x1 to x2 is x2 - x1 + 1 wide (glip-reference, fact 5). So do the functions
+here, except `giou`, where the original uses exclusive corners.
 """
 
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ __all__ = [
 
 _CODER_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 _LARGEST_LOG_SIDE = 4.135166556742356
-"""ln(1000 / 16): a decoded side is at most 62.5 anchor sides."""
+"""ln(1000 / 16): a decoded side is at most 62.5 times the side of its anchor."""
 
 
 def area(boxes: Float[Any, "*#n 4"], plus_one: bool = True) -> Float[Any, "*_"]:
-    """Width times height; negative sides are not clamped."""
+    """Width times height, inclusive corners if `plus_one`. Negative sides are not clamped."""
     extra = 1 if plus_one else 0
     return (boxes[..., 2] - boxes[..., 0] + extra) * (boxes[..., 3] - boxes[..., 1] + extra)
 
 
 def iou(a: Float[Any, "*#n 4"], b: Float[Any, "*#n 4"]) -> Float[Any, "*_"]:
-    """Intersection over union of boxes of broadcastable shapes, inclusive pixels."""
+    """Intersection over union of boxes with broadcastable shapes, inclusive corners."""
     xp = a.__array_namespace__()
     sides = xp.minimum(a[..., 2:], b[..., 2:]) - xp.maximum(a[..., :2], b[..., :2]) + 1
     sides = xp.maximum(sides, xp.zeros_like(sides))
@@ -36,14 +36,14 @@ def iou(a: Float[Any, "*#n 4"], b: Float[Any, "*#n 4"]) -> Float[Any, "*_"]:
 
 
 def pairwise_iou(a: Float[Any, "n 4"], b: Float[Any, "m 4"]) -> Float[Any, "n m"]:
-    """`iou` of every pair."""
+    """`iou` of all pairs."""
     return iou(a[:, None], b[None])
 
 
 def giou(a: Float[Any, "*#n 4"], b: Float[Any, "*#n 4"]) -> Float[Any, "*_"]:
-    """Generalised IoU (arXiv 1902.09630), exclusive pixels; `a`'s far corner is at least its near one.
+    """Generalized IoU (arXiv 1902.09630), exclusive corners. The sides of `a` are clamped at 0.
 
-    Both denominators carry the original's 1e-7 (glip-reference 3.5).
+    1e-7 is added to both denominators, as in the original (glip-reference 3.5).
     """
     xp = a.__array_namespace__()
     a = xp.concatenate([a[..., :2], xp.maximum(a[..., :2], a[..., 2:])], axis=-1)
@@ -57,19 +57,19 @@ def giou(a: Float[Any, "*#n 4"], b: Float[Any, "*#n 4"]) -> Float[Any, "*_"]:
 
 
 def centers(boxes: Float[Any, "*#n 4"]) -> Float[Any, "*_ 2"]:
-    """(x, y) midway between the corners."""
+    """Centers (x, y) of boxes."""
     return (boxes[..., :2] + boxes[..., 2:]) / 2
 
 
 def clip(boxes: Float[Any, "*#n 4"], size: Float[Any, "*#n 2"]) -> Float[Any, "*_ 4"]:
-    """Boxes inside [0, width - 1] x [0, height - 1]; `size` is (height, width)."""
+    """Boxes clipped to [0, width - 1] x [0, height - 1]; `size` is (height, width)."""
     xp = boxes.__array_namespace__()
     limit = xp.stack([size[..., 1], size[..., 0], size[..., 1], size[..., 0]], axis=-1) - 1
     return xp.minimum(xp.maximum(boxes, xp.zeros_like(boxes)), limit)
 
 
 def encode(boxes: Float[Any, "*#n 4"], anchor: Float[Any, "*#n 4"]) -> Float[Any, "*_ 4"]:
-    """Deltas (dx, dy, dw, dh) of boxes against anchors, inclusive sides (glip-reference 3.2)."""
+    """Deltas (dx, dy, dw, dh) from anchors to boxes, inclusive corners (glip-reference 3.2)."""
     xp = boxes.__array_namespace__()
     sides, anchor_sides = boxes[..., 2:] - boxes[..., :2] + 1, anchor[..., 2:] - anchor[..., :2] + 1
     shift = (centers(boxes) - centers(anchor)) / anchor_sides * _CODER_WEIGHTS[0]
@@ -77,7 +77,7 @@ def encode(boxes: Float[Any, "*#n 4"], anchor: Float[Any, "*#n 4"]) -> Float[Any
 
 
 def decode(deltas: Float[Any, "*#n 4"], anchor: Float[Any, "*#n 4"]) -> Float[Any, "*_ 4"]:
-    """Boxes from deltas; log sides are bounded above only (glip-reference 2.10)."""
+    """Inverse of `encode`; log sides are bounded from above (glip-reference 2.10)."""
     xp = deltas.__array_namespace__()
     anchor_sides = anchor[..., 2:] - anchor[..., :2] + 1
     center = deltas[..., :2] / _CODER_WEIGHTS[0] * anchor_sides + centers(anchor)
@@ -87,28 +87,28 @@ def decode(deltas: Float[Any, "*#n 4"], anchor: Float[Any, "*#n 4"]) -> Float[An
 
 
 def from_coco_xywh(boxes: Float[Any, "*#n 4"]) -> Float[Any, "*_ 4"]:
-    """COCO's (x, y, width, height) to inclusive corners: x2 = x + max(width - 1, 0)."""
+    """COCO (x, y, width, height) to inclusive corners: x2 = x + max(width - 1, 0)."""
     xp = boxes.__array_namespace__()
     sides = boxes[..., 2:] - 1
     return xp.concatenate([boxes[..., :2], boxes[..., :2] + xp.maximum(sides, xp.zeros_like(sides))], axis=-1)
 
 
 def to_coco_xywh(boxes: Float[Any, "*#n 4"]) -> Float[Any, "*_ 4"]:
-    """Inclusive corners to COCO's (x, y, width, height): width = x2 - x1 + 1."""
+    """Inclusive corners to COCO (x, y, width, height): width = x2 - x1 + 1."""
     xp = boxes.__array_namespace__()
     return xp.concatenate([boxes[..., :2], boxes[..., 2:] - boxes[..., :2] + 1], axis=-1)
 
 
 def level_shape(canvas: tuple[int, int], stride: int) -> tuple[int, int]:
-    """Cells of a pyramid level on a canvas (height, width), rounded up."""
+    """(height, width) of a pyramid level in cells, rounded up, for a canvas (height, width) in pixels."""
     return -(-canvas[0] // stride), -(-canvas[1] // stride)
 
 
 def anchors(canvas: tuple[int, int], strides: Sequence[int], sizes: Sequence[int]) -> Float32[np.ndarray, "A 4"]:
-    """One square anchor per location, levels in order, row-major (glip-reference 2.10).
+    """One square anchor per location, ordered by level, then row-major (glip-reference 2.10).
 
-    Cell boxes are centred at (stride - 1) / 2 and reach (size - 1) / 2 to both sides, so that their inclusive side is
-    `size`: [-28, -28, 35, 35] for stride 8 and size 64.
+    The anchor of the first cell is centered at (stride - 1) / 2 and extends (size - 1) / 2 to each side, so that its inclusive
+    side is `size`: [-28, -28, 35, 35] for stride 8 and size 64.
     """
     parts = []
     for stride, size in zip(strides, sizes, strict=True):

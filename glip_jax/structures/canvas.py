@@ -1,4 +1,4 @@
-"""The size rule of images and the canvases that they are resized and padded to."""
+"""Resizing of images, and the canvases of static shape that they are padded to."""
 
 import math
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ __all__ = ["target_size", "canvas_size", "nearest_aspect", "fit", "resize", "pad
 
 
 def target_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
-    """Height and width after resizing so that the short side is `short_side` (the original's rule, glip-reference 4.7).
+    """(height, width) after resizing the short side to `short_side` pixels, as in the original (glip-reference 4.7).
 
-    Where the long side would exceed `long_side`, the short side becomes round(long_side * short / long) with Python's
-    rounding of halves to even; the other side is cut to an integer. As the short side is rounded first, the long side
-    of a very elongated image can exceed `long_side` by a little.
+    If the long side would exceed `long_side`, the short side is round(long_side * short / long), halves rounded to even. The
+    other side is truncated to an integer. Because the short side is rounded first, the long side of a very elongated image
+    can exceed `long_side` slightly.
     """
     short, long = sorted((height, width))
     side = short_side
@@ -29,13 +29,13 @@ def target_size(height: int, width: int, short_side: int, long_side: int) -> tup
 
 
 def canvas_size(short_side: int, aspect: float, long_side: int, multiple: int = 32) -> tuple[int, int]:
-    """Static height and width of a bucket: `aspect` = height / width, sides rounded up to `multiple` pixels.
+    """(height, width) of the canvas of a bucket, pixels: `aspect` = height / width, sides rounded up to `multiple`.
 
-    Both sides shrink together where the long one would exceed `long_side`.
+    If the long side would exceed `long_side`, both sides are scaled down.
     """
     height, width = (short_side * aspect, short_side) if aspect >= 1 else (short_side, short_side / aspect)
     scale = min(1.0, long_side / max(height, width))
-    # A hair less, so that 640.0000001 does not become 672.
+    # The tolerance keeps 640.0000001 from becoming 672.
     sides = (math.ceil(side * scale / multiple - 1e-3) * multiple for side in (height, width))
     height, width = (max(multiple, side) for side in sides)
     return height, width
@@ -44,12 +44,12 @@ def canvas_size(short_side: int, aspect: float, long_side: int, multiple: int = 
 def nearest_aspect(
     heights: Int[np.ndarray, "n"], widths: Int[np.ndarray, "n"], aspects: Sequence[float]
 ) -> Int[np.ndarray, "n"]:
-    """Per image the index of the aspect (height / width) nearest to its own, by ratio."""
+    """Per image: index of the aspect (height / width) nearest to its own in log scale."""
     return np.abs(np.log(heights / widths)[:, None] - np.log(np.asarray(aspects))).argmin(1)
 
 
 def fit(height: int, width: int, short_side: int, long_side: int, canvas: tuple[int, int]) -> tuple[int, int]:
-    """`target_size`, shrunk in proportion where it would not fit into the canvas (height, width)."""
+    """`target_size`, scaled down if it does not fit on the canvas (height, width)."""
     h, w = target_size(height, width, short_side, long_side)
     scale = min(canvas[0] / h, canvas[1] / w)
     if scale >= 1:
@@ -58,14 +58,14 @@ def fit(height: int, width: int, short_side: int, long_side: int, canvas: tuple[
 
 
 def resize(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "H2 W2 3"]:
-    """The image at (height, width) by PIL's bilinear filter, which averages when shrinking."""
+    """The image resized to `size` (height, width) by PIL's bilinear filter, which averages when it shrinks."""
     if image.shape[:2] == size:
         return image
     return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
 def pad_to_canvas(image: UInt8[np.ndarray, "h w 3"], canvas: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
-    """The image in the upper left of a canvas (height, width) of zeros; it must fit."""
+    """The image in the upper left corner of a canvas (height, width) of zeros. Raises ValueError if it does not fit."""
     height, width = image.shape[:2]
     if height > canvas[0] or width > canvas[1]:
         raise ValueError(f"an image of {height} x {width} does not fit on a canvas of {canvas[0]} x {canvas[1]}")

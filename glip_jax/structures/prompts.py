@@ -1,7 +1,7 @@
-"""Prompts: captions whose phrases have character spans, their tokens, and the map from spans to tokens.
+"""Prompts: captions with character spans of their phrases, tokenization, and the map from spans to tokens.
 
-All text in glip_jax is arithmetic on phrases: a caption is built once together with the spans of its phrases, tokens
-are found from spans, and a phrase is known by its index ever after. Nothing is rebuilt from tokens.
+A caption is built together with the spans of its phrases. Tokens are derived from spans, and later code refers to a phrase by
+its index. Text is never reconstructed from tokens.
 """
 
 import functools
@@ -29,15 +29,15 @@ _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 class PromptError(UserError, ValueError):
-    """A prompt that cannot be built, or does not fit into its token budget."""
+    """A prompt that cannot be built, or exceeds its token budget."""
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What we need of a `tokenizers` tokenizer: ids and character offsets, [CLS] and [SEP] included."""
+    """The interface of a `tokenizers` tokenizer that is used here: ids and character offsets, [CLS] and [SEP] included."""
 
     def encode(self, sequence: str) -> Any:
-        """Returns an object with `ids` (list of int), `offsets` (list of (begin, end) characters) and `tokens` (texts)."""
+        """Returns an object with `ids` (list of int), `offsets` (list of (begin, end) characters) and `tokens` (list of str)."""
         ...
 
     def get_vocab_size(self, with_added_tokens: bool = True) -> int:
@@ -46,37 +46,37 @@ class Tokenizer(Protocol):
 
 
 class Losses(NamedTuple):
-    """What truncation to the token budget took from a prompt."""
+    """Phrases that a prompt lost by truncation to the token budget."""
 
     cut: int
-    """Phrases that lost at least one token to the cut."""
+    """Number of phrases that lost at least one token."""
     without_token: int
-    """Phrases that have no token even without a cut (only white space or control characters)."""
+    """Number of phrases without a token even before truncation (white space or control characters only)."""
 
 
-@functools.lru_cache(65536)  # an example cleans every name of its prompt, several times
+@functools.lru_cache(65536)  # every example cleans each name of its prompt several times
 def clean_name(name: str) -> str:
-    """A category name as it stands in a caption (the original's rule, glip-reference 4.1).
+    """A category name as it appears in a caption (glip-reference 4.1).
 
-    Removes everything from the first "(" to the last ")", turns "_" into a space and, in one pass, each double space
-    into a single one. Neither strips nor lower-cases: `bow_(decorative_ribbons)` becomes `"bow "`.
+    Removes everything from the first "(" to the last ")", replaces "_" by a space and, in one pass, each double space by a
+    single one. It does not strip or lower-case: `bow_(decorative_ribbons)` becomes `"bow "`.
     """
     name = re.sub(r"\(.*\)", "", name)
     return name.replace("_", " ").replace("  ", " ")
 
 
 def prompt_from_categories(names: Sequence[str], separator: str = ". ") -> Prompt:
-    """The caption "name. name. name" of the cleaned `names`, in their order; phrase i is names[i].
+    """The caption "name. name. name" of the cleaned `names`; phrase i is names[i].
 
-    Raises PromptError for a name of which cleaning leaves nothing but white space.
+    Raises PromptError for a name that is empty after cleaning.
     """
     pieces, spans, begin = [], [], 0
     for index, name in enumerate(names):
         piece = clean_name(name)
         if not piece.strip():
             raise PromptError(
-                f"category {index} is named {name!r}, of which nothing is left after cleaning (parentheses are removed, "
-                "underscores become spaces): give it a name with letters"
+                f"category {index} is named {name!r}, which is empty after cleaning (text in parentheses is removed, underscores "
+                "become spaces): expected a name with letters"
             )
         pieces.append(piece)
         spans.append(((begin, begin + len(piece)),))
@@ -85,9 +85,9 @@ def prompt_from_categories(names: Sequence[str], separator: str = ". ") -> Promp
 
 
 def load_tokenizer(vocabulary_path: str | os.PathLike[str], lowercase: bool = True) -> Tokenizer:
-    """The BERT WordPiece tokenizer of a `vocab.txt` (one token a line; local or gs://), through the library `tokenizers`.
+    """BERT's WordPiece tokenizer (library `tokenizers`) for a `vocab.txt`, one token per line; local or gs://.
 
-    Raises PromptError if the file is missing or lacks one of BERT's special tokens.
+    Raises PromptError if the file is missing, is not UTF-8, or lacks a special token of BERT.
     """
     from tokenizers.implementations import BertWordPieceTokenizer
 
@@ -102,11 +102,11 @@ def load_tokenizer(vocabulary_path: str | os.PathLike[str], lowercase: bool = Tr
     missing = [token for token in _SPECIAL if token not in tokens]
     if missing:
         raise PromptError(
-            f"vocabulary {str(path)!r} lacks {', '.join(missing)}: expected a BERT vocab.txt, one token a line"
+            f"vocabulary {str(path)!r} lacks {', '.join(missing)}: expected a BERT vocab.txt, one token per line"
         )
     if "://" not in str(path):
         return BertWordPieceTokenizer(str(path), lowercase=lowercase)
-    # The library reads local files alone.
+    # The library reads local files only.
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="", suffix=".txt") as local:
         local.write(text)
         local.flush()
@@ -114,18 +114,18 @@ def load_tokenizer(vocabulary_path: str | os.PathLike[str], lowercase: bool = Tr
 
 
 def positive_map(offsets: Int32[np.ndarray, "T 2"], spans: Sequence[Spans]) -> Bool[np.ndarray, "P T"]:
-    """Which tokens each phrase (or box) covers, as the original finds them (glip-reference 3.3).
+    """Tokens that each phrase (or box) covers, as in the original (glip-reference 3.3).
 
-    `offsets` are the tokens' (begin, end) characters, (0, 0) for special tokens and padding; `spans` holds for every
-    row its (begin, end) character spans, end exclusive. A span runs from the token of its first character to the
-    token of its last. Where that character belongs to no token (white space), the next two characters inward are
-    tried; if none of them does, or it was cut off, the span has no token.
+    `offsets`: (begin, end) characters of each token, (0, 0) for special tokens and padding. `spans`: per row its (begin, end)
+    character spans, end exclusive. A span covers the tokens from that of its first character to that of its last. If such a
+    character belongs to no token (white space), the next two characters inward are tried; if these have none either, or
+    were truncated, the span has no token.
     """
     result = np.zeros((len(spans), len(offsets)), bool)
     token_of = _token_of(offsets)
     for row, row_spans in enumerate(spans):
         for begin, end in row_spans:
-            # Beyond the last token there is none, and before the first character neither.
+            # Characters behind the last token have none.
             first = next((token for token in token_of[begin : begin + 3] if token >= 0), -1)
             last = next((token for token in token_of[max(end - 3, 0) : end][::-1] if token >= 0), -1)
             if first >= 0 and last >= 0:
@@ -134,7 +134,7 @@ def positive_map(offsets: Int32[np.ndarray, "T 2"], spans: Sequence[Spans]) -> B
 
 
 def _token_of(offsets: Int32[np.ndarray, "T 2"]) -> list[int]:
-    """Per character up to the end of the last token, the first token that it belongs to; -1 for none."""
+    """Per character up to the end of the last token: the first token that it belongs to, -1 for none."""
     result = [-1] * int(offsets.max(initial=0))
     for token, (begin, end) in reversed(list(enumerate(offsets.tolist()))):
         result[begin:end] = [token] * (end - begin)
@@ -156,12 +156,11 @@ def tokenize(
 def tokenize(
     prompt: Prompt, tokenizer: Tokenizer, max_tokens: int, truncate: bool = False
 ) -> TokenizedPrompt | tuple[TokenizedPrompt, Losses]:
-    """Token ids, mask and phrase map of `prompt`, padded with 0 to `max_tokens` ([CLS] and [SEP] count).
+    """Token ids, mask and phrase map of `prompt`, padded with 0 to `max_tokens` ([CLS] and [SEP] included).
 
-    Without `truncate` every phrase keeps its tokens: PromptError names the token count, the budget and the first
-    phrase beyond it, or a phrase that has no token. With `truncate` (grounding captions at training time) the text is
-    cut to the budget as the original does, [SEP] kept as the last token, and what was lost is returned as well.
-    Spans that leave the caption are refused either way.
+    Without `truncate`, raises PromptError if the prompt exceeds the budget or a phrase has no token. With `truncate` (captions
+    in training), the tokens are cut to the budget as in the original, with [SEP] as the last one, and the losses are returned
+    as well. Raises PromptError for spans outside of the caption.
     """
     if max_tokens < 2:
         raise PromptError(f"max_tokens is {max_tokens}: [CLS] and [SEP] alone take 2")
@@ -177,7 +176,9 @@ def tokenize(
             raise PromptError(_over_budget(prompt, whole, count, max_tokens))
         if empty.any():
             index = int(np.argmax(empty))
-            raise PromptError(f"phrase {index} ({_words(prompt, index)!r}) has no token: give it letters")
+            raise PromptError(
+                f"phrase {index} ({_phrase_text(prompt, index)!r}) has no token: expected a phrase with letters"
+            )
     elif count > max_tokens:
         ids = np.concatenate([ids[: max_tokens - 1], ids[-1:]])
         offsets = np.concatenate([offsets[: max_tokens - 1], offsets[-1:]])
@@ -195,35 +196,35 @@ def tokenize(
 
 
 class _Piece(NamedTuple):
-    """The tokens of one name, wherever in a caption it stands."""
+    """The tokens of one name at any position of a caption."""
 
     ids: tuple[int, ...]
-    """Of the name and the separator behind it."""
+    """Token ids of the name and the separator after it."""
     length: int
-    """Tokens of the name alone."""
+    """Number of tokens of the name alone."""
     begin: int
     end: int
-    """Tokens that stand for the name, `begin` to `end` - 1 of its own; equal where there is none."""
+    """The span of the name covers its tokens `begin` to `end` - 1; equal if it has none."""
 
 
 class JoinedNames:
-    """Category names whose tokens are found once, so that a caption of names is joined from them: the same prompt and arrays
-    as `prompt_from_categories` and `tokenize` give, in a fifth of the time.
+    """Tokenizes each category name once and joins captions from the results: the same prompts and arrays as those of
+    `prompt_from_categories` and `tokenize`, in a fifth of the time.
 
-    BERT's tokenizer splits at white space before anything else, so behind a separator that ends with some, the tokens of a
-    name do not depend on its neighbours. That is checked for every name: it must read alike three times in one caption.
+    BERT's tokenizer splits at white space first, so after a separator that ends in white space the tokens of a name do not
+    depend on its neighbors. This is verified for every name, on a caption that repeats it three times.
     """
 
     def __init__(self, names: Sequence[str], tokenizer: Tokenizer, separator: str = ". ") -> None:
         self._names, self._tokenizer, self._separator = names, tokenizer, separator
-        self._apart = separator[-1:].isspace()
+        self._independent = separator[-1:].isspace()
         self._first, self._last = tokenizer.encode("").ids
         self._pieces: dict[int, _Piece | None] = {}
 
     def tokenize(self, order: Sequence[int], max_tokens: int) -> tuple[Prompt, TokenizedPrompt, Losses]:
-        """The caption of the names `order`, its arrays padded to `max_tokens`, and what the budget cut off (`tokenize`).
+        """The caption of the names with indices `order`, its arrays padded to `max_tokens`, and what truncation lost.
 
-        Raises PromptError for a name of which cleaning leaves nothing.
+        Raises PromptError for a name that is empty after cleaning.
         """
         prompt = prompt_from_categories([self._names[index] for index in order], self._separator)
         pieces = [self._piece(index) for index in order]
@@ -238,27 +239,27 @@ class JoinedNames:
         ids.append(self._last)
         if len(known) < len(pieces) or len(ids) > max_tokens:
             return prompt, *tokenize(prompt, self._tokenizer, max_tokens, truncate=True)
-        tokens, place = np.zeros(max_tokens, np.int32), np.arange(max_tokens)
+        tokens, position = np.zeros(max_tokens, np.int32), np.arange(max_tokens)
         tokens[: len(ids)] = ids
-        phrase_map = (place >= np.array(begins, int)[:, None]) & (place < np.array(ends, int)[:, None])
+        phrase_map = (position >= np.array(begins, int)[:, None]) & (position < np.array(ends, int)[:, None])
         empty = sum(begin == end for begin, end in zip(begins, ends))
-        return prompt, TokenizedPrompt(tokens, place < len(ids), phrase_map), Losses(0, empty)
+        return prompt, TokenizedPrompt(tokens, position < len(ids), phrase_map), Losses(0, empty)
 
     def _piece(self, index: int) -> _Piece | None:
-        """The tokens of name `index`; None where they depend on what stands beside it."""
+        """The tokens of name `index`; None if they depend on its neighbors."""
         if index not in self._pieces:
-            self._pieces[index] = self._read(self._names[index]) if self._apart else None
+            self._pieces[index] = self._encode(self._names[index]) if self._independent else None
         return self._pieces[index]
 
-    def _read(self, name: str) -> _Piece | None:
+    def _encode(self, name: str) -> _Piece | None:
         thrice = prompt_from_categories([name] * 3, self._separator)
         encoding = self._tokenizer.encode(thrice.caption)
         alone = self._tokenizer.encode(clean_name(name)).ids[1:-1]
         ids = encoding.ids[1:-1]
         size = (len(ids) - len(alone)) // 2
         rows = positive_map(np.asarray(encoding.offsets, np.int32).reshape(-1, 2), thrice.spans)[:, 1:-1]
-        own = np.flatnonzero(rows[0]).tolist()
-        begin, end = (own[0], own[-1] + 1) if own else (0, 0)
+        covered = np.flatnonzero(rows[0]).tolist()
+        begin, end = (covered[0], covered[-1] + 1) if covered else (0, 0)
         expected = np.zeros_like(rows)
         for number, row in enumerate(expected):
             row[number * size + begin : number * size + end] = True
@@ -270,11 +271,10 @@ class JoinedNames:
 def chunk(
     names: Sequence[str], tokenizer: Tokenizer, max_tokens: int, separator: str = ". ", limit: int = 0
 ) -> list[list[int]]:
-    """Splits category names into prompts that fit: lists of consecutive indices, each as long as the budget admits.
+    """Splits category names into prompts: lists of consecutive indices, each as long as the token budget allows.
 
-    A list's `prompt_from_categories` has at most `max_tokens` tokens ([CLS] and [SEP] included) and, if `limit` > 0,
-    at most `limit` names. Depends on nothing but its arguments. Raises PromptError for a name that alone exceeds the
-    budget.
+    The `prompt_from_categories` of a list has at most `max_tokens` tokens ([CLS] and [SEP] included) and, if `limit` > 0, at
+    most `limit` names. Deterministic. Raises PromptError for a name that exceeds the budget alone.
     """
 
     def count(indices: list[int]) -> int:
@@ -297,7 +297,7 @@ def chunk(
 
 
 def _check_spans(prompt: Prompt) -> None:
-    """Refuses spans that leave the caption."""
+    """Raises PromptError for spans outside of the caption."""
     length = len(prompt.caption)
     for index, spans in enumerate(prompt.spans):
         for begin, end in spans:
@@ -309,18 +309,18 @@ def _check_spans(prompt: Prompt) -> None:
 
 
 def _over_budget(prompt: Prompt, whole: np.ndarray, count: int, max_tokens: int) -> str:
-    """The message for a prompt of `count` tokens; names the first phrase that does not fit."""
+    """The error message for a prompt of `count` tokens; names the first phrase that does not fit."""
     beyond = whole[:, max_tokens - 1 :].any(1)
     where = ""
     if beyond.any():
         index = int(np.argmax(beyond))
-        where = f"; the first phrase beyond it is {index} ({_words(prompt, index)!r})"
+        where = f"; the first phrase beyond it is {index} ({_phrase_text(prompt, index)!r})"
     return (
         f"the prompt has {count} tokens with [CLS] and [SEP], the budget is {max_tokens}{where}: "
         "split it with prompts.chunk or raise model.text.max_tokens"
     )
 
 
-def _words(prompt: Prompt, index: int) -> str:
-    """The characters of a phrase, its spans joined by ' ... '."""
+def _phrase_text(prompt: Prompt, index: int) -> str:
+    """The text of a phrase, its spans joined by ' ... '."""
     return " ... ".join(prompt.caption[begin:end] for begin, end in prompt.spans[index])

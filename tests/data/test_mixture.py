@@ -199,7 +199,7 @@ def test_all_names_need_their_place_and_negatives_a_name(folders: dict[str, Path
         ConfigError, match=r"its 6 names take 15 tokens .*max_tokens is 10: data.captions.mode all_names"
     ):
         Mixture(short)
-    with pytest.raises(ConfigError, match=r"sources\.boxes\.negatives has '\(x\)', of which nothing is left"):
+    with pytest.raises(ConfigError, match=r"sources\.boxes\.negatives has '\(x\)', which is empty without"):
         Mixture(config({"boxes": SourceConfig(str(folders["boxes"]), negatives=("(x)",))}))
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glip_jax.config import CaptionConfig, PackingConfig
-from glip_jax.data.captions import Captioner, View, rng_of, says_side
+from glip_jax.data.captions import Captioner, CropResult, rng_of, says_side
 from glip_jax.data.negatives import Likeness, choose, number_of_names, number_of_texts, pack
 from glip_jax.data.records import Record, boxes_array
 from glip_jax.structures.prompts import load_tokenizer
@@ -244,16 +244,16 @@ def test_words_in_no_phrase_can_be_unknown() -> None:
 
 def test_what_a_crop_took_is_unknown_or_not_asked() -> None:
     record = grounding("a man near a dog", "man", "dog", "dog")
-    view = View(np.array([False, True, True]), np.array([False, False, False]))
+    view = CropResult(np.array([False, True, True]), np.array([False, False, False]))
     gone = captioner()(record, rng_of(0, 0), view)
     assert unknown_words(gone) == "man" and gone.keep.tolist() == [False, True, True]
     assert not gone.positive_map[0].any()
-    half = captioner()(record, rng_of(0, 0), View(np.array([True, True, False]), np.array([False, False, True])))
+    half = captioner()(record, rng_of(0, 0), CropResult(np.array([True, True, False]), np.array([False, False, True])))
     assert unknown_words(half) == "dog", "something of a dog without a box is left"
-    half = captioner()(record, rng_of(0, 0), View(np.array([True, True, False]), np.array([False, False, False])))
+    half = captioner()(record, rng_of(0, 0), CropResult(np.array([True, True, False]), np.array([False, False, False])))
     assert half.token_loss_mask.all(), "the other dog is wholly out of view"
     boxes = captioner(full_probability=1.0)(
-        detection([1, 4, 4]), rng_of(0, 0), View(np.array([False, True, False]), np.array([True, False, True]))
+        detection([1, 4, 4]), rng_of(0, 0), CropResult(np.array([False, True, False]), np.array([True, False, True]))
     )
     assert "dog" not in boxes.prompt.caption.split(". ") and unknown_words(boxes) == "table"
     assert boxes.keep.tolist() == [False, True, False] and boxes.over_budget == 0

@@ -48,7 +48,7 @@ def test_manifest_tells_where_it_came_from(tmp_path: Path) -> None:
 def test_a_finished_folder_is_not_made_twice(tmp_path: Path) -> None:
     first = shards.write(records(2), tmp_path / "s", name="s", names=["a", "b"])
     assert shards.finished(tmp_path / "s") == first
-    with pytest.raises(ShardError, match="finished: shards are never made twice"):
+    with pytest.raises(ShardError, match="finished: existing shards are never overwritten"):
         shards.write(records(2), tmp_path / "s", name="s", names=["a", "b"])
 
 
@@ -56,7 +56,7 @@ def test_an_interrupted_import_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         shards.write(records(5, failing=3), tmp_path / "s", name="s", names=["a", "b"])
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ShardError, match="no record came out"):
+    with pytest.raises(ShardError, match="has no records"):
         shards.write(records(0), tmp_path / "s", name="s")
     with pytest.raises(ShardError, match="record '1' has category 1, there are 1 names"):
         shards.write(records(2), tmp_path / "s", name="s", names=["a"])
@@ -68,7 +68,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="not empty, without a manifest"):
         shards.write(records(2), tmp_path, name="s", names=["a", "b"])
     assert (tmp_path / "mine.txt").exists()
-    with pytest.raises(ShardError, match="is a file: expected a folder to make"):
+    with pytest.raises(ShardError, match="is a file: expected the name of a new folder"):
         shards.write(records(2), tmp_path / "mine.txt", name="s", names=["a", "b"])
 
 
@@ -80,7 +80,7 @@ def test_pickles_and_reads_after_it(tmp_path: Path) -> None:
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match="no finished shards here"):
+    with pytest.raises(ShardError, match="expected a folder of finished shards"):
         Shards(tmp_path / "absent")
     shards.write(records(3), tmp_path / "s", name="s", names=["a", "b"])
     file = next((tmp_path / "s").glob("*.array_record"))

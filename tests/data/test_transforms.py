@@ -11,7 +11,7 @@ from benchmarks.padding import measure
 from glip_jax.config import Codec, DataConfig
 from glip_jax.data import transforms
 from glip_jax.structures.canvas import canvas_size, fit, pad_to_canvas, resize, target_size
-from tests.data.test_images import placed
+from tests.data.test_images import on_canvas
 
 sides = st.integers(1, 900)
 
@@ -69,7 +69,7 @@ def test_flip_moves_boxes_with_their_pixels_and_undoes_itself(height: int, width
     boxes = np.array([[x1, y1, x2, y2]], np.float32)
     moved = transforms.mirror_boxes(boxes, width)
     for kind in get_args(Codec):
-        mirrored = placed(image, (height, width), (height + 3, width + 5), True, kind)
+        mirrored = on_canvas(image, (height, width), (height + 3, width + 5), True, kind)
         ys, xs = np.nonzero(mirrored[:, :, 0])
         assert moved[0].tolist() == [xs.min(), ys.min(), xs.max(), ys.max()]
     assert np.array_equal(transforms.mirror_boxes(moved, width), boxes)
