@@ -74,8 +74,9 @@ class _PendingBatch(NamedTuple):
 class Detector:
     """Detects the phrases of prompts in images, with one set of parameters.
 
-    Images are RGB arrays UInt8[H W 3] of any size, without regard to EXIF orientation. Boxes are xyxy in pixels of the given
-    image, scores are in [0, 1] and descending; detections below `config.detection.threshold` are left out.
+    A call takes paths or images and returns boxes with names. The methods below take RGB arrays UInt8[H W 3] of any size and
+    return `Detections`: boxes xyxy in pixels of the array, descending scores in [0, 1], indices of phrases. Candidates below
+    `config.detection.threshold` are left out.
 
     Features of an image are computed once for all its prompts, states of a caption once (the latest are cached). Every batch
     has `batch_size` images, so each canvas is compiled once: for the image encoder, and for the head with the text.

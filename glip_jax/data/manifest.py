@@ -90,7 +90,7 @@ def why_unfinished(place: str) -> str:
     names, kind = names_in(place), gcs.kind(place)
     state = {"folder": "is empty", "file": "is a file", "": "does not exist"}[kind]
     state = "has no manifest.json" if names else state
-    return f"{state}: expected a folder of finished shards"
+    return f"{state}: expected a folder of shards with a manifest.json"
 
 
 def names_in(place: str) -> list[str]:

@@ -1,6 +1,6 @@
 """BERT encoder in Hugging Face's sizes (arXiv 1810.04805), and its layer as the detection head uses it.
 
-Layers are stacked along a leading axis by one scan. Padding rows are inert: nobody attends to them.
+Layers are stacked along a leading axis by one scan. Padding rows are masked: no token attends to them.
 """
 
 from typing import Any, Literal
@@ -14,24 +14,24 @@ from glip_jax.config import Remat, TextConfig
 from glip_jax.models.dropout import Dropout
 from glip_jax.models.initializers import torch_dense
 from glip_jax.models.remat import rematerialized
-from glip_jax.models.tensor_parallel import axis_index, entering, parts, summed_dot_general
+from glip_jax.models.tensor_parallel import axis_index, column_parallel_input, row_parallel_dot_general, tensor_shards
 
-__all__ = ["Bert", "BertLayer", "LOGIT_BOUND", "bounded"]
+__all__ = ["Bert", "BertLayer", "LOGIT_BOUND", "clamped"]
 
 LOGIT_BOUND = 50000.0
-"""The original clips attention logits and activations of its head to this (CLAMP_*, glip-reference 1.1)."""
+"""Attention logits and activations of the head are clamped to this magnitude (CLAMP_* of the original, glip-reference 1.1)."""
 
 
-def bounded(x: jax.Array) -> jax.Array:
-    """`x` clipped to +-50000."""
+def clamped(x: jax.Array) -> jax.Array:
+    """`x` clamped to +-LOGIT_BOUND."""
     return jnp.clip(x, -LOGIT_BOUND, LOGIT_BOUND)
 
 
 class BertLayer(nn.Module):
     """Post-norm self-attention and feed-forward.
 
-    `clip` adds the head's clips (glip-reference 2.6); `start` is "bert" for N(0, 0.02), or "torch" for the linear
-    layers' default, which the original leaves its in-head layers at.
+    `clip` clamps logits and activations, as in the head (glip-reference 2.6). `start`: initial weights, "bert" for N(0, 0.02) or
+    "torch" for the default of PyTorch's linear layers, which the original uses in the head.
     """
 
     config: TextConfig
@@ -50,31 +50,31 @@ class BertLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T C"], mask: Bool[Array, "B T"]) -> tuple[Float[Array, "B T C"], None]:
-        """Returns (new x, None): the form of a scan's body."""
-        width, hidden_width, shares = self.config.width, self.config.hidden, parts()
-        depth, heads, own = width // self.config.heads, self.config.heads // shares, width // shares
+        """Returns (new x, None), as the body of a scan."""
+        width, hidden_width, shards = self.config.width, self.config.hidden, tensor_shards()
+        depth, heads, local_width = width // self.config.heads, self.config.heads // shards, width // shards
         drop = Dropout(self.config.dropout, self.train)
-        clip = bounded if self.clip else lambda y: y
-        split, whole = (*x.shape[:2], heads, depth), entering(x)
-        query = self._dense(own, width, "query")(whole).reshape(split)
-        key = self._dense(own, width, "key")(whole).reshape(split)
-        value = self._dense(own, width, "value")(whole).reshape(split)
+        clip = clamped if self.clip else lambda y: y
+        by_head, inputs = (*x.shape[:2], heads, depth), column_parallel_input(x)
+        query = self._dense(local_width, width, "query")(inputs).reshape(by_head)
+        key = self._dense(local_width, width, "key")(inputs).reshape(by_head)
+        value = self._dense(local_width, width, "value")(inputs).reshape(by_head)
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
         logits = clip(logits * depth**-0.5)
         logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
         weights = drop(jax.nn.softmax(logits, axis=-1), axis_index() * heads).astype(self.dtype)
-        context = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(*x.shape[:2], own)
-        attended = self._dense(width, width, "attention_output", dot_general=summed_dot_general)(context)
+        context = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(*x.shape[:2], local_width)
+        attended = self._dense(width, width, "attention_output", dot_general=row_parallel_dot_general)(context)
         x = self._norm("attention_norm")(drop(attended) + x)
-        hidden = clip(self._dense(hidden_width // shares, width, "intermediate")(entering(x)))
+        hidden = clip(self._dense(hidden_width // shards, width, "intermediate")(column_parallel_input(x)))
         hidden = clip(nn.gelu(hidden, approximate=False))
-        out = self._dense(width, hidden_width, "output", dot_general=summed_dot_general)(hidden)
+        out = self._dense(width, hidden_width, "output", dot_general=row_parallel_dot_general)(hidden)
         out = clip(drop(out))
         return clip(self._norm("output_norm")(out + x)), None
 
 
 class _Embeddings(nn.Module):
-    """Word, position and type embeddings, normalised."""
+    """Sum of word, position and type embeddings, normalized."""
 
     config: TextConfig
     train: bool
@@ -92,7 +92,7 @@ class _Embeddings(nn.Module):
 
 
 class Bert(nn.Module):
-    """The text encoder without pooler (glip-reference 2.1)."""
+    """BERT text encoder without pooler (glip-reference 2.1)."""
 
     config: TextConfig
     train: bool = False
@@ -101,7 +101,7 @@ class Bert(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T C"]:
-        """Token ids and mask to hidden states of the last layer; padding rows are not zeroed."""
+        """Hidden states of the last layer from token ids and mask; rows of padding are not zeroed."""
         train = self.train and not self.config.frozen
         x = _Embeddings(self.config, train, self.dtype, name="embeddings")(tokens)
         layer = rematerialized(BertLayer, self.remat)

@@ -1,19 +1,19 @@
 """Modulated deformable convolution v2 (arXiv 1811.11168), 3 x 3, one group, over the maps of a pyramid, in plain JAX.
 
-Output (y, x) samples tap k = 3 i + j bilinearly at (y * stride - 1 + i + dy, x * stride - 1 + j + dx), times its mask;
-what lies outside the image counts zero (glip-reference 2.7). The input must be zero beyond each image's extent: then
-no image needs to know its own border.
+Output (y, x) samples tap k = 3 i + j bilinearly at (y * stride - 1 + i + dy, x * stride - 1 + j + dx) and multiplies it with its
+mask; positions outside of the map count as zero (glip-reference 2.7). The input must be zero beyond the extent of each image, so
+that the border of the extent needs no further treatment.
 
-All maps of a pyramid lie in one array of rows (`Rows`), so that one call serves every level that shares a kernel: few
-large operations instead of many small ones, which compile several times as fast.
+All maps of a pyramid are rows of one array (`Rows`), so that one call serves all levels that share a kernel: few large operations
+compile several times as fast as many small ones.
 
-Three forms of the same sum, with hand-written backward passes that sample again instead of storing samples:
+Three implementations of the same sum, with custom backward passes that sample again instead of storing samples:
 
-* `gather`: four row gathers a tap; backward scatters. What accelerators want. Many outputs are computed in parts, one
-  after another: the samples of four images of 800 x 1344 at once would take gigabytes.
-* `loop`: on a single CPU device one loop over samples reads and adds whole rows in place, a few output rows at a time
-  so that they stay in the cache. XLA's scatter takes ten times as long there.
-* `window`: matrix products instead of gathers, for bounded offsets (`deformable_window`). What a TPU wants.
+* `gather`: four row gathers per tap; the backward pass scatters. For accelerators. Many outputs are computed in parts, one after
+  the other: the samples of four images of 800 x 1344 at once would take gigabytes.
+* `loop`: for a single CPU device. One loop over samples reads and adds whole rows in place, for few outputs at a time, so that
+  they stay in the cache. XLA's scatter takes ten times as long there.
+* `window`: matrix products instead of gathers, for bounded offsets (`deformable_window`). For TPUs.
 """
 
 from collections.abc import Sequence
@@ -32,30 +32,30 @@ from glip_jax.models.deformable_window import window_backward, window_forward
 from glip_jax.models.remat import save_activation
 from glip_jax.structures.batch import BATCH_AXES
 
-__all__ = ["Rows", "Taps", "beyond_bound", "bounded", "deformable_convolution", "rows_of"]
+__all__ = ["Rows", "Taps", "clamp_offsets", "deformable_convolution", "exceeds_bound", "rows_of"]
 
 _TAPS = 9
 _CHUNK = 64
-"""Outputs per chunk of the loop form: 64 x 9 samples of 256 channels are 590 kB."""
-_GATHERED = 24_576
-"""Most outputs at once of the gather form, a little more than an image of 800 x 1344 has on P3 to P7: of 256 channels in
-bfloat16 their samples are 113 MB, and a backward pass holds several such arrays."""
+"""Outputs per chunk of the implementation `loop`: 64 x 9 samples of 256 channels are 590 kB."""
+_MAX_GATHERED = 24_576
+"""Maximum number of outputs at once of the implementation `gather`, slightly more than an image of 800 x 1344 has on P3 to P7:
+with 256 channels in bfloat16 their samples are 113 MB, and a backward pass holds several such arrays."""
 
 
 class Rows(NamedTuple):
-    """Several maps, and their cells as rows, each map padded by one zero cell all round."""
+    """Several maps, and their cells as rows; each map is padded by one zero cell on all sides."""
 
     values: Float[Array, "R C"]
     maps: tuple[Float[Array, "B _ _ C"], ...]
 
     @property
     def shapes(self) -> tuple[tuple[int, int, int], ...]:
-        """Images, height and width of each map, unpadded."""
+        """(images, height, width) of each map without padding."""
         return tuple((x.shape[0], x.shape[1], x.shape[2]) for x in self.maps)
 
 
 class Taps(NamedTuple):
-    """One convolution of a map of `Rows`: which map, its stride, and where its taps go."""
+    """One convolution of a map of `Rows`: index of the map, stride, offsets and masks of the taps."""
 
     source: int
     stride: int
@@ -65,18 +65,18 @@ class Taps(NamedTuple):
 
 
 class _Samples(NamedTuple):
-    """Where to sample: M = 9 samples per output cell."""
+    """Sampling positions: M = 9 samples per output cell."""
 
     upper: Int[Array, " M"]
-    """Row of the upper left neighbour; its right neighbour is the next row."""
+    """Row of the upper left neighbor; its right neighbor is the next row."""
     lower: Int[Array, " M"]
-    """Row of the lower left neighbour."""
+    """Row of the lower left neighbor."""
     weight: Float[Array, "M 4"]
-    """Weights of the neighbours (0,0), (0,1), (1,0), (1,1), mask included; zero outside."""
+    """Weights of the neighbors (0,0), (0,1), (1,0), (1,1), multiplied with the mask; zero outside of the map."""
 
 
 def rows_of(maps: Sequence[Float[Array, "B _ _ C"]]) -> Rows:
-    """Maps, zero beyond each image's own cells, as rows."""
+    """The rows of maps that are zero beyond the extent of each image."""
     padded = [jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(-1, x.shape[-1]) for x in maps]
     return Rows(jnp.concatenate(padded), tuple(maps))
 
@@ -89,31 +89,31 @@ def _samples(taps: Taps, shapes: tuple[tuple[int, int, int], ...]) -> _Samples:
     top = (jnp.arange(h) * taps.stride - 1)[:, None, None] + tap // 3
     left = (jnp.arange(w) * taps.stride - 1)[None, :, None] + tap % 3
     y, x = taps.offsets[..., 0] + top, taps.offsets[..., 1] + left
-    seen = (y > -1) & (y < height) & (x > -1) & (x < width)
-    # NaN and far away positions fail `seen`; their index must still be in range.
-    y, x = jnp.where(seen, y, 0.0), jnp.where(seen, x, 0.0)
+    inside = (y > -1) & (y < height) & (x > -1) & (x < width)
+    # Positions that are NaN or outside of the map still need an index in range.
+    y, x = jnp.where(inside, y, 0.0), jnp.where(inside, x, 0.0)
     y0, x0 = jnp.floor(y), jnp.floor(x)
     fy, fx = y - y0, x - x0
     weight = jnp.stack([(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx], -1)
-    weight = jnp.where(seen[..., None], weight * taps.mask[..., None], 0.0)
+    weight = jnp.where(inside[..., None], weight * taps.mask[..., None], 0.0)
     upper = (y0.astype(jnp.int32) + 1) * (width + 2) + x0.astype(jnp.int32) + 1
     upper += (base + jnp.arange(b) * (height + 2) * (width + 2))[:, None, None, None]
     upper = upper.reshape(-1)
     return _Samples(upper, upper + width + 2, weight.reshape(-1, 4))
 
 
-def _neighbours(samples: _Samples) -> tuple[Array, Array, Array, Array]:
-    """Rows of the four neighbours, in the order of the weights."""
+def _neighbors(samples: _Samples) -> tuple[Array, Array, Array, Array]:
+    """Rows of the four neighbors, in the order of the weights."""
     return samples.upper, samples.upper + 1, samples.lower, samples.lower + 1
 
 
-# --- the gather form -------------------------------------------------------------------------------------------------
+# --- gather ----------------------------------------------------------------------------------------------------------
 
 
 def _gather_columns(x: Float[Array, "R C"], samples: _Samples) -> Float[Array, "M C"]:
     parts = (
         x.at[row].get(mode="promise_in_bounds") * samples.weight[:, k, None].astype(x.dtype)
-        for k, row in enumerate(_neighbours(samples))
+        for k, row in enumerate(_neighbors(samples))
     )
     return sum(parts, start=jnp.zeros((), x.dtype))
 
@@ -132,15 +132,15 @@ def _backward_gather(
     x: Float[Array, "R C"], samples: _Samples, kernel: Float[Array, "K O"], g: Float[Array, "P O"]
 ) -> tuple[Float[Array, "R C"], Float[Array, "M 4"], Float[Array, "K O"]]:
     def one(carry: tuple[Array, Array], item: tuple[_Samples, Array]) -> tuple[tuple[Array, Array], Array]:
-        (dx, dkernel), (part, own) = carry, item
+        (dx, dkernel), (part, g_part) = carry, item
         columns = _gather_columns(x, part)
-        dkernel += jnp.matmul(columns.reshape(-1, kernel.shape[0]).T, own, preferred_element_type=jnp.float32)
-        dcolumns, dweight = (own @ kernel.T).reshape(columns.shape), []
-        for k, row in enumerate(_neighbours(part)):
+        dkernel += jnp.matmul(columns.reshape(-1, kernel.shape[0]).T, g_part, preferred_element_type=jnp.float32)
+        dcolumns, dweight = (g_part @ kernel.T).reshape(columns.shape), []
+        for k, row in enumerate(_neighbors(part)):
             near = x.at[row].get(mode="promise_in_bounds")
             dweight.append(jnp.einsum("mc,mc->m", near, dcolumns, preferred_element_type=jnp.float32))
-            weighed = dcolumns * part.weight[:, k, None].astype(x.dtype)
-            dx = dx.at[row].add(weighed, mode="promise_in_bounds")
+            weighted = dcolumns * part.weight[:, k, None].astype(x.dtype)
+            dx = dx.at[row].add(weighted, mode="promise_in_bounds")
         return (dx, dkernel), jnp.stack(dweight, -1)
 
     start = (jnp.zeros_like(x), jnp.zeros(kernel.shape, jnp.float32))
@@ -153,13 +153,13 @@ def _backward_gather(
 
 
 def _part_size(samples: _Samples) -> int:
-    """Outputs of each part of the gather form: equal parts, none above _GATHERED."""
+    """Outputs of each part of the implementation `gather`: equal parts, none above _MAX_GATHERED."""
     outputs = samples.upper.shape[0] // _TAPS
-    return -(-outputs // -(-outputs // _GATHERED))
+    return -(-outputs // -(-outputs // _MAX_GATHERED))
 
 
 def _chunked(samples: _Samples, size: int) -> _Samples:
-    """Samples in chunks of `size` outputs (a leading axis), padded by samples of weight zero."""
+    """Samples in chunks of `size` outputs (a new leading axis), padded by samples of weight zero."""
     spare = -(samples.upper.shape[0] // _TAPS) % size * _TAPS
     upper, lower = (jnp.pad(row, (0, spare)).reshape(-1, size * _TAPS) for row in (samples.upper, samples.lower))
     weight = jnp.pad(samples.weight, ((0, spare), (0, 0))).reshape(-1, size * _TAPS, 4)
@@ -171,11 +171,11 @@ def _rows_chunked(g: Float[Array, "P O"], size: int) -> Float[Array, "_ size O"]
     return jnp.pad(g, ((0, -g.shape[0] % size), (0, 0))).reshape(-1, size, g.shape[1])
 
 
-# --- the loop form ---------------------------------------------------------------------------------------------------
+# --- loop ------------------------------------------------------------------------------------------------------------
 
 
 def _near(x: Float[Array, "R C"], chunk: _Samples, i: Array) -> list[Float[Array, "1 C"]]:
-    """The four neighbours of sample `i`."""
+    """The four neighbors of sample `i`."""
     rows = (chunk.upper[i], chunk.upper[i] + 1, chunk.lower[i], chunk.lower[i] + 1)
     return [lax.dynamic_slice(x, (row, 0), (1, x.shape[1])) for row in rows]
 
@@ -234,39 +234,39 @@ def _backward_loop(
     return dx, dweight.reshape(-1, 4)[: outputs * _TAPS], dkernel.astype(kernel.dtype)
 
 
-# --- both ------------------------------------------------------------------------------------------------------------
+# --- gather or loop --------------------------------------------------------------------------------------------------
 
-Form = Literal["auto", "gather", "loop", "window"]
+Implementation = Literal["auto", "gather", "loop", "window"]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _convolve(
-    x: Float[Array, "R C"], samples: _Samples, kernel: Float[Array, "K O"], form: Form
+    x: Float[Array, "R C"], samples: _Samples, kernel: Float[Array, "K O"], implementation: Implementation
 ) -> Float[Array, "P O"]:
-    return _dispatch(form, _forward_gather, _forward_loop, x, samples, kernel)
+    return _dispatch(implementation, _forward_gather, _forward_loop, x, samples, kernel)
 
 
-def _dispatch(form: Form, gather: Any, loop: Any, *arrays: Any) -> Any:
-    match form:
+def _dispatch(implementation: Implementation, gather: Any, loop: Any, *arrays: Any) -> Any:
+    match implementation:
         case "gather":
             return gather(*arrays)
         case "loop":
             return loop(*arrays)
         case _:
-            # A loop over a sharded batch would gather all of it on every device.
+            # A loop over a sharded batch would gather the batch on every device.
             if jax.device_count() > 1:
                 return gather(*arrays)
             return lax.platform_dependent(*arrays, cpu=loop, default=gather)
 
 
-def _convolve_forward(x: Array, samples: _Samples, kernel: Array, form: Form) -> tuple[Array, Any]:
-    return _convolve(x, samples, kernel, form), (x, samples, kernel)
+def _convolve_forward(x: Array, samples: _Samples, kernel: Array, implementation: Implementation) -> tuple[Array, Any]:
+    return _convolve(x, samples, kernel, implementation), (x, samples, kernel)
 
 
-def _convolve_backward(form: Form, saved: Any, g: Array) -> tuple[Array, _Samples, Array]:
+def _convolve_backward(implementation: Implementation, saved: Any, g: Array) -> tuple[Array, _Samples, Array]:
     x, samples, kernel = saved
-    dx, dweight, dkernel = _dispatch(form, _backward_gather, _backward_loop, x, samples, kernel, g)
-    # Integers have no gradient; JAX spells that as a zero of type float0.
+    dx, dweight, dkernel = _dispatch(implementation, _backward_gather, _backward_loop, x, samples, kernel, g)
+    # Integers have no gradient; JAX represents it as zeros of type float0.
     none = np.zeros(samples.upper.shape, jax.dtypes.float0)
     return dx, _Samples(none, none, dweight), dkernel  # pyright: ignore[reportArgumentType]
 
@@ -274,16 +274,18 @@ def _convolve_backward(form: Form, saved: Any, g: Array) -> tuple[Array, _Sample
 _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-def _in_one(rows: Rows, taps: Sequence[Taps], kernel: Float[Array, "3 3 C O"], form: Form) -> Float[Array, "P O"]:
-    """The forms `gather` and `loop`, without bias, all outputs as rows."""
+def _convolve_rows(
+    rows: Rows, taps: Sequence[Taps], kernel: Float[Array, "3 3 C O"], implementation: Implementation
+) -> Float[Array, "P O"]:
+    """The implementations `gather` and `loop`, without bias; all outputs as rows."""
     parts = [_samples(t._replace(offsets=t.offsets.astype(jnp.float32)), rows.shapes) for t in taps]
     samples = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
     flat = kernel.reshape(-1, kernel.shape[-1]).astype(rows.values.dtype)
-    return _convolve(rows.values, samples, flat, form)
+    return _convolve(rows.values, samples, flat, implementation)
 
 
-def _apart(out: Float[Array, "P O"], taps: Sequence[Taps]) -> list[Float[Array, "B _ _ O"]]:
-    """Rows of outputs as maps."""
+def _split_maps(out: Float[Array, "P O"], taps: Sequence[Taps]) -> list[Float[Array, "B _ _ O"]]:
+    """Maps from rows of outputs."""
     shapes = [t.mask.shape[:3] for t in taps]
     ends = np.cumsum([b * h * w for b, h, w in shapes])[:-1].tolist()
     return [part.reshape(*shape, -1) for part, shape in zip(jnp.split(out, ends), shapes)]
@@ -292,129 +294,134 @@ def _apart(out: Float[Array, "P O"], taps: Sequence[Taps]) -> list[Float[Array, 
 # --- bounded offsets -------------------------------------------------------------------------------------------------
 
 
-def beyond_bound(offsets: Float[Array, "*shape"], bound: int) -> Bool[Array, "*shape"]:
-    """True where `bounded` changes an offset."""
+def exceeds_bound(offsets: Float[Array, "*shape"], bound: int) -> Bool[Array, "*shape"]:
+    """True where `clamp_offsets` changes an offset."""
     low, high = limits(bound)
     return (offsets < low) | (offsets > high)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def bounded(offsets: Float[Array, "*shape"], bound: int) -> Float[Array, "*shape"]:
-    """Offsets clamped to `limits(bound)`, the bound less 1/256 of a cell on both sides.
+def clamp_offsets(offsets: Float[Array, "*shape"], bound: int) -> Float[Array, "*shape"]:
+    """Offsets clamped to `limits(bound)`, the bound minus 1/256 of a cell on both sides.
 
-    The gradient of a clamped offset, which is that of the sample at the bound, passes where a step down the gradient
-    brings the offset back, and is zero where it would drive it further out. A plain clamp's would be zero both ways, and
-    what is once beyond would stay there.
+    The gradient of a clamped offset is that of the sample at the bound, if gradient descent moves the offset back, and zero if
+    it would move it further out. The gradient of a plain clamp would be zero both ways, so a clamped offset would never return.
     """
     return jnp.clip(offsets, *limits(bound))
 
 
-def _bounded_forward(offsets: Array, bound: int) -> tuple[Array, Array]:
-    return bounded(offsets, bound), offsets
+def _clamp_forward(offsets: Array, bound: int) -> tuple[Array, Array]:
+    return clamp_offsets(offsets, bound), offsets
 
 
-def _bounded_backward(bound: int, offsets: Array, g: Array) -> tuple[Array]:
+def _clamp_backward(bound: int, offsets: Array, g: Array) -> tuple[Array]:
     low, high = limits(bound)
-    outwards = ((offsets < low) & (g > 0)) | ((offsets > high) & (g < 0))
-    return (jnp.where(outwards, 0, g),)
+    outward = ((offsets < low) & (g > 0)) | ((offsets > high) & (g < 0))
+    return (jnp.where(outward, 0, g),)
 
 
-bounded.defvjp(_bounded_forward, _bounded_backward)
+clamp_offsets.defvjp(_clamp_forward, _clamp_backward)
 
 
-class _Bounded(NamedTuple):
-    """What is fixed of a convolution with bounded offsets."""
+class _Settings(NamedTuple):
+    """Static settings of a convolution with bounded offsets."""
 
     sources: tuple[int, ...]
     stride: int
     bound: int
-    form: Form
+    implementation: Implementation
     mesh: Any
-    """The mesh of the program around, of whose axes BATCH_AXES split the images; empty where none was set."""
+    """The mesh of the enclosing program, whose BATCH_AXES shard the images; empty if none is set."""
 
 
-def _plain(how: _Bounded) -> tuple[Any, Any]:
-    """Forward and backward pass of the other forms."""
+def _plain(settings: _Settings) -> tuple[Any, Any]:
+    """Forward and backward pass of `gather` and `loop`."""
 
-    def near(offsets: Any) -> tuple[Array, ...]:
-        # Once more, against what rounding may have added. The gradient passes: this is not part of what is derived.
-        return tuple(jnp.clip(x, *limits(how.bound)) for x in offsets)
+    def clamped(offsets: Any) -> tuple[Array, ...]:
+        # Offsets may exceed the bound by rounding. The backward pass does not differentiate this.
+        return tuple(jnp.clip(x, *limits(settings.bound)) for x in offsets)
 
     def convolve(maps: Any, offsets: Any, masks: Any, kernel: Any) -> list[Array]:
-        taps = [Taps(*rest) for rest in zip(how.sources, [how.stride] * len(masks), offsets, masks)]
-        return _apart(_in_one(rows_of(maps), taps, kernel, how.form), taps)
+        taps = [Taps(*rest) for rest in zip(settings.sources, [settings.stride] * len(masks), offsets, masks)]
+        return _split_maps(_convolve_rows(rows_of(maps), taps, kernel, settings.implementation), taps)
 
     def forward(maps: Any, offsets: Any, masks: Any, kernel: Any) -> list[Array]:
-        return convolve(maps, near(offsets), masks, kernel)
+        return convolve(maps, clamped(offsets), masks, kernel)
 
     def backward(maps: Any, offsets: Any, masks: Any, kernel: Any, g: Any) -> tuple[Any, ...]:
-        return jax.vjp(convolve, maps, near(offsets), masks, kernel)[1](g)
+        return jax.vjp(convolve, maps, clamped(offsets), masks, kernel)[1](g)
 
     return forward, backward
 
 
-def _windowed(how: _Bounded, interpret: bool) -> tuple[Any, Any]:
-    """Forward and backward pass of the form `window`: each device convolves its own images."""
-    # In a jax.shard_map over these axes the images are this device's own already.
-    axes = tuple(axis for axis in BATCH_AXES if axis in how.mesh.axis_names and axis not in how.mesh.manual_axes)
-    settings = (how.stride, how.bound, interpret)
+def _windowed(settings: _Settings, interpret: bool) -> tuple[Any, Any]:
+    """Forward and backward pass of `window`: each device convolves its own images."""
+    # Within a jax.shard_map over these axes the images are already those of this device.
+    axes = tuple(
+        axis for axis in BATCH_AXES if axis in settings.mesh.axis_names and axis not in settings.mesh.manual_axes
+    )
+    arguments = (settings.stride, settings.bound, interpret)
 
     def forward(maps: Any, offsets: Any, masks: Any, kernel: Any) -> list[Array]:
-        return window_forward([maps[i] for i in how.sources], offsets, masks, kernel, *settings)
+        return window_forward([maps[i] for i in settings.sources], offsets, masks, kernel, *arguments)
 
     def backward(maps: Any, offsets: Any, masks: Any, kernel: Any, g: Any) -> tuple[Any, ...]:
-        read = [maps[i] for i in how.sources]
-        parts, doffsets, dmasks, dkernel = window_backward(read, offsets, masks, kernel, g, *settings)
+        read = [maps[i] for i in settings.sources]
+        parts, doffsets, dmasks, dkernel = window_backward(read, offsets, masks, kernel, g, *arguments)
         dmaps = [jnp.zeros_like(x) for x in maps]
-        for source, part in zip(how.sources, parts):
+        for source, part in zip(settings.sources, parts):
             dmaps[source] += part
         dkernel = lax.psum(dkernel, axes) if axes else dkernel
-        found = tuple(dmaps), tuple(doffsets), tuple(dmasks), dkernel
-        return jax.tree.map(lambda x, like: x.astype(like.dtype), found, (maps, offsets, masks, kernel))
+        gradients = tuple(dmaps), tuple(doffsets), tuple(dmasks), dkernel
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), gradients, (maps, offsets, masks, kernel))
 
     if not axes:
         return forward, backward
-    split, whole = PartitionSpec(axes), PartitionSpec()
-    kind = {"mesh": how.mesh, "check_vma": False}
-    given = (split, split, split, whole)
+    split, replicated = PartitionSpec(axes), PartitionSpec()
+    options = {"mesh": settings.mesh, "check_vma": False}
+    specs = (split, split, split, replicated)
     return (
-        jax.shard_map(forward, in_specs=given, out_specs=split, **kind),
-        jax.shard_map(backward, in_specs=(*given, split), out_specs=given, **kind),
+        jax.shard_map(forward, in_specs=specs, out_specs=split, **options),
+        jax.shard_map(backward, in_specs=(*specs, split), out_specs=specs, **options),
     )
 
 
-def _by_window(how: _Bounded, images: int) -> bool:
-    """Whether `auto` may take the kernel on a TPU: a program for several devices must say how its images are split."""
-    if not how.mesh.empty and how.mesh.manual_axes:
-        return len(how.mesh.manual_axes) == len(how.mesh.axis_names)
-    shares = int(np.prod([how.mesh.shape.get(axis, 1) for axis in BATCH_AXES]))
-    return jax.device_count() == 1 if how.mesh.empty else images % shares == 0
+def _window_is_possible(settings: _Settings, images: int) -> bool:
+    """Whether `auto` may use the kernel on a TPU: a program for several devices must define how its images are sharded."""
+    if not settings.mesh.empty and settings.mesh.manual_axes:
+        return len(settings.mesh.manual_axes) == len(settings.mesh.axis_names)
+    shards = int(np.prod([settings.mesh.shape.get(axis, 1) for axis in BATCH_AXES]))
+    return jax.device_count() == 1 if settings.mesh.empty else images % shards == 0
 
 
-def _run(how: _Bounded, which: int, *arrays: Any) -> Any:
-    """Pass `which` (0 forward, 1 backward) in the form asked for."""
+def _run(settings: _Settings, which: int, *arrays: Any) -> Any:
+    """Pass `which` (0 forward, 1 backward) of the selected implementation."""
     images = arrays[0][0].shape[0]
-    match how.form:
+    match settings.implementation:
         case "window":
-            kernel, interpreted = _windowed(how, False)[which], _windowed(how, True)[which]
+            kernel, interpreted = _windowed(settings, False)[which], _windowed(settings, True)[which]
             return lax.platform_dependent(*arrays, tpu=kernel, default=interpreted)
-        case "auto" if _by_window(how, images):
-            return lax.platform_dependent(*arrays, tpu=_windowed(how, False)[which], default=_plain(how)[which])
+        case "auto" if _window_is_possible(settings, images):
+            return lax.platform_dependent(
+                *arrays, tpu=_windowed(settings, False)[which], default=_plain(settings)[which]
+            )
         case _:
-            return _plain(how)[which](*arrays)
+            return _plain(settings)[which](*arrays)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _convolve_bounded(maps: Any, offsets: Any, masks: Any, kernel: Array, how: _Bounded) -> list[Array]:
-    return _run(how, 0, maps, offsets, masks, kernel)
+def _convolve_bounded(maps: Any, offsets: Any, masks: Any, kernel: Array, settings: _Settings) -> list[Array]:
+    return _run(settings, 0, maps, offsets, masks, kernel)
 
 
-def _convolve_bounded_forward(maps: Any, offsets: Any, masks: Any, kernel: Array, how: _Bounded) -> tuple[Any, Any]:
-    return _convolve_bounded(maps, offsets, masks, kernel, how), (maps, offsets, masks, kernel)
+def _convolve_bounded_forward(
+    maps: Any, offsets: Any, masks: Any, kernel: Array, settings: _Settings
+) -> tuple[Any, Any]:
+    return _convolve_bounded(maps, offsets, masks, kernel, settings), (maps, offsets, masks, kernel)
 
 
-def _convolve_bounded_backward(how: _Bounded, saved: Any, g: Any) -> Any:
-    return _run(how, 1, *saved, g)
+def _convolve_bounded_backward(settings: _Settings, saved: Any, g: Any) -> Any:
+    return _run(settings, 1, *saved, g)
 
 
 _convolve_bounded.defvjp(_convolve_bounded_forward, _convolve_bounded_backward)
@@ -425,25 +432,29 @@ def deformable_convolution(
     taps: Sequence[Taps],
     kernel: Float[Array, "3 3 C O"],
     bias: Float[Array, " O"],
-    form: Form = "auto",
+    implementation: Implementation = "auto",
     bound: int = 0,
 ) -> list[Float[Array, "B _ _ O"]]:
-    """One output per element of `taps`, of its offsets' height and width, all with one kernel.
+    """Convolves maps with one kernel: one output per element of `taps`, of the height and width of its offsets.
 
-    The maps in `rows` must be zero beyond each image's own cells. `bound` 0: any offsets. Otherwise they must be those
-    of `bounded`, all taps of one stride, and `auto` takes the form `window` on TPUs: on one device, or within
-    `jax.sharding.use_abstract_mesh` on several (otherwise `gather`). Asked for by name it runs anywhere, slowly. Raises
-    ValueError for strides that differ, and for `window` without a bound.
+    The maps in `rows` must be zero beyond the extent of each image. `bound` 0: unbounded offsets. Otherwise offsets must be
+    results of `clamp_offsets`, all `taps` must have the same stride, and `auto` uses `window` on TPUs: on one device, or on
+    several within `jax.sharding.use_abstract_mesh` (otherwise `gather`). Selected explicitly, `window` runs on any platform, but
+    slowly. Raises ValueError for different strides, and for `window` without a bound.
     """
     if not bound:
-        if form == "window":
-            raise ValueError("form 'window' without a bound: give the largest offset in cells, or another form")
-        return _apart(save_activation(_in_one(rows, taps, kernel, form)) + bias.astype(rows.values.dtype), taps)
+        if implementation == "window":
+            raise ValueError(
+                "implementation 'window' needs a bound: expected the maximum offset in cells, or another implementation"
+            )
+        return _split_maps(
+            save_activation(_convolve_rows(rows, taps, kernel, implementation)) + bias.astype(rows.values.dtype), taps
+        )
     strides = {t.stride for t in taps}
     if len(strides) > 1:
-        raise ValueError(f"taps with a bound have strides {sorted(strides)}: expected one; call once per stride")
+        raise ValueError(f"taps with a bound have strides {sorted(strides)}: expected one stride per call")
     mesh: Any = jax.sharding.get_abstract_mesh()
-    how = _Bounded(tuple(t.source for t in taps), taps[0].stride, bound, form, mesh)
+    settings = _Settings(tuple(t.source for t in taps), taps[0].stride, bound, implementation, mesh)
     offsets, masks = tuple(t.offsets for t in taps), tuple(t.mask for t in taps)
-    parts: Any = _convolve_bounded(rows.maps, offsets, masks, kernel, how)
+    parts: Any = _convolve_bounded(rows.maps, offsets, masks, kernel, settings)
     return [save_activation(part) + bias.astype(part.dtype) for part in parts]

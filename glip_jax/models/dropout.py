@@ -1,10 +1,10 @@
-"""Randomness by example: what is dropped of an example depends on the key and on the example's place in the batch.
+"""Dropout whose random numbers depend on the key and on the position of the example in the batch.
 
-So a batch may be spread over any number of devices, and each makes the random numbers of its own examples alone.
+A batch can therefore be sharded over any number of devices: each device generates the random numbers of its own examples.
 
-threefry, JAX's generator, makes keys. What is drawn at each of millions of places is a hash of the place and two words of
-such a key instead: some fifteen operations where threefry has a hundred, and XLA may repeat them in every operation that
-reads the result. In a fusion block threefry was three fifths of the cycles that a TPU's compiler expects
+Keys come from threefry, JAX's generator. The bits of single elements are a hash of the element's index and two words of a key:
+some fifteen operations instead of a hundred for threefry, which matters because XLA may recompute them in every operation that
+reads the result. In a fusion block threefry took three fifths of the cycles that the TPU compiler estimates
 (`benchmarks/fusion_cycles.py`).
 """
 
@@ -19,10 +19,10 @@ __all__ = ["Dropout", "bernoulli", "example_keys", "hashed_bits"]
 
 
 def example_keys(key: jax.Array, examples: int) -> jax.Array:
-    """A key for each of the `examples` on this device.
+    """One key for each of the `examples` on this device.
 
-    In `jax.shard_map` (`glip_jax.distributed.mesh.per_shard`) the device's place along the axes that split the batch says which
-    examples these are; elsewhere they are the whole batch.
+    Within `jax.shard_map` (`glip_jax.distributed.mesh.per_shard`), the index of the device along the batch axes of the mesh tells
+    which examples these are; elsewhere they are the whole batch.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in BATCH_AXES if axis in mesh.manual_axes)
@@ -31,18 +31,18 @@ def example_keys(key: jax.Array, examples: int) -> jax.Array:
 
 
 def hashed_bits(key: jax.Array, shape: tuple[int, ...], begin: Int32[Array, ""] | int = 0) -> UInt32[Array, "..."]:
-    """32 random bits for each place of `shape` (at most 2^32 places), the same on every kind of device.
+    """32 random bits for each element of `shape` (at most 2^32 elements), equal on all platforms.
 
-    `begin`: where the first axis begins, if this is a part of a larger array, which has the same bits as a whole.
+    `begin`: offset along the first axis if this is a part of a larger array; the bits are those of the larger array.
 
-    The finalizer `triple32` (C. Wellons, "Prospecting for hash functions", 2018) of the place's number, counted from one
-    word of the key, with the other word added half way: two keys do not walk through the same numbers.
+    The finalizer `triple32` (C. Wellons, "Prospecting for hash functions", 2018) of the element's index plus one word of the
+    key; the other word is added half way, so that the sequences of two keys do not overlap.
     """
     first, second = jax.random.bits(key, (2,), jnp.uint32)
-    place = jnp.full(shape, begin).astype(jnp.uint32)
+    index = jnp.full(shape, begin).astype(jnp.uint32)
     for axis, size in enumerate(shape):
-        place = place * jnp.uint32(size if axis else 1) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    x = place + first
+        index = index * jnp.uint32(size if axis else 1) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    x = index + first
     x = (x ^ (x >> 17)) * jnp.uint32(0xED5AD4BB)
     x = ((x ^ (x >> 11)) + second) * jnp.uint32(0xAC4C1B51)
     x = (x ^ (x >> 15)) * jnp.uint32(0x31848BAB)
@@ -50,30 +50,30 @@ def hashed_bits(key: jax.Array, shape: tuple[int, ...], begin: Int32[Array, ""] 
 
 
 def bernoulli(
-    key: jax.Array, share: Float[Array, ""] | float, shape: tuple[int, ...], begin: Int32[Array, ""] | int = 0
+    key: jax.Array, probability: Float[Array, ""] | float, shape: tuple[int, ...], begin: Int32[Array, ""] | int = 0
 ) -> Bool[Array, "B ..."]:
-    """True with the chance `share` (it may be traced) in each place of `shape`, whose first axis is the examples.
+    """True with probability `probability` (it may be traced) in each element of `shape`, whose first axis is the examples.
 
-    `begin`: where the second axis begins, as in `hashed_bits`.
+    `begin`: offset along the second axis, as in `hashed_bits`.
     """
 
-    def of_example(own: jax.Array) -> Bool[Array, "..."]:
-        # 24 bits are what a float32 between 0 and 1 holds.
-        return (hashed_bits(own, shape[1:], begin) >> 8).astype(jnp.float32) * 2.0**-24 < share
+    def of_example(example_key: jax.Array) -> Bool[Array, "..."]:
+        # A float32 in [0, 1) has 24 bits.
+        return (hashed_bits(example_key, shape[1:], begin) >> 8).astype(jnp.float32) * 2.0**-24 < probability
 
     return jax.vmap(of_example)(example_keys(key, shape[0]))
 
 
 class Dropout(nn.Module):
-    """Zeroes elements with chance `rate` and divides the others by 1 - rate (rng collection "dropout")."""
+    """Zeroes elements with probability `rate` and divides the others by 1 - rate (rng collection "dropout")."""
 
     rate: float
     train: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "B ..."], begin: Int32[Array, ""] | int = 0) -> Float[Array, "B ..."]:
-        """New x; the same x outside of training. `begin`: where the second axis begins, if x is a part of a larger array."""
+        """Applied in training only. `begin`: offset along the second axis if x is a part of a larger array."""
         if not self.train or self.rate == 0:
             return x
-        stays = bernoulli(self.make_rng("dropout"), 1.0 - self.rate, x.shape, begin)
-        return jnp.where(stays, x / (1.0 - self.rate), 0).astype(x.dtype)
+        keep = bernoulli(self.make_rng("dropout"), 1.0 - self.rate, x.shape, begin)
+        return jnp.where(keep, x / (1.0 - self.rate), 0).astype(x.dtype)

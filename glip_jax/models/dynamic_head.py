@@ -1,7 +1,7 @@
-"""The head's image side: dynamic convolution blocks (arXiv 2106.08322) as GLIP has them (glip-reference 2.7).
+"""Dynamic head (DyConv, arXiv 2106.08322) as in GLIP (glip-reference 2.7).
 
-A block looks at every level together with its neighbours through deformable convolutions that share one offset map per
-level, weighs the two or three terms by pooled attention, and ends in a dynamic ReLU (arXiv 2003.10027).
+A block applies deformable convolutions to every level and its neighbor levels. They share one offset map per level. The two or
+three results per level are weighted by pooled attention, averaged, and passed through a dynamic ReLU (arXiv 2003.10027).
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from glip_jax.config import HeadConfig
-from glip_jax.models.deformable import Taps, beyond_bound, bounded, deformable_convolution, rows_of
+from glip_jax.models.deformable import Taps, clamp_offsets, deformable_convolution, exceeds_bound, rows_of
 from glip_jax.models.extents import (
     Cells,
     broadcast_levels,
@@ -32,10 +32,10 @@ from glip_jax.models.initializers import small_normal, torch_dense, uniform
 __all__ = ["DynamicConvolution", "GroupNorm", "reread_flat"]
 
 Term = Literal["coarse", "same", "fine"]
-"""The three convolutions of a block: of the coarser level, the same, and the finer."""
+"""The three convolutions of a block: of the coarser, the same and the finer level."""
 
 _OFFSETS = 18
-"""Channels of an offset map that are displacements (9 taps x (dy, dx)); 9 masks follow."""
+"""Offset channels of an offset map (9 taps x (dy, dx)); 9 mask channels follow."""
 
 
 def _hard_sigmoid(x: jax.Array) -> jax.Array:
@@ -43,7 +43,7 @@ def _hard_sigmoid(x: jax.Array) -> jax.Array:
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (arXiv 1803.08494) of every level of a packed pyramid, over each image's own cells."""
+    """Group normalization (arXiv 1803.08494) per level of a packed pyramid, over the valid cells of each image."""
 
     groups: int
     dtype: Any
@@ -56,7 +56,7 @@ class GroupNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (channels,))
 
         def by_group(mean: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-            # Every channel has equally many cells, so a group's mean is that of its channels.
+            # All channels have equally many cells, so the mean of a group is the mean over its channels.
             mean = mean.reshape(*mean.shape[:2], self.groups, -1).mean(-1)
             return jnp.repeat(mean, channels // self.groups, 2)
 
@@ -68,27 +68,29 @@ class GroupNorm(nn.Module):
 def reread_flat(
     x: Float[Array, "B h w K"], size: Int[Array, "B 2"], coarse: Int[Array, "B 2"], shape: tuple[int, int]
 ) -> Float[Array, "B H W K"]:
-    """The original's reading of a fine level's offsets at the coarser level: its buffer with the wrong strides.
+    """Offsets of a level for its coarser neighbor, as the original reads them: the buffer with the wrong strides.
 
-    Per image, flat [K, h, w] memory of its own size is read as if it were [K, H, W] of the coarser `coarse` size
+    Per image, the memory of [K, h, w] of the size of the image is read as if it were [K, H, W] of the size `coarse`
     (glip-reference 2.7, quirk 1). Released weights depend on it.
     """
     batch, height, width, channels = x.shape
     (fine_h, fine_w), (coarse_h, coarse_w) = size.T[:, :, None, None, None], coarse.T[:, :, None, None, None]
     channel, row, column = jnp.meshgrid(jnp.arange(channels), jnp.arange(shape[0]), jnp.arange(shape[1]), indexing="ij")
     flat = channel * coarse_h * coarse_w + row * coarse_w + column
-    # Cells beyond the coarse size may point anywhere; keep their reads in range.
+    # Padding cells may point anywhere; keep their reads in range.
     source, cell = jnp.minimum(flat // (fine_h * fine_w), channels - 1), flat % (fine_h * fine_w)
     flat = ((cell // fine_w) * width + cell % fine_w) * channels + source
     values = jnp.take_along_axis(x.reshape(batch, -1), flat.reshape(batch, -1), 1, mode="clip")
     return jnp.moveaxis(values.reshape(batch, channels, *shape), 1, 3)
 
 
-def _narrow_convolution(x: Float[Array, "B h w C"], kernel: Float[Array, "3 3 C O"], *how: Any, **more: Any) -> Array:
-    """`lax.conv_general_dilated` for few outputs, 3 x 3 with stride and padding 1.
+def _narrow_convolution(
+    x: Float[Array, "B h w C"], kernel: Float[Array, "3 3 C O"], *args: Any, **kwargs: Any
+) -> Array:
+    """`lax.conv_general_dilated` for few output channels, 3 x 3 with stride and padding 1.
 
-    XLA's gradients of such a convolution take fifty times as long as its forward pass on CPUs; there all nine products
-    are one matrix product, and their shifted outputs, narrower than the inputs, are added.
+    On CPUs the gradients of XLA's convolution take fifty times as long as its forward pass. There, all nine taps are one
+    matrix product, and its shifted outputs, narrower than the inputs, are added.
     """
 
     def shifted(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -101,13 +103,13 @@ def _narrow_convolution(x: Float[Array, "B h w C"], kernel: Float[Array, "3 3 C 
         )
 
     def whole(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(x, kernel, *how, **more)
+        return jax.lax.conv_general_dilated(x, kernel, *args, **kwargs)
 
     return jax.lax.platform_dependent(x, kernel, cpu=shifted, default=whole)
 
 
 class _DynamicReLU(nn.Module):
-    """max(a1 y + b1, a2 y + b2) with coefficients from each level's pooled map."""
+    """max(a1 x + b1, a2 x + b2) with coefficients from the mean of each level."""
 
     dtype: Any
 
@@ -123,7 +125,7 @@ class _DynamicReLU(nn.Module):
 
 
 class DynamicConvolution(nn.Module):
-    """One block over all levels."""
+    """One DyConv block over all levels."""
 
     config: HeadConfig
     dtype: Any
@@ -139,9 +141,9 @@ class DynamicConvolution(nn.Module):
     def __call__(
         self, levels: Sequence[Float[Array, "B _ _ C"]], sizes: Sequence[Int[Array, "B 2"]]
     ) -> tuple[Float[Array, "B _ _ C"], ...]:
-        """New levels from old ones; `sizes` are each image's cells per level.
+        """New levels; `sizes`: per level the height and width of each image in cells.
 
-        With `offset_bound`, collection "intermediates" holds `offsets_clamped`, each image's share of clamped offsets.
+        With `offset_bound`, the collection "intermediates" holds `offsets_clamped`, the fraction of clamped offsets per image.
         """
         levels = [mask_padding(x, size) for x, size in zip(levels, sizes)]
         count, channels, shapes = len(levels), levels[0].shape[-1], [grid(x) for x in levels]
@@ -154,58 +156,60 @@ class DynamicConvolution(nn.Module):
         rows = rows_of(levels)
 
         def convolve(name: Term, sources: range, maps: list[Array], stride: int = 1) -> tuple[Array, Cells]:
-            """The normed convolution `name` of the levels `sources`, each with its own offset map, packed."""
+            """Convolution `name` with its norm for the levels `sources`, each with an offset map; packed."""
             kernel, bias, norm = self._term(name, channels)
             taps = [
-                Taps(source, stride, own[..., :_OFFSETS].reshape(*own.shape[:3], 9, 2), nn.sigmoid(own[..., _OFFSETS:]))
-                for source, own in zip(sources, maps)
+                Taps(source, stride, x[..., :_OFFSETS].reshape(*x.shape[:3], 9, 2), nn.sigmoid(x[..., _OFFSETS:]))
+                for source, x in zip(sources, maps)
             ]
             targets = [source + 1 if stride == 2 else source for source in sources]
             cells = cells_of([shapes[i] for i in targets], [sizes[i] for i in targets])
             out = deformable_convolution(rows, taps, kernel, bias, bound=self.config.offset_bound)
             return norm(pack(out), cells), cells
 
-        def weighed(term: Array, cells: Cells) -> Array:
+        def weighted(term: Array, cells: Cells) -> Array:
             weight = _hard_sigmoid(nn.relu(attention(level_mean(term, cells))))
             return term.astype(jnp.float32) * broadcast_levels(weight, cells)
 
         maps = self._bounded([offset(x).astype(jnp.float32) for x in levels], sizes)
-        moved = [self._coarser(maps[i], sizes[i], sizes[i + 1], shapes[i + 1]) for i in range(count - 1)]
+        for_coarser = [self._coarser(maps[i], sizes[i], sizes[i + 1], shapes[i + 1]) for i in range(count - 1)]
         same, cells = convolve("same", range(count), maps)
         fine, below = convolve("fine", range(count - 1), maps[1:], stride=2)
-        coarse, _ = convolve("coarse", range(1, count), moved)
+        coarse, _ = convolve("coarse", range(1, count), for_coarser)
         resized = [
             resize_bilinear(mask_padding(term, sizes[i + 1]), sizes[i + 1], sizes[i], shapes[i])
             for i, term in enumerate(unpack(coarse, shapes[1:]))
         ]
         above = cells_of(shapes[:-1], sizes[:-1])
-        # The finest level has no finer neighbour, the coarsest no coarser one.
+        # The finest level has no finer neighbor, the coarsest no coarser one.
         missing, last = (int(np.prod(shape)) for shape in (shapes[0], shapes[-1]))
-        total = weighed(same, cells)
-        total += jnp.pad(weighed(fine, below), ((0, 0), (missing, 0), (0, 0)))
-        total += jnp.pad(weighed(pack(resized), above), ((0, 0), (0, last), (0, 0)))
+        total = weighted(same, cells)
+        total += jnp.pad(weighted(fine, below), ((0, 0), (missing, 0), (0, 0)))
+        total += jnp.pad(weighted(pack(resized), above), ((0, 0), (0, last), (0, 0)))
         terms = np.repeat([2.0, *[3.0] * (count - 2), 2.0], [h * w for h, w in shapes]).astype(np.float32)
         return tuple(unpack(_DynamicReLU(self.dtype, name="relu")(total / terms[:, None], cells), shapes))
 
     def _bounded(self, maps: list[Array], sizes: Sequence[Int[Array, "B 2"]]) -> list[Array]:
-        """The offset maps with no offset beyond the bound; how many were is counted over each image's own cells.
+        """The offset maps with offsets clamped to the bound; clamped offsets are counted over the valid cells.
 
-        What is read for the coarser level comes from these, by copies or weighted means, and is within the bound, too.
+        Offsets for the coarser level are copies or weighted means of these, so they are within the bound as well.
         """
         bound = self.config.offset_bound
         if not bound:
             return maps
-        beyond = [beyond_bound(x[..., :_OFFSETS], bound) & valid_mask(size, *grid(x)) for x, size in zip(maps, sizes)]
-        clamped = jnp.stack([x.sum((1, 2, 3)) for x in beyond]).sum(0)
+        exceeding = [
+            exceeds_bound(x[..., :_OFFSETS], bound) & valid_mask(size, *grid(x)) for x, size in zip(maps, sizes)
+        ]
+        clamped = jnp.stack([x.sum((1, 2, 3)) for x in exceeding]).sum(0)
         self.sow("intermediates", "offsets_clamped", clamped / (_OFFSETS * sum(size.prod(-1) for size in sizes)))
-        return [jnp.concatenate([bounded(x[..., :_OFFSETS], bound), x[..., _OFFSETS:]], -1) for x in maps]
+        return [jnp.concatenate([clamp_offsets(x[..., :_OFFSETS], bound), x[..., _OFFSETS:]], -1) for x in maps]
 
     def _coarser(self, maps: Array, size: Array, coarse: Array, shape: tuple[int, int]) -> Array:
-        """The offset maps of a level (offsets and mask logits) for its coarser neighbour."""
-        own = jnp.where(valid_mask(size, *maps.shape[1:3]), maps, 0.0)
+        """The offset map of a level (offsets and mask logits) for its coarser neighbor."""
+        masked = jnp.where(valid_mask(size, *maps.shape[1:3]), maps, 0.0)
         match self.config.coarse_offsets:
             case "flat":
-                parts = (own[..., :_OFFSETS], own[..., _OFFSETS:])
+                parts = (masked[..., :_OFFSETS], masked[..., _OFFSETS:])
                 return jnp.concatenate([reread_flat(part, size, coarse, shape) for part in parts], -1)
             case "resized":
-                return resize_bilinear(own, size, coarse, shape)
+                return resize_bilinear(masked, size, coarse, shape)

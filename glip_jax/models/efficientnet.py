@@ -1,10 +1,10 @@
 """EfficientNet-Lite0 (arXiv 1905.11946, the Lite variant without squeeze-and-excitation) as a backbone for CPUs.
 
-TensorFlow's SAME padding at stride 2 depends on the parity of the size, so extents and canvases are multiples of 32:
-then the padding is (0, 1) for 3 x 3 and (1, 2) for 5 x 5 at every level, and what an image reads beyond its extent is
-zero, as if it stood alone. The three outputs end in a LayerNorm, as Swin's do: the linear bottlenecks' values have
-standard deviations of 3 to 7, under which the head's first offsets would be several cells long. Batch normalisation is frozen always: its statistics and affine form are folded into
-`frozen_scale` and `frozen_shift`, which get no gradient.
+TensorFlow's SAME padding at stride 2 depends on the parity of the size, so extents and canvases are multiples of 32: then the
+padding is (0, 1) for 3 x 3 and (1, 2) for 5 x 5 at every level, and an image reads zeros beyond its extent, as if it were alone.
+The three outputs have a LayerNorm, as those of Swin: values of the linear bottlenecks have standard deviations of 3 to 7, with
+which the initial offsets of the head would be several cells long. Batch normalization is always frozen: statistics and affine
+parameters are folded into `frozen_scale` and `frozen_shift`, which get no gradient.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ STAGES: tuple[tuple[int, int, int, int, int], ...] = (
     (1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )  # fmt: skip
-"""Blocks, kernel, stride of the first block, expansion, output channels of each stage."""
+"""Per stage: blocks, kernel, stride of the first block, expansion, output channels."""
 STEM = 32
 MULTIPLE = 32
 OUTPUTS = (3, 5, 7)
@@ -32,13 +32,13 @@ OUTPUTS = (3, 5, 7)
 
 
 def _padding(kernel: int, stride: int) -> tuple[int, int]:
-    """TensorFlow's SAME padding of even sizes: cells before and after."""
+    """TensorFlow's SAME padding for even sizes: (cells before, cells after)."""
     total = kernel - stride
     return total // 2, total - total // 2
 
 
 def _taps(padded: Float[Array, "B h w C"], size: int, stride: int, height: int, width: int) -> list[Array]:
-    """What each of size x size taps sees of a padded map, row by row."""
+    """The inputs of each of size x size taps in a padded map, row by row."""
     return [
         padded[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
         for i in range(size)
@@ -50,8 +50,8 @@ def _taps(padded: Float[Array, "B h w C"], size: int, stride: int, height: int, 
 def _shifted(x: Float[Array, "B h w C"], kernel: Float[Array, "k k 1 C"], stride: int) -> Float[Array, "B H W C"]:
     """A depthwise convolution as shifted multiply-adds.
 
-    Derived automatically, the backward pass would be k x k whole maps in memory; written as the same sum over shifts
-    of the gradient, with the kernel turned round, it takes a fraction of the time.
+    Automatic differentiation would keep k x k whole maps in memory. As the same sum over shifts of the gradient, with the flipped
+    kernel, the backward pass takes a fraction of the time.
     """
     size = kernel.shape[0]
     pad = _padding(size, stride)
@@ -72,14 +72,14 @@ def _shifted_backward(stride: int, saved: tuple[Array, Array], g: Array) -> tupl
     taps = _taps(padded, size, stride, g.shape[1], g.shape[2])
     dkernel = jnp.stack([jnp.sum((tap * g).astype(jnp.float32), (0, 1, 2)) for tap in taps])
 
-    # At stride 2 zeros stand between the gradient's cells.
-    def room(length: int, outputs: int) -> tuple[int, int, int]:
+    # At stride 2 the gradient is dilated with zeros.
+    def padding(length: int, outputs: int) -> tuple[int, int, int]:
         return size - 1 - pad[0], length + pad[0] - (stride * (outputs - 1) + 1), stride - 1
 
-    around = ((0, 0, 0), room(height, g.shape[1]), room(width, g.shape[2]), (0, 0, 0))
-    spread = jax.lax.pad(g, jnp.zeros((), g.dtype), around)
-    turned = kernel[::-1, ::-1].reshape(size * size, -1)
-    dx = sum((tap * w for tap, w in zip(_taps(spread, size, 1, height, width), turned)), start=jnp.zeros((), x.dtype))
+    around = ((0, 0, 0), padding(height, g.shape[1]), padding(width, g.shape[2]), (0, 0, 0))
+    dilated = jax.lax.pad(g, jnp.zeros((), g.dtype), around)
+    flipped = kernel[::-1, ::-1].reshape(size * size, -1)
+    dx = sum((tap * w for tap, w in zip(_taps(dilated, size, 1, height, width), flipped)), start=jnp.zeros((), x.dtype))
     return dx, dkernel.reshape(kernel.shape).astype(kernel.dtype)
 
 
@@ -90,12 +90,12 @@ def depthwise(
     x: Float[Array, "B h w C"],
     kernel: Float[Array, "k k 1 C"],
     stride: int,
-    form: Literal["platform", "shifted", "grouped"] = "platform",
+    implementation: Literal["platform", "shifted", "grouped"] = "platform",
 ) -> Float[Array, "B H W C"]:
-    """Each channel convolved with its own k x k kernel, SAME padding of even sizes.
+    """Depthwise convolution with SAME padding for even sizes.
 
     XLA is slow at grouped convolutions on CPUs; there k x k shifted multiply-adds are several times faster. `platform`
-    lets the platform that is compiled for decide.
+    selects the implementation by the platform that the program is compiled for.
     """
     size, channels = kernel.shape[0], kernel.shape[-1]
     pad = _padding(size, stride)
@@ -113,7 +113,7 @@ def depthwise(
             feature_group_count=channels,
         )
 
-    match form:
+    match implementation:
         case "platform":
             return jax.lax.platform_dependent(x, kernel, cpu=shifted, default=grouped)
         case "shifted":
@@ -123,7 +123,7 @@ def depthwise(
 
 
 class _FrozenNorm(nn.Module):
-    """Batch normalisation with fixed statistics: y = frozen_scale x + frozen_shift."""
+    """Batch normalization with fixed statistics: y = frozen_scale x + frozen_shift."""
 
     dtype: Any
 
@@ -135,7 +135,7 @@ class _FrozenNorm(nn.Module):
 
 
 class _Block(nn.Module):
-    """Inverted residual: expand, depthwise, project; the input is added where shapes agree."""
+    """Inverted residual block: expand, depthwise, project; the input is added if shapes are equal."""
 
     kernel: int
     stride: int
@@ -151,9 +151,9 @@ class _Block(nn.Module):
             wide = self.expansion * x.shape[-1]
             y = nn.Dense(wide, use_bias=False, dtype=self.dtype, kernel_init=start, name="expand")(y)
             y = nn.relu6(_FrozenNorm(self.dtype, name="expand_norm")(y))
-        # Of a depthwise kernel only its own k x k values feed an output.
-        own = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-        kernel = self.param("depthwise", own, (self.kernel, self.kernel, 1, y.shape[-1]))
+        # The fan-in of a depthwise kernel is k x k.
+        fan_in = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+        kernel = self.param("depthwise", fan_in, (self.kernel, self.kernel, 1, y.shape[-1]))
         y = depthwise(mask_padding(y, size), kernel.astype(self.dtype), self.stride)
         y = nn.relu6(_FrozenNorm(self.dtype, name="depthwise_norm")(y))
         y = nn.Dense(self.channels, use_bias=False, dtype=self.dtype, kernel_init=start, name="project")(y)
@@ -162,7 +162,7 @@ class _Block(nn.Module):
 
 
 class _Stage(nn.Module):
-    """Blocks of one kernel and width; the first one strides."""
+    """Blocks of one kernel size and width; the first one has the stride."""
 
     blocks: int
     kernel: int
@@ -182,7 +182,7 @@ class _Stage(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """The backbone, without its classifier."""
+    """The EfficientNet-Lite0 backbone, without its classifier."""
 
     config: BackboneConfig
     train: bool = False
@@ -192,10 +192,10 @@ class EfficientNetLite0(nn.Module):
     def __call__(
         self, image: Float[Array, "B H W 3"], extent: Int[Array, "B 2"]
     ) -> tuple[Float[Array, "B h8 w8 C8"], Float[Array, "B h16 w16 C16"], Float[Array, "B h32 w32 C32"]]:
-        """Normalised images, zero beyond their size, to maps of strides 8, 16, 32, zero beyond the extent.
+        """Maps of strides 8, 16, 32, zero beyond the extent, of normalized images that are zero beyond their size.
 
-        Extents are multiples of 32 (`model.input.extent_multiple`). Raises ValueError for a canvas that is not.
-        `train` changes nothing: there is no dropout and batch normalisation is frozen.
+        Extents are multiples of 32 (`model.input.extent_multiple`). Raises ValueError for a canvas that is not. `train` has no
+        effect: there is no dropout, and batch normalization is frozen.
         """
         height, width = image.shape[1:3]
         if height % MULTIPLE or width % MULTIPLE:
@@ -218,7 +218,7 @@ class EfficientNetLite0(nn.Module):
             x = stage(x, level_size(extent, stride))
             stride *= step
             if number in OUTPUTS:
-                # An output of a frozen stage feeds the pyramid too; no gradient may pass there either.
+                # The output of a frozen stage also goes to the pyramid; no gradient may pass there either.
                 output = jax.lax.stop_gradient(x) if number <= frozen else x
                 norm = nn.LayerNorm(1e-5, dtype=self.dtype, use_fast_variance=False, name=f"norm{len(outputs) + 1}")
                 outputs.append(mask_padding(norm(output), level_size(extent, stride)))

@@ -1,12 +1,12 @@
-"""How layers keep to each image's own extent inside a shared canvas.
+"""Masked operations on feature maps: each image is restricted to its own extent inside the shared canvas.
 
-A map on the canvas holds an image's cells in its upper left corner; cells beyond the image's size at that stride are
-nobody's. Layers that mix positions read zeros there (`valid_mask`), take statistics without them (`masked_mean`) and
-resize by each image's own ratio (`resize_nearest`, `resize_bilinear`).
+A feature map holds the cells of an image in its upper left corner; cells beyond the extent of the image are padding. Layers that
+mix positions read zeros there (`mask_padding`), exclude them from statistics (`level_mean`) and resize by the ratio of each image
+(`resize_nearest`, `resize_bilinear`).
 
-A pyramid may be packed: its levels' cells one after the other, row-major, as [B A C]. `Cells` says which belong to
-whom; statistics of all levels are then one matrix product (`level_mean`, `broadcast_levels`) instead of one small operation per
-level, which would cost as much to compile as the rest of the head.
+A pyramid can be packed as [B A C]: the cells of its levels one after the other, row-major. `Cells` assigns cells to levels.
+Statistics of all levels are then one matrix product (`level_mean`, `broadcast_levels`) instead of small operations per level, which
+would take as long to compile as the rest of the head.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ __all__ = [
 
 
 def level_size(extent: Int[Array, "B 2"], stride: int) -> Int[Array, "B 2"]:
-    """Height and width in cells of images of `extent` pixels at `stride`: rounded up, as repeated halving does."""
+    """Height and width in cells of images of `extent` pixels at `stride`, rounded up, as repeated halving does."""
     return -(-extent // stride)
 
 
@@ -34,38 +34,38 @@ def grid(x: Float[Array, "B h w C"]) -> tuple[int, int]:
 
 
 def valid_mask(size: Int[Array, "B 2"], height: int, width: int) -> Bool[Array, "B h w 1"]:
-    """True on the `size` upper left cells of a height x width map."""
+    """True on the `size` (height, width) upper left cells of a map of height x width cells."""
     rows = jnp.arange(height)[None, :, None, None] < size[:, 0, None, None, None]
     columns = jnp.arange(width)[None, None, :, None] < size[:, 1, None, None, None]
     return rows & columns
 
 
 def mask_padding(x: Float[Array, "B h w C"], size: Int[Array, "B 2"]) -> Float[Array, "B h w C"]:
-    """`x` with zeros beyond each image's size."""
+    """`x` with zeros in the cells beyond `size` of each image."""
     return jnp.where(valid_mask(size, x.shape[1], x.shape[2]), x, 0)
 
 
 class Cells(NamedTuple):
-    """Whose the cells of a packed pyramid are."""
+    """Assignment of the cells of a packed pyramid to levels."""
 
-    own: Float[Array, "B A L"]
-    """1 for a cell of level l inside the image, else 0."""
+    valid: Float[Array, "B A L"]
+    """1 for a cell of level l inside the image, otherwise 0."""
     level: Float[Array, "A L"]
-    """1 for a cell of level l, inside or not."""
+    """1 for a cell of level l, padding included, otherwise 0."""
     count: Float[Array, "B L"]
-    """Cells of each image per level."""
+    """Number of cells of each image per level."""
 
 
 def cells_of(shapes: Sequence[tuple[int, int]], sizes: Sequence[Int[Array, "B 2"]]) -> Cells:
-    """Cells of levels with canvas `shapes` (height, width) and each image's `sizes`."""
+    """Cells of levels with `shapes` (height, width) of the canvas and `sizes` of the images."""
     parts = [valid_mask(size, *shape).reshape(size.shape[0], -1) for shape, size in zip(shapes, sizes)]
     level = np.repeat(np.eye(len(shapes), dtype=np.float32), [h * w for h, w in shapes], axis=0)
-    own = jnp.concatenate(parts, 1)[:, :, None] * level
-    return Cells(own, jnp.asarray(level), jnp.stack([jnp.prod(size, -1) for size in sizes], 1).astype(jnp.float32))
+    valid = jnp.concatenate(parts, 1)[:, :, None] * level
+    return Cells(valid, jnp.asarray(level), jnp.stack([jnp.prod(size, -1) for size in sizes], 1).astype(jnp.float32))
 
 
 def pack(levels: Sequence[Float[Array, "B _ _ C"]]) -> Float[Array, "B A C"]:
-    """Levels as one array of cells."""
+    """Packs levels into one array of cells."""
     return jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in levels], 1)
 
 
@@ -77,29 +77,29 @@ def unpack(packed: Float[Array, "B A C"], shapes: Sequence[tuple[int, int]]) -> 
 
 
 def level_mean(packed: Float[Array, "B A C"], cells: Cells) -> Float[Array, "B L C"]:
-    """Mean over each image's own cells of each level, float32."""
-    # What lies beyond is multiplied by zero; it must be finite.
-    total = jnp.einsum("bac,bal->blc", packed.astype(jnp.float32), cells.own, precision=jax.lax.Precision.HIGHEST)
+    """Mean over the valid cells of each image and level, float32."""
+    # Padding is multiplied by zero, so it must be finite.
+    total = jnp.einsum("bac,bal->blc", packed.astype(jnp.float32), cells.valid, precision=jax.lax.Precision.HIGHEST)
     return total / cells.count[..., None]
 
 
 def broadcast_levels(values: Float[Array, "B L C"], cells: Cells) -> Float[Array, "B A C"]:
-    """Each level's values at all of its cells, float32."""
+    """The values of each level at all of its cells, float32."""
     return jnp.einsum("blc,al->bac", values, cells.level, precision=jax.lax.Precision.HIGHEST)
 
 
 def _nearest_weights(
     source: Int[Array, " B"], target: Int[Array, " B"], length: int, source_length: int
 ) -> Float[Array, "B length source"]:
-    """Rows pick source cell floor(i * source / target), as torch's 'nearest' does."""
-    picked = jnp.minimum(jnp.arange(length)[None] * source[:, None] // target[:, None], source[:, None] - 1)
-    return jax.nn.one_hot(picked, source_length)
+    """Row i selects the source cell floor(i * source / target), as PyTorch's 'nearest'."""
+    selected = jnp.minimum(jnp.arange(length)[None] * source[:, None] // target[:, None], source[:, None] - 1)
+    return jax.nn.one_hot(selected, source_length)
 
 
 def _bilinear_weights(
     source: Int[Array, " B"], target: Int[Array, " B"], length: int, source_length: int
 ) -> Float[Array, "B length source"]:
-    """Rows interpolate at i * (source - 1) / (target - 1): first and last cells coincide (align_corners)."""
+    """Row i interpolates at i * (source - 1) / (target - 1): first and last cells coincide (align_corners)."""
     ratio = (source - 1).astype(jnp.float32) / jnp.maximum(target - 1, 1)
     position = jnp.where(target[:, None] > 1, jnp.arange(length)[None] * ratio[:, None], 0.0)
     position = jnp.minimum(position, (source - 1).astype(jnp.float32)[:, None])
@@ -111,17 +111,17 @@ def _resample(
     rows: Float[Array, "B H h"],
     columns: Float[Array, "B W w"],
 ) -> Float[Array, "B H W C"]:
-    # Two small matrix products instead of gathers: their gradients are products too, not scatters. Float32
-    # precision throughout, because the products replace copies.
-    kind = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
-    y = jnp.einsum("bHh,bhwc->bHwc", rows.astype(x.dtype), x, **kind).astype(x.dtype)
-    return jnp.einsum("bWw,bHwc->bHWc", columns.astype(x.dtype), y, **kind).astype(x.dtype)
+    # Two small matrix products instead of gathers: their gradients are products, not scatters. Full float32 precision, because
+    # the products replace copies.
+    options = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    y = jnp.einsum("bHh,bhwc->bHwc", rows.astype(x.dtype), x, **options).astype(x.dtype)
+    return jnp.einsum("bWw,bHwc->bHWc", columns.astype(x.dtype), y, **options).astype(x.dtype)
 
 
 def resize_nearest(
     x: Float[Array, "B h w C"], source: Int[Array, "B 2"], target: Int[Array, "B 2"], shape: tuple[int, int]
 ) -> Float[Array, "B H W C"]:
-    """Resizes each image's own cells from `source` to `target` cells on a canvas of `shape`, nearest neighbour."""
+    """Resizes the valid cells of each image from `source` to `target` on a map of `shape` (height, width), nearest neighbor."""
     rows = _nearest_weights(source[:, 0], target[:, 0], shape[0], x.shape[1])
     columns = _nearest_weights(source[:, 1], target[:, 1], shape[1], x.shape[2])
     return _resample(x, rows, columns)
@@ -130,7 +130,7 @@ def resize_nearest(
 def resize_bilinear(
     x: Float[Array, "B h w C"], source: Int[Array, "B 2"], target: Int[Array, "B 2"], shape: tuple[int, int]
 ) -> Float[Array, "B H W C"]:
-    """The same, bilinear with align_corners."""
+    """Same as `resize_nearest`, but bilinear with align_corners."""
     rows = _bilinear_weights(source[:, 0], target[:, 0], shape[0], x.shape[1])
     columns = _bilinear_weights(source[:, 1], target[:, 1], shape[1], x.shape[2])
     return _resample(x, rows, columns)

@@ -1,9 +1,8 @@
-"""How many floating point operations one image costs, by formula: what MFU and the plan of a pod are reckoned with.
+"""Floating point operations (FLOPs) per image by formula, for model FLOPs utilization (MFU) and planning.
 
-Counted are matrix products and convolutions, two operations per multiply-add, as the network here does them (folded
-fusion, windows padded to whole ones, all cells of the canvas). Not counted: norms, activations, softmax, bilinear
-weights, resizes (which are written as products here but copy values), losses, the optimizer, and whatever is computed
-a second time (rematerialisation, the fusion's logits): it makes a step longer, not more useful.
+Counts matrix products and convolutions, two operations per multiply-add, as this network computes them (folded fusion, windows
+padded to whole ones, all cells of the canvas). Does not count norms, activations, softmax, bilinear weights, resizes (products
+that copy values), losses, the optimizer, and recomputation (rematerialization, logits of the fusion), which is not useful work.
 """
 
 import math
@@ -18,29 +17,29 @@ _OFFSETS_AND_MASKS = 27
 
 
 class Flops(NamedTuple):
-    """Operations for one image with its prompt."""
+    """FLOPs for one image with its prompt."""
 
     parts: dict[str, float]
-    """Forward, by part: backbone, pyramid, text, fusion, head_text, dynamic, outputs."""
+    """Forward pass by part: backbone, pyramid, text, fusion, head_text, dynamic, outputs."""
     forward: float
     """Their sum."""
     training: float
-    """Forward and backward: a trained product costs twice its forward pass again, a frozen one before which nothing is
-    trained nothing."""
+    """Forward and backward pass. The backward pass of a trained product costs twice its forward pass; that of frozen first layers
+    costs nothing."""
 
 
 def flops_per_image(model: ModelConfig, height: int, width: int, tokens: int | None = None) -> Flops:
-    """Operations for an image on a canvas of `height` x `width` pixels and a prompt of `tokens` (default: max_tokens)."""
+    """FLOPs for a canvas of `height` x `width` pixels and a prompt of `tokens` tokens (default: max_tokens)."""
     tokens = model.text.max_tokens if tokens is None else tokens
     channels, blocks = model.pyramid.channels, model.head.blocks
     cells = [math.ceil(height / stride) * math.ceil(width / stride) for stride in model.pyramid.strides]
-    trained, held = (
+    trained, frozen = (
         _swin(model, height, width) if model.backbone.kind == "swin" else _efficientnet(model, height, width)
     )
     text = model.text.layers * _bert_layer(model, tokens)
     fused = model.fusion.enabled
     parts = {
-        "backbone": trained + held,
+        "backbone": trained + frozen,
         "pyramid": _pyramid(model, height, width),
         "text": text,
         "fusion": blocks * _fusion(model, sum(cells), tokens) if fused else 0,
@@ -49,16 +48,16 @@ def flops_per_image(model: ModelConfig, height: int, width: int, tokens: int | N
         "outputs": sum(cells) * channels * (5 + tokens) + tokens * model.text.width * (channels + 1),
     }
     forward = sum(parts.values())
-    frozen = held + (text if model.text.frozen else 0)
-    # The first product of what is trained needs no gradient of its input.
+    frozen += text if model.text.frozen else 0
+    # The first trained product needs no gradient of its input.
     first = math.ceil(height / 4) * math.ceil(width / 4) * 48 * model.backbone.width
-    spared = first if model.backbone.kind == "swin" and not model.backbone.frozen_stages else 0
+    unneeded = first if model.backbone.kind == "swin" and not model.backbone.frozen_stages else 0
     flops = {name: 2.0 * count for name, count in parts.items()}
-    return Flops(flops, 2.0 * forward, 2.0 * (3 * forward - 2 * frozen - spared))
+    return Flops(flops, 2.0 * forward, 2.0 * (3 * forward - 2 * frozen - unneeded))
 
 
 def _swin(model: ModelConfig, height: int, width: int) -> tuple[int, int]:
-    """Multiply-adds of the trained and the frozen stages. A stage is frozen with its merge, the patches with the first."""
+    """Multiply-adds of (trained, frozen) stages. Patch merging belongs to the stage before it, patch embedding to the first."""
     config = model.backbone
     h, w, channels = math.ceil(height / 4), math.ceil(width / 4), config.width
     stages = [h * w * 48 * channels]
@@ -76,7 +75,7 @@ def _swin(model: ModelConfig, height: int, width: int) -> tuple[int, int]:
 
 
 def _efficientnet(model: ModelConfig, height: int, width: int) -> tuple[int, int]:
-    """Multiply-adds of the trained and the frozen stages; the stem is frozen with the first."""
+    """Multiply-adds of (trained, frozen) stages; the stem belongs to the first."""
     h, w, channels = height // 2, width // 2, efficientnet.STEM
     stages = [h * w * 27 * channels]
     for blocks, kernel, stride, expansion, outputs in efficientnet.STAGES:
@@ -111,16 +110,16 @@ def _bert_layer(model: ModelConfig, tokens: int) -> int:
 
 
 def _fusion(model: ModelConfig, cells: int, tokens: int) -> int:
-    """Three products of every cell with every token and head; everything else is folded into the text's side."""
+    """Three products of all cells with all tokens per head; all other products are on the text side."""
     channels, width, depth = model.pyramid.channels, model.fusion.width, model.text.width
     over_text = tokens * width * (3 * depth + 3 * channels)
     return 3 * model.fusion.heads * cells * tokens * channels + over_text
 
 
 def _dynamic(cells: list[int], channels: int) -> int:
-    """Three 3 x 3 convolutions: of every level, of all but the finest, of all but the finest; and the offsets of every level.
+    """Three 3 x 3 convolutions, with outputs at all levels and twice at all but the finest, and the offsets of every level.
 
-    The dynamic ReLU's and the attention's products are of one row per level.
+    Products of the dynamic ReLU and of the attention have one row per level and are neglected.
     """
     convolved = sum(cells) + 2 * sum(cells[1:])
     return convolved * 9 * channels**2 + sum(cells) * 9 * channels * _OFFSETS_AND_MASKS

@@ -1,13 +1,12 @@
-"""Deep fusion (paper section 3.2, equations 4-6): image and text attend to each other through one map of logits.
+"""Deep fusion (paper section 3.2, equations 4-6): image and text attend to each other with one shared map of logits.
 
-The parameters are the original's (glip-reference 2.5), the order of products is not: with visual width C equal to the
-head's, the query projection folds into the text keys, the visual output projection into the text values, and the
-visual value projection is applied after the text-side attention. That leaves three products over the image's A
-locations instead of six dense layers. The logits [A, T] of one attention head at a time live in memory, and the
-backward pass computes them again. Where there are several images and these logits are large, one image after another
-is attended to: a TPU then keeps what lies between the products beside its matrix units, and its memory sees little of it.
+Parameters are those of the original (glip-reference 2.5), the order of the products is not. The query projection is folded into
+the text keys, the visual output projection into the text values, and the visual value projection is applied after the attention of
+the text. This leaves three products over the A locations of the image instead of six dense layers. The logits [A, T] of one
+attention head at a time are in memory, and the backward pass recomputes them. If the logits of several images are large, images
+are processed one after the other, so that on a TPU the intermediate results stay in on-chip memory.
 
-Softmax over the text leaves padding tokens out; softmax over the image leaves out what lies beyond an image's extent.
+Softmax over the text excludes padding tokens; softmax over the image excludes locations beyond the extent.
 """
 
 from typing import Any, NamedTuple
@@ -18,17 +17,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from glip_jax.config import FusionConfig
-from glip_jax.models.bert import bounded
+from glip_jax.models.bert import clamped
 from glip_jax.models.dropout import example_keys, hashed_bits
 from glip_jax.models.initializers import xavier_uniform
 from glip_jax.models.remat import images_at_once, save_activation
 
 __all__ = ["Fusion"]
 
-_NEVER = -1e30
-_HELD = 32 * 2**20
-"""Most bytes of logits at once, where several images may be told apart: the on-chip memory of a TPU (128 MB on v5e) holds a few
-such arrays. One image of 800 x 1344 with 256 tokens has 23 MB."""
+_MASKED = -1e30
+_MAX_LOGITS_BYTES = 32 * 2**20
+"""Maximum bytes of logits of several images at once: the on-chip memory of a TPU (128 MB on v5e) holds a few such arrays. One
+image of 800 x 1344 with 256 tokens has 23 MB."""
 
 
 class _Dense(NamedTuple):
@@ -37,7 +36,7 @@ class _Dense(NamedTuple):
 
 
 class _Operands(NamedTuple):
-    """The text folded for one attention head (leading axis of all: heads)."""
+    """Folded text operands of the attention (leading axis: heads)."""
 
     keys: Float[Array, "heads B T C"]
     key_bias: Float[Array, "heads B T"]
@@ -51,19 +50,19 @@ def _dropped(kept: Bool[Array, "B A T"] | None, weights: Float[Array, "B A T"], 
 def _kept(
     keys: jax.Array | None, shape: tuple[int, ...], rate: float
 ) -> tuple[Bool[Array, "B A T"] | None, Bool[Array, "B A T"] | None]:
-    """Which weights of either direction dropout keeps; `keys`: one for each image.
+    """Which attention weights dropout keeps, over text and over image; `keys`: one per image.
 
-    16 random bits are enough to decide, so one draw of 32 serves both directions.
+    Each direction uses 16 of 32 random bits.
     """
     if keys is None:
         return None, None
-    bits = jax.vmap(lambda own: hashed_bits(own, shape[1:]))(keys)
-    least = round(rate * 65536)
-    return (bits >> 16) >= least, (bits & 0xFFFF) >= least
+    bits = jax.vmap(lambda key: hashed_bits(key, shape[1:]))(keys)
+    threshold = round(rate * 65536)
+    return (bits >> 16) >= threshold, (bits & 0xFFFF) >= threshold
 
 
 class Fusion(nn.Module):
-    """One bidirectional attention block over all locations and tokens."""
+    """Bidirectional attention between all locations and tokens."""
 
     config: FusionConfig
     train: bool
@@ -78,10 +77,10 @@ class Fusion(nn.Module):
         self,
         visual: Float[Array, "B A C"],
         text: Float[Array, "B T D"],
-        inside: Bool[Array, "B A"],
+        valid: Bool[Array, "B A"],
         mask: Bool[Array, "B T"],
     ) -> tuple[Float[Array, "B A C"], Float[Array, "B T D"]]:
-        """New (visual, text). The residual starts from the normed inputs, as in the original."""
+        """New (visual, text). The residual connection starts at the normalized inputs, as in the original."""
         config, channels, text_width = self.config, visual.shape[-1], text.shape[-1]
         heads, depth = config.heads, config.width // config.heads
         norm = {"epsilon": 1e-5, "dtype": self.dtype, "use_fast_variance": False}
@@ -99,7 +98,7 @@ class Fusion(nn.Module):
             self.param("text_gamma", start, (text_width,)),
         )
 
-        # Folding sums over few text rows and many products: float32.
+        # Folding is over few text rows and wide sums: float32.
         exact = jax.lax.Precision.HIGHEST
         text32 = text.astype(jnp.float32)
         by_head = (*text.shape[:2], heads, depth)
@@ -115,89 +114,93 @@ class Fusion(nn.Module):
             ),
         )
         rate = config.dropout if self.train else 0.0
-        random = None
+        keys_of_images = None
         if rate > 0:
-            of_heads = jax.random.split(self.make_rng("dropout"), heads)
-            random = jax.vmap(lambda own: example_keys(own, len(visual)))(of_heads)
-        for_image, for_text, share = _attend(visual, operands, inside, mask, random, rate)
+            keys_of_heads = jax.random.split(self.make_rng("dropout"), heads)
+            keys_of_images = jax.vmap(lambda key: example_keys(key, len(visual)))(keys_of_heads)
+        for_image, for_text, weight_sum = _attend(visual, operands, valid, mask, keys_of_images, rate)
 
-        # Dropout makes the attention over the image sum to `share`, not to 1; the value's bias goes with it.
+        # With dropout the attention weights over the image sum to `weight_sum`, not to 1; so the bias is scaled by it.
         read = jnp.einsum("hbtc,chd->bthd", for_text, value.kernel.reshape(channels, heads, depth), precision=exact)
-        read += jnp.moveaxis(share, 0, 2)[..., None] * value.bias.reshape(heads, depth)
+        read += jnp.moveaxis(weight_sum, 0, 2)[..., None] * value.bias.reshape(heads, depth)
         new_text = jnp.matmul(read.reshape(*text.shape[:2], -1), text_output.kernel, precision=exact) + text_output.bias
         visual = visual + (gamma * (for_image + output.bias)).astype(self.dtype)
         return visual, text + (text_gamma * new_text).astype(self.dtype)
 
 
 class _Attended(NamedTuple):
-    """What both directions of the attention read (leading axis of the latter two: heads)."""
+    """Results of both directions of the attention."""
 
     for_image: Float[Array, "B A C"]
-    """What the image reads, summed over heads, float32."""
+    """Text values read by the image, summed over heads, float32."""
     for_text: Float[Array, "heads B T C"]
-    """What the text reads of the visual features."""
-    share: Float[Array, "heads B T"]
-    """Sums of each token's weights over the image."""
+    """Visual features read by the text."""
+    weight_sum: Float[Array, "heads B T"]
+    """Sum of the attention weights of each token over the image."""
 
 
 def _attend(
     visual: Float[Array, "B A C"],
     operands: _Operands,
-    inside: Bool[Array, "B A"],
+    valid: Bool[Array, "B A"],
     mask: Bool[Array, "B T"],
-    random: Any,
+    keys: Any,
     rate: float,
 ) -> _Attended:
-    """Both directions; `random`: keys [heads, B], or None. As many images at a time as `_HELD` allows."""
+    """Both directions, for as many images at once as `_MAX_LOGITS_BYTES` allows. `keys`: dropout keys [heads B], or None."""
     images = len(visual)
-    some = images_at_once(images, 4 * visual.shape[1] * mask.shape[1], _HELD)
-    if some == images:
-        return save_activation(_attend_at_once(visual, operands, inside, mask, random, rate))
+    group = images_at_once(images, 4 * visual.shape[1] * mask.shape[1], _MAX_LOGITS_BYTES)
+    if group == images:
+        return save_activation(_attend_at_once(visual, operands, valid, mask, keys, rate))
 
-    def apart(x: Array) -> Array:
-        return x.reshape(-1, some, *x.shape[1:])
+    def grouped(x: Array) -> Array:
+        return x.reshape(-1, group, *x.shape[1:])
 
-    def apart_behind_heads(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(len(x), -1, some, *x.shape[2:]), 1, 0)
+    def grouped_after_heads(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(len(x), -1, group, *x.shape[2:]), 1, 0)
 
-    def joined(x: Array) -> Array:
+    def ungrouped_after_heads(x: Array) -> Array:
         return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], images, *x.shape[3:])
 
     parts = (
-        apart(visual), jax.tree.map(apart_behind_heads, operands), apart(inside), apart(mask),
-        jax.tree.map(apart_behind_heads, random),
+        grouped(visual), jax.tree.map(grouped_after_heads, operands), grouped(valid), grouped(mask),
+        jax.tree.map(grouped_after_heads, keys),
     )  # fmt: skip
-    found = jax.lax.map(lambda part: _attend_at_once(*part, rate=rate), parts)
-    whole = _Attended(found.for_image.reshape(visual.shape), joined(found.for_text), joined(found.share))
+    results = jax.lax.map(lambda part: _attend_at_once(*part, rate=rate), parts)
+    whole = _Attended(
+        results.for_image.reshape(visual.shape),
+        ungrouped_after_heads(results.for_text),
+        ungrouped_after_heads(results.weight_sum),
+    )
     return save_activation(whole)
 
 
 def _attend_at_once(
     visual: Float[Array, "B A C"],
     operands: _Operands,
-    inside: Bool[Array, "B A"],
+    valid: Bool[Array, "B A"],
     mask: Bool[Array, "B T"],
-    random: Any,
+    keys: Any,
     rate: float,
 ) -> _Attended:
-    """Both directions over a scan of attention heads."""
+    """Both directions, as a scan over attention heads."""
 
     @jax.checkpoint
     def head(
         for_image: Float[Array, "B A C"], item: tuple[_Operands, Any]
     ) -> tuple[Float[Array, "B A C"], tuple[Float[Array, "B T C"], Float[Array, "B T"]]]:
-        own, keys = item
-        logits = jnp.einsum("bac,btc->bat", visual, own.keys, preferred_element_type=jnp.float32)
-        logits = bounded(logits + own.key_bias[:, None, :])
-        over_text = jax.nn.softmax(jnp.where(mask[:, None, :], logits, _NEVER), axis=2)
-        kept_of_text, kept_of_image = _kept(keys, logits.shape, rate)
+        text, head_keys = item
+        logits = jnp.einsum("bac,btc->bat", visual, text.keys, preferred_element_type=jnp.float32)
+        logits = clamped(logits + text.key_bias[:, None, :])
+        over_text = jax.nn.softmax(jnp.where(mask[:, None, :], logits, _MASKED), axis=2)
+        kept_of_text, kept_of_image = _kept(head_keys, logits.shape, rate)
         over_text = _dropped(kept_of_text, over_text, rate).astype(visual.dtype)
-        for_image += jnp.einsum("bat,btc->bac", over_text, own.values, preferred_element_type=jnp.float32)
-        over_image = jax.nn.softmax(jnp.where(inside[:, :, None], logits, _NEVER), axis=1)
+        for_image += jnp.einsum("bat,btc->bac", over_text, text.values, preferred_element_type=jnp.float32)
+        over_image = jax.nn.softmax(jnp.where(valid[:, :, None], logits, _MASKED), axis=1)
         over_image = _dropped(kept_of_image, over_image, rate)
         read = jnp.einsum("bat,bac->btc", over_image.astype(visual.dtype), visual, preferred_element_type=jnp.float32)
         return for_image, (read, over_image.sum(1))
 
     start = jnp.zeros(visual.shape, jnp.float32)
-    for_image, (for_text, share) = jax.lax.scan(head, start, (operands, random))
-    return _Attended(for_image, for_text, share)
+    for_image, (for_text, weight_sum) = jax.lax.scan(head, start, (operands, keys))
+    return _Attended(for_image, for_text, weight_sum)

@@ -1,7 +1,7 @@
-"""GLIP: image and text towers, the pyramid, the fused head and its outputs (paper section 3, glip-reference 2).
+"""GLIP: image and text encoders, feature pyramid, and the detection head with deep fusion (paper section 3, glip-reference 2).
 
-The three steps `encode_image`, `encode_text` and `ground` may be applied on their own, so that an image's features
-serve many prompts and a prompt's many images.
+`encode_image`, `encode_text` and `ground` can be applied separately, so that the features of an image are reused for several
+prompts, and those of a prompt for several images.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
 from glip_jax.config import HeadConfig, InputConfig, ModelConfig
-from glip_jax.models.bert import Bert, BertLayer, bounded
+from glip_jax.models.bert import Bert, BertLayer, clamped
 from glip_jax.models.dynamic_head import DynamicConvolution
 from glip_jax.models.efficientnet import EfficientNetLite0
 from glip_jax.models.extents import cells_of, grid, level_size, pack, unpack, valid_mask
@@ -31,7 +31,7 @@ __all__ = ["GLIP", "normalize"]
 def normalize(
     image: UInt8[Array, "B H W 3"], size: Int[Array, "B 2"], config: InputConfig
 ) -> Float32[Array, "B H W 3"]:
-    """RGB bytes to the network's input: channel order, mean, spread; zero beyond each image's `size`."""
+    """Input of the network from RGB bytes: channel order, mean and standard deviation; zero beyond `size` of each image."""
     x = image.astype(jnp.float32)
     x = x[..., ::-1] if config.order == "bgr" else x
     x = (x - jnp.asarray(config.mean)) / jnp.asarray(config.std)
@@ -39,7 +39,7 @@ def normalize(
 
 
 class _Block(nn.Module):
-    """One block of the head's tower: fusion, BERT layer, dynamic convolution; without fusion the last alone."""
+    """One block of the head: fusion, BERT layer and dynamic convolution, or dynamic convolution alone without fusion."""
 
     config: ModelConfig
     train: bool
@@ -55,9 +55,9 @@ class _Block(nn.Module):
         levels, text = state
         if self.config.fusion.enabled:
             shapes = [grid(x) for x in levels]
-            own = cells_of(shapes, sizes).own.any(-1)
+            valid = cells_of(shapes, sizes).valid.any(-1)
             fusion = Fusion(self.config.fusion, self.train, self.dtype, name="fusion")
-            visual, text = fusion(pack(levels), text, own, mask)
+            visual, text = fusion(pack(levels), text, valid, mask)
             layer = BertLayer(self.config.text, self.train, self.dtype, clip=True, start="torch", name="text")
             text, _ = layer(text, mask)
             levels = tuple(unpack(visual, shapes))
@@ -66,13 +66,13 @@ class _Block(nn.Module):
 
 
 class _Head(nn.Module):
-    """The tower and the three outputs of every location (glip-reference 2.4, 2.8)."""
+    """The blocks of the head and the three outputs of every location (glip-reference 2.4, 2.8)."""
 
     config: ModelConfig
     train: bool
     dtype: Any
 
-    def _tower(self, head: HeadConfig) -> Any:
+    def _blocks(self, head: HeadConfig) -> Any:
         block = rematerialized(_Block, self.config.remat)
         scan = nn.scan(
             block,
@@ -94,7 +94,7 @@ class _Head(nn.Module):
     ) -> Predictions:
         config, channels = self.config, self.config.pyramid.channels
         sizes = tuple(level_size(extent, stride) for stride in config.pyramid.strides)
-        (levels, fused), _ = self._tower(config.head)((tuple(levels), text), sizes, mask)
+        (levels, fused), _ = self._blocks(config.head)((tuple(levels), text), sizes, mask)
         embedding = fused if config.fusion.enabled else text * mask[..., None]
         embedding = embedding.astype(jnp.float32)
         norm = jnp.sqrt(jnp.maximum(jnp.square(embedding).sum(-1, keepdims=True), 1e-24))
@@ -112,18 +112,18 @@ class _Head(nn.Module):
         per_anchor = jnp.repeat(scales, np.array([h * w for h, w in map(grid, levels)]))
         deltas = box(visual) * per_anchor[:, None]
         aligned = jnp.einsum("bac,btc->bat", visual, tokens.astype(visual.dtype), preferred_element_type=jnp.float32)
-        logits = bounded(aligned / jnp.exp(log_scale) + (embedding @ bias_text + bias)[:, None, :])
+        logits = clamped(aligned / jnp.exp(log_scale) + (embedding @ bias_text + bias)[:, None, :])
         return Predictions(logits, deltas, center(visual)[..., 0])
 
 
 class GLIP(nn.Module):
-    """The whole network. `train` switches dropout, drop path and DropBlock on (rng collection "dropout")."""
+    """The whole network. `train` enables dropout, stochastic depth and DropBlock (rng collection "dropout")."""
 
     config: ModelConfig
     train: bool = False
 
     def setup(self) -> None:
-        """Builds the four parts: backbone, pyramid, text, head."""
+        """Creates the submodules: backbone, pyramid, text, head."""
         config, dtype, remat = self.config, jnp.dtype(self.config.dtype), self.config.remat
         match config.backbone.kind:
             case "swin":
@@ -137,11 +137,11 @@ class GLIP(nn.Module):
     def encode_image(
         self, image: Float[Array, "B H W 3"], extent: Int[Array, "B 2"]
     ) -> tuple[Float[Array, "B _ _ C"], ...]:
-        """Normalised images to pyramid levels, zero beyond each image's extent."""
+        """Pyramid levels of normalized images, zero beyond the extent of each image."""
         return self.pyramid(self.backbone(image, extent), extent)
 
     def encode_text(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Tokens to the text encoder's last hidden states."""
+        """Hidden states of the last layer of the text encoder."""
         return self.text(tokens, mask)
 
     def ground(
@@ -151,7 +151,7 @@ class GLIP(nn.Module):
         text: Float[Array, "B T D"],
         mask: Bool[Array, "B T"],
     ) -> Predictions:
-        """Pyramid levels and text states to predictions for every anchor."""
+        """Predictions for every anchor from pyramid levels and text states."""
         return self.head(levels, extent, text, mask)
 
     def __call__(
@@ -161,6 +161,6 @@ class GLIP(nn.Module):
         tokens: Int[Array, "B T"],
         token_mask: Bool[Array, "B T"],
     ) -> Predictions:
-        """Normalised images (zero beyond their size), extents, tokens: predictions for every anchor."""
+        """Predictions for every anchor from normalized images (zero beyond their size), their extents, and tokens."""
         levels = self.encode_image(image, extent)
         return self.ground(levels, extent, self.encode_text(tokens, token_mask), token_mask)

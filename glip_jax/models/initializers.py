@@ -1,4 +1,4 @@
-"""Initial values that the original inherits from PyTorch's layer defaults."""
+"""Initializers that the original inherits from the defaults of PyTorch's layers."""
 
 import math
 from typing import Any
@@ -20,12 +20,12 @@ def uniform(bound: float) -> Any:
 
 
 kaiming_uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
-"""torch's kaiming_uniform_(a=1): U(+-sqrt(3 / fan in))."""
+"""PyTorch's kaiming_uniform_(a=1): U(+-sqrt(3 / fan in))."""
 xavier_uniform = nn.initializers.xavier_uniform()
 small_normal = nn.initializers.normal(0.01)
 
 
-def torch_dense(features: int, fan_in: int, dtype: Any, name: str, **how: Any) -> nn.Dense:
-    """A dense layer that starts like torch.nn.Linear: weights and bias U(+-1/sqrt(fan in)); `how`: as nn.Dense's."""
+def torch_dense(features: int, fan_in: int, dtype: Any, name: str, **kwargs: Any) -> nn.Dense:
+    """A dense layer with the initial values of torch.nn.Linear, U(+-1/sqrt(fan in)); `kwargs`: further fields of nn.Dense."""
     start = uniform(1 / math.sqrt(fan_in))
-    return nn.Dense(features, dtype=dtype, kernel_init=start, bias_init=start, name=name, **how)
+    return nn.Dense(features, dtype=dtype, kernel_init=start, bias_init=start, name=name, **kwargs)

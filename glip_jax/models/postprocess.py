@@ -1,4 +1,4 @@
-"""From predictions to detections: scores, boxes, non-maximum suppression."""
+"""Post-processing: scores, boxes and non-maximum suppression."""
 
 import jax
 import jax.numpy as jnp
@@ -15,25 +15,25 @@ __all__ = ["detect"]
 def _suppress(
     boxes: Float[Array, "M 4"], scores: Float[Array, " M"], phrases: Int[Array, " M"], config: DetectionConfig
 ) -> tuple[Int[Array, " D"], Bool[Array, " D"]]:
-    """The best detections in order, each suppressing what overlaps it under the same phrase.
+    """Greedy non-maximum suppression per phrase, in order of descending score; ties go to the lowest index.
 
-    Greedy from the best on, so the first `max_detections` survivors are those of a full suppression. Ties: lowest
-    index. Returns indices and which of them are real.
+    Stops after `max_detections`, which gives the same detections as a full suppression. Returns indices, and which of them are
+    used.
     """
 
     def body(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        alive, chosen, real = state
-        best = jnp.argmax(alive)
+        remaining, chosen, used = state
+        best = jnp.argmax(remaining)
         same = phrases == phrases[best]
-        gone = same & (box.iou(boxes, boxes[best][None]) > config.nms_iou)
-        real = real.at[i].set(alive[best] > 0)
-        alive = jnp.where(gone, 0.0, alive).at[best].set(0.0)
-        return alive, chosen.at[i].set(best), real
+        suppressed = same & (box.iou(boxes, boxes[best][None]) > config.nms_iou)
+        used = used.at[i].set(remaining[best] > 0)
+        remaining = jnp.where(suppressed, 0.0, remaining).at[best].set(0.0)
+        return remaining, chosen.at[i].set(best), used
 
     count = min(config.max_detections, scores.shape[0])
     start = (scores, jnp.zeros(count, jnp.int32), jnp.zeros(count, bool))
-    _, chosen, real = jax.lax.fori_loop(0, count, body, start)
-    return chosen, real
+    _, chosen, used = jax.lax.fori_loop(0, count, body, start)
+    return chosen, used
 
 
 def detect(
@@ -45,37 +45,37 @@ def detect(
     model: ModelConfig,
     config: DetectionConfig,
 ) -> Detections:
-    """Scores, decodes, clips and suppresses (glip-reference 2.10), exact and of fixed shape.
+    """Detections of fixed shape from predictions: scores, decoding, clipping, suppression (glip-reference 2.10).
 
-    A phrase's alignment at a location is the mean probability of its tokens; the score is the root of that times
-    the centerness. Boxes are in pixels of the resized image, clipped to `size`; rows that hold nothing have phrase -1.
+    The alignment of a phrase at a location is the mean probability of its tokens; the score is the square root of alignment
+    times centerness. Boxes are in pixels of the resized image, clipped to `size`; unused rows have phrase -1.
     """
     anchors = box.anchors(canvas, model.pyramid.strides, model.anchors.sizes)
-    share = phrase_map / jnp.maximum(phrase_map.sum(-1, keepdims=True), 1)
+    weights = phrase_map / jnp.maximum(phrase_map.sum(-1, keepdims=True), 1)
 
-    def one(part: Predictions, share: Array, size: Array, extent: Array) -> Detections:
-        phrases, found, begin = share.shape[0], [], 0
+    def one(part: Predictions, weights: Array, size: Array, extent: Array) -> Detections:
+        phrases, candidates, begin = weights.shape[0], [], 0
         for stride in model.pyramid.strides:
             height, width = box.level_shape(canvas, stride)
             end = begin + height * width
-            own = valid_mask(level_size(extent[None], stride), height, width).reshape(-1)
-            aligned = jnp.matmul(jax.nn.sigmoid(part.logits[begin:end]), share.T, precision=jax.lax.Precision.HIGHEST)
-            candidate = (aligned > config.threshold) & own[:, None]
+            valid = valid_mask(level_size(extent[None], stride), height, width).reshape(-1)
+            aligned = jnp.matmul(jax.nn.sigmoid(part.logits[begin:end]), weights.T, precision=jax.lax.Precision.HIGHEST)
+            candidate = (aligned > config.threshold) & valid[:, None]
             score = aligned * jax.nn.sigmoid(part.centerness[begin:end, None])
             score = jnp.where(candidate, score, 0.0).reshape(-1)
             best, index = jax.lax.top_k(score, min(config.candidates_per_level, score.shape[0]))
-            found.append((jnp.sqrt(best), index // phrases + begin, index % phrases, aligned.reshape(-1)[index]))
+            candidates.append((jnp.sqrt(best), index // phrases + begin, index % phrases, aligned.reshape(-1)[index]))
             begin = end
-        scores, where, phrase, alignment = (jnp.concatenate(parts) for parts in zip(*found))
-        boxes = box.decode(part.deltas[where], jnp.asarray(anchors)[where])
+        scores, anchor, phrase, alignment = (jnp.concatenate(parts) for parts in zip(*candidates))
+        boxes = box.decode(part.deltas[anchor], jnp.asarray(anchors)[anchor])
         boxes = box.clip(boxes, size.astype(jnp.float32)[None])
-        chosen, real = _suppress(boxes, scores, phrase, config)
+        chosen, used = _suppress(boxes, scores, phrase, config)
         return Detections(
-            jnp.where(real[:, None], boxes[chosen], 0.0),
-            jnp.where(real, scores[chosen], 0.0),
-            jnp.where(real, phrase[chosen], -1).astype(jnp.int32),
-            jnp.where(real, alignment[chosen], 0.0),
-            jnp.where(real, jax.nn.sigmoid(part.centerness[where[chosen]]), 0.0),
+            jnp.where(used[:, None], boxes[chosen], 0.0),
+            jnp.where(used, scores[chosen], 0.0),
+            jnp.where(used, phrase[chosen], -1).astype(jnp.int32),
+            jnp.where(used, alignment[chosen], 0.0),
+            jnp.where(used, jax.nn.sigmoid(part.centerness[anchor[chosen]]), 0.0),
         )
 
-    return jax.vmap(one)(predictions, share, size, extent)
+    return jax.vmap(one)(predictions, weights, size, extent)

@@ -1,7 +1,8 @@
 """Feature pyramid (arXiv 1612.03144, P6 and P7 as in RetinaNet) with DropBlock (arXiv 1810.12890) in training.
 
-glip-reference 2.3: laterals and outputs without norm or activation; P6 from P5, P7 from relu(P6); DropBlock on the
-merged laterals below the coarsest one, just before their output convolution, while the top-down stream stays whole.
+glip-reference 2.3: lateral and output convolutions have no norm or activation; P6 is computed from P5, P7 from relu(P6).
+DropBlock is applied to the merged laterals of strides 8 and 16, just before their output convolution; the top-down path is not
+dropped.
 """
 
 from typing import Any
@@ -22,28 +23,28 @@ __all__ = ["Pyramid", "drop_block"]
 def drop_block(
     key: jax.Array, x: Float[Array, "B h w C"], size: Int[Array, "B 2"], config: PyramidConfig
 ) -> Float[Array, "B h w C"]:
-    """Zeroes squares of `drop_block_size` cells over all channels and rescales what is kept.
+    """Zeroes squares of `drop_block_size` x `drop_block_size` cells over all channels and rescales the rest.
 
-    Seeds are Bernoulli(rate / size^2) per cell. The kept share is taken per image over its own cells, or over the
-    whole canvas of the batch as the original does: of the examples on one device, as there.
+    Centers are Bernoulli(rate / size^2) per cell. The rest is divided by the kept fraction, which is taken per image over its
+    valid cells, or over the whole canvas of all examples on a device, as in the original.
     """
     block = config.drop_block_size
-    seeds = bernoulli(key, config.drop_block / block**2, (*x.shape[:3], 1)).astype(jnp.float32)
-    own = valid_mask(size, x.shape[1], x.shape[2])
+    centers = bernoulli(key, config.drop_block / block**2, (*x.shape[:3], 1)).astype(jnp.float32)
+    valid = valid_mask(size, x.shape[1], x.shape[2])
     if config.drop_block_over == "image":
-        seeds = jnp.where(own, seeds, 0.0)
-    keep = 1.0 - nn.max_pool(seeds, (block, block), padding="SAME")
+        centers = jnp.where(valid, centers, 0.0)
+    keep = 1.0 - nn.max_pool(centers, (block, block), padding="SAME")
     match config.drop_block_over:
         case "image":
-            keep = jnp.where(own, keep, 0.0)
-            share = own.sum((1, 2), keepdims=True) / jnp.maximum(keep.sum((1, 2), keepdims=True), 1.0)
+            keep = jnp.where(valid, keep, 0.0)
+            share = valid.sum((1, 2), keepdims=True) / jnp.maximum(keep.sum((1, 2), keepdims=True), 1.0)
         case "batch":
             share = keep.size / jnp.maximum(keep.sum(), 1.0)
     return (x * keep * share).astype(x.dtype)
 
 
 class Pyramid(nn.Module):
-    """Maps of the strides in the config from the backbone's maps of strides 8, 16 and 32."""
+    """Feature pyramid with the strides of the config, from backbone maps of strides 8, 16 and 32."""
 
     config: PyramidConfig
     train: bool = False
@@ -59,7 +60,7 @@ class Pyramid(nn.Module):
     def __call__(
         self, features: tuple[Float[Array, "B _ _ _"], ...], extent: Int[Array, "B 2"]
     ) -> tuple[Float[Array, "B _ _ C"], ...]:
-        """(c3, c4, c5) to (p3, ..., p7) or the part that `strides` names; zero beyond the extent."""
+        """(p3, ..., p7), or the levels in `strides`, from (c3, c4, c5); zero beyond the extent."""
         strides = self.config.strides
         merged: Array | None = None
         outputs: dict[int, Array] = {}

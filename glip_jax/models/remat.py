@@ -1,4 +1,4 @@
-"""What a block keeps for its backward pass, and what it computes again (rematerialisation)."""
+"""Rematerialization: what a block stores for its backward pass, and how many images an attention processes at once."""
 
 from typing import Any
 
@@ -14,32 +14,33 @@ _SAVED = "save_activation"
 
 
 def save_activation(x: Any) -> Any:
-    """Marks the result of something expensive that is not a plain matrix product: `remat="elementwise"` keeps it."""
+    """Marks the result of an expensive operation other than a matrix product, so that `remat="elementwise"` stores it."""
     return checkpoint_name(x, _SAVED)
 
 
 def rematerialized(block: type[nn.Module], remat: Remat) -> type[nn.Module]:
-    """The class of a block that stores what `remat` says.
+    """The class of a block with the policy `remat`.
 
-    "none" keeps everything, "elementwise" keeps matrix products and what is marked `save_activation` and computes norms,
-    activations and dropout again, "blocks" keeps a block's inputs only.
+    "none" stores everything. "elementwise" stores matrix products and what is marked with `save_activation`, and recomputes norms,
+    activations and dropout. "blocks" stores only the inputs of a block.
     """
     match remat:
         case "none":
             return block
         case "elementwise":
             policies = jax.checkpoint_policies
-            kept = policies.save_from_both_policies(
+            policy = policies.save_from_both_policies(
                 policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(_SAVED)
             )
-            return nn.remat(block, prevent_cse=False, policy=kept)
+            return nn.remat(block, prevent_cse=False, policy=policy)
         case "blocks":
             return nn.remat(block, prevent_cse=False)
 
 
-# How much of a batch goes through an attention at once, so that its logits stay in a TPU's on-chip memory.
+def images_at_once(images: int, bytes_per_image: int, max_bytes: int) -> int:
+    """The largest divisor of `images` for which arrays of `bytes_per_image` fit into `max_bytes`; at least 1.
 
-
-def images_at_once(images: int, each: int, most: int) -> int:
-    """The largest divisor of `images` of whose arrays, `each` bytes an image, no more than `most` bytes are there; at least 1."""
-    return max(size for size in range(1, images + 1) if images % size == 0 and (size == 1 or size * each <= most))
+    Limits how much of a batch an attention processes at once, so that its logits fit into the on-chip memory of a TPU.
+    """
+    sizes = [size for size in range(1, images + 1) if images % size == 0]
+    return max(size for size in sizes if size == 1 or size * bytes_per_image <= max_bytes)

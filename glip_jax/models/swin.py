@@ -1,12 +1,12 @@
-"""Swin Transformer v1 (arXiv 2103.14030) as GLIP uses it, for images that keep to their own extent.
+"""Swin Transformer v1 (arXiv 2103.14030) as in GLIP, with the extent of each image masked.
 
-Faithful to the released weights (glip-reference 2.2): maps are padded to whole windows with zeros *after* the first
-norm, and those zeros take part in attention; patches merge in the order (0,0), (1,0), (0,1), (1,1); output norms apply
-to the outputs only. Cells beyond the image's own whole windows are separated by minus infinity, so an image sees what
-it would see alone; between the regions that a shift brings together the original's -100 stays.
+As the released weights require (glip-reference 2.2), maps are padded to whole windows with zeros *after* the first norm, and these
+zeros take part in attention; patches are merged in the order (0,0), (1,0), (0,1), (1,1); output norms apply to the outputs only.
+Cells beyond the whole windows of an image are masked with -1e30, so the result is that of the image alone. Regions that the shift
+joins are masked with -100, as in the original.
 
-The logits of large maps are never there as a whole: one row of windows after another is attended to, and the backward
-pass computes a row again. On a TPU a row's logits, padded to three times their size, stay on the chip.
+The logits of large maps are never stored whole: rows of windows are processed one after the other, and the backward pass
+recomputes a row. On a TPU the logits of a row, padded to three times their size, fit into on-chip memory.
 """
 
 from typing import Any, NamedTuple
@@ -22,16 +22,16 @@ from glip_jax.models.dropout import bernoulli
 from glip_jax.models.extents import level_size, mask_padding
 from glip_jax.models.initializers import torch_dense
 from glip_jax.models.remat import images_at_once, rematerialized
-from glip_jax.models.tensor_parallel import entering, parts, summed_dot_general
+from glip_jax.models.tensor_parallel import column_parallel_input, row_parallel_dot_general, tensor_shards
 
 __all__ = ["Swin", "relative_position_index"]
 
-_SEPARATED = -1e30
-_HELD = 32 * 2**20
-"""Most bytes of logits at once; of a map with more, the rows of windows come one by one."""
-_ROW = 8 * 2**20
-"""Most bytes of logits of a row, where it has several images. Swin-T's rows of 800 x 1344 have 1.4 MB an image in every stage
-(heads double as rows halve), of the 160 MB that the first stage has of four."""
+_MASKED = -1e30
+_MAX_LOGITS_BYTES = 32 * 2**20
+"""Maximum bytes of logits at once; maps with more are processed by rows of windows."""
+_MAX_ROW_BYTES = 8 * 2**20
+"""Maximum bytes of the logits of a row over several images. For Swin-T at 800 x 1344, a row has 1.4 MB per image in every stage
+(heads double as rows halve); all logits of the first stage of four images have 160 MB."""
 
 
 def relative_position_index(window: int) -> np.ndarray:
@@ -48,23 +48,23 @@ def _partition(x: jax.Array, window: int) -> jax.Array:
     return jnp.moveaxis(x, 3, 2).reshape(b, -1, window * window, *rest)
 
 
-def _whole(x: Float[Array, "B windows n C"], height: int, window: int) -> Float[Array, "B h w C"]:
-    """Inverse of `_partition`, for a map of that height."""
+def _merge_windows(x: Float[Array, "B windows n C"], height: int, window: int) -> Float[Array, "B h w C"]:
+    """Inverse of `_partition` for a map of `height` cells."""
     b, _, _, channels = x.shape
     x = x.reshape(b, height // window, -1, window, window, channels)
     return jnp.moveaxis(x, 3, 2).reshape(b, height, -1, channels)
 
 
-class _Marks(NamedTuple):
-    """What tells the cells of a shifted, padded map apart."""
+class _Regions(NamedTuple):
+    """Labels of the cells of a shifted, padded map; attention between different labels is masked."""
 
-    region: Int[Array, "B h w"]
-    """Which of the regions that the shift brings together."""
+    shifted: Int[Array, "B h w"]
+    """Region of the map before the shift."""
     beyond: Bool[Array, "B h w"]
-    """Beyond the image's own whole windows."""
+    """True beyond the whole windows of the image."""
 
 
-def _marks(size: Int[Array, "B 2"], height: int, width: int, window: int) -> _Marks:
+def _label_regions(size: Int[Array, "B 2"], height: int, width: int, window: int) -> _Regions:
     shift = window // 2
     whole = -(-size // window) * window
     rows, columns = jnp.arange(height), jnp.arange(width)
@@ -74,18 +74,18 @@ def _marks(size: Int[Array, "B 2"], height: int, width: int, window: int) -> _Ma
         return (cells >= length - window).astype(jnp.int32) + (cells >= length - shift)
 
     label = 3 * region(rows, height)[:, None] + region(columns, width)[None, :]
-    return _Marks(jnp.broadcast_to(label, beyond.shape), jnp.roll(beyond, (-shift, -shift), (1, 2)))
+    return _Regions(jnp.broadcast_to(label, beyond.shape), jnp.roll(beyond, (-shift, -shift), (1, 2)))
 
 
-def _separation(marks: _Marks, window: int) -> Float[Array, "B windows n n"]:
-    """What shifted attention adds to its logits."""
-    region, beyond = (_partition(x, window) for x in marks)
-    apart = jnp.where(region[..., :, None] != region[..., None, :], -100.0, 0.0)
-    return jnp.where(beyond[..., :, None] != beyond[..., None, :], _SEPARATED, apart)
+def _attention_mask(regions: _Regions, window: int) -> Float[Array, "B windows n n"]:
+    """Values that shifted attention adds to its logits."""
+    shifted, beyond = (_partition(x, window) for x in regions)
+    mask = jnp.where(shifted[..., :, None] != shifted[..., None, :], -100.0, 0.0)
+    return jnp.where(beyond[..., :, None] != beyond[..., None, :], _MASKED, mask)
 
 
 def _drop_path(module: nn.Module, x: jax.Array, rate: jax.Array, train: bool) -> jax.Array:
-    """Drops whole images of a residual branch (arXiv 1603.09382); `rate` may be traced."""
+    """Stochastic depth (arXiv 1603.09382): drops a residual branch for whole images. `rate` may be traced."""
     if not train:
         return x
     keep = bernoulli(module.make_rng("dropout"), 1.0 - rate, (x.shape[0], 1, 1, 1))
@@ -93,7 +93,7 @@ def _drop_path(module: nn.Module, x: jax.Array, rate: jax.Array, train: bool) ->
 
 
 class _Block(nn.Module):
-    """Windowed attention and MLP, both pre-norm residual branches."""
+    """Window attention and MLP, both pre-norm residual branches."""
 
     heads: int
     window: int
@@ -111,30 +111,30 @@ class _Block(nn.Module):
         qkv = torch_dense(3 * channels, channels, self.dtype, "qkv")(x)
         table = self.param("bias_table", nn.initializers.truncated_normal(0.02), ((2 * window - 1) ** 2, heads))
         bias = jnp.moveaxis(table[relative_position_index(window)], -1, 0)
-        marks = _marks(size, height, width, window) if self.shifted else None
+        regions = _label_regions(size, height, width, window) if self.shifted else None
 
-        def attended(qkv: Float[Array, "B rows w D"], marks: _Marks | None) -> Float[Array, "B rows w C"]:
-            parts = _partition(qkv, window)
-            query, key, value = jnp.moveaxis(parts.reshape(*parts.shape[:3], 3, heads, -1), 3, 0)
+        def attended(qkv: Float[Array, "B rows w D"], regions: _Regions | None) -> Float[Array, "B rows w C"]:
+            windows = _partition(qkv, window)
+            query, key, value = jnp.moveaxis(windows.reshape(*windows.shape[:3], 3, heads, -1), 3, 0)
             query = query * (channels // heads) ** -0.5
             logits = jnp.einsum("bwqhd,bwkhd->bwhqk", query, key, preferred_element_type=jnp.float32) + bias
-            if marks is not None:
-                logits += _separation(marks, window)[:, :, None]
+            if regions is not None:
+                logits += _attention_mask(regions, window)[:, :, None]
             weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-            read = jnp.einsum("bwhqk,bwkhd->bwqhd", weights, value).reshape(*parts.shape[:3], channels)
-            return _whole(read, qkv.shape[1], window)
+            read = jnp.einsum("bwhqk,bwkhd->bwqhd", weights, value).reshape(*windows.shape[:3], channels)
+            return _merge_windows(read, qkv.shape[1], window)
 
-        if 4 * b * height * width * window**2 * heads <= _HELD:
-            x = attended(qkv, marks)
+        if 4 * b * height * width * window**2 * heads <= _MAX_LOGITS_BYTES:
+            x = attended(qkv, regions)
         else:
-            some = images_at_once(b, 4 * width * window**3 * heads, _ROW)
+            group = images_at_once(b, 4 * width * window**3 * heads, _MAX_ROW_BYTES)
 
             def by_row(x: jax.Array) -> jax.Array:
                 return jnp.moveaxis(x.reshape(b, -1, window, *x.shape[2:]), 1, 0).reshape(
-                    -1, some, window, *x.shape[2:]
+                    -1, group, window, *x.shape[2:]
                 )
 
-            rows = jax.lax.map(jax.checkpoint(lambda row: attended(*row)), jax.tree.map(by_row, (qkv, marks)))
+            rows = jax.lax.map(jax.checkpoint(lambda row: attended(*row)), jax.tree.map(by_row, (qkv, regions)))
             rows = rows.reshape(-1, b, *rows.shape[2:])
             x = jnp.moveaxis(rows, 0, 1).reshape(b, height, width, channels)
         x = torch_dense(channels, channels, self.dtype, "projection")(x)
@@ -150,14 +150,14 @@ class _Block(nn.Module):
         y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name="norm1")(x)
         x = x + _drop_path(self, self._attend(mask_padding(y, size), size), rate, self.train)
         y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name="norm2")(x)
-        y = torch_dense(4 * channels // parts(), channels, self.dtype, "mlp_in")(entering(y))
+        y = torch_dense(4 * channels // tensor_shards(), channels, self.dtype, "mlp_in")(column_parallel_input(y))
         y = nn.gelu(y, approximate=False)
-        y = torch_dense(channels, 4 * channels, self.dtype, "mlp_out", dot_general=summed_dot_general)(y)
+        y = torch_dense(channels, 4 * channels, self.dtype, "mlp_out", dot_general=row_parallel_dot_general)(y)
         return x + _drop_path(self, y, rate, self.train)
 
 
 class _Pair(nn.Module):
-    """A block on the plain lattice of windows and one on the shifted: the body of a stage's scan."""
+    """A block with regular windows and one with shifted windows: the body of the scan of a stage."""
 
     heads: int
     window: int
@@ -174,7 +174,7 @@ class _Pair(nn.Module):
 
 
 class _Stage(nn.Module):
-    """`depth` blocks: scanned pairs, and one plain block more if the depth is odd."""
+    """`depth` blocks: scanned pairs, and one more regular block if the depth is odd."""
 
     depth: int
     heads: int
@@ -205,7 +205,7 @@ class _Stage(nn.Module):
 
 
 class _Merge(nn.Module):
-    """2 x 2 neighbours become one cell of twice the channels; odd maps are padded by a zero row or column."""
+    """Patch merging: 2 x 2 cells become one of twice the channels; odd maps are padded by a zero row or column."""
 
     dtype: Any
 
@@ -221,7 +221,7 @@ class _Merge(nn.Module):
 
 
 class Swin(nn.Module):
-    """The backbone."""
+    """The Swin backbone."""
 
     config: BackboneConfig
     train: bool = False
@@ -232,7 +232,7 @@ class Swin(nn.Module):
     def __call__(
         self, image: Float[Array, "B H W 3"], extent: Int[Array, "B 2"]
     ) -> tuple[Float[Array, "B h8 w8 C8"], Float[Array, "B h16 w16 C16"], Float[Array, "B h32 w32 C32"]]:
-        """Normalised images, zero beyond their size, to maps of strides 8, 16, 32, zero beyond the extent."""
+        """Maps of strides 8, 16, 32, zero beyond the extent, of normalized images that are zero beyond their size."""
         config = self.config
         image = jnp.pad(image, ((0, 0), (0, -image.shape[1] % 4), (0, -image.shape[2] % 4), (0, 0)))
         x = nn.Conv(config.width, (4, 4), (4, 4), padding="VALID", dtype=self.dtype, name="patch_embedding")(image)

@@ -120,7 +120,7 @@ def test_a_cache_smaller_than_the_data_gives_the_same_records(bucket, tmp_path, 
     shards.write(pictures(60, 30_000), tmp_path / "s", name="s", shards=6)
     place, local = send(tmp_path / "s", f"{bucket}/s"), Shards(tmp_path / "s")
     monkeypatch.setenv("GLIP_JAX_CACHE_GB", "0.0006")
-    monkeypatch.setattr(shard_cache, "_OPEN", 2)
+    monkeypatch.setattr(shard_cache, "_OPEN_FILES", 2)
     opened, order = Shards(place), np.random.default_rng(0).permutation(120) % 60
     most = 0
     for index in order.tolist():

@@ -80,7 +80,7 @@ def test_pickles_and_reads_after_it(tmp_path: Path) -> None:
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match="expected a folder of finished shards"):
+    with pytest.raises(ShardError, match="expected a folder of shards with a manifest.json"):
         Shards(tmp_path / "absent")
     shards.write(records(3), tmp_path / "s", name="s", names=["a", "b"])
     file = next((tmp_path / "s").glob("*.array_record"))
@@ -99,7 +99,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match=r"columns\.npz cannot be read"):
         Shards(tmp_path / "s")
     (tmp_path / "s" / "manifest.json").write_text("{")
-    with pytest.raises(ShardError, match="is no manifest"):
+    with pytest.raises(ShardError, match="is not a manifest"):
         Shards(tmp_path / "s")
 
 

@@ -43,43 +43,49 @@ def _inputs(stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
 
 
 def _run(
-    x: jax.Array, offsets: jax.Array, mask: jax.Array, kernel: jax.Array, bias: jax.Array, stride: int, form: Any
+    x: jax.Array,
+    offsets: jax.Array,
+    mask: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    stride: int,
+    implementation: Any,
 ) -> jax.Array:
     """The second of two maps, the second of two outputs: neither is where an index error would go unseen."""
     rows = rows_of([x[:, :2] * 0 + 7, x])
     first = Taps(0, stride, offsets[:, :1, :1], mask[:, :1, :1])
-    bound = 7 if form == "window" else 0
-    return deformable_convolution(rows, [first, Taps(1, stride, offsets, mask)], kernel, bias, form, bound)[1]
+    bound = 7 if implementation == "window" else 0
+    return deformable_convolution(rows, [first, Taps(1, stride, offsets, mask)], kernel, bias, implementation, bound)[1]
 
 
 @pytest.fixture
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Name of a form; `parts` is `gather` with so few outputs at once that the last part is not full."""
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of a implementation; `parts` is `gather` with so few outputs at once that the last part is not full."""
     if request.param != "parts":
         return request.param
-    monkeypatch.setattr(deformable, "_GATHERED", 17)
+    monkeypatch.setattr(deformable, "_MAX_GATHERED", 17)
     return "gather"
 
 
-@pytest.mark.parametrize("form", ["gather", "parts", "loop", "window"], indirect=True)
+@pytest.mark.parametrize("implementation", ["gather", "parts", "loop", "window"], indirect=True)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_equals_the_definition(form: str, stride: int) -> None:
+def test_equals_the_definition(implementation: str, stride: int) -> None:
     x, offsets, mask, kernel = _inputs(stride)
     a, b, c, d = (jnp.asarray(a, jnp.float32) for a in (x, offsets, mask, kernel))
-    found = _run(a, b, c, d, jnp.ones(4), stride, form)
+    found = _run(a, b, c, d, jnp.ones(4), stride, implementation)
     np.testing.assert_allclose(found, _by_loops(x, offsets, mask, kernel, stride) + 1, atol=2e-5)
 
 
-@pytest.mark.parametrize("form", ["gather", "parts", "loop", "window"], indirect=True)
+@pytest.mark.parametrize("implementation", ["gather", "parts", "loop", "window"], indirect=True)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_gradient_equals_finite_differences_of_the_definition(form: str, stride: int) -> None:
+def test_gradient_equals_finite_differences_of_the_definition(implementation: str, stride: int) -> None:
     arrays = _inputs(stride)
     rng = np.random.default_rng(9)
     x, offsets, mask, kernel = arrays
     weight = rng.normal(size=_by_loops(x, offsets, mask, kernel, stride).shape)
 
     def loss(x: Any, offsets: Any, mask: Any, kernel: Any) -> jax.Array:
-        return (_run(x, offsets, mask, kernel, jnp.zeros(4), stride, form) * weight).sum()
+        return (_run(x, offsets, mask, kernel, jnp.zeros(4), stride, implementation) * weight).sum()
 
     a, b, c, d = (jnp.asarray(a, jnp.float32) for a in arrays)
     gradients = jax.grad(loss, argnums=(0, 1, 2, 3))(a, b, c, d)
@@ -98,7 +104,7 @@ def test_gradient_equals_finite_differences_of_the_definition(form: str, stride:
 
 def test_positions_that_are_no_numbers_count_zero() -> None:
     x, offsets, mask, kernel = (jnp.asarray(a, jnp.float32) for a in _inputs(1))
-    for form in ("gather", "loop", "window"):
-        found = _run(x, offsets.at[0, 0, 0].set(jnp.nan), mask, kernel, jnp.zeros(4), 1, form)
+    for implementation in ("gather", "loop", "window"):
+        found = _run(x, offsets.at[0, 0, 0].set(jnp.nan), mask, kernel, jnp.zeros(4), 1, implementation)
         assert np.isfinite(found).all()
         assert not np.asarray(found[0, 0, 0]).any()

@@ -1,4 +1,4 @@
-"""The windowed form of the deformable convolution: equal to the others, forward and backward; bounds; traffic; TPU compiles."""
+"""The windowed implementation of the deformable convolution: equal to the others, forward and backward; bounds; traffic; TPU compiles."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from glip_jax.config import HeadConfig, MeshConfig, ModelConfig
 from glip_jax.config.model import model_checks
 from glip_jax.distributed.mesh import batch_sharding, make_mesh
-from glip_jax.models.deformable import Taps, beyond_bound, bounded, deformable_convolution, rows_of
+from glip_jax.models.deformable import Taps, clamp_offsets, deformable_convolution, exceeds_bound, rows_of
 from glip_jax.models.deformable_window import window_forward
 from glip_jax.models.dynamic_head import DynamicConvolution
 
@@ -33,7 +33,7 @@ def _inputs(images: int, stride: int, bound: int, dtype: Any, shapes: Any = ((9,
     offsets[0][0, 0, 0], offsets[0][0, 0, 1], offsets[0][0, 1, :2] = bound, -bound, 0
     given = (
         [jnp.asarray(x, dtype) for x in maps],
-        [bounded(jnp.asarray(x, jnp.float32), bound) for x in offsets],
+        [clamp_offsets(jnp.asarray(x, jnp.float32), bound) for x in offsets],
         [jnp.asarray(rng.uniform(size=(*shape, 9)), jnp.float32) for shape in outputs],
         jnp.asarray(rng.normal(size=(3, 3, 4, 5)), jnp.float32),
         jnp.asarray(rng.normal(size=5), jnp.float32),
@@ -41,10 +41,10 @@ def _inputs(images: int, stride: int, bound: int, dtype: Any, shapes: Any = ((9,
     return given, [jnp.asarray(rng.normal(size=(*shape, 5)), dtype) for shape in outputs]
 
 
-def _convolve(form: Any, stride: int, bound: int) -> Any:
+def _convolve(implementation: Any, stride: int, bound: int) -> Any:
     def run(maps: Any, offsets: Any, masks: Any, kernel: Any, bias: Any) -> Any:
         taps = [Taps(i, stride, o, m) for i, (o, m) in enumerate(zip(offsets, masks))]
-        return deformable_convolution(rows_of(maps), taps, kernel, bias, form, bound)
+        return deformable_convolution(rows_of(maps), taps, kernel, bias, implementation, bound)
 
     return run
 
@@ -71,7 +71,7 @@ def _close(found: Any, wanted: Any, tolerance: float) -> None:
     # Bounds with two and with three rows of blocks, rows of taps that share a window and that do not.
     [(1, 4, jnp.float32, 3e-6), (2, 3, jnp.float32, 3e-6), (1, 1, jnp.bfloat16, 0.02)],
 )
-def test_outputs_and_gradients_equal_the_gather_form(stride: int, bound: int, dtype: Any, tolerance: float) -> None:
+def test_outputs_and_gradients_equal_gather(stride: int, bound: int, dtype: Any, tolerance: float) -> None:
     given, gradients = _inputs(2, stride, bound, dtype)
     found = _with_gradients(_convolve("window", stride, bound), given, gradients)
     _close(found, _with_gradients(_convolve("gather", stride, bound), given, gradients), tolerance)
@@ -95,12 +95,12 @@ def test_each_device_convolves_its_own_images() -> None:
 def test_a_gradient_passes_the_bound_only_inwards() -> None:
     offsets = jnp.asarray([-3.0, -3.0, -2.0, 0.5, 1.75, 2.0, 2.0, 7.0, 7.0, jnp.nan])
     gradient = jnp.asarray([1.0, -1.0, 1.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0])
-    found: Any = jax.vjp(lambda x: bounded(x, 2), offsets)
+    found: Any = jax.vjp(lambda x: clamp_offsets(x, 2), offsets)
     values, (passed,) = found[0], found[1](gradient)
     np.testing.assert_array_equal(values[:-1], [*[1 / 256 - 2] * 3, 0.5, 1.75, *[2 - 1 / 256] * 4])
     # Down the gradient: what is too large may become smaller, what is too small larger.
     np.testing.assert_array_equal(passed, [0, -1, 0, 1, -1, 1, 0, 1, 0, 1])
-    assert beyond_bound(offsets, 2).tolist() == [True, True, True, False, False, True, True, True, True, False]
+    assert exceeds_bound(offsets, 2).tolist() == [True, True, True, False, False, True, True, True, True, False]
 
 
 def test_clamped_offsets_are_counted_over_each_images_own_cells() -> None:
@@ -151,17 +151,17 @@ def test_the_kernel_declares_what_it_copies() -> None:
 
 
 @pytest.mark.parametrize(
-    "stride, bound, form, message",
+    "stride, bound, implementation, message",
     [
         (3, 4, "window", "stride 3 and bound 4: expected stride 1 or 2"),
         (1, 8, "window", "bound 8: expected stride 1 or 2 and a bound of 1 to 7"),
-        (1, 0, "window", "form 'window' without a bound"),
+        (1, 0, "window", "implementation 'window' needs a bound"),
     ],
 )
-def test_what_the_kernel_does_not_have_is_refused(stride: int, bound: int, form: str, message: str) -> None:
+def test_unsupported_settings_are_refused(stride: int, bound: int, implementation: str, message: str) -> None:
     given, _ = _inputs(1, stride, bound or 1, jnp.float32)
     with pytest.raises(ValueError, match=message):
-        _convolve(form, stride, bound)(*given)
+        _convolve(implementation, stride, bound)(*given)
 
 
 def test_strides_of_a_bounded_call_are_one() -> None:

@@ -43,13 +43,13 @@ def test_shifted_sums_equal_grouped_convolution(kernel, stride):
     weights = jnp.asarray(rng.normal(size=(kernel, kernel, 1, 6)), jnp.float32)
     probe = jnp.asarray(rng.normal(size=(2, 8 // stride, 12 // stride, 6)), jnp.float32)
 
-    def run(form):
-        outcome = depthwise(x, weights, stride, form)
-        gradients = jax.grad(lambda x, w: (depthwise(x, w, stride, form) * probe).sum(), (0, 1))(x, weights)
+    def run(implementation):
+        outcome = depthwise(x, weights, stride, implementation)
+        gradients = jax.grad(lambda x, w: (depthwise(x, w, stride, implementation) * probe).sum(), (0, 1))(x, weights)
         return outcome, *gradients
 
-    for form in ("shifted", "platform"):
-        for ours, expected in zip(run(form), run("grouped"), strict=True):
+    for implementation in ("shifted", "platform"):
+        for ours, expected in zip(run(implementation), run("grouped"), strict=True):
             np.testing.assert_allclose(ours, expected, atol=2e-5)
 
 

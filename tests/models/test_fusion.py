@@ -66,7 +66,7 @@ def _params(module: Fusion) -> Any:
 @pytest.mark.parametrize("one_by_one", [False, True])
 def test_folded_equals_plain_forward_and_backward(monkeypatch: pytest.MonkeyPatch, one_by_one: bool) -> None:
     if one_by_one:
-        monkeypatch.setattr(fusion, "_HELD", 0)
+        monkeypatch.setattr(fusion, "_MAX_LOGITS_BYTES", 0)
     module = Fusion(CONFIG, train=False, dtype=jnp.float32)
     params, inputs = _params(module), _inputs()
     ones = (jnp.ones(()), jnp.ones(()))
@@ -101,7 +101,7 @@ def test_folded_equals_plain_under_dropout(monkeypatch: pytest.MonkeyPatch, one_
     table = jnp.asarray(factors, bool).swapaxes(1, 2).reshape(-1, 2, LOCATIONS, TOKENS)
     monkeypatch.setattr(fusion, "_kept", lambda keys, shape, rate: (table[keys, 0], table[keys, 1]))
     if one_by_one:
-        monkeypatch.setattr(fusion, "_HELD", 0)
+        monkeypatch.setattr(fusion, "_MAX_LOGITS_BYTES", 0)
     found: Any = module.apply({"params": params}, *inputs, rngs={"dropout": jax.random.key(0)})
     per_image = factors.transpose(1, 2, 0, 3, 4)
     wanted = _plain(params, *inputs, (jnp.asarray(per_image[0]), jnp.asarray(per_image[1])))

@@ -37,8 +37,8 @@ def test_rows_of_windows_equal_all_windows(monkeypatch: pytest.MonkeyPatch, row:
         return str(jax.make_jaxpr(lambda *own: loss(*own))(params, image)).count("scan[")
 
     at_once, before = found(), loops()
-    monkeypatch.setattr(swin, "_HELD", 0)
-    monkeypatch.setattr(swin, "_ROW", row)
+    monkeypatch.setattr(swin, "_MAX_LOGITS_BYTES", 0)
+    monkeypatch.setattr(swin, "_MAX_ROW_BYTES", row)
     by_rows = found()
     assert loops() == before + 5, "a loop for each block"
     for one, other in zip(jax.tree.leaves(by_rows), jax.tree.leaves(at_once), strict=True):
