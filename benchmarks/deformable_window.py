@@ -44,7 +44,7 @@ def main() -> None:
     from glip_jax.models import deformable
     from glip_jax.models.deformable import Taps, deformable_convolution, rows_of
 
-    deformable._GATHERED = 1 << 30  # the analysis counts a loop's body once, so all outputs at once
+    deformable._MAX_GATHERED = 1 << 30  # the analysis counts a loop's body once, so all outputs at once
     chip = topologies.get_topology_desc(arguments.topology, "tpu").devices[0]
     mesh = Mesh(np.array([[[chip]]]), ("data", "fsdp", "tensor"))
     whole = NamedSharding(mesh, PartitionSpec())
