@@ -12,7 +12,7 @@ import tyro
 
 from glip_jax.cli.command_line import flags
 from glip_jax.data import shards
-from glip_jax.data.importers.build import Plan, build
+from glip_jax.data.importers.build import BuildPlan, build
 from glip_jax.data.importers.caption_files import CaptionLines, CaptionTsv, Sbu, Webdataset
 from glip_jax.data.importers.coco import Coco, Lvis, Objects365, Odinw
 from glip_jax.data.importers.flickr30k import Flickr30k
@@ -60,12 +60,12 @@ def main(argv: Sequence[str]) -> int:
     if done is not None:
         logger.info(f"{job.out} is finished ({done.records} records, made by: {done.command}); nothing is made twice")
         return exit_codes.DONE
-    plan = Plan(
+    plan = BuildPlan(
         job.out, str(job.source), name=job.name, licence=job.licence, shards=job.shards, processes=job.processes,
         command=shlex.join(["python", "-m", "glip_jax", "data", *_deciding(argv)]), strict=job.strict,
         exclude=job.exclude, published=job.published,
     )  # fmt: skip
-    manifest, report = build(plan, job.opened)
+    manifest, report = build(plan, job.open)
     logger.info(report.table())
     logger.info(f"{job.out}: {manifest.records} records, {manifest.boxes} boxes, {len(manifest.names)} names")
     return exit_codes.DONE

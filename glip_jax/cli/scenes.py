@@ -17,7 +17,7 @@ from pathlib import Path
 
 from glip_jax.cli.command_line import flags
 from glip_jax.data import shards
-from glip_jax.data.importers.build import Plan, build
+from glip_jax.data.importers.build import BuildPlan, build
 from glip_jax.data.importers.coco import open_coco
 from glip_jax.data.importers.mdetr import open_mdetr
 from glip_jax.data.scenes.draw import SceneError, SceneStyle
@@ -153,7 +153,7 @@ def _import(folder: Path, out: Path, command: str, processes: int) -> None:
         return
     annotations, images = folder / "annotations.json", folder / "images"
     opened = open_mdetr if folder.name == "grounding" else open_coco
-    plan = Plan(
+    plan = BuildPlan(
         out, str(annotations), name=folder.name, licence=_LICENCE, command=command, shards=1, processes=processes
     )
     manifest, _ = build(plan, lambda scratch: opened(annotations, images, scratch=scratch))

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from glip_jax.data.importers.entry import SourceError, numbers
-from glip_jax.data.importers.readers import JsonFile, integer, need, text
+from glip_jax.data.importers.entry import SourceError, as_numbers
+from glip_jax.data.importers.readers import JsonFile, integer_field, require_keys, text_field
 from glip_jax.labeling.phrases.finders import head, head_word
 from glip_jax.labeling.teacher import ImageQueries, PhraseDetections, PromptPlan, Query, QueryResult, Span
 from glip_jax.structures import boxes as box
@@ -130,8 +130,8 @@ def open_detections(detections: epath.PathLike, categories: epath.PathLike, thre
     names: dict[int, str] = {}
     for index, item in enumerate(annotations.objects("categories")):
         where = f"{annotations.path}: categories[{index}]"
-        need(item, ("id", "name"), where)
-        names[integer(item, "id", where)] = text(item, "name", where, "name")
+        require_keys(item, ("id", "name"), where)
+        names[integer_field(item, "id", where)] = text_field(item, "name", where, "name")
     keys: dict[str, str] = {}
     sizes: dict[str, tuple[int, int]] = {}
     for item in annotations.objects("images", required=False):
@@ -147,13 +147,13 @@ def open_detections(detections: epath.PathLike, categories: epath.PathLike, thre
     thin = 0
     for index, item in enumerate(source.objects()):
         where = f"{source.path}: item [{index}]"
-        need(item, ("image_id", "category_id", "bbox", "score"), where)
-        category = integer(item, "category_id", where)
+        require_keys(item, ("image_id", "category_id", "bbox", "score"), where)
+        category = integer_field(item, "category_id", where)
         if category not in names:
             raise SourceError(
                 f"{where} has category_id {category}, which {annotations.path} does not name: give the annotation file of these detections"
             )
-        values = numbers([*item["bbox"], item["score"]] if isinstance(item["bbox"], list) else None, 5)
+        values = as_numbers([*item["bbox"], item["score"]] if isinstance(item["bbox"], list) else None, 5)
         if values is None or not np.isfinite(values).all() or not 0 <= values[4] <= 1:
             raise SourceError(
                 f"{where} has bbox {item['bbox']!r:.60} and score {item['score']!r:.20}: expected four numbers in pixels "

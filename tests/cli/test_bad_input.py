@@ -375,7 +375,7 @@ def test_spans_beyond_the_caption_are_counted(imported, tmp_path, capsys):
     ("number", "code"), [(signal.SIGINT, exit_codes.CANCELLED), (signal.SIGTERM, exit_codes.PREEMPTED)]
 )
 def test_an_import_that_is_stopped_goes_on(imported, tmp_path, capsys, monkeypatch, number, code):
-    before, calls, real = sorted(tmp_path.iterdir()), [], entry._picture
+    before, calls, real = sorted(tmp_path.iterdir()), [], entry._load_image
 
     def interrupted(*arguments):
         calls.append(1)
@@ -383,7 +383,7 @@ def test_an_import_that_is_stopped_goes_on(imported, tmp_path, capsys, monkeypat
             os.kill(os.getpid(), number)
         return real(*arguments)
 
-    monkeypatch.setattr(entry, "_picture", interrupted)
+    monkeypatch.setattr(entry, "_load_image", interrupted)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         found, line = run(capsys, *imported)

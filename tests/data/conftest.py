@@ -9,7 +9,7 @@ from PIL import Image
 
 from glip_jax.data import shards
 from glip_jax.data.importers.coco import open_coco
-from glip_jax.data.importers.entry import Opened, finish
+from glip_jax.data.importers.entry import ImportSource, make_record
 from glip_jax.data.importers.mdetr import open_mdetr
 from glip_jax.data.records import Record
 
@@ -50,9 +50,9 @@ def mdetr_json(sizes: list[tuple[int, int]]) -> dict:
     return data
 
 
-def records(opened: Opened) -> list[Record]:
+def records(opened: ImportSource) -> list[Record]:
     """All records of an opened source, its pictures read."""
-    made = (finish(entry, opened.images, opened.report) for entry in opened.entries)
+    made = (make_record(entry, opened.images, opened.report) for entry in opened.entries)
     return [record for record in made if record is not None]
 
 

@@ -1,13 +1,13 @@
-"""From an opened annotation file to a finished folder of shards, over several processes, resumable.
+"""Builds a folder of shards from a validated annotation file, in several processes; an interrupted build can be resumed.
 
-1. The entries are streamed once into an index, a SQLite file in `.NAME.partial/`, with the hash of the inputs.
-2. Processes make shards from contiguous ranges of the index. Each shard is written under a temporary name and renamed;
-   a side file says what is in it.
-3. Columns, report and manifest are merged, and the folder gets its name; one in a bucket is sent there, the manifest last.
+1. The entries are streamed once into an index, a SQLite file in `.NAME.partial/`, with the hashes of the inputs.
+2. Processes write shards from contiguous ranges of the index. Each shard is written under a temporary name and renamed;
+   a JSON file beside it describes its content.
+3. Columns, report and manifest are merged, and the folder is renamed; a folder in a bucket is uploaded, the manifest last.
 
-The same command after a kill uses the index and the shards that are there, if settings and inputs are the same; what
-comes out is the same, byte for byte, as without the kill and for any number of processes. Pictures that change between
-the two are not noticed. For a folder in a bucket, `.NAME.partial` lies in `shard_cache.cache_folder` until all is sent.
+After an interruption the same command reuses the existing index and shards if settings and inputs are unchanged. The result
+is identical, byte for byte, to that of an uninterrupted build with any number of processes. Changes of image files in between
+are not detected. For a folder in a bucket, `.NAME.partial` is in `shard_cache.cache_folder` until everything is uploaded.
 """
 
 import contextlib
@@ -34,50 +34,50 @@ from tqdm import tqdm
 
 from glip_jax.data import shards
 from glip_jax.data.importers import published
-from glip_jax.data.importers.entry import Entry, Opened, Report, SourceError, pack
+from glip_jax.data.importers.entry import Entry, ImportSource, Report, SourceError, pack
 from glip_jax.data.importers.report import BuildReport, summary
-from glip_jax.data.importers.workers import Job, Task, read_side, run
+from glip_jax.data.importers.workers import Job, Task, read_shard_info, run
 from glip_jax.data.records import RecordError
 from glip_jax.data.shards import Manifest, ShardError
 from glip_jax.io import gcs
 
-__all__ = ["Plan", "build", "excluded_hashes"]
+__all__ = ["BuildPlan", "build", "excluded_hashes"]
 
 PER_SHARD = 4096
-"""Entries of a shard where the number of shards is not given: some hundred megabytes of photographs."""
+"""Entries per shard if the number of shards is not given: some hundred megabytes of photographs."""
 
 _WAIT = 10.0
-"""Seconds to wait for the workers of a killed build, which end at their next message."""
+"""Seconds to wait for the workers of a killed build, which exit at their next message."""
 
-_FORMAT = 2
-"""Of index and side files."""
+_FORMAT = 3
+"""Format version of the index and of the files that describe shards."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a build makes and how; everything but `processes` decides the bytes of the result."""
+class BuildPlan:
+    """Settings of a build; all except `processes` determine the bytes of the result."""
 
     out: epath.PathLike
-    """Folder to make."""
+    """Output folder."""
     source: str
-    """The annotation file, as the manifest will name it."""
+    """The annotation file, as recorded in the manifest."""
     name: str = ""
     """Default: the name of `out`."""
     licence: str = "unknown"
     command: str = ""
-    """The command that makes the folder, without what does not matter to the result."""
+    """The command line of the build, without options that do not affect the result."""
     shards: int | None = None
-    """Number of files; None: one for each 4,096 entries."""
+    """Number of shard files; None: one per 4,096 entries."""
     processes: int = 0
-    """0: one a core."""
+    """Number of worker processes; 0: one per core."""
     strict: bool = False
-    """Stop at the first thing that would be dropped."""
+    """Whether to stop at the first item that would be dropped."""
     exclude: tuple[epath.PathLike, ...] = ()
     """Files with content hashes of images that must not become records: see `excluded_hashes`."""
     published: str = ""
-    """Name of the published set to compare with; default: as the annotation file's name says."""
+    """Name of the published data set to compare with; default: recognised by the name of the annotation file."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Whatever else decides the entries, as JSON."""
+    """Other settings that determine the entries, as JSON."""
 
 
 class _Index(NamedTuple):
@@ -91,12 +91,12 @@ class _Index(NamedTuple):
     published: str
 
 
-def build(plan: Plan, opened: Callable[[Path], Opened]) -> tuple[Manifest, BuildReport]:
-    """Makes the folder `plan.out`; returns its manifest and what there is to say about it.
+def build(plan: BuildPlan, open_source: Callable[[Path], ImportSource]) -> tuple[Manifest, BuildReport]:
+    """Builds the folder `plan.out`; returns its manifest and report.
 
-    `opened` opens the annotation files; it is given a folder for temporary files and is not called where an index of
-    the same inputs is there. Raises SourceError and ShardError for input that gives no folder (then nothing is left),
-    OSError for what the system refuses (then `.NAME.partial` is left, with which the same command goes on).
+    `open_source` opens the annotation files; its argument is a folder for temporary files. It is not called if an index of
+    the same inputs exists. Raises SourceError and ShardError for invalid input (`.NAME.partial` is then removed), and OSError
+    for failures of the system (`.NAME.partial` is kept, and the same command resumes the build).
     """
     out = shards.writable(plan.out)
     if plan.shards is not None:
@@ -107,12 +107,12 @@ def build(plan: Plan, opened: Callable[[Path], Opened]) -> tuple[Manifest, Build
     excluded, origins = excluded_hashes(plan.exclude)
     partial = out.parent / f".{out.name}.partial"
     try:
-        with _alone(partial, plan.out), _named(plan.out):
-            shards.writable(plan.out)  # another build may have finished while this one waited
-            for stale in partial.glob("*.writing"):  # what a killed build was at
+        with _build_lock(partial, plan.out), _name_output_in_errors(plan.out):
+            shards.writable(plan.out)  # another build may have completed while this one waited for the lock
+            for stale in partial.glob("*.writing"):  # left by a killed build
                 stale.unlink()
             settings = _settings(plan, origins)
-            index = _index_there(partial, settings) or _make_index(partial, settings, opened)
+            index = _existing_index(partial, settings) or _make_index(partial, settings, open_source)
             if known is None and index.published:
                 known = published.find(plan.source, index.published)
             np.save(partial / "excluded.npy", np.array(sorted(excluded), np.uint64))
@@ -128,10 +128,10 @@ def build(plan: Plan, opened: Callable[[Path], Opened]) -> tuple[Manifest, Build
 
 
 def excluded_hashes(files: Sequence[epath.PathLike]) -> tuple[frozenset[int], list[dict[str, Any]]]:
-    """Content hashes (`records.content_hash`) in the files, and each file with its number of hashes and its sha256.
+    """Reads content hashes (`records.content_hash`); returns them, and for each file its number of hashes and its sha256.
 
-    A file is `columns.npz` or `manifest.json` of a folder of shards, such a folder, or a text with one hash a line:
-    decimal, or the first 16 (or all 64) hexadecimal digits of the SHA-256 of the image file. SourceError for others.
+    A file is `columns.npz` or `manifest.json` of a folder of shards, such a folder, or a text file with one hash per line:
+    decimal, or the first 16 (or all 64) hexadecimal digits of the SHA-256 of the image file. SourceError for other files.
     """
     hashes: set[int] = set()
     origins = []
@@ -144,7 +144,7 @@ def excluded_hashes(files: Sequence[epath.PathLike]) -> tuple[frozenset[int], li
 
 
 def _hashes_in(path: str) -> set[int]:
-    wanted = "expected manifest.json or columns.npz of a folder of shards, or a text with one hash a line"
+    wanted = "expected manifest.json or columns.npz of a folder of shards, or a text file with one hash per line"
     try:
         folder = path.removesuffix("/manifest.json")
         if folder != path or gcs.kind(path) == "folder":
@@ -171,8 +171,8 @@ def _hashes_in(path: str) -> set[int]:
 
 
 @contextlib.contextmanager
-def _alone(partial: Path, out: epath.PathLike) -> Iterator[None]:
-    """Holds the lock of a build while none of its processes, or of a killed one's, is at work in the folder."""
+def _build_lock(partial: Path, out: epath.PathLike) -> Iterator[None]:
+    """Holds the lock of the build; waits until no process of another, or of a killed, build works in the folder."""
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / "lock").open("a") as file:
         until = time.monotonic() + _WAIT
@@ -190,8 +190,8 @@ def _alone(partial: Path, out: epath.PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _named(out: epath.PathLike) -> Iterator[None]:
-    """What the system refuses, with the name of the folder that was asked for."""
+def _name_output_in_errors(out: epath.PathLike) -> Iterator[None]:
+    """Makes errors of the system name the output folder instead of the temporary one."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -206,33 +206,39 @@ def _named(out: epath.PathLike) -> Iterator[None]:
         raise
 
 
-def _settings(plan: Plan, origins: list[dict[str, Any]]) -> str:
-    """All that decides the result, beside the inputs' bytes."""
+def _settings(plan: BuildPlan, origins: list[dict[str, Any]]) -> str:
+    """Everything that determines the result besides the content of the inputs, as JSON."""
     fields = asdict(replace(plan, out=str(plan.out))) | {"exclude": origins, "format": _FORMAT}
     del fields["processes"]
     return json.dumps(fields, sort_keys=True, default=str)
 
 
-def _make_index(partial: Path, settings: str, opened: Callable[[Path], Opened]) -> _Index:
-    """Streams all entries into `index.sqlite`; what a build with other settings left goes."""
+def _make_index(partial: Path, settings: str, open_source: Callable[[Path], ImportSource]) -> _Index:
+    """Streams all entries into `index.sqlite`, after removing the files of a build with other settings."""
     for path in partial.iterdir():
         if path.name != "lock":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     scratch = partial / "scratch"
     scratch.mkdir()
-    source = opened(scratch)
+    source = open_source(scratch)
     path, writing = partial / "index.sqlite", partial / "index.writing"
     with contextlib.closing(sqlite3.connect(writing, isolation_level=None)) as base:
         base.execute("PRAGMA journal_mode = OFF")
         base.execute("PRAGMA synchronous = OFF")
-        base.execute("CREATE TABLE entries (place INTEGER PRIMARY KEY, line TEXT)")
+        base.execute("CREATE TABLE entries (position INTEGER PRIMARY KEY, line TEXT)")
         base.execute("CREATE TABLE meta (value BLOB)")
         base.execute("BEGIN")
         bar: tqdm[Entry] = tqdm(source.entries, "index", source.count, unit="entry", disable=None)
         base.executemany("INSERT INTO entries (line) VALUES (?)", ((pack(entry),) for entry in bar))
         (count,) = base.execute("SELECT count(*) FROM entries").fetchone()
         index = _Index(
-            path, count, source.names, source.images, source.report, list(map(_digest, source.inputs)), source.expected
+            path,
+            count,
+            source.names,
+            source.images,
+            source.report,
+            list(map(_file_digest, source.inputs)),
+            source.expected,
         )
         base.execute("INSERT INTO meta VALUES (?)", (pickle.dumps((settings, index)),))
         base.execute("COMMIT")
@@ -241,8 +247,8 @@ def _make_index(partial: Path, settings: str, opened: Callable[[Path], Opened]) 
     return index
 
 
-def _index_there(partial: Path, settings: str) -> _Index | None:
-    """The index of an earlier attempt, if it is of the same settings and the same inputs."""
+def _existing_index(partial: Path, settings: str) -> _Index | None:
+    """The index of an interrupted build, if it has the same settings and inputs."""
     path = partial / "index.sqlite"
     if not path.exists():
         return None
@@ -250,19 +256,19 @@ def _index_there(partial: Path, settings: str) -> _Index | None:
         with contextlib.closing(sqlite3.connect(path)) as base:
             (value,) = base.execute("SELECT value FROM meta").fetchone()
         saved, index = pickle.loads(value)
-        if saved != settings or any(_digest(epath.Path(item["file"])) != item for item in index.inputs):
+        if saved != settings or any(_file_digest(epath.Path(item["file"])) != item for item in index.inputs):
             return None
     except (sqlite3.Error, pickle.UnpicklingError, OSError, TypeError, ValueError, AttributeError, ImportError):
         return None
     return index._replace(path=path)
 
 
-def _digest(path: epath.Path) -> dict[str, Any]:
-    """A file, its size and its sha256; of a folder both are of all files in it, by name."""
+def _file_digest(path: epath.Path) -> dict[str, Any]:
+    """Path, size and sha256 of a file; for a folder, of all files in it in order of name."""
     if path.is_dir():
         files = sorted(path.iterdir(), key=lambda file: file.name)
         with ThreadPoolExecutor(16) as pool:
-            parts = list(pool.map(_digest, files))
+            parts = list(pool.map(_file_digest, files))
         named = "".join(f"{file.name} {part['sha256']}\n" for file, part in zip(files, parts))
         size = sum(part["bytes"] for part in parts)
         return {"file": str(path), "bytes": size, "sha256": hashlib.sha256(named.encode()).hexdigest()}
@@ -275,40 +281,40 @@ def _digest(path: epath.Path) -> dict[str, Any]:
 
 
 def _merge(
-    plan: Plan,
+    plan: BuildPlan,
     partial: Path,
     index: _Index,
     files: list[str],
     origins: list[dict[str, Any]],
     known: published.Published | None,
 ) -> tuple[Manifest, BuildReport]:
-    """Joins what the shards' side files say, writes report and manifest, and gives the folder its name."""
+    """Merges the descriptions of the shards, writes report and manifest, and publishes the folder."""
     report, labels = Report(), Counter[int]()
     report.merge(index.report)
 
     def written() -> Iterator[shards.Written]:
         for file in files:
-            part, found = read_side(partial, file)
+            part, found = read_shard_info(partial, file)
             report.merge(found)
             labels.update(part.labels)
             yield part
 
-    sides = list(written())
-    if not any(part.records for part in sides):
+    parts = list(written())
+    if not any(part.records for part in parts):
         reasons = ", ".join(f"{reason} {n} (first: {report.first[reason]})" for reason, n in report.dropped.items())
         raise ShardError(
             f"nothing to write to {plan.out}: no record came out of {plan.source}"
             + (f"; dropped: {reasons}" if reasons else "")
         )
     manifest = shards.complete(
-        partial, sides, name=plan.name or epath.Path(plan.out).absolute().name, names=index.names, source=plan.source, command=plan.command,
+        partial, parts, name=plan.name or epath.Path(plan.out).absolute().name, names=index.names, source=plan.source, command=plan.command,
         licence=known.licence if known is not None and plan.licence == "unknown" else plan.licence,
         drops=dict(sorted(report.dropped.items())),
     )  # fmt: skip
     with np.load(partial / manifest.columns["file"]) as columns:
         hashes = columns["hash"]
-    told = summary(manifest, report, labels, hashes, index.inputs, origins, known)
-    (partial / "report.json").write_text(json.dumps(asdict(told), indent=1, ensure_ascii=False))
-    beside = [*(partial / f"{file}.json" for file in files), partial / "excluded.npy", partial / "lock", index.path]
-    shards.publish(partial, plan.out, beside)
-    return manifest, told
+    build_report = summary(manifest, report, labels, hashes, index.inputs, origins, known)
+    (partial / "report.json").write_text(json.dumps(asdict(build_report), indent=1, ensure_ascii=False))
+    temporary = [*(partial / f"{file}.json" for file in files), partial / "excluded.npy", partial / "lock", index.path]
+    shards.publish(partial, plan.out, temporary)
+    return manifest, build_report

@@ -1,12 +1,12 @@
-"""Captions without boxes, for a teacher to label: each becomes an entry of kind `caption`.
+"""Imports captions without boxes, to be labelled by a teacher: each becomes an entry of kind `caption`.
 
-Four layouts: tab-separated lines (CC3M: caption, address; CC12M: address, caption), JSON lines, webdataset tars as
-img2dataset writes them (KEY.jpg, KEY.txt, KEY.json), and SBU's release (two parallel text files, or the JSON with
-parallel lists). COCO's captions are in `glip_jax.data.formats.coco_captions`.
+Four formats: tab-separated lines (CC3M: caption, URL; CC12M: URL, caption), JSON lines, webdataset tars as img2dataset writes
+them (KEY.jpg, KEY.txt, KEY.json), and SBU's release (two parallel text files, or the JSON with parallel lists). COCO's
+captions are in `glip_jax.data.importers.mdetr`.
 
-Nothing is downloaded. Where a file gives an address instead of a file name, `files` says how the pictures were named:
-a text with {row} (line, counted from 0; {row:08d} pads it), {name} (last part of the address), {path} (the address'
-path with _ for /), {md5} and {sha1} (of the address), e.g. "{row:09d}.jpg".
+Nothing is downloaded. If a file has URLs instead of file names, the pattern `files` gives the names of the downloaded images:
+a text with {row} (line, counted from 0; {row:08d} pads it), {name} (last part of the URL), {path} (path of the URL with _
+for /), {md5} and {sha1} (of the URL), e.g. "{row:09d}.jpg".
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from urllib.parse import unquote, urlsplit
 import tyro
 from etils import epath
 
-from glip_jax.data.importers.entry import Entry, Opened, Report, SourceError, image_folder
-from glip_jax.data.importers.options import BuildOptions, Place
-from glip_jax.data.importers.readers import JsonFile, json_of, numbered, text_of
+from glip_jax.data.importers.entry import Entry, ImportSource, Report, SourceError, image_folder
+from glip_jax.data.importers.options import BuildOptions, PathArgument
+from glip_jax.data.importers.readers import JsonFile, decode_text, numbered_lines, parse_json
 from glip_jax.io import gcs
 
 __all__ = [
@@ -38,17 +38,17 @@ __all__ = [
 
 _PICTURES = ("jpg", "jpeg", "png", "webp")
 _TEXT_BYTES = 1_000_000
-"""Most bytes of a .txt or .json in a tar that are read."""
+"""Maximum size in bytes of a .txt or .json in a tar."""
 _SBU = ("SBU_captioned_photo_dataset_urls.txt", "SBU_captioned_photo_dataset_captions.txt")
 
 
 def open_caption_tsv(
     captions: epath.PathLike, images: epath.PathLike, *, columns: str = "caption,image", files: str = "",
     strict: bool = False,
-) -> Opened:  # fmt: skip
-    """Caption entries of lines with tabs. `columns`: what the columns are, from the left; "-" is passed over.
+) -> ImportSource:  # fmt: skip
+    """Opens captions of tab-separated lines. `columns`: meaning of the columns from the left; "-" is ignored.
 
-    SourceError: a file or folder that is missing, columns without caption and image, `files` that is no pattern.
+    Raises SourceError if a file or folder is missing, `columns` lacks caption or image, or `files` is not a valid pattern.
     """
     names = [name.strip() for name in columns.split(",")]
     if sorted(name for name in names if name != "-") != ["caption", "image"]:
@@ -57,9 +57,9 @@ def open_caption_tsv(
     naming = _Naming(files)
 
     def entries() -> Iterator[Entry]:
-        for number, raw in numbered(path):
+        for number, raw in numbered_lines(path):
             where = f"{path.name} line {number}"
-            line = text_of(raw, report, "image", where)
+            line = decode_text(raw, report, "image", where)
             cells = [] if line is None else line.split("\t")
             if line is not None and len(cells) != len(names):
                 wanted = f"expected {len(names)} ({columns})"
@@ -68,23 +68,23 @@ def open_caption_tsv(
                 row = dict(zip(names, cells))
                 yield from _entries(number, [row["caption"]], row["image"], naming, path.name, report)
 
-    return Opened(entries(), folder, report, inputs=(path,))
+    return ImportSource(entries(), folder, report, inputs=(path,))
 
 
 def open_caption_lines(
     captions: epath.PathLike, images: epath.PathLike, *, caption_key: str = "caption", image_key: str = "image",
     files: str = "", strict: bool = False,
-) -> Opened:  # fmt: skip
-    """Caption entries of JSON lines, objects with a caption (or a list of them: one entry each) and a picture."""
+) -> ImportSource:  # fmt: skip
+    """Opens captions of JSON lines: objects with a caption (or a list of captions: one entry each) and an image."""
     path, folder, report = _existing(captions), image_folder(images), Report(strict=strict)
     naming = _Naming(files)
 
     def entries() -> Iterator[Entry]:
-        for number, raw in numbered(path):
+        for number, raw in numbered_lines(path):
             if not raw.strip():
                 continue
             where = f"{path.name} line {number}"
-            item = json_of(raw, report, "image", where)
+            item = parse_json(raw, report, "image", where)
             if isinstance(item, dict) and caption_key in item and image_key in item:
                 texts = item[caption_key] if isinstance(item[caption_key], list) else [item[caption_key]]
                 yield from _entries(number, texts, item[image_key], naming, path.name, report)
@@ -92,13 +92,13 @@ def open_caption_lines(
                 wanted = f"expected an object with {caption_key!r} and {image_key!r}"
                 report.drop("image: caption or picture missing", f"{where}, found {item!r:.60}, {wanted}")
 
-    return Opened(entries(), folder, report, inputs=(path,))
+    return ImportSource(entries(), folder, report, inputs=(path,))
 
 
 def open_sbu(
     captions: epath.PathLike, images: epath.PathLike, *, files: str = "{name}", strict: bool = False
-) -> Opened:
-    """Caption entries of the SBU captioned photos: the folder of the two text files, or the JSON with parallel lists
+) -> ImportSource:
+    """Opens the SBU captioned photos: the folder of the two text files, or the JSON file with the parallel lists
     `image_urls` and `captions` (sbu-captions-all.json).
     """
     path, folder, report = _existing(captions), image_folder(images), Report(strict=strict)
@@ -118,13 +118,13 @@ def open_sbu(
         for number, (address, caption) in enumerate(pairs, 1):
             yield from _entries(number, [caption], address, naming, path.name, report)
 
-    return Opened(entries(), folder, report, inputs=inputs)
+    return ImportSource(entries(), folder, report, inputs=inputs)
 
 
-def open_webdataset(tars: epath.PathLike, *, strict: bool = False) -> Opened:
-    """Caption entries of a tar, or of the *.tar of a folder in order of name. Pictures stay where they are in the tars.
+def open_webdataset(tars: epath.PathLike, *, strict: bool = False) -> ImportSource:
+    """Opens captions of a tar, or of the *.tar files of a folder in order of name. Images are read from the tars.
 
-    The caption is KEY.txt, or else "caption" in KEY.json. A tar that breaks off is read up to there, and counted.
+    The caption is KEY.txt, else "caption" in KEY.json. A truncated tar is read as far as possible, and counted.
     """
     path, report = epath.Path(tars), Report(strict=strict)
     if not path.exists():
@@ -140,11 +140,11 @@ def open_webdataset(tars: epath.PathLike, *, strict: bool = False) -> Opened:
                 if entry is not None:
                     yield entry
 
-    return Opened(entries(), image_folder(found[0].parent), report, inputs=tuple(found))
+    return ImportSource(entries(), image_folder(found[0].parent), report, inputs=tuple(found))
 
 
 class _Naming:
-    """From what a file says of a picture to its file name."""
+    """Converts the file name or URL of an image to the name of the image file."""
 
     def __init__(self, files: str) -> None:
         self.files = files
@@ -157,12 +157,12 @@ class _Naming:
             ) from None
 
     def __call__(self, image: str, row: int) -> str:
-        """The file below the folder of pictures; "" for an address without a pattern for it."""
+        """The path below the image folder; "" for a URL if there is no pattern."""
         if not self.files:
             return "" if "://" in image else image
         try:
             path = unquote(urlsplit(image).path)
-        except ValueError:  # an address with half an IPv6 in it
+        except ValueError:  # a URL with an incomplete IPv6 address
             path = image
         data = image.encode(errors="surrogatepass")
         return self.files.format(
@@ -174,7 +174,7 @@ class _Naming:
 def _entries(
     number: int, captions: Iterable[Any], image: Any, naming: _Naming, file: str, report: Report
 ) -> Iterator[Entry]:
-    """An entry for each caption of line `number`, whatever types the file has for them."""
+    """Yields an entry for each caption of line `number`; values of a wrong type are dropped and counted."""
     where = f"{file} line {number}"
     if not isinstance(image, str) or not image.strip():
         report.drop("image: no picture named", f"{where}, found {image!r:.60}, expected a file name")
@@ -192,20 +192,20 @@ def _entries(
 
 
 def _existing(path: epath.PathLike) -> epath.Path:
-    """The path; SourceError if nothing is there."""
+    """The path; SourceError if it does not exist."""
     if not gcs.kind(path):
         raise SourceError(f"the annotation file {path} does not exist")
     return epath.Path(path)
 
 
 def _sbu_texts(path: epath.Path, report: Report) -> Iterator[Any]:
-    """Lines as text; None, counted, for one that is none, so that the two files stay side by side."""
-    for number, raw in numbered(path):
-        yield text_of(raw, report, "image", f"{path.name} line {number}")
+    """Yields lines as text; None, counted, for an invalid one, so that the two files stay aligned."""
+    for number, raw in numbered_lines(path):
+        yield decode_text(raw, report, "image", f"{path.name} line {number}")
 
 
 def _paired(addresses: Iterator[Any], captions: Iterator[Any], path: epath.Path) -> Iterator[tuple[Any, Any]]:
-    """Both in step; SourceError where one ends before the other: then nobody knows which belong together."""
+    """Yields pairs; SourceError if one file ends before the other, as the pairing is then unknown."""
     number = 0
     while True:
         address, caption = next(addresses, ...), next(captions, ...)
@@ -224,21 +224,21 @@ class _Sample(NamedTuple):
     """The members of a tar that share a key."""
 
     key: str
-    picture: tuple[int, int] | None
-    """(offset, length) of the picture's bytes in the tar."""
+    image: tuple[int, int] | None
+    """(offset, length) of the image's bytes in the tar."""
     text: bytes | None
     about: bytes | None
 
 
 def _samples(path: epath.Path, report: Report) -> Iterator[_Sample]:
-    """Samples of a tar in order; what makes it unreadable is counted once, and ends it."""
+    """Yields the samples of a tar in order; an error of the tar is counted and ends the iteration."""
     try:
         with gcs.open_file(path) as file:
             size = file.seek(0, 2)
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 yield from _grouped(tar, size)
-                # tarfile takes a damaged header after the first for the end: the end is two blocks of zeros.
+                # tarfile treats a damaged header after the first as the end; a real end is two blocks of zeros.
                 end = tar.offset
                 file.seek(end)
                 rest = file.read(tarfile.BLOCKSIZE)
@@ -249,10 +249,10 @@ def _samples(path: epath.Path, report: Report) -> Iterator[_Sample]:
 
 
 def _grouped(tar: tarfile.TarFile, size: int) -> Iterator[_Sample]:
-    """Neighbours with the same name up to the first dot, as webdataset groups them."""
+    """Groups consecutive members with the same name up to the first dot, as webdataset does."""
     key, sample = None, {}
     while (member := tar.next()) is not None:
-        tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # else it remembers every one
+        tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # otherwise tarfile keeps every member in memory
         if not member.isreg():
             continue
         folder, _, name = member.name.rpartition("/")
@@ -266,7 +266,7 @@ def _grouped(tar: tarfile.TarFile, size: int) -> Iterator[_Sample]:
             raise tarfile.ReadError(f"{member.name} of {member.size} bytes ends after the file")
         suffix = suffix.lower()
         if suffix in _PICTURES:
-            sample["picture"] = (member.offset_data, member.size)
+            sample["image"] = (member.offset_data, member.size)
         elif suffix in ("txt", "json") and member.size <= _TEXT_BYTES:
             data = tar.extractfile(member)
             sample[suffix] = b"" if data is None else data.read()
@@ -275,19 +275,19 @@ def _grouped(tar: tarfile.TarFile, size: int) -> Iterator[_Sample]:
 
 
 def _sample(key: str, parts: dict[str, Any]) -> _Sample:
-    return _Sample(key, parts.get("picture"), parts.get("txt"), parts.get("json"))
+    return _Sample(key, parts.get("image"), parts.get("txt"), parts.get("json"))
 
 
 def _sample_entry(sample: _Sample, tar: str, report: Report) -> Entry | None:
-    """The entry of a sample, or None, counted."""
+    """The entry of a sample; None, counted, if it is dropped."""
     where = f"{tar}, {sample.key}"
-    if sample.picture is None:
+    if sample.image is None:
         report.drop("image: no picture in the tar", f"{where}, expected one of .{', .'.join(_PICTURES)}")
         return None
     if sample.text is not None:
-        caption = text_of(sample.text, report, "image", f"{where}.txt")
+        caption = decode_text(sample.text, report, "image", f"{where}.txt")
     elif sample.about is not None:
-        about = json_of(sample.about, report, "image", f"{where}.json")
+        about = parse_json(sample.about, report, "image", f"{where}.json")
         caption = about.get("caption") if isinstance(about, dict) else None
         if about is not ... and not isinstance(caption, str):
             report.drop(
@@ -298,41 +298,41 @@ def _sample_entry(sample: _Sample, tar: str, report: Report) -> Entry | None:
         return None
     if not isinstance(caption, str):
         return None
-    offset, length = sample.picture
+    offset, length = sample.image
     image = f"{tar}#{offset}+{length}"
     return Entry(id=sample.key, image=image, kind="caption", caption=caption.strip(), provenance=tar)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionOptions(BuildOptions):
-    """A file (or folder) of captions, and pictures."""
+    """Options of an import from a file (or folder) of captions and an image folder."""
 
-    captions: tyro.conf.Positional[Place]
-    """The file of captions; *.gz is unpacked."""
-    images: Place
-    """Folder of the pictures."""
+    captions: tyro.conf.Positional[PathArgument]
+    """The file of captions; *.gz is decompressed."""
+    images: PathArgument
+    """Folder of the images."""
 
     @property
     def source(self) -> epath.Path:
-        """The file of captions."""
+        """The file or folder of captions."""
         return self.captions
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionTsv(CaptionOptions):
-    """Import captions of lines with tabs, as CC3M and CC12M have them.
+    """Import captions of tab-separated lines, the format of CC3M and CC12M.
 
     example: python -m glip_jax data caption-tsv cc12m.tsv --columns=image,caption --files={row:08d}.jpg --images=cc12m --out=shards/cc12m
     """
 
     columns: str = "caption,image"
-    """What the columns are, from the left; "-" for one that is not used. CC3M: caption,image; CC12M: image,caption."""
+    """Meaning of the columns from the left; "-" for an unused one. CC3M: caption,image; CC12M: image,caption."""
     files: str = ""
-    """Where the image column is an address: how its picture was named, with {row} (line from 0), {name} (last part of the
-    address), {path} (with _ for /), {md5}, {sha1}, e.g. {row:08d}.jpg."""
+    """If the image column is a URL: name of the image file, with {row} (line from 0), {name} (last part of the URL), {path}
+    (with _ for /), {md5}, {sha1}, e.g. {row:08d}.jpg."""
 
-    def opened(self, scratch: Path) -> Opened:  # noqa: ARG002
-        """The entries."""
+    def open(self, scratch: Path) -> ImportSource:  # noqa: ARG002
+        """Opens and validates the annotations."""
         return open_caption_tsv(
             self.captions, self.images, columns=self.columns, files=self.files, strict=self.strict
         )  # fmt: skip
@@ -340,20 +340,20 @@ class CaptionTsv(CaptionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionLines(CaptionOptions):
-    """Import captions of JSON lines, one object each.
+    """Import captions of JSON lines, one object per line.
 
     example: python -m glip_jax data caption-lines captions.jsonl --images=pictures --out=shards/captions
     """
 
     caption_key: str = "caption"
-    """The object's text, or list of texts: a record for each."""
+    """Key of the caption, or of a list of captions: one record each."""
     image_key: str = "image"
-    """The object's file below --images, or address."""
+    """Key of the path below --images, or of the URL."""
     files: str = ""
-    """Where that is an address: how its picture was named, see `data caption-tsv --help`."""
+    """If that is a URL: name of the image file, see `data caption-tsv --help`."""
 
-    def opened(self, scratch: Path) -> Opened:  # noqa: ARG002
-        """The entries."""
+    def open(self, scratch: Path) -> ImportSource:  # noqa: ARG002
+        """Opens and validates the annotations."""
         return open_caption_lines(
             self.captions, self.images, caption_key=self.caption_key, image_key=self.image_key, files=self.files,
             strict=self.strict,
@@ -362,34 +362,34 @@ class CaptionLines(CaptionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Sbu(CaptionOptions):
-    """Import the SBU captioned photos: the folder with their two text files, or the JSON with parallel lists.
+    """Import the SBU captioned photos from the folder of the two text files, or from the JSON with parallel lists.
 
     example: python -m glip_jax data sbu sbu-captions-all.json --images=sbu --out=shards/sbu
     """
 
     files: str = "{name}"
-    """How the pictures were named, see `data caption-tsv --help`; the owner's download.m: m{path}."""
+    """Name of the image files, see `data caption-tsv --help`; with SBU's download.m: m{path}."""
 
-    def opened(self, scratch: Path) -> Opened:  # noqa: ARG002
-        """The entries."""
+    def open(self, scratch: Path) -> ImportSource:  # noqa: ARG002
+        """Opens and validates the annotations."""
         return open_sbu(self.captions, self.images, files=self.files, strict=self.strict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Webdataset(BuildOptions):
-    """Import pictures and captions of webdataset tars, as img2dataset writes them.
+    """Import images and captions of webdataset tars, as img2dataset writes them.
 
     example: python -m glip_jax data webdataset cc3m --out=shards/cc3m
     """
 
-    tars: tyro.conf.Positional[Place]
-    """A tar, or a folder of them."""
+    tars: tyro.conf.Positional[PathArgument]
+    """A tar file, or a folder of tar files."""
 
     @property
     def source(self) -> epath.Path:
         """The tar or folder."""
         return self.tars
 
-    def opened(self, scratch: Path) -> Opened:  # noqa: ARG002
-        """The entries."""
+    def open(self, scratch: Path) -> ImportSource:  # noqa: ARG002
+        """Opens and validates the annotations."""
         return open_webdataset(self.tars, strict=self.strict)

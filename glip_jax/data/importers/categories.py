@@ -1,4 +1,4 @@
-"""Category lists of detection sets: what is a name, what is background, and ids that do not fit what the boxes use."""
+"""Validates category lists of detection data sets: names, background classes, and ids that do not match the boxes."""
 
 from collections import Counter
 from collections.abc import Hashable, Mapping
@@ -12,14 +12,14 @@ __all__ = ["Categories", "categories", "check_names"]
 _BACKGROUND = {"background", "bg"}
 
 _SHARE = 0.5
-"""Share of boxes with unlisted categories from which on the list itself must be wrong."""
+"""Fraction of boxes with unlisted categories above which the category list is refused."""
 
 _ENOUGH = 10
-"""Boxes from which a share says something."""
+"""Minimum number of boxes for that check."""
 
 
 class Categories:
-    """Names in order of id, and which id stands for which."""
+    """Category names in order of id, and the index of each id."""
 
     def __init__(self, named: Mapping[Any, str], background: frozenset[Hashable]) -> None:
         self.names = tuple(named.values())
@@ -28,7 +28,7 @@ class Categories:
         self.background = background
 
     def names_of(self, ids: Any) -> tuple[str, ...]:
-        """Names of a list of ids; those that are no names are passed over."""
+        """Names of a list of ids; unknown ids are skipped."""
         found = (self.named.get(i) for i in (ids if isinstance(ids, list) else ()) if isinstance(i, int | str))
         return tuple(name for name in found if name is not None)
 
@@ -40,12 +40,12 @@ def categories(
     report: Report,
     rename: Mapping[str, str] | None = None,
 ) -> Categories:
-    """Looks through the category list.
+    """Validates a category list.
 
-    `listed`: by id, with `name`; `used`: boxes by category id. Left out, and noted: background classes, and the heading
-    of all others that some tools write as category 0 (it has no boxes, and the others name it as `supercategory`).
-    SourceError: no category, a name that cannot be prompted, one name for two ids, ids that the boxes count from another
-    start, boxes of which most have no listed category.
+    `listed`: categories by id, with `name`; `used`: number of boxes by category id; `rename`: prompt text by name. Background
+    classes are omitted and noted, and so is the parent of all others that some tools write as category 0 (it has no boxes, and
+    the others name it as `supercategory`). Raises SourceError if there is no category, a name has no letter or digit, two ids
+    have the same name, the ids of the boxes are shifted by one, or most boxes have an unlisted category.
     """
     named = {identity: str(item["name"]) for identity, item in sorted(listed.items(), key=_by_number_then_text)}
     background = frozenset(i for i, name in named.items() if name.strip("_ ").lower() in _BACKGROUND)
@@ -73,10 +73,10 @@ def _by_number_then_text(item: tuple[Any, Any]) -> tuple[bool, Any]:
 
 
 def _check_ids(listed: set[Any], used: Counter[Any], file: str) -> None:
-    """SourceError for ids of boxes that belong to another list, or to this one counted from another start."""
-    strange, boxes = sum(n for i, n in used.items() if i not in listed), sum(used.values())
+    """Raises SourceError if the boxes use ids of another list, or ids that are shifted by one."""
+    unlisted, boxes = sum(n for i, n in used.items() if i not in listed), sum(used.values())
     numbers = {i for i in used if isinstance(i, int)}
-    if not strange or len(numbers) < len(used):
+    if not unlisted or len(numbers) < len(used):
         return
     counted = [i for i in listed if isinstance(i, int)]
     for shift, words in ((-1, "one lower"), (1, "one higher")):
@@ -85,27 +85,27 @@ def _check_ids(listed: set[Any], used: Counter[Any], file: str) -> None:
                 f"{file}: the boxes use the category ids {min(numbers)} to {max(numbers)}, each {words} than a listed one "
                 f"({min(counted)} to {max(counted)}): names would be shifted by one; make both count from the same start"
             )
-    if boxes >= _ENOUGH and strange > _SHARE * boxes:
+    if boxes >= _ENOUGH and unlisted > _SHARE * boxes:
         example = next(i for i in used if i not in listed)
         raise SourceError(
-            f"{file}: {strange} of {boxes} boxes have a category that is not listed (first: {example!r}); "
+            f"{file}: {unlisted} of {boxes} boxes have a category that is not listed (first: {example!r}); "
             "expected the category list that these boxes were made with"
         )
 
 
 def check_names(named: Mapping[Any, str], file: str) -> None:
-    """SourceError for names that cannot stand in a prompt, one name for two categories, or none at all."""
+    """Raises SourceError for names without letters or digits, duplicate names, or an empty list."""
     if not named:
         raise SourceError(f"{file}: 'categories' has no category besides background")
     seen: dict[str, Any] = {}
     for identity, name in named.items():
         if not any(character.isalnum() for character in clean_name(name)):
             raise SourceError(
-                f"{file}: category {identity} is named {name!r}, of which cleaning leaves no letter or digit: "
+                f"{file}: category {identity} is named {name!r}, which has no letter or digit after cleaning: "
                 "give it a text with --names"
             )
         if name in seen:
             raise SourceError(
-                f"{file}: categories {seen[name]} and {identity} are both named {name!r}: tell them apart with --names"
+                f"{file}: categories {seen[name]} and {identity} are both named {name!r}: distinguish them with --names"
             )
         seen[name] = identity

@@ -1,12 +1,11 @@
-"""What every annotation format says of one example, and how that becomes a record: the checks that all formats share.
+"""The common representation of annotations, `Entry`, and its conversion to records with the checks that all formats share.
 
-A format (`glip_jax.data.formats`) streams `Entry` after `Entry`: ids, boxes and words, no picture. `finish` reads the
-picture, compares it with what the entry says, clips the boxes and makes the `Record`. A bad picture, box or span is
-dropped and counted by reason; only a fault of the whole file stops, or, in strict mode, the first drop.
+An importer streams `Entry` objects: ids, boxes and texts without the image. `make_record` reads the image, compares it with
+the entry, clips the boxes and creates the `Record`. Invalid images, boxes and spans are dropped and counted by reason; only
+an error of the whole file stops the import, or, in strict mode, the first drop.
 
-Boxes: xywh becomes xyxy as in the original, x2 = x + max(w - 1, 0), y2 = y + max(h - 1, 0), clipped to
-[0, W - 1] x [0, H - 1], dropped if x2 <= x1 or y2 <= y1 (glip-reference 4.3, 4.4). So a box of less than a pixel beyond
-one in size has no area.
+Boxes are converted from xywh to xyxy as in the original GLIP: x2 = x + max(w - 1, 0), y2 = y + max(h - 1, 0), clipped to
+[0, W - 1] x [0, H - 1], and dropped if x2 <= x1 or y2 <= y1. A box with a side of at most one pixel therefore has no area.
 """
 
 import base64
@@ -31,15 +30,15 @@ from glip_jax.io import gcs
 __all__ = [
     "Box",
     "Entry",
-    "Folder",
-    "Opened",
+    "ImageFolder",
+    "ImportSource",
     "Report",
     "SourceError",
     "checked_spans",
-    "finish",
+    "make_record",
     "from_xywh",
     "image_folder",
-    "numbers",
+    "as_numbers",
     "one_line",
     "pack",
     "unpack",
@@ -51,34 +50,34 @@ _PART = re.compile(r"(.+)#(\d+)\+(\d+)(;base64)?", re.DOTALL)
 
 
 class SourceError(UserError, ValueError):
-    """A fault of a whole annotation file, or any drop in strict mode. Its message is one line that can be printed."""
+    """An error of a whole annotation file, or any drop in strict mode. The message is one printable line."""
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
 
 
-def one_line(text: str, most: int = 500) -> str:
-    """`text` as a line for a terminal: what annotation files hold may have line ends, controls, halves of surrogates."""
+def one_line(text: str, max_length: int = 500) -> str:
+    """`text` as one printable line: escapes line breaks, control characters and lone surrogates, and shortens the middle."""
     if not text.isprintable():
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    return text if len(text) <= max_length else f"{text[: max_length // 2]} ... {text[-max_length // 2 :]}"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What an import kept and what it dropped, by reason; fills while the entries and records are drawn."""
+    """Counts of an import by reason; filled while entries and records are produced."""
 
     kept: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
-    """By 'thing: reason', e.g. 'box: no area'."""
+    """Dropped items by 'item: reason', e.g. 'box: no area'."""
     first: dict[str, str] = field(default_factory=dict)
     """The first example of each reason."""
     noted: Counter[str] = field(default_factory=Counter)
-    """What was kept and should be known, e.g. 'box: cut at the edge of the image'; its first example is in `first`."""
+    """Remarks on kept items, e.g. 'box: cut at the edge of the image'; the first example is in `first`."""
     strict: bool = False
 
     def drop(self, reason: str, example: str, count: int = 1) -> None:
-        """Counts a drop; with `strict` raises SourceError instead. A count of 0 does nothing."""
+        """Counts dropped items; with `strict` raises SourceError instead. A count of 0 does nothing."""
         if not count:
             return
         if self.strict:
@@ -87,13 +86,13 @@ class Report:
         self.first.setdefault(reason, one_line(example))
 
     def note(self, what: str, example: str, count: int = 1) -> None:
-        """Counts something that is kept as it is and that the reader of the report should know."""
+        """Counts kept items that the report should mention."""
         if count:
             self.noted[what] += count
             self.first.setdefault(what, one_line(example))
 
     def merge(self, other: "Report") -> None:
-        """Adds the counts of a later part of the same import."""
+        """Adds the counts of a later part of the import."""
         self.kept.update(other.kept)
         self.dropped.update(other.dropped)
         self.noted.update(other.noted)
@@ -103,72 +102,72 @@ class Report:
 
 @dataclass(frozen=True)
 class Entry:
-    """What an annotation file says of one example, before its picture was looked at."""
+    """The annotations of one example, before its image is read."""
 
     id: str
-    """The image (or image and caption) in its source; names the example in messages."""
+    """Id of the image (or image and caption) in its source; used in messages."""
     image: str
-    """What `Opened.images` reads: a path below the folder of pictures, or `FILE#offset+length` inside a file there (tar),
+    """What `ImportSource.images` reads: a path below the image folder, or `FILE#offset+length` for a part of a file there (tar),
     or `FILE#offset+length;base64` (a column of a TSV row)."""
     kind: Kind
     height: int | None = None
-    """Pixels, as listed; None where the format does not say."""
+    """Height in pixels as listed; None if the format does not list it."""
     width: int | None = None
     boxes: tuple[Box, ...] = ()
-    """xyxy, inclusive pixels, not clipped; with `relative` shares of width and height, x2 and y2 exclusive."""
+    """xyxy in inclusive pixels, not clipped; with `relative` fractions of width and height, x2 and y2 exclusive."""
     relative: bool = False
     labels: tuple[int, ...] = ()
-    """Detection: per box an index into `Opened.names`."""
+    """Detection: for each box an index into `ImportSource.names`."""
     caption: str = ""
-    """Grounding and pseudo: the text, verbatim."""
+    """Grounding and pseudo: the unmodified text."""
     spans: tuple[Spans, ...] = ()
-    """Grounding and pseudo: per box the (begin, end) character spans of its phrase, checked."""
+    """Grounding and pseudo: for each box the validated (begin, end) character spans of its phrase."""
     scores: tuple[float, ...] = ()
-    """Pseudo: per box the teacher's score."""
+    """Pseudo: for each box the teacher's score."""
     known_absent: tuple[str, ...] | None = None
-    """Names known not to be in the image; None: see `Record.known_absent`."""
+    """Names of categories that are known to be absent from the image; None: see `Record.known_absent`."""
     not_exhaustive: tuple[str, ...] = ()
-    """Names of which instances in the image have no box (a crowd, a group, an annotator who stopped)."""
+    """Names of categories with instances that have no box (crowds, groups, incomplete annotation)."""
     unknown: tuple[Spans, ...] = ()
-    """Grounding: phrases that are listed without a box, checked."""
+    """Grounding: validated spans of phrases that are listed without a box."""
     ids: tuple[str, ...] = ()
-    """Per box the annotation's id, for messages; empty: boxes are numbered."""
+    """Per box the annotation's id, for messages; empty: boxes are numbered_lines."""
     provenance: str = ""
 
     def where(self, box: int | None = None) -> str:
-        """The place in words, for messages."""
+        """Description of the image or box, for messages."""
         if box is None:
             return f"image {self.id}, {self.image}"
         return f"annotation {self.ids[box] if self.ids else f'{box} (counted from 0)'} of image {self.id}"
 
 
 @dataclass(frozen=True)
-class Opened:
-    """An annotation file after its faults were looked for; its entries are still to be drawn, once."""
+class ImportSource:
+    """A validated annotation file; its entries can be iterated once."""
 
     entries: Iterator[Entry]
     images: Callable[[str], bytes]
-    """Bytes of `Entry.image`; raises OSError. Goes to other processes: must pickle."""
+    """Returns the bytes of `Entry.image`; raises OSError. Must be picklable, as it is sent to worker processes."""
     report: Report
-    """Fills while the entries are drawn."""
+    """Filled while the entries are iterated."""
     names: tuple[str, ...] = ()
     """Category names; empty for grounding."""
     count: int | None = None
-    """Entries to come, where known, for the time left."""
+    """Number of entries, if known, for the estimate of the time left."""
     inputs: tuple[epath.Path, ...] = ()
-    """The files (or folders of small files) that the entries come from; their hash goes into the report."""
+    """The annotation files (or folders of small files); their hashes are recorded in the report."""
     expected: str = ""
-    """Name of the published set in gcs/manifests, where the format knows it."""
+    """Name of the published data set in gcs/manifests, if the format implies it."""
 
 
 @dataclass(frozen=True)
-class Folder:
-    """Reads pictures below a folder, also out of files that hold many: see `Entry.image`."""
+class ImageFolder:
+    """Reads images below a folder, also from files that contain several: see `Entry.image`."""
 
     path: epath.Path
 
     def __call__(self, image: str) -> bytes:
-        """The bytes; OSError if there is no such file or part of it."""
+        """The bytes of an image; OSError if the file or the part of it does not exist."""
         part = _PART.fullmatch(image)
         if part is None:
             path = self.path / image
@@ -176,7 +175,7 @@ class Folder:
         begin, length = int(part[2]), int(part[3])
         with gcs.open_file(self.path / part[1], max(1, length)) as file:
             if begin + length > file.seek(0, 2):
-                raise OSError(f"{part[1]} ends within the picture")
+                raise OSError(f"{part[1]} ends within the image")
             file.seek(begin)
             data = file.read(length)
         if part[4] is None:
@@ -184,23 +183,24 @@ class Folder:
         try:
             return base64.b64decode(data, validate=True)
         except binascii.Error as error:
-            raise OSError(f"no base64: {error}") from None
+            raise OSError(f"not base64: {error}") from None
 
 
-def image_folder(images: epath.PathLike) -> Folder:
-    """The reader of a folder of pictures; SourceError if the folder is missing or nothing is in it."""
+def image_folder(images: epath.PathLike) -> ImageFolder:
+    """The reader of an image folder; SourceError if the folder is missing or empty."""
     folder = epath.Path(images)
     if gcs.kind(images) != "folder":
-        raise SourceError(f"the image folder {folder} does not exist or is no folder: set --images")
+        raise SourceError(f"the image folder {folder} does not exist or is not a folder: set --images")
     if not gcs.is_remote(images) and next(iter(folder.iterdir()), None) is None:
-        raise SourceError(f"the image folder {folder} is empty: set --images to the folder of the pictures")
-    return Folder(folder)
+        raise SourceError(f"the image folder {folder} is empty: set --images to the folder of the images")
+    return ImageFolder(folder)
 
 
-def numbers(raw: Any, count: int) -> tuple[float, ...] | None:
-    """`raw` as floats if it is a list of `count` numbers (no booleans), else None.
+def as_numbers(raw: Any, count: int) -> tuple[float, ...] | None:
+    """`raw` as floats if it is a list of `count` numbers (booleans excluded), else None.
 
-    Huge integers become inf; so do the texts that Python's NaN and Infinity are read as (`formats.json_file`).
+    Integers beyond the range of float become inf. The texts "NaN", "Infinity" and "-Infinity", as which `JsonFile` returns
+    Python's numbers of that name, are converted.
     """
     if not isinstance(raw, list | tuple) or len(raw) != count:
         return None
@@ -218,10 +218,10 @@ def numbers(raw: Any, count: int) -> tuple[float, ...] | None:
 
 
 def from_xywh(raw: Any, report: Report, where: str) -> Box | None:
-    """An annotation's [x, y, w, h] in pixels as inclusive xyxy, not clipped; None, counted, if it is not four finite
-    numbers or has no area.
+    """Converts [x, y, w, h] in pixels to inclusive xyxy, not clipped; None, counted in `report`, if the values are not four
+    finite numbers or the box has no area.
     """
-    values = numbers(raw, 4)
+    values = as_numbers(raw, 4)
     if values is None:
         report.drop("box: not four numbers", f"{where}, {raw!r:.60}")
         return None
@@ -237,16 +237,17 @@ def from_xywh(raw: Any, report: Report, where: str) -> Box | None:
 
 
 def checked_spans(raw: Any, caption: str, report: Report, where: str) -> Spans:
-    """The (begin, end) character spans, end exclusive, that cover text of `caption`; the others are counted, as is a box
-    that keeps none (the empty tuple is returned).
+    """The valid (begin, end) character spans of a box, end exclusive, that cover text of `caption`.
+
+    Invalid spans are dropped and counted. If none is left, the box is counted too, and the empty tuple is returned.
     """
     if not isinstance(raw, list | tuple) or not raw:
         report.drop("box: no span", where)
         return ()
     spans = []
     for span in raw:
-        whole = isinstance(span, list | tuple) and len(span) == 2
-        if not whole or not all(isinstance(v, int) and not isinstance(v, bool) for v in span):
+        is_pair = isinstance(span, list | tuple) and len(span) == 2
+        if not is_pair or not all(isinstance(v, int) and not isinstance(v, bool) for v in span):
             report.drop("span: not two integers", f"{where}, {span!r:.40}")
             continue
         begin, end = span
@@ -263,8 +264,8 @@ def checked_spans(raw: Any, caption: str, report: Report, where: str) -> Spans:
 
 
 def pack(entry: Entry) -> str:
-    """The entry as a line of JSON: whatever came out of an annotation file can be said so (MessagePack refuses integers
-    beyond 64 bits and halves of surrogate pairs).
+    """The entry as a line of JSON, which can represent all content of annotation files (MessagePack refuses integers beyond
+    64 bits and lone surrogates).
     """
     return json.dumps([getattr(entry, name) for name in _FIELDS], separators=(",", ":"))
 
@@ -281,13 +282,13 @@ def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
-def finish(
+def make_record(
     entry: Entry, read_image: Callable[[str], bytes], report: Report, excluded: Set[int] = frozenset()
 ) -> Record | None:
-    """The record of `entry`, or None: then its reason is counted in `report`, and so are its boxes.
+    """Creates the record of `entry`; returns None if it is dropped, with the reason and its boxes counted in `report`.
 
-    Boxes of the record are clipped; those without area, beyond the image or there twice (same words, same box) are
-    dropped and counted. `excluded`: content hashes of images that must not become records.
+    Boxes are clipped; boxes without area, outside the image or duplicated (same text, same coordinates) are dropped and
+    counted. `excluded`: content hashes of images that must not become records.
     """
     image = None
     if entry.kind != "detection" and not entry.caption.strip():
@@ -295,7 +296,7 @@ def finish(
     elif not _is_text(entry.caption):
         report.drop("image: caption is no Unicode", entry.where())
     elif _size_fits(entry, report):
-        image = _picture(entry, read_image, report)
+        image = _load_image(entry, read_image, report)
         if image is not None and content_hash(image[0]) in excluded:
             report.drop("image: excluded", entry.where())
             image = None
@@ -320,13 +321,13 @@ def finish(
 
 
 def _without_box(entry: Entry, kept: Sequence[int]) -> tuple[Spans, ...]:
-    """Phrases that are listed without a box; one whose every box was dropped is no more known to be absent."""
+    """Phrases without a box: those listed without one, and those whose boxes were all dropped."""
     boxed = {entry.spans[i] for i in kept} if entry.spans else set()
     return tuple(dict.fromkeys(spans for spans in (*entry.unknown, *entry.spans) if spans not in boxed))
 
 
 def _is_text(text: str) -> bool:
-    """Whether it can be stored: JSON may hold halves of surrogate pairs."""
+    """Whether the text can be encoded: JSON may contain lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -335,7 +336,7 @@ def _is_text(text: str) -> bool:
 
 
 def _size_fits(entry: Entry, report: Report) -> bool:
-    """Whether the entry lists a size that an image may have, or none; else it is counted."""
+    """Whether the listed size, if any, is one that an image may have; counts a drop otherwise."""
     if entry.height is None or entry.width is None:
         return True
     where = f"{entry.where()}, listed {entry.height} x {entry.width}"
@@ -348,13 +349,13 @@ def _size_fits(entry: Entry, report: Report) -> bool:
     return False
 
 
-def _picture(entry: Entry, read_image: Callable[[str], bytes], report: Report) -> tuple[bytes, int, int] | None:
-    """The image file's bytes, height and width if it decodes to the size that the entry lists, or None, counted."""
+def _load_image(entry: Entry, read_image: Callable[[str], bytes], report: Report) -> tuple[bytes, int, int] | None:
+    """Bytes, height and width of the image; None, counted, if it cannot be decoded or does not have the listed size."""
     where = entry.where()
     try:
         data = read_image(entry.image)
     except gcs.StorageError:
-        raise  # says nothing of the picture
+        raise  # not an error of the image
     except FileNotFoundError:
         report.drop("image: file missing", where)
         return None
@@ -366,7 +367,7 @@ def _picture(entry: Entry, read_image: Callable[[str], bytes], report: Report) -
         return None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower, and counts
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # PIXEL_LIMIT is lower
             image = Image.open(io.BytesIO(data))
         with image:
             size = (image.height, image.width)
@@ -385,7 +386,7 @@ def _picture(entry: Entry, read_image: Callable[[str], bytes], report: Report) -
 
 
 def _kept_boxes(entry: Entry, height: int, width: int, report: Report) -> tuple[list[Box], list[int]]:
-    """Clipped boxes and their places in the entry; the others are counted."""
+    """The clipped boxes that are kept, and their indices in the entry; the others are counted."""
     boxes: list[Box] = []
     kept: list[int] = []
     seen = set()
@@ -403,7 +404,7 @@ def _kept_boxes(entry: Entry, height: int, width: int, report: Report) -> tuple[
         else:
             x1, x2 = (min(max(v, 0.0), width - 1.0) for v in box[::2])
             y1, y2 = (min(max(v, 0.0), height - 1.0) for v in box[1::2])
-            # In float32, as stored: a sliver may lose its area there.
+            # Converted to float32 as stored: a very thin box may lose its area.
             stored = tuple(boxes_array([(x1, y1, x2, y2)])[0].tolist())
             key = (stored, entry.labels[i] if entry.labels else entry.spans[i] if entry.spans else None)
             if stored[2] <= stored[0] or stored[3] <= stored[1]:
@@ -411,7 +412,7 @@ def _kept_boxes(entry: Entry, height: int, width: int, report: Report) -> tuple[
             elif key in seen:
                 report.drop("box: there twice", where)
             else:
-                # A pixel and less is rounding of the annotation tool.
+                # Up to a pixel is considered rounding of the annotation tool.
                 if box[0] < -1 or box[1] < -1 or box[2] > width or box[3] > height:
                     report.note("box: cut at the edge of the image", f"{where} in {height} x {width}")
                 seen.add(key)

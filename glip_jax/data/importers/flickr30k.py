@@ -1,12 +1,12 @@
-"""Flickr30k Entities as its authors release it: `Annotations/ID.xml` and `Sentences/ID.txt`, a split list of ids.
+"""Imports Flickr30k Entities in its released format: `Annotations/ID.xml`, `Sentences/ID.txt`, and split lists of ids.
 
-A sentence is one grounding record. Its markup `[/EN#CHAIN/TYPE words]` names the phrases; the record's caption is the
-sentence without it, spans are characters of that, end exclusive. A box of the XML belongs to the chains that its
-`<name>`s list, so a phrase may have several boxes and a box several phrases; every (phrase, box) is a box of the record
-(the "separate ground truth" of MDETR's files, which GLIP trains on). Chain 0 is "not visual": text and nothing else.
-Other phrases without a box (scenes, things nobody drew) are unknown phrases of the record, and counted.
+Each sentence becomes one grounding record. Its markup `[/EN#CHAIN/TYPE words]` marks the phrases; the caption is the sentence
+without markup, and spans are characters of the caption, end exclusive. A box of the XML belongs to all chains in its `<name>`
+elements, so a phrase may have several boxes and a box several phrases; every (phrase, box) pair is a box of the record (the
+"separate ground truth" of MDETR's files, on which GLIP is trained). Chain 0 is "not visual" and remains plain text. Other
+phrases without a box (scenes, objects without annotation) are unlabelled phrases of the record, and counted.
 
-The release counts pixels from 1, its own reader subtracts 1 from all four sides, and so does this one.
+The release counts pixels from 1; as in its own reader, 1 is subtracted from all four coordinates.
 """
 
 import re
@@ -20,25 +20,25 @@ import tyro
 from defusedxml.ElementTree import fromstring
 from etils import epath
 
-from glip_jax.data.importers.entry import Box, Entry, Opened, Report, SourceError, image_folder
-from glip_jax.data.importers.options import BuildOptions, Place
-from glip_jax.data.importers.readers import numbered, text_of
+from glip_jax.data.importers.entry import Box, Entry, ImportSource, Report, SourceError, image_folder
+from glip_jax.data.importers.options import BuildOptions, PathArgument
+from glip_jax.data.importers.readers import decode_text, numbered_lines
 
 __all__ = ["Flickr30k", "open_flickr30k", "plain_sentence"]
 
 _MARKUP = re.compile(r"\[/EN#(\w+)((?:/[\w-]+)+)\s([^\[\]]*)\]")
 _BROKEN = re.compile(r"(\[/|/EN#).*")
 _XML_BYTES = 4_000_000
-"""Most bytes of one image's XML: hundreds of times what the release has."""
+"""Maximum size in bytes of the XML of an image, hundreds of times that of the release."""
 
 
 def open_flickr30k(
     release: epath.PathLike, images: epath.PathLike, *, split: epath.PathLike | None = None, strict: bool = False
-) -> Opened:
-    """Grounding entries of the folder `release` (with Annotations/ and Sentences/), in the order of the split list.
+) -> ImportSource:
+    """Opens the folder `release` (with Annotations/ and Sentences/); entries in the order of the split list.
 
-    `split`: text file with one image id a line (train.txt, val.txt, test.txt of the release); None: every sentence
-    file, by name. SourceError: a folder or list that is missing, or empty.
+    `split`: text file with an image id per line (train.txt, val.txt, test.txt of the release); None: all sentence files, by
+    name. Raises SourceError if a folder or list is missing or empty.
     """
     folder_of_images = image_folder(images)
     release = epath.Path(release)
@@ -53,27 +53,27 @@ def open_flickr30k(
         if not ids:
             raise SourceError(f"{sentences} has no ID.txt: expected a text file of sentences for each image")
     else:
-        ids = [line for _, raw in numbered(split) if (line := raw.decode(errors="replace").strip())]
+        ids = [line for _, raw in numbered_lines(split) if (line := raw.decode(errors="replace").strip())]
         if not ids:
-            raise SourceError(f"{split} lists nothing: expected one image id a line, as in the release's train.txt")
+            raise SourceError(f"{split} lists nothing: expected one image id per line, as in the release's train.txt")
     report = Report(strict=strict)
     inputs = (sentences, annotations) if split is None else (epath.Path(split), sentences, annotations)
-    return Opened(_entries(release, ids, report), folder_of_images, report, inputs=inputs)
+    return ImportSource(_entries(release, ids, report), folder_of_images, report, inputs=inputs)
 
 
 def plain_sentence(sentence: str) -> tuple[str, list[tuple[str, tuple[int, int]]]]:
     """The sentence without its markup, and (chain id, character span) of each phrase in order.
 
-    "[/EN#1/people Two people] talk ." gives ("Two people talk .", [("1", (0, 10))]). Raises ValueError where something
-    that begins like markup is none.
+    "[/EN#1/people Two people] talk ." gives ("Two people talk .", [("1", (0, 10))]). Raises ValueError for incomplete
+    markup.
     """
-    text, phrases, at = "", [], 0
+    text, phrases, position = "", [], 0
     for found in _MARKUP.finditer(sentence):
-        text += sentence[at : found.start()]
+        text += sentence[position : found.start()]
         words = found[3].strip()
         phrases.append((found[1], (len(text), len(text) + len(words))))
-        text, at = text + words, found.end()
-    text += sentence[at:]
+        text, position = text + words, found.end()
+    text += sentence[position:]
     if rest := _BROKEN.search(text):
         raise ValueError(f"{rest[0]!r:.40}")
     return text, phrases
@@ -96,8 +96,8 @@ def _entries(release: epath.Path, ids: list[str], report: Report) -> Iterator[En
             continue
         size, by_chain = read
         number = 0
-        for number, raw in enumerate((raw for _, raw in numbered(source) if raw.strip()), 1):
-            sentence = text_of(raw, report, "image", f"{where}, sentence {number}")
+        for number, raw in enumerate((raw for _, raw in numbered_lines(source) if raw.strip()), 1):
+            sentence = decode_text(raw, report, "image", f"{where}, sentence {number}")
             if sentence is None:
                 continue
             entry = _entry(identity, number, sentence.strip(), size, by_chain, report)
@@ -111,24 +111,24 @@ def _entry(
     identity: str, number: int, sentence: str, size: tuple[int | None, int | None],
     by_chain: dict[str, list[tuple[str, Box]]], report: Report,
 ) -> Entry | None:  # fmt: skip
-    """The record of sentence `number` (from 1), or None, counted."""
+    """The entry of sentence `number` (from 1); None, counted, if it is dropped."""
     where = f"image {identity}, sentence {number}"
     try:
         caption, phrases = plain_sentence(sentence)
     except ValueError as error:
         report.drop("image: sentence with broken markup", f"{where}, found {error}, expected [/EN#CHAIN/TYPE words]")
         return None
-    boxes, spans, ids, bare, unseen = [], [], [], [], 0
+    boxes, spans, ids, without_box, not_visual = [], [], [], [], 0
     for chain, (begin, end) in phrases:
         if not caption[begin:end].strip():
             report.drop("phrase: no words", f"{where}, chain {chain}")
             continue
         found = by_chain.get(chain, [])
         if chain == "0":
-            unseen += 1
+            not_visual += 1
             continue
         if not found:
-            bare.append(((begin, end),))
+            without_box.append(((begin, end),))
         for name, box in found:
             boxes.append(box)
             spans.append(((begin, end),))
@@ -136,24 +136,24 @@ def _entry(
     if not boxes:
         report.drop("image: sentence without a box", where)
         return None
-    report.note("phrase: without a box, kept as unknown", where, len(bare))
-    report.note("phrase: not visual, kept as text", where, unseen)
+    report.note("phrase: without a box, kept as unknown", where, len(without_box))
+    report.note("phrase: not visual, kept as text", where, not_visual)
     return Entry(
         id=f"{identity}#{number}", image=f"{identity}.jpg", kind="grounding", height=size[0], width=size[1],
-        boxes=tuple(boxes), caption=caption, spans=tuple(spans), ids=tuple(ids), unknown=tuple(bare),
+        boxes=tuple(boxes), caption=caption, spans=tuple(spans), ids=tuple(ids), unknown=tuple(without_box),
         provenance="Flickr30k Entities",
     )  # fmt: skip
 
 
 def _is_file_name(identity: str) -> bool:
-    """Whether the id names a file of its folder: no way out of it, nothing that the system refuses."""
+    """Whether the id is a valid file name without path separators."""
     return "/" not in identity and "\0" not in identity and identity not in (".", "..") and len(identity) < 200
 
 
 def _boxes(
     path: epath.Path, where: str, report: Report
 ) -> tuple[tuple[int | None, int | None], dict[str, list[tuple[str, Box]]]] | None:
-    """(height, width) and the boxes of each chain with the object's number; None, counted, without a readable file."""
+    """(height, width), and for each chain its boxes with the number of the object; None, counted, if the file is invalid."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -164,13 +164,13 @@ def _boxes(
         return None
     try:
         root = fromstring(data)
-    except (ParseError, ValueError, LookupError) as error:  # what defusedxml refuses is a ValueError
+    except (ParseError, ValueError, LookupError) as error:  # defusedxml raises ValueError for forbidden content
         report.drop("image: annotation file is no XML", f"{where}, {path.name}: {error!s:.60}")
         return None
     by_chain: dict[str, list[tuple[str, Box]]] = defaultdict(list)
-    for index, thing in enumerate(root.iter("object")):
-        box = _box(thing, f"{where}, object {index}", report)
-        for name in {(name.text or "").strip(): None for name in thing.iter("name")} if box else ():
+    for index, item in enumerate(root.iter("object")):
+        box = _box(item, f"{where}, object {index}", report)
+        for name in {(name.text or "").strip(): None for name in item.iter("name")} if box else ():
             by_chain[name].append((f"object {index}", box))  # pyright: ignore[reportArgumentType]
     size = root.find("size")
     height, width = (None if size is None else _pixels(size.findtext(side)) for side in ("height", "width"))
@@ -178,17 +178,17 @@ def _boxes(
 
 
 def _pixels(text: str | None) -> int | None:
-    """A side in pixels; None where the file says nothing that can be one."""
+    """A side in pixels; None if the text is not a positive integer."""
     text = (text or "").strip()
     return int(text) if text.isascii() and text.isdigit() and 0 < len(text) < 10 and int(text) > 0 else None
 
 
-def _box(thing: Element, where: str, report: Report) -> Box | None:
-    """The object's box counted from 0; None where it has none (a scene) or, counted, an unreadable one."""
-    drawn = thing.find("bndbox")
-    if drawn is None:
+def _box(item: Element, where: str, report: Report) -> Box | None:
+    """The object's box in pixels from 0; None if it has none (a scene), or, counted, an invalid one."""
+    bndbox = item.find("bndbox")
+    if bndbox is None:
         return None
-    texts = [(drawn.findtext(side) or "").strip() for side in ("xmin", "ymin", "xmax", "ymax")]
+    texts = [(bndbox.findtext(side) or "").strip() for side in ("xmin", "ymin", "xmax", "ymax")]
     try:
         x1, y1, x2, y2 = (float(text) - 1 for text in texts)
     except ValueError:
@@ -200,23 +200,23 @@ def _box(thing: Element, where: str, report: Report) -> Box | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Flickr30k(BuildOptions):
-    """Import Flickr30k Entities as released: a folder with Annotations/*.xml and Sentences/*.txt.
+    """Import Flickr30k Entities in its released format: a folder with Annotations/*.xml and Sentences/*.txt.
 
     example: python -m glip_jax data flickr30k flickr30k_entities --split=flickr30k_entities/train.txt --images=flickr30k-images --out=shards/flickr30k
     """
 
-    folder: tyro.conf.Positional[Place]
-    """The release's folder."""
-    images: Place
-    """Folder of the pictures, ID.jpg."""
-    split: Place | None = None
-    """Text file with an image id a line (train.txt, val.txt, test.txt); default: all."""
+    folder: tyro.conf.Positional[PathArgument]
+    """Folder of the release."""
+    images: PathArgument
+    """Folder of the images, ID.jpg."""
+    split: PathArgument | None = None
+    """Text file with an image id per line (train.txt, val.txt, test.txt); default: all images."""
 
     @property
     def source(self) -> epath.Path:
-        """The split, or else the folder."""
+        """The split list, if given, else the folder."""
         return self.split or self.folder
 
-    def opened(self, scratch: Path) -> Opened:  # noqa: ARG002
-        """The entries."""
+    def open(self, scratch: Path) -> ImportSource:  # noqa: ARG002
+        """Opens and validates the annotations."""
         return open_flickr30k(self.folder, self.images, split=self.split, strict=self.strict)

@@ -1,13 +1,13 @@
-"""OpenImages (V4 to V7): boxes in a CSV, names by machine id, a hierarchy of names, and labels of whole images.
+"""Imports OpenImages (V4 to V7): boxes in a CSV, class names by id, a class hierarchy, and image-level labels.
 
     *-annotations-bbox.csv                          ImageID, LabelName, XMin, XMax, YMin, YMax, IsGroupOf, ...
     class-descriptions-boxable.csv                  machine id, name; no header
     bbox_labels_600_hierarchy.json                  {"LabelName", "Subcategory": [...], "Part": [...]}
-    *-annotations-human-imagelabels-boxable.csv     ImageID, LabelName, Confidence: 1 it is there, 0 it is not
+    *-annotations-human-imagelabels-boxable.csv     ImageID, LabelName, Confidence: 1 present, 0 absent
 
-Coordinates are shares of the image. An image is labelled only for names that someone asked about, so what is known to be
-absent is what a label says, with all below it in the hierarchy; of all other names nothing is known. A box around a group
-is dropped and counted, and its name is not exhaustive there. Pictures are ImageID.jpg below the folder of pictures.
+Coordinates are relative to the image. An image has labels only for classes that were verified, so the classes known to be
+absent are those with label 0 and all below them in the hierarchy; all other classes are unlabelled. Boxes of groups are
+dropped and counted, and their class is marked as not exhaustive in the image. Images are ImageID.jpg below the image folder.
 """
 
 import csv
@@ -21,8 +21,8 @@ from typing import Any, cast
 import tyro
 from etils import epath
 
-from glip_jax.data.importers.entry import Entry, Opened, Report, SourceError, image_folder
-from glip_jax.data.importers.options import BuildOptions, Place
+from glip_jax.data.importers.entry import Entry, ImportSource, Report, SourceError, image_folder
+from glip_jax.data.importers.options import BuildOptions, PathArgument
 from glip_jax.data.importers.readers import Join
 from glip_jax.io import gcs
 from glip_jax.structures.prompts import clean_name
@@ -42,11 +42,11 @@ def open_openimages(
     labels: epath.PathLike | None = None,
     strict: bool = False,
     scratch: Path | None = None,
-) -> Opened:
-    """Detection entries, one per image that has a box or a label, in the order in which the files name them.
+) -> ImportSource:
+    """Opens OpenImages; one entry per image with a box or label, in the order in which the files name them.
 
-    SourceError: a file that is missing or has other columns, class names that cannot be prompted or stand twice, a folder
-    of pictures that is missing or empty.
+    Raises SourceError if a file is missing or has other columns, class names are duplicated or have no letter or digit, or
+    the image folder is missing or empty.
     """
     folder, report = image_folder(images), Report(strict=strict)
     inputs = [epath.Path(path) for path in (boxes, classes, hierarchy, labels) if path is not None]
@@ -57,7 +57,7 @@ def open_openimages(
     below = {} if hierarchy is None else hierarchy_below(epath.Path(hierarchy))
     join = Join(scratch)
 
-    def notes() -> Iterator[tuple[str, None, list[Any]]]:
+    def annotations() -> Iterator[tuple[str, None, list[Any]]]:
         for line, row in _rows(epath.Path(boxes), _BOX_COLUMNS):
             edges = [row[key] for key in _BOX_COLUMNS[2:]]
             yield row["ImageID"], None, [line, row["LabelName"], edges, row.get("IsGroupOf", "0") == "1"]
@@ -65,43 +65,43 @@ def open_openimages(
             for line, row in _rows(epath.Path(labels), _LABEL_COLUMNS):
                 yield row["ImageID"], None, [line, row["LabelName"], row["Confidence"]]
 
-    join.add_notes(notes())
-    join.images_of_notes()
+    join.add_annotations(annotations())
+    join.add_images_of_annotations()
     if not join.count:
         raise SourceError(f"{boxes} has no box: expected rows below the header")
     entries = _entries(join, names, below, epath.Path(boxes).name, report)
-    return Opened(entries, folder, report, tuple(names.values()), join.count, tuple(inputs))
+    return ImportSource(entries, folder, report, tuple(names.values()), join.count, tuple(inputs))
 
 
 def hierarchy_below(path: epath.Path) -> dict[str, set[str]]:
-    """Per machine id all ids below it as `Subcategory` (parts are no kinds); SourceError for another file."""
+    """For each class id all ids below it by `Subcategory` (`Part` is ignored); SourceError for an invalid file."""
     try:
         tree = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path} is not JSON that can be used ({error!s:.100}): copy it again") from None
     below: dict[str, set[str]] = {}
 
-    def walk(node: Any, place: str) -> set[str]:
+    def walk(node: Any, location: str) -> set[str]:
         if not isinstance(node, dict) or not isinstance(node.get("LabelName"), str):
-            raise SourceError(f"{path}: {place} is {node!r:.40}, expected an object with LabelName")
+            raise SourceError(f"{path}: {location} is {node!r:.40}, expected an object with LabelName")
         children = node.get("Subcategory", [])
         if not isinstance(children, list):
             raise SourceError(f"{path}: Subcategory of {node['LabelName']} is {children!r:.40}, expected a list")
         found: set[str] = set()
         for i, child in enumerate(children):
-            found |= walk(child, f"{place}.Subcategory[{i}]") | {child["LabelName"]}
+            found |= walk(child, f"{location}.Subcategory[{i}]") | {child["LabelName"]}
         below.setdefault(node["LabelName"], set()).update(found)
         return found
 
     try:
         walk(tree, "the file")
     except RecursionError:
-        raise SourceError(f"{path} nests deeper than any hierarchy of names: copy it again") from None
+        raise SourceError(f"{path} is nested too deeply for a class hierarchy: copy it again") from None
     return below
 
 
 def _class_names(path: epath.Path) -> dict[str, str]:
-    """Machine id to name, in the order of the file."""
+    """Class id to name, in the order of the file."""
     names: dict[str, str] = {}
     seen: dict[str, str] = {}
     for number, row in _lines(path):
@@ -111,9 +111,11 @@ def _class_names(path: epath.Path) -> dict[str, str]:
         if (identity, name) == ("LabelName", "DisplayName"):
             continue
         if identity in names or name in seen:
-            raise SourceError(f"{path} line {number}: {identity}, {name!r} stands twice: ids and names must be unique")
+            raise SourceError(f"{path} line {number}: {identity}, {name!r} occurs twice: ids and names must be unique")
         if not any(character.isalnum() for character in clean_name(name)):
-            raise SourceError(f"{path} line {number} names {identity} {name!r}, of which cleaning leaves no letter")
+            raise SourceError(
+                f"{path} line {number} names {identity} {name!r}, which has no letter or digit after cleaning"
+            )
         names[identity], seen[name] = name, identity
     if not names:
         raise SourceError(f"{path} is empty: expected lines of machine id, name")
@@ -121,7 +123,7 @@ def _class_names(path: epath.Path) -> dict[str, str]:
 
 
 def _lines(path: epath.Path) -> Iterator[tuple[int, list[str]]]:
-    """Lines of a CSV with their number from 1."""
+    """Yields the rows of a CSV with their number from 1."""
     number = 0
     try:
         with gcs.open_file(path) as raw:
@@ -130,11 +132,13 @@ def _lines(path: epath.Path) -> Iterator[tuple[int, list[str]]]:
                 if row:
                     yield number, row
     except (csv.Error, UnicodeDecodeError) as error:
-        raise SourceError(f"{path} is no CSV that can be used after line {number} ({error!s:.80}): copy it") from None
+        raise SourceError(
+            f"{path} is not a CSV that can be used after line {number} ({error!s:.80}): copy it"
+        ) from None
 
 
 def _rows(path: epath.Path, columns: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Rows below the header as objects; SourceError if a column is missing or a row has another length."""
+    """Yields the rows below the header as dictionaries; SourceError if a column is missing or a row has another length."""
     lines = _lines(path)
     _, header = next(lines, (0, []))
     missing = [column for column in columns if column not in header]
@@ -168,8 +172,10 @@ def _entries(
                 boxes.append(box)
                 labels.append(order[label])
                 ids.append(f"in line {line}")
-        here = {identity for identity in order if order[identity] in set(labels)} | set(groups) if negative else set()
-        both = {identity for identity in negative if identity in here or below.get(identity, set()) & here}
+        present = (
+            {identity for identity in order if order[identity] in set(labels)} | set(groups) if negative else set()
+        )
+        both = {identity for identity in negative if identity in present or below.get(identity, set()) & present}
         report.note("name: known absent but boxed, not kept as absent", f"image {image}", len(both & set(order)))
         yield Entry(
             id=image, image=f"{image}.jpg", kind="detection", boxes=tuple(boxes), relative=True, labels=tuple(labels),
@@ -190,31 +196,31 @@ def _edges(texts: list[str]) -> tuple[float, float, float, float] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Openimages(BuildOptions):
-    """Import OpenImages' boxes: CSV files as their owner publishes them.
+    """Import boxes of OpenImages from the published CSV files.
 
     example: python -m glip_jax data openimages oidv6-train-annotations-bbox.csv --images=train
     --classes=class-descriptions-boxable.csv --hierarchy=bbox_labels_600_hierarchy.json
     --labels=train-annotations-human-imagelabels-boxable.csv --out=shards/openimages
     """
 
-    annotations: tyro.conf.Positional[Place]
+    annotations: tyro.conf.Positional[PathArgument]
     """The CSV of boxes."""
-    images: Place
-    """Folder of the pictures, ImageID.jpg."""
-    classes: Place
-    """The CSV of machine ids and names."""
-    hierarchy: Place | None = None
-    """The JSON of names below names: what is absent is so with all below it."""
-    labels: Place | None = None
-    """The CSV of verified labels of whole images: which names are known to be absent."""
+    images: PathArgument
+    """Folder of the images, ImageID.jpg."""
+    classes: PathArgument
+    """The CSV of class ids and names."""
+    hierarchy: PathArgument | None = None
+    """The JSON of the class hierarchy: if a class is absent, all classes below it are."""
+    labels: PathArgument | None = None
+    """The CSV of verified image-level labels, which say what is known to be absent."""
 
     @property
     def source(self) -> epath.Path:
         """The annotation file."""
         return self.annotations
 
-    def opened(self, scratch: Path) -> Opened:
-        """The entries."""
+    def open(self, scratch: Path) -> ImportSource:
+        """Opens and validates the annotations."""
         return open_openimages(
             self.annotations, self.images, classes=self.classes, hierarchy=self.hierarchy, labels=self.labels,
             strict=self.strict, scratch=scratch,

@@ -1,4 +1,4 @@
-"""What every form of the job `data` is given, and the base that its forms derive from."""
+"""Options that all formats of the job `data` share; the options of a format derive from `BuildOptions`."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -8,12 +8,12 @@ from typing import Annotated
 import tyro
 from etils import epath
 
-from glip_jax.data.importers.entry import Opened
+from glip_jax.data.importers.entry import ImportSource
 from glip_jax.io import gcs
 
-__all__ = ["BuildOptions", "Place"]
+__all__ = ["BuildOptions", "PathArgument"]
 
-Place = Annotated[
+PathArgument = Annotated[
     epath.Path,
     tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
@@ -23,36 +23,36 @@ Place = Annotated[
         str_from_instance=lambda value: [str(value)],
     ),
 ]
-"""A file or folder, local or gs:// (of which pathlib would take a slash away)."""
+"""Type of a path argument, local or gs:// (pathlib would remove one of its slashes)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions(ABC):
-    """What every import needs; a form adds where its annotations and pictures are."""
+    """Options of every import; a format adds those for its annotations and images."""
 
-    out: Place
-    """Folder to make, local or gs://; a finished one is left as it is."""
+    out: PathArgument
+    """Output folder, local or gs://; a completed one is left unchanged."""
     name: str = ""
     """Name of the source; default: the name of `out`."""
     licence: str = "unknown"
-    """Under which terms the data may be used; kept in the manifest. Default: the published set's, where it is one."""
+    """Licence of the data, recorded in the manifest; default: that of the published data set, if it is one."""
     shards: int | None = None
-    """Number of files; default: one for each 4,096 images or captions."""
+    """Number of shard files; default: one per 4,096 images or captions."""
     processes: int = 0
-    """Processes that read the pictures; 0: one a core. The result is the same for any number."""
+    """Processes that read the images; 0: one per core. The result does not depend on it."""
     strict: bool = False
-    """Stop at the first thing that would be dropped."""
-    exclude: tyro.conf.UseAppendAction[tuple[Place, ...]] = field(default_factory=tuple)
-    """Leave out pictures that are in this folder of shards (or its manifest.json), or whose hash this text file lists;
-    may be given several times."""
+    """Stop at the first item that would be dropped."""
+    exclude: tyro.conf.UseAppendAction[tuple[PathArgument, ...]] = field(default_factory=tuple)
+    """Exclude images that are in this folder of shards (or its manifest.json), or whose hash this text file lists; can be
+    repeated."""
     published: str = ""
-    """Published set to compare with, a name of gcs/manifests; default: the one whose file this is."""
+    """Published data set to compare with, a name in gcs/manifests; default: recognised by the annotation file's name."""
 
     @property
     @abstractmethod
     def source(self) -> epath.Path:
-        """The annotation file (or folder) as the manifest names it."""
+        """The annotation file (or folder), as recorded in the manifest."""
 
     @abstractmethod
-    def opened(self, scratch: Path) -> Opened:
-        """The source, opened; `scratch` is a folder for temporary files."""
+    def open(self, scratch: Path) -> ImportSource:
+        """Opens and validates the annotations; `scratch` is a folder for temporary files."""

@@ -1,7 +1,8 @@
-"""Published data sets: what is known of their sizes, and how an import compares with it.
+"""Published sizes of data sets, and their comparison with an import.
 
-Each file of `gcs/manifests` is one set: its annotation files, how many records, boxes and names they list, who says so,
-and which other numbers are known and why. An import is compared with what it listed before anything was dropped.
+Each file of `gcs/manifests` describes one data set: its annotation files, the numbers of records, boxes and names that they
+list, the source of these numbers, and other known numbers with their reasons. The numbers that an import lists before any
+drop are compared with them.
 """
 
 import json
@@ -24,41 +25,41 @@ _COUNTS = ("records", "boxes", "names")
 
 @dataclass(frozen=True)
 class Published:
-    """A published set, one split."""
+    """One split of a published data set."""
 
     name: str
     title: str
     files: tuple[str, ...]
-    """Names of annotation files that are recognised as this set."""
+    """Names of annotation files by which the set is recognised."""
     counts: dict[str, int]
-    """What the files list, by records, boxes, names; only what is known."""
+    """Known numbers of records, boxes and names in the files."""
     units: dict[str, str]
-    """What one of each is, where that needs words, e.g. records: captions."""
+    """Units of these numbers where they are not obvious, e.g. records: captions."""
     source: str
-    """Who says so."""
+    """Source of the numbers."""
     licence: str
     within: dict[str, int] = field(default_factory=dict)
-    """How far a count may be off because it is published rounded."""
+    """Tolerance of numbers that are published rounded."""
     variants: tuple[dict[str, Any], ...] = ()
-    """Other known numbers: some of the counts, and `why`."""
+    """Other known numbers: some of the counts, and the reason `why`."""
     address: str = ""
-    """Where the owner publishes it."""
+    """URL of the publisher."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One count beside the published one."""
+    """A count and the published one."""
 
     what: str
     found: int
     expected: int
     within: int
-    """By how much the published number may be off: it is rounded."""
+    """Tolerance of the published number, which may be rounded."""
     explanation: str
-    """Empty where they are equal."""
+    """Why the numbers differ; empty if they agree."""
 
     def line(self) -> str:
-        """For the report."""
+        """The comparison as a line of the report."""
         if not self.explanation:
             about = f" (rounded: {self.expected:,})" if self.within else ""
             return f"{self.found:,} {self.what}, as published{about}"
@@ -66,7 +67,7 @@ class Comparison:
 
 
 def load(folder: Path | None = None) -> dict[str, Published]:
-    """All sets by name; SourceError for a file that does not fit. `folder`: default MANIFESTS."""
+    """All published data sets by name; SourceError for an invalid file. `folder`: default MANIFESTS."""
     sets, folder = {}, folder or MANIFESTS
     for path in sorted(folder.glob("*.json")):
         try:
@@ -74,7 +75,7 @@ def load(folder: Path | None = None) -> dict[str, Published]:
             fields.update(files=tuple(fields["files"]), variants=tuple(fields.get("variants", ())))
             sets[path.stem] = Published(name=path.stem, **fields)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise SourceError(f"{path} is no manifest of a published set ({error})") from None
+            raise SourceError(f"{path} is not a manifest of a published set ({error})") from None
         unknown = set(sets[path.stem].counts) - set(_COUNTS)
         if unknown:
             raise SourceError(f"{path}: counts has {unknown.pop()!r}, expected some of {', '.join(_COUNTS)}")
@@ -82,9 +83,9 @@ def load(folder: Path | None = None) -> dict[str, Published]:
 
 
 def find(annotations: epath.PathLike, name: str = "") -> Published | None:
-    """The set of that name, or, without a name, the one that the annotation file's own name says; None if none does.
+    """The set named `name`, or, without a name, the set that has a file named like `annotations`; None if there is none.
 
-    SourceError for a name that there is not.
+    Raises SourceError for an unknown name.
     """
     sets = load()
     if name and name not in sets:
@@ -96,7 +97,7 @@ def find(annotations: epath.PathLike, name: str = "") -> Published | None:
 
 
 def compare(published: Published, found: Mapping[str, int]) -> list[Comparison]:
-    """Each known count beside the one found; differences that are a known variant are explained."""
+    """Compares the counts of an import with the published ones; explains differences that are a known variant."""
     comparisons = []
     for what, expected in published.counts.items():
         if what not in found:
@@ -104,7 +105,7 @@ def compare(published: Published, found: Mapping[str, int]) -> list[Comparison]:
         explanation, within = "", published.within.get(what, 0)
         if abs(found[what] - expected) > within:
             known = [v["why"] for v in published.variants if v.get(what) == found[what]]
-            explanation = known[0] if known else "no variant with this number is known; is the file whole?"
+            explanation = known[0] if known else "no variant with this number is known; is the file complete?"
         unit = f"{what} ({published.units[what]})" if what in published.units else what
         comparisons.append(Comparison(unit, found[what], expected, within, explanation))
     return comparisons

@@ -1,4 +1,8 @@
-"""JSON files of any size: the objects of a list are read one after the other, so memory does not grow with the file."""
+"""Readers that the formats share: streamed JSON files, joins of images and annotations, and lines of text files.
+
+Memory does not grow with the size of a file. `JsonFile` yields the objects of a list one at a time. `Join` groups annotations
+by image in a temporary SQLite file. `numbered_lines` iterates over the lines of a plain or gzip file.
+"""
 
 import contextlib
 import gzip
@@ -19,25 +23,34 @@ from tqdm import tqdm
 from glip_jax.data.importers.entry import Report, SourceError
 from glip_jax.io import gcs
 
-__all__ = ["Join", "JsonFile", "integer", "json_of", "need", "numbered", "text", "text_of"]
+__all__ = [
+    "Join",
+    "JsonFile",
+    "integer_field",
+    "parse_json",
+    "require_keys",
+    "numbered_lines",
+    "text_field",
+    "decode_text",
+]
 
 _BLOCK = 1 << 20
 
-_DEEPEST = 64
-"""Brackets that may open one right after the other; the reader's memory grows with the square of the depth."""
+_MAX_DEPTH = 64
+"""Maximum number of consecutive opening brackets; the memory of the parser grows with the square of the depth."""
 
 _STRING_OR_NUMBER = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?P<closed>"|\\?\Z)|-?(?:NaN|Infinity)', re.DOTALL)
-"""A string, of which the end may be missing, or one of Python's numbers."""
+"""A string, possibly without its end, or NaN or Infinity as Python writes them."""
 
 
 class JsonFile:
-    """A JSON file that holds lists of objects.
+    """A JSON file with lists of objects, read as a stream.
 
-    Python writes NaN and Infinity, which are no JSON: they are read as the texts "NaN", "Infinity" and "-Infinity".
+    NaN and Infinity, which Python writes but JSON does not have, are read as the texts "NaN", "Infinity" and "-Infinity".
     """
 
     def __init__(self, path: epath.PathLike) -> None:
-        """Looks through the bytes; SourceError if there is no file or it cannot be read."""
+        """Scans the file once; SourceError if it does not exist, cannot be read or is nested too deeply."""
         self.path = epath.Path(path)
         if gcs.kind(self.path) != "file":
             raise SourceError(f"the annotation file {self.path} does not exist")
@@ -48,16 +61,18 @@ class JsonFile:
                 while block := file.read(_BLOCK):
                     seen = tail + block
                     self._python_numbers |= b"NaN" in seen or b"Infinity" in seen
-                    if b"[" * _DEEPEST in seen or b'{"":' * _DEEPEST in seen:
-                        raise SourceError(f"{self.path} is not JSON of a data set (it nests {_DEEPEST} deep and more)")
+                    if b"[" * _MAX_DEPTH in seen or b'{"":' * _MAX_DEPTH in seen:
+                        raise SourceError(
+                            f"{self.path} is not the JSON file of a data set (it nests {_MAX_DEPTH} deep or more)"
+                        )
                     tail = block[-256:]
         except OSError as error:
             raise SourceError(f"{self.path} cannot be read ({error.strerror or error})") from None
 
     def objects(self, key: str = "", required: bool = True) -> Iterator[dict[str, Any]]:
-        """The objects of the list under `key`, or, for "", of the file's own list.
+        """Yields the objects of the list under `key`; "": the file itself is the list.
 
-        SourceError if the file is not JSON, there is no such list (only if `required`), or something else is in it.
+        Raises SourceError if the file is not JSON, the list is missing (only if `required`), or an item is not an object.
         """
         count, start = 0, f"{key}.item" if key else "item"
         for count, item in enumerate(self.values(start), 1):
@@ -68,46 +83,48 @@ class JsonFile:
             self._check_list(key, required)
 
     def values(self, start: str) -> Iterator[Any]:
-        """Values at a place, as ijson names it, whatever they are; SourceError if the file is not JSON."""
+        """Yields the values under an ijson prefix, of any type; SourceError if the file is not JSON."""
         try:
             with gcs.open_file(self.path) as raw:
                 size = raw.seek(0, io.SEEK_END)
                 raw.seek(0)
                 title = f"{self.path.name}: {start.removesuffix('.item')}"
                 with tqdm(desc=title, total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-                    file = _Told(raw, bar)
+                    file = _ProgressFile(raw, bar)
                     plain = _WithoutPythonNumbers(file) if self._python_numbers else file
                     yield from ijson.items(plain, start, use_float=True, buf_size=_BLOCK)
         except (ijson.JSONError, ValueError, RecursionError, OverflowError) as error:
             if isinstance(error, SourceError):
                 raise
-            words = error.args[0] if error.args else error
-            lines = (words.decode(errors="replace") if isinstance(words, bytes) else str(words)).split("\n")
+            message = error.args[0] if error.args else error
+            lines = (message.decode(errors="replace") if isinstance(message, bytes) else str(message)).split("\n")
             reason, near = lines[0].strip(" ."), " ".join(lines[1].split()) if len(lines) > 1 else ""
             found = f", near {near!r:.80}" if near else ""
-            raise SourceError(f"{self.path} is not JSON that can be used ({reason}{found}): mend or copy it") from None
+            raise SourceError(
+                f"{self.path} is not JSON that can be used ({reason}{found}): repair it or copy it again"
+            ) from None
 
     def _check_list(self, key: str, required: bool) -> None:
-        """SourceError unless there is a list, empty, where objects were looked for."""
+        """Raises SourceError unless the list under `key` exists (and is empty)."""
         found = "nothing"
         with gcs.open_file(self.path) as file:
             plain = _WithoutPythonNumbers(file) if self._python_numbers else file
-            for place, event, _ in ijson.parse(plain, use_float=True):
+            for prefix, event, _ in ijson.parse(plain, use_float=True):
                 kind = {"start_map": "dict", "start_array": "list"}.get(event, event)
-                if not place and event.startswith("start_") and (kind == "dict") != bool(key):
+                if not prefix and event.startswith("start_") and (kind == "dict") != bool(key):
                     wanted = f"an object with {key}" if key else "a list"
                     raise SourceError(f"{self.path} holds a {kind}, expected {wanted}")
-                if not place and event in ("string", "number", "null", "boolean"):
+                if not prefix and event in ("string", "number", "null", "boolean"):
                     raise SourceError(f"{self.path} holds a {kind}, expected a data set")
-                if place == key and event != "map_key":
+                if prefix == key and event != "map_key":
                     found = kind
                     break
         if found != "list" and (required or found != "nothing"):
             raise SourceError(f"{self.path}: expected a list under {key!r}, found {found}")
 
 
-class _Told:
-    """A file whose reading a progress bar is told of."""
+class _ProgressFile:
+    """A file that updates a progress bar while it is read."""
 
     def __init__(self, file: IO[bytes], bar: tqdm) -> None:
         self._file, self._bar = file, bar
@@ -119,7 +136,7 @@ class _Told:
 
 
 class _WithoutPythonNumbers:
-    """A file in which NaN and Infinity outside of strings are strings."""
+    """A file in which NaN and Infinity outside of strings are replaced by strings."""
 
     def __init__(self, file: Any) -> None:
         self._file, self._rest = file, b""
@@ -133,7 +150,7 @@ class _WithoutPythonNumbers:
             if not block:
                 self._rest = b""
                 return _STRING_OR_NUMBER.sub(_quoted, text)
-            # The next block may end the string or the number that the last bytes begin.
+            # The last bytes may begin a string or number that continues in the next block.
             result, done, until = io.BytesIO(), 0, None
             for match in _STRING_OR_NUMBER.finditer(text):
                 result.write(text[done : match.start()])
@@ -154,15 +171,15 @@ def _quoted(match: re.Match[bytes]) -> bytes:
     return match[0] if match[0].startswith(b'"') else b'"' + match[0] + b'"'
 
 
-def need(item: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
-    """SourceError if the object lacks one of the keys."""
+def require_keys(item: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
+    """Raises SourceError if the object lacks one of the keys."""
     missing = [key for key in keys if key not in item]
     if missing:
         raise SourceError(f"{where} lacks {', '.join(missing)}")
 
 
-def integer(item: dict[str, Any], key: str, where: str, wanted: str = "pixels as an integer") -> int:
-    """The integer under the key; 640.0 is one. SourceError for other things."""
+def integer_field(item: dict[str, Any], key: str, where: str, wanted: str = "pixels as an integer") -> int:
+    """The integer under the key, 640.0 included; SourceError for other values. `wanted`: the expectation in the message."""
     value = item[key]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -171,40 +188,39 @@ def integer(item: dict[str, Any], key: str, where: str, wanted: str = "pixels as
     return value
 
 
-def text(item: dict[str, Any], key: str, where: str, what: str) -> str:
-    """The text under the key; SourceError if it is none or empty."""
+def text_field(item: dict[str, Any], key: str, where: str, what: str) -> str:
+    """The text under the key; SourceError if it is not a text or empty. `what`: its name in the message."""
     value = item[key]
     if not isinstance(value, str) or not value:
         raise SourceError(f"{where} has the {what} {value!r:.40}, expected text")
     return value
 
 
-# Joins what annotation files keep apart: images here, their annotations there, in any order and of any number.
-#
-# Both go into a temporary SQLite file, and come out image by image, in the order of the file. Memory does not grow.
-
-
 Key = int | str
+"""Id of an image or annotation."""
 
 
 class Join:
-    """Images by key and notes that name one. Values are whatever JSON can say, kept as short lists."""
+    """Groups annotations by image, in a temporary SQLite file, for files that list both in any order.
+
+    Values are short lists of JSON values.
+    """
 
     def __init__(self, scratch: Path | None = None) -> None:
-        """`scratch`: folder for the file; None: where the system keeps temporary files."""
+        """`scratch`: folder for the SQLite file; None: the temporary folder of the system."""
         self._base = sqlite3.connect(
             "" if scratch is None else scratch / f"join-{uuid.uuid4().hex}.sqlite", isolation_level=None
         )
         for statement in (
             "PRAGMA journal_mode = OFF",
             "PRAGMA synchronous = OFF",
-            "CREATE TABLE images (place INTEGER PRIMARY KEY, key, value TEXT)",
-            "CREATE TABLE notes (place INTEGER PRIMARY KEY, image, key, value TEXT)",
+            "CREATE TABLE images (position INTEGER PRIMARY KEY, key, value TEXT)",
+            "CREATE TABLE annotations (position INTEGER PRIMARY KEY, image, key, value TEXT)",
         ):
             self._base.execute(statement)
 
     def add_images(self, rows: Iterable[tuple[Key, list[Any]]]) -> None:
-        """Adds (key, value) of each image."""
+        """Adds images as (key, value)."""
         self._base.execute("BEGIN")
         self._base.executemany(
             "INSERT INTO images (key, value) VALUES (?, ?)", ((_key(key), json.dumps(value)) for key, value in rows)
@@ -212,64 +228,61 @@ class Join:
         self._base.execute("COMMIT")
         self._base.execute("CREATE INDEX IF NOT EXISTS by_key ON images (key)")
 
-    def add_notes(self, rows: Iterable[tuple[Key, Key | None, list[Any]]]) -> None:
-        """Adds (image's key, own key or None, value) of each note."""
+    def add_annotations(self, rows: Iterable[tuple[Key, Key | None, list[Any]]]) -> None:
+        """Adds annotations as (key of the image, key or None, value)."""
         self._base.execute("BEGIN")
         self._base.executemany(
-            "INSERT INTO notes (image, key, value) VALUES (?, ?, ?)",
+            "INSERT INTO annotations (image, key, value) VALUES (?, ?, ?)",
             ((_key(image), None if key is None else _key(key), json.dumps(value)) for image, key, value in rows),
         )
         self._base.execute("COMMIT")
-        self._base.execute("CREATE INDEX IF NOT EXISTS by_image ON notes (image)")
+        self._base.execute("CREATE INDEX IF NOT EXISTS by_image ON annotations (image)")
 
-    def images_of_notes(self) -> None:
-        """Adds an image, without a value, for each key that notes name, in the order in which they first do."""
+    def add_images_of_annotations(self) -> None:
+        """Adds an image with an empty value for each image key of the annotations, in order of first occurrence."""
         self._base.execute(
-            "INSERT INTO images (key, value) SELECT image, '[]' FROM notes GROUP BY image ORDER BY min(place)"
+            "INSERT INTO images (key, value) SELECT image, '[]' FROM annotations GROUP BY image ORDER BY min(position)"
         )
         self._base.execute("CREATE INDEX IF NOT EXISTS by_key ON images (key)")
 
     @property
     def count(self) -> int:
-        """Images."""
+        """Number of images."""
         return self._base.execute("SELECT count(*) FROM images").fetchone()[0]
 
-    def twice(self, table: str) -> Any:
-        """A key that stands twice in `images` or `notes`; None if there is none."""
-        assert table in ("images", "notes")
-        question = (
-            f"SELECT key FROM {table} WHERE key IS NOT NULL GROUP BY key HAVING count(*) > 1 ORDER BY place LIMIT 1"
+    def duplicate_key(self, table: str) -> Any:
+        """The first key that occurs twice in the table `images` or `annotations`; None if there is none."""
+        assert table in ("images", "annotations")
+        query = (
+            f"SELECT key FROM {table} WHERE key IS NOT NULL GROUP BY key HAVING count(*) > 1 ORDER BY position LIMIT 1"
         )
-        row = self._base.execute(question).fetchone()
+        row = self._base.execute(query).fetchone()
         return None if row is None else row[0]
 
-    def strays(self) -> Iterator[tuple[Any, Any]]:
-        """(note's key, image's key) of notes whose image is not there."""
+    def without_image(self) -> Iterator[tuple[Any, Any]]:
+        """Yields (key, key of the image) of annotations whose image does not exist."""
         yield from self._base.execute(
-            "SELECT key, image FROM notes WHERE NOT EXISTS (SELECT 1 FROM images WHERE images.key = notes.image) "
-            "ORDER BY place"
+            "SELECT key, image FROM annotations WHERE NOT EXISTS (SELECT 1 FROM images WHERE images.key = annotations.image) "
+            "ORDER BY position"
         )
 
     def __iter__(self) -> Iterator[tuple[Any, list[Any], list[tuple[Any, list[Any]]]]]:
-        """Per image, in the order they were added: key, value, and (key, value) of its notes in theirs."""
-        notes = self._base.cursor()
-        for key, value in self._base.execute("SELECT key, value FROM images ORDER BY place"):
-            found = notes.execute("SELECT key, value FROM notes WHERE image = ? ORDER BY place", (key,))
-            yield key, json.loads(value), [(note, json.loads(line)) for note, line in found]
+        """Yields (key, value, [(key, value) of each annotation]) for each image; both in the order in which they were added."""
+        annotations = self._base.cursor()
+        for key, value in self._base.execute("SELECT key, value FROM images ORDER BY position"):
+            rows = annotations.execute("SELECT key, value FROM annotations WHERE image = ? ORDER BY position", (key,))
+            yield key, json.loads(value), [(annotation, json.loads(line)) for annotation, line in rows]
 
 
 def _key(key: Key) -> Key:
-    """As SQLite keeps it: integers beyond its 64 bits become texts, halves of surrogate pairs their escapes."""
+    """The key as SQLite can store it: integers beyond 64 bits become texts, lone surrogates are escaped."""
     if isinstance(key, str):
         return key.encode(errors="backslashreplace").decode()
     return key if -(2**63) <= key < 2**63 else f"integer {key}"
 
 
-# Lines of text files, one at a time, plain or gzip: what the formats without one big JSON share.
-
-
-def numbered(path: epath.PathLike) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line without its end) of the file; *.gz is unpacked. SourceError where it cannot be read."""
+def numbered_lines(path: epath.PathLike) -> Iterator[tuple[int, bytes]]:
+    """Yields (number from 1, line without line end) of a file; *.gz is decompressed. SourceError if it cannot be read."""
     file, number = epath.Path(path), 0
     try:
         with contextlib.ExitStack() as stack:
@@ -285,8 +298,8 @@ def numbered(path: epath.PathLike) -> Iterator[tuple[int, bytes]]:
         raise SourceError(f"{path} cannot be read ({reason}): expected a file of text lines") from None
 
 
-def text_of(raw: bytes, report: Report, thing: str, where: str) -> str | None:
-    """The line as text, without a byte order mark; None, counted as a drop of `thing`, where it is no UTF-8."""
+def decode_text(raw: bytes, report: Report, thing: str, where: str) -> str | None:
+    """The line as text, without a byte order mark; None, counted as a drop of `thing`, if it is not UTF-8."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -294,10 +307,10 @@ def text_of(raw: bytes, report: Report, thing: str, where: str) -> str | None:
         return None
 
 
-def json_of(raw: bytes, report: Report, thing: str, where: str) -> Any:
-    """The JSON value of a line or cell; ... (no value of JSON), counted as a drop of `thing`, where it is none."""
+def parse_json(raw: bytes, report: Report, thing: str, where: str) -> Any:
+    """The JSON value of a line or cell; Ellipsis, counted as a drop of `thing`, if it is not JSON."""
     try:
         return json.loads(raw)
-    except (ValueError, RecursionError) as error:  # no UTF-8 is a ValueError too
+    except (ValueError, RecursionError) as error:  # invalid UTF-8 is a ValueError too
         report.drop(f"{thing}: no JSON", f"{where}, {error!s:.60}, found {raw[:40]!r}")
         return ...

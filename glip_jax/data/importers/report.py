@@ -1,4 +1,4 @@
-"""What a build has to say when it is done: `report.json` in the folder, and the table that is printed."""
+"""The report of a build: `report.json` in the folder, and a table for the terminal."""
 
 import hashlib
 from collections import Counter
@@ -18,43 +18,43 @@ __all__ = ["BuildReport", "summary"]
 
 @dataclass(frozen=True)
 class BuildReport:
-    """Counts of a build; records are what training draws, images are different pictures."""
+    """Counts of a build; several records may have the same image."""
 
     name: str
     licence: str
     records: int
     images: int
-    """Pictures that differ in at least a byte."""
+    """Number of distinct images (by content)."""
     boxes: int
     phrases: int
-    """Different places of captions with a box."""
+    """Number of phrases with a box."""
     names: int
     names_without_boxes: int
     listed_records: int
-    """What the annotation file lists, before anything was dropped."""
+    """Number of records in the annotation file, before any drop."""
     listed_boxes: int
     drops: dict[str, dict[str, Any]]
-    """By reason: count, first (an example)."""
+    """Dropped items by reason: count, first (an example)."""
     notes: dict[str, dict[str, Any]]
-    """What was kept and should be known."""
+    """Remarks on kept items, in the same format."""
     duplicates: dict[str, Any]
-    """Records whose picture an earlier record has: records, first (a pair of record numbers in reading order)."""
+    """Records with the image of an earlier record: records (count), first (a pair of record numbers in reading order)."""
     exclude: list[dict[str, Any]]
-    """Where the hashes of pictures to leave out came from: file, hashes, sha256; how many were met is in `drops`."""
+    """Sources of the hashes of excluded images: file, hashes, sha256; the number of excluded images is in `drops`."""
     inputs: list[dict[str, Any]]
-    """file, bytes, sha256."""
+    """Annotation files: file, bytes, sha256."""
     inputs_sha256: str
-    """Of all inputs' hashes."""
+    """Hash of the hashes of all inputs."""
     published: dict[str, Any] | None
-    """The published set, and each count beside its own."""
+    """The published data set, and the comparison of the counts."""
 
     def table(self) -> str:
-        """For the terminal: aligned lines."""
+        """The report as aligned lines for the terminal."""
         rows: list[tuple[str, str, str]] = [
             (
                 "kept images",
                 f"{self.records}",
-                "" if self.records == self.images else f"{self.images} of them different",
+                "" if self.records == self.images else f"{self.images} distinct",
             ),
             ("kept boxes", f"{self.boxes}", ""),
         ]
@@ -69,11 +69,11 @@ class BuildReport:
             rows.append(("dropped", "0", ""))
         if self.duplicates["records"]:
             one, other = self.duplicates["first"]
-            rows.append(("same picture again", f"{self.duplicates['records']}", f"first: records {one} and {other}"))
+            rows.append(("duplicate images", f"{self.duplicates['records']}", f"first: records {one} and {other}"))
         if self.exclude:
             met = self.drops.get("image: excluded", {"count": 0})["count"]
             listed = sum(item["hashes"] for item in self.exclude)
-            rows.append(("overlap with --exclude", f"{met}", f"of {listed} pictures in {len(self.exclude)} lists"))
+            rows.append(("overlap with --exclude", f"{met}", f"of {listed} images in {len(self.exclude)} lists"))
         width = max(len(row[0]) for row in rows)
         lines = [f"{name:<{width}}  {count:>8}  {example}".rstrip() for name, count, example in rows]
         lines.append(f"inputs: {', '.join(item['file'] for item in self.inputs)}  sha256 {self.inputs_sha256[:16]}")
@@ -95,7 +95,7 @@ def summary(
     exclude: Sequence[dict[str, Any]],
     known: Published | None,
 ) -> BuildReport:
-    """What there is to say of a folder; `labels`: boxes by category."""
+    """Creates the report of a build; `labels`: number of boxes by category."""
     dropped_boxes = sum(n for reason, n in report.dropped.items() if reason.startswith("box: "))
     dropped_images = sum(n for reason, n in report.dropped.items() if reason.startswith("image: "))
     listed = {
@@ -125,7 +125,7 @@ def _examples(report: Report, counts: Counter[str]) -> dict[str, dict[str, Any]]
 
 
 def _duplicates(hashes: UInt64[np.ndarray, " records"]) -> dict[str, Any]:
-    """Records that repeat a picture, and the first such pair."""
+    """Number of records that repeat an image, and the first such pair."""
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     earlier = first[inverse]
     again = np.flatnonzero(earlier != np.arange(len(hashes)))

@@ -1,8 +1,8 @@
-"""Any detection set that TensorFlow Datasets has prepared as array_record, read without TensorFlow.
+"""Imports detection data sets that TensorFlow Datasets has prepared as array_record, without TensorFlow.
 
-The set is a folder with features.json and dataset_info.json, as `tfds build --file_format=array_record` leaves it. Its
-features say what is what: an Image, and a sequence that has a BBoxFeature and a ClassLabel. `is_crowd`, `is_group_of`,
-`neg_category_ids` and `not_exhaustive_category_ids` are understood. The pictures stay as they are stored.
+A prepared set is a folder with features.json and dataset_info.json, as `tfds build --file_format=array_record` creates it.
+Images and boxes are found by the types of its features: an Image, and a sequence with a BBoxFeature and a ClassLabel.
+`is_crowd`, `is_group_of`, `neg_category_ids` and `not_exhaustive_category_ids` are supported. Images are stored unchanged.
 
 Needs the package tensorflow-datasets (requirements-tfds.txt), for the import only.
 """
@@ -17,64 +17,62 @@ import tyro
 from etils import epath
 
 from glip_jax.data.importers.categories import check_names
-from glip_jax.data.importers.entry import Box, Entry, Opened, Report, SourceError
-from glip_jax.data.importers.options import BuildOptions, Place
+from glip_jax.data.importers.entry import Box, Entry, ImportSource, Report, SourceError
+from glip_jax.data.importers.options import BuildOptions, PathArgument
 from glip_jax.io import gcs
 
 __all__ = ["Tfds", "open_tfds"]
 
 
-def open_tfds(folder: epath.PathLike, split: str = "train", *, strict: bool = False) -> Opened:
-    """Detection entries of a split, in the order of the set.
+def open_tfds(folder: epath.PathLike, split: str = "train", *, strict: bool = False) -> ImportSource:
+    """Opens a split of a prepared set; entries in the order of the set.
 
-    SourceError: the package or the set is missing, the split is not there, the files are no array_record, the features
-    have no image or no boxes with labels, or lie in a bucket.
+    Raises SourceError if the package, the set or the split is missing, the files are not array_record, the features have no
+    image or no boxes with labels, or the set is in a bucket.
     """
-    place = epath.Path(folder)
+    path = epath.Path(folder)
     if gcs.is_remote(folder):
-        raise SourceError(
-            f"{place} lies in a bucket, and array_record reads local files: copy the prepared set to a disk"
-        )
-    images = _Images(str(place), split, *_image_feature(_builder(place), place))
+        raise SourceError(f"{path} is in a bucket, but array_record reads local files: copy the prepared set to a disk")
+    images = _Images(str(path), split, *_image_feature(_builder(path), path))
     features = images.builder.info.features
-    boxes = _boxes_feature(features, place)
-    check_names(dict(enumerate(boxes.names)), str(place))
+    boxes = _boxes_feature(features, path)
+    check_names(dict(enumerate(boxes.names)), str(path))
     report = Report(strict=strict)
     count = len(images.source)
-    inputs = tuple(place / name for name in ("features.json", "dataset_info.json") if (place / name).exists())
-    entries = _entries(images, boxes, _title(place), report)
-    return Opened(entries, images, report, tuple(boxes.names), count, inputs)
+    inputs = tuple(path / name for name in ("features.json", "dataset_info.json") if (path / name).exists())
+    entries = _entries(images, boxes, _title(path), report)
+    return ImportSource(entries, images, report, tuple(boxes.names), count, inputs)
 
 
-def _builder(place: epath.Path) -> Any:
+def _builder(path: epath.Path) -> Any:
     """The set's builder; SourceError if it cannot be opened."""
     try:
         import tensorflow_datasets as tfds
     except ImportError:
         raise SourceError(
-            f"{place} is read with the package tensorflow-datasets, which is not installed: "
+            f"{path} is read with the package tensorflow-datasets, which is not installed: "
             "python -m pip install -r requirements-tfds.txt"
         ) from None
-    if not (place / "features.json").is_file():
+    if not (path / "features.json").is_file():
         raise SourceError(
-            f"{place} has no features.json: expected a prepared set, e.g. tensorflow_datasets/voc/2007/5.0.0"
+            f"{path} has no features.json: expected a prepared set, e.g. tensorflow_datasets/voc/2007/5.0.0"
         )
     try:
-        return tfds.builder_from_directory(place)
-    except Exception as error:  # whatever its own reader meets in files that are not as it wrote them
+        return tfds.builder_from_directory(path)
+    except Exception as error:  # its reader raises various errors for damaged files
         raise SourceError(
-            f"{place} is no set that TensorFlow Datasets can open ({error!s:.200}): prepare it again"
+            f"{path} is not a set that TensorFlow Datasets can open ({error!s:.200}): prepare it again"
         ) from None
 
 
 @dataclass
 class _Images:
-    """Reads the stored picture of an example; opens the set anew in each process."""
+    """Reads the stored image of an example; each process opens the set itself."""
 
     folder: str
     split: str
     key: str
-    """Of the Image feature."""
+    """Key of the Image feature."""
 
     @cached_property
     def builder(self) -> Any:
@@ -82,7 +80,7 @@ class _Images:
 
     @cached_property
     def source(self) -> Any:
-        """Random access to the examples, pictures as bytes; SourceError if there is none."""
+        """Random access to the examples, with images as bytes; SourceError if the split cannot be read."""
         import tensorflow_datasets as tfds
 
         splits = list(self.builder.info.splits)
@@ -95,7 +93,7 @@ class _Images:
             raise SourceError(
                 f"{self.folder} is not stored as array_record: prepare it with tfds build --file_format=array_record"
             ) from None
-        except Exception as error:  # files that are damaged, missing, or others than the set's own list says
+        except Exception as error:  # damaged or missing files, or files that do not match dataset_info.json
             raise SourceError(
                 f"{self.folder}, split {self.split}: its files cannot be read ({error!s:.200}): prepare it again"
             ) from None
@@ -107,11 +105,11 @@ class _Images:
             return self.source[index]
         except SourceError:
             raise
-        except Exception as error:  # a block whose checksum differs, bytes that are no example of these features
+        except Exception as error:  # a wrong checksum, or bytes that do not match the features
             raise OSError(f"example {index} cannot be read ({error!s:.100})") from None
 
     def __call__(self, image: str) -> bytes:
-        """The picture of example number `image`."""
+        """The image of example number `image`."""
         return bytes(self.example(int(image))[self.key])
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -119,28 +117,28 @@ class _Images:
 
 
 class _Boxes(NamedTuple):
-    """Where the boxes are in an example, by keys."""
+    """Keys of the boxes in an example."""
 
     sequence: str
     box: str
     label: str
     names: list[str]
     to_names: Callable[[str, Any], list[str]]
-    """Names of a feature of the example that is a sequence of labels."""
+    """Converts the value of a feature that is a sequence of labels to names."""
 
 
-def _image_feature(builder: Any, place: epath.Path) -> tuple[str]:
-    """Key of the picture."""
+def _image_feature(builder: Any, path: epath.Path) -> tuple[str]:
+    """Key of the image."""
     import tensorflow_datasets as tfds
 
     for key, feature in builder.info.features.items():
         if isinstance(feature, tfds.features.Image):
             return (key,)
-    raise SourceError(f"{place} has no Image among its features: {', '.join(builder.info.features)}")
+    raise SourceError(f"{path} has no Image among its features: {', '.join(builder.info.features)}")
 
 
-def _boxes_feature(features: Any, place: epath.Path) -> _Boxes:
-    """The sequence with boxes and labels; of several labels the one called label or objects_label first."""
+def _boxes_feature(features: Any, path: epath.Path) -> _Boxes:
+    """The sequence with boxes and labels; of several labels the one named `label`."""
     import tensorflow_datasets as tfds
 
     def to_names(key: str, values: Any) -> list[str]:
@@ -159,12 +157,12 @@ def _boxes_feature(features: Any, place: epath.Path) -> _Boxes:
         labels.sort(key=lambda key: key != "label")
         if boxes and labels:
             return _Boxes(sequence, boxes[0], labels[0], list(inner[labels[0]].names), to_names)
-    raise SourceError(f"{place} has no sequence with a BBoxFeature and a ClassLabel: it is no detection set")
+    raise SourceError(f"{path} has no sequence with a BBoxFeature and a ClassLabel: it is not a detection set")
 
 
-def _title(place: epath.Path) -> str:
-    """voc/2007/5.0.0 of a longer path."""
-    return "/".join(place.parts[-3:])
+def _title(path: epath.Path) -> str:
+    """The last three parts of the path, e.g. voc/2007/5.0.0."""
+    return "/".join(path.parts[-3:])
 
 
 def _entries(images: _Images, known: _Boxes, provenance: str, report: Report) -> Iterator[Entry]:
@@ -175,17 +173,17 @@ def _entries(images: _Images, known: _Boxes, provenance: str, report: Report) ->
             report.drop("image: example cannot be read", f"{provenance}, {error}")
             continue
         identity = _identity(example, index)
-        things = example[known.sequence]
+        objects = example[known.sequence]
         boxes: list[Box] = []
         labels, unfinished = [], []
-        for i, (edges, label) in enumerate(zip(things[known.box], things[known.label])):
+        for i, (edges, label) in enumerate(zip(objects[known.box], objects[known.label])):
             where = f"box {i} of image {identity}"
             top, left, bottom, right = (float(edge) for edge in edges)
-            hidden = next((key for key in ("is_crowd", "is_group_of") if _flag(things, key, i)), None)
+            group_flag = next((key for key in ("is_crowd", "is_group_of") if _flag(objects, key, i)), None)
             if not 0 <= int(label) < len(known.names):
                 report.drop("box: category not listed", f"{where}, category {int(label)}")
-            elif hidden is not None:
-                report.drop("box: crowd" if hidden == "is_crowd" else "box: group", where)
+            elif group_flag is not None:
+                report.drop("box: crowd" if group_flag == "is_crowd" else "box: group", where)
                 unfinished.append(known.names[int(label)])
             else:
                 boxes.append((left, top, right, bottom))
@@ -202,12 +200,12 @@ def _entries(images: _Images, known: _Boxes, provenance: str, report: Report) ->
         )  # fmt: skip
 
 
-def _flag(things: Any, key: str, i: int) -> bool:
-    return key in things and int(things[key][i]) == 1
+def _flag(objects: Any, key: str, i: int) -> bool:
+    return key in objects and int(objects[key][i]) == 1
 
 
 def _identity(example: Any, index: int) -> str:
-    """What the set calls the image, else its number."""
+    """The id of the image in the set, else its number."""
     for key in ("image/id", "image_id", "image/filename"):
         if key in example:
             value = example[key]
@@ -222,7 +220,7 @@ class Tfds(BuildOptions):
     example: python -m glip_jax data tfds tensorflow_datasets/voc/2007/5.0.0 --split=train --out=shards/voc
     """
 
-    folder: tyro.conf.Positional[Place]
+    folder: tyro.conf.Positional[PathArgument]
     """Folder with features.json."""
     split: str = "train"
 
@@ -231,6 +229,6 @@ class Tfds(BuildOptions):
         """The folder."""
         return self.folder
 
-    def opened(self, scratch: Path) -> Opened:  # noqa: ARG002
-        """The entries."""
+    def open(self, scratch: Path) -> ImportSource:  # noqa: ARG002
+        """Opens and validates the annotations."""
         return open_tfds(self.folder, self.split, strict=self.strict)

@@ -1,18 +1,17 @@
-"""The containers of the original GLIP: X.tsv with X.lineidx, named by X.yaml (glip-reference 4.5, 4.6).
+"""Imports the TSV containers of the original GLIP: X.yaml, which names files X.tsv with X.lineidx beside it.
 
-The yaml names files beside itself: `img` (rows of key, base64 picture in the last column), `label` (key, JSON), and, all
-optional, `hw` (key, sizes), `linelist` (numbers of the rows to use, repeated for oversampling), `imageid2idx` (row of
-each img_id) and `labelmap` or `jsondict` (names of the classes). X.lineidx has the byte offset of every row; without one
-the offsets are found by reading the rows once.
+The yaml has the keys `img` (rows of key and, in the last column, base64 image) and `label` (key, JSON), and optionally `hw`
+(key, sizes), `linelist` (numbers of the rows to use, repeated for oversampling), `imageid2idx` (row of each img_id) and
+`labelmap` or `jsondict` (names of the classes). X.lineidx has the byte offset of every row; without it the offsets are
+determined by reading the rows once.
 
-Labels are told apart by their keys. Detection: a list of objects, or {"objects": [...]}, each with `class` and `rect`,
-which already is xyxy in inclusive pixels; a `conf` of objects is not used, as in the original's training. Pseudo labels
-of captions: `caption`, `bboxes`, `scores`, `tokens_positive`, one list of spans per box (v1) or boxes and scores nested
-per entity with the entity's spans (v2), where every box of an entity gets all of its spans. Which of the two the file
-holds is the caller's word (`kind`), never guessed.
+Detection labels are a list of objects, or {"objects": [...]}, each with `class` and `rect` (xyxy in inclusive pixels); `conf`
+is ignored, as in the original's training. Pseudo labels of captions have `caption`, `bboxes`, `scores` and `tokens_positive`:
+one list of spans per box (v1), or boxes and scores nested per entity with the entity's spans (v2), where every box of an
+entity gets all of its spans. The caller says which of the two kinds a file has (`kind`).
 
-Pictures stay where they are: an entry says which bytes of X.tsv to decode. Offsets lie in temporary files, so memory does
-not grow with the number of rows.
+Images are not copied: an entry refers to the bytes of X.tsv to decode. Offsets are in temporary files, so memory does not
+grow with the number of rows.
 """
 
 import json
@@ -31,52 +30,63 @@ import tyro
 import yaml
 from etils import epath
 
-from glip_jax.data.importers.entry import Box, Entry, Folder, Opened, Report, SourceError, checked_spans, numbers
-from glip_jax.data.importers.options import BuildOptions, Place
-from glip_jax.data.importers.readers import json_of, numbered
+from glip_jax.data.importers.entry import (
+    Box,
+    Entry,
+    ImageFolder,
+    ImportSource,
+    Report,
+    SourceError,
+    as_numbers,
+    checked_spans,
+)
+from glip_jax.data.importers.options import BuildOptions, PathArgument
+from glip_jax.data.importers.readers import numbered_lines, parse_json
 from glip_jax.io import gcs
 
 __all__ = ["Rows", "Tsv", "open_tsv"]
 
 _HEAD = 4096
-"""Bytes of a picture row read to find its columns; doubled while they are not enough."""
+"""Bytes of an image row that are read to find its columns; doubled until they suffice."""
 
 
 def open_tsv(
     container: epath.PathLike, *, kind: Literal["detection", "pseudo"], oversample: bool = False, strict: bool = False
-) -> Opened:
-    """Entries of the container that the yaml `container` describes, in the order of the rows.
+) -> ImportSource:
+    """Opens the container described by the yaml `container`; entries in the order of the rows.
 
-    A `linelist` that names a row several times (class-balanced oversampling) gives one entry and a note of how many
-    were repeated; with `oversample` an entry per mention, with ids `KEY`, `KEY*2`, ... Raises SourceError for a yaml or
-    file that is missing or broken, and for a detection container without names.
+    A row that a `linelist` names several times (class-balanced oversampling) gives one entry, and the repetitions are noted;
+    with `oversample` it gives one entry each, with ids `KEY`, `KEY*2`, ... Raises SourceError if a file is missing or
+    invalid, or a detection container has no names.
     """
     path, report = epath.Path(container), Report(strict=strict)
-    told = _yaml(path)
-    files = {key: path.parent / told[key] for key in ("img", "label", "hw", "linelist", "imageid2idx") if key in told}
+    fields = _yaml(path)
+    files = {
+        key: path.parent / fields[key] for key in ("img", "label", "hw", "linelist", "imageid2idx") if key in fields
+    }
     for key, file in files.items():
         if not file.is_file():
-            raise SourceError(f"{path}: {key} names {told[key]}, which is not beside it")
+            raise SourceError(f"{path}: {key} names {fields[key]}, which is not beside it")
     names: tuple[str, ...] = ()
     if kind == "detection":
-        key = "labelmap" if "labelmap" in told else "jsondict"
-        if key not in told:
+        key = "labelmap" if "labelmap" in fields else "jsondict"
+        if key not in fields:
             raise SourceError(f"{path} names no labelmap: expected labelmap: FILE with the names of the classes")
-        names = _names(path.parent / told[key])
-        files[key] = path.parent / told[key]
+        names = _names(path.parent / fields[key])
+        files[key] = path.parent / fields[key]
     reader = _Container(path, files, kind, {name: index for index, name in enumerate(names)}, report)
     count = len(reader.labels) if "linelist" not in files else None
-    return Opened(
-        reader.entries(oversample), Folder(path.parent), report, names=names, count=count,
+    return ImportSource(
+        reader.entries(oversample), ImageFolder(path.parent), report, names=names, count=count,
         inputs=(path, *(file for key, file in files.items() if key != "img")),
     )  # fmt: skip
 
 
 class Rows:
-    """Random access to the rows of a .tsv by their offsets, which stay on disk.
+    """Random access to the rows of a .tsv file by their offsets, which are kept on disk.
 
-    SourceError if X.lineidx does not fit X.tsv: an offset that is no number, not above the one before, or beyond the
-    end.
+    Raises SourceError if X.lineidx does not match X.tsv: an offset is not a number, not above the previous one, or beyond
+    the end of the file.
     """
 
     def __init__(self, path: epath.Path) -> None:
@@ -86,7 +96,7 @@ class Rows:
         index = path.with_suffix(".lineidx")
         with tempfile.TemporaryFile() as offsets:
             part: list[int] = []
-            for offset in self._listed(index) if index.is_file() else self._found():
+            for offset in self._indexed_offsets(index) if index.is_file() else self._scanned_offsets():
                 part.append(offset)
                 if len(part) == 65_536:
                     np.asarray(part, np.int64).tofile(offsets)
@@ -99,12 +109,12 @@ class Rows:
         return len(self._offsets) - 1
 
     def cells(self, row: int) -> list[bytes]:
-        """The columns of a row, read whole."""
+        """All columns of a row."""
         begin, end = self._bounds(row)
         return self._line(begin, end, row).split(b"\t")
 
     def last_cell(self, row: int) -> tuple[bytes, int, int]:
-        """The first column, and first byte and length of the last one, of which only the beginning is read."""
+        """The first column, and the first byte and length of the last column, which is not read completely."""
         begin, end = self._bounds(row)
         tabs, size = self._tabs, _HEAD
         while (head := self._line(begin, min(begin + size, end), row)).count(b"\t") < tabs and begin + size < end:
@@ -115,47 +125,47 @@ class Rows:
 
     @cached_property
     def _tabs(self) -> int:
-        """Tabs of the first row, which all should have."""
+        """Number of tabs of the first row, which all rows should have."""
         return len(self.cells(0)) - 1
 
     def _bounds(self, row: int) -> tuple[int, int]:
-        """First byte and end of a row, without its line end."""
+        """First byte and end of a row, without the line end."""
         begin, end = int(self._offsets[row]), int(self._offsets[row + 1])
         if begin and self._part(begin - 1, begin) != b"\n":
-            self._unfit(row)
+            self._raise_mismatch(row)
         tail = self._part(max(begin, end - 2), end)
         return begin, end - (len(tail) - len(tail.rstrip(b"\r\n")))
 
     def _line(self, begin: int, end: int, row: int) -> bytes:
         data = self._part(begin, end)
         if b"\n" in data:
-            self._unfit(row)
+            self._raise_mismatch(row)
         return data
 
     def _part(self, begin: int, end: int) -> bytes:
         self._file.seek(begin)
         return self._file.read(end - begin)
 
-    def _unfit(self, row: int) -> NoReturn:
+    def _raise_mismatch(self, row: int) -> NoReturn:
         raise SourceError(
             f"{self.path.with_suffix('.lineidx')}, line {row + 1} and the one after do not bound a row of "
-            f"{self.path.name}: it belongs to another file; remove it to have it made anew"
+            f"{self.path.name}: it belongs to another file; remove it, it is not required"
         )
 
-    def _listed(self, index: epath.Path) -> Iterator[int]:
+    def _indexed_offsets(self, index: epath.Path) -> Iterator[int]:
         last = -1
-        for number, raw in numbered(index):
+        for number, raw in numbered_lines(index):
             if not (0 < len(raw) < 19 and raw.isdigit()) or not last < int(raw) < max(self._size, 1):
                 raise SourceError(
                     f"{index} line {number}: found {raw[:30]!r}, expected the byte where row {number} of "
-                    f"{self.path.name} begins, above {last} and below {self._size}: remove the file to have it made anew"
+                    f"{self.path.name} begins, above {last} and below {self._size}: remove the file, it is not required"
                 )
             if last == -1 and int(raw) != 0:
                 raise SourceError(f"{index} begins with {int(raw)}, expected 0: it belongs to another file; remove it")
             last = int(raw)
             yield last
 
-    def _found(self) -> Iterator[int]:
+    def _scanned_offsets(self) -> Iterator[int]:
         with gcs.open_file(self.path) as file:
             offset = 0
             for line in file:
@@ -164,27 +174,27 @@ class Rows:
 
 
 class _Container:
-    """The files of one yaml, opened."""
+    """The open files of a container."""
 
     def __init__(
         self, path: epath.Path, files: dict[str, epath.Path], kind: Literal["detection", "pseudo"],
         index: dict[str, int], report: Report,
     ) -> None:  # fmt: skip
         self.path, self.files, self.kind, self.index, self.report = path, files, kind, index, report
-        self.pictures, self.labels = Rows(files["img"]), Rows(files["label"])
+        self.images, self.labels = Rows(files["img"]), Rows(files["label"])
         self.sizes = Rows(files["hw"]) if "hw" in files else None
         self.row_of = _RowOfId(files["imageid2idx"]) if "imageid2idx" in files else None
         if not len(self.labels):
             raise SourceError(f"{files['label']} is empty: expected rows of key and JSON")
-        if self.row_of is None and len(self.pictures) != len(self.labels):
+        if self.row_of is None and len(self.images) != len(self.labels):
             raise SourceError(
-                f"{path}: {files['img'].name} has {len(self.pictures)} rows and {files['label'].name} "
+                f"{path}: {files['img'].name} has {len(self.images)} rows and {files['label'].name} "
                 f"{len(self.labels)}: expected as many of both"
             )
-        if self.sizes is not None and len(self.sizes) != len(self.pictures):
+        if self.sizes is not None and len(self.sizes) != len(self.images):
             raise SourceError(
                 f"{path}: {files['hw'].name} has {len(self.sizes)} rows and {files['img'].name} "
-                f"{len(self.pictures)}: expected as many of both"
+                f"{len(self.images)}: expected as many of both"
             )
 
     def entries(self, oversample: bool) -> Iterator[Entry]:
@@ -208,37 +218,40 @@ class _Container:
         )  # fmt: skip
 
     def _entry(self, row: int) -> Iterator[Entry]:
-        """The entry of a row, or nothing, counted."""
+        """Yields the entry of a row, or nothing, counted, if it is dropped."""
         where = f"{self.files['label'].name} row {row}"
         cells = self.labels.cells(row)
         if len(cells) < 2:
             self.report.drop("image: row without label", f"{where} has {len(cells)} columns, expected key and JSON")
             return
-        label = json_of(cells[-1], self.report, "image", where)
+        label = parse_json(cells[-1], self.report, "image", where)
         if label is ...:
             return
-        at = row if self.row_of is None else self._row_of(label, where)
-        if at is None:
+        image_row = row if self.row_of is None else self._row_of(label, where)
+        if image_row is None:
             return
-        key, begin, length = self.pictures.last_cell(at)
-        name = key.decode(errors="backslashreplace") or str(at)
+        key, begin, length = self.images.last_cell(image_row)
+        name = key.decode(errors="backslashreplace") or str(image_row)
         if self.row_of is None and key != cells[0][:200]:
             self.report.drop(
-                "image: keys differ", f"{where} has {cells[0][:40]!r}, {self.files['img'].name} row {at} {key[:40]!r}"
+                "image: keys differ",
+                f"{where} has {cells[0][:40]!r}, {self.files['img'].name} row {image_row} {key[:40]!r}",
             )
             return
         image = f"{self.files['img'].relative_to(self.path.parent)}#{begin}+{length};base64"
-        size = (None, None) if self.sizes is None else _size(self.sizes.cells(at), f"row {at}", self.report)
+        size = (
+            (None, None) if self.sizes is None else _size(self.sizes.cells(image_row), f"row {image_row}", self.report)
+        )
         make = self._detection if self.kind == "detection" else self._pseudo
         entry = make(label, name, image, size, where)
         if entry is not None:
             yield entry
 
     def _row_of(self, label: Any, where: str) -> int | None:
-        """The row of the picture that a label names by `img_id`."""
+        """The row of the image that a label refers to by `img_id`."""
         identity = label.get("img_id") if isinstance(label, dict) else None
         row = None if self.row_of is None or not isinstance(identity, str | int) else self.row_of.get(str(identity))
-        if row is None or not 0 <= row < len(self.pictures):
+        if row is None or not 0 <= row < len(self.images):
             name = self.files["imageid2idx"].name
             self.report.drop("image: id not listed", f"{where}, img_id {identity!r:.60}, {name} says row {row}")
             return None
@@ -254,15 +267,15 @@ class _Container:
             )
             return None
         boxes, labels, ids = [], [], []
-        for number, thing in enumerate(objects):
-            place = f"{where}, object {number}"
-            if not isinstance(thing, dict) or "class" not in thing or "rect" not in thing:
-                self.report.drop("box: class or rect missing", f"{place}, found {thing!r:.60}")
-            elif not isinstance(thing["class"], str) or thing["class"] not in self.index:
-                self.report.drop("box: category not listed", f"{place}, class {thing['class']!r:.60}")
-            elif (box := _four(thing["rect"], self.report, place)) is not None:
+        for number, item in enumerate(objects):
+            description = f"{where}, object {number}"
+            if not isinstance(item, dict) or "class" not in item or "rect" not in item:
+                self.report.drop("box: class or rect missing", f"{description}, found {item!r:.60}")
+            elif not isinstance(item["class"], str) or item["class"] not in self.index:
+                self.report.drop("box: category not listed", f"{description}, class {item['class']!r:.60}")
+            elif (box := _four(item["rect"], self.report, description)) is not None:
                 boxes.append(box)
-                labels.append(self.index[thing["class"]])
+                labels.append(self.index[item["class"]])
                 ids.append(f"object {number}")
         return Entry(
             id=name, image=image, kind="detection", height=size[0], width=size[1], boxes=tuple(boxes),
@@ -284,15 +297,15 @@ class _Container:
             return None
         caption, boxes, scores, spans, ids = label["caption"], [], [], [], []
         for number, parts in enumerate(zip(*(label[key] for key in lists))):
-            place = f"{where}, box {number}"
-            for box, score in _flat(parts[0], parts[1], self.report, place):
-                four, one = _four(box, self.report, place), numbers([score], 1)
+            description = f"{where}, box {number}"
+            for box, score in _flat(parts[0], parts[1], self.report, description):
+                four, one = _four(box, self.report, description), as_numbers([score], 1)
                 if one is None:
-                    self.report.drop("box: score is no number", f"{place}, found {score!r:.40}")
-                elif four is not None and (own := checked_spans(parts[2], caption, self.report, place)):
+                    self.report.drop("box: score is no number", f"{description}, found {score!r:.40}")
+                elif four is not None and (box_spans := checked_spans(parts[2], caption, self.report, description)):
                     boxes.append(four)
                     scores.append(one[0])
-                    spans.append(own)
+                    spans.append(box_spans)
                     ids.append(str(number))
         listed = (label.get("img_h"), label.get("img_w"))
         if self.sizes is None and type(listed[0]) is int and type(listed[1]) is int:
@@ -304,41 +317,41 @@ class _Container:
 
 
 def _yaml(path: epath.Path) -> dict[str, str]:
-    """The texts of a yaml object, which must name `img` and `label`."""
+    """The texts of the yaml object, which must have `img` and `label`."""
     try:
-        told = yaml.safe_load(path.read_bytes())
+        fields = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise SourceError(f"{path} cannot be read ({error.strerror or error}): expected the container's yaml") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise SourceError(f"{path} is no yaml ({reason:.80})") from None
-    if not isinstance(told, dict) or not all(isinstance(told.get(key), str) for key in ("img", "label")):
-        raise SourceError(f"{path}: expected `img: FILE.tsv` and `label: FILE.tsv`, found {told!r:.60}")
-    wrong = [key for key in ("hw", "linelist", "imageid2idx", "labelmap", "jsondict") if key in told]
-    wrong = [key for key in wrong if told[key] is not None and not isinstance(told[key], str)]
+        raise SourceError(f"{path} is not valid yaml ({reason:.80})") from None
+    if not isinstance(fields, dict) or not all(isinstance(fields.get(key), str) for key in ("img", "label")):
+        raise SourceError(f"{path}: expected `img: FILE.tsv` and `label: FILE.tsv`, found {fields!r:.60}")
+    wrong = [key for key in ("hw", "linelist", "imageid2idx", "labelmap", "jsondict") if key in fields]
+    wrong = [key for key in wrong if fields[key] is not None and not isinstance(fields[key], str)]
     if wrong:
-        raise SourceError(f"{path}: {wrong[0]} is {told[wrong[0]]!r:.40}, expected the name of a file")
-    told = {key: value for key, value in told.items() if isinstance(value, str)}
-    escaped = [key for key, value in told.items() if "\0" in value]
+        raise SourceError(f"{path}: {wrong[0]} is {fields[wrong[0]]!r:.40}, expected the name of a file")
+    fields = {key: value for key, value in fields.items() if isinstance(value, str)}
+    escaped = [key for key, value in fields.items() if "\0" in value]
     if escaped:
         raise SourceError(f"{path}: {escaped[0]} has a null character, expected the name of a file")
-    return told
+    return fields
 
 
 def _names(path: epath.Path) -> tuple[str, ...]:
-    """Names in the order of their numbers, of a JSON {"label_to_idx": {...}} or {...}, or of a .tsv numbered from 1.
+    """Class names in the order of their numbers, from a JSON {"label_to_idx": {...}} or {...}, or a .tsv numbered from 1.
 
-    Number 0 is kept for the background, and left out.
+    Number 0 is the background, and is omitted.
     """
     if path.suffix == ".tsv":
-        listed = [line.partition(b"\t")[0] for _, line in numbered(path) if line.strip()]
+        listed = [line.partition(b"\t")[0] for _, line in numbered_lines(path) if line.strip()]
         try:
             names = {name.decode(): index for index, name in enumerate(listed, 1)}
         except UnicodeDecodeError as error:
             raise SourceError(f"{path} is not UTF-8 ({error})") from None
         if len(names) != len(listed):
             twice = next(name.decode() for name, times in Counter(listed).items() if times > 1)
-            raise SourceError(f"{path} names {twice!r} twice: expected a name once")
+            raise SourceError(f"{path} has the name {twice!r} twice: names must be unique")
     else:
         try:
             names = json.loads(path.read_bytes())
@@ -348,7 +361,7 @@ def _names(path: epath.Path) -> tuple[str, ...]:
         if not isinstance(names, dict) or not all(type(index) is int for index in names.values()):
             raise SourceError(f"{path}: expected an object from name to number, found {names!r:.60}")
         if len(set(names.values())) != len(names):
-            raise SourceError(f"{path} gives a number to two names: expected a number of its own for each")
+            raise SourceError(f"{path} gives two names the same number: numbers must be unique")
     kept = tuple(name for name, index in sorted(names.items(), key=lambda item: item[1]) if index != 0)
     if not kept:
         raise SourceError(f"{path} has no name besides the background")
@@ -356,9 +369,9 @@ def _names(path: epath.Path) -> tuple[str, ...]:
 
 
 def _line_list(path: epath.Path, rows: int, report: Report) -> np.ndarray:
-    """How often each row is mentioned."""
+    """How often the list names each row."""
     times = np.zeros(rows, np.uint32)
-    for number, raw in numbered(path):
+    for number, raw in numbered_lines(path):
         text = raw.strip()
         if not text:
             continue
@@ -370,7 +383,7 @@ def _line_list(path: epath.Path, rows: int, report: Report) -> np.ndarray:
 
 
 class _RowOfId:
-    """Row of each img_id, of a JSON object from one to the other; kept in a temporary file."""
+    """Row of each img_id, from a JSON object of rows by id; kept in a temporary file."""
 
     def __init__(self, path: epath.Path) -> None:
         self._rows = sqlite3.connect("")
@@ -394,7 +407,7 @@ class _RowOfId:
 
 
 def _size(cells: list[bytes], where: str, report: Report) -> tuple[int | None, int | None]:
-    """Height and width of a row of hw.tsv: JSON ({"height", "width"}, or a list with that) or "h w"."""
+    """Height and width of a row of hw.tsv: JSON ({"height", "width"}, or a list with such an object) or "h w"."""
     raw = cells[-1].strip()
     parts = raw.split()
     if len(parts) == 2 and all(part.isdigit() and len(part) < 10 for part in parts):
@@ -412,8 +425,8 @@ def _size(cells: list[bytes], where: str, report: Report) -> tuple[int | None, i
 
 
 def _four(raw: Any, report: Report, where: str) -> Box | None:
-    """Four numbers as they are, or None, counted."""
-    values = numbers(raw, 4)
+    """Four numbers, unchanged; None, counted, for other values."""
+    values = as_numbers(raw, 4)
     if values is None:
         report.drop("box: not four numbers", f"{where}, found {raw!r:.60}, expected [x1, y1, x2, y2]")
         return None
@@ -421,7 +434,7 @@ def _four(raw: Any, report: Report, where: str) -> Box | None:
 
 
 def _flat(boxes: Any, scores: Any, report: Report, where: str) -> Iterator[tuple[Any, Any]]:
-    """(box, score) of v1, one of each, or of v2, lists of both for an entity."""
+    """Yields (box, score): one of each in v1, from lists of both for an entity in v2."""
     nested = isinstance(boxes, list) and all(isinstance(box, list) for box in boxes) and isinstance(scores, list)
     if not nested:
         yield boxes, scores
@@ -436,23 +449,23 @@ def _flat(boxes: Any, scores: Any, report: Report, where: str) -> Iterator[tuple
 
 @dataclass(frozen=True, kw_only=True)
 class Tsv(BuildOptions):
-    """Import a container of the original GLIP: X.yaml that names .tsv files beside it, pictures included.
+    """Import a TSV container of the original GLIP: X.yaml, which names .tsv files beside it, images included.
 
     example: python -m glip_jax data tsv train.yaml --kind=detection --out=shards/objects365
     """
 
-    container: tyro.conf.Positional[Place]
-    """The yaml."""
+    container: tyro.conf.Positional[PathArgument]
+    """The yaml file."""
     kind: Literal["detection", "pseudo"]
-    """What the labels are: boxes with classes, or captions with a teacher's boxes and scores."""
+    """Kind of labels: boxes with classes, or captions with a teacher's boxes and scores."""
     oversample: bool = False
-    """Repeat what the linelist repeats (class-balanced), instead of each picture once."""
+    """Repeat images as the linelist does (class-balanced), instead of importing each once."""
 
     @property
     def source(self) -> epath.Path:
-        """The yaml."""
+        """The yaml file."""
         return self.container
 
-    def opened(self, scratch: Path) -> Opened:  # noqa: ARG002
-        """The entries."""
+    def open(self, scratch: Path) -> ImportSource:  # noqa: ARG002
+        """Opens and validates the annotations."""
         return open_tsv(self.container, kind=self.kind, oversample=self.oversample, strict=self.strict)

@@ -1,8 +1,8 @@
-"""Visual Genome's objects: objects.json (boxes with free names) and image_data.json (sizes, addresses).
+"""Imports objects of Visual Genome: objects.json (boxes with free-form names) and image_data.json (sizes, URLs).
 
-Names are whatever annotators wrote: lower-cased, white space joined; a box has the first of its names that the
-vocabulary knows. No name is exhaustive in any image, so nothing is known to be absent. Pictures are where the address
-says: VG_100K/ID.jpg and VG_100K_2/ID.jpg, or ID.jpg, below the folder of pictures.
+Names are free text of the annotators, lower-cased and with white space normalised; a box gets the first of its names that is
+in the vocabulary. Names are not exhaustive in any image, so nothing is known to be absent. Image paths follow the URLs:
+VG_100K/ID.jpg and VG_100K_2/ID.jpg, or ID.jpg, below the image folder.
 """
 
 from collections import Counter
@@ -14,10 +14,10 @@ from typing import Any
 import tyro
 from etils import epath
 
-from glip_jax.data.importers.coco import Places
-from glip_jax.data.importers.entry import Entry, Opened, Report, SourceError, from_xywh, image_folder
-from glip_jax.data.importers.options import BuildOptions, Place
-from glip_jax.data.importers.readers import Join, JsonFile, integer, need
+from glip_jax.data.importers.coco import ImagePaths
+from glip_jax.data.importers.entry import Entry, ImportSource, Report, SourceError, from_xywh, image_folder
+from glip_jax.data.importers.options import BuildOptions, PathArgument
+from glip_jax.data.importers.readers import Join, JsonFile, integer_field, require_keys
 from glip_jax.structures.prompts import clean_name
 
 __all__ = ["VisualGenome", "open_visual_genome"]
@@ -33,28 +33,29 @@ def open_visual_genome(
     without_coco: bool = False,
     strict: bool = False,
     scratch: Path | None = None,
-) -> Opened:
-    """Detection entries, one per image of image_data.json.
+) -> ImportSource:
+    """Opens Visual Genome; one entry per image of image_data.json.
 
-    `vocabulary`: a text with a name a line, further words for it after commas (as in objects_vocab.txt); None: all names
-    with at least `min_boxes` boxes, the most frequent first. Boxes of other names are dropped and counted, and so are,
-    with `without_coco`, images that are COCO's too. SourceError: no JSON, a missing key, no name left, no pictures.
+    `vocabulary`: text file with a name per line and synonyms after commas (as objects_vocab.txt); None: all names with at
+    least `min_boxes` boxes, the most frequent first. Boxes with other names are dropped and counted, and so are, with
+    `without_coco`, images that are also in COCO. Raises SourceError if a file is not JSON, a key is missing, no name is left,
+    or the image folder is missing or empty.
     """
     folder, report = image_folder(images), Report(strict=strict)
     listed, sizes = JsonFile(objects), JsonFile(image_data)
-    places, counts = Places(folder), Counter[str]()
+    paths, counts = ImagePaths(folder), Counter[str]()
 
-    def pictures() -> Iterator[tuple[int, list[Any]]]:
+    def image_values() -> Iterator[tuple[int, list[Any]]]:
         for i, item in enumerate(sizes.objects()):
             where = f"{sizes.path}: [{i}]"
             identity = _identity(item, where)
-            need(item, ("width", "height"), where)
+            require_keys(item, ("width", "height"), where)
             address = item.get("url")
             parts = address.split("/")[-2:] if isinstance(address, str) and address else [f"{identity}.jpg"]
-            size = [integer(item, side, where) for side in ("height", "width")]
+            size = [integer_field(item, side, where) for side in ("height", "width")]
             yield identity, ["/".join(parts), *size, item.get("coco_id") is not None]
 
-    def notes() -> Iterator[tuple[int, Any, list[Any]]]:
+    def annotations() -> Iterator[tuple[int, Any, list[Any]]]:
         for i, item in enumerate(listed.objects()):
             where = f"{listed.path}: [{i}]"
             image = _identity(item, where)
@@ -63,32 +64,32 @@ def open_visual_genome(
             for k, thing in enumerate(item["objects"]):
                 if not isinstance(thing, dict):
                     raise SourceError(f"{where}.objects[{k}] is {thing!r:.40}, expected an object")
-                need(thing, ("x", "y", "w", "h"), f"{where}.objects[{k}]")
-                words = [_joined(name) for name in _texts(thing.get("names", thing.get("name")))]
-                own = thing.get("object_id", thing.get("id"))
+                require_keys(thing, ("x", "y", "w", "h"), f"{where}.objects[{k}]")
+                words = [_normalized(name) for name in _texts(thing.get("names", thing.get("name")))]
+                key = thing.get("object_id", thing.get("id"))
                 counts.update(words[:1])
-                yield image, None, [f"{own!r:.40}", [thing[key] for key in "xywh"], words]
+                yield image, None, [f"{key!r:.40}", [thing[key] for key in "xywh"], words]
 
     join = Join(scratch)
-    join.add_images(pictures())
-    join.add_notes(notes())
-    twice = join.twice("images")
-    if twice is not None:
-        raise SourceError(f"{sizes.path}: the image {twice} stands twice: ids must be unique")
-    for _, image in join.strays():
+    join.add_images(image_values())
+    join.add_annotations(annotations())
+    duplicate = join.duplicate_key("images")
+    if duplicate is not None:
+        raise SourceError(f"{sizes.path}: the image id {duplicate} occurs twice: ids must be unique")
+    for _, image in join.without_image():
         report.drop("box: image not listed", f"image {image}")
     names = _vocabulary(vocabulary, counts, min_boxes, listed.path)
-    entries = _entries(join, names, places, without_coco, listed.path.name, report)
+    entries = _entries(join, names, paths, without_coco, listed.path.name, report)
     ordered = list(dict.fromkeys(names.values()))
     inputs = (listed.path, sizes.path, *([] if vocabulary is None else [epath.Path(vocabulary)]))
-    return Opened(entries, folder, report, tuple(ordered), join.count, inputs, "visual_genome")
+    return ImportSource(entries, folder, report, tuple(ordered), join.count, inputs, "visual_genome")
 
 
 def _identity(item: dict[str, Any], where: str) -> int:
-    """`image_id`, or `id` as in the first version."""
+    """`image_id`, or `id` as in version 1.0 of the data set."""
     key = "image_id" if "image_id" in item else "id"
-    need(item, (key,), where)
-    return integer(item, key, where, "a number")
+    require_keys(item, (key,), where)
+    return integer_field(item, key, where, "a number")
 
 
 def _texts(raw: Any) -> list[str]:
@@ -96,12 +97,12 @@ def _texts(raw: Any) -> list[str]:
     return [name for name in names if isinstance(name, str)]
 
 
-def _joined(name: str) -> str:
+def _normalized(name: str) -> str:
     return " ".join(name.lower().split())
 
 
 def _vocabulary(file: epath.PathLike | None, counts: Counter[str], min_boxes: int, path: epath.Path) -> dict[str, str]:
-    """From a word of the annotators to the name it stands for."""
+    """Maps each name of the annotators to the name that it is imported as."""
     if file is None:
         ordered = sorted((name for name, n in counts.items() if n >= min_boxes), key=lambda name: (-counts[name], name))
         names = {name: name for name in ordered if _promptable(name)}
@@ -112,7 +113,7 @@ def _vocabulary(file: epath.PathLike | None, counts: Counter[str], min_boxes: in
         except (OSError, UnicodeDecodeError) as error:
             raise SourceError(f"--vocabulary {file} cannot be read ({error})") from None
         for number, line in enumerate(lines, 1):
-            words = [_joined(word) for word in line.split(",") if word.strip()]
+            words = [_normalized(word) for word in line.split(",") if word.strip()]
             if words and not _promptable(words[0]):
                 raise SourceError(
                     f"--vocabulary {file} line {number}: {words[0]!r} has no letter or digit to prompt with"
@@ -129,7 +130,7 @@ def _promptable(name: str) -> bool:
 
 
 def _entries(
-    join: Join, names: dict[str, str], places: Places, without_coco: bool, provenance: str, report: Report
+    join: Join, names: dict[str, str], paths: ImagePaths, without_coco: bool, provenance: str, report: Report
 ) -> Iterator[Entry]:
     order = {name: i for i, name in enumerate(dict.fromkeys(names.values()))}
     for identity, (file, height, width, in_coco), notes in join:
@@ -138,49 +139,49 @@ def _entries(
             report.drop("box: image dropped", f"image {identity}", len(notes))
             continue
         boxes, labels, ids = [], [], []
-        for _, (own, raw, words) in notes:
-            where = f"object {own} of image {identity}"
+        for _, (key, raw, words) in notes:
+            where = f"object {key} of image {identity}"
             known = next((names[word] for word in words if word in names), None)
             if known is None:
                 report.drop("box: name not in the vocabulary", f"{where}, {', '.join(words)!r:.60}")
             elif (box := from_xywh(raw, report, where)) is not None:
                 boxes.append(box)
                 labels.append(order[known])
-                ids.append(own)
+                ids.append(key)
         yield Entry(
-            id=str(identity), image=places.find(file), kind="detection", height=height, width=width,
+            id=str(identity), image=paths.find(file), kind="detection", height=height, width=width,
             boxes=tuple(boxes), labels=tuple(labels), ids=tuple(ids), known_absent=(), provenance=provenance,
         )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisualGenome(BuildOptions):
-    """Import Visual Genome's objects.
+    """Import the objects of Visual Genome.
 
     example: python -m glip_jax data visual-genome objects.json --image-data=image_data.json --images=vg
     --min-boxes=50 --without-coco --out=shards/vg
     """
 
-    annotations: tyro.conf.Positional[Place]
+    annotations: tyro.conf.Positional[PathArgument]
     """objects.json."""
-    image_data: Place
-    """image_data.json: sizes and addresses of the pictures."""
-    images: Place
-    """Folder of the pictures, with VG_100K and VG_100K_2, or all in it."""
-    vocabulary: Place | None = None
-    """Text with a name a line, further words for it after commas; default: the annotators' names."""
+    image_data: PathArgument
+    """image_data.json: sizes and URLs of the images."""
+    images: PathArgument
+    """Folder of the images, with VG_100K and VG_100K_2, or with all images in it."""
+    vocabulary: PathArgument | None = None
+    """Text file with a name per line and synonyms after commas; default: the names in the annotations."""
     min_boxes: int = 1
-    """Without a vocabulary: boxes that a name must have."""
+    """Without a vocabulary: minimum number of boxes of a name."""
     without_coco: bool = False
-    """Leave out the images that are COCO's too."""
+    """Exclude images that are also in COCO."""
 
     @property
     def source(self) -> epath.Path:
         """The annotation file."""
         return self.annotations
 
-    def opened(self, scratch: Path) -> Opened:
-        """The entries."""
+    def open(self, scratch: Path) -> ImportSource:
+        """Opens and validates the annotations."""
         return open_visual_genome(
             self.annotations, self.images, image_data=self.image_data, vocabulary=self.vocabulary,
             min_boxes=self.min_boxes, without_coco=self.without_coco, strict=self.strict, scratch=scratch,

@@ -1,4 +1,4 @@
-"""Processes that make shards from ranges of a build's index. They know no jax and end when their parent does."""
+"""Worker processes that write shards from ranges of a build's index. They do not import JAX, and exit with their parent."""
 
 import contextlib
 import fcntl
@@ -19,124 +19,124 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from glip_jax.data.importers.entry import Report, finish, unpack
+from glip_jax.data.importers.entry import Report, make_record, unpack
 from glip_jax.data.shards import ShardWriter, Written
 
-__all__ = ["Job", "Task", "read_side", "run"]
+__all__ = ["Job", "Task", "read_shard_info", "run"]
 
-_WORTH_A_PROCESS = 200
-"""Entries that take longer to finish than a process takes to start."""
+_ENTRIES_PER_PROCESS = 200
+"""Minimum number of entries per process; fewer take less time than the start of a process."""
 
-_TELLS = 0.3
-"""Seconds between two messages of a worker."""
+_MESSAGE_INTERVAL = 0.3
+"""Minimum seconds between two messages of a worker."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all shards of a build share."""
+    """Settings that all shards of a build share."""
 
     folder: Path
     index: Path
-    """SQLite: entries(place, line), places from 1."""
+    """SQLite file with the table entries(position, line); positions from 1."""
     images: Callable[[str], bytes]
     names: int
     strict: bool
 
 
 class Task(NamedTuple):
-    """A shard, and which entries go into it."""
+    """A shard and its range of entries."""
 
     file: str
     begin: int
     """First entry, counted from 0."""
     end: int
-    """Behind the last."""
+    """Index after the last entry."""
 
 
 def run(job: Job, tasks: Sequence[Task], processes: int) -> None:
-    """Makes the shards that are not there yet; what a worker raises is raised here.
+    """Writes the shards that do not exist yet; an error of a worker is raised here.
 
-    `processes` 0: as many as there are cores, shards, and entries worth it. One works in this process.
+    `processes` 0: one per core, limited by the numbers of shards and entries. A single process is this one.
     """
-    missing = [task for task in tasks if not _there(job.folder, task.file)]
+    missing = [task for task in tasks if not _is_complete(job.folder, task.file)]
     total, todo = tasks[-1].end, sum(task.end - task.begin for task in missing)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = min(processes or min(cores, max(1, todo // _WORTH_A_PROCESS)), max(1, len(missing)))
+    processes = min(processes or min(cores, max(1, todo // _ENTRIES_PER_PROCESS)), max(1, len(missing)))
     with tqdm(desc="records", total=total, initial=total - todo, unit="record", disable=None) as bar:
         if processes == 1:
             excluded = _excluded(job)
             for task in missing:
-                _make(job, task, excluded, bar.update)
+                _write_shard(job, task, excluded, bar.update)
         else:
-            _over_processes(job, missing, processes, bar)
+            _run_workers(job, missing, processes, bar)
 
 
-def read_side(folder: Path, file: str) -> tuple[Written, Report]:
-    """What the side file of a shard says."""
+def read_shard_info(folder: Path, file: str) -> tuple[Written, Report]:
+    """Reads the description of a shard."""
     fields = json.loads((folder / f"{file}.json").read_text())
     written = fields["written"]
     written["labels"] = {int(label): count for label, count in written["labels"].items()}
     written["columns"] = tuple(written["columns"])
-    told = fields["report"]
-    kept, dropped, noted = (Counter[str](told[key]) for key in ("kept", "dropped", "noted"))
-    return Written(**written), Report(kept, dropped, told["first"], noted)
+    report = fields["report"]
+    kept, dropped, noted = (Counter[str](report[key]) for key in ("kept", "dropped", "noted"))
+    return Written(**written), Report(kept, dropped, report["first"], noted)
 
 
-def _there(folder: Path, file: str) -> bool:
-    """Whether a shard is complete: its side file is written last."""
+def _is_complete(folder: Path, file: str) -> bool:
+    """Whether a shard is complete: its description is written last."""
     if not (folder / f"{file}.json").exists() or not (folder / file).exists():
         return False
-    return (folder / file).stat().st_size == read_side(folder, file)[0].bytes
+    return (folder / file).stat().st_size == read_shard_info(folder, file)[0].bytes
 
 
 def _excluded(job: Job) -> frozenset[int]:
     return frozenset(np.load(job.folder / "excluded.npy").tolist())
 
 
-def _make(job: Job, task: Task, excluded: frozenset[int], made: Callable[[int], Any]) -> None:
-    """One shard; `made` is told of each entry that is done."""
+def _write_shard(job: Job, task: Task, excluded: frozenset[int], progress: Callable[[int], Any]) -> None:
+    """Writes one shard; `progress` is called for each entry."""
     path, report = job.folder / task.file, Report(strict=job.strict)
     writing = job.folder / f"{task.file}.{os.getpid()}.writing"
     writer = ShardWriter(writing, job.names)
     try:
         with contextlib.closing(sqlite3.connect(f"file:{job.index}?mode=ro", uri=True)) as base:
-            question = "SELECT line FROM entries WHERE place > ? AND place <= ? ORDER BY place"
-            for (line,) in base.execute(question, (task.begin, task.end)):
-                record = finish(unpack(line), job.images, report, excluded)
+            query = "SELECT line FROM entries WHERE position > ? AND position <= ? ORDER BY position"
+            for (line,) in base.execute(query, (task.begin, task.end)):
+                record = make_record(unpack(line), job.images, report, excluded)
                 if record is not None:
                     writer.add(record)
-                made(1)
+                progress(1)
         written = asdict(writer.close()) | {"file": task.file}
     except BaseException:
         writer.abandon()
         writing.unlink(missing_ok=True)
         raise
     writing.rename(path)
-    side = job.folder / f"{task.file}.json.{os.getpid()}.writing"
-    side.write_text(json.dumps({"written": written, "report": vars(report)}))
-    side.rename(job.folder / f"{task.file}.json")
+    description = job.folder / f"{task.file}.json.{os.getpid()}.writing"
+    description.write_text(json.dumps({"written": written, "report": vars(report)}))
+    description.rename(job.folder / f"{task.file}.json")
 
 
-def _over_processes(job: Job, tasks: Sequence[Task], processes: int, bar: tqdm) -> None:
-    """Deals the shards to new processes and listens to them."""
+def _run_workers(job: Job, tasks: Sequence[Task], processes: int, bar: tqdm) -> None:
+    """Distributes the shards over new processes, and receives their messages."""
     context = multiprocessing.get_context("spawn")
     workers: dict[Connection, Any] = {}
     try:
         for i in range(processes):
-            ours, theirs = context.Pipe(duplex=False)
-            worker = context.Process(target=_work, args=(job, tasks[i::processes], theirs), daemon=True)
+            receiver, sender = context.Pipe(duplex=False)
+            worker = context.Process(target=_worker, args=(job, tasks[i::processes], sender), daemon=True)
             worker.start()
-            theirs.close()
-            workers[ours] = worker
+            sender.close()
+            workers[receiver] = worker
         listening = dict(workers)
         while listening:
-            for ours in wait(list(listening)):
-                assert isinstance(ours, Connection)
+            for receiver in wait(list(listening)):
+                assert isinstance(receiver, Connection)
                 try:
-                    message = ours.recv()
+                    message = receiver.recv()
                 except EOFError:
-                    listening.pop(ours).join()
-                    code = workers[ours].exitcode
+                    listening.pop(receiver).join()
+                    code = workers[receiver].exitcode
                     if code:
                         why = f"a worker ended with code {code} (killed, or out of memory: fewer --processes)"
                         raise ChildProcessError(None, why, str(job.folder)) from None
@@ -151,42 +151,42 @@ def _over_processes(job: Job, tasks: Sequence[Task], processes: int, bar: tqdm) 
             worker.join()
 
 
-def _work(job: Job, tasks: Sequence[Task], parent: Connection) -> None:
-    """A worker's life. A parent that is no more ends it at its next message."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
-    with _telling(parent) as made, (job.folder / "lock").open("a") as file:
+def _worker(job: Job, tasks: Sequence[Task], parent: Connection) -> None:
+    """Runs a worker; if the parent has exited, the worker exits at its next message."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
+    with _progress_messages(parent) as progress, (job.folder / "lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         try:
             excluded = _excluded(job)
             for task in tasks:
-                _make(job, task, excluded, made)
+                _write_shard(job, task, excluded, progress)
         except BrokenPipeError:
             return
         except Exception as error:
             with contextlib.suppress(BrokenPipeError):
-                parent.send(_plain(error))
+                parent.send(_picklable(error))
 
 
 @contextlib.contextmanager
-def _telling(parent: Connection) -> Iterator[Callable[[int], None]]:
-    """Messages with the number of entries done since the last, not too many."""
+def _progress_messages(parent: Connection) -> Iterator[Callable[[int], None]]:
+    """Yields a function that counts entries and sends the count to the parent at intervals."""
     count, last = 0, time.monotonic()
 
-    def made(number: int) -> None:
+    def progress(number: int) -> None:
         nonlocal count, last
         count += number
-        if time.monotonic() - last > _TELLS:
+        if time.monotonic() - last > _MESSAGE_INTERVAL:
             parent.send(count)
             count, last = 0, time.monotonic()
 
-    yield made
+    yield progress
     with contextlib.suppress(BrokenPipeError):
         parent.send(count)
     parent.close()
 
 
-def _plain(error: Exception) -> Exception:
-    """An error that can travel: our own and the system's as they are, others with their traceback as text."""
+def _picklable(error: Exception) -> Exception:
+    """A picklable copy of an error: those of this package and of the system as they are, others with their traceback as text."""
     if isinstance(error, OSError):
         return OSError(error.errno, error.strerror or str(error), error.filename)
     if type(error).__module__.startswith("glip_jax"):

@@ -1,8 +1,8 @@
-"""The grammar that speaks of a scene: counts, colours, sizes and relations, with the characters of every phrase.
+"""Generates captions of scenes with counts, colours, sizes and relations, and the character span of every phrase.
 
-A phrase is plain, and then means all boxes of its name, or relational: the scene shows several things of the name, and
-only those are meant that a relation to another group ("a snail left of two red apples") or a size word ("the smaller
-snail") picks. Everything said holds for the visible boxes with a margin; what is near a limit is not said.
+A phrase is either plain, and refers to all boxes of its name, or relational: the scene shows several objects of the name, and
+the phrase refers to those selected by a relation to another group ("a snail left of two red apples") or by a size word ("the
+smaller snail"). Every statement holds for the visible boxes with a margin; statements that nearly fail are not made.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,12 +23,12 @@ _WORDS: Mapping[Relation, tuple[str, ...]] = {
     "above": ("above",), "below": ("below", "under"),
 }  # fmt: skip
 _OPENINGS = ("", "", "", "a picture of ", "there is ", "we see ")
-# What a size word is worth between things of one name: how many times as long.
+# Minimum ratio of lengths between objects of one name that differ by a size word.
 _RATIO = 1.5
 _RELATIONAL = 0.62
-"""Chance that a caption uses a relational phrase that its scene gives: so about half of the captions have one."""
+"""Probability that a caption uses a relational phrase if its scene allows one, so that about half of the captions have one."""
 _MARGIN = 16.0
-"""Pixels between centres from which on a relation is said."""
+"""Minimum distance of centres in pixels for a relation to be stated."""
 
 
 class Phrase(NamedTuple):
@@ -38,12 +38,12 @@ class Phrase(NamedTuple):
     """Characters of the caption, end exclusive."""
     kind: Literal["plain", "relational"]
     boxes: tuple[int, ...]
-    """Indices of the boxes it means."""
+    """Indices of the boxes that it refers to."""
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Words, and the boxes they mean."""
+    """A text, and the boxes that it refers to."""
 
     words: str
     members: tuple[int, ...]
@@ -53,17 +53,18 @@ class _Group:
 def relation_holds(
     relation: Relation, first: Float32[np.ndarray, "M 4"], second: Float32[np.ndarray, "K 4"]
 ) -> Bool[np.ndarray, "M K"]:
-    """For every pair of xyxy boxes whether the first is `relation` of the second, clearly.
+    """For every pair of xyxy boxes whether the first is clearly `relation` of the second.
 
-    Clearly: the centres are more than 16 pixels and more than half of their distance across apart along the axis.
+    Along the axis of the relation, the centres must be more than 16 pixels, and more than half of their distance along the
+    other axis, apart.
     """
     a, b = ((boxes[:, :2] + boxes[:, 2:]) / 2 for boxes in (first, second))
     along, across = (0, 1) if relation in ("left", "right") else (1, 0)
     forward = b[None, :, along] - a[:, None, along]
     if relation in ("right", "below"):
         forward = -forward
-    beside = np.abs(b[None, :, across] - a[:, None, across])
-    return forward > np.maximum(_MARGIN, beside / 2)
+    across_distance = np.abs(b[None, :, across] - a[:, None, across])
+    return forward > np.maximum(_MARGIN, across_distance / 2)
 
 
 def describe(
@@ -73,19 +74,19 @@ def describe(
     boxes: Float32[np.ndarray, "N 4"],
     sides: tuple[float, float],
 ) -> tuple[str, tuple[Phrase, ...]]:
-    """A caption of one to four groups of things and its phrases; for no boxes an empty one.
+    """Generates a caption of one to four groups of objects, and its phrases; the caption is empty without boxes.
 
-    Boxes are xyxy pixels, `colours` their colours ("": not to be said), `sides` the smallest and largest side of
-    things: what lies in the lowest or highest quarter between them may be called small or big.
+    Boxes are xyxy in pixels; `colours`: colour of each box ("": not to be mentioned); `sides`: smallest and largest side of
+    objects: those in the lowest or highest quarter of that range may be called small or big.
     """
     kinds = list(dict.fromkeys(names))
     if not kinds:
         return "", ()
     rng.shuffle(kinds)
     groups = {kind: tuple(i for i, name in enumerate(names) if name == kind) for kind in kinds}
-    speaker = _Speaker(rng, groups, colours, boxes, sides)
+    writer = _CaptionWriter(rng, groups, colours, boxes, sides)
     parts: list[str | _Group] = []
-    chosen = speaker.relational() if rng.random() < _RELATIONAL else None
+    chosen = writer.relational() if rng.random() < _RELATIONAL else None
     if chosen is not None:
         parts += chosen[0]
         kinds = [kind for kind in kinds if kind not in chosen[1]]
@@ -96,7 +97,7 @@ def describe(
     for position in range(0, len(kinds), 2):
         # Pairs: "A left of B, C above D", so that every relation has one subject and one object.
         parts += [", "] if position else []
-        parts += speaker.pair(*(speaker.whole(kind) for kind in kinds[position : position + 2]))
+        parts += writer.pair(*(writer.whole(kind) for kind in kinds[position : position + 2]))
     caption, phrases = _opening(rng, parts), []
     for part in parts:
         if isinstance(part, str):
@@ -111,7 +112,7 @@ def _opening(rng: np.random.Generator, parts: Sequence[str | _Group]) -> str:
     opening = str(rng.choice(_OPENINGS))
     first = parts[0]
     if opening == "there is " and isinstance(first, _Group):
-        # Only before what is new to the listener: "there is a snail", not "there is the snail".
+        # Only before an indefinite phrase: "there is a snail", not "there is the snail".
         if first.words.startswith("the "):
             return ""
         return opening if first.words.startswith(("a ", "an ")) else "there are "
@@ -119,8 +120,8 @@ def _opening(rng: np.random.Generator, parts: Sequence[str | _Group]) -> str:
 
 
 @dataclass(frozen=True)
-class _Speaker:
-    """Words for parts of one scene."""
+class _CaptionWriter:
+    """Generates the texts of the groups of one scene."""
 
     rng: np.random.Generator
     groups: Mapping[str, tuple[int, ...]]
@@ -129,7 +130,7 @@ class _Speaker:
     sides: tuple[float, float]
 
     def whole(self, name: str) -> _Group:
-        """All of a name: "two small red apples"."""
+        """All objects of a name: "two small red apples"."""
         members = self.groups[name]
         words = noun_phrase(name, len(members), self._size(members), self._colour(name, members))
         return _Group(words, members, "plain")
@@ -142,29 +143,29 @@ class _Speaker:
         true: list[Relation] = [relation for relation in _RELATIONS if relation_holds(relation, a, b).all()]
         if not true or self.rng.random() < 0.1:
             return [first, " and ", second]
-        return [first, f" {self._word(true)} ", second]
+        return [first, f" {self._relation_text(true)} ", second]
 
     def relational(self) -> tuple[list[str | _Group], tuple[str, ...]] | None:
-        """A relational phrase with what it needs, and the names that it uses up; None if the scene gives none."""
+        """A relational phrase with its anchor, and the names that they use; None if the scene allows none."""
         by_relation: list[tuple[str, str, Relation, tuple[int, ...]]] = [
-            (name, anchor, relation, picked)
+            (name, anchor, relation, selected)
             for name, members in self.groups.items() if len(members) > 1
             for anchor in self.groups if anchor != name
-            for relation in _RELATIONS if (picked := self._picked(members, self.groups[anchor], relation))
+            for relation in _RELATIONS if (selected := self._selected_by_relation(members, self.groups[anchor], relation))
         ]  # fmt: skip
         by_size = [
-            (name, word, picked)
+            (name, word, selected)
             for name, members in self.groups.items() if len(members) > 1
-            for word in ("small", "big") if (picked := self._sized(members, word))
+            for word in ("small", "big") if (selected := self._selected_by_size(members, word))
         ]  # fmt: skip
         if by_relation and (not by_size or self.rng.random() < 0.7):
-            name, anchor, relation, picked = by_relation[int(self.rng.integers(len(by_relation)))]
-            words = noun_phrase(name, len(picked), "", self._colour(name, picked), definite=self.rng.random() < 0.5)
-            group = _Group(words, picked, "relational")
-            return [group, f" {self._word([relation])} ", self.whole(anchor)], (name, anchor)
+            name, anchor, relation, selected = by_relation[int(self.rng.integers(len(by_relation)))]
+            words = noun_phrase(name, len(selected), "", self._colour(name, selected), definite=self.rng.random() < 0.5)
+            group = _Group(words, selected, "relational")
+            return [group, f" {self._relation_text([relation])} ", self.whole(anchor)], (name, anchor)
         if by_size:
-            name, word, picked = by_size[int(self.rng.integers(len(by_size)))]
-            group = _Group(self._size_words(name, word, picked), picked, "relational")
+            name, word, selected = by_size[int(self.rng.integers(len(by_size)))]
+            group = _Group(self._size_words(name, word, selected), selected, "relational")
             others = [other for other in self.groups if other != name]
             if others and self.rng.random() < 0.5:
                 other = others[int(self.rng.integers(len(others)))]
@@ -172,8 +173,10 @@ class _Speaker:
             return [group], (name,)
         return None
 
-    def _picked(self, members: tuple[int, ...], anchors: tuple[int, ...], relation: Relation) -> tuple[int, ...]:
-        """Those of `members` that are `relation` of all anchors, if the others are clearly on the other side."""
+    def _selected_by_relation(
+        self, members: tuple[int, ...], anchors: tuple[int, ...], relation: Relation
+    ) -> tuple[int, ...]:
+        """The `members` that are `relation` of all anchors, if the others are clearly on the opposite side; else empty."""
         group, others = self.boxes[list(members)], self.boxes[list(anchors)]
         inside = relation_holds(relation, group, others).all(1)
         axis = 0 if relation in ("left", "right") else 1
@@ -183,8 +186,8 @@ class _Speaker:
             return ()
         return tuple(members[int(i)] for i in np.flatnonzero(inside))
 
-    def _sized(self, members: tuple[int, ...], word: str) -> tuple[int, ...]:
-        """Those of `members` that are clearly smaller (bigger) than all others, if sizes fall into two classes."""
+    def _selected_by_size(self, members: tuple[int, ...], word: str) -> tuple[int, ...]:
+        """The `members` that are clearly smaller (bigger) than all others, if their sizes form two classes; else empty."""
         lengths = self._lengths(members)
         order = np.argsort(lengths, kind="stable")
         ordered = lengths[order]
@@ -192,16 +195,16 @@ class _Speaker:
         cut = int(gaps.argmax()) + 1
         if gaps[cut - 1] < _RATIO:
             return ()
-        picked = order[:cut] if word == "small" else order[cut:]
-        return tuple(sorted(members[int(i)] for i in picked))
+        selected = order[:cut] if word == "small" else order[cut:]
+        return tuple(sorted(members[int(i)] for i in selected))
 
-    def _size_words(self, name: str, word: str, picked: tuple[int, ...]) -> str:
-        """Words like "the small snail", "the smaller snail" of two, "the smallest snail" of more, "the two small snails"."""
-        form = word
-        if len(picked) == 1 and self.rng.random() < 0.5:
+    def _size_words(self, name: str, word: str, selected: tuple[int, ...]) -> str:
+        """A phrase such as "the small snail", "the smaller snail" (of two), "the smallest snail" or "the two small snails"."""
+        adjective = word
+        if len(selected) == 1 and self.rng.random() < 0.5:
             ending = "er" if len(self.groups[name]) == 2 else "est"
-            form = word + "g" * (word == "big") + ending
-        return noun_phrase(name, len(picked), form, self._colour(name, picked), definite=True)
+            adjective = word + "g" * (word == "big") + ending
+        return noun_phrase(name, len(selected), adjective, self._colour(name, selected), definite=True)
 
     def _size(self, members: tuple[int, ...]) -> str:
         lengths = self._lengths(members)
@@ -222,5 +225,5 @@ class _Speaker:
         group = self.boxes[list(members)]
         return (group[:, 2:] - group[:, :2]).max(1)
 
-    def _word(self, relations: Sequence[Relation]) -> str:
+    def _relation_text(self, relations: Sequence[Relation]) -> str:
         return str(self.rng.choice(_WORDS[relations[int(self.rng.integers(len(relations)))]]))

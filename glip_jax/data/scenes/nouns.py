@@ -1,11 +1,11 @@
-"""Names in sentences: articles, numbers, plurals, adjectives."""
+"""Noun phrases of captions: articles, numbers, plurals and adjectives."""
 
 from glip_jax.data.scenes.pictures import COLOURS
 
 __all__ = ["conflict", "noun_phrase", "plural", "says_colour"]
 
 _COUNTS = ("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# Names that are plural, or no countable thing, as they stand: "some jeans", "some corn". By the last word of the head.
+# Plural and uncountable names: "some jeans", "some corn". By the last word of the head.
 _UNCOUNTED = frozenset((
     "bacon", "bags", "beads", "beans", "blueberries", "bread", "briefs", "broccoli", "bubbles", "butter", "chains", "cherries",
     "chopsticks", "coral", "corn", "curry", "dango", "dna", "dolls", "eyeglasses", "fire", "footprints", "fries", "garlic",
@@ -24,7 +24,7 @@ _BEFORE_REST = (" of ", " with ", " on ", " behind ", " in ")
 
 
 def _head(name: str) -> tuple[str, str]:
-    """The name up to the noun that counts, and the rest: ("glass", " of milk")."""
+    """Splits a name after the noun that is inflected: ("glass", " of milk")."""
     cuts = [name.index(word) for word in _BEFORE_REST if word in name]
     return (name[: min(cuts)], name[min(cuts) :]) if cuts else (name, "")
 
@@ -36,22 +36,22 @@ def plural(name: str) -> str:
     head, rest = _head(name)
     *before, last = head.split(" ")
     if _is_uncounted(name):
-        form = last
+        inflected = last
     elif last in _IRREGULAR:
-        form = _IRREGULAR[last]
+        inflected = _IRREGULAR[last]
     elif last.endswith(("s", "x", "ch", "sh", "z")):
-        form = last + "es"
+        inflected = last + "es"
     elif last.endswith("y") and last[-2:-1] not in "aeiou":
-        form = last[:-1] + "ies"
+        inflected = last[:-1] + "ies"
     elif last.endswith("man"):
-        form = last[:-2] + "en"
+        inflected = last[:-2] + "en"
     else:
-        form = last + "s"
-    return " ".join([*before, form]) + rest
+        inflected = last + "s"
+    return " ".join([*before, inflected]) + rest
 
 
 def noun_phrase(name: str, count: int, size: str = "", colour: str = "", definite: bool = False) -> str:
-    """Words for `count` things: "a big snail", "two red apples", "the two red apples", "some jeans"."""
+    """Noun phrase for `count` objects: "a big snail", "two red apples", "the two red apples", "some jeans"."""
     adjectives = f"{size} {colour}".strip()
     if _is_uncounted(name):
         return " ".join(filter(None, ("the" if definite else "some", adjectives, name)))
@@ -63,12 +63,12 @@ def noun_phrase(name: str, count: int, size: str = "", colour: str = "", definit
 
 
 def says_colour(name: str) -> bool:
-    """Whether a name has a colour in it, so that no other may stand before it."""
+    """Whether a name contains a colour, so that no other may be put before it."""
     return any(colour in name for colour in (*COLOURS, "gold", "silver", "bronze", "rainbow"))
 
 
 def conflict(first: str, second: str) -> bool:
-    """Whether one name begins or ends with the other's words, so that a caption of the shorter could mean both."""
+    """Whether one name begins or ends with the words of the other, so that the shorter one is ambiguous."""
     short, long = sorted((first.split(" "), second.split(" ")), key=len)
     return long[: len(short)] == short or long[-len(short) :] == short
 
@@ -79,7 +79,7 @@ def _is_uncounted(name: str) -> bool:
 
 
 def _article(words: str) -> str:
-    # By sound: "a unicorn", "an x-ray".
+    # By pronunciation: "a unicorn", "an x-ray".
     if words.startswith(("uni", "eu", "one", "uk")):
         return "a"
     return "an" if words[0] in "aeiou" or words.startswith(("x-ray", "hour")) else "a"

@@ -1,6 +1,6 @@
-"""Named pictures with transparency, in several styles: what picture scenes are made of.
+"""Named pictures with transparency in several styles, from which synthetic scenes are composed.
 
-A folder of pictures has names.json, code point (hex) -> {"name", "split"}, and per style STYLE/CODE.webp.
+A folder of pictures has names.json, code point (hex) -> {"name", "split"}, and STYLE/CODE.webp for each style.
 """
 
 import json
@@ -19,14 +19,14 @@ from glip_jax import UserError
 __all__ = ["COLOURS", "SPLITS", "Picture", "PictureError", "Split", "colour_of", "load_pictures"]
 
 Split = Literal["detection", "grounding", "captions", "unseen"]
-"""Which training records may show a name: detection, only grounding, only captions without boxes, none."""
+"""Records in which a name may occur: detection, only grounding, only captions without boxes, none (unseen)."""
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")
 
 
 class PictureError(UserError, ValueError):
-    """Pictures that are missing or unreadable, or fewer than were asked for."""
+    """Pictures are missing or unreadable, or fewer than requested."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Picture:
 
     @cached_property
     def colour(self) -> str:
-        """The one of COLOURS that most of the picture has, "" if none is clear; see `colour_of`."""
+        """The dominant colour of the picture, one of COLOURS, or ""; see `colour_of`."""
         return colour_of(np.asarray(self.image.convert("RGBA")))
 
 
@@ -53,11 +53,11 @@ def load_pictures(
 ) -> list[Picture]:
     """Reads the pictures of `splits` in `styles`, sorted by name and, within a name, in the order of `styles`.
 
-    `limit`: how many names of each split are kept (one number, or one a split), evenly spread over names.json, whose
-    neighbours are alike, and the same in every style; 0: all.
+    `limit`: number of names per split (one number, or one for each split), evenly spaced in names.json, where neighbours are
+    similar, and the same in every style; 0: all.
 
     Raises:
-        PictureError: names.json or a picture of it is missing or unreadable, or has fewer names than `limit`.
+        PictureError: names.json or one of its pictures is missing or unreadable, or there are fewer names than `limit`.
     """
     root = epath.Path(folder)
     entries = _listing(root / "names.json")
@@ -67,7 +67,7 @@ def load_pictures(
         count = limit if isinstance(limit, int) else limit.get(split, 0)
         if count < 0 or not of_split or count > len(of_split):
             raise PictureError(
-                f"{root / 'names.json'} has {len(of_split)} names of split {split!r}, {count or 1} were asked for"
+                f"{root / 'names.json'} has {len(of_split)} names of split {split!r}, expected {count or 1}"
             )
         kept = [i * len(of_split) // count for i in range(count)] if count else range(len(of_split))
         chosen.extend((*of_split[i], split) for i in kept)
@@ -79,17 +79,17 @@ def load_pictures(
                 with file.open("rb") as stream, Image.open(stream) as image:
                     pictures.append(Picture(name, split, style, image.convert("RGBA")))
             except (OSError, ValueError) as error:
-                there = sorted(p.name for p in root.iterdir() if p.is_dir())
+                available = sorted(p.name for p in root.iterdir() if p.is_dir())
                 raise PictureError(
-                    f"{file} ({name!r}) is no readable picture ({error}); there are the styles {', '.join(there)}"
+                    f"{file} ({name!r}) is not a readable picture ({error}); available styles: {', '.join(available)}"
                 ) from error
     return pictures
 
 
 def _listing(path: epath.Path) -> dict[str, dict[str, Any]]:
-    """What names.json says, checked for form."""
+    """The validated content of names.json."""
     if not path.exists():
-        raise PictureError(f"{path} is not there: expected a folder with names.json and STYLE/CODE.webp")
+        raise PictureError(f"{path} does not exist: expected a folder with names.json and STYLE/CODE.webp")
     try:
         entries = json.loads(path.read_text())
         bad = [code for code, entry in entries.items() if not entry["name"] or entry["split"] not in SPLITS]
@@ -103,10 +103,10 @@ def _listing(path: epath.Path) -> dict[str, dict[str, Any]]:
 
 
 def colour_of(pixels: UInt8[np.ndarray, "h w 4"]) -> str:
-    """The colour that at least three fifths of the opaque pixels have while no other has a quarter; else "".
+    """The colour of at least 60 % of the opaque pixels if no other colour has more than 25 %; else "".
 
-    Pixels are sorted by hue, saturation and value into COLOURS. Black, white and gray are never the answer: light
-    changes them too easily into one another.
+    Pixels are classified into COLOURS by hue, saturation and value. Black, white and gray are never returned, because lighting
+    changes them into one another.
     """
     opaque = pixels[pixels[..., 3] > 200][:, :3].astype(np.float32) / 255
     if not len(opaque):
@@ -118,11 +118,11 @@ def colour_of(pixels: UInt8[np.ndarray, "h w 4"]) -> str:
         value == red, (green - blue) / spread % 6, np.where(value == green, (blue - red) / spread + 2, (red - green) / spread + 4)
     ) * 60  # fmt: skip
     saturation = spread / np.maximum(value, 1e-6)
-    # Hues between edges in degrees; between some neighbours lies what people call by either name.
+    # Boundaries of hues in degrees; hues between some neighbours are ambiguous and have no name.
     edges = [14, 20, 36, 42, 62, 78, 165, 195, 248, 262, 308, 318, 342, 348]
     names = np.array(["red", "", "orange", "", "yellow", "", "green", "", "blue", "", "purple", "", "pink", "", "red"])
     found = names[np.searchsorted(edges, hue)]
-    # Vivid hues only; dark warm ones are browns, light reds pinks.
+    # Only vivid hues keep their name; dark warm hues are brown, light reds pink.
     warm = (hue < 42) | (hue > 340)
     found = np.where(warm & ((value < 0.8) | (saturation < 0.6)), "", found)
     found = np.where((found == "yellow") & ((value < 0.7) | (saturation < 0.45)), "", found)

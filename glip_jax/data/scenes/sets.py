@@ -1,7 +1,7 @@
-"""Sets of picture scenes as files, in the public formats that the importers read.
+"""Writes sets of synthetic scenes as files, in public formats that the importers read.
 
-detection: COCO detection JSON; grounding: MDETR's JSON, with the kind of every phrase; captions: COCO captions JSON
-without boxes, the truth (MDETR's form) in truth.json beside it. Images are JPEGs under images/.
+detection: COCO detection JSON; grounding: MDETR's JSON, with the kind of every phrase; captions: COCO captions JSON without
+boxes, with the ground truth (MDETR's format) in truth.json. Images are JPEGs under images/.
 """
 
 import contextlib
@@ -27,27 +27,27 @@ from glip_jax.data.scenes.pictures import Picture
 __all__ = ["SceneSet", "finished", "make_scenes"]
 
 _VERSION = 1
-"""To be raised whenever the same settings give other scenes than before; files without it are of version 1."""
+"""Incremented whenever the same settings give other scenes; files without a version have version 1."""
 
 
 @dataclass(frozen=True)
 class SceneSet:
-    """What a set shows."""
+    """Definition of a set of scenes."""
 
     kind: Literal["detection", "grounding", "captions"]
     count: int
     seed: int
     pictures: Sequence[Picture]
-    """Pictures of one name stand together."""
+    """Pictures of one name must be consecutive."""
     style: SceneStyle = SceneStyle()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names that the set may show, in order; a category each."""
+        """The names that the set may show, in order; each is a category."""
         return tuple(dict.fromkeys(picture.name for picture in self.pictures))
 
     def settings(self) -> dict[str, Any]:
-        """Everything that its files depend on, as JSON."""
+        """Everything that determines the files, as JSON."""
         digest = hashlib.sha256()
         for picture in self.pictures:
             digest.update(picture.name.encode())
@@ -64,7 +64,7 @@ def finished(out: Path, scenes: SceneSet) -> bool:
     """Whether `out` holds exactly this set.
 
     Raises:
-        SceneError: it holds scenes of other settings, which are named, or something else.
+        SceneError: it holds scenes with other settings (the message names them), or other files.
     """
     target = out / "annotations.json"
     if not out.exists():
@@ -74,32 +74,32 @@ def finished(out: Path, scenes: SceneSet) -> bool:
         settings = scenes.settings()
         changed = sorted(key for key in settings if found.get(key) != settings[key])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SceneError(f"{out} is there but holds no finished scenes ({error!r}): take another folder") from error
+        raise SceneError(f"{out} exists but holds no finished scenes ({error!r}): name another folder") from error
     if changed:
-        raise SceneError(f"{out} holds scenes that differ in {', '.join(changed)}: take another folder or delete it")
+        raise SceneError(f"{out} holds scenes that differ in {', '.join(changed)}: name another folder or delete it")
     return True
 
 
 def make_scenes(out: Path, scenes: SceneSet, processes: int = 0, progress: bool = False) -> bool:
-    """Draws the set into the local folder `out`; False if it was there already.
+    """Draws the set into the local folder `out`; returns False if it exists already.
 
-    `processes`: how many draw; 0: one a core. The files are the same for any number. The folder appears under its name
-    only when everything is in it; an interrupted one is made again.
+    `processes`: number of worker processes, 0: one per core; the files do not depend on it. The folder gets its name only when
+    it is complete; an interrupted set is drawn again.
 
     Raises:
-        SceneError: `count` below 1, or `out` holds scenes of other settings, or a process died.
+        SceneError: `count` is below 1, `out` holds scenes with other settings, or a process died.
     """
     if scenes.count < 1:
         raise SceneError(f"count is {scenes.count}: expected at least 1 scene")
     if processes < 0:
-        raise SceneError(f"processes is {processes}: expected at least 1, or 0 for one a core")
+        raise SceneError(f"processes is {processes}: expected at least 1, or 0 for one per core")
     if finished(out, scenes):
         return False
     partial = out.parent / f".{out.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "images").mkdir(parents=True)
     try:
-        # Closed before the folder goes, however this ends, so that no process still draws into it.
+        # Closed before the folder is removed in any case, so that no process still writes into it.
         with contextlib.closing(_drawn(partial / "images", scenes, processes)) as drawn:
             for file, content in _contents(drawn, scenes, f"{out.name} scenes" if progress else "").items():
                 (partial / file).write_text(json.dumps(content))
@@ -110,14 +110,14 @@ def make_scenes(out: Path, scenes: SceneSet, processes: int = 0, progress: bool 
 
 
 class _Drawn(NamedTuple):
-    """What a scene's JSON needs of it; its image is written."""
+    """A scene without its image, which has been written to `file`."""
 
     file: str
     scene: Scene
 
 
 def _contents(drawn: Iterator[_Drawn], scenes: SceneSet, title: str) -> dict[str, dict[str, Any]]:
-    """The JSON files of a set by file name; `title`: of a progress bar, "" for none."""
+    """The JSON files of a set by file name; `title`: title of the progress bar, "" for none."""
     bar = tqdm(drawn, title, scenes.count, unit="scene", disable=not title)
     category = {name: i + 1 for i, name in enumerate(scenes.names)}
     images: list[dict[str, Any]] = []
@@ -142,63 +142,66 @@ def _contents(drawn: Iterator[_Drawn], scenes: SceneSet, title: str) -> dict[str
         case "grounding":
             return {"annotations.json": truth}
         case "captions":
-            bare = [{key: image[key] for key in ("id", "file_name", "height", "width")} for image in images]
-            return {"truth.json": truth, "annotations.json": {"info": info, "images": bare, "annotations": captions}}
+            without_captions = [{key: image[key] for key in ("id", "file_name", "height", "width")} for image in images]
+            return {
+                "truth.json": truth,
+                "annotations.json": {"info": info, "images": without_captions, "annotations": captions},
+            }
 
 
 def _annotations(scene: Scene, kind: str, category: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """Yields the scene's boxes in COCO's or MDETR's form (bbox = x, y, width, height)."""
+    """Yields the scene's boxes in COCO's or MDETR's format (bbox = x, y, width, height)."""
     for i, (box, name) in enumerate(zip(scene.boxes.tolist(), scene.names, strict=True)):
         x1, y1, x2, y2 = box
-        form = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
+        geometry = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
         spans = [list(phrase.span) for phrase in scene.phrases if i in phrase.boxes]
         if kind == "detection":
-            yield form | {"category_id": category[name]}
+            yield geometry | {"category_id": category[name]}
         elif spans:
-            yield form | {"category_id": 1, "tokens_positive": spans}
+            yield geometry | {"category_id": 1, "tokens_positive": spans}
 
 
 def _drawn(images: Path, scenes: SceneSet, processes: int) -> Generator[_Drawn, None, None]:
     """Draws all scenes in order, in `processes` processes."""
-    # A process takes about as long to start as it takes to draw some dozens of scenes.
+    # Starting a process takes about as long as drawing some dozens of scenes.
     processes = min(processes or _cores(), -(-scenes.count // 64))
     if processes == 1:
         for index in range(scenes.count):
             yield _draw(images, scenes, index)
         return
-    # Fresh interpreters: a fork of a program with threads may hang. What they draw depends on the index alone.
+    # Spawned, as forking a process with threads may deadlock. A scene depends only on its index.
     executor = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start, (images, scenes))
     try:
         yield from executor.map(_draw_in_process, range(scenes.count), chunksize=16)
     except BrokenProcessPool as error:
-        raise SceneError(f"a process that drew scenes died ({error}); with --processes=1 its message shows") from error
+        raise SceneError(f"a worker process died ({error}); --processes=1 shows its error") from error
     finally:
         executor.shutdown(cancel_futures=True)
 
 
 def _cores() -> int:
-    """Those that this process may use, where the system says so."""
+    """Number of cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _draw(images: Path, scenes: SceneSet, index: int) -> _Drawn:
-    scene = draw_scene(scenes.pictures, scenes.seed, index, scenes.style, spoken=scenes.kind != "detection")
+    scene = draw_scene(scenes.pictures, scenes.seed, index, scenes.style, captioned=scenes.kind != "detection")
     file = f"{index:06d}.jpg"
     Image.fromarray(scene.image).save(images / file, quality=92)
     return _Drawn(file, scene._replace(image=scene.image[:0]))
 
 
 _work: tuple[Path, SceneSet] | None = None
-"""In a drawing process: what it draws, sent once."""
+"""Arguments of `_draw` in a worker process, sent once."""
 
 
 def _start(images: Path, scenes: SceneSet) -> None:
     global _work
     _work = images, scenes
-    # Ctrl-C goes to the whole group; the first process ends the others.
+    # The parent handles Ctrl-C and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _draw_in_process(index: int) -> _Drawn:
-    assert _work is not None, "the pool's initializer has run"
+    assert _work is not None, "the initializer of the pool has not run"
     return _draw(*_work, index)

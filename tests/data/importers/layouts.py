@@ -1,4 +1,4 @@
-"""Every format that is imported, once, in its official layout: files to spoil, and how to open them."""
+"""A small example of every format in its official layout, and how to open it."""
 
 import functools
 import io
@@ -12,7 +12,7 @@ from typing import Any
 
 from glip_jax.data.importers.caption_files import open_caption_lines, open_caption_tsv, open_sbu, open_webdataset
 from glip_jax.data.importers.coco import open_coco, open_odinw
-from glip_jax.data.importers.entry import Opened
+from glip_jax.data.importers.entry import ImportSource
 from glip_jax.data.importers.flickr30k import open_flickr30k
 from glip_jax.data.importers.mdetr import MIXED_FOLDERS, open_coco_captions, open_mdetr
 from glip_jax.data.importers.openimages import open_openimages
@@ -31,13 +31,13 @@ SIZES = [(24, 32)] * 3
 
 @dataclass(frozen=True)
 class Layout:
-    """A format: `make` writes its files into a folder that has pictures/img0.png to img2.png."""
+    """A format; `make` writes its files into a folder with pictures/img0.png to img2.png."""
 
     make: Callable[[Path], dict[str, str]]
-    """Returns what kind (see `mutations.mutated`) each annotation file is of, by path below the folder."""
-    open: Callable[[Path], Opened]
+    """Returns the kind (see `mutations.mutated`) of each annotation file, by path below the folder."""
+    open: Callable[[Path], ImportSource]
     command: str
-    """The job's arguments for the same, {p} for the folder."""
+    """Arguments of the job `data` for the same import; {p} is the folder."""
     records: int = 3
 
 
@@ -181,7 +181,7 @@ def _visual_genome(folder: Path) -> dict[str, str]:
 
 @functools.cache
 def _prepared() -> dict[str, bytes]:
-    """Files of a set of TensorFlow Datasets, whose library takes seconds to write one."""
+    """Files of a TFDS set; cached, because writing one takes seconds."""
     with tempfile.TemporaryDirectory() as folder:
         place = prepare(Path(folder))
         return {path.name: path.read_bytes() for path in sorted(place.iterdir())}
@@ -276,4 +276,4 @@ LAYOUTS: dict[str, Layout] = {
         "tsv {p}/train.yaml --kind=pseudo --oversample",
     ),
 }  # fmt: skip
-"""By name."""
+"""Layouts by name."""

@@ -1,4 +1,4 @@
-"""Ways to spoil annotation files: seeded, a few bytes or one value at a time."""
+"""Seeded corruptions of annotation files: a few bytes or one value at a time."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ ODD: list[Any] = [
     "../../x", "x" * 5000, "img0.png#99999999999999999999999+5", "img0.png#3+5;base64", "\u2028", [1, 2, 3], [1, 2, 3, 4, 5],
     ["1", "2", "3", "4"], [5, 5, 5, 5], [-9, -9, 5, 5], [3, 3, 2**70, 5], [3, 3, math.nan, 5], [1e308, 1e308, 1e308, 1e308],
 ]  # fmt: skip
-"""Values that no annotation has, or has by mistake."""
+"""Values that are invalid or unusual in annotations."""
 
 CELLS = [
     b"", b" ", b"x", b"nan", b"-inf", b"0", b"-1", b"1e400", b"99999999999999999999999", b"\xff\xfe\xc0", b"\x00",
@@ -26,7 +26,7 @@ _BREAKS = b"\t\n\r ,<>\"'/=:[]{}#"
 
 
 def mutated(data: bytes, kind: str, rng: random.Random) -> tuple[bytes, str]:
-    """Spoiled bytes and what was done. `kind`: json, jsonl, text (tables, XML, lists, yaml) or bytes (tar, gzip)."""
+    """Corrupted bytes, and a description. `kind`: json, jsonl, text (tables, XML, lists, yaml) or bytes (tar, gzip)."""
     if kind == "json" and rng.random() < 0.75:
         return _json(data, rng)
     if kind == "jsonl" and rng.random() < 0.75:
@@ -40,7 +40,7 @@ def mutated(data: bytes, kind: str, rng: random.Random) -> tuple[bytes, str]:
 
 
 def _json(data: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """One place of the value changed."""
+    """Changes one value of the JSON."""
     value = copy.deepcopy(json.loads(data))
     paths = list(_paths(value))
     path = rng.choice(paths)
@@ -80,7 +80,7 @@ def _paths(value: Any, path: tuple[Any, ...] = ()) -> Any:
 
 
 def _cell(data: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """One run of bytes between separators, or a whole line, replaced, removed, or there twice."""
+    """Replaces, removes or duplicates a line or the bytes between two separators."""
     if rng.random() < 0.3:
         lines = data.splitlines(keepends=True) or [b""]
         at = rng.randrange(len(lines))
@@ -95,7 +95,7 @@ def _cell(data: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 
 def _bytes(data: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """Cut, emptied, or some bytes changed, wherever they are."""
+    """Truncates or empties the file, or changes, inserts or removes some bytes."""
     at = rng.randrange(len(data)) if data else 0
     match rng.randrange(7):
         case 0:
@@ -115,7 +115,7 @@ def _bytes(data: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 
 def spoil_image(data: bytes, rng: random.Random) -> tuple[bytes | None, str]:
-    """Other bytes of a picture; None: no file."""
+    """Corrupted bytes of an image; None: no file."""
     match rng.randrange(6):
         case 0:
             return None, "missing"

@@ -1,4 +1,4 @@
-"""A small detection set as TensorFlow Datasets prepares it, made by its own library."""
+"""A small detection set as TensorFlow Datasets prepares it, written by that library."""
 
 import functools
 import io
@@ -27,7 +27,7 @@ def prepare(folder: Path) -> Path:
 
 @functools.cache
 def _builder() -> Any:
-    """The set's builder; its library knows a name once a process."""
+    """The builder of the set; TFDS registers a name once per process."""
     import tensorflow_datasets as tfds
 
     class Tiny(tfds.core.GeneratorBasedBuilder):

@@ -1,4 +1,4 @@
-"""The job `data` with pictures that take their time: for tests that kill it. Worker processes import this as well."""
+"""Runs the job `data` with slow image loading, for tests that kill it. Worker processes import this module too."""
 
 import sys
 import time
@@ -9,15 +9,15 @@ from tests.run_job import run_job
 
 __all__: list[str] = []
 
-_real = entry._picture
+_load_image = entry._load_image
 
 
-def _slowly(*arguments: Any) -> Any:
+def _delayed(*arguments: Any) -> Any:
     time.sleep(0.05)
-    return _real(*arguments)
+    return _load_image(*arguments)
 
 
-entry._picture = _slowly
+entry._load_image = _delayed
 
 if __name__ == "__main__":
     sys.exit(run_job("data", sys.argv[1:]))

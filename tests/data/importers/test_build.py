@@ -1,4 +1,4 @@
-"""The build: the same bytes whatever was killed and however many processes worked, and a report of what there is."""
+"""Builds: identical bytes after interruptions and for any number of processes, and the report."""
 
 import dataclasses
 import json
@@ -15,9 +15,18 @@ import pytest
 
 from glip_jax.data.importers import build as build_module
 from glip_jax.data.importers import published, workers
-from glip_jax.data.importers.build import Plan, build, excluded_hashes
+from glip_jax.data.importers.build import BuildPlan, build, excluded_hashes
 from glip_jax.data.importers.coco import open_coco
-from glip_jax.data.importers.entry import Entry, Folder, Opened, Report, SourceError, image_folder, pack, unpack
+from glip_jax.data.importers.entry import (
+    Entry,
+    ImageFolder,
+    ImportSource,
+    Report,
+    SourceError,
+    image_folder,
+    pack,
+    unpack,
+)
 from glip_jax.data.records import content_hash
 from glip_jax.data.shards import ShardError, Shards, verify
 from tests.data.conftest import coco_json, write_image
@@ -29,7 +38,7 @@ COUNT = 40
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """Forty pictures, one of them there twice, one missing, with three boxes each, some faulty."""
+    """Forty images, one of them duplicated and one missing, with three boxes each, some of them invalid."""
     root = tmp_path_factory.mktemp("source")
     (root / "pictures").mkdir()
     for i in range(COUNT):
@@ -53,21 +62,21 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(source, tmp_path_factory) -> Path:
-    """What comes out of an uninterrupted build in one process."""
+    """The result of an uninterrupted build in one process."""
     out = tmp_path_factory.mktemp("whole") / "set"
     assert run_job("data", command(source, out, "--processes=1")) == 0
     return out
 
 
 def same_but_for_the_command(one: Path, other: Path) -> bool:
-    """Whether two finished folders are equal; the command in a manifest names its folder."""
+    """Whether two folders are equal except for the command in the manifest, which names the folder."""
     left, right = contents(one), contents(other)
     for folder, files in ((one, left), (other, right)):
         files["manifest.json"] = files["manifest.json"].replace(str(folder).encode(), b"OUT")
     return left == right
 
 
-def test_the_report_counts_everything(source, whole):
+def test_the_report_counts_kept_and_dropped_items(source, whole):
     manifest, report = Shards(whole).manifest, json.loads((whole / "report.json").read_text())
     assert verify(whole) and len(manifest.shards) == 6
     assert set(contents(whole)) == {
@@ -96,7 +105,7 @@ def test_any_number_of_processes_gives_the_same_bytes(source, whole, tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_and_run_again_gives_the_same_bytes(source, whole, tmp_path, processes):
+def test_a_killed_build_that_is_resumed_gives_the_same_bytes(source, whole, tmp_path, processes):
     out, partial = tmp_path / "set", tmp_path / ".set.partial"
     arguments = command(source, out, f"--processes={processes}")
     child = subprocess.Popen([sys.executable, "-m", "tests.data.importers.slow_build", *arguments], cwd=ROOT)
@@ -106,15 +115,15 @@ def test_killed_and_run_again_gives_the_same_bytes(source, whole, tmp_path, proc
     child.kill()
     child.wait()
     assert not out.exists()
-    there = {path.name: path.stat().st_ino for path in partial.glob("records*.array_record")}
-    assert 0 < len(there) < 6
+    before = {path.name: path.stat().st_ino for path in partial.glob("records*.array_record")}
+    assert 0 < len(before) < 6
     assert run_job("data", arguments) == 0 and same_but_for_the_command(whole, out) and not partial.exists()
-    now = {path.name: path.stat().st_ino for path in out.glob("records*")}
-    assert {name for name in there if now[name] == there[name]}  # finished shards are not made again
+    after_resume = {path.name: path.stat().st_ino for path in out.glob("records*")}
+    assert {name for name in before if after_resume[name] == before[name]}  # complete shards are reused
 
 
-def stopped_in(monkeypatch, module, name, after):
-    """Lets a function end the build, as a kill would, at its call number `after`."""
+def interrupt_in(monkeypatch, module, name, after):
+    """Makes a function raise KeyboardInterrupt at its call number `after`."""
     real, calls = getattr(module, name), []
 
     def function(*arguments, **options):
@@ -130,15 +139,15 @@ def stopped_in(monkeypatch, module, name, after):
     ("module", "name", "after"),
     [
         (build_module, "pack", 5),
-        (workers, "finish", 20),
+        (workers, "make_record", 20),
         (build_module, "summary", 1),
-        (build_module, "_digest", 1),
+        (build_module, "_file_digest", 1),
     ],
 )
-def test_stopped_anywhere_it_goes_on(source, whole, tmp_path, monkeypatch, module, name, after):
+def test_a_build_interrupted_at_any_stage_can_be_resumed(source, whole, tmp_path, monkeypatch, module, name, after):
     arguments = command(source, tmp_path / "set", "--processes=1")
     with monkeypatch.context() as patch:
-        stopped_in(patch, module, name, after)
+        interrupt_in(patch, module, name, after)
         with pytest.raises(KeyboardInterrupt):
             run_job("data", arguments)
     assert not (tmp_path / "set").exists()
@@ -150,7 +159,7 @@ def test_an_index_of_other_inputs_or_settings_is_not_used(source, whole, tmp_pat
     arguments = [f"--images={source}/pictures", f"--out={tmp_path}/set", "--processes=1", "--shards=6"]
     arguments = ["coco", f"{tmp_path}/boxes.json", *arguments]
     with monkeypatch.context() as patch:
-        stopped_in(patch, workers, "finish", 20)
+        interrupt_in(patch, workers, "make_record", 20)
         with pytest.raises(KeyboardInterrupt):
             run_job("data", arguments)
     data = json.loads((tmp_path / "boxes.json").read_text())
@@ -160,23 +169,23 @@ def test_an_index_of_other_inputs_or_settings_is_not_used(source, whole, tmp_pat
     assert json.loads((tmp_path / "set" / "report.json").read_text())["listed_boxes"] == 60
 
 
-def test_a_second_build_of_the_same_folder_waits_and_says_so(source, tmp_path, monkeypatch, capsys):
+def test_a_second_build_of_the_same_folder_is_refused(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(build_module, "_WAIT", 0.3)
-    with build_module._alone((tmp_path / ".set.partial").absolute(), tmp_path / "set"):
+    with build_module._build_lock((tmp_path / ".set.partial").absolute(), tmp_path / "set"):
         assert run_job("data", command(source, tmp_path / "set")) == 2
     assert "another process is making this folder" in capsys.readouterr().err
     assert run_job("data", command(source, tmp_path / "set")) == 0
 
 
-def test_a_worker_that_is_killed_is_one_line_and_the_build_goes_on(source, whole, tmp_path, capfd, monkeypatch):
+def test_a_killed_worker_gives_a_one_line_error(source, whole, tmp_path, capfd, monkeypatch):
     out = tmp_path / "set"
 
-    def deadly(scratch: Path) -> Opened:
+    def open_killing(scratch: Path) -> ImportSource:
         found = open_coco(source / "boxes.json", source / "pictures", scratch=scratch)
-        return dataclasses.replace(found, images=Deadly(image_folder(source / "pictures")))
+        return dataclasses.replace(found, images=KillingReader(image_folder(source / "pictures")))
 
     with monkeypatch.context() as patch:
-        patch.setattr("glip_jax.cli.data.build", lambda plan, _: build(plan, deadly))
+        patch.setattr("glip_jax.cli.data.build", lambda plan, _: build(plan, open_killing))
         assert run_job("data", command(source, out, "--processes=2")) == 2
     line = capfd.readouterr().err
     assert (
@@ -184,10 +193,10 @@ def test_a_worker_that_is_killed_is_one_line_and_the_build_goes_on(source, whole
     )
 
 
-class Deadly:
-    """A reader of pictures that one of them kills."""
+class KillingReader:
+    """An image reader that kills its process at one of the images."""
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: ImageFolder) -> None:
         self.folder = folder
 
     def __call__(self, image: str) -> bytes:
@@ -196,14 +205,14 @@ class Deadly:
         return self.folder(image)
 
 
-def test_strict_stops_in_workers_too(source, tmp_path, capsys):
+def test_strict_mode_stops_workers(source, tmp_path, capsys):
     assert run_job("data", command(source, tmp_path / "set", "--strict", "--processes=2")) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "without --strict it would be dropped" in line
     assert list(tmp_path.iterdir()) == []
 
 
-def test_excluded_pictures_stay_out_and_are_counted(source, whole, tmp_path, capsys):
+def test_excluded_images_are_dropped_and_counted(source, whole, tmp_path, capsys):
     one, other = ((source / "pictures" / f"img{i}.png").read_bytes() for i in (3, 5))
     (tmp_path / "hashes.txt").write_text(f"{content_hash(one)}\n0x{content_hash(other):016x}\n{'ab' * 32}\n")
     arguments = command(source, tmp_path / "set", f"--exclude={tmp_path}/hashes.txt", "--licence=CC0")
@@ -213,9 +222,9 @@ def test_excluded_pictures_stay_out_and_are_counted(source, whole, tmp_path, cap
     assert report["records"] == COUNT - 3 and report["drops"]["box: image dropped"]["count"] == 9
     assert report["exclude"][0]["hashes"] == 3
     printed = capsys.readouterr().out
-    assert "overlap with --exclude" in printed and "of 3 pictures in 1 lists" in printed
+    assert "overlap with --exclude" in printed and "of 3 images in 1 lists" in printed
     assert not {content_hash(one), content_hash(other)} & set(Shards(tmp_path / "set").hash.tolist())
-    # Every record of a folder, by folder, manifest or columns.
+    # All records of a folder, given as folder, manifest or columns.
     for place in (whole, whole / "manifest.json", whole / "columns.npz"):
         assert excluded_hashes([place])[0] == set(Shards(whole).hash.tolist())
     more = [f"--exclude={whole}", f"--exclude={tmp_path}/hashes.txt"]
@@ -232,14 +241,14 @@ def test_excluded_pictures_stay_out_and_are_counted(source, whole, tmp_path, cap
         (b"\xff\xfe", "cannot be"),
     ],
 )
-def test_lists_of_hashes_that_are_none(tmp_path, content, message):
+def test_invalid_lists_of_hashes_are_refused(tmp_path, content, message):
     if content is not None:
         (tmp_path / "list").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SourceError, match=message):
         excluded_hashes([tmp_path / "list"])
 
 
-def test_settings_that_make_no_folder(source, tmp_path):
+def test_invalid_build_settings_are_refused(source, tmp_path):
     opened = lambda scratch: open_coco(source / "boxes.json", source / "pictures", scratch=scratch)  # noqa: E731
     for change, message in [
         ({"processes": -1}, "processes is -1"),
@@ -247,14 +256,14 @@ def test_settings_that_make_no_folder(source, tmp_path):
         ({"published": "coco"}, "there is no published set 'coco'"),
     ]:
         with pytest.raises((ShardError, SourceError), match=message):
-            build(Plan(tmp_path / "set", "boxes.json", **change), opened)
-    nothing = Opened(iter(()), image_folder(source), Report())
+            build(BuildPlan(tmp_path / "set", "boxes.json", **change), opened)
+    nothing = ImportSource(iter(()), image_folder(source), Report())
     with pytest.raises(ShardError, match="no record came out of x"):
-        build(Plan(tmp_path / "set", "x"), lambda _: nothing)
+        build(BuildPlan(tmp_path / "set", "x"), lambda _: nothing)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_entries_survive_the_index():
+def test_entries_round_trip_through_the_index():
     entry = Entry(
         "\ud800", "a.png", "grounding", 10**30, 7, ((0.1, 1e-9, 3.0, 4.0),), caption="a \udc00", spans=(((0, 1), (2, 3)),),
         scores=(0.5,), known_absent=("x",), not_exhaustive=("y",), unknown=(((0, 1),),), ids=("1",), provenance="p",
@@ -279,10 +288,10 @@ def test_published_sets_are_compared_and_variants_explained(source, tmp_path, mo
     assert "  6 names, published are 7: no variant with this number is known" in printed
     (folder / "bad.json").write_text("{}")
     assert run_job("data", command(source, tmp_path / "other")) == 2
-    assert "bad.json is no manifest of a published set" in capsys.readouterr().err
+    assert "bad.json is not a manifest of a published set" in capsys.readouterr().err
 
 
-def test_the_bundled_manifests_are_whole():
+def test_the_bundled_manifests_are_complete():
     sets = published.load()
     assert {"coco_2017_train", "coco_2017_val", "lvis_v1_train", "objects365_v2_train"} <= set(sets)
     files = [file for known in sets.values() for file in known.files]

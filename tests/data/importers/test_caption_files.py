@@ -1,4 +1,4 @@
-"""Captions without boxes, in the layouts of CC3M, CC12M, SBU, img2dataset and COCO."""
+"""Captions without boxes, in the formats of CC3M, CC12M, SBU, img2dataset and COCO."""
 
 import gzip
 import hashlib
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from glip_jax.data.importers.caption_files import open_caption_lines, open_caption_tsv, open_sbu, open_webdataset
-from glip_jax.data.importers.entry import Opened, SourceError, finish
+from glip_jax.data.importers.entry import ImportSource, SourceError, make_record
 from glip_jax.data.records import Record
 from glip_jax.data.shards import Shards
 from tests.data.conftest import write_image
@@ -26,12 +26,12 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def records(opened: Opened) -> list[Record]:
-    done = [finish(entry, opened.images, opened.report) for entry in opened.entries]
+def records(opened: ImportSource) -> list[Record]:
+    done = [make_record(entry, opened.images, opened.report) for entry in opened.entries]
     return [record for record in done if record is not None]
 
 
-def told(opened: Opened) -> list[tuple[str, str]]:
+def ids_and_captions(opened: ImportSource) -> list[tuple[str, str]]:
     return [(record.id, record.caption) for record in records(opened)]
 
 
@@ -63,11 +63,11 @@ def test_tsv_of_cc3m_and_of_cc12m(place: Path) -> None:
     assert (first.kind, first.id, first.caption, first.height, len(first.boxes)) == ("caption", "1", "a red dog", 24, 0)
     assert second.caption == "the cat \N{SNOWMAN}"
     assert opened.report.kept["images"] == 2 and not opened.report.dropped
-    # CC12M: address, caption. Its pictures were saved under names that --files tells.
+    # CC12M: URL, caption. --files gives the names of the image files.
     (place / "cc12m.tsv.gz").write_bytes(gzip.compress(b"http://x.org/a/img2.jpg?w=1\ta bird\n"))
     cc12m = {"captions": place / "cc12m.tsv.gz", "images": place / "pictures", "columns": "image,caption"}
-    assert told(open_caption_tsv(**cc12m, files="{name}")) == [("1", "a bird")]
-    assert told(open_caption_tsv(**cc12m, files="img{row}.jpg")) == [("1", "a bird")]
+    assert ids_and_captions(open_caption_tsv(**cc12m, files="{name}")) == [("1", "a bird")]
+    assert ids_and_captions(open_caption_tsv(**cc12m, files="img{row}.jpg")) == [("1", "a bird")]
     opened = open_caption_tsv(**cc12m)
     assert not records(opened)
     assert opened.report.dropped == {"image: address without a file": 1}
@@ -77,12 +77,12 @@ def test_tsv_of_cc3m_and_of_cc12m(place: Path) -> None:
     assert entry.image == hashlib.md5(b"http://x.org/a/img2.jpg?w=1").hexdigest()
 
 
-def test_faulty_lines_are_counted(place: Path) -> None:
+def test_invalid_lines_are_counted(place: Path) -> None:
     lines = [b"one column", b"a\timg0.jpg\tmore", b"\xff\timg0.jpg", b" \timg0.jpg", b"a dog\t", b"a dog\timg1.jpg",
              b"a dog\tabsent.jpg"]  # fmt: skip
     (place / "a.tsv").write_bytes(b"\r\n".join(lines))
     opened = open_caption_tsv(place / "a.tsv", place / "pictures")
-    assert told(opened) == [("6", "a dog")]
+    assert ids_and_captions(opened) == [("6", "a dog")]
     assert opened.report.dropped == {
         "image: other columns": 2, "image: not UTF-8": 1, "image: caption empty": 1,
         "image: no picture named": 1, "image: file missing": 1,
@@ -99,23 +99,23 @@ def test_json_lines_with_one_caption_or_several(place: Path) -> None:
     ]  # fmt: skip
     (place / "a.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n{broken\nnull\n")
     opened = open_caption_lines(place / "a.jsonl", place / "pictures")
-    assert told(opened) == [("1", "a dog"), ("2", "a cat"), ("2.1", "the cat")]
+    assert ids_and_captions(opened) == [("1", "a dog"), ("2", "a cat"), ("2.1", "the cat")]
     assert opened.report.dropped == {
         "image: caption no text": 1, "image: caption or picture missing": 3, "image: no picture named": 1, "image: no JSON": 1,
     }  # fmt: skip
     (place / "b.jsonl").write_text(json.dumps({"file": "img0.jpg", "text": "a dog"}))
     named = open_caption_lines(place / "b.jsonl", place / "pictures", caption_key="text", image_key="file")
-    assert told(named) == [("1", "a dog")]
+    assert ids_and_captions(named) == [("1", "a dog")]
 
 
-def test_sbu_as_two_texts_and_as_json(place: Path) -> None:
+def test_sbu_as_two_text_files_and_as_json(place: Path) -> None:
     (place / "SBU_captioned_photo_dataset_urls.txt").write_text("http://f.com/1/img0.jpg\nhttp://f.com/2/img1.jpg\n")
     (place / "SBU_captioned_photo_dataset_captions.txt").write_text("a dog\nthe cat\n")
-    assert told(open_sbu(place, place / "pictures")) == [("1", "a dog"), ("2", "the cat")]
+    assert ids_and_captions(open_sbu(place, place / "pictures")) == [("1", "a dog"), ("2", "the cat")]
     data = {"image_urls": ["http://f.com/1/img0.jpg", 4], "user_ids": ["a", "b"], "captions": ["a dog", "the cat"]}
     (place / "sbu-captions-all.json").write_text(json.dumps(data))
     opened = open_sbu(place / "sbu-captions-all.json", place / "pictures")
-    assert told(opened) == [("1", "a dog")]
+    assert ids_and_captions(opened) == [("1", "a dog")]
     assert opened.report.dropped == {"image: no picture named": 1}
     for broken, message in [
         ({"image_urls": ["x"], "captions": []}, "the captions end after 0"),
@@ -132,7 +132,7 @@ def test_sbu_as_two_texts_and_as_json(place: Path) -> None:
         records(open_sbu(place, place / "pictures"))
 
 
-def test_webdataset_tars_are_read_where_they_lie(place: Path) -> None:
+def test_webdataset_tars(place: Path) -> None:
     (place / "cc").mkdir()
     tar_of(place / "cc" / "00000.tar", img2dataset(place))
     only_json = [m for m in img2dataset(place)[:3] if not m[0].endswith(".txt")]
@@ -146,7 +146,7 @@ def test_webdataset_tars_are_read_where_they_lie(place: Path) -> None:
     assert len(records(open_webdataset(place / "cc" / "00000.tar"))) == 3
 
 
-def test_faulty_tars_are_counted(place: Path) -> None:
+def test_invalid_tars_are_counted(place: Path) -> None:
     members = img2dataset(place)
     faulty = [("a.jpg", members[0][1]), ("b.txt", b"x"), ("c.jpg", b"no image"), ("c.txt", b"x"),
               ("d.jpg", members[0][1]), ("d.json", b"{"), ("e.jpg", members[0][1]), ("e.json", b"null")]  # fmt: skip
@@ -171,7 +171,7 @@ def test_faulty_tars_are_counted(place: Path) -> None:
     assert "expected an uncompressed tar" in opened.report.first["tar: cannot be read"]
 
 
-def test_the_job_makes_records_for_the_teacher(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_job_imports_caption_records(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "a.tsv").write_text("0\t7\ta dog\n1\t8\tthe cat\n9\t8\tno picture\n")
     command = ["caption-tsv", f"{place}/a.tsv", f"--images={place}/pictures", "--columns=image,-,caption"]
     assert run_job("data", [*command, "--files=img{name}.jpg", f"--out={place}/out", "--processes=1"]) == 0
@@ -198,12 +198,12 @@ def test_the_job_makes_records_for_the_teacher(place: Path, capsys: pytest.Captu
         (lambda p: open_webdataset(p / "absent"), "does not exist"),
     ],
 )
-def test_whole_faults_stop(place: Path, call: Any, message: str) -> None:
+def test_errors_of_the_whole_file_are_refused(place: Path, call: Any, message: str) -> None:
     with pytest.raises(SourceError, match=message):
         call(place)
 
 
-def test_a_gzip_that_breaks_off(place: Path) -> None:
+def test_a_truncated_gzip_file_is_refused(place: Path) -> None:
     data = gzip.compress("".join(f"a dog {i * i}\timg0.jpg\n" for i in range(3000)).encode())
     (place / "a.tsv.gz").write_bytes(data[:4000])
     with pytest.raises(SourceError, match="cannot be unpacked after line"):

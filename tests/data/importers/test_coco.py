@@ -1,4 +1,4 @@
-"""COCO's JSON and its relatives: single faults are counted by reason, faults of the file stop with one clear line."""
+"""COCO's JSON: invalid items are counted by reason, errors of the whole file stop with a one-line message."""
 
 import copy
 import json
@@ -66,7 +66,9 @@ def test_boxes_names_and_ids(tmp_path: Path, pictures: Path) -> None:
         ({"image_id": 77}, "box: image not listed"),
     ],
 )
-def test_bad_boxes_are_counted_and_strict_stops(tmp_path: Path, pictures: Path, change: dict, reason: str) -> None:
+def test_invalid_boxes_are_counted_and_strict_mode_stops(
+    tmp_path: Path, pictures: Path, change: dict, reason: str
+) -> None:
     data = coco_json(SIZE)
     data["annotations"][1].update(change)
     path = saved(tmp_path, data)
@@ -90,7 +92,7 @@ def test_bad_boxes_are_counted_and_strict_stops(tmp_path: Path, pictures: Path, 
         (lambda p: (p.unlink(), p.mkdir()), "image: file unreadable"),
     ],
 )
-def test_bad_images_are_counted_with_their_boxes(tmp_path: Path, pictures: Path, damage: Any, reason: str) -> None:
+def test_invalid_images_are_counted_with_their_boxes(tmp_path: Path, pictures: Path, damage: Any, reason: str) -> None:
     damage(pictures / "img0.png")
     for form, read in ((coco_json([(24, 32)] * 2), open_coco), (mdetr_json([(24, 32)] * 2), open_mdetr)):
         source = read(saved(tmp_path, form), pictures)
@@ -101,7 +103,7 @@ def test_bad_images_are_counted_with_their_boxes(tmp_path: Path, pictures: Path,
 
 
 def changed(path: list, value: Any) -> dict:
-    """The form with one place set, or, for the value ..., removed."""
+    """The valid file with one value replaced, or removed for the value `...`."""
     data: Any = copy.deepcopy(coco_json([(24, 32), (24, 32)]))
     place = data
     for key in path[:-1]:
@@ -125,9 +127,9 @@ def changed(path: list, value: Any) -> dict:
         (changed(["images", 1, "height"], ...), r"images\[1\] lacks height"),
         (changed(["images", 1, "height"], 2.5), "image 2 has height 2.5"),
         (changed(["images", 1, "file_name"], ""), "image 2 has the file name ''"),
-        (changed(["images", 1, "id"], 1), "the id 1 stands twice in images"),
+        (changed(["images", 1, "id"], 1), "the id 1 occurs twice in images"),
         (changed(["images", 1, "id"], [1]), r"images\[1\] has the id \[1\]"),
-        (changed(["annotations", 1, "id"], 1), "the id 1 stands twice in annotations"),
+        (changed(["annotations", 1, "id"], 1), "the id 1 occurs twice in annotations"),
         (changed(["annotations", 1, "bbox"], ...), r"annotations\[1\] lacks bbox"),
         (changed(["categories", 1, "name"], ...), r"categories\[1\] lacks name"),
         (changed(["categories", 1, "name"], "person"), "1 and 2 are both named 'person'.*--names"),
@@ -135,14 +137,14 @@ def changed(path: list, value: Any) -> dict:
         (changed(["categories"], []), "no category"),
     ],
 )
-def test_whole_file_faults_stop(tmp_path: Path, pictures: Path, data: Any, message: str) -> None:
+def test_errors_of_the_whole_file_are_refused(tmp_path: Path, pictures: Path, data: Any, message: str) -> None:
     with pytest.raises(SourceError, match=message):
         open_coco(saved(tmp_path, data), pictures)
 
 
-def test_folders_and_maps_that_do_not_fit(tmp_path: Path, pictures: Path) -> None:
+def test_invalid_image_folders_and_rename_maps_are_refused(tmp_path: Path, pictures: Path) -> None:
     path = saved(tmp_path, coco_json(SIZE))
-    with pytest.raises(SourceError, match="does not exist or is no folder"):
+    with pytest.raises(SourceError, match="does not exist or is not a folder"):
         open_coco(path, tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="is empty"):

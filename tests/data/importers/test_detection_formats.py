@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from glip_jax.data.importers.coco import open_coco, open_odinw
-from glip_jax.data.importers.entry import Opened, SourceError
+from glip_jax.data.importers.entry import ImportSource, SourceError
 from glip_jax.data.importers.openimages import open_openimages
 from glip_jax.data.importers.visual_genome import open_visual_genome
 from glip_jax.data.records import Record, decode, encode
@@ -33,14 +33,14 @@ def saved(folder: Path, data: Any, name: str = "a.json") -> Path:
     return folder / name
 
 
-def noted(opened: Opened) -> set[str]:
+def noted(opened: ImportSource) -> set[str]:
     return set(opened.report.noted)
 
 
-# COCO's form: what is found out -----------------------------------------------------------------------------------------
+# COCO's format ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_crowd_is_dropped_and_makes_its_name_not_exhaustive(tmp_path, pictures):
+def test_a_crowd_box_is_dropped_and_its_category_is_not_exhaustive(tmp_path, pictures):
     data = coco_json([(24, 32)])
     data["annotations"][2]["iscrowd"] = 1
     source = open_coco(saved(tmp_path, data), pictures)
@@ -51,7 +51,7 @@ def test_a_crowd_is_dropped_and_makes_its_name_not_exhaustive(tmp_path, pictures
 
 
 @pytest.mark.parametrize(("boxes", "count"), [(None, 0), ("xyxy", 12), ("xywh", 12)])
-def test_corners_in_place_of_sizes_are_found(tmp_path, pictures, boxes, count):
+def test_boxes_that_seem_to_be_xyxy_are_refused(tmp_path, pictures, boxes, count):
     data = coco_json([(24, 32)] * 4)
     for i, note in enumerate(data["annotations"]):
         note["bbox"] = [12 + i, 8, 20 + i, 20]
@@ -65,16 +65,16 @@ def test_corners_in_place_of_sizes_are_found(tmp_path, pictures, boxes, count):
     assert found[0].boxes[0].tolist() == ([12, 8, 19, 19] if boxes == "xyxy" else [12, 8, 31, 23])
 
 
-def test_shares_in_place_of_pixels_are_found(tmp_path, pictures):
+def test_boxes_that_seem_to_be_relative_are_refused(tmp_path, pictures):
     data = coco_json([(24, 32)] * 4)
     for note in data["annotations"]:
         note["bbox"] = [0.1, 0.2, 0.5, 0.25]
-    with pytest.raises(SourceError, match="every bbox lies between 0 and 1"):
+    with pytest.raises(SourceError, match="all values of bbox are between 0 and 1"):
         records(open_coco(saved(tmp_path, data), pictures))
 
 
 @pytest.mark.parametrize(("shift", "words"), [(-1, "one lower"), (1, "one higher")])
-def test_ids_counted_from_another_start_are_found(tmp_path, pictures, shift, words):
+def test_category_ids_shifted_by_one_are_refused(tmp_path, pictures, shift, words):
     data = coco_json([(24, 32)] * 4)
     for note in data["annotations"]:
         note["category_id"] += shift
@@ -82,7 +82,7 @@ def test_ids_counted_from_another_start_are_found(tmp_path, pictures, shift, wor
         open_coco(saved(tmp_path, data), pictures)
 
 
-def test_boxes_of_another_category_list_are_found(tmp_path, pictures):
+def test_boxes_of_another_category_list_are_refused(tmp_path, pictures):
     data = coco_json([(24, 32)] * 4)
     for note in data["annotations"][:7]:
         note["category_id"] += 50
@@ -90,7 +90,7 @@ def test_boxes_of_another_category_list_are_found(tmp_path, pictures):
         open_coco(saved(tmp_path, data), pictures)
 
 
-def test_gaps_are_harmless_and_background_and_headings_are_left_out(tmp_path, pictures):
+def test_background_and_parent_categories_are_omitted_and_gaps_are_allowed(tmp_path, pictures):
     data = coco_json([(24, 32)] * 4)
     ids = {i + 1: 10 * (i + 1) for i in range(len(NAMES))}
     data["categories"] = [{"id": ids[i + 1], "name": name, "supercategory": "things"} for i, name in enumerate(NAMES)]
@@ -105,14 +105,14 @@ def test_gaps_are_harmless_and_background_and_headings_are_left_out(tmp_path, pi
     assert source.report.dropped == {"box: background class": 1}
 
 
-def test_a_name_that_is_a_heading_and_has_boxes_stays(tmp_path, pictures):
+def test_a_parent_category_with_boxes_is_kept(tmp_path, pictures):
     data = coco_json([(24, 32)])
     for item in data["categories"]:
         item["supercategory"] = "person"
     assert open_coco(saved(tmp_path, data), pictures).names == tuple(NAMES)
 
 
-def test_the_same_box_twice_is_dropped_and_an_edge_is_noted(tmp_path, pictures):
+def test_duplicate_boxes_are_dropped_and_clipped_boxes_are_noted(tmp_path, pictures):
     data = coco_json([(24, 32)])
     data["annotations"][1] |= {"bbox": [20, 10, 30, 5], "category_id": 1}
     data["annotations"].append(data["annotations"][1] | {"id": 9})
@@ -126,7 +126,7 @@ def test_the_same_box_twice_is_dropped_and_an_edge_is_noted(tmp_path, pictures):
     assert source.report.noted == {"box: cut at the edge of the image": 2}
 
 
-def test_lvis_negatives_unfinished_names_and_addresses(tmp_path, pictures):
+def test_lvis_negatives_not_exhaustive_categories_and_urls(tmp_path, pictures):
     data = coco_json([(24, 32)] * 2)
     (pictures / "train2017").mkdir()
     for i, item in enumerate(data["images"]):
@@ -140,11 +140,11 @@ def test_lvis_negatives_unfinished_names_and_addresses(tmp_path, pictures):
     assert first.known_absent == ("cell phone", "cat_(animal)") and first.not_exhaustive == ("person",)
     assert second.known_absent == ("cat_(animal)",) and second.not_exhaustive == ("dog",)
     assert source.report.noted == {"name: known absent but boxed, not kept as absent": 2}
-    # The pictures of one split in a folder of their own, without its name.
+    # The image folder is that of one split.
     assert len(records(open_coco(tmp_path / "a.json", pictures / "train2017"))) == 2
 
 
-def test_objects365_paths_lose_folders_that_are_not_there(tmp_path, pictures):
+def test_objects365_paths_lose_folders_that_do_not_exist(tmp_path, pictures):
     data = coco_json([(24, 32)] * 3)
     (pictures / "patch8").mkdir()
     (pictures / "img0.png").rename(pictures / "patch8" / "img0.png")
@@ -167,7 +167,7 @@ def test_odinw_folders(tmp_path, pictures, capsys):
     (pictures / "annotations_without_background.json").unlink()
     with pytest.raises(SourceError, match="_annotations.coco.json is not JSON"):
         open_odinw(pictures)
-    with pytest.raises(SourceError, match="is no folder"):
+    with pytest.raises(SourceError, match="is not a folder"):
         open_odinw(pictures / "img0.png")
 
 
@@ -208,7 +208,7 @@ def openimages(tmp_path, pictures):
     return tmp_path
 
 
-def opened(place: Path, **options: Any) -> Opened:
+def opened(place: Path, **options: Any) -> ImportSource:
     chosen = {"classes": "classes.csv", "hierarchy": "tree.json", "labels": "labels.csv"} | options
     paths = {key: place / str(name) for key, name in chosen.items() if name is not None}
     return open_openimages(place / "boxes.csv", place / "pictures", **paths)  # pyright: ignore[reportArgumentType]
@@ -222,13 +222,13 @@ def test_openimages(openimages):
     one = found["img1"]
     assert one.boxes.tolist() == [[8, 12, 23, 23]] and one.categories == (1,)  # of 24 x 32, last pixel inclusive
     assert one.known_absent == ("Car", "Van") and one.not_exhaustive == ("Cat",)
-    # "no animal" cannot be true where a cat has a box; "no dog" can.
+    # A cat has a box, so "animal" cannot be absent, but "dog" can.
     assert found["img0"].known_absent == ("Dog",)
     assert found["img2"].known_absent == () and len(found["img2"].boxes) == 0
     assert source.report.dropped == {"box: group": 1, "box: category not listed": 1, "box: not four numbers": 1}
     assert "line 4 of image img1" in source.report.first["box: group"]
     assert source.report.noted == {"name: known absent but boxed, not kept as absent": 2}
-    # Without the labels nothing is known to be absent, of anything.
+    # Without image-level labels nothing is known to be absent.
     assert {record.known_absent for record in records(opened(openimages, labels=None, hierarchy=None))} == {()}
     (openimages / "boxes.csv").write_text(HEADER)
     assert len(records(opened(openimages))) == 3
@@ -241,18 +241,18 @@ def test_openimages(openimages):
     [
         ("boxes.csv", "a,b\n", "the header lacks ImageID, LabelName"),
         ("boxes.csv", BOXES + "img1,xclick\n", "line 7 has 2 columns, the header 13"),
-        ("boxes.csv", b"\xff\xfe", "is no CSV"),
-        ("classes.csv", "/m/cat,Cat\n/m/dog,Cat\n", "line 2: /m/dog, 'Cat' stands twice"),
+        ("boxes.csv", b"\xff\xfe", "is not a CSV"),
+        ("classes.csv", "/m/cat,Cat\n/m/dog,Cat\n", "line 2: /m/dog, 'Cat' occurs twice"),
         ("classes.csv", "/m/cat\n", "line 1 has 1 columns, expected 2"),
         ("classes.csv", "", "is empty"),
-        ("classes.csv", "/m/cat,_\n", "cleaning leaves no letter"),
+        ("classes.csv", "/m/cat,_\n", "no letter or digit after cleaning"),
         ("tree.json", "[]", "expected an object with LabelName"),
         ("tree.json", "{", "is not JSON"),
         ("labels.csv", "x\n", "the header lacks ImageID"),
         ("labels.csv", None, "labels.csv does not exist"),
     ],
 )
-def test_openimages_files_that_are_others(openimages, file, content, message):
+def test_invalid_openimages_files_are_refused(openimages, file, content, message):
     (openimages / file).unlink()
     if content is not None:
         (openimages / file).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -294,7 +294,7 @@ def genome(tmp_path, pictures):
 
 
 def test_visual_genome(genome):
-    def read(**options: Any) -> tuple[Opened, list[Record]]:
+    def read(**options: Any) -> tuple[ImportSource, list[Record]]:
         source = open_visual_genome(
             genome / "objects.json", genome / "pictures", image_data=genome / "image_data.json", **options
         )
@@ -324,10 +324,10 @@ def test_visual_genome(genome):
         ("objects.json", [{"image_id": 1}], r"has objects None, expected a list"),
         ("objects.json", [{"image_id": 1, "objects": [{"x": 1}]}], r"\[0\].objects\[0\] lacks y, w, h"),
         ("image_data.json", [{"image_id": 1}], "lacks width, height"),
-        ("image_data.json", [{"image_id": 1, "width": 3, "height": 3}] * 2, "the image 1 stands twice"),
+        ("image_data.json", [{"image_id": 1, "width": 3, "height": 3}] * 2, "the image id 1 occurs twice"),
     ],
 )
-def test_visual_genome_files_that_are_others(genome, file, data, message):
+def test_invalid_visual_genome_files_are_refused(genome, file, data, message):
     saved(genome, data, file)
     with pytest.raises(SourceError, match=message):
         open_visual_genome(genome / "objects.json", genome / "pictures", image_data=genome / "image_data.json")
@@ -338,12 +338,12 @@ def test_visual_genome_files_that_are_others(genome, file, data, message):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    """A set that its own library wrote, three examples."""
+    """A set of three examples, written by TensorFlow Datasets."""
     pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
     return prepare(tmp_path_factory.mktemp("tfds"))
 
 
-def test_a_prepared_set_without_tensorflow(prepared, tmp_path, capsys):
+def test_a_prepared_tfds_set_is_read_without_tensorflow(prepared, tmp_path, capsys):
     assert run_job("data", ["tfds", str(prepared), f"--out={tmp_path}/set", "--processes=2", "--shards=2"]) == 0
     found = Shards(tmp_path / "set")
     assert found.manifest.names == ("cat", "dog", "cow") and found.manifest.drops == {"box: crowd": 3}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from glip_jax.data.importers.entry import SourceError, finish
+from glip_jax.data.importers.entry import SourceError, make_record
 from glip_jax.data.importers.flickr30k import open_flickr30k, plain_sentence
 from glip_jax.data.records import Record
 from tests.data.conftest import write_image
@@ -43,11 +43,11 @@ def place(tmp_path: Path) -> Path:
 
 def read(place: Path, **options: Any) -> tuple[list[Record], Any]:
     opened = open_flickr30k(place, place / "images", **options)
-    records = [finish(entry, opened.images, opened.report) for entry in opened.entries]
+    records = [make_record(entry, opened.images, opened.report) for entry in opened.entries]
     return [record for record in records if record is not None], opened.report
 
 
-def test_markup_is_taken_out_and_its_spans_stay() -> None:
+def test_markup_is_removed_and_spans_refer_to_the_caption() -> None:
     caption, phrases = plain_sentence(SENTENCES.splitlines()[0])
     assert caption == "Two young guys with shaggy hair look at their hands ."
     assert [(chain, caption[b:e]) for chain, (b, e) in phrases] == [
@@ -55,11 +55,11 @@ def test_markup_is_taken_out_and_its_spans_stay() -> None:
     ]  # fmt: skip
 
 
-def test_spaces_in_the_markup_belong_to_no_phrase() -> None:
+def test_spaces_in_markup_are_not_part_of_a_phrase() -> None:
     assert plain_sentence("[/EN#1/people  A man ] sits") == ("A man sits", [("1", (0, 5))])
 
 
-def test_what_is_not_visual_has_no_box(place: Path) -> None:
+def test_not_visual_phrases_have_no_box(place: Path) -> None:
     (place / "Annotations" / "1000.xml").write_text(XML.replace("<name>2</name>", "<name>0</name>"))
     (place / "Sentences" / "1000.txt").write_text(SENTENCES.splitlines()[0].replace("EN#2", "EN#0"))
     ((record,), report) = read(place)
@@ -68,14 +68,14 @@ def test_what_is_not_visual_has_no_box(place: Path) -> None:
     assert report.noted == {"phrase: without a box, kept as unknown": 1, "phrase: not visual, kept as text": 1}
 
 
-def test_a_sentence_is_a_record_with_a_box_for_every_phrase_and_box(place: Path) -> None:
+def test_a_sentence_is_a_record_with_every_pair_of_phrase_and_box(place: Path) -> None:
     records, report = read(place)
     first, second = records
     assert (first.id, first.kind, first.height, first.width) == ("1000#1", "grounding", 24, 32)
-    # Counted from 0: the release counts pixels from 1.
+    # Pixels from 0; the release counts from 1.
     assert first.boxes.tolist() == [[0, 1, 9, 19], [11, 1, 31, 23], [2, 1, 5, 4]]
     assert [first.caption[b:e] for ((b, e),) in first.spans] == ["Two young guys", "Two young guys", "shaggy hair"]
-    # The box with two names belongs to both phrases.
+    # A box with two names belongs to both phrases.
     assert second.boxes.tolist() == [[0, 1, 9, 19], [11, 1, 31, 23], [11, 1, 31, 23]]
     assert [second.caption[b:e] for ((b, e),) in second.spans] == ["Two men", "Two men", "green shirts"]
     assert report.dropped == {"image: sentence without a box": 1}
@@ -87,7 +87,7 @@ def test_a_sentence_is_a_record_with_a_box_for_every_phrase_and_box(place: Path)
     assert report.kept["images"] == 2 and report.kept["boxes"] == 6
 
 
-def test_a_split_list_says_which_images_and_in_which_order(place: Path) -> None:
+def test_a_split_list_selects_and_orders_images(place: Path) -> None:
     (place / "Sentences" / "7.txt").write_text("[/EN#9/other A cat] sleeps .\n")
     (place / "Annotations" / "7.xml").write_text(
         "<annotation><size><width>32</width><height>24</height></size><object><name>9</name><bndbox><xmin>1</xmin>"
@@ -122,7 +122,7 @@ def test_a_split_list_says_which_images_and_in_which_order(place: Path) -> None:
         ("Annotations/1000.xml", "<width>32", "<width>33", "image: size differs", "(24, 33)"),
     ],
 )  # fmt: skip
-def test_faults_are_counted(place: Path, file: str, old: str, new: str, reason: str, example: str) -> None:
+def test_invalid_items_are_counted(place: Path, file: str, old: str, new: str, reason: str, example: str) -> None:
     text = (place / file).read_text()
     assert old in text
     (place / file).write_text(text.replace(old, new, 1))
@@ -133,14 +133,14 @@ def test_faults_are_counted(place: Path, file: str, old: str, new: str, reason: 
         read(place, strict=True)
 
 
-def test_a_box_that_is_counted_from_zero_is_noted(place: Path) -> None:
+def test_a_box_with_coordinate_zero_is_noted(place: Path) -> None:
     (place / "Annotations" / "1000.xml").write_text(XML.replace("<xmin>3<", "<xmin>0<"))
     records, report = read(place)
     assert records[0].boxes.tolist()[2] == [0, 1, 5, 4]
     assert report.noted["box: begins before pixel 1, cut there"] == 1
 
 
-def test_files_that_are_missing(place: Path) -> None:
+def test_missing_files_are_refused(place: Path) -> None:
     (place / "Annotations" / "1000.xml").unlink()
     assert read(place)[1].dropped == {"image: no annotation file": 1}
     (place / "Sentences" / "1000.txt").unlink()
@@ -152,7 +152,7 @@ def test_files_that_are_missing(place: Path) -> None:
         open_flickr30k(place / "images", place / "images")
 
 
-def test_a_sentence_that_changes_makes_another_build(place: Path, tmp_path: Path) -> None:
+def test_a_changed_sentence_invalidates_the_index(place: Path, tmp_path: Path) -> None:
     def report(name: str) -> dict[str, Any]:
         command = ["flickr30k", str(place), f"--images={place}/images", f"--out={tmp_path}/{name}", "--processes=1"]
         assert run_job("data", command) == 0

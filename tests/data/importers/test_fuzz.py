@@ -1,6 +1,6 @@
-"""Spoiled annotation files and pictures: always a counted drop or one clear line, never another error, never half a folder.
+"""Fuzz tests: corrupted annotation files and images give counted drops or a one-line error, never another exception.
 
-Of each format a small official layout is spoiled many times, seeded: see `tests.data.importers.mutations`.
+The files of each format are corrupted many times with fixed seeds: see `tests.data.importers.mutations`.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from glip_jax.data import shards
-from glip_jax.data.importers.entry import Report, SourceError, finish
+from glip_jax.data.importers.entry import Report, SourceError, make_record
 from glip_jax.data.records import Record, decode, encode
 from tests.data.conftest import write_image
 from tests.data.importers.layouts import LAYOUTS, Layout
@@ -18,10 +18,10 @@ from tests.data.importers.mutations import mutated, spoil_image
 from tests.run_job import run_job
 
 EACH = -(-2100 // len(LAYOUTS))
-"""Spoiled files of each format."""
+"""Number of corrupted files per format."""
 
 
-def made(layout: Layout, folder: Path) -> dict[str, str]:
+def write_files(layout: Layout, folder: Path) -> dict[str, str]:
     (folder / "pictures").mkdir()
     for i in range(3):
         write_image(folder / "pictures" / f"img{i}.png", 24, 32, i)
@@ -29,18 +29,18 @@ def made(layout: Layout, folder: Path) -> dict[str, str]:
 
 
 def imported(layout: Layout, folder: Path) -> tuple[list[Record], Report]:
-    """What the import makes of the folder; whatever comes out can be stored and read."""
+    """Imports the folder, and encodes and decodes every record."""
     opened = layout.open(folder)
     records = []
     for entry in opened.entries:
-        record = finish(entry, opened.images, opened.report)
+        record = make_record(entry, opened.images, opened.report)
         if record is not None:
             records.append(decode(encode(record), len(opened.names)))
     return records, opened.report
 
 
 def clear(line: str, folder: Path, files: dict[str, str]) -> None:
-    """An error is one line that can be printed and names a file."""
+    """Checks that an error is one printable line that names a file."""
     assert line.isprintable(), line
     assert len(line) < 600, line
     names = [str(folder), *(Path(file).name for file in files), *(Path(file).stem for file in files)]
@@ -48,9 +48,9 @@ def clear(line: str, folder: Path, files: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_spoiled_files_are_drops_or_one_line(name: str, tmp_path: Path) -> None:
+def test_corrupted_files_give_drops_or_a_one_line_error(name: str, tmp_path: Path) -> None:
     layout = LAYOUTS[name]
-    files = made(layout, tmp_path)
+    files = write_files(layout, tmp_path)
     records, report = imported(layout, tmp_path)
     assert len(records) == layout.records
     assert set(report.dropped) <= {"box: crowd"}, report
@@ -77,12 +77,12 @@ def test_spoiled_files_are_drops_or_one_line(name: str, tmp_path: Path) -> None:
             outcomes["drop" if report.dropped else "kept"] += 1
         finally:
             place.write_bytes(whole[file])
-    # Most of it is noticed; what is left is text changed into other text, a number into another that fits.
+    # Most corruptions are detected; the others change a text or number into another valid one.
     assert outcomes["kept"] < 0.7 * EACH, outcomes
     assert len(imported(layout, tmp_path)[0]) == layout.records
 
 
-FOUND = [
+REGRESSIONS = [
     ("mixed", "a.json", ["annotations", 2, "tokens_positive", 0, 1], -1),
     ("openimages", "hierarchy.json", ["Subcategory", 0, "LabelName"], [1]),
     ("lvis", "a.json", ["categories", 0, "id"], "1"),
@@ -91,13 +91,13 @@ FOUND = [
     ("coco", "a.json", ["images", 0, "file_name"], "img0.png#3+5;base64"),
     ("caption-lines", "a.jsonl", ["caption"], "\ud800"),
 ]
-"""What earlier versions answered with another error, or could have."""
+"""Inputs for which earlier versions raised other exceptions."""
 
 
-@pytest.mark.parametrize(("name", "file", "path", "value"), FOUND)
-def test_what_was_found_once(name: str, file: str, path: list, value: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "file", "path", "value"), REGRESSIONS)
+def test_regressions(name: str, file: str, path: list, value: object, tmp_path: Path) -> None:
     layout = LAYOUTS[name]
-    files = made(layout, tmp_path)
+    files = write_files(layout, tmp_path)
     first, *rest = (tmp_path / file).read_text().splitlines()
     data = place = json.loads(first)
     for key in path[:-1]:
@@ -113,11 +113,11 @@ def test_what_was_found_once(name: str, file: str, path: list, value: object, tm
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_job_ends_with_a_whole_folder_or_with_none(
+def test_the_job_creates_a_complete_folder_or_none(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layout = LAYOUTS[name]
-    files = made(layout, tmp_path)
+    files = write_files(layout, tmp_path)
     whole = {file: (tmp_path / file).read_bytes() for file in files}
     command = [part.format(p=tmp_path) for part in layout.command.split()]
     for number in range(4):

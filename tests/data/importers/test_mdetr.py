@@ -1,4 +1,4 @@
-"""Captions in COCO's family of JSON: MDETR's form with boxes of phrases, COCO's captions without."""
+"""Captions in COCO's family of JSON: MDETR's format with boxes of phrases, COCO's captions without."""
 
 import copy
 import json
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from glip_jax.data.importers.entry import Opened, SourceError, finish
+from glip_jax.data.importers.entry import ImportSource, SourceError, make_record
 from glip_jax.data.importers.mdetr import MIXED_FOLDERS, folders_of, open_coco_captions, open_mdetr
 from glip_jax.data.records import Record
 from tests.data.conftest import CAPTION, mdetr_json, write_image
@@ -30,8 +30,8 @@ def saved(tmp_path: Path, data: Any) -> Path:
     return path
 
 
-def records(opened: Opened) -> list[Record]:
-    done = [finish(entry, opened.images, opened.report) for entry in opened.entries]
+def records(opened: ImportSource) -> list[Record]:
+    done = [make_record(entry, opened.images, opened.report) for entry in opened.entries]
     return [record for record in done if record is not None]
 
 
@@ -69,7 +69,7 @@ def test_captions_and_spans(tmp_path: Path, pictures: Path) -> None:
         ("2,5", {"box: no span": 1}),
     ],
 )
-def test_bad_spans_are_counted(tmp_path: Path, pictures: Path, spans: Any, reasons: dict) -> None:
+def test_invalid_spans_are_counted(tmp_path: Path, pictures: Path, spans: Any, reasons: dict) -> None:
     data = mdetr_json([(24, 32)])
     data["annotations"][0]["tokens_positive"] = spans
     path = saved(tmp_path, data)
@@ -94,7 +94,7 @@ def test_bad_spans_are_counted(tmp_path: Path, pictures: Path, spans: Any, reaso
         ({"image_id": "1"}, {"box: image not listed": 1}),
     ],
 )
-def test_bad_boxes_are_counted(tmp_path: Path, pictures: Path, change: dict, reasons: dict) -> None:
+def test_invalid_boxes_are_counted(tmp_path: Path, pictures: Path, change: dict, reasons: dict) -> None:
     data = mdetr_json(SIZES)
     data["annotations"][1].update(change)
     opened = open_mdetr(saved(tmp_path, data), pictures)
@@ -104,7 +104,7 @@ def test_bad_boxes_are_counted(tmp_path: Path, pictures: Path, change: dict, rea
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_what_python_writes_for_no_number_is_counted(tmp_path: Path, pictures: Path, value: float) -> None:
+def test_nan_and_infinity_are_counted(tmp_path: Path, pictures: Path, value: float) -> None:
     data = mdetr_json(SIZES)
     data["annotations"][1]["bbox"][2] = value
     opened = open_mdetr(saved(tmp_path, data), pictures)
@@ -114,7 +114,7 @@ def test_what_python_writes_for_no_number_is_counted(tmp_path: Path, pictures: P
     assert count == 1
 
 
-def test_captions_that_are_none(tmp_path: Path, pictures: Path) -> None:
+def test_invalid_captions_are_counted(tmp_path: Path, pictures: Path) -> None:
     data = mdetr_json(SIZES)
     for caption, reason in (("  ", "image: caption empty"), (5, "image: caption no text")):
         data["images"][0]["caption"] = caption
@@ -124,7 +124,7 @@ def test_captions_that_are_none(tmp_path: Path, pictures: Path) -> None:
         assert sum(n for what, n in opened.report.dropped.items() if what.startswith("box")) == 2
 
 
-def test_the_mixed_file_says_where_its_pictures_are(tmp_path: Path, pictures: Path) -> None:
+def test_folders_of_the_mixed_file(tmp_path: Path, pictures: Path) -> None:
     data = mdetr_json(SIZES)
     for image, source in zip(data["images"], ("coco", "vg")):
         image["data_source"] = source
@@ -144,7 +144,7 @@ def test_the_mixed_file_says_where_its_pictures_are(tmp_path: Path, pictures: Pa
         folders_of("vg")
 
 
-def test_corners_are_told_from_width_and_height(tmp_path: Path, pictures: Path) -> None:
+def test_boxes_that_seem_to_be_xyxy_are_refused(tmp_path: Path, pictures: Path) -> None:
     data = mdetr_json(SIZES)
     data["annotations"] = [
         {"id": k, "image_id": 1 + k % 2, "bbox": [10 + k, 12, 20 + k, 22], "tokens_positive": [[2, 5]]}
@@ -158,7 +158,7 @@ def test_corners_are_told_from_width_and_height(tmp_path: Path, pictures: Path) 
 
 
 def changed(path: list, value: Any) -> dict:
-    """The form with one place set, or, for the value ..., removed."""
+    """The valid file with one value replaced, or removed for the value `...`."""
     data: Any = copy.deepcopy(mdetr_json(SIZES))
     place = data
     for key in path[:-1]:
@@ -184,19 +184,19 @@ def changed(path: list, value: Any) -> dict:
         (changed(["images", 1, "height"], ...), r"images\[1\] lacks height"),
         (changed(["images", 1, "height"], 2.5), "image 2 has height 2.5"),
         (changed(["images", 1, "file_name"], ""), "image 2 has the file name ''"),
-        (changed(["images", 1, "id"], 1), "the id 1 stands twice in images"),
+        (changed(["images", 1, "id"], 1), "the id 1 occurs twice in images"),
         (changed(["images", 1, "id"], [1]), r"images\[1\] has the id \[1\]"),
-        (changed(["annotations", 1, "id"], 1), "the id 1 stands twice in annotations"),
+        (changed(["annotations", 1, "id"], 1), "the id 1 occurs twice in annotations"),
         (changed(["annotations", 1, "image_id"], ...), r"annotations\[1\] lacks image_id"),
         (changed(["annotations", 1, "bbox"], ...), r"annotations\[1\] lacks bbox"),
     ],
 )
-def test_whole_file_faults_stop(tmp_path: Path, pictures: Path, data: Any, message: str) -> None:
+def test_errors_of_the_whole_file_are_refused(tmp_path: Path, pictures: Path, data: Any, message: str) -> None:
     with pytest.raises(SourceError, match=message):
         open_mdetr(saved(tmp_path, data), pictures)
 
 
-def test_coco_captions_one_by_one(tmp_path: Path, pictures: Path) -> None:
+def test_coco_captions_give_one_entry_each(tmp_path: Path, pictures: Path) -> None:
     images = [{"id": i + 5, "file_name": f"img{i}.png", "height": 24, "width": 32} for i in range(3)]
     notes = [(5, 1, "a dog "), (6, 2, "the cat"), (5, 3, "a small dog"), (77, 4, "x"), (5, 6, 3), (6, 7, " ")]
     data = {"images": images, "annotations": [{"image_id": i, "id": k, "caption": text} for i, k, text in notes]}

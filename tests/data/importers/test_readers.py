@@ -1,4 +1,4 @@
-"""Large JSON files are read object by object, Python's own numbers included; what does not fit is one line."""
+"""Streamed reading of JSON files, NaN and Infinity included, and joins of images and annotations."""
 
 import json
 import random
@@ -29,7 +29,7 @@ from glip_jax.data.importers.readers import Join, JsonFile
         (b'{"a":' + b"[" * 1000, "nests 64 deep"),
     ],
 )
-def test_what_does_not_fit_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+def test_invalid_json_gives_a_one_line_error(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(SourceError, match=message) as found:
         list(JsonFile(tmp_path / "x.json").objects("a"))
@@ -37,7 +37,7 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, content: bytes, message: 
 
 
 @pytest.mark.parametrize("block", [7, 64, 1 << 20])
-def test_pythons_numbers_are_texts_wherever_the_blocks_end(tmp_path, monkeypatch, block):
+def test_nan_and_infinity_are_texts_at_any_block_boundary(tmp_path, monkeypatch, block):
     monkeypatch.setattr(readers, "_BLOCK", block)
     chosen = random.Random(0)
     numbers = {float("inf"): "Infinity", float("-inf"): "-Infinity"}
@@ -58,7 +58,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
         data, join = JsonFile(tmp_path / "x.json"), Join(tmp_path)
         tracemalloc.start()
         join.add_images((item["id"], []) for item in data.objects("images"))
-        join.add_notes((item["image_id"], item["id"], item["bbox"]) for item in data.objects("annotations"))
+        join.add_annotations((item["image_id"], item["id"], item["bbox"]) for item in data.objects("annotations"))
         assert sum(len(notes) for _, _, notes in join) == count
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -68,12 +68,12 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
     assert peak(6000) < 1.1 * peak(1500) + 50_000
 
 
-def test_a_join_keeps_order_and_knows_what_fits_nothing(tmp_path):
+def test_a_join_keeps_order_and_finds_unmatched_annotations(tmp_path):
     join = Join()
-    join.add_notes([("b", 1, ["x"]), (2, 2, ["y"]), ("b", 3, ["z"]), (10**30, 4, [])])
+    join.add_annotations([("b", 1, ["x"]), (2, 2, ["y"]), ("b", 3, ["z"]), (10**30, 4, [])])
     join.add_images([(2, ["two"]), ("b", ["bee"]), ("2", ["text"])])
     assert list(join) == [(2, ["two"], [(2, ["y"])]), ("b", ["bee"], [(1, ["x"]), (3, ["z"])]), ("2", ["text"], [])]
-    assert list(join.strays()) == [(4, f"integer {10**30}")]
-    assert join.count == 3 and join.twice("images") is None and join.twice("notes") is None
-    join.add_notes([(2, 3, []), (2, None, []), (2, None, [])])
-    assert join.twice("notes") == 3
+    assert list(join.without_image()) == [(4, f"integer {10**30}")]
+    assert join.count == 3 and join.duplicate_key("images") is None and join.duplicate_key("annotations") is None
+    join.add_annotations([(2, 3, []), (2, None, []), (2, None, [])])
+    assert join.duplicate_key("annotations") == 3

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from glip_jax.data.importers.entry import SourceError, finish
+from glip_jax.data.importers.entry import SourceError, make_record
 from glip_jax.data.importers.tsv import open_tsv
 from glip_jax.data.records import Record
 from tests.data.conftest import write_image
@@ -43,14 +43,14 @@ def container(folder: Path, labels: list[Any], columns: int = 2, index: bool = T
     write_tsv(folder / "train.label.tsv", [[k, json.dumps(label)] for k, label in zip(keys, labels)], index)
     write_tsv(folder / "train.hw.tsv", [[k, json.dumps([{"height": 24, "width": 32}])] for k in keys], index)
     (folder / "map.json").write_text(json.dumps({"label_to_idx": {"person": 2, "dog": 1, "__background__": 0}}))
-    told = {"img": "train.img.tsv", "label": "train.label.tsv", "hw": "train.hw.tsv", "labelmap": "map.json"}
-    (folder / "train.yaml").write_text("".join(f"{key}: {value}\n" for key, value in told.items()))
+    fields = {"img": "train.img.tsv", "label": "train.label.tsv", "hw": "train.hw.tsv", "labelmap": "map.json"}
+    (folder / "train.yaml").write_text("".join(f"{key}: {value}\n" for key, value in fields.items()))
     return folder / "train.yaml"
 
 
 def read(path: Path, kind: Any = "detection", **options: Any) -> tuple[list[Record], Any]:
     opened = open_tsv(path, kind=kind, **options)
-    records = [finish(entry, opened.images, opened.report) for entry in opened.entries]
+    records = [make_record(entry, opened.images, opened.report) for entry in opened.entries]
     return [record for record in records if record is not None], opened
 
 
@@ -61,7 +61,7 @@ def test_detection(tmp_path: Path, columns: int, index: bool) -> None:
     assert opened.names == ("dog", "person")
     assert opened.count == 3
     assert [record.id for record in records] == ["k0", "k1", "k2"]
-    # rect is inclusive already.
+    # rect is already inclusive.
     assert records[0].boxes.tolist() == [[1, 2, 9, 10], [3.5, 4, 31, 23]]
     assert records[0].categories == (0, 1)
     assert records[1].categories == (1,)
@@ -76,7 +76,7 @@ def test_pseudo_labels_of_both_versions(tmp_path: Path) -> None:
     assert (first.kind, first.caption, first.scores) == ("pseudo", "a man near two dogs", (0.9, 0.5))
     assert first.spans == (((2, 5),), ((11, 14), (15, 19)))
     assert second.boxes.tolist() == [[1, 2, 9, 10], [3, 4, 31, 23], [0, 0, 5, 5]]
-    # Every box of an entity has all of its spans.
+    # Every box of an entity has all spans of the entity.
     assert second.spans == (first.spans[0], first.spans[1], first.spans[1])
     assert second.scores == (0.9, 0.5, 0.25)
     assert not opened.report.dropped
@@ -94,7 +94,7 @@ def test_a_line_list_repeats_rows_or_is_noted(tmp_path: Path) -> None:
     assert [record.id for record in records] == ["k0", "k2", "k2*2", "k2*3"]
 
 
-def test_pictures_found_by_id(tmp_path: Path) -> None:
+def test_images_by_id(tmp_path: Path) -> None:
     path = container(tmp_path, [V1 | {"img_id": "b"}, V2 | {"img_id": "a"}, V1 | {"img_id": "z"}])
     (tmp_path / "id2idx.json").write_text(json.dumps({"a": 0, "b": 2}))
     path.write_text(path.read_text() + "imageid2idx: id2idx.json\n")
@@ -150,7 +150,7 @@ BOX = {"class": "dog", "rect": [1, 2, 9, 10]}
         ("pseudo", V1 | {"img_h": 25}, "image: size differs"),
     ],
 )
-def test_faulty_labels_are_counted(tmp_path: Path, kind: Any, label: Any, reason: str) -> None:
+def test_invalid_labels_are_counted(tmp_path: Path, kind: Any, label: Any, reason: str) -> None:
     path = container(tmp_path, [label, DETECTION[0] if kind == "detection" else V1])
     path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("hw")))
     records, opened = read(path, kind)
@@ -160,7 +160,7 @@ def test_faulty_labels_are_counted(tmp_path: Path, kind: Any, label: Any, reason
         read(path, kind, strict=True)
 
 
-def test_faulty_rows_are_counted(tmp_path: Path) -> None:
+def test_invalid_rows_are_counted(tmp_path: Path) -> None:
     path = container(tmp_path, [DETECTION[0]] * 5)
     good = json.dumps(DETECTION[0])
     write_tsv(tmp_path / "train.label.tsv", [["k0"], ["k1", "{"], ["other", good], ["k3", good], ["k4", good]])
@@ -175,7 +175,7 @@ def test_faulty_rows_are_counted(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_an_offset_within_a_long_row(tmp_path: Path) -> None:
+def test_an_offset_inside_a_row_is_refused(tmp_path: Path) -> None:
     path = container(tmp_path, DETECTION)
     rows = [[f"k{i}", base64.b64encode(bytes(9000)).decode()] for i in range(3)]
     write_tsv(tmp_path / "train.img.tsv", rows)
@@ -189,7 +189,7 @@ def test_an_offset_within_a_long_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: (p / "train.yaml").write_text("img: ["), "is no yaml"),
+        (lambda p: (p / "train.yaml").write_text("img: ["), "is not valid yaml"),
         (lambda p: (p / "train.yaml").write_text("5"), "expected `img: FILE.tsv`"),
         (lambda p: (p / "train.yaml").write_text("img: train.img.tsv"), "expected `img: FILE.tsv`"),
         (lambda p: (p / "train.yaml").unlink(), "cannot be read"),
@@ -203,11 +203,11 @@ def test_an_offset_within_a_long_row(tmp_path: Path) -> None:
         (lambda p: write_tsv(p / "train.label.tsv", []), "train.label.tsv is empty"),
         (lambda p: (p / "map.json").write_text("["), "label map .* cannot be read as JSON"),
         (lambda p: (p / "map.json").write_text('{"a": "b"}'), "expected an object from name to number"),
-        (lambda p: (p / "map.json").write_text('{"a": 1, "b": 1}'), "gives a number to two names"),
+        (lambda p: (p / "map.json").write_text('{"a": 1, "b": 1}'), "gives two names the same number"),
         (lambda p: (p / "map.json").write_text('{"a": 0}'), "no name besides the background"),
     ],
 )
-def test_whole_faults_stop(tmp_path: Path, change: Any, message: str) -> None:
+def test_errors_of_the_whole_file_are_refused(tmp_path: Path, change: Any, message: str) -> None:
     path = container(tmp_path, DETECTION)
     change(tmp_path)
     with pytest.raises(SourceError, match=message):

@@ -1,4 +1,4 @@
-"""What captions say is checked here by reading them: words, numbers and relations against names, colours and boxes."""
+"""Captions are parsed and checked against the scene: names, numbers, colours, sizes and relations."""
 
 import re
 from pathlib import Path
@@ -31,7 +31,7 @@ def longest(boxes):
     return np.maximum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1])
 
 
-def test_every_phrase_names_what_its_boxes_show(scenes):
+def test_every_phrase_ends_with_the_name_of_its_boxes(scenes):
     for scene, _ in scenes:
         assert scene.phrases and scene.caption
         for phrase in scene.phrases:
@@ -46,25 +46,25 @@ def test_every_phrase_names_what_its_boxes_show(scenes):
                 assert set(phrase.boxes) < of_name, scene.caption
 
 
-def test_counts_are_true(scenes):
-    said = 0
+def test_counts_are_correct(scenes):
+    count = 0
     for scene, _ in scenes:
         for phrase in scene.phrases:
             words = scene.caption[slice(*phrase.span)].split(" ")
             number = next((NUMBERS[word] for word in words[:2] if word in NUMBERS), None)
             if number is not None:
-                said += 1
+                count += 1
                 assert number == len(phrase.boxes), scene.caption
             elif words[0] == "the" and plural(words[-1]) != words[-1] and "some" not in words:
                 # "the snail" is one; plural words without a number are those that have no singular.
                 singular = scene.caption[slice(*phrase.span)].endswith(scene.names[phrase.boxes[0]])
                 assert not singular or len(phrase.boxes) == 1 or plural(words[-1]) == words[-1], scene.caption
-    assert said > 200
+    assert count > 200
 
 
-def test_relations_are_true_of_all_boxes_and_of_no_other_of_the_name(scenes):
-    """By the centres alone; the phrase before a relation word is its subject, the one behind it its object."""
-    checked = picked = 0
+def test_relations_hold_for_all_boxes_and_no_other_of_the_name(scenes):
+    """Checks centres only; the phrase before a relation is its subject, the one after it its object."""
+    checked = selected = 0
     pattern = re.compile(r" (?:to the )?(left of|right of|above|below|under) $")
     for scene, _ in scenes:
         for first, second in zip(scene.phrases, scene.phrases[1:]):
@@ -80,11 +80,11 @@ def test_relations_are_true_of_all_boxes_and_of_no_other_of_the_name(scenes):
                 name = scene.names[first.boxes[0]]
                 rest = [i for i, n in enumerate(scene.names) if n == name and i not in first.boxes]
                 assert (sign * centres(scene.boxes[rest])[:, axis]).min() > b.max() + 15.9, scene.caption
-                picked += 1
-    assert checked > 60 and picked > 30
+                selected += 1
+    assert checked > 60 and selected > 30
 
 
-def test_size_words_are_true(scenes):
+def test_size_words_are_correct(scenes):
     plain = relational = 0
     for scene, _ in scenes:
         for phrase in scene.phrases:
@@ -110,8 +110,8 @@ def test_size_words_are_true(scenes):
     assert plain > 10 and relational > 10
 
 
-def test_colours_are_those_of_the_pictures_and_of_no_name_that_says_one(scenes):
-    said = 0
+def test_colours_match_the_pictures_and_names_with_a_colour_get_none(scenes):
+    count = 0
     for scene, pictures in scenes:
         for phrase in scene.phrases:
             name = scene.names[phrase.boxes[0]]
@@ -133,8 +133,8 @@ def test_colours_are_those_of_the_pictures_and_of_no_name_that_says_one(scenes):
                         assert blue > red, words
                     case "purple":
                         assert blue > green and red > green, words
-            said += 1
-    assert said > 20
+            count += 1
+    assert count > 20
 
 
 def test_about_half_of_the_captions_have_a_relational_phrase(scenes):
@@ -142,15 +142,15 @@ def test_about_half_of_the_captions_have_a_relational_phrase(scenes):
     assert 0.4 <= share <= 0.65, share
 
 
-@pytest.mark.parametrize("spoken", [True, False])
-def test_no_scene_shows_names_that_could_mean_one_another(spoken):
+@pytest.mark.parametrize("captioned", [True, False])
+def test_no_scene_shows_conflicting_names(captioned):
     image = Image.new("RGBA", (32, 32), (200, 30, 30, 255))
     pictures = [
         Picture(name, "detection", "plain", image) for name in ("computer mouse", "mouse", "mouse trap", "snail")
     ]
     together = set()
     for index in range(30):
-        shown = set(draw_scene(pictures, 0, index, spoken=spoken).names)
+        shown = set(draw_scene(pictures, 0, index, captioned=captioned).names)
         assert "mouse" not in shown or not shown & {"computer mouse", "mouse trap"}
         together.add(frozenset(shown))
     assert len(together) > 3
@@ -164,7 +164,7 @@ def test_relations_need_a_clear_distance():
     assert not relation_holds("right", still, moved[0]).any()
 
 
-def test_a_thing_between_two_anchors_stops_the_phrase():
+def test_an_object_between_two_anchors_prevents_the_phrase():
     """Of three snails one is left of both apples, one right, one between: no left or right can pick."""
     names = ["snail", "snail", "snail", "red apple", "red apple"]
     boxes = np.array([[x, 40, x + 20, 60] for x in (0, 200, 100, 60, 140)], np.float32)
@@ -174,7 +174,7 @@ def test_a_thing_between_two_anchors_stops_the_phrase():
         assert all(p.kind == "plain" for p in snails), caption
 
 
-def test_picks_by_relation_and_by_size():
+def test_selection_by_relation_and_by_size():
     names = ["snail", "snail", "red apple", "red apple"]
     boxes = np.array([[0, 40, 20, 60], [200, 40, 260, 100], [80, 0, 120, 40], [80, 80, 120, 120]], np.float32)
     seen = set()
@@ -193,7 +193,7 @@ def test_picks_by_relation_and_by_size():
     assert all(boxes in ((0,), (1,)) for words, boxes in seen if "snail" in words)
 
 
-def test_a_colour_is_said_only_if_all_have_it():
+def test_a_colour_is_mentioned_only_if_all_objects_have_it():
     boxes = np.array([[0, 40, 20, 60], [100, 40, 120, 60]], np.float32)
     captions = {
         both: {describe(np.random.default_rng(seed), ["snail"] * 2, both, boxes, SIDES)[0] for seed in range(40)}
@@ -203,11 +203,11 @@ def test_a_colour_is_said_only_if_all_have_it():
     assert any("red snails" in caption for caption in captions["red", "red"])
 
 
-def test_nothing_is_said_of_nothing():
+def test_an_empty_scene_has_an_empty_caption():
     assert describe(np.random.default_rng(0), [], [], np.zeros((0, 4), np.float32), SIDES) == ("", ())
 
 
-def test_scenes_that_are_not_spoken_of_have_no_caption():
+def test_uncaptioned_scenes_have_no_caption():
     pictures = load_pictures(BUNDLED, limit=5)
-    scene = draw_scene(pictures, 0, 0, SceneStyle(), spoken=False)
+    scene = draw_scene(pictures, 0, 0, SceneStyle(), captioned=False)
     assert (scene.caption, scene.phrases) == ("", ()) and len(scene.boxes)

@@ -19,7 +19,7 @@ def squares():
     ]
 
 
-def test_the_same_scene_again_and_another_one(squares):
+def test_scenes_are_deterministic(squares):
     first, again, other = (draw_scene(squares, 3, index, STYLE) for index in (5, 5, 6))
     np.testing.assert_array_equal(first.image, again.image)
     np.testing.assert_array_equal(first.boxes, again.boxes)
@@ -28,14 +28,14 @@ def test_the_same_scene_again_and_another_one(squares):
     assert not np.array_equal(first.image, draw_scene(squares, 4, 5, STYLE).image)
 
 
-def test_boxes_are_those_of_the_visible_pixels(squares):
+def test_boxes_are_tight_around_the_visible_pixels(squares):
     # Without light and rotation pure colours are found again: a name's boxes must be exactly around where they show.
     still = SceneStyle(
         height=96, width=128, objects=(5, 9), sides=(16.0, 40.0), rotation=0.0, min_visible=0.3, light=False
     )
     covered = 0
     for index in range(20):
-        scene = draw_scene(squares, 0, index, still, spoken=index % 2 == 0)
+        scene = draw_scene(squares, 0, index, still, captioned=index % 2 == 0)
         for i, colour in enumerate(COLOURS.values()):
             boxes = scene.boxes[scene.pictures == i]
             shown = (scene.image == np.array(colour)).all(-1)
@@ -65,7 +65,7 @@ def test_every_picture_stays_visible_enough(squares):
             assert shown >= 0.6 * 30 * 30 * (scene.pictures == i).sum() * 0.9
 
 
-def test_light_moves_no_box_and_changes_the_picture(squares):
+def test_light_changes_pixels_and_no_box(squares):
     dark = [draw_scene(squares, 1, index, STYLE) for index in range(4)]
     plain = [
         draw_scene(squares, 1, index, SceneStyle(96, 128, (3, 6), (16.0, 40.0), light=False)) for index in range(4)
@@ -84,7 +84,7 @@ def test_light_keeps_colours_and_darkens_on_the_far_side():
     assert background(np.random.default_rng(0), 20, 30).shape == (20, 30, 3)
 
 
-def test_shadows_darken_what_is_beside_a_thing_only(squares, monkeypatch):
+def test_shadows_darken_only_the_surroundings_of_an_object(squares, monkeypatch):
     def shine(strength):
         return lambda rng, height, width: Light(np.ones((height, width, 3), np.float32), (strength, 6.0, 6.0, 3.0))
 
@@ -107,13 +107,13 @@ def test_styles_of_one_name_mix(squares):
     assert scene.names == tuple(both[i].name for i in scene.pictures)
 
 
-def test_a_scene_needs_pictures_and_room(squares):
+def test_missing_pictures_and_small_canvases_are_refused(squares):
     with pytest.raises(SceneError, match="at least one picture"):
         draw_scene([], 0, 0)
     with pytest.raises(SceneError, match="20 x 256 is smaller"):
         draw_scene(squares, 0, 0, SceneStyle(height=20))
 
 
-def test_one_name_alone_is_enough(squares):
+def test_a_scene_of_a_single_name(squares):
     scene = draw_scene(squares[:1], 0, 0, STYLE)
     assert set(scene.names) == {"red square"} and scene.caption

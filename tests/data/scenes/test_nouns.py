@@ -26,7 +26,7 @@ def test_adjectives_and_the_definite_article():
     assert noun_phrase("jeans", 1, "small", "blue", definite=True) == "the small blue jeans"
 
 
-def test_plural_looks_at_the_head():
+def test_plural_inflects_the_head():
     assert plural("ball of yarn") == "balls of yarn"
     assert plural("heart with an arrow") == "hearts with an arrow"
 
@@ -43,5 +43,5 @@ def test_colours_in_names():
         ("bat", "cricket bat", True), ("cricket", "cricket bat", True), ("car", "carrot", False), ("ear", "bear", False),
     ],
 )  # fmt: skip
-def test_names_that_could_mean_one_another(first, second, answer):
+def test_conflicting_names(first, second, answer):
     assert conflict(first, second) == conflict(second, first) == answer

@@ -25,7 +25,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_limits_are_per_split_spread_and_the_same_in_every_style(folder):
+def test_limits_are_per_split_evenly_spaced_and_equal_across_styles(folder):
     def names(**more):
         return [(p.name, p.split, p.style) for p in load_pictures(folder, **{"styles": ["flat"], **more})]
 
@@ -41,16 +41,16 @@ def test_limits_are_per_split_spread_and_the_same_in_every_style(folder):
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
-        (lambda root: (root / "names.json").unlink(), {}, "names.json is not there"),
+        (lambda root: (root / "names.json").unlink(), {}, "names.json does not exist"),
         (lambda root: (root / "names.json").write_text("[1]"), {}, "cannot be read"),
-        (lambda root: (root / "flat" / "0.webp").write_bytes(b"no picture"), {}, "'cow'.*no readable picture"),
-        (lambda root: None, {"styles": ["flet"]}, "styles flat, round"),
-        (lambda root: None, {"limit": 9}, "4 names of split 'detection', 9 were asked for"),
-        (lambda root: None, {"splits": ["captions"]}, "0 names of split 'captions', 1"),
+        (lambda root: (root / "flat" / "0.webp").write_bytes(b"no picture"), {}, "'cow'.*not a readable picture"),
+        (lambda root: None, {"styles": ["flet"]}, "styles: flat, round"),
+        (lambda root: None, {"limit": 9}, "4 names of split 'detection', expected 9"),
+        (lambda root: None, {"splits": ["captions"]}, "0 names of split 'captions', expected 1"),
         (lambda root: (root / "names.json").write_text('{"1": {"name": "a", "split": "b"}}'), {}, "split 'b'"),
     ],
 )
-def test_bad_folders_give_one_message(folder, change, settings, message):
+def test_invalid_folders_give_a_one_line_error(folder, change, settings, message):
     change(folder)
     with pytest.raises(PictureError, match=message) as raised:
         load_pictures(folder, **{"styles": ["flat"], **settings})
@@ -74,7 +74,7 @@ def test_the_bundled_names():
     assert len(list(BUNDLED.glob("LICENSE-*.txt"))) == 3
 
 
-def test_bundled_pictures_load_and_show_something():
+def test_bundled_pictures_are_not_empty():
     for style in STYLES:
         pictures = load_pictures(BUNDLED, [style], ["unseen"], 12)
         assert len(pictures) == 12
@@ -91,7 +91,7 @@ def test_bundled_pictures_load_and_show_something():
         ((250, 250, 250), ""), ((128, 128, 128), ""), ((10, 10, 10), ""),
     ],
 )  # fmt: skip
-def test_a_plain_colour_is_named(rgb, colour):
+def test_colour_of_plain_pictures(rgb, colour):
     pixels = np.full((8, 8, 4), 255, np.uint8)
     pixels[..., :3] = rgb
     pixels[0, :, 3] = 0
@@ -99,7 +99,7 @@ def test_a_plain_colour_is_named(rgb, colour):
     assert colour_of(pixels) == colour
 
 
-def test_two_colours_or_none_are_not_named():
+def test_pictures_without_a_dominant_colour():
     pixels = np.full((8, 8, 4), 255, np.uint8)
     pixels[:5, :, :3], pixels[5:, :, :3] = (230, 30, 30), (40, 90, 220)
     assert colour_of(pixels) == ""
@@ -108,7 +108,7 @@ def test_two_colours_or_none_are_not_named():
     assert colour_of(np.zeros((8, 8, 4), np.uint8)) == ""
 
 
-def test_colours_of_known_things():
+def test_colours_of_known_pictures():
     known = {"lemon": "yellow", "tomato": "red", "broccoli": "green", "blue circle": "blue", "dolphin": "blue"}
     pictures = {p.name: p for p in load_pictures(BUNDLED, ["noto"], ["detection", "grounding", "captions", "unseen"])}
     assert {name: pictures[name].colour for name in known} == known

@@ -27,12 +27,12 @@ def read(path):
     return json.loads(path.read_text())
 
 
-def test_coco_form(tmp_path):
+def test_detection_sets_are_in_coco_format(tmp_path):
     assert make_scenes(tmp_path / "det", scenes()) is True
     content = read(tmp_path / "det" / "annotations.json")
     assert [c["name"] for c in content["categories"]] == list(COLOURS)
     assert len(content["images"]) == 4 and "caption" not in content["images"][0]
-    scene = draw_scene(squares(), 7, 1, STYLE, spoken=False)
+    scene = draw_scene(squares(), 7, 1, STYLE, captioned=False)
     rows = [a for a in content["annotations"] if a["image_id"] == 2]
     np.testing.assert_allclose([a["bbox"][:2] for a in rows], scene.boxes[:, :2])
     np.testing.assert_allclose([a["bbox"][2:] for a in rows], scene.boxes[:, 2:] - scene.boxes[:, :2])
@@ -42,26 +42,28 @@ def test_coco_form(tmp_path):
         assert np.abs(np.asarray(image, np.float32) - scene.image).mean() < 20
 
 
-def test_mdetr_form_tells_the_kinds_of_phrases(tmp_path):
+def test_grounding_sets_are_in_mdetr_format_with_kinds_of_phrases(tmp_path):
     make_scenes(tmp_path / "g", scenes("grounding", 12))
     content = read(tmp_path / "g" / "annotations.json")
     images = {image["id"]: image for image in content["images"]}
     assert len({a["id"] for a in content["annotations"]}) == len(content["annotations"]) > 0
-    spoken = {i: [] for i in images}
+    phrase_spans = {i: [] for i in images}
     for annotation in content["annotations"]:
         (span,) = annotation["tokens_positive"]
         caption = images[annotation["image_id"]]["caption"]
         assert "square" in caption[slice(*span)]
-        spoken[annotation["image_id"]].append(span)
+        phrase_spans[annotation["image_id"]].append(span)
     kinds = set()
     for identity, image in images.items():
-        assert all(p["span"] in spoken[identity] and p["kind"] in ("plain", "relational") for p in image["phrases"])
-        assert len(image["phrases"]) == len({tuple(s) for s in spoken[identity]})
+        assert all(
+            p["span"] in phrase_spans[identity] and p["kind"] in ("plain", "relational") for p in image["phrases"]
+        )
+        assert len(image["phrases"]) == len({tuple(s) for s in phrase_spans[identity]})
         kinds |= {p["kind"] for p in image["phrases"]}
     assert kinds == {"plain", "relational"}
 
 
-def test_captions_have_no_boxes_and_their_truth_lies_beside(tmp_path):
+def test_caption_sets_have_no_boxes_and_a_separate_ground_truth(tmp_path):
     make_scenes(tmp_path / "c", scenes("captions"))
     captions, truth = read(tmp_path / "c" / "annotations.json"), read(tmp_path / "c" / "truth.json")
     assert set(captions) == {"info", "images", "annotations"}
@@ -81,7 +83,7 @@ def test_any_number_of_processes_gives_the_same_files(tmp_path):
     assert sorted(path.relative_to(two) for path in two.rglob("*") if path.is_file()) == files
 
 
-def test_finished_scenes_stay_and_others_are_refused_by_name(tmp_path):
+def test_finished_scenes_are_kept_and_other_settings_are_refused(tmp_path):
     out = tmp_path / "det"
     assert make_scenes(out, scenes()) and finished(out, scenes())
     before = (out / "annotations.json").stat().st_mtime_ns
@@ -95,7 +97,7 @@ def test_finished_scenes_stay_and_others_are_refused_by_name(tmp_path):
         make_scenes(out, SceneSet("detection", 4, 7, other, STYLE))
 
 
-def test_what_is_no_set_of_scenes_is_not_touched(tmp_path):
+def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "det").mkdir()
     (tmp_path / "det" / "mine.txt").write_text("mine")
     with pytest.raises(SceneError, match="holds no finished scenes"):
@@ -103,7 +105,7 @@ def test_what_is_no_set_of_scenes_is_not_touched(tmp_path):
     assert (tmp_path / "det" / "mine.txt").read_text() == "mine"
 
 
-def test_an_interrupted_set_is_not_there_and_is_made_again(tmp_path, monkeypatch):
+def test_an_interrupted_set_is_removed_and_drawn_again(tmp_path, monkeypatch):
     made = sets.draw_scene
 
     def stops(pictures, seed, index, *args, **kwargs):
@@ -124,6 +126,6 @@ def test_an_interrupted_set_is_not_there_and_is_made_again(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("count", "processes", "message"), [(0, 1, "count is 0"), (4, -1, "processes is -1")])
-def test_bad_settings_are_named(tmp_path, count, processes, message):
+def test_invalid_settings_are_refused(tmp_path, count, processes, message):
     with pytest.raises(SceneError, match=message):
         make_scenes(tmp_path / "det", scenes(count=count), processes)
