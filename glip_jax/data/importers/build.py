@@ -36,7 +36,7 @@ from glip_jax.data import shards
 from glip_jax.data.importers import published
 from glip_jax.data.importers.entry import Entry, ImportSource, Report, SourceError, pack
 from glip_jax.data.importers.report import BuildReport, summary
-from glip_jax.data.importers.workers import Job, Task, read_shard_info, run
+from glip_jax.data.importers.workers import BuildError, Job, Task, read_shard_info, run
 from glip_jax.data.records import RecordError
 from glip_jax.data.shards import Manifest, ShardError
 from glip_jax.io import gcs
@@ -96,7 +96,8 @@ def build(plan: BuildPlan, open_source: Callable[[Path], ImportSource]) -> tuple
 
     `open_source` opens the annotation files; its argument is a folder for temporary files. It is not called if an index of
     the same inputs exists. Raises SourceError and ShardError for invalid input (`.NAME.partial` is then removed), and OSError
-    for failures of the system (`.NAME.partial` is kept, and the same command resumes the build).
+    or BuildError for failures of the system, of a worker or of the lock (`.NAME.partial` is kept, and the same command resumes
+    the build).
     """
     out = shards.writable(plan.out)
     if plan.shards is not None:
@@ -182,8 +183,7 @@ def _build_lock(partial: Path, out: epath.PathLike) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > until:
-                    why = "another process is making this folder; wait for it"
-                    raise ChildProcessError(errno.EBUSY, why, str(out)) from None
+                    raise BuildError(f"{out}: another process is making this folder; wait for it") from None
                 time.sleep(0.1)
         fcntl.flock(file, fcntl.LOCK_SH)
         yield

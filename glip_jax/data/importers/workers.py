@@ -19,16 +19,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from glip_jax import UserError
 from glip_jax.data.importers.entry import Report, make_record, unpack
 from glip_jax.data.shards import ShardWriter, Written
 
-__all__ = ["Job", "Task", "read_shard_info", "run"]
+__all__ = ["BuildError", "Job", "Task", "read_shard_info", "run"]
 
 _ENTRIES_PER_PROCESS = 200
 """Minimum number of entries per process; fewer take less time than the start of a process."""
 
 _MESSAGE_INTERVAL = 0.3
 """Minimum seconds between two messages of a worker."""
+
+
+class BuildError(UserError, RuntimeError):
+    """A build was refused or lost a worker; its intermediate files are kept, and the same command resumes it."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +143,10 @@ def _run_workers(job: Job, tasks: Sequence[Task], processes: int, bar: tqdm) -> 
                     listening.pop(receiver).join()
                     code = workers[receiver].exitcode
                     if code:
-                        why = f"a worker ended with code {code} (killed, or out of memory: fewer --processes)"
-                        raise ChildProcessError(None, why, str(job.folder)) from None
+                        raise BuildError(
+                            f"{job.folder}: a worker ended with code {code} (killed, or out of memory: set fewer "
+                            "--processes); the same command resumes the build"
+                        ) from None
                     continue
                 if isinstance(message, BaseException):
                     raise message
