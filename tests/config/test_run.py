@@ -1,4 +1,4 @@
-"""Settings: contradictions are refused with both values; what differs on resume is listed, cadence is not."""
+"""Settings: contradictions are refused with both values; differences on resume list settings that affect results only."""
 
 import dataclasses
 import json
@@ -78,22 +78,22 @@ def test_contradictions_name_the_setting_and_both_values(config: Config, message
         validate(config)
 
 
-def test_the_default_is_sound() -> None:
+def test_the_default_is_valid() -> None:
     assert validate(Config()) == Config()
 
 
-def test_differences_list_what_changes_numbers_and_only_that() -> None:
+def test_differences_list_settings_that_affect_results() -> None:
     old = Config(data=DataConfig(sources={"coco": SourceConfig("x")}))
     saved = json.loads(json.dumps(dict(flatten(old))))
     assert differences(saved, old) == []
-    free = dataclasses.replace(
+    runtime = dataclasses.replace(
         old,
         data=dataclasses.replace(old.data, workers=3, prefetch=1),
         train=dataclasses.replace(old.train, log_every=1, evaluate_every=7),
         checkpoint=CheckpointConfig(every=5),
         mesh=MeshConfig(fsdp=2),
     )
-    assert differences(saved, free) == []
+    assert differences(saved, runtime) == []
     other = dataclasses.replace(
         old,
         data=dataclasses.replace(old.data, sources={"coco": SourceConfig("x", 2.0), "new": SourceConfig("y")}),
@@ -110,7 +110,7 @@ def test_differences_list_what_changes_numbers_and_only_that() -> None:
         "optimizer.rate: 0.0001 -> 0.0003",
     ]
     del saved["model.head.offset_bound"]
-    assert differences(saved, old) == []  # older than the field, and without a bound
+    assert differences(saved, old) == []  # saved before the field existed, without a bound
     bounded = dataclasses.replace(old, model=ModelConfig(head=HeadConfig(offset_bound=4)))
     assert differences(saved, bounded) == ["model.head.offset_bound: 0 -> 4"]
     assert differences({**saved, "gone.setting": 1}, old) == ["gone.setting: 1 -> (absent)"]
@@ -118,7 +118,7 @@ def test_differences_list_what_changes_numbers_and_only_that() -> None:
 
 def test_every_field_belongs_to_one_class() -> None:
     everything = {name for name, _ in flatten(Config())}
-    numbers = {name for name, _ in flatten(Config(), affects_results=True)}
-    free = {name for name, _ in flatten(Config(), affects_results=False)}
-    assert numbers | free == everything and not numbers & free
-    assert "optimizer.rate" in numbers and "train.log_every" in free and "mesh.data" in free
+    results = {name for name, _ in flatten(Config(), affects_results=True)}
+    runtime = {name for name, _ in flatten(Config(), affects_results=False)}
+    assert results | runtime == everything and not results & runtime
+    assert "optimizer.rate" in results and "train.log_every" in runtime and "mesh.data" in runtime

@@ -1,4 +1,4 @@
-"""Two small sources, a detection and a grounding one, made once per test process."""
+"""Two small sources, detection and grounding, made once per test process."""
 
 import json
 from pathlib import Path

@@ -67,8 +67,8 @@ def pictures(count: int, size: int = 8000) -> Iterator[Record]:
         yield Record(str(i), "detection", rng.bytes(size + 37 * i), 10, 20, boxes_array([]))
 
 
-def test_the_ends_of_records_are_where_riegeli_puts_them(tmp_path):
-    # Small, empty-ish, longer than a block, ending near a block's end: whatever a record is, its range alone gives it.
+def test_ends_of_records_follow_the_riegeli_format(tmp_path):
+    # Small ones, one longer than a block, ones that end near the end of a block: the range alone is enough to read a record.
     sizes = [1, 30, 65_400, 65_536, 65_537, 131_072, 200_000, *range(60_000, 60_060, 7), 5] * 2
     rng = np.random.default_rng(1)
     made = [Record(str(i), "detection", rng.bytes(n), 1, 1, boxes_array([])) for i, n in enumerate(sizes)]
@@ -89,27 +89,27 @@ def test_the_ends_of_records_are_where_riegeli_puts_them(tmp_path):
         shard_cache.record_ends(tmp_path / "grouped", 8)
 
 
-def test_batches_from_the_bucket_are_those_from_the_disk(remote, expected, running, tmp_path):
+def test_batches_from_the_bucket_equal_those_from_the_disk(remote, expected, running, tmp_path):
     mixture = Mixture(config(remote))
     assert [digest(batch) for batch in draw(mixture, STEPS)] == expected
     for opened in mixture.shards:
         before = [opened.read(index) for index in range(len(opened))]
         asked = running.requests.total()
         assert [opened.read(index) for index in range(len(opened))] == before
-        assert running.requests.total() == asked  # the records lie in the cache now
+        assert running.requests.total() == asked  # the records are cached now
     assert all(
         path.stat().st_blocks * 512 < path.stat().st_size + 4096
         for path in (tmp_path / "cache/shards").glob("*.sparse")
     )
 
 
-def test_faults_cost_time_and_never_a_record(remote, expected, running):
+def test_faults_cost_time_but_no_record(remote, expected, running):
     with running.arm(share=0.3, stall=1.0) as injected:
         assert [digest(batch) for batch in draw(Mixture(config(remote, threads=8)), STEPS)] == expected
     assert set(injected) == set(FAULTS) and injected.total() > 20
 
 
-def test_worker_processes_share_a_small_cache_and_bear_faults(remote, expected, running, monkeypatch):
+def test_worker_processes_share_a_small_cache_despite_faults(remote, expected, running, monkeypatch):
     monkeypatch.setenv("GLIP_JAX_CACHE_GB", "0.0004")
     with running.arm("503", "reset", "truncate", share=0.3) as injected:
         assert [digest(batch) for batch in draw(Mixture(config(remote, workers=2)), STEPS)] == expected
@@ -125,11 +125,11 @@ def test_a_cache_smaller_than_the_data_gives_the_same_records(bucket, tmp_path, 
     most = 0
     for index in order.tolist():
         assert opened.read(index) == local.read(index)
-        most = max(most, taken(tmp_path / "cache" / "shards"))
+        most = max(most, cached_bytes(tmp_path / "cache" / "shards"))
     assert 200_000 < most < 1_000_000 < sum(entry["bytes"] for entry in local.manifest.shards)
 
 
-def taken(folder: Path) -> int:
+def cached_bytes(folder: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in folder.iterdir())
 
 
@@ -147,7 +147,7 @@ def test_local_copies_that_were_damaged_or_removed_are_fetched_again(bucket, tmp
     assert [opened.read(i) for i in range(12)] == values
     asked = running.requests.total()
     assert [opened.read(i) for i in range(12)] == values
-    assert running.requests.total() == asked  # the copy is mended
+    assert running.requests.total() == asked  # the copy is repaired
     os.truncate(copy, 5000)
     assert [opened.read(i) for i in range(12)] == values
     copy.unlink()
@@ -158,7 +158,7 @@ def test_local_copies_that_were_damaged_or_removed_are_fetched_again(bucket, tmp
     assert [opened.read(i) for i in range(12)] == values
 
 
-def test_what_is_corrupt_in_the_bucket_is_a_corrupt_record(bucket, tmp_path):
+def test_corrupt_data_in_the_bucket_are_corrupt_records(bucket, tmp_path):
     shards.write(pictures(12), tmp_path / "s", name="s", names=["a"])
     file = next((tmp_path / "s").glob("*.array_record"))
     data = bytearray(file.read_bytes())
@@ -216,7 +216,7 @@ def test_exhausted_retries_are_one_line_and_no_placeholder(remote, running, monk
         assert main(["inspect", remote["boxes"].path, f"--out={tmp_path}/page.html"]) == exit_codes.STORAGE_UNAVAILABLE
     line = capsys.readouterr().err
     assert line.startswith(f"inspect: {remote['boxes'].path}/records-") and line.count("\n") == 1
-    # A worker process' error comes with its own words.
+    # The error of a worker process keeps its message.
     with (
         running.arm("503", share=1.0, only="array_record"),
         pytest.raises(Exception, match="time for retries was over") as caught,
@@ -242,7 +242,7 @@ def test_inspect_reads_from_the_bucket(remote, tmp_path, capsys):
         ("cut records-00001-of-00003.array_record", r"found \d+ .it is truncated."),
     ],
 )
-def test_what_is_missing_or_cut_is_one_line(folders, bucket, change, message, capsys):
+def test_missing_or_truncated_files_are_one_line(folders, bucket, change, message, capsys):
     name = change.rpartition(" ")[2]
     files = {path.name: path for path in folders["boxes"].iterdir()}
     cut = folders["root"] / "cut"
@@ -280,7 +280,7 @@ def test_large_files_go_in_parts(bucket, running, tmp_path):
     )
 
 
-def test_places_that_are_not_there(bucket, capsys):
+def test_missing_buckets_and_folders(bucket, capsys):
     with pytest.raises(ShardError, match="absent does not exist"):
         Shards(f"{bucket}/absent")
     with pytest.raises(StorageError, match="there is no bucket nobucket"):
@@ -347,7 +347,7 @@ def send_tree(folder: Path, place: str) -> None:
             gcs.upload_files({path.name: path}, f"{place}/{name}".rpartition("/")[0], path.name)
 
 
-def test_pictures_are_not_dropped_because_the_storage_is_silent(source, bucket, running, monkeypatch, capsys):  # noqa: F811
+def test_images_are_not_dropped_if_the_storage_does_not_answer(source, bucket, running, monkeypatch, capsys):  # noqa: F811
     send_tree(source, bucket)
     monkeypatch.setenv("GLIP_JAX_STORAGE_RETRY_SECONDS", "0.3")
     arguments = ["data", "coco", f"{source}/boxes.json", f"--images={bucket}/pictures", f"--out={bucket}/set"]
@@ -360,7 +360,7 @@ def test_pictures_are_not_dropped_because_the_storage_is_silent(source, bucket, 
     assert Shards(f"{bucket}/set").manifest.records == 39
 
 
-def test_killed_while_it_sends_it_goes_on_with_the_same_bytes(source, whole, bucket, running, tmp_path):  # noqa: F811
+def test_a_killed_upload_continues_with_the_same_bytes(source, whole, bucket, running, tmp_path):  # noqa: F811
     arguments = command(source, Path("OUT"))
     arguments = [a.replace("--out=OUT", f"--out={bucket}/set") for a in arguments]
     with running.arm("slow", "stall", share=0.7, only="/upload/", stall=0.5):
@@ -376,7 +376,7 @@ def test_killed_while_it_sends_it_goes_on_with_the_same_bytes(source, whole, buc
         Shards(f"{bucket}/set")
     before = running.requests["POST upload"]
     assert run_job("data", arguments) == 0
-    assert running.requests["POST upload"] - before <= 9 - len(there)  # what was there is not sent again
+    assert running.requests["POST upload"] - before <= 9 - len(there)  # existing files are not uploaded again
     built = fetched(f"{bucket}/set", tmp_path / "built")
     (built / "manifest.json").write_bytes(
         (built / "manifest.json").read_bytes().replace(f"{bucket}/set".encode(), b"OUT")
@@ -388,7 +388,7 @@ def test_killed_while_it_sends_it_goes_on_with_the_same_bytes(source, whole, buc
     assert same_but_for_the_command(tmp_path / "local", built)
 
 
-def test_files_of_another_build_are_not_mixed_in(source, bucket, capsys, tmp_path):  # noqa: F811
+def test_files_of_another_build_are_refused(source, bucket, capsys, tmp_path):  # noqa: F811
     (tmp_path / "x").write_text("x")
     name = "records-00000-of-00009.array_record"
     gcs.upload_files({name: tmp_path / "x"}, f"{bucket}/set", name)
@@ -425,7 +425,7 @@ def test_a_thousand_shards_open_quickly(bucket, tmp_path, running):
     assert opened[0].id == "0"
 
 
-def test_settings_that_are_no_numbers(bucket, monkeypatch):
+def test_invalid_environment_variables_are_refused(bucket, monkeypatch):
     monkeypatch.setenv("GLIP_JAX_STORAGE_RETRY_SECONDS", "long")
     monkeypatch.setenv("GLIP_JAX_STORAGE_TIMEOUT", "-1")
     with pytest.raises(StorageError, match="GLIP_JAX_STORAGE_TIMEOUT is '-1': expected a positive number"):

@@ -1,4 +1,4 @@
-"""Captions: every box finds exactly its own words, nothing exceeds the budget, the same numbers give the same caption."""
+"""Captions: each box is mapped to the tokens of its name, the token budget holds, equal generators give equal captions."""
 
 import dataclasses
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_detection_captions(present: list[int], element: int, budget: int, negat
     assert np.array_equal(result.positive_map, again.positive_map)
     words = [result.prompt.caption[b:e] for ((b, e),) in result.prompt.spans]
     assert result.prompt.caption == ". ".join(words)
-    # Never the whole budget: the last slot stays padding unless positives alone fill it.
+    # Negatives never fill the whole budget: the last slot is padding unless positives alone fill it.
     assert result.mask.sum() <= budget
     assert result.mask.sum() == len(TOKENIZER.encode(result.prompt.caption).ids)
     kept = {label for label, keep in zip(present, result.keep) if keep}
@@ -53,15 +53,15 @@ def test_detection_captions(present: list[int], element: int, budget: int, negat
         assert result.tokens[row].tolist() == (alone if keep else [])
     negative = len(words) - len(kept)
     assert 0 <= negative <= negatives
-    # No name stands twice for a label that is present: the caption does not contradict itself.
+    # No negative equals the name of a positive: the caption does not contradict itself.
     for label in kept:
         same = [other for other in kept if clean_name(NAMES[other]) == clean_name(NAMES[label])]
         assert words.count(clean_name(NAMES[label])) == len(same)
 
 
-def test_all_positives_stay_and_negatives_fill_up_under_a_large_budget() -> None:
+def test_a_large_budget_holds_all_positives_and_negatives() -> None:
     result = captioner(full_probability=1.0)(detection([1, 1, 4]), rng_of(0, 0))
-    # Of 12 names, two are positive and cat_(toy) would read like one of them.
+    # Of 12 names, two are positive, and cat_(toy) equals one of them after cleaning.
     assert len(result.prompt.spans) == 11
     assert result.keep.all()
     counts = [
@@ -78,7 +78,7 @@ def test_half_of_the_captions_are_full() -> None:
     assert 0.45 < np.mean(most) < 0.63
 
 
-def test_only_known_absent_names_are_negatives_where_they_are_listed() -> None:
+def test_negatives_are_restricted_to_known_absent_names() -> None:
     for element in range(20):
         result = captioner()(detection([1], ("table", "red", "not in the list")), rng_of(0, element))
         words = result.prompt.caption.split(". ")
@@ -94,7 +94,7 @@ def test_labels_beyond_the_budget_are_counted_and_their_boxes_dropped() -> None:
     assert not result.keep.all()
 
 
-def test_order_varies_with_the_element_and_not_without_shuffle() -> None:
+def test_order_is_random_only_with_shuffle() -> None:
     captions = {captioner()(detection([0, 1, 2, 3]), rng_of(0, i)).prompt.caption for i in range(20)}
     assert len(captions) > 10
     fixed = {
@@ -104,7 +104,7 @@ def test_order_varies_with_the_element_and_not_without_shuffle() -> None:
     assert fixed.pop().startswith("person. dog. traffic light. cell phone")
 
 
-def test_grounding_keeps_its_caption_and_counts_what_is_cut() -> None:
+def test_grounding_keeps_its_caption_and_counts_truncated_phrases() -> None:
     caption = "a small red dog and a table"
     spans = (((8, 15),), ((22, 27),), ((8, 15),), ((15, 16),))
     record = Record(
@@ -120,7 +120,7 @@ def test_grounding_keeps_its_caption_and_counts_what_is_cut() -> None:
     assert (result.over_budget, result.without_token) == (0, 1)
     short = captioner(7)(record, rng_of(0, 0))
     assert short.mask.all()
-    # "table" is cut; its box stays for the box losses, without a token.
+    # "table" is truncated; its box is kept for the box losses, without tokens.
     assert (short.over_budget, short.without_token) == (1, 1)
     assert short.keep.all()
     assert short.positive_map.any(1).tolist() == [True, False, True, False]

@@ -1,4 +1,4 @@
-"""Examples: what crops, colours, flips and limits do to pixels, boxes and phrases, and that one generator decides all."""
+"""Preprocessing: crop, color jitter, flip and limits change pixels, boxes and phrases consistently, from one generator."""
 
 import dataclasses
 import io
@@ -34,7 +34,7 @@ NAMES = ("person", "dog", "table")
 
 
 def picture(boxes: list[tuple[int, int, int, int]], height: int = 60, width: int = 80) -> bytes:
-    """Grey, with box i (inclusive) in the colour 60 + 40 i of red."""
+    """A grey image in which box i (inclusive corners) has the red value 60 + 40 i."""
     pixels = np.full((height, width, 3), 30, np.uint8)
     for i, (x1, y1, x2, y2) in enumerate(boxes):
         pixels[y1 : y2 + 1, x1 : x2 + 1, 0] = 60 + 40 * i
@@ -61,7 +61,7 @@ def _records() -> list[Record]:
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> shards.Shards:
-    """Records 0 (detection), 1 (a caption that says left) and 2 (one that does not)."""
+    """Records 0 (detection), 1 (a caption with the word left) and 2 (one without)."""
     folder = tmp_path_factory.mktemp("examples") / "made"
     shards.write(_records(), folder, name="made", names=NAMES)
     return shards.Shards(folder)
@@ -89,22 +89,27 @@ def make(opened: shards.Shards, index: int, element: int = 0, **data: Any) -> Ba
     return examples(opened, **data)(0, index, 60, np.full((64, 96, 3), 99, np.uint8), rng_of(0, element))
 
 
-def words(batch: Batch, chosen: np.ndarray) -> str:
+def text_of(batch: Batch, chosen: np.ndarray) -> str:
     return TOKENIZER.decode(batch.tokens[chosen].tolist())  # type: ignore[attr-defined]
 
 
-def test_one_generator_decides_everything(opened: shards.Shards) -> None:
-    loud: dict[str, Any] = {"crop": CropConfig(0.9), "jitter": JitterConfig(0.9), "flip": 0.5, "flip_captions": "safe"}
+def test_one_generator_determines_the_example(opened: shards.Shards) -> None:
+    settings: dict[str, Any] = {
+        "crop": CropConfig(0.9),
+        "jitter": JitterConfig(0.9),
+        "flip": 0.5,
+        "flip_captions": "safe",
+    }
     for index in range(3):
         for element in range(4):
-            one, again = (make(opened, index, element, **loud) for _ in range(2))
+            one, again = (make(opened, index, element, **settings) for _ in range(2))
             assert all(np.array_equal(a, b) for a, b in zip(one, again))
     plain = make(opened, 0)
     assert np.array_equal(plain.image[:60, :80], make(opened, 0, crop=CropConfig(0.0)).image[:60, :80])
     assert plain.size.tolist() == [60, 80] and plain.token_loss_mask.all()
 
 
-def test_captions_that_say_a_side_are_not_mirrored_where_that_is_asked_for(opened: shards.Shards) -> None:
+def test_captions_with_left_or_right_are_not_flipped_with_safe(opened: shards.Shards) -> None:
     whole = [make(opened, index).image for index in range(3)]
     for index, says in ((0, False), (1, True), (2, False)):
         safe, as_is = (make(opened, index, flip=1.0, flip_captions=how).image for how in ("safe", "as_is"))
@@ -114,10 +119,12 @@ def test_captions_that_say_a_side_are_not_mirrored_where_that_is_asked_for(opene
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 10**6), st.integers(2, 70), st.integers(2, 90), st.floats(0.05, 1))
-def test_a_crop_lies_inside_and_shows_what_it_says(element: int, height: int, width: int, least: float) -> None:
-    top, left, h, w = window = transforms.crop_window(height, width, CropConfig(1.0, least), rng_of(1, element))
+def test_crop_windows_are_inside_and_visible_fractions_are_right(
+    element: int, height: int, width: int, min_side: float
+) -> None:
+    top, left, h, w = window = transforms.crop_window(height, width, CropConfig(1.0, min_side), rng_of(1, element))
     assert 0 <= top and 0 <= left and top + h <= height and left + w <= width
-    assert h >= max(1, least * height - 0.5) and w >= max(1, least * width - 0.5)
+    assert h >= max(1, min_side * height - 0.5) and w >= max(1, min_side * width - 0.5)
     rng = np.random.default_rng(element)
     corner = rng.integers(0, [width - 1, height - 1], (6, 2))
     far = np.minimum(corner + rng.integers(1, 30, (6, 2)), [width - 1, height - 1])
@@ -134,7 +141,7 @@ def test_a_crop_lies_inside_and_shows_what_it_says(element: int, height: int, wi
             assert visible[i] >= 0.4 and xs.max() > xs.min() and ys.max() > ys.min()
 
 
-def test_crops_keep_boxes_on_their_pixels_and_phrases_true(opened: shards.Shards) -> None:
+def test_crops_keep_boxes_on_their_pixels_and_phrases_on_their_boxes(opened: shards.Shards) -> None:
     maker = examples(opened, crop=CropConfig(1.0, 0.4, 0.5))
     gone = unknown = 0
     for element in range(80):
@@ -146,21 +153,21 @@ def test_crops_keep_boxes_on_their_pixels_and_phrases_true(opened: shards.Shards
         assert count + lost == 3
         gone += lost
         for box, row in zip(batch.boxes[:count], batch.positive_map[:count]):
-            colour = {"dog": 60, "red table": 100, "table": 140}[words(batch, row)]
+            color = {"dog": 60, "red table": 100, "table": 140}[text_of(batch, row)]
             x, y = (box[:2] + box[2:]) / 2
-            assert abs(int(batch.image[round(float(y)), round(float(x)), 0]) - colour) <= 1
-        named = words(batch, batch.positive_map[:count].any(0))
-        blank = words(batch, ~batch.token_loss_mask)
+            assert abs(int(batch.image[round(float(y)), round(float(x)), 0]) - color) <= 1
+        named = text_of(batch, batch.positive_map[:count].any(0))
+        blank = text_of(batch, ~batch.token_loss_mask)
         unknown += bool(blank)
         if "dog" not in named:
-            assert "dog" in blank, "a phrase without its last box is unknown"
+            assert "dog" in blank, "a phrase without its last box is unlabelled"
         else:
             assert "dog" not in blank
     assert gone > 30 and unknown > 20
     assert make(opened, 2).dropped.sum() == 0
 
 
-def test_a_trace_of_a_dropped_box_makes_its_name_unknown(opened: shards.Shards) -> None:
+def test_a_partly_visible_removed_box_makes_its_name_unlabelled(opened: shards.Shards) -> None:
     """Record 0 has two dogs, at (40, 10, 70, 50) and (25, 40, 35, 58)."""
     maker = examples(opened, crop=CropConfig(1.0, 0.4, 0.9))
     seen = set()
@@ -173,18 +180,18 @@ def test_a_trace_of_a_dropped_box_makes_its_name_unknown(opened: shards.Shards) 
         assert batch.box_mask.sum() == kept.sum()
         if kept[1:].any():
             trace = bool((~kept[1:] & (visible[1:] > 0)).any())
-            assert ("dog" in words(batch, ~batch.token_loss_mask)) == trace
+            assert ("dog" in text_of(batch, ~batch.token_loss_mask)) == trace
             seen.add(trace)
     assert seen == {True, False}
 
 
-def test_what_lost_a_box_to_the_limit_is_unknown(opened: shards.Shards) -> None:
+def test_a_phrase_that_lost_a_box_to_the_limit_is_unlabelled(opened: shards.Shards) -> None:
     batch = make(opened, 0, max_boxes=2)
-    assert words(batch, ~batch.token_loss_mask) == "dog" and batch.dropped[0] == 1
+    assert text_of(batch, ~batch.token_loss_mask) == "dog" and batch.dropped[0] == 1
     assert make(opened, 0, max_boxes=3).token_loss_mask.all()
 
 
-def test_colours_change_within_their_bounds_and_places_stay() -> None:
+def test_jitter_changes_colors_within_bounds() -> None:
     image = np.tile(np.arange(0, 250, 10, dtype=np.uint8)[:, None, None], (1, 20, 3))
     image[..., 1] //= 2
     same = transforms.jitter(image, JitterConfig(1.0, 0.0, 0.0, 0.0, 0.0), rng_of(0, 0))
@@ -206,19 +213,19 @@ def test_packing_reads_other_records_of_the_source(opened: shards.Shards) -> Non
     seen = set()
     for element in range(20):
         batch = make(opened, 1, element, captions=captions)
-        seen.add(words(batch, batch.token_mask))
-        assert words(batch, batch.positive_map[1]) == "red table" and batch.token_loss_mask.all()
+        seen.add(text_of(batch, batch.token_mask))
+        assert text_of(batch, batch.positive_map[1]) == "red table" and batch.token_loss_mask.all()
     own, other = "the dog on the left by a red table", "a dog a man and a red table"
-    # Detection records have no caption, and a caption is not its own negative.
+    # Detection records have no caption, and a caption is never packed with itself.
     assert {own, f"{own}. {other}.", f"{other}. {own}."} <= {text.replace(" .", ".") for text in seen}
 
 
-def test_boxes_weigh_as_much_as_their_teacher_was_sure(opened: shards.Shards) -> None:
+def test_box_weights_are_scores_of_the_teacher(opened: shards.Shards) -> None:
     ones = [1.0, 1.0, 1.0, 0.0, 0.0]
     for index in (1, 3):
         assert make(opened, index).box_weight.tolist() == ones
     sources = {"made": SourceConfig(str(opened.path), box_weight="score")}
-    assert make(opened, 1, sources=sources).box_weight.tolist() == ones, "people's boxes have no score"
+    assert make(opened, 1, sources=sources).box_weight.tolist() == ones, "boxes of grounding records have no score"
     np.testing.assert_allclose(make(opened, 3, sources=sources).box_weight, [0.9, 0.6, 0.75, 0, 0])
     limited = make(opened, 3, sources=sources, max_boxes=2)
     np.testing.assert_allclose(limited.box_weight, [0.9, 0.6])
@@ -226,13 +233,13 @@ def test_boxes_weigh_as_much_as_their_teacher_was_sure(opened: shards.Shards) ->
     assert not corrupt.box_weight.any()
 
 
-def test_boxes_the_teacher_was_not_sure_of_are_left_out_and_their_words_unknown(opened: shards.Shards) -> None:
+def test_boxes_below_the_threshold_are_dropped_and_their_phrases_unlabelled(opened: shards.Shards) -> None:
     sources = {"made": SourceConfig(str(opened.path), threshold=0.75)}
-    whole, sure = make(opened, 3), make(opened, 3, sources=sources)
+    whole, confident = make(opened, 3), make(opened, 3, sources=sources)
     assert whole.box_mask.sum() == 3 and whole.token_loss_mask.all()
-    assert sure.box_mask.sum() == 1 and sure.dropped[DROPS.index("boxes_below_threshold")] == 2
-    assert words(sure, sure.positive_map[0]) == "dog"
+    assert confident.box_mask.sum() == 1 and confident.dropped[DROPS.index("boxes_below_threshold")] == 2
+    assert text_of(confident, confident.positive_map[0]) == "dog"
     tokens = whole.positive_map[1] | whole.positive_map[2]  # red table, table
-    np.testing.assert_array_equal(~sure.token_loss_mask, tokens)
-    people = make(opened, 1, sources=sources)
-    assert people.box_mask.sum() == 3 and not people.dropped.any()
+    np.testing.assert_array_equal(~confident.token_loss_mask, tokens)
+    annotated = make(opened, 1, sources=sources)
+    assert annotated.box_mask.sum() == 3 and not annotated.dropped.any()

@@ -1,4 +1,4 @@
-"""The mixture: the step is the data's state, weights are kept, corrupt records are masked and counted."""
+"""The mixture: the step is the state of the data, weights are shares of examples, corrupt records are masked and counted."""
 
 import dataclasses
 import hashlib
@@ -69,7 +69,7 @@ def expected(sources: dict[str, SourceConfig]) -> list[str]:
 
 @pytest.mark.parametrize("hosts", [2, 4, 8])
 @pytest.mark.parametrize("start", [0, 3])
-def test_hosts_see_slices_of_the_same_batches(
+def test_hosts_read_slices_of_the_same_batches(
     sources: dict[str, SourceConfig], expected: list[str], hosts: int, start: int
 ) -> None:
     mixture = Mixture(config(sources))
@@ -84,14 +84,14 @@ def test_any_start_step_continues_the_same_stream(sources: dict[str, SourceConfi
         assert digest(draw(mixture, 1, start)[0]) == expected[start]
 
 
-def test_worker_processes_and_threads_do_not_matter(sources: dict[str, SourceConfig], expected: list[str]) -> None:
+def test_batches_do_not_depend_on_workers_and_threads(sources: dict[str, SourceConfig], expected: list[str]) -> None:
     for settings_ in ({"workers": 2}, {"threads": 1, "prefetch": 1}, {"threads": 8, "prefetch": 4}):
         mixture = Mixture(config(sources, **settings_))
         assert [digest(b) for b in draw(mixture, STEPS)] == expected, settings_
     assert [digest(b) for b in draw(Mixture(config(sources, workers=2)), 2, 3)] == expected[3:5]
 
 
-def test_the_seed_matters_and_nothing_repeats(sources: dict[str, SourceConfig], expected: list[str]) -> None:
+def test_batches_depend_on_the_seed_and_do_not_repeat(sources: dict[str, SourceConfig], expected: list[str]) -> None:
     other = [digest(batch) for batch in draw(Mixture(config(sources, seed=1)), STEPS)]
     assert len({*expected, *other}) == 2 * STEPS
 
@@ -126,8 +126,8 @@ def test_shapes_contents_and_canvases(sources: dict[str, SourceConfig]) -> None:
     assert len(seen) == 6
 
 
-def test_boxes_keep_their_own_words(sources: dict[str, SourceConfig]) -> None:
-    """Through sampling, shuffling and batching, each detection box still carries its category's tokens."""
+def test_boxes_keep_the_tokens_of_their_names(sources: dict[str, SourceConfig]) -> None:
+    """After sampling, shuffling and batching, the positive map of each box is that of its category."""
     mixture = Mixture(config(sources))
     names = mixture.shards[0].manifest.names
     tokenizer = mixture.captioners[0].tokenizer
@@ -164,7 +164,7 @@ def test_weights_are_the_shares_of_examples(folders: dict[str, Path], weights: t
 
 
 def test_copies_are_shares_of_examples_by_records(folders: dict[str, Path]) -> None:
-    """As in the original: every record of `boxes` comes twice as often as one of `captions`."""
+    """As in the original: each record of `boxes` is used twice as often as one of `captions`."""
     sources = {name: SourceConfig(str(folders[name]), copies=n) for name, n in (("boxes", 2), ("captions", 1))}
     plan = Mixture(config(sources, short_sides=(32,)))
     assert plan.shares == pytest.approx((34 / 48, 14 / 48)) and plan.records == (17, 14)
@@ -172,7 +172,7 @@ def test_copies_are_shares_of_examples_by_records(folders: dict[str, Path]) -> N
     assert counts[0] / 240 == pytest.approx(34 / 48, abs=0.03)
 
 
-def test_captions_of_which_nothing_is_known_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_caption_records_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     from glip_jax.data import shards
 
     opened = Shards(folders["captions"])
@@ -187,7 +187,7 @@ def test_captions_of_which_nothing_is_known_are_refused(folders: dict[str, Path]
         Mixture(config({"x": SourceConfig(str(tmp_path / "bare"))}))
 
 
-def test_all_names_need_their_place_and_negatives_a_name(folders: dict[str, Path]) -> None:
+def test_names_that_exceed_the_budget_and_empty_negatives_are_refused(folders: dict[str, Path]) -> None:
     every = dataclasses.replace(DataConfig().captions, mode="all_names")
     source = {"boxes": SourceConfig(str(folders["boxes"]))}
     batch = draw(Mixture(config(source, captions=every)), 1)[0]
@@ -203,7 +203,7 @@ def test_all_names_need_their_place_and_negatives_a_name(folders: dict[str, Path
         Mixture(config({"boxes": SourceConfig(str(folders["boxes"]), negatives=("(x)",))}))
 
 
-def test_crops_colours_and_packing_leave_the_stream_a_function_of_the_step(sources: dict[str, SourceConfig]) -> None:
+def test_augmentation_and_packing_are_functions_of_the_step(sources: dict[str, SourceConfig]) -> None:
     loud: dict[str, Any] = {
         "crop": CropConfig(0.5),
         "jitter": JitterConfig(0.5),
@@ -217,7 +217,7 @@ def test_crops_colours_and_packing_leave_the_stream_a_function_of_the_step(sourc
     assert [digest(batch) for batch in joined] == whole[2:]
 
 
-def test_every_record_of_a_source_comes_equally_often(folders: dict[str, Path]) -> None:
+def test_every_record_of_a_source_is_used_equally_often(folders: dict[str, Path]) -> None:
     mixture = Mixture(config({"boxes": SourceConfig(str(folders["boxes"]))}, short_sides=(32,)))
     counts = Counter(r for batch in draw(mixture, 17 * 3) for r in batch.record.tolist())
     assert set(counts) == set(range(17))
@@ -246,16 +246,16 @@ def test_boxes_over_the_limit_are_counted(sources: dict[str, SourceConfig]) -> N
 
 
 def test_corrupt_records_are_masked_and_counted(folders: dict[str, Path], tmp_path: Path) -> None:
-    """A record whose picture does not decode: same batch otherwise, the example masked out, always the same."""
+    """A record whose image does not decode becomes a masked example; the rest of the batch is unchanged."""
     from glip_jax.data import shards
 
-    def spoilt():
+    def damaged():
         opened = Shards(folders["boxes"])
         for i in range(len(opened)):
             record = opened[i]
             yield dataclasses.replace(record, image=record.image[:50]) if i == 4 else record
 
-    shards.write(spoilt(), tmp_path / "spoilt", name="s", names=Shards(folders["boxes"]).manifest.names)
+    shards.write(damaged(), tmp_path / "spoilt", name="s", names=Shards(folders["boxes"]).manifest.names)
     mixture = Mixture(config({"s": SourceConfig(str(tmp_path / "spoilt"))}))
     batches, again = draw(mixture, 12), draw(mixture, 12)
     assert [digest(b) for b in batches] == [digest(b) for b in again]
@@ -273,7 +273,9 @@ def test_corrupt_records_are_masked_and_counted(folders: dict[str, Path], tmp_pa
     assert mixture.describe(0, 5) == "s[5] (image 16, boxes.json)"
 
 
-def test_settings_that_cannot_be(sources: dict[str, SourceConfig], tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_invalid_settings_are_refused(
+    sources: dict[str, SourceConfig], tmp_path: Path, folders: dict[str, Path]
+) -> None:
     with pytest.raises(ConfigError, match=r"data\.sources is empty"):
         Mixture(config({}))
     with pytest.raises(ConfigError, match=r"data\.sources\.x: .*absent does not exist.*python -m glip_jax data coco"):
@@ -310,6 +312,6 @@ def test_schedule_is_periodic_even_and_counts_right(shares: list[float], step: i
     for aspect in range(len(shares)):
         seen = np.flatnonzero(plan.aspects == aspect)
         assert [plan.occurrence(int(s)) for s in seen] == list(range(len(seen)))
-        # Smooth weighted round robin: never far from the share, at any point of the period.
+        # Smooth weighted round robin: close to the share at every point of the period.
         running = np.cumsum(plan.aspects == aspect) - np.arange(1, 65) * plan.counts[aspect] / 64
         assert np.abs(running).max() < len(shares)

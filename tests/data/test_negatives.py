@@ -1,4 +1,4 @@
-"""What is not in the image: how much of it is drawn, what is alike, what is packed, and what is neither present nor absent."""
+"""Negatives: number of names, likeness, packed texts, and phrases that are neither present nor absent."""
 
 import dataclasses
 from collections import Counter
@@ -37,7 +37,7 @@ def grounding(caption: str, *phrases: str, kind: str = "pseudo", **fields: objec
 
 
 class Reading:
-    """Records as `Shards` gives them, counting the reads."""
+    """A sequence of records like `Shards`, which counts reads."""
 
     def __init__(self, captions: tuple[str, ...] = CAPTIONS) -> None:
         self.records = [grounding(caption, caption.split()[-1].strip(".")) for caption in captions]
@@ -52,7 +52,7 @@ class Reading:
 
 
 def unknown_words(result) -> str:
-    """What the tokens outside the loss mask spell, as the tokenizer writes it."""
+    """The text of the tokens that are excluded by the loss mask."""
     tokens = result.tokens[~result.token_loss_mask]
     return TOKENIZER.decode(tokens.tolist()) if len(tokens) else ""  # type: ignore[attr-defined]
 
@@ -61,10 +61,10 @@ def ids(text: str) -> list[int]:
     return TOKENIZER.encode(text).ids[1:-1]
 
 
-# How many.
+# Number of negatives.
 
 
-def test_the_number_of_names_follows_the_named_probabilities() -> None:
+def test_number_of_names_follows_the_probabilities() -> None:
     config = CaptionConfig(
         max_negatives=10, full_probability=0.3, one_negative_probability=0.2, one_positive_probability=0.1
     )
@@ -88,7 +88,7 @@ def test_the_number_of_packed_texts_is_that_of_glip_l() -> None:
     assert number_of_texts(PackingConfig(), rng_of(0, 0)) == 0, "GLIP-T packs nothing"
 
 
-def test_positives_are_dropped_with_their_boxes_where_that_is_asked_for() -> None:
+def test_positives_can_be_dropped_with_their_boxes() -> None:
     make = captioner(drop_positive_probability=1.0, max_negatives=0)
     counts = set()
     for i in range(60):
@@ -99,17 +99,17 @@ def test_positives_are_dropped_with_their_boxes_where_that_is_asked_for() -> Non
     assert counts == {1, 2, 3}
 
 
-# Which.
+# Choice of negatives.
 
 
-def test_likeness_is_of_words_and_then_of_letters() -> None:
+def test_likeness_by_words_and_trigrams() -> None:
     found = Likeness(("traffic sign", "trafficker", "dog"))(["traffic light", "cat"])
     assert found[0] > found[1] > found[2] == 0
     assert Likeness(("Dog_house",))(["dog"])[0] > 0.5
 
 
 @given(st.integers(0, 12), st.integers(0, 12), st.floats(0, 1), st.integers(0, 999))
-def test_what_is_chosen_is_distinct_and_as_much_as_there_is(
+def test_chosen_indices_are_distinct_and_as_many_as_available(
     available: int, count: int, share: float, seed: int
 ) -> None:
     likeness = np.random.default_rng(seed).integers(0, 3, available).astype(np.float32)
@@ -118,7 +118,7 @@ def test_what_is_chosen_is_distinct_and_as_much_as_there_is(
     assert set(chosen) <= set(range(available))
 
 
-def test_hard_negatives_are_those_that_read_alike() -> None:
+def test_hard_negatives_are_similar_names() -> None:
     make = captioner(hard_share=1.0, max_negatives=1, full_probability=1.0)
     for i in range(10):
         (name,) = {*make(detection([2]), rng_of(0, i)).prompt.caption.split(". ")} - {"traffic light"}
@@ -129,7 +129,7 @@ def test_hard_negatives_are_those_that_read_alike() -> None:
     assert len({frozenset(words) for words in drawn}) > 4, "the other half is drawn from all"
 
 
-def test_further_negatives_come_from_the_list_and_never_contradict() -> None:
+def test_additional_negatives_never_equal_a_positive() -> None:
     make = captioner(more=("zebra", "dog_(animal)", "dog", "zebra"), full_probability=1.0)
     words = make(detection([0]), rng_of(0, 0)).prompt.caption.split(". ")
     assert sorted(words) == sorted([*NAMES, "zebra"]), "dog_(animal) reads like a name of the source"
@@ -137,7 +137,7 @@ def test_further_negatives_come_from_the_list_and_never_contradict() -> None:
     assert sorted(only) == ["person", "table", "zebra"]
 
 
-def test_all_names_in_their_order_for_fine_tuning() -> None:
+def test_mode_all_names_keeps_the_order() -> None:
     make = captioner(mode="all_names", shuffle=False)
     result = make(detection([4, 1]), rng_of(0, 0))
     assert result.prompt.caption == ". ".join(NAMES)
@@ -147,12 +147,12 @@ def test_all_names_in_their_order_for_fine_tuning() -> None:
     assert len(shuffled) == 5 and {len(text) for text in shuffled} == {len(result.prompt.caption)}
 
 
-# Text beside a caption.
+# Packed texts.
 
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from(CAPTIONS), max_size=6), st.integers(10, 40), st.integers(0, 99))
-def test_packed_text_fits_and_keeps_the_caption_whole(texts: list[str], budget: int, seed: int) -> None:
+def test_packed_text_fits_and_keeps_the_caption(texts: list[str], budget: int, seed: int) -> None:
     caption = "a man near the old red table"
     packed, begin, number = pack(caption, texts, TOKENIZER, budget, rng_of(0, seed))
     assert packed[begin : begin + len(caption)] == caption
@@ -163,7 +163,7 @@ def test_packed_text_fits_and_keeps_the_caption_whole(texts: list[str], budget: 
         assert number > 0
 
 
-def test_packed_captions_move_the_spans_and_stay_negative() -> None:
+def test_packed_captions_shift_spans_and_are_negative() -> None:
     others = Reading()
     make = captioner(others=others, packing=PackingConfig(10, 0.0, 1.0))
     record = grounding("two small dogs by the table", "two small dogs", "table")
@@ -179,7 +179,7 @@ def test_packed_captions_move_the_spans_and_stay_negative() -> None:
         places.add(result.prompt.spans[0][0][0])
     assert len(places) > 4 and others.reads == 400
     assert make(grounding("a man", "man", kind="grounding"), rng_of(0, 0)).prompt.caption == "a man"
-    assert others.reads == 400, "grounding data are not packed unless `kinds` says so"
+    assert others.reads == 400, "grounding captions are packed only if `kinds` contains them"
 
 
 def test_a_caption_is_never_its_own_negative() -> None:
@@ -201,10 +201,10 @@ def test_phrases_and_names_as_negatives_of_captions(take: str) -> None:
     assert result.negatives == 3 or take == "phrases"
 
 
-# Neither present nor absent.
+# Unlabelled phrases.
 
 
-def test_names_that_are_not_exhaustive_are_unknown_where_no_box_is() -> None:
+def test_not_exhaustive_names_are_unlabelled() -> None:
     result = captioner(full_probability=1.0)(detection([1, 4], not_exhaustive=("dog",)), rng_of(0, 0))
     assert unknown_words(result) == "dog"
     assert result.tokens[result.positive_map[0]].tolist() == ids("dog"), "the box still has its word"
@@ -213,7 +213,7 @@ def test_names_that_are_not_exhaustive_are_unknown_where_no_box_is() -> None:
     assert unknown_words(text) == "dog"
 
 
-def test_phrases_listed_without_a_box_are_unknown() -> None:
+def test_phrases_without_a_box_are_unlabelled() -> None:
     record = grounding("a man and a dog on a red chair", "man", unknown=(((13, 15),), ((22, 30),)))
     make = captioner(others=Reading(), packing=PackingConfig(9, 0.0, 1.0))
     for maker in (captioner(), make):
@@ -222,13 +222,13 @@ def test_phrases_listed_without_a_box_are_unknown() -> None:
         assert result.positive_map.shape[0] == 1 and result.tokens[result.positive_map[0]].tolist() == ids("man")
 
 
-def test_all_names_of_a_federated_source_are_known_only_where_the_record_says_so() -> None:
+def test_names_of_a_federated_source_are_absent_only_if_the_record_lists_them() -> None:
     make = captioner(mode="all_names", shuffle=False)
     result = make(detection([1], known_absent=("table", "red")), rng_of(0, 0))
     assert unknown_words(result) == "person traffic light cell phone dog house traffic sign"
 
 
-def test_words_in_no_phrase_can_be_unknown() -> None:
+def test_words_in_no_phrase_can_be_unlabelled() -> None:
     record = grounding("a man near the old red table .", "old red table", kind="grounding")
     assert captioner()(record, rng_of(0, 0)).token_loss_mask.all(), "negative, as in the original"
     make = captioner(words_without_box="unknown")
@@ -242,7 +242,7 @@ def test_words_in_no_phrase_can_be_unknown() -> None:
     assert unknown_words(both) == "a man near the", "packed text is negative"
 
 
-def test_what_a_crop_took_is_unknown_or_not_asked() -> None:
+def test_removed_boxes_are_unlabelled_or_not_in_the_caption() -> None:
     record = grounding("a man near a dog", "man", "dog", "dog")
     view = CropResult(np.array([False, True, True]), np.array([False, False, False]))
     gone = captioner()(record, rng_of(0, 0), view)
@@ -262,16 +262,16 @@ def test_what_a_crop_took_is_unknown_or_not_asked() -> None:
 @pytest.mark.parametrize(
     "text", ["the Left dog", "a left-hand glove", "rightmost", "turning rightwards", "to the right."]
 )
-def test_what_says_a_side(text: str) -> None:
+def test_texts_with_left_or_right(text: str) -> None:
     assert says_side(text)
 
 
 @pytest.mark.parametrize("text", ["bright", "upright", "leftover food", "copyright", ""])
-def test_what_does_not_say_a_side(text: str) -> None:
+def test_texts_without_left_or_right(text: str) -> None:
     assert not says_side(text)
 
 
-def test_sides_of_records() -> None:
+def test_left_and_right_in_records() -> None:
     make = Captioner(("left shoe", "hat"), TOKENIZER, CaptionConfig(), 64)
     assert make.says_side(detection([0])) and not make.says_side(detection([1]))
     assert make.says_side(grounding("the dog on the left", "dog"))

@@ -1,4 +1,4 @@
-"""Records: what goes in comes out, and every fault is named with its record and field."""
+"""Records: encoding round trip, and errors that name the record and the field."""
 
 import dataclasses
 import io
@@ -78,14 +78,14 @@ def test_round_trip_of_any_caption_and_number_of_boxes(count: int, caption: str,
         (CAPTION, {"caption": " "}, r"caption: is empty in a caption record"),
     ],
 )
-def test_faults_name_record_and_field(base: Record, change: dict, message: str) -> None:
+def test_errors_name_record_and_field(base: Record, change: dict, message: str) -> None:
     from glip_jax.data.records import validate
 
     with pytest.raises(RecordError, match=message):
         validate(dataclasses.replace(base, **change), names=3)
 
 
-def test_bytes_that_are_no_record() -> None:
+def test_invalid_bytes_are_refused() -> None:
     good = msgpack.unpackb(encode(DETECTION))
     for data, message in [
         (b"\xc1", "not MessagePack"),
@@ -101,7 +101,7 @@ def test_bytes_that_are_no_record() -> None:
             decode(data)
 
 
-def test_images_that_do_not_fit() -> None:
+def test_images_of_another_size_are_refused() -> None:
     with pytest.raises(RecordError, match=r"'17', field image: cannot be decoded"):
         decode_image(dataclasses.replace(DETECTION, image=DETECTION.image[:40]))
     with pytest.raises(RecordError, match=r"image: is 8 x 9, height and width say 8 x 10"):

@@ -1,4 +1,4 @@
-"""Folders of shards: complete or absent, made once, lazily read, damage named."""
+"""Folders of shards: complete or absent, written once, read lazily, errors that name the damage."""
 
 import json
 import pickle
@@ -20,7 +20,7 @@ def records(count: int, failing: int = -1):
 
 
 @pytest.mark.parametrize(("count", "files"), [(7, 3), (2, 3), (4, 1)])
-def test_columns_follow_the_reading_order(tmp_path: Path, count: int, files: int) -> None:
+def test_columns_are_in_reading_order(tmp_path: Path, count: int, files: int) -> None:
     manifest = shards.write(records(count), tmp_path / "s", name="s", names=["a", "b"], shards=files)
     opened = Shards(tmp_path / "s")
     assert len(opened) == manifest.records == manifest.boxes == count
@@ -33,7 +33,7 @@ def test_columns_follow_the_reading_order(tmp_path: Path, count: int, files: int
     assert shards.verify(tmp_path / "s")
 
 
-def test_manifest_tells_where_it_came_from(tmp_path: Path) -> None:
+def test_manifest_records_the_origin(tmp_path: Path) -> None:
     shards.write(
         records(2), tmp_path / "s", name="n", names=["a", "b"], licence="CC0", source="a.json", command="make it",
         drops=lambda: {"box: no area": 3},
@@ -45,7 +45,7 @@ def test_manifest_tells_where_it_came_from(tmp_path: Path) -> None:
     assert fields["kinds"] == {"detection": 2}
 
 
-def test_a_finished_folder_is_not_made_twice(tmp_path: Path) -> None:
+def test_a_finished_folder_is_not_overwritten(tmp_path: Path) -> None:
     first = shards.write(records(2), tmp_path / "s", name="s", names=["a", "b"])
     assert shards.finished(tmp_path / "s") == first
     with pytest.raises(ShardError, match="finished: existing shards are never overwritten"):
@@ -63,7 +63,7 @@ def test_an_interrupted_import_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
+def test_other_folders_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(ShardError, match="not empty, without a manifest"):
         shards.write(records(2), tmp_path, name="s", names=["a", "b"])

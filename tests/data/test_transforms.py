@@ -1,4 +1,4 @@
-"""Geometry: the original's size rule, canvases that always hold the image, boxes that move with their pixels."""
+"""Geometry: target sizes as in the original, canvases that hold every image, boxes that move with their pixels."""
 
 from typing import get_args
 
@@ -23,12 +23,12 @@ sides = st.integers(1, 900)
         ((640, 480), (1066, 800)),
         ((500, 500), (800, 800)),
         ((800, 1333), (800, 1333)),
-        ((400, 800), (666, 1332)),  # round(666.5) is 666: halves go to even
-        ((100, 2927), (46, 1346)),  # longer than 1333, as the short side is rounded first
+        ((400, 800), (666, 1332)),  # round(666.5) is 666: halves to even
+        ((100, 2927), (46, 1346)),  # longer than 1333, because the short side is rounded first
         ((1, 5000), (1, 5000)),
     ],
 )
-def test_target_size_is_the_originals(size: tuple[int, int], expected: tuple[int, int]) -> None:
+def test_target_size_equals_the_original(size: tuple[int, int], expected: tuple[int, int]) -> None:
     assert target_size(*size, 800, 1333) == expected
 
 
@@ -60,7 +60,7 @@ def test_every_image_fits_its_canvas(height: int, width: int, short: int, aspect
 
 @settings(deadline=None)
 @given(st.integers(4, 20), st.integers(4, 20), st.integers(0, 2**31))
-def test_flip_moves_boxes_with_their_pixels_and_undoes_itself(height: int, width: int, seed: int) -> None:
+def test_flip_moves_boxes_with_their_pixels_and_is_its_inverse(height: int, width: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     x1, y1 = rng.integers(0, width - 1), rng.integers(0, height - 1)
     x2, y2 = rng.integers(x1 + 1, width), rng.integers(y1 + 1, height)
@@ -75,8 +75,8 @@ def test_flip_moves_boxes_with_their_pixels_and_undoes_itself(height: int, width
     assert np.array_equal(transforms.mirror_boxes(moved, width), boxes)
 
 
-def test_little_of_the_default_canvases_is_padding_on_sizes_of_coco() -> None:
-    """The commonest sizes of 100 images of val2014, and two of its most elongated ones."""
+def test_default_canvases_have_little_padding_for_coco() -> None:
+    """The most frequent sizes of 100 images of val2014, and two of its most elongated ones."""
     common = {(480, 640): 24, (427, 640): 19, (375, 500): 6, (640, 480): 3, (640, 427): 6, (333, 500): 4, (640, 638): 1}
     sizes = [size for size, count in common.items() for _ in range(count)] + [(218, 640), (640, 359)]
     *rows, whole = measure(sizes, DataConfig())
@@ -99,7 +99,7 @@ def test_resize_scales_image_and_boxes_together() -> None:
     assert resize(image, (10, 20)) is image
 
 
-def test_place_pads_below_and_right_with_zeros() -> None:
+def test_pad_to_canvas_pads_with_zeros_below_and_right() -> None:
     canvas = pad_to_canvas(np.full((3, 4, 3), 5, np.uint8), (32, 64))
     assert canvas.shape == (32, 64, 3)
     assert canvas[:3, :4].min() == 5

@@ -1,4 +1,4 @@
-"""A score may not depend on the company an image keeps: canvas, batch, position and text padding are inert."""
+"""Batch invariance: results of an image do not depend on canvas, batch, position in the batch and text padding."""
 
 from functools import cache, partial
 from typing import Any, Literal
@@ -44,13 +44,13 @@ def _config(coarse: Coarse) -> Config:
         head=HeadConfig(blocks=2, groups=4, coarse_offsets=coarse),
         anchors=AnchorConfig((16, 32, 64, 128, 256)),
     )
-    # A level's k-th best candidate may tie; all of them are kept, so that no tie decides.
+    # All candidates are kept, so that no tie decides which of them is the last.
     return Config(model=model, detection=DetectionConfig(threshold=1e-3, candidates_per_level=10**6))
 
 
 @cache
 def _params(coarse: Coarse) -> Any:
-    """Random values far from their start, so that every path of the network matters."""
+    """Random values far from the initial ones, so that every path of the network contributes."""
     shapes = jax.eval_shape(
         GLIP(_config(coarse).model).init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64),
         jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool),
@@ -58,9 +58,9 @@ def _params(coarse: Coarse) -> Any:
     rng, flat = np.random.default_rng(5), dict[Any, Any](flax.traverse_util.flatten_dict(shapes))
     values = {}
     for path, shape in flat.items():
-        spread = 0.15 if len(shape.shape) > 1 else 0.3
-        middle = 1.0 if path[-1] in ("scale", "scales") else -2.0 if path[-1] == "bias0" else 0.0
-        values[path] = (middle + spread * rng.normal(size=shape.shape)).astype(np.float32)
+        deviation = 0.15 if len(shape.shape) > 1 else 0.3
+        mean = 1.0 if path[-1] in ("scale", "scales") else -2.0 if path[-1] == "bias0" else 0.0
+        values[path] = (mean + deviation * rng.normal(size=shape.shape)).astype(np.float32)
     return flax.traverse_util.unflatten_dict(values)
 
 
@@ -88,7 +88,7 @@ def _batch(examples: list[dict[str, Any]], canvas: tuple[int, int], tokens: int)
     for i, e in enumerate(examples):
         image[i, : e["size"][0], : e["size"][1]] = e["pixels"]
         ids[i, : len(e["tokens"])], mask[i, : len(e["tokens"])] = e["tokens"], True
-        ids[i, len(e["tokens"]) :] = 7  # what padding holds must not matter
+        ids[i, len(e["tokens"]) :] = 7  # values of padding must not matter
         positive[i, :, : len(e["tokens"])] = e["map"]
     batch = Batch(
         image=np.zeros((count, *canvas, 3), np.uint8),
@@ -113,28 +113,28 @@ def _run(coarse: Coarse, params: Any, image: Any, batch: Batch) -> Any:
     return found, sums, detections
 
 
-def _own(flat: np.ndarray, extent: tuple[int, int], canvas: tuple[int, int]) -> np.ndarray:
-    """[A ...] on the canvas to the anchors of the extent, in the order they have when the image is alone."""
+def _valid(flat: np.ndarray, extent: tuple[int, int], canvas: tuple[int, int]) -> np.ndarray:
+    """Selects from [A ...] on the canvas the anchors of the extent, in their order for the image alone."""
     parts, begin = [], 0
     for stride in PyramidConfig().strides:
         h, w = box.level_shape(canvas, stride)
-        own = box.level_shape(extent, stride)
-        grid = flat[begin : begin + h * w].reshape(h, w, *flat.shape[1:])[: own[0], : own[1]]
-        parts.append(grid.reshape(own[0] * own[1], *flat.shape[1:]))
+        valid = box.level_shape(extent, stride)
+        grid = flat[begin : begin + h * w].reshape(h, w, *flat.shape[1:])[: valid[0], : valid[1]]
+        parts.append(grid.reshape(valid[0] * valid[1], *flat.shape[1:]))
         begin += h * w
     return np.concatenate(parts)
 
 
 def _results(coarse: Coarse, examples: list[dict[str, Any]], row: int, canvas: tuple[int, int], tokens: int) -> Any:
-    """Everything that is said of one image, in a form that canvas and padding cannot change."""
+    """All outputs, losses and detections of one image, in an order that does not depend on canvas and padding."""
     image, batch = _batch(examples, canvas, tokens)
     found, sums, detections = jax.tree.map(np.asarray, _run(coarse, _params(coarse), image, batch))
     example = examples[row]
     result = {
-        name: _own(value[row], example["extent"], canvas) for name, value in found._asdict().items()
+        name: _valid(value[row], example["extent"], canvas) for name, value in found._asdict().items()
     }  # fmt: skip
     result["logits"] = result["logits"][:, : len(example["tokens"])]
-    # The share of clamped offsets is () in a network without a bound.
+    # The fraction of clamped offsets is empty in a network without a bound.
     result |= {f"loss {name}": value[row] for name, value in sums._asdict().items() if len(value)}
     return result | {f"detected {name}": value[row] for name, value in detections._asdict().items()}
 
@@ -148,13 +148,13 @@ def _assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("coarse", "size", "extent"),
     [
-        ("flat", (90, 121), (96, 128)),  # the default policy: rounded up to 32
+        ("flat", (90, 121), (96, 128)),  # the default: rounded up to 32
         ("flat", (75, 109), (75, 109)),  # every level odd or cut
         ("resized", (41, 150), (41, 150)),  # a single cell on the coarse levels
     ],
 )
-def test_alone_at_its_extent(coarse: Coarse, size: tuple[int, int], extent: tuple[int, int]) -> None:
-    """In a larger canvas beside another image, with more text padding, as in a canvas of its own."""
+def test_equals_the_image_alone(coarse: Coarse, size: tuple[int, int], extent: tuple[int, int]) -> None:
+    """On a larger canvas with another image and more text padding, results equal those of the image alone."""
     example = _example(1, size, extent)
     other = _example(2, (130, 160), (136, 168))
     alone = _results(coarse, [example], 0, extent, TOKENS - 2)
@@ -166,8 +166,8 @@ def test_alone_at_its_extent(coarse: Coarse, size: tuple[int, int], extent: tupl
     ("seed", "coarse", "canvas"),
     [(seed, "flat", CANVAS) for seed in range(8)] + [(seed, "resized", (168, 136)) for seed in range(8, 12)],
 )
-def test_any_company(seed: int, coarse: Coarse, canvas: tuple[int, int]) -> None:
-    """Random extents in one compiled shape: slot, neighbours and what they hold are inert."""
+def test_batch_invariance(seed: int, coarse: Coarse, canvas: tuple[int, int]) -> None:
+    """Random extents in one compiled shape: position in the batch and the other images have no effect."""
     rng = np.random.default_rng([seed, 99])
 
     def draw(number: int) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def test_any_company(seed: int, coarse: Coarse, canvas: tuple[int, int]) -> None
 
 
 def test_the_extent_itself_matters() -> None:
-    """The test above can fail: at another extent the same image gets other scores."""
+    """The tests above can fail: the same image at another extent has other scores."""
     example = _example(3, (64, 64), (64, 64))
     other = example | {"extent": (96, 96)}
     a = _results("flat", [example, example], 0, CANVAS, TOKENS)

@@ -1,4 +1,4 @@
-"""Deformable convolution equals a definition written as loops, forward and backward, in all of its forms."""
+"""All implementations of deformable convolution equal its definition in plain loops, forward and backward."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from glip_jax.models.deformable import Taps, deformable_convolution, rows_of
 
 
 def _by_loops(x: np.ndarray, offsets: np.ndarray, mask: np.ndarray, kernel: np.ndarray, stride: int) -> np.ndarray:
-    """glip-reference 2.7, word for word, float64."""
+    """The definition (glip-reference 2.7) in float64."""
     batch, height, width, _ = x.shape
     _, h, w, taps, _ = offsets.shape
     out = np.zeros((batch, h, w, kernel.shape[-1]))
@@ -51,7 +51,7 @@ def _run(
     stride: int,
     implementation: Any,
 ) -> jax.Array:
-    """The second of two maps, the second of two outputs: neither is where an index error would go unseen."""
+    """Reads the second of two maps and returns the second of two outputs, so that errors of indices show."""
     rows = rows_of([x[:, :2] * 0 + 7, x])
     first = Taps(0, stride, offsets[:, :1, :1], mask[:, :1, :1])
     bound = 7 if implementation == "window" else 0
@@ -60,7 +60,7 @@ def _run(
 
 @pytest.fixture
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Name of a implementation; `parts` is `gather` with so few outputs at once that the last part is not full."""
+    """An implementation; `parts` is `gather` in parts, of which the last is not full."""
     if request.param != "parts":
         return request.param
     monkeypatch.setattr(deformable, "_MAX_GATHERED", 17)
@@ -90,19 +90,19 @@ def test_gradient_equals_finite_differences_of_the_definition(implementation: st
     a, b, c, d = (jnp.asarray(a, jnp.float32) for a in arrays)
     gradients = jax.grad(loss, argnums=(0, 1, 2, 3))(a, b, c, d)
     for which, gradient in enumerate(gradients):
-        for place in rng.integers(0, arrays[which].size, 12):
-            moved = []
+        for element in rng.integers(0, arrays[which].size, 12):
+            losses = []
             for sign in (1, -1):
                 changed: Any = [a.copy() for a in arrays]
-                changed[which].reshape(-1)[place] += sign * 1e-6
+                changed[which].reshape(-1)[element] += sign * 1e-6
                 x, offsets, mask, kernel = changed
-                moved.append((_by_loops(x, offsets, mask, kernel, stride) * weight).sum())
+                losses.append((_by_loops(x, offsets, mask, kernel, stride) * weight).sum())
             np.testing.assert_allclose(
-                np.asarray(gradient).reshape(-1)[place], (moved[0] - moved[1]) / 2e-6, atol=2e-3, rtol=2e-4
+                np.asarray(gradient).reshape(-1)[element], (losses[0] - losses[1]) / 2e-6, atol=2e-3, rtol=2e-4
             )
 
 
-def test_positions_that_are_no_numbers_count_zero() -> None:
+def test_nan_positions_count_as_zero() -> None:
     x, offsets, mask, kernel = (jnp.asarray(a, jnp.float32) for a in _inputs(1))
     for implementation in ("gather", "loop", "window"):
         found = _run(x, offsets.at[0, 0, 0].set(jnp.nan), mask, kernel, jnp.zeros(4), 1, implementation)

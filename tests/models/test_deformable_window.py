@@ -1,4 +1,4 @@
-"""The windowed implementation of the deformable convolution: equal to the others, forward and backward; bounds; traffic; TPU compiles."""
+"""Windowed deformable convolution: equal to `gather`, forward and backward; bounds; declared cost; compilation for TPUs."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _inputs(images: int, stride: int, bound: int, dtype: Any, shapes: Any = ((9, 18), (3, 5))) -> Any:
-    """Maps with an extent of their own for each image, offsets at and beyond the bound, and the results' gradients."""
+    """Maps of images with different extents, offsets within and beyond the bound, and gradients of the results."""
     rng = np.random.default_rng(bound)
     maps = [rng.normal(size=(images, *shape, 4)) for shape in shapes]
     for image in range(1, images):
@@ -58,7 +58,7 @@ def _with_gradients(run: Any, given: Any, gradients: Any) -> Any:
 
 
 def _close(found: Any, wanted: Any, tolerance: float) -> None:
-    """Largest difference of each array over its largest value."""
+    """Compares the maximum difference of each array with its maximum value."""
     for path, want in jax.tree_util.tree_leaves_with_path(wanted):
         have = dict(jax.tree_util.tree_leaves_with_path(found))[path]
         assert have.dtype == want.dtype, path
@@ -68,7 +68,7 @@ def _close(found: Any, wanted: Any, tolerance: float) -> None:
 
 @pytest.mark.parametrize(
     "stride, bound, dtype, tolerance",
-    # Bounds with two and with three rows of blocks, rows of taps that share a window and that do not.
+    # Bounds with two and with three rows of blocks; rows of taps that share window rows, and that do not.
     [(1, 4, jnp.float32, 3e-6), (2, 3, jnp.float32, 3e-6), (1, 1, jnp.bfloat16, 0.02)],
 )
 def test_outputs_and_gradients_equal_gather(stride: int, bound: int, dtype: Any, tolerance: float) -> None:
@@ -87,23 +87,23 @@ def test_each_device_convolves_its_own_images() -> None:
         run: Any = jax.jit(lambda given, g: _with_gradients(_convolve("window", 2, 1), given, g))
         lowered = run.lower(given, jax.device_put(gradients, split)).compile()
     _close(lowered(given, jax.device_put(gradients, split)), wanted, 3e-6)
-    # What is gathered or summed between devices is the gradient of the kernel and the bias, no map.
-    moved = [line for line in str(lowered.as_text()).splitlines() if "all-gather(" in line or "all-to-all(" in line]
-    assert not moved
+    # Devices exchange gradients of kernel and bias, but no maps.
+    exchanged = [line for line in str(lowered.as_text()).splitlines() if "all-gather(" in line or "all-to-all(" in line]
+    assert not exchanged
 
 
-def test_a_gradient_passes_the_bound_only_inwards() -> None:
+def test_gradients_pass_the_bound_only_inward() -> None:
     offsets = jnp.asarray([-3.0, -3.0, -2.0, 0.5, 1.75, 2.0, 2.0, 7.0, 7.0, jnp.nan])
     gradient = jnp.asarray([1.0, -1.0, 1.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0])
     found: Any = jax.vjp(lambda x: clamp_offsets(x, 2), offsets)
     values, (passed,) = found[0], found[1](gradient)
     np.testing.assert_array_equal(values[:-1], [*[1 / 256 - 2] * 3, 0.5, 1.75, *[2 - 1 / 256] * 4])
-    # Down the gradient: what is too large may become smaller, what is too small larger.
+    # Gradient descent may decrease offsets above the bound and increase those below it.
     np.testing.assert_array_equal(passed, [0, -1, 0, 1, -1, 1, 0, 1, 0, 1])
     assert exceeds_bound(offsets, 2).tolist() == [True, True, True, False, False, True, True, True, True, False]
 
 
-def test_clamped_offsets_are_counted_over_each_images_own_cells() -> None:
+def test_clamped_offsets_are_counted_over_valid_cells() -> None:
     rng = np.random.default_rng(0)
     levels = [jnp.asarray(rng.normal(size=(2, *shape, 8)), jnp.float32) for shape in ((6, 8), (3, 4))]
     sizes = [jnp.asarray([[6, 8], [4, 5]]), jnp.asarray([[3, 4], [2, 3]])]
@@ -139,12 +139,12 @@ def _declared(images: int, stride: int, bound: int, shape: tuple[int, int]) -> A
     return call.params["cost_estimate"]
 
 
-def test_the_kernel_declares_what_it_copies() -> None:
+def test_declared_bytes_and_flops() -> None:
     # A block of 128 cells or outputs: 128 rows of 128 lanes of 4 bytes. Samples: 27 rows (32). The kernel: 9 x 8 x 128.
     block, samples, kernel = 128 * 128 * 4, 32 * 128 * 4, 9 * 8 * 128 * 4
-    # One tile: four blocks (one of the map, three times the zeros), samples, their places, outputs.
+    # One tile: four blocks (one of the map, three of zeros), samples, their positions, outputs.
     assert _declared(1, 1, 1, (6, 14)).bytes_accessed == 4 * block + samples + block + kernel + block
-    # Two images are two tiles. The zeros, the places and the kernel stay where they are.
+    # Two images are two tiles. Zeros, positions and the kernel are copied once.
     assert _declared(2, 1, 1, (6, 14)).bytes_accessed == (2 + 3) * block + 2 * samples + block + kernel + 2 * block
     # Per tap 128 outputs from twice 2 x 8 x 16 cells of 4 channels, then 4 x 5 products.
     assert _declared(1, 1, 1, (6, 14)).flops == 9 * 2 * 128 * (2 * 256 * 4 + 4 * 5)
@@ -164,14 +164,14 @@ def test_unsupported_settings_are_refused(stride: int, bound: int, implementatio
         _convolve(implementation, stride, bound)(*given)
 
 
-def test_strides_of_a_bounded_call_are_one() -> None:
+def test_bounded_calls_have_one_stride() -> None:
     (maps, offsets, masks, kernel, bias), _ = _inputs(1, 1, 2, jnp.float32)
     taps = [Taps(i, 1 + i, o, m) for i, (o, m) in enumerate(zip(offsets, masks))]
     with pytest.raises(ValueError, match=r"strides \[1, 2\]: expected one"):
         deformable_convolution(rows_of(maps), taps, kernel, bias, bound=2)
 
 
-def test_the_setting_has_limits() -> None:
+def test_limits_of_the_setting() -> None:
     for bound, fine in ((0, True), (7, True), (8, False), (-1, False)):
         broken = [
             message for kept, message in model_checks(ModelConfig(head=HeadConfig(offset_bound=bound))) if not kept
@@ -182,8 +182,8 @@ def test_the_setting_has_limits() -> None:
 
 @pytest.mark.tpu
 @pytest.mark.parametrize("chip, stride", [("v5e", 1), ("v6e", 2)])
-def test_it_compiles_for_a_tpu(chip: str, stride: int) -> None:
-    """In a process of its own, whose libtpu is told of a TPU that is not there."""
+def test_compiles_for_a_tpu(chip: str, stride: int) -> None:
+    """Compiles in a separate process, where libtpu is configured for a TPU that is absent."""
     sizes = ["--images=1", "--height=64", "--width=64", "--channels=128", f"--stride={stride}"]
     command = [
         sys.executable,

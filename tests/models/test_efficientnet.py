@@ -23,7 +23,7 @@ def params():
         if name == "frozen_scale":
             return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
         if name == "frozen_shift":
-            # Not zero: cells beyond the extent must differ from zero after it, so that forgetting a mask is seen.
+            # Not zero, so that a missing mask shows: padding cells become non-zero after it.
             return rng.normal(0.3, 0.3, leaf.shape).astype(np.float32)
         return rng.normal(0, np.prod(leaf.shape[:-1]) ** -0.5, leaf.shape).astype(np.float32)
 
@@ -53,8 +53,8 @@ def test_shifted_sums_equal_grouped_convolution(kernel, stride):
             np.testing.assert_allclose(ours, expected, atol=2e-5)
 
 
-def test_padding_is_tensorflows_same():
-    """Written out: even sizes at stride 2 pad (0, 1) for 3 x 3, (1, 2) for 5 x 5."""
+def test_padding_is_same_of_tensorflow():
+    """Even sizes at stride 2 pad (0, 1) for 3 x 3, (1, 2) for 5 x 5."""
     x = np.random.default_rng(2).normal(size=(1, 4, 4, 1)).astype(np.float32)
     for kernel, before in ((3, 0), (5, 1)):
         weights = np.random.default_rng(3).normal(size=(kernel, kernel, 1, 1)).astype(np.float32)
@@ -71,7 +71,7 @@ def test_shapes_and_strides(params):
     assert [f.shape for f in features] == [(2, 12, 8, 40), (2, 6, 4, 112), (2, 3, 2, 320)]
 
 
-def test_an_image_is_the_same_in_any_canvas(params):
+def test_batch_invariance(params):
     rng = np.random.default_rng(4)
     extents = np.array([[32, 64], [96, 64], [64, 32]], np.int32)
     canvas = np.zeros((3, 96, 64, 3), np.float32)
@@ -103,7 +103,7 @@ def test_frozen_stages_and_norms_get_no_gradient(params, frozen):
     def gradients(params):
         def total(params):
             features: Any = model.apply({"params": params}, image, jnp.array([[32, 32]]))
-            # Not the sum of squares: the outputs' norms fix that.
+            # Not the sum of squares, which the norms of the outputs keep constant.
             return sum((f * jnp.cos(jnp.arange(f.size)).reshape(f.shape)).sum() for f in features)
 
         return jax.grad(total)(params)

@@ -1,4 +1,4 @@
-"""The formula against what jax traces and what XLA counts, and the published network's figures."""
+"""FLOPs by formula against the traced program, XLA's count and the published networks."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ ONCE = dataclasses.replace(
     fusion=dataclasses.replace(SMALL.fusion, heads=1),
     head=dataclasses.replace(SMALL.head, blocks=1),
 )
-"""Every loop runs once, as XLA's count takes loops."""
+"""Every loop has one iteration, because XLA counts the body of a loop once."""
 
 
 def forward(model, height, width):
@@ -40,7 +40,7 @@ def forward(model, height, width):
 
 
 def products(jaxpr):
-    """Operations of all products and convolutions of a jaxpr, loops by their length; of branches the dearest."""
+    """FLOPs of all products and convolutions of a jaxpr: loops times their length, the most expensive of branches."""
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -75,7 +75,7 @@ def _jaxprs(value):
     ids=["swin", "efficientnet"],
 )
 def test_as_traced(model, height, width):
-    """Resizes and means are written as small products here: they are all that the formula leaves out."""
+    """The formula leaves out resizes and means only, which are small products."""
     network, arguments = forward(model, height, width)
     traced = products(jax.make_jaxpr(network)(*arguments).jaxpr)
     assert flops_per_image(model, height, width).forward == pytest.approx(traced, rel=0.03)
@@ -83,7 +83,7 @@ def test_as_traced(model, height, width):
 
 
 def test_as_xla_counts():
-    """Within a tenth, because XLA's count has every norm and activation as well, and these are small widths."""
+    """Within 10 %, because XLA counts norms and activations as well, and widths are small."""
     network, arguments = forward(ONCE, 128, 192)
     counted = jax.jit(network).lower(*arguments).cost_analysis()
     assert counted is not None
@@ -91,7 +91,7 @@ def test_as_xla_counts():
 
 
 def test_published_networks():
-    """GLIP-T and L at 800 x 1344: multiply-adds by hand, with fusion folded (430 and 573 G as published: 221 and 295)."""
+    """GLIP-T and L at 800 x 1344: multiply-adds, with folded fusion (430 and 573 G in the plain form: 221 and 295)."""
     tiny = flops_per_image(glip_tiny.get_config().model, 800, 1344)
     large = flops_per_image(glip_large.get_config().model, 800, 1344)
     expected = {"backbone": 99, "pyramid": 15, "text": 23, "head_text": 11.5, "dynamic": 127, "outputs": 1.55}
@@ -112,13 +112,13 @@ def test_training_is_three_times_forward_where_all_is_trained():
     assert flops.training == pytest.approx(3 * flops.forward, rel=1e-3) and flops.training < 3 * flops.forward
 
 
-def test_what_is_frozen_is_counted_once():
+def test_frozen_parts_have_no_backward_pass():
     model = dataclasses.replace(SMALL, text=dataclasses.replace(SMALL.text, frozen=True))
     saved = flops_per_image(SMALL, 160, 224).training - flops_per_image(model, 160, 224).training
     assert saved == pytest.approx(2 * flops_per_image(SMALL, 160, 224).parts["text"])
-    # The patches and all four stages: what the backbone costs forward and nothing more.
-    held = dataclasses.replace(SMALL, backbone=dataclasses.replace(SMALL.backbone, frozen_stages=4))
-    flops = flops_per_image(held, 160, 224)
+    # Patch embedding and all four stages: only the forward pass of the backbone.
+    frozen = dataclasses.replace(SMALL, backbone=dataclasses.replace(SMALL.backbone, frozen_stages=4))
+    flops = flops_per_image(frozen, 160, 224)
     assert flops.training == pytest.approx(3 * flops.forward - 2 * flops.parts["backbone"])
 
 

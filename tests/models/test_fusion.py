@@ -1,4 +1,4 @@
-"""The folded fusion equals the plain one, dropout included, and never holds the whole attention map."""
+"""The folded fusion equals the plain one, with dropout as well, and never stores the whole attention map."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ IMAGES, LOCATIONS, TOKENS, CHANNELS, TEXT = 2, 40, 9, 16, 12
 CONFIG = FusionConfig(width=24, heads=3, dropout=0.25)
 
 
-def _plain(params: Any, visual: Any, text: Any, inside: Any, mask: Any, drop: Any) -> tuple[Any, Any]:
-    """glip-reference 2.5 as written there, six dense layers; `drop` holds each head's two dropout factors."""
+def _plain(params: Any, visual: Any, text: Any, valid: Any, mask: Any, drop: Any) -> tuple[Any, Any]:
+    """Fusion with six dense layers, as in glip-reference 2.5; `drop`: two dropout factors per head."""
     p = {k: v for k, v in params.items() if not isinstance(v, dict)}
     depth = CONFIG.width // CONFIG.heads
 
@@ -36,7 +36,7 @@ def _plain(params: Any, visual: Any, text: Any, inside: Any, mask: Any, drop: An
     visual_value, text_value = split(dense(v0, "visual_value")), split(dense(l0, "text_value"))
     logits = jnp.einsum("bhad,bhtd->bhat", query, key)
     over_text = jax.nn.softmax(jnp.where(mask[:, None, None, :], logits + 1.0, -9e15), -1) * drop[0]
-    over_image = jax.nn.softmax(jnp.where(inside[:, None, :, None], logits, -9e15), 2) * drop[1]
+    over_image = jax.nn.softmax(jnp.where(valid[:, None, :, None], logits, -9e15), 2) * drop[1]
     for_image = jnp.einsum("bhat,bhtd->bahd", over_text, text_value).reshape(*visual.shape[:2], -1)
     for_text = jnp.einsum("bhat,bhad->bthd", over_image, visual_value).reshape(*text.shape[:2], -1)
     return (
@@ -47,12 +47,12 @@ def _plain(params: Any, visual: Any, text: Any, inside: Any, mask: Any, drop: An
 
 def _inputs() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     rng = np.random.default_rng(0)
-    inside, mask = np.ones((IMAGES, LOCATIONS), bool), np.ones((IMAGES, TOKENS), bool)
-    inside[0, 30:], mask[1, 5:] = False, False
+    valid, mask = np.ones((IMAGES, LOCATIONS), bool), np.ones((IMAGES, TOKENS), bool)
+    valid[0, 30:], mask[1, 5:] = False, False
     return (
         jnp.asarray(rng.normal(size=(IMAGES, LOCATIONS, CHANNELS)), jnp.float32),
         jnp.asarray(rng.normal(size=(IMAGES, TOKENS, TEXT)), jnp.float32),
-        jnp.asarray(inside),
+        jnp.asarray(valid),
         jnp.asarray(mask),
     )
 
@@ -90,12 +90,12 @@ def test_folded_equals_plain_forward_and_backward(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("one_by_one", [False, True])
 def test_folded_equals_plain_under_dropout(monkeypatch: pytest.MonkeyPatch, one_by_one: bool) -> None:
-    """With the same weights dropped: what the folding does to the value's bias is right."""
+    """With the same weights dropped, which tests the scaling of the bias of the value."""
     rng = np.random.default_rng(3)
     factors = (rng.uniform(size=(CONFIG.heads, 2, IMAGES, LOCATIONS, TOKENS)) > 0.25) / 0.75
     module = Fusion(CONFIG, train=True, dtype=jnp.float32)
     params, inputs = _params(Fusion(CONFIG, train=False, dtype=jnp.float32)), _inputs()
-    # The module makes a key for each head and image; the stand-ins make and read numbers of both instead.
+    # The module makes a key per head and image; these replacements use their indices instead.
     monkeypatch.setattr(fusion.jax.random, "split", lambda *_: jnp.arange(CONFIG.heads))
     monkeypatch.setattr(fusion, "example_keys", lambda head, images: IMAGES * head + jnp.arange(images))
     table = jnp.asarray(factors, bool).swapaxes(1, 2).reshape(-1, 2, LOCATIONS, TOKENS)
@@ -133,9 +133,9 @@ def test_peak_memory_is_of_one_head_not_of_all() -> None:
     )
     params = jax.eval_shape(module.init, jax.random.key(0), *shapes)["params"]
 
-    def loss(params: Any, visual: Any, text: Any, inside: Any, mask: Any) -> Any:
+    def loss(params: Any, visual: Any, text: Any, valid: Any, mask: Any) -> Any:
         def layer(state: Any, _: None) -> Any:
-            return module.apply({"params": params}, *state, inside, mask), None
+            return module.apply({"params": params}, *state, valid, mask), None
 
         (visual, text), _ = jax.lax.scan(layer, (visual, text), None, length=6)
         return visual.sum() + text.sum()

@@ -1,4 +1,4 @@
-"""Large maps are attended to row by row of windows; the numbers are those of all windows at once."""
+"""Attention by rows of windows, for large maps, equals attention over all windows at once."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ from glip_jax.models.remat import images_at_once
 CONFIG = BackboneConfig(width=8, depths=(2, 1, 1, 1), heads=(1, 2, 2, 4), window=3, drop_path=0.0)
 
 
-@pytest.mark.parametrize("row", [0, 1 << 30], ids=["images apart", "images together"])
+@pytest.mark.parametrize("row", [0, 1 << 30], ids=["one image", "all images"])
 def test_rows_of_windows_equal_all_windows(monkeypatch: pytest.MonkeyPatch, row: int) -> None:
-    """Images of different extents, maps that are no whole number of windows, shifted and plain, forward and backward."""
+    """Different extents, maps that are no multiple of the window, shifted and regular windows, forward and backward."""
     module = swin.Swin(CONFIG)
     rng = np.random.default_rng(0)
     image = jnp.asarray(rng.normal(size=(2, 64, 96, 3)), jnp.float32)
@@ -34,17 +34,17 @@ def test_rows_of_windows_equal_all_windows(monkeypatch: pytest.MonkeyPatch, row:
         return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, image)
 
     def loops() -> int:
-        return str(jax.make_jaxpr(lambda *own: loss(*own))(params, image)).count("scan[")
+        return str(jax.make_jaxpr(lambda *arguments: loss(*arguments))(params, image)).count("scan[")
 
     at_once, before = found(), loops()
     monkeypatch.setattr(swin, "_MAX_LOGITS_BYTES", 0)
     monkeypatch.setattr(swin, "_MAX_ROW_BYTES", row)
     by_rows = found()
-    assert loops() == before + 5, "a loop for each block"
+    assert loops() == before + 5, "one loop per block"
     for one, other in zip(jax.tree.leaves(by_rows), jax.tree.leaves(at_once), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4 * max(1.0, float(jnp.abs(other).max())))
 
 
 def test_images_at_once() -> None:
-    """As many as fit and divide the batch; one, however large it is."""
-    assert [images_at_once(12, 10, most) for most in (200, 119, 60, 59, 10, 9, 0)] == [12, 6, 6, 4, 1, 1, 1]
+    """The largest divisor that fits, at least one."""
+    assert [images_at_once(12, 10, limit) for limit in (200, 119, 60, 59, 10, 9, 0)] == [12, 6, 6, 4, 1, 1, 1]

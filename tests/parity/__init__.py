@@ -1,4 +1,4 @@
-"""Comparison with the original. Programs run once here, so compiling them fast matters more than running them fast."""
+"""Comparison with the original. Programs run once, so compilation time matters more than run time."""
 
 import os
 

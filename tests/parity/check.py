@@ -34,9 +34,9 @@ from tests.parity.folder import Case, FixtureError, read_cases, read_meta
 
 FORWARD, BACKWARD = 2e-5, 1e-4
 ZERO = 1e-6
-"""Gradients and norms below this share of the global norm count as zero."""
+"""Gradients and norms below this fraction of the global norm count as zero."""
 DEAD = ("cls_logits", "aggregate")
-"""Stored by the original for completeness; nothing needs them."""
+"""Stored by the original, but not compared."""
 Check = Callable[[Case], tuple[list["Line"], list[str], list[str]]]
 """A case to its comparisons, names of zero gradients, and names of stored tensors that were not compared."""
 
@@ -50,7 +50,7 @@ class Line(NamedTuple):
 
 
 def relative(found: Any, wanted: np.ndarray) -> float:
-    """Largest difference over the largest value of `wanted`; infinite for another shape."""
+    """Maximum difference divided by the maximum of `wanted`; infinite for another shape."""
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     if found.shape != wanted.shape:
         return float("inf")
@@ -93,7 +93,7 @@ def _text_and_backbone(case: Case) -> dict[str, Any]:
 
 
 def _tower(case: Case, before: Mapping[str, Any]) -> dict[str, Any]:
-    """Outputs of every module of the tower, one block after the other."""
+    """Outputs of the modules of the head, block by block."""
     config, batch = case.config.model, case.batch
     text: Any = before["eval.lang.hidden"]
     levels: Any = tuple(
@@ -213,7 +213,7 @@ def _training(case: Case) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def _training_wanted(case: Case) -> dict[str, np.ndarray]:
-    """The original's assignment in comparable form: positives instead of class labels, targets of positives only."""
+    """The assignment of the original in comparable terms: positives instead of class labels, targets of positives only."""
     wanted = {}
     for name, value in case.wanted.items():
         if name.startswith("train.atss.labels"):
@@ -230,11 +230,11 @@ class _Stored(NamedTuple):
     """The original's gradients in a fixture."""
 
     norms: dict[str, float]
-    """By parameter, before clipping."""
+    """Norm per parameter, before clipping."""
     full: dict[str, np.ndarray]
-    """The whole tensors, where the fixture has them."""
+    """Whole tensors, if the fixture holds them."""
     scale: float
-    """What the tensors were multiplied by: 1, or the clip factor of the original's step, which clips them in place."""
+    """Factor of the stored tensors: 1, or the clip factor of the original, which clips in place."""
 
     @property
     def norm(self) -> float:
@@ -255,7 +255,7 @@ def _stored(case: Case) -> _Stored:
 
 
 def _gradients(stored: _Stored, found: Mapping[str, np.ndarray]) -> tuple[list[Line], list[str]]:
-    """Full gradients and norms of all; and the names whose gradient counts as zero on both sides."""
+    """Comparisons of gradients and norms, and the names whose gradient counts as zero on both sides."""
     floor, scale = ZERO * stored.norm, stored.scale
     full = {name: value for name, value in stored.full.items() if name in found}
     lines, zeros = [], []
@@ -373,7 +373,7 @@ def check_case(case: Case, vocabulary: Path) -> tuple[list[Line], list[str], lis
 
 
 def report(case: Case, check: Check) -> Iterator[str]:
-    """Lines of text; raises nothing for differences, the caller counts 'FAIL'."""
+    """Lines of text. Differences raise nothing; the caller counts 'FAIL'."""
     lines, zeros, left = check(case)
     for line in lines:
         verdict = "ok  " if line.difference <= line.tolerance else "FAIL"

@@ -24,7 +24,7 @@ _TRAINING = ("train.", "step.", "anchor_sizes")
 
 
 def check_case(case: Case) -> tuple[list[Line], list[str], list[str]]:
-    """Lines of one case, nothing (no gradients here), and names of stored tensors that were not compared."""
+    """Lines of one case, an empty list (there are no gradients), and names of stored tensors that were not compared."""
     wanted = {n: v for n, v in case.wanted.items() if n.startswith("eval.") and not any(part in n for part in DEAD)}
     found = _outputs(case) if wanted else {}
     lines = [Line(name, relative(found[name], value), FORWARD) for name, value in wanted.items() if name in found]
@@ -33,7 +33,7 @@ def check_case(case: Case) -> tuple[list[Line], list[str], list[str]]:
 
 
 def _network(case: Case) -> GlipNetwork:
-    """The network with the original's weights, every one used but the branch that nothing reads."""
+    """The network with the weights of the original; all are used except those of the unused class branch."""
     network = GlipNetwork(dataclasses.asdict(case.config.model)).eval()
     # Anchors of the `levels` case are not those of the weights' file.
     kept = {
@@ -48,7 +48,7 @@ def _network(case: Case) -> GlipNetwork:
 
 @torch.inference_mode()
 def _outputs(case: Case) -> dict[str, Any]:
-    """Everything that the original recorded of a forward pass, under its names."""
+    """Outputs of a forward pass under the names that the original stored them."""
     network, batch = _network(case), case.batch
     found: dict[str, Any] = {}
     tower: Any = network.rpn["head"].get_submodule("dyhead_tower")
@@ -84,7 +84,7 @@ def _outputs(case: Case) -> dict[str, Any]:
 
 
 def _recorder(found: dict[str, Any], number: int) -> Any:
-    """A hook that keeps what a part of the tower gives, under the original's class names."""
+    """A hook that stores the output of a module of the head under the class name of the original."""
 
     def hook(part: Any, _: Any, output: Any) -> None:
         match part:

@@ -1,4 +1,4 @@
-"""Reads a folder of fixtures made with the original GLIP: its meta.json becomes our config, its npz files our inputs.
+"""Reads a folder of fixtures made with the original GLIP: a Config from meta.json, inputs and outputs from npz files.
 
 The format: `meta.json` (option names and values of the original, text encoder and fusion sizes, sha256 of the files),
 `model_t.safetensors`, `model_a_rpn_only.safetensors`, and npz files of inputs and outputs (README of the fixtures).
@@ -33,11 +33,11 @@ from glip_jax.weights.names import import_state
 
 
 class FixtureError(ValueError):
-    """A folder that is not of the format; the message says where."""
+    """A folder in another format; the message says where."""
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """meta.json, after the files' hashes were compared."""
+    """Content of meta.json, after the hashes of the files were checked."""
     path = folder / "meta.json"
     if not path.is_file():
         raise FixtureError(f"{path} is missing: give a folder of fixtures")
@@ -66,11 +66,11 @@ _OPTIONS = {
     "MODEL.LANGUAGE_BACKBONE.MAX_QUERY_LEN": "text.max_tokens",
     "MODEL.GROUP_NORM.NUM_GROUPS": "head.groups",
 }
-"""The original's option -> our field; None: implied by another size, and compared with it."""
+"""Option of the original -> field of Config; None: implied by another size, and compared with it."""
 
 
 def model_config(meta: Mapping[str, Any]) -> ModelConfig:
-    """The network of a folder, in the original's compatible form.
+    """The network of a folder, with settings compatible with the original.
 
     Raises FixtureError for an option that the format does not know, or sizes that contradict one another.
     """
@@ -128,7 +128,7 @@ def _literal(name: str, value: str) -> Any:
 
 
 def _columns(rows: np.ndarray, tokens: int) -> np.ndarray:
-    """Token maps at the width of the caption's tokens: the original stores 256 columns whatever its limit."""
+    """Token maps cut to the number of tokens of the caption: the original always stores 256 columns."""
     rows = rows[:, :tokens] > 0
     return np.pad(rows, ((0, 0), (0, tokens - rows.shape[1])))
 
@@ -139,9 +139,9 @@ class Case(NamedTuple):
     name: str
     config: Config
     state: Mapping[str, np.ndarray]
-    """The original's weights under its own names."""
+    """Weights under the names of the original."""
     params: dict[str, Any]
-    """The same as our parameters."""
+    """The same as parameters of GLIP."""
     batch: Batch
     image: np.ndarray
     """Float32[B H W 3], normalised, zero beyond each image's size."""
@@ -185,7 +185,7 @@ def _batch(name: str, inputs: Mapping[str, np.ndarray], prefix: str) -> tuple[Ba
 
 
 def read_cases(folder: Path) -> tuple[list[Case], list[str]]:
-    """Every case of the folder, and the names of files that are of no case or whose case cannot run."""
+    """Cases of the folder, and names of files that belong to no case or to one that cannot run."""
     meta = read_meta(folder)
     model = model_config(meta)
     if not (folder / "model_t.safetensors").is_file():

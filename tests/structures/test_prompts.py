@@ -1,4 +1,4 @@
-"""Prompts: cleaning, spans, tokens, chunks, against rules, the original's fixture and random captions."""
+"""Prompts: cleaning, spans, tokens and chunks, against rules, a fixture of the original, and random captions."""
 
 from pathlib import Path
 
@@ -63,15 +63,15 @@ def test_fallback_reaches_at_most_two_characters() -> None:
     assert rows[1] == prompts.Losses(cut=0, without_token=2)
 
 
-def test_too_long_is_refused_with_numbers() -> None:
+def test_prompts_over_the_budget_are_refused() -> None:
     with pytest.raises(PromptError, match=r"16 tokens .* budget is 11; .* 4 \('cell phone'\)"):
         prompts.tokenize(prompts.prompt_from_categories(NAMES), TOKENIZER, 11)
 
 
-def test_truncation_is_the_originals_and_counted() -> None:
+def test_truncation_equals_the_original_and_is_counted() -> None:
     tokenized, losses = prompts.tokenize(prompts.prompt_from_categories(NAMES), TOKENIZER, 12, truncate=True)
     assert tokenized.tokens.tolist() == [*NAMES_IDS[:11], 7]
-    # "cell phone" is cut after "cell": its last character and the two before have no token, so the span is skipped.
+    # "cell phone" is truncated after "cell": its last three characters have no token, so the span has none.
     assert losses == prompts.Losses(cut=2, without_token=0)
     assert [np.flatnonzero(row).tolist() for row in tokenized.phrase_map] == [*NAMES_MAP[:4], [], []]
 
@@ -94,7 +94,7 @@ def test_a_single_name_over_the_budget_is_refused() -> None:
         prompts.chunk(["dog", "traffic light"], TOKENIZER, 3)
 
 
-def test_vocabulary_faults_are_one_clear_message(tmp_path: Path) -> None:
+def test_invalid_vocabularies_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match=r"absent.txt"):
         prompts.load_tokenizer(tmp_path / "absent.txt")
     (tmp_path / "bad.txt").write_text("[PAD]\nfoo\n")
@@ -109,8 +109,8 @@ texts = st.lists(letters, min_size=1, max_size=12)
 
 
 @given(texts, st.sampled_from([". ", " ", ", ", " . "]))
-def test_every_name_has_exactly_its_own_tokens(names: list[str], separator: str) -> None:
-    """Repeated words, sub-words and Unicode included: each span is found where it stands, nowhere else."""
+def test_every_name_has_exactly_its_tokens(names: list[str], separator: str) -> None:
+    """Also for repeated words, sub-words and Unicode: each span is mapped to its own position."""
     prompt = prompts.prompt_from_categories(names, separator)
     for name, ((begin, end),) in zip(names, prompt.spans):
         assert prompt.caption[begin:end] == name
@@ -124,7 +124,7 @@ def test_every_name_has_exactly_its_own_tokens(names: list[str], separator: str)
 
 
 @given(texts, st.randoms(use_true_random=False))
-def test_permuted_names_carry_their_tokens_along(names: list[str], random: object) -> None:
+def test_permuted_names_have_permuted_tokens(names: list[str], random: object) -> None:
     order = list(range(len(names)))
     random.shuffle(order)  # type: ignore[attr-defined]
     before = prompts.tokenize(prompts.prompt_from_categories(names), TOKENIZER, 256)
@@ -134,8 +134,8 @@ def test_permuted_names_carry_their_tokens_along(names: list[str], random: objec
 
 
 @given(st.text(max_size=40), st.data())
-def test_span_map_equals_the_tokenizers_own_lookup(caption: str, data: st.DataObject) -> None:
-    """The original asks the library's char_to_token; ours works on offsets and must agree on any text."""
+def test_span_map_equals_the_lookup_of_the_tokenizer(caption: str, data: st.DataObject) -> None:
+    """The original uses char_to_token of the library; positive_map uses offsets and must agree for any text."""
     encoding = TOKENIZER.encode(caption)
     if not caption:
         return
@@ -154,7 +154,7 @@ def test_span_map_equals_the_tokenizers_own_lookup(caption: str, data: st.DataOb
 
 @settings(deadline=None)
 @given(st.lists(letters, max_size=30), st.integers(12, 40), st.integers(0, 5))
-def test_chunks_cover_in_order_fit_and_are_as_long_as_possible(names: list[str], budget: int, limit: int) -> None:
+def test_chunks_are_ordered_complete_and_as_long_as_possible(names: list[str], budget: int, limit: int) -> None:
     chunks = prompts.chunk(names, TOKENIZER, budget, limit=limit)
     assert [i for indices in chunks for i in indices] == list(range(len(names)))
     for indices in chunks:
@@ -172,7 +172,7 @@ pieces = st.text(
 
 
 @given(st.lists(letters | pieces, min_size=1, max_size=8), st.sampled_from([". ", " . ", ", "]))
-def test_a_phrase_has_every_token_on_it_and_no_other(names: list[str], separator: str) -> None:
+def test_a_phrase_has_exactly_the_tokens_that_it_overlaps(names: list[str], separator: str) -> None:
     """Spans of arbitrary text: white space and dropped characters at the edge of a phrase belong to no token."""
     caption, spans = "", []
     for name in names:
@@ -191,8 +191,8 @@ def test_a_phrase_has_every_token_on_it_and_no_other(names: list[str], separator
 
 
 @given(texts, st.integers(0, 11))
-def test_a_repeated_word_is_another_phrase(names: list[str], index: int) -> None:
-    """Equal words at different places are told apart by place alone."""
+def test_a_repeated_word_is_a_separate_phrase(names: list[str], index: int) -> None:
+    """Equal words at different positions are different phrases."""
     names = [*names, names[index % len(names)]]
     tokenized = prompts.tokenize(prompts.prompt_from_categories(names), TOKENIZER, 256)
     first, last = tokenized.phrase_map[index % (len(names) - 1)], tokenized.phrase_map[-1]
@@ -208,7 +208,7 @@ ODD_NAMES = st.one_of(
 
 @given(st.lists(ODD_NAMES, min_size=1, max_size=6), st.sampled_from([". ", ", ", ".", " ", "x", "\u0301 "]), st.data())
 @settings(max_examples=300, deadline=None)
-def test_joined_names_are_what_the_tokenizer_makes_of_their_caption(names, separator, data) -> None:
+def test_joined_names_equal_the_tokenized_caption(names, separator, data) -> None:
     order = data.draw(st.lists(st.integers(0, len(names) - 1), max_size=8))
     budget = data.draw(st.integers(4, 40))
     joined = prompts.JoinedNames(names, TOKENIZER, separator)
@@ -219,7 +219,7 @@ def test_joined_names_are_what_the_tokenizer_makes_of_their_caption(names, separ
             joined.tokenize(order, budget)
         return
     expected, losses = prompts.tokenize(prompt, TOKENIZER, budget, truncate=True)
-    for _ in range(2):  # pieces found, pieces remembered
+    for _ in range(2):  # first from the tokenizer, then from the cache
         found = joined.tokenize(order, budget)
         assert found[0] == prompt and found[2] == losses
         for mine, theirs in zip(found[1], expected):
@@ -228,7 +228,7 @@ def test_joined_names_are_what_the_tokenizer_makes_of_their_caption(names, separ
 
 
 class _Counting:
-    """A tokenizer that counts what it is asked."""
+    """A tokenizer that counts its calls."""
 
     def __init__(self) -> None:
         self.asked = 0
