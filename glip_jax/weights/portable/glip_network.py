@@ -1,10 +1,9 @@
 """GLIP (Grounded Language-Image Pre-training, arXiv 2112.03857) in plain PyTorch: one file, torch's own operators.
 
-The modules carry the names of microsoft/GLIP's checkpoints, so a state dict of theirs loads as it is (without their
-`module.` prefix and the `cls_logits` that nothing reads). Maps are [B C h w]. A batch is looked at as it stands: all
-of `pixels` is image, as in the original, whose scores depend on the size that images are padded to. Whoever wants
-an image's own scores gives it alone, padded to its own multiple of 32 (the class in `modeling_glip.py` does so).
-There is no dropout: this is the network that finds, and whose gradients are those of finding.
+Modules have the names of microsoft/GLIP's checkpoints, so such a state dict loads as it is (without the `module.` prefix
+and the unused `cls_logits`). Maps are [B C h w]. All of `pixels` counts as image, as in microsoft/GLIP, where scores
+depend on the size that images are padded to. For scores that do not depend on the batch, run each image padded to its own
+multiple of 32 (`modeling_glip.py` does so). There is no dropout: this is the network in evaluation mode.
 """
 
 import math
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 __all__ = ["GlipNetwork", "deformable_convolution"]
 
 Side = Any
-"""A number of cells or pixels: an int, or a tensor while torch traces the network for ONNX."""
+"""Number of cells or pixels: an int, or a tensor while torch traces the network for ONNX."""
 BOUND = 50000.0
-"""Attention logits and activations of the head are clipped to this."""
+"""Limit to which attention logits and activations of the head are clipped."""
 
 
 def _bounded(x: Tensor) -> Tensor:
@@ -39,7 +38,7 @@ def _dense_and_norm(inputs: int, outputs: int) -> nn.ModuleDict:
 
 
 def _missing(length: Side, multiple: int) -> Any:
-    """What `length` lacks to a multiple; without negative numbers, which ONNX divides otherwise than Python."""
+    """Padding of `length` to a multiple; without negative numbers, whose remainders differ in ONNX and Python."""
     return (multiple - length % multiple) % multiple
 
 
@@ -85,7 +84,7 @@ class SwinBlock(nn.Module):
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
 
     def _apart(self, height: Side, width: Side, like: Tensor) -> Tensor:
-        """-100 between cells that only the shift brings together: [windows cells cells]."""
+        """-100 between cells that are not neighbours before the shift: [windows cells cells]."""
 
         def region(length: Side) -> Tensor:
             cell = torch.arange(length, device=like.device)
@@ -96,7 +95,7 @@ class SwinBlock(nn.Module):
         return (label[:, :, None] != label[:, None, :]).to(like.dtype) * -100.0
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B H W C] to the same. Maps are padded to whole windows after the norm, and the zeros take part."""
+        """[B H W C] to the same. Maps are padded to whole windows after the norm, and attention includes the zeros."""
         b, h, w, c = x.shape
         y = F.pad(self.norm1(x), (0, 0, 0, _missing(w, self.window), 0, _missing(h, self.window)))
         height, width, apart = y.shape[1], y.shape[2], None
@@ -112,7 +111,7 @@ class SwinBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Four neighbours become one cell of twice the channels."""
+    """Merges four neighbouring cells into one with twice the channels."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -136,7 +135,7 @@ class SwinStage(nn.Module):
 
 
 class Swin(nn.Module):
-    """Maps of strides 8, 16, 32 (each normed for itself) from normalised pixels."""
+    """Maps of strides 8, 16, 32 (each with its own norm) from normalised pixels."""
 
     def __init__(self, width: int, depths: Sequence[int], heads: Sequence[int], window: int) -> None:
         super().__init__()
@@ -172,7 +171,7 @@ EFFICIENTNET_STAGES = (
 
 
 def _same(x: Tensor, kernel: int, stride: int) -> Tensor:
-    """TensorFlow's SAME padding of even sizes."""
+    """SAME padding of TensorFlow for even sizes."""
     before = (kernel - stride) // 2
     after = kernel - stride - before
     return F.pad(x, (before, after, before, after))
@@ -353,7 +352,7 @@ class FusionAttention(nn.Module):
 
 
 class Fusion(nn.Module):
-    """The residual starts from the normed inputs, as in the original."""
+    """Adds the residual to the normalised inputs, as microsoft/GLIP does."""
 
     def __init__(self, width: int, text_width: int, inner: int, heads: int) -> None:
         super().__init__()
@@ -389,7 +388,7 @@ def deformable_convolution(
     top = (torch.arange(h, device=x.device) * stride - 1)[None, :, None] + (tap // 3)[:, None, None]
     left = (torch.arange(w, device=x.device) * stride - 1)[None, None, :] + (tap % 3)[:, None, None]
     rows, columns = offset[:, 0::2] + top, offset[:, 1::2] + left
-    # grid_sample counts from -1 to 1 over the map's outer edges.
+    # Coordinates of grid_sample run from -1 to 1 between the outer edges of the map.
     grid = torch.stack([(2 * columns + 1) / width - 1, (2 * rows + 1) / height - 1], -1).flatten(1, 2)
     samples = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     samples = samples.reshape(b, channels, 9, h, w) * mask[:, None]
@@ -434,11 +433,11 @@ class DynamicReLU(nn.Module):
 
 
 class DynamicConvolution(nn.Module):
-    """Every level looks at itself and its neighbours; the terms are weighed by pooled attention.
+    """Combines each level with its neighbours; the terms are weighted by pooled attention.
 
-    `coarse_offsets`: "flat" reads the offsets for the coarser level as the original does, its buffer with the coarser
-    level's strides, on which released weights depend; "resized" resizes the map. `offset_bound`: offsets are clamped to so
-    many cells, as they were in training; 0 leaves them as they are.
+    `coarse_offsets`: "flat" reads the offsets for the coarser level as microsoft/GLIP does, with the strides of the coarser
+    level on the same buffer, which released weights need; "resized" resizes the map. `offset_bound`: offsets are clamped to
+    this many cells, as in training; 0: no bound.
     """
 
     def __init__(self, channels: int, groups: int, coarse_offsets: str, offset_bound: int) -> None:
@@ -479,7 +478,7 @@ class DynamicConvolution(nn.Module):
 
 
 class Scale(nn.Module):
-    """A learnt factor of a level's box deltas."""
+    """A learned factor of the box deltas of a level."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -487,7 +486,7 @@ class Scale(nn.Module):
 
 
 class Head(nn.Module):
-    """The tower and the three outputs of every location: alignment with each token, box deltas, centerness."""
+    """The head blocks and the three outputs at every location: alignment with each token, box deltas, centerness."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__()
@@ -557,7 +556,7 @@ class GlipNetwork(nn.Module):
         self.rpn = nn.ModuleDict({"head": Head(settings), "anchor_generator": anchors})
 
     def encode_image(self, pixels: Tensor) -> list[Tensor]:
-        """Normalised pixels [B 3 H W], all of them image, to pyramid levels."""
+        """Normalised pixels [B 3 H W], without padding, to pyramid levels."""
         return self.backbone["fpn"](self.backbone["body"](pixels))
 
     def encode_text(self, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -570,7 +569,7 @@ class GlipNetwork(nn.Module):
         return self.rpn["head"](levels, text, mask.bool())
 
     def forward(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The three together; anchors run level by level from fine to coarse, row by row."""
+        """Logits, deltas and centerness; anchors are ordered by level from fine to coarse, then row by row."""
         return self.ground(self.encode_image(pixels), self.encode_text(tokens, mask), mask)
 
     def boxes(self, deltas: Tensor, height: Side, width: Side) -> Tensor:

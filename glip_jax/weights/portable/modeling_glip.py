@@ -2,8 +2,8 @@
 
     model = AutoModelForZeroShotObjectDetection.from_pretrained(folder, trust_remote_code=True)
 
-An image's scores do not depend on the batch that it is in: the network sees each image at its own extent, its size
-rounded up to a multiple of `extent_multiple`; images of one extent go through together.
+Scores of an image do not depend on its batch: the network runs each image at its own extent, its size rounded up to a
+multiple of `extent_multiple`; images of the same extent run together.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ __all__ = ["GlipConfig", "GlipForZeroShotObjectDetection", "GlipOutput"]
 
 
 class GlipConfig(PretrainedConfig):
-    """`network` holds the sizes that `glip_network.GlipNetwork` is built from."""
+    """`network`: the sizes of the network, arguments of `glip_network.GlipNetwork`."""
 
     model_type = "glip"
 
@@ -31,7 +31,7 @@ class GlipConfig(PretrainedConfig):
         extent_multiple: int = 32,
         **kwargs: Any,
     ) -> None:
-        """`extent`: "image", each for itself; or "batch", all at the size of the largest, as the original does."""
+        """`extent`: "image", each image at its own; or "batch", all at the size of the largest, as microsoft/GLIP does."""
         self.network = network or {}
         self.extent = extent
         self.extent_multiple = extent_multiple
@@ -40,11 +40,11 @@ class GlipConfig(PretrainedConfig):
 
 @dataclass
 class GlipOutput(ModelOutput):
-    """What the network says of every anchor; anchors run level by level from fine to coarse, row by row.
+    """Outputs for every anchor; anchors are ordered by level from fine to coarse, then row by row.
 
     logits [B A T]: alignment with each token. pred_boxes [B A 4]: x1, y1, x2, y2 in pixels of the processed images.
     centerness [B A]: logits. image_sizes [B 2]: height and width of the processed images. level_sizes [L]: anchors of
-    each level. phrase_map [B P T]: as given. Anchors beyond an image's extent have the least logits there are.
+    each level. phrase_map [B P T]: as given. Anchors beyond the extent of an image have the lowest finite logit.
     """
 
     logits: Tensor | None = None
@@ -57,7 +57,7 @@ class GlipOutput(ModelOutput):
 
 
 class GlipForZeroShotObjectDetection(PreTrainedModel):
-    """Finds what the phrases of a text name."""
+    """Detects what the phrases of a text describe."""
 
     config_class = GlipConfig
     base_model_prefix = "network"
@@ -70,7 +70,7 @@ class GlipForZeroShotObjectDetection(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Weights come from a checkpoint; what torch's layers start from stays where there is none."""
+        """Does nothing: weights come from a checkpoint, and without one the initial values of torch stay."""
 
     def forward(
         self,
@@ -82,7 +82,7 @@ class GlipForZeroShotObjectDetection(PreTrainedModel):
         return_dict: bool | None = None,
         **_: Any,
     ) -> GlipOutput | tuple[Tensor, ...]:
-        """What the processor made of images and text: pixels [B 3 H W], their mask [B H W], token ids and mask [B T]."""
+        """Runs the network on outputs of the processor: pixels [B 3 H W], pixel mask [B H W], token ids and mask [B T]."""
         b, _channels, height, width = pixel_values.shape
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -102,23 +102,25 @@ class GlipForZeroShotObjectDetection(PreTrainedModel):
             levels = self.network.encode_image(pixel_values[rows, :, : extent[0], : extent[1]])
             logits, deltas, center = self.network.ground(levels, text[rows], attention_mask[rows])
             boxes = self.network.boxes(deltas, *extent)
-            least = torch.finfo(logits.dtype).min
-            spread = [self._spread(x, extent, shapes, fill) for x, fill in
-                      ((logits, least), (boxes, 0.0), (center[..., None], least))]  # fmt: skip
-            for place, row in enumerate(rows):
-                parts[row] = (spread[0][place], spread[1][place], spread[2][place, :, 0])
+            lowest = torch.finfo(logits.dtype).min
+            padded = [self._pad_levels(x, extent, shapes, fill) for x, fill in
+                      ((logits, lowest), (boxes, 0.0), (center[..., None], lowest))]  # fmt: skip
+            for index, row in enumerate(rows):
+                parts[row] = (padded[0][index], padded[1][index], padded[2][index, :, 0])
         logits, boxes, center = (torch.stack(list(field)) for field in zip(*parts))  # type: ignore[arg-type]
         level_sizes = torch.tensor([h * w for h, w in shapes], device=pixel_values.device)
         output = GlipOutput(logits, boxes, center, sizes, level_sizes, phrase_map, input_ids)
         return output.to_tuple() if return_dict is False else output
 
-    def _spread(self, packed: Tensor, extent: tuple[int, int], shapes: list[tuple[int, int]], fill: float) -> Tensor:
-        """Anchors of an extent [B a C] at their places among those of the whole canvas [B A C]."""
-        own = [(-(-extent[0] // s), -(-extent[1] // s)) for s in self.network.strides]
-        if own == shapes:
+    def _pad_levels(
+        self, packed: Tensor, extent: tuple[int, int], shapes: list[tuple[int, int]], fill: float
+    ) -> Tensor:
+        """Outputs for the anchors of an extent [B a C], padded to those of the whole canvas [B A C]."""
+        sizes = [(-(-extent[0] // s), -(-extent[1] // s)) for s in self.network.strides]
+        if sizes == shapes:
             return packed
         levels = []
-        for part, (h, w), (height, width) in zip(packed.split([h * w for h, w in own], 1), own, shapes):
+        for part, (h, w), (height, width) in zip(packed.split([h * w for h, w in sizes], 1), sizes, shapes):
             canvas = part.new_full((len(part), height, width, part.shape[-1]), fill)
             canvas[:, :h, :w] = part.unflatten(1, (h, w))
             levels.append(canvas.flatten(1, 2))

@@ -1,11 +1,11 @@
-"""Images and text to what GLIP takes, and its outputs to detections: `AutoProcessor` of an exported checkpoint.
+"""Preprocessing of images and text, and postprocessing to detections: `AutoProcessor` of an exported GLIP.
 
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     inputs = processor(images=image, text=["cat", "remote control"], return_tensors="pt")
     found = processor.post_process_grounded_object_detection(model(**inputs), target_sizes=[image.size[::-1]])
 
-A text is a list of names, or a caption whose phrases stand between full stops ("a cat. a remote control."). A phrase is
-known by its number from there on; nothing is rebuilt from tokens.
+A text is a list of names, or a caption with a full stop after each phrase ("a cat. a remote control."). Detections refer to
+phrases by index; text is never rebuilt from tokens.
 """
 
 import re
@@ -24,7 +24,7 @@ __all__ = ["GlipImageProcessor", "GlipProcessor", "best_detections"]
 
 
 class GlipImageProcessor(BaseImageProcessor):
-    """Resizes (the short side to `short_side`, the long one at most `long_side`), normalises, pads to whole extents."""
+    """Resizes (the short side to `short_side`, the long one at most `long_side`), normalises, pads to multiples of the extent."""
 
     model_input_names = ("pixel_values", "pixel_mask")
 
@@ -38,13 +38,13 @@ class GlipImageProcessor(BaseImageProcessor):
         std: Sequence[float] = (57.375, 57.12, 58.395),
         **kwargs: Any,
     ) -> None:
-        """`mean` and `std` are of bytes (0 to 255), written in `order`: "bgr" as in the original, or "rgb"."""
+        """`mean` and `std`: of values from 0 to 255, in the channel order `order`: "bgr" as in microsoft/GLIP, or "rgb"."""
         super().__init__(**kwargs)
         self.short_side, self.long_side, self.extent_multiple = short_side, long_side, extent_multiple
         self.order, self.mean, self.std = order, list(mean), list(std)
 
     def target_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width after resizing: the original's rule, with Python's rounding of halves to even."""
+        """Height and width after resizing: the rule of microsoft/GLIP, with Python's rounding of halves to even."""
         short, long = sorted((height, width))
         side = self.short_side
         if long / short * side > self.long_side:
@@ -80,9 +80,9 @@ class GlipImageProcessor(BaseImageProcessor):
 
 
 class GlipProcessor(ProcessorMixin):
-    """Image processor and tokenizer behind one call, and what becomes of the network's outputs."""
+    """Image processor and tokenizer in one call, and postprocessing of outputs to detections."""
 
-    # Version 5 of transformers reads the parts from __init__ and warns of these; version 4 needs them.
+    # transformers 5 reads the parts from __init__ and warns of these attributes; transformers 4 needs them.
     if int(transformers.__version__.partition(".")[0]) < 5:
         attributes = ("image_processor", "tokenizer")
         image_processor_class, tokenizer_class = "AutoImageProcessor", "AutoTokenizer"
@@ -102,7 +102,7 @@ class GlipProcessor(ProcessorMixin):
         self.detection = detection or {}
 
     def __call__(self, images: Any = None, text: Any = None, return_tensors: str = "pt", **_: Any) -> BatchFeature:
-        """Images and what to look for in them.
+        """Processes images and text.
 
         `text`: names (["cat", "dog"]) or a caption ("a cat. a dog.") for all images, or a list of either, one per
         image. Raises ValueError for a text that names nothing or has more than `max_tokens` tokens.
@@ -135,16 +135,18 @@ class GlipProcessor(ProcessorMixin):
             if not spans:
                 raise ValueError(f"the text {text!r} names nothing: expected phrases with full stops between them")
             return text, spans
-        # As in training: what parentheses hold goes, underscores become spaces.
+        # As in training: text in parentheses is removed, underscores become spaces.
         names = [re.sub(r"\(.*\)", "", name).replace("_", " ").replace("  ", " ") for name in text]
         empty = [given for given, name in zip(text, names) if not name.strip()]
         if empty or not names:
-            raise ValueError(f"names of which nothing is left: {empty}; give each name letters, and at least one name")
+            raise ValueError(
+                f"names that are empty after cleaning: {empty}; expected at least one name, each with letters"
+            )
         begins = np.cumsum([0] + [len(name) + len(self.separator) for name in names]).tolist()
         return self.separator.join(names), [(begin, begin + len(name)) for begin, name in zip(begins, names)]
 
     def _encoded(self, texts: list[tuple[str, list[tuple[int, int]]]]) -> dict[str, np.ndarray]:
-        """Token ids and mask [B T], and which tokens make up each phrase [B P T]."""
+        """Token ids and mask [B T], and the tokens of each phrase [B P T]."""
         encoded = self.tokenizer([caption for caption, _ in texts], return_offsets_mapping=True)
         longest = max(len(ids) for ids in encoded["input_ids"])
         if longest > self.max_tokens:
@@ -155,14 +157,14 @@ class GlipProcessor(ProcessorMixin):
         ids = np.zeros((len(texts), longest), np.int64)
         mask, phrase_map = np.zeros_like(ids), np.zeros((len(texts), phrases, longest), bool)
         for row, (_, spans) in enumerate(texts):
-            own, offsets = encoded["input_ids"][row], encoded["offset_mapping"][row]
-            ids[row, : len(own)], mask[row, : len(own)] = own, 1
+            tokens, offsets = encoded["input_ids"][row], encoded["offset_mapping"][row]
+            ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
             token_of: dict[int, int] = {}
             for token, (begin, end) in enumerate(offsets):
                 for character in range(begin, end):
                     token_of.setdefault(character, token)
             for phrase, (begin, end) in enumerate(spans):
-                # A span that begins or ends in white space: the next two characters inward are tried.
+                # If a span begins or ends in white space, the next two characters inward are tried.
                 first = next((token_of[c] for c in range(begin, begin + 3) if c in token_of), None)
                 last = next((token_of[c] for c in range(end - 1, end - 4, -1) if c in token_of), None)
                 if first is not None and last is not None:
@@ -180,9 +182,9 @@ class GlipProcessor(ProcessorMixin):
     ) -> list[dict[str, Any]]:
         """Detections of each image, best first: scores [D], boxes [D 4], labels [D] (phrase numbers), text_labels.
 
-        A score is the root of alignment times centerness; `threshold` is the least that is kept. Boxes are x1, y1, x2,
-        y2 in pixels of `target_sizes` (height, width) where given, else of the processed image. `text_labels` are words
-        to give back instead of the phrases' own; `text_threshold` has no meaning here, since a phrase's tokens are known.
+        A score is the square root of alignment times centerness; only those above `threshold` are returned. Boxes are x1,
+        y1, x2, y2 in pixels of `target_sizes` (height, width) if given, else of the processed image. `text_labels` replace
+        the texts of the phrases; `text_threshold` is not used, since the tokens of a phrase are known.
         """
         results = []
         for row in range(len(outputs.logits)):
@@ -218,11 +220,11 @@ def best_detections(
     nms_iou: float = 0.6,
     max_detections: int = 100,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes [D 4], scores [D] and phrases [D] of one image, best first, as the original selects them.
+    """Boxes [D 4], scores [D] and phrases [D] of one image, best first, selected as in microsoft/GLIP.
 
-    logits [A T], boxes [A 4], centerness [A] (logits), phrase_map [P T] (1 for the phrase's tokens), size (height, width)
-    of the image. A phrase's alignment at a place is the mean probability of its tokens, a candidate where it exceeds
-    `threshold`; boxes are x2 - x1 + 1 wide; a box gives way to a better one of its phrase beyond an IoU of `nms_iou`.
+    logits [A T], boxes [A 4], centerness [A] (logits), phrase_map [P T] (1 for the tokens of the phrase), size (height,
+    width) of the image. The alignment of a phrase at an anchor is the mean probability of its tokens; a candidate has more
+    than `threshold`; boxes are x2 - x1 + 1 wide; non-maximum suppression at `nms_iou` is per phrase.
     """
     share = phrase_map / phrase_map.sum(-1, keepdim=True).clamp(min=1)
     aligned = logits.sigmoid() @ share.T
