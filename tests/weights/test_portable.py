@@ -233,7 +233,7 @@ class TestProcessor:
             processor(images=images, text=[["cat"]] * 3)
         with pytest.raises(ValueError, match="names nothing"):
             processor(text=" . ")
-        with pytest.raises(ValueError, match="nothing is left"):
+        with pytest.raises(ValueError, match="empty after cleaning"):
             processor(text=["(all of it)"])
         with pytest.raises(ValueError, match=r"tokens, the network was trained with 64"):
             processor(text=["cat dog person"] * 40)
