@@ -78,8 +78,12 @@ class DetectionConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with the parameter groups of the original code (glip-reference 1.6)."""
+    """AdamW, or another optimizer of optax, with GLIP's parameter groups (glip-reference 1.6)."""
 
+    name: str = "adamw"
+    """adamw, or another optimizer of optax by its name there: sgd, lion, adafactor, ..., contrib.muon."""
+    arguments: dict[str, float] = field(default_factory=dict)
+    """Arguments of that optimizer in optax, such as momentum of sgd; not its learning rate and weight decay."""
     rate: float = 1e-4
     """Base learning rate."""
     text_rate: float = 1e-5
@@ -98,6 +102,7 @@ class OptimizerConfig:
     """Factor on both weight decays, applied once per milestone at `decay_milestone_share` of its step; GLIP-L: 0.1."""
     decay_milestone_share: float = 0.667
     beta1: float = 0.9
+    """Of adamw, as beta2 and epsilon; other optimizers have `arguments`."""
     beta2: float = 0.999
     epsilon: float = 1e-8
     warmup_steps: int = 2000
@@ -278,6 +283,8 @@ def validate(config: Config) -> Config:
         *_cadence_checks(config),
         (sum(n == -1 for n in (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)) <= 1,
          f"mesh has more than one -1: data {config.mesh.data}, fsdp {config.mesh.fsdp}, tensor {config.mesh.tensor}"),
+        (config.optimizer.name == "adamw" or _adam(config.optimizer) == _adam(OptimizerConfig()),
+         f"optimizer.beta1, beta2 and epsilon are of adamw, optimizer.name is {config.optimizer.name!r}: give optimizer.arguments"),
         (0 <= config.optimizer.ema_decay < 1, f"optimizer.ema_decay is {config.optimizer.ema_decay}: expected 0 <= decay < 1"),
         *data_checks(config.data),
     ]  # fmt: skip
@@ -295,6 +302,10 @@ def validate(config: Config) -> Config:
         if not fits:
             raise ConfigError(message)
     return config
+
+
+def _adam(config: OptimizerConfig) -> tuple[float, float, float]:
+    return config.beta1, config.beta2, config.epsilon
 
 
 def _cadence_checks(config: Config) -> list[tuple[bool, str]]:

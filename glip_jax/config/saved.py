@@ -24,8 +24,11 @@ RENAMED_KEYS = {
 }
 """Old name -> new name; dotted names are settings, names with slashes are metrics. `*` stands for any characters."""
 
-_ADDED_KEYS = {"model.head.offset_bound": 0}
+_ADDED_KEYS = {"model.head.offset_bound": 0, "optimizer.name": "adamw"}
 """Settings that saved runs may lack, with the value that describes what earlier versions did."""
+
+_ADDED_AFTER_HASHES = ("optimizer.name",)
+"""Those of them that earlier versions did not hash."""
 
 
 def current_name(name: str) -> str:
@@ -39,9 +42,13 @@ def current_names(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Inverse of `current_names`: the names that each key had first, so that a hash over names survives a renaming."""
+    """Inverse of `current_names`: the names that each key had first, so that a hash over names survives a renaming.
+
+    Settings that were added later are left out where they have the value of before.
+    """
     inverse = {new: old for old, new in RENAMED_KEYS.items()}
-    return {_renamed(name, inverse): value for name, value in settings.items()}
+    added = {name: _ADDED_KEYS[name] for name in _ADDED_AFTER_HASHES}
+    return {_renamed(name, inverse): v for name, v in settings.items() if name not in added or added[name] != v}
 
 
 def renamed_hint(text: str) -> str:

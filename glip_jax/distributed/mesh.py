@@ -163,13 +163,20 @@ def unused_rules(paths: Iterable[str]) -> list[str]:
 def parameter_specs(tree: Tree, mesh: Mesh) -> Tree:
     """The same pytree with a PartitionSpec for each leaf (array or jax.ShapeDtypeStruct).
 
-    The dictionary keys above a leaf are its parameter path, so moments and averages are sharded as their parameters;
-    leaves outside any dictionary (counters) are replicated.
+    The dictionary keys above a leaf are its parameter path, so moments and averages are sharded as their parameters. Leaves
+    that are no entry of a dictionary (counters) are replicated. So are leaves of another shape than the parameter, which comes
+    before them in the tree, such as the row and column statistics of Adafactor. An optimizer may have keys of its own above a path.
     """
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
-        name = "/".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
-        return parameter_spec(name, tuple(leaf.shape), mesh) if name else PartitionSpec()
+        keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+        if not keys or not isinstance(path[-1], jax.tree_util.DictKey):
+            return PartitionSpec()
+        names = ["/".join(keys[i:]) for i in range(len(keys))]
+        name = next((name for name in names if name in shapes), names[0])
+        same = shapes.setdefault(name, tuple(leaf.shape)) == tuple(leaf.shape)
+        return parameter_spec(name, tuple(leaf.shape), mesh) if same else PartitionSpec()
 
     return jax.tree_util.tree_map_with_path(spec, tree)
 

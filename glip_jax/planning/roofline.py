@@ -158,10 +158,11 @@ def formula_sent(state: dict[str, float], mesh: dict[str, int], chips: Topology)
     """The minimum collective traffic of a step: gradients are all-reduced over `data`; over `fsdp`, parameters are
     all-gathered once and gradients reduce-scattered (`glip_jax.distributed.mesh`).
 
-    Gradients and parameters are float32. The size of the trained parameters is half of that of Adam's moments.
+    Gradients and parameters are float32. The trained parameters are as large as their averages; where no averages are kept, all
+    parameters are taken to be trained.
     """
     data, fsdp = mesh["data"], mesh["fsdp"]
-    shard, trained = state["parameters"], state["optimizer"] / 2
+    shard, trained = state["parameters"], state["averages"] or state["parameters"]
     within = chips.devices // chips.slices if chips.tpu else chips.chip.chips
     sent = []
     # An all-reduce over slices (GPUs: hosts) has three steps: reduce-scatter inside, all-reduce of each chip's share between

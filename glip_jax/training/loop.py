@@ -37,6 +37,7 @@ from glip_jax.training.monitoring.source_counts import SourceCounts
 from glip_jax.training.monitoring.throughput import Throughput
 from glip_jax.training.monitoring.watchdog import Watchdog
 from glip_jax.training.monitoring.writer import Writer, wandb_module, wandb_run
+from glip_jax.training.optimizer import make_optimizer
 from glip_jax.training.state import State, abstract_state, evaluation_parameters, fresh_parameters, initial_state
 from glip_jax.training.step import glip_objective, make_step
 
@@ -81,7 +82,7 @@ def train(
     Raises:
         CheckpointError: the checkpoint has other settings and `resume_with_changes` is not set, or `workdir` cannot be written.
         MeshError: batch, devices and mesh do not fit.
-        ConfigError: data are missing or damaged.
+        ConfigError: data are missing or damaged, or optax has no optimizer of that name.
         NotSavedError: a checkpoint could not be written.
         NonFiniteLossError: the loss or a gradient is not finite.
         CorruptDataError: more of a source is corrupt than `data.max_corrupt_rate`.
@@ -91,6 +92,7 @@ def train(
     enable_compilation_cache()
     mesh = make_mesh(config.mesh)
     check_fits(config, mesh)
+    make_optimizer({}, config.train.steps, config.optimizer)  # raises for an unknown optimizer
     # A run that has finished needs no data.
     mixture = Mixture(config) if max(complete_steps(workdir), default=0) < config.train.steps else None
     first = jax.process_index() == 0

@@ -1,4 +1,4 @@
-"""AdamW with GLIP's parameter groups, its schedule, global-norm clipping and the moving average.
+"""The optimizer: an optax chain with GLIP's parameter groups and schedule; global-norm clipping and the moving average.
 
 Parameters are nested dicts; a parameter's path is its keys joined by "/" (`text/encoder/.../kernel`). Which group a
 parameter belongs to is read from its path alone (glip-reference 1.6: solver/build.py of the original), so that
@@ -6,6 +6,9 @@ parameter belongs to is read from its path alone (glip-reference 1.6: solver/bui
 """
 
 import bisect
+import difflib
+import functools
+import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -17,18 +20,17 @@ import optax
 from flax import traverse_util
 from jaxtyping import Array, Float, Float32, Int
 
-from glip_jax.config import ModelConfig, OptimizerConfig
+from glip_jax.config import ConfigError, ModelConfig, OptimizerConfig
 
 __all__ = [
     "Group",
-    "apply_gradients",
     "average",
     "clip",
     "decay_multiplier",
     "flat",
     "frozen",
     "groups",
-    "init",
+    "make_optimizer",
     "merge",
     "milestone_steps",
     "nested",
@@ -39,10 +41,12 @@ __all__ = [
 Params: TypeAlias = Mapping[str, Any]
 
 _CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
+_DECAYS = ("weight_decay", "weight_decay_rate", "adam_weight_decay")
+"""Arguments of optimizers in optax that set a weight decay."""
 
 
 class Group(NamedTuple):
-    """What AdamW does to one parameter before the schedule: its rate and its decoupled decay; both 0 when frozen."""
+    """Learning rate and decoupled weight decay of one parameter before the schedule; both 0 when frozen."""
 
     rate: float
     decay: float
@@ -59,7 +63,7 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def frozen(path: str, model: ModelConfig) -> bool:
-    """Whether a parameter is never trained: a frozen text tower, the backbone's stem and its first frozen stages.
+    """Whether a parameter is not trained: a frozen text encoder, the backbone's stem and its first frozen stages.
 
     The EfficientNet's folded BatchNorm is always frozen. Stages count from 1 (`stage1`); a Swin stage ends with its
     `merge`; its output norm belongs to no stage, as in the original.
@@ -79,7 +83,7 @@ def frozen(path: str, model: ModelConfig) -> bool:
 def groups(params: Params, model: ModelConfig, optimizer: OptimizerConfig) -> dict[str, Group]:
     """Rate and decay of every parameter path, by the original's ordered rules (glip-reference 1.6).
 
-    Text tower: `text_rate`; backbone: `rate` x `backbone_rate_factor`; then any bias (position tables and the
+    Text encoder: `text_rate`; backbone: `rate` x `backbone_rate_factor`; then any bias (position tables and the
     head's scalar biases included): rate x `bias_rate_factor` and `bias_decay`. The BERT layers inside the head take
     the base rate (x `head_text_rate_factor`, which the original does not have). Norm scales are decayed like kernels.
     """
@@ -102,8 +106,8 @@ def split(params: Params, model: ModelConfig) -> tuple[dict[str, Any], dict[str,
     """(trainable, frozen) parameters as two nested dicts without common leaves; `merge` is the inverse."""
     leaves = flat(params)
     trained = {path: leaf for path, leaf in leaves.items() if not frozen(path, model)}
-    held = {path: leaf for path, leaf in leaves.items() if frozen(path, model)}
-    return nested(trained), nested(held)
+    fixed = {path: leaf for path, leaf in leaves.items() if frozen(path, model)}
+    return nested(trained), nested(fixed)
 
 
 def merge(first: Params, second: Params) -> dict[str, Any]:
@@ -117,7 +121,7 @@ def milestone_steps(steps: int, optimizer: OptimizerConfig) -> list[int]:
 
 
 def rate_multiplier(step: Int[Array, ""] | int, steps: int, optimizer: OptimizerConfig) -> Float[Array, ""]:
-    """What every group's rate is multiplied by at the 0-based `step` of `steps`.
+    """Multiplier of the rate of every group at the 0-based `step` of `steps`.
 
     w(t) 0.1^#{milestones <= t}; w rises linearly from `warmup_factor` at t = 0 to 1 at `warmup_steps`.
     """
@@ -128,7 +132,7 @@ def rate_multiplier(step: Int[Array, ""] | int, steps: int, optimizer: Optimizer
 
 
 def decay_multiplier(step: Int[Array, ""] | int, steps: int, optimizer: OptimizerConfig) -> Float[Array, ""]:
-    """What every group's decay is multiplied by at the 0-based `step` of `steps`: GLIP-L's schedule of its own.
+    """Multiplier of the decay of every group at the 0-based `step` of `steps`: a schedule of GLIP-L.
 
     `decay_milestone_factor` at step t for each milestone m with t >= `decay_milestone_share` m (glip-reference 1.6).
     """
@@ -143,11 +147,6 @@ def _passed(step: Int[Array, ""] | int, at: Sequence[int]) -> Any:
     return jnp.sum(jnp.asarray(at, jnp.int32) <= step)
 
 
-def init(trainable: Params, optimizer: OptimizerConfig) -> optax.ScaleByAdamState:
-    """Zero moments of the trainable parameters."""
-    return _adam(optimizer).init(trainable)  # pyright: ignore[reportReturnType]
-
-
 def clip(gradients: Params, bound: float) -> tuple[Any, Float32[Array, ""]]:
     """(clipped gradients, global norm before clipping); torch's coefficient min(1, bound / (norm + 1e-6))."""
     norm = optax.global_norm(gradients).astype(jnp.float32)
@@ -157,35 +156,83 @@ def clip(gradients: Params, bound: float) -> tuple[Any, Float32[Array, ""]]:
     return jax.tree.map(lambda g: g * coefficient, gradients), norm
 
 
-def apply_gradients(
-    gradients: Params,
-    moments: optax.ScaleByAdamState,
-    trainable: Params,
-    multiplier: Float[Array, ""],
-    decay_multiplier: Float[Array, ""] | float,
-    group: Mapping[str, Group],
-    optimizer: OptimizerConfig,
-) -> tuple[dict[str, Any], optax.ScaleByAdamState]:
-    """One AdamW step as torch.optim.AdamW makes it: p - r d p - r m̂ / (√v̂ + ε), r and d the group's, multiplied.
+def make_optimizer(
+    group: Mapping[str, Group], steps: int, config: OptimizerConfig
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a run of `steps` steps, for trainable parameters with the paths of `group`.
 
-    `gradients` are already clipped. Returns (new parameters, new moments), both of the trainable parameters only.
+    A chain of three: `config.name` of optax at rate 1 and without decay, the decoupled decay of each group, the rate of each
+    group. So AdamW's step is p - r (m̂ / (√v̂ + ε) + d p), as in torch.optim.AdamW, with rate r and decay d by group and step.
+
+    `update(gradients, state, parameters, step=step)` takes clipped gradients and the 0-based step of the run, which the schedules
+    depend on. Parts of the chain without a state are no part of `state`: that of AdamW is optax.ScaleByAdamState.
+
+    Raises:
+        ConfigError: `config.name` is no optimizer of optax, or does not take `config.arguments`.
     """
-    directions, moments = _adam(optimizer).update(gradients, moments)  # pyright: ignore[reportAssignmentType, reportArgumentType]
-    flat_directions = flat(directions)  # pyright: ignore[reportArgumentType]
 
-    def moved(path: str, parameter: Float32[Array, "..."]) -> Float32[Array, "..."]:
-        rate, decay = group[path]
-        return parameter - multiplier * rate * (flat_directions[path] + decay_multiplier * decay * parameter)
+    def add_decay(updates: Any, state: Any, params: Any = None, *, step: Any = 0, **_: Any) -> tuple[Any, Any]:
+        multiplier, leaves = decay_multiplier(step, steps, config), flat(params)
+        decayed = {path: u - multiplier * group[path].decay * leaves[path] for path, u in flat(updates).items()}
+        return nested(decayed), state
 
-    leaves = {path: moved(path, leaf) for path, leaf in flat(trainable).items()}
-    return nested(leaves), moments
+    def scale_by_rate(updates: Any, state: Any, params: Any = None, *, step: Any = 0, **_: Any) -> tuple[Any, Any]:
+        del params
+        multiplier = rate_multiplier(step, steps, config)
+        return nested({path: multiplier * group[path].rate * u for path, u in flat(updates).items()}), state
+
+    chain = optax.chain(
+        _unit_rate_optimizer(config),
+        optax.GradientTransformationExtraArgs(optax.init_empty_state, add_decay),
+        optax.GradientTransformationExtraArgs(optax.init_empty_state, scale_by_rate),
+    )
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        structure = jax.tree.structure(jax.eval_shape(chain.init, params))
+        updates, new = chain.update(updates, jax.tree.unflatten(structure, jax.tree.leaves(state)), params, **extra)
+        return updates, _without_empty(new)
+
+    return optax.GradientTransformationExtraArgs(lambda params: _without_empty(chain.init(params)), update)
+
+
+def _without_empty(state: Any) -> Any:
+    """The state of a chain without its empty parts; a part that is the only one stands for the whole."""
+    if type(state) is not tuple:
+        return state
+    parts = [part for part in map(_without_empty, state) if jax.tree.leaves(part)]
+    return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+def _unit_rate_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """`config.name` of optax with learning rate 1 and no weight decay."""
+    arguments: dict[str, Any] = dict(config.arguments)
+    if config.name == "adamw":
+        # optax adds epsilon outside the root, after bias correction, as torch does. Decay is added by group.
+        arguments = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon, **arguments}
+        function: Any = optax.adam
+    else:
+        function = functools.reduce(lambda module, name: getattr(module, name, None), config.name.split("."), optax)
+    parameters = inspect.signature(function).parameters if inspect.isfunction(function) else {}
+    if "learning_rate" not in parameters:
+        near = difflib.get_close_matches(config.name, dir(optax), 1)
+        raise ConfigError(
+            f"optimizer.name is {config.name!r}: expected adamw or another optimizer of optax, such as sgd, lion, adafactor "
+            f"or contrib.muon{f'; did you mean {near[0]}?' if near else ''}"
+        )
+    unknown = sorted(set(arguments) - set(parameters) | set(arguments) & {"learning_rate", *_DECAYS})
+    if unknown:
+        raise ConfigError(
+            f"optimizer.arguments has {', '.join(unknown)}: expected arguments of optax.{config.name} "
+            f"({', '.join(name for name in parameters if name not in ('learning_rate', *_DECAYS))}); rates and decays are "
+            "optimizer.rate and optimizer.decay"
+        )
+    result = function(learning_rate=1.0, **arguments, **{name: 0.0 for name in _DECAYS if name in parameters})
+    if not jax.tree.leaves(jax.eval_shape(result.init, {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)})):
+        # A checkpoint cannot hold an empty state.
+        result = optax.chain(result, optax.scale_by_schedule(lambda _: 1.0))
+    return result
 
 
 def average(ema: Params, trainable: Params, decay: float) -> Any:
     """Moving average e <- decay e + (1 - decay) p, without warm-up (glip-reference 1.6)."""
     return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, trainable)
-
-
-def _adam(optimizer: OptimizerConfig) -> optax.GradientTransformation:
-    # eps is added outside the root, after bias correction: the same formula as torch's.
-    return optax.scale_by_adam(optimizer.beta1, optimizer.beta2, optimizer.epsilon)

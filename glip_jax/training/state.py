@@ -21,7 +21,7 @@ class State(NamedTuple):
     params: Any
     """Nested dict of float32 arrays, frozen ones included."""
     optimizer: Any
-    """Adam's moments of the trainable parameters."""
+    """State of the optimizer for the trainable parameters (AdamW: its moments and the step count)."""
     ema: Any
     """Moving averages of the trainable parameters; {} when off."""
     step: Any
@@ -65,4 +65,6 @@ def initial_state(params: Any, config: Config) -> State:
     """The state before the first step: zero moments, averages equal to the parameters (copies, because the step donates them)."""
     trainable, _ = adamw.split(params, config.model)
     ema = jax.tree.map(jnp.copy, trainable) if config.optimizer.ema_decay else {}
-    return State(params, adamw.init(trainable, config.optimizer), ema, jnp.zeros((), jnp.int32))
+    group = adamw.groups(params, config.model, config.optimizer)
+    optimizer = adamw.make_optimizer(group, config.train.steps, config.optimizer)
+    return State(params, optimizer.init(trainable), ema, jnp.zeros((), jnp.int32))

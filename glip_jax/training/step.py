@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32
 
@@ -109,30 +110,24 @@ def make_step(
     not finite), `invalid` (it is corrupt), `source`, `record`.
     """
     group = adamw.groups(state.params, config.model, config.optimizer)
+    optimizer = adamw.make_optimizer(group, config.train.steps, config.optimizer)
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         gradients, metrics = _gradients(state.params, batch, key, config, mesh, objective, names)
         trainable, frozen = adamw.split(state.params, config.model)
         gradients, norm = adamw.clip(gradients, config.optimizer.clip_norm)
-        scale = adamw.rate_multiplier(state.step, config.train.steps, config.optimizer)
-        trainable, moments = adamw.apply_gradients(
-            gradients,
-            state.optimizer,
-            trainable,
-            scale,
-            adamw.decay_multiplier(state.step, config.train.steps, config.optimizer),
-            group,
-            config.optimizer,
-        )
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, trainable, step=state.step)
+        trainable: Any = optax.apply_updates(trainable, updates)
         ema = adamw.average(state.ema, trainable, config.optimizer.ema_decay) if state.ema else state.ema
+        scale = adamw.rate_multiplier(state.step, config.train.steps, config.optimizer)
         metrics |= {
             "gradient_norm": norm,
             "rate": scale * config.optimizer.rate,
             "text_rate": scale * config.optimizer.text_rate,
             "finite": jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm),
         }
-        return State(adamw.merge(frozen, trainable), moments, ema, state.step + 1), metrics
+        return State(adamw.merge(frozen, trainable), optimizer_state, ema, state.step + 1), metrics
 
     state_shardings = shardings(state, mesh)
     return jax.jit(

@@ -105,7 +105,7 @@ def test_every_rule_is_used(shapes):
 
 def test_moments_and_averages_lie_as_their_parameters(shapes):
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
-    moments = jax.eval_shape(lambda p: adamw.init(p, OptimizerConfig()), shapes["GLIP-T"])
+    moments = jax.eval_shape(lambda p: adamw.make_optimizer({}, 1, OptimizerConfig()).init(p), shapes["GLIP-T"])
     layout = shardings(moments, mesh)
     assert layout.count.spec == P()
     assert layout.nu["head"]["projection"]["kernel"].spec == P("fsdp", None)

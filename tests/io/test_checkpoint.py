@@ -36,7 +36,7 @@ def _saved(value: float) -> Saved:
         "text": {"embeddings": {"type": jnp.ones((2, 8))}},
     }
     ema = {"pyramid": jax.tree.map(lambda x: x + 1, params["pyramid"])}
-    return Saved(params, adamw.init(ema, OptimizerConfig()), ema)
+    return Saved(params, adamw.make_optimizer({}, 1, OptimizerConfig()).init(ema), ema)
 
 
 def _equal(a, b) -> bool:

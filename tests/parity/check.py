@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from glip_jax.config import ConfigError, OptimizerConfig
 from glip_jax.models.bert import BertLayer
@@ -298,7 +298,7 @@ def _step(case: Case, stored: _Stored, found: Mapping[str, np.ndarray]) -> list[
     rounding, and Adam's first step amplifies the rounding of gradients near zero: there the tolerance is what a change of `ZERO` of
     the tensor's largest gradient can do to the step (`adam_rounding`), or of the global norm where the whole gradient counts as zero.
     """
-    settings = OptimizerConfig()
+    settings = OptimizerConfig(warmup_steps=0)
     groups = optimizer.groups(case.params, case.config.model, settings)
     ours = {entry.name: groups[entry.path] for entry in entries(case.config.model)}
     state = {name: jnp.asarray(value) for name, value in export_state(case.params, case.config.model).items()}
@@ -310,9 +310,9 @@ def _step(case: Case, stored: _Stored, found: Mapping[str, np.ndarray]) -> list[
         for name, value in stored.full.items()
         if name in state
     }
-    moments = optimizer.init(state, settings)
-    new, _ = optimizer.apply_gradients(gradients, moments, state, jnp.float32(1.0), 1.0, ours, settings)
-    new = flax.traverse_util.flatten_dict(new, sep="/")
+    chain = optimizer.make_optimizer(ours, 1000, settings)
+    updates, _ = chain.update(gradients, chain.init(state), state, step=0)
+    new: Any = optax.apply_updates(state, updates)
     lines, wanted, floor = [], case.wanted, ZERO * float(norm)
     for name, rate, decay, delta in zip(
         wanted["step.names"].tolist(), wanted["step.lr"], wanted["step.weight_decay"], wanted["step.delta_norms"]

@@ -104,7 +104,7 @@ def test_scaling(config):
 
 
 def test_formulas_of_collective_traffic(config):
-    state = {**STATE, "parameters": 1e9, "optimizer": 1.6e9}
+    state = {**STATE, "parameters": 1e9, "averages": 0.8e9}
     (data,) = formula_sent(state, {"data": 128, "fsdp": 1, "tensor": 1}, CHIPS)
     assert data.sent_bytes == pytest.approx(2 * 127 / 128 * 0.8e9) and not data.outer
     reduce, gather, scatter = formula_sent(state, {"data": 8, "fsdp": 16, "tensor": 1}, CHIPS)

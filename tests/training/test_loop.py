@@ -114,6 +114,32 @@ def test_after_a_damaged_checkpoint_the_run_continues_from_the_one_before(config
     assert [line["loss"] for line in metrics.read(workdir)] == [line["loss"] for line in written]
 
 
+@pytest.mark.parametrize(("name", "arguments"), [("sgd", {}), ("adafactor", {"min_dim_size_to_factor": 4})])
+def test_a_run_with_another_optimizer_resumes_with_the_same_bits(
+    config, workdir, tmp_path, monkeypatch, name, arguments
+):
+    """The state of sgd is empty, that of adafactor has other shapes than the parameters."""
+    config = tiny_run.replace(config, "optimizer", name=name, arguments=arguments)
+    config = tiny_run.replace(config, "train", steps=4)
+    straight = fingerprint(train(config, str(tmp_path / "straight")).params)
+    real, calls = loop.place_batch, []
+
+    def killed(batch, mesh):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("killed")
+        return real(batch, mesh)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "place_batch", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(config, workdir)
+    assert latest_step(workdir) == 2
+    assert fingerprint(train(config, workdir).params) == straight
+    with pytest.raises(CheckpointError, match=rf"optimizer.name: {name} -> adamw"):
+        train(tiny_run.replace(config, "optimizer", name="adamw", arguments={}), workdir)
+
+
 def test_the_best_checkpoints_by_an_evaluation_are_kept_over_a_restart(config, workdir):
     sets = {"set": EvaluationSet("nowhere.json", "nowhere")}
     config = dataclasses.replace(config, evaluation=EvaluationConfig(sets=sets))

@@ -1,16 +1,35 @@
-"""The optimizer: groups by path, AdamW against torch's formula written out, schedule, clipping, average."""
+"""The optimizer: groups by path, AdamW against torch's formula written out, other optimizers, schedule, clipping, average."""
 
 import dataclasses
+import functools
+import tarfile
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from glip_jax.config import BackboneConfig, ModelConfig, OptimizerConfig, TextConfig
+from glip_jax.config import (  # fmt: skip
+    BackboneConfig,
+    Config,
+    ConfigError,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TextConfig,
+    unflatten,
+    validate,
+)
+from glip_jax.distributed.mesh import make_mesh, shardings
+from glip_jax.io.checkpoint import Checkpoints, Saved, saved_config
 from glip_jax.models.glip import GLIP
 from glip_jax.training import optimizer as adamw
+from glip_jax.training.state import abstract_state, initial_state
 
+OLD_RUN = Path(__file__).parents[1] / "fixtures" / "old_run" / "old_run.tar.xz"
 CONFIG = OptimizerConfig(rate=1e-3, text_rate=1e-4, decay=0.05, warmup_steps=4, warmup_factor=0.1)
 
 
@@ -66,7 +85,7 @@ def test_frozen_encoders_have_no_moments_and_rate_zero(glip_t):
     model = ModelConfig(text=TextConfig(frozen=True))
     trainable, frozen = adamw.split(glip_t, model)
     assert "text" not in trainable and set(frozen) == {"text"}
-    assert "text" not in jax.eval_shape(lambda t: adamw.init(t, CONFIG), trainable).mu
+    assert "text" not in jax.eval_shape(adamw.make_optimizer({}, 1, CONFIG).init, trainable).mu
     group = adamw.groups(glip_t, model, CONFIG)
     assert all(group[path] == (0, 0) for path in group if path.startswith("text/"))
     assert jax.tree.structure(adamw.merge(frozen, trainable)) == jax.tree.structure(glip_t)
@@ -101,11 +120,10 @@ def test_the_decay_of_glip_l_falls_before_its_rate():
         assert float(adamw.decay_multiplier(step, 10**6, large)) == pytest.approx(value, rel=1e-6)
         assert float(jax.jit(lambda t: adamw.decay_multiplier(t, 10**6, large))(step)) == pytest.approx(value, rel=1e-6)
     assert float(adamw.decay_multiplier(10**6, 10**6, OptimizerConfig())) == 1
-    moments = adamw.init({"kernel": jnp.ones(1)}, large)
-    group = {"kernel": adamw.Group(0.5, 0.2)}
+    optimizer = adamw.make_optimizer({"kernel": adamw.Group(0.5, 0.2)}, 10**6, large)
     ones = {"kernel": jnp.ones(1)}
-    moved, _ = adamw.apply_gradients({"kernel": jnp.zeros(1)}, moments, ones, jnp.float32(1), 0.1, group, large)
-    assert float(moved["kernel"][0]) == pytest.approx(1 - 0.5 * 0.2 * 0.1)
+    updates, _ = optimizer.update({"kernel": jnp.zeros(1)}, optimizer.init(ones), ones, step=446_890)
+    assert float(updates["kernel"][0]) == pytest.approx(-0.5 * 0.2 * 0.1)
 
 
 def test_three_steps_equal_torch_formula():
@@ -114,14 +132,16 @@ def test_three_steps_equal_torch_formula():
     params = {"head": {"box": {"kernel": rng.normal(size=(3, 4)), "bias": rng.normal(size=4)}}}
     params = jax.tree.map(jnp.float32, params)
     group = adamw.groups(params, ModelConfig(), CONFIG)
-    state, ours = adamw.init(params, CONFIG), params
+    config = dataclasses.replace(CONFIG, warmup_steps=0, milestones=(0.0,), milestone_factor=0.5)
+    optimizer = adamw.make_optimizer(group, 100, config)
+    state, ours = optimizer.init(params), params
     theirs = {path: np.float64(leaf) for path, leaf in adamw.flat(params).items()}
     m = dict.fromkeys(theirs, 0.0)
     v = dict.fromkeys(theirs, 0.0)
     for t in range(1, 4):
         gradients = jax.tree.map(lambda p: jnp.float32(rng.normal(size=p.shape)), params)
-        scale = jnp.float32(0.5)
-        ours, state = adamw.apply_gradients(gradients, state, ours, scale, 1.0, group, CONFIG)
+        updates, state = optimizer.update(gradients, state, ours, step=t)
+        ours: Any = optax.apply_updates(ours, updates)
         for path, g in adamw.flat(gradients).items():
             g, lr = np.float64(g), 0.5 * group[path].rate
             m[path] = 0.9 * m[path] + 0.1 * g
@@ -133,6 +153,151 @@ def test_three_steps_equal_torch_formula():
         # Differences in units of the learning rate: what a step moves.
         np.testing.assert_allclose((np.float64(leaf) - theirs[path]) / CONFIG.rate, 0, atol=1e-3)
     assert group["head/box/bias"].decay == 0 and group["head/box/kernel"].decay == 0.05
+
+
+def _formula(gradients, moments, params, group, step, steps, config):
+    """The step as earlier versions wrote it: rates and decays by hand around optax.scale_by_adam."""
+    directions, moments = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon).update(gradients, moments)
+    scale = adamw.rate_multiplier(step, steps, config)
+    decay = adamw.decay_multiplier(step, steps, config)
+    moved, directions = {}, adamw.flat(directions)
+    for path, leaf in adamw.flat(params).items():
+        moved[path] = leaf - scale * group[path].rate * (directions[path] + decay * group[path].decay * leaf)
+    return adamw.nested(moved), moments
+
+
+def test_the_chain_equals_the_formula_of_earlier_versions():
+    """All groups, through warm-up and both milestones; gradients of every size, some 0; clipped."""
+    rng = np.random.default_rng(0)
+    config = OptimizerConfig(
+        rate=1e-3, text_rate=1e-4, backbone_rate_factor=0.3, head_text_rate_factor=0.7, decay=0.05, bias_decay=0.01,
+        decay_milestone_factor=0.1, warmup_steps=3, milestones=(0.5, 0.75), clip_norm=2.0,
+    )  # fmt: skip
+    paths = (
+        "text/layers/query/kernel", "text/layers/query/bias", "backbone/stage1/last/qkv/kernel", "backbone/norm1/scale",
+        "backbone/stage4/last/qkv/bias", "head/tower/text/query/kernel", "head/tower/text/query/bias", "head/box/kernel", "head/box/bias",
+    )  # fmt: skip
+    whole = adamw.nested({path: jnp.float32(rng.normal(size=(5, 7))) for path in paths})
+    model, steps = ModelConfig(backbone=BackboneConfig(frozen_stages=1)), 12
+    params, frozen = adamw.split(whole, model)
+    assert adamw.flat(frozen).keys() == {"backbone/stage1/last/qkv/kernel"}
+    group = adamw.groups(whole, model, config)
+    assert len(set(group.values())) == 9
+    optimizer = adamw.make_optimizer(group, steps, config)
+
+    @jax.jit
+    def new_step(gradients, state, params, step):
+        updates, state = optimizer.update(gradients, state, params, step=step)
+        return optax.apply_updates(params, updates), state
+
+    old_step = jax.jit(lambda *arguments: _formula(*arguments[:3], group, arguments[3], steps, config))
+    new, state = params, optimizer.init(params)
+    old, moments = params, optax.scale_by_adam().init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(moments), "what a checkpoint holds is as before"
+    for step in range(steps):
+        sizes = 10.0 ** rng.uniform(-12, 2, (5, 7)) * rng.integers(-1, 2, (5, 7))
+        gradients = jax.tree.map(lambda p, s=sizes: jnp.float32(rng.normal(size=p.shape) * s), params)
+        gradients, _ = adamw.clip(gradients, config.clip_norm)
+        new, state = new_step(gradients, state, new, jnp.int32(step))
+        old, moments = old_step(gradients, moments, old, jnp.int32(step))
+        was = adamw.flat(old)
+        for path, leaf in adamw.flat(new).items():
+            assert np.abs(leaf - was[path]).max() <= 1e-6 * group[path].rate, (step, path)
+    assert np.abs(new["head"]["box"]["kernel"] - params["head"]["box"]["kernel"]).max() > 1e-3
+    for leaf, earlier in zip(jax.tree.leaves(state), jax.tree.leaves(moments), strict=True):
+        np.testing.assert_array_equal(leaf, earlier)
+
+
+def test_a_run_saved_by_the_earlier_code_continues(tmp_path):
+    """The checkpoint was written by commit 016e015, whose optimizer was scale_by_adam alone."""
+    with tarfile.open(OLD_RUN) as archive:
+        archive.extractall(tmp_path, filter="data")
+    workdir = str(tmp_path / "run")
+    config = unflatten(saved_config(workdir))
+    like = abstract_state(config, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    with Checkpoints(workdir, 1) as checkpoints:
+        saved = checkpoints.restore(2, Saved(like.params, like.optimizer, like.ema))
+    params, _ = adamw.split(saved.params, config.model)
+    gradients = jax.tree.map(lambda p: 0.01 * jnp.cos(jnp.arange(p.size, dtype=jnp.float32)).reshape(p.shape), params)
+    group = adamw.groups(saved.params, config.model, config.optimizer)
+    steps = 10
+    updates, state = adamw.make_optimizer(group, steps, config.optimizer).update(
+        gradients, saved.optimizer, params, step=2
+    )
+    moved, moments = _formula(gradients, saved.optimizer, params, group, 2, steps, config.optimizer)
+    assert int(state.count) == 3 and np.any(jax.tree.leaves(saved.optimizer.nu)[0])
+    for one, other in ((optax.apply_updates(params, updates), moved), (state, moments)):
+        for leaf, earlier in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            np.testing.assert_array_equal(leaf, earlier)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("sgd", {}),
+        ("sgd", {"momentum": 0.9, "nesterov": True}),
+        ("lion", {"b2": 0.95}),
+        ("adafactor", {"min_dim_size_to_factor": 4}),
+        ("contrib.muon", {}),
+    ],
+)
+def test_any_optimizer_of_optax_gets_rates_and_decays(name, arguments):
+    config = dataclasses.replace(CONFIG, name=name, arguments=arguments, warmup_steps=0)
+    params = {
+        "head": {"box": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}},
+        "text": {"embeddings": {"word": jnp.ones((8, 8))}},
+    }
+    group = adamw.groups(params, ModelConfig(), config)
+    optimizer = adamw.make_optimizer(group, 100, config)
+    state = optimizer.init(params)
+    gradients = jax.tree.map(lambda p: jnp.linspace(-1, 1, p.size).reshape(p.shape), params)
+    updates, new = optimizer.update(gradients, state, params, step=0)
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    assert jax.tree.leaves(state), "a checkpoint without a state of the optimizer is one of imported weights"
+    function = functools.reduce(getattr, name.split("."), optax)
+    decays = {"weight_decay": 0.0} if name in ("lion", "contrib.muon") else {}
+    plain = function(1.0, **arguments, **decays)
+    directions, _ = plain.update(gradients, plain.init(params), params)
+    directions, updates = adamw.flat(directions), adamw.flat(updates)
+    for path, (rate, decay) in group.items():
+        np.testing.assert_allclose(updates[path], rate * (directions[path] - decay), rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "contrib.muon"])
+def test_the_state_of_any_optimizer_lies_on_the_mesh(glip_t, name):
+    """As its parameter where it has the shape of that, else whole on every device."""
+    config = Config(optimizer=OptimizerConfig(name=name))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    state = jax.eval_shape(lambda params: initial_state(params, config), glip_t)
+    places = shardings(state, mesh)
+    split = [
+        (leaf.shape, place.spec)
+        for leaf, place in zip(jax.tree.leaves(state.optimizer), jax.tree.leaves(places.optimizer), strict=True)
+        if any(place.spec)
+    ]
+    shapes = {leaf.shape for leaf in jax.tree.leaves(state.params)}
+    assert split and all(shape in shapes for shape, _ in split)
+    assert places.params == shardings(glip_t, mesh)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("adafacter", {}, "optimizer.name is 'adafacter': expected .* did you mean adafactor?"),
+        ("chain", {}, "optimizer.name is 'chain': expected adamw"),
+        ("no.such", {}, "optimizer.name is 'no.such'"),
+        ("sgd", {"b1": 0.9}, r"optimizer.arguments has b1: expected arguments of optax.sgd \(momentum, "),
+        ("lion", {"weight_decay": 0.1}, "has weight_decay: .* rates and decays are optimizer.rate and optimizer.decay"),
+    ],
+)
+def test_unknown_optimizers_and_arguments_are_refused(name, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        adamw.make_optimizer({}, 100, OptimizerConfig(name=name, arguments=arguments))
+
+
+def test_settings_of_adamw_are_refused_for_other_optimizers():
+    with pytest.raises(ConfigError, match=r"beta1, beta2 and epsilon are of adamw, optimizer.name is 'lion'"):
+        validate(Config(optimizer=OptimizerConfig(name="lion", beta2=0.95)))
 
 
 @pytest.mark.parametrize("bound", [0.0, 1.0, 100.0])
