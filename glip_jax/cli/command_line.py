@@ -15,9 +15,10 @@ import re
 import sys
 import traceback
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import tyro
@@ -87,11 +88,15 @@ def divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return settings, own
 
 
-def flags(argv: Sequence[str], kind: Any, job: str, example: str = "") -> Any:
+def flags(
+    argv: Sequence[str], kind: Any, job: str, example: str = "", renamed: Mapping[str, str] = MappingProxyType({})
+) -> Any:
     """An instance of the dataclass `kind` (or of one of a union of subcommands), for jobs without settings.
 
-    Raises CommandLineError for whatever does not fit, with the nearest name; exits with 0 for --help.
+    `renamed`: old flags, which work until version 1.0, and their new names. Raises CommandLineError for whatever does not
+    fit, with the nearest name; exits with 0 for --help.
     """
+    argv = [_new_name(argument, renamed) for argument in argv]
     parts = _kinds(kind)
     names = [f"--{name.replace('_', '-')}" for part in parts for name in _options(part)]
     for argument in argv:
@@ -103,8 +108,17 @@ def flags(argv: Sequence[str], kind: Any, job: str, example: str = "") -> Any:
         if argv[0] not in commands:
             near = difflib.get_close_matches(argv[0], commands, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(commands)}"
-            raise CommandLineError(f"unknown form {argv[0]!r}; {hint}")
+            raise CommandLineError(f"unknown format {argv[0]!r}; {hint}")
     return _parsed(kind, list(argv), job, example)
+
+
+def _new_name(argument: str, renamed: Mapping[str, str]) -> str:
+    option, equals, value = argument.partition("=")
+    new = renamed.get(option.replace("_", "-"))
+    if new is None:
+        return argument
+    logger.warning("%s is renamed: use %s; the old name works until version 1.0", option, new)
+    return new + equals + value
 
 
 def _parsed(kind: Any, rest: list[str], job: str, example: str, **options: Any) -> Any:

@@ -1,8 +1,8 @@
 """The job `evaluate`: a checkpoint on the sets of `config.evaluation`.
 
-OUT/evaluation.json             numbers of every set; settings, prompts and hashes that they rest on
-OUT/detections_SET.json         what was found: COCO's results form, or with `phrase` (its number) for `category_id`
-OUT/report.html                 the page of the run
+OUT/evaluation.json             numbers of every set; settings, prompts and hashes that they depend on
+OUT/detections_SET.json         detections: COCO's results format, or with `phrase` (its number) for `category_id`
+OUT/report.html                 the HTML report of the run
 
 OUT is the working folder unless --out names another. evaluation.json is written after the detections, each file aside
 and renamed, so an interrupted job leaves the earlier report as it was.
@@ -13,32 +13,22 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
 
+from glip_jax.cli import checkpoint_argument
 from glip_jax.cli.command_line import Arguments, CommandLineError, parse
-from glip_jax.cli.report import FORMAT, write_page
-from glip_jax.cli.reports.run_report import table
-from glip_jax.cli.saved_settings import fitting_parameters
 from glip_jax.config import Config, EvaluationSet, current_names
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
-from glip_jax.evaluation.average_precision import GroundTruth, coco_results
-from glip_jax.evaluation.chunking import chunking_effect, prompt_chunks
-from glip_jax.evaluation.evaluate import (
-    Evaluated,
-    Grounded,
-    check_set,
-    evaluate_set,
-    scalars,
-)
-from glip_jax.inference import Detector
-from glip_jax.io import provenance
-from glip_jax.io.checkpoint import fingerprint, latest_step, restore_parameters, saved_config
-from glip_jax.io.workdir import check_network, prepare, started_from, write_atomic
 from glip_jax.structures.batch import Detections
+
+if TYPE_CHECKING:
+    from glip_jax.evaluation.evaluate import Evaluated, Grounded
+    from glip_jax.inference import Detector
+    from glip_jax.io.checkpoint import Checkpoint
 
 __all__ = ["EvaluateArguments", "evaluate_checkpoint", "main", "phrase_results"]
 
@@ -47,60 +37,73 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluateArguments(Arguments):
-    """Evaluate the newest checkpoint of --workdir on the sets of config.evaluation.
+    """Evaluate a checkpoint on the sets of config.evaluation.
 
-    Prints a table and writes evaluation.json (numbers, and the settings and hashes they rest on), detections_SET.json
-    and the page report.html.
+    Prints a table and writes evaluation.json (numbers, and the settings and hashes that they depend on),
+    detections_SET.json and the HTML report report.html.
     """
 
+    checkpoint: str = ""
+    """The checkpoint to evaluate: WORKDIR of a run (its newest complete checkpoint), WORKDIR/checkpoints/STEP, or a folder that `export` wrote;
+    local or gs://."""
+    workdir: str = ""
+    """Folder of the run: its checkpoint is evaluated unless --checkpoint names another, and the report is written there."""
     step: int | None = None
-    """Step of the checkpoint; default: the newest complete one."""
+    """Step of the checkpoint of a WORKDIR; default: the newest complete one."""
     out: str = ""
     """Folder for the report, local or gs://; default: the working folder."""
     measure_chunking: bool = False
-    """Run every detection set twice more, with the names shuffled and in prompts half as long, and report what that
-    does to AP50."""
+    """Evaluate every detection set twice more, with the names shuffled and in prompts half as long, and report how AP50
+    changes."""
     unless_done: bool = False
-    """Leave an evaluation.json as it is that rests on the same checkpoint, settings, code, versions and annotations."""
+    """Keep an evaluation.json that was made with the same checkpoint, settings, code, versions and annotations."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the job. Raises CommandLineError or ConfigError, and what `evaluate_checkpoint` raises."""
-    example = "--config=configs/demo.py --workdir=runs/demo --out=runs/demo/nms05 --config.detection.nms-iou=0.5"
+    example = "--config=configs/demo.py --checkpoint=runs/demo --out=runs/demo/nms05 --config.detection.nms-iou=0.5"
     arguments = parse(argv, EvaluateArguments, "evaluate", example)
-    if not arguments.workdir:
-        raise CommandLineError("no working folder: expected --workdir=DIR with a checkpoint of `train`")
-    if arguments.unless_done and _done(arguments):
-        logger.info(f"{arguments.out or arguments.workdir} is evaluated; nothing is measured twice")
+    workdir = "" if arguments.checkpoint else arguments.workdir
+    checkpoint = checkpoint_argument.open_named(arguments.checkpoint, workdir, arguments.step)
+    out = arguments.out or arguments.workdir
+    if not out and checkpoint.step is None:
+        raise CommandLineError("no folder for the report: expected --out=DIR with an exported --checkpoint")
+    out = out or checkpoint_argument.workdir_of(checkpoint)
+    if arguments.unless_done and _done(arguments, checkpoint, out):
+        logger.info(f"{out} is evaluated; nothing is measured twice")
         return exit_codes.DONE
-    with fitting_parameters():
-        evaluate_checkpoint(
-            arguments.config, arguments.workdir, arguments.step, arguments.out, arguments.measure_chunking
-        )
+    with checkpoint_argument.fitting_parameters():
+        evaluate_checkpoint(arguments.config, checkpoint, out, arguments.measure_chunking)
     return exit_codes.DONE
 
 
 def evaluate_checkpoint(
-    config: Config, workdir: str, step: int | None = None, out: str = "", measure_chunking: bool = False
-) -> dict[str, Evaluated | Grounded]:
-    """Evaluates a checkpoint on all sets, prints the table, writes the files named above; returns the evaluations.
+    config: Config, checkpoint: "Checkpoint", out: str, measure_chunking: bool = False
+) -> "dict[str, Evaluated | Grounded]":
+    """Evaluates a checkpoint on all sets, logs the table, writes the files named above to `out`; returns the evaluations.
 
-    Raises CommandLineError if the config names no set, CheckpointError without a checkpoint, with one of another
-    network, or where `out` cannot be written, EvaluationError or GroundTruthError for a set
-    that cannot be evaluated; annotations are read before anything is computed.
+    Raises CommandLineError if the config names no set, CheckpointError for a checkpoint of another network or where `out`
+    cannot be written, EvaluationError or GroundTruthError for a set that cannot be evaluated; annotations are read before
+    anything is computed.
     """
+    from glip_jax.cli.report import write_report
+    from glip_jax.cli.reports.run_report import table
+    from glip_jax.evaluation.chunking import chunking_effect
+    from glip_jax.evaluation.evaluate import Evaluated, check_set, evaluate_set
+    from glip_jax.inference import Detector
+    from glip_jax.io.workdir import check_network, prepare, write_atomic
+
     if not config.evaluation.sets:
         raise CommandLineError("config.evaluation.sets is empty: name a set with annotations and images")
     for name, dataset in config.evaluation.sets.items():
         check_set(name, dataset)
-    saved = saved_config(workdir, step)
-    step = latest_step(workdir) if step is None else step
-    check_network(workdir, saved, config)
-    folder = epath.Path(out or workdir)
+    workdir = checkpoint_argument.workdir_of(checkpoint)
+    check_network(workdir, checkpoint.settings, config)
+    folder = epath.Path(out)
     prepare(str(folder))
     enable_compilation_cache()
-    logger.info(f"{workdir}: step {step}, parameters: {config.evaluation.parameters}")
-    parameters = restore_parameters(workdir, config.evaluation.parameters, step)
+    logger.info(f"{checkpoint_argument.describe(checkpoint)}, parameters: {config.evaluation.parameters}")
+    parameters = checkpoint.parameters(config.evaluation.parameters)
     detector = Detector(config, parameters)
 
     def make(other: Config) -> Detector:
@@ -115,14 +118,14 @@ def evaluate_checkpoint(
             content[name]["chunking"] = chunking_effect(detector, make, config, dataset, result, longest, name)
     for name, result in results.items():
         write_atomic(folder / f"detections_{name}.json", json.dumps(_rows(result)))
-    summary = {**_provenance(config, workdir, step, parameters, saved), "sets": content}
+    summary = {**_provenance(config, checkpoint, parameters), "sets": content}
     write_atomic(folder / "evaluation.json", json.dumps(summary, indent=1))
     logger.info(table(results))
     for name, entry in content.items():
         for line in entry.get("chunking", ()):
             logger.info(f"{name}, {line['asked']}: AP50 {line['AP50']:.4f}, {line['difference']:+.4f}")
     logger.info(f"numbers, settings and hashes: {folder / 'evaluation.json'}")
-    logger.info(f"HTML report: {write_page(workdir, out=str(folder))}")
+    logger.info(f"HTML report: {write_report(workdir, out=str(folder))}")
     return results
 
 
@@ -147,16 +150,13 @@ def phrase_results(detections: dict[Any, Detections]) -> list[dict[str, Any]]:
     return rows
 
 
-def _done(arguments: EvaluateArguments) -> bool:
-    """Whether the folder holds what an evaluation now would write; pictures of the same annotations count as the same.
+def _done(arguments: EvaluateArguments, checkpoint: "Checkpoint", out: str) -> bool:
+    """Whether `out` holds what an evaluation would write now; pictures of the same annotations count as the same."""
+    from glip_jax.io import provenance
 
-    Raises CheckpointError without a checkpoint.
-    """
-    config, folder = arguments.config, epath.Path(arguments.out or arguments.workdir)
-    saved = saved_config(arguments.workdir, arguments.step)
-    step = latest_step(arguments.workdir) if arguments.step is None else arguments.step
-    parameters = restore_parameters(arguments.workdir, config.evaluation.parameters, step)
-    now = json.loads(json.dumps(_provenance(config, arguments.workdir, step, parameters, saved)))
+    config, folder = arguments.config, epath.Path(out)
+    parameters = checkpoint.parameters(config.evaluation.parameters)
+    now = json.loads(json.dumps(_provenance(config, checkpoint, parameters)))
     try:
         found = json.loads((folder / "evaluation.json").read_text())
         for summary in (now, found):
@@ -176,7 +176,9 @@ def _done(arguments: EvaluateArguments) -> bool:
     return same and (folder / "report.html").exists()
 
 
-def _rows(result: Evaluated | Grounded) -> list[dict[str, Any]]:
+def _rows(result: "Evaluated | Grounded") -> list[dict[str, Any]]:
+    from glip_jax.evaluation.average_precision import GroundTruth, coco_results
+
     match result.truth:
         case GroundTruth():
             return coco_results(result.truth, result.detections)
@@ -184,8 +186,14 @@ def _rows(result: Evaluated | Grounded) -> list[dict[str, Any]]:
             return phrase_results(result.detections)
 
 
-def _entry(result: Evaluated | Grounded, dataset: EvaluationSet, detector: Detector, config: Config) -> dict[str, Any]:
-    """What evaluation.json says of a set."""
+def _entry(
+    result: "Evaluated | Grounded", dataset: EvaluationSet, detector: "Detector", config: Config
+) -> dict[str, Any]:
+    """The entry of a set in evaluation.json."""
+    from glip_jax.evaluation.chunking import prompt_chunks
+    from glip_jax.evaluation.evaluate import Evaluated, Grounded, scalars
+    from glip_jax.io import provenance
+
     shared = {
         **asdict(dataset),
         "image_ids": list(result.image_ids),
@@ -214,19 +222,26 @@ def _entry(result: Evaluated | Grounded, dataset: EvaluationSet, detector: Detec
             }
 
 
-def _provenance(
-    config: Config, workdir: str, step: int | None, parameters: dict[str, Any], saved: dict[str, Any]
-) -> dict[str, Any]:
-    """Everything that the numbers rest on, but the sets."""
-    which = config.evaluation.parameters
-    raw = parameters if which == "raw" else restore_parameters(workdir, "raw", step)
+def _provenance(config: Config, checkpoint: "Checkpoint", parameters: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the numbers depend on, except the sets."""
+    from glip_jax.cli.report import FORMAT
+    from glip_jax.io import provenance
+    from glip_jax.io.checkpoint import fingerprint
+    from glip_jax.io.workdir import started_from
+
+    which, saved, workdir = (
+        config.evaluation.parameters,
+        checkpoint.settings,
+        checkpoint_argument.workdir_of(checkpoint),
+    )
+    raw = parameters if which == "raw" else checkpoint.parameters("raw")
     return {
         "format": FORMAT,
         "name": config.name,
         "seed": saved.get("train.seed", 0),
         "workdir": workdir,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "step": step,
+        "step": checkpoint.step,
         "parameters": which,
         "settings": provenance.score_settings(config),
         "started_from": started_from(workdir),

@@ -1,4 +1,4 @@
-"""The job `export`: a checkpoint as a file or folder for other programs, run beside ours before it is kept.
+"""The job `export`: a checkpoint as a file or folder for other programs, compared with the checkpoint before it is kept.
 
 --format=glip-pth      OUT is a `.pth` with the tensors of microsoft/GLIP's files
 --format=huggingface   OUT is a folder for transformers' Auto classes, PyTorch network included
@@ -12,31 +12,30 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import jax
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 from tqdm import tqdm
 
+from glip_jax.cli import checkpoint_argument
 from glip_jax.cli.command_line import CommandLineError, divided, flags
 from glip_jax.cli.image_files import listed, read_upright
-from glip_jax.cli.saved_settings import chosen_settings
 from glip_jax.config import Config
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
-from glip_jax.io.checkpoint import latest_step, restore_parameters
 from glip_jax.io.errors import full_disk
-from glip_jax.weights.export import Format, needed, write
 from glip_jax.weights.torch_files import sha256
-from glip_jax.weights.verification import Difference, differences, reader, sample_images
+
+if TYPE_CHECKING:
+    from glip_jax.weights.verification import Difference
 
 __all__ = ["Export", "export", "main"]
 
 logger = logging.getLogger(__name__)
 
-_EXAMPLE = "--workdir=runs/demo --format=huggingface --out=exported/demo"
+_EXAMPLE = "--checkpoint=runs/demo --format=huggingface --out=exported/demo"
 _UNFINISHED = ".unfinished"
 _PHOTOGRAPHS = 4
 """Images of --images that are compared."""
@@ -44,22 +43,25 @@ _PHOTOGRAPHS = 4
 
 @dataclass(frozen=True)
 class Export:
-    """Write the newest checkpoint of --workdir for PyTorch, Hugging Face or ONNX.
+    """Write a checkpoint for PyTorch, Hugging Face or ONNX.
 
     The export is read back as its users read it and run beside the checkpoint on sample images; if logits differ by more
     than 1e-4 or boxes by more than 0.05 pixels it is thrown away. Needs: pip install -r requirements-export.txt
     """
 
+    checkpoint: str = ""
+    """The checkpoint to export: WORKDIR of a run (its newest complete checkpoint), WORKDIR/checkpoints/STEP, or a folder that `export` wrote;
+    local or gs://."""
     workdir: str = ""
-    """Folder of a run or of `import`, local or gs://."""
+    """The same as --checkpoint=WORKDIR."""
     out: str = ""
-    """File (glip-pth) or folder (huggingface, onnx) to make, local or gs://; it may not be there yet."""
-    format: Format = "huggingface"
-    """glip-pth: microsoft/GLIP's form; huggingface: transformers' Auto classes; onnx: a graph for onnxruntime."""
+    """File (glip-pth) or folder (huggingface, onnx) to make, local or gs://; it may not exist yet."""
+    format: Literal["glip-pth", "huggingface", "onnx"] = "huggingface"
+    """glip-pth: microsoft/GLIP's format; huggingface: transformers' Auto classes; onnx: a graph for onnxruntime."""
     images: str = ""
-    """Folder of photographs, or one, to compare on (the first four); default: made pictures."""
+    """Folder of photographs, or one photograph, to compare on (the first four); default: synthetic images."""
     step: int | None = None
-    """Step of the checkpoint; default: the newest complete one."""
+    """Step of the checkpoint of a WORKDIR; default: the newest complete one."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,15 +71,16 @@ def main(argv: Sequence[str]) -> int:
     return exit_codes.DONE
 
 
-def export(job: Export, settings: Sequence[str] = ()) -> Difference:
+def export(job: Export, settings: Sequence[str] = ()) -> "Difference":
     """Writes, reads back, compares and keeps; returns the largest differences.
 
     `settings`: --config arguments, such as --config.evaluation.parameters=raw for the parameters that were trained
     instead of their averages. Raises CommandLineError, ConfigError, CheckpointError, AssetError,
     ImageFileError, PromptError, WeightError or ExportError; nothing is left then.
     """
-    if not job.workdir:
-        raise CommandLineError("no working folder: expected --workdir=DIR with a checkpoint of `train` or `import`")
+    from glip_jax.weights.export import needed, write
+    from glip_jax.weights.verification import sample_images
+
     if not job.out:
         raise CommandLineError("nowhere to write to: expected --out=FILE.pth or --out=FOLDER")
     out = epath.Path(job.out)
@@ -86,14 +89,13 @@ def export(job: Export, settings: Sequence[str] = ()) -> Difference:
     if job.format == "glip-pth" and out.suffix != ".pth":
         raise CommandLineError(f"--out={job.out}: --format=glip-pth writes one file, expected a name that ends in .pth")
     needed(job.format)
-    config = chosen_settings(job.workdir, job.step, settings, "export")
-    images = _images(job.images)
-    step = latest_step(job.workdir) if job.step is None else job.step
+    checkpoint = checkpoint_argument.open_named(job.checkpoint, job.workdir, job.step)
+    config = checkpoint_argument.settings_of(checkpoint, settings, "export")
+    images = _images(job.images) if job.images else sample_images()
     enable_compilation_cache()
     which = config.evaluation.parameters
-    params = restore_parameters(job.workdir, which, job.step)
-    count = sum(int(np.size(leaf)) for leaf in jax.tree.leaves(params))
-    logger.info(f"{job.workdir}: step {step}, parameters: {which}, {count:,} values")
+    params = checkpoint.parameters(which)
+    logger.info(f"{checkpoint_argument.describe(checkpoint)}, parameters: {which}, {_size(params):,} values")
     with _staged(out) as local:
         write(job.format, local, params, config)
         found = _compared(job.format, local, params, config, images)
@@ -113,22 +115,26 @@ def _heavy_files(local: Path) -> list[Path]:
     return [file for file in files if file.suffix in (".pth", ".safetensors", ".onnx")]
 
 
+def _size(params: dict[str, Any]) -> int:
+    return sum(_size(child) if isinstance(child, dict) else int(np.size(child)) for child in params.values())
+
+
 def _images(given: str) -> list[UInt8[np.ndarray, "_ _ 3"]]:
-    if not given:
-        return sample_images()
     return [read_upright(path) for path in listed(epath.Path(given))[0][:_PHOTOGRAPHS]]
 
 
 def _compared(
-    form: Format, local: Path, params: Any, config: Config, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]
-) -> Difference:
-    theirs = reader(form, local, config)
+    form: Any, local: Path, params: Any, config: Config, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]
+) -> "Difference":
+    from glip_jax.weights.verification import differences, reader
+
+    exported = reader(form, local, config)
     with tqdm(total=len(images), desc="comparing", unit="image", disable=None) as bar:
 
         def counted(sample: Any) -> Any:
-            answer = theirs(sample)
+            found = exported(sample)
             bar.update()
-            return answer
+            return found
 
         return differences(params, config, images, counted)
 
@@ -139,14 +145,14 @@ def _staged(out: epath.Path) -> Iterator[Path]:
     remote = "://" in str(out)
     base = Path(tempfile.mkdtemp()) if remote else Path(str(out)).absolute().parent / f"{out.name}{_UNFINISHED}"
     if base.exists() and not remote:
-        logger.info(f"{base} was left by an export that was killed: removed")
+        logger.info(f"{base} was left by a killed export: removed")
         shutil.rmtree(base)
     try:
         base.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         if full_disk(error):
             raise
-        raise CommandLineError(f"--out={out} cannot be written ({error}): give a place of your own") from None
+        raise CommandLineError(f"--out={out} cannot be written ({error}): give another path") from None
     local = base / out.name
     try:
         yield local

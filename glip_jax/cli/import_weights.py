@@ -7,28 +7,22 @@ WORKDIR/started_from.json     path, SHA-256, whose layout, what was ignored, cou
 Whole or not at all: the checkpoint comes last and by one renaming.
 """
 
-import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from etils import epath
-from flax import traverse_util
 
 from glip_jax.cli.command_line import Arguments, CommandLineError, parse
-from glip_jax.config import Config, ConfigError, ModelConfig, validate
-from glip_jax.config.saved import unflatten
+from glip_jax.config import Config, ModelConfig, validate
 from glip_jax.distributed import exit_codes
-from glip_jax.io.assets import AssetError, resolve
-from glip_jax.io.checkpoint import CheckpointError, Checkpoints, Saved, is_workdir, latest_step
-from glip_jax.io.workdir import prepare, write_config, write_started_from
-from glip_jax.weights.names import IGNORED, WeightError, check_shapes, parameter_shapes
-from glip_jax.weights.pretrained import counts, table
-from glip_jax.weights.readers import Weights, folder_config, read_network
-from glip_jax.weights.sizes import variant
+from glip_jax.io.assets import resolve
+
+if TYPE_CHECKING:
+    from glip_jax.weights.readers import Weights
 
 __all__ = ["Import", "import_weights", "main"]
 
@@ -63,11 +57,19 @@ def main(argv: Sequence[str]) -> int:
 
 
 def import_weights(job: Import, settings: Callable[[Config], Config]) -> Config:
-    """Imports, prints what was used, ignored and counted; returns the settings of the checkpoint.
+    """Imports, logs what was used, ignored and counted; returns the settings of the checkpoint.
 
     `settings`: from the Config that belongs to the file to the one to use. Raises CommandLineError, CheckpointError
     for a folder that has a checkpoint, AssetError, TorchFileError, WeightError, ConfigError or NotSavedError.
     """
+    from flax import traverse_util
+
+    from glip_jax.io.checkpoint import CheckpointError, Checkpoints, Saved, is_workdir, latest_step
+    from glip_jax.io.workdir import prepare, write_config, write_started_from
+    from glip_jax.weights.names import WeightError, check_shapes, parameter_shapes
+    from glip_jax.weights.readers import read_network
+    from glip_jax.weights.sizes import variant
+
     if not job.file or not job.workdir:
         raise CommandLineError(f"expected a file and a folder to make, e.g. import {_EXAMPLE}")
     if latest_step(job.workdir) is not None:
@@ -76,50 +78,37 @@ def import_weights(job: Import, settings: Callable[[Config], Config]) -> Config:
         )
     if is_workdir(job.file):
         raise WeightError(
-            f"{job.file} is a working folder of glip_jax, which needs no import: give it to other jobs as --workdir, or "
+            f"{job.file} is a working folder of glip_jax, which needs no import: give it to other jobs as --checkpoint, or "
             "begin a run there with init_from.model"
         )
     weights, inferred = read_network(job.file, job.parameters)
-    config = validate(settings(_belonging(job.file, inferred)))
+    config = validate(settings(_own_settings(job.file, inferred)))
     shapes = parameter_shapes(config.model)
     check_shapes(weights.values, shapes, f"{job.file}, {variant(inferred)},")
     record = _record(weights, job.parameters)
     prepare(job.workdir)
-    with _whole(job.workdir):
+    with _all_or_nothing(job.workdir):
         write_config(job.workdir, config)
         write_started_from(job.workdir, record)
         with Checkpoints(job.workdir, 1) as checkpoints:
             checkpoints.save(0, Saved(traverse_util.unflatten_dict(weights.values, sep="/"), {}, {}), config)
             checkpoints.wait()
-    _say(weights, record, config, job.workdir)
+    _log_summary(weights, record, config, job.workdir)
     return config
 
 
-def _belonging(file: str, inferred: ModelConfig) -> Config:
+def _own_settings(file: str, inferred: ModelConfig) -> Config:
     """Settings of a folder of our export, or the inferred network with everything else at its default."""
-    folder = resolve(file)
-    flat = folder_config(folder).get("glip_jax")
-    if flat is None:
-        return Config(name=folder.stem, model=inferred)
-    try:
-        config = unflatten(flat)
-    except ConfigError as error:
-        raise ConfigError(f"{folder / 'config.json'} {error}") from error
-    text = config.model.text
-    if (folder / "vocab.txt").exists() and not _there(text.vocabulary):
-        text = dataclasses.replace(text, vocabulary=str(folder / "vocab.txt"))
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
+    from glip_jax.weights.readers import folder_config, open_export
+
+    path = resolve(file)
+    return open_export(file).config if "glip_jax" in folder_config(path) else Config(name=path.stem, model=inferred)
 
 
-def _there(path: str) -> bool:
-    try:
-        return resolve(path).exists()
-    except AssetError:
-        return False
-
-
-def _record(weights: Weights, parameters: str) -> dict[str, Any]:
+def _record(weights: "Weights", parameters: str) -> dict[str, Any]:
     source = {"setting": "import", "path": weights.origin, "layout": weights.layout, "parameters": parameters}
+    from glip_jax.weights.pretrained import counts
+
     sizes = {path: value.size for path, value in weights.values.items()}
     return {
         "sources": [source | weights.proof | {"ignored": weights.ignored}],
@@ -127,7 +116,11 @@ def _record(weights: Weights, parameters: str) -> dict[str, Any]:
     }
 
 
-def _say(weights: Weights, record: dict[str, Any], config: Config, workdir: str) -> None:
+def _log_summary(weights: "Weights", record: dict[str, Any], config: Config, workdir: str) -> None:
+    from glip_jax.weights.names import IGNORED
+    from glip_jax.weights.pretrained import table
+    from glip_jax.weights.sizes import variant
+
     logger.info(f"{weights.proof['file']} sha256 {weights.proof['sha256']}")
     logger.info(
         f"{weights.layout}: {variant(config.model)}, {sum(v.size for v in weights.values.values()):,} parameters"
@@ -139,7 +132,7 @@ def _say(weights: Weights, record: dict[str, Any], config: Config, workdir: str)
 
 
 @contextmanager
-def _whole(workdir: str) -> Iterator[None]:
+def _all_or_nothing(workdir: str) -> Iterator[None]:
     """Removes what this job made in `workdir` if anything stops it, Ctrl-C included."""
     folder = epath.Path(workdir)
     try:

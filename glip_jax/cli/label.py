@@ -17,42 +17,42 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from glip_jax.cli import checkpoint_argument
 from glip_jax.cli.command_line import CommandLineError, divided, flags
-from glip_jax.cli.reports.label_report import write_page
-from glip_jax.cli.saved_settings import chosen_settings, finite_parameters, fitting_parameters
 from glip_jax.data import shards
 from glip_jax.data.manifest import read_file
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
-from glip_jax.io import gcs, provenance
-from glip_jax.io.checkpoint import fingerprint, latest_step
-from glip_jax.labeling.outside import open_detections
+from glip_jax.io import gcs
 from glip_jax.labeling.phrases.finders import MAX_PHRASES, PhraseFinder, phrase_finder
-from glip_jax.labeling.pseudo import Rules
-from glip_jax.labeling.run import Input, LabelingJob, run
-from glip_jax.labeling.teacher import DetectorTeacher, Teacher, detector_views
 from glip_jax.labeling.work_queue import LEASE, TaskError, differences, sweep
+
+if TYPE_CHECKING:
+    from glip_jax.labeling.pseudo import Rules
+    from glip_jax.labeling.run import Input
+    from glip_jax.labeling.teacher import Teacher
 
 __all__ = ["Label", "label", "main"]
 
 logger = logging.getLogger(__name__)
 
-_EXAMPLE = "shards/cc3m --workdir=runs/teacher --out=shards/cc3m_labelled"
+_EXAMPLE = "shards/cc3m --checkpoint=runs/teacher --out=shards/cc3m_labelled"
+_RENAMED = {"--most-boxes": "--max-boxes", "--most-phrases": "--max-phrases"}
 
 
 @dataclass(frozen=True)
 class Label:
-    """Find the noun phrases of captions in their images, with the newest checkpoint of --workdir as the teacher.
+    """Label captions with boxes for their noun phrases, which a teacher detects in the images.
 
     SHARDS are folders that `python -m glip_jax data caption-tsv` and the like made. OUT becomes a folder of shards for
-    training: of each phrase the boxes that score above the threshold; phrases without one are marked as unknown.
-    The score is sqrt(alignment x centerness), as in `predict`. The same command again goes on after a stop; given on
+    training: each phrase has the boxes with a score above the threshold; phrases without one are marked as unknown.
+    The score is sqrt(alignment x centerness), as in `predict`. The same command resumes after a stop; given on
     several hosts (or once for each accelerator of one) with a folder that all of them see, it shares the work. A second
-    round, with the student as the teacher, is the same command with its --workdir.
+    round, with the student as the teacher, is the same command with its --checkpoint.
 
     Another teacher: --detections=FILE.json, a COCO results file that any detector wrote, with --categories.
     """
@@ -62,28 +62,31 @@ class Label:
     out: str = ""
     """Folder to make: local, on a file system that all hosts see, or gs://; a finished one of the same settings is left as
     it is."""
+    checkpoint: str = ""
+    """The teacher: WORKDIR of a run (its newest complete checkpoint), WORKDIR/checkpoints/STEP, or a folder that `export` wrote;
+    local or gs://."""
     workdir: str = ""
-    """Folder of the teacher's run, with a checkpoint."""
+    """The same as --checkpoint=WORKDIR."""
     step: int | None = None
-    """Step of the checkpoint; default: the newest complete one."""
+    """Step of the checkpoint of a WORKDIR; default: the newest complete one."""
     ema: bool = True
-    """The averaged parameters, where there are any; --no-ema: those of the last step."""
+    """Use the averaged parameters, where the run kept them; --no-ema: those of the last step."""
     threshold: float = 0.5
-    """Boxes are kept that score above."""
+    """Boxes with a higher score are kept."""
     threshold_for: tyro.conf.UseAppendAction[tuple[str, ...]] = field(default_factory=tuple)
     """SOURCE=0.4: another threshold for one source, by the name in its manifest; may be given several times."""
-    most_boxes: int = 10
-    """Most boxes of a phrase."""
+    max_boxes: int = 10
+    """Maximum number of boxes of a phrase."""
     nms: float | None = None
     """Of two boxes of a phrase that overlap by more, the better one stays; default: config.detection.nms_iou."""
     finder: Literal["lexicon", "spacy"] = "lexicon"
-    """What finds the phrases; spacy needs requirements-spacy.txt."""
-    most_phrases: int = MAX_PHRASES
-    """Most phrases of a caption."""
+    """How phrases are found; spacy needs requirements-spacy.txt."""
+    max_phrases: int = MAX_PHRASES
+    """Maximum number of phrases of a caption."""
     flip: bool = False
-    """Look at the mirrored image too, unless the caption says left or right, and average."""
+    """Detect in the mirrored image too, unless the caption contains left or right, and average."""
     scales: tuple[int, ...] = ()
-    """Short sides in pixels to look at and average over; default: config.evaluation.short_side alone."""
+    """Short sides in pixels to detect at and average over; default: config.evaluation.short_side alone."""
     batch_size: int = 0
     """Images of a step; 0: config.evaluation.batch_size. Scores do not depend on it."""
     detections: str = ""
@@ -104,36 +107,39 @@ def main(argv: Sequence[str]) -> int:
     settings, own = divided(argv)
     # Tuples may be written with commas, as settings are.
     own = [part for argument in own for part in _split_tuple(argument)]
-    job = flags(own, Label, "label", _EXAMPLE)
-    with fitting_parameters():
+    job = flags(own, Label, "label", _EXAMPLE, _RENAMED)
+    with checkpoint_argument.fitting_parameters():
         label(job, settings, shlex.join(["python", "-m", "glip_jax", "label", *argv]))
     return exit_codes.DONE
 
 
 def label(job: Label, settings: Sequence[str], command: str) -> None:
-    """Labels, alone or with others, until the folder is finished, and draws its page.
+    """Labels, alone or with other processes, until the folder is finished, and writes its HTML report.
 
     `settings`: the --config arguments. Raises CommandLineError, CheckpointError, ConfigError, SourceError, ShardError or
     TaskError for what cannot be done; OSError for what the system or the storage refuses: then the same command goes on.
     """
+    from glip_jax.cli.reports.label_report import write_page
+    from glip_jax.labeling.run import LabelingJob, run
+
     thresholds = _checked(job)
     out = gcs.address(job.out) if gcs.is_remote(job.out) else str(Path(job.out).absolute())
     there = shards.finished(out)
     before = None if there is None else _finished_settings(out, job, there.command)
     inputs = _inputs(job.shards)
-    strange = sorted(set(thresholds) - {given.shards.manifest.name for given in inputs})
-    if strange:
+    unknown = sorted(set(thresholds) - {given.shards.manifest.name for given in inputs})
+    if unknown:
         known = ", ".join(given.shards.manifest.name for given in inputs)
-        raise CommandLineError(f"--threshold-for={strange[0]}=...: there is no such source; there are: {known}")
+        raise CommandLineError(f"--threshold-for={unknown[0]}=...: there is no such source; there are: {known}")
     begin = time.monotonic()
-    finder = phrase_finder(job.finder, job.most_phrases)
+    finder = phrase_finder(job.finder, job.max_phrases)
     teacher, rules, about = _teacher(job, settings, thresholds, [given.shards.manifest.name for given in inputs])
-    plan = LabelingJob(
+    labeling = LabelingJob(
         out=out, name=job.name or out.rpartition("/")[2], inputs=inputs, teacher=teacher, finder=finder, rules=rules,
-        about=about | _finder_words(finder, job), command=command, code=_code(), threads=job.threads, lease=job.lease,
+        about=about | _finder_record(finder, job), command=command, code=_code(), threads=job.threads, lease=job.lease,
     )  # fmt: skip
     if there is not None and before is not None:
-        if lines := differences(before, json.loads(json.dumps(plan.settings()))):
+        if lines := differences(before, json.loads(json.dumps(labeling.settings()))):
             raise TaskError(
                 f"{job.out} is finished, with other settings (existing -> given: {lines}): name another folder, or remove it"
             )
@@ -142,7 +148,7 @@ def label(job: Label, settings: Sequence[str], command: str) -> None:
         if not gcs.kind(f"{out}/report.html"):
             logger.info(f"HTML report: {write_page(out)}")
         return
-    run(plan)
+    run(labeling)
     if not gcs.kind(f"{out}/report.html"):
         write_page(out)
     logger.info(
@@ -163,7 +169,7 @@ def _finished_settings(out: str, job: Label, command: str) -> dict[str, Any]:
 
 
 def _split_tuple(argument: str) -> list[str]:
-    """`--scales=640,800` as tyro wants it."""
+    """`--scales=640,800` as one argument an item."""
     option, equals, value = argument.partition("=")
     return [option, *filter(None, value.split(","))] if option == "--scales" and equals else [argument]
 
@@ -179,22 +185,22 @@ def _checked(job: Label) -> dict[str, float]:
         raise CommandLineError(
             f"--out={job.out}: expected a local folder or gs://BUCKET/FOLDER, {scheme[0]} is not known"
         )
-    if bool(job.detections) == bool(job.workdir):
-        found = "both" if job.workdir else "neither"
-        raise CommandLineError(f"expected one teacher, --workdir=DIR or --detections=FILE.json, found {found}")
+    if bool(job.detections) == bool(job.checkpoint or job.workdir):
+        found = "both" if job.detections else "neither"
+        raise CommandLineError(f"expected one teacher, --checkpoint=DIR or --detections=FILE.json, found {found}")
     if job.detections and not job.categories:
         raise CommandLineError(
             "--detections hold numbers only: give the file that names them, --categories=ANNOTATIONS.json"
         )
-    strange = {"--no-ema": not job.ema, "--step": job.step is not None} if job.detections else {
+    unused = {"--no-ema": not job.ema, "--step": job.step is not None} if job.detections else {
         "--categories": bool(job.categories)
     }  # fmt: skip
-    for option in (option for option, given in strange.items() if given):
-        teacher = "--detections" if job.detections else "--workdir"
-        raise CommandLineError(f"{option} says nothing where the teacher is {teacher}: leave it out")
+    for option in (option for option, given in unused.items() if given):
+        teacher = "--detections" if job.detections else "--checkpoint"
+        raise CommandLineError(f"{option} has no meaning with a teacher of {teacher}: leave it out")
     if job.detections and (job.flip or job.scales):
         raise CommandLineError(
-            "--flip and --scales are ways to look at images, which --detections does not do: leave them out"
+            "--flip and --scales change how images are detected in, which --detections does not do: leave them out"
         )
     thresholds = {}
     for pair in job.threshold_for:
@@ -211,8 +217,8 @@ def _checked(job: Label) -> dict[str, float]:
             raise CommandLineError(f"{name}={value}: expected 0 <= threshold < 1")
     if job.nms is not None and not 0 < job.nms <= 1:
         raise CommandLineError(f"--nms={job.nms}: expected an overlap above 0, at most 1")
-    least = {"most-boxes": job.most_boxes, "most-phrases": job.most_phrases, "threads": job.threads, "lease": job.lease}
-    for name, number in [*least.items(), *(("scales", side) for side in job.scales)]:
+    positive = {"max-boxes": job.max_boxes, "max-phrases": job.max_phrases, "threads": job.threads, "lease": job.lease}
+    for name, number in [*positive.items(), *(("scales", side) for side in job.scales)]:
         if not number >= 1:
             raise CommandLineError(f"--{name}={number}: expected 1 or more")
     if job.batch_size < 0:
@@ -220,8 +226,10 @@ def _checked(job: Label) -> dict[str, float]:
     return thresholds
 
 
-def _inputs(paths: Sequence[str]) -> list[Input]:
+def _inputs(paths: Sequence[str]) -> "list[Input]":
     """The shards, opened; CommandLineError for records that are not to be labelled, or two sources of one name."""
+    from glip_jax.labeling.run import Input
+
     inputs: list[Input] = []
     for path in paths:
         opened = shards.Shards(path)
@@ -240,12 +248,18 @@ def _inputs(paths: Sequence[str]) -> list[Input]:
 
 def _teacher(
     job: Label, settings: Sequence[str], thresholds: dict[str, float], sources: Sequence[str]
-) -> tuple[Teacher, Rules, dict[str, Any]]:
-    """The teacher, what is kept of its boxes, and what records say of it."""
+) -> "tuple[Teacher, Rules, dict[str, Any]]":
+    """The teacher, the rules for its boxes, and what is recorded of both."""
+    from glip_jax.io import provenance
+    from glip_jax.io.checkpoint import fingerprint
+    from glip_jax.labeling.outside import open_detections
+    from glip_jax.labeling.pseudo import Rules
+    from glip_jax.labeling.teacher import DetectorTeacher, detector_views
+
     if job.detections:
         if settings:
             raise CommandLineError(f"{settings[0]}: --detections has no settings")
-        rules = Rules(job.threshold, thresholds, 0.6 if job.nms is None else job.nms, job.most_boxes)
+        rules = Rules(job.threshold, thresholds, 0.6 if job.nms is None else job.nms, job.max_boxes)
         teacher = open_detections(job.detections, job.categories, rules.min_threshold(sources))
         about = {
             "teacher": f"detections {provenance.file_hash(job.detections)[:16]}",
@@ -254,30 +268,32 @@ def _teacher(
         thin = f", {teacher.thin} boxes of a pixel's width or height left out" if teacher.thin else ""
         logger.info(f"{job.detections}: an outside teacher{thin}")
         return teacher, rules, about | {"nms": rules.nms_iou, "most_boxes": rules.max_boxes}
-    config = chosen_settings(job.workdir, job.step, settings, "label")
+    checkpoint = checkpoint_argument.open_named(job.checkpoint, job.workdir, job.step)
+    config = checkpoint_argument.settings_of(checkpoint, settings, "label")
     which = config.evaluation.parameters if job.ema else "raw"
-    step = latest_step(job.workdir) if job.step is None else job.step
-    rules = Rules(job.threshold, thresholds, config.detection.nms_iou if job.nms is None else job.nms, job.most_boxes)
+    rules = Rules(job.threshold, thresholds, config.detection.nms_iou if job.nms is None else job.nms, job.max_boxes)
     enable_compilation_cache()
-    params = finite_parameters(job.workdir, which, step)
-    least = rules.min_threshold(sources)
-    views = detector_views(config, params, least, rules.nms_iou, job.flip, job.scales, job.batch_size or None)
-    logger.info(f"{job.workdir}: step {step}, {which} parameters, {len(views)} views of an image")
+    params = checkpoint.parameters(which)
+    threshold = rules.min_threshold(sources)
+    views = detector_views(config, params, threshold, rules.nms_iou, job.flip, job.scales, job.batch_size or None)
+    logger.info(f"{checkpoint_argument.describe(checkpoint)}, {which} parameters, {len(views)} views of an image")
     about = {
         "teacher": fingerprint(params)[:16], "config": provenance.config_hash(config)[:16],
         "nms": rules.nms_iou, "most_boxes": rules.max_boxes,
     }  # fmt: skip
     if len(views) > 1:
         about["views"] = f"{'flip ' if job.flip else ''}{','.join(map(str, job.scales))}".strip()
-    return DetectorTeacher(views, rules.nms_iou, least), rules, about
+    return DetectorTeacher(views, rules.nms_iou, threshold), rules, about
 
 
-def _finder_words(finder: PhraseFinder, job: Label) -> dict[str, Any]:
-    return {"finder": f"{finder.name} {finder.version}", "most_phrases": job.most_phrases}
+def _finder_record(finder: PhraseFinder, job: Label) -> dict[str, Any]:
+    return {"finder": f"{finder.name} {finder.version}", "most_phrases": job.max_phrases}
 
 
 def _code() -> str:
     """The version of the code in a word: the commit, with a + where files differ from it, or the files' hash."""
+    from glip_jax.io import provenance
+
     code = provenance.code()
     with contextlib.suppress(KeyError):
         return code["commit"][:12] + ("+" if code["changed_since_commit"] else "")

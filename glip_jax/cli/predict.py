@@ -1,4 +1,4 @@
-"""The job `predict`: finds in images what a text or a list of names asks for.
+"""The job `predict`: detects in images what a text or a list of names describes.
 
 OUT/predictions.json     the query's phrases (text, prompt, span), and per image its detections by index of the phrase
 OUT/pictures/NAME.png    each image with its boxes
@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
@@ -21,25 +21,26 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from glip_jax import UserError
+from glip_jax.cli import checkpoint_argument
 from glip_jax.cli.command_line import CommandLineError, divided, flags
 from glip_jax.cli.image_files import listed, measured, read_upright
 from glip_jax.cli.query import Query, read_query
 from glip_jax.cli.reports import drawing
-from glip_jax.cli.saved_settings import chosen_settings, finite_parameters, fitting_parameters
 from glip_jax.config import Config
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
-from glip_jax.inference import Detector, bucket
-from glip_jax.io.checkpoint import latest_step
 from glip_jax.io.errors import full_disk
 from glip_jax.structures.batch import Detections
+
+if TYPE_CHECKING:
+    from glip_jax.inference import Detector
 
 __all__ = ["Predict", "PredictError", "main", "predict"]
 
 logger = logging.getLogger(__name__)
 
 _UNFINISHED = ".unfinished"
-_EXAMPLE = 'photo.jpg pictures/ --workdir=runs/demo --text="a green book . two red apples" --out=found'
+_EXAMPLE = 'photo.jpg pictures/ --checkpoint=runs/demo --text="a green book . two red apples" --out=found'
 
 
 class PredictError(UserError, ValueError):
@@ -48,86 +49,92 @@ class PredictError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Predict:
-    """Find what words name in IMAGES (files, or folders of them) with the newest checkpoint of --workdir.
+    """Detect what a text or a list of names describes in IMAGES (files, or folders of them).
 
-    Three ways to ask, one at a time:
+    One of three queries:
       --text="a green book . two red apples"      phrases with " . " between them
-      --text="a green book left of two apples"    a sentence; its noun phrases are found and asked for
+      --text="a green book left of two apples"    a sentence; its noun phrases become the query
       --names="green book,red apple"              a list of any length, as many prompts as it needs
 
-    Writes OUT/predictions.json and OUT/pictures/, whole or not at all. A detection has a box (x1, y1, x2, y2, pixels of
-    the image), a phrase (index into "phrases") and a score: the root of alignment (how well the place fits the words)
-    times centerness (how central in its object it is). Settings are those the checkpoint was trained with;
+    Writes OUT/predictions.json and OUT/pictures/, completely or not at all. A detection has a box (x1, y1, x2, y2, pixels
+    of the image), a phrase (index into "phrases") and a score: the square root of alignment (how well the location matches
+    the text) times centerness (how central in its object it is). Settings are those the checkpoint was trained with;
     --config=FILE.py gives others, --config.detection.nms_iou=0.5 changes one.
     """
 
     images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE ...")] = ()
     """Images, or folders of images (not the folders in them); local or gs://."""
+    checkpoint: str = ""
+    """WORKDIR of a run (its newest complete checkpoint), WORKDIR/checkpoints/STEP, or a folder that `export` wrote; local or
+    gs://."""
     workdir: str = ""
-    """Folder of the run, with a checkpoint of `train`."""
+    """The same as --checkpoint=WORKDIR."""
     text: str = ""
     """Phrases with " . " between them, or a sentence."""
     names: str = ""
     """Names with commas between them."""
     names_file: str = ""
-    """File with a name on each line; empty lines are passed over."""
+    """File with a name on each line; empty lines are skipped."""
     out: str = "predictions"
     """Folder to write into; made if it is not there."""
-    least: float = 0.3
-    """Least score of what is written and drawn."""
+    threshold: float = 0.3
+    """Lowest score of a detection that is written and drawn."""
     step: int | None = None
-    """Step of the checkpoint; default: the newest complete one."""
+    """Step of the checkpoint of a WORKDIR; default: the newest complete one."""
 
 
 class Picture(NamedTuple):
-    """An image file that can be looked at."""
+    """An image file whose header was read."""
 
     path: epath.Path
     height: int
     width: int
-    turned: bool
-    """Its EXIF orientation says that it is stored turned or mirrored; height and width are those it is shown with."""
+    exif_rotated: bool
+    """Its EXIF orientation rotates or mirrors the stored pixels; height and width are those after that."""
     drawn: str
-    """Name of the drawn picture."""
+    """Name of the file with its detections drawn."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the job; raises what `predict` raises."""
     settings, own = divided(argv)
-    job = flags(own, Predict, "predict", _EXAMPLE)
-    with fitting_parameters():
+    job = flags(own, Predict, "predict", _EXAMPLE, {"--least": "--threshold"})
+    with checkpoint_argument.fitting_parameters():
         predict(job, settings, shlex.join(["python", "-m", "glip_jax", "predict", *argv]))
     return exit_codes.DONE
 
 
 def predict(job: Predict, settings: Sequence[str], command: str) -> dict[str, Any]:
-    """Finds, draws and writes; returns what predictions.json holds.
+    """Detects, draws and writes; returns the content of predictions.json.
 
     `settings`: the --config arguments. Everything that can be checked is checked before the checkpoint's arrays are
     read. Raises PredictError, ImageFileError, QueryError, CheckpointError, ConfigError or CommandLineError; nothing is written then.
     """
-    if not job.workdir:
-        raise CommandLineError("no working folder: expected --workdir=DIR with a checkpoint of `train`")
-    if not 0 <= job.least < 1:
-        raise CommandLineError(f"--least={job.least}: expected 0 <= least < 1")
+    from glip_jax.inference import Detector, bucket
+
+    if not 0 <= job.threshold < 1:
+        raise CommandLineError(f"--threshold={job.threshold}: expected 0 <= threshold < 1")
     if not job.images:
-        raise CommandLineError("no images: expected files or folders, e.g. predict photo.jpg --workdir=DIR --names=dog")
-    config = chosen_settings(job.workdir, job.step, settings, "predict")
-    step = latest_step(job.workdir) if job.step is None else job.step
+        raise CommandLineError(
+            "no images: expected files or folders, e.g. predict photo.jpg --checkpoint=DIR --names=dog"
+        )
+    checkpoint = checkpoint_argument.open_named(job.checkpoint, job.workdir, job.step)
+    config = checkpoint_argument.settings_of(checkpoint, settings, "predict")
+    which = config.evaluation.parameters
     query = read_query(job.text, job.names, job.names_file, config)
     pictures = _pictures(job.images, config)
     for note in query.notes:
         logger.info(note)
-    logger.info(f"{job.workdir}: step {step}, {config.evaluation.parameters} parameters")
+    logger.info(f"{checkpoint_argument.describe(checkpoint)}, {which} parameters")
     enable_compilation_cache()
     with _unfinished(epath.Path(job.out)) as folder:
         begin = time.monotonic()
-        params = finite_parameters(job.workdir, config.evaluation.parameters, job.step)
-        detector = Detector(config, params, min(config.evaluation.batch_size, len(pictures)))
-        images = _find(detector, query, pictures, job.least, folder)
+        detector = Detector(config, checkpoint.parameters(which), min(config.evaluation.batch_size, len(pictures)))
+        images = _detect(detector, query, pictures, job.threshold, folder)
         content = {
-            "command": command, "workdir": job.workdir, "step": step, "parameters": config.evaluation.parameters,
-            "settings": {"least": job.least, "detection": asdict(config.detection),
+            "command": command, "workdir": checkpoint_argument.workdir_of(checkpoint), "step": checkpoint.step,
+            "parameters": which,
+            "settings": {"threshold": job.threshold, "detection": asdict(config.detection),
                          "short_side": config.evaluation.short_side, "long_side": config.evaluation.long_side},
             "query": query.kind, "phrase_finder": query.finder, "prompts": [prompt.caption for prompt in query.prompts],
             "phrases": [phrase._asdict() for phrase in query.phrases], "images": images,
@@ -145,26 +152,28 @@ def predict(job: Predict, settings: Sequence[str], command: str) -> dict[str, An
 
 
 def _pictures(given: Sequence[str], config: Config) -> list[Picture]:
-    """The images of files and folders, their sizes read from their heads. Raises ImageFileError or PredictError for the first bad one."""
+    """The images of files and folders, their sizes read from their headers. Raises ImageFileError or PredictError for the first bad one."""
+    from glip_jax.inference import bucket
+
     paths = []
     for name in given:
-        images, passed = listed(epath.Path(name))
-        if passed:
-            logger.info(f"{name}: images {len(images)}, files with other endings passed over {passed}")
+        images, skipped = listed(epath.Path(name))
+        if skipped:
+            logger.info(f"{name}: images {len(images)}, files with other endings skipped {skipped}")
         paths += images
     pictures, taken = [], set[str]()
     for path in paths:
-        height, width, turned = measured(path)
+        height, width, exif_rotated = measured(path)
         longest = max(bucket(height, width, config)[1])
         if longest > 2 * config.evaluation.long_side:
             raise PredictError(
-                f"{path} has {width} x {height} pixels: too long and narrow, it would be looked at with a side of "
+                f"{path} has {width} x {height} pixels: too long and narrow, it would be resized to a side of "
                 f"{longest} pixels where evaluation.long_side is {config.evaluation.long_side}; cut it into pieces"
             )
         names = (f"{path.stem}{f'_{number}' if number else ''}.png" for number in range(len(paths) + 1))
         drawn = next(name for name in names if name.casefold() not in taken)
         taken.add(drawn.casefold())
-        pictures.append(Picture(path, height, width, turned, drawn))
+        pictures.append(Picture(path, height, width, exif_rotated, drawn))
     return pictures
 
 
@@ -174,13 +183,13 @@ def _unfinished(out: epath.Path) -> Iterator[epath.Path]:
     folder, new = out / _UNFINISHED, not out.exists()
     try:
         if folder.exists():
-            logger.info(f"{folder} was left by a run that was killed: removed")
+            logger.info(f"{folder} was left by a killed run: removed")
             folder.rmtree()
         (folder / "pictures").mkdir(parents=True)
     except OSError as error:
         if full_disk(error):
             raise
-        raise PredictError(f"--out={out} cannot be written ({error}): give a folder of your own") from None
+        raise PredictError(f"--out={out} cannot be written ({error}): give another folder") from None
     try:
         yield folder
         (out / "pictures").mkdir(parents=True, exist_ok=True)
@@ -194,10 +203,10 @@ def _unfinished(out: epath.Path) -> Iterator[epath.Path]:
     folder.rmtree()
 
 
-def _find(
-    detector: Detector, query: Query, pictures: Sequence[Picture], least: float, folder: epath.Path
+def _detect(
+    detector: "Detector", query: Query, pictures: Sequence[Picture], threshold: float, folder: epath.Path
 ) -> list[dict[str, Any]]:
-    """Looks at the pictures, those of one canvas together, draws each into `folder`; entries in the order given."""
+    """Runs the detector, batches of one canvas, and draws each picture into `folder`; entries in the order given."""
     canvases = [detector.canvas(picture.height, picture.width)[1] for picture in pictures]
     entries: dict[int, dict[str, Any]] = {}
     with tqdm(total=len(pictures), desc="predict", unit="image", disable=len(pictures) <= detector.batch_size,
@@ -212,14 +221,14 @@ def _find(
                 else:
                     found = detector.caption(images, [query.prompts[0]] * len(images))
                 for index, image, detections in zip(group, images, found, strict=True):
-                    entries[index] = _entry(pictures[index], detections, least)
+                    entries[index] = _entry(pictures[index], detections, threshold)
                     _draw(image, entries[index], query, folder)
                 bar.update(len(group))
     return [entries[index] for index in range(len(pictures))]
 
 
-def _entry(picture: Picture, found: Detections, least: float) -> dict[str, Any]:
-    """What predictions.json says of an image."""
+def _entry(picture: Picture, found: Detections, threshold: float) -> dict[str, Any]:
+    """The entry of an image in predictions.json."""
     detections = [
         {
             "phrase": int(found.phrases[row]),
@@ -228,20 +237,20 @@ def _entry(picture: Picture, found: Detections, least: float) -> dict[str, Any]:
             "alignment": round(float(found.alignment[row]), 5),
             "centerness": round(float(found.centerness[row]), 5),
         }
-        for row in np.flatnonzero(found.scores >= least)
+        for row in np.flatnonzero(found.scores >= threshold)
     ]
     return {
         "file": str(picture.path),
         "height": picture.height,
         "width": picture.width,
-        "turned": picture.turned,
+        "turned": picture.exif_rotated,
         "drawn": f"pictures/{picture.drawn}",
         "detections": detections,
     }
 
 
 def _draw(image: UInt8[np.ndarray, "H W 3"], entry: dict[str, Any], query: Query, folder: epath.Path) -> None:
-    """Draws best boxes last, so that they lie on top; small images enlarged until their words can be read."""
+    """Draws the best boxes last, on top; small images are enlarged so that the text can be read."""
     marks = [
         drawing.Mark(
             tuple(d["box"]), f"{query.phrases[d['phrase']].text} {d['score']:.2f}", drawing.colour(d["phrase"])
@@ -253,7 +262,7 @@ def _draw(image: UInt8[np.ndarray, "H W 3"], entry: dict[str, Any], query: Query
 
 
 def _table(content: dict[str, Any], images: int = 8, rows: int = 10) -> str:
-    """What was found, for a reader: of few images each detection, of many each phrase."""
+    """The detections as text: of few images each detection, of many a line for each phrase."""
     texts = [phrase["text"] for phrase in content["phrases"]]
     width = min(40, max(map(len, texts)))
     lines = []
@@ -279,5 +288,5 @@ def _table(content: dict[str, Any], images: int = 8, rows: int = 10) -> str:
     if absent:
         shown = ", ".join(texts[index] for index in absent[:20])
         more = f" and {len(absent) - 20} more" if len(absent) > 20 else ""
-        lines.append(f"no score of {content['settings']['least']} or more: {shown}{more}")
+        lines.append(f"no score of {content['settings']['threshold']} or more: {shown}{more}")
     return "\n".join(lines)

@@ -10,7 +10,6 @@ from etils import epath
 
 from glip_jax import UserError
 from glip_jax.config import Config
-from glip_jax.inference import category_prompts
 from glip_jax.io import assets
 from glip_jax.labeling.phrases.finders import LexiconPhraseFinder, PhraseFinder
 from glip_jax.structures import prompts
@@ -59,6 +58,8 @@ def read_query(text: str, names: str, names_file: str, config: Config, finder: P
     Raises QueryError: not exactly one is given, nothing to find in it, names that are equal or empty, characters or
     words that the model cannot read, more tokens than it reads; PromptError for a name beyond the budget.
     """
+    from glip_jax.inference import category_prompts  # jax: not for --help
+
     given = [option for option, value in
              (("--text", text), ("--names", names), ("--names-file", names_file)) if value.strip()]  # fmt: skip
     if len(given) != 1:

@@ -1,4 +1,4 @@
-"""The job `report`: the page of a run, from what the run recorded (metrics.jsonl, evaluation.json, detections)."""
+"""The job `report`: the HTML report of a run, from what the run recorded (metrics.jsonl, evaluation.json, detections)."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ from glip_jax.io.workdir import write_atomic
 from glip_jax.structures.batch import Detections
 from glip_jax.training.monitoring.metrics import read
 
-__all__ = ["FORMAT", "Report", "ReportError", "main", "write_page"]
+__all__ = ["FORMAT", "Report", "ReportError", "main", "write_report"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,31 +38,31 @@ FORMAT = 2
 
 
 class ReportError(UserError, ValueError):
-    """A working folder of which no page can be made."""
+    """A working folder of which no HTML report can be made."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Draw the page of a run again: numbers, curves, pictures with true and found boxes, settings and hashes."""
+    """Write the HTML report of a run again: numbers, curves, images with true and detected boxes, settings and hashes."""
 
     workdir: str
     """Folder of the run, local or gs://."""
     out: str = ""
     """Folder with evaluation.json, where report.html goes; default: the working folder."""
     scenes: int = 12
-    """Pictures shown of each evaluated set."""
-    least: float | None = None
-    """Score from which found boxes are drawn; default: where F1 over the set is highest."""
+    """Images shown of each evaluated set."""
+    threshold: float | None = None
+    """Score from which detections are drawn; default: where F1 over the set is highest."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `report --workdir=DIR`. Raises CommandLineError, and what `write_page` raises."""
-    job = flags(argv, Report, "report", "--workdir=runs/demo --scenes=24")
-    logger.info(f"HTML report: {write_page(job.workdir, job.scenes, job.least, job.out)}")
+    """Runs `report --workdir=DIR`. Raises CommandLineError, and what `write_report` raises."""
+    job = flags(argv, Report, "report", "--workdir=runs/demo --scenes=24", {"--least": "--threshold"})
+    logger.info(f"HTML report: {write_report(job.workdir, job.scenes, job.threshold, job.out)}")
     return exit_codes.DONE
 
 
-def write_page(workdir: str, scenes: int = 12, least: float | None = None, out: str = "") -> epath.Path:
+def write_report(workdir: str, scenes: int = 12, threshold: float | None = None, out: str = "") -> epath.Path:
     """Writes report.html from `workdir`/metrics.jsonl and `out`/evaluation.json into `out`, and returns its path.
 
     `out` is `workdir` where it is empty.
@@ -96,7 +96,7 @@ def write_page(workdir: str, scenes: int = 12, least: float | None = None, out: 
         raise ReportError(f"{recorded} or its detections cannot be read ({error!r}): run `evaluate` again") from error
     page = folder / "report.html"
     title = f"glip_jax: {PurePath(workdir).name}"
-    text = render(title, evaluated, _curves(lines), notes, scenes, least, summary)
+    text = render(title, evaluated, _curves(lines), notes, scenes, threshold, summary)
     write_atomic(page, text)
     return page
 

@@ -1,4 +1,4 @@
-"""The command line: overrides, nearest names, one clear message for each mistake; the door's table of jobs."""
+"""The command line: overrides, nearest names, one clear message for each mistake; the table of jobs."""
 
 import subprocess
 import sys
@@ -150,7 +150,7 @@ Pets = Annotated[Cats, tyro.conf.subcommand("cats")] | Annotated[Dogs, tyro.conf
         (Cats, ["a", "--number=x"], "--number=x: expected an integer; "),
         (Cats, ["a", "--of.rde=2"], "unknown option --of.rde; did you mean --of.red?"),
         (Cats, [], "missing: STR Where they are; python -m glip_jax pets --help"),
-        (Pets, ["cast", "a"], "unknown form 'cast'; did you mean cats?"),
+        (Pets, ["cast", "a"], "unknown format 'cast'; did you mean cats?"),
         (Pets, ["cats", "a", "--nmuber=2"], "did you mean --number?"),
         (Pets, [], "Expected one of {cats, dogs}"),
     ],
@@ -176,7 +176,7 @@ def test_help_teaches(job, capsys):
     assert f"example: python -m glip_jax {job} " in out and "75 stopped by SIGTERM (saved: run again)" in out
 
 
-def test_the_door_lists_jobs_and_proposes_the_nearest(capsys):
+def test_the_entry_point_lists_jobs_and_proposes_the_nearest(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(job in out for job in JOBS)
@@ -187,6 +187,28 @@ def test_the_door_lists_jobs_and_proposes_the_nearest(capsys):
     assert main([]) == 2
 
 
-def test_the_door_is_a_program():
+def test_the_entry_point_is_a_program():
     run = subprocess.run([sys.executable, "-m", "glip_jax", "--help"], capture_output=True, text=True)
     assert run.returncode == 0 and "train" in run.stdout
+
+
+_LIGHT = ("predict", "evaluate", "label", "export", "import", "data")
+_HELP = f"""
+import contextlib, io, sys
+from glip_jax.__main__ import main
+for job in {_LIGHT}:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        main([job, "--help"])
+    heavy = [name for name in ("jax", "flax", "orbax", "optax", "torch", "matplotlib") if name in sys.modules]
+    assert not heavy, (job, heavy)
+"""
+
+
+def test_help_loads_no_heavy_library():
+    run = subprocess.run([sys.executable, "-c", _HELP], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_an_old_flag_works_and_is_named(caplog):
+    assert flags(["x", "--count=3"], Cats, "pets", renamed={"--count": "--number"}) == Cats("x", 3)
+    assert "--count is renamed: use --number" in caplog.text

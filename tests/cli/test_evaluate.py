@@ -12,7 +12,7 @@ from PIL import Image
 from glip_jax.cli import evaluate
 from glip_jax.config import EvaluationConfig, MeshConfig
 from glip_jax.distributed.mesh import make_mesh
-from glip_jax.io.checkpoint import Checkpoints, Saved, fingerprint, restore_parameters
+from glip_jax.io.checkpoint import Checkpoints, Saved, fingerprint, open_checkpoint, restore_parameters
 from glip_jax.io.workdir import write_atomic, write_started_from
 from glip_jax.training.state import fresh_parameters
 from tests import tiny_run
@@ -125,7 +125,7 @@ def test_the_report_lies_where_it_was_asked_for_and_is_whole(run, evaluated):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config={run}/tiny.py"], "no working folder"),
+        (["--config={run}/tiny.py"], "no checkpoint: expected --checkpoint="),
         (["--config={run}/tiny.py", "--workdir={run}/nothing"], "holds no complete checkpoint"),
         (["--config={run}/tiny.py", "--workdir={run}/run", "--step=5"], "no checkpoint of step 5; there are: [7]"),
         (
@@ -154,7 +154,7 @@ def test_a_config_without_sets_is_refused(run):
     config = tiny_run.config()
     assert config.evaluation == EvaluationConfig()
     with pytest.raises(evaluate.CommandLineError, match="evaluation.sets is empty"):
-        evaluate.evaluate_checkpoint(config, str(run / "run"))
+        evaluate.evaluate_checkpoint(config, open_checkpoint(str(run / "run")), str(run / "out"))
 
 
 def test_an_evaluation_that_is_there_is_left_unless_something_moved(run, tmp_path, evaluated, capsys):
@@ -166,7 +166,8 @@ def test_an_evaluation_that_is_there_is_left_unless_something_moved(run, tmp_pat
     assert "nothing is measured twice" in capsys.readouterr().out and out.read_text() == before
 
     def done(*more):
-        return evaluate._done(evaluate.parse([*command, *more], evaluate.EvaluateArguments, "evaluate"))
+        arguments = evaluate.parse([*command, *more], evaluate.EvaluateArguments, "evaluate")
+        return evaluate._done(arguments, open_checkpoint(arguments.workdir), arguments.out)
 
     assert done() and done("--measure-chunking")
     assert not done("--config.detection.nms-iou=0.5") and not done("--config.evaluation.parameters=raw")

@@ -14,12 +14,11 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from glip_jax.cli import export_weights
-from glip_jax.cli.saved_settings import saved_settings
+from glip_jax.cli import checkpoint_argument
 from glip_jax.distributed import exit_codes
 from glip_jax.inference import Detector
-from glip_jax.io.checkpoint import fingerprint, restore_parameters
-from glip_jax.weights import verification
+from glip_jax.io.checkpoint import fingerprint, open_checkpoint, restore_parameters
+from glip_jax.weights import export, verification
 from tests.parity.folder import model_config, read_meta
 from tests.run_job import run_job
 
@@ -78,12 +77,16 @@ def test_glip_pth_has_exactly_the_original_s_tensors(exported):
 
 @pytest.mark.parametrize("form", ["glip-pth", "huggingface"])
 def test_import_export_import_is_the_same_bits(workdir, exported, tmp_path, form):
-    heads = [f"--config.model.text.heads={saved_settings(str(workdir)).model.text.heads}"] if form == "glip-pth" else []
+    heads = (
+        [f"--config.model.text.heads={open_checkpoint(str(workdir)).config.model.text.heads}"]
+        if form == "glip-pth"
+        else []
+    )
     assert run_job("import", [str(exported(form)), f"--workdir={tmp_path / 'again'}", *heads]) == exit_codes.DONE
     first, second = (fingerprint(restore_parameters(str(folder))) for folder in (workdir, tmp_path / "again"))
     assert first == second
     if form == "huggingface":
-        assert saved_settings(str(tmp_path / "again")) == saved_settings(str(workdir))
+        assert open_checkpoint(str(tmp_path / "again")).config == open_checkpoint(str(workdir)).config
 
 
 _USER = """
@@ -119,7 +122,7 @@ def test_transformers_finds_the_same_boxes_without_us(workdir, exported, tmp_pat
     done = subprocess.run(command, capture_output=True, text=True, env=clean, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    detector = Detector(saved_settings(str(workdir)), restore_parameters(str(workdir)), batch_size=2)
+    detector = Detector(open_checkpoint(str(workdir)).config, restore_parameters(str(workdir)), batch_size=2)
     for theirs, ours in zip(found, detector.categories(pictures, NAMES), strict=True):
         assert len(theirs["scores"]) == len(ours.scores) > 3
         np.testing.assert_allclose(theirs["scores"], ours.scores, atol=1e-4)
@@ -157,14 +160,14 @@ def test_onnx_takes_other_sizes_and_batches(exported):
 
 
 def test_an_export_that_differs_is_thrown_away(workdir, tmp_path, monkeypatch, capsys):
-    honest = export_weights.write
+    honest = export.write
 
     def careless(form, out, params, config):
         head = dict(params["head"])
         head["bias0"] = np.asarray(head["bias0"]) + 2e-3
         honest(form, out, {**params, "head": head}, config)
 
-    monkeypatch.setattr(export_weights, "write", careless)
+    monkeypatch.setattr(export, "write", careless)
     assert run(workdir, tmp_path / "x.pth", "glip-pth") == exit_codes.BAD_INPUT
     err = capsys.readouterr().err
     assert "differs from the network it came from: logits by" in err
@@ -178,7 +181,7 @@ def test_ctrl_c_leaves_nothing_and_a_killed_export_is_cleared_away(workdir, tmp_
         (out / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export_weights, "write", interrupted)
+    monkeypatch.setattr(export, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(workdir, tmp_path / "x", "huggingface")
     assert list(tmp_path.iterdir()) == []
@@ -193,8 +196,8 @@ def test_ctrl_c_leaves_nothing_and_a_killed_export_is_cleared_away(workdir, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--format=glip-pth"], "no working folder"),
-        (["--workdir={run}"], "nowhere to write to"),
+        (["--format=glip-pth"], "nowhere to write to"),
+        (["--out={tmp}/x"], "no checkpoint: expected --checkpoint="),
         (["--workdir={run}", "--out={tmp}"], "is there already"),
         (["--workdir={run}", "--out={tmp}/x", "--format=glip-pth"], "ends in .pth"),
         (["--workdir={run}", "--out={tmp}/x", "--format=hugingface"], "Expected one of"),
@@ -216,14 +219,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(workdir, tmp_path, capsys, arg
 
 
 def test_networks_that_glip_cannot_be_are_refused(workdir, tmp_path, monkeypatch, capsys):
-    honest = export_weights.chosen_settings
+    settings_of = checkpoint_argument.settings_of
 
     def resized(*arguments):
-        config = honest(*arguments)
+        config = settings_of(*arguments)
         head = dataclasses.replace(config.model.head, coarse_offsets="resized", offset_bound=3)
         return dataclasses.replace(config, model=dataclasses.replace(config.model, head=head))
 
-    monkeypatch.setattr(export_weights, "chosen_settings", resized)
+    monkeypatch.setattr(checkpoint_argument, "settings_of", resized)
     assert run(workdir, tmp_path / "x.pth", "glip-pth") == exit_codes.BAD_INPUT
     err = capsys.readouterr().err
     assert "model.head.coarse_offsets is resized, GLIP's is flat" in err

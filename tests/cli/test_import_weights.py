@@ -12,10 +12,9 @@ import torch
 from flax import traverse_util
 
 from glip_jax import __main__ as door
-from glip_jax.cli import import_weights
 from glip_jax.config import BackboneConfig, Config, FusionConfig, HeadConfig, flatten
 from glip_jax.distributed import exit_codes
-from glip_jax.io import checkpoint
+from glip_jax.io import checkpoint, workdir
 from glip_jax.io.checkpoint import latest_step, restore_parameters, saved_config
 from glip_jax.io.workdir import started_from
 from tests.weights.networks import SMALL, mmdetection, parameters, state
@@ -257,6 +256,6 @@ def test_ctrl_c_leaves_nothing(released, tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    monkeypatch.setattr(import_weights, "write_started_from", interrupted)
+    monkeypatch.setattr(workdir, "write_started_from", interrupted)
     assert run(capsys, released, f"--workdir={tmp_path / 'run'}")[0] == exit_codes.CANCELLED
     assert os.listdir(tmp_path / "run") == ["notes.txt"] and latest_step(str(tmp_path / "run")) is None

@@ -342,7 +342,10 @@ def test_a_full_disk_ends_in_a_line_and_the_same_command_goes_on(run, many, tmp_
             ["{run}/captions", "--out=s3://bucket/x", "--workdir=x"],
             "expected a local folder or gs://BUCKET/FOLDER, s3:/",
         ),
-        (["{run}/captions", "--out=x"], "expected one teacher, --workdir=DIR or --detections=FILE.json, found neither"),
+        (
+            ["{run}/captions", "--out=x"],
+            "expected one teacher, --checkpoint=DIR or --detections=FILE.json, found neither",
+        ),
         (["{run}/captions", "--out=x", "--workdir=y", "--detections=z"], "found both"),
         (["{run}/captions", "--out=x", "--detections={run}/found.json"], "--categories=ANNOTATIONS.json"),
         (["{run}/captions", "--out=x", "--workdir={run}/run", "--threshold=1.5"], "--threshold=1.5: expected 0 <="),
@@ -351,7 +354,7 @@ def test_a_full_disk_ends_in_a_line_and_the_same_command_goes_on(run, many, tmp_
             ["{run}/captions", "--out=x", "--workdir={run}/run", "--threshold-for=sbu=0.4"],
             "no such source; there are: cc",
         ),
-        (["{run}/captions", "--out=x", "--workdir={run}/run", "--most-boxes=0"], "--most-boxes=0: expected 1 or more"),
+        (["{run}/captions", "--out=x", "--workdir={run}/run", "--most-boxes=0"], "--max-boxes=0: expected 1 or more"),
         (["{run}/captions", "{run}/captions", "--out=x", "--workdir={run}/run"], "two of the folders are named cc"),
         (["{run}/nothing", "--out=x", "--workdir={run}/run"], "does not exist"),
         (["{run}/captions", "--out=x", "--workdir={run}/nothing"], "holds no complete checkpoint"),
@@ -367,9 +370,9 @@ def test_a_full_disk_ends_in_a_line_and_the_same_command_goes_on(run, many, tmp_
         (["{run}/captions", "--out=x", "--detections={run}/names.json", "--categories={run}/names.json"], "names.json"),
         (["{run}/captions", "--out=x", "--workdir={run}/run", "--treshold=0.4"], "did you mean --threshold"),
         (["{run}/captions", "--out=x", "--workdir={run}/run", "--lease=nan"], "--lease=nan: expected 1 or more"),
-        (["{run}/captions", "--out=x", "--workdir=y", "--categories=z"], "--categories says nothing"),
-        (["{run}/captions", "--out=x", "--detections=y", "--categories=z", "--step=3"], "--step says nothing"),
-        (["{run}/captions", "--out=x", "--detections=y", "--categories=z", "--no-ema"], "--no-ema says nothing"),
+        (["{run}/captions", "--out=x", "--workdir=y", "--categories=z"], "--categories has no meaning"),
+        (["{run}/captions", "--out=x", "--detections=y", "--categories=z", "--step=3"], "--step has no meaning"),
+        (["{run}/captions", "--out=x", "--detections=y", "--categories=z", "--no-ema"], "--no-ema has no meaning"),
         (
             [
                 "{run}/captions",

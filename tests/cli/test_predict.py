@@ -10,21 +10,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glip_jax.cli import predict
 from glip_jax.cli.query import separated
-from glip_jax.cli.saved_settings import saved_settings
 from glip_jax.config import Config, ConfigError, EvaluationSet, MeshConfig, flatten
 from glip_jax.config.saved import unflatten
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.mesh import make_mesh
 from glip_jax.inference import Detector
-from glip_jax.io.checkpoint import Checkpoints, Saved
+from glip_jax.io.checkpoint import Checkpoint, Checkpoints, Saved, open_checkpoint
 from glip_jax.io.workdir import write_config
 from glip_jax.training.state import fresh_parameters
 from tests import tiny_run
 from tests.run_job import run_job
 
-ALL = ("--least=0", "--config.detection.threshold=0", "--config.detection.max_detections=6")
+ALL = ("--threshold=0", "--config.detection.threshold=0", "--config.detection.max_detections=6")
 CONFIG = tiny_run.replace(tiny_run.config(), "evaluation", short_side=64, long_side=64, batch_size=2)
 
 
@@ -66,7 +64,7 @@ def test_names_are_chunked_and_numbered_as_given(run, tmp_path, capsys):
     assert [(image["file"], image["width"], image["height"]) for image in content["images"]] == [
         (files[0], 64, 64), (files[1], 128, 64), (files[2], 50, 60)]  # fmt: skip
     for image in content["images"]:
-        assert image["detections"], "with no least score something is found"
+        assert image["detections"], "with a threshold of 0 something is found"
         scores = [found["score"] for found in image["detections"]]
         assert scores == sorted(scores, reverse=True)
         for found in image["detections"]:
@@ -99,14 +97,16 @@ def test_a_sentence_goes_through_the_phrase_finder(run, tmp_path, capsys):
     assert [phrase["text"] for phrase in content["phrases"]] == ["a red cup", "a dog"]
 
 
-def test_the_least_score_is_kept_and_what_is_not_found_is_said(run, tmp_path, capsys):
+def test_the_threshold_and_what_is_not_found(run, tmp_path, capsys):
     image, out = _image(tmp_path / "a.png"), tmp_path / "out"
     _predict(run, image, "--names=cat,dog", f"--out={out}", *ALL)
     scores = [found["score"] for found in _content(out)["images"][0]["detections"]]
-    least = sorted(scores)[len(scores) // 2]
-    _predict(run, image, "--names=cat,dog", f"--out={out}", *ALL, f"--least={least}")
+    threshold = sorted(scores)[len(scores) // 2]
+    capsys.readouterr()
+    _predict(run, image, "--names=cat,dog", f"--out={out}", *ALL, f"--least={threshold}")
+    assert "--least is renamed: use --threshold" in capsys.readouterr().err
     again = [found["score"] for found in _content(out)["images"][0]["detections"]]
-    assert 0 < len(again) < len(scores) and min(again) >= least
+    assert 0 < len(again) < len(scores) and min(again) >= threshold
     _predict(run, image, "--names=cat,dog", f"--out={out}")
     assert _content(out)["images"][0]["detections"] == []
     assert "no score of 0.3 or more: cat, dog" in capsys.readouterr().out
@@ -130,18 +130,18 @@ def test_folders_files_with_names_and_many_images(run, tmp_path, capsys):
         "pictures/0_1.png"
     ]
     told = capsys.readouterr()
-    assert "files with other endings passed over 1" in told.out
+    assert "files with other endings skipped 1" in told.out
     assert "images 10, shapes 1, prompts 1, programs compiled or read from the cache 3" in told.out
     assert "images, best" in told.out and "predict:" in told.err
 
 
-def test_a_picture_stored_turned_is_seen_upright(run, tmp_path):
+def test_an_exif_rotated_image_is_upright(run, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     upright = _image(tmp_path / "upright.png", 40, 60)
     with Image.open(upright) as image:
-        image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    _predict(run, upright, tmp_path / "turned.png", "--names=cat", f"--out={tmp_path / 'out'}", *ALL)
+        image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "rotated.png", exif=exif)
+    _predict(run, upright, tmp_path / "rotated.png", "--names=cat", f"--out={tmp_path / 'out'}", *ALL)
     first, second = _content(tmp_path / "out")["images"]
     assert (first["turned"], second["turned"]) == (False, True)
     assert (second["width"], second["height"]) == (40, 60)
@@ -149,7 +149,7 @@ def test_a_picture_stored_turned_is_seen_upright(run, tmp_path):
 
 
 def test_the_settings_are_the_checkpoints(run, tmp_path, capsys):
-    assert saved_settings(run) == CONFIG
+    assert open_checkpoint(str(run)).config == CONFIG
     image = _image(tmp_path / "a.png")
     _predict(run, image, "--names=cat", f"--out={tmp_path / 'out'}", "--config.detection.nms_iou=0.25")
     assert _content(tmp_path / "out")["settings"]["detection"]["nms_iou"] == 0.25
@@ -160,6 +160,23 @@ def test_the_settings_are_the_checkpoints(run, tmp_path, capsys):
     path = tiny_run.config_file(tmp_path, {})
     _predict(run, image, "--names=cat", f"--out={tmp_path / 'out'}", f"--config={path}", "--step=3")
     assert _content(tmp_path / "out")["settings"]["short_side"] == 800
+
+
+def test_a_checkpoint_is_named_by_working_folder_or_step(run, tmp_path, capsys):
+    image, contents = _image(tmp_path / "a.png"), []
+    for option in (f"--workdir={run}", f"--checkpoint={run}", f"--checkpoint={run}/checkpoints/3"):
+        assert run_job("predict", [image, "--names=cat", f"--out={tmp_path / 'out'}", option, *ALL]) == 0
+        contents.append(_content(tmp_path / "out"))
+        assert (contents[-1]["workdir"], contents[-1]["step"]) == (str(run), 3)
+    assert contents[0]["images"] == contents[1]["images"] == contents[2]["images"]
+    capsys.readouterr()
+    for options, message in (
+        ([], "no checkpoint: expected --checkpoint="),
+        ([f"--workdir={run}", f"--checkpoint={run}"], "both name a checkpoint"),
+        ([f"--checkpoint={run}/checkpoints/3", "--step=4"], "--step=4"),
+    ):
+        assert run_job("predict", [image, "--names=cat", f"--out={tmp_path / 'no'}", *options]) == exit_codes.BAD_INPUT
+        assert message in capsys.readouterr().err
 
 
 def test_saved_settings_come_back_through_json():
@@ -191,9 +208,9 @@ def test_saved_settings_come_back_through_json():
         (["--text=" + " . ".join(tiny_run.NAMES) + " . " + "red dog " * 8], "the first phrase beyond is 'red dog"),
         (["--text=they are running"], "no noun phrase found"),
         (["--names-file=/nowhere/names.txt"], "--names-file=/nowhere/names.txt cannot be read"),
-        (["--names=cat", "--least=2"], "expected 0 <= least < 1"),
-        (["--names=cat", "--least=much"], "--least=much: expected a number"),
-        (["--names=cat", "--leest=0.1"], "did you mean --least"),
+        (["--names=cat", "--threshold=2"], "expected 0 <= threshold < 1"),
+        (["--names=cat", "--threshold=much"], "--threshold=much: expected a number"),
+        (["--names=cat", "--treshold=0.1"], "did you mean --threshold"),
         (["--names=cat", "--step=7"], "holds no checkpoint of step 7; there are: [3]"),
         (["--names=cat", "--config.detection.nms=3"], "did you mean --config.detection.nms_iou"),
         (["--names=cat", "--workdir=/nowhere"], "no complete checkpoint"),
@@ -262,8 +279,8 @@ def test_an_output_that_cannot_be_written(run, tmp_path, capsys):
 
 
 def test_parameters_of_another_network_get_one_line(run, tmp_path, monkeypatch, capsys):
-    saved = predict.finite_parameters
-    monkeypatch.setattr(predict, "finite_parameters", lambda *which: {**saved(*which), "head": {}})
+    saved = Checkpoint.parameters
+    monkeypatch.setattr(Checkpoint, "parameters", lambda *which: {**saved(*which), "head": {}})
     _predict(run, _image(tmp_path / "a.png"), "--names=cat", f"--out={tmp_path / 'out'}", code=2)
     told = capsys.readouterr().err
     assert told.startswith("predict: the checkpoint's parameters do not fit the network") and told.count("\n") == 1
