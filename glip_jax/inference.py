@@ -268,10 +268,10 @@ class Detector:
                 extent = np.tile(np.asarray(canvas, np.int32), (len(size), 1))
         levels = self._encode_image(self.params, np.stack(pixels), size, extent)
         # The first prompts of all images, then the second: if all have equally many, no features are gathered.
-        asked = [(row, *given[turn]) for turn in range(max(map(len, queries))) for row, given in enumerate(queries)
+        requests = [(row, *given[turn]) for turn in range(max(map(len, queries))) for row, given in enumerate(queries)
                  if turn < len(given)]  # fmt: skip
-        for begin in range(0, len(asked), self.batch_size):
-            part = asked[begin : begin + self.batch_size]
+        for begin in range(0, len(requests), self.batch_size):
+            part = requests[begin : begin + self.batch_size]
             rows = np.asarray([row for row, _, _ in part])
             rest = np.asarray([row for row in range(self.batch_size) if row not in rows], np.int64)
             rows = np.concatenate([rows, np.resize(rest, self.batch_size - len(part))]).astype(np.int64)

@@ -51,9 +51,9 @@ def choose(
     """
     if likeness is None or hard_share <= 0:
         return rng.permutation(available)[:count].tolist()
-    alike = np.argsort(-likeness, kind="stable")[: 2 * round(hard_share * count)]
-    alike = alike[likeness[alike] > 0]
-    hard = rng.permutation(alike)[: round(hard_share * count)]
+    similar = np.argsort(-likeness, kind="stable")[: 2 * round(hard_share * count)]
+    similar = similar[likeness[similar] > 0]
+    hard = rng.permutation(similar)[: round(hard_share * count)]
     rest = rng.permutation(np.setdiff1d(np.arange(available), hard))[: max(0, count - len(hard))]
     return rng.permutation(np.concatenate([hard, rest]).astype(np.int64)).tolist()
 

@@ -40,13 +40,13 @@ def crop_boxes(
     than one pixel.
     """
     top, left, height, width = window
-    moved = boxes - np.array([left, top, left, top], np.float32)
-    cut = np.clip(moved, 0, np.array([width - 1, height - 1] * 2, np.float32))
-    area = (moved[:, 2:] - moved[:, :2] + 1).prod(1)
+    shifted = boxes - np.array([left, top, left, top], np.float32)
+    clipped = np.clip(shifted, 0, np.array([width - 1, height - 1] * 2, np.float32))
+    area = (shifted[:, 2:] - shifted[:, :2] + 1).prod(1)
     # Sides of the intersection; negative for a box outside of the window.
-    inside = np.minimum(moved[:, 2:], [width - 1, height - 1]) - np.maximum(moved[:, :2], 0) + 1
-    visible = (np.maximum(inside, 0).prod(1) / area).astype(np.float32)
-    return cut, (visible >= min_visible) & (cut[:, 2:] > cut[:, :2]).all(1), visible
+    overlap = np.minimum(shifted[:, 2:], [width - 1, height - 1]) - np.maximum(shifted[:, :2], 0) + 1
+    visible = (np.maximum(overlap, 0).prod(1) / area).astype(np.float32)
+    return clipped, (visible >= min_visible) & (clipped[:, 2:] > clipped[:, :2]).all(1), visible
 
 
 def jitter(
