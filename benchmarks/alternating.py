@@ -1,8 +1,8 @@
-"""Two implementations of one network, timed in turn in one run: each in a process of its own, on the same cores.
+"""Times two implementations alternately in one run, each in a process of its own on the same cores.
 
-A benchmark names its sides and what each can run; `main` reads the command line, starts a process a side, pins it to the
-first cores, and lets rounds alternate between them, so that other load hits both. Both get huge pages from the allocator,
-as `scripts/` sets it. Memory is the peak of what is resident after two uncounted runs: parameters and gradients, but no
+A benchmark names its sides and what each can run. `main` parses the command line, starts a process per side, pins it to the first
+cores, and alternates rounds between the sides, so that other load affects both. Both use huge pages in the allocator, as
+`scripts/` sets them. Memory is the peak resident memory after two uncounted runs: it includes parameters and gradients, but not
 compilation.
 """
 
@@ -25,7 +25,7 @@ Device = Literal["cpu", "gpu"]
 
 
 class Settings(NamedTuple):
-    """What a side is told."""
+    """Settings of a side."""
 
     threads: int
     remat: Remat
@@ -33,18 +33,18 @@ class Settings(NamedTuple):
 
 
 Runs = dict[str, Callable[[], None]]
-"""By mode, what one timed run does; it returns when the result is there."""
+"""For each mode a function that does one timed run; it returns when the result is available."""
 Side = Callable[[Settings], Runs]
 
 
 def _peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
+    """Peak resident memory of this process."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
 
 def _work(side: str, runs: Runs) -> None:
-    """Answers each line `mode` on standard input with its seconds and the peak of memory since the mode's first runs."""
+    """For each line `mode` on stdin prints the seconds of a run and the peak memory since the first runs of the mode."""
     warm: set[str] = set()
     print("ready", flush=True)
     for line in sys.stdin:
@@ -91,14 +91,14 @@ class _Worker:
         return line
 
     def measure(self, mode: str) -> dict:
-        """One run after the first ones, which are not counted."""
+        """One run after the uncounted first ones."""
         assert self.process.stdin is not None
         print(mode, file=self.process.stdin, flush=True)
         return json.loads(self._answer())
 
 
 def _compare(module: str, sides: list[str], settings: Settings, rounds: int, modes: list[str]) -> None:
-    """Prints a table of medians for one number of threads; ratios are over the last side."""
+    """Prints a table of medians for one number of threads; ratios are relative to the last side."""
     workers = {side: _Worker(module, side, settings) for side in sides}
     for mode in modes:
         results: dict[str, list[dict]] = {side: [] for side in sides}
@@ -121,7 +121,7 @@ def _compare(module: str, sides: list[str], settings: Settings, rounds: int, mod
 
 
 def main(module: str, about: str, sides: Mapping[str, Side], modes: Sequence[str] = ("forward", "step")) -> None:
-    """Reads the command line of the benchmark `module` and compares its sides, the last being what ratios are over."""
+    """Parses the command line of the benchmark `module` and compares its sides; ratios are relative to the last one."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about.split("\n\n")[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)

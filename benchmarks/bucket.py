@@ -1,9 +1,9 @@
-"""Training data from a bucket beside the same from the local disk: seconds for the same records, and the same batches.
+"""Times reading of training data from a bucket and from the local disk: the same records, and the same batches.
 
-Sides: `far`, an emulator on loopback whose every answer comes 20 ms later, as a region's storage answers; `near`, the bare
-emulator; `local`, the folder. Modes: `read-cold`, 128 records in random order by eight threads, nothing of them on the disk; `read-warm`,
-the same again from the cache; `batches-cold` and `batches-warm`, 12 batches of 8 on canvases of short side 480. The
-256 records are JPEGs of 480 x 640 made of noise, in four shards. The emulator works on the same cores.
+Sides: `far`, an emulator on loopback that delays every response by 20 ms, like the storage of a region; `near`, the emulator
+without delay; `local`, the folder. Modes: `read-cold`, 128 records in random order by eight threads with an empty cache;
+`read-warm`, the same records from the cache; `batches-cold` and `batches-warm`, 12 batches of 8 on canvases of short side 480. The
+256 records are noise JPEGs of 480 x 640 in four shards. The emulator runs on the same cores.
 """
 
 import atexit
@@ -46,7 +46,7 @@ def _records() -> Iterator[Record]:
 
 
 def _server(delay: str) -> None:
-    """Starts the storage in a process of its own, and points this one to it."""
+    """Starts the emulator in a process of its own, and configures this process to use it."""
     running = subprocess.Popen(
         [sys.executable, "-m", "tests.io.faulty_storage", delay], cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         text=True,
@@ -103,7 +103,7 @@ def _side(delay: str | None) -> Callable[[Settings], Runs]:
 
             return runs
 
-        del settings  # its threads are the cores that the process is pinned to
+        del settings  # the number of threads is that of the pinned cores
         return dict(zip(_MODES, (cold(read), read, cold(batches), batches)))
 
     return side

@@ -1,7 +1,7 @@
-"""Times GLIP-T here beside MM-Grounding-DINO-T of `transformers` on torch, on one CPU, alternating in one run.
+"""Compares the time of GLIP-T with that of MM-Grounding-DINO-T of `transformers` on torch, on one CPU, alternating in one run.
 
 Full sizes, random weights, 480 x 640 pixels, 256 tokens, batch 1, float32: `forward` in evaluation mode, and `step`,
-forward + loss + backward in training mode (dropout on; targets assigned, no optimizer). How: `benchmarks/alternating.py`.
+forward + loss + backward in training mode (dropout on; targets assigned, no optimizer). See `benchmarks/alternating.py`.
 
     python -m benchmarks.compare_mm_grounding_dino --threads 1 2 --rounds 3
 """
@@ -14,7 +14,7 @@ HEIGHT, WIDTH, TOKENS, BOXES = 480, 640, 256, 10
 
 
 def glip_runs(settings: Settings) -> Runs:
-    """Ours, compiled at the first call."""
+    """glip_jax, compiled at the first call."""
     import jax
 
     from benchmarks.sample import abstract_params, made_batch, tiny
@@ -47,7 +47,7 @@ def glip_runs(settings: Settings) -> Runs:
 
 
 def peer_runs(settings: Settings) -> Runs:
-    """Theirs, eager."""
+    """The PyTorch network, eager."""
     import torch
     import transformers
 

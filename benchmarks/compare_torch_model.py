@@ -1,8 +1,8 @@
-"""Times GLIP-T here beside the PyTorch network that `export` writes, on one machine, alternating in one run.
+"""Compares the time of GLIP-T with that of the PyTorch network that `export` writes, on one machine, alternating in one run.
 
 The same random weights on both sides, 480 x 640 pixels, 256 tokens, batch 1, float32: `forward`, and `step`: forward,
 the gradient of a fixed random projection of all outputs, and one AdamW update of every parameter. No dropout, targets
-or losses on either side, since the exported network has none. How: `benchmarks/alternating.py`.
+or losses on either side, since the exported network has none. See `benchmarks/alternating.py`.
 
     python -m benchmarks.compare_torch_model --threads 1 2 --rounds 3
     python -m benchmarks.compare_torch_model --device gpu --threads 4
@@ -20,7 +20,7 @@ RATE = 1e-6
 
 
 def _arrays(config: Config) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-    """Pixels [1 H W 3], tokens [1 T], and what logits, deltas and centerness are multiplied by."""
+    """Pixels [1 H W 3], tokens [1 T], and the random projections of logits, deltas and centerness."""
     from glip_jax.structures import boxes as box
 
     rng = np.random.default_rng(0)
@@ -42,7 +42,7 @@ def _parameters(config: Config) -> Any:
 
 
 def glip_runs(settings: Settings) -> Runs:
-    """Ours, compiled at the first call."""
+    """glip_jax, compiled at the first call."""
     import jax
     import jax.numpy as jnp
     import optax

@@ -1,15 +1,15 @@
-"""Times JPEG -> training batch at 800 x 1333: the mixture beside a PyTorch DataLoader that does the original's work.
+"""Times JPEG to training batch at 800 x 1333: the mixture and a PyTorch DataLoader with the preprocessing of the original.
 
-200 JPEGs of COCO's sizes (made here, or photographs given by GLIP_JAX_PHOTOGRAPHS=DIR), batches of 8 at the largest
-scale, everything on the given number of cores:
+200 JPEGs of COCO's sizes (generated, or photographs in GLIP_JAX_PHOTOGRAPHS=DIR), batches of 8 at the largest scale, all on the
+given number of cores:
 
 * `glip_jax`: `Mixture.batches` of a detection source: record, decode, resize, flip, caption, tokens, one uint8 batch.
   Normalisation is part of the step, on the device.
-* `bare codec`: decode and resize of the fastest well-kept codec alone, in threads: no boxes, no text, no batch. As the
-  libraries are called, each picture in a new array; and `in place`, into the same memory again and again.
-* `torch DataLoader`: PIL decode, bilinear resize, flip, normalise in float32, pad, as the original; a worker a core.
+* `bare codec`: only decode and resize with the fastest maintained codec, in threads: no boxes, no text, no batch. Each image in a
+  new array, or `in place`, into the same memory.
+* `torch DataLoader`: PIL decode, bilinear resize, flip, normalise in float32, pad, as the original; one worker per core.
 
-Seconds are per 100 batches, from a standing start. How: `benchmarks/alternating.py`.
+Seconds are per 100 batches, including the start. See `benchmarks/alternating.py`.
 
     python -m benchmarks.data --threads 1 2 --rounds 5
 """
@@ -33,7 +33,7 @@ MEAN, STD = np.array([103.53, 116.28, 123.675], np.float32), np.array([57.375, 5
 
 
 def pictures() -> list[bytes]:
-    """JPEG files: photographs, or made ones of 480 x 640 and 640 x 480 pixels with grain, 155 kB each as COCO's are 163."""
+    """JPEG files: photographs, or generated ones of 480 x 640 and 640 x 480 pixels with noise, 155 kB each (COCO: 163 kB)."""
     folder = os.environ.get("GLIP_JAX_PHOTOGRAPHS")
     if folder:
         files = sorted(Path(folder).glob("*.jpg"))
@@ -80,7 +80,7 @@ def glip_runs(settings: Settings) -> Runs:
         labels = tuple(rng.integers(0, 80, 7).tolist())
         return Record(str(number), "detection", image, height, width, boxes.astype(np.float32), labels)
 
-    # Grain's shuffle is slow on a few hundred records and on no other number.
+    # Grain's shuffle is slow only for a few hundred records.
     files = itertools.islice(itertools.cycle(pictures()), RECORDS)
     shards.write((record(*pair) for pair in enumerate(files)), folder, name="benchmark", names=names)
     config = base.__class__(
@@ -99,7 +99,7 @@ def glip_runs(settings: Settings) -> Runs:
     mixture, step = Mixture(config), 0
 
     def run() -> None:
-        # A new stream each time: what is read ahead between two runs would be free for this side, and a load on the others.
+        # A new stream per run: prefetching between runs would cost this side nothing, and slow down the others.
         nonlocal step
         batches = mixture.batches(step)
         step += BATCHES
@@ -111,7 +111,7 @@ def glip_runs(settings: Settings) -> Runs:
 
 
 def codec_runs(settings: Settings, reuse: bool = False) -> Runs:
-    """libjpeg-turbo and OpenCV's resize, nothing else; with `reuse` into memory that is there already."""
+    """Only libjpeg-turbo and OpenCV's resize; with `reuse` into existing memory."""
     import cv2
     import simplejpeg
 
@@ -139,12 +139,12 @@ def codec_runs(settings: Settings, reuse: bool = False) -> Runs:
 
 
 def codec_alone_runs(settings: Settings) -> Runs:
-    """The same, without a new array for each picture."""
+    """The same, without a new array per image."""
     return codec_runs(settings, reuse=True)
 
 
 def torch_runs(settings: Settings) -> Runs:
-    """What the original's loader does to an image (glip-reference 4.7), collated and padded to a multiple of 32."""
+    """The preprocessing of the original's loader, collated and padded to a multiple of 32."""
     import torch
 
     files = pictures()

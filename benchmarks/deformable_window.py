@@ -1,11 +1,11 @@
-"""Compiles one 3 x 3 deformable convolution over P3-P7 for a TPU that is not there: gathers against windowed products.
+"""Compiles one 3 x 3 deformable convolution over P3-P7 for an absent TPU: gathers and windowed products.
 
 `libtpu` from PyPI compiles ahead of time on a CPU. Forward and backward pass, 256 channels, bfloat16:
 
     python -m benchmarks.deformable_window --topology v5e:2x2 --bound 4
 
-Bytes and operations are the compiler's cost analysis. It knows nothing of what happens inside a Pallas kernel, but takes
-what the kernel declares: every copy of a block between HBM and VMEM, counted from its grid, with padding.
+Bytes and operations are the compiler's cost analysis. It does not see inside a
+Pallas kernel, but uses the kernel's declaration: every copy of a block between HBM and VMEM, counted from its grid, with padding.
 """
 
 import argparse
@@ -17,7 +17,7 @@ _STRIDES = (8, 16, 32, 64, 128)
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--forms", nargs="+", choices=("gather", "window"), default=("gather", "window"))
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1344)
     parser.add_argument("--channels", type=int, default=256)
     arguments = parser.parse_args()
-    # Before jax asks for its devices: libtpu reads them once.
+    # Set before JAX initialises its devices: libtpu reads them once.
     from glip_jax.distributed.chips import topology
     from glip_jax.planning.compile import environment
 
@@ -44,7 +44,7 @@ def main() -> None:
     from glip_jax.models import deformable
     from glip_jax.models.deformable import Taps, deformable_convolution, rows_of
 
-    deformable._MAX_GATHERED = 1 << 30  # the analysis counts a loop's body once, so all outputs at once
+    deformable._MAX_GATHERED = 1 << 30  # the analysis counts the body of a loop once, so no loop is used
     chip = topologies.get_topology_desc(arguments.topology, "tpu").devices[0]
     mesh = Mesh(np.array([[[chip]]]), ("data", "fsdp", "tensor"))
     whole = NamedSharding(mesh, PartitionSpec())
@@ -79,7 +79,7 @@ def main() -> None:
 
         for name, function, inputs in (("forward", forward, given), ("forward + backward", both, (given, gradients))):
             begin = time.perf_counter()
-            # A kernel is lowered for the chip of the mesh that is set.
+            # Pallas kernels are lowered for the chip of the current mesh.
             with jax.set_mesh(mesh):
                 compiled = jax.jit(function).lower(*inputs).compile()
             seconds, cost = time.perf_counter() - begin, compiled.cost_analysis() or {}

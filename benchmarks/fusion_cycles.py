@@ -1,7 +1,7 @@
-"""Cycles that a TPU's compiler expects of one fusion block, forward and backward, by where dropout's random bits come from.
+"""Cycles of one fusion block, forward and backward, estimated by the TPU compiler for different sources of dropout's random bits.
 
-`libtpu` from PyPI compiles ahead of time on a CPU, here to the end, for only then it says what operations cost. One image of
-800 x 1344 (22,400 locations), 256 tokens, bfloat16, GLIP-T's heads and rate; three to four minutes a row:
+`libtpu` from PyPI compiles ahead of time on a CPU, here including code generation, which gives the estimates. One image of
+800 x 1344 (22,400 locations), 256 tokens, bfloat16, GLIP-T's heads and rate; three to four minutes per row:
 
     python -m benchmarks.fusion_cycles --topology v5e:2x2
 """
@@ -16,12 +16,12 @@ SOURCES = ("threefry", "hash", "none")
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES, help="none: without dropout")
     arguments = parser.parse_args()
-    # Before jax asks for its devices: libtpu reads them once.
+    # Set before JAX initialises its devices: libtpu reads them once.
     from glip_jax.distributed.chips import topology
     from glip_jax.planning.compile import environment
 
@@ -58,7 +58,7 @@ def main() -> None:
     )
     key = there(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))))
     print(f"{chip.device_kind}, one image, {_LOCATIONS} locations, {_TOKENS} tokens, forward + backward")
-    print("random bits   million cycles    ms    GB touched   compile s")
+    print("random bits   million cycles    ms    GB accessed   compile s")
     for source in arguments.sources:
         fusion.hashed_bits = hashed if source == "hash" else lambda key, shape: jax.random.bits(key, shape, jnp.uint32)
         config = dataclasses.replace(model.fusion, **({"dropout": 0.0} if source == "none" else {}))

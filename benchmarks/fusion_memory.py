@@ -1,4 +1,4 @@
-"""Peak of temporaries of a stack of fusion layers, forward + backward, as the compiler plans it; nothing is run.
+"""Peak temporary memory of a stack of fusion layers, forward and backward, from the compiled program; nothing is run.
 
 GLIP-T's six layers over the 22,400 anchors of an 800 x 1344 image and 256 tokens, float32:
 
@@ -20,7 +20,7 @@ __all__ = ["compiled_bytes"]
 
 
 class _Layers(nn.Module):
-    """Fusion layers one after another, scanned as the head scans them."""
+    """Consecutive fusion layers, scanned as in the head."""
 
     config: ModelConfig
     layers: int
@@ -83,7 +83,7 @@ def compiled_bytes(config: ModelConfig, layers: int, anchors: int, remat: bool =
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--anchors", type=int, default=22_400)

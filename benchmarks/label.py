@@ -1,14 +1,14 @@
-"""Times labelling beside bare inference of the same images: what reading, phrases, choosing boxes and writing cost.
+"""Times labelling and bare inference of the same images: the cost of reading, phrase finding, box selection and writing.
 
-300 JPEGs with a caption each, the demo's network with random parameters at its own size (256 pixels): the quicker the
-network, the harder for what is around it. Captions are more than a Detector remembers, so every text is encoded again. Random
-parameters find some fifty boxes for every phrase; the threshold lies where two of them, as of a trained teacher, are above.
+300 JPEGs with one caption each; the demo's network with random parameters at its own size (256 pixels), because the overhead is most
+visible with a fast network. There are more captions than the Detector caches, so every text is encoded again. Random parameters give
+about fifty boxes per phrase; the threshold is set so that two of them are kept, as with a trained teacher.
 
-* `label`: the job without its start: shards in, records and JPEG read, phrases found, boxes chosen, pseudo shards, report
-  and manifest written.
-* `bare`: the same Detector on the same images and prompts, decoded and prepared before, in the same batches, each waited for.
+* `label`: the job without its start: reads shards, records and JPEGs, finds phrases, selects boxes, writes pseudo shards, report
+  and manifest.
+* `bare`: the same Detector on the same images and prompts, decoded and prepared in advance, in the same batches, each waited for.
 
-Throughput relative to bare inference is the inverse of the ratio. How: `benchmarks/alternating.py`.
+Throughput relative to bare inference is the inverse of the ratio. See `benchmarks/alternating.py`.
 
     python -m benchmarks.label --threads 2 --rounds 5
 """
@@ -38,7 +38,7 @@ WORDS = (
 
 
 def _captions() -> list[str]:
-    """Different captions of three to five phrases."""
+    """Distinct captions of three to five phrases."""
     rng = random.Random(0)
     return [f"{' near '.join(rng.sample(WORDS, rng.randint(3, 5)))} at number {i}" for i in range(CAPTIONS)]
 
@@ -62,7 +62,7 @@ def _setting(folder: Path) -> tuple[Any, Any, Any]:
     records = []
     for number, caption in enumerate(_captions()):
         data = images[number % len(images)]
-        # Images that are alike would share their features; bytes behind a JPEG's end are no part of the picture.
+        # Identical images would share their features; bytes after the end of a JPEG do not change the image.
         data += number.to_bytes(4, "little")
         height, width = ((480, 640), (480, 640), (640, 480))[number % len(images) % 3]
         records.append(Record(str(number), "caption", data, height, width, boxes_array(()), caption=caption))
@@ -76,7 +76,7 @@ def _setting(folder: Path) -> tuple[Any, Any, Any]:
 
 
 def label_runs(_: Settings) -> Runs:
-    """Each run labels into a new folder."""
+    """Labels into a new folder in each run."""
     from glip_jax.data.records import decode_image
     from glip_jax.labeling.pseudo import Rules
     from glip_jax.labeling.run import Input, LabelingJob, run
@@ -94,7 +94,7 @@ def label_runs(_: Settings) -> Runs:
     )  # fmt: skip
 
     def once() -> None:
-        # Standard output is what the two processes speak over.
+        # The two processes communicate over stdout.
         with tempfile.TemporaryDirectory(dir=folder) as out, contextlib.redirect_stdout(sys.stderr):
             run(dataclasses.replace(plan, out=f"{out}/made"))
 
@@ -102,7 +102,7 @@ def label_runs(_: Settings) -> Runs:
 
 
 def bare_runs(_: Settings) -> Runs:
-    """Images and prompts are there before the clock runs."""
+    """Detects with images and prompts that are prepared in advance."""
     from glip_jax.data.records import decode_image
     from glip_jax.inference import bucket
 

@@ -1,10 +1,10 @@
-"""How much of the canvases of a config is padding, and how much images shrink to fit, over the sizes in annotation files.
+"""Padding of a config's canvases, and loss of resolution of images that shrink to fit, for the sizes in annotation files.
 
     python -m benchmarks.padding --config=configs/glip_tiny.py instances_train2017.json ...
 
-Reads "images" with "height" and "width" of COCO's form. Every image meets every short side, as it does in training over
-time. `padding` is the share of canvas pixels that no image covers; `resolution` is an image's height over the height it
-would have without a canvas.
+Reads "images" with "height" and "width" from COCO JSON files. Every image is combined with every short side, as over time in training.
+`padding` is the fraction of canvas pixels that no image covers; `resolution` is the height of an image relative to its height
+without a canvas.
 """
 
 import argparse
@@ -24,7 +24,7 @@ __all__ = ["Row", "measure", "sizes_of"]
 
 
 class Row(NamedTuple):
-    """What the canvases of one aspect, or of all, do to their images."""
+    """Statistics of the canvases of one aspect ratio, or of all."""
 
     aspect: float
     """Height / width; 0: all."""
@@ -33,7 +33,7 @@ class Row(NamedTuple):
     """Compiled shapes."""
     padding: float
     resolution: float
-    """Mean."""
+    """Mean over images."""
     least_resolution: float
 
 
@@ -43,7 +43,7 @@ def sizes_of(path: Path) -> list[tuple[int, int]]:
 
 
 def measure(sizes: Sequence[tuple[int, int]], data: DataConfig, multiple: int = 32) -> list[Row]:
-    """A row per aspect that has images, then one of all."""
+    """One row per aspect ratio with images, then one for all."""
     heights, widths = np.array(sizes).T
     nearest = nearest_aspect(heights, widths, data.aspects)
     rows, covered, whole, ratios, shapes = [], 0, 0, [], set()
@@ -67,7 +67,7 @@ def measure(sizes: Sequence[tuple[int, int]], data: DataConfig, multiple: int = 
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("annotations", nargs="+", type=Path)
     parser.add_argument("--config", default="")

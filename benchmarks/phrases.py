@@ -1,10 +1,10 @@
-"""How far the two phrase finders agree on a file of captions, and how fast each is.
+"""Agreement of the two phrase finders on a file of captions, and their speed.
 
     python -m benchmarks.phrases captions.tsv.gz
     python -m benchmarks.phrases captions_val2017.json --limit 2000
 
-Captions are one a line (of a line with tabs the last field; .gz too) or COCO's JSON. The second finder (spaCy) stands as
-the truth of precision and recall; neither is one. Needs requirements-spacy.txt and requirements-spacy-model.txt.
+Captions are given one per line (the last field of lines with tabs; also .gz) or as COCO's JSON. Precision and recall are relative to the
+second finder (spaCy), which is no ground truth. Needs requirements-spacy.txt and requirements-spacy-model.txt.
 """
 
 import argparse
@@ -24,7 +24,7 @@ Span = tuple[int, int]
 
 
 class Agreement(NamedTuple):
-    """Phrases of one finder against those of another, over the same captions."""
+    """Agreement of the phrases of two finders on the same captions."""
 
     found: int
     expected: int
@@ -33,17 +33,17 @@ class Agreement(NamedTuple):
     same_head: int
     """Phrases with the same head noun at the same place."""
     extra: Counter[str]
-    """Phrases that only the first has, in small letters."""
+    """Lower-case phrases that only the first finder has."""
     missed: Counter[str]
 
     @property
     def precision(self) -> float:
-        """Share of the first's phrases that the second has too."""
+        """Fraction of the first finder's phrases that the second one has."""
         return self.same / max(self.found, 1)
 
     @property
     def recall(self) -> float:
-        """Share of the second's phrases that the first has too."""
+        """Fraction of the second finder's phrases that the first one has."""
         return self.same / max(self.expected, 1)
 
     @property
@@ -53,12 +53,12 @@ class Agreement(NamedTuple):
 
     @property
     def head_f1(self) -> float:
-        """The same of heads."""
+        """F1 of head nouns."""
         return 2 * self.same_head / max(self.found + self.expected, 1)
 
 
 def captions_of(path: Path) -> list[str]:
-    """The captions of a file, in order; lines without any are passed over."""
+    """The captions of a file, in order; empty lines are skipped."""
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     text = data.decode("utf-8-sig")
     if path.name.removesuffix(".gz").endswith(".json"):
@@ -84,7 +84,7 @@ def agreement(
 
 def _run(name: Literal["lexicon", "spacy"], captions: Sequence[str]) -> list[Phrases]:
     finder = phrase_finder(name)
-    # The first captions fill caches and start libraries.
+    # Warm-up: the first captions fill caches and load libraries.
     for caption in captions[:100]:
         finder.find(caption)
     start = time.perf_counter()
@@ -92,14 +92,14 @@ def _run(name: Literal["lexicon", "spacy"], captions: Sequence[str]) -> list[Phr
     rate = len(captions) / (time.perf_counter() - start)
     dropped = sum((Counter(result.dropped) for result in results), Counter())
     phrases = sum(len(result.spans) for result in results)
-    told = ", ".join(f"{reason} {count:,}" for reason, count in dropped.most_common())
-    print(f"| {name} | {phrases:,} | {phrases / len(captions):.2f} | {rate:,.0f} | {told} |")
+    drops = ", ".join(f"{reason} {count:,}" for reason, count in dropped.most_common())
+    print(f"| {name} | {phrases:,} | {phrases / len(captions):.2f} | {rate:,.0f} | {drops} |")
     print(f"    {name} {finder.version}")
     return results
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("captions", type=Path)
     parser.add_argument("--limit", type=int, default=0, help="only so many captions; 0: all")

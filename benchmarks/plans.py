@@ -1,10 +1,10 @@
-"""The table of plans in docs/results/plans.md: GLIP-T and GLIP-L on five pods, at the largest images that a config can ask for (800 x 1344).
+"""Prints the table of plans in docs/results/plans.md: GLIP-T and GLIP-L on five pods, at the largest canvas (800 x 1344).
 
-    python -m benchmarks.plans              the table of what was compiled before; the rest by formula
-    python -m benchmarks.plans --compile    compiles what is missing first, one cell after another (libtpu; no TPU)
+    python -m benchmarks.plans              the table from cached compilations; missing cells by formula
+    python -m benchmarks.plans --compile    compiles missing cells first, one after another (libtpu; no TPU)
 
-A cell takes some four minutes of one idle core. Each is kept in --cache under a key of settings, code and versions, so
-the same command goes on where it stopped, and after a change of the network all of them are missing again.
+A cell takes about four minutes of one idle core. Cells are cached in --cache under a key of settings, code and versions, so the same
+command resumes an interrupted run; after a change of the network all cells are missing again.
 """
 
 import argparse
@@ -32,14 +32,14 @@ class Cell(NamedTuple):
     network: str
     pod: str
     images: int
-    """A chip."""
+    """Images per chip."""
     fsdp: int
     bound: int = 4
-    """`model.head.offset_bound`; 0 is what released weights want."""
+    """`model.head.offset_bound`; 0, as required by released weights, is no bound."""
 
     @property
     def name(self) -> str:
-        """For --only and for the file of the compiled text."""
+        """Name for --only, and for the file of the compiled program."""
         return f"{self.network}@{self.pod}" + ("" if self.bound else "-unbounded")
 
 
@@ -60,7 +60,7 @@ CELLS = (
 
 
 def settings(cell: Cell) -> Config:
-    """The network's config for a cell: its batch, its mesh, enough processes that read (as many as a host has cores)."""
+    """The network's config for a cell: its batch, its mesh, one worker process per host core."""
     base, chips = CONFIGS[cell.network](), topology(cell.pod)
     head = dataclasses.replace(base.model.head, offset_bound=cell.bound)
     return dataclasses.replace(
@@ -72,7 +72,7 @@ def settings(cell: Cell) -> Config:
 
 
 def planned(cell: Cell, statistics: CompileStatistics | None) -> Roofline:
-    """The roofline of a cell from what was compiled, or by formula."""
+    """The roofline of a cell, from the compiled step or by formula."""
     config, chips = settings(cell), topology(cell.pod)
     mesh = abstract_mesh(config, chips)
     state = state_bytes(abstract_state(config, mesh), abstract_batch(config, CANVAS, mesh))
@@ -80,7 +80,7 @@ def planned(cell: Cell, statistics: CompileStatistics | None) -> Roofline:
 
 
 def row(cell: Cell, statistics: CompileStatistics | None) -> str:
-    """A line of the table in Markdown."""
+    """A row of the Markdown table."""
     found, chips = planned(cell, statistics), topology(cell.pod)
     if statistics is None:
         memory = f"not run (state {(sum(found.memory.values())) / 2**30:.1f}) of {found.memory_limit / 2**30:.0f}"
@@ -115,7 +115,7 @@ HEAD = (
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--compile", action="store_true", help="compile the cells that are missing")
     parser.add_argument("--only", nargs="*", default=[], help=f"cells such as {CELLS[0].name}")

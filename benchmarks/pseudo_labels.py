@@ -1,21 +1,22 @@
-r"""How good a teacher's labels are, by the score from which they are kept: pseudo shards against the captions' true boxes.
+r"""Precision and recall of pseudo labels by score threshold, against ground-truth boxes of the captions.
 
     python -m glip_jax label SHARDS --workdir=runs/teacher --out=labelled --threshold=0.05
     python -m benchmarks.pseudo_labels labelled truth.json --plot=labels.png
 
-TRUTH is one or more of MDETR's JSON for the same captions (`captions/truth.json` of picture scenes, GoldG, COCO's captions
-with boxes). Label with a low threshold: what lies below it is not in the shards. A pseudo box is right if it overlaps by a
-half (IoU, plain corners) a true box of the true phrase that shares most characters with its own, each true box being met
-once, best scores first. Boxes of phrases that touch no true phrase are not judged, and counted: a truth need not mark
-every phrase.
+TRUTH is one or more JSON files in MDETR's format for the same captions (`captions/truth.json` of synthetic scenes, GoldG, COCO's
+captions with boxes). Label with a low threshold: boxes below it are not in the shards. A pseudo box is correct if its IoU (plain
+corners) with a true box of the matching true phrase is at least 0.5; the matching phrase is the one that shares most characters, and
+each true box is matched once, in the order of descending scores. Boxes of phrases that overlap no true phrase are not judged, but
+counted, since the ground truth need not mark every phrase.
 
-Or TRUTH is COCO's annotations of the images, boxes with classes and no phrases. Then a phrase's true boxes are all of the
-class that its head noun names, so that a right box is of the right kind of thing; whether it is the one that is meant
-("a dog" beside two dogs) nobody has written down: such phrases stand apart as "one of several". Not judged, and counted:
-phrases that name no class, two of one caption that name the same, and those of which the image has a crowd box. Recall
-is over captions that have a record, others are not known here. `--classes=0.5` lists precision by class above 0.5.
+Alternatively TRUTH is COCO's annotations of the images, boxes with classes but without phrases. The true boxes of a phrase are then
+all boxes of the class that its head noun names, so a correct box has the right class; whether it is the instance that the phrase
+refers to ("a dog" beside two dogs) is not annotated: such phrases are listed separately as "one of several". Not judged, but counted:
+phrases that name no class, two phrases of a caption that name the same class, and phrases whose class has a crowd box in the image.
+Recall is over captions that have a record. `--classes=0.5` lists precision by class above 0.5.
 
-`--names=ANNOTATIONS.json` (COCO's form) shows phrases that say one of its names apart, such as names that the teacher never saw.
+`--names=ANNOTATIONS.json` (COCO's format) lists phrases that contain one of its names separately, such as names that the teacher
+never saw.
 """
 
 import argparse
@@ -48,13 +49,13 @@ _APART = "these names"
 
 @dataclass
 class Judged:
-    """Pseudo boxes of a kind of phrase with their scores, and how many true ones there are."""
+    """Pseudo boxes of a group of phrases with their scores, and the number of true boxes."""
 
     true: int = 0
     scores: list[float] = field(default_factory=list)
     right: list[bool] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
-    """Per box the id of its record."""
+    """Record id of each box."""
 
     def at(self, threshold: float) -> tuple[int, float, float]:
         """Boxes above the threshold, their precision (nan for none) and recall."""
@@ -78,7 +79,7 @@ def judge(
         for phrase in image.phrases:
             for name in _groups(image, phrase, groups):
                 judged[name].true += len(phrase.boxes)
-    # By object: ids of several files may be the same.
+    # Keyed by object, as ids of several files may be equal.
     seen: set[int] = set()
     for record in records:
         image = _of(record, by_caption[record.caption.strip()])
@@ -90,7 +91,7 @@ def judge(
         left_out["boxes of phrases that touch no true phrase"] += owners.count(-1)
         order = sorted((row for row, owner in enumerate(owners) if owner >= 0), key=lambda row: -record.scores[row])
         numbers = np.array([owners[row] for row in order], np.int64)
-        # Pseudo boxes are inclusive pixels, true ones plain corners.
+        # Pseudo boxes are in inclusive pixels, true boxes have plain corners.
         found = record.boxes[order] + np.array([0, 0, 1, 1], np.float32)
         true = np.concatenate([np.asarray(phrase.boxes, np.float32) for phrase in image.phrases])
         true_numbers = np.repeat(np.arange(len(image.phrases)), [len(phrase.boxes) for phrase in image.phrases])
@@ -193,7 +194,7 @@ def _saying(names: Sequence[str], known: Sequence[str]) -> Any:
 
 
 def measured(judged: Mapping[str, Judged]) -> str:
-    """A table in Markdown: a row a threshold; captions with a box, and per group boxes, precision and recall."""
+    """A Markdown table with a row per threshold: captions with a box, and boxes, precision and recall of each group."""
     every = judged["all"]
     head = [
         "score above",
@@ -212,7 +213,7 @@ def measured(judged: Mapping[str, Judged]) -> str:
 
 
 def _thresholds(judged: Judged) -> list[float]:
-    """Those at which boxes differ: nothing is known below what the labelling kept."""
+    """The thresholds of the table; below that of the labelling nothing is known."""
     least = min(judged.scores, default=0.0)
     return [
         threshold for threshold in THRESHOLDS if threshold >= max((t for t in THRESHOLDS if t < least), default=0.0)
@@ -220,7 +221,7 @@ def _thresholds(judged: Judged) -> list[float]:
 
 
 def _classes(judged: Mapping[str, Judged], threshold: float) -> str:
-    """A table in Markdown: a row a class, most boxes above the threshold first."""
+    """A Markdown table with a row per class, ordered by the number of boxes above the threshold."""
     lines = [f"| class, score above {threshold} | boxes | precision | true boxes | recall |", "|---" * 5 + "|"]
     for name, own in sorted(judged.items(), key=lambda item: -item[1].at(threshold)[0]):
         count, precision, recall = own.at(threshold)
@@ -231,19 +232,19 @@ def _classes(judged: Mapping[str, Judged], threshold: float) -> str:
 
 def _plot(judged: Mapping[str, Judged]) -> bytes:
     lines = {}
-    # Kinds where no names are apart: more lines would hide one another.
+    # Kinds are plotted only without --names: more curves would overlap.
     shown = {name: own for name, own in judged.items() if name in ("all", _APART)} if _APART in judged else judged
     thresholds = _thresholds(judged["all"])
     for name, own in shown.items():
         for column, what in ((1, "precision"), (2, "recall")):
-            # More lines would hide one another, and "one of several" need not find all.
+            # More curves would overlap, and recall is not meaningful for "one of several".
             if len(shown) <= 3 or name == "all" or what == "precision":
                 lines[f"{name}: {what}"] = (thresholds, [own.at(threshold)[column] for threshold in thresholds])
     return draw_curves(lines, "share", across="score from which boxes are kept")
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("shards", help="folder of pseudo records")
     parser.add_argument(

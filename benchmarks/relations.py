@@ -1,12 +1,12 @@
-"""Whether a run understands relations, or only finds the name: relational phrases of picture scenes, taken apart.
+"""Relational phrases of synthetic scenes: whether a run resolves the relation, or only finds objects of the name.
 
     python -m benchmarks.relations runs/ablations/scenes/validation_phrases runs/ablations/a-0 runs/ablations/b-0 ...
 
-A relational phrase ("the smaller snail", "a snail left of two red apples") means some of the boxes of its name. The
-evaluation's recall@1 asks for one of those; here the best box of every phrase is sorted into: *meant*, *another of the
-name* (which only the relation tells apart), *elsewhere*. A run that finds the name and knows nothing of relations is right
-as often as the meant ones are many among all of the name: *by chance*. Needs the detections that `evaluate` wrote into
-the runs' folders; the boxes that no phrase means are not in the annotations, so the scenes are drawn again.
+A relational phrase ("the smaller snail", "a snail left of two red apples") refers to some of the boxes of its name. recall@1 of the
+evaluation requires one of those; here the best box of every phrase is classified as *meant*, *another of the name* (which only the
+relation distinguishes) or *elsewhere*. A run that finds the name and ignores relations is correct with a probability that is the
+fraction of meant boxes among those of the name: *by chance*. Needs the detections that `evaluate` wrote into the runs' folders. Boxes
+that no phrase refers to are not in the annotations, so the scenes are drawn again.
 """
 
 import argparse
@@ -29,16 +29,16 @@ PICTURES = Path(__file__).parent.parent / "gcs" / "sample" / "pictures"
 
 
 class RelationalPhrase(NamedTuple):
-    """A relational phrase: where its detections are, and the boxes of its name."""
+    """A relational phrase, the index of its detections, and the boxes of its name."""
 
     image: int
     phrase: int
     size: bool
-    """By a size word; otherwise by a relation to other things."""
+    """Whether it is selected by a size word; otherwise by a relation to other objects."""
     boxes: Any
-    """Float32[N 4]: all of the name, xyxy."""
+    """Float32[N 4]: all boxes of the name, xyxy."""
     meant: tuple[bool, ...]
-    """Which of them."""
+    """Which of them the phrase refers to."""
 
 
 def relational_phrases(folder: Path) -> list[RelationalPhrase]:
@@ -77,7 +77,7 @@ def _of_scene(image: int, scene: Scene) -> list[RelationalPhrase]:
 
 
 def counted(phrases: Sequence[RelationalPhrase], run: Path) -> Counter[str]:
-    """What the best boxes of a run are, and what chance would be right of those on the name."""
+    """Counts of the classes of the best boxes of a run, and the expected number that chance would get right."""
     best: dict[tuple[int, int], dict[str, Any]] = {}
     for entry in json.loads((run / "detections_phrases.json").read_text()):
         key = entry["image_id"], entry["phrase"]

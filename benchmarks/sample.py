@@ -1,4 +1,4 @@
-"""Random parameters and one made batch in the sizes that the benchmarks measure."""
+"""Random parameters and a generated batch in the sizes of the benchmarks."""
 
 import dataclasses
 
@@ -21,13 +21,13 @@ def tiny(dtype: str = "float32", remat: str = "none") -> Config:
 
 
 def with_head_blocks(config: Config, blocks: int) -> Config:
-    """The same with another number of head blocks."""
+    """`config` with another number of head blocks."""
     head = dataclasses.replace(config.model.head, blocks=blocks)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, head=head))
 
 
 def abstract_params(config: Config) -> tuple:
-    """(the model's init as a function of a key, the shapes of what it returns)."""
+    """(the model's init as a function of a key, the shapes of its result)."""
     model = GLIP(config.model)
     tokens = jnp.zeros((1, config.model.text.max_tokens), jnp.int32)
     inputs = (jnp.zeros((1, 256, 256, 3)), jnp.full((1, 2), 256, jnp.int32), tokens, tokens == 0)
@@ -39,7 +39,7 @@ def abstract_params(config: Config) -> tuple:
 
 
 def made_batch(config: Config, height: int, width: int, images: int = 1, boxes: int = 10) -> Batch:
-    """Noise with boxes at random places; box i belongs to token 2 i + 1 of a prompt that fills the token budget."""
+    """A batch of noise with boxes at random positions; box i belongs to token 2 i + 1 of a prompt that fills the token budget."""
     rng = np.random.default_rng(0)
     slots, length = config.data.max_boxes, config.model.text.max_tokens
     corner = rng.uniform(0, 0.7, (images, slots, 2))

@@ -1,8 +1,8 @@
-"""Opening many shards, and many steps of the mixture: seconds to the first batch, and resident memory along the way.
+"""Seconds until the first batch of many shards, and resident memory over many steps of the mixture.
 
-A detection source of 1,000 shards (made here; 10 records each) beside one of captions with phrases. Prints the seconds
-from opening the folders to the first batch, in a process that has read none of them, then draws 10,000 batches of 8 and
-prints what is resident every 500; memory is flat when the last half grows by no more than the spread of its readings.
+A detection source of 1,000 generated shards (10 records each) and one of captions with phrases. Prints the seconds from opening the
+folders to the first batch, in a process that has not read them before, then draws 10,000 batches of 8 and prints the resident memory
+every 500; memory is flat if it grows in the last half by no more than the spread of its readings.
 
     python -m benchmarks.streaming --steps 10000
 """
@@ -21,7 +21,7 @@ SHARDS, RECORDS, SIDE, BATCH = 1000, 10_000, 96, 8
 
 
 def _make(folder: Path) -> None:
-    """Both sources."""
+    """The config with both sources."""
     from glip_jax.data import shards
     from glip_jax.data.records import Record, boxes_array
     from glip_jax.data.scenes.backgrounds import background
@@ -46,13 +46,13 @@ def _make(folder: Path) -> None:
 
 
 def _resident() -> int:
-    """Bytes resident in this process."""
+    """Resident memory of this process in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) * 1024
 
 
 def _read(folder: Path, steps: int) -> None:
-    """Opens, times, draws."""
+    """Runs the benchmark."""
     from configs.demo import get_config
     from glip_jax.config import Config, DataConfig, SourceConfig, TrainConfig
     from glip_jax.data.mixture import Mixture

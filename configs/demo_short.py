@@ -1,4 +1,4 @@
-"""The demo in a short form, to see that everything works: `scripts/pretrain.sh --short`. Nothing is learnt in 20 steps."""
+"""A short form of the demo, to check that everything works: `scripts/pretrain.sh --short`. 20 steps learn nothing."""
 
 import dataclasses
 

@@ -1,14 +1,15 @@
-"""GLIP-L: Swin-L, eight head blocks, four detection sets, grounding, 24 million captioned images.
+"""GLIP-L: Swin-L, eight head blocks, four detection data sets, grounding, 24 million captioned images.
 
-    steps    1,000,000 of batches of 64, in float32 in the original (here bfloat16, as in GLIP-T)
-    solver   as GLIP-T, but decay 0.01, which falls by 10 at two thirds of the way to each milestone, and no averages
-    mixture  FourODs: objects365 x 2, openimages x 1, visual_genome without COCO's pictures x 3, imagenet_boxes x 2;
-             GoldG: flickr30k x 8, goldg x 4; captions x 1, boxes of a score above 0.5, up to 20 other captions packed beside each
+    steps    1,000,000 with batches of 64, in float32 in the original (here bfloat16, as in GLIP-T)
+    solver   as GLIP-T, but weight decay 0.01, reduced by 10 at two thirds of the way to each milestone, and no EMA
+    mixture  FourODs: objects365 x 2, openimages x 1, visual_genome without COCO's images x 3, imagenet_boxes x 2;
+             GoldG: flickr30k x 8, goldg x 4; captions x 1, boxes with a score above 0.5, packed with up to 20 other captions
 
-The backbone starts from Microsoft's Swin-L of ImageNet-22k, window 12; its patches and first stage are not trained. The paper's
-captions are Cap24M, packed with up to 19 others (CC12M and SBU; 78.1 M boxes), the released weights' CC3M, CC12M and SBU: COCO zero-shot 49.8 and 51.4. The
-mixture's list of files was not released, its copies were; one copy of the captions is ours. Words whose boxes are all unsure count as
-absent in the original, here as unknown (`SourceConfig.threshold`).
+The backbone is initialised from Microsoft's Swin-L of ImageNet-22k, window 12; patch embedding and first stage are frozen. The
+paper uses Cap24M, packed with up to 19 others (CC12M and SBU; 78.1 M boxes), the released weights CC3M, CC12M and SBU: COCO
+zero-shot 49.8 and 51.4. The list of files of the mixture was not released, the numbers of copies were; one copy of the captions
+is our choice. Phrases whose boxes all have a low score count as absent in the original, and as unlabelled here
+(`SourceConfig.threshold`).
 """
 
 from dataclasses import replace

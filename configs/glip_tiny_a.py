@@ -1,6 +1,6 @@
-"""GLIP-T (A): no fusion, Objects365 alone; 30 passes over 609 k records. Otherwise as GLIP-T.
+"""GLIP-T (A): no fusion, Objects365 only; 30 epochs of 609 k records. Otherwise as GLIP-T.
 
-The text is encoded once, by BERT, and never sees the image; logits are taken from its last states. Paper and released
+The text is encoded once, by BERT, independently of the image; logits are computed from its last states. Paper and released
 weights agree: COCO zero-shot 42.9.
 """
 

@@ -1,4 +1,4 @@
-"""GLIP-T (B): with fusion, Objects365 alone; 30 passes over 609 k records. Otherwise as GLIP-T.
+"""GLIP-T (B): with fusion, Objects365 only; 30 epochs of 609 k records. Otherwise as GLIP-T.
 
 Paper and released weights agree: COCO zero-shot 44.9.
 """

@@ -1,7 +1,7 @@
-"""GLIP-T (C): Objects365 and GoldG, no captions; 30 passes over 1.38 M records. Otherwise as GLIP-T, whose teacher it is.
+"""GLIP-T (C): Objects365 and GoldG, no captions; 30 epochs of 1.38 M records. Otherwise as GLIP-T, for which it is the teacher.
 
-COCO zero-shot 46.7 in the paper and with the released weights. On LVIS minival the paper's best checkpoint has 17.7 for
-rare names, the last one, which is released, 14.3.
+COCO zero-shot is 46.7 in the paper and with the released weights. On LVIS minival the paper's best checkpoint has 17.7 for rare
+classes; the last one, which is released, has 14.3.
 """
 
 from dataclasses import replace

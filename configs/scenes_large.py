@@ -1,6 +1,7 @@
-r"""Picture scenes with all names of two styles, for names that no training scene shows; under an hour on two CPU cores.
+r"""Synthetic scenes with all names in two styles, for names that no training scene shows; under an hour on two CPU cores.
 
 The scenes are drawn first:
+
 python -m glip_jax scenes --out=runs/scenes_large/scenes --count=20000 --captions=0 --styles fluent twemoji \
     --names.detection=0 --names.grounding=0 --names.captions=0 --names.unseen=0
 scripts/pretrain.sh --config=configs/scenes_large.py --workdir=runs/scenes_large
@@ -16,7 +17,7 @@ __all__ = ["get_config"]
 
 
 def get_config() -> Config:
-    """447 detection names, 90 more in grounding captions; 89 never seen."""
+    """447 names for detection, 90 more in grounding captions; 89 unseen names."""
     base = demo("runs/scenes_large/scenes")
     return dataclasses.replace(
         base,

@@ -1,4 +1,4 @@
-"""A of the ablation on picture scenes: B without fusion; text and image meet only where they are compared."""
+"""Ablation on synthetic scenes, A: B without fusion; text and image are combined only in the scores."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""B of the ablation on picture scenes: C without grounding, every image a detection scene."""
+"""Ablation on synthetic scenes, B: C without grounding, only detection scenes."""
 
 import dataclasses
 

@@ -1,6 +1,6 @@
-"""T of the ablation on picture scenes: C with captions that a run of C labelled.
+"""Ablation on synthetic scenes, T: C with captions that a run of C labelled.
 
-The labels are each seed's own: --config.data.sources.pseudo.path=DIR, as `scripts/ablate.sh` gives it.
+Each seed has its own labels: --config.data.sources.pseudo.path=DIR, as `scripts/ablate.sh` sets it.
 """
 
 import dataclasses
@@ -18,10 +18,11 @@ def get_config() -> Config:
 def with_pseudo(base: Config, path: str, threshold: float = 0.45) -> Config:
     """`base` with the pseudo records in `path` as a third source, a fifth of all examples.
 
-    `threshold`: of what was labelled from 0.3 on. The boxes of a teacher of 600 steps above 0.45 were right in 47 % and
-    64 % of the true ones (`benchmarks.pseudo_labels`, 800 captions); for names it never saw in 41 % and 30 %. At 0.5 it
-    found 16 % of those, at 0.4 two boxes of three were wrong. A student of 600 steps with a third of pseudo examples gained
-    AP50 on the captions' names (0.072 to 0.095) and lost far more on the 120 with boxes (0.57 to 0.39): hence a fifth.
+    `threshold`: minimum score of the pseudo boxes, which were labelled with threshold 0.3. For a teacher of 600 steps, boxes
+    above 0.45 had a precision of 47 % and a recall of 64 % (`benchmarks.pseudo_labels`, 800 captions), for unseen names 41 %
+    and 30 %. For the latter, recall was 16 % at 0.5, and two of three boxes were wrong at 0.4. A student of 600 steps with a
+    third of pseudo examples gained AP50 on the captions' names (0.072 to 0.095) and lost more on the 120 names with boxes
+    (0.57 to 0.39); a fifth was therefore chosen.
     """
     pseudo = SourceConfig(path, weight=1.0, threshold=threshold)
     sources = {**base.data.sources, "pseudo": pseudo}

@@ -1,7 +1,7 @@
-"""T of the ablation on picture scenes with as many images of the other two sources as C has: a quarter more steps.
+"""Ablation on synthetic scenes, T with as many images of the other two sources as C: a quarter more steps.
 
-Not one of `scripts/ablate.sh`'s four, which see equally many images; it says what T's fewer gold images cost:
---config.data.sources.pseudo.path=DIR as for T.
+Not one of the four runs of `scripts/ablate.sh`, which see equally many images; it measures the cost of T's smaller number of gold
+images: --config.data.sources.pseudo.path=DIR as for T.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The student of `scripts/self_training.sh`: the teacher's data and the captions that it labelled; nothing else differs."""
+"""The student of `scripts/self_training.sh`: as the teacher, plus the captions that the teacher labelled."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The student in the short form of the demo: `scripts/self_training.sh --short`."""
+"""The student in a short form: `scripts/self_training.sh --short`."""
 
 import dataclasses
 
@@ -11,5 +11,5 @@ __all__ = ["get_config"]
 
 def get_config() -> Config:
     base = dataclasses.replace(teacher_short.get_config(), name="student-short")
-    # A detector of 20 steps is sure of nothing.
+    # All scores are low after 20 steps.
     return with_pseudo(base, "runs/self_training-short/pseudo", threshold=0.0)

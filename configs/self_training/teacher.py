@@ -1,4 +1,4 @@
-"""The teacher of `scripts/self_training.sh`: the demo, on the scenes there."""
+"""The teacher of `scripts/self_training.sh`: the demo, on the scenes of that script."""
 
 import dataclasses
 

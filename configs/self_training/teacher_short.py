@@ -1,4 +1,4 @@
-"""The teacher in the short form of the demo: `scripts/self_training.sh --short`."""
+"""The teacher in a short form: `scripts/self_training.sh --short`."""
 
 import dataclasses
 
