@@ -1,11 +1,21 @@
 #!/usr/bin/env bash
-# Environment, ruff, pyright, tests. Other arguments go to pytest: scripts/test.sh tests/structures/test_boxes.py -x
-#   scripts/test.sh --all    also the tests that take minutes each (marked slow), as CI does
-#   scripts/test.sh --tpu    only the tests that compile for TPUs, with libtpu (which needs no TPU) in .cache/libtpu
+# Tests a change. The times are those of two cores that do nothing else and have compiled nothing before.
+#   scripts/test.sh --quick   under 2 minutes: ruff, and the tests that compile no network and start no process
+#   scripts/test.sh           under 8 minutes: also pyright, and of everything else one case that tells most
+#   scripts/test.sh --all     every test, as CI does
+#   scripts/test.sh --tpu     only the tests that compile for TPUs, with libtpu (which needs no TPU) in .cache/libtpu
+#   scripts/test.sh PATH...   these tests alone, whatever their tier, without ruff and pyright: tests/structures/test_boxes.py -x
+# Other arguments go to pytest. The environment is made first.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 
+case "${1:-}" in
+-h | --help)
+    sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit 0
+    ;;
+esac
 environment requirements-test.txt requirements-export.txt requirements-tfds.txt requirements-spacy.txt
 if [ "${1:-}" = --tpu ]; then
     shift
@@ -27,11 +37,17 @@ if [ "${1:-}" = --tpu ]; then
     PYTHONPATH=$PWD/.cache/libtpu${PYTHONPATH:+:$PYTHONPATH} .venv/bin/python -m pytest -q -m tpu "$@"
     exit
 fi
+for argument in "$@"; do
+    if [ -e "${argument%%::*}" ]; then
+        exec .venv/bin/python -m pytest -q -m "not tpu" --dist worksteal "$@"
+    fi
+done
+tier="not slow and not tpu"
+case "${1:-}" in
+--quick) shift && tier="not slow and not tpu and not compiles and not processes" quick=1 ;;
+--all) shift && tier="not tpu" ;;
+esac
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/pyright --pythonpath .venv/bin/python
-if [ "${1:-}" = --all ]; then
-    shift
-    set -- -m "" "$@"
-fi
-.venv/bin/python -m pytest -q "$@"
+[ -n "${quick:-}" ] || .venv/bin/pyright --pythonpath .venv/bin/python
+.venv/bin/python -m pytest -q -m "$tier" "$@"

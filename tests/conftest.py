@@ -3,10 +3,14 @@
 The variables are set before jax is imported and reach the processes that tests start, so these find the same cache.
 """
 
+import collections
+import fcntl
 import importlib.util
 import logging
+import multiprocessing.process
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import hypothesis
@@ -44,6 +48,9 @@ install_import_hook([f"glip_jax.{name}" for name in _ARRAYS], "beartype.beartype
 
 from glip_jax.cli import log  # noqa: E402
 
+# What a marked test takes beside one that is not, roughly.
+_WEIGHTS = {"compiles": 10, "processes": 5, "slow": 10}
+
 # A machine under load is no failure; the examples count, not their time.
 hypothesis.settings.register_profile("glip_jax", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("glip_jax")
@@ -62,11 +69,50 @@ def _caplog():
 
 
 def pytest_collection_modifyitems(items):
-    """Without libtpu nothing compiles for a TPU."""
-    if importlib.util.find_spec("libtpu") is None:
-        for item in items:
-            if item.get_closest_marker("tpu"):
-                item.add_marker(pytest.mark.skip("libtpu is not installed: scripts/test.sh --tpu"))
+    """Files that take long come first, so that the processes end together; without libtpu nothing compiles for a TPU."""
+    cost = collections.Counter()
+    for item in items:
+        if "running" in item.fixturenames:
+            item.add_marker(pytest.mark.processes)
+        cost[item.path] += sum(weight for mark, weight in _WEIGHTS.items() if item.get_closest_marker(mark))
+        if item.get_closest_marker("tpu") and importlib.util.find_spec("libtpu") is None:
+            item.add_marker(pytest.mark.skip("libtpu is not installed: scripts/test.sh --tpu"))
+    items.sort(key=lambda item: -cost[item.path])
+
+
+@pytest.fixture(autouse=True)
+def _started_processes(request, monkeypatch):
+    """Whatever starts a process says so, that scripts/test.sh --quick stays quick. (`git`, which tells the commit, may run.)"""
+    if request.node.get_closest_marker("processes") or request.node.get_closest_marker("slow"):
+        return
+    popen, start = subprocess.Popen.__init__, multiprocessing.process.BaseProcess.start
+
+    def refused(what):
+        raise AssertionError(f"{what} is started: mark the test with @pytest.mark.processes")
+
+    def guarded(self, args, *rest, **options):
+        name = Path(os.fsdecode(args if isinstance(args, str | bytes | os.PathLike) else args[0])).name
+        popen(self, args, *rest, **options) if name == "git" else refused(name)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", guarded)
+    monkeypatch.setattr(
+        multiprocessing.process.BaseProcess,
+        "start",
+        lambda self: refused("a process") if multiprocessing.parent_process() is None else start(self),
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A `tests.tiny_run.Run`, made once by whichever process of pytest comes first; nobody writes into it."""
+    from tests import tiny_run
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with (folder / "trained.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = folder / "trained"
+        return tiny_run.Run(made) if made.exists() else tiny_run.make(made)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ from glip_jax.io.checkpoint import Checkpoints, Saved
 from glip_jax.training.state import fresh_parameters
 from tests import tiny_run
 
+pytestmark = pytest.mark.compiles
+
 CONFIG = tiny_run.config(dropout=0.0)
 CONFIG = tiny_run.replace(CONFIG, "evaluation", short_side=64, long_side=64, batch_size=2)
 CONFIG = tiny_run.replace(CONFIG, "detection", threshold=0.0)

@@ -19,6 +19,8 @@ from glip_jax.structures.batch import Detections, Predictions, Prompt
 from glip_jax.training.state import fresh_parameters
 from tests import tiny_run
 
+pytestmark = pytest.mark.compiles
+
 CANVAS, TOKENS, PHRASES = (64, 96), 6, 3
 MODEL = ModelConfig(pyramid=PyramidConfig(strides=(16, 32)), anchors=AnchorConfig((32, 64)))
 ANCHORS = box.anchors(CANVAS, (16, 32), (32, 64))

@@ -49,6 +49,7 @@ def test_bundled_files_are_found_in_a_checkout_and_installed(monkeypatch, tmp_pa
     assert assets.bundled("gcs/manifests") == tmp_path / "glip_jax" / "bundled" / "gcs" / "manifests"
 
 
+@pytest.mark.processes
 def test_the_import_is_light_and_every_name_is_there():
     heavy = ("jax", "numpy", "flax", "orbax", "tyro")
     code = f"import sys, glip_jax; print([name for name in {heavy} if name in sys.modules])"

@@ -1,11 +1,16 @@
-"""A minute run: two sources of eight drawn pictures each, and a network of a few thousand parameters."""
+"""A minute run: two sources of eight drawn pictures each, and a network of a few thousand parameters.
+
+`Run` is the run of configs/debug.py; the fixture `trained` makes one for a whole session.
+"""
 
 import dataclasses
 import io
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import pytest
 from PIL import Image, ImageDraw
 
 from glip_jax.config import (  # fmt: skip
@@ -107,3 +112,46 @@ def config_file(folder: Path, sources: dict[str, SourceConfig]) -> Path:
         f"    return tiny_run.config({{name: SourceConfig(path) for name, path in {paths!r}.items()}})\n"
     )
     return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What lies in `folder` once `make` has been there."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "debug.py"
+
+    @property
+    def workdir(self) -> Path:
+        """With checkpoints of steps 1 and 2."""
+        return self.folder / "run"
+
+    @property
+    def scenes(self) -> Path:
+        """Two shards of two scenes each, and validation sets of two."""
+        return self.folder / "scenes"
+
+
+SCENES = ("--count=4", "--captions=0", "--validation=2", "--size=96", "--processes=1", "--names.detection=4",
+          "--names.grounding=2", "--names.captions=1", "--names.unseen=1")  # fmt: skip
+
+
+def make(folder: Path) -> Run:
+    """A new `folder` with the run of configs/debug.py, by the jobs `scenes` and `train`, on one device."""
+    from glip_jax.__main__ import main
+    from glip_jax.distributed.mesh import make_mesh
+    from glip_jax.training import loop
+
+    folder.mkdir()
+    run = Run(folder)
+    run.config.write_text(
+        f"from configs.debug import debug\n\n\ndef get_config():\n    return debug({str(run.scenes)!r})\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        assert main(["scenes", f"--out={run.scenes}", *SCENES]) == 0
+        assert main(["train", f"--config={run.config}", f"--workdir={run.workdir}"]) == 0
+    return run

@@ -227,6 +227,7 @@ def _files_up_to(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.compiles
 def test_a_full_disk_in_the_middle_of_a_checkpoint(training, place, capfd, monkeypatch):
     workdir, real = str(place / "run"), Checkpoints.save
     soft = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -253,6 +254,7 @@ def test_a_full_disk_in_the_middle_of_a_checkpoint(training, place, capfd, monke
     assert code == exit_codes.DONE and "resuming at step 2" in out and latest_step(workdir) == 6
 
 
+@pytest.mark.compiles
 def test_a_full_disk_between_checkpoints(training, place, capfd, monkeypatch):
     real = loop.Writer.write
 
@@ -269,6 +271,7 @@ def test_a_full_disk_between_checkpoints(training, place, capfd, monkeypatch):
     )
 
 
+@pytest.mark.compiles
 def test_a_first_checkpoint_that_fails_says_there_is_no_earlier_one(training, place, capfd, monkeypatch):
     real = Checkpoints.save
 
@@ -286,6 +289,7 @@ def test_a_first_checkpoint_that_fails_says_there_is_no_earlier_one(training, pl
     assert "(No space left on device); there is no earlier one: make room there" in line
 
 
+@pytest.mark.compiles
 def test_a_checkpoint_of_another_network_or_other_settings(training, place, capsys):
     assert run(capsys, *training, "--config.train.steps=2")[0] == exit_codes.DONE
     before = {path: path.stat().st_mtime_ns for path in (place / "run").rglob("*") if path.is_file()}

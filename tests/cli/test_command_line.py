@@ -187,6 +187,7 @@ def test_the_entry_point_lists_jobs_and_proposes_the_nearest(capsys):
     assert main([]) == 2
 
 
+@pytest.mark.processes
 def test_the_entry_point_is_a_program():
     run = subprocess.run([sys.executable, "-m", "glip_jax", "--help"], capture_output=True, text=True)
     assert run.returncode == 0 and "train" in run.stdout

@@ -18,6 +18,8 @@ from glip_jax.training.state import fresh_parameters
 from tests import tiny_run
 from tests.run_job import run_job
 
+pytestmark = pytest.mark.compiles
+
 NAMES = ("cat", "dog", "person")
 
 

@@ -22,6 +22,8 @@ from glip_jax.weights import export, verification
 from tests.parity.folder import model_config, read_meta
 from tests.run_job import run_job
 
+pytestmark = pytest.mark.compiles
+
 ROOT = Path(__file__).resolve().parents[2]
 SET1 = ROOT / "tests" / "fixtures" / "set1"
 VOCABULARY = ROOT / "tests" / "fixtures" / "vocab_tiny1.txt"
@@ -75,6 +77,7 @@ def test_glip_pth_has_exactly_the_original_s_tensors(exported):
     np.testing.assert_allclose(found["rpn.head.cls_logits.bias"], -np.log(99), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["glip-pth", "huggingface"])
 def test_import_export_import_is_the_same_bits(workdir, exported, tmp_path, form):
     heads = (
@@ -109,6 +112,7 @@ print(json.dumps([{"scores": f["scores"].tolist(), "boxes": f["boxes"].tolist(),
 """
 
 
+@pytest.mark.slow
 def test_transformers_finds_the_same_boxes_without_us(workdir, exported, tmp_path):
     """In a process of its own, offline, elsewhere; two images of different extents in one batch."""
     pictures = verification.sample_images()
@@ -133,6 +137,7 @@ def test_transformers_finds_the_same_boxes_without_us(workdir, exported, tmp_pat
             assert np.abs(ours.boxes[close] - box).max(1).min() < 0.05
 
 
+@pytest.mark.slow
 def test_onnx_takes_other_sizes_and_batches(exported):
     """Against the exported PyTorch network; the graph was traced at 192 x 256 with two images and seven tokens."""
     import onnxruntime

@@ -19,6 +19,8 @@ from glip_jax.io.checkpoint import latest_step, restore_parameters, saved_config
 from glip_jax.io.workdir import started_from
 from tests.weights.networks import SMALL, mmdetection, parameters, state
 
+pytestmark = pytest.mark.compiles
+
 LITE = dataclasses.replace(SMALL, backbone=BackboneConfig(kind="efficientnet_lite0"))
 
 

@@ -26,6 +26,8 @@ from tests.labeling import slow_label
 from tests.labeling.test_teacher import png
 from tests.run_job import run_job
 
+pytestmark = pytest.mark.compiles
+
 TEXTS = ("a cat and a dog", "the person", "and so on", "a dog by a person", "two cats", "a red dog")
 
 
@@ -138,6 +140,7 @@ def test_a_finished_folder_of_other_settings_is_refused_and_left_as_it_is(run, m
     assert "nothing is made twice" in capsys.readouterr().out and not (tmp_path / "made" / ".partial").exists()
 
 
+@pytest.mark.slow
 def test_the_last_parameters_and_a_mirrored_view(run, tmp_path):
     command = [
         "--no-ema",
@@ -220,6 +223,7 @@ def wait_for(what, seconds=60):
     return found
 
 
+@pytest.mark.processes
 def test_killed_then_other_settings_then_run_again(run, many, tmp_path, capsys):
     source, whole = many
     out = tmp_path / "out"
@@ -250,6 +254,7 @@ def ended(started, said):
     return texts
 
 
+@pytest.mark.slow
 def test_three_at_once_and_one_is_killed(run, many, tmp_path):
     source, whole = many
     out, said = tmp_path / "out", [tmp_path / f"said{i}" for i in range(3)]
@@ -268,6 +273,7 @@ def out_in_a_bucket(running, tmp_path, monkeypatch):
     return running, f"{running.fresh(monkeypatch, tmp_path / 'cache', timeout=2)}/out"
 
 
+@pytest.mark.slow
 def test_three_at_once_on_a_bucket_that_loses_answers_and_one_is_killed(
     run, many, tmp_path, out_in_a_bucket, capsys, monkeypatch
 ):

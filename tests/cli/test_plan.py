@@ -43,7 +43,11 @@ def run(config, *arguments):
             ("--topology=v5e:2x2", "--compile=fake", "--search", "--canvas=64x64,64x96"),
             "plan: --search takes one --canvas, found 2",
         ),
-        (("--topology=h100:1", "--compile=local"), "plan: h100:1: --compile=local is for a machine with such GPUs"),
+        pytest.param(
+            ("--topology=h100:1", "--compile=local"),
+            "plan: h100:1: --compile=local is for a machine with such GPUs",
+            marks=pytest.mark.processes,
+        ),
         (("--topology=h100:8", "--search"), "plan: --search wants a compiler, and none is used for h100:8"),
         (("--topology=v5e:2x2", "--compile=fake", "--search", "--search-remat=some"), "plan: --search-remat=some"),
         (("--topology=v5e:2x2", "--compile=none", "--config.mesh.fsdp=3"), "plan: mesh is"),
@@ -113,6 +117,7 @@ def test_without_libtpu_it_says_what_to_install_and_goes_on(config, capsys, monk
     assert "libtpu is not installed" in capsys.readouterr().err
 
 
+@pytest.mark.compiles
 def test_search_ranks_what_fits(config, capsys, monkeypatch, tmp_path):
     """A made-up compiler: temporaries grow with images, remat makes them smaller and the step longer."""
     asked = []
@@ -139,6 +144,7 @@ def test_search_ranks_what_fits(config, capsys, monkeypatch, tmp_path):
     assert tried[-1]["found"] is None
 
 
+@pytest.mark.compiles
 def test_a_search_tries_what_splits_widths(config, capsys, monkeypatch):
     """Two chips that share an image's work have two images together: as many a chip as without."""
     asked = []
@@ -160,6 +166,7 @@ def test_a_search_tries_what_splits_widths(config, capsys, monkeypatch):
     assert asked[-1] == (4, 2) and "(1 a chip)" in capsys.readouterr().out
 
 
+@pytest.mark.compiles
 def test_a_search_goes_on_after_a_compiler_that_died(config, capsys, monkeypatch):
     def compile_step(config, chips, canvas, how, *_):
         if config.train.batch_size == 8 or config.model.remat == "blocks":

@@ -22,6 +22,7 @@ from glip_jax.training.state import fresh_parameters
 from tests import tiny_run
 from tests.run_job import run_job
 
+pytestmark = pytest.mark.compiles
 ALL = ("--threshold=0", "--config.detection.threshold=0", "--config.detection.max_detections=6")
 CONFIG = tiny_run.replace(tiny_run.config(), "evaluation", short_side=64, long_side=64, batch_size=2)
 

@@ -57,6 +57,7 @@ def test_a_run_goes_on_with_its_settings(old):
         check_config("run", 2, saved, other, accept=False)
 
 
+@pytest.mark.compiles
 def test_parameters_and_moments_are_read(old):
     config = unflatten(saved_config("run"))
     raw, averages = restore_parameters("run", "raw"), restore_parameters("run", "ema")
@@ -95,6 +96,7 @@ def test_an_unchanged_evaluation_is_done(old, monkeypatch, capsys):
     assert "is evaluated" in capsys.readouterr().out
 
 
+@pytest.mark.compiles
 def test_an_export_is_imported(old, capsys):
     assert import_weights.main(["export", "--workdir=imported"]) == 0, capsys.readouterr().err
     assert fingerprint(restore_parameters("imported", "raw")) == fingerprint(restore_parameters("run", "ema"))

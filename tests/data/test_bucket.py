@@ -109,6 +109,7 @@ def test_faults_cost_time_but_no_record(remote, expected, running):
     assert set(injected) == set(FAULTS) and injected.total() > 20
 
 
+@pytest.mark.slow
 def test_worker_processes_share_a_small_cache_despite_faults(remote, expected, running, monkeypatch):
     monkeypatch.setenv("GLIP_JAX_CACHE_GB", "0.0004")
     with running.arm("503", "reset", "truncate", share=0.3) as injected:
@@ -399,6 +400,7 @@ def test_files_of_another_build_are_refused(source, bucket, capsys, tmp_path):  
     assert set(gcs.list_files(f"{bucket}/set")) == {name}
 
 
+@pytest.mark.slow
 def test_a_thousand_shards_open_quickly(bucket, tmp_path, running):
     shards.write(pictures(2, 10), tmp_path / "s", name="s", names=["a"], shards=2)
     manifest = tmp_path / "s" / "manifest.json"

@@ -84,6 +84,7 @@ def test_any_start_step_continues_the_same_stream(sources: dict[str, SourceConfi
         assert digest(draw(mixture, 1, start)[0]) == expected[start]
 
 
+@pytest.mark.processes
 def test_batches_do_not_depend_on_workers_and_threads(sources: dict[str, SourceConfig], expected: list[str]) -> None:
     for settings_ in ({"workers": 2}, {"threads": 1, "prefetch": 1}, {"threads": 8, "prefetch": 4}):
         mixture = Mixture(config(sources, **settings_))
@@ -203,6 +204,7 @@ def test_names_that_exceed_the_budget_and_empty_negatives_are_refused(folders: d
         Mixture(config({"boxes": SourceConfig(str(folders["boxes"]), negatives=("(x)",))}))
 
 
+@pytest.mark.processes
 def test_augmentation_and_packing_are_functions_of_the_step(sources: dict[str, SourceConfig]) -> None:
     loud: dict[str, Any] = {
         "crop": CropConfig(0.5),

@@ -256,6 +256,7 @@ def test_sigterm_to_one_stops_all_at_one_step_and_the_same_bits_follow(file, sou
     assert prints[0] == prints[1] != []
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_one_host_stops_all(file, tmp_path):
     go = tmp_path / "go"
     job = _Job(file, tmp_path / "run", 2, 1, environment={0: {"PAUSE": f"2:{go}"}})
@@ -267,6 +268,7 @@ def test_ctrl_c_on_one_host_stops_all(file, tmp_path):
     assert "SIGINT: saved step" in said[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_ends_the_job_with_its_name(file, tmp_path, victim):
     """The survivor waits inside a collective for the one that is killed."""
@@ -282,6 +284,7 @@ def test_a_process_that_dies_ends_the_job_with_its_name(file, tmp_path, victim):
     assert "Traceback" not in said[1 - victim]
 
 
+@pytest.mark.processes
 def test_hosts_that_differ_are_refused_with_the_difference(file, sources, tmp_path):
     """Another setting, other code and other data, all at once."""
     other = tmp_path / "boxes"
@@ -311,6 +314,7 @@ def test_process_0_hears_last():
     assert heard == [2, 1, 0]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_process_whose_others_do_not_come_ends_with_one_line(file, tmp_path, index):
     job = _Job(file, tmp_path / "run", 1, 1, ("--processes=2", f"--index={index}", "--patience=2"))

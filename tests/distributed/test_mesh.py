@@ -80,6 +80,7 @@ def shapes():
     return {name: _shapes(model) for name, model in MODELS.items()}
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_has_one_rule_and_its_dimensions_divide(shapes, name):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))

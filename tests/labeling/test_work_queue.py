@@ -104,6 +104,7 @@ for name in queue.claim_tasks():
 """
 
 
+@pytest.mark.processes
 def test_the_task_of_a_killed_process_is_taken_over_at_once(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", _DIES, str(tmp_path)])
     os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # dead, but its process id is still in use (zombie)
@@ -132,6 +133,7 @@ print(json.dumps(won))
 """
 
 
+@pytest.mark.processes
 def test_three_processes_do_each_task_once(tmp_path):
     started = [
         subprocess.Popen([sys.executable, "-c", _WORKS, str(tmp_path)], stdout=subprocess.PIPE) for _ in range(3)

@@ -67,6 +67,7 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     return "gather"
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("implementation", ["gather", "parts", "loop", "window"], indirect=True)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_equals_the_definition(implementation: str, stride: int) -> None:
@@ -76,6 +77,7 @@ def test_equals_the_definition(implementation: str, stride: int) -> None:
     np.testing.assert_allclose(found, _by_loops(x, offsets, mask, kernel, stride) + 1, atol=2e-5)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("implementation", ["gather", "parts", "loop", "window"], indirect=True)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_gradient_equals_finite_differences_of_the_definition(implementation: str, stride: int) -> None:
@@ -102,6 +104,7 @@ def test_gradient_equals_finite_differences_of_the_definition(implementation: st
             )
 
 
+@pytest.mark.compiles
 def test_nan_positions_count_as_zero() -> None:
     x, offsets, mask, kernel = (jnp.asarray(a, jnp.float32) for a in _inputs(1))
     for implementation in ("gather", "loop", "window"):

@@ -66,6 +66,7 @@ def _close(found: Any, wanted: Any, tolerance: float) -> None:
         assert np.abs(have - want).max() <= tolerance * np.abs(want).max(), path
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     "stride, bound, dtype, tolerance",
     # Bounds with two and with three rows of blocks; rows of taps that share window rows, and that do not.
@@ -77,6 +78,7 @@ def test_outputs_and_gradients_equal_gather(stride: int, bound: int, dtype: Any,
     _close(found, _with_gradients(_convolve("gather", stride, bound), given, gradients), tolerance)
 
 
+@pytest.mark.compiles
 def test_each_device_convolves_its_own_images() -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     given, gradients = _inputs(4, 2, 1, jnp.float32, shapes=((5, 6),))
@@ -103,6 +105,8 @@ def test_gradients_pass_the_bound_only_inward() -> None:
     assert exceeds_bound(offsets, 2).tolist() == [True, True, True, False, False, True, True, True, True, False]
 
 
+@pytest.mark.slow
+@pytest.mark.compiles
 def test_clamped_offsets_are_counted_over_valid_cells() -> None:
     rng = np.random.default_rng(0)
     levels = [jnp.asarray(rng.normal(size=(2, *shape, 8)), jnp.float32) for shape in ((6, 8), (3, 4))]

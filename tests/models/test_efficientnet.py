@@ -9,6 +9,8 @@ from flax import traverse_util
 from glip_jax.config import BackboneConfig
 from glip_jax.models.efficientnet import EfficientNetLite0, depthwise
 
+pytestmark = pytest.mark.compiles
+
 CONFIG = BackboneConfig(kind="efficientnet_lite0")
 
 
@@ -94,6 +96,7 @@ def test_canvas_of_another_multiple_is_refused(params):
         EfficientNetLite0(CONFIG).apply({"params": params}, jnp.zeros((1, 40, 64, 3)), jnp.array([[32, 64]]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [0, 3])
 def test_frozen_stages_and_norms_get_no_gradient(params, frozen):
     model = EfficientNetLite0(BackboneConfig(kind="efficientnet_lite0", frozen_stages=frozen))

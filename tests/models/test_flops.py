@@ -12,6 +12,8 @@ from glip_jax.config import BackboneConfig, FusionConfig, HeadConfig, ModelConfi
 from glip_jax.models.flops import flops_per_image
 from glip_jax.models.glip import GLIP
 
+pytestmark = pytest.mark.compiles
+
 SMALL = ModelConfig(
     backbone=BackboneConfig(width=64, depths=(1, 1, 2, 1), heads=(2, 2, 4, 4), window=7),
     pyramid=PyramidConfig(channels=128),
@@ -82,6 +84,7 @@ def test_as_traced(model, height, width):
     assert flops_per_image(model, height, width).forward < traced
 
 
+@pytest.mark.slow
 def test_as_xla_counts():
     """Within 10 %, because XLA counts norms and activations as well, and widths are small."""
     network, arguments = forward(ONCE, 128, 192)

@@ -12,6 +12,8 @@ from glip_jax.config import FusionConfig
 from glip_jax.models import fusion
 from glip_jax.models.fusion import Fusion
 
+pytestmark = pytest.mark.compiles
+
 IMAGES, LOCATIONS, TOKENS, CHANNELS, TEXT = 2, 40, 9, 16, 12
 CONFIG = FusionConfig(width=24, heads=3, dropout=0.25)
 

@@ -13,6 +13,8 @@ from glip_jax.models.glip import GLIP, normalize
 from glip_jax.structures.batch import Predictions
 from tests import tiny_run
 
+pytestmark = pytest.mark.compiles
+
 HEAD = dataclasses.replace(tiny_run.model().head, blocks=2, log_scale=-0.5, box_scale=3.0, offset_scale=0.125)
 MODEL = dataclasses.replace(tiny_run.model(dropout=0.0), head=HEAD)
 
@@ -53,6 +55,7 @@ def test_initial_scales_are_the_settings(params: Any) -> None:
     assert 0.9 * bound < kernel.max() <= bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["blocks", "elementwise", "unroll"])
 def test_remat_and_unrolling_change_nothing(change: str, params: Any, plain: tuple[Predictions, Any]) -> None:
     if change == "unroll":
@@ -63,6 +66,7 @@ def test_remat_and_unrolling_change_nothing(change: str, params: Any, plain: tup
         np.testing.assert_allclose(a, b, atol=2e-4 * max(1.0, float(jnp.abs(b).max())))
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_coarsely_what_float32_does(params: Any, plain: tuple[Predictions, Any]) -> None:
     model = dataclasses.replace(MODEL, dtype="bfloat16")
     found: Any = jax.jit(GLIP(model).apply)({"params": params}, *_inputs())

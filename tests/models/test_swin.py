@@ -14,34 +14,42 @@ from glip_jax.models.remat import images_at_once
 CONFIG = BackboneConfig(width=8, depths=(2, 1, 1, 1), heads=(1, 2, 2, 4), window=3, drop_path=0.0)
 
 
-@pytest.mark.parametrize("row", [0, 1 << 30], ids=["one image", "all images"])
-def test_rows_of_windows_equal_all_windows(monkeypatch: pytest.MonkeyPatch, row: int) -> None:
-    """Different extents, maps that are no multiple of the window, shifted and regular windows, forward and backward."""
-    module = swin.Swin(CONFIG)
+pytestmark = pytest.mark.compiles
+
+
+def _found(module: swin.Swin) -> tuple[Any, int]:
+    """Maps and gradients of images of different extents, and how many loops the program has."""
     rng = np.random.default_rng(0)
     image = jnp.asarray(rng.normal(size=(2, 64, 96, 3)), jnp.float32)
     extent = jnp.asarray([[64, 64], [32, 96]])
-    params: Any = module.init(jax.random.key(0), image, extent)["params"]
-    params = jax.tree.map(lambda x: x + 0.3 * jnp.asarray(rng.normal(size=x.shape), x.dtype), params)
-    shapes: Any = jax.eval_shape(module.apply, {"params": params}, image, extent)
-    weights = [rng.normal(size=x.shape) for x in shapes]
+    shapes: Any = jax.eval_shape(module.init, jax.random.key(0), image, extent)["params"]
+    params = jax.tree.map(lambda x: (x.ndim == 1) + 0.3 * jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
+    weights = [
+        rng.normal(size=x.shape)
+        for x in jax.tree.leaves(jax.eval_shape(module.apply, {"params": params}, image, extent))
+    ]
 
     def loss(params: Any, image: Any) -> Any:
         maps: Any = module.apply({"params": params}, image, extent)
         return sum((x * weight).sum() for x, weight in zip(maps, weights, strict=True)), maps
 
-    def found() -> Any:
-        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, image)
+    loops = str(jax.make_jaxpr(lambda *own: loss(*own))(params, image)).count("scan[")
+    return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, image), loops
 
-    def loops() -> int:
-        return str(jax.make_jaxpr(lambda *arguments: loss(*arguments))(params, image)).count("scan[")
 
-    at_once, before = found(), loops()
+@pytest.fixture(scope="module")
+def at_once() -> tuple[Any, int]:
+    return _found(swin.Swin(CONFIG))
+
+
+@pytest.mark.parametrize("row", [0, pytest.param(1 << 30, marks=pytest.mark.slow)], ids=["one image", "all images"])
+def test_rows_of_windows_equal_all_windows(monkeypatch: pytest.MonkeyPatch, row: int, at_once: tuple[Any, int]) -> None:
+    """Different extents, maps that are no multiple of the window, shifted and regular windows, forward and backward."""
     monkeypatch.setattr(swin, "_MAX_LOGITS_BYTES", 0)
     monkeypatch.setattr(swin, "_MAX_ROW_BYTES", row)
-    by_rows = found()
-    assert loops() == before + 5, "one loop per block"
-    for one, other in zip(jax.tree.leaves(by_rows), jax.tree.leaves(at_once), strict=True):
+    by_rows, loops = _found(swin.Swin(CONFIG))
+    assert loops == at_once[1] + sum(CONFIG.depths), "one loop per block"
+    for one, other in zip(jax.tree.leaves(by_rows), jax.tree.leaves(at_once[0]), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4 * max(1.0, float(jnp.abs(other).max())))
 
 

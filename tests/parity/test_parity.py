@@ -2,13 +2,27 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from tests.parity import check
-from tests.parity.folder import FixtureError, model_config, read_meta
+from tests.parity.folder import FixtureError, model_config, read_cases, read_meta
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "set1"
+
+
+@pytest.mark.compiles
+def test_one_case_equals_the_original() -> None:
+    """Assignment, losses and the gradient of every parameter, for captions that fill the token budget."""
+    cases = {case.name: case for case in read_cases(FOLDER)[0]}
+    vocabulary = FOLDER.parent / read_meta(FOLDER)["vocab"]
+    with jax.default_matmul_precision("highest"):
+        found = list(check.report(cases["full_caption_t"], lambda case: check.check_case(case, vocabulary)))
+    assert not [line for line in found if line.startswith("FAIL")]
+    compared = [line.split()[2] for line in found if line.startswith("ok")]
+    assert sum(name.startswith("train.grad_norm.") for name in compared) > 100
+    assert {"train.loss.total", "train.atss.labels0"} <= set(compared)
 
 
 @pytest.mark.slow

@@ -51,6 +51,7 @@ def test_the_abstract_batch_matches_a_training_batch(tmp_path):
     assert [(x.shape, x.dtype) for x in abstract] == [(x.shape, x.dtype) for x in real]
 
 
+@pytest.mark.slow
 def test_arguments_are_the_state_and_the_batch(statistics):
     step = 4  # the step number, an int32
     assert statistics.needed is None and statistics.arguments == sum(state().values()) + step
@@ -58,6 +59,7 @@ def test_arguments_are_the_state_and_the_batch(statistics):
     assert 0 < statistics.activations < statistics.temporaries and statistics.peak > statistics.arguments
 
 
+@pytest.mark.compiles
 def test_sharded_state_is_smaller():
     split, whole = state(), state(dataclasses.replace(CONFIG, mesh=MeshConfig()))
     assert whole["parameters"] / 2 <= split["parameters"] < whole["parameters"]
@@ -66,6 +68,7 @@ def test_sharded_state_is_smaller():
     assert whole["batch"] == split["batch"], "both axes split the batch"
 
 
+@pytest.mark.slow
 def test_gradients_are_reduced_over_both_axes(statistics):
     over = {axes for each in statistics.sent for axes in [each.axes]}
     assert ("data",) in over or ("data", "fsdp") in over
@@ -75,6 +78,7 @@ def test_gradients_are_reduced_over_both_axes(statistics):
     assert not any(each.outer for each in statistics.sent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["all-gather", "reduce-scatter"])
 def test_formulas_agree_with_the_compiled_collectives(statistics, kind):
     """Each runs once per step. The formula assumes that every parameter is sharded, so it may exceed it slightly."""
@@ -84,12 +88,14 @@ def test_formulas_agree_with_the_compiled_collectives(statistics, kind):
     assert 0.7 * formula <= found <= 1.01 * formula
 
 
+@pytest.mark.slow
 def test_flops_are_counted(statistics):
     assert statistics.flops > 0 and statistics.passes > statistics.flops, "the box branch uses the highest precision"
     assert statistics.known and statistics.calls == 0
     assert statistics.hot and statistics.hot[0].bytes == max(each.bytes for each in statistics.hot)
 
 
+@pytest.mark.slow
 def test_a_cached_plan_is_not_compiled_again(statistics, cache, monkeypatch):
     monkeypatch.setattr(compile.multiprocessing, "get_context", lambda _: pytest.fail("a process was started"))
     assert compile_step(CONFIG, CHIPS, CANVAS, "fake", cache) == statistics
@@ -99,6 +105,7 @@ def test_a_cached_plan_is_not_compiled_again(statistics, cache, monkeypatch):
     )
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     ("config", "chips", "canvas"),
     [
@@ -136,6 +143,7 @@ def test_out_of_memory_messages_of_compilers(message, needed, available):
     assert compile._memory_shortage(message) == (needed, available)
 
 
+@pytest.mark.processes
 def test_a_failing_compiler_gives_a_one_line_error(monkeypatch, tmp_path):
     monkeypatch.setattr(compile, "environment", lambda *_: {"JAX_PLATFORMS": "no_such_platform"})
     other = tiny_run.replace(CONFIG, "train", batch_size=32)
@@ -171,6 +179,7 @@ def test_tpu_slices_exchange_only_gradient_sums(tmp_path):
     assert gradients >= state(config, chips)["optimizer"] / 2 - 8
 
 
+@pytest.mark.slow
 def test_a_cached_tpu_whole_plan_serves_tpu(tmp_path, statistics):
     """A plan with code generation has all statistics of one without."""
     path = tmp_path / f"{compile._key(CONFIG, topology('v5e:2x2'), CANVAS, 'tpu-whole')}.json"

@@ -10,6 +10,8 @@ import pytest
 
 from glip_jax.distributed import exit_codes
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = "scripts/pretrain.sh"
 ODD = ["--config=a b.py", "--workdir=/runs/it's $HOME;x", '--config.name="q"', ""]

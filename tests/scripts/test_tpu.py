@@ -10,6 +10,8 @@ import pytest
 
 from tests.scripts.fake_cloud import ROOT, Cloud, make_project
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):

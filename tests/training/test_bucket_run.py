@@ -36,6 +36,8 @@ from tests import tiny_run
 from tests.io.test_checkpoint import _equal, _saved
 from tests.training import stand_in
 
+pytestmark = pytest.mark.compiles
+
 
 @pytest.fixture
 def place(running, tmp_path, monkeypatch) -> str:
@@ -65,6 +67,7 @@ def _losses(workdir):
     return {line["step"]: line["loss"] for line in metrics.read(workdir) if "loss" in line}
 
 
+@pytest.mark.slow
 def test_faults_of_the_storage_change_nothing_in_the_run(config, place, running, tmp_path, capsys):
     straight = fingerprint(train(config, str(tmp_path / "straight")).params)
     drawing = tiny_run.replace(config, "train", draw_first_batch=True)
@@ -86,6 +89,7 @@ def test_faults_of_the_storage_change_nothing_in_the_run(config, place, running,
     assert len(events) == 2 and all(each.bytes > 100 for each in events.values())
 
 
+@pytest.mark.slow
 def test_metrics_that_cannot_be_uploaded_delay_nothing_and_are_there_after_the_next_start(
     config, place, running, monkeypatch, capsys
 ):

@@ -24,6 +24,8 @@ from glip_jax.training.state import fresh_parameters
 from tests import tiny_run
 from tests.training import stand_in
 
+pytestmark = pytest.mark.compiles
+
 
 @pytest.fixture(autouse=True)
 def _stand_in(monkeypatch):
@@ -75,7 +77,9 @@ def test_a_run_leaves_its_records(config, workdir, tmp_path, capsys):
     assert "head/projection/kernel" in (tmp_path / "run" / "parameters.txt").read_text()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, CANCELLED)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, PREEMPTED), pytest.param(signal.SIGINT, CANCELLED, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_the_same_call_ends_with_the_same_bits(config, workdir, tmp_path, monkeypatch, number, code):
     straight = fingerprint(train(config, str(tmp_path / "straight")).params)
     real = loop.place_batch

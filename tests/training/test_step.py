@@ -23,6 +23,8 @@ from tests import tiny_run
 from tests.training import stand_in
 from tests.training.same_path import same_path
 
+pytestmark = pytest.mark.compiles
+
 ONE = MeshConfig(data=1)
 NAMES = ("boxes", "captions")
 
@@ -129,7 +131,14 @@ def _sums_over_tensor(config, mesh, text_layers, canvas=(0, 0)):
     return sent
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=4)])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(MeshConfig(data=8), marks=pytest.mark.slow),
+        pytest.param(MeshConfig(data=1, fsdp=8), marks=pytest.mark.slow),
+        MeshConfig(data=2, fsdp=4),
+    ],
+)
 def test_the_program_sends_the_intended_collectives_only(sources, mesh):
     config = tiny_run.config(sources)
     (batch,) = _batches(config, 1)
@@ -141,7 +150,13 @@ def test_the_program_sends_the_intended_collectives_only(sources, mesh):
     _check_traffic(compiled, params, placed, config)
 
 
-@pytest.mark.parametrize("shape", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=1, tensor=2)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(MeshConfig(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow),
+        MeshConfig(data=1, fsdp=1, tensor=2),
+    ],
+)
 def test_bert_split_over_tensor_sends_the_intended_sums_only(sources, shape):
     config = tiny_run.config(sources)
     batches, mesh = _batches(config, 2), make_mesh(shape, jax.devices()[: shape.data * shape.fsdp * shape.tensor])
@@ -158,7 +173,14 @@ def test_bert_split_over_tensor_sends_the_intended_sums_only(sources, shape):
     )
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(MeshConfig(data=8), marks=pytest.mark.slow),
+        pytest.param(MeshConfig(data=1, fsdp=8), marks=pytest.mark.slow),
+        MeshConfig(data=2, fsdp=2, tensor=2),
+    ],
+)
 def test_eight_devices_equal_one(sources, mesh):
     config = tiny_run.config(sources)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, clip_norm=0.0))
@@ -174,6 +196,7 @@ def test_eight_devices_equal_one(sources, mesh):
     np.testing.assert_allclose(numbers[-1]["loss"], others[-1]["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_layers_split_over_tensor_with_remat_and_micro_batches(sources):
     """On a mesh where only tensor has several devices."""
     config = tiny_run.config(sources, dropout=0.0)

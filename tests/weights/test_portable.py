@@ -26,6 +26,8 @@ from glip_jax.weights.portable.processing_glip import GlipImageProcessor, GlipPr
 from tests import tiny_run
 from tests.parity.check_torch import main as check_torch
 
+pytestmark = pytest.mark.compiles
+
 MODELS = {
     "swin, fusion, flat": dataclasses.replace(
         tiny_run.model(0.0), head=HeadConfig(blocks=2, groups=4, coarse_offsets="flat")
@@ -72,7 +74,9 @@ def inputs(model, height=96, width=64, seed=3):
     return pixels, tokens, np.arange(12)[None] < np.array([[12], [7]])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [name if n == 0 else pytest.param(name, marks=pytest.mark.slow) for n, name in enumerate(MODELS)]
+)
 def test_outputs_and_gradients_equal_ours(name):
     """Gradients of a fixed random projection of all outputs, with respect to every parameter."""
     model = MODELS[name]

@@ -98,6 +98,7 @@ def test_the_report_counts_kept_and_dropped_items(source, whole):
     assert report["inputs"][0]["file"] == f"{source}/boxes.json" and report["published"] is None
 
 
+@pytest.mark.processes
 def test_any_number_of_processes_gives_the_same_bytes(source, whole, tmp_path):
     for number in (2, 3):
         assert run_job("data", command(source, tmp_path / "set", f"--processes={number}")) == 0
@@ -105,6 +106,7 @@ def test_any_number_of_processes_gives_the_same_bytes(source, whole, tmp_path):
         shutil.rmtree(tmp_path / "set")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_build_that_is_resumed_gives_the_same_bytes(source, whole, tmp_path, processes):
     out, partial = tmp_path / "set", tmp_path / ".set.partial"
@@ -176,6 +178,7 @@ def test_a_second_build_of_the_same_folder_is_refused(source, tmp_path, monkeypa
     assert run_job("data", command(source, tmp_path / "set")) == 0
 
 
+@pytest.mark.processes
 def test_a_killed_worker_gives_a_one_line_error(source, whole, tmp_path, capfd, monkeypatch):
     out = tmp_path / "set"
 
@@ -204,6 +207,7 @@ class KillingReader:
         return self.folder(image)
 
 
+@pytest.mark.processes
 def test_strict_mode_stops_workers(source, tmp_path, capsys):
     assert run_job("data", command(source, tmp_path / "set", "--strict", "--processes=2")) == 2
     line = capsys.readouterr().err

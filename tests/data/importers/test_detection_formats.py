@@ -343,6 +343,7 @@ def prepared(tmp_path_factory) -> Path:
     return prepare(tmp_path_factory.mktemp("tfds"))
 
 
+@pytest.mark.processes
 def test_a_prepared_tfds_set_is_read_without_tensorflow(prepared, tmp_path, capsys):
     assert run_job("data", ["tfds", str(prepared), f"--out={tmp_path}/set", "--processes=2", "--shards=2"]) == 0
     found = Shards(tmp_path / "set")

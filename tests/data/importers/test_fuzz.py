@@ -17,8 +17,8 @@ from tests.data.importers.layouts import LAYOUTS, Layout
 from tests.data.importers.mutations import mutated, spoil_image
 from tests.run_job import run_job
 
-EACH = -(-2100 // len(LAYOUTS))
-"""Number of corrupted files per format."""
+EACH, MORE = (-(-number // len(LAYOUTS)) for number in (300, 2100))
+"""Number of corrupted files per format: in the default tier, and with --all."""
 
 
 def write_files(layout: Layout, folder: Path) -> dict[str, str]:
@@ -47,8 +47,11 @@ def clear(line: str, folder: Path, files: dict[str, str]) -> None:
     assert any(name in line for name in names), line
 
 
+@pytest.mark.parametrize(
+    "numbers", [range(EACH), pytest.param(range(EACH, MORE), marks=pytest.mark.slow)], ids=["some", "many"]
+)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_corrupted_files_give_drops_or_a_one_line_error(name: str, tmp_path: Path) -> None:
+def test_corrupted_files_give_drops_or_a_one_line_error(name: str, numbers: range, tmp_path: Path) -> None:
     layout = LAYOUTS[name]
     files = write_files(layout, tmp_path)
     records, report = imported(layout, tmp_path)
@@ -57,7 +60,7 @@ def test_corrupted_files_give_drops_or_a_one_line_error(name: str, tmp_path: Pat
     pictures = [f"pictures/{path.name}" for path in sorted((tmp_path / "pictures").iterdir())]
     whole = {file: (tmp_path / file).read_bytes() for file in [*files, *pictures]}
     outcomes = {"line": 0, "drop": 0, "kept": 0}
-    for number in range(EACH):
+    for number in numbers:
         rng = random.Random(f"{name} {number}")
         file = rng.choice([*files, *files, rng.choice(pictures)])
         spoil = spoil_image(whole[file], rng) if file in pictures else mutated(whole[file], files[file], rng)
@@ -78,7 +81,7 @@ def test_corrupted_files_give_drops_or_a_one_line_error(name: str, tmp_path: Pat
         finally:
             place.write_bytes(whole[file])
     # Most corruptions are detected; the others change a text or number into another valid one.
-    assert outcomes["kept"] < 0.7 * EACH, outcomes
+    assert outcomes["kept"] < 0.7 * len(numbers) + 3, outcomes
     assert len(imported(layout, tmp_path)[0]) == layout.records
 
 

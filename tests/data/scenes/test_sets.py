@@ -73,6 +73,7 @@ def test_caption_sets_have_no_boxes_and_a_separate_ground_truth(tmp_path):
     assert all(a["tokens_positive"] and a["bbox"] for a in truth["annotations"])
 
 
+@pytest.mark.processes
 def test_any_number_of_processes_gives_the_same_files(tmp_path):
     for processes in (1, 2):
         make_scenes(tmp_path / str(processes), scenes("grounding", 70), processes)

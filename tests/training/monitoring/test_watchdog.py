@@ -27,6 +27,8 @@ from glip_jax.training.monitoring.watchdog import Watchdog
 from tests import tiny_run
 from tests.training import stand_in
 
+pytestmark = pytest.mark.compiles
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
