@@ -1,4 +1,4 @@
-"""Names of topologies, and what the table of chips says of them."""
+"""Names of topologies, and the table of chips."""
 
 import pytest
 
@@ -34,7 +34,7 @@ def test_names(name, shape, devices, hosts):
         ("v4-3", "no slice of v4 has 1 chips"),
     ],
 )
-def test_names_that_stand_for_nothing(name, message):
+def test_unknown_names(name, message):
     with pytest.raises(TopologyError, match=message) as error:
         topology(name)
     assert "\n" not in str(error.value) and "v5e:16x16" in str(error.value)

@@ -1,6 +1,6 @@
-"""Several processes on loopback train as one: same batches, same parameters, one stop, and the news of a death.
+"""Several processes on loopback train as one: same batches, same parameters, a common stop, and the report of a death.
 
-The network is the stand-in, which compiles in a second, but for two tests; data, loop, checkpoints and exits are the real ones.
+In all but two tests the network is the stand-in, which compiles in a second; data, loop, checkpoints and exits are the real ones.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from tests.training import stand_in
 from tests.training.same_path import same_path
 
 TIMEOUT = 900
-"""Seconds for a job to come to its end, on a machine that has other things to do."""
+"""Seconds for a job to end, on a loaded machine."""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ class _Job:
 
     def __init__(self, file, workdir, number, devices, options=(), own=(), environment=()):
         where, own, environment = f"127.0.0.1:{_port()}", dict(own), dict(environment)
-        self.processes, self.said = [], [[] for _ in range(number)]
+        self.processes, self.lines = [], [[] for _ in range(number)]
         for index in range(number):
             command = [sys.executable, "-m", "tests.distributed.worker", f"--config={file}", f"--workdir={workdir}",
                        "--config.train.log_every=1", f"--coordinator={where}", f"--processes={number}",
@@ -80,16 +80,16 @@ class _Job:
 
     def _read(self, index):
         for line in self.processes[index].stdout:
-            self.said[index].append(line.rstrip("\n"))
+            self.lines[index].append(line.rstrip("\n"))
 
     def wait_for(self, index, line):
         end = time.monotonic() + TIMEOUT
-        while not any(said.startswith(line) for said in self.said[index]):
-            assert time.monotonic() < end and self.processes[index].poll() is None, "\n".join(self.said[index])
+        while not any(text.startswith(line) for text in self.lines[index]):
+            assert time.monotonic() < end and self.processes[index].poll() is None, "\n".join(self.lines[index])
             time.sleep(0.05)
 
     def finish(self):
-        """(exit codes, what each said); kills what does not end."""
+        """(exit codes, what each printed); kills what does not end."""
         try:
             codes = [process.wait(TIMEOUT) for process in self.processes]
         finally:
@@ -98,7 +98,7 @@ class _Job:
                     process.kill()
         for thread in self._threads:
             thread.join(10)
-        return codes, ["\n".join(lines) for lines in self.said]
+        return codes, ["\n".join(lines) for lines in self.lines]
 
 
 def _hashes(*texts):
@@ -109,11 +109,11 @@ def _hashes(*texts):
 
 @pytest.fixture(scope="module")
 def straight(file, tmp_path_factory):
-    """Two processes of four devices, undisturbed: workdir and what they said."""
+    """Two processes of four devices, undisturbed: workdir and logs."""
     workdir = tmp_path_factory.mktemp("straight")
-    codes, said = _Job(file, workdir, 2, 4, ("--config.mesh.fsdp=4",)).finish()
-    assert codes == [0, 0], said
-    return workdir, said
+    codes, logs = _Job(file, workdir, 2, 4, ("--config.mesh.fsdp=4",)).finish()
+    assert codes == [0, 0], logs
+    return workdir, logs
 
 
 def _same_parameters(workdir, other):
@@ -141,9 +141,9 @@ def test_two_and_four_processes_equal_one(file, sources, straight, tmp_path, mon
     assert _hashes(*straight[1]) == expected
     assert [text.count("evaluated step 6") for text in straight[1]] == [1, 0], "the first process evaluates"
     _same_parameters(tmp_path / "one", straight[0])
-    codes, said = _Job(file, tmp_path / "four", 4, 1).finish()
-    assert codes == [0] * 4, said
-    assert _hashes(*said) == expected
+    codes, logs = _Job(file, tmp_path / "four", 4, 1).finish()
+    assert codes == [0] * 4, logs
+    assert _hashes(*logs) == expected
     _same_parameters(tmp_path / "one", tmp_path / "four")
 
 
@@ -152,14 +152,14 @@ def test_two_processes_split_the_real_network_over_all_axes(file, sources, tmp_p
     monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     _trained(sources, tmp_path / "one", MeshConfig())
     mesh = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
-    codes, said = _Job(file, tmp_path / "two", 2, 4, mesh, environment={i: {"REAL": "1"} for i in range(2)}).finish()
-    assert codes == [0, 0], said
+    codes, logs = _Job(file, tmp_path / "two", 2, 4, mesh, environment={i: {"REAL": "1"} for i in range(2)}).finish()
+    assert codes == [0, 0], logs
     _same_parameters(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
 def test_two_and_four_processes_train_the_demo(tmp_path, monkeypatch):
-    """Its network, scenes, towers and schedule, five steps: as one process does, and twice alike on one layout."""
+    """Its network, scenes, pretrained encoders and schedule, five steps: as one process does, and equal bits twice on one mesh."""
     drawn = (f"--out={tmp_path / 'scenes'}", "--count=40", "--captions=0", "--validation=8")
     assert run_job("scenes", drawn) == 0
     file = tmp_path / "demo.py"
@@ -182,11 +182,11 @@ def test_two_and_four_processes_train_the_demo(tmp_path, monkeypatch):
     ):
         real = {index: {"REAL": "1"} for index in range(number)}
         job = _Job(file, tmp_path / name, number, 8 // number, (mesh,) if mesh else (), environment=real)
-        codes, said = job.finish()
-        assert codes == [0] * number, said
-        assert _hashes(*said) == expected
+        codes, logs = job.finish()
+        assert codes == [0] * number, logs
+        assert _hashes(*logs) == expected
         same_path(config, one, restore_parameters(str(tmp_path / name), "raw", 5), 5)
-        prints.append(re.findall("fingerprint: (.*)", said[0]))
+        prints.append(re.findall("fingerprint: (.*)", logs[0]))
     assert prints[0] == prints[1] != []
 
 
@@ -197,10 +197,10 @@ def test_two_processes_write_into_a_bucket_what_they_write_into_a_folder(
     """Checkpoints in parts from both, numbers from the first, while requests fail."""
     place = running.fresh(monkeypatch, tmp_path / "cache", timeout=5.0, retry_seconds=120) + "/runs/one"
     with running.arm("503", "reset", share=0.03) as injected:
-        codes, said = _Job(file, place, 2, 4, ("--config.mesh.fsdp=4",)).finish()
-    assert codes == [0, 0], said
+        codes, logs = _Job(file, place, 2, 4, ("--config.mesh.fsdp=4",)).finish()
+    assert codes == [0, 0], logs
     assert set(injected) == {"503", "reset"}
-    prints = [re.findall("fingerprint: (.*)", text) for text in (said[0], straight[1][0])]
+    prints = [re.findall("fingerprint: (.*)", text) for text in (logs[0], straight[1][0])]
     assert prints[0] == prints[1] != []
     assert complete_steps(place) == [4, 6] and checksums.mismatch(f"{place}/checkpoints/6") == ""
     assert [line["step"] for line in metrics.read(place) if "loss" in line] == [1, 2, 3, 4, 5, 6]
@@ -208,7 +208,7 @@ def test_two_processes_write_into_a_bucket_what_they_write_into_a_folder(
 
 
 @pytest.mark.slow
-def test_all_processes_hear_how_good_a_checkpoint_is(file, tmp_path):
+def test_all_processes_learn_the_score_of_a_checkpoint(file, tmp_path):
     """The first evaluates, and the others' wait for it is no step that hangs."""
     best, pictures, annotations = tmp_path / "best.py", tmp_path / "pictures", tmp_path / "set.json"
     pictures.mkdir()
@@ -224,9 +224,9 @@ def test_all_processes_hear_how_good_a_checkpoint_is(file, tmp_path):
         f"    return tiny_run.replace(config, 'train', steps=16, evaluate_every=2, hang_multiple=1.5, hang_min=1.0)\n"
     )
     scores = {i: {"SCORES": "0.1 0.1 0.1 0.1 0.1 0.5 0.1 0.2"} for i in range(2)}
-    codes, said = _Job(best, tmp_path / "run", 2, 1, environment=scores).finish()
-    assert codes == [0, 0], said
-    for text in said:
+    codes, logs = _Job(best, tmp_path / "run", 2, 1, environment=scores).finish()
+    assert codes == [0, 0], logs
+    for text in logs:
         assert "scored step 12: 0.5" in text
         assert "it hangs" not in text
     assert complete_steps(str(tmp_path / "run")) == [12, 16]
@@ -235,24 +235,24 @@ def test_all_processes_hear_how_good_a_checkpoint_is(file, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_to_one_stops_all_at_one_step_and_the_same_bits_follow(file, sources, straight, tmp_path, monkeypatch):
-    """And what the two processes left goes on in one process, on other numbers of devices and another mesh."""
+    """The run also resumes in one process, on other numbers of devices and another mesh."""
     go, mesh = tmp_path / "go", ("--config.mesh.fsdp=4",)
     job = _Job(file, tmp_path / "run", 2, 4, mesh, environment={1: {"PAUSE": f"3:{go}"}})
     job.wait_for(1, "paused")
     job.processes[1].send_signal(signal.SIGTERM)
     go.touch()
-    codes, said = job.finish()
-    assert codes == [exit_codes.PREEMPTED] * 2, said
+    codes, logs = job.finish()
+    assert codes == [exit_codes.PREEMPTED] * 2, logs
     step = latest_step(str(tmp_path / "run"))
-    assert step in (3, 4) and f"SIGTERM: saved step {step}" in said[0]
+    assert step in (3, 4) and f"SIGTERM: saved step {step}" in logs[0]
     for devices, shape in ((1, MeshConfig()), (4, MeshConfig(data=2, fsdp=2)), (8, MeshConfig(data=8))):
         shutil.copytree(tmp_path / "run", tmp_path / f"on{devices}")
         _alone(sources, tmp_path / f"on{devices}", monkeypatch, shape, devices)
         _same_parameters(straight[0], tmp_path / f"on{devices}")
-    codes, said = _Job(file, tmp_path / "run", 2, 4, mesh).finish()
-    assert codes == [0, 0] and f"resuming at step {step}" in said[0], said
-    assert _hashes(*said) == _hashes(*straight[1])[step:], "the same examples in the same order"
-    prints = [re.findall("fingerprint: (.*)", text) for text in (said[0], straight[1][0])]
+    codes, logs = _Job(file, tmp_path / "run", 2, 4, mesh).finish()
+    assert codes == [0, 0] and f"resuming at step {step}" in logs[0], logs
+    assert _hashes(*logs) == _hashes(*straight[1])[step:], "the same examples in the same order"
+    prints = [re.findall("fingerprint: (.*)", text) for text in (logs[0], straight[1][0])]
     assert prints[0] == prints[1] != []
 
 
@@ -263,9 +263,9 @@ def test_ctrl_c_on_one_host_stops_all(file, tmp_path):
     job.wait_for(0, "paused")
     job.processes[0].send_signal(signal.SIGINT)
     go.touch()
-    codes, said = job.finish()
-    assert codes == [exit_codes.CANCELLED] * 2, said
-    assert "SIGINT: saved step" in said[0]
+    codes, logs = job.finish()
+    assert codes == [exit_codes.CANCELLED] * 2, logs
+    assert "SIGINT: saved step" in logs[0]
 
 
 @pytest.mark.slow
@@ -277,11 +277,11 @@ def test_a_process_that_dies_ends_the_job_with_its_name(file, tmp_path, victim):
     pid = job.processes[victim].pid
     job.processes[victim].kill()
     begin = time.monotonic()
-    codes, said = job.finish()
-    assert codes[1 - victim] == exit_codes.PEER_LOST, said
+    codes, logs = job.finish()
+    assert codes[1 - victim] == exit_codes.PEER_LOST, logs
     assert time.monotonic() - begin < 60, "long before jax's own 100 s of silence"
-    assert f"train: process {victim} on {socket.gethostname()} (pid {pid}) died" in said[1 - victim]
-    assert "Traceback" not in said[1 - victim]
+    assert f"train: process {victim} on {socket.gethostname()} (pid {pid}) died" in logs[1 - victim]
+    assert "Traceback" not in logs[1 - victim]
 
 
 @pytest.mark.processes
@@ -292,9 +292,9 @@ def test_hosts_that_differ_are_refused_with_the_difference(file, sources, tmp_pa
     manifest = other / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"licence": "', '"licence": "another'))
     own = {1: ("--config.optimizer.rate=0.5", f"--config.data.sources.boxes.path={other}")}
-    codes, said = _Job(file, tmp_path / "run", 2, 1, own=own, environment={1: {"CODE": "f" * 64}}).finish()
-    assert codes == [exit_codes.BAD_INPUT] * 2, said
-    for text in said:
+    codes, logs = _Job(file, tmp_path / "run", 2, 1, own=own, environment={1: {"CODE": "f" * 64}}).finish()
+    assert codes == [exit_codes.BAD_INPUT] * 2, logs
+    for text in logs:
         (line,) = [line for line in text.splitlines() if line.startswith("train: ")]
         assert "the processes differ from process 0 on" in line and "process 1 on" in line
         assert "config.optimizer.rate is 0.5, not 0.001" in line
@@ -303,8 +303,8 @@ def test_hosts_that_differ_are_refused_with_the_difference(file, sources, tmp_pa
     assert not (tmp_path / "run").exists(), "refused before anything was written"
 
 
-def test_process_0_hears_last():
-    """What it hears may end it, before its thread has told the others."""
+def test_process_0_is_sent_messages_last():
+    """A message may end it, before its thread has sent it to the others."""
     heard: list[int] = []
     coordinator: Any = object.__new__(_Coordinator)
     coordinator._connections = {
@@ -318,9 +318,9 @@ def test_process_0_hears_last():
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_process_whose_others_do_not_come_ends_with_one_line(file, tmp_path, index):
     job = _Job(file, tmp_path / "run", 1, 1, ("--processes=2", f"--index={index}", "--patience=2"))
-    codes, said = job.finish()
-    assert codes == [exit_codes.BAD_INPUT], said
-    (line,) = [line for line in said[0].splitlines() if line]
+    codes, logs = job.finish()
+    assert codes == [exit_codes.BAD_INPUT], logs
+    (line,) = [line for line in logs[0].splitlines() if line]
     wanted = r"train: process {} of 2: the others did not come together in 2 s: start all of them with --coordinator=.*"
     assert re.fullmatch(wanted.format(index), line)
 
@@ -349,16 +349,16 @@ def test_a_half_given_process_group_is_refused(group, message):
 
 
 def _clusters(count, facts=None, timeout=60.0):
-    """Clusters of `count` members in threads of this process, or what kept each from joining."""
-    letter: list[bytes] = []
-    there = threading.Event()
+    """Clusters of `count` members in threads of this process, or the error of each."""
+    handshake: list[bytes] = []
+    ready = threading.Event()
 
-    def share(own):
-        if own:
-            letter.append(own)
-            there.set()
-        assert there.wait(60)
-        return letter[0]
+    def share(message):
+        if message:
+            handshake.append(message)
+            ready.set()
+        assert ready.wait(60)
+        return handshake[0]
 
     found: list = [None] * count
 
@@ -379,7 +379,7 @@ def _clusters(count, facts=None, timeout=60.0):
 
 
 def test_a_cluster_agrees_on_the_step_after_the_farthest():
-    """Also where one is in the middle of something when another is asked to stop, and moves on only later."""
+    """Also if one is busy when another gets the signal, and continues only later."""
     clusters = _clusters(3)
     for cluster, steps in zip(clusters, (5, 6, 5)):
         assert [cluster.agreed(0, step) for step in range(1, steps + 1)] == [0] * steps
@@ -391,7 +391,7 @@ def test_a_cluster_agrees_on_the_step_after_the_farthest():
     assert clusters[1].agreed(0, 7) == clusters[2].agreed(0, 7) == signal.SIGTERM
 
 
-def test_a_cluster_names_who_differs():
+def test_a_cluster_names_the_process_that_differs():
     found = _clusters(3, {1: {"a": "2"}, 2: {"a": "1", "b": "x"}})
     assert all(isinstance(each, ProcessError) for each in found)
     (text,) = {str(each) for each in found}

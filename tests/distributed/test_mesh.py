@@ -1,4 +1,4 @@
-"""Mesh and rules: -1 is the rest, one rule a parameter, every config of the family splits, mistakes name both numbers."""
+"""Mesh and sharding rules: -1 is the rest, one rule per parameter, every network of the family divides, errors name both numbers."""
 
 import re
 
@@ -84,17 +84,17 @@ def shapes():
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_has_one_rule_and_its_dimensions_divide(shapes, name):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    layout = adamw.flat(shardings(shapes[name], mesh))
+    specs = adamw.flat(shardings(shapes[name], mesh))
     flat = adamw.flat(shapes[name])
     whole = sum(np.prod(leaf.shape) for leaf in flat.values())
-    here = sum(np.prod(layout[path].shard_shape(leaf.shape)) for path, leaf in flat.items())
-    assert here < whole / 5, "most of the parameters are split, most of these over both axes"
+    local = sum(np.prod(specs[path].shard_shape(leaf.shape)) for path, leaf in flat.items())
+    assert local < whole / 5, "most of the parameters are split, most of these over both axes"
     for path, leaf in flat.items():
         wide = re.match(r"(text/layers|head/tower/text)/|backbone/.*/mlp_(in|out)/", path) and path.endswith("/kernel")
         wide = wide or re.search(r"/(query|key|value|intermediate|mlp_in)/bias$", path)
-        assert ("tensor" in layout[path].spec) == bool(wide), f"{path}: BERT's and MLPs' widths alone"
+        assert ("tensor" in specs[path].spec) == bool(wide), f"{path}: BERT's and MLPs' widths alone"
         if re.match(r"text/layers|head/tower|backbone/stage\d/pairs", path):
-            assert leaf.shape[0] == layout[path].shard_shape(leaf.shape)[0], f"{path}: the layer axis is never split"
+            assert leaf.shape[0] == specs[path].shard_shape(leaf.shape)[0], f"{path}: the layer axis is never split"
 
 
 def test_every_rule_is_used(shapes):
@@ -104,16 +104,16 @@ def test_every_rule_is_used(shapes):
     assert unused_rules(others) == [pattern for pattern, _ in RULES if pattern.startswith("backbone/")]
 
 
-def test_moments_and_averages_lie_as_their_parameters(shapes):
+def test_moments_and_averages_are_sharded_as_their_parameters(shapes):
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
     moments = jax.eval_shape(lambda p: adamw.make_optimizer({}, 1, OptimizerConfig()).init(p), shapes["GLIP-T"])
-    layout = shardings(moments, mesh)
-    assert layout.count.spec == P()
-    assert layout.nu["head"]["projection"]["kernel"].spec == P("fsdp", None)
-    assert layout.mu == shardings(shapes["GLIP-T"], mesh)
+    specs = shardings(moments, mesh)
+    assert specs.count.spec == P()
+    assert specs.nu["head"]["projection"]["kernel"].spec == P("fsdp", None)
+    assert specs.mu == shardings(shapes["GLIP-T"], mesh)
 
 
-def test_complaints_name_parameter_and_numbers():
+def test_errors_name_parameter_and_numbers():
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
     with pytest.raises(MeshError, match=r"parameter head/new/kernel \(4, 4\): 0 sharding rules match \(none\)"):
         parameter_spec("head/new/kernel", (4, 4), mesh)
@@ -131,7 +131,7 @@ def _run(batch_size, accumulate, heads=12):
     )
 
 
-def test_heads_of_attention_must_be_shared_out():
+def test_tensor_must_divide_the_attention_heads():
     mesh = make_mesh(MeshConfig(data=1, tensor=8))
     with pytest.raises(MeshError, match=r"model.text.heads 12 is no multiple of mesh.tensor 8"):
         check_fits(_run(8, 1), mesh)

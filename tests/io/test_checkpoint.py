@@ -1,4 +1,4 @@
-"""Checkpoints: there and back onto another mesh, newest kept, half-written ones ignored, differences refused."""
+"""Checkpoints: saved and restored onto another mesh, newest kept, half-written ones ignored, damage and differences refused."""
 
 import dataclasses
 import json
@@ -85,7 +85,7 @@ def test_without_an_average(tmp_path):
     assert _equal(open_checkpoint(str(tmp_path)).parameters("ema"), _saved(5).params)
 
 
-def test_half_written_ones_are_ignored_and_it_is_logged(workdir, tmp_path, caplog):
+def test_half_written_checkpoints_are_removed_and_logged(workdir, tmp_path, caplog):
     half = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp-17"
     (half / "params").mkdir(parents=True)
     assert unfinished(workdir) == [str(half)] and latest_step(workdir) == 3
@@ -133,7 +133,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_one_is_set_aside_and_the_one_before_used(three, tmp_path, caplog, damage):
+def test_a_damaged_checkpoint_is_renamed_and_the_one_before_used(three, tmp_path, caplog, damage):
     shutil.copytree(three, tmp_path / "run")
     workdir, folder = str(tmp_path / "run"), tmp_path / "run" / "checkpoints"
     act, words = DAMAGES[damage]
@@ -143,7 +143,7 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_used(three, tmp_path, cap
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert re.search(rf"checkpoints/3 is damaged \({words}.*\): the one of step 2 is used", record.getMessage())
-    if damage == "a part":  # the optimizer's, which nobody reads but training
+    if damage == "a part":  # the optimizer's files, which only training reads
         assert _equal(open_checkpoint(workdir).parameters("raw"), _saved(3).params)
     else:
         assert _equal(open_checkpoint(workdir).parameters("raw"), _saved(2).params)
@@ -158,7 +158,7 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_used(three, tmp_path, cap
     assert (folder / "3.damaged").is_dir() and _equal(open_checkpoint(workdir).parameters("raw"), _saved(4).params)
 
 
-def test_an_opened_checkpoint_stays_itself_while_training_saves(tmp_path):
+def test_an_open_checkpoint_does_not_change_while_training_saves(tmp_path):
     workdir = str(tmp_path)
     with Checkpoints(workdir, keep=2) as checkpoints:
         for step in (1, 2):
@@ -177,7 +177,7 @@ def test_an_opened_checkpoint_stays_itself_while_training_saves(tmp_path):
             opened.parameters("raw")
 
 
-def test_a_checkpoint_that_is_removed_while_it_is_looked_for_gives_way_to_the_next(workdir, tmp_path, monkeypatch):
+def test_a_checkpoint_that_is_removed_during_the_search_is_skipped(workdir, tmp_path, monkeypatch):
     choose = checkpoint_reader.newest_intact
 
     def removed_at_once(*arguments):
@@ -207,7 +207,7 @@ def test_only_the_files_that_are_read_are_hashed(three, tmp_path, monkeypatch):
     assert set(hashed) == {("3", "run"), ("3", "params"), ("3", "ema")}
 
 
-def test_what_is_verified_late_is_refused_late(three, tmp_path):
+def test_parameters_are_verified_when_they_are_read(three, tmp_path):
     shutil.copytree(three, tmp_path / "run")
     _flip(_array_file(tmp_path / "run" / "checkpoints" / "3"))
     opened = open_checkpoint(str(tmp_path / "run"), verify=())
@@ -231,7 +231,7 @@ def test_parameters_that_are_not_finite_are_refused(tmp_path):
         open_checkpoint(str(tmp_path)).parameters("raw")
 
 
-def test_a_part_that_was_not_written_makes_no_complete_one(tmp_path):
+def test_a_missing_item_makes_no_complete_checkpoint(tmp_path):
     (tmp_path / "params").mkdir()
     (tmp_path / "params" / "_METADATA").write_text("{}")
     checksums.write(tmp_path, wanted=["params/_METADATA"])
@@ -240,7 +240,7 @@ def test_a_part_that_was_not_written_makes_no_complete_one(tmp_path):
         checksums.write(tmp_path, wanted=["params/_METADATA", "run/metadata"])
 
 
-def test_if_all_are_damaged_they_are_named_and_left(three, tmp_path):
+def test_if_all_are_damaged_they_are_named_and_kept(three, tmp_path):
     shutil.copytree(three, tmp_path / "run")
     workdir, folder = str(tmp_path / "run"), tmp_path / "run" / "checkpoints"
     for step in (1, 2, 3):
@@ -258,7 +258,7 @@ def test_if_all_are_damaged_they_are_named_and_left(three, tmp_path):
     assert sorted(os.listdir(folder)) == ["1", "2", "3"]
 
 
-def test_one_of_before_checksums_is_used_and_its_damage_is_a_line(three, tmp_path):
+def test_a_checkpoint_without_checksums_is_used_and_its_damage_is_one_line(three, tmp_path):
     shutil.copytree(three, tmp_path / "run")
     workdir, folder = str(tmp_path / "run"), tmp_path / "run" / "checkpoints"
     for step in (1, 2, 3):
@@ -272,7 +272,7 @@ def test_one_of_before_checksums_is_used_and_its_damage_is_a_line(three, tmp_pat
     assert latest_step(workdir) == 2
 
 
-def test_the_best_and_every_so_many_are_kept_beside_the_newest(tmp_path):
+def test_the_best_and_every_nth_are_kept_beside_the_newest(tmp_path):
     policy = CheckpointConfig(keep_every=4, best=2, best_by="evaluation/set/AP")
     with Checkpoints(str(tmp_path), keep=1, policy=policy) as checkpoints:
         for step, score in enumerate((0.1, 0.9, 0.5, 0.2, 0.8, 0.3, 0.4), start=1):
@@ -281,7 +281,7 @@ def test_the_best_and_every_so_many_are_kept_beside_the_newest(tmp_path):
         checkpoints.wait()
         assert checkpoints.lines(7) == ["line 7"]
     assert complete_steps(str(tmp_path)) == [2, 4, 5, 7]
-    # The scores are the run's: whoever opens it again says them again.
+    # Scores are kept by the run, which records them again when it resumes.
     with Checkpoints(str(tmp_path), keep=1, policy=policy) as checkpoints:
         for step, score in ((2, 0.9), (5, 0.8), (7, 0.4)):
             checkpoints.scored(step, score)

@@ -11,14 +11,14 @@ from glip_jax.io import provenance
 from glip_jax.io.workdir import write_config
 
 
-def test_every_setting_that_moves_a_score_is_told():
+def test_every_setting_that_affects_a_score_is_recorded():
     config = Config(detection=DetectionConfig(nms_iou=0.7), model=ModelConfig(text=TextConfig(max_tokens=99)))
-    told = provenance.score_settings(config)
-    assert told["detection.nms_iou"] == 0.7 and told["model.text.max_tokens"] == 99
+    found = provenance.score_settings(config)
+    assert found["detection.nms_iou"] == 0.7 and found["model.text.max_tokens"] == 99
     for name in ("detection.threshold", "evaluation.short_side", "evaluation.chunk", "evaluation.parameters",
                  "data.captions.separator", "model.input.extent", "model.dtype", "model.head.coarse_offsets"):  # fmt: skip
-        assert name in told
-    assert not {name for name in told if "drop" in name or name.startswith(("optimizer", "train.", "loss"))}
+        assert name in found
+    assert not {name for name in found if "drop" in name or name.startswith(("optimizer", "train.", "loss"))}
 
 
 def test_the_hash_of_settings(tmp_path):
@@ -68,14 +68,14 @@ def commit(package):
 
 
 def test_the_code_in_a_repository_has_its_commit(package, commit):
-    told = provenance.code()
-    assert told | {"files": ""} == {"files": "", "commit": commit, "changed_since_commit": False}
+    found = provenance.code()
+    assert found | {"files": ""} == {"files": "", "commit": commit, "changed_since_commit": False}
     (package / "a.py").write_text("x = 3\n")
     assert provenance.code()["changed_since_commit"]
 
 
 @pytest.mark.usefixtures("commit")
-def test_somebody_elses_repository_around_it_is_not_ours(package, monkeypatch):
+def test_an_enclosing_repository_is_not_that_of_the_package(package, monkeypatch):
     inner = package.parent / "site-packages" / "glip_jax"
     inner.mkdir(parents=True)
     monkeypatch.setattr(provenance, "_PACKAGE", inner)
@@ -83,5 +83,5 @@ def test_somebody_elses_repository_around_it_is_not_ours(package, monkeypatch):
 
 
 def test_versions_and_devices():
-    told = provenance.versions()
-    assert {"python", "jax", "numpy", "pycocotools", "device"} <= set(told) and "not installed" not in told.values()
+    found = provenance.versions()
+    assert {"python", "jax", "numpy", "pycocotools", "device"} <= set(found) and "not installed" not in found.values()

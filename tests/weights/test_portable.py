@@ -1,4 +1,4 @@
-"""The exported PyTorch network and its processor equal ours: outputs, gradients, pixels, tokens, detections."""
+"""The exported PyTorch network and its processor equal those of glip_jax: outputs, gradients, pixels, tokens, detections."""
 
 import dataclasses
 from typing import Any
@@ -77,7 +77,7 @@ def inputs(model, height=96, width=64, seed=3):
 @pytest.mark.parametrize(
     "name", [name if n == 0 else pytest.param(name, marks=pytest.mark.slow) for n, name in enumerate(MODELS)]
 )
-def test_outputs_and_gradients_equal_ours(name):
+def test_outputs_and_gradients_equal_the_reference(name):
     """Gradients of a fixed random projection of all outputs, with respect to every parameter."""
     model = MODELS[name]
     params = random_params(model)
@@ -89,33 +89,33 @@ def test_outputs_and_gradients_equal_ours(name):
     )
     rng = np.random.default_rng(9)
     projection = [rng.normal(size=x.shape).astype(np.float32) for x in (logits, deltas, center)]
-    # What padding tokens say means nothing on either side.
+    # Outputs for padding tokens have no meaning in either network.
     projection[0] = projection[0] * mask[:, None, :]
 
-    def ours(params, *arrays):
+    def reference(params, *arrays):
         with jax.default_matmul_precision("highest"):
             found: Any = GLIP(model).apply({"params": params}, *arrays)
         total = sum(jnp.vdot(x, y) for x, y in zip((found.logits, found.deltas, found.centerness), projection))
         return total, found
 
-    step = jax.jit(jax.value_and_grad(ours, has_aux=True))
+    step = jax.jit(jax.value_and_grad(reference, has_aux=True))
     (_, found), gradients = step(params, pixels, extent, tokens, mask)
-    for own, theirs, weight in zip(
+    for own, exported, weight in zip(
         (found.logits, found.deltas, found.centerness), (logits, deltas, center), projection
     ):
         seen = weight != 0
         np.testing.assert_allclose(
-            np.asarray(own)[seen], theirs.detach().numpy()[seen], rtol=0, atol=2e-5 * np.abs(own).max()
+            np.asarray(own)[seen], exported.detach().numpy()[seen], rtol=0, atol=2e-5 * np.abs(own).max()
         )
     projected: Any = sum((x * torch.from_numpy(y)).sum() for x, y in zip((logits, deltas, center), projection))
     projected.backward()
-    theirs = {n: p.grad.numpy() for n, p in made.named_parameters() if p.grad is not None}
+    exported = {n: p.grad.numpy() for n, p in made.named_parameters() if p.grad is not None}
     wanted = {n: np.asarray(g) for n, g in export_state(gradients, model).items()}
     total = np.sqrt(sum(np.square(g).sum() for g in wanted.values()))
-    missing = [n for n, g in wanted.items() if n not in theirs and np.linalg.norm(g) > 1e-6 * total]
+    missing = [n for n, g in wanted.items() if n not in exported and np.linalg.norm(g) > 1e-6 * total]
     assert not missing
-    assert len(theirs) > 50
-    for n, gradient in theirs.items():
+    assert len(exported) > 50
+    for n, gradient in exported.items():
         largest = max(np.abs(wanted[n]).max(), 1e-5 * total)
         assert np.abs(gradient - wanted[n]).max() <= 2e-4 * largest, n
 
@@ -254,8 +254,8 @@ class TestProcessor:
         phrases[0, 0, 1:3] = phrases[0, 1, 4] = phrases[0, 2, 5:8] = True
         size = np.array([[60, 90]], np.int32)
         settings = dataclasses.replace(Config().detection, threshold=0.3, max_detections=20)
-        ours = jax.jit(detect, static_argnums=(4, 5, 6))
-        wanted = ours(raw, phrases, size, np.array([canvas], np.int32), canvas, model, settings)
+        reference = jax.jit(detect, static_argnums=(4, 5, 6))
+        wanted = reference(raw, phrases, size, np.array([canvas], np.int32), canvas, model, settings)
         corners = torch.from_numpy(np.asarray(box.decode(raw.deltas[0], anchors), np.float32))
         levels = [int(np.prod(box.level_shape(canvas, s))) for s in model.pyramid.strides]
         boxes, scores, labels = best_detections(

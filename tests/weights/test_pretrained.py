@@ -32,7 +32,7 @@ def config(init_from):
 
 @pytest.fixture(scope="module")
 def params():
-    """Zeros in the model's own shapes: what stays zero was not filled."""
+    """Zeros in the shapes of the network: a parameter that stays zero was not loaded."""
     tokens, mask = jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8), bool)
     text = jax.eval_shape(Bert(TEXT).init, jax.random.key(0), tokens, mask)["params"]
     image, extent = jnp.zeros((1, 32, 32, 3)), jnp.array([[32, 32]])
@@ -125,19 +125,17 @@ def test_every_text_parameter_comes_from_its_tensor(tmp_path, params, style):
     result, _ = initialize(params, config(InitFromConfig(text=folder)))
     text: dict[str, Any] = dict(traverse_util.flatten_dict(result["text"], sep="/"))
     assert all(np.asarray(leaf).all() for leaf in text.values())
-    for ours, layer, theirs in (
+    for path, layer, name in (
         ("query", 1, "attention.self.query"), ("value", 0, "attention.self.value"), ("output", 1, "output.dense"),
         ("attention_output", 0, "attention.output.dense"), ("intermediate", 1, "intermediate.dense"),
     ):  # fmt: skip
         np.testing.assert_array_equal(
-            text[f"layers/{ours}/kernel"][layer].T, arrays[f"encoder.layer.{layer}.{theirs}.weight"]
+            text[f"layers/{path}/kernel"][layer].T, arrays[f"encoder.layer.{layer}.{name}.weight"]
         )
+        np.testing.assert_array_equal(text[f"layers/{path}/bias"][layer], arrays[f"encoder.layer.{layer}.{name}.bias"])
+    for path, name in (("attention_norm", "attention.output"), ("output_norm", "output")):
         np.testing.assert_array_equal(
-            text[f"layers/{ours}/bias"][layer], arrays[f"encoder.layer.{layer}.{theirs}.bias"]
-        )
-    for ours, theirs in (("attention_norm", "attention.output"), ("output_norm", "output")):
-        np.testing.assert_array_equal(
-            text[f"layers/{ours}/scale"][1], arrays[f"encoder.layer.1.{theirs}.LayerNorm.weight"]
+            text[f"layers/{path}/scale"][1], arrays[f"encoder.layer.1.{name}.LayerNorm.weight"]
         )
     np.testing.assert_array_equal(text["embeddings/word"], arrays["embeddings.word_embeddings.weight"])
     np.testing.assert_array_equal(text["embeddings/norm/bias"], arrays["embeddings.LayerNorm.bias"])

@@ -105,16 +105,18 @@ def test_every_layout_of_swin_gives_the_same_backbone(tmp_path, params, layout):
     assert record["parameters"]["new"]["backbone"] == [6, 2 * (16 + 32 + 64)]
 
 
-def test_transformers_swin_and_ours_compute_the_same(tmp_path):
+def test_swin_equals_that_of_transformers(tmp_path):
     torch.manual_seed(0)
     options: dict[str, Any] = {"out_features": ["stage2", "stage3", "stage4"], "drop_path_rate": 0.0}
     settings = transformers.SwinConfig(
         image_size=96, embed_dim=8, depths=[2, 1, 2, 1], num_heads=[1, 2, 2, 4], window_size=3, initializer_range=0.2, **options
     )  # fmt: skip
-    theirs = transformers.SwinBackbone(settings).eval()
-    tensors = {name: value.detach() for name, value in theirs.state_dict().items() if "hidden_states_norms" not in name}
-    torch.save(tensors, tmp_path / "swin.bin")  # version 5's names in memory; save_pretrained writes those of before
-    theirs.swin.save_pretrained(tmp_path / "folder")
+    original = transformers.SwinBackbone(settings).eval()
+    tensors = {
+        name: value.detach() for name, value in original.state_dict().items() if "hidden_states_norms" not in name
+    }
+    torch.save(tensors, tmp_path / "swin.bin")  # version 5's names in memory; save_pretrained writes the older ones
+    original.swin.save_pretrained(tmp_path / "folder")
     config = BackboneConfig(width=8, depths=(2, 1, 2, 1), heads=(1, 2, 2, 4), window=3)
     read, again = (
         read_backbone(str(tmp_path / name), ModelConfig(backbone=config), "as_stored")
@@ -123,13 +125,13 @@ def test_transformers_swin_and_ours_compute_the_same(tmp_path):
     assert all((again.values[path] == value).all() for path, value in read.values.items())
     image = np.random.default_rng(0).normal(size=(2, 96, 160, 3)).astype(np.float32)
     with torch.no_grad():
-        wanted = theirs(torch.from_numpy(image.transpose(0, 3, 1, 2))).feature_maps
-    ours = Swin(config)
+        wanted = original(torch.from_numpy(image.transpose(0, 3, 1, 2))).feature_maps
+    network = Swin(config)
     arguments = jnp.asarray(image), jnp.array([[96, 160]] * 2)
     flat = {path.removeprefix("backbone/"): value for path, value in read.values.items()}
-    for number, width in ((1, 16), (2, 32), (3, 64)):  # as every norm begins, there and here
+    for number, width in ((1, 16), (2, 32), (3, 64)):  # the initial values of every norm in both
         flat |= {f"norm{number}/scale": np.ones(width, np.float32), f"norm{number}/bias": np.zeros(width, np.float32)}
-    found = jax.jit(ours.apply)({"params": traverse_util.unflatten_dict(flat, sep="/")}, *arguments)
+    found = jax.jit(network.apply)({"params": traverse_util.unflatten_dict(flat, sep="/")}, *arguments)
     for mine, their in zip(found, wanted, strict=True):
         np.testing.assert_allclose(mine.transpose(0, 3, 1, 2), their.numpy(), atol=2e-5)
 
@@ -178,7 +180,7 @@ def network(tmp_path_factory):
     return str(path)
 
 
-def test_a_network_then_a_tower(tmp_path, params, network, capsys):
+def test_a_network_then_an_encoder(tmp_path, params, network, capsys):
     write_state(tmp_path / "swin.pth", {name: value * 2 for name, value in original().items()})
     found, record = begin(params, model=network, backbone=str(tmp_path / "swin.pth"))
     for name, value in parameters().items():
@@ -211,7 +213,7 @@ def test_parts_of_another_network(network):
         begin(params, model=network, load=("backbone/*",), skip=("head/towr/*",))
 
 
-def test_what_only_one_side_has_is_refused(network):
+def test_missing_and_unknown_parameters_are_refused(network):
     with_more = parameter_shapes(SMALL) | {"head/extra": jax.ShapeDtypeStruct((3,), jnp.float32)}
     del with_more["head/bias0"]
     params = traverse_util.unflatten_dict({path: jnp.zeros(shape.shape) for path, shape in with_more.items()}, sep="/")

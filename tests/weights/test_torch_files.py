@@ -59,8 +59,8 @@ def test_training_checkpoints_keep_their_state_dict_inside(tmp_path, key):
     assert load_tree(path)["rates"] == [0.1, (1, 2)]
 
 
-def test_only_what_is_asked_for_is_read(tmp_path):
-    """The optimizer's storage is damaged, or not even there, and nobody minds."""
+def test_only_the_requested_tensors_are_read(tmp_path):
+    """A damaged or missing storage of the optimizer does not matter."""
     (mine, model), (other, moment), (gone, average) = (
         whole(key, np.full((3,), float(key), np.float32)) for key in "012"
     )
@@ -78,7 +78,7 @@ def test_only_what_is_asked_for_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "legacy"])
-def test_what_torch_itself_saves(tmp_path, options):
+def test_files_of_torch_save(tmp_path, options):
     shared = torch.arange(12.0)
     tensors = {"whole": shared.reshape(3, 4).T, "part": shared[3:7], "own": torch.nn.Parameter(torch.ones(2, 3).half()),
                "narrow": torch.arange(4.0).bfloat16(), "number": torch.tensor(3)}  # fmt: skip
@@ -89,7 +89,7 @@ def test_what_torch_itself_saves(tmp_path, options):
     }  # fmt: skip
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(loaded[name].astype(np.float64), tensor.detach().double().numpy())
-    loaded["whole"][:] = 0  # writable, and nobody else's
+    loaded["whole"][:] = 0  # writable, and not shared
     assert loaded["part"].tolist() == [3, 4, 5, 6]
 
 
@@ -130,7 +130,7 @@ def test_a_view_beyond_its_storage_is_refused(tmp_path, offset, size, stride):
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy"])
-def test_a_missing_half_is_reported(tmp_path, form):
+def test_a_truncated_file_is_reported(tmp_path, form):
     storage, tensor = whole("0", np.zeros((64,), np.float32))
     short = Storage("0", np.zeros((32,), np.float32))
     data = pickled({"w": tensor}, legacy=form == "legacy")
@@ -146,14 +146,14 @@ def test_a_missing_half_is_reported(tmp_path, form):
 @pytest.mark.parametrize(
     "content", [b"", b"<html>not found</html>", pickle.dumps({"w": 1}), b"\x80\x02garbage", b"\x80"]
 )
-def test_other_files_are_named_as_such(tmp_path, content):
+def test_other_formats_are_refused(tmp_path, content):
     path = epath.Path(tmp_path / "m.pth")
     path.write_bytes(content)
     with pytest.raises(TorchFileError, match=r"m\.pth"):
         load_tree(path)
 
 
-def test_what_is_no_state_dict_is_refused(tmp_path):
+def test_files_without_a_state_dict_are_refused(tmp_path):
     path = write_zip(tmp_path / "m.pth", pickle.dumps({"w": 1}, protocol=2), [])
     with pytest.raises(TorchFileError, match="entries that are not tensors: w"):
         load_arrays(path)
