@@ -15,6 +15,7 @@ copyright = "the glip_jax authors, Apache-2.0"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "generated"]
 toc_object_entries_show_parents = "hide"
 exclude_patterns = ["_build"]
+smartquotes = False  # of two dashes it would make one
 
 html_theme = "furo"
 html_title = "glip_jax"

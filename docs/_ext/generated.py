@@ -316,6 +316,10 @@ def _default(item: "dataclasses.Field[Any]") -> str:
         return f"`{','.join(map(str, value))}`" if value else "empty"
     if isinstance(value, Path) and value.is_relative_to(_ROOT):
         value = value.relative_to(_ROOT)
+    if isinstance(value, float):
+        value = f"{value:.6g}"
+    if isinstance(value, str) and value != value.strip():
+        value = f'"{value}"'
     return {"": "empty", "{}": "empty", "None": "none"}.get(str(value), f"`{value}`")
 
 
