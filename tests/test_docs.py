@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from glip_jax.__main__ import JOBS
-from glip_jax.config import Config, DataConfig, EvaluationConfig, EvaluationSet, SourceConfig, flatten
+from glip_jax.config import Config, DataConfig, EvaluationConfig, EvaluationSet, OptimizerConfig, SourceConfig, flatten
 from glip_jax.distributed import exit_codes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,8 +39,11 @@ def test_jobs_named_are_there():
 
 
 def test_settings_named_are_there():
-    sources, sets = {"NAME": SourceConfig("")}, {"NAME": EvaluationSet("", "")}
-    config = Config(data=DataConfig(sources=sources), evaluation=EvaluationConfig(sets=sets))
+    config = Config(
+        data=DataConfig(sources={"NAME": SourceConfig("")}),
+        evaluation=EvaluationConfig(sets={"NAME": EvaluationSet("", "")}),
+        optimizer=OptimizerConfig(arguments={"NAME": 1.0}),
+    )
     fields = {name for name, _ in flatten(config)}
     known = {name[: place.start()] for name in fields for place in re.finditer(r"\.|$", name)}
     sections = "|".join({name.split(".")[0] for name in fields if "." in name})
