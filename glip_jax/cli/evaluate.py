@@ -163,7 +163,8 @@ def _done(arguments: EvaluateArguments, checkpoint: "Checkpoint", out: str) -> b
             # Of the code its files count: a commit that leaves them as they are changes no number.
             summary["hashes"]["code"] = summary["hashes"]["code"]["files"]
             summary["settings"] = current_names(summary["settings"])
-        same = all(found[key] == now[key] for key in now if key != "date")
+        # The path of the run does not affect results; its parameters are compared by their hashes.
+        same = all(found[key] == now[key] for key in now if key not in ("date", "workdir"))
         same = same and found["sets"].keys() == config.evaluation.sets.keys()
         for name, dataset in config.evaluation.sets.items():
             entry = found["sets"].get(name, {})

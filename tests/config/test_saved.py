@@ -44,8 +44,9 @@ def old(tmp_path, monkeypatch):
 
 
 def test_a_run_goes_on_with_its_settings(old):
-    saved = saved_config("run")
+    saved = json.loads(Path("run/config.json").read_text())
     assert {"data.crop.least_side", "data.sources.web.captions.least_score", "train.hang_least"} <= saved.keys()
+    assert current_names(saved) == saved_config("run")
     config = unflatten(saved)
     assert config.data.crop == CropConfig(0.5, min_side=0.7, min_visible=0.3)
     assert config.data.sources["web.captions"].threshold == 0.3 and config.train.hang_min == 60.0
