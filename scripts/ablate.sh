@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The paper's claims on picture scenes: A (detection without fusion), B (A with fusion), C (B with grounding), T (C with captions
-# that C labelled), each with every seed, the same number of training images. Ends with a table, a plot and a page.
-#   scripts/ablate.sh              seeds 0, 1 and 2: about three hours on two CPU cores; everything lies in runs/ablations
+# The paper's ablation on synthetic scenes: A (detection without fusion), B (A with fusion), C (B with grounding), T (C with captions
+# that C labelled), each with every seed and the same number of training images. Ends with a table, a plot and an HTML report.
+#   scripts/ablate.sh              seeds 0, 1 and 2: about three hours on two CPU cores; all files are in runs/ablations
 #   scripts/ablate.sh 0 1          these seeds
-# The same command again goes on where it stopped, and with more seeds adds theirs. Ctrl-C is safe.
+# The same command resumes an interrupted run, and adds further seeds. Ctrl-C is safe.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
@@ -22,14 +22,14 @@ for seed in "$@"; do
     fi
 done
 
-trap 'echo "stopped; the same command again goes on from here" >&2; exit 130' INT
+trap 'echo "stopped; the same command resumes from here" >&2; exit 130' INT
 environment requirements.txt
 
 folder=runs/ablations
 job() {
     .venv/bin/python -m glip_jax "$@"
 }
-# run LETTER SEED [SETTING...]: trains and evaluates what is not there yet.
+# run LETTER SEED [SETTING...]: trains and evaluates a run unless it is complete.
 run() {
     local letter=$1 seed=$2
     local settings=(--config="configs/ablations/scenes_$letter.py" --workdir="$folder/$letter-$seed" --config.train.seed="$seed" "${@:3}")
@@ -45,7 +45,7 @@ for seed in "$@"; do
     for letter in a b c; do
         run "$letter" "$seed"
     done
-    # Each student has a teacher of its own seed. Labels from 0.3 on, of which training takes those above 0.45.
+    # Each student has a teacher of the same seed. Labels with a threshold of 0.3; training uses those above 0.45.
     pseudo=$folder/pseudo-$seed
     job label "$folder/scenes/shards/captions" --workdir="$folder/c-$seed" --out="$pseudo" --threshold=0.3
     .venv/bin/python -m benchmarks.pseudo_labels "$pseudo" "$folder/scenes/captions/truth.json" \

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Exports a checkpoint, checked against itself.
+# Exports a checkpoint and verifies the result.
 #   scripts/export.sh CKPT OUT --format=glip-pth|huggingface|onnx [...]
-# CKPT is the working folder of a run or of `import`, OUT the file (glip-pth) or folder to make; what follows goes to
-# `python -m glip_jax export`. Makes the environment with requirements-export.txt first.
+# CKPT is the working folder of a run or of `import`, OUT the output file (glip-pth) or folder; further arguments are passed to
+# `python -m glip_jax export`. Creates the environment with requirements-export.txt first.
 set -euo pipefail
 here=$PWD
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -23,6 +23,6 @@ fi
 environment requirements-export.txt
 workdir=$1 out=$2
 shift 2
-# Paths are those of the folder that the command was given in.
+# Paths are relative to the folder in which the command was given.
 cd "$here"
 PYTHONPATH=$root exec "$root/.venv/bin/python" -m glip_jax export --workdir="$workdir" --out="$out" "$@"

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# What scripts/tpu.sh has each host of a TPU do. Code lies in ~/glip_jax there, everything else in ~/glip_jax.state.
-#   scripts/on_host.sh unpack ARCHIVE REVISION   the files of a tar.gz become ~/glip_jax, then the environment is made
-#   scripts/on_host.sh ready                     says whether a run could start, and of which revision
-#   scripts/on_host.sh start ARGS...             scripts/pretrain.sh ARGS, detached; again as often as it ends with exit code 75,
-#                                                and after a pause with 69 or 76, three times at most without a new step
-#   scripts/on_host.sh status | stop             how it stands, with its last step; SIGTERM, and wait until it has saved
+# Runs on each host of a TPU, called by scripts/tpu.sh. The code is in ~/glip_jax, everything else in ~/glip_jax.state.
+#   scripts/on_host.sh unpack ARCHIVE REVISION   unpacks a tar.gz to ~/glip_jax and creates the environment
+#   scripts/on_host.sh ready                     prints whether a run can start, and the revision
+#   scripts/on_host.sh start ARGS...             scripts/pretrain.sh ARGS, detached; restarted after exit code 75, and after a
+#                                                pause after 69 or 76, at most three times without a new step
+#   scripts/on_host.sh status | stop             the state and the last step; SIGTERM, and wait until it has saved
 #   scripts/on_host.sh log [--follow]            the last 200 lines of its log
-# Answers are lines that begin with "worker HOST: ", so that the caller can count who answered.
+# Responses are lines that begin with "worker HOST: ", so that the caller can count the hosts that responded.
 set -euo pipefail
 code=$HOME/glip_jax state=$HOME/glip_jax.state
-# How long `stop` waits: a checkpoint to a bucket may take minutes.
+# Seconds that `stop` waits: writing a checkpoint to a bucket may take minutes.
 patience=${GLIP_JAX_STOP_SECONDS:-300}
-# How long after 69 or 76: the other hosts must notice, too, and a bucket that does not answer wants time.
+# Seconds to wait after 69 or 76: the other hosts must detect it too, and an unavailable bucket needs time.
 pause=${GLIP_JAX_RESTART_SECONDS:-60}
 export LC_ALL=C
 
@@ -24,8 +24,8 @@ fail() {
     exit 1
 }
 
-# The kernel drops a lock with the last process that holds it, whatever that died of; a file with a pid would lie after a kill.
-# It is on the loop and all that the loop started.
+# The kernel releases a lock with the last process that holds it, however that ended; a pid file would be stale after a kill.
+# The loop and all processes that it started hold it.
 alive() {
     [ -e "$state/lock" ] && ! flock -n "$state/lock" true
 }
@@ -43,10 +43,10 @@ unpack() {
     local archive=$1 revision=$2 file
     ! alive || fail "a run is alive since $(since), and the code beneath it stays as it is; stop it first"
     mkdir -p "$code" "$state"
-    # Until the end there is no revision, so `ready` knows a push that was cut short.
+    # The revision is written last, so that `ready` detects an incomplete push.
     rm -f "$state/revision"
-    # Files that a push brought and this one does not are removed; .venv, runs and what else lies there stay. The list
-    # holds both until all is unpacked: a push that is cut short forgets nothing.
+    # Files of an earlier push that are not in this one are removed; .venv, runs and other files stay. The list contains
+    # both until everything is unpacked, so an incomplete push loses nothing.
     touch "$state/files"
     tar -tzf "$archive" | grep -v '/$' | sort >"$state/files.new"
     comm -23 "$state/files" "$state/files.new" | while IFS= read -r file; do rm -f -- "$code/$file"; done
@@ -55,11 +55,11 @@ unpack() {
     tar -xzf "$archive" -C "$code"
     mv "$state/files.new" "$state/files"
     cd "$code"
-    # In a shell of its own, which ends at the first fault; what pip says is for people, not for the count.
+    # In a separate shell that exits at the first error; the output of pip goes to stderr.
     bash -euo pipefail -c '
         source scripts/environment.sh
         if ! find_python >/dev/null 2>&1; then
-            # Ubuntu 22.04, which is on the hosts of TPUs, has Python 3.10. That of uv needs no rights of root.
+            # Ubuntu 22.04 of TPU hosts has Python 3.10. uv installs another version without root.
             python3 -m pip install --quiet --user uv
             python3 -m uv python install 3.12
             PYTHON=$(python3 -m uv python find 3.12)
@@ -89,13 +89,13 @@ start() {
     date -u '+%Y-%m-%d %H:%M:%S UTC' >"$state/started"
     echo 0 >"$state/restarts"
     cd "$code"
-    # Another session than that of ssh, whose end it must survive; the lock goes along as file 9.
+    # A new session, so that it survives the end of ssh; it inherits the lock as file descriptor 9.
     GLIP_JAX_REQUIREMENTS=requirements-tpu.txt setsid bash scripts/on_host.sh supervise "$@" >>"$state/log" 2>&1 </dev/null &
     echo $! >"$state/pid"
     say "started"
 }
 
-# The loop around a run; SIGTERM to it reaches the run, and then it does not start again.
+# The restart loop; SIGTERM is forwarded to the run, which is then not restarted.
 supervise() {
     local code=0 child="" interrupted="" stopping="" restarts=0 tries=0 step="" reached
     trap 'interrupted=1 stopping=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM
@@ -109,7 +109,7 @@ supervise() {
         [ -z "$stopping" ] || kill -TERM "$child" 2>/dev/null || true
         code=0
         wait "$child" || code=$?
-        # A signal ends `wait`, not the run.
+        # A signal interrupts `wait`, not the run.
         while [ -n "$interrupted" ]; do
             interrupted="" code=0
             wait "$child" || code=$?
@@ -119,8 +119,8 @@ supervise() {
         case $code in
         75) tries=0 ;;
         69 | 76 | 132 | 134 | 135 | 136 | 137 | 139)
-            # A bucket does not answer, or a process died, elsewhere or here (by a signal: want of memory, a fault in a
-            # driver): that may pass. What comes again at the same step does not.
+            # An unavailable bucket, or a process that died on another host or on this one (by a signal: out of memory, a
+            # driver error) may be transient; an error that repeats at the same step is not.
             reached=$(last_step)
             [ "$reached" = "$step" ] || tries=0
             step=$reached
@@ -161,7 +161,7 @@ stop() {
         status
         return 0
     fi
-    # Without the loop, which somebody may have killed, the run itself is told.
+    # If the loop was killed, the run itself gets the signal.
     kill -TERM "$(cat "$state/pid")" 2>/dev/null || kill -TERM "$(cat "$state/child")" 2>/dev/null || true
     flock -w "$patience" "$state/lock" true || fail "still running $patience s after SIGTERM"
     status

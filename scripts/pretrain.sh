@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Trains.
-#   scripts/pretrain.sh                       the demo: environment, picture scenes, training, evaluation, a drawn page
-#   scripts/pretrain.sh --short               the same with 40 scenes and 20 steps, to see that everything works (used by .ci/run)
+# Trains a model.
+#   scripts/pretrain.sh                       the demo: environment, synthetic scenes, training, evaluation, an HTML report
+#   scripts/pretrain.sh --short               the same with 40 scenes and 20 steps, to check that everything works (used by .ci/run)
 #   scripts/pretrain.sh --config=configs/NAME.py --workdir=DIR [...]   environment, then `python -m glip_jax train` with these
-# The same command again goes on where it stopped. Ctrl-C is safe.
+# The same command resumes an interrupted run. Ctrl-C is safe.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
@@ -15,8 +15,8 @@ case "${1:-}" in
     ;;
 esac
 
-trap 'echo "stopped; the same command again goes on from here" >&2; exit 130' INT
-# Launchers say what their machines need: requirements-tpu.txt, requirements-gpu.txt.
+trap 'echo "stopped; the same command resumes from here" >&2; exit 130' INT
+# Set by launchers to the requirements of their machines: requirements-tpu.txt, requirements-gpu.txt.
 environment "${GLIP_JAX_REQUIREMENTS:-requirements.txt}"
 
 run=$PWD/runs/demo
@@ -27,7 +27,7 @@ if [ "${1:-}" = --short ] && [ $# = 1 ]; then
     scenes=(--out=runs/demo-short/scenes --count=40 --captions=0 --validation=8)
     settings=(--config=configs/demo_short.py)
 elif [ $# -gt 0 ]; then
-    # An exec'd job gets signals itself: it saves on SIGTERM and Ctrl-C.
+    # exec, so that the job receives signals itself: it saves on SIGTERM and Ctrl-C.
     exec .venv/bin/python -m glip_jax train "$@"
 fi
 

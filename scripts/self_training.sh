@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Self-training on picture scenes: a teacher learns from boxes and captions with boxes, labels captions that have none, and
-# a student learns from all three. Ends with a table and a page that set the two side by side.
-#   scripts/self_training.sh            about 32 minutes on two CPU cores; everything lies in runs/self_training
-#   scripts/self_training.sh --short    the same with tens of scenes and 20 steps, to see that everything works
-# The same command again goes on where it stopped. Ctrl-C is safe.
+# Self-training on synthetic scenes: a teacher is trained on boxes and on captions with boxes, labels captions without boxes, and
+# a student is trained on all three. Ends with a table and an HTML report that compare the two.
+#   scripts/self_training.sh            about 32 minutes on two CPU cores; all files are in runs/self_training
+#   scripts/self_training.sh --short    the same with tens of scenes and 20 steps, to check that everything works
+# The same command resumes an interrupted run. Ctrl-C is safe.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
@@ -13,7 +13,7 @@ scenes=(--count=8000 --captions=4000)
 case "${1:-}" in
 "") ;;
 --short)
-    # A detector of 20 steps is sure of nothing: with a threshold it would label no caption.
+    # All scores are low after 20 steps: with a higher threshold no caption would be labelled.
     folder=runs/self_training-short form=_short threshold=0
     scenes=(--count=40 --captions=16 --validation=8)
     ;;
@@ -32,7 +32,7 @@ if [ $# -gt 1 ]; then
     exit 2
 fi
 
-trap 'echo "stopped; the same command again goes on from here" >&2; exit 130' INT
+trap 'echo "stopped; the same command resumes from here" >&2; exit 130' INT
 environment requirements.txt
 
 job() {
@@ -46,7 +46,7 @@ job data coco-captions "$folder/scenes/captions/annotations.json" --images="$fol
     --out="$folder/scenes/shards/captions" --shards=8 --licence="as the scenes': gcs/sample/pictures/LICENSES.md"
 job train "${teacher[@]}"
 job evaluate "${teacher[@]}" --unless-done
-# From 0.3 on, so that training can choose (data.sources.pseudo.threshold) and the table below shows what it chooses from.
+# A low threshold, so that training can choose a higher one (data.sources.pseudo.threshold), and the table below shows both.
 job label "$folder/scenes/shards/captions" --workdir="$folder/teacher" --out="$folder/pseudo" --threshold="$threshold"
 .venv/bin/python -m benchmarks.pseudo_labels "$folder/pseudo" "$folder/scenes/captions/truth.json" \
     --names="$folder/scenes/validation_caption_names/annotations.json" --plot="$folder/pseudo/quality.png"

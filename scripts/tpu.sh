@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPUs: queued resources, spot, several slices. The only file that knows gcloud.
+# Trains on Cloud TPUs: queued resources, spot, several slices. The only file that uses gcloud.
 #   scripts/tpu.sh create NAME --type=v5litepod-64 [--spot] [--slices=N] [--version=V] [--service-account=EMAIL] [--wait]
-#   scripts/tpu.sh push NAME [--dirty]     the commit HEAD (or the tree as it is) to every host, with its environment
-#   scripts/tpu.sh run NAME -- ARGS...     scripts/pretrain.sh --distributed ARGS on every host, detached; again on exit code 75
+#   scripts/tpu.sh push NAME [--dirty]     the commit HEAD (or the tree as it is) to every host, and creates the environment there
+#   scripts/tpu.sh run NAME -- ARGS...     scripts/pretrain.sh --distributed ARGS on every host, detached; restarted after exit code 75
 #   scripts/tpu.sh logs NAME [--slice=N] [--worker=N] [--follow]
-#   scripts/tpu.sh status NAME             the queued resource, and every host's run with its last step
-#   scripts/tpu.sh stop NAME               SIGTERM to all: they save and end; waits for it
-#   scripts/tpu.sh delete NAME [--force]   asks nothing; refused while a run is alive, unless forced
-#   scripts/tpu.sh bucket gs://NAME [--location=REGION] [--account=ID]   NAME to read, NAME-runs to write, an account that may just that
-# All take --project=P and --zone=Z (bucket: for its region) and --dry-run, which prints the commands and runs none.
-# TPU_PROJECT, TPU_ZONE, TPU_TYPE, TPU_VERSION, TPU_SERVICE_ACCOUNT stand for flags that are not given.
-# Every command may be given again: what is there already is left as it is, and said.
+#   scripts/tpu.sh status NAME             the queued resource, and the run of every host with its last step
+#   scripts/tpu.sh stop NAME               SIGTERM to all hosts, which save and exit; waits for them
+#   scripts/tpu.sh delete NAME [--force]   without confirmation; refused while a run is alive, unless forced
+#   scripts/tpu.sh bucket gs://NAME [--location=REGION] [--account=ID]   buckets NAME to read and NAME-runs to write, and an account with only these rights
+# All take --project=P and --zone=Z (bucket: for its region), and --dry-run, which prints the commands without running them.
+# TPU_PROJECT, TPU_ZONE, TPU_TYPE, TPU_VERSION, TPU_SERVICE_ACCOUNT are defaults of flags.
+# Every command can be repeated: existing resources are left unchanged and reported.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -19,7 +19,7 @@ die() {
     exit 2
 }
 
-# One word for a shell: whatever it holds arrives unchanged, also through ssh.
+# Quotes a word for a shell, so that it arrives unchanged, also through ssh.
 quote() {
     local apostrophe="'" escaped="'\\''"
     case $1 in
@@ -37,7 +37,7 @@ quoted() {
     done
 }
 
-# Runs a command, or with --dry-run prints it so that it can be pasted.
+# Runs a command; with --dry-run prints it in a form that can be pasted.
 act() {
     if [ -n "$dry" ]; then
         quoted "$@"
@@ -47,7 +47,7 @@ act() {
     fi
 }
 
-# look WHAT COMMAND...: what the command says goes to `answer`; 1 if WHAT does not exist. Other faults end here, in the command's words.
+# look WHAT COMMAND...: sets `answer` to the output of the command; returns 1 if WHAT does not exist; exits after other errors.
 look() {
     local what=$1 status=0
     shift
@@ -58,16 +58,16 @@ look() {
     fi
     answer=$("$@" 2>"$scratch/faults") || status=$?
     [ "$status" != 0 ] || return 0
-    # Compute says NOT_FOUND, storage "not found: 404".
+    # Compute reports NOT_FOUND, storage "not found: 404".
     if grep -qE 'NOT_FOUND|not found: 404' "$scratch/faults"; then
         return 1
     fi
     cat "$scratch/faults" >&2
-    echo "tpu.sh: $what could not be looked up (exit code $status, above)" >&2
+    echo "tpu.sh: $what cannot be queried (exit code $status, above)" >&2
     exit "$status"
 }
 
-# The value of the first KEY in the JSON of `look`; only keys that occur in one place are asked for.
+# The value of a KEY in the JSON of `look`; only keys that are unambiguous are used.
 field() {
     printf '%s\n' "$answer" | sed -n 's/^ *"'"$1"'": *"\{0,1\}\([^",{]*\)"\{0,1\},\{0,1\}$/\1/p'
 }
@@ -99,7 +99,7 @@ describe() {
 
 need_active() {
     describe
-    [ -n "$there" ] || die "$command: there is no queued resource $name in $zone; scripts/tpu.sh create makes one"
+    [ -n "$there" ] || die "$command: no queued resource $name in $zone; scripts/tpu.sh create creates one"
     [ "$its_state" = ACTIVE ] || die "$command: $name is $its_state, expected ACTIVE; scripts/tpu.sh create $name --wait waits for it"
 }
 
@@ -114,7 +114,7 @@ count_workers() {
     done
 }
 
-# on_hosts ARGS...: on_host.sh ARGS on every host. Their answers go to `answers`; 1 unless all hosts answered and did it.
+# on_hosts ARGS...: runs on_host.sh ARGS on every host and sets `answers`; returns 1 unless all hosts responded and succeeded.
 on_hosts() {
     local remote status=0
     remote="if [ -f glip_jax/scripts/on_host.sh ]; then bash glip_jax/scripts/on_host.sh $(quoted "$@"); else echo \"worker \$(hostname): nothing pushed\"; fi"
@@ -129,25 +129,25 @@ everywhere() {
         act "${ssh[@]}"
         return 0
     fi
-    # What gcloud says of its progress is shown where it takes long, and else if something fails.
+    # The progress output of gcloud is shown for long operations, otherwise only after an error.
     if [ -n "$loud" ]; then
         answers=$("${ssh[@]}") || status=$?
     else
         answers=$("${ssh[@]}" 2>"$scratch/faults") || status=$?
     fi
-    # With several hosts gcloud goes on past those that it cannot reach, so answers are counted.
+    # gcloud skips hosts that it cannot reach, so responses are counted.
     answers=$(printf '%s\n' "$answers" | grep '^worker ' | sort -V || true)
     count=$(printf '%s' "$answers" | grep -c '' || true)
     if [ "$count" != "$workers" ]; then
         [ -n "$loud" ] || cat "$scratch/faults" >&2
         [ -z "$answers" ] || printf '%s\n' "$answers" >&2
-        echo "tpu.sh: $count of $workers hosts of $name answered; what gcloud said is above" >&2
+        echo "tpu.sh: $count of $workers hosts of $name answered; the output of gcloud is above" >&2
         [ "$status" != 0 ] || status=1
     fi
     return "$status"
 }
 
-# Sets `running`, the number of hosts with a live run, and `answers`; 1 if not all answered.
+# Sets `running`, the number of hosts with a live run, and `answers`; returns 1 if not all hosts responded.
 ask_ready() {
     count_workers
     on_hosts ready || return 1
@@ -177,25 +177,25 @@ create() {
         request+=(--node-id="$name")
     fi
     [ -z "$spot" ] || request+=(--spot)
-    # What the hosts may do is what the account may do, and nothing by scopes.
+    # Rights are granted by the account, not limited by scopes.
     [ -z "$account_email" ] || request+=(--service-account="$account_email" --scopes=https://www.googleapis.com/auth/cloud-platform)
-    # gcloud would wait for the whole request; ours is --wait.
+    # Without --async gcloud would wait for the whole request; --wait of this script polls instead.
     request+=(--async)
     if [ -n "$dry" ]; then
-        echo "# if there is none of that name:"
+        echo "# if none of that name exists:"
         act "${request[@]}"
     elif [ -n "$there" ]; then
-        differ() { [ "$2" = "$3" ] || differences="$differences, $1 is $2 (asked for: $3)"; }
+        differ() { [ "$2" = "$3" ] || differences="$differences, $1 is $2 (requested: $3)"; }
         differ type "$its_type" "$type"
         differ version "$its_version" "$version"
         differ slices "$its_slices" "$slices"
         differ spot "$its_spot" "$spot_wanted"
         [ -z "$account_email" ] || differ service-account "$its_account" "$account_email"
-        [ -z "$differences" ] || die "create: $name is there with other settings: ${differences#, }; choose another name, or delete it first"
-        echo "$name is there with these settings: $its_state"
+        [ -z "$differences" ] || die "create: $name exists with other settings: ${differences#, }; choose another name, or delete it first"
+        echo "$name exists with these settings: $its_state"
     else
         "${request[@]}"
-        echo "$name: asked for $slices x $type"
+        echo "$name: requested $slices x $type"
     fi
     if [ -n "$dry" ]; then
         return 0
@@ -211,9 +211,9 @@ wait_until_active() {
     local before="" missing=0
     while :; do
         describe
-        # A request made a moment ago may not be listed yet.
-        [ -n "$there" ] || [ $((++missing)) -lt 10 ] || die "create: $name is not there any more"
-        [ "$its_state" = "$before" ] || echo "$name: ${its_state:-asked for}"
+        # A recent request may not be listed yet.
+        [ -n "$there" ] || [ $((++missing)) -lt 10 ] || die "create: $name does not exist any more"
+        [ "$its_state" = "$before" ] || echo "$name: ${its_state:-requested}"
         before=$its_state
         case $its_state in
         ACTIVE) return 0 ;;
@@ -228,31 +228,31 @@ push() {
     changes=$(git -C "$root" status --porcelain | wc -l)
     revision=$(git -C "$root" rev-parse --short=12 HEAD) tree=HEAD
     archive=$scratch/glip_jax.tar.gz
-    # Printed commands may be pasted when this has ended and its folder is gone.
+    # Printed commands may be pasted after this script has ended and its scratch folder is removed.
     [ -z "$dry" ] || archive=${TMPDIR:-/tmp}/glip_jax.tar.gz
     if [ "$changes" != 0 ]; then
         [ -n "$dirty" ] || die "push: $((changes)) files are changed or not in git; commit them, or push the tree as it is with --dirty"
         revision=$revision-dirty
         [ -z "$dry" ] || echo "# HEAD stands for the tree as it is, which is written to git without a commit:"
         if [ -z "$dry" ]; then
-            # An index of its own: the user's is not touched. Ignored files do not go along.
+            # A separate index leaves that of the user unchanged. Ignored files are not included.
             cp "$(git -C "$root" rev-parse --absolute-git-dir)/index" "$scratch/index"
             tree=$(cd "$root" && export GIT_INDEX_FILE=$scratch/index && git add --all && git write-tree)
-            # The same changes again are the same revision, others another.
+            # The name of the revision identifies the changes.
             revision=$revision-${tree:0:12}
         fi
     fi
     need_active
     count_workers
     act git -C "$root" archive --format=tar.gz --output="$archive" "$tree"
-    # With the code goes the script that unpacks it, so the one to run is taken out of the archive; unpack refuses under a live run.
-    # Its name there is the revision's: a host that the copy did not reach cannot take an older one for it.
+    # on_host.sh is taken from the archive that it unpacks; unpack refuses while a run is alive. The archive is named after the
+    # revision, so a host that did not receive it cannot use an older one.
     remote="bash -c \"\$(tar -xzOf glip_jax-$revision.tar.gz scripts/on_host.sh)\" on_host.sh unpack \"\$HOME/glip_jax-$revision.tar.gz\" $revision"
     act gcloud compute tpus queued-resources scp "$archive" "$name:glip_jax-$revision.tar.gz" "${place[@]}" --node=all --worker=all
     loud=yes
     everywhere "$remote" || {
         [ -z "$answers" ] || printf '%s\n' "$answers"
-        echo "tpu.sh: push: not every host of $name has $revision; the same command again goes on" >&2
+        echo "tpu.sh: push: not every host of $name has $revision; the same command resumes" >&2
         exit 1
     }
     [ -n "$dry" ] || printf '%s\n' "$answers"
@@ -281,7 +281,7 @@ run() {
     }
     [ -z "$dry" ] || return 0
     printf '%s\n' "$answers"
-    echo "logs: scripts/tpu.sh logs $name --follow    how it stands: scripts/tpu.sh status $name"
+    echo "logs: scripts/tpu.sh logs $name --follow    state: scripts/tpu.sh status $name"
 }
 
 logs() {
@@ -296,7 +296,7 @@ status() {
     local node
     describe
     if [ -z "$there" ]; then
-        echo "$name: there is none in $zone"
+        echo "$name does not exist in $zone"
         return 0
     fi
     [ -n "$dry" ] || echo "$name: $its_state, $its_slices x $its_type, spot: $its_spot"
@@ -324,14 +324,14 @@ stop() {
 delete() {
     describe
     if [ -z "$there" ]; then
-        echo "$name: there is none in $zone"
+        echo "$name does not exist in $zone"
         return 0
     fi
     if [ "$its_state" = ACTIVE ] && [ -z "$force" ]; then
-        ask_ready || die "delete: whether a run is alive on $name is not known (above); --force deletes it all the same"
+        ask_ready || die "delete: whether a run is alive on $name is not known (see above); --force deletes it all the same"
         [ "${running:-0}" = 0 ] || die "delete: a run is alive on $running of $workers hosts of $name; scripts/tpu.sh stop $name saves and ends it, --force deletes it all the same"
     fi
-    # gcloud's --force is for the TPUs below the request, which are what is wanted gone.
+    # --force of gcloud also deletes the TPUs of the request.
     act gcloud compute tpus queued-resources delete "$name" --zone="$zone" --project="$project" --force --quiet
 }
 
@@ -343,15 +343,15 @@ bucket() {
         make_bucket "$each"
     done
     if look "account $email" gcloud iam service-accounts describe "$email" --project="$project" --format="value(email)" && [ -z "$dry" ]; then
-        echo "$email is there"
+        echo "$email exists"
     else
-        [ -z "$dry" ] || echo "# if there is none of that name:"
+        [ -z "$dry" ] || echo "# if none of that name exists:"
         act gcloud iam service-accounts create "$account" --project="$project" --display-name="glip_jax training"
     fi
-    # Given again, a binding stays one. Two buckets, because a listing cannot be granted for a part of one by conditions on names.
+    # Repeated bindings have no effect. Two buckets, because listing cannot be granted for a part of one by conditions on names.
     act gcloud storage buckets add-iam-policy-binding "$bucket" --member="serviceAccount:$email" --role=roles/storage.objectViewer --format=none
     act gcloud storage buckets add-iam-policy-binding "$bucket-runs" --member="serviceAccount:$email" --role=roles/storage.objectUser --format=none
-    # Orbax asks what kind of bucket it writes to (storage.buckets.get), which objectUser may not.
+    # Orbax reads the type of the bucket (storage.buckets.get), which objectUser does not allow.
     act gcloud storage buckets add-iam-policy-binding "$bucket-runs" --member="serviceAccount:$email" --role=roles/storage.legacyBucketReader --format=none
     [ -n "$dry" ] || echo "$email reads $bucket and writes $bucket-runs; scripts/tpu.sh create NAME --service-account=$email"
 }
@@ -360,11 +360,11 @@ make_bucket() {
     local found wanted="${location^^}|True|enforced"
     if look "bucket $1" gcloud storage buckets describe "$1" --project="$project" --format="value[separator='|'](location,uniform_bucket_level_access,public_access_prevention)" && [ -z "$dry" ]; then
         found=$answer
-        [ "$found" = "$wanted" ] || die "bucket: $1 is there with other settings: location|uniform access|public access prevention is $found (asked for: $wanted)"
-        echo "$1 is there with these settings; its lifecycle is left as it is (to set ours: gcloud storage buckets update $1 --lifecycle-file=gcs/lifecycle.json)"
+        [ "$found" = "$wanted" ] || die "bucket: $1 exists with other settings: location|uniform access|public access prevention is $found (requested: $wanted)"
+        echo "$1 exists with these settings; its lifecycle is unchanged (to set it: gcloud storage buckets update $1 --lifecycle-file=gcs/lifecycle.json)"
         return 0
     fi
-    [ -z "$dry" ] || echo "# if there is none of that name:"
+    [ -z "$dry" ] || echo "# if none of that name exists:"
     act gcloud storage buckets create "$1" --project="$project" --location="$location" --uniform-bucket-level-access \
         --public-access-prevention --soft-delete-duration=7d --lifecycle-file="$root/gcs/lifecycle.json"
 }

@@ -1,9 +1,9 @@
-"""Makes gcs/sample/pictures: the pictures that names.txt lists, in three styles, reduced, with names.json beside them.
+"""Creates gcs/sample/pictures: the pictures listed in names.txt in three styles, reduced, with names.json.
 
     python gcs/sample/collect.py --packages=DIR
 
-DIR keeps the three npm packages (`npm pack` fetches those that are not there, 150 MB in all; hashes are checked). The
-same packages and the same Pillow give the same files. The licences in gcs/sample/pictures are kept by hand.
+DIR has the three npm packages (`npm pack` downloads missing ones, 150 MB in total; their hashes are checked). The files depend only on
+the packages and the version of Pillow. The licences in gcs/sample/pictures are maintained manually.
 """
 
 import argparse
@@ -24,16 +24,16 @@ HERE = Path(__file__).resolve().parent
 
 
 class Style(NamedTuple):
-    """Where a style's pictures come from and how they are kept."""
+    """Source of the pictures of a style, and how they are stored."""
 
     package: str
     file: str
-    """Of the package tarball that `npm pack` writes."""
+    """Name of the package tarball that `npm pack` writes."""
     sha256: str
     member: str
     """Path of a picture in the tarball, {} for its code points."""
     side: int
-    """Pixels that are kept."""
+    """Side of the stored pictures in pixels."""
     quality: int
 
 
@@ -52,7 +52,7 @@ STYLES = {
     ),
 }  # fmt: skip
 
-# Dealt along names.txt, where neighbours are alike: of eight names five are for detection, one for each other split.
+# Assigned in the order of names.txt, where neighbours are similar: five of eight names to detection, one to each other split.
 SPLITS = ("detection", "detection", "grounding", "detection", "captions", "detection", "unseen", "detection")
 
 
@@ -84,7 +84,7 @@ def chosen(listing: Path) -> dict[str, dict[str, str]]:
 
 
 def fetched(packages: Path, style: Style) -> Path:
-    """The package's tarball in `packages`, fetched by npm where it is not there yet; SystemExit if it is another."""
+    """The package's tarball in `packages`, downloaded by npm if missing; SystemExit if its hash differs."""
     path = packages / style.file
     if not path.exists():
         subprocess.run(["npm", "pack", "--silent", style.package], cwd=packages, check=True)
@@ -96,11 +96,11 @@ def fetched(packages: Path, style: Style) -> Path:
 
 
 def reduce(tarball: Path, style: Style, codes: list[str], out: Path) -> None:
-    """Writes `codes` of a style as CODE.webp into `out`; SystemExit with the list of those that the package lacks."""
-    # Packages differ in how they write code points: with the emoji selector behind, or zeros before.
+    """Writes `codes` of a style as CODE.webp into `out`; SystemExit with the list of those that are missing in the package."""
+    # Packages write code points differently: with a trailing emoji selector, or with leading zeros.
     wanted = {style.member.format(text): code for code in codes for text in (code, f"{code}-fe0f", code.zfill(4))}
     missing = set(codes)
-    # As a stream: going back in a gzip file means to read it again from its start.
+    # As a stream: seeking back in a gzip file reads it again from the start.
     with tarfile.open(tarball, "r|gz") as archive:
         for member in archive:
             code = wanted.get(member.name)
@@ -117,7 +117,7 @@ def reduce(tarball: Path, style: Style, codes: list[str], out: Path) -> None:
 
 
 def collect(packages: Path, out: Path) -> dict[str, dict[str, str]]:
-    """Makes everything in `out` anew but the licences; returns names.json's content (code point -> name, split)."""
+    """Creates everything in `out` except the licences; returns the content of names.json (code point -> name, split)."""
     entries = chosen(HERE / "names.txt")
     packages.mkdir(parents=True, exist_ok=True)
     for name, style in STYLES.items():
@@ -130,7 +130,7 @@ def collect(packages: Path, out: Path) -> dict[str, dict[str, str]]:
 
 
 def main() -> None:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", type=Path, required=True, help="folder for the npm packages")
     parser.add_argument("--out", type=Path, default=HERE / "pictures", help="folder to write")

@@ -1,4 +1,4 @@
-"""`benchmarks.pseudo_labels` on made records: what counts as right, and what cannot be judged."""
+"""`benchmarks.pseudo_labels` on constructed records: correct boxes, and records that are not judged."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def record(*boxes, identity="1#5", caption=CAPTION):
 EVERY = {"all": lambda words, kind: True, "plain": lambda words, kind: kind == "plain"}
 
 
-def test_right_boxes_by_threshold():
+def test_precision_and_recall_by_threshold():
     found = record(
         (0, 0, (0, 14), 0.9), (2, 0, (4, 14), 0.8),  # the same apple twice: the second is wrong, though its span is shorter
         (50, 50, (0, 14), 0.7),  # a cup as an apple
@@ -51,7 +51,7 @@ def test_right_boxes_by_threshold():
     assert "| 0.50 |" not in measured(judged), "no box is that low: nothing is known of what lies there"
 
 
-def test_captions_are_found_by_their_words_and_equal_ones_by_id():
+def test_captions_are_matched_by_text_and_equal_ones_by_id():
     found = [
         record((50, 50, (21, 28), 0.6), identity="2#9"),
         record((50, 50, (21, 28), 0.6), identity="7#1", caption="other"),
@@ -62,7 +62,7 @@ def test_captions_are_found_by_their_words_and_equal_ones_by_id():
     assert left_out["captions without a record (nothing was found)"] == 2
 
 
-def test_the_longest_name_is_what_a_phrase_says():
+def test_a_phrase_matches_the_longest_name():
     says = _saying(["apple", "glass of milk"], ["green apple", "pen"])
     assert says("two apples", "") and says("three glasses of milk", "") and says("a big Apple", "")
     assert not says("a green apple", "") and not says("a pineapple", "") and not says("a pen", "")
@@ -75,12 +75,12 @@ def note(picture, category, x, y, crowd=0):
     return {"image_id": picture, "category_id": category, "bbox": [x, y, 20, 20], "iscrowd": crowd}
 
 
-def test_phrases_have_the_boxes_of_the_class_that_their_head_noun_names():
+def test_phrases_are_judged_by_the_class_of_their_head_noun():
     found = record(
         (0, 0, (0, 14), 0.9), (100, 0, (0, 14), 0.8), (0, 0, (0, 14), 0.7),  # apples; there are two
         (50, 50, (23, 28), 0.6), (0, 0, (23, 28), 0.5),  # a cup, and an apple as one
     )  # fmt: skip
-    # Another picture's apple and a bear that no phrase speaks of are no part of it.
+    # An apple of another image and a bear without a phrase do not count.
     notes = [
         note(1, 1, 0, 0),
         note(1, 1, 100, 0),
@@ -113,7 +113,7 @@ def test_phrases_have_the_boxes_of_the_class_that_their_head_noun_names():
         ("a cup, red cups", [(0, 5), (7, 15)], [note(1, 7, 0, 0)], [], "phrases that share their class with another"),
     ],
 )
-def test_what_has_no_truth_is_counted(caption, spans, notes, judged, counted):
+def test_phrases_without_ground_truth_are_counted(caption, spans, notes, judged, counted):
     found = record(*((0, 0, span, 0.5) for span in spans), caption=caption)
     images, counts = named_truth([found], NAMES, notes)
     assert [(phrase.kind, len(phrase.boxes)) for phrase in images[0].phrases] == judged

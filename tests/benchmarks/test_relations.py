@@ -1,4 +1,4 @@
-"""Relational phrases taken apart: what is met decides, chance counts only where the name was found, scenes are the set's own."""
+"""Relational phrases: classes of the best boxes, chance level, and redrawn scenes."""
 
 import json
 
@@ -17,7 +17,7 @@ def _found(image, phrase, x, score):
     return {"image_id": image, "phrase": phrase, "bbox": [x, 0, 10, 10], "score": score}
 
 
-def test_best_boxes_are_sorted(tmp_path):
+def test_best_boxes_are_classified(tmp_path):
     phrases = [
         RelationalPhrase(1, 0, True, BOXES, (True, False, False, False)),
         RelationalPhrase(1, 2, False, BOXES[:2], (False, True)),
@@ -43,7 +43,7 @@ def scenes(tmp_path_factory):
     return folder / "phrases"
 
 
-def test_scenes_are_drawn_again_as_they_were(scenes):
+def test_scenes_are_redrawn_identically(scenes):
     truth = json.loads((scenes / "annotations.json").read_text())
     phrases = relational_phrases(scenes)
     listed = [

@@ -1,4 +1,4 @@
-"""A checkout and a Google Cloud for tests of scripts/tpu.sh, both in a folder."""
+"""A checkout and a fake Google Cloud for tests of scripts/tpu.sh, both in a folder."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Stands for pretrain.sh: notes its arguments, NUL between them, then does what the next word of `plan` in its home says.
+# Replaces pretrain.sh: records its arguments, separated by NUL, then does what the next word of `plan` in its home says.
 PRETRAIN = r"""#!/usr/bin/env bash
 printf '%s\0' "$@" >"$HOME/arguments"
 echo "$GLIP_JAX_REQUIREMENTS" >"$HOME/requirements"
@@ -35,7 +35,7 @@ def _commit(root):
 
 
 def make_project(root):
-    """A checkout with the scripts under test, and stand-ins for those that train and install."""
+    """A checkout with the scripts under test, and replacements of those that train and install."""
     (root / "scripts").mkdir()
     (root / "gcs").mkdir()
     for name in ("scripts/tpu.sh", "scripts/on_host.sh", "gcs/lifecycle.json"):
@@ -101,7 +101,7 @@ class Cloud:
         (self.google / "faults.json").write_text(json.dumps([{"match": match, "message": message, "code": code}]))
 
     def wait_for(self, text, file):
-        """The answer of `status`, in which every host's line must have `text`, once each host has `file` in its state."""
+        """The output of `status` once each host has `file` in its state; the line of every host must contain `text`."""
         for host in self.hosts():
             for _ in range(400):
                 if (host / "glip_jax.state" / file).exists():

@@ -1,4 +1,4 @@
-"""A `gcloud` for tests: TPUs are folders, their hosts really run what is sent to them.
+"""A fake `gcloud`: TPUs are folders, and their hosts run the commands sent to them.
 
 Everything lies in $FAKE_GCLOUD: calls.jsonl (the argument lists), resources.json, buckets.json, accounts.json, and
 hosts/NODE-w-N, the home of each host. Commands run in `bash -c`, one host after the other, as `ssh` would run them.
@@ -61,7 +61,7 @@ def create(name, flags):
         spec["multisliceParams"] = {"nodeCount": int(flags["node-count"]), "nodeIdPrefix": flags["node-prefix"]}
     else:
         spec["nodeId"] = flags["node-id"]
-    # The state is what later looks will find, one after the other; the last stays.
+    # The states that later calls return, one after the other; the last one remains.
     states = os.environ.get("FAKE_GCLOUD_STATES", "ACTIVE").split(",")
     resources[name] = {"states": states, "tpu": {"nodeSpec": [spec]}, **({"spot": {}} if "spot" in flags else {})}
     write("resources.json", resources)

@@ -1,4 +1,4 @@
-"""scripts/slurm.sbatch with an srun and an scontrol that write down what they are asked; the container's file; xpk's command."""
+"""scripts/slurm.sbatch with fake srun and scontrol that record their arguments; the container file; the xpk command."""
 
 import os
 import re
@@ -45,7 +45,7 @@ def job(tmp_path):
     return give
 
 
-def test_each_task_gets_the_arguments_as_they_are(job):
+def test_each_task_gets_unmodified_arguments(job):
     code, said, (environment, srun) = job(*ODD)
     assert code == 0 and environment == "environment requirements-gpu.txt", said
     wanted = ["srun", "--kill-on-bad-exit=0", "--cpus-per-task=12", "scripts/pretrain.sh", "--distributed", *ODD]
@@ -57,13 +57,13 @@ def test_each_task_gets_the_arguments_as_they_are(job):
     [(75, "3", True), (75, "99", True), (69, "0", True), (76, "19", True), (137, "0", True)]
     + [(76, "20", False), (1, "0", False), (2, "0", False), (130, "0", False), (0, "0", False)],
 )
-def test_what_may_pass_is_queued_again(job, code, count, again):
+def test_transient_errors_are_requeued(job, code, count, again):
     found, said, asked = job("--config=c.py", code=code, SLURM_RESTART_COUNT=count)
     assert found == code and f"exit code {code}" in said
     assert ("scontrol|requeue|7" in asked) == again
 
 
-def test_a_dry_run_prints_what_can_be_pasted(job, tmp_path):
+def test_a_dry_run_prints_commands(job, tmp_path):
     code, said, asked = job("--dry-run", *ODD, SLURM_CPUS_PER_TASK="")
     assert code == 0 and asked == []
     assert "a\\ checkout && export GLIP_JAX_REQUIREMENTS=requirements-gpu.txt" in said.splitlines()[0]
@@ -86,15 +86,15 @@ def test_a_dry_run_prints_what_can_be_pasted(job, tmp_path):
     [
         ((), None, "slurm.sbatch: expected --config=configs/NAME.py --workdir=DIR"),
         (("--config=c.py",), "", "slurm.sbatch is given to sbatch, which says where the checkout is"),
-        (("--config=c.py",), "/", "slurm.sbatch: / is no checkout of glip_jax"),
+        (("--config=c.py",), "/", "slurm.sbatch: / is not a checkout of glip_jax"),
     ],
 )
-def test_what_cannot_run_is_one_line(job, arguments, place, message):
+def test_invalid_jobs_give_a_one_line_error(job, arguments, place, message):
     code, said, asked = job(*arguments, **({} if place is None else {"SLURM_SUBMIT_DIR": place}))
     assert code != 0 and message in said and len(said.splitlines()) == 1 and asked == []
 
 
-def test_what_the_container_copies_and_starts_is_there():
+def test_files_of_the_container_exist():
     """The image itself is not built here: no builder, no base image."""
     lines = (ROOT / "Dockerfile").read_text().splitlines()
     copied = [
@@ -110,7 +110,7 @@ def test_what_the_container_copies_and_starts_is_there():
     assert {".git", ".venv", "runs"} <= {each.strip("/") for each in ignored}
 
 
-def test_gke_is_told_to_start_again_where_the_others_are():
+def test_gke_restarts_after_the_same_exit_codes():
     """The documented command for xpk: its exit codes are those of slurm.sbatch and on_host.sh, its command the container's."""
     (command,) = re.findall(
         r"xpk workload create (?:.*\\\n)+.*", (ROOT / "docs" / "tutorials" / "tpu-pod.md").read_text()

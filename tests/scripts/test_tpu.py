@@ -1,4 +1,4 @@
-"""scripts/tpu.sh and what it has the hosts do, against a gcloud whose hosts are folders that really run what is sent."""
+"""scripts/tpu.sh and scripts/on_host.sh with a fake gcloud, whose hosts are folders that run the commands sent to them."""
 
 import json
 import shlex
@@ -35,49 +35,49 @@ def pod(cloud):
     return cloud
 
 
-def test_create_asks_for_a_queued_resource(cloud):
+def test_create_requests_a_queued_resource(cloud):
     cloud("create", "one", "--type=v5litepod-64", "--spot", "--service-account=a@b")
     asked = cloud.calls()[-1]
     assert asked[:5] == ["compute", "tpus", "queued-resources", "create", "one"]
     assert {"--zone=us-west4-a", "--project=p", "--accelerator-type=v5litepod-64", "--node-id=one"} <= {*asked}
     assert {"--runtime-version=v2-alpha-tpuv5-lite", "--spot", "--service-account=a@b", "--async"} <= {*asked}
-    # Flags win over the environment.
+    # Flags take precedence over the environment.
     cloud("create", "two", "--slices=3", "--zone=z", TPU_TYPE="v6e-16", TPU_ZONE="y")
     asked = cloud.calls()[-1]
     assert {"--node-count=3", "--node-prefix=two", "--zone=z", "--runtime-version=v2-alpha-tpuv6e"} <= {*asked}
     assert not [a for a in asked if a.startswith(("--node-id", "--spot", "--service-account"))]
 
 
-def test_create_says_what_google_calls_a_v5e(cloud):
-    said = cloud("create", "pod", "--type=v5e-64", code=2)
-    assert said == "tpu.sh: create: v5e-64 is called v5litepod-64 by Google Cloud: --type=v5litepod-64\n"
+def test_create_names_the_accelerator_type_of_a_v5e(cloud):
+    output = cloud("create", "pod", "--type=v5e-64", code=2)
+    assert output == "tpu.sh: create: v5e-64 is called v5litepod-64 by Google Cloud: --type=v5litepod-64\n"
 
 
 def test_create_again_changes_nothing(cloud):
     cloud("create", "pod", "--type=v5litepod-64", "--spot", "--slices=2")
     before = json.loads((cloud.google / "resources.json").read_text())
-    said = cloud("create", "pod", "--type=v5litepod-64", "--spot", "--slices=2")
-    assert said == "pod is there with these settings: ACTIVE\n"
-    said = cloud("create", "pod", "--type=v5litepod-16", "--service-account=a@b", code=2)
-    assert "type is v5litepod-64 (asked for: v5litepod-16)" in said
-    assert "slices is 2 (asked for: 1), spot is yes (asked for: no), service-account is  (asked for: a@b)" in said
+    output = cloud("create", "pod", "--type=v5litepod-64", "--spot", "--slices=2")
+    assert output == "pod exists with these settings: ACTIVE\n"
+    output = cloud("create", "pod", "--type=v5litepod-16", "--service-account=a@b", code=2)
+    assert "type is v5litepod-64 (requested: v5litepod-16)" in output
+    assert "slices is 2 (requested: 1), spot is yes (requested: no), service-account is  (requested: a@b)" in output
     assert json.loads((cloud.google / "resources.json").read_text()) == before
     assert [c[3] for c in cloud.calls()].count("create") == 1
 
 
-def test_create_waits_when_told_to(cloud):
-    said = cloud(
+def test_create_waits_with_wait(cloud):
+    output = cloud(
         "create", "pod", "--type=v4-8", "--wait", FAKE_GCLOUD_STATES="ACCEPTED,PROVISIONING,PROVISIONING,ACTIVE"
     )
-    assert "pod: ACCEPTED\npod: PROVISIONING\npod: ACTIVE\n" in said
-    said = cloud("create", "gone", "--type=v4-8", "--wait", code=2, FAKE_GCLOUD_STATES="PROVISIONING,SUSPENDED")
-    assert "gone is SUSPENDED and will not come back; scripts/tpu.sh delete gone, then create it again" in said
-    # What was preempted is not said to be there.
+    assert "pod: ACCEPTED\npod: PROVISIONING\npod: ACTIVE\n" in output
+    output = cloud("create", "gone", "--type=v4-8", "--wait", code=2, FAKE_GCLOUD_STATES="PROVISIONING,SUSPENDED")
+    assert "gone is SUSPENDED and will not come back; scripts/tpu.sh delete gone, then create it again" in output
+    # What was preempted is not output to be there.
     assert "will not come back" in cloud("create", "gone", "--type=v4-8", code=2)
     assert "gone is SUSPENDED, expected ACTIVE" in cloud("push", "gone", code=2)
 
 
-def test_push_brings_the_commit(pod):
+def test_push_copies_the_commit(pod):
     for host in pod.hosts():
         code = host / "glip_jax"
         assert (code / "old name.txt").read_text() == "of the first commit"
@@ -87,8 +87,8 @@ def test_push_brings_the_commit(pod):
     (pod.root / "old name.txt").rename(pod.root / "new $name.txt")
     assert "files are changed or not in git" in pod("push", "pod", code=2)
     pod.commit()
-    said = pod("push", "pod")
-    assert said.count("pushed ") == 2
+    output = pod("push", "pod")
+    assert output.count("pushed ") == 2
     for host in pod.hosts():
         assert (host / "glip_jax/new $name.txt").exists()
         assert not (host / "glip_jax/old name.txt").exists()
@@ -103,20 +103,20 @@ def test_push_of_a_changed_tree(pod):
     assert (pod.root / ".git/index").read_bytes() == index
 
 
-def test_push_whose_environment_fails_is_no_push(pod):
+def test_push_fails_if_the_environment_fails(pod):
     (pod.hosts()[1] / "pip fails").write_text("")
-    said = pod("push", "pod", code=1)
-    assert "worker pod-w-1: the environment could not be made" in said
-    assert "pip speaks" in said
-    said = pod("run", "pod", "--", "x", code=2)
-    assert "worker pod-w-1: nothing pushed, or not to the end" in said
+    output = pod("push", "pod", code=1)
+    assert "worker pod-w-1: the environment could not be made" in output
+    assert "pip speaks" in output
+    output = pod("run", "pod", "--", "x", code=2)
+    assert "worker pod-w-1: nothing pushed, or not to the end" in output
 
 
-def test_push_that_misses_a_host_is_no_push(pod):
+def test_push_fails_if_a_host_is_missed(pod):
     (pod.google / "unreachable.json").write_text('["pod-w-1"]')
-    said = pod("push", "pod", code=1)
-    assert "1 of 2 hosts of pod answered" in said
-    assert "Failed to connect to pod-w-1" in said
+    output = pod("push", "pod", code=1)
+    assert "1 of 2 hosts of pod answered" in output
+    assert "Failed to connect to pod-w-1" in output
     (pod.google / "unreachable.json").write_text("[]")
     (pod.root / "more").write_text("")
     pod.commit()
@@ -150,15 +150,15 @@ AWKWARD = [
 
 def test_arguments_arrive_unchanged(pod):
     pod.plan(0)
-    said = pod("run", "pod", "--", *AWKWARD)
-    assert said.count(": started\n") == 2
+    output = pod("run", "pod", "--", *AWKWARD)
+    assert output.count(": started\n") == 2
     pod.wait_for("ended with exit code 0, restarts 0, last: step 20/100  loss 1.5", "exit")
     for host in pod.hosts():
         assert (host / "arguments").read_text() == "".join(f"{a}\0" for a in ["--distributed", *AWKWARD])
         assert (host / "requirements").read_text() == "requirements-tpu.txt\n"
 
 
-def test_a_run_starts_again_on_75(pod):
+def test_a_run_is_restarted_after_exit_code_75(pod):
     pod.plan(75, 75, 2, 0)
     pod("run", "pod", "--", "--workdir=gs://b/runs/one")
     pod.wait_for("ended with exit code 2, restarts 2", "exit")
@@ -167,7 +167,7 @@ def test_a_run_starts_again_on_75(pod):
         assert (host / "glip_jax.state/log").read_text().count("step 20/100") == 3
 
 
-def test_what_may_pass_is_tried_three_times_at_one_step(pod):
+def test_transient_errors_are_retried_three_times_per_step(pod):
     pod.plan(69, 76, 75, 76, 137, 139, 69, 0)
     pod("run", "pod", "--", "x")
     pod.wait_for("ended with exit code 69, restarts 6", "exit")
@@ -178,8 +178,8 @@ def test_what_may_pass_is_tried_three_times_at_one_step(pod):
 def test_one_run_at_a_time_and_stop_saves(pod):
     pod.plan("wait", 0)
     pod("run", "pod", "--", "x")
-    said = pod.wait_for("running since", "child")
-    assert "pod: ACTIVE, 1 x v5litepod-8, spot: no\npod: READY\n" in said
+    output = pod.wait_for("running since", "child")
+    assert "pod: ACTIVE, 1 x v5litepod-8, spot: no\npod: READY\n" in output
     assert "a run is alive on 2 of 2 hosts of pod; scripts/tpu.sh stop pod ends it" in pod(
         "run", "pod", "--", "x", code=2
     )
@@ -188,24 +188,24 @@ def test_one_run_at_a_time_and_stop_saves(pod):
     for host in pod.hosts():
         while "waiting" not in (host / "glip_jax.state/log").read_text():
             time.sleep(0.05)
-    said = pod("stop", "pod")
-    assert said.count("ended with exit code 75, restarts 0") == 2
+    output = pod("stop", "pod")
+    assert output.count("ended with exit code 75, restarts 0") == 2
     assert "saved" in pod("logs", "pod", "--worker=1")
     assert pod("stop", "pod").count("ended with exit code 75") == 2
-    assert (pod.hosts()[0] / "plan").read_text() == "0\n"  # not started again
+    assert (pod.hosts()[0] / "plan").read_text() == "0\n"  # not restarted
     pod("delete", "pod")
-    assert "there is none" in pod("delete", "pod")
-    assert "there is none" in pod("status", "pod")
+    assert "does not exist" in pod("delete", "pod")
+    assert "does not exist" in pod("status", "pod")
 
 
-def test_a_killed_run_is_seen_and_delete_can_be_forced(pod):
+def test_a_killed_run_is_detected_and_delete_can_be_forced(pod):
     pod.plan("wait")
     pod("run", "pod", "--", "x")
     pod.wait_for("running since", "child")
     for host in pod.hosts():
         state = host / "glip_jax.state"
         subprocess.run(["kill", "-KILL", (state / "pid").read_text().strip()], check=True)
-        # The run itself still lives, and is still one.
+        # The run itself is still alive.
         assert "running since" in pod("status", "pod")
         subprocess.run(["kill", "-KILL", (state / "child").read_text().strip()], check=True)
     assert pod("status", "pod").count("ended without an exit code") == 2
@@ -215,7 +215,7 @@ def test_a_killed_run_is_seen_and_delete_can_be_forced(pod):
     assert {"--force", "--quiet"} <= {*pod.calls()[-1]}
 
 
-def test_slices_are_all_reached(cloud):
+def test_all_slices_are_reached(cloud):
     cloud.environment["FAKE_GCLOUD_HOSTS"] = "1"
     cloud("create", "pod", "--type=v5litepod-8", "--slices=2")
     assert cloud("status", "pod").count(": nothing pushed\n") == 2
@@ -239,8 +239,8 @@ def _without_tail(cloud):
 
 
 def test_bucket(cloud):
-    said = cloud("bucket", "gs://bucket")
-    assert "glip-jax@p.iam.gserviceaccount.com reads gs://bucket and writes gs://bucket-runs" in said
+    output = cloud("bucket", "gs://bucket")
+    assert "glip-jax@p.iam.gserviceaccount.com reads gs://bucket and writes gs://bucket-runs" in output
     buckets = json.loads((cloud.google / "buckets.json").read_text())
     member = "serviceAccount:glip-jax@p.iam.gserviceaccount.com"
     assert buckets["gs://bucket"] == {
@@ -249,15 +249,15 @@ def test_bucket(cloud):
     }
     roles = ["roles/storage.objectUser", "roles/storage.legacyBucketReader"]
     assert buckets["gs://bucket-runs"]["roles"] == [[member, role] for role in roles]
-    said = cloud("bucket", "gs://bucket")
-    assert said.count("is there") == 3
+    output = cloud("bucket", "gs://bucket")
+    assert output.count("exists") == 3
     assert json.loads((cloud.google / "buckets.json").read_text()) == buckets
-    assert "US-WEST4|True|enforced (asked for: EU|True|enforced)" in cloud(
+    assert "US-WEST4|True|enforced (requested: EU|True|enforced)" in cloud(
         "bucket", "gs://bucket", "--location=eu", code=2
     )
 
 
-def test_nothing_that_lasts_is_deleted_by_the_lifecycle():
+def test_the_lifecycle_deletes_no_permanent_objects():
     rules = json.loads((ROOT / "gcs/lifecycle.json").read_text())["rule"]
     for rule in rules:
         if rule["action"]["type"] == "Delete":
@@ -280,7 +280,7 @@ def test_nothing_that_lasts_is_deleted_by_the_lifecycle():
     ],
     ids=lambda c: c[0],
 )
-def test_dry_run_prints_what_can_be_pasted_and_runs_nothing(cloud, command):
+def test_dry_run_prints_commands_and_runs_none(cloud, command):
     cloud.environment["FAKE_GCLOUD_HOSTS"] = "1"
     there = command[0] not in ("create", "bucket")
     if there:
@@ -291,9 +291,9 @@ def test_dry_run_prints_what_can_be_pasted_and_runs_nothing(cloud, command):
             cloud.plan("wait" if command[0] == "stop" else 0)
     before = cloud.calls()
     where = command.index("--") if "--" in command else len(command)
-    said = cloud(*command[:where], "--dry-run", *command[where:])
+    output = cloud(*command[:where], "--dry-run", *command[where:])
     assert cloud.calls() == before
-    printed = [c for c in _commands(said) if c[0] == "gcloud"]
+    printed = [c for c in _commands(output) if c[0] == "gcloud"]
     assert printed
     # The same calls are made by the command itself, each at least once.
     if command[0] != "logs":
@@ -304,15 +304,15 @@ def test_dry_run_prints_what_can_be_pasted_and_runs_nothing(cloud, command):
                 assert call[1:] in made, call
 
 
-def _commands(said):
+def _commands(output):
     """The commands of a dry run as argument lists, as a shell reads them."""
-    return [c for c in (shlex.split(line, comments=True) for line in _lines(said)) if c]
+    return [c for c in (shlex.split(line, comments=True) for line in _lines(output)) if c]
 
 
-def _lines(said):
+def _lines(output):
     """Lines of commands; a quoted newline is no end of one."""
     line = ""
-    for part in said.splitlines():
+    for part in output.splitlines():
         line += part
         try:
             shlex.split(line, comments=True)
@@ -340,18 +340,18 @@ def _lines(said):
         (["run", "pod"], "run: nothing after --"),
         (["run", "pod", "x"], "what pretrain.sh is given stands after --"),
         (["push", "pod", "--", "x"], "push: nothing may follow --"),
-        (["push", "pod"], "push: there is no queued resource pod"),
+        (["push", "pod"], "push: no queued resource pod"),
         (["bucket", "b"], "bucket: expected gs://NAME"),
     ],
 )
-def test_mistakes_give_one_line(cloud, arguments, expected):
-    said = cloud(*arguments, code=2)
-    assert expected in said
-    assert said.startswith("tpu.sh: ")
-    assert said.count("\n") == 1
+def test_invalid_commands_give_a_one_line_error(cloud, arguments, expected):
+    output = cloud(*arguments, code=2)
+    assert expected in output
+    assert output.startswith("tpu.sh: ")
+    assert output.count("\n") == 1
 
 
-def test_zone_and_project_are_asked_for(cloud):
+def test_zone_and_project_are_required(cloud):
     assert "no --zone (or TPU_ZONE)" in cloud("status", "pod", code=2, TPU_ZONE="")
     assert "no --project (or TPU_PROJECT)" in cloud("status", "pod", code=2, TPU_PROJECT="")
 
@@ -361,16 +361,16 @@ def test_without_gcloud(cloud):
     commands.mkdir()
     for name in ("bash", "dirname", "sed"):
         (commands / name).symlink_to(shutil.which(name) or "")
-    said = cloud("status", "pod", code=2, PATH=str(commands))
-    assert said.startswith("tpu.sh: gcloud is not on the PATH: install the Google Cloud CLI")
-    assert said.count("\n") == 1
+    output = cloud("status", "pod", code=2, PATH=str(commands))
+    assert output.startswith("tpu.sh: gcloud is not on the PATH: install the Google Cloud CLI")
+    assert output.count("\n") == 1
 
 
-def test_what_gcloud_says_is_passed_on(pod):
+def test_errors_of_gcloud_are_shown(pod):
     pod.fault("describe pod", "PERMISSION_DENIED: tpu.queuedResources.get", 7)
-    said = pod("status", "pod", code=7)
-    assert "PERMISSION_DENIED: tpu.queuedResources.get" in said
-    assert "queued resource pod could not be looked up" in said
+    output = pod("status", "pod", code=7)
+    assert "PERMISSION_DENIED: tpu.queuedResources.get" in output
+    assert "queued resource pod cannot be queried" in output
     pod.fault("create", "RESOURCE_EXHAUSTED: quota", 9)
     assert "RESOURCE_EXHAUSTED: quota" in pod("create", "other", "--type=v4-8", code=9)
     pod.fault("ssh", "Could not fetch the key", 5)
@@ -378,6 +378,6 @@ def test_what_gcloud_says_is_passed_on(pod):
 
 
 def test_help(cloud):
-    said = cloud("--help")
-    assert said.startswith("Trains on Cloud TPUs")
-    assert said.rstrip().endswith("and said.")
+    output = cloud("--help")
+    assert output.startswith("Trains on Cloud TPUs")
+    assert output.rstrip().endswith("and reported.")
