@@ -83,7 +83,7 @@ class OptimizerConfig:
     name: str = "adamw"
     """adamw, or another optimizer of optax by its name there: sgd, lion, adafactor, ..., contrib.muon."""
     arguments: dict[str, float] = field(default_factory=dict)
-    """Arguments of that optimizer in optax, such as momentum of sgd; not its learning rate and weight decay."""
+    """Arguments of that optimizer in optax, such as momentum of sgd; not its learning rate and weight decay. Set in a config file."""
     rate: float = 1e-4
     """Base learning rate."""
     text_rate: float = 1e-5

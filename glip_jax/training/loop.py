@@ -142,9 +142,7 @@ def _start(
     if step is None:
         params, record = _read_initial(fresh_parameters(config, mesh), config, initial_parameters)
         files = " and ".join(name for name in ("model", "backbone", "text") if getattr(config.init_from, name))
-        log(
-            f"starting at step 0 from {f'pretrained {files}, the rest random' if files else 'random values'}",
-        )
+        log(f"starting at step 0 from {f'pretrained {files}, the rest random' if files else 'random values'}")
         if first:
             overview = parameter_overview.get_parameter_overview(params, include_stats=False)
             (workdir_path(workdir) / "parameters.txt").write_text(overview + "\n")
