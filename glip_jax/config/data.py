@@ -4,16 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 __all__ = [
-    "CaptionConfig",
-    "Codec",
-    "CropConfig",
-    "DataConfig",
-    "JitterConfig",
-    "PackingConfig",
-    "SourceConfig",
-    "data_checks",
+    "CaptionConfig", "Codec", "CropConfig", "DataConfig", "JitterConfig", "PackingConfig", "SourceConfig", "data_checks",
     "runtime_field",
-]
+]  # fmt: skip
 
 Codec = Literal["fast", "pillow"]
 """Decoder and resize of training images: libjpeg-turbo and OpenCV's bilinear filter, or Pillow as in the original code."""

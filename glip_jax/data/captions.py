@@ -135,12 +135,8 @@ class Captioner:
         return says_side(record.caption) or any(says_side(self.names[label]) for label in set(record.categories))
 
     def sample(
-        self,
-        positives: Sequence[int],
-        absent: Sequence[str] | None,
-        rng: np.random.Generator,
-        unlabelled: Sequence[int] = (),
-    ) -> tuple[list[int], int]:
+        self, positives: Sequence[int], absent: Sequence[str] | None, rng: np.random.Generator, unlabelled: Sequence[int] = ()
+    ) -> tuple[list[int], int]:  # fmt: skip
         """Categories of a caption in their order, and the number of `positives` that did not fit.
 
         `absent` restricts negatives among the names of the source to these; None: no restriction. `unlabelled` labels are in
@@ -280,15 +276,9 @@ class Captioner:
         return result
 
     def _finish(
-        self,
-        prompt: Prompt,
-        tokenized: TokenizedPrompt,
-        losses: Losses,
-        phrases: list[int],
-        unlabelled: list[int],
-        over: int,
+        self, prompt: Prompt, tokenized: TokenizedPrompt, losses: Losses, phrases: list[int], unlabelled: list[int], over: int,
         negatives: int,
-    ) -> Captioned:
+    ) -> Captioned:  # fmt: skip
         """`phrases`: phrase of each box, -1 for none; `unlabelled`: phrases without loss at anchors without a box."""
         index = np.asarray(phrases, np.int64)
         keep = index >= 0
@@ -296,13 +286,5 @@ class Captioner:
         rows[keep] = tokenized.phrase_map[index[keep]]
         loss_mask = ~tokenized.phrase_map[unlabelled].any(0)
         return Captioned(
-            prompt,
-            tokenized.tokens,
-            tokenized.mask,
-            keep,
-            rows,
-            loss_mask,
-            over + losses.cut,
-            losses.without_token,
-            negatives,
-        )
+            prompt, tokenized.tokens, tokenized.mask, keep, rows, loss_mask, over + losses.cut, losses.without_token, negatives
+        )  # fmt: skip

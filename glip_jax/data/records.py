@@ -20,18 +20,9 @@ from PIL import Image
 from glip_jax import UserError
 
 __all__ = [
-    "FORMAT",
-    "PIXEL_LIMIT",
-    "Kind",
-    "Record",
-    "RecordError",
-    "boxes_array",
-    "content_hash",
-    "decode",
-    "decode_image",
-    "encode",
-    "validate",
-]
+    "FORMAT", "PIXEL_LIMIT", "Kind", "Record", "RecordError", "boxes_array", "content_hash", "decode", "decode_image",
+    "encode", "validate",
+]  # fmt: skip
 
 FORMAT = 1
 """Version of the encoding, stored in every record and manifest."""

@@ -35,24 +35,9 @@ from glip_jax.io import gcs
 from glip_jax.io.errors import full_disk
 
 __all__ = [
-    "KINDS",
-    "Manifest",
-    "ShardError",
-    "ShardWriter",
-    "Shards",
-    "Written",
-    "check_target",
-    "complete",
-    "differing",
-    "files_of",
-    "finished",
-    "publish",
-    "shard_files",
-    "verify",
-    "why_unfinished",
-    "writable",
-    "write",
-]
+    "KINDS", "Manifest", "ShardError", "ShardWriter", "Shards", "Written", "check_target", "complete", "differing",
+    "files_of", "finished", "publish", "shard_files", "verify", "why_unfinished", "writable", "write",
+]  # fmt: skip
 
 KINDS: tuple[Kind, ...] = ("detection", "grounding", "pseudo", "caption")
 """Values of the column `kind`. New kinds are appended, so that existing shards stay readable."""
