@@ -137,5 +137,5 @@ def main(module: str, about: str, sides: Mapping[str, Side], modes: Sequence[str
     print(
         "| threads | mode | side | median s | range s | peak GiB | ratio |\n|---|---|---|---|---|---|---|", flush=True
     )
-    for own in settings:
-        _compare(module, list(sides), own, arguments.rounds, arguments.modes)
+    for setting in settings:
+        _compare(module, list(sides), setting, arguments.rounds, arguments.modes)

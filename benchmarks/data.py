@@ -126,8 +126,8 @@ def codec_runs(settings: Settings, reuse: bool = False) -> Runs:
             return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
         if not hasattr(memory, "canvas"):
             memory.canvas = np.zeros((LONG + 1, LONG + 1, 3), np.uint8)
-        own = memory.canvas[:height, :width]
-        return cv2.resize(image, (width, height), dst=own, interpolation=cv2.INTER_LINEAR)
+        target = memory.canvas[:height, :width]
+        return cv2.resize(image, (width, height), dst=target, interpolation=cv2.INTER_LINEAR)
 
     pool = ThreadPoolExecutor(settings.threads)
 

@@ -75,10 +75,10 @@ def main() -> None:
             return out, backward(out)
 
         begin = time.perf_counter()
-        read = cost.read(jax.jit(both).lower(params, key, *inputs).compile().as_text() or "")
+        result = cost.program_cost(jax.jit(both).lower(params, key, *inputs).compile().as_text() or "")
         seconds = time.perf_counter() - begin
-        took = f"{read.cycles / chips.chip.clock * 1e3:5.1f}" if chips.chip.clock else "    -"
-        print(f"{source:11} {read.cycles / 1e6:16.1f} {took} {read.bytes / 1e9:13.2f} {seconds:11.0f}", flush=True)
+        took = f"{result.cycles / chips.chip.clock * 1e3:5.1f}" if chips.chip.clock else "    -"
+        print(f"{source:11} {result.cycles / 1e6:16.1f} {took} {result.bytes / 1e9:13.2f} {seconds:11.0f}", flush=True)
 
 
 if __name__ == "__main__":

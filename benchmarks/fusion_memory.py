@@ -32,7 +32,7 @@ class _Layers(nn.Module):
         self,
         visual: Float[Array, "B A C"],
         text: Float[Array, "B T D"],
-        own: Bool[Array, "B A"],
+        valid: Bool[Array, "B A"],
         mask: Bool[Array, "B T"],
     ) -> tuple[Float[Array, "B A C"], Float[Array, "B T D"]]:
         config, train = self.config.fusion, self.train
@@ -42,11 +42,11 @@ class _Layers(nn.Module):
             def __call__(
                 self,
                 state: tuple[Float[Array, "B A C"], Float[Array, "B T D"]],
-                own: Bool[Array, "B A"],
+                valid: Bool[Array, "B A"],
                 mask: Bool[Array, "B T"],
             ) -> tuple:
                 visual, text = state
-                return Fusion(config, train, jnp.float32)(visual, text, own, mask), None
+                return Fusion(config, train, jnp.float32)(visual, text, valid, mask), None
 
         body = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
         scan = nn.scan(
@@ -56,7 +56,7 @@ class _Layers(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=self.layers,
         )
-        return scan()((visual, text), own, mask)[0]
+        return scan()((visual, text), valid, mask)[0]
 
 
 def compiled_bytes(config: ModelConfig, layers: int, anchors: int, remat: bool = False) -> tuple[int, int]:

@@ -48,19 +48,19 @@ def measure(sizes: Sequence[tuple[int, int]], data: DataConfig, multiple: int = 
     nearest = nearest_aspect(heights, widths, data.aspects)
     rows, covered, whole, ratios, shapes = [], 0, 0, [], set()
     for index, aspect in enumerate(data.aspects):
-        own, pixels, area = [], 0, 0
+        resolutions, pixels, area = [], 0, 0
         canvases = {side: canvas_size(side, aspect, data.long_side, multiple) for side in data.short_sides}
         for height, width in zip(heights[nearest == index].tolist(), widths[nearest == index].tolist()):
             for side, canvas in canvases.items():
                 h, w = fit(height, width, side, data.long_side, canvas)
                 pixels, area = pixels + h * w, area + canvas[0] * canvas[1]
-                own.append(h / target_size(height, width, side, data.long_side)[0])
-        if own:
+                resolutions.append(h / target_size(height, width, side, data.long_side)[0])
+        if resolutions:
             rows.append(
                 Row(aspect, int((nearest == index).sum()), len(set(canvases.values())), 1 - pixels / area,
-                    float(np.mean(own)), min(own))
+                    float(np.mean(resolutions)), min(resolutions))
             )  # fmt: skip
-            covered, whole, ratios = covered + pixels, whole + area, ratios + own
+            covered, whole, ratios = covered + pixels, whole + area, ratios + resolutions
             shapes |= set(canvases.values())
     total = 1 - covered / whole
     return [*rows, Row(0.0, len(sizes), len(shapes), total, float(np.mean(ratios)), min(ratios))]
@@ -77,7 +77,7 @@ def main() -> None:
     data = config.data if config else DataConfig()
     if arguments.aspects:
         data = dataclasses.replace(data, aspects=tuple(float(part) for part in arguments.aspects.split(",")))
-    print("| file | aspect | images | canvases | padding | resolution | least |\n|---|---|---|---|---|---|---|")
+    print("| file | aspect | images | canvases | padding | resolution | minimum |\n|---|---|---|---|---|---|---|")
     for path in arguments.annotations:
         for row in measure(sizes_of(path), data, config.model.input.extent_multiple if config else 32):
             print(

@@ -72,13 +72,15 @@ def agreement(
 ) -> Agreement:
     """Counts over all captions; spans of one list are distinct."""
     numbers, extra, missed = Counter(), Counter(), Counter()
-    for caption, ours, theirs in zip(captions, found, expected, strict=True):
-        numbers["found"] += len(ours)
-        numbers["expected"] += len(theirs)
-        numbers["same"] += len({*ours} & {*theirs})
-        numbers["head"] += len({head(caption, span) for span in ours} & {head(caption, span) for span in theirs})
-        extra.update(caption[slice(*span)].lower() for span in {*ours} - {*theirs})
-        missed.update(caption[slice(*span)].lower() for span in {*theirs} - {*ours})
+    for caption, first_spans, second_spans in zip(captions, found, expected, strict=True):
+        numbers["found"] += len(first_spans)
+        numbers["expected"] += len(second_spans)
+        numbers["same"] += len({*first_spans} & {*second_spans})
+        numbers["head"] += len(
+            {head(caption, span) for span in first_spans} & {head(caption, span) for span in second_spans}
+        )
+        extra.update(caption[slice(*span)].lower() for span in {*first_spans} - {*second_spans})
+        missed.update(caption[slice(*span)].lower() for span in {*second_spans} - {*first_spans})
     return Agreement(numbers["found"], numbers["expected"], numbers["same"], numbers["head"], extra, missed)
 
 
@@ -117,7 +119,7 @@ def main() -> None:
         f"lexicon against spacy: precision {result.precision:.3f}, recall {result.recall:.3f}, F1 {result.f1:.3f}, "
         f"heads F1 {result.head_f1:.3f}"
     )
-    same = sum({*ours} == {*theirs} for ours, theirs in zip(first, second))
+    same = sum({*first_spans} == {*second_spans} for first_spans, second_spans in zip(first, second))
     print(f"captions with the same phrases: {same / len(captions):.3f}")
     for title, counts in (("only lexicon", result.extra), ("only spacy", result.missed)):
         print(f"{title}: " + ", ".join(f"{text!r} {count}" for text, count in counts.most_common(arguments.most)))

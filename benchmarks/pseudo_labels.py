@@ -72,7 +72,7 @@ def judge(
     `groups`: per name a function that says of (caption's words of a true phrase, its kind) whether it belongs.
     """
     judged = {name: Judged() for name in groups}
-    left_out: Counter[str] = Counter()
+    not_judged: Counter[str] = Counter()
     by_caption: defaultdict[str, list[CaptionedImage]] = defaultdict(list)
     for image in images:
         by_caption[image.caption.strip()].append(image)
@@ -84,11 +84,11 @@ def judge(
     for record in records:
         image = _of(record, by_caption[record.caption.strip()])
         if image is None or id(image) in seen:
-            left_out["captions without a truth of their own"] += 1
+            not_judged["captions without ground truth"] += 1
             continue
         seen.add(id(image))
         owners = [_owner(spans, image.phrases) for spans in record.spans]
-        left_out["boxes of phrases that touch no true phrase"] += owners.count(-1)
+        not_judged["boxes of phrases that touch no true phrase"] += owners.count(-1)
         order = sorted((row for row, owner in enumerate(owners) if owner >= 0), key=lambda row: -record.scores[row])
         numbers = np.array([owners[row] for row in order], np.int64)
         # Pseudo boxes are in inclusive pixels, true boxes have plain corners.
@@ -100,15 +100,15 @@ def judge(
                 judged[name].scores.append(record.scores[row])
                 judged[name].right.append(bool(met >= 0))
                 judged[name].captions.append(record.id)
-    left_out["captions without a record (nothing was found)"] = sum(bool(i.phrases) for i in images) - len(seen)
-    return judged, left_out
+    not_judged["captions without a record (nothing was found)"] = sum(bool(i.phrases) for i in images) - len(seen)
+    return judged, not_judged
 
 
 def named_truth(
     records: Iterable[Record], names: Mapping[int, str], annotations: Iterable[Mapping[str, Any]]
 ) -> tuple[list[CaptionedImage], Counter[str]]:
     """What COCO's `annotations` say of the phrases of records (IMAGE#CAPTION) whose head noun names one of the classes
-    `names`; and counts of phrases that are left out, or told apart by their kind: "one" that has at most one true box,
+    `names`; and counts of phrases that are not judged, and of judged ones by kind: "one" that has at most one true box,
     "one of several", or "several" (a plural).
     """
     numbers = {category_words(name): number for number, name in names.items()}
@@ -154,7 +154,7 @@ def by_class(records: Iterable[Record], images: Sequence[CaptionedImage], names:
         return lambda words, kind: category_of(words, (0, len(words)), numbers) == number  # noqa: ARG005
 
     judged, _ = judge(records, images, {name: of(number) for number, name in enumerate(names)})
-    return {name: own for name, own in judged.items() if own.scores or own.true}
+    return {name: group for name, group in judged.items() if group.scores or group.true}
 
 
 def _groups(image: CaptionedImage, phrase: Phrase, groups: Mapping[str, Any]) -> list[str]:
@@ -205,8 +205,8 @@ def measured(judged: Mapping[str, Judged]) -> str:
     for threshold in _thresholds(every):
         kept = {caption for caption, score in zip(every.captions, every.scores) if score > threshold}
         cells = [f"{threshold:.2f}", f"{len(kept):,}"]
-        for own in judged.values():
-            count, precision, recall = own.at(threshold)
+        for group in judged.values():
+            count, precision, recall = group.at(threshold)
             cells += [f"{count:,}", f"{precision:.3f}" if count else "-", f"{recall:.3f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -214,32 +214,32 @@ def measured(judged: Mapping[str, Judged]) -> str:
 
 def _thresholds(judged: Judged) -> list[float]:
     """The thresholds of the table; below that of the labelling nothing is known."""
-    least = min(judged.scores, default=0.0)
+    min_score = min(judged.scores, default=0.0)
     return [
-        threshold for threshold in THRESHOLDS if threshold >= max((t for t in THRESHOLDS if t < least), default=0.0)
+        threshold for threshold in THRESHOLDS if threshold >= max((t for t in THRESHOLDS if t < min_score), default=0.0)
     ]
 
 
 def _classes(judged: Mapping[str, Judged], threshold: float) -> str:
     """A Markdown table with a row per class, ordered by the number of boxes above the threshold."""
     lines = [f"| class, score above {threshold} | boxes | precision | true boxes | recall |", "|---" * 5 + "|"]
-    for name, own in sorted(judged.items(), key=lambda item: -item[1].at(threshold)[0]):
-        count, precision, recall = own.at(threshold)
-        told = f"{precision:.3f}" if count else "-", f"{recall:.3f}" if own.true else "-"
-        lines.append(f"| {name} | {count:,} | {told[0]} | {own.true:,} | {told[1]} |")
+    for name, group in sorted(judged.items(), key=lambda item: -item[1].at(threshold)[0]):
+        count, precision, recall = group.at(threshold)
+        columns = f"{precision:.3f}" if count else "-", f"{recall:.3f}" if group.true else "-"
+        lines.append(f"| {name} | {count:,} | {columns[0]} | {group.true:,} | {columns[1]} |")
     return "\n".join(lines)
 
 
 def _plot(judged: Mapping[str, Judged]) -> bytes:
     lines = {}
     # Kinds are plotted only without --names: more curves would overlap.
-    shown = {name: own for name, own in judged.items() if name in ("all", _APART)} if _APART in judged else judged
+    shown = {name: group for name, group in judged.items() if name in ("all", _APART)} if _APART in judged else judged
     thresholds = _thresholds(judged["all"])
-    for name, own in shown.items():
+    for name, group in shown.items():
         for column, what in ((1, "precision"), (2, "recall")):
             # More curves would overlap, and recall is not meaningful for "one of several".
             if len(shown) <= 3 or name == "all" or what == "precision":
-                lines[f"{name}: {what}"] = (thresholds, [own.at(threshold)[column] for threshold in thresholds])
+                lines[f"{name}: {what}"] = (thresholds, [group.at(threshold)[column] for threshold in thresholds])
     return draw_curves(lines, "share", across="score from which boxes are kept")
 
 
@@ -268,13 +268,13 @@ def main() -> None:
         images, counts = named_truth(records, names, (note for file in content for note in file["annotations"]))
     kinds = sorted({phrase.kind for image in images for phrase in image.phrases} - {""})
     groups: dict[str, Any] = {"all": lambda words, kind: True}  # noqa: ARG005
-    groups |= {kind: lambda words, own, kind=kind: own == kind for kind in kinds}  # noqa: ARG005
+    groups |= {kind: lambda words, group, kind=kind: group == kind for kind in kinds}  # noqa: ARG005
     if arguments.names:
         apart = [item["name"] for item in json.loads(Path(arguments.names).read_text())["categories"]]
         groups[_APART] = _saying(apart, [name for file in content for name in file.get("info", {}).get("names", [])])
-    judged, left_out = judge(records, images, groups)
-    print(", ".join(f"{name}: {own.true:,} true boxes" for name, own in judged.items()))
-    for what, count in (counts + left_out).items():
+    judged, not_judged = judge(records, images, groups)
+    print(", ".join(f"{name}: {group.true:,} true boxes" for name, group in judged.items()))
+    for what, count in (counts + not_judged).items():
         print(f"{what}: {count:,}")
     print(measured(judged))
     if arguments.classes is not None:

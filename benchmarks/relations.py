@@ -67,11 +67,13 @@ def _of_scene(image: int, scene: Scene) -> list[RelationalPhrase]:
     for number, phrase in enumerate(scene.phrases):
         if phrase.kind == "relational":
             name = scene.names[phrase.boxes[0]]
-            own = [i for i, other in enumerate(scene.names) if other == name]
+            same_name = [i for i, other in enumerate(scene.names) if other == name]
             words = scene.caption[phrase.span[0] : phrase.span[1]].split()
             size = any(word.startswith(("small", "big")) for word in words)
             result.append(
-                RelationalPhrase(image, number, size, scene.boxes[own], tuple(i in phrase.boxes for i in own))
+                RelationalPhrase(
+                    image, number, size, scene.boxes[same_name], tuple(i in phrase.boxes for i in same_name)
+                )
             )
     return result
 
@@ -113,19 +115,19 @@ def main() -> None:
     phrases = relational_phrases(arguments.scenes)
     rows = [["run", "phrases", "of", "meant", "another of the name", "elsewhere", "meant of the name", "by chance"]]
     for run in arguments.runs:
-        for words, own in (
+        for words, group in (
             ("size", [p for p in phrases if p.size]),
             ("relation", [p for p in phrases if not p.size]),
             ("both", phrases),
         ):
-            counts = counted(own, run)
+            counts = counted(group, run)
             named = counts["meant"] + counts["another of the name"]
-            shares = [f"{counts[key] / len(own):.3f}" for key in ("meant", "another of the name", "elsewhere")]
+            shares = [f"{counts[key] / len(group):.3f}" for key in ("meant", "another of the name", "elsewhere")]
             rows.append(
                 [
                     run.name,
                     words,
-                    str(len(own)),
+                    str(len(group)),
                     *shares,
                     f"{counts['meant'] / named:.3f}",
                     f"{counts['chance'] / named:.3f}",

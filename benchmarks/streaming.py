@@ -37,12 +37,14 @@ def _make(folder: Path) -> None:
     def named(i: int) -> Record:
         return Record(str(i), "detection", pictures[i % 50], SIDE, SIDE, boxes, (i % 80, (i * 7) % 80))
 
-    def said(i: int) -> Record:
+    def grounding_record(i: int) -> Record:
         text = f"a thing number {i} beside another"
         return Record(str(i), "grounding", pictures[i % 50], SIDE, SIDE, boxes, (), text, (((2, 7),), ((8, 14),)))
 
     shards.write(map(named, range(RECORDS)), folder / "named", name="named", names=names, shards=SHARDS)
-    shards.write(map(said, range(RECORDS // 10)), folder / "said", name="said", shards=SHARDS // 10)
+    shards.write(
+        map(grounding_record, range(RECORDS // 10)), folder / "grounding", name="grounding", shards=SHARDS // 10
+    )
 
 
 def _resident() -> int:
@@ -57,7 +59,7 @@ def _read(folder: Path, steps: int) -> None:
     from glip_jax.config import Config, DataConfig, SourceConfig, TrainConfig
     from glip_jax.data.mixture import Mixture
 
-    sources = {name: SourceConfig(str(folder / name)) for name in ("named", "said")}
+    sources = {name: SourceConfig(str(folder / name)) for name in ("named", "grounding")}
     data = DataConfig(sources=sources, short_sides=(SIDE,), long_side=SIDE, aspects=(1.0,), threads=2, prefetch=4)
     config = Config(name="streaming", model=get_config().model, data=data, train=TrainConfig(batch_size=BATCH))
     start = time.perf_counter()

@@ -65,7 +65,7 @@ unpack() {
             PYTHON=$(python3 -m uv python find 3.12)
             export PYTHON
         fi
-        environment requirements-tpu.txt' >&2 || fail "the environment could not be made (what pip said is above)"
+        environment requirements-tpu.txt' >&2 || fail "the environment could not be made (the output of pip is above)"
     rm -f "$HOME"/glip_jax-*.tar.gz
     echo "$revision" >"$state/revision"
     say "pushed $revision"
@@ -75,14 +75,14 @@ ready() {
     if alive; then
         say "running since $(since)"
     elif [ ! -e "$state/revision" ]; then
-        say "nothing pushed, or not to the end"
+        say "nothing pushed, or the push is incomplete"
     else
         say "ready $(cat "$state/revision")"
     fi
 }
 
 start() {
-    [ -e "$state/revision" ] || fail "nothing pushed, or not to the end"
+    [ -e "$state/revision" ] || fail "nothing pushed, or the push is incomplete"
     exec 9>"$state/lock"
     flock -n 9 || fail "running since $(since)"
     rm -f "$state/exit" "$state/child"
@@ -148,11 +148,11 @@ status() {
     elif [ -e "$state/exit" ]; then
         say "ended with exit code $(cat "$state/exit"), restarts $restarts, last: ${step:-no step}"
     elif [ -e "$state/started" ]; then
-        say "ended without an exit code (killed, or the host started anew), restarts $restarts, last: ${step:-no step}"
+        say "ended without an exit code (killed, or the host was restarted), restarts $restarts, last: ${step:-no step}"
     elif [ -e "$state/revision" ]; then
         say "no run yet, revision $(cat "$state/revision")"
     else
-        say "nothing pushed, or not to the end"
+        say "nothing pushed, or the push is incomplete"
     fi
 }
 

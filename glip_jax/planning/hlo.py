@@ -211,10 +211,10 @@ class Program:
         for name in reversed(self.computations):
             if name not in times:
                 continue
-            own, times_known = times[name]
+            count, times_known = times[name]
             for called, factor, known in self._calls(self.computations[name]):
                 before, all_known = times.get(called, (0, True))
-                times[called] = (before + own * factor, all_known and times_known and known)
+                times[called] = (before + count * factor, all_known and times_known and known)
         return {name: times[name] for name in self.computations if name in times}
 
     def _calls(self, computation: Computation) -> Iterator[_Called]:

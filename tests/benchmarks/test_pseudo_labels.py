@@ -58,7 +58,7 @@ def test_captions_are_matched_by_text_and_equal_ones_by_id():
     ]
     judged, left_out = judge(found, [image(1), image(2), image(3, "unlabelled")], EVERY)
     assert judged["plain"].at(0) == (1, 1.0, pytest.approx(1 / 3))
-    assert left_out["captions without a truth of their own"] == 1
+    assert left_out["captions without ground truth"] == 1
     assert left_out["captions without a record (nothing was found)"] == 2
 
 
@@ -120,4 +120,4 @@ def test_phrases_without_ground_truth_are_counted(caption, spans, notes, judged,
     assert counts[counted] == len(spans)
     results, left_out = judge([found], images, EVERY)
     assert results["all"].right == [False] * len(judged)
-    assert left_out["captions without a truth of their own"] == (not judged)
+    assert left_out["captions without ground truth"] == (not judged)

@@ -109,7 +109,7 @@ def test_push_fails_if_the_environment_fails(pod):
     assert "worker pod-w-1: the environment could not be made" in output
     assert "pip speaks" in output
     output = pod("run", "pod", "--", "x", code=2)
-    assert "worker pod-w-1: nothing pushed, or not to the end" in output
+    assert "worker pod-w-1: nothing pushed, or the push is incomplete" in output
 
 
 def test_push_fails_if_a_host_is_missed(pod):
