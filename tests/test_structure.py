@@ -108,6 +108,10 @@ def test_the_core_is_small_and_imports_nothing_aside():
 def test_data_and_words_know_no_jax():
     # boxes serves numpy and jax arrays alike through the array's own namespace; batch only names types.
     wanted = [p for p in MODULES if package(p) in ("config", "data", "structures")]
+    # What those use of files, buckets and exit codes.
+    beside = ("assets", "checkpoint_steps", "checksums", "errors", "fsspec_gcs", "gcs", "retry")
+    wanted += [PACKAGE / "io" / f"{name}.py" for name in beside]
+    wanted += [PACKAGE / "distributed" / f"{name}.py" for name in ("chips", "exit_codes")]
     accelerated = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
     assert not [(str(p), m) for p in wanted for m, _ in imports(p) if m.split(".")[0] in accelerated]
 
