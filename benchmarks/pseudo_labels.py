@@ -31,8 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from glip_jax.cli.reports.cards import match
 from glip_jax.cli.reports.drawing import draw_curves
+from glip_jax.cli.reports.run_cards import match
 from glip_jax.data.records import Record
 from glip_jax.data.scenes.nouns import plural
 from glip_jax.data.shards import Shards

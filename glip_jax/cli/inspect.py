@@ -1,4 +1,4 @@
-"""The job `inspect`: one page that shows what is in shards, and what training makes of it."""
+"""The job `inspect`: an HTML report of records in shards and of the training examples made of them."""
 
 import dataclasses
 import itertools
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-import jinja2
 import numpy as np
 import tyro
 from etils import epath
 
 from glip_jax.cli.command_line import Arguments, CommandLineError, divided, flags, parse
+from glip_jax.cli.reports.card import Card
 from glip_jax.cli.reports.drawing import draw_histogram, svg_uri
-from glip_jax.cli.reports.inspect_cards import Card, Counts, add_drops, count_records, example_cards, record_cards
-from glip_jax.cli.reports.inspect_template import INSPECTION
+from glip_jax.cli.reports.html import render_template
+from glip_jax.cli.reports.inspect_cards import Counts, add_drops, count_records, example_cards, record_cards
 from glip_jax.config import Config, SourceConfig
 from glip_jax.data.mixture import Mixture
 from glip_jax.data.shards import Shards
@@ -32,11 +32,11 @@ _EXAMPLE = "shards/mine --out=mine.html (or --config=configs/coco_cc.py --out=co
 
 
 @dataclass(frozen=True)
-class _What:
-    """What is shown."""
+class _Options:
+    """The options of the report."""
 
     out: str = "inspect.html"
-    """The page to write; local or gs://."""
+    """HTML file to write; local or gs://."""
     records: int = 12
     """Records drawn of each source."""
     examples: int = 16
@@ -46,10 +46,10 @@ class _What:
 
 
 @dataclass(frozen=True)
-class InspectShards(_What):
-    """A page of the records in folders of shards; with --config=FILE.py also of the training examples made of them.
+class InspectShards(_Options):
+    """Write an HTML report of the records in folders of shards; with --config=FILE.py also of the training examples made of them.
 
-    Settings are given as for `train`: --config=FILE.py --config.section.field=value. Without folders the page shows the
+    Settings are given as for `train`: --config=FILE.py --config.section.field=value. Without folders the report shows the
     sources of the config.
     """
 
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _write(job: InspectShards, config: Config | None) -> epath.Path:
-    """Counts, draws and writes the page."""
+    """Counts, draws and writes the report."""
     if config is not None and job.shards:
         named = {name: SourceConfig(path) for name, path in _names(job.shards).items()}
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=named))
@@ -93,9 +93,8 @@ def _write(job: InspectShards, config: Config | None) -> epath.Path:
     counts = {name: count_records(own, job.limit, captioners.get(name), seed) for name, own in opened.items()}
     cards, drawn = _examples(mixture, job.examples, counts) if mixture is not None else ([], dict.fromkeys(opened, 0))
     most = config.model.text.max_tokens if config is not None else 0
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    text = environment.from_string(INSPECTION).render(
-        title=f"inspect: {', '.join(opened) if config is None or job.shards else config.name}",
+    text = render_template(
+        "inspect.html.j2", title=f"inspect: {', '.join(opened) if config is None or job.shards else config.name}",
         notes=_notes(mixture, counts, opened),
         counted="Over the records counted of each source, in per cent. " + "; ".join(
             f"{name}: {own.records:,} of {len(opened[name]):,} records" for name, own in counts.items()
@@ -140,7 +139,7 @@ def _examples(mixture: Mixture, limit: int, counts: Mapping[str, Counts]) -> tup
 
 
 def _notes(mixture: Mixture | None, counts: Mapping[str, Counts], opened: Mapping[str, Shards]) -> list[str]:
-    """What of the mixture is no picture."""
+    """The lines on the mixture below the title."""
     notes = [f"{len(opened)} {'source' if len(opened) == 1 else 'sources'}, {sum(map(len, opened.values())):,} records"]
     if mixture is not None:
         shares = (f"{name} {share:.1%}" for name, share in zip(mixture.source_names, mixture.shares))
@@ -154,7 +153,7 @@ def _notes(mixture: Mixture | None, counts: Mapping[str, Counts], opened: Mappin
 
 
 def _plots(counts: Mapping[str, Counts], most: int) -> list[tuple[str, bytes]]:
-    """Titles and pictures of the histograms; `most` is the token budget, 0 where captions were not made."""
+    """Titles and images of the histograms; `most` is the token budget, 0 where captions were not made."""
 
     def series(what: str) -> dict[str, list[float]]:
         return {name: [float(value) for value in getattr(own, what)] for name, own in counts.items()}

@@ -119,7 +119,7 @@ def label(job: Label, settings: Sequence[str], command: str) -> None:
     `settings`: the --config arguments. Raises CommandLineError, CheckpointError, ConfigError, SourceError, ShardError or
     TaskError for what cannot be done; OSError for what the system or the storage refuses: then the same command goes on.
     """
-    from glip_jax.cli.reports.label_report import write_page
+    from glip_jax.cli.reports.label_report import write_report
     from glip_jax.labeling.run import LabelingJob, run
 
     thresholds = _checked(job)
@@ -146,11 +146,11 @@ def label(job: Label, settings: Sequence[str], command: str) -> None:
         sweep(out)
         logger.info(f"{job.out} is finished ({there.records} records, made by: {there.command}); nothing is made twice")
         if not gcs.kind(f"{out}/report.html"):
-            logger.info(f"HTML report: {write_page(out)}")
+            logger.info(f"HTML report: {write_report(out)}")
         return
     run(labeling)
     if not gcs.kind(f"{out}/report.html"):
-        write_page(out)
+        write_report(out)
     logger.info(
         f"{job.out}: finished, this process worked {time.monotonic() - begin:.0f} s; HTML report: {out}/report.html"
     )

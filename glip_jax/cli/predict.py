@@ -252,9 +252,7 @@ def _entry(picture: Picture, found: Detections, threshold: float) -> dict[str, A
 def _draw(image: UInt8[np.ndarray, "H W 3"], entry: dict[str, Any], query: Query, folder: epath.Path) -> None:
     """Draws the best boxes last, on top; small images are enlarged so that the text can be read."""
     marks = [
-        drawing.Mark(
-            tuple(d["box"]), f"{query.phrases[d['phrase']].text} {d['score']:.2f}", drawing.colour(d["phrase"])
-        )
+        drawing.Mark(tuple(d["box"]), f"{query.phrases[d['phrase']].text} {d['score']:.2f}", drawing.color(d["phrase"]))
         for d in reversed(entry["detections"])
     ]
     scale = max(1.0, min(4.0, 640 / max(image.shape[:2])))

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glip_jax.cli.reports.drawing import hex_colour
+from glip_jax.cli.reports.card import Chip
+from glip_jax.cli.reports.drawing import hex_color
 from glip_jax.cli.reports.inspect_cards import count_records, example_cards, record_cards, spread
 from glip_jax.data import shards
 from tests import tiny_run
@@ -34,7 +35,7 @@ def test_counts_of_records(sources):
     assert count_records(shards.Shards(sources["boxes"].path), 3).records == 3
 
 
-def test_a_page_of_shards_alone(sources, tmp_path, capsys):
+def test_a_report_of_shards_alone(sources, tmp_path, capsys):
     out = tmp_path / "deep" / "page.html"
     assert run_job("inspect", [sources["boxes"].path, sources["captions"].path, f"--out={out}", "--records=2"]) == 0
     assert capsys.readouterr().out == f"HTML report: {out}\n"
@@ -59,7 +60,7 @@ def test_a_page_of_a_config_shows_examples(sources, tmp_path):
     assert "captions" not in re.findall(r'<span class="name">(.*?)</span>', out.read_text())
 
 
-def test_tokens_have_the_colour_of_their_box(sources):
+def test_tokens_have_the_color_of_their_box(sources):
     from glip_jax.data.mixture import Mixture
 
     config = tiny_run.replace(tiny_run.config(sources), "data", flip=0.0)
@@ -72,11 +73,13 @@ def test_tokens_have_the_colour_of_their_box(sources):
     cards = example_cards(batch._replace(token_loss_mask=known), vocabulary, ("boxes", "captions"), 8, 5)
     assert len(cards) == 8
     for index, card in enumerate(cards):
-        painted = {piece.colour: piece.text for piece in card.caption if piece.colour}
-        assert {box.words for box in card.boxes} == set(painted.values())
-        assert all(painted[box.colour] == box.words for box in card.boxes)
+        colored = {piece.color: piece.text for piece in card.caption if piece.color}
+        assert {box.text for box in card.boxes} == set(colored.values())
+        assert all(colored[box.color] == box.text for box in card.boxes)
         assert len(card.boxes) == batch.box_mask[index].sum()
-        assert card.caption[0].unknown and not any(piece.unknown for piece in card.caption[3:])
+        assert card.caption[0].state == "unlabelled" and not any(
+            piece.state == "unlabelled" for piece in card.caption[3:]
+        )
         text = "".join(piece.text for piece in card.caption)
         assert "[CLS]" not in text and "[SEP]" not in text and "[PAD]" not in text
         assert card.file.startswith("step 5, ")
@@ -90,11 +93,11 @@ def test_pieces_of_words_are_joined():
     owner = np.array([-1, -1, 0, 0, -1, -1, -1, -1, -1])
     pieces = _token_pieces(tokens, mask, owner, np.arange(9) != 1, vocabulary)
     assert "".join(piece.text for piece in pieces) == "red apples. apples"
-    assert [piece.text for piece in pieces if piece.colour] == ["apples"]
-    assert [piece.text for piece in pieces if piece.unknown] == ["red"]
+    assert [piece.text for piece in pieces if piece.color] == ["apples"]
+    assert [piece.text for piece in pieces if piece.state == "unlabelled"] == ["red"]
 
 
-def test_words_of_strangers_are_escaped_and_corrupt_records_shown(tmp_path):
+def test_foreign_text_is_escaped_and_corrupt_records_shown(tmp_path):
     good = tiny_run._record(0, "detection")
     records = [
         good, tiny_run.dataclasses.replace(good, id=BAD, image=good.image[:60], known_absent=(BAD,)),
@@ -102,11 +105,11 @@ def test_words_of_strangers_are_escaped_and_corrupt_records_shown(tmp_path):
     ]  # fmt: skip
     shards.write(records, tmp_path / "s", name="s", names=(BAD, BAD, BAD))
     cards = record_cards(shards.Shards(tmp_path / "s"), 3)
-    assert cards[1].uri == "" and "corrupt: record" in cards[1].chips[0][0]
-    assert ("not all dog have boxes", "") in cards[2].chips and cards[2].boxes[0].colour == hex_colour(0)
+    assert cards[1].uri == "" and "corrupt: record" in cards[1].chips[0].text
+    assert Chip("not all dog have boxes") in cards[2].chips and cards[2].boxes[0].color == hex_color(0)
     assert run_job("inspect", [str(tmp_path / "s"), f"--out={tmp_path / 'page.html'}"]) == 0
     page = (tmp_path / "page.html").read_text()
-    assert BAD not in page and "&lt;script&gt;" in page and "no picture" in page
+    assert BAD not in page and "&lt;script&gt;" in page and "no image" in page
 
 
 @pytest.mark.parametrize(
@@ -136,11 +139,11 @@ def test_histograms_hold_every_value():
     assert one.startswith(b"<?xml") and one != draw_histogram({"a": [0.2, 0.3, 1.0]}, edges, "sides", logarithmic=True)
 
 
-def test_unknown_phrases_are_named(tmp_path):
+def test_unlabelled_phrases_are_named(tmp_path):
 
     record = tiny_run._record(0, "grounding")
     caption = f"{record.caption} and a tree"
     tree = ((len(caption) - 6, len(caption)),)
     shards.write([dataclasses.replace(record, caption=caption, unknown=(tree,))], tmp_path / "x", name="x")
     (card,) = record_cards(shards.Shards(tmp_path / "x"), 1)
-    assert ("unknown: a tree", "") in card.chips
+    assert Chip("unlabelled: a tree") in card.chips

@@ -1,14 +1,10 @@
-"""Pictures of what goes in and comes out: boxes with their phrases, sheets of scenes, curves and histograms.
-
-Cards are pictures on a page: SVG boxes over a JPEG, so that lines and words stay sharp on any screen.
-"""
+"""Images of inputs and outputs: boxes with their phrases, contact sheets, curves and histograms."""
 
 import base64
 import colorsys
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
@@ -17,41 +13,22 @@ from PIL import Image, ImageDraw, ImageFont
 from glip_jax.structures.batch import Batch
 
 __all__ = [
-    "CARD_WIDTH", "Box", "Mark", "card_box", "card_picture", "colour", "contact_sheet", "draw_batch", "draw_boxes",
-    "draw_counts", "draw_curves", "draw_groups", "draw_histogram", "hex_colour", "phrase_words", "png", "svg_uri",
+    "Mark", "color", "contact_sheet", "draw_batch", "draw_boxes",
+    "draw_counts", "draw_curves", "draw_groups", "draw_histogram", "hex_color", "phrase_text", "png", "svg_uri",
 ]  # fmt: skip
-
-CARD_WIDTH = 360
-"""Width of a card in its own units, about the pixels of a phone; heights follow the picture."""
 
 
 class Mark(NamedTuple):
-    """A box with its words on an image."""
+    """A box with its text on an image."""
 
     box: tuple[float, float, float, float]
     """xyxy, pixels."""
-    words: str = ""
-    colour: tuple[int, int, int] = (230, 30, 60)
+    text: str = ""
+    color: tuple[int, int, int] = (230, 30, 60)
 
 
-@dataclass(frozen=True)
-class Box:
-    """A box in units of the card, and its words with the place where they stand."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-    true: bool
-    colour: str = ""
-    words: str = ""
-    words_x: float = 0.0
-    words_y: float = 0.0
-    anchor: str = "start"
-
-
-def colour(index: int) -> tuple[int, int, int]:
-    """A colour that differs from those of nearby indices: hues a golden angle apart, dark enough for white words.
+def color(index: int) -> tuple[int, int, int]:
+    """A color that differs from those of nearby indices: hues a golden angle apart, dark enough for white words.
 
     White on it has a contrast of at least 3 to 1 (WCAG 2.2's relative luminance), so yellow becomes brown.
     """
@@ -64,39 +41,9 @@ def colour(index: int) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def hex_colour(index: int) -> str:
-    """`colour` as CSS writes it."""
-    return "#{:02x}{:02x}{:02x}".format(*colour(index))
-
-
-def card_box(box: Any, size: tuple[int, int], paint: str = "", words: str = "") -> Box:
-    """A box (xyxy pixels) of a picture of `size` (height, width) in units of the card; without `paint` a true one.
-
-    Words stand above it where there is room, else inside.
-    """
-    height, width = size
-    scale = CARD_WIDTH / width
-    low, high = np.zeros(4), np.array([width, height, width, height])
-    x1, y1, x2, y2 = (round(float(value), 1) for value in np.clip(np.asarray(box, np.float64), low, high) * scale)
-    left = x1 < CARD_WIDTH * 0.6
-    return Box(
-        x1, y1, round(max(x2 - x1, 0.5), 1), round(max(y2 - y1, 0.5), 1), not paint, paint, words,
-        x1 + 3 if left else x2 - 3, y1 - 4 if y1 > 14 else y1 + 12, "start" if left else "end",
-    )  # fmt: skip
-
-
-def card_picture(image: UInt8[np.ndarray, "H W 3"]) -> tuple[str, float]:
-    """The picture as a JPEG data URI, at most twice as wide as a card, and the card's height."""
-    height, width = image.shape[:2]
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    if width > 2 * CARD_WIDTH:
-        # Twice the card's width is what a screen of double density shows.
-        side = max(1, round(height * 2 * CARD_WIDTH / width))
-        picture = picture.resize((2 * CARD_WIDTH, side), Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=85)
-    uri = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
-    return uri, round(height * CARD_WIDTH / width, 1)
+def hex_color(index: int) -> str:
+    """`color` as CSS writes it."""
+    return "#{:02x}{:02x}{:02x}".format(*color(index))
 
 
 def draw_boxes(image: UInt8[np.ndarray, "H W 3"], marks: Sequence[Mark], scale: float = 1.0) -> Image.Image:
@@ -121,9 +68,9 @@ def draw_boxes(image: UInt8[np.ndarray, "H W 3"], marks: Sequence[Mark], scale: 
         x1, y1, x2, y2 = (float(value) for value in values)
         if x2 <= x1 or y2 <= y1:
             continue
-        pen.rectangle((x1, y1, x2, y2), outline=mark.colour, width=line)
-        if mark.words:
-            _write(pen, size, (x1, y1), " ".join(mark.words.split()), font, mark.colour)
+        pen.rectangle((x1, y1, x2, y2), outline=mark.color, width=line)
+        if mark.text:
+            _write(pen, size, (x1, y1), " ".join(mark.text.split()), font, mark.color)
     return picture
 
 
@@ -135,7 +82,7 @@ def _write(
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     background: tuple[int, int, int],
 ) -> None:
-    """Words on a plate of their colour, above the corner where there is room, else below it; kept inside the image."""
+    """Words on a plate of their color, above the corner where there is room, else below it; kept inside the image."""
     left, top, right, bottom = pen.textbbox((0, 0), words, font=font)
     width, height = right - left + 4, bottom - top + 4
     x = max(0.0, min(corner[0], size[0] - width))
@@ -190,7 +137,7 @@ def _broken(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
     return [*lines, line] if line else lines
 
 
-def phrase_words(tokens: Int32[np.ndarray, " T"], chosen: Bool[np.ndarray, " T"], vocabulary: Sequence[str]) -> str:
+def phrase_text(tokens: Int32[np.ndarray, " T"], chosen: Bool[np.ndarray, " T"], vocabulary: Sequence[str]) -> str:
     """The chosen tokens as words for a reader's eye: WordPieces joined again, a gap written as '...'.
 
     Ids beyond the vocabulary appear as [id]. For pictures only: no program reads phrases back from tokens.
@@ -225,15 +172,15 @@ def draw_batch(batch: Batch, vocabulary: Sequence[str], limit: int = 16) -> Imag
     for index in range(min(limit, len(images))):
         height, width = (max(1, int(value)) for value in sizes[index])
         marks = [
-            Mark(tuple(boxes[index, slot].tolist()), phrase_words(tokens[index], positive[index, slot], vocabulary),
-                 colour(number))
+            Mark(tuple(boxes[index, slot].tolist()), phrase_text(tokens[index], positive[index, slot], vocabulary),
+                 color(number))
             for number, slot in enumerate(np.flatnonzero(box_mask[index]))
         ]  # fmt: skip
         pictures.append(draw_boxes(images[index, :height, :width], marks, scale))
         text = mask[index].copy()
         # [CLS] and [SEP] are no words of the caption.
         text[np.flatnonzero(text)[[0, -1]] if text.any() else []] = False
-        words = phrase_words(tokens[index], text, vocabulary)
+        words = phrase_text(tokens[index], text, vocabulary)
         captions.append(words if valid[index] else f"(masked out) {words}")
     return contact_sheet(pictures, captions)
 
@@ -260,8 +207,8 @@ def draw_curves(
         figure = Figure(figsize=(5.6, 3.0), dpi=150, layout="constrained")
         axes = figure.add_subplot()
         for index, (name, (steps, values)) in enumerate(curves.items()):
-            paint = tuple(channel / 255 for channel in colour(index * 2))
-            axes.plot(steps, values, label=name, color=paint, linewidth=1.6, marker="o" if len(steps) < 12 else "",
+            shade = tuple(channel / 255 for channel in color(index * 2))
+            axes.plot(steps, values, label=name, color=shade, linewidth=1.6, marker="o" if len(steps) < 12 else "",
                       markersize=3.5)  # fmt: skip
         axes.set_xlabel(across)
         axes.set_ylabel(label)
@@ -280,7 +227,7 @@ def draw_groups(
 ) -> bytes:
     """A picture of the values of named groups: a panel each with a dot for every value and a line at each mean.
 
-    Groups stand side by side in the same colours in all panels; each panel has its own scale.
+    Groups stand side by side in the same colors in all panels; each panel has its own scale.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -291,11 +238,11 @@ def draw_groups(
         for place, (title, groups) in enumerate(panels.items()):
             axes = figure.add_subplot(rows, min(columns, len(panels)), place + 1)
             for index, values in enumerate(groups.values()):
-                paint = tuple(channel / 255 for channel in colour(index * 2))
+                shade = tuple(channel / 255 for channel in color(index * 2))
                 # Beside one another, so that equal values do not hide.
                 across = index + 0.1 * (np.arange(len(values)) - (len(values) - 1) / 2)
-                axes.plot(across, values, "o", color=paint, markersize=4.5, alpha=0.8, markeredgewidth=0)
-                axes.hlines(float(np.mean(values)), index - 0.3, index + 0.3, color=paint, linewidth=1.6)
+                axes.plot(across, values, "o", color=shade, markersize=4.5, alpha=0.8, markeredgewidth=0)
+                axes.hlines(float(np.mean(values)), index - 0.3, index + 0.3, color=shade, linewidth=1.6)
             axes.set_xticks(range(len(groups)), list(groups))
             axes.set_xlim(-0.6, len(groups) - 0.4)
             axes.margins(y=0.15)
@@ -346,9 +293,9 @@ def draw_counts(
             if not sum(counts):
                 continue
             shares = 100 * np.asarray(counts, np.float64) / sum(counts)
-            paint = tuple(channel / 255 for channel in colour(index * 2))
-            axes.stairs(shares, bins, label=name, color=paint, linewidth=1.4)
-            axes.stairs(shares, bins, fill=True, color=paint, alpha=0.15)
+            shade = tuple(channel / 255 for channel in color(index * 2))
+            axes.stairs(shares, bins, label=name, color=shade, linewidth=1.4)
+            axes.stairs(shares, bins, fill=True, color=shade, alpha=0.15)
         if mark is not None:
             axes.axvline(mark, color="#1d2430", linewidth=0.9, linestyle="--")
         if logarithmic:

@@ -1,4 +1,4 @@
-"""What the page of `inspect` shows: cards of records and of training examples, and counts over many of them."""
+"""Cards of records and of training examples for `inspect`, and counts over many records."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,40 +7,18 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from glip_jax.cli.reports.drawing import CARD_WIDTH, Box, card_box, card_picture, hex_colour, phrase_words
+from glip_jax.cli.reports.card import CARD_WIDTH, Card, Chip, TextPiece, card_box, card_image, text_pieces
+from glip_jax.cli.reports.drawing import hex_color, phrase_text
 from glip_jax.data.captions import Captioner, rng_of
 from glip_jax.data.records import Record, RecordError, Spans, decode_image
 from glip_jax.data.shards import Shards
 from glip_jax.structures.batch import DROPS, Batch
 from glip_jax.structures.prompts import clean_name
 
-__all__ = ["Card", "Counts", "Piece", "add_drops", "count_records", "example_cards", "record_cards", "spread"]
+__all__ = ["Counts", "add_drops", "count_records", "example_cards", "record_cards", "spread"]
 
-_WORDS_ON_BOX = 28
+_MAX_BOX_TEXT = 28
 """Characters of a phrase that are written on its box; the caption has them all."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some characters of a caption: of a phrase (with its colour), unknown, or of nothing in the image."""
-
-    text: str
-    colour: str = ""
-    unknown: bool = False
-
-
-@dataclass(frozen=True)
-class Card:
-    """A picture, its boxes and its text."""
-
-    uri: str
-    height: float
-    boxes: tuple[Box, ...]
-    caption: tuple[Piece, ...]
-    chips: tuple[tuple[str, str], ...]
-    """Words and colour."""
-    file: str
-    width: float = float(CARD_WIDTH)
 
 
 @dataclass
@@ -128,33 +106,28 @@ def _record_card(shards: Shards, index: int) -> Card:
         record = shards[index]
         image = decode_image(record)
     except RecordError as error:
-        return Card("", CARD_WIDTH / 2, (), (), ((f"corrupt: {error}", "#b42318"),), f"record {index}")
-    words = _phrases(record, shards.manifest.names)
-    # One colour a name; of captions, one a phrase.
+        return Card("", CARD_WIDTH / 2, (), (), (Chip(f"corrupt: {error}", "#b42318"),), f"record {index}")
+    text = _phrases(record, shards.manifest.names)
+    # One color a name; of captions, one a phrase.
     keys = [str(label) for label in record.categories] or [repr(spans) for spans in record.spans]
     number = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-    colours = [hex_colour(number[key]) for key in keys]
-    uri, height = card_picture(image)
+    colors = [hex_color(number[key]) for key in keys]
+    uri, height = card_image(image)
     size = (image.shape[0], image.shape[1])
-    boxes = [card_box(box, size, paint, _short(text)) for box, paint, text in zip(record.boxes, colours, words)]
+    boxes = [card_box(box, size, color, _short(phrase)) for box, color, phrase in zip(record.boxes, colors, text)]
     chips = []
     for key in number:
         own = [i for i, other in enumerate(keys) if other == key]
         score = f" {record.scores[own[0]]:.2f}" if record.scores else ""
         times = f" × {len(own)}" if len(own) > 1 else ""
-        chips.append((words[own[0]] + times + score, colours[own[0]]))
-    chips += [(f"not all {name} have boxes", "") for name in record.not_exhaustive]
-    chips += [(f"unknown: {_joined(record.caption, spans)}", "") for spans in record.unknown]
+        chips.append(Chip(text[own[0]] + times + score, colors[own[0]]))
+    chips += [Chip(f"not all {name} have boxes") for name in record.not_exhaustive]
+    chips += [Chip(f"unlabelled: {_joined(record.caption, spans)}") for spans in record.unknown]
     absent = record.known_absent
-    chips += [(f"known absent: {', '.join(absent[:12])}{' …' if len(absent) > 12 else ''}", "")] if absent else []
-    owner = np.full(len(record.caption), -1)
-    for spans, key in sorted(zip(record.spans, keys), key=lambda item: -sum(e - b for b, e in item[0])):
-        for begin, end in spans:
-            owner[begin:end] = number[key]
-    cuts = [0, *(np.flatnonzero(np.diff(owner)) + 1).tolist(), len(owner)] if len(owner) else []
-    caption = tuple(
-        Piece(record.caption[begin:end], hex_colour(int(owner[begin])) if owner[begin] >= 0 else "")
-        for begin, end in zip(cuts, cuts[1:])
+    chips += [Chip(f"known absent: {', '.join(absent[:12])}{' …' if len(absent) > 12 else ''}")] if absent else []
+    own_spans = list(dict.fromkeys(record.spans))
+    caption = text_pieces(
+        record.caption, own_spans, [hex_color(number[repr(s)]) for s in own_spans], outside="negative"
     )
     file = f"record {index}: {record.id}, {record.kind}, {record.height} × {record.width}"
     return Card(uri, height, tuple(boxes), caption, tuple(chips), file)
@@ -167,25 +140,27 @@ def example_cards(batch: Batch, vocabulary: Sequence[str], sources: Sequence[str
 
 def _example_card(batch: Batch, index: int, vocabulary: Sequence[str], sources: Sequence[str], step: int) -> Card:
     size = (int(batch.size[index][0]), int(batch.size[index][1]))
-    uri, height = card_picture(batch.image[index, : size[0], : size[1]])
+    uri, height = card_image(batch.image[index, : size[0], : size[1]])
     rows = batch.positive_map[index]
     number: dict[bytes, int] = {}
     boxes = []
     for slot in np.flatnonzero(batch.box_mask[index]).tolist():
         place = number.setdefault(rows[slot].tobytes(), len(number))
-        words = phrase_words(batch.tokens[index], rows[slot], vocabulary) or "(no token)"
-        boxes.append(card_box(batch.boxes[index, slot], size, hex_colour(place), _short(words)))
+        text = phrase_text(batch.tokens[index], rows[slot], vocabulary) or "(no token)"
+        boxes.append(card_box(batch.boxes[index, slot], size, hex_color(place), _short(text)))
     owner = np.full(rows.shape[1], -1)
     for key, place in sorted(number.items(), key=lambda item: -int(np.frombuffer(item[0], bool).sum())):
         owner[np.frombuffer(key, bool)] = place
     caption = _token_pieces(
         batch.tokens[index], batch.token_mask[index], owner, batch.token_loss_mask[index], vocabulary
     )
-    lost = [(f"{reason}: {count}", "#b42318") for reason, count in zip(DROPS, batch.dropped[index].tolist()) if count]
+    dropped = [
+        Chip(f"{reason}: {count}", "#b42318") for reason, count in zip(DROPS, batch.dropped[index].tolist()) if count
+    ]
     canvas = batch.image.shape[1:3]
     where = f"step {step}, {sources[int(batch.source[index])]}[{int(batch.record[index])}]"
     sides = f"{size[0]} × {size[1]} of {canvas[0]} × {canvas[1]}, {int(batch.token_mask[index].sum())} tokens"
-    return Card(uri, height, tuple(boxes), caption, tuple(lost), f"{where}: {sides}")
+    return Card(uri, height, tuple(boxes), caption, tuple(dropped), f"{where}: {sides}")
 
 
 def _token_pieces(
@@ -194,9 +169,9 @@ def _token_pieces(
     owner: np.ndarray,
     known: Bool[np.ndarray, " T"],
     vocabulary: Sequence[str],
-) -> tuple[Piece, ...]:
+) -> tuple[TextPiece, ...]:
     """The caption as its tokens spell it, cut where their target changes; [CLS] and [SEP] are left out."""
-    pieces: list[Piece] = []
+    pieces: list[TextPiece] = []
     places = np.flatnonzero(mask).tolist()[1:-1]
     for before, place in zip([-1, *places], places):
         token = int(tokens[place])
@@ -204,18 +179,19 @@ def _token_pieces(
         glued = text.startswith("##") and bool(pieces)
         text = text[2:] if glued else text
         gap = "" if glued or not pieces or text in (".", ",") else " "
-        paint, unknown = hex_colour(int(owner[place])) if owner[place] >= 0 else "", not known[place]
-        if pieces and (pieces[-1].colour, pieces[-1].unknown) == (paint, unknown) and owner[before] == owner[place]:
-            pieces[-1] = Piece(pieces[-1].text + gap + text, paint, unknown)
+        color = hex_color(int(owner[place])) if owner[place] >= 0 else ""
+        state = ("" if color else "negative") if known[place] else "unlabelled"
+        if pieces and (pieces[-1].color, pieces[-1].state) == (color, state) and owner[before] == owner[place]:
+            pieces[-1] = TextPiece(pieces[-1].text + gap + text, color, state)
         else:
-            pieces += [Piece(gap)] if gap else []
-            pieces.append(Piece(text, paint, unknown))
+            pieces += [TextPiece(gap, state="negative")] if gap else []
+            pieces.append(TextPiece(text, color, state))
     return tuple(pieces)
 
 
-def _short(words: str) -> str:
+def _short(text: str) -> str:
     """As much of a phrase as fits on its box."""
-    return words if len(words) <= _WORDS_ON_BOX else f"{words[: _WORDS_ON_BOX - 1]}…"
+    return text if len(text) <= _MAX_BOX_TEXT else f"{text[: _MAX_BOX_TEXT - 1]}…"
 
 
 def add_drops(counts: Mapping[str, Counts], batch: Batch, sources: Sequence[str]) -> None:

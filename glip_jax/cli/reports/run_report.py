@@ -1,15 +1,15 @@
-"""The page of a run: one HTML file with its numbers, its curves and its pictures, that needs no other file."""
+"""The HTML report of a run: one file with its numbers, curves and images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 from etils import epath
 
-from glip_jax.cli.reports.cards import Card, cards
+from glip_jax.cli.reports.card import Card
 from glip_jax.cli.reports.drawing import draw_curves, svg_uri
-from glip_jax.cli.reports.run_template import PAGE
+from glip_jax.cli.reports.html import number, render_template
+from glip_jax.cli.reports.run_cards import cards
 from glip_jax.evaluation.average_precision import NUMBERS
 from glip_jax.evaluation.evaluate import Evaluated, Grounded
 from glip_jax.evaluation.recall import PROTOCOLS, RANKS
@@ -41,9 +41,9 @@ class _Set:
     headline: str
     below: tuple[str, ...]
     cards: tuple[Card, ...]
-    least: float
+    threshold: float
     chosen: bool
-    """Whether `least` was chosen by F1."""
+    """Whether `threshold` was chosen by F1."""
     names: int = 0
     numbers: Mapping[str, float] | None = None
     permuted: float = -1.0
@@ -59,40 +59,38 @@ def render(
     curves: Mapping[str, Mapping[str, Curve]],
     notes: Sequence[str] = (),
     scenes: int = 12,
-    least: float | None = None,
+    threshold: float | None = None,
     summary: Mapping[str, Any] | None = None,
 ) -> str:
-    """The page as HTML text; pictures are inside it as data URIs, and all text is escaped.
+    """The report as HTML text; images are inside it as data URIs, and all text is escaped.
 
     `evaluated`: per set its evaluation and the folder of its pictures; `curves`: per panel its named curves;
-    `scenes`: how many pictures of each set are shown, `least`: the score from which found boxes are drawn (None: where
+    `scenes`: how many pictures of each set are shown, `threshold`: the score from which detections are drawn (None: where
     F1 over the set is highest); `summary`: evaluation.json, for settings, hashes and prompts.
     """
-    sets = [_shown(name, result, folder, scenes, least) for name, (result, folder) in evaluated.items()]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["number"] = _number
+    sets = [_shown(name, result, folder, scenes, threshold) for name, (result, folder) in evaluated.items()]
     panels = [(name, svg_uri(draw_curves(lines, name, "svg"))) for name, lines in curves.items() if lines]
     recorded = summary or {}
     facts, network = _facts(recorded)
     chunked = [{"name": name, "chunks": entry["chunks"]} for name, entry in recorded.get("sets", {}).items()
                if entry.get("chunks")]  # fmt: skip
-    return environment.from_string(PAGE).render(
-        title=title, notes=notes, sets=sets, curves=panels, recalls=_RECALLS, facts=facts, network=network,
-        numbers=[number for number in NUMBERS if number not in ("AP", "AP50")], prompts=chunked,
+    return render_template(
+        "run.html.j2", title=title, notes=notes, sets=sets, curves=panels, recalls=_RECALLS, facts=facts, network=network,
+        numbers=[name for name in NUMBERS if name not in ("AP", "AP50")], prompts=chunked,
         separator=recorded.get("settings", {}).get("data.captions.separator", ". "),
         detection=[s for s in sets if not s.grounding], grounding=[s for s in sets if s.grounding],
     )  # fmt: skip
 
 
-def _shown(name: str, result: Evaluated | Grounded, folder: epath.Path, scenes: int, least: float | None) -> _Set:
-    drawn, score = cards(result, folder, scenes, least)
+def _shown(name: str, result: Evaluated | Grounded, folder: epath.Path, scenes: int, threshold: float | None) -> _Set:
+    drawn, score = cards(result, folder, scenes, threshold)
     images = len(result.image_ids)
     shared: dict[str, Any] = {
         "name": name,
         "images": images,
         "cards": tuple(drawn),
-        "least": score,
-        "chosen": least is None,
+        "threshold": score,
+        "chosen": threshold is None,
     }
     match result:
         case Evaluated():
@@ -104,15 +102,15 @@ def _shown(name: str, result: Evaluated | Grounded, folder: epath.Path, scenes: 
             )
             bars = sorted(result.precision.per_class_50.items(), key=lambda item: (-item[1], item[0]))
             return _Set(
-                grounding=False, headline=_number(numbers["AP50"], 3), below=tuple(below), names=len(result.prompts),
+                grounding=False, headline=number(numbers["AP50"], 3), below=tuple(below), names=len(result.prompts),
                 numbers=numbers, permuted=result.permuted, ratio=ratio or "-", bars=tuple(bars), **shared,
             )  # fmt: skip
         case Grounded():
             rows = _rows(result)
             below = [f"recall@1, {rows[0].phrases} phrases"]
-            below += [f"{row.kind} {_number(row.numbers['recall@1'], 3)}" for row in rows[1:]]
+            below += [f"{row.kind} {number(row.numbers['recall@1'], 3)}" for row in rows[1:]]
             return _Set(
-                grounding=True, headline=_number(rows[0].numbers["recall@1"], 3), below=tuple(below), rows=tuple(rows),
+                grounding=True, headline=number(rows[0].numbers["recall@1"], 3), below=tuple(below), rows=tuple(rows),
                 unasked=sum(len(own) for own in result.unasked.values()), **shared,
             )  # fmt: skip
 
@@ -120,7 +118,7 @@ def _shown(name: str, result: Evaluated | Grounded, folder: epath.Path, scenes: 
 def _rows(result: Grounded) -> list[_Row]:
     found = result.recall.numbers
     return [
-        _Row(kind, count, {number: found[f"{kind}/{number}" if kind else number] for number in _RECALLS})
+        _Row(kind, count, {name: found[f"{kind}/{name}" if kind else name] for name in _RECALLS})
         for kind, count in result.recall.phrases.items()
     ]
 
@@ -130,20 +128,20 @@ def _facts(summary: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[tupl
     if not summary:
         return [], []
 
-    def words(value: Any) -> str:
+    def text_of(value: Any) -> str:
         text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
         return text if text == text.strip() else repr(text)
 
-    settings = {name: words(value) for name, value in summary["settings"].items()}
-    facts = [(name, words(summary[name])) for name in ("date", "workdir", "step", "parameters")]
+    settings = {name: text_of(value) for name, value in summary["settings"].items()}
+    facts = [(name, text_of(summary[name])) for name in ("date", "workdir", "step", "parameters")]
     facts += [(name, value) for name, value in settings.items() if not name.startswith("model.")]
     budget = "model.text.max_tokens"
     facts += [(budget, settings[budget])] if budget in settings else []
     for what, value in summary["hashes"].items():
         rows = value.items() if isinstance(value, Mapping) else [("", value)]
-        facts += [(f"hash: {what} {key}".strip().replace("_", " "), words(item)) for key, item in rows]
+        facts += [(f"hash: {what} {key}".strip().replace("_", " "), text_of(item)) for key, item in rows]
     for name, entry in summary["sets"].items():
-        facts += [(f"hash: {name}, {what}", words(value)) for what, value in entry["hashes"].items()]
+        facts += [(f"hash: {name}, {what}", text_of(value)) for what, value in entry["hashes"].items()]
         facts += [(f"chunking: {name}, {line['asked']}", f"AP50 {line['AP50']:.4f} ({line['difference']:+.4f})")
                   for line in entry.get("chunking", ())]  # fmt: skip
     facts.append(("versions", ", ".join(f"{name} {value}" for name, value in summary["versions"].items())))
@@ -161,9 +159,9 @@ def table(evaluated: Mapping[str, Evaluated | Grounded]) -> str:
         for name, result in detection.items():
             numbers = result.precision.numbers
             rows.append([
-                name, str(len(result.image_ids)), _number(numbers["AP"]), _number(numbers["AP50"]),
-                _number(result.permuted), _ratio(numbers["AP50"], result.permuted) or "-",
-                *(_number(numbers[n]) for n in head[6:]),
+                name, str(len(result.image_ids)), number(numbers["AP"]), number(numbers["AP50"]),
+                number(result.permuted), _ratio(numbers["AP50"], result.permuted) or "-",
+                *(number(numbers[n]) for n in head[6:]),
             ])  # fmt: skip
         parts.append(aligned([head, *rows]))
     if grounding:
@@ -175,7 +173,7 @@ def table(evaluated: Mapping[str, Evaluated | Grounded]) -> str:
                 lost = "" if row.kind else str(sum(len(own) for own in result.unasked.values()))
                 rows.append([
                     f"  {row.kind}" if row.kind else name, "" if row.kind else str(len(result.image_ids)),
-                    str(row.phrases), *(_number(row.numbers[n]) for n in _RECALLS), lost,
+                    str(row.phrases), *(number(row.numbers[n]) for n in _RECALLS), lost,
                 ])  # fmt: skip
         parts.append(aligned(rows))
     return "\n\n".join(parts)
@@ -197,8 +195,3 @@ def _ratio(value: float, chance: float) -> str:
     if chance == 0:
         return "∞" if value > 0 else ""
     return f"{value / chance:.1f}"
-
-
-def _number(value: float, digits: int = 4) -> str:
-    """Four decimals; COCO's -1 means that the set has nothing to measure it on."""
-    return "-" if value < 0 else f"{value:.{digits}f}"

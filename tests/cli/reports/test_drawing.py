@@ -6,13 +6,13 @@ from PIL import Image
 
 from glip_jax.cli.reports.drawing import (
     Mark,
-    colour,
+    color,
     contact_sheet,
     draw_batch,
     draw_boxes,
     draw_curves,
     draw_groups,
-    phrase_words,
+    phrase_text,
     png,
 )
 from glip_jax.structures.batch import DROPS, Batch
@@ -55,24 +55,24 @@ def test_what_is_no_box_is_not_drawn(box):
     assert not np.asarray(draw_boxes(np.zeros((40, 40, 3), np.uint8), [Mark(box, "x")])).any()
 
 
-@pytest.mark.parametrize("words", ["a\nsnail", "Schnecke – ß", "蝸牛 🐌", "\x00\u200b", "long " * 40])
-def test_any_words_can_be_written_and_stay_inside(words):
-    drawn = draw_boxes(np.zeros((60, 80, 3), np.uint8), [Mark((50, 2, 78, 20), words), Mark((-9, -9, 99, 99), words)])
+@pytest.mark.parametrize("text", ["a\nsnail", "Schnecke – ß", "蝸牛 🐌", "\x00\u200b", "long " * 40])
+def test_any_text_can_be_written_and_stay_inside(text):
+    drawn = draw_boxes(np.zeros((60, 80, 3), np.uint8), [Mark((50, 2, 78, 20), text), Mark((-9, -9, 99, 99), text)])
     assert drawn.size == (80, 60)
     assert np.asarray(drawn).any()
 
 
-def test_neighbouring_colours_differ():
+def test_neighbouring_colors_differ():
     for index in range(30):
-        a, b = np.array(colour(index)), np.array(colour(index + 1))
+        a, b = np.array(color(index)), np.array(color(index + 1))
         assert np.abs(a - b).sum() > 100
 
 
-def test_white_words_can_be_read_on_every_colour():
+def test_white_text_can_be_read_on_every_color():
     for index in range(200):
-        channels = np.array(colour(index)) / 255
+        channels = np.array(color(index)) / 255
         linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-        assert 1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05) >= 3, colour(index)
+        assert 1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05) >= 3, color(index)
 
 
 def test_a_sheet_has_room_for_all():
@@ -83,11 +83,11 @@ def test_a_sheet_has_room_for_all():
         contact_sheet(pictures, [""])
 
 
-def test_phrase_words_join_pieces_and_show_gaps():
+def test_phrase_text_join_pieces_and_show_gaps():
     tokens = np.array([1, 3, 4, 5, 6, 99], np.int32)
-    assert phrase_words(tokens, np.array([0, 0, 1, 1, 1, 0], bool), VOCABULARY) == "red apples"
-    assert phrase_words(tokens, np.array([0, 1, 0, 1, 0, 1], bool), VOCABULARY) == "a ... apple ... [99]"
-    assert phrase_words(tokens, np.zeros(6, bool), VOCABULARY) == ""
+    assert phrase_text(tokens, np.array([0, 0, 1, 1, 1, 0], bool), VOCABULARY) == "red apples"
+    assert phrase_text(tokens, np.array([0, 1, 0, 1, 0, 1], bool), VOCABULARY) == "a ... apple ... [99]"
+    assert phrase_text(tokens, np.zeros(6, bool), VOCABULARY) == ""
 
 
 def test_a_batch_is_drawn_as_the_network_sees_it(monkeypatch):

@@ -5,11 +5,12 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from glip_jax.cli.reports.cards import best_threshold, cards, match, pieces
+from glip_jax.cli.reports.card import text_pieces
+from glip_jax.cli.reports.run_cards import best_threshold, cards, match
 from glip_jax.cli.reports.run_report import render, table
 from glip_jax.evaluation.average_precision import NUMBERS, AveragePrecision, load_ground_truth
 from glip_jax.evaluation.evaluate import Evaluated, EvaluationError, Grounded
-from glip_jax.evaluation.recall import Phrase, load_grounding, phrase_recall
+from glip_jax.evaluation.recall import load_grounding, phrase_recall
 from glip_jax.structures.batch import Detections
 
 CAPTION = "a <b>cat</b> & two dogs"
@@ -86,13 +87,13 @@ def test_the_score_of_the_highest_f1():
 
 
 def test_a_card_says_what_is_right_wrong_and_missed(detection):
-    drawn, least = cards(*detection, limit=5, least=0.5)
-    assert least == 0.5 and [card.file for card in drawn] == ["a.png", "b.png"]
-    assert [(chip.words, chip.state, chip.score) for chip in drawn[0].chips] == [
+    drawn, threshold = cards(*detection, limit=5, threshold=0.5)
+    assert threshold == 0.5 and [card.file for card in drawn] == ["a.png", "b.png"]
+    assert [(chip.text, chip.state, chip.score) for chip in drawn[0].chips] == [
         ("cell", "right", "0.80"), ("cell", "wrong", "0.60"), ("<WBC>", "missed", "")
     ]  # fmt: skip
     assert [box.true for box in drawn[0].boxes] == [True, True, False, False]
-    assert [box.words for box in drawn[0].boxes if not box.true] == ["✗ cell", "cell"], "the best stands on top"
+    assert [box.text for box in drawn[0].boxes if not box.true] == ["✗ cell", "cell"], "the best stands on top"
     assert drawn[1].chips[0].state == "missed"
     # 60 pixels are 360 units wide; found boxes are inclusive pixels, so these two fall together.
     true, best = drawn[0].boxes[0], drawn[0].boxes[-1]
@@ -101,44 +102,46 @@ def test_a_card_says_what_is_right_wrong_and_missed(detection):
 
 
 def test_the_score_to_draw_from_is_chosen_over_the_set(detection):
-    _, least = cards(*detection, limit=1, least=None)
-    assert least == pytest.approx(0.8)
+    _, threshold = cards(*detection, limit=1, threshold=None)
+    assert threshold == pytest.approx(0.8)
 
 
 def test_a_card_of_a_caption(grounding):
-    (card,), _ = cards(*grounding, limit=5, least=0.95)
+    (card,), _ = cards(*grounding, limit=5, threshold=0.95)
     assert "".join(piece.text for piece in card.caption) == CAPTION
     first, between, second = card.caption
     assert (first.text, between.text, second.text) == (CAPTION[:12], CAPTION[12:15], CAPTION[15:])
-    assert between.colour == "" and second.unasked and not first.unasked
-    assert [(chip.words, chip.state, chip.kind) for chip in card.chips] == [
+    assert between.color == "" and (first.state, second.state) == ("", "unasked")
+    assert [(chip.text, chip.state, chip.kind) for chip in card.chips] == [
         (CAPTION[:12], "wrong", "plain"), (CAPTION[15:], "missed", "relational")
     ]  # fmt: skip
-    assert {box.colour for box in card.boxes if not box.true} == {first.colour} == {card.chips[0].colour}
+    assert {box.color for box in card.boxes if not box.true} == {first.color} == {card.chips[0].color}
     assert len([box for box in card.boxes if not box.true]) == 1, "below the score only the best of a phrase is drawn"
 
 
-def test_a_phrase_is_coloured_where_no_shorter_one_is():
-    phrases = [Phrase(((0, 9),), None), Phrase(((2, 5),), None), Phrase(((7, 8), (11, 13)), None)]
-    cut = pieces("0123456789abcd", phrases)
+def test_a_phrase_is_colored_where_no_shorter_one_is():
+    spans = [((0, 9),), ((2, 5),), ((7, 8), (11, 13))]
+    cut = text_pieces("0123456789abcd", spans, ["red", "green", "blue"])
     assert [piece.text for piece in cut] == ["01", "234", "56", "7", "8", "9a", "bc", "d"]
-    colours = [piece.colour for piece in cut]
-    assert colours[0] == colours[2] == colours[4] != colours[1]
-    assert colours[3] == colours[6] and colours[5] == colours[7] == ""
-    assert pieces("", []) == ()
+    colors = [piece.color for piece in cut]
+    assert colors[0] == colors[2] == colors[4] != colors[1]
+    assert colors[3] == colors[6] and colors[5] == colors[7] == ""
+    assert text_pieces("", [], []) == ()
+    outside = text_pieces("ab", [((0, 1),)], ["red"], outside="negative")
+    assert [piece.state for piece in outside] == ["", "negative"]
 
 
 def test_a_large_photograph_is_made_smaller(tmp_path, detection):
     result, folder = detection
     Image.new("RGB", (3000, 2000)).save(tmp_path / "a.png")
-    (card,), _ = cards(result, folder, limit=1, least=0.5)
+    (card,), _ = cards(result, folder, limit=1, threshold=0.5)
     assert len(card.uri) < 40_000 and (card.width, card.height) == (360, 240)
 
 
 def test_a_picture_that_is_gone_is_named(tmp_path, detection):
     (tmp_path / "b.png").unlink()
     with pytest.raises(EvaluationError, match=r"b.png is not there"):
-        cards(*detection, limit=5, least=None)
+        cards(*detection, limit=5, threshold=None)
 
 
 SUMMARY = {
@@ -153,20 +156,20 @@ SUMMARY = {
 }  # fmt: skip
 
 
-def test_the_page_needs_no_other_file_and_escapes_all_words(detection, grounding):
+def test_the_report_needs_no_other_file_and_escapes_all_text(detection, grounding):
     curves = {"loss": {"loss": ([1, 2], [2.0, 1.0])}, "empty": {}}
     page = render("run <1>", {"cells": detection, "x": grounding}, curves, ["a <note>"], summary=SUMMARY)
     assert page.count("data:image/svg+xml;base64,") == 1 and page.count("data:image/jpeg;base64,") == 3
     assert "http" not in page and "<script" not in page and "<link" not in page
-    for words in ("&lt;WBC&gt;", "run &lt;1&gt;", "a &lt;note&gt;", "&lt;b&gt;cat&lt;/b&gt;"):
-        assert words in page
+    for text in ("&lt;WBC&gt;", "run &lt;1&gt;", "a &lt;note&gt;", "&lt;b&gt;cat&lt;/b&gt;"):
+        assert text in page
     assert "<WBC>" not in page and "<b>cat" not in page
     assert 'name="viewport"' in page
 
 
-def test_the_page_says_what_the_numbers_rest_on(detection, grounding):
+def test_the_report_lists_what_the_numbers_depend_on(detection, grounding):
     page = render("run", {"cells": detection, "x": grounding}, {}, summary=SUMMARY)
-    for words in (
+    for text in (
         "4.0 × chance (0.1250)",
         "0.6",
         "abc123",
@@ -177,13 +180,13 @@ def test_the_page_says_what_the_numbers_rest_on(detection, grounding):
         "cell. &lt;WBC&gt;",
         "-0.0125",
     ):
-        assert words in page
+        assert text in page
     assert "plain 0.000" in page and "relational 0.000" in page
 
 
-def test_a_page_without_an_evaluation_has_its_curves():
+def test_a_report_without_an_evaluation_has_its_curves():
     page = render("run", {}, {"loss": {"loss": ([1, 2], [2.0, 1.0])}})
-    assert page.count("data:image") == 1 and "What these numbers rest on" not in page
+    assert page.count("data:image") == 1 and "What these numbers depend on" not in page
 
 
 def test_a_table_for_the_terminal(detection, grounding):

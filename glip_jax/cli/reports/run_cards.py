@@ -1,7 +1,6 @@
-"""What the page shows of single pictures: true and found boxes over the picture, and in words what was right.
+"""Cards of evaluated images for the run report: true and detected boxes, and which detections are right.
 
-A box that was found is right if it overlaps a true box of its name or phrase, which no better one has met, by at least
-one half. Pictures are drawn as SVG over a JPEG, so that boxes and words stay sharp on any screen.
+A detection is right if it overlaps a true box of its name or phrase, which no better one has matched, by at least one half.
 """
 
 from collections.abc import Sequence
@@ -12,46 +11,13 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int, UInt8
 
-from glip_jax.cli.reports.drawing import CARD_WIDTH, Box, card_box, card_picture, hex_colour
+from glip_jax.cli.reports.card import Box, Card, Chip, TextPiece, card_box, card_image, text_pieces
+from glip_jax.cli.reports.drawing import hex_color
 from glip_jax.evaluation.evaluate import Evaluated, Grounded, read_image
-from glip_jax.evaluation.recall import MIN_IOU, Phrase, overlaps
+from glip_jax.evaluation.recall import MIN_IOU, overlaps
 from glip_jax.structures.batch import Detections
 
-__all__ = ["Card", "Chip", "Piece", "best_threshold", "cards", "match", "pieces"]
-
-
-@dataclass(frozen=True)
-class Chip:
-    """A name or phrase below the picture."""
-
-    words: str
-    state: str
-    """right, wrong or missed."""
-    colour: str = ""
-    score: str = ""
-    kind: str = ""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some characters of a caption; a phrase's have a colour."""
-
-    text: str
-    colour: str = ""
-    unasked: bool = False
-
-
-@dataclass(frozen=True)
-class Card:
-    """One picture."""
-
-    uri: str
-    width: float
-    height: float
-    boxes: tuple[Box, ...]
-    chips: tuple[Chip, ...]
-    caption: tuple[Piece, ...]
-    file: str
+__all__ = ["best_threshold", "cards", "match"]
 
 
 @dataclass(frozen=True)
@@ -98,27 +64,27 @@ def best_threshold(scores: Float[np.ndarray, " D"], right: np.ndarray, true: int
 
 
 def cards(
-    result: Evaluated | Grounded, folder: epath.Path, limit: int, least: float | None
+    result: Evaluated | Grounded, folder: epath.Path, limit: int, threshold: float | None
 ) -> tuple[list[Card], float]:
-    """Cards of the first `limit` pictures of a set, and the score from which found boxes are drawn.
+    """Cards of the first `limit` pictures of a set, and the score from which detections are drawn.
 
-    `least` is that score; None takes `best_threshold` of the whole set. Of a phrase the best box is always drawn.
+    `threshold` is that score; None takes `best_threshold` of the whole set. Of a phrase the best box is always drawn.
     Raises EvaluationError if a picture is gone or has changed its size.
     """
     views = _detection_views(result) if isinstance(result, Evaluated) else _grounding_views(result)
     met = [match(v.found.boxes, v.found.phrases, v.true, v.true_numbers) for v in views]
-    if least is None:
+    if threshold is None:
         scores = np.concatenate([np.asarray(view.found.scores) for view in views])
-        least = best_threshold(scores, np.concatenate(met) >= 0, sum(len(view.true) for view in views))
+        threshold = best_threshold(scores, np.concatenate(met) >= 0, sum(len(view.true) for view in views))
     drawn = []
     for view, own in list(zip(views, met, strict=True))[:limit]:
         image = read_image(folder, view.entry)
         match result:
             case Evaluated():
-                drawn.append(_detection_card(result, view, own, image, least))
+                drawn.append(_detection_card(result, view, own, image, threshold))
             case Grounded():
-                drawn.append(_grounding_card(result, view, own, image, least))
-    return drawn, least
+                drawn.append(_grounding_card(result, view, own, image, threshold))
+    return drawn, threshold
 
 
 def _sorted(found: Detections, extra: float = 0.0) -> Detections:
@@ -131,12 +97,12 @@ def _sorted(found: Detections, extra: float = 0.0) -> Detections:
 
 
 def _detection_views(result: Evaluated) -> list[_View]:
-    places = {number: place for place, number in enumerate(result.truth.category_ids)}
+    index = {number: i for i, number in enumerate(result.truth.category_ids)}
     true: dict[Any, list[tuple[list[float], int]]] = {key: [] for key in result.image_ids}
     for note in result.truth.content["annotations"]:
         if note["image_id"] in true and not note["iscrowd"]:
             x, y, width, height = note["bbox"]
-            true[note["image_id"]].append(([x, y, x + width, y + height], places[note["category_id"]]))
+            true[note["image_id"]].append(([x, y, x + width, y + height], index[note["category_id"]]))
     entries = {entry["id"]: entry for entry in result.truth.content["images"]}
     return [
         _View(
@@ -161,68 +127,54 @@ def _grounding_views(result: Grounded) -> list[_View]:
     return views
 
 
-def _detection_card(result: Evaluated, view: _View, met: np.ndarray, image: Any, least: float) -> Card:
-    shown = [row for row in range(len(met)) if view.found.scores[row] >= least]
+def _detection_card(result: Evaluated, view: _View, met: np.ndarray, image: Any, threshold: float) -> Card:
+    shown = [row for row in range(len(met)) if view.found.scores[row] >= threshold]
     names = result.prompts
-    # Colours by order of appearance: few in a picture, and far apart.
+    # Colors by order of appearance: few in a picture, and far apart.
     present = dict.fromkeys([*view.true_numbers.tolist(), *view.found.phrases[shown].tolist()])
-    colours = {number: hex_colour(place) for place, number in enumerate(present)}
+    colors = {number: hex_color(i) for i, number in enumerate(present)}
     boxes = [card_box(box, image.shape[:2]) for box in view.true]
     chips = []
     for row in shown:
         number, right = int(view.found.phrases[row]), met[row] >= 0
-        words = names[number] if right else f"✗ {names[number]}"
+        text = names[number] if right else f"✗ {names[number]}"
         # Worst first, so that the best stays on top.
-        boxes.insert(len(view.true), card_box(view.found.boxes[row], image.shape[:2], colours[number], words))
+        boxes.insert(len(view.true), card_box(view.found.boxes[row], image.shape[:2], colors[number], text))
         chips.append(
-            Chip(names[number], "right" if right else "wrong", colours[number], f"{view.found.scores[row]:.2f}")
+            Chip(names[number], colors[number], "right" if right else "wrong", f"{view.found.scores[row]:.2f}")
         )
     missed = set(range(len(view.true))) - set(met[shown].tolist())
-    chips += [Chip(names[int(view.true_numbers[row])], "missed") for row in sorted(missed)]
+    chips += [Chip(names[int(view.true_numbers[row])], state="missed") for row in sorted(missed)]
     return _card(view, image, boxes, chips, ())
 
 
-def _grounding_card(result: Grounded, view: _View, met: np.ndarray, image: Any, least: float) -> Card:
+def _grounding_card(result: Grounded, view: _View, met: np.ndarray, image: Any, threshold: float) -> Card:
     captioned = next(image for image in result.truth.images if image.id == view.entry["id"])
     unasked = result.unasked.get(captioned.id, ())
     boxes = [card_box(box, image.shape[:2]) for box in view.true]
     chips = []
     for number, phrase in enumerate(captioned.phrases):
         own = np.flatnonzero(view.found.phrases == number)
-        words = " … ".join(captioned.caption[begin:end] for begin, end in phrase.spans)
+        text = " … ".join(captioned.caption[begin:end] for begin, end in phrase.spans)
         for row in own:
-            if row == own[0] or view.found.scores[row] >= least:
-                boxes.append(card_box(view.found.boxes[row], image.shape[:2], hex_colour(number)))
+            if row == own[0] or view.found.scores[row] >= threshold:
+                boxes.append(card_box(view.found.boxes[row], image.shape[:2], hex_color(number)))
         if not len(own):
-            chips.append(
-                Chip(words, "missed", hex_colour(number), "not asked" if number in unasked else "", phrase.kind)
-            )
+            chips.append(Chip(text, hex_color(number), "missed", "not asked" if number in unasked else "", phrase.kind))
             continue
         state = "right" if met[own[0]] >= 0 else "wrong"
-        chips.append(Chip(words, state, hex_colour(number), f"{view.found.scores[own[0]]:.2f}", phrase.kind))
-    return _card(view, image, boxes, chips, pieces(captioned.caption, captioned.phrases, unasked))
-
-
-def pieces(caption: str, phrases: Sequence[Phrase], unasked: Sequence[int] = ()) -> tuple[Piece, ...]:
-    """The caption cut where a phrase begins or ends; characters of several phrases belong to the shortest of them."""
-    owner = np.full(len(caption), -1)
-    lengths = [sum(end - begin for begin, end in phrase.spans) for phrase in phrases]
-    for number in sorted(range(len(phrases)), key=lambda i: -lengths[i]):
-        for begin, end in phrases[number].spans:
-            owner[begin:end] = number
-    cuts = [0, *(np.flatnonzero(np.diff(owner)) + 1).tolist(), len(caption)] if caption else []
-    return tuple(
-        Piece(
-            caption[begin:end], hex_colour(int(owner[begin])) if owner[begin] >= 0 else "", int(owner[begin]) in unasked
-        )
-        for begin, end in zip(cuts, cuts[1:])
-    )
+        chips.append(Chip(text, hex_color(number), state, f"{view.found.scores[own[0]]:.2f}", phrase.kind))
+    spans = [phrase.spans for phrase in captioned.phrases]
+    caption = text_pieces(captioned.caption, spans, [hex_color(i) for i in range(len(spans))], unasked)
+    return _card(view, image, boxes, chips, caption)
 
 
 def _card(
-    view: _View, image: UInt8[np.ndarray, "H W 3"], boxes: Sequence[Box], chips: Sequence[Chip], caption: Any
+    view: _View,
+    image: UInt8[np.ndarray, "H W 3"],
+    boxes: Sequence[Box],
+    chips: Sequence[Chip],
+    caption: tuple[TextPiece, ...],
 ) -> Card:
-    uri, height = card_picture(image)
-    return Card(
-        uri, float(CARD_WIDTH), height, tuple(boxes), tuple(chips), caption, view.entry["file_name"]
-    )  # fmt: skip
+    uri, height = card_image(image)
+    return Card(uri, height, tuple(boxes), caption, tuple(chips), view.entry["file_name"])
