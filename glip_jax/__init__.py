@@ -135,7 +135,7 @@ def evaluate(
     config = config or opened.config
     if not config.evaluation.sets:
         raise UserError("config.evaluation.sets is empty: name a set with annotations and images")
-    check_network(str(opened.path), opened.settings, config)
+    check_network(opened.workdir, opened.settings, config)
     for name, dataset in config.evaluation.sets.items():
         check_set(name, dataset)
     enable_compilation_cache()

@@ -36,7 +36,7 @@ def open_named(checkpoint: str, workdir: str, step: int | None) -> "Checkpoint":
 
 def workdir_of(checkpoint: "Checkpoint") -> str:
     """The folder of the run that wrote the checkpoint; of an export the exported folder."""
-    return str(checkpoint.path if checkpoint.step is None else checkpoint.path.parent.parent)
+    return checkpoint.workdir
 
 
 def describe(checkpoint: "Checkpoint") -> str:

@@ -30,8 +30,6 @@ from glip_jax.io.checkpoint_reader import (
     fingerprint,
     open_checkpoint,
     readable,
-    restore_parameters,
-    saved_config,
 )
 from glip_jax.io.checkpoint_steps import (
     METADATA,
@@ -57,8 +55,6 @@ __all__ = [
     "is_workdir",
     "latest_step",
     "open_checkpoint",
-    "restore_parameters",
-    "saved_config",
     "unfinished",
     "recovery_hint",
 ]

@@ -26,7 +26,7 @@ from glip_jax.io import checksums
 from glip_jax.io.checkpoint_steps import checkpoint_folder, complete_steps, damage_of, newest_intact, unfinished
 from glip_jax.io.workdir import CheckpointError
 
-__all__ = ["Checkpoint", "Which", "fingerprint", "open_checkpoint", "readable", "restore_parameters", "saved_config"]
+__all__ = ["Checkpoint", "Which", "fingerprint", "open_checkpoint", "readable"]
 
 Which = Literal["ema", "raw"]
 """Which parameters: their moving averages (where the run kept averages; else raw), or those of the last update."""
@@ -39,16 +39,18 @@ class Checkpoint:
     """One checkpoint, opened. A training that saves meanwhile does not change what it gives."""
 
     def __init__(
-        self, path: epath.Path, step: int | None, settings: Mapping[str, Any], lines: Sequence[str],
+        self, workdir: str, path: epath.Path, step: int | None, settings: Mapping[str, Any], lines: Sequence[str],
         read: Callable[[Which], dict[str, Any]],
     ) -> None:  # fmt: skip
         """`read` returns the parameters as a nested dict of numpy arrays; it is called when they are asked for."""
+        self.workdir = workdir
+        """The folder of the run as it was given, or of an export the exported folder."""
         self.path = path
         """The folder WORKDIR/checkpoints/STEP, or the folder of an export."""
         self.step = step
         """Completed training steps; None for an export, which does not record them."""
         self.settings = dict(settings)
-        """The settings of the run, flat, as recorded but under today's names: {"optimizer.rate": 0.0001, ...}."""
+        """The settings of the run, flat, under today's names (see `glip_jax.config.saved`): {"optimizer.rate": 0.0001, ...}."""
         self.lines = list(lines)
         """The lines of metrics.jsonl up to this step; none in an export."""
         self._read = read
@@ -109,18 +111,8 @@ def open_checkpoint(path: str, step: int | None = None, *, verify: Sequence[str]
                 raise CheckpointError(_removed(folder)) from None
             continue
         read = functools.partial(_read_parameters, folder, set(verify))
-        return Checkpoint(folder, chosen, current_names(run["config"]), run.get("lines", []), read)
+        return Checkpoint(workdir, folder, chosen, current_names(run["config"]), run.get("lines", []), read)
     raise AssertionError
-
-
-def restore_parameters(workdir: str, which: Which = "ema", step: int | None = None) -> dict[str, Any]:
-    """`open_checkpoint(workdir, step).parameters(which)`."""
-    return open_checkpoint(workdir, step).parameters(which)
-
-
-def saved_config(workdir: str, step: int | None = None) -> dict[str, Any]:
-    """`open_checkpoint(workdir, step).settings`."""
-    return open_checkpoint(workdir, step).settings
 
 
 def fingerprint(params: Any) -> str:

@@ -137,7 +137,7 @@ def open_export(path: str) -> Checkpoint:
         )
         return dict(traverse_util.unflatten_dict(weights.values, sep="/"))
 
-    checkpoint = Checkpoint(folder, None, settings, (), read)
+    checkpoint = Checkpoint(path, folder, None, settings, (), read)
     return checkpoint
 
 

@@ -24,7 +24,7 @@ from glip_jax.data import shards
 from glip_jax.data.importers import entry
 from glip_jax.data.records import PIXEL_LIMIT
 from glip_jax.distributed import exit_codes
-from glip_jax.io.checkpoint import Checkpoints, NotSavedError, latest_step, restore_parameters, unfinished
+from glip_jax.io.checkpoint import Checkpoints, NotSavedError, latest_step, open_checkpoint, unfinished
 from glip_jax.io.errors import full_disk
 from glip_jax.io.retry import StorageError
 from glip_jax.training import loop
@@ -248,7 +248,7 @@ def test_a_full_disk_in_the_middle_of_a_checkpoint(training, place, capfd, monke
     assert "the one of step 2 is complete and untouched: make room there" in line
     # keep=1: the older one would have gone if the newer had come.
     assert os.listdir(f"{workdir}/checkpoints") == ["2"] and unfinished(workdir) == []
-    assert "head" in restore_parameters(workdir)
+    assert "head" in open_checkpoint(workdir).parameters()
     monkeypatch.setattr(Checkpoints, "save", real)
     code, out = run(capfd, *training)
     assert code == exit_codes.DONE and "resuming at step 2" in out and latest_step(workdir) == 6

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from glip_jax.cli import checkpoint_argument
 from glip_jax.distributed import exit_codes
 from glip_jax.inference import Detector
-from glip_jax.io.checkpoint import fingerprint, open_checkpoint, restore_parameters
+from glip_jax.io.checkpoint import fingerprint, open_checkpoint
 from glip_jax.weights import export, verification
 from tests.parity.folder import model_config, read_meta
 from tests.run_job import run_job
@@ -86,7 +86,7 @@ def test_import_export_import_is_the_same_bits(workdir, exported, tmp_path, form
         else []
     )
     assert run_job("import", [str(exported(form)), f"--workdir={tmp_path / 'again'}", *heads]) == exit_codes.DONE
-    first, second = (fingerprint(restore_parameters(str(folder))) for folder in (workdir, tmp_path / "again"))
+    first, second = (fingerprint(open_checkpoint(str(folder)).parameters()) for folder in (workdir, tmp_path / "again"))
     assert first == second
     if form == "huggingface":
         assert open_checkpoint(str(tmp_path / "again")).config == open_checkpoint(str(workdir)).config
@@ -126,7 +126,7 @@ def test_transformers_finds_the_same_boxes_without_us(workdir, exported, tmp_pat
     done = subprocess.run(command, capture_output=True, text=True, env=clean, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    detector = Detector(open_checkpoint(str(workdir)).config, restore_parameters(str(workdir)), batch_size=2)
+    detector = Detector(open_checkpoint(str(workdir)).config, open_checkpoint(str(workdir)).parameters(), batch_size=2)
     for theirs, ours in zip(found, detector.categories(pictures, NAMES), strict=True):
         assert len(theirs["scores"]) == len(ours.scores) > 3
         np.testing.assert_allclose(theirs["scores"], ours.scores, atol=1e-4)

@@ -15,7 +15,7 @@ from glip_jax import __main__ as door
 from glip_jax.config import BackboneConfig, Config, FusionConfig, HeadConfig, flatten
 from glip_jax.distributed import exit_codes
 from glip_jax.io import checkpoint, workdir
-from glip_jax.io.checkpoint import latest_step, restore_parameters, saved_config
+from glip_jax.io.checkpoint import latest_step, open_checkpoint
 from glip_jax.io.workdir import started_from
 from tests.weights.networks import SMALL, mmdetection, parameters, state
 
@@ -55,7 +55,7 @@ def run(capture, *argv):
 
 
 def imported(workdir):
-    return traverse_util.flatten_dict(restore_parameters(str(workdir)), sep="/")
+    return traverse_util.flatten_dict(open_checkpoint(str(workdir)).parameters(), sep="/")
 
 
 def assert_same(found, expected):
@@ -68,7 +68,7 @@ def test_a_released_file_becomes_a_checkpoint_with_its_settings(released, tmp_pa
     code, out = run(capsys, released, f"--workdir={tmp_path / 'run'}", "--config.train.steps=7")
     assert code == exit_codes.DONE
     assert_same(imported(tmp_path / "run"), parameters())
-    settings = saved_config(str(tmp_path / "run"))
+    settings = open_checkpoint(str(tmp_path / "run")).settings
     assert settings["train.steps"] == 7 and settings["name"] == "glip"
     assert settings == json.loads((tmp_path / "run" / "config.json").read_text())
     told = {name: settings[f"model.{name}"] for name in (
@@ -141,7 +141,7 @@ def test_an_exported_folder_brings_its_settings(tmp_path, capsys, model):
     code, out = run(capsys, folder, f"--workdir={tmp_path / 'run'}")
     assert code == exit_codes.DONE, out
     assert_same(imported(tmp_path / "run"), parameters(model))
-    saved = saved_config(str(tmp_path / "run"))
+    saved = open_checkpoint(str(tmp_path / "run")).settings
     assert saved["name"] == "mine" and saved["model.head.groups"] == 4
     assert saved["model.text.vocabulary"] == str(folder / "vocab.txt")
 

@@ -8,7 +8,7 @@ from glip_jax.__main__ import JOBS, main
 from glip_jax.data import shards
 from glip_jax.data.records import Record, boxes_array
 from glip_jax.distributed import exit_codes
-from glip_jax.io.checkpoint import fingerprint, latest_step, restore_parameters
+from glip_jax.io.checkpoint import fingerprint, latest_step, open_checkpoint
 from glip_jax.training.monitoring import metrics
 
 pytestmark = pytest.mark.compiles
@@ -111,8 +111,8 @@ def test_export_and_import(job, trained, tmp_path):
     """The export compares itself with the network it came from; imported again it has the same bits."""
     job("export", f"--workdir={trained.workdir}", f"--out={tmp_path / 'model'}", "--format=huggingface")
     job("import", tmp_path / "model", f"--workdir={tmp_path / 'run'}")
-    saved = restore_parameters(str(trained.workdir), "ema")
-    assert fingerprint(restore_parameters(str(tmp_path / "run"))) == fingerprint(saved)
+    saved = open_checkpoint(str(trained.workdir)).parameters("ema")
+    assert fingerprint(open_checkpoint(str(tmp_path / "run")).parameters()) == fingerprint(saved)
 
 
 def test_doctor(job):

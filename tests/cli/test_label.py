@@ -18,7 +18,7 @@ from glip_jax.data.records import Record, boxes_array
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.mesh import make_mesh
 from glip_jax.io import gcs
-from glip_jax.io.checkpoint import Checkpoints, Saved, fingerprint, restore_parameters
+from glip_jax.io.checkpoint import Checkpoints, Saved, fingerprint, open_checkpoint
 from glip_jax.structures.prompts import load_tokenizer
 from glip_jax.training.state import fresh_parameters
 from tests import tiny_run
@@ -91,7 +91,7 @@ def test_captions_become_pseudo_records(run, labelled):
     phrases = [first.caption[begin:end] for ((begin, end),) in (*first.spans, *first.unknown)]
     assert set(phrases) == {"a cat", "a dog"} and max(map(phrases.count, phrases)) <= 2
     about = json.loads(first.provenance)
-    assert about["teacher"] == fingerprint(restore_parameters(str(run / "run"), "ema"))[:16]
+    assert about["teacher"] == fingerprint(open_checkpoint(str(run / "run")).parameters("ema"))[:16]
     assert about["threshold"] == 0.02 and about["most_boxes"] == 2 and about["finder"].startswith("lexicon ")
     assert {"config", "code", "nms", "most_phrases"} <= set(about)
 
@@ -152,7 +152,7 @@ def test_the_last_parameters_and_a_mirrored_view(run, tmp_path):
     ]
     assert run_job("label", [str(run / "captions"), *command]) == 0
     about = json.loads(shards.Shards(tmp_path / "out")[0].provenance)
-    assert about["teacher"] == fingerprint(restore_parameters(str(run / "run"), "raw"))[:16]
+    assert about["teacher"] == fingerprint(open_checkpoint(str(run / "run")).parameters("raw"))[:16]
     assert about["views"] == "flip 48,64"
 
 

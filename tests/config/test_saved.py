@@ -26,7 +26,7 @@ from glip_jax.config import (
 from glip_jax.data.shards import Shards, verify
 from glip_jax.distributed.mesh import make_mesh
 from glip_jax.io import provenance
-from glip_jax.io.checkpoint import Checkpoints, Saved, fingerprint, restore_parameters, saved_config
+from glip_jax.io.checkpoint import Checkpoints, Saved, fingerprint, open_checkpoint
 from glip_jax.io.workdir import CheckpointError, check_config, check_network
 from glip_jax.training.monitoring import metrics
 from glip_jax.training.state import abstract_state
@@ -46,7 +46,7 @@ def old(tmp_path, monkeypatch):
 def test_a_run_goes_on_with_its_settings(old):
     saved = json.loads(Path("run/config.json").read_text())
     assert {"data.crop.least_side", "data.sources.web.captions.least_score", "train.hang_least"} <= saved.keys()
-    assert current_names(saved) == saved_config("run")
+    assert current_names(saved) == open_checkpoint("run").settings
     config = unflatten(saved)
     assert config.data.crop == CropConfig(0.5, min_side=0.7, min_visible=0.3)
     assert config.data.sources["web.captions"].threshold == 0.3 and config.train.hang_min == 60.0
@@ -60,8 +60,8 @@ def test_a_run_goes_on_with_its_settings(old):
 
 @pytest.mark.compiles
 def test_parameters_and_moments_are_read(old):
-    config = unflatten(saved_config("run"))
-    raw, averages = restore_parameters("run", "raw"), restore_parameters("run", "ema")
+    config = unflatten(open_checkpoint("run").settings)
+    raw, averages = open_checkpoint("run").parameters("raw"), open_checkpoint("run").parameters("ema")
     assert fingerprint(raw) != fingerprint(averages)
     recorded = json.loads(Path("run/evaluation.json").read_text())["hashes"]
     assert (fingerprint(raw), fingerprint(averages)) == (recorded["checkpoint"], recorded["parameters"])
@@ -100,8 +100,10 @@ def test_an_unchanged_evaluation_is_done(old, monkeypatch, capsys):
 @pytest.mark.compiles
 def test_an_export_is_imported(old, capsys):
     assert import_weights.main(["export", "--workdir=imported"]) == 0, capsys.readouterr().err
-    assert fingerprint(restore_parameters("imported", "raw")) == fingerprint(restore_parameters("run", "ema"))
-    settings, trained = unflatten(saved_config("imported")), unflatten(saved_config("run"))
+    assert fingerprint(open_checkpoint("imported").parameters("raw")) == fingerprint(
+        open_checkpoint("run").parameters("ema")
+    )
+    settings, trained = unflatten(open_checkpoint("imported").settings), unflatten(open_checkpoint("run").settings)
     assert (settings.data, settings.train) == (trained.data, trained.train)
 
 

@@ -27,7 +27,7 @@ from glip_jax.distributed import exit_codes
 from glip_jax.distributed.cluster import Cluster, ProcessError, ProcessGroup, _Coordinator, announced, join
 from glip_jax.distributed.mesh import MeshError, make_mesh
 from glip_jax.io import checksums
-from glip_jax.io.checkpoint import complete_steps, latest_step, restore_parameters
+from glip_jax.io.checkpoint import complete_steps, latest_step, open_checkpoint
 from glip_jax.training import loop
 from glip_jax.training.monitoring import metrics
 from glip_jax.weights import pretrained
@@ -117,7 +117,7 @@ def straight(file, tmp_path_factory):
 
 
 def _same_parameters(workdir, other):
-    one, two = (restore_parameters(str(folder), "raw", 6) for folder in (workdir, other))
+    one, two = (open_checkpoint(str(folder), 6).parameters("raw") for folder in (workdir, other))
     same_path(tiny_run.config(), one, two, 6)
 
 
@@ -174,7 +174,7 @@ def test_two_and_four_processes_train_the_demo(tmp_path, monkeypatch):
     batches = Mixture(config).batches()
     expected = [rows(next(batches)) for _ in range(5)]
     batches.close()  # pyright: ignore[reportAttributeAccessIssue]
-    one, prints = restore_parameters(str(tmp_path / "one"), "raw", 5), []
+    one, prints = open_checkpoint(str(tmp_path / "one"), 5).parameters("raw"), []
     for name, number, mesh in (
         ("two", 2, "--config.mesh.fsdp=4"),
         ("again", 2, "--config.mesh.fsdp=4"),
@@ -185,7 +185,7 @@ def test_two_and_four_processes_train_the_demo(tmp_path, monkeypatch):
         codes, logs = job.finish()
         assert codes == [0] * number, logs
         assert _hashes(*logs) == expected
-        same_path(config, one, restore_parameters(str(tmp_path / name), "raw", 5), 5)
+        same_path(config, one, open_checkpoint(str(tmp_path / name), 5).parameters("raw"), 5)
         prints.append(re.findall("fingerprint: (.*)", logs[0]))
     assert prints[0] == prints[1] != []
 

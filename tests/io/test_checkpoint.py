@@ -221,7 +221,8 @@ def test_a_path_may_name_the_step(workdir, monkeypatch):
     with pytest.raises(CheckpointError, match="is the checkpoint of step 2, and --step=3"):
         open_checkpoint(f"{workdir}/checkpoints/2", 3)
     monkeypatch.chdir(workdir)
-    assert open_checkpoint("checkpoints/2").step == 2
+    opened = open_checkpoint("checkpoints/2")
+    assert (opened.workdir, opened.step) == (".", 2) and open_checkpoint(f"{workdir}/checkpoints/2").workdir == workdir
 
 
 def test_parameters_that_are_not_finite_are_refused(tmp_path):

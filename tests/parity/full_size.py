@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from glip_jax.io.checkpoint import fingerprint, restore_parameters
+from glip_jax.io.checkpoint import fingerprint, open_checkpoint
 from tests.run_job import run_job
 
 __all__ = ["main", "random_state"]
@@ -74,7 +74,7 @@ def _variant(name: str, folder: Path, formats: list[str], sides: list[str]) -> l
     torch.save({"model": {f"module.{key}": value for key, value in state.items()}, "iteration": 7}, released)
     vocabulary = f"--config.model.text.vocabulary={_VOCABULARY}"
     _job("import", str(released), f"--workdir={folder / 'first'}", vocabulary)
-    first = fingerprint(restore_parameters(str(folder / "first")))
+    first = fingerprint(open_checkpoint(str(folder / "first")).parameters())
     exported, faults = folder / f"exported_{name}.pth", []
     _job("export", f"--workdir={folder / 'first'}", f"--out={exported}", "--format=glip-pth", *sides)
     back = {k.removeprefix("module."): v for k, v in torch.load(exported, weights_only=True)["model"].items()}
@@ -86,7 +86,7 @@ def _variant(name: str, folder: Path, formats: list[str], sides: list[str]) -> l
     del state, back
     released.unlink()
     _job("import", str(exported), f"--workdir={folder / 'second'}", vocabulary)
-    second = fingerprint(restore_parameters(str(folder / "second")))
+    second = fingerprint(open_checkpoint(str(folder / "second")).parameters())
     print(f"  import, export, import: {'the same bits' if first == second else 'DIFFERENT'} {first[:16]}", flush=True)
     faults += [] if first == second else ["the second import differs from the first"]
     exported.unlink()

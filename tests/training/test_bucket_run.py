@@ -25,7 +25,7 @@ from glip_jax.io.checkpoint import (
     complete_steps,
     fingerprint,
     latest_step,
-    restore_parameters,
+    open_checkpoint,
     unfinished,
 )
 from glip_jax.io.workdir import prepare
@@ -142,7 +142,7 @@ def test_half_written_and_damaged_ones_in_a_bucket(place, capsys):
             checkpoints.save(step, _saved(step), Config())
     gcs.remove(f"{place}/checkpoints/3/commit_success.txt")
     assert unfinished(place) == [f"{place}/checkpoints/3"] and complete_steps(place) == [1, 2]
-    assert _equal(restore_parameters(place, "raw"), _saved(2).params)
+    assert _equal(open_checkpoint(place).parameters("raw"), _saved(2).params)
     # As a kill in the middle of a write leaves it; then bytes of the checkpoint before change.
     file = next(name for name in gcs.list_recursive(f"{place}/checkpoints/2") if name.startswith("params/d/"))
     old = gcs.read(f"{place}/checkpoints/2/{file}")
@@ -157,8 +157,8 @@ def test_half_written_and_damaged_ones_in_a_bucket(place, capsys):
     assert f"set aside as {place}/checkpoints/2.damaged, step 1 is used" in captured
     assert f"{file}" in gcs.list_recursive(f"{place}/checkpoints/2.damaged")
     assert not gcs.list_recursive(f"{place}/checkpoints/3")
-    assert np.array_equal(restore_parameters(place, "raw")["text"]["embeddings"]["type"], np.ones((2, 8)))
-    assert _equal(restore_parameters(place, "raw"), _saved(5).params)
+    assert np.array_equal(open_checkpoint(place).parameters("raw")["text"]["embeddings"]["type"], np.ones((2, 8)))
+    assert _equal(open_checkpoint(place).parameters("raw"), _saved(5).params)
 
 
 def save(place, step):

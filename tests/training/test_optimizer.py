@@ -24,7 +24,7 @@ from glip_jax.config import (  # fmt: skip
     validate,
 )
 from glip_jax.distributed.mesh import make_mesh, shardings
-from glip_jax.io.checkpoint import Checkpoints, Saved, saved_config
+from glip_jax.io.checkpoint import Checkpoints, Saved, open_checkpoint
 from glip_jax.models.glip import GLIP
 from glip_jax.training import optimizer as adamw
 from glip_jax.training.state import abstract_state, initial_state
@@ -213,7 +213,7 @@ def test_a_run_saved_by_the_earlier_code_continues(tmp_path):
     with tarfile.open(OLD_RUN) as archive:
         archive.extractall(tmp_path, filter="data")
     workdir = str(tmp_path / "run")
-    config = unflatten(saved_config(workdir))
+    config = unflatten(open_checkpoint(workdir).settings)
     like = abstract_state(config, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
     with Checkpoints(workdir, 1) as checkpoints:
         saved = checkpoints.restore(2, Saved(like.params, like.optimizer, like.ema))
