@@ -17,7 +17,6 @@ setup(
     ],
     package_dir={f"{BUNDLED}.gcs": "gcs", f"{BUNDLED}.configs": "configs"},
     package_data={
-        "glip_jax": ["py.typed"],
         "glip_jax.cli.reports": ["templates/*"],
         f"{BUNDLED}.gcs": ["manifests/*.json", "sample/names.txt", "sample/pictures/**/*"],
     },

@@ -16,7 +16,7 @@ from glip_jax.distributed.runtime import libtpu_arguments
 
 __all__ = ["JOBS", "main"]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("glip_jax")  # not __name__, which is "__main__" where the module is run
 
 JOBS = {
     "data": "import annotations into shards",

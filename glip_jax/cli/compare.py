@@ -43,7 +43,7 @@ class Compare:
     """Compare evaluated runs: those of one config, which differ in config.train.seed, become a mean and a spread.
 
     Reads evaluation.json of each folder, as `evaluate` wrote it; prints a table and writes compare.json, compare.png and
-    the page compare.html.
+    the HTML report compare.html.
     """
 
     runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN ...")] = ()

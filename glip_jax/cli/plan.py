@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 _LISTS = ("--canvas", "--search-images", "--search-remat", "--search-fsdp", "--search-tensor")
 _NO_LIBTPU = (
     "libtpu is not installed, so the TPU's own compiler is missing: pip install -r requirements-tpu.txt (any CPU will do). "
-    "Going on with a compile for made-up CPU devices"
+    "Going on with a compile for fake CPU devices"
 )
 
 
@@ -56,7 +56,7 @@ class PlanArguments(Arguments):
     mesh.tensor, chips that share an image's work have theirs together. Default: the config's batch, or 1 where that does not split."""
     compile: Literal["auto", "tpu", "tpu-whole", "fake", "local", "none"] = "auto"
     """tpu: libtpu, until it would write machine code; tpu-whole: to the end, several times as long, which adds the program's
-    size and the compiler's own estimate of time; fake: made-up CPU devices; local: the GPUs of this machine; none: formulas. auto: for TPUs tpu, or fake
+    size and the compiler's own estimate of time; fake: fake CPU devices; local: the GPUs of this machine; none: formulas. auto: for TPUs tpu, or fake
     where libtpu is not installed; for GPUs none."""
     out: str = ""
     """JSON file to write."""

@@ -1,4 +1,4 @@
-"""The job `scenes`: draws picture scenes and imports them, so that training can start from them.
+"""The job `scenes`: draws synthetic scenes and imports them, so that training can start from them.
 
 OUT/detection/    COCO JSON and JPEGs          OUT/shards/detection/   the same as shards
 OUT/grounding/    MDETR's JSON and JPEGs       OUT/shards/grounding/
@@ -53,7 +53,7 @@ class Names:
 
 @dataclass(frozen=True)
 class Scenes:
-    """Draw picture scenes for training and validation; what is finished is left as it is."""
+    """Draw synthetic scenes for training and validation; what is finished is left as it is."""
 
     out: Path
     """Folder to fill."""
