@@ -28,7 +28,7 @@ from glip_jax.config import Config, ConfigError, current_name, flatten, renamed_
 from glip_jax.distributed import exit_codes
 from glip_jax.io.assets import bundled
 
-__all__ = ["Arguments", "CommandLineError", "divided", "flags", "load_config", "parse"]
+__all__ = ["Arguments", "CommandLineError", "split_settings", "flags", "load_config", "parse"]
 
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def parse(
     return parsed
 
 
-def divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arguments that begin with --config (and a value that follows one without "="), and the others."""
     settings, own, follows = [], [], False
     for argument in argv:
@@ -122,19 +122,19 @@ def _new_name(argument: str, renamed: Mapping[str, str]) -> str:
 
 
 def _parsed(kind: Any, rest: list[str], job: str, example: str, **options: Any) -> Any:
-    """Tyro's answer; its complaint, which is a box of several lines, as a CommandLineError of one."""
+    """The result of tyro; its error message, a box of several lines, as a CommandLineError of one."""
     prog = f"python -m glip_jax {job}"
     doc = inspect.cleandoc(kind.__doc__ or "") if isinstance(kind, type) else ""
     about = "\n\n".join(filter(None, [doc, f"example: {prog} {example}" if example else "", exit_codes.SHORT]))
-    complaint = io.StringIO()
+    message = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(message):
             return tyro.cli(kind, args=rest, prog=prog, description=about, **options)
     except SystemExit as stop:
         if not stop.code:
-            sys.stderr.write(complaint.getvalue())
+            sys.stderr.write(message.getvalue())
             raise
-    raise CommandLineError(_one_line(complaint.getvalue(), rest, prog))
+    raise CommandLineError(_one_line(message.getvalue(), rest, prog))
 
 
 _TYPES = {
@@ -147,9 +147,9 @@ _TYPES = {
 
 
 def _one_line(box: str, arguments: Sequence[str], prog: str) -> str:
-    """Tyro's box without its frame: the complaint, with the value and its expected type."""
+    """Tyro's box without its frame: the message, with the value and its expected type."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    # Below the title: the complaint, a rule, what helps. Frames are drawn in ASCII where the terminal has nothing else.
+    # Below the title: the message, a rule, what helps. Frames are drawn in ASCII where the terminal has nothing else.
     rows = [line.strip("│╭╮╰╯| ") for line in plain.splitlines()][1:]
     rows = rows[1:] if rows and set(rows[0]) <= set("─-") else rows
     first = next((i for i, row in enumerate(rows) if row and set(row) <= set("─-")), len(rows))
@@ -216,8 +216,8 @@ def load_config(path: str) -> Config:
     except (CommandLineError, ConfigError):
         raise
     except Exception as error:
-        complaint = f"{type(error).__name__}: {error}{renamed_hint(str(error))}"
-        raise CommandLineError(f"--config={path}{_line_of(error, file)}: {complaint}") from error
+        message = f"{type(error).__name__}: {error}{renamed_hint(str(error))}"
+        raise CommandLineError(f"--config={path}{_line_of(error, file)}: {message}") from error
     if not isinstance(config, Config):
         raise CommandLineError(f"--config={path}: get_config() returned {type(config).__name__}, expected Config")
     return config
@@ -257,7 +257,7 @@ def _config_path(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _checked(arguments: Sequence[str], config: Config, flags: Sequence[str]) -> list[str]:
-    """The arguments with tuples spelled as tyro wants them; unknown names are refused with the nearest."""
+    """The arguments with tuples spelled as tyro expects them; unknown names are refused with the nearest."""
     fields = dict(flatten(config))
     result = []
     for argument in arguments:

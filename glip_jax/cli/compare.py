@@ -2,7 +2,7 @@
 
 OUT/compare.json   every number of every run, means and spreads, steps
 OUT/compare.png    the plot
-OUT/compare.html   table, plot and steps as one page
+OUT/compare.html   table, plot and differences as an HTML report
 """
 
 import json
@@ -75,11 +75,11 @@ def write_comparison(compared: Comparison, out: str) -> None:
         for key in headlines(next(iter(compared.numbers.values())))
     }
     picture = draw_groups(panels)
-    aside = folder / "compare.png.unfinished"
-    aside.write_bytes(picture)
-    aside.replace(folder / "compare.png")
+    temporary = folder / "compare.png.unfinished"
+    temporary.write_bytes(picture)
+    temporary.replace(folder / "compare.png")
     write_atomic(folder / "compare.json", json.dumps(_content(compared), indent=1))
-    write_atomic(folder / "compare.html", render(compared, draw_groups(panels, form="svg")))
+    write_atomic(folder / "compare.html", render(compared, draw_groups(panels, format="svg")))
     logger.info(table(compared))
     logger.info(f"every run's numbers: {folder / 'compare.json'}, plot: {folder / 'compare.png'}")
     logger.info(f"HTML report: {folder / 'compare.html'}")
@@ -90,7 +90,7 @@ def table(compared: Comparison) -> str:
     keys = list(next(iter(compared.numbers.values())))
     rows = [["", *(f"{name} ({_count(len(own), 'run')})" for name, own in compared.runs.items())]]
     rows += [
-        [words, *(_cell(compared.numbers[name][key]) for name in compared.runs)] for key, words in labels(keys).items()
+        [text, *(_cell(compared.numbers[name][key]) for name in compared.runs)] for key, text in labels(keys).items()
     ]
     tables = [aligned(rows)]
     for step in compared.steps:
@@ -112,12 +112,12 @@ def table(compared: Comparison) -> str:
 
 
 def _compared(folders: Sequence[str], steps: Sequence[str]) -> Comparison:
-    places: dict[str, str] = {}
+    known: dict[str, str] = {}
     for folder in folders:
-        place = folder if "://" in folder else os.path.realpath(folder)
-        if place in places:
-            raise ComparisonError(f"{places[place]} and {folder} are the same folder: expected each run once")
-        places[place] = folder
+        path = folder if "://" in folder else os.path.realpath(folder)
+        if path in known:
+            raise ComparisonError(f"{known[path]} and {folder} are the same folder: expected each run once")
+        known[path] = folder
     return compare([_read(folder) for folder in folders], [_wanted(step) for step in steps])
 
 

@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from glip_jax.cli import checkpoint_argument
-from glip_jax.cli.command_line import CommandLineError, divided, flags
+from glip_jax.cli.command_line import CommandLineError, flags, split_settings
 from glip_jax.cli.image_files import listed, read_upright
 from glip_jax.config import Config
 from glip_jax.distributed import exit_codes
@@ -66,7 +66,7 @@ class Export:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the job; raises what `export` raises."""
-    settings, own = divided(argv)
+    settings, own = split_settings(argv)
     export(flags(own, Export, "export", _EXAMPLE), settings)
     return exit_codes.DONE
 

@@ -26,7 +26,7 @@ class ImageFileError(UserError, ValueError):
 def listed(path: epath.Path) -> tuple[list[epath.Path], int]:
     """A file, or the images of a folder in order of their names; and how many files with other endings lie there."""
     if not path.exists():
-        raise ImageFileError(f"{path} is not there: expected an image or a folder of images")
+        raise ImageFileError(f"{path} does not exist: expected an image or a folder of images")
     if not path.is_dir():
         return [path], 0
     files = sorted(child for child in path.iterdir() if not child.is_dir())
@@ -37,16 +37,16 @@ def listed(path: epath.Path) -> tuple[list[epath.Path], int]:
 
 
 def measured(path: epath.Path) -> tuple[int, int, bool]:
-    """Height and width as shown, and whether it is stored otherwise, from an image's head."""
+    """Height and width as shown, and whether its EXIF orientation rotates or mirrors it, from the header of an image."""
     with _readable(path), path.open("rb") as stream, Image.open(stream) as image:
         width, height = image.size
         orientation = image.getexif().get(0x0112, 1)
     if not width or not height:
-        raise ImageFileError(f"{path} has {width} x {height} pixels: there is nothing to look at")
+        raise ImageFileError(f"{path} has {width} x {height} pixels: it is empty")
     if width * height > PIXEL_LIMIT:
         raise ImageFileError(f"{path} has {width} x {height} pixels, at most {PIXEL_LIMIT:,} are read: make it smaller")
-    turned = orientation in range(2, 9)
-    return (width, height, turned) if turned and orientation >= 5 else (height, width, turned)
+    exif_rotated = orientation in range(2, 9)
+    return (width, height, exif_rotated) if exif_rotated and orientation >= 5 else (height, width, exif_rotated)
 
 
 def read_upright(path: epath.Path) -> UInt8[np.ndarray, "H W 3"]:

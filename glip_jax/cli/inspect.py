@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 from etils import epath
 
-from glip_jax.cli.command_line import Arguments, CommandLineError, divided, flags, parse
+from glip_jax.cli.command_line import Arguments, CommandLineError, flags, parse, split_settings
 from glip_jax.cli.reports.card import Card
 from glip_jax.cli.reports.drawing import draw_histogram, svg_uri
 from glip_jax.cli.reports.html import render_template
@@ -64,7 +64,7 @@ class InspectArguments(Arguments):
 
 def main(argv: Sequence[str]) -> int:
     """Runs `inspect SHARDS|--config=FILE --out=report.html`. Raises CommandLineError, ConfigError or ShardError."""
-    settings, own = divided(argv)
+    settings, own = split_settings(argv)
     job = flags(own, InspectShards, "inspect", _EXAMPLE)
     config = parse(settings, InspectArguments, "inspect", _EXAMPLE).config if settings else None
     if not job.shards and config is None:
@@ -103,10 +103,10 @@ def _write(job: InspectShards, config: Config | None) -> epath.Path:
         examples=cards, examples_of="the first steps",
         sources=[_source(name, own, counts[name], drawn[name], job.records) for name, own in opened.items()],
     )  # fmt: skip
-    page = epath.Path(job.out)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(page, text)
-    return page
+    path = epath.Path(job.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text)
+    return path
 
 
 def _names(paths: Sequence[str]) -> dict[str, str]:

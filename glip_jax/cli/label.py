@@ -1,9 +1,9 @@
-"""The job `label`: captions become grounding data, by a checkpoint of ours or by anybody's detections.
+"""The job `label`: captions become grounding data, by a checkpoint or by the detections of another detector.
 
 OUT/records-*.array_record   pseudo records, a file for each file of the captions' shards
-OUT/report.json              what was kept, found and left out, and all that it rests on
-OUT/report.html              the same as a page, with drawn samples
-OUT/manifest.json            written last but for the page: the folder is finished
+OUT/report.json              what was kept, detected and dropped, and all that it depends on
+OUT/report.html              the same as an HTML report, with drawn samples
+OUT/manifest.json            written last except for the report: the folder is finished
 
 The same command on several hosts, or several times on one, shares the work: see `glip_jax.labeling.work_queue`.
 """
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from glip_jax.cli import checkpoint_argument
-from glip_jax.cli.command_line import CommandLineError, divided, flags
+from glip_jax.cli.command_line import CommandLineError, flags, split_settings
 from glip_jax.data import shards
 from glip_jax.data.manifest import read_file
 from glip_jax.distributed import exit_codes
@@ -104,7 +104,7 @@ class Label:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the job; raises what `label` raises."""
-    settings, own = divided(argv)
+    settings, own = split_settings(argv)
     # Tuples may be written with commas, as settings are.
     own = [part for argument in own for part in _split_tuple(argument)]
     job = flags(own, Label, "label", _EXAMPLE, _RENAMED)
@@ -124,8 +124,8 @@ def label(job: Label, settings: Sequence[str], command: str) -> None:
 
     thresholds = _checked(job)
     out = gcs.address(job.out) if gcs.is_remote(job.out) else str(Path(job.out).absolute())
-    there = shards.finished(out)
-    before = None if there is None else _finished_settings(out, job, there.command)
+    existing = shards.finished(out)
+    before = None if existing is None else _finished_settings(out, job, existing.command)
     inputs = _inputs(job.shards)
     unknown = sorted(set(thresholds) - {given.shards.manifest.name for given in inputs})
     if unknown:
@@ -138,13 +138,15 @@ def label(job: Label, settings: Sequence[str], command: str) -> None:
         out=out, name=job.name or out.rpartition("/")[2], inputs=inputs, teacher=teacher, finder=finder, rules=rules,
         about=about | _finder_record(finder, job), command=command, code=_code(), threads=job.threads, lease=job.lease,
     )  # fmt: skip
-    if there is not None and before is not None:
+    if existing is not None and before is not None:
         if lines := differences(before, json.loads(json.dumps(labeling.settings()))):
             raise TaskError(
                 f"{job.out} is finished, with other settings (existing -> given: {lines}): name another folder, or remove it"
             )
         sweep(out)
-        logger.info(f"{job.out} is finished ({there.records} records, made by: {there.command}); nothing is made twice")
+        logger.info(
+            f"{job.out} is finished ({existing.records} records, made by: {existing.command}); nothing is made twice"
+        )
         if not gcs.kind(f"{out}/report.html"):
             logger.info(f"HTML report: {write_report(out)}")
         return

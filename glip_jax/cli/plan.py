@@ -1,4 +1,4 @@
-"""The job `plan`: what a training step will take on chips that one does not have yet."""
+"""The job `plan`: the training step compiled for absent chips: memory, bounds and time."""
 
 import dataclasses
 import errno
@@ -42,7 +42,7 @@ _NO_LIBTPU = (
 
 @dataclass(frozen=True)
 class PlanArguments(Arguments):
-    """Compile the training step for chips that are not there, and say whether it fits, what bounds it, how long it takes.
+    """Compile the training step for absent chips: whether it fits, what bounds it, how long training takes.
 
     Runs on any CPU. A full network takes minutes to compile; what was compiled once is kept.
     """
@@ -97,8 +97,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _check_numbers(arguments: PlanArguments) -> None:
     """CommandLineError for numbers that make no plan."""
-    least = {"images-per-chip": arguments.images_per_chip, "operations": arguments.operations}
-    for name, number in least.items():
+    bounded = {"images-per-chip": arguments.images_per_chip, "operations": arguments.operations}
+    for name, number in bounded.items():
         if number < 0:
             raise CommandLineError(f"--{name}={number}: expected 0 or more")
     if not 0 < arguments.images_per_core < math.inf:
@@ -194,7 +194,7 @@ def _cache(arguments: PlanArguments) -> Path:
 
 
 def _split_tuples(argv: Sequence[str]) -> list[str]:
-    """`--canvas=a,b` and the lists of the search as tyro wants them: one argument an item."""
+    """`--canvas=a,b` and the lists of the search as one argument an item."""
     result: list[str] = []
     for argument in argv:
         option, equals, value = argument.partition("=")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from glip_jax import UserError
 from glip_jax.cli import checkpoint_argument
-from glip_jax.cli.command_line import CommandLineError, divided, flags
+from glip_jax.cli.command_line import CommandLineError, flags, split_settings
 from glip_jax.cli.image_files import listed, measured, read_upright
 from glip_jax.cli.query import Query, read_query
 from glip_jax.cli.reports import drawing
@@ -97,7 +97,7 @@ class Picture(NamedTuple):
 
 def main(argv: Sequence[str]) -> int:
     """Runs the job; raises what `predict` raises."""
-    settings, own = divided(argv)
+    settings, own = split_settings(argv)
     job = flags(own, Predict, "predict", _EXAMPLE, {"--least": "--threshold"})
     with checkpoint_argument.fitting_parameters():
         predict(job, settings, shlex.join(["python", "-m", "glip_jax", "predict", *argv]))

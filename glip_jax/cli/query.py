@@ -1,4 +1,4 @@
-"""What `predict` is asked for: names, phrases or a sentence become prompts whose phrases are numbered."""
+"""The query of `predict`: names, phrases or a sentence become prompts whose phrases are numbered."""
 
 import re
 import unicodedata
@@ -22,14 +22,14 @@ _UNKNOWN = "[UNK]"
 
 
 class QueryError(UserError, ValueError):
-    """A text or a list of names that nothing can be found with."""
+    """A text or a list of names that is no query."""
 
 
 class Phrase(NamedTuple):
-    """One thing to find. Its place in `Query.phrases` is its number in all that is found."""
+    """One phrase to detect. Its index in `Query.phrases` is its number in all detections."""
 
     text: str
-    """Words of the prompt, verbatim."""
+    """Its characters in the prompt, verbatim."""
     prompt: int
     """Index into `Query.prompts`."""
     span: tuple[int, int]
@@ -46,9 +46,9 @@ class Query(NamedTuple):
     """One, or as many as the names need."""
     phrases: tuple[Phrase, ...]
     finder: str
-    """Name and version of what found the phrases of a caption; else empty."""
+    """Name and version of the phrase finder of a caption; else empty."""
     notes: tuple[str, ...]
-    """Lines for the user: what of a sentence is not asked for, what the model reads only in part."""
+    """Lines for the user: parts of a sentence that are not queried, phrases that the vocabulary knows only in part."""
 
 
 def read_query(text: str, names: str, names_file: str, config: Config, finder: PhraseFinder | None = None) -> Query:
@@ -64,24 +64,22 @@ def read_query(text: str, names: str, names_file: str, config: Config, finder: P
              (("--text", text), ("--names", names), ("--names-file", names_file)) if value.strip()]  # fmt: skip
     if len(given) != 1:
         found = " and ".join(given) if given else "none of them"
-        raise QueryError(
-            f"nothing or too much to look for: expected one of --text, --names, --names-file, found {found}"
-        )
+        raise QueryError(f"no query or several: expected one of --text, --names, --names-file, found {found}")
     tokenizer = prompts.load_tokenizer(assets.resolve(config.model.text.vocabulary))
     if not text.strip():
         listed = _names_of_file(names_file) if names_file else [name.strip() for name in names.split(",")]
         _check_list(given[0], "name", listed, [prompts.clean_name(name) for name in listed])
         chunks = category_prompts(listed, tokenizer, config)
         order = {own: (number, row) for number, (_, chunk) in enumerate(chunks) for row, own in enumerate(chunk)}
-        asked = tuple(prompt for prompt, _ in chunks)
-        places = [order[index] for index in range(len(listed))]
-        phrases = tuple(_phrase(asked[number], number, row) for number, row in places)
-        return Query("names", tuple(listed), asked, phrases, "", _unread(asked, phrases, tokenizer, config))
+        queried = tuple(prompt for prompt, _ in chunks)
+        positions = [order[index] for index in range(len(listed))]
+        phrases = tuple(_phrase(queried[number], number, row) for number, row in positions)
+        return Query("names", tuple(listed), queried, phrases, "", _unread(queried, phrases, tokenizer, config))
     _check_characters("--text", text, allowed="\t\n\r")
     spans, kind, found_by, left_out = separated(text), "phrases", "", ()
     if spans:
-        words = [text[begin:end] for begin, end in spans]
-        _check_list("--text", "phrase", words, words)
+        phrase_texts = [text[begin:end] for begin, end in spans]
+        _check_list("--text", "phrase", phrase_texts, phrase_texts)
     else:
         finder = finder or LexiconPhraseFinder()
         found = finder.find(text)
@@ -136,17 +134,17 @@ def _names_of_file(file: str) -> list[str]:
     return names
 
 
-def _check_list(option: str, what: str, listed: Sequence[str], asked: Sequence[str]) -> None:
+def _check_list(option: str, what: str, listed: Sequence[str], cleaned: Sequence[str]) -> None:
     """Refuses entries that are empty, unreadable, or the same to the model as an earlier one."""
     first: dict[str, int] = {}
-    for index, (entry, words) in enumerate(zip(listed, asked)):
+    for index, (entry, text) in enumerate(zip(listed, cleaned)):
         _check_characters(f"{option}: {what} {index + 1}", entry)
-        if not words.strip():
+        if not text.strip():
             left = f" ({entry!r}: parentheses are removed)" if entry else ""
             raise QueryError(
-                f"{option}: {what} {index + 1} of {len(listed)} is empty{left}; give it words or remove it"
+                f"{option}: {what} {index + 1} of {len(listed)} is empty{left}; give it a text or remove it"
             )
-        key = " ".join(words.casefold().split())
+        key = " ".join(text.casefold().split())
         if key in first:
             other = listed[first[key]]
             raise QueryError(
@@ -167,11 +165,11 @@ def _check_characters(where: str, text: str, allowed: str = "") -> None:
 
 
 def _unread(
-    asked: Sequence[Prompt], phrases: Sequence[Phrase], tokenizer: prompts.Tokenizer, config: Config
+    queried: Sequence[Prompt], phrases: Sequence[Phrase], tokenizer: prompts.Tokenizer, config: Config
 ) -> tuple[str, ...]:
     """Lines on phrases of which the vocabulary lacks a part; a phrase of which it lacks all is refused."""
     budget, partly = config.model.text.max_tokens, []
-    for number, prompt in enumerate(asked):
+    for number, prompt in enumerate(queried):
         encoding = tokenizer.encode(prompt.caption)
         own = [phrase for phrase in phrases if phrase.prompt == number]
         where = prompts.positive_map(np.asarray(encoding.offsets, np.int32).reshape(-1, 2), [[p.span] for p in own])
@@ -187,7 +185,7 @@ def _unread(
             cut = next((p.text for p, row in zip(own, where) if row[budget - 1 :].any()), own[-1].text)
             raise QueryError(
                 f"--text takes {len(encoding.ids)} tokens, the model reads {budget} with [CLS] and [SEP]; the first phrase "
-                f"beyond is {_short(cut)}: shorten it, or give --names, which are asked for in several prompts"
+                f"beyond is {_short(cut)}: shorten it, or give --names, which are queried in several prompts"
             )
         prompts.tokenize(prompt, tokenizer, budget)
     return tuple(f"note: the model's vocabulary does not know all of {text!r}" for text in partly)

@@ -94,11 +94,11 @@ def write_report(workdir: str, scenes: int = 12, threshold: float | None = None,
                 evaluated[name] = (_evaluated(folder, name, entry), epath.Path(entry["images"]))
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, FileNotFoundError) as error:
         raise ReportError(f"{recorded} or its detections cannot be read ({error!r}): run `evaluate` again") from error
-    page = folder / "report.html"
+    path = folder / "report.html"
     title = f"glip_jax: {PurePath(workdir).name}"
     text = render(title, evaluated, _curves(lines), notes, scenes, threshold, summary)
-    write_atomic(page, text)
-    return page
+    write_atomic(path, text)
+    return path
 
 
 def _evaluated(folder: epath.Path, name: str, entry: dict[str, Any]) -> Evaluated | Grounded:
@@ -113,8 +113,8 @@ def _evaluated(folder: epath.Path, name: str, entry: dict[str, Any]) -> Evaluate
     ids, numbers = tuple(entry["image_ids"]), entry["numbers"]
     if isinstance(truth, GroundTruth):
         precision = AveragePrecision({n: numbers[n] for n in NUMBERS}, entry["per_class"], entry["per_class_50"])
-        places = {number: place for place, number in enumerate(truth.category_ids)}
-        found = {key: _detections([(places[row["category_id"]], row) for row in by_image[key]], 1.0) for key in ids}
+        index = {number: i for i, number in enumerate(truth.category_ids)}
+        found = {key: _detections([(index[row["category_id"]], row) for row in by_image[key]], 1.0) for key in ids}
         return Evaluated(
             truth, tuple(entry["prompts"]), ids, found, precision, numbers["AP50_permuted"], entry["hashes"]["pictures"]
         )
@@ -136,7 +136,7 @@ def _curves(lines: list[dict[str, Any]]) -> dict[str, dict[str, Curve]]:
     """Panels of curves: the loss and its parts, those of each source; AP, AP50 and recall@1, a curve a set."""
 
     def curve(key: str) -> Curve:
-        # Values that are not finite are recorded as words, which float() reads.
+        # Values that are not finite are recorded as text, which float() reads.
         points = [(line["step"], float(line[key])) for line in lines if key in line]
         return [step for step, _ in points], [value for _, value in points]
 

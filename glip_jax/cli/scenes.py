@@ -1,4 +1,4 @@
-"""The job `scenes`: draws synthetic scenes and imports them, so that training can start from them.
+"""The job `scenes`: draws synthetic scenes and imports them for training.
 
 OUT/detection/    COCO JSON and JPEGs          OUT/shards/detection/   the same as shards
 OUT/grounding/    MDETR's JSON and JPEGs       OUT/shards/grounding/
@@ -91,9 +91,9 @@ def make(job: Scenes, command: str) -> None:
     all sets are looked at before the first is drawn.
     """
     sets = _sets(job)
-    there = {part: finished(job.out / part, scenes) for part, scenes in sets.items()}
+    existing = {part: finished(job.out / part, scenes) for part, scenes in sets.items()}
     for part, scenes in sets.items():
-        if not there[part]:
+        if not existing[part]:
             # Shards of scenes that were deleted and are drawn anew would be of the old ones.
             shutil.rmtree(job.out / "shards" / part, ignore_errors=True)
             make_scenes(job.out / part, scenes, job.processes, progress=sys.stderr.isatty())

@@ -33,14 +33,14 @@ __all__ = ["TrainArguments", "main"]
 
 @dataclass(frozen=True)
 class TrainArguments(Arguments):
-    """Train in --workdir; the same command again goes on from the newest checkpoint there.
+    """Train in --workdir; the same command resumes from the newest checkpoint there.
 
     Every setting of the config file can be overridden: --config.section.field=value, tuples as 1,2,3. Settings that
-    change numbers may not differ between two starts in one working folder, unless --resume-with-changes is given.
+    change results may not differ between two starts in one working folder, unless --resume-with-changes is given.
     """
 
     resume_with_changes: bool = False
-    """Go on although settings that change numbers differ: a new phase, recorded in WORKDIR/phases.json."""
+    """Resume although settings that change results differ: a new phase, recorded in WORKDIR/phases.json."""
     distributed: bool = False
     """Join the other hosts of a pod or cluster first, as a TPU pod or srun announces them."""
     coordinator: str = ""
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
         return _train(arguments, None)
     log.set_process(jax.process_index())
     try:
-        cluster = Cluster(_facts(arguments.config), errors.exit_code_of, arguments.patience)
+        cluster = Cluster(_fingerprints(arguments.config), errors.exit_code_of, arguments.patience)
     except ProcessError as error:
         code = errors.report("train", error)
         sys.stderr.flush()
@@ -94,21 +94,21 @@ def _check_alone() -> None:
         )
 
 
-def _facts(config: Config) -> dict[str, str]:
+def _fingerprints(config: Config) -> dict[str, str]:
     """What all hosts must have alike: settings, code, versions, and the data's manifests."""
-    facts = {f"config.{name}": repr(value) for name, value in flatten(config)}
-    facts |= {f"version of {name}": version for name, version in provenance.versions().items() if name != "device"}
-    facts["the package's code"] = provenance.code()["files"][:12]
+    values = {f"config.{name}": repr(value) for name, value in flatten(config)}
+    values |= {f"version of {name}": version for name, version in provenance.versions().items() if name != "device"}
+    values["the package's code"] = provenance.code()["files"][:12]
     for name, source in config.data.sources.items():
         try:
             manifest = finished(source.path)
         except (ShardError, OSError) as error:
-            facts[f"data.sources.{name}"] = f"unreadable ({error})"
+            values[f"data.sources.{name}"] = f"unreadable ({error})"
             continue
         if manifest is not None:
-            told = json.dumps(asdict(manifest), sort_keys=True).encode()
-            facts[f"data.sources.{name}"] = f"{manifest.records} records, {hashlib.sha256(told).hexdigest()[:12]}"
-    return facts
+            content = json.dumps(asdict(manifest), sort_keys=True).encode()
+            values[f"data.sources.{name}"] = f"{manifest.records} records, {hashlib.sha256(content).hexdigest()[:12]}"
+    return values
 
 
 def _train(arguments: TrainArguments, cluster: Cluster | None) -> int:

@@ -49,11 +49,13 @@ def _upload(job: Upload) -> None:
     wrong = differing(job.folder)
     if wrong:
         raise shards.ShardError(f"{wrong[0]}{_more(wrong)}: nothing was sent")
-    there = shards.finished(job.target)
+    existing = shards.finished(job.target)
     ours = shards.finished(job.folder)
-    if there is not None and there != ours:
+    if existing is not None and existing != ours:
         fields = [
-            each.name for each in dataclasses.fields(there) if getattr(there, each.name) != getattr(ours, each.name)
+            each.name
+            for each in dataclasses.fields(existing)
+            if getattr(existing, each.name) != getattr(ours, each.name)
         ]
         raise shards.ShardError(
             f"{job.target} is another finished folder (its manifest differs in {', '.join(fields)}): shards are never changed; "

@@ -61,13 +61,13 @@ def _verified(folder: str) -> list[str]:
                 f"{size:,} bytes ({size / seconds / 1e6:.0f} MB/s)"
             )
         return wrong
-    place, steps = checkpoint_folder(folder), complete_steps(folder)
-    faults = {step: damage_of(place / str(step)) for step in steps}
+    checkpoints, steps = checkpoint_folder(folder), complete_steps(folder)
+    faults = {step: damage_of(checkpoints / str(step)) for step in steps}
     sound = [str(step) for step, fault in faults.items() if not fault]
     logger.info(f"{folder}: checkpoints as they were written: {', '.join(sound) or 'none'}")
     for path in unfinished(folder):
         logger.info(f"{path}: half-written; `train` removes it")
-    return [f"{place / str(step)} is damaged ({fault})" for step, fault in faults.items() if fault]
+    return [f"{checkpoints / str(step)} is damaged ({fault})" for step, fault in faults.items() if fault]
 
 
 def differing(folder: str) -> list[str]:

@@ -71,11 +71,11 @@ def test_a_released_file_becomes_a_checkpoint_with_its_settings(released, tmp_pa
     settings = open_checkpoint(str(tmp_path / "run")).settings
     assert settings["train.steps"] == 7 and settings["name"] == "glip"
     assert settings == json.loads((tmp_path / "run" / "config.json").read_text())
-    told = {name: settings[f"model.{name}"] for name in (
+    output = {name: settings[f"model.{name}"] for name in (
         "backbone.depths", "backbone.heads", "backbone.window", "pyramid.strides", "text.positions", "text.heads", "fusion.heads",
         "head.blocks", "head.coarse_offsets", "anchors.sizes",
     )}  # fmt: skip
-    assert told == {
+    assert output == {
         "backbone.depths": [1, 2, 3, 1], "backbone.heads": [1, 1, 2, 2], "backbone.window": 3, "pyramid.strides": [8, 16, 32, 64, 128],
         "text.positions": 16, "text.heads": 1, "fusion.heads": 8, "head.blocks": 2, "head.coarse_offsets": "flat",
         "anchors.sizes": [64, 128, 256, 512, 1024],

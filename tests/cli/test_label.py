@@ -98,9 +98,9 @@ def test_captions_become_pseudo_records(run, labelled):
 
 def test_the_report_says_what_was_kept(run, labelled):
     report = json.loads((run / "out" / "report.json").read_text())
-    told = report["summary"]
-    assert (told["captions"], told["kept"]) == (12, 9) and told["boxes"] == labelled[1].manifest.boxes
-    assert sum(told["box_scores"]) == told["boxes"] and sum(told["phrases_by_boxes"].values()) == told["phrases"] == 12
+    output = report["summary"]
+    assert (output["captions"], output["kept"]) == (12, 9) and output["boxes"] == labelled[1].manifest.boxes
+    assert sum(output["box_scores"]) == output["boxes"] and sum(output["phrases_by_boxes"].values()) == output["phrases"] == 12
     assert report["settings"]["thresholds"] == {"cc": 0.02} and report["versions"]["jax"]
     page = (run / "out" / "report.html").read_text()
     assert page.count("data:image/jpeg") == 9 and page.count("data:image/svg+xml") == 2
@@ -196,16 +196,16 @@ def contents(folder):
     records = [made[i] for i in range(len(made))]
     rows = [(r.id, r.image, r.boxes.tolist(), r.spans, r.scores, r.unknown) for r in records]
     about = [json.loads(r.provenance) | {"code": ""} for r in records]
-    told = json.loads((folder / "report.json").read_text())["summary"]
-    return rows, about, {k: v for k, v in told.items() if k not in ("seconds", "code")}, [*made.hash, *made.width]
+    output = json.loads((folder / "report.json").read_text())["summary"]
+    return rows, about, {k: v for k, v in output.items() if k not in ("seconds", "code")}, [*made.hash, *made.width]
 
 
 def test_detections_of_a_file(many):
     source, whole = many
     made = shards.Shards(whole)
-    told = json.loads((whole / "report.json").read_text())["summary"]
-    assert told["captions"] == 60 and 0 < told["kept"] == len(made) < 50
-    assert told["notes"]["phrase: names no category of the detections"]["count"] > 0
+    output = json.loads((whole / "report.json").read_text())["summary"]
+    assert output["captions"] == 60 and 0 < output["kept"] == len(made) < 50
+    assert output["notes"]["phrase: names no category of the detections"]["count"] > 0
     assert all(json.loads(made[i].provenance)["teacher"].startswith("detections ") for i in range(len(made)))
     assert min(score for i in range(len(made)) for score in made[i].scores) > 0.5
     assert shards.verify(whole) and source.is_dir()

@@ -57,8 +57,8 @@ def run(config, *arguments):
 )
 def test_bad_input_is_one_line(config, capsys, arguments, message):
     assert run(config, *arguments) == exit_codes.BAD_INPUT
-    said = capsys.readouterr().err
-    assert said.startswith(message) and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith(message) and output.count("\n") == 1
 
 
 def test_a_file_that_cannot_be_written_is_found_before_anything_is_compiled(config, capsys, tmp_path, monkeypatch):
@@ -66,20 +66,20 @@ def test_a_file_that_cannot_be_written_is_found_before_anything_is_compiled(conf
     (tmp_path / "file").write_text("")
     for out, reason in ((tmp_path, "it is a folder"), (tmp_path / "file" / "plan.json", "")):
         assert run(config, "--topology=v5e:2x2", "--compile=fake", f"--out={out}") == exit_codes.BAD_INPUT
-        said = capsys.readouterr().err
-        assert said.startswith(f"plan: --out={out} cannot be written ({reason}") and said.count("\n") == 1
+        output = capsys.readouterr().err
+        assert output.startswith(f"plan: --out={out} cannot be written ({reason}") and output.count("\n") == 1
 
 
 def test_a_batch_for_fewer_chips_is_planned_with_an_image_on_each(config, capsys):
     assert run(config, "--topology=v5e:4x4", "--compile=none", "--canvas=64x64") == exit_codes.DONE
-    said = capsys.readouterr()
-    assert said.err.startswith(
+    output = capsys.readouterr()
+    assert output.err.startswith(
         "plan: train.batch_size 8 does not split over 16 chips (a multiple of 16 does), and `train`"
     )
-    assert "16 images a step (1 a chip)" in said.out and "3 steps: " in said.out
+    assert "16 images a step (1 a chip)" in output.out and "3 steps: " in output.out
     assert run(config, "--topology=v5e:2x2", "--compile=none", "--canvas=64x64") == exit_codes.DONE
-    said = capsys.readouterr()
-    assert said.err == "" and "8 images a step (2 a chip)" in said.out
+    output = capsys.readouterr()
+    assert output.err == "" and "8 images a step (2 a chip)" in output.out
 
 
 def test_without_a_compiler_it_says_which_would_do(config, capsys):
@@ -91,12 +91,12 @@ def test_formulas_and_json(config, capsys, tmp_path):
     out = tmp_path / "plan.json"
     arguments = ("--topology=a100:8", "--images-per-chip=2", "--canvas=64x64,64x96", f"--out={out}")
     assert run(config, *arguments) == exit_codes.DONE
-    said = capsys.readouterr().out
-    assert said.count("16 images a step (2 a chip)") == 2 and "nothing compiled" in said
+    output = capsys.readouterr().out
+    assert output.count("16 images a step (2 a chip)") == 2 and "nothing compiled" in output
     first, second = json.loads(out.read_text())
     assert first["topology"]["chips"] == 8 and first["canvas"] == [64, 64] and first["compiled"] is None
     assert first["roofline"]["useful_flops"] < second["roofline"]["useful_flops"]
-    assert "3 steps: " in said, "six steps of 8 are three of 16"
+    assert "3 steps: " in output, "six steps of 8 are three of 16"
     assert first["roofline"]["fits"] is None and first["scaling"] is None
 
 
@@ -110,9 +110,9 @@ def test_without_libtpu_it_says_what_to_install_and_goes_on(config, capsys, monk
     monkeypatch.setattr(plan, "_has_libtpu", lambda: False)
     monkeypatch.setattr(plan, "compile_step", compile_step)
     assert run(config, "--topology=v5e:2x2") == exit_codes.DONE
-    said = capsys.readouterr()
-    assert wanted == ["fake"] and "pip install -r requirements-tpu.txt" in said.err
-    assert "temporaries and bytes are those of a CPU program" in said.out
+    output = capsys.readouterr()
+    assert wanted == ["fake"] and "pip install -r requirements-tpu.txt" in output.err
+    assert "temporaries and bytes are those of a CPU program" in output.out
     assert run(config, "--topology=v5e:2x2", "--compile=tpu") == exit_codes.BAD_INPUT
     assert "libtpu is not installed" in capsys.readouterr().err
 
@@ -133,9 +133,9 @@ def test_search_ranks_what_fits(config, capsys, monkeypatch, tmp_path):
     out = tmp_path / "search.json"
     arguments = ("--search", "--search-images=1,2,4", "--search-remat=none,blocks", "--search-fsdp=1,3", f"--out={out}")
     assert run(config, "--topology=v5e:2x2", "--compile=fake", "--config.data.workers=8", *arguments) == exit_codes.DONE
-    said = capsys.readouterr().out
-    assert "4 images a chip, remat none, fsdp 1, tensor 1: skipped, 2 images do not fit" in said
-    assert "fsdp 3, tensor 1: mesh is" in said, "a mesh that does not divide is left out with its reason"
+    output = capsys.readouterr().out
+    assert "4 images a chip, remat none, fsdp 1, tensor 1: skipped, 2 images do not fit" in output
+    assert "fsdp 3, tensor 1: mesh is" in output, "a mesh that does not divide is left out with its reason"
     assert asked == [(1, "none", 1), (2, "none", 1), (1, "blocks", 1), (2, "blocks", 1), (4, "blocks", 1)]
     tried = json.loads(out.read_text())
     rates = [t["found"]["images_per_second"] for t in tried[:4]]
@@ -157,8 +157,8 @@ def test_a_search_tries_what_splits_widths(config, capsys, monkeypatch):
     arguments = ("--search", "--search-images=1", "--search-remat=none", "--search-fsdp=2", "--search-tensor=1,2,4")
     assert run(config, "--topology=v5e:2x2", "--compile=fake", *arguments) == exit_codes.DONE
     assert asked == [(4, 1), (4, 2)]
-    said = capsys.readouterr().out
-    assert "fsdp 2, tensor 4: mesh is" in said and "images a chip  remat        fsdp  tensor" in said
+    output = capsys.readouterr().out
+    assert "fsdp 2, tensor 4: mesh is" in output and "images a chip  remat        fsdp  tensor" in output
     assert (
         run(config, "--topology=v5e:2x2", "--compile=fake", "--images-per-chip=1", "--config.mesh.tensor=2")
         == exit_codes.DONE

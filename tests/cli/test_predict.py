@@ -1,4 +1,4 @@
-"""Prediction as a user meets it: a tiny run with a checkpoint, what is written, and what a mistake is told."""
+"""Prediction as a user meets it: a tiny run with a checkpoint, what is written, and what a mistake is output."""
 
 import io
 import json
@@ -75,8 +75,8 @@ def test_names_are_chunked_and_numbered_as_given(run, tmp_path, capsys):
             assert 0 <= x1 <= x2 <= image["width"] and 0 <= y1 <= y2 <= image["height"]
         with Image.open(tmp_path / "out" / image["drawn"]) as drawn:
             assert drawn.width / drawn.height == pytest.approx(image["width"] / image["height"], rel=0.02)
-    told = capsys.readouterr().out
-    assert "a.png (64 x 64)" in told and "sqrt(" in told and "prompts 2" in told
+    output = capsys.readouterr().out
+    assert "a.png (64 x 64)" in output and "sqrt(" in output and "prompts 2" in output
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["pictures", "predictions.json"]
 
 
@@ -130,10 +130,10 @@ def test_folders_files_with_names_and_many_images(run, tmp_path, capsys):
     assert [image["drawn"] for image in content["images"]] == [f"pictures/{n}.png" for n in range(9)] + [
         "pictures/0_1.png"
     ]
-    told = capsys.readouterr()
-    assert "files with other endings skipped 1" in told.out
-    assert "images 10, shapes 1, prompts 1, programs compiled or read from the cache 3" in told.out
-    assert "images, best" in told.out and "predict:" in told.err
+    output = capsys.readouterr()
+    assert "files with other endings skipped 1" in output.out
+    assert "images 10, shapes 1, prompts 1, programs compiled or read from the cache 3" in output.out
+    assert "images, best" in output.out and "predict:" in output.err
 
 
 def test_an_exif_rotated_image_is_upright(run, tmp_path):
@@ -258,7 +258,7 @@ def _folder(path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: path, "is not there: expected an image or a folder"),
+        (lambda path: path, "does not exist: expected an image or a folder"),
         (lambda path: _bytes(path, b""), "is no image that can be read (0 bytes)"),
         (lambda path: _bytes(path, b"text"), "is no image that can be read (4 bytes)"),
         (_truncated, "cannot be decoded"),
@@ -283,8 +283,8 @@ def test_parameters_of_another_network_get_one_line(run, tmp_path, monkeypatch, 
     saved = Checkpoint.parameters
     monkeypatch.setattr(Checkpoint, "parameters", lambda *which: {**saved(*which), "head": {}})
     _predict(run, _image(tmp_path / "a.png"), "--names=cat", f"--out={tmp_path / 'out'}", code=2)
-    told = capsys.readouterr().err
-    assert told.startswith("predict: the checkpoint's parameters do not fit the network") and told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith("predict: the checkpoint's parameters do not fit the network") and output.count("\n") == 1
 
 
 def test_what_stops_in_the_middle_leaves_what_was_there(run, tmp_path, monkeypatch):
@@ -312,10 +312,10 @@ def test_what_stops_in_the_middle_leaves_what_was_there(run, tmp_path, monkeypat
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit) as stop:
         run_job("predict", ["--help"])
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert stop.value.code == 0
     for words in ("example: python -m glip_jax predict", "--names-file", "--text=", "alignment", "exit codes"):
-        assert words in told
+        assert words in output
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ def test_sent_through_faults_and_nothing_twice(folder, target, running, capsys):
     assert main(["upload", str(folder), target]) == 0
     assert "sent 0 (0 bytes" in capsys.readouterr().out and running.requests["POST upload"] == before
     assert main(["verify", target, str(folder)]) == 0
-    said = capsys.readouterr().out
-    assert f"{target}: 7 files as the manifest says, 24 records" in said and f"{folder}: 7 files" in said
+    output = capsys.readouterr().out
+    assert f"{target}: 7 files as the manifest says, 24 records" in output and f"{folder}: 7 files" in output
 
 
 def test_killed_in_the_middle_the_same_command_goes_on(folder, target, running, capsys):
@@ -128,6 +128,6 @@ def test_checkpoints_are_verified_as_well(tmp_path, capsys):
     assert f"{tmp_path}: checkpoints as they were written: 1, 2" in capsys.readouterr().out
     (tmp_path / "checkpoints/2/run/metadata").write_text("")
     assert main(["verify", str(tmp_path)]) == 2
-    said = capsys.readouterr()
-    assert "as they were written: 1\n" in said.out
-    assert "verify: " in said.err and "checkpoints/2 is damaged (run/metadata has 0 bytes" in said.err
+    output = capsys.readouterr()
+    assert "as they were written: 1\n" in output.out
+    assert "verify: " in output.err and "checkpoints/2 is damaged (run/metadata has 0 bytes" in output.err

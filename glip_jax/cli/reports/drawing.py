@@ -28,7 +28,7 @@ class Mark(NamedTuple):
 
 
 def color(index: int) -> tuple[int, int, int]:
-    """A color that differs from those of nearby indices: hues a golden angle apart, dark enough for white words.
+    """A color that differs from those of nearby indices: hues a golden angle apart, dark enough for white text.
 
     White on it has a contrast of at least 3 to 1 (WCAG 2.2's relative luminance), so yellow becomes brown.
     """
@@ -47,7 +47,7 @@ def hex_color(index: int) -> str:
 
 
 def draw_boxes(image: UInt8[np.ndarray, "H W 3"], marks: Sequence[Mark], scale: float = 1.0) -> Image.Image:
-    """Draws `marks` with their words on a copy of `image`, enlarged by `scale`.
+    """Draws `marks` with their text on a copy of `image`, enlarged by `scale`.
 
     Boxes beyond the image are cut at its edge; a box without an area or with a value that is no number is not drawn.
     Characters that the built-in font lacks appear as its box sign.
@@ -78,17 +78,17 @@ def _write(
     pen: ImageDraw.ImageDraw,
     size: tuple[int, int],
     corner: tuple[float, float],
-    words: str,
+    text: str,
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     background: tuple[int, int, int],
 ) -> None:
-    """Words on a plate of their color, above the corner where there is room, else below it; kept inside the image."""
-    left, top, right, bottom = pen.textbbox((0, 0), words, font=font)
+    """Text on a plate of its color, above the corner where there is room, else below it; kept inside the image."""
+    left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
     width, height = right - left + 4, bottom - top + 4
     x = max(0.0, min(corner[0], size[0] - width))
     y = corner[1] - height if corner[1] >= height else corner[1]
     pen.rectangle((x, y, x + width, y + height), fill=background)
-    pen.text((x + 2 - left, y + 2 - top), words, fill=(255, 255, 255), font=font)
+    pen.text((x + 2 - left, y + 2 - top), text, fill=(255, 255, 255), font=font)
 
 
 def contact_sheet(
@@ -138,27 +138,27 @@ def _broken(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
 
 
 def phrase_text(tokens: Int32[np.ndarray, " T"], chosen: Bool[np.ndarray, " T"], vocabulary: Sequence[str]) -> str:
-    """The chosen tokens as words for a reader's eye: WordPieces joined again, a gap written as '...'.
+    """The chosen tokens as text for display: WordPieces joined, a gap written as '...'.
 
     Ids beyond the vocabulary appear as [id]. For pictures only: no program reads phrases back from tokens.
     """
-    words, last = "", -1
+    joined, last = "", -1
     for position in np.flatnonzero(chosen).tolist():
         number = int(tokens[position])
         piece = vocabulary[number] if 0 <= number < len(vocabulary) else f"[{number}]"
-        if words and position != last + 1:
-            words += " ... "
-            words += piece
-        elif piece.startswith("##") and words:
-            words += piece[2:]
+        if joined and position != last + 1:
+            joined += " ... "
+            joined += piece
+        elif piece.startswith("##") and joined:
+            joined += piece[2:]
         else:
-            words += f" {piece}" if words else piece
+            joined += f" {piece}" if joined else piece
         last = position
-    return words
+    return joined
 
 
 def draw_batch(batch: Batch, vocabulary: Sequence[str], limit: int = 16) -> Image.Image:
-    """A sheet of the first `limit` examples of a batch, as the network gets them: pixels, boxes, their tokens' words.
+    """A sheet of the first `limit` examples of a batch, as the network gets them: pixels, boxes, the text of their tokens.
 
     The caption below is what the token ids spell. Each example's real area is framed by the sheet's white; what a
     batch masks out as not valid says so.
@@ -178,7 +178,7 @@ def draw_batch(batch: Batch, vocabulary: Sequence[str], limit: int = 16) -> Imag
         ]  # fmt: skip
         pictures.append(draw_boxes(images[index, :height, :width], marks, scale))
         text = mask[index].copy()
-        # [CLS] and [SEP] are no words of the caption.
+        # [CLS] and [SEP] are not part of the caption.
         text[np.flatnonzero(text)[[0, -1]] if text.any() else []] = False
         words = phrase_text(tokens[index], text, vocabulary)
         captions.append(words if valid[index] else f"(masked out) {words}")
@@ -188,7 +188,7 @@ def draw_batch(batch: Batch, vocabulary: Sequence[str], limit: int = 16) -> Imag
 def draw_curves(
     curves: Mapping[str, tuple[Sequence[int | float], Sequence[float]]],
     label: str = "loss",
-    form: Literal["png", "svg"] = "png",
+    format: Literal["png", "svg"] = "png",
     across: str = "step",
 ) -> bytes:
     """A picture of the named curves (values along `across`, values), one panel, values that are no numbers left as gaps.
@@ -218,12 +218,12 @@ def draw_curves(
         if set(curves) != {label}:
             axes.legend(fontsize=7.5, frameon=False)
         stream = io.BytesIO()
-        figure.savefig(stream, format=form, metadata={"Date": None} if form == "svg" else None)
+        figure.savefig(stream, format=format, metadata={"Date": None} if format == "svg" else None)
     return stream.getvalue()
 
 
 def draw_groups(
-    panels: Mapping[str, Mapping[str, Sequence[float]]], columns: int = 4, form: Literal["png", "svg"] = "png"
+    panels: Mapping[str, Mapping[str, Sequence[float]]], columns: int = 4, format: Literal["png", "svg"] = "png"
 ) -> bytes:
     """A picture of the values of named groups: a panel each with a dot for every value and a line at each mean.
 
@@ -252,7 +252,7 @@ def draw_groups(
             axes.grid(axis="y", alpha=0.25, linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
         stream = io.BytesIO()
-        figure.savefig(stream, format=form, metadata={"Date": None} if form == "svg" else None)
+        figure.savefig(stream, format=format, metadata={"Date": None} if format == "svg" else None)
     return stream.getvalue()
 
 

@@ -74,9 +74,9 @@ def count_records(shards: Shards, limit: int, captioner: Captioner | None = None
         counts.boxes.append(len(record.boxes))
         counts.sides += np.sqrt((x2 - x1 + 1) * (y2 - y1 + 1) / (record.height * record.width)).tolist()
         counts.aspects.append(record.height / record.width)
-        for words in _phrases(record, shards.manifest.names):
-            counts.phrases[words.lower()] += 1
-            counts.words.append(len(words.split()))
+        for phrase in _phrases(record, shards.manifest.names):
+            counts.phrases[phrase.lower()] += 1
+            counts.words.append(len(phrase.split()))
         if text is not None:
             counts.negatives.append(text.negatives)
             counts.tokens.append(int(text.mask.sum()))
@@ -85,14 +85,14 @@ def count_records(shards: Shards, limit: int, captioner: Captioner | None = None
 
 
 def _phrases(record: Record, names: Sequence[str]) -> list[str]:
-    """Per box the words it belongs to."""
+    """The phrase of each box."""
     if record.kind == "detection":
         return [clean_name(names[label]).strip() for label in record.categories]
     return [_joined(record.caption, spans) for spans in record.spans]
 
 
 def _joined(caption: str, spans: Spans) -> str:
-    """The words of a phrase."""
+    """The text of a phrase."""
     return " … ".join(caption[begin:end] for begin, end in spans)
 
 
@@ -110,7 +110,7 @@ def _record_card(shards: Shards, index: int) -> Card:
     text = _phrases(record, shards.manifest.names)
     # One color a name; of captions, one a phrase.
     keys = [str(label) for label in record.categories] or [repr(spans) for spans in record.spans]
-    number = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+    number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     colors = [hex_color(number[key]) for key in keys]
     uri, height = card_image(image)
     size = (image.shape[0], image.shape[1])

@@ -59,13 +59,13 @@ def render(out: str, samples: int = 24) -> str:
         frequent=counts["frequent_concepts"], rarest=counts["rarest_concepts"][::-1],
         lost=counts["most_asked_concepts_never_found"], lost_phrases=counts["most_asked_phrases_never_found"],
         counts=[(what, own["count"], own["first"]) for kind in ("drops", "notes") for what, own in counts[kind].items()],
-        cards=record_cards(Shards(out), samples), facts=_facts(report),
+        cards=record_cards(Shards(out), samples), facts=_settings_and_hashes(report),
     )  # fmt: skip
 
 
 def _plots(counts: Mapping[str, Any], threshold: float) -> list[tuple[str, bytes]]:
     bins = len(counts["best_scores"])
-    edges = [place / bins for place in range(bins + 1)]
+    edges = [i / bins for i in range(bins + 1)]
     series = {"best box of each phrase": counts["best_scores"], "boxes kept": counts["box_scores"]}
     numbers = {int(number): count for number, count in counts["phrases_by_boxes"].items()}
     most = max(numbers, default=0)
@@ -79,7 +79,7 @@ def _plots(counts: Mapping[str, Any], threshold: float) -> list[tuple[str, bytes
     ]
 
 
-def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _settings_and_hashes(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     settings, counts = report["settings"], report["summary"]
     facts = [(name, str(value)) for name, value in settings.items() if name not in ("inputs", "thresholds", "format")]
     facts += [(f"threshold of {name}", str(value)) for name, value in settings["thresholds"].items()]

@@ -71,7 +71,7 @@ def render(
     sets = [_shown(name, result, folder, scenes, threshold) for name, (result, folder) in evaluated.items()]
     panels = [(name, svg_uri(draw_curves(lines, name, "svg"))) for name, lines in curves.items() if lines]
     recorded = summary or {}
-    facts, network = _facts(recorded)
+    facts, network = _settings_and_hashes(recorded)
     chunked = [{"name": name, "chunks": entry["chunks"]} for name, entry in recorded.get("sets", {}).items()
                if entry.get("chunks")]  # fmt: skip
     return render_template(
@@ -123,7 +123,7 @@ def _rows(result: Grounded) -> list[_Row]:
     ]
 
 
-def _facts(summary: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+def _settings_and_hashes(summary: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Rows of the table of settings and hashes, and of the network's settings."""
     if not summary:
         return [], []

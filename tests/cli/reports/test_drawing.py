@@ -124,7 +124,7 @@ def test_curves():
 
 def test_groups_stand_beside_one_another_in_panels():
     panels = {"cats AP50": {"a": [0.1, 0.2], "b": [0.3]}, "dogs AP50": {"a": [0.5, 0.5], "b": [0.6]}}
-    drawn = draw_groups(panels, form="svg")
-    assert drawn == draw_groups(panels, form="svg"), "the same values give the same bytes"
+    drawn = draw_groups(panels, format="svg")
+    assert drawn == draw_groups(panels, format="svg"), "the same values give the same bytes"
     wide, narrow = (Image.open(io.BytesIO(draw_groups(panels, columns))).size for columns in (2, 1))
     assert wide[0] > narrow[0] and wide[1] < narrow[1]
