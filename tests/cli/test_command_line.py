@@ -205,6 +205,7 @@ for job in {_LIGHT}:
 """
 
 
+@pytest.mark.processes
 def test_help_loads_no_heavy_library():
     run = subprocess.run([sys.executable, "-c", _HELP], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -360,7 +360,7 @@ def test_a_full_disk_ends_in_a_line_and_the_same_command_goes_on(run, many, tmp_
             ["{run}/captions", "--out=x", "--workdir={run}/run", "--threshold-for=sbu=0.4"],
             "no such source; there are: cc",
         ),
-        (["{run}/captions", "--out=x", "--workdir={run}/run", "--most-boxes=0"], "--max-boxes=0: expected 1 or more"),
+        (["{run}/captions", "--out=x", "--workdir={run}/run", "--max-boxes=0"], "--max-boxes=0: expected 1 or more"),
         (["{run}/captions", "{run}/captions", "--out=x", "--workdir={run}/run"], "two of the folders are named cc"),
         (["{run}/nothing", "--out=x", "--workdir={run}/run"], "does not exist"),
         (["{run}/captions", "--out=x", "--workdir={run}/nothing"], "holds no complete checkpoint"),
