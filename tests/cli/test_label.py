@@ -100,7 +100,10 @@ def test_the_report_says_what_was_kept(run, labelled):
     report = json.loads((run / "out" / "report.json").read_text())
     output = report["summary"]
     assert (output["captions"], output["kept"]) == (12, 9) and output["boxes"] == labelled[1].manifest.boxes
-    assert sum(output["box_scores"]) == output["boxes"] and sum(output["phrases_by_boxes"].values()) == output["phrases"] == 12
+    assert (
+        sum(output["box_scores"]) == output["boxes"]
+        and sum(output["phrases_by_boxes"].values()) == output["phrases"] == 12
+    )
     assert report["settings"]["thresholds"] == {"cc": 0.02} and report["versions"]["jax"]
     page = (run / "out" / "report.html").read_text()
     assert page.count("data:image/jpeg") == 9 and page.count("data:image/svg+xml") == 2
