@@ -23,8 +23,10 @@ from tests import tiny_run
 from tests.run_job import run_job
 
 pytestmark = pytest.mark.compiles
-ALL = ("--threshold=0", "--config.detection.threshold=0", "--config.detection.max_detections=6")
+ALL = ("--threshold=0",)
 CONFIG = tiny_run.replace(tiny_run.config(), "evaluation", short_side=64, long_side=64, batch_size=2)
+# Settings of all tests here, which so share their programs.
+CONFIG = tiny_run.replace(CONFIG, "detection", threshold=0.0, max_detections=6)
 
 
 @pytest.fixture(scope="module")
