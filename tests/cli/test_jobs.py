@@ -62,7 +62,7 @@ def test_data_and_verify(job, trained, tmp_path):
 @pytest.mark.processes
 def test_upload(job, trained, tmp_path, running, monkeypatch):
     job("data", *boxes(trained, tmp_path / "out"))
-    target = running.fresh(monkeypatch, tmp_path / "cache", silence=2.0) + "/shards/out"
+    target = running.fresh(monkeypatch, tmp_path / "cache", timeout=2.0) + "/shards/out"
     job("upload", tmp_path / "out", target)
     assert "2 records" in job("verify", target)
 

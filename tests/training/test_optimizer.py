@@ -120,7 +120,7 @@ def test_the_decay_of_glip_l_falls_before_its_rate():
         assert float(adamw.decay_multiplier(step, 10**6, large)) == pytest.approx(value, rel=1e-6)
         assert float(jax.jit(lambda t: adamw.decay_multiplier(t, 10**6, large))(step)) == pytest.approx(value, rel=1e-6)
     assert float(adamw.decay_multiplier(10**6, 10**6, OptimizerConfig())) == 1
-    optimizer = adamw.make_optimizer({"kernel": adamw.Group(0.5, 0.2)}, 10**6, large)
+    optimizer: Any = adamw.make_optimizer({"kernel": adamw.Group(0.5, 0.2)}, 10**6, large)
     ones = {"kernel": jnp.ones(1)}
     updates, _ = optimizer.update({"kernel": jnp.zeros(1)}, optimizer.init(ones), ones, step=446_890)
     assert float(updates["kernel"][0]) == pytest.approx(-0.5 * 0.2 * 0.1)
@@ -133,7 +133,7 @@ def test_three_steps_equal_torch_formula():
     params = jax.tree.map(jnp.float32, params)
     group = adamw.groups(params, ModelConfig(), CONFIG)
     config = dataclasses.replace(CONFIG, warmup_steps=0, milestones=(0.0,), milestone_factor=0.5)
-    optimizer = adamw.make_optimizer(group, 100, config)
+    optimizer: Any = adamw.make_optimizer(group, 100, config)
     state, ours = optimizer.init(params), params
     theirs = {path: np.float64(leaf) for path, leaf in adamw.flat(params).items()}
     m = dict.fromkeys(theirs, 0.0)
@@ -157,6 +157,7 @@ def test_three_steps_equal_torch_formula():
 
 def _formula(gradients, moments, params, group, step, steps, config):
     """The step as earlier versions wrote it: rates and decays by hand around optax.scale_by_adam."""
+    directions: Any
     directions, moments = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon).update(gradients, moments)
     scale = adamw.rate_multiplier(step, steps, config)
     decay = adamw.decay_multiplier(step, steps, config)
@@ -183,14 +184,14 @@ def test_the_chain_equals_the_formula_of_earlier_versions():
     assert adamw.flat(frozen).keys() == {"backbone/stage1/last/qkv/kernel"}
     group = adamw.groups(whole, model, config)
     assert len(set(group.values())) == 9
-    optimizer = adamw.make_optimizer(group, steps, config)
+    optimizer: Any = adamw.make_optimizer(group, steps, config)
 
     @jax.jit
     def new_step(gradients, state, params, step):
         updates, state = optimizer.update(gradients, state, params, step=step)
         return optax.apply_updates(params, updates), state
 
-    old_step = jax.jit(lambda *arguments: _formula(*arguments[:3], group, arguments[3], steps, config))
+    old_step = jax.jit(lambda g, m, p, step: _formula(g, m, p, group, step, steps, config))
     new, state = params, optimizer.init(params)
     old, moments = params, optax.scale_by_adam().init(params)
     assert jax.tree.structure(state) == jax.tree.structure(moments), "what a checkpoint holds is as before"
@@ -221,9 +222,8 @@ def test_a_run_saved_by_the_earlier_code_continues(tmp_path):
     gradients = jax.tree.map(lambda p: 0.01 * jnp.cos(jnp.arange(p.size, dtype=jnp.float32)).reshape(p.shape), params)
     group = adamw.groups(saved.params, config.model, config.optimizer)
     steps = 10
-    updates, state = adamw.make_optimizer(group, steps, config.optimizer).update(
-        gradients, saved.optimizer, params, step=2
-    )
+    optimizer: Any = adamw.make_optimizer(group, steps, config.optimizer)
+    updates, state = optimizer.update(gradients, saved.optimizer, params, step=2)
     moved, moments = _formula(gradients, saved.optimizer, params, group, 2, steps, config.optimizer)
     assert int(state.count) == 3 and np.any(jax.tree.leaves(saved.optimizer.nu)[0])
     for one, other in ((optax.apply_updates(params, updates), moved), (state, moments)):
@@ -248,13 +248,13 @@ def test_any_optimizer_of_optax_gets_rates_and_decays(name, arguments):
         "text": {"embeddings": {"word": jnp.ones((8, 8))}},
     }
     group = adamw.groups(params, ModelConfig(), config)
-    optimizer = adamw.make_optimizer(group, 100, config)
+    optimizer: Any = adamw.make_optimizer(group, 100, config)
     state = optimizer.init(params)
     gradients = jax.tree.map(lambda p: jnp.linspace(-1, 1, p.size).reshape(p.shape), params)
     updates, new = optimizer.update(gradients, state, params, step=0)
     assert jax.tree.structure(new) == jax.tree.structure(state)
     assert jax.tree.leaves(state), "a checkpoint without a state of the optimizer is one of imported weights"
-    function = functools.reduce(getattr, name.split("."), optax)
+    function: Any = functools.reduce(getattr, name.split("."), optax)
     decays = {"weight_decay": 0.0} if name in ("lion", "contrib.muon") else {}
     plain = function(1.0, **arguments, **decays)
     directions, _ = plain.update(gradients, plain.init(params), params)

@@ -244,10 +244,11 @@ def test_an_exported_folder_is_opened_as_a_checkpoint(tmp_path):
     vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dog"]))
     model = dataclasses.replace(SMALL, text=dataclasses.replace(SMALL.text, vocabulary=str(vocabulary)))
     ours, export = parameters(), tmp_path / "export"
-    write_huggingface(export, traverse_util.unflatten_dict(ours, sep="/"), Config(name="small", model=model))
+    tree: Any = traverse_util.unflatten_dict(ours, sep="/")
+    write_huggingface(export, tree, Config(name="small", model=model))
     opened = open_checkpoint_or_export(str(export))
     assert opened.config == Config(name="small", model=model) and opened.step is None
-    read = traverse_util.flatten_dict(opened.parameters(), sep="/")
+    read: Any = traverse_util.flatten_dict(opened.parameters(), sep="/")
     assert read.keys() == ours.keys() and all(np.array_equal(read[path], ours[path]) for path in ours)
     vocabulary.unlink()
     assert open_checkpoint_or_export(str(export)).config.model.text.vocabulary == str(export / "vocab.txt")
