@@ -1,17 +1,13 @@
 """The Python API: a detector loaded from a working folder, called with what users have."""
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import glip_jax
 from glip_jax import UserError
-from glip_jax.config import MeshConfig
-from glip_jax.distributed.mesh import make_mesh
 from glip_jax.inference import Detector
 from glip_jax.io.checkpoint import Checkpoints, Saved
-from glip_jax.training.state import fresh_parameters
 from tests import tiny_run
 
 pytestmark = pytest.mark.compiles
@@ -24,7 +20,7 @@ CONFIG = tiny_run.replace(CONFIG, "detection", threshold=0.0)
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    params = fresh_parameters(CONFIG, make_mesh(MeshConfig(), jax.devices()[:1]))
+    params = tiny_run.parameters(CONFIG.model)
     with Checkpoints(str(folder), keep=1) as checkpoints:
         checkpoints.save(3, Saved(params, {}, {}), CONFIG)
     return folder

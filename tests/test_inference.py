@@ -9,14 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glip_jax import inference
-from glip_jax.config import AnchorConfig, Config, DetectionConfig, MeshConfig, ModelConfig, PyramidConfig
-from glip_jax.distributed.mesh import make_mesh
+from glip_jax.config import AnchorConfig, Config, DetectionConfig, ModelConfig, PyramidConfig
 from glip_jax.inference import Detector, category_prompts
 from glip_jax.models.postprocess import detect
 from glip_jax.structures import boxes as box
 from glip_jax.structures import prompts
 from glip_jax.structures.batch import Detections, Predictions, Prompt
-from glip_jax.training.state import fresh_parameters
 from tests import tiny_run
 
 pytestmark = pytest.mark.compiles
@@ -128,10 +126,7 @@ def _config(chunk: int = 0) -> Config:
 @pytest.fixture(scope="module")
 def params() -> Any:
     """Random parameters without position embeddings, so that results do not depend on the order of names."""
-    params = fresh_parameters(_config(), make_mesh(MeshConfig(), jax.devices()[:1]))
-    # A fresh head has nearly equal outputs everywhere: noise makes them depend on location and text.
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: np.array(x + rng.normal(0, 0.2, x.shape) * (x.ndim > 1), np.float32), params)
+    params = tiny_run.parameters(_config().model)
     (table,) = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if "position" in str(path)]
     table[:] = 0
     return params
@@ -146,7 +141,7 @@ def _by_phrase(found: Detections, numbers: Any) -> list[np.ndarray]:
     return [np.asarray(found.scores)[np.asarray(found.phrases) == number][:10] for number in numbers]
 
 
-@pytest.mark.parametrize("chunk", [0, 1], ids=["as many as fit", "one by one"])
+@pytest.mark.parametrize("chunk", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["as many as fit", "one by one"])
 def test_permuting_names_permutes_results(params: Any, chunk: int) -> None:
     detector, images = Detector(_config(chunk), params), _images((64, 64))
     # Prompts hold consecutive names: only names of one prompt may be permuted.
@@ -162,6 +157,7 @@ def test_permuting_names_permutes_results(params: Any, chunk: int) -> None:
     assert len(np.unique(np.round(means, 6))) == len(names), "scores differ by name, so a permutation would be noticed"
 
 
+@pytest.mark.slow
 def test_indices_of_names_do_not_depend_on_chunks(params: Any) -> None:
     images = _images((64, 64))
     alone = {name: Detector(_config(1), params).categories(images, [name])[0] for name in NAMES[:4]}
@@ -194,6 +190,7 @@ def test_no_names_are_refused() -> None:
         category_prompts([], TOKENIZER, _config())
 
 
+@pytest.mark.slow
 def test_one_program_per_canvas_and_one_encoding_per_text(params: Any) -> None:
     detector, encoded_texts, encoded_images = Detector(_config(3), params), [], []
     encode_text, encode_image = detector._encode_text, detector._encode_image

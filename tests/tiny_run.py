@@ -8,6 +8,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import flax.traverse_util
 import jax
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from glip_jax.config import (  # fmt: skip
 )
 from glip_jax.data import shards
 from glip_jax.data.records import Record
+from glip_jax.weights.names import parameter_shapes
 
 VOCABULARY = Path(__file__).parent / "fixtures" / "vocab_tiny1.txt"
 NAMES = ("cat", "dog", "person")
@@ -94,6 +96,17 @@ def config(sources: dict[str, SourceConfig] | None = None, dropout: float = 0.1,
         train=TrainConfig(**{"steps": 6, "batch_size": 8, "log_every": 2, "draw_first_batch": False, **train}),
         checkpoint=CheckpointConfig(every=2, keep=2),
     )
+
+
+def parameters(model: ModelConfig, seed: int = 5) -> dict[str, Any]:
+    """Random values on the host, far from the initial ones, so that every path contributes. Nothing is compiled."""
+    rng, values = np.random.default_rng(seed), {}
+    for path, shape in parameter_shapes(model).items():
+        name = path.rsplit("/", 1)[-1]
+        deviation = 0.15 if len(shape.shape) > 1 else 0.3
+        mean = 1.0 if name in ("scale", "scales") else -2.0 if name == "bias0" else 0.0
+        values[path] = (mean + deviation * rng.normal(size=shape.shape)).astype(np.float32)
+    return flax.traverse_util.unflatten_dict(values, sep="/")
 
 
 def replace(config: Config, section: str, **values: Any) -> Config:

@@ -10,11 +10,9 @@ import pytest
 from PIL import Image
 
 from glip_jax.cli import evaluate
-from glip_jax.config import EvaluationConfig, MeshConfig
-from glip_jax.distributed.mesh import make_mesh
+from glip_jax.config import EvaluationConfig
 from glip_jax.io.checkpoint import Checkpoints, Saved, fingerprint, open_checkpoint
 from glip_jax.io.workdir import write_atomic, write_started_from
-from glip_jax.training.state import fresh_parameters
 from tests import tiny_run
 from tests.run_job import run_job
 
@@ -59,8 +57,7 @@ def run(tmp_path_factory):
         "    return dataclasses.replace(config, evaluation=sets)\n"
     )
     config = tiny_run.config(dropout=0.0)
-    # On the host: Orbax writes arrays that lie on eight devices in as many pieces.
-    params = jax.tree.map(np.asarray, fresh_parameters(config, make_mesh(MeshConfig(data=1), jax.devices()[:1])))
+    params = tiny_run.parameters(config.model)
     average = jax.tree.map(lambda value: value * np.float32(0.9), params)
     with Checkpoints(str(folder / "run"), keep=1) as checkpoints:
         checkpoints.save(7, Saved(params, {"count": np.zeros(1, np.float32)}, average), config)
@@ -161,6 +158,7 @@ def test_a_config_without_sets_is_refused(run):
         evaluate.evaluate_checkpoint(config, open_checkpoint(str(run / "run")), str(run / "out"))
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_there_is_left_unless_something_moved(run, tmp_path, evaluated, capsys):
     """`evaluated` has put one into run / "out"."""
     out = run / "out" / "evaluation.json"

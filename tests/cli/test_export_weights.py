@@ -180,6 +180,7 @@ def test_an_export_that_differs_is_thrown_away(workdir, tmp_path, monkeypatch, c
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing_and_a_killed_export_is_cleared_away(workdir, tmp_path, monkeypatch, capsys):
     def interrupted(form, out, params, config):
         out.mkdir()

@@ -128,7 +128,7 @@ def test_mmdetection_files_come_back_bit_identical(tmp_path, capsys, library):
     assert_same(imported(tmp_path / "run"), parameters())
 
 
-@pytest.mark.parametrize("model", [SMALL, LITE], ids=["swin", "efficientnet"])
+@pytest.mark.parametrize("model", [SMALL, pytest.param(LITE, marks=pytest.mark.slow)], ids=["swin", "efficientnet"])
 def test_an_exported_folder_brings_its_settings(tmp_path, capsys, model):
     folder = tmp_path / "exported"
     folder.mkdir()
@@ -240,6 +240,7 @@ def test_another_variant_is_refused_by_parameter_and_both_shapes(released, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_without_fusion(tmp_path, capsys):
     plain = dataclasses.replace(SMALL, fusion=FusionConfig(enabled=False), head=HeadConfig(blocks=1, groups=4))
     torch.save({name: torch.from_numpy(value) for name, value in state(plain).items()}, tmp_path / "a.pth")

@@ -11,16 +11,14 @@ import numpy as np
 import pytest
 
 from glip_jax import __main__ as door
-from glip_jax.config import MeshConfig, SourceConfig
+from glip_jax.config import SourceConfig
 from glip_jax.data import shards
 from glip_jax.data.captions import Captioner, rng_of
 from glip_jax.data.records import Record, boxes_array
 from glip_jax.distributed import exit_codes
-from glip_jax.distributed.mesh import make_mesh
 from glip_jax.io import gcs
 from glip_jax.io.checkpoint import Checkpoints, Saved, fingerprint, open_checkpoint
 from glip_jax.structures.prompts import load_tokenizer
-from glip_jax.training.state import fresh_parameters
 from tests import tiny_run
 from tests.labeling import slow_label
 from tests.labeling.test_teacher import png
@@ -47,7 +45,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("label")
     captions(folder / "captions")
     config = tiny_run.replace(tiny_run.config(dropout=0.0), "evaluation", batch_size=4, short_side=64, long_side=128)
-    params = jax.tree.map(np.asarray, fresh_parameters(config, make_mesh(MeshConfig(data=1), jax.devices()[:1])))
+    params = tiny_run.parameters(config.model)
     average = jax.tree.map(lambda value: value * np.float32(0.9), params)
     with Checkpoints(str(folder / "run"), keep=1) as checkpoints:
         checkpoints.save(7, Saved(params, {"count": np.zeros(1, np.float32)}, average), config)

@@ -5,20 +5,17 @@ import json
 import math
 import zlib
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from glip_jax.cli.query import separated
-from glip_jax.config import Config, ConfigError, EvaluationSet, MeshConfig, flatten
+from glip_jax.config import Config, ConfigError, EvaluationSet, flatten
 from glip_jax.config.saved import unflatten
 from glip_jax.distributed import exit_codes
-from glip_jax.distributed.mesh import make_mesh
 from glip_jax.inference import Detector
 from glip_jax.io.checkpoint import Checkpoint, Checkpoints, Saved, open_checkpoint
 from glip_jax.io.workdir import write_config
-from glip_jax.training.state import fresh_parameters
 from tests import tiny_run
 from tests.run_job import run_job
 
@@ -31,9 +28,9 @@ CONFIG = tiny_run.replace(CONFIG, "detection", threshold=0.0, max_detections=6)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A working folder with a checkpoint of fresh parameters at step 3."""
+    """A working folder with a checkpoint of random parameters at step 3."""
     workdir = str(tmp_path_factory.mktemp("run"))
-    params = fresh_parameters(CONFIG, make_mesh(MeshConfig(), jax.devices()[:1]))
+    params = tiny_run.parameters(CONFIG.model)
     with Checkpoints(workdir, keep=1) as checkpoints:
         checkpoints.save(3, Saved(params, {"count": np.zeros(1)}, {}), CONFIG)
     write_config(workdir, CONFIG)
@@ -151,6 +148,7 @@ def test_an_exif_rotated_image_is_upright(run, tmp_path):
     assert first["detections"] == second["detections"]
 
 
+@pytest.mark.slow
 def test_the_settings_are_the_checkpoints(run, tmp_path, capsys):
     assert open_checkpoint(str(run)).config == CONFIG
     image = _image(tmp_path / "a.png")
@@ -165,6 +163,7 @@ def test_the_settings_are_the_checkpoints(run, tmp_path, capsys):
     assert _content(tmp_path / "out")["settings"]["short_side"] == 800
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_named_by_working_folder_or_step(run, tmp_path, capsys):
     image, contents = _image(tmp_path / "a.png"), []
     for option in (f"--workdir={run}", f"--checkpoint={run}", f"--checkpoint={run}/checkpoints/3"):
@@ -289,6 +288,7 @@ def test_parameters_of_another_network_get_one_line(run, tmp_path, monkeypatch, 
     assert output.startswith("predict: the checkpoint's parameters do not fit the network") and output.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_what_stops_in_the_middle_leaves_what_was_there(run, tmp_path, monkeypatch):
     images, out = [_image(tmp_path / f"{n}.png", seed=n) for n in range(4)], tmp_path / "out"
     (out / "pictures").mkdir(parents=True)

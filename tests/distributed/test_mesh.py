@@ -97,6 +97,7 @@ def test_every_parameter_has_one_rule_and_its_dimensions_divide(shapes, name):
             assert leaf.shape[0] == specs[path].shard_shape(leaf.shape)[0], f"{path}: the layer axis is never split"
 
 
+@pytest.mark.compiles
 def test_every_rule_is_used(shapes):
     paths = {path for tree in shapes.values() for path in adamw.flat(tree)}
     assert unused_rules(paths) == []
@@ -104,6 +105,7 @@ def test_every_rule_is_used(shapes):
     assert unused_rules(others) == [pattern for pattern, _ in RULES if pattern.startswith("backbone/")]
 
 
+@pytest.mark.compiles
 def test_moments_and_averages_are_sharded_as_their_parameters(shapes):
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
     moments = jax.eval_shape(lambda p: adamw.make_optimizer({}, 1, OptimizerConfig()).init(p), shapes["GLIP-T"])

@@ -3,9 +3,7 @@
 from functools import cache, partial
 from typing import Any, Literal
 
-import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -26,6 +24,7 @@ from glip_jax.structures import boxes as box
 from glip_jax.structures.batch import DROPS, Batch
 from glip_jax.training.assignment import assign
 from glip_jax.training.losses import loss_sums
+from tests import tiny_run
 
 pytestmark = pytest.mark.compiles
 
@@ -53,18 +52,7 @@ def _config(coarse: Coarse) -> Config:
 
 @cache
 def _params(coarse: Coarse) -> Any:
-    """Random values far from the initial ones, so that every path of the network contributes."""
-    shapes = jax.eval_shape(
-        GLIP(_config(coarse).model).init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64),
-        jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool),
-    )["params"]  # fmt: skip
-    rng, flat = np.random.default_rng(5), dict[Any, Any](flax.traverse_util.flatten_dict(shapes))
-    values = {}
-    for path, shape in flat.items():
-        deviation = 0.15 if len(shape.shape) > 1 else 0.3
-        mean = 1.0 if path[-1] in ("scale", "scales") else -2.0 if path[-1] == "bias0" else 0.0
-        values[path] = (mean + deviation * rng.normal(size=shape.shape)).astype(np.float32)
-    return flax.traverse_util.unflatten_dict(values)
+    return tiny_run.parameters(_config(coarse).model)
 
 
 def _example(seed: int, size: tuple[int, int], extent: tuple[int, int]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def test_equals_the_definition(implementation: str, stride: int) -> None:
 
 @pytest.mark.compiles
 @pytest.mark.parametrize("implementation", ["gather", "parts", "loop", "window"], indirect=True)
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("stride", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_gradient_equals_finite_differences_of_the_definition(implementation: str, stride: int) -> None:
     arrays = _inputs(stride)
     rng = np.random.default_rng(9)

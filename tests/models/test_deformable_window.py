@@ -70,7 +70,11 @@ def _close(found: Any, wanted: Any, tolerance: float) -> None:
 @pytest.mark.parametrize(
     "stride, bound, dtype, tolerance",
     # Bounds with two and with three rows of blocks; rows of taps that share window rows, and that do not.
-    [(1, 4, jnp.float32, 3e-6), (2, 3, jnp.float32, 3e-6), (1, 1, jnp.bfloat16, 0.02)],
+    [
+        (1, 4, jnp.float32, 3e-6),
+        pytest.param(2, 3, jnp.float32, 3e-6, marks=pytest.mark.slow),
+        pytest.param(1, 1, jnp.bfloat16, 0.02, marks=pytest.mark.slow),
+    ],
 )
 def test_outputs_and_gradients_equal_gather(stride: int, bound: int, dtype: Any, tolerance: float) -> None:
     given, gradients = _inputs(2, stride, bound, dtype)

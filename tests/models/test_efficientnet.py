@@ -73,6 +73,7 @@ def test_shapes_and_strides(params):
     assert [f.shape for f in features] == [(2, 12, 8, 40), (2, 6, 4, 112), (2, 3, 2, 320)]
 
 
+@pytest.mark.slow
 def test_batch_invariance(params):
     rng = np.random.default_rng(4)
     extents = np.array([[32, 64], [96, 64], [64, 32]], np.int32)

@@ -72,7 +72,7 @@ def _jaxprs(value):
     ("model", "height", "width"),
     [
         (SMALL, 160, 224),
-        (bccd.get_config().model, 128, 160),
+        pytest.param(bccd.get_config().model, 128, 160, marks=pytest.mark.slow),
     ],
     ids=["swin", "efficientnet"],
 )

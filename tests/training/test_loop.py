@@ -118,7 +118,10 @@ def test_after_a_damaged_checkpoint_the_run_continues_from_the_one_before(config
     assert [line["loss"] for line in metrics.read(workdir)] == [line["loss"] for line in written]
 
 
-@pytest.mark.parametrize(("name", "arguments"), [("sgd", {}), ("adafactor", {"min_dim_size_to_factor": 4})])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("sgd", {}), pytest.param("adafactor", {"min_dim_size_to_factor": 4}, marks=pytest.mark.slow)],
+)
 def test_a_run_with_another_optimizer_resumes_with_the_same_bits(
     config, workdir, tmp_path, monkeypatch, name, arguments
 ):

@@ -150,12 +150,10 @@ def test_the_program_sends_the_intended_collectives_only(sources, mesh):
     _check_traffic(compiled, params, placed, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
-    [
-        pytest.param(MeshConfig(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow),
-        MeshConfig(data=1, fsdp=1, tensor=2),
-    ],
+    [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=1, tensor=2)],
 )
 def test_bert_split_over_tensor_sends_the_intended_sums_only(sources, shape):
     config = tiny_run.config(sources)
@@ -328,6 +326,7 @@ def test_counts_and_losses_of_each_source(sources):
     assert metrics["source/boxes/loss/token"] == pytest.approx(float(alone["loss/token"]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_share_of_clamped_offsets_is_a_metric(sources):
     config = tiny_run.config(sources, dropout=0.0)
     head = dataclasses.replace(config.model.head, offset_bound=2)

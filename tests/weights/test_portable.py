@@ -74,9 +74,8 @@ def inputs(model, height=96, width=64, seed=3):
     return pixels, tokens, np.arange(12)[None] < np.array([[12], [7]])
 
 
-@pytest.mark.parametrize(
-    "name", [name if n == 0 else pytest.param(name, marks=pytest.mark.slow) for n, name in enumerate(MODELS)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_outputs_and_gradients_equal_the_reference(name):
     """Gradients of a fixed random projection of all outputs, with respect to every parameter."""
     model = MODELS[name]
