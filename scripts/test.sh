@@ -49,5 +49,15 @@ case "${1:-}" in
 esac
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-[ -n "${quick:-}" ] || .venv/bin/pyright --pythonpath .venv/bin/python
-.venv/bin/python -m pytest -q -m "$tier" "$@"
+if [ -n "${quick:-}" ]; then
+    exec .venv/bin/python -m pytest -q -m "$tier" "$@"
+fi
+# pyright uses one core, and goes beside the tests.
+types=$(mktemp)
+trap 'rm -f "$types"' EXIT
+.venv/bin/pyright --pythonpath .venv/bin/python >"$types" 2>&1 &
+checker=$! failed=0
+.venv/bin/python -m pytest -q -m "$tier" "$@" || failed=$?
+wait "$checker" || failed=1
+cat "$types"
+exit "$failed"

@@ -50,6 +50,7 @@ def test_a_detector_takes_paths_pil_images_and_arrays(workdir, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_caption_is_phrases_or_a_sentence(workdir):
     pixels = np.zeros((64, 64, 3), np.uint8)
     detector = glip_jax.load_detector(workdir / "checkpoints" / "3")

@@ -81,6 +81,7 @@ def evaluated(run):
     return output.getvalue(), json.loads((run / "out" / "evaluation.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_table_has_both_kinds(evaluated):
     output, _ = evaluated
     assert "step 7, parameters: ema" in output
@@ -91,6 +92,7 @@ def test_the_table_has_both_kinds(evaluated):
     assert re.search(r"^set +captions +phrases +R@1", output, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_report_holds_what_moves_the_score(run, evaluated):
     _, summary = evaluated
     assert summary["step"] == 7 and summary["parameters"] == "ema"
@@ -113,6 +115,7 @@ def test_the_report_holds_what_moves_the_score(run, evaluated):
     assert {"recall@1", "merged_recall@10"} <= set(words["numbers"])
 
 
+@pytest.mark.slow
 def test_the_report_lies_where_it_was_asked_for_and_is_whole(run, evaluated):
     names = {path.name for path in (run / "out").iterdir()}
     assert names == {"evaluation.json", "detections_boxes.json", "detections_words.json", "report.html"}

@@ -63,6 +63,7 @@ def exported(workdir, tmp_path_factory):
     return get
 
 
+@pytest.mark.slow
 def test_glip_pth_has_exactly_the_original_s_tensors(exported):
     """Keys, shapes, dtypes and bits, buffers included; the branch that nothing reads with its initial bias."""
     original = load_file(SET1 / "model_t.safetensors")
@@ -164,6 +165,7 @@ def test_onnx_takes_other_sizes_and_batches(exported):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_export_that_differs_is_thrown_away(workdir, tmp_path, monkeypatch, capsys):
     honest = export.write
 

@@ -76,6 +76,7 @@ def labelled(run):
     return command, shards.Shards(run / "out")
 
 
+@pytest.mark.slow
 def test_captions_become_pseudo_records(run, labelled):
     _, made = labelled
     assert made.manifest.kinds == {"pseudo": len(made)} and made.manifest.licence == "CC0"
@@ -94,6 +95,7 @@ def test_captions_become_pseudo_records(run, labelled):
     assert {"config", "code", "nms", "most_phrases"} <= set(about)
 
 
+@pytest.mark.slow
 def test_the_report_says_what_was_kept(run, labelled):
     report = json.loads((run / "out" / "report.json").read_text())
     output = report["summary"]
@@ -108,6 +110,7 @@ def test_the_report_says_what_was_kept(run, labelled):
     assert "75.0%" in page and not re.search(r'(src|href)="(?!data:)', page), "the page needs no other file"
 
 
+@pytest.mark.slow
 def test_training_and_inspect_take_what_was_made(run, labelled, tmp_path):
     config = tiny_run.config({"cc": SourceConfig(str(run / "out"))})
     captioner = Captioner((), load_tokenizer(tiny_run.VOCABULARY), config.data.captions, config.model.text.max_tokens)
@@ -117,6 +120,7 @@ def test_training_and_inspect_take_what_was_made(run, labelled, tmp_path):
     assert run_job("inspect", [str(run / "out"), f"--out={tmp_path / 'page.html'}"]) == 0
 
 
+@pytest.mark.slow
 def test_a_finished_folder_is_not_made_again_but_its_page_is(run, labelled, capsys):
     command, _ = labelled
     (run / "out" / "report.html").unlink()
@@ -157,6 +161,7 @@ def test_the_last_parameters_and_a_mirrored_view(run, tmp_path):
     assert about["views"] == "flip 48,64"
 
 
+@pytest.mark.slow
 def test_the_round_after_labels_the_captions_anew(run, labelled, tmp_path):
     """Pseudo records are captions too, and nothing of the first teacher's boxes is left."""
     _, first = labelled

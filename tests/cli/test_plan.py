@@ -144,6 +144,7 @@ def test_search_ranks_what_fits(config, capsys, monkeypatch, tmp_path):
     assert tried[-1]["found"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 def test_a_search_tries_what_splits_widths(config, capsys, monkeypatch):
     """Two chips that share an image's work have two images together: as many a chip as without."""
@@ -166,6 +167,7 @@ def test_a_search_tries_what_splits_widths(config, capsys, monkeypatch):
     assert asked[-1] == (4, 2) and "(1 a chip)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 def test_a_search_goes_on_after_a_compiler_that_died(config, capsys, monkeypatch):
     def compile_step(config, chips, canvas, how, *_):

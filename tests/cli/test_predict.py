@@ -88,6 +88,7 @@ def test_phrases_with_dots_keep_the_text_as_typed(run, tmp_path):
         ("a red cup", [0, 9]), ("two dogs", [13, 21]), ("cat", [24, 27])]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_sentence_goes_through_the_phrase_finder(run, tmp_path, capsys):
     text = "a view of a red cup near a dog"
     _predict(run, _image(tmp_path / "a.png"), f"--text={text}", f"--out={tmp_path / 'out'}", *ALL)
@@ -112,6 +113,7 @@ def test_the_threshold_and_what_is_not_found(run, tmp_path, capsys):
     assert "no score of 0.3 or more: cat, dog" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_folders_files_with_names_and_many_images(run, tmp_path, capsys):
     folder = tmp_path / "images"
     folder.mkdir()

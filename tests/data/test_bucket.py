@@ -318,6 +318,7 @@ def test_written_to_the_bucket(bucket, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.array_record"))
 
 
+@pytest.mark.slow
 def test_built_from_and_to_the_bucket_with_faults(source, whole, bucket, running, tmp_path, capsys):  # noqa: F811
     send_tree(source, bucket)
     arguments = ["coco", f"{bucket}/boxes.json", f"--images={bucket}/pictures", f"--out={bucket}/set", "--shards=6"]

@@ -315,7 +315,7 @@ def test_process_0_is_sent_messages_last():
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_whose_others_do_not_come_ends_with_one_line(file, tmp_path, index):
     job = _Job(file, tmp_path / "run", 1, 1, ("--processes=2", f"--index={index}", "--patience=2"))
     codes, logs = job.finish()

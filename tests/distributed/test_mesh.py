@@ -80,6 +80,7 @@ def shapes():
     return {name: _shapes(model) for name, model in MODELS.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_has_one_rule_and_its_dimensions_divide(shapes, name):
@@ -97,6 +98,7 @@ def test_every_parameter_has_one_rule_and_its_dimensions_divide(shapes, name):
             assert leaf.shape[0] == specs[path].shard_shape(leaf.shape)[0], f"{path}: the layer axis is never split"
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 def test_every_rule_is_used(shapes):
     paths = {path for tree in shapes.values() for path in adamw.flat(tree)}
@@ -105,6 +107,7 @@ def test_every_rule_is_used(shapes):
     assert unused_rules(others) == [pattern for pattern, _ in RULES if pattern.startswith("backbone/")]
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 def test_moments_and_averages_are_sharded_as_their_parameters(shapes):
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))

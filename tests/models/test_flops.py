@@ -68,6 +68,7 @@ def _jaxprs(value):
     return [value] if hasattr(value, "eqns") else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "height", "width"),
     [

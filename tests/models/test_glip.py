@@ -48,7 +48,7 @@ def plain(params: Any) -> tuple[Predictions, Any]:
 
 def test_initial_scales_are_the_settings() -> None:
     # Of the head alone, because the rest takes long to compile.
-    head: Any = jax.jit(lambda key: GLIP(MODEL).init(key, *_inputs())["params"]["head"])(jax.random.key(1))
+    head: Any = jax.jit(lambda *given: GLIP(MODEL).init(*given)["params"]["head"])(jax.random.key(1), *_inputs())
     np.testing.assert_array_equal(head["log_scale"], [-0.5])
     np.testing.assert_array_equal(head["scales"], np.full(len(MODEL.pyramid.strides), 3.0))
     kernel = np.abs(head["tower"]["convolution"]["offset"]["kernel"])

@@ -42,6 +42,7 @@ def at_once() -> tuple[Any, int]:
     return _found(swin.Swin(CONFIG))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [0, pytest.param(1 << 30, marks=pytest.mark.slow)], ids=["one image", "all images"])
 def test_rows_of_windows_equal_all_windows(monkeypatch: pytest.MonkeyPatch, row: int, at_once: tuple[Any, int]) -> None:
     """Different extents, maps that are no multiple of the window, shifted and regular windows, forward and backward."""

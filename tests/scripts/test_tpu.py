@@ -175,6 +175,7 @@ def test_transient_errors_are_retried_three_times_per_step(pod):
         assert (host / "plan").read_text() == "0\n"
 
 
+@pytest.mark.slow
 def test_one_run_at_a_time_and_stop_saves(pod):
     pod.plan("wait", 0)
     pod("run", "pod", "--", "x")
@@ -198,6 +199,7 @@ def test_one_run_at_a_time_and_stop_saves(pod):
     assert "does not exist" in pod("status", "pod")
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_detected_and_delete_can_be_forced(pod):
     pod.plan("wait")
     pod("run", "pod", "--", "x")
@@ -215,6 +217,7 @@ def test_a_killed_run_is_detected_and_delete_can_be_forced(pod):
     assert {"--force", "--quiet"} <= {*pod.calls()[-1]}
 
 
+@pytest.mark.slow
 def test_all_slices_are_reached(cloud):
     cloud.environment["FAKE_GCLOUD_HOSTS"] = "1"
     cloud("create", "pod", "--type=v5litepod-8", "--slices=2")

@@ -118,6 +118,7 @@ def test_after_a_damaged_checkpoint_the_run_continues_from_the_one_before(config
     assert [line["loss"] for line in metrics.read(workdir)] == [line["loss"] for line in written]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [("sgd", {}), pytest.param("adafactor", {"min_dim_size_to_factor": 4}, marks=pytest.mark.slow)],
@@ -147,6 +148,7 @@ def test_a_run_with_another_optimizer_resumes_with_the_same_bits(
         train(tiny_run.replace(config, "optimizer", name="adamw", arguments={}), workdir)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoints_by_an_evaluation_are_kept_over_a_restart(config, workdir):
     sets = {"set": EvaluationSet("nowhere.json", "nowhere")}
     config = dataclasses.replace(config, evaluation=EvaluationConfig(sets=sets))
@@ -255,6 +257,7 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(config,
         assert os.listdir(f"{workdir}/checkpoints") == []
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_checkpoint_of_parameters_alone(config, workdir, capsys):
     """As the job `import` writes it."""
     params = fresh_parameters(config, make_mesh(config.mesh))

@@ -209,6 +209,7 @@ def test_the_chain_equals_the_formula_of_earlier_versions():
         np.testing.assert_array_equal(leaf, earlier)
 
 
+@pytest.mark.slow
 def test_a_run_saved_by_the_earlier_code_continues(tmp_path):
     """The checkpoint was written by commit 016e015, whose optimizer was scale_by_adam alone."""
     with tarfile.open(OLD_RUN) as archive:

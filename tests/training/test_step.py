@@ -256,6 +256,7 @@ def test_the_compiler_for_tpus_adds_no_collectives(sources, tmp_path):
     _check_traffic(text, abstract_state(config, mesh).params, mesh, config, min_share=0.98, over_tensor=over_tensor)
 
 
+@pytest.mark.slow
 def test_four_micro_batches_equal_one(sources):
     """Without dropout. The images have different numbers of boxes, so means of means would differ."""
     config = tiny_run.config(sources, dropout=0.0)

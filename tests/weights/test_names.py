@@ -10,6 +10,8 @@ import pytest
 from glip_jax.config import BackboneConfig, FusionConfig, HeadConfig, ModelConfig, PyramidConfig, TextConfig
 from glip_jax.weights.names import IGNORED, WeightError, entries, export_state, import_state, parameter_shapes
 
+pytestmark = pytest.mark.compiles
+
 SMALL = ModelConfig(
     backbone=BackboneConfig(width=8, depths=(1, 2, 3, 1), heads=(1, 1, 2, 2), window=3),
     pyramid=PyramidConfig(channels=16),

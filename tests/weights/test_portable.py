@@ -119,6 +119,7 @@ def test_outputs_and_gradients_equal_the_reference(name):
         assert np.abs(gradient - wanted[n]).max() <= 2e-4 * largest, n
 
 
+@pytest.mark.slow
 def test_it_equals_the_original_without_passing_through_jax(capsys):
     assert check_torch(["tests/fixtures/set1", "--quiet"]) == 0, capsys.readouterr().out
     assert "136 comparisons over 5 cases, 0 beyond" in capsys.readouterr().out

@@ -18,6 +18,8 @@ from glip_jax.weights.pretrained import initialize
 from glip_jax.weights.torch_files import sha256
 from tests.weights.pth_writer import write_state
 
+pytestmark = pytest.mark.compiles
+
 TEXT = TextConfig(vocabulary_size=11, width=8, layers=2, heads=2, hidden=12, positions=9, max_tokens=8)
 BACKBONE = BackboneConfig(kind="efficientnet_lite0")
 BERT_CONFIG = {

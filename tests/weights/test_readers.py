@@ -23,6 +23,8 @@ from glip_jax.weights.readers import open_checkpoint_or_export, read_backbone
 from tests.weights.networks import SMALL, mmdetection, parameters, state
 from tests.weights.pth_writer import write_state
 
+pytestmark = pytest.mark.compiles
+
 BODY = "backbone.body."
 
 
@@ -105,6 +107,7 @@ def test_every_layout_of_swin_gives_the_same_backbone(tmp_path, params, layout):
     assert record["parameters"]["new"]["backbone"] == [6, 2 * (16 + 32 + 64)]
 
 
+@pytest.mark.slow
 def test_swin_equals_that_of_transformers(tmp_path):
     torch.manual_seed(0)
     options: dict[str, Any] = {"out_features": ["stage2", "stage3", "stage4"], "drop_path_rate": 0.0}
@@ -143,6 +146,7 @@ def test_channels_may_be_reversed(tmp_path, params):
     np.testing.assert_array_equal(found["backbone/patch_embedding/kernel"], kernel[:, :, ::-1])
 
 
+@pytest.mark.slow
 def test_another_window_is_refused_unless_its_tables_are_skipped(tmp_path, params):
     write_state(tmp_path / "swin.pth", original(window=4))
     with pytest.raises(

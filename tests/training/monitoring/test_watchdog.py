@@ -227,6 +227,7 @@ class _Wandb(types.ModuleType):
         self.finished += 1
 
 
+@pytest.mark.slow
 def test_metrics_are_logged_to_wandb_too(config, workdir, monkeypatch, capsys):
     fake = _Wandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
