@@ -91,24 +91,11 @@ def train(config: "Config", workdir: str | os.PathLike[str], *, resume_with_chan
             cannot be written.
         SystemExit: SIGTERM or Ctrl-C; the step was saved.
     """
-    from glip_jax.evaluation.evaluate import check_set
-    from glip_jax.evaluation.evaluate import evaluate as evaluate_sets
+    from glip_jax.cli.train import run
     from glip_jax.io import fsspec_gcs
-    from glip_jax.training import loop
-    from glip_jax.weights import pretrained
 
     fsspec_gcs.install()
-    for name, dataset in config.evaluation.sets.items():
-        check_set(name, dataset)  # now, not after hours of training
-
-    def evaluate_parameters(params: dict[str, Any], _: int) -> dict[str, float]:
-        return evaluate_sets(config, params)
-
-    evaluating = bool(config.evaluation.sets) and config.train.evaluate_every >= 0
-    return loop.train(
-        config, os.fspath(workdir), evaluate=evaluate_parameters if evaluating else None,
-        initial_parameters=pretrained.initialize, resume_with_changes=resume_with_changes,
-    )  # fmt: skip
+    return run(config, os.fspath(workdir), resume_with_changes)
 
 
 def evaluate(

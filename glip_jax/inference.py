@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 
 from glip_jax.config import Config
 from glip_jax.io import assets
+from glip_jax.io.image_files import read_upright
 from glip_jax.models.glip import GLIP, normalize
 from glip_jax.models.postprocess import detect
 from glip_jax.structures import prompts
@@ -307,15 +308,14 @@ def bucket(height: int, width: int, config: Config) -> tuple[tuple[int, int], tu
 
 
 def _phrases(text: str) -> Prompt:
-    """The prompt of phrases with " . " between them."""
-    return prompts.prompt_from_categories([part.strip(" .") for part in text.split(" . ") if part.strip(" .")], " . ")
+    """The prompt of phrases with " . " between them; a text without that is one phrase."""
+    return Prompt(text, tuple((span,) for span in prompts.phrase_spans(text) or [(0, len(text))]))
 
 
 def _rgb(image: Any) -> UInt8[np.ndarray, "H W 3"]:
-    """Pixels of a path, a PIL image or an array; ValueError for an array of another type or shape."""
+    """Pixels of a path, a PIL image or an array. Raises ImageFileError for a bad file, ValueError for an array of another type or shape."""
     if isinstance(image, str | os.PathLike):
-        with epath.Path(image).open("rb") as file, Image.open(file) as opened:
-            return _rgb(opened)
+        return read_upright(epath.Path(image))
     if isinstance(image, Image.Image):
         return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     array = np.asarray(image)

@@ -13,7 +13,7 @@ from glip_jax.config import Config, flatten
 if TYPE_CHECKING:
     from glip_jax.io.checkpoint import Checkpoint
 
-__all__ = ["describe", "fitting_parameters", "open_named", "settings_of", "workdir_of"]
+__all__ = ["describe", "fitting_parameters", "open_named", "settings_of"]
 
 
 def open_named(checkpoint: str, workdir: str, step: int | None) -> "Checkpoint":
@@ -34,14 +34,9 @@ def open_named(checkpoint: str, workdir: str, step: int | None) -> "Checkpoint":
     return open_checkpoint_or_export(checkpoint or workdir, step)
 
 
-def workdir_of(checkpoint: "Checkpoint") -> str:
-    """The folder of the run that wrote the checkpoint; of an export the exported folder."""
-    return checkpoint.workdir
-
-
 def describe(checkpoint: "Checkpoint") -> str:
     """`WORKDIR: step STEP`, or the exported folder."""
-    return workdir_of(checkpoint) + (": exported" if checkpoint.step is None else f": step {checkpoint.step}")
+    return checkpoint.workdir + (": exported" if checkpoint.step is None else f": step {checkpoint.step}")
 
 
 def settings_of(checkpoint: "Checkpoint", arguments: Sequence[str], job: str) -> Config:
@@ -54,7 +49,7 @@ def settings_of(checkpoint: "Checkpoint", arguments: Sequence[str], job: str) ->
 
     saved = checkpoint.config
     config = parse(arguments, Arguments, job, settings=saved).config
-    check_network(workdir_of(checkpoint), dict(flatten(saved)), config)
+    check_network(checkpoint.workdir, dict(flatten(saved)), config)
     return config
 
 

@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     out = arguments.out or arguments.workdir
     if not out and checkpoint.step is None:
         raise CommandLineError("no folder for the report: expected --out=DIR with an exported --checkpoint")
-    out = out or checkpoint_argument.workdir_of(checkpoint)
+    out = out or checkpoint.workdir
     if arguments.unless_done and _done(arguments, checkpoint, out):
         logger.info(f"{out} is evaluated; nothing is measured twice")
         return exit_codes.DONE
@@ -97,7 +97,7 @@ def evaluate_checkpoint(
         raise CommandLineError("config.evaluation.sets is empty: name a set with annotations and images")
     for name, dataset in config.evaluation.sets.items():
         check_set(name, dataset)
-    workdir = checkpoint_argument.workdir_of(checkpoint)
+    workdir = checkpoint.workdir
     check_network(workdir, checkpoint.settings, config)
     folder = epath.Path(out)
     prepare(str(folder))
@@ -230,11 +230,7 @@ def _provenance(config: Config, checkpoint: "Checkpoint", parameters: dict[str, 
     from glip_jax.io.checkpoint import fingerprint
     from glip_jax.io.workdir import started_from
 
-    which, saved, workdir = (
-        config.evaluation.parameters,
-        checkpoint.settings,
-        checkpoint_argument.workdir_of(checkpoint),
-    )
+    which, saved, workdir = config.evaluation.parameters, checkpoint.settings, checkpoint.workdir
     raw = parameters if which == "raw" else checkpoint.parameters("raw")
     return {
         "format": FORMAT,

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from glip_jax.cli import checkpoint_argument
 from glip_jax.cli.command_line import CommandLineError, flags, split_settings
-from glip_jax.cli.image_files import listed, read_upright
 from glip_jax.config import Config
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.io.errors import full_disk
+from glip_jax.io.image_files import listed, read_upright
 from glip_jax.weights.torch_files import sha256
 
 if TYPE_CHECKING:

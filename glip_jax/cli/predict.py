@@ -23,13 +23,13 @@ from tqdm import tqdm
 from glip_jax import UserError
 from glip_jax.cli import checkpoint_argument
 from glip_jax.cli.command_line import CommandLineError, flags, split_settings
-from glip_jax.cli.image_files import listed, measured, read_upright
 from glip_jax.cli.query import Query, read_query
 from glip_jax.cli.reports import drawing
 from glip_jax.config import Config
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.io.errors import full_disk
+from glip_jax.io.image_files import listed, measured, read_upright
 from glip_jax.structures.batch import Detections
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def predict(job: Predict, settings: Sequence[str], command: str) -> dict[str, An
         detector = Detector(config, checkpoint.parameters(which), min(config.evaluation.batch_size, len(pictures)))
         images = _detect(detector, query, pictures, job.threshold, folder)
         content = {
-            "command": command, "workdir": checkpoint_argument.workdir_of(checkpoint), "step": checkpoint.step,
+            "command": command, "workdir": checkpoint.workdir, "step": checkpoint.step,
             "parameters": which,
             "settings": {"threshold": job.threshold, "detection": asdict(config.detection),
                          "short_side": config.evaluation.short_side, "long_side": config.evaluation.long_side},

@@ -1,6 +1,5 @@
 """The query of `predict`: names, phrases or a sentence become prompts whose phrases are numbered."""
 
-import re
 import unicodedata
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -15,9 +14,8 @@ from glip_jax.labeling.phrases.finders import LexiconPhraseFinder, PhraseFinder
 from glip_jax.structures import prompts
 from glip_jax.structures.batch import Prompt
 
-__all__ = ["Phrase", "Query", "QueryError", "read_query", "separated"]
+__all__ = ["Phrase", "Query", "QueryError", "read_query"]
 
-_SEPARATOR = re.compile(r"(?<!\S)\.(?!\S)")
 _UNKNOWN = "[UNK]"
 
 
@@ -76,7 +74,7 @@ def read_query(text: str, names: str, names_file: str, config: Config, finder: P
         phrases = tuple(_phrase(queried[number], number, row) for number, row in positions)
         return Query("names", tuple(listed), queried, phrases, "", _unread(queried, phrases, tokenizer, config))
     _check_characters("--text", text, allowed="\t\n\r")
-    spans, kind, found_by, left_out = separated(text), "phrases", "", ()
+    spans, kind, found_by, left_out = prompts.phrase_spans(text), "phrases", "", ()
     if spans:
         phrase_texts = [text[begin:end] for begin, end in spans]
         _check_list("--text", "phrase", phrase_texts, phrase_texts)
@@ -96,22 +94,6 @@ def read_query(text: str, names: str, names_file: str, config: Config, finder: P
     phrases = tuple(_phrase(prompt, 0, row) for row in range(len(spans)))
     notes = (*left_out, *_unread((prompt,), phrases, tokenizer, config))
     return Query(kind, (), (prompt,), phrases, found_by, notes)
-
-
-def separated(text: str) -> list[tuple[int, int]]:
-    """Spans of the phrases of "a dog . a red cup" without the spaces around; a dot at the end is allowed.
-
-    Empty if no separator stands between words: then the text is a caption. An empty span is a phrase that is missing.
-    """
-    edges = [0, *(edge for match in _SEPARATOR.finditer(text) for edge in match.span()), len(text)]
-    spans = []
-    for begin, end in zip(edges[::2], edges[1::2]):
-        piece = text[begin:end]
-        lead = len(piece) - len(piece.lstrip())
-        spans.append((begin + lead, begin + lead + len(piece.strip())))
-    if spans[-1][0] == spans[-1][1]:
-        spans.pop()
-    return spans if len(spans) > 1 else []
 
 
 def _phrase(prompt: Prompt, number: int, row: int) -> Phrase:

@@ -26,9 +26,10 @@ from glip_jax.io.checkpoint import NotSavedError, recovery_hint
 from glip_jax.io.errors import full_disk
 from glip_jax.structures.batch import Batch
 from glip_jax.training.loop import train
+from glip_jax.training.state import State
 from glip_jax.weights import pretrained
 
-__all__ = ["TrainArguments", "main"]
+__all__ = ["TrainArguments", "main", "run"]
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,10 @@ def main(argv: Sequence[str]) -> int:
     explicit = bool(arguments.coordinator) or arguments.processes > 0 or arguments.index >= 0
     if not arguments.distributed and not explicit:
         _check_alone()
-        return _train(arguments, None)
+        return _train(arguments)
     join(ProcessGroup(arguments.coordinator, arguments.processes, arguments.index, arguments.patience))
     if jax.process_count() == 1:
-        return _train(arguments, None)
+        return _train(arguments)
     log.set_process(jax.process_index())
     try:
         cluster = Cluster(_fingerprints(arguments.config), errors.exit_code_of, arguments.patience)
@@ -82,6 +83,11 @@ def main(argv: Sequence[str]) -> int:
         raise SystemExit(cluster.finish(errors.exit_code_of(stop))) from None
     except BaseException as error:
         return cluster.finish(errors.report("train", error))
+
+
+def _train(arguments: TrainArguments, cluster: Cluster | None = None) -> int:
+    run(arguments.config, arguments.workdir, arguments.resume_with_changes, cluster)
+    return exit_codes.DONE
 
 
 def _check_alone() -> None:
@@ -111,17 +117,20 @@ def _fingerprints(config: Config) -> dict[str, str]:
     return values
 
 
-def _train(arguments: TrainArguments, cluster: Cluster | None) -> int:
-    config, workdir = arguments.config, arguments.workdir
+def run(config: Config, workdir: str, resume_with_changes: bool = False, cluster: Cluster | None = None) -> State:
+    """Trains with everything that the job gives the loop: evaluation, the drawn first batch, files of pretrained parameters.
+
+    Raises NotSavedError where the disk is full, and what `glip_jax.training.loop.train` raises.
+    """
     with cluster or contextlib.nullcontext():
         try:
-            train(
+            return train(
                 config,
                 workdir,
                 evaluate=_evaluator(config) if config.evaluation.sets and config.train.evaluate_every >= 0 else None,
                 draw=_drawer(config),
                 initial_parameters=pretrained.initialize,
-                resume_with_changes=arguments.resume_with_changes,
+                resume_with_changes=resume_with_changes,
                 cluster=cluster,
             )
         except OSError as error:
@@ -131,7 +140,6 @@ def _train(arguments: TrainArguments, cluster: Cluster | None) -> int:
             raise NotSavedError(
                 f"{error.filename or workdir} cannot be written ({full}); checkpoints: {recovery_hint(workdir, full)}"
             ) from error
-    return exit_codes.DONE
 
 
 def _drawer(config: Config) -> Any:

@@ -18,20 +18,16 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from glip_jax import UserError
+from glip_jax.io.image_files import PIXEL_LIMIT
 
 __all__ = [
-    "FORMAT", "PIXEL_LIMIT", "Kind", "Record", "RecordError", "boxes_array", "content_hash", "decode", "decode_image",
+    "FORMAT", "Kind", "Record", "RecordError", "boxes_array", "content_hash", "decode", "decode_image",
     "encode", "validate",
 ]  # fmt: skip
 
 FORMAT = 1
 """Version of the encoding, stored in every record and manifest."""
 
-PIXEL_LIMIT = 80_000_000
-"""Maximum number of pixels of an image; lower than the limit of Pillow, so that this one applies.
-
-Imports drop and count larger images: decoded, each takes more than 240 MB in every reader thread.
-"""
 
 Kind = Literal["detection", "grounding", "pseudo", "caption"]
 """Kind of annotation of a record.

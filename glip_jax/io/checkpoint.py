@@ -28,6 +28,7 @@ from glip_jax.io import checksums, gcs
 from glip_jax.io.checkpoint_reader import (
     Checkpoint,
     fingerprint,
+    leaf_path,
     open_checkpoint,
     readable,
 )
@@ -289,10 +290,7 @@ def _tree(metadata: Any) -> Any:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    def name(path: tuple[Any, ...]) -> str:
-        return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
-
-    return {name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(_tree(tree))}
+    return {leaf_path(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(_tree(tree))}
 
 
 def _same_arrays(what: str, found: Any, wanted: Any) -> None:

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from glip_jax.config import Config, ConfigError
 from glip_jax.config.saved import current_names, unflatten
 from glip_jax.io import checksums
-from glip_jax.io.checkpoint_steps import checkpoint_folder, complete_steps, damage_of, newest_intact, unfinished
+from glip_jax.io.checkpoint_steps import checkpoint_folder, complete_steps, damage_of, latest_step, unfinished
 from glip_jax.io.workdir import CheckpointError
 
 __all__ = ["Checkpoint", "Which", "fingerprint", "open_checkpoint", "readable"]
@@ -118,7 +118,7 @@ def open_checkpoint(path: str, step: int | None = None, *, verify: Sequence[str]
 def fingerprint(params: Any) -> str:
     """SHA-256 of the parameters: float32 bytes in sorted order of slash-separated paths. Every process must call it."""
     digest = hashlib.sha256()
-    leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    leaves = {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     for _, leaf in sorted(leaves.items()):
         distributed = jax.process_count() > 1 and isinstance(leaf, jax.Array)
         array = multihost_utils.process_allgather(leaf, tiled=True) if distributed else leaf
@@ -162,7 +162,7 @@ def _existing(workdir: str, step: int | None, items: Sequence[str]) -> int:
     """The step to open, whose `items` are as they were written."""
     folder = checkpoint_folder(workdir)
     if step is None:
-        step = newest_intact(workdir, items)
+        step = latest_step(workdir, items)
         if step is not None:
             return step
         half = unfinished(workdir)
@@ -205,7 +205,8 @@ def _removed(folder: epath.Path) -> str:
     )
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def leaf_path(path: tuple[Any, ...]) -> str:
+    """The keys of a leaf's path in a pytree, joined by "/"."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 

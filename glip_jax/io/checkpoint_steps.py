@@ -19,7 +19,6 @@ __all__ = [
     "is_workdir",
     "latest_step",
     "newest",
-    "newest_intact",
     "clean_up",
     "unfinished",
 ]
@@ -62,16 +61,12 @@ def complete_steps(workdir: str) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and not _uncommitted(path))
 
 
-def latest_step(workdir: str) -> int | None:
+def latest_step(workdir: str, items: Sequence[str] = ()) -> int | None:
     """Step of the newest complete checkpoint of a working folder that is not damaged, None without one.
 
-    Logs a warning, once, for a newer one that is damaged. Raises CheckpointError if all are.
+    `items`: the parts (such as `params`) whose files are compared with their checksums, () for all. Logs a warning, once, for
+    a newer one that is damaged. Raises CheckpointError if all are.
     """
-    return newest_intact(workdir)
-
-
-def newest_intact(workdir: str, items: Sequence[str] = ()) -> int | None:
-    """`latest_step`, which compares only the files of `items` (parts such as `params`) with their checksums; () is all."""
     step, damaged = newest(workdir, items)
     for damaged_step, fault in damaged.items():
         line = f"{checkpoint_folder(workdir) / str(damaged_step)} is damaged ({fault})"

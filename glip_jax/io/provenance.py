@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from etils import epath
 
 from glip_jax.config import Config, first_names, flatten
@@ -88,5 +87,7 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
+    import jax  # only now: hashes do not need it
+
     device = jax.devices()[0]
     return found | {"device": f"{jax.device_count()} x {device.device_kind} ({device.platform})"}

@@ -13,7 +13,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from etils import epath
 
 from glip_jax import UserError
@@ -50,7 +49,7 @@ def workdir_path(workdir: str) -> epath.Path:
 
 def prepare(workdir: str) -> None:
     """Creates the working folder and tries to write in it; CheckpointError if that fails."""
-    if jax.process_index() != 0:
+    if not _first_process():
         return
     folder = workdir_path(workdir)
     probe = folder / f".written-by-{os.getpid()}"
@@ -65,6 +64,12 @@ def prepare(workdir: str) -> None:
         raise CheckpointError(
             f"--workdir={workdir} cannot be written ({reason}): expected a folder, or the name of one that can be created"
         ) from None
+
+
+def _first_process() -> bool:
+    import jax  # only now: jobs that read working folders do not need it
+
+    return jax.process_index() == 0
 
 
 def check_config(workdir: str, step: int, saved: Mapping[str, Any], config: Config, *, accept: bool) -> list[str]:
@@ -88,7 +93,7 @@ def check_config(workdir: str, step: int, saved: Mapping[str, Any], config: Conf
     path = workdir_path(workdir) / "phases.json"
     phases = json.loads(path.read_text()) if path.exists() else []
     phase = {"step": step, "differences": lines}
-    if phase not in phases and jax.process_index() == 0:
+    if phase not in phases and _first_process():
         path.write_text(json.dumps([*phases, phase], indent=1))
     return lines
 
@@ -109,7 +114,7 @@ def check_network(workdir: str, saved: dict[str, Any], config: Config) -> None:
 
 def write_config(workdir: str, config: Config) -> None:
     """Writes the resolved settings, flat, to `workdir`/config.json."""
-    if jax.process_index() == 0:
+    if _first_process():
         folder = workdir_path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(flat_settings(config), indent=1, sort_keys=True))

@@ -19,12 +19,13 @@ from glip_jax import UserError
 from glip_jax.structures.batch import Prompt, TokenizedPrompt
 
 __all__ = [
-    "JoinedNames", "Losses", "PromptError", "Tokenizer", "chunk", "clean_name", "load_tokenizer", "positive_map",
-    "prompt_from_categories", "tokenize",
+    "JoinedNames", "Losses", "PromptError", "Tokenizer", "chunk", "clean_name", "load_tokenizer", "phrase_spans",
+    "positive_map", "prompt_from_categories", "tokenize",
 ]  # fmt: skip
 
 Spans = Sequence[tuple[int, int]]
 
+_SEPARATOR = re.compile(r"(?<!\S)\.(?!\S)")
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -82,6 +83,22 @@ def prompt_from_categories(names: Sequence[str], separator: str = ". ") -> Promp
         spans.append(((begin, begin + len(piece)),))
         begin += len(piece) + len(separator)
     return Prompt(separator.join(pieces), tuple(spans))
+
+
+def phrase_spans(text: str) -> list[tuple[int, int]]:
+    """Spans of the phrases of "a dog . a red cup" without the spaces around; a dot at the end is allowed.
+
+    Empty if no separator stands between words: then the text is a caption. An empty span is a phrase that is missing.
+    """
+    edges = [0, *(edge for match in _SEPARATOR.finditer(text) for edge in match.span()), len(text)]
+    spans = []
+    for begin, end in zip(edges[::2], edges[1::2]):
+        piece = text[begin:end]
+        lead = len(piece) - len(piece.lstrip())
+        spans.append((begin + lead, begin + lead + len(piece.strip())))
+    if spans[-1][0] == spans[-1][1]:
+        spans.pop()
+    return spans if len(spans) > 1 else []
 
 
 def load_tokenizer(vocabulary_path: str | os.PathLike[str], lowercase: bool = True) -> Tokenizer:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from glip_jax.config import Config
 from glip_jax.distributed.mesh import abstract, shardings
 from glip_jax.models.glip import GLIP
-from glip_jax.training import optimizer as adamw
+from glip_jax.training import optimizer as optim
 
 __all__ = ["State", "abstract_state", "evaluation_parameters", "fresh_parameters", "initial_state"]
 
@@ -58,13 +58,13 @@ def abstract_state(config: Config, mesh: Mesh) -> State:
 
 def evaluation_parameters(state: State, config: Config) -> dict[str, Any]:
     """The parameters that `evaluation.parameters` names; the raw ones where no average is kept."""
-    return adamw.merge(state.params, state.ema) if config.evaluation.parameters == "ema" else state.params
+    return optim.merge(state.params, state.ema) if config.evaluation.parameters == "ema" else state.params
 
 
 def initial_state(params: Any, config: Config) -> State:
     """The state before the first step: zero moments, averages equal to the parameters (copies, because the step donates them)."""
-    trainable, _ = adamw.split(params, config.model)
+    trainable, _ = optim.split(params, config.model)
     ema = jax.tree.map(jnp.copy, trainable) if config.optimizer.ema_decay else {}
-    group = adamw.groups(params, config.model, config.optimizer)
-    optimizer = adamw.make_optimizer(group, config.train.steps, config.optimizer)
+    group = optim.groups(params, config.model, config.optimizer)
+    optimizer = optim.make_optimizer(group, config.train.steps, config.optimizer)
     return State(params, optimizer.init(trainable), ema, jnp.zeros((), jnp.int32))

@@ -32,7 +32,7 @@ from glip_jax.distributed.mesh import (
 )
 from glip_jax.models.glip import GLIP, normalize
 from glip_jax.structures.batch import DROPS, Batch, Targets
-from glip_jax.training import optimizer as adamw
+from glip_jax.training import optimizer as optim
 from glip_jax.training.assignment import assign
 from glip_jax.training.losses import (
     Denominators,
@@ -109,25 +109,25 @@ def make_step(
     `source/NAME/{loss/PART, examples, positives, dropped, dropped/REASON}`. Per example, for messages: `bad` (its loss is
     not finite), `invalid` (it is corrupt), `source`, `record`.
     """
-    group = adamw.groups(state.params, config.model, config.optimizer)
-    optimizer = adamw.make_optimizer(group, config.train.steps, config.optimizer)
+    group = optim.groups(state.params, config.model, config.optimizer)
+    optimizer = optim.make_optimizer(group, config.train.steps, config.optimizer)
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         gradients, metrics = _gradients(state.params, batch, key, config, mesh, objective, names)
-        trainable, frozen = adamw.split(state.params, config.model)
-        gradients, norm = adamw.clip(gradients, config.optimizer.clip_norm)
+        trainable, frozen = optim.split(state.params, config.model)
+        gradients, norm = optim.clip(gradients, config.optimizer.clip_norm)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, trainable, step=state.step)
         trainable: Any = optax.apply_updates(trainable, updates)
-        ema = adamw.average(state.ema, trainable, config.optimizer.ema_decay) if state.ema else state.ema
-        scale = adamw.rate_multiplier(state.step, config.train.steps, config.optimizer)
+        ema = optim.average(state.ema, trainable, config.optimizer.ema_decay) if state.ema else state.ema
+        scale = optim.rate_multiplier(state.step, config.train.steps, config.optimizer)
         metrics |= {
             "gradient_norm": norm,
             "rate": scale * config.optimizer.rate,
             "text_rate": scale * config.optimizer.text_rate,
             "finite": jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm),
         }
-        return State(adamw.merge(frozen, trainable), optimizer_state, ema, state.step + 1), metrics
+        return State(optim.merge(frozen, trainable), optimizer_state, ema, state.step + 1), metrics
 
     state_shardings = shardings(state, mesh)
     return jax.jit(
@@ -144,7 +144,7 @@ def first_gradients(params: Any, batch: Batch, config: Config, mesh: Mesh, objec
     def gradients(params: Any, batch: Batch) -> dict[str, Array]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
         tree, metrics = _gradients(params, batch, key, config, mesh, objective, ())
-        return {**adamw.flat(tree), "loss": metrics["loss"]}
+        return {**optim.flat(tree), "loss": metrics["loss"]}
 
     inputs = (shardings(params, mesh), batch_sharding(mesh))
     return jax.jit(gradients, in_shardings=inputs, out_shardings=replicated(mesh))(params, batch)
@@ -156,7 +156,7 @@ def _gradients(
     """Gradients of the loss of the whole batch by the trainable parameters, and the metrics of the forward pass."""
     whole: Any = PartitionSpec()
     examples, specs = PartitionSpec(("data", "fsdp")), parameter_specs(params, mesh)
-    trainable_specs, _ = adamw.split(specs, config.model)
+    trainable_specs, _ = optim.split(specs, config.model)
 
     def local(params: Any, batch: Batch, key: Array) -> tuple[Any, Denominators, _Images]:
         params = gather_parameters(params, specs, mesh)
@@ -180,13 +180,13 @@ def _local_gradients(
     weights = image_weights(joined, batch.box_weight)
     counts = _over_devices(jax.lax.psum, denominators(weights, batch.valid, 0.0), mesh)
     counts = counts._replace(positives=jnp.maximum(counts.positives, config.loss.positives_floor))
-    trainable, frozen = adamw.split(params, config.model)
+    trainable, frozen = optim.split(params, config.model)
 
     def loss(trainable: Any, batch: Batch, targets: Targets, key: Array) -> tuple[Float[Array, ""], LossSums]:
         # Bounded offsets call a kernel that reads the mesh from the context; `per_shard` sets it on several devices only.
         context = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
         with context if config.model.head.offset_bound and mesh.size == 1 else contextlib.nullcontext():
-            sums = objective.sums(adamw.merge(frozen, trainable), batch, targets, key)
+            sums = objective.sums(optim.merge(frozen, trainable), batch, targets, key)
         return total_loss(sums, counts, config.loss)[0], sums
 
     differentiate = jax.grad(loss, has_aux=True)

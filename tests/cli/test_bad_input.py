@@ -22,10 +22,10 @@ from glip_jax.cli import environment, errors
 from glip_jax.config import ConfigError, SourceConfig
 from glip_jax.data import shards
 from glip_jax.data.importers import entry
-from glip_jax.data.records import PIXEL_LIMIT
 from glip_jax.distributed import exit_codes
 from glip_jax.io.checkpoint import Checkpoints, NotSavedError, latest_step, open_checkpoint, unfinished
 from glip_jax.io.errors import full_disk
+from glip_jax.io.image_files import PIXEL_LIMIT
 from glip_jax.io.retry import StorageError
 from glip_jax.training import loop
 from tests import tiny_run

@@ -29,7 +29,7 @@ from glip_jax.distributed.mesh import (
     unused_rules,
 )
 from glip_jax.models.glip import GLIP
-from glip_jax.training import optimizer as adamw
+from glip_jax.training import optimizer as optim
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,8 @@ def shapes():
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_has_one_rule_and_its_dimensions_divide(shapes, name):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    specs = adamw.flat(shardings(shapes[name], mesh))
-    flat = adamw.flat(shapes[name])
+    specs = optim.flat(shardings(shapes[name], mesh))
+    flat = optim.flat(shapes[name])
     whole = sum(np.prod(leaf.shape) for leaf in flat.values())
     local = sum(np.prod(specs[path].shard_shape(leaf.shape)) for path, leaf in flat.items())
     assert local < whole / 5, "most of the parameters are split, most of these over both axes"
@@ -101,7 +101,7 @@ def test_every_parameter_has_one_rule_and_its_dimensions_divide(shapes, name):
 @pytest.mark.slow
 @pytest.mark.compiles
 def test_every_rule_is_used(shapes):
-    paths = {path for tree in shapes.values() for path in adamw.flat(tree)}
+    paths = {path for tree in shapes.values() for path in optim.flat(tree)}
     assert unused_rules(paths) == []
     others = [path for path in paths if not path.startswith("backbone/")]
     assert unused_rules(others) == [pattern for pattern, _ in RULES if pattern.startswith("backbone/")]
@@ -111,7 +111,7 @@ def test_every_rule_is_used(shapes):
 @pytest.mark.compiles
 def test_moments_and_averages_are_sharded_as_their_parameters(shapes):
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
-    moments = jax.eval_shape(lambda p: adamw.make_optimizer({}, 1, OptimizerConfig()).init(p), shapes["GLIP-T"])
+    moments = jax.eval_shape(lambda p: optim.make_optimizer({}, 1, OptimizerConfig()).init(p), shapes["GLIP-T"])
     specs = shardings(moments, mesh)
     assert specs.count.spec == P()
     assert specs.nu["head"]["projection"]["kernel"].spec == P("fsdp", None)

@@ -25,7 +25,7 @@ from glip_jax.io.checkpoint import (
     unfinished,
 )
 from glip_jax.io.workdir import check_config, write_config
-from glip_jax.training import optimizer as adamw
+from glip_jax.training import optimizer as optim
 
 EIGHT, TWO = MeshConfig(data=2, fsdp=4), MeshConfig(data=1, fsdp=2)
 
@@ -36,7 +36,7 @@ def _saved(value: float) -> Saved:
         "text": {"embeddings": {"type": jnp.ones((2, 8))}},
     }
     ema = {"pyramid": jax.tree.map(lambda x: x + 1, params["pyramid"])}
-    return Saved(params, adamw.make_optimizer({}, 1, OptimizerConfig()).init(ema), ema)
+    return Saved(params, optim.make_optimizer({}, 1, OptimizerConfig()).init(ema), ema)
 
 
 def _equal(a, b) -> bool:
@@ -178,7 +178,7 @@ def test_an_open_checkpoint_does_not_change_while_training_saves(tmp_path):
 
 
 def test_a_checkpoint_that_is_removed_during_the_search_is_skipped(workdir, tmp_path, monkeypatch):
-    choose = checkpoint_reader.newest_intact
+    choose = checkpoint_reader.latest_step
 
     def removed_at_once(*arguments):
         step = choose(*arguments)
@@ -186,7 +186,7 @@ def test_a_checkpoint_that_is_removed_during_the_search_is_skipped(workdir, tmp_
             shutil.rmtree(tmp_path / "checkpoints" / "3")
         return step
 
-    monkeypatch.setattr(checkpoint_reader, "newest_intact", removed_at_once)
+    monkeypatch.setattr(checkpoint_reader, "latest_step", removed_at_once)
     assert open_checkpoint(workdir).step == 2
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from glip_jax.config import Config
-from glip_jax.training import optimizer as adamw
+from glip_jax.training import optimizer as optim
 
 
 def same_path(config: Config, one: Mapping[str, Any], other: Mapping[str, Any], steps: int) -> None:
@@ -15,10 +15,10 @@ def same_path(config: Config, one: Mapping[str, Any], other: Mapping[str, Any], 
     The biases of the keys of attention are left out: they add the same value to all logits of a softmax, so their gradient is
     rounding alone, and Adam amplifies it to whole steps.
     """
-    multiplier = sum(float(adamw.rate_multiplier(step, config.train.steps, config.optimizer)) for step in range(steps))
-    groups, flat = adamw.groups(dict(one), config.model, config.optimizer), adamw.flat(dict(other))
+    multiplier = sum(float(optim.rate_multiplier(step, config.train.steps, config.optimizer)) for step in range(steps))
+    groups, flat = optim.groups(dict(one), config.model, config.optimizer), optim.flat(dict(other))
     worst = {}
-    for path, leaf in adamw.flat(dict(one)).items():
+    for path, leaf in optim.flat(dict(one)).items():
         difference = np.abs(leaf - flat[path])
         if path.endswith("/key/bias"):
             continue

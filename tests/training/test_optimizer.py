@@ -26,7 +26,7 @@ from glip_jax.config import (  # fmt: skip
 from glip_jax.distributed.mesh import make_mesh, shardings
 from glip_jax.io.checkpoint import Checkpoints, Saved, open_checkpoint
 from glip_jax.models.glip import GLIP
-from glip_jax.training import optimizer as adamw
+from glip_jax.training import optimizer as optim
 from glip_jax.training.state import abstract_state, initial_state
 
 OLD_RUN = Path(__file__).parents[1] / "fixtures" / "old_run" / "old_run.tar.xz"
@@ -66,14 +66,14 @@ def glip_t():
 )
 def test_groups_follow_the_original_rules(glip_t, path, rate, decay):
     config = dataclasses.replace(CONFIG, backbone_rate_factor=0.5)
-    assert adamw.groups(glip_t, ModelConfig(), config)[path] == pytest.approx((rate, decay))
+    assert optim.groups(glip_t, ModelConfig(), config)[path] == pytest.approx((rate, decay))
 
 
 def test_frozen_swin_stage_has_the_tensors_of_the_original(glip_t):
     """GLIP-L freezes patch embedding (4) and first stage with its downsample (29): glip-reference 1.3 [run]."""
     model = ModelConfig(backbone=BackboneConfig(frozen_stages=1))
-    _, frozen = adamw.split(glip_t, model)
-    paths = set(adamw.flat(frozen))
+    _, frozen = optim.split(glip_t, model)
+    paths = set(optim.flat(frozen))
     blocks = {path for path in paths if path.startswith("backbone/stage1/")}
     assert len(paths - blocks) == 4 + 3
     assert len(blocks) == 2 * 13  # the scanned pair's two blocks
@@ -83,44 +83,44 @@ def test_frozen_swin_stage_has_the_tensors_of_the_original(glip_t):
 
 def test_frozen_encoders_have_no_moments_and_rate_zero(glip_t):
     model = ModelConfig(text=TextConfig(frozen=True))
-    trainable, frozen = adamw.split(glip_t, model)
+    trainable, frozen = optim.split(glip_t, model)
     assert "text" not in trainable and set(frozen) == {"text"}
-    assert "text" not in jax.eval_shape(adamw.make_optimizer({}, 1, CONFIG).init, trainable).mu
-    group = adamw.groups(glip_t, model, CONFIG)
+    assert "text" not in jax.eval_shape(optim.make_optimizer({}, 1, CONFIG).init, trainable).mu
+    group = optim.groups(glip_t, model, CONFIG)
     assert all(group[path] == (0, 0) for path in group if path.startswith("text/"))
-    assert jax.tree.structure(adamw.merge(frozen, trainable)) == jax.tree.structure(glip_t)
+    assert jax.tree.structure(optim.merge(frozen, trainable)) == jax.tree.structure(glip_t)
 
 
 def test_frozen_stages_of_efficientnet_and_its_norms_which_always_are():
     shapes = _shapes(ModelConfig(backbone=BackboneConfig(kind="efficientnet_lite0")))
     for stages, stem, stage3 in ((0, False, False), (3, True, True), (2, True, False)):
         model = ModelConfig(backbone=BackboneConfig(kind="efficientnet_lite0", frozen_stages=stages))
-        frozen = set(adamw.flat(adamw.split(shapes, model)[1]))
+        frozen = set(optim.flat(optim.split(shapes, model)[1]))
         assert ("backbone/stem/kernel" in frozen) == stem
         assert ("backbone/stage3/block1/expand/kernel" in frozen) == stage3
         assert "backbone/stage7/block1/expand_norm/frozen_scale" in frozen
     whole = ModelConfig(backbone=BackboneConfig(kind="efficientnet_lite0", frozen_stages=7))
     # The norms of the outputs belong to no stage, as in Swin.
-    assert set(adamw.split(shapes, whole)[0]["backbone"]) == {"norm1", "norm2", "norm3"}
+    assert set(optim.split(shapes, whole)[0]["backbone"]) == {"norm1", "norm2", "norm3"}
 
 
 def test_schedule_by_hand():
     """base w(t) 0.1^#{milestones <= t}; of 100 steps 67 and 89; w from factor at t = 0 to 1 at 4."""
     expected = {0: 0.1, 1: 0.1 * 0.75 + 0.25, 3: 0.1 * 0.25 + 0.75, 4: 1, 66: 1, 67: 0.1, 88: 0.1, 89: 0.01, 99: 0.01}
     for step, value in expected.items():
-        assert float(adamw.rate_multiplier(step, 100, CONFIG)) == pytest.approx(value, rel=1e-6)
-        assert float(jax.jit(lambda t: adamw.rate_multiplier(t, 100, CONFIG))(step)) == pytest.approx(value, rel=1e-6)
-    assert float(adamw.rate_multiplier(0, 100, dataclasses.replace(CONFIG, warmup_steps=0))) == 1
-    assert adamw.milestone_steps(50, CONFIG) == [34, 44]  # 33.5 and 44.5 round half to even, as Python's round
+        assert float(optim.rate_multiplier(step, 100, CONFIG)) == pytest.approx(value, rel=1e-6)
+        assert float(jax.jit(lambda t: optim.rate_multiplier(t, 100, CONFIG))(step)) == pytest.approx(value, rel=1e-6)
+    assert float(optim.rate_multiplier(0, 100, dataclasses.replace(CONFIG, warmup_steps=0))) == 1
+    assert optim.milestone_steps(50, CONFIG) == [34, 44]  # 33.5 and 44.5 round half to even, as Python's round
 
 
 def test_the_decay_of_glip_l_falls_before_its_rate():
     large = OptimizerConfig(decay=0.01, decay_milestone_factor=0.1)
     for step, value in ((0, 1), (446_889, 1), (446_890, 0.1), (593_629, 0.1), (593_630, 0.01), (10**6, 0.01)):
-        assert float(adamw.decay_multiplier(step, 10**6, large)) == pytest.approx(value, rel=1e-6)
-        assert float(jax.jit(lambda t: adamw.decay_multiplier(t, 10**6, large))(step)) == pytest.approx(value, rel=1e-6)
-    assert float(adamw.decay_multiplier(10**6, 10**6, OptimizerConfig())) == 1
-    optimizer: Any = adamw.make_optimizer({"kernel": adamw.Group(0.5, 0.2)}, 10**6, large)
+        assert float(optim.decay_multiplier(step, 10**6, large)) == pytest.approx(value, rel=1e-6)
+        assert float(jax.jit(lambda t: optim.decay_multiplier(t, 10**6, large))(step)) == pytest.approx(value, rel=1e-6)
+    assert float(optim.decay_multiplier(10**6, 10**6, OptimizerConfig())) == 1
+    optimizer: Any = optim.make_optimizer({"kernel": optim.Group(0.5, 0.2)}, 10**6, large)
     ones = {"kernel": jnp.ones(1)}
     updates, _ = optimizer.update({"kernel": jnp.zeros(1)}, optimizer.init(ones), ones, step=446_890)
     assert float(updates["kernel"][0]) == pytest.approx(-0.5 * 0.2 * 0.1)
@@ -131,25 +131,25 @@ def test_three_steps_equal_torch_formula():
     rng = np.random.default_rng(0)
     params = {"head": {"box": {"kernel": rng.normal(size=(3, 4)), "bias": rng.normal(size=4)}}}
     params = jax.tree.map(jnp.float32, params)
-    group = adamw.groups(params, ModelConfig(), CONFIG)
+    group = optim.groups(params, ModelConfig(), CONFIG)
     config = dataclasses.replace(CONFIG, warmup_steps=0, milestones=(0.0,), milestone_factor=0.5)
-    optimizer: Any = adamw.make_optimizer(group, 100, config)
+    optimizer: Any = optim.make_optimizer(group, 100, config)
     state, ours = optimizer.init(params), params
-    theirs = {path: np.float64(leaf) for path, leaf in adamw.flat(params).items()}
+    theirs = {path: np.float64(leaf) for path, leaf in optim.flat(params).items()}
     m = dict.fromkeys(theirs, 0.0)
     v = dict.fromkeys(theirs, 0.0)
     for t in range(1, 4):
         gradients = jax.tree.map(lambda p: jnp.float32(rng.normal(size=p.shape)), params)
         updates, state = optimizer.update(gradients, state, ours, step=t)
         ours: Any = optax.apply_updates(ours, updates)
-        for path, g in adamw.flat(gradients).items():
+        for path, g in optim.flat(gradients).items():
             g, lr = np.float64(g), 0.5 * group[path].rate
             m[path] = 0.9 * m[path] + 0.1 * g
             v[path] = 0.999 * v[path] + 0.001 * g**2
             theirs[path] = theirs[path] * (1 - lr * group[path].decay)
             denominator = np.sqrt(v[path]) / np.sqrt(1 - 0.999**t) + 1e-8
             theirs[path] = theirs[path] - lr / (1 - 0.9**t) * m[path] / denominator
-    for path, leaf in adamw.flat(ours).items():
+    for path, leaf in optim.flat(ours).items():
         # Differences in units of the learning rate: what a step moves.
         np.testing.assert_allclose((np.float64(leaf) - theirs[path]) / CONFIG.rate, 0, atol=1e-3)
     assert group["head/box/bias"].decay == 0 and group["head/box/kernel"].decay == 0.05
@@ -159,12 +159,12 @@ def _formula(gradients, moments, params, group, step, steps, config):
     """The step as earlier versions wrote it: rates and decays by hand around optax.scale_by_adam."""
     directions: Any
     directions, moments = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon).update(gradients, moments)
-    scale = adamw.rate_multiplier(step, steps, config)
-    decay = adamw.decay_multiplier(step, steps, config)
-    moved, directions = {}, adamw.flat(directions)
-    for path, leaf in adamw.flat(params).items():
+    scale = optim.rate_multiplier(step, steps, config)
+    decay = optim.decay_multiplier(step, steps, config)
+    moved, directions = {}, optim.flat(directions)
+    for path, leaf in optim.flat(params).items():
         moved[path] = leaf - scale * group[path].rate * (directions[path] + decay * group[path].decay * leaf)
-    return adamw.nested(moved), moments
+    return optim.nested(moved), moments
 
 
 def test_the_chain_equals_the_formula_of_earlier_versions():
@@ -178,13 +178,13 @@ def test_the_chain_equals_the_formula_of_earlier_versions():
         "text/layers/query/kernel", "text/layers/query/bias", "backbone/stage1/last/qkv/kernel", "backbone/norm1/scale",
         "backbone/stage4/last/qkv/bias", "head/tower/text/query/kernel", "head/tower/text/query/bias", "head/box/kernel", "head/box/bias",
     )  # fmt: skip
-    whole = adamw.nested({path: jnp.float32(rng.normal(size=(5, 7))) for path in paths})
+    whole = optim.nested({path: jnp.float32(rng.normal(size=(5, 7))) for path in paths})
     model, steps = ModelConfig(backbone=BackboneConfig(frozen_stages=1)), 12
-    params, frozen = adamw.split(whole, model)
-    assert adamw.flat(frozen).keys() == {"backbone/stage1/last/qkv/kernel"}
-    group = adamw.groups(whole, model, config)
+    params, frozen = optim.split(whole, model)
+    assert optim.flat(frozen).keys() == {"backbone/stage1/last/qkv/kernel"}
+    group = optim.groups(whole, model, config)
     assert len(set(group.values())) == 9
-    optimizer: Any = adamw.make_optimizer(group, steps, config)
+    optimizer: Any = optim.make_optimizer(group, steps, config)
 
     @jax.jit
     def new_step(gradients, state, params, step):
@@ -198,11 +198,11 @@ def test_the_chain_equals_the_formula_of_earlier_versions():
     for step in range(steps):
         sizes = 10.0 ** rng.uniform(-12, 2, (5, 7)) * rng.integers(-1, 2, (5, 7))
         gradients = jax.tree.map(lambda p, s=sizes: jnp.float32(rng.normal(size=p.shape) * s), params)
-        gradients, _ = adamw.clip(gradients, config.clip_norm)
+        gradients, _ = optim.clip(gradients, config.clip_norm)
         new, state = new_step(gradients, state, new, jnp.int32(step))
         old, moments = old_step(gradients, moments, old, jnp.int32(step))
-        was = adamw.flat(old)
-        for path, leaf in adamw.flat(new).items():
+        was = optim.flat(old)
+        for path, leaf in optim.flat(new).items():
             assert np.abs(leaf - was[path]).max() <= 1e-6 * group[path].rate, (step, path)
     assert np.abs(new["head"]["box"]["kernel"] - params["head"]["box"]["kernel"]).max() > 1e-3
     for leaf, earlier in zip(jax.tree.leaves(state), jax.tree.leaves(moments), strict=True):
@@ -219,11 +219,11 @@ def test_a_run_saved_by_the_earlier_code_continues(tmp_path):
     like = abstract_state(config, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
     with Checkpoints(workdir, 1) as checkpoints:
         saved = checkpoints.restore(2, Saved(like.params, like.optimizer, like.ema))
-    params, _ = adamw.split(saved.params, config.model)
+    params, _ = optim.split(saved.params, config.model)
     gradients = jax.tree.map(lambda p: 0.01 * jnp.cos(jnp.arange(p.size, dtype=jnp.float32)).reshape(p.shape), params)
-    group = adamw.groups(saved.params, config.model, config.optimizer)
+    group = optim.groups(saved.params, config.model, config.optimizer)
     steps = 10
-    optimizer: Any = adamw.make_optimizer(group, steps, config.optimizer)
+    optimizer: Any = optim.make_optimizer(group, steps, config.optimizer)
     updates, state = optimizer.update(gradients, saved.optimizer, params, step=2)
     moved, moments = _formula(gradients, saved.optimizer, params, group, 2, steps, config.optimizer)
     assert int(state.count) == 3 and np.any(jax.tree.leaves(saved.optimizer.nu)[0])
@@ -248,8 +248,8 @@ def test_any_optimizer_of_optax_gets_rates_and_decays(name, arguments):
         "head": {"box": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}},
         "text": {"embeddings": {"word": jnp.ones((8, 8))}},
     }
-    group = adamw.groups(params, ModelConfig(), config)
-    optimizer: Any = adamw.make_optimizer(group, 100, config)
+    group = optim.groups(params, ModelConfig(), config)
+    optimizer: Any = optim.make_optimizer(group, 100, config)
     state = optimizer.init(params)
     gradients = jax.tree.map(lambda p: jnp.linspace(-1, 1, p.size).reshape(p.shape), params)
     updates, new = optimizer.update(gradients, state, params, step=0)
@@ -259,7 +259,7 @@ def test_any_optimizer_of_optax_gets_rates_and_decays(name, arguments):
     decays = {"weight_decay": 0.0} if name in ("lion", "contrib.muon") else {}
     plain = function(1.0, **arguments, **decays)
     directions, _ = plain.update(gradients, plain.init(params), params)
-    directions, updates = adamw.flat(directions), adamw.flat(updates)
+    directions, updates = optim.flat(directions), optim.flat(updates)
     for path, (rate, decay) in group.items():
         np.testing.assert_allclose(updates[path], rate * (directions[path] - decay), rtol=1e-5, atol=1e-12)
 
@@ -293,7 +293,7 @@ def test_the_state_of_any_optimizer_lies_on_the_mesh(glip_t, name):
 )
 def test_unknown_optimizers_and_arguments_are_refused(name, arguments, message):
     with pytest.raises(ConfigError, match=message):
-        adamw.make_optimizer({}, 100, OptimizerConfig(name=name, arguments=arguments))
+        optim.make_optimizer({}, 100, OptimizerConfig(name=name, arguments=arguments))
 
 
 def test_settings_of_adamw_are_refused_for_other_optimizers():
@@ -304,7 +304,7 @@ def test_settings_of_adamw_are_refused_for_other_optimizers():
 @pytest.mark.parametrize("bound", [0.0, 1.0, 100.0])
 def test_clip_is_torch_formula(bound):
     gradients = {"a": jnp.full((4,), 3.0), "b": {"c": jnp.full((4,), 4.0)}}
-    clipped, norm = adamw.clip(gradients, bound)
+    clipped, norm = optim.clip(gradients, bound)
     assert float(norm) == pytest.approx(10.0)
     factor = min(1.0, bound / (10.0 + 1e-6)) if bound else 1.0
     np.testing.assert_allclose(clipped["a"], 3.0 * factor, rtol=1e-6)
@@ -312,5 +312,5 @@ def test_clip_is_torch_formula(bound):
 
 
 def test_average():
-    average = adamw.average({"a": jnp.float32([1.0])}, {"a": jnp.float32([2.0])}, 0.9)
+    average = optim.average({"a": jnp.float32([1.0])}, {"a": jnp.float32([2.0])}, 0.9)
     np.testing.assert_allclose(average["a"], 1.1, rtol=1e-6)

@@ -16,7 +16,7 @@ from glip_jax.distributed.mesh import abstract, make_mesh, parameter_specs, plac
 from glip_jax.planning.compile import compile_step
 from glip_jax.planning.hlo import collectives
 from glip_jax.structures.batch import DROPS
-from glip_jax.training import optimizer as adamw
+from glip_jax.training import optimizer as optim
 from glip_jax.training.state import abstract_state, fresh_parameters, initial_state
 from glip_jax.training.step import first_gradients, glip_objective, make_step
 from tests import tiny_run
@@ -65,8 +65,8 @@ def _close(one, other, tolerance, floor=1e-6):
     """
     norm = np.sqrt(sum(float((np.float64(leaf) ** 2).sum()) for leaf in jax.tree.leaves(one)))
     assert np.isfinite(norm)
-    flat = adamw.flat(other)
-    for path, leaf in adamw.flat(one).items():
+    flat = optim.flat(other)
+    for path, leaf in optim.flat(one).items():
         if np.linalg.norm(leaf) > floor * norm:
             difference = np.abs(np.float64(leaf) - flat[path]).max() / np.abs(leaf).max()
             assert difference < tolerance, f"{path}: {difference}"
@@ -76,8 +76,8 @@ def _traffic(params, mesh, config):
     """Bytes that the step has to send along data and fsdp, by (kind, axes), from the sizes of the arrays."""
     sizes, split = dict(mesh.shape), [axis for axis in ("data", "fsdp") if mesh.shape[axis] > 1]
     table: defaultdict[tuple, int] = defaultdict(int)
-    specs = adamw.flat(parameter_specs(params, mesh))
-    for path, leaf in adamw.flat(params).items():
+    specs = optim.flat(parameter_specs(params, mesh))
+    for path, leaf in optim.flat(params).items():
         # Along tensor each device holds a part and sends that only.
         size = leaf.size * 4 // (sizes["tensor"] if "tensor" in specs[path] else 1)
         if "fsdp" in specs[path] and sizes["fsdp"] > 1:

@@ -24,8 +24,9 @@ from etils import epath
 from PIL import Image
 
 from glip_jax import UserError
-from glip_jax.data.records import PIXEL_LIMIT, Kind, Record, Spans, boxes_array, content_hash
+from glip_jax.data.records import Kind, Record, Spans, boxes_array, content_hash
 from glip_jax.io import gcs
+from glip_jax.io.image_files import PIXEL_LIMIT
 
 __all__ = [
     "Box",

@@ -1,4 +1,4 @@
-"""Image files that people name on the command line: listed, measured, read upright, and refused in one line."""
+"""Image files that users name: listed, measured, read upright, and refused in one line."""
 
 import contextlib
 import io
@@ -12,9 +12,14 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from glip_jax import UserError
-from glip_jax.data.records import PIXEL_LIMIT
 
-__all__ = ["ImageFileError", "listed", "measured", "read_upright"]
+__all__ = ["PIXEL_LIMIT", "ImageFileError", "listed", "measured", "read_upright"]
+
+PIXEL_LIMIT = 80_000_000
+"""Maximum number of pixels of an image; lower than the limit of Pillow, so that this one applies.
+
+Imports drop and count larger images: decoded, each takes more than 240 MB in every reader thread.
+"""
 
 _ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
