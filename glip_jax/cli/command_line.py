@@ -28,7 +28,7 @@ from glip_jax.config import Config, ConfigError, current_name, flatten, renamed_
 from glip_jax.distributed import exit_codes
 from glip_jax.io.assets import bundled
 
-__all__ = ["Arguments", "CommandLineError", "split_settings", "flags", "load_config", "parse"]
+__all__ = ["Arguments", "CommandLineError", "split_settings", "flags", "load_config", "parse", "value_of"]
 
 
 logger = logging.getLogger(__name__)
@@ -158,14 +158,14 @@ def _one_line(box: str, arguments: Sequence[str], prog: str) -> str:
         option, reason = found[1], found[2]
         metavar = next((row.removeprefix(option).strip() for row in helped if row.startswith(f"{option} ")), "")
         wanted = f"expected {_TYPES.get(metavar, metavar)}" if metavar else reason
-        return f"{option}={_value_of(option, arguments)}: {wanted}; {prog} --help lists all"
+        return f"{option}={value_of(option, arguments)}: {wanted}; {prog} --help lists all"
     if found := re.match(r"Unrecognized options: (\S+)", text):
         return f"unknown argument {found[1]!r}; {prog} --help lists all"
     text = re.sub(r"^Missing from [^:]*:", "missing:", text).replace(" (required)", "").rstrip(".")
     return f"{text}; {prog} --help lists all"
 
 
-def _value_of(option: str, arguments: Sequence[str]) -> str:
+def value_of(option: str, arguments: Sequence[str]) -> str:
     """What the command line gives an option, its last word for it; tuples stand as several arguments."""
     for i, argument in reversed(list(enumerate(arguments))):
         name, equals, value = argument.partition("=")

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import jax
 from tqdm import tqdm
 
-from glip_jax.cli.command_line import Arguments, CommandLineError, parse
+from glip_jax.cli.command_line import Arguments, CommandLineError, parse, value_of
 from glip_jax.config import Config, Remat
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.chips import Topology, topology
@@ -28,6 +28,7 @@ from glip_jax.planning.search import candidates, search, table, with_images_per_
 from glip_jax.planning.statistics import CompileMode, CompileStatistics
 from glip_jax.structures.canvas import canvas_size
 from glip_jax.training.state import abstract_state
+from glip_jax.weights.readers import open_checkpoint_or_export
 
 __all__ = ["PlanArguments", "main", "plan"]
 
@@ -47,6 +48,9 @@ class PlanArguments(Arguments):
     Runs on any CPU. A full network takes minutes to compile; what was compiled once is kept.
     """
 
+    checkpoint: str = ""
+    """Plan the run of this checkpoint: its settings stand where there is no --config=FILE.py. WORKDIR, WORKDIR/checkpoints/STEP, or a
+    folder that `export` wrote; local or gs://."""
     topology: str = ""
     """v5e:8x16, v5litepod-64, v4-32, v5e:16x16*2 (two slices), h100:8, ..."""
     canvas: tuple[str, ...] = ()
@@ -76,11 +80,11 @@ class PlanArguments(Arguments):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the job. Raises CommandLineError, ConfigError, MeshError, TopologyError, PlanError or CollectiveError."""
+    """Runs the job. Raises CommandLineError, CheckpointError, ConfigError, MeshError, TopologyError, PlanError or CollectiveError."""
     # With libtpu installed and no TPU here, jax would look for one.
     jax.config.update("jax_platforms", "cpu")
     example = "--config=configs/glip_tiny.py --topology=v5e:8x16 --images-per-chip=4"
-    arguments = parse(_split_tuples(argv), PlanArguments, "plan", example)
+    arguments = parse(_split_tuples(argv), PlanArguments, "plan", example, settings=_settings(argv))
     if not arguments.topology:
         raise CommandLineError("no chips: expected --topology=v5e:8x16 (or v5litepod-64, v4-32, h100:8, ...)")
     chips = topology(arguments.topology)
@@ -93,6 +97,12 @@ def main(argv: Sequence[str]) -> int:
         out.write_text(json.dumps(plans, indent=1) + "\n")
         logger.info(f"written: {out}")
     return exit_codes.DONE
+
+
+def _settings(argv: Sequence[str]) -> Config | None:
+    """The settings of the checkpoint that --checkpoint names; None without it."""
+    checkpoint = value_of("--checkpoint", argv)
+    return open_checkpoint_or_export(checkpoint, verify=()).config if checkpoint else None
 
 
 def _check_numbers(arguments: PlanArguments) -> None:

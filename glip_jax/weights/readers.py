@@ -100,14 +100,16 @@ def read_network(name: str, parameters: Literal["model", "model_ema"] = "model")
     return Weights(name, layout, values, ignored, _hashed(name, file)), model
 
 
-def open_checkpoint_or_export(path: str, step: int | None = None) -> Checkpoint:
+def open_checkpoint_or_export(
+    path: str, step: int | None = None, *, verify: Sequence[str] = ("params", "ema")
+) -> Checkpoint:
     """Opens what `--checkpoint` names: WORKDIR, WORKDIR/checkpoints/STEP, or a Hugging Face folder that `export` wrote.
 
-    `step`: see `glip_jax.io.checkpoint_reader.open_checkpoint`. Raises CheckpointError or, for an export, WeightError.
+    `step`, `verify`: see `glip_jax.io.checkpoint_reader.open_checkpoint`. Raises CheckpointError or, for an export, WeightError.
     """
     folder = workdir_path(path)
     if not (folder / "config.json").exists() or is_workdir(path):
-        return open_checkpoint(path, step)
+        return open_checkpoint(path, step, verify=verify)
     if step is not None:
         raise CheckpointError(f"{path} is an exported folder, which has no steps: leave --step out")
     return open_export(path)

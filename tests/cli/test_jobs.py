@@ -73,8 +73,13 @@ def test_inspect(job, trained, tmp_path):
 
 
 def test_plan(job, trained):
-    said = job("plan", f"--config={trained.config}", "--topology=a100:2", "--canvas=96x96")
+    """By a config, and by the settings of a checkpoint, with one of them changed."""
+    chips = ("--topology=a100:2", "--canvas=96x96")
+    said = job("plan", f"--config={trained.config}", *chips)
     assert "2 images a step (1 a chip)" in said
+    assert job("plan", f"--checkpoint={trained.workdir}", *chips) == said
+    changed = job("plan", f"--checkpoint={trained.workdir}", "--config.train.batch-size=4", *chips)
+    assert "4 images a step (2 a chip)" in changed
 
 
 def test_label(job, trained, tmp_path):
