@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from glip_jax.cli.reports.run_report import aligned
+from glip_jax.config import current_names
 from glip_jax.data.scenes.draw import Scene, SceneStyle, draw_scene
 from glip_jax.data.scenes.pictures import load_pictures
 from glip_jax.data.scenes.sets import SceneSet, finished
@@ -50,7 +51,7 @@ def relational_phrases(folder: Path) -> list[RelationalPhrase]:
     pictures = load_pictures(PICTURES, tuple(info["picture_styles"]), ("detection", "grounding"), {})
     pictures = [picture for picture in pictures if picture.name in set(info["names"])]
     style: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in info["style"].items()
+        key: tuple(value) if isinstance(value, list) else value for key, value in current_names(info["style"]).items()
     }
     scenes = SceneSet(info["kind"], info["count"], info["seed"], pictures, SceneStyle(**style))
     if not finished(folder, scenes):

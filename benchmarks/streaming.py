@@ -21,7 +21,7 @@ SHARDS, RECORDS, SIDE, BATCH = 1000, 10_000, 96, 8
 
 
 def _make(folder: Path) -> None:
-    """The config with both sources."""
+    """Writes the shards of both sources."""
     from glip_jax.data import shards
     from glip_jax.data.records import Record, boxes_array
     from glip_jax.data.scenes.backgrounds import background

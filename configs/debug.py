@@ -1,4 +1,4 @@
-"""A run of seconds, to try a change end to end: one block, two steps of two drawn images, no released weights, no download.
+"""A small run to try a change end to end: one block, two steps of two synthetic images, no released weights, no download.
 
     python -m glip_jax scenes --out=runs/debug/scenes --count=4 --captions=0 --validation=2 --size=96 \
         --names.detection=4 --names.grounding=2 --names.captions=1 --names.unseen=1
@@ -6,7 +6,7 @@
 
 With the step in the compilation cache the second takes 37 s of CPU, else 2 minutes (measured beside other load); compiling takes a
 third of that with XLA_FLAGS=--xla_cpu_use_fusion_emitters=false, which the tests set.
-All other jobs take --workdir=runs/debug/run. `tests/cli/test_jobs.py` runs each of them on this config.
+`evaluate`, `predict`, `label`, `report`, `plan` and `export` take --checkpoint=runs/debug/run. `tests/cli/test_jobs.py` runs each of them on this config.
 """
 
 from configs.bccd import MINILM
@@ -68,7 +68,7 @@ def debug(scenes: str) -> Config:
         optimizer=OptimizerConfig(rate=1e-3, warmup_steps=1, ema_decay=0.9),
         train=TrainConfig(steps=2, batch_size=2, log_every=1, evaluate_every=-1),
         checkpoint=CheckpointConfig(every=1, keep=2),
-        # A network of two steps is sure of nothing.
+        # After two steps all scores are low.
         detection=DetectionConfig(threshold=0.0, max_detections=10),
         evaluation=EvaluationConfig(
             sets={

@@ -5,7 +5,7 @@
     mixture  FourODs: objects365 x 2, openimages x 1, visual_genome without COCO's images x 3, imagenet_boxes x 2;
              GoldG: flickr30k x 8, goldg x 4; captions x 1, boxes with a score above 0.5, packed with up to 20 other captions
 
-The backbone is initialised from Microsoft's Swin-L of ImageNet-22k, window 12; patch embedding and first stage are frozen. The
+The backbone is initialized from Microsoft's Swin-L of ImageNet-22k, window 12; patch embedding and first stage are frozen. The
 paper uses Cap24M, packed with up to 19 others (CC12M and SBU; 78.1 M boxes), the released weights CC3M, CC12M and SBU: COCO
 zero-shot 49.8 and 51.4. The list of files of the mixture was not released, the numbers of copies were; one copy of the captions
 is our choice. Phrases whose boxes all have a low score count as absent in the original, and as unlabelled here

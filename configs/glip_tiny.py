@@ -16,7 +16,7 @@ is not known, or differs between paper and release:
 * bfloat16 is used where the original used float16 with loss scaling.
 
 The shards are created with `python -m glip_jax data`, the labels of captions with `python -m glip_jax label` and GLIP-T (C) as
-teacher. The text encoder is initialised from a local Hugging Face folder of bert-base-uncased, which also has the vocabulary, the
+teacher. The text encoder is initialized from a local Hugging Face folder of bert-base-uncased, which also has the vocabulary, the
 backbone from Microsoft's Swin-T of ImageNet, whose RGB filters are applied to BGR input, as in the original.
 """
 

@@ -69,13 +69,16 @@ def load_detector(
     enable_compilation_cache()
     config = opened.config
     which = "raw" if (parameters or config.evaluation.parameters) == "raw" else "ema"
-    detector = Detector(config, opened.parameters(which), batch_size)
-    detector.read_caption = lambda text: read_query(text, "", "", config).prompts[0]
-    return detector
+    return Detector(
+        config, opened.parameters(which), batch_size,
+        read_caption=lambda text: read_query(text, "", "", config).prompts[0],
+    )  # fmt: skip
 
 
 def train(config: "Config", workdir: str | os.PathLike[str], *, resume_with_changes: bool = False) -> "State":
     """Trains in `workdir` to `config.train.steps`, from its newest checkpoint if it has one, as the job `train` does in one process.
+
+    Progress is logged at INFO to the logger `glip_jax`; without a handler it is not shown.
 
     Args:
         config: what `get_config()` of a file in `configs/` returns, or a `Config` of your own.

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Array, Float32, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
 from glip_jax.config import Config
 from glip_jax.io import assets
-from glip_jax.io.image_files import read_upright
+from glip_jax.io.image_files import read_upright, upright
 from glip_jax.models.glip import GLIP, normalize
 from glip_jax.models.postprocess import detect
 from glip_jax.structures import prompts
@@ -84,7 +84,8 @@ class Detector:
     """
 
     def __init__(
-        self, config: Config, params: Any, batch_size: int | None = None, texts_of: "Detector | None" = None
+        self, config: Config, params: Any, batch_size: int | None = None, texts_of: "Detector | None" = None,
+        read_caption: Callable[[str], Prompt] | None = None,
     ) -> None:  # fmt: skip
         """Moves `params` (parameters of `GLIP`, nested dict) to the device; nothing is compiled yet.
 
@@ -94,6 +95,7 @@ class Detector:
             batch_size: images per batch; default: config.evaluation.batch_size. Fewer images cost as much as a full batch,
                 so use 1 to process single images.
             texts_of: another detector with the same parameters, whose cache of encoded captions is shared.
+            read_caption: converts a caption that the detector is called with to a prompt; default: phrases with " . " between.
         """
         self.config, self.batch_size = config, batch_size or config.evaluation.batch_size
         # Host arrays would be copied to the device in every call.
@@ -101,8 +103,7 @@ class Detector:
         self.tokenizer = prompts.load_tokenizer(assets.resolve(config.model.text.vocabulary))
         self.compiled: Counter[str] = Counter()
         """Number of programs that were traced, and compiled or read from the compilation cache, by part: image, text, ground."""
-        self.read_caption: Callable[[str], Prompt] = _phrases
-        """Converts a caption that the detector is called with to a prompt."""
+        self._read_caption = read_caption or _phrases
         self._texts: OrderedDict[str, Array] = OrderedDict() if texts_of is None else texts_of._texts
         self._tokenized: OrderedDict[str, TokenizedPrompt] = OrderedDict()
         self._chunks: tuple[tuple[str, ...], list[tuple[Prompt, tuple[int, ...]]]] = ((), [])
@@ -150,8 +151,10 @@ class Detector:
         Returns:
             One ImageDetections per image.
         """
+        if isinstance(images, str | os.PathLike):
+            raise ValueError(f"images is one path, {os.fspath(images)!r}: expected a list, [{os.fspath(images)!r}]")
         if isinstance(query, str):
-            query = self.read_caption(query)
+            query = self._read_caption(query)
         if isinstance(query, Prompt):
             names = [" ".join(query.caption[begin:end] for begin, end in spans) for spans in query.spans]
         else:
@@ -317,7 +320,7 @@ def _rgb(image: Any) -> UInt8[np.ndarray, "H W 3"]:
     if isinstance(image, str | os.PathLike):
         return read_upright(epath.Path(image))
     if isinstance(image, Image.Image):
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        return upright(image)
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(f"an image is {array.dtype}{list(array.shape)}: expected a path, a PIL image or uint8[H W 3]")

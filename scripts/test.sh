@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Tests a change. The times are those of two cores that do nothing else and have compiled nothing before.
+# Tests a change. Times are for two idle cores and an empty compilation cache.
 #   scripts/test.sh --quick   under 2 minutes: ruff, and the tests that compile no network and start no process
-#   scripts/test.sh           under 8 minutes: also pyright, and of everything else one case that tells most
+#   scripts/test.sh           under 8 minutes: also pyright, and one representative case of each kind of slow test
 #   scripts/test.sh --all     every test, as CI does
 #   scripts/test.sh --tpu     only the tests that compile for TPUs, with libtpu (which needs no TPU) in .cache/libtpu
 #   scripts/test.sh PATH...   these tests alone, whatever their tier, without ruff and pyright: tests/structures/test_boxes.py -x

@@ -24,9 +24,9 @@ from glip_jax.distributed import exit_codes
 from glip_jax.evaluation.comparison import (
     Comparison,
     ComparisonError,
+    DifferenceRequest,
     Run,
     Spread,
-    StepRequest,
     compare,
     headlines,
     run_of,
@@ -121,12 +121,12 @@ def _compared(folders: Sequence[str], steps: Sequence[str]) -> Comparison:
     return compare([_read(folder) for folder in folders], [_wanted(step) for step in steps])
 
 
-def _wanted(text: str) -> StepRequest:
+def _wanted(text: str) -> DifferenceRequest:
     names, _, numbers = text.partition("=")
     new, slash, old = names.partition("/")
     if not slash or not new or not old:
         raise CommandLineError(f"--steps {text}: expected NEW/OLD or NEW/OLD=NUMBER,NUMBER, such as b/a")
-    return StepRequest(new, old, tuple(filter(None, numbers.split(","))))
+    return DifferenceRequest(new, old, tuple(filter(None, numbers.split(","))))
 
 
 def _read(folder: str) -> Run:

@@ -162,7 +162,7 @@ def _staged(out: epath.Path) -> Iterator[Path]:
             epath.Path(local).copy(out)
         else:
             out.mkdir(parents=True)
-            # config.json last: a folder without it is recognisably unfinished.
+            # config.json last: a folder without it is recognizably unfinished.
             for file in sorted(local.iterdir(), key=lambda file: file.name == "config.json"):
                 epath.Path(file).copy(out / file.name)
     finally:

@@ -19,10 +19,12 @@ RENAMED_KEYS = {
     "data.crop.least_visible": "data.crop.min_visible",
     "data.sources.*.least_score": "data.sources.*.threshold",
     "train.hang_least": "train.hang_min",
+    "least_visible": "min_visible",
     "dropped/boxes_unsure": "dropped/boxes_below_threshold",
     "source/*/dropped/boxes_unsure": "source/*/dropped/boxes_below_threshold",
 }
-"""Old name -> new name; dotted names are settings, names with slashes are metrics. `*` stands for any characters."""
+"""Old name -> new name, `*` for any characters. Dotted names are settings, names with slashes metrics; `least_visible` is of
+the style of synthetic scenes."""
 
 _ADDED_KEYS = {"model.head.offset_bound": 0, "optimizer.name": "adamw"}
 """Settings that saved runs may lack, with the value that describes what earlier versions did."""

@@ -21,7 +21,7 @@ from glip_jax.config import CaptionConfig
 from glip_jax.data.negatives import Likeness, choose, number_of_names, number_of_texts, pack
 from glip_jax.data.records import Record, RecordError
 from glip_jax.structures.batch import Prompt, TokenizedPrompt
-from glip_jax.structures.prompts import JoinedNames, Losses, Tokenizer, clean_name, positive_map, tokenize
+from glip_jax.structures.prompts import JoinedNames, Tokenizer, Truncation, clean_name, positive_map, tokenize
 
 __all__ = ["Captioned", "Captioner", "CropResult", "RecordSequence", "rng_of", "says_side"]
 
@@ -276,7 +276,7 @@ class Captioner:
         return result
 
     def _finish(
-        self, prompt: Prompt, tokenized: TokenizedPrompt, losses: Losses, phrases: list[int], unlabelled: list[int], over: int,
+        self, prompt: Prompt, tokenized: TokenizedPrompt, losses: Truncation, phrases: list[int], unlabelled: list[int], over: int,
         negatives: int,
     ) -> Captioned:  # fmt: skip
         """`phrases`: phrase of each box, -1 for none; `unlabelled`: phrases without loss at anchors without a box."""

@@ -10,10 +10,9 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 from glip_jax.config import Config, SourceConfig
-from glip_jax.data import images as codec
 from glip_jax.data import transforms
 from glip_jax.data.captions import Captioner, CropResult
-from glip_jax.data.images import BufferPool
+from glip_jax.data.images import BufferPool, decode, resize_to_canvas
 from glip_jax.data.records import Record, RecordError
 from glip_jax.data.shards import Shards
 from glip_jax.structures.batch import DROPS, Batch
@@ -76,11 +75,11 @@ class Examples:
         mirrored = mirrored and not (data.flip_captions == "safe" and captioner.says_side(record))
         boxes = transforms.mirror_boxes(boxes, new_size[1]) if mirrored else boxes
         # A crop needs the image at full size; otherwise the decoder may scale it down.
-        image = codec.decode(record, data.codec, None if window else new_size)
+        image = decode(record, data.codec, None if window else new_size)
         if window is not None:
             top, left, height, width = window
             image = np.ascontiguousarray(image[top : top + height, left : left + width])
-        codec.resize_to_canvas(image, new_size, canvas, mirrored, data.codec)
+        resize_to_canvas(image, new_size, canvas, mirrored, data.codec)
         if data.jitter.probability and rng.random() < data.jitter.probability:
             pixels = canvas[: new_size[0], : new_size[1]]
             pixels[:] = transforms.jitter(pixels, data.jitter, rng)

@@ -94,7 +94,7 @@ def pack(
 ) -> tuple[str, int, int]:
     """The caption shuffled among those of `texts` that fit: (new text, offset of the caption in it, number of packed texts).
 
-    Texts are tried in the given order; a text fits if its tokens, [CLS] and [SEP] included, are fewer than `max_tokens` leaves.
+    Texts are tried in the given order; a text fits if its tokens, [CLS] and [SEP] included, are fewer than the tokens of `max_tokens` that are still free.
     Each part ends with ". " (glip-reference 4.6). If no text fits, the caption is returned unchanged.
     """
     left = max_tokens - len(tokenizer.encode(caption).ids)

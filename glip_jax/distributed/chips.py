@@ -32,7 +32,7 @@ class Chip(NamedTuple):
     bandwidth: float
     """Of the high-bandwidth memory."""
     link: float
-    """Sent by a chip to its neighbours over all of its links (ICI, NVLink)."""
+    """Sent by a chip to its neighbors over all of its links (ICI, NVLink)."""
     network: float
     """Sent by a host to other hosts (DCN, InfiniBand)."""
     chips: int

@@ -163,9 +163,9 @@ def unused_rules(paths: Iterable[str]) -> list[str]:
 def parameter_specs(tree: Tree, mesh: Mesh) -> Tree:
     """The same pytree with a PartitionSpec for each leaf (array or jax.ShapeDtypeStruct).
 
-    The dictionary keys above a leaf are its parameter path, so moments and averages are sharded as their parameters. Leaves
-    that are no entry of a dictionary (counters) are replicated. So are leaves of another shape than the parameter, which comes
-    before them in the tree, such as the row and column statistics of Adafactor. An optimizer may have keys of its own above a path.
+    The dictionary keys above a leaf are its parameter path, so moments and averages are sharded as their parameters; keys that
+    an optimizer adds above a path are ignored. A leaf that is no entry of a dictionary (a counter) is replicated. So is a leaf
+    whose shape differs from its parameter's (row and column statistics of Adafactor); parameters must come first in `tree`.
     """
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -200,9 +200,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Examples split over data and fsdp; `leading` axes before that of the examples (micro-batches) are not split."""
-    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES))
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Examples split over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def check_fits(config: Config, mesh: Mesh) -> None:
@@ -223,7 +223,7 @@ def check_fits(config: Config, mesh: Mesh) -> None:
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
     """The axes that split the batch on `mesh`, in order: those of data and fsdp that have more than one device."""
-    return tuple(axis for axis in ("data", "fsdp") if mesh.shape[axis] > 1)
+    return tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
 
 
 def per_shard(function: Callable[..., Any], mesh: Mesh, inputs: Any, outputs: Any) -> Callable[..., Any]:

@@ -58,7 +58,7 @@ def read_lists(path: str, lists: Sequence[str], expected: str) -> dict[str, Any]
     """
     file = epath.Path(path)
     if not file.exists():
-        raise GroundTruthError(f"{path} is not there: expected {expected} with {', '.join(lists)}")
+        raise GroundTruthError(f"{path} does not exist: expected {expected} with {', '.join(lists)}")
     try:
         content = json.loads(file.read_text())
     except ValueError as error:
@@ -108,7 +108,7 @@ def load_ground_truth(path: str) -> GroundTruth:
 def coco_results(
     truth: GroundTruth, detections: Mapping[int, Detections], widths: Literal["plus_one", "plain"] = "plus_one"
 ) -> list[dict[str, Any]]:
-    """Detections by image id in COCO's results form; unused rows (phrase -1) are left out.
+    """Detections by image id in COCO's results format; unused rows (phrase -1) are left out.
 
     Boxes are xyxy in original pixels, phrases index `truth.names`. `plus_one` writes w = x2 - x1 + 1 as the original
     does for COCO (glip-reference 5.2: its boxes are inclusive pixels); `plain` writes w = x2 - x1.
@@ -130,7 +130,7 @@ def coco_results(
 def average_precision(
     truth: GroundTruth, results: list[dict[str, Any]], image_ids: list[int] | None = None
 ) -> AveragePrecision:
-    """COCO's box AP and AR of `results` (COCO's results form), on `image_ids` or on all images.
+    """COCO's box AP and AR of `results` (COCO's results format), on `image_ids` or on all images.
 
     Without any result the metrics are 0 wherever the ground truth has boxes.
 
@@ -154,7 +154,7 @@ def average_precision(
 def derangement(count: int) -> tuple[int, ...]:
     """A fixed permutation of `count` categories without fixed points: one cycle through a shuffled order.
 
-    Shuffled, because neighbours in a list of names are often similar. Raises ValueError for fewer than 2.
+    Shuffled, because neighbors in a list of names are often similar. Raises ValueError for fewer than 2.
     """
     if count < 2:
         raise ValueError(f"{count} categories have no derangement: expected at least 2")

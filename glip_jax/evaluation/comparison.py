@@ -10,12 +10,12 @@ from glip_jax import UserError
 from glip_jax.config import current_names
 
 __all__ = [
-    "Comparison", "ComparisonError", "Run", "Spread", "Step", "StepRequest", "compare", "headlines", "run_of", "spread",
+    "Comparison", "ComparisonError", "DifferenceRequest", "PairedDifference", "Run", "Spread", "compare", "headlines", "run_of", "spread",
 ]  # fmt: skip
 
 _CHANCE = "AP50_permuted"
-_OF_DETECTION = ("AP50", "AP", _CHANCE)
-_BEST = "recall@1"
+_DETECTION_METRICS = ("AP50", "AP", _CHANCE)
+_RECALL = "recall@1"
 
 
 class ComparisonError(UserError, ValueError):
@@ -47,17 +47,17 @@ class Spread(NamedTuple):
     values: tuple[float, ...]
 
 
-class StepRequest(NamedTuple):
+class DifferenceRequest(NamedTuple):
     """Two configs to compare, and the metrics to compare them in."""
 
     new: str
     old: str
-    numbers: tuple[str, ...]
+    metrics: tuple[str, ...]
     """Empty: all."""
 
 
 @dataclass(frozen=True)
-class Step:
+class PairedDifference:
     """Differences between two configs, seed by seed."""
 
     new: str
@@ -75,7 +75,7 @@ class Comparison:
     runs: Mapping[str, tuple[Run, ...]]
     numbers: Mapping[str, Mapping[str, Spread]]
     """Per config and metric."""
-    steps: tuple[Step, ...]
+    steps: tuple[PairedDifference, ...]
     differing: tuple[tuple[str, tuple[str, ...]], ...]
     """Settings of evaluation, and hashes of the code, that differ between runs, with the values of each config."""
 
@@ -88,18 +88,18 @@ def run_of(path: str, summary: Mapping[str, Any]) -> Run:
         if entry["kind"] == "detection":
             # -1 in COCO's metrics: not defined on this set.
             numbers |= {
-                f"{name}/{number}": float(measured[number]) for number in _OF_DETECTION if measured[number] >= 0
+                f"{name}/{metric}": float(measured[metric]) for metric in _DETECTION_METRICS if measured[metric] >= 0
             }
         else:
-            kinds = [f"{kind}/{_BEST}" if kind else _BEST for kind in entry["phrases"]]
-            numbers |= {f"{name}/{number}": float(measured[number]) for number in kinds}
+            kinds = [f"{kind}/{_RECALL}" if kind else _RECALL for kind in entry["phrases"]]
+            numbers |= {f"{name}/{metric}": float(measured[metric]) for metric in kinds}
     summary = {**summary, "settings": current_names(summary["settings"])}
     return Run(path, str(summary["name"]), int(summary["seed"]), summary, numbers)
 
 
-def headlines(numbers: Iterable[str]) -> list[str]:
+def headlines(metrics: Iterable[str]) -> list[str]:
     """The metrics that a plot shows: AP50 of detection, recall@1 of all phrases and of each kind."""
-    return [number for number in numbers if number.rpartition("/")[2] in ("AP50", _BEST)]
+    return [metric for metric in metrics if metric.rpartition("/")[2] in ("AP50", _RECALL)]
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -108,7 +108,7 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.fmean(values), deviation, min(values), max(values), tuple(values))
 
 
-def compare(runs: Sequence[Run], wanted: Sequence[StepRequest] = ()) -> Comparison:
+def compare(runs: Sequence[Run], wanted: Sequence[DifferenceRequest] = ()) -> Comparison:
     """Groups the runs by config, in the order given, and computes the wanted steps.
 
     Raises:
@@ -124,7 +124,7 @@ def compare(runs: Sequence[Run], wanted: Sequence[StepRequest] = ()) -> Comparis
         groups.setdefault(run.name, []).append(run)
     grouped = {name: tuple(sorted(members, key=lambda run: run.seed)) for name, members in groups.items()}
     # A metric that one run lacks is left out for all.
-    keys = [number for number in runs[0].numbers if all(number in run.numbers for run in runs)]
+    keys = [metric for metric in runs[0].numbers if all(metric in run.numbers for run in runs)]
     numbers = {
         name: {key: spread([run.numbers[key] for run in members]) for key in keys} for name, members in grouped.items()
     }
@@ -157,7 +157,11 @@ def _check_once(runs: Sequence[Run]) -> None:
     seen: dict[Any, Run] = {}
     for run in runs:
         weights = run.summary["hashes"]["parameters"]
-        for what, key in ((f"the same parameters ({weights:.12})", weights), (f"config {run.name} with seed {run.seed}", (run.name, run.seed))):  # fmt: skip
+        keys: dict[str, Any] = {
+            f"the same parameters ({weights:.12})": weights,
+            f"config {run.name} with seed {run.seed}": (run.name, run.seed),
+        }
+        for what, key in keys.items():
             if key in seen:
                 raise ComparisonError(
                     f"{seen[key].path} and {run.path} are both of {what}: expected each run once; replicas differ in "
@@ -166,16 +170,16 @@ def _check_once(runs: Sequence[Run]) -> None:
         seen[weights] = seen[run.name, run.seed] = run
 
 
-def _step(wanted: StepRequest, groups: Mapping[str, Sequence[Run]], keys: Sequence[str]) -> Step:
+def _step(wanted: DifferenceRequest, groups: Mapping[str, Sequence[Run]], keys: Sequence[str]) -> PairedDifference:
     for name in (wanted.new, wanted.old):
         if name not in groups:
             raise ComparisonError(
                 f"step {wanted.new}/{wanted.old}: no run is of config {name}; there are {', '.join(groups)}"
             )
-    for number in wanted.numbers:
-        if number not in keys:
+    for metric in wanted.metrics:
+        if metric not in keys:
             raise ComparisonError(
-                f"step {wanted.new}/{wanted.old}: {number} is not measured; there are {', '.join(keys)}"
+                f"step {wanted.new}/{wanted.old}: {metric} is not measured; there are {', '.join(keys)}"
             )
     new, old = ({run.seed: run for run in groups[name]} for name in (wanted.new, wanted.old))
     seeds = tuple(seed for seed in new if seed in old)
@@ -185,10 +189,10 @@ def _step(wanted: StepRequest, groups: Mapping[str, Sequence[Run]], keys: Sequen
             f"and {wanted.old} {', '.join(map(str, old))}: expected a common one"
         )
     differences = {
-        number: spread([new[seed].numbers[number] - old[seed].numbers[number] for seed in seeds])
-        for number in wanted.numbers or [key for key in keys if not key.endswith(_CHANCE)]
+        metric: spread([new[seed].numbers[metric] - old[seed].numbers[metric] for seed in seeds])
+        for metric in wanted.metrics or [key for key in keys if not key.endswith(_CHANCE)]
     }
-    return Step(wanted.new, wanted.old, seeds, differences)
+    return PairedDifference(wanted.new, wanted.old, seeds, differences)
 
 
 def _differing(groups: Mapping[str, Sequence[Run]]) -> tuple[tuple[str, tuple[str, ...]], ...]:

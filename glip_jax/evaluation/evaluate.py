@@ -1,7 +1,6 @@
 """Runs a detector over annotated sets and computes the metrics."""
 
 import hashlib
-import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
-from PIL import Image
 from tqdm import tqdm
 
 from glip_jax import UserError
@@ -32,6 +30,7 @@ from glip_jax.evaluation.recall import (
     phrase_recall,
 )
 from glip_jax.inference import Detector
+from glip_jax.io.image_files import ImageFileError, read_stored
 from glip_jax.structures.batch import Detections, Prompt
 from glip_jax.structures.prompts import Tokenizer
 
@@ -126,7 +125,7 @@ def evaluate(
 def scalars(result: Evaluated | Grounded) -> dict[str, float]:
     """The metrics of a set by name. Metrics that are not defined on the set are left out.
 
-    captions_cut, phrases_over_budget and phrases_without_token are there where they are not 0.
+    captions_cut, phrases_over_budget and phrases_without_token are included where they are not 0.
     """
     match result:
         case Evaluated():
@@ -146,7 +145,7 @@ def check_set(name: str, dataset: EvaluationSet) -> None:
         EvaluationError, GroundTruthError: as `evaluate_set`, except for what is wrong with the images.
     """
     if not epath.Path(dataset.images).exists():
-        raise EvaluationError(f"evaluation.sets.{name}.images: {dataset.images} is not there: expected its images")
+        raise EvaluationError(f"evaluation.sets.{name}.images: {dataset.images} does not exist: expected its images")
     match dataset.kind:
         case "detection":
             prompt_names(load_ground_truth(dataset.annotations), dataset)
@@ -353,21 +352,17 @@ def _read(folder: epath.Path, entry: dict[str, Any]) -> tuple[UInt8[np.ndarray, 
         raise EvaluationError(f"image {entry['id']} has no file_name: {json.dumps(entry)[:120]}")
     path = folder / entry["file_name"]
     try:
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            # Not rotated by EXIF: annotations refer to the stored pixels (glip-reference 4.7).
-            pixels = np.array(image.convert("RGB"))
-    except FileNotFoundError as error:
-        raise EvaluationError(f"{path} is not there: expected the file of image {entry['id']}") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise EvaluationError(f"{path} is no readable image: {error}") from error
+        # Not rotated by EXIF: annotations refer to the stored pixels (glip-reference 4.7).
+        pixels, digest = read_stored(path)
+    except ImageFileError as error:
+        raise EvaluationError(f"image {entry['id']}: {error}") from error
     annotated = (entry.get("height", pixels.shape[0]), entry.get("width", pixels.shape[1]))
     if annotated != pixels.shape[:2]:
         raise EvaluationError(
             f"{path} has {pixels.shape[0]} x {pixels.shape[1]} pixels (height x width), the annotations say "
             f"{annotated[0]} x {annotated[1]}: boxes would not fit; use the images that were annotated"
         )
-    return pixels, hashlib.sha256(data).hexdigest()
+    return pixels, digest
 
 
 def _groups(entries: Sequence[dict[str, Any]], size: int) -> Iterator[Sequence[dict[str, Any]]]:

@@ -72,7 +72,7 @@ class Saved(NamedTuple):
 
     params: Any
     optimizer: Any
-    """Empty in a checkpoint of imported weights: the run that starts there initialises it."""
+    """Empty in a checkpoint of imported weights: the run that starts there initializes it."""
     ema: Any
     """Averages of the trainable parameters; empty when the average is off, or in imported weights."""
 

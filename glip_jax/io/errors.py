@@ -1,4 +1,4 @@
-"""Recognises errors of a full disk."""
+"""Recognizes errors of a full disk."""
 
 import errno
 import os

@@ -1,6 +1,7 @@
 """Image files that users name: listed, measured, read upright, and refused in one line."""
 
 import contextlib
+import hashlib
 import io
 import struct
 import warnings
@@ -12,8 +13,9 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from glip_jax import UserError
+from glip_jax.io.retry import StorageError
 
-__all__ = ["PIXEL_LIMIT", "ImageFileError", "listed", "measured", "read_upright"]
+__all__ = ["PIXEL_LIMIT", "ImageFileError", "listed", "measured", "read_stored", "read_upright", "upright"]
 
 PIXEL_LIMIT = 80_000_000
 """Maximum number of pixels of an image; lower than the limit of Pillow, so that this one applies.
@@ -55,9 +57,22 @@ def measured(path: epath.Path) -> tuple[int, int, bool]:
 
 
 def read_upright(path: epath.Path) -> UInt8[np.ndarray, "H W 3"]:
-    """RGB pixels, upright; of several frames the first."""
+    """RGB pixels, rotated by the EXIF orientation; of several frames the first."""
     with _readable(path), Image.open(io.BytesIO(path.read_bytes())) as image:
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        return upright(image)
+
+
+def upright(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    """RGB pixels of an image, rotated by its EXIF orientation."""
+    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def read_stored(path: epath.Path) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
+    """RGB pixels as they are stored, to which annotations refer, without EXIF rotation; and the SHA-256 of the file."""
+    with _readable(path):
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            return np.array(image.convert("RGB")), hashlib.sha256(data).hexdigest()
 
 
 @contextlib.contextmanager
@@ -67,6 +82,10 @@ def _readable(path: epath.Path) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large, but below the limit that is ours; odd metadata
             yield
+    except StorageError:
+        raise
+    except FileNotFoundError:
+        raise ImageFileError(f"{path} does not exist: expected an image") from None
     except Image.DecompressionBombError:
         raise ImageFileError(f"{path} is huge, at most {PIXEL_LIMIT:,} pixels are read: make it smaller") from None
     except UnidentifiedImageError:

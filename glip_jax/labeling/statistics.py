@@ -12,6 +12,20 @@ __all__ = ["BINS", "LabelStatistics", "rarest", "summary"]
 BINS = 50
 """Number of bins of the score histograms, over [0, 1]."""
 
+_RENAMED_REASONS = {
+    "box: beyond the most of a phrase": "box: more than the maximum of a phrase",
+    "caption: as many boxes as the detector gives, worse ones may be missing":
+        "caption: detector reached its maximum number of boxes, boxes of lower scores may be missing",
+    "caption: longer than the teacher's text, asked in several prompts":
+        "caption: longer than the teacher's text limit, split into several prompts",
+    "caption: perhaps not English, over three tenths of its words are in no English list":
+        "caption: perhaps not English, over 30 % of its words are not in the English word list",
+    "image: of another size than where it was detected in": "image: size differs from the one that was detected in",
+    "image: unknown to the detections": "image: not among the detections",
+    "phrase: longer than the teacher's text": "phrase: more tokens than the teacher's text limit",
+}  # fmt: skip
+"""Reasons as a labelling that an earlier version began wrote them, and today's."""
+
 _TEXTS = 500_000
 """Maximum number of distinct phrases to count; beyond it, phrases that occurred once are discarded (`texts_forgotten`)."""
 
@@ -102,15 +116,19 @@ class LabelStatistics:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "LabelStatistics":
         """Statistics from the result of `as_json`, also after it was written as JSON and read again."""
-        report_fields = fields["report"]
+        found = fields["report"]
         report = Report(
-            Counter(report_fields["kept"]),
-            Counter(report_fields["dropped"]),
-            dict(report_fields["first"]),
-            Counter(report_fields["noted"]),
+            Counter(_renamed(found["kept"])),
+            Counter(_renamed(found["dropped"])),
+            _renamed(found["first"]),
+            Counter(_renamed(found["noted"])),
         )
         boxes_of = Counter({int(number): count for number, count in fields["boxes_of"].items()})
         return cls(**{**fields, "report": report, "boxes_of": boxes_of, "code": Counter(fields["code"])})
+
+
+def _renamed(counts: Mapping[str, Any]) -> dict[str, Any]:
+    return {_RENAMED_REASONS.get(reason, reason): value for reason, value in counts.items()}
 
 
 def _bin(score: float) -> int:

@@ -60,9 +60,9 @@ class GroupNorm(nn.Module):
             mean = mean.reshape(*mean.shape[:2], self.groups, -1).mean(-1)
             return jnp.repeat(mean, channels // self.groups, 2)
 
-        centred = packed.astype(jnp.float32) - broadcast_levels(by_group(level_mean(packed, cells)), cells)
-        variance = by_group(level_mean(jnp.square(centred), cells))
-        return (centred * broadcast_levels(jax.lax.rsqrt(variance + 1e-5) * scale, cells) + bias).astype(self.dtype)
+        centered = packed.astype(jnp.float32) - broadcast_levels(by_group(level_mean(packed, cells)), cells)
+        variance = by_group(level_mean(jnp.square(centered), cells))
+        return (centered * broadcast_levels(jax.lax.rsqrt(variance + 1e-5) * scale, cells) + bias).astype(self.dtype)
 
 
 def reread_flat(

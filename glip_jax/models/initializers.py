@@ -13,10 +13,10 @@ __all__ = ["kaiming_uniform", "small_normal", "torch_dense", "uniform", "xavier_
 def uniform(bound: float) -> Any:
     """The initializer U(-bound, bound)."""
 
-    def initialise(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
+    def initialize(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-    return initialise
+    return initialize
 
 
 kaiming_uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")

@@ -241,7 +241,7 @@ def environment(topology: Topology, how: CompileMode) -> dict[str, str]:
         }
         return values
     kept = re.sub(r"--xla_force_host_platform_device_count=\S+", "", os.environ.get("XLA_FLAGS", ""))
-    # The machine code is never run, so it is not optimised.
+    # The machine code is never run, so it is not optimized.
     unoptimised = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     values["XLA_FLAGS"] = f"{kept} {unoptimised} --xla_force_host_platform_device_count={topology.devices}".strip()
     return values

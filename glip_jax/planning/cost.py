@@ -71,7 +71,7 @@ class ProgramCost(NamedTuple):
 
 
 def program_cost(text: str) -> ProgramCost:
-    """Reads the optimised program `text` (`jax.stages.Compiled.as_text`). Raises CollectiveError if it is not a program."""
+    """Reads the optimized program `text` (`jax.stages.Compiled.as_text`). Raises CollectiveError if it is not a program."""
     return _CostReader(Program(text)).read()
 
 

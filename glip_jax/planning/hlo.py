@@ -1,6 +1,6 @@
 """Finds the collectives of a compiled program: kind, bytes, groups and mesh axes.
 
-Reads the text of the optimised program (`jax.stages.Compiled.as_text`, HLO) of the CPU, GPU and TPU compilers:
+Reads the text of the optimized program (`jax.stages.Compiled.as_text`, HLO) of the CPU, GPU and TPU compilers:
 
 * executions in loops are multiplied by the trip count: the compiler's (`known_trip_count`) or, where it gives none (TPU),
   that of a loop from one constant to another with increment 1, as in all loops of JAX;

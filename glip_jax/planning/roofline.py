@@ -2,7 +2,7 @@
 
 The model assumes no overlap on the device: a step takes the longer of compute and memory time, plus the network time. The
 hosts prepare the next batch in the meantime; if that takes longer, it bounds the step. Real steps are slower than any
-roofline, so images per second are an upper bound, and the largest of the four times is what to optimise.
+roofline, so images per second are an upper bound, and the largest of the four times is what to optimize.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ class Roofline:
     step_seconds: float
     images_per_second: float
     mfu: float
-    """Model FLOPs utilisation: useful FLOPs divided by the peak FLOPs of the step's time."""
+    """Model FLOPs utilization: useful FLOPs divided by the peak FLOPs of the step's time."""
     compiler_seconds: float | None
     """The compiler's estimate of the step without network; None without an estimate or a published clock."""
     hours: float
@@ -218,7 +218,7 @@ def scaling(chips: Topology, plan: Roofline, sizes: tuple[int, int] = (16, 256))
 
 
 def _network(sent: tuple[CollectiveTraffic, ...], chips: Topology) -> float:
-    """Seconds that a chip sends, first inside a slice (or host), then between slices."""
+    """Seconds that a chip sends, first inside a slice (or host), then between slices (or hosts)."""
     inner = sum(each.sent_bytes for each in sent if not each.outer)
     outer = sum(each.sent_bytes for each in sent if each.outer)
     return (inner / chips.link if inner else 0.0) + (outer / chips.outer_link if outer else 0.0)

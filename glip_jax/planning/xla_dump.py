@@ -28,7 +28,7 @@ class Memory(NamedTuple):
 
 
 class ScheduledProgram(NamedTuple):
-    """An optimised and scheduled program before code generation."""
+    """An optimized and scheduled program before code generation."""
 
     text: str
     memory: Memory

@@ -19,7 +19,7 @@ from glip_jax import UserError
 from glip_jax.structures.batch import Prompt, TokenizedPrompt
 
 __all__ = [
-    "JoinedNames", "Losses", "PromptError", "Tokenizer", "chunk", "clean_name", "load_tokenizer", "phrase_spans",
+    "JoinedNames", "Truncation", "PromptError", "Tokenizer", "chunk", "clean_name", "load_tokenizer", "phrase_spans",
     "positive_map", "prompt_from_categories", "tokenize",
 ]  # fmt: skip
 
@@ -46,8 +46,8 @@ class Tokenizer(Protocol):
         ...
 
 
-class Losses(NamedTuple):
-    """Phrases that a prompt lost by truncation to the token budget."""
+class Truncation(NamedTuple):
+    """What truncation to the token budget removed from a prompt."""
 
     cut: int
     """Number of phrases that lost at least one token."""
@@ -167,12 +167,12 @@ def tokenize(
 @overload
 def tokenize(
     prompt: Prompt, tokenizer: Tokenizer, max_tokens: int, truncate: Literal[True]
-) -> tuple[TokenizedPrompt, Losses]: ...
+) -> tuple[TokenizedPrompt, Truncation]: ...
 
 
 def tokenize(
     prompt: Prompt, tokenizer: Tokenizer, max_tokens: int, truncate: bool = False
-) -> TokenizedPrompt | tuple[TokenizedPrompt, Losses]:
+) -> TokenizedPrompt | tuple[TokenizedPrompt, Truncation]:
     """Token ids, mask and phrase map of `prompt`, padded with 0 to `max_tokens` ([CLS] and [SEP] included).
 
     Without `truncate`, raises PromptError if the prompt exceeds the budget or a phrase has no token. With `truncate` (captions
@@ -209,7 +209,7 @@ def tokenize(
     if not truncate:
         return tokenized
     lost = phrase_map.sum(1) < whole.sum(1)
-    return tokenized, Losses(int(lost.sum()), int(empty.sum()))
+    return tokenized, Truncation(int(lost.sum()), int(empty.sum()))
 
 
 class _Piece(NamedTuple):
@@ -238,7 +238,7 @@ class JoinedNames:
         self._first, self._last = tokenizer.encode("").ids
         self._pieces: dict[int, _Piece | None] = {}
 
-    def tokenize(self, order: Sequence[int], max_tokens: int) -> tuple[Prompt, TokenizedPrompt, Losses]:
+    def tokenize(self, order: Sequence[int], max_tokens: int) -> tuple[Prompt, TokenizedPrompt, Truncation]:
         """The caption of the names with indices `order`, its arrays padded to `max_tokens`, and what truncation lost.
 
         Raises PromptError for a name that is empty after cleaning.
@@ -260,7 +260,7 @@ class JoinedNames:
         tokens[: len(ids)] = ids
         phrase_map = (position >= np.array(begins, int)[:, None]) & (position < np.array(ends, int)[:, None])
         empty = sum(begin == end for begin, end in zip(begins, ends))
-        return prompt, TokenizedPrompt(tokens, position < len(ids), phrase_map), Losses(0, empty)
+        return prompt, TokenizedPrompt(tokens, position < len(ids), phrase_map), Truncation(0, empty)
 
     def _piece(self, index: int) -> _Piece | None:
         """The tokens of name `index`; None if they depend on its neighbors."""

@@ -1,7 +1,7 @@
 """Assignment of anchors to boxes: ATSS (arXiv 1912.02424) as in GLIP (glip-reference 3.1).
 
 Per box, the nearest anchors of each level are candidates. Those whose IoU reaches the mean + standard deviation over the
-candidates, and whose centre is in the box, are positive. An anchor that is positive for several boxes goes to the box of
+candidates, and whose center is in the box, are positive. An anchor that is positive for several boxes goes to the box of
 highest IoU. Ties go to the upper left anchor and the lower box slot. Anchors beyond the extent of an image are ignored.
 """
 
@@ -19,7 +19,7 @@ __all__ = ["anchors_inside", "assign"]
 
 _UNCLAIMED = -1e8
 _MARGIN = 0.01
-"""Minimum distance in pixels of an anchor's centre from the sides of the box."""
+"""Minimum distance in pixels of an anchor's center from the sides of the box."""
 
 
 def anchors_inside(extent: Int[Array, "B 2"], canvas: tuple[int, int], strides: tuple[int, ...]) -> Bool[Array, "B A"]:

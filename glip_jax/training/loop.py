@@ -75,7 +75,7 @@ def train(
     `evaluate(parameters, step)` returns metrics to record; it is called every `train.evaluate_every` steps and at the end.
     `draw(batch)` makes WORKDIR/first_batch.png of the first batch. `initial_parameters` reads the files of `config.init_from`.
     `cluster`: the processes that train together, where there are several; they stop after the same step, whichever of them
-    received the signal. The last line printed is `fingerprint: SHA-256`.
+    received the signal. The last line logged is `fingerprint: SHA-256`.
 
     Settings, data and devices are checked before anything is written.
 
@@ -114,7 +114,8 @@ def train(
         for line in read(workdir) if config.checkpoint.best else ():
             run.score(line["step"], line)
         if cluster is not None:
-            # The first context that an error leaves: the other processes hear of it before anything waits for them.
+            # Entered last, it is the first context that an error leaves: the other processes hear of it before anything waits for
+            # them. (`cli.train.run` has entered it too, for errors before this line.)
             stack.enter_context(cluster)
         if mixture is not None:
             state = _train_steps(run, state, start, mixture, draw)
@@ -270,7 +271,7 @@ class _Hook(NamedTuple):
 
 
 def _every(n: int, action: Callable[[_Dispatched], None], on_signal: bool = False) -> _Hook:
-    """`action` after every `n`-th step (0: after none), after the last one, and `on_signal` before the run stops."""
+    """`action` after every `n`-th step (0 or less: after none), after the last one, and `on_signal` before the run stops."""
     return _Hook(
         lambda now: now.last or (n > 0 and now.step % n == 0) or (on_signal and now.signal != 0),
         action,

@@ -33,7 +33,7 @@ class Denominators(NamedTuple):
 
     positives: Float[Array, ""]
     """Positive anchors of the whole batch, weighted by `Batch.box_weight`, at least the floor."""
-    box_weight: Float[Array, ""]
+    centerness: Float[Array, ""]
     """Sum of their centerness targets, with the same weights."""
 
 
@@ -41,7 +41,7 @@ class ImageWeights(NamedTuple):
     """Contributions of each image to the denominators; leading axis: images."""
 
     positives: Float[Array, " B"]
-    box_weight: Float[Array, " B"]
+    centerness: Float[Array, " B"]
 
 
 def image_weights(targets: Targets, box_weight: Float[Array, "B N"]) -> ImageWeights:
@@ -101,8 +101,8 @@ def loss_sums(
 def total_loss(
     sums: LossSums, over: Denominators, config: LossConfig
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The loss and its parts: `token`, `box` (times `loss.box_weight`), `centerness`. Without box weight there is no box loss."""
-    inverse = jnp.where(over.box_weight > 0, 1.0 / jnp.where(over.box_weight > 0, over.box_weight, 1.0), 0.0)
+    """The loss and its parts: `token`, `box` (times `loss.box_weight`), `centerness`. If the sum of the centerness targets is 0, so is the box loss."""
+    inverse = jnp.where(over.centerness > 0, 1.0 / jnp.where(over.centerness > 0, over.centerness, 1.0), 0.0)
     parts = {
         "token": sums.token.sum() / over.positives,
         "box": config.box_weight * sums.box.sum() * inverse,

@@ -7,7 +7,6 @@ parameter belongs to is read from its path alone (glip-reference 1.6: solver/bui
 
 import bisect
 import difflib
-import functools
 import inspect
 import math
 import re
@@ -37,6 +36,12 @@ __all__ = [
     "rate_multiplier",
     "split",
 ]
+
+_UNSUITABLE = (
+    "fromage", "lbfgs", "rprop", "contrib.cocob", "contrib.dadapt_adamw", "contrib.dog", "contrib.dowg", "contrib.momo",
+    "contrib.momo_adam", "contrib.prodigy", "contrib.sophia",
+)  # fmt: skip
+"""Optimizers of optax that need more than gradients, choose their own rate, or whose update is not proportional to it."""
 
 Params: TypeAlias = Mapping[str, Any]
 
@@ -164,8 +169,11 @@ def make_optimizer(
     A chain of three: `config.name` of optax at rate 1 and without decay, the decoupled decay of each group, the rate of each
     group. So AdamW's step is p - r (m̂ / (√v̂ + ε) + d p), as in torch.optim.AdamW, with rate r and decay d by group and step.
 
+    Only for optimizers whose update is proportional to the learning rate. The state is that of the optimizer alone: of AdamW an
+    optax.ScaleByAdamState, as in checkpoints written before there was a chain, so these resume.
+
     `update(gradients, state, parameters, step=step)` takes clipped gradients and the 0-based step of the run, which the schedules
-    depend on. Parts of the chain without a state are no part of `state`: that of AdamW is optax.ScaleByAdamState.
+    depend on.
 
     Raises:
         ConfigError: `config.name` is no optimizer of optax, or does not take `config.arguments`.
@@ -203,32 +211,50 @@ def _without_empty(state: Any) -> Any:
     return parts[0] if len(parts) == 1 else tuple(parts)
 
 
+def _optimizers(prefix: str, module: Any) -> dict[str, Any]:
+    """The optimizers of a module of optax by name: functions of a learning rate, except those that need more than gradients."""
+    functions = {f"{prefix}{name}": getattr(module, name) for name in dir(module) if not name.startswith("_")}
+    return {
+        name: function
+        for name, function in functions.items()
+        if inspect.isfunction(function)
+        and "learning_rate" in inspect.signature(function).parameters
+        and not name.removeprefix("contrib.").startswith(("scale_by_", "schedule_free"))
+        and name not in _UNSUITABLE
+    }
+
+
 def _unit_rate_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """`config.name` of optax with learning rate 1 and no weight decay."""
+    known = {**_optimizers("", optax), **_optimizers("contrib.", optax.contrib)}
     arguments: dict[str, Any] = dict(config.arguments)
-    if config.name == "adamw":
-        # optax adds epsilon outside the root, after bias correction, as torch does. Decay is added by group.
-        arguments = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon, **arguments}
-        function: Any = optax.adam
-    else:
-        function = functools.reduce(lambda module, name: getattr(module, name, None), config.name.split("."), optax)
-    parameters = inspect.signature(function).parameters if inspect.isfunction(function) else {}
-    if "learning_rate" not in parameters:
-        near = difflib.get_close_matches(config.name, dir(optax), 1)
+    if config.name not in known:
+        near = difflib.get_close_matches(config.name, known, 1)
         raise ConfigError(
             f"optimizer.name is {config.name!r}: expected adamw or another optimizer of optax, such as sgd, lion, adafactor "
             f"or contrib.muon{f'; did you mean {near[0]}?' if near else ''}"
         )
-    unknown = sorted(set(arguments) - set(parameters) | set(arguments) & {"learning_rate", *_DECAYS})
+    # Without decay: that is added by group.
+    function = optax.adam if config.name == "adamw" else known[config.name]
+    elsewhere = {"learning_rate": "rate", **dict.fromkeys(_DECAYS, "decay")}
+    if config.name == "adamw":
+        elsewhere |= {"b1": "beta1", "b2": "beta2", "eps": "epsilon"}
+    parameters = inspect.signature(function).parameters
+    taken = [name for name in parameters if name not in elsewhere]
+    unknown = sorted(set(arguments) - set(taken))
     if unknown:
+        hints = "".join(f"; {name} is optimizer.{elsewhere[name]}" for name in unknown if name in elsewhere)
         raise ConfigError(
             f"optimizer.arguments has {', '.join(unknown)}: expected arguments of optax.{config.name} "
-            f"({', '.join(name for name in parameters if name not in ('learning_rate', *_DECAYS))}); rates and decays are "
-            "optimizer.rate and optimizer.decay"
+            f"({', '.join(taken)}){hints}"
         )
-    result = function(learning_rate=1.0, **arguments, **{name: 0.0 for name in _DECAYS if name in parameters})
+    if config.name == "adamw":
+        # optax adds epsilon outside the root, after bias correction, as torch does.
+        arguments |= {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon}
+    arguments |= {name: 0.0 for name in _DECAYS if name in parameters}
+    result = function(learning_rate=1.0, **arguments)
     if not jax.tree.leaves(jax.eval_shape(result.init, {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)})):
-        # A checkpoint cannot hold an empty state.
+        # A checkpoint cannot hold an empty state, so a step counter is added.
         result = optax.chain(result, optax.scale_by_schedule(lambda _: 1.0))
     return result
 

@@ -104,7 +104,7 @@ def make_step(
     """The jitted step on `mesh`. `state` gives the shapes; the argument is donated at each call. `names`: sources, in order.
 
     The step returns (state, metrics). Scalars: `loss`, `loss/PART`, `gradient_norm` (before clipping), `rate`,
-    `text_rate`, `positives`, `examples`, `corrupt`, `dropped/REASON`, `finite`, with a bound on offsets `offsets_clamped`
+    `text_rate`, `positives`, `examples`, `corrupt`, `unknown_tokens`, `dropped/REASON`, `finite`, with a bound on offsets `offsets_clamped`
     (the share of deformable offsets beyond it, over blocks and images), and for each source
     `source/NAME/{loss/PART, examples, positives, dropped, dropped/REASON}`. Per example, for messages: `bad` (its loss is
     not finite), `invalid` (it is corrupt), `source`, `record`.
@@ -155,7 +155,7 @@ def _gradients(
 ) -> tuple[Any, Metrics]:
     """Gradients of the loss of the whole batch by the trainable parameters, and the metrics of the forward pass."""
     whole: Any = PartitionSpec()
-    examples, specs = PartitionSpec(("data", "fsdp")), parameter_specs(params, mesh)
+    examples, specs = PartitionSpec(BATCH_AXES), parameter_specs(params, mesh)
     trainable_specs, _ = optim.split(specs, config.model)
 
     def local(params: Any, batch: Batch, key: Array) -> tuple[Any, Denominators, _Images]:

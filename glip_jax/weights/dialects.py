@@ -20,7 +20,7 @@ State = dict[str, Any]
 """Tensors by name."""
 
 _EFFICIENTNET_EPSILON = 1e-3
-"""Epsilon of its batch normalisation: the default of TensorFlow, not of PyTorch."""
+"""Epsilon of its batch normalization: the default of TensorFlow, not of PyTorch."""
 
 _MMDETECTION = (
     (r"backbone\.", "backbone.body."),
@@ -95,7 +95,7 @@ def bert_state(arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> State:
 def efficientnet_state(arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> State:
     """EfficientNet-Lite0 of lukemelas' EfficientNet-PyTorch, under the names that `names.efficientnet_entries` lists.
 
-    EfficientNet-PyTorch numbers blocks through all stages; batch normalisation becomes a scale and a shift.
+    EfficientNet-PyTorch numbers blocks through all stages; batch normalization becomes a scale and a shift.
     """
     blocks_of_stages = [(stage, block) for stage, (blocks, *_) in enumerate(STAGES) for block in range(blocks)]
     parts = (

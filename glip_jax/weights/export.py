@@ -182,7 +182,7 @@ def write_huggingface(folder: Path, params: Mapping[str, Any], config: Config) -
 def write_onnx(folder: Path, params: Mapping[str, Any], config: Config) -> None:
     """A folder with model.onnx, vocab.txt and settings.json.
 
-    The graph takes pixel_values [B 3 H W] (normalised, sides multiples of 32), input_ids and attention_mask [B T], and
+    The graph takes pixel_values [B 3 H W] (normalized, sides multiples of 32), input_ids and attention_mask [B T], and
     gives boxes [B A 4] (x1, y1, x2, y2 in its pixels), centerness [B A] and logits [B A T]; B, H, W and T are free. Every
     image of a batch has its full size as extent.
     """
@@ -256,7 +256,7 @@ pipeline_tag: zero-shot-object-detection
 
 # {name}
 
-A GLIP detector (grounded language-image pre-training, arXiv 2112.03857), exported by glip_jax. It finds what words name:
+A GLIP detector (grounded language-image pre-training, arXiv 2112.03857), exported by glip_jax. It detects objects that a text describes:
 
     import torch
     from PIL import Image

@@ -5,7 +5,6 @@ rule that matches no parameter is refused as a misspelling.
 """
 
 import difflib
-import fnmatch
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -112,7 +111,7 @@ def _check(
     wanted = {
         path
         for path in leaves
-        if path.startswith(_SCOPES[setting]) and _chosen(path, rules) and not _matches(path, weights.never)
+        if path.startswith(_SCOPES[setting]) and _chosen(path, rules) and not matches(path, weights.never)
     }
     expected = {path: leaf for path, leaf in leaves.items() if path in wanted or path in offered}
     try:
@@ -127,7 +126,7 @@ def _check(
 def _check_rules(rules: InitFromConfig, known: Iterable[str]) -> None:
     for setting, patterns in (("load", rules.load), ("skip", rules.skip)):
         for pattern in patterns:
-            if not any(_matches(path, (pattern,)) for path in known):
+            if not any(matches(path, (pattern,)) for path in known):
                 near = difflib.get_close_matches(pattern, known, n=1, cutoff=0.4)
                 hint = f"; near: {near[0]}" if near else ""
                 raise WeightError(
@@ -137,11 +136,7 @@ def _check_rules(rules: InitFromConfig, known: Iterable[str]) -> None:
 
 
 def _chosen(path: str, rules: InitFromConfig) -> bool:
-    return _matches(path, rules.load) and not _matches(path, rules.skip)
-
-
-def _matches(path: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+    return matches(path, rules.load) and not matches(path, rules.skip)
 
 
 def _part(path: str) -> str:

@@ -7,7 +7,7 @@ does not use. Arrays keep the sizes of the file; the caller compares them with t
 
 import fnmatch
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +21,7 @@ from glip_jax.config import ModelConfig, TextConfig
 from glip_jax.io.assets import AssetError, resolve
 from glip_jax.io.checkpoint_reader import Checkpoint, Which, fingerprint, open_checkpoint
 from glip_jax.io.checkpoint_steps import is_workdir
+from glip_jax.io.retry import StorageError
 from glip_jax.io.workdir import CheckpointError, workdir_path
 from glip_jax.weights import dialects, names
 from glip_jax.weights.names import WeightError
@@ -168,11 +169,11 @@ def read_backbone(name: str, model: ModelConfig, channels: Literal["as_stored", 
             if layout.startswith("transformers"):
                 _check_folder(path, _SWIN_FIXED)
             found = replace(model, backbone=infer_swin(state, origin=name))
-            table = [entry for entry in names.swin_entries(found, "") if not _matches(entry.path, _OUTPUT_NORMS)]
+            table = [entry for entry in names.swin_entries(found, "") if not matches(entry.path, _OUTPUT_NORMS)]
             ignored, first = _SWIN_IGNORED, "backbone/patch_embedding/kernel"
         case "efficientnet_lite0":
             layout, state = "EfficientNet-Lite0 of lukemelas", dialects.efficientnet_state(arrays)
-            table = [entry for entry in names.efficientnet_entries("") if not _matches(entry.path, _OUTPUT_NORMS)]
+            table = [entry for entry in names.efficientnet_entries("") if not matches(entry.path, _OUTPUT_NORMS)]
             ignored, first = _EFFICIENTNET_IGNORED, "backbone/stem/kernel"
     gathered = names.gather(state, table, _rules(ignored), name)
     if channels == "reversed":
@@ -238,6 +239,8 @@ def read_arrays(
             return load_arrays(file, keys, required=required)
         # From a local disk tensor by tensor, so that the file is not in memory beside them.
         return dict(safetensors.numpy.load_file(file) if "://" not in str(file) else _load(file))
+    except StorageError:
+        raise
     except OSError as error:
         raise WeightError(f"{file} cannot be read ({error.strerror or error})") from error
     except safetensors.SafetensorError as error:
@@ -282,7 +285,8 @@ def _rules(patterns: Mapping[str, str]) -> Callable[[str], str | None]:
     return lambda name: next((pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)), None)
 
 
-def _matches(path: str, patterns: tuple[str, ...]) -> bool:
+def matches(path: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns fits the path; `*` is any run of characters, slashes included."""
     return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 

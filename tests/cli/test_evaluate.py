@@ -138,7 +138,7 @@ def test_the_report_lies_where_it_was_asked_for_and_is_whole(run, evaluated):
         ),
         (
             ["--config={run}/tiny.py", "--workdir={run}/run", "--config.evaluation.sets.boxes.images=x"],
-            "x is not there",
+            "x does not exist",
         ),
         (
             ["--config={run}/tiny.py", "--workdir={run}/run", "--config.evaluation.sets.words.kind=detection"],

@@ -105,8 +105,8 @@ def test_detections_come_back_as_they_went(run):
             lambda run: (run / "captions.json").write_text((run / "captions.json").read_text() + " "),
             "captions.json has changed",
         ),
-        (lambda run: (run / "truth.json").unlink(), "truth.json is not there"),
-        (lambda run: (run / "images" / "a.png").unlink(), "a.png is not there"),
+        (lambda run: (run / "truth.json").unlink(), "truth.json does not exist"),
+        (lambda run: (run / "images" / "a.png").unlink(), "a.png does not exist"),
     ],
 )
 def test_what_is_missing_is_named(run, capsys, spoil, message):

@@ -23,6 +23,7 @@ from glip_jax.config import (
     flatten,
     unflatten,
 )
+from glip_jax.data.scenes.draw import SceneStyle
 from glip_jax.data.shards import Shards, verify
 from glip_jax.distributed.mesh import make_mesh
 from glip_jax.io import provenance
@@ -130,7 +131,7 @@ def test_old_names_work_on_the_command_line(tmp_path, caplog):
 
 
 def test_the_table_renames_to_what_exists_and_back():
-    fields = {name for name, _ in flatten(Config())} | {"data.sources.*.threshold"}
+    fields = {name for name, _ in flatten(Config())} | {"data.sources.*.threshold", *vars(SceneStyle())}
     for old, new in RENAMED_KEYS.items():
         assert "/" in new or new in fields
         old, new = old.replace("*", "a.least_score"), new.replace("*", "a.least_score")

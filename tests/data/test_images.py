@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glip_jax.data import images as codec
+from glip_jax.data.images import BufferPool, decode, resize_to_canvas
 from glip_jax.data.records import Record, RecordError, boxes_array, decode_image
 from glip_jax.data.scenes.backgrounds import background
 
@@ -28,7 +28,7 @@ def record(image, image_format="JPEG", **options):
 def on_canvas(image, size, canvas, mirrored, kind):
     """The image on a canvas that held other pixels."""
     pixels = np.full((*canvas, 3), 99, np.uint8)
-    codec.resize_to_canvas(image, size, pixels, mirrored, kind)
+    resize_to_canvas(image, size, pixels, mirrored, kind)
     return pixels
 
 
@@ -36,20 +36,20 @@ def on_canvas(image, size, canvas, mirrored, kind):
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_decoding_equals_pillow(image_format, mode):
     made = record(photograph().convert(mode), image_format)
-    assert np.array_equal(codec.decode(made, "fast"), decode_image(made))
-    assert np.array_equal(codec.decode(made, "pillow"), decode_image(made))
+    assert np.array_equal(decode(made, "fast"), decode_image(made))
+    assert np.array_equal(decode(made, "pillow"), decode_image(made))
 
 
 def test_exif_orientation_is_ignored():
     exif = Image.Exif()
     exif[0x0112] = 6
     made = record(photograph(), exif=exif)
-    assert codec.decode(made, "fast").shape == (120, 160, 3)
+    assert decode(made, "fast").shape == (120, 160, 3)
 
 
 def test_other_color_modes_use_pillow():
     made = record(photograph().convert("CMYK"))
-    assert np.abs(codec.decode(made, "fast").astype(int) - decode_image(made)).max() <= 1
+    assert np.abs(decode(made, "fast").astype(int) - decode_image(made)).max() <= 1
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
@@ -57,17 +57,17 @@ def test_damaged_images_and_other_sizes_are_refused(image_format):
     made = record(photograph(), image_format)
     for image in (made.image[: len(made.image) // 2], b"\xff\xd8\xffnothing", b"<html>"):
         with pytest.raises(RecordError, match="field image"):
-            codec.decode(Record("x", "detection", image, 120, 160, boxes_array([])), "fast")
+            decode(Record("x", "detection", image, 120, 160, boxes_array([])), "fast")
     with pytest.raises(RecordError, match="height and width say 120 x 161"):
-        codec.decode(Record("x", "detection", made.image, 120, 161, boxes_array([])), "fast")
+        decode(Record("x", "detection", made.image, 120, 161, boxes_array([])), "fast")
 
 
 @pytest.mark.parametrize(
     ("min_size", "expected"), [((121, 10), (240, 320)), ((120, 160), (120, 160)), ((50, 70), (60, 80))]
 )
 def test_decoding_is_never_smaller_than_asked(min_size, expected):
-    assert codec.decode(record(photograph(240, 320)), "fast", min_size).shape[:2] == expected
-    assert codec.decode(record(photograph(240, 320)), "pillow", min_size).shape[:2] == (240, 320)
+    assert decode(record(photograph(240, 320)), "fast", min_size).shape[:2] == expected
+    assert decode(record(photograph(240, 320)), "pillow", min_size).shape[:2] == (240, 320)
 
 
 @pytest.mark.parametrize(
@@ -75,13 +75,13 @@ def test_decoding_is_never_smaller_than_asked(min_size, expected):
 )
 def test_resized_pixels_are_close_to_pillow(size, mean, largest):
     made = record(photograph())
-    fast = on_canvas(codec.decode(made, "fast", size), size, (224, 288), False, "fast")
+    fast = on_canvas(decode(made, "fast", size), size, (224, 288), False, "fast")
     exact = on_canvas(decode_image(made), size, (224, 288), False, "pillow")
     difference = np.abs(fast.astype(int) - exact)[: size[0], : size[1]]
     assert difference.mean() <= mean
     assert difference.max() <= largest
     assert not fast[size[0] :].any() and not fast[:, size[1] :].any()
-    flipped = on_canvas(codec.decode(made, "fast", size), size, (224, 288), True, "fast")
+    flipped = on_canvas(decode(made, "fast", size), size, (224, 288), True, "fast")
     assert np.abs(flipped[:, : size[1]][:, ::-1].astype(int) - fast[:, : size[1]]).max() <= 1
 
 
@@ -95,7 +95,7 @@ def _address(array):
 
 
 def test_a_buffer_returns_when_its_last_array_is_deleted():
-    pool = codec.BufferPool()
+    pool = BufferPool()
     first = pool.acquire((4, 100, 3))
     first[:] = 7
     address, part = _address(first), first[2:]
@@ -111,7 +111,7 @@ def test_a_buffer_returns_when_its_last_array_is_deleted():
 
 
 def test_smaller_and_larger_arrays_share_buffers():
-    pool = codec.BufferPool()
+    pool = BufferPool()
     large = pool.acquire((4096, 10))
     address = _address(large)
     del large
@@ -128,7 +128,7 @@ def test_smaller_and_larger_arrays_share_buffers():
 
 
 def test_a_pickled_pool_starts_empty():
-    pool = codec.BufferPool()
+    pool = BufferPool()
     first = pool.acquire((16,))
     first[:] = 1
     copy = pickle.loads(pickle.dumps(pool))

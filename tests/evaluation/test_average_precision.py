@@ -189,5 +189,5 @@ def test_bad_files_give_one_message(tmp_path, content, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(GroundTruthError, match=r"nothing.json is not there"):
+    with pytest.raises(GroundTruthError, match=r"nothing.json does not exist"):
         load_ground_truth(str(tmp_path / "nothing.json"))

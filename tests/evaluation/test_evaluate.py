@@ -109,8 +109,8 @@ def _other_size(dataset):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (_missing, r"1\.png is not there"),
-        (_broken, r"1\.png is no readable image"),
+        (_missing, r"1\.png does not exist"),
+        (_broken, r"1\.png is no image that can be read"),
         (_other_size, r"1\.png has 10 x 10 .* 41 x 60"),
         (lambda dataset: dataset.names.update(XYZ="x"), "names XYZ are no categories .* RBC, <WBC>"),
     ],
@@ -260,7 +260,7 @@ def test_evaluation_in_training_runs_both_kinds(dataset, grounding, monkeypatch)
 def test_sets_are_checked_before_a_long_run(dataset, grounding, tmp_path):
     check_set("cells", dataset)
     check_set("x", grounding)
-    with pytest.raises(EvaluationError, match=r"sets.x.images: .*gone is not there"):
+    with pytest.raises(EvaluationError, match=r"sets.x.images: .*gone does not exist"):
         check_set("x", dataclasses.replace(grounding, images=str(tmp_path / "gone")))
     with pytest.raises(GroundTruthError, match="categories"):
         check_set("x", dataclasses.replace(grounding, kind="detection"))

@@ -60,7 +60,7 @@ def test_fallback_reaches_at_most_two_characters() -> None:
         Prompt(caption, (((5, 10),), ((4, 10),), ((0, 5),), ((0, 7),))), TOKENIZER, 8, truncate=True
     )
     assert [np.flatnonzero(row).tolist() for row in rows[0].phrase_map] == [[2], [], [1], []]
-    assert rows[1] == prompts.Losses(cut=0, without_token=2)
+    assert rows[1] == prompts.Truncation(cut=0, without_token=2)
 
 
 def test_prompts_over_the_budget_are_refused() -> None:
@@ -72,7 +72,7 @@ def test_truncation_equals_the_original_and_is_counted() -> None:
     tokenized, losses = prompts.tokenize(prompts.prompt_from_categories(NAMES), TOKENIZER, 12, truncate=True)
     assert tokenized.tokens.tolist() == [*NAMES_IDS[:11], 7]
     # "cell phone" is truncated after "cell": its last three characters have no token, so the span has none.
-    assert losses == prompts.Losses(cut=2, without_token=0)
+    assert losses == prompts.Truncation(cut=2, without_token=0)
     assert [np.flatnonzero(row).tolist() for row in tokenized.phrase_map] == [*NAMES_MAP[:4], [], []]
 
 

@@ -116,7 +116,7 @@ def test_an_invalid_example_changes_nothing() -> None:
     found = _sums(predictions, targets, masked)
     assert found.token[0] == found.box[0] == found.centerness[0] == 0
     counted = _counted(targets, masked)
-    assert (float(counted.positives), float(counted.box_weight)) == (1.0, 0.0)
+    assert (float(counted.positives), float(counted.centerness)) == (1.0, 0.0)
 
 
 def test_losses_are_weighted_by_box() -> None:

@@ -36,7 +36,7 @@ from glip_jax.data import shards
 from glip_jax.data.importers import published
 from glip_jax.data.importers.entry import Entry, ImportSource, Report, SourceError, pack
 from glip_jax.data.importers.report import BuildReport, summary
-from glip_jax.data.importers.workers import BuildError, Job, Task, read_shard_info, run
+from glip_jax.data.importers.workers import BuildError, Job, Task, WorkerError, read_shard_info, run
 from glip_jax.data.records import RecordError
 from glip_jax.data.shards import Manifest, ShardError
 from glip_jax.io import gcs
@@ -45,6 +45,8 @@ __all__ = ["BuildPlan", "build", "excluded_hashes"]
 
 PER_SHARD = 4096
 """Entries per shard if the number of shards is not given: some hundred megabytes of photographs."""
+
+_CHECK_DISK = "check the disk, then give the same command again"
 
 _WAIT = 10.0
 """Seconds to wait for the workers of a killed build, which exit at their next message."""
@@ -75,7 +77,7 @@ class BuildPlan:
     exclude: tuple[epath.PathLike, ...] = ()
     """Files with content hashes of images that must not become records: see `excluded_hashes`."""
     published: str = ""
-    """Name of the published data set to compare with; default: recognised by the name of the annotation file."""
+    """Name of the published data set to compare with; default: recognized by the name of the annotation file."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Other settings that determine the entries, as JSON."""
 
@@ -103,7 +105,7 @@ def build(plan: BuildPlan, open_source: Callable[[Path], ImportSource]) -> tuple
     if plan.shards is not None:
         shards.shard_files(plan.shards)
     if plan.processes < 0:
-        raise ShardError(f"processes is {plan.processes}: expected at least 1, or 0 for one a core")
+        raise ShardError(f"processes is {plan.processes}: expected at least 1, or 0 for one per core")
     known = published.find(plan.source, plan.published)
     excluded, origins = excluded_hashes(plan.exclude)
     partial = out.parent / f".{out.name}.partial"
@@ -195,12 +197,16 @@ def _name_output_in_errors(out: epath.PathLike) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
-        full = getattr(error, "sqlite_errorname", "").startswith(("SQLITE_FULL", "SQLITE_IOERR"))
-        code = errno.ENOSPC if full else errno.EIO
-        raise OSError(code, os.strerror(code) if full else str(error), str(out)) from error
+        if getattr(error, "sqlite_errorname", "").startswith(("SQLITE_FULL", "SQLITE_IOERR")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out)) from error
+        raise BuildError(f"{out} cannot be made ({error}): {_CHECK_DISK}") from error
+    except WorkerError as error:
+        raise BuildError(f"{out}: {error}") from None
     except gcs.StorageError:
         raise
     except OSError as error:
+        if error.errno == errno.EIO:
+            raise BuildError(f"{out} cannot be made ({error.strerror}): {_CHECK_DISK}") from error
         if error.filename is None or ".partial" in str(error.filename):
             error.filename = str(out)
         raise

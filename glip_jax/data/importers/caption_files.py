@@ -211,7 +211,7 @@ def _paired(addresses: Iterator[Any], captions: Iterator[Any], path: epath.Path)
         address, caption = next(addresses, ...), next(captions, ...)
         if address is ... and caption is ...:
             if not number:
-                raise SourceError(f"{path}: expected addresses and captions, found none")
+                raise SourceError(f"{path}: expected URLs and captions, found none")
             return
         if address is ... or caption is ...:
             short = "addresses" if address is ... else "captions"

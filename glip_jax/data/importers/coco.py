@@ -1,4 +1,4 @@
-"""Imports detection annotations in COCO's JSON format: COCO, LVIS, Objects365 (v1 and v2), ODinW folders, key data.
+"""Imports detection annotations in COCO's JSON format: COCO, LVIS, Objects365 (v1 and v2), ODinW folders, your own data.
 
 There is one entry per image, including images without boxes. Boxes are xywh in pixels; a file whose boxes seem to be xyxy or
 relative is refused, and the message says what to do. Crowd boxes are dropped, and their category is marked as not exhaustive
@@ -283,7 +283,7 @@ class BoxFormatCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class Coco(BuildOptions):
-    """Import boxes with category names from a COCO JSON file, the format to use for your key detection data.
+    """Import boxes with category names from a COCO JSON file, the format to use for your own detection data.
 
     example: python -m glip_jax data coco instances_train2017.json --images=train2017 --out=shards/coco
     """

@@ -132,7 +132,7 @@ class Entry:
     unknown: tuple[Spans, ...] = ()
     """Grounding: validated spans of phrases that are listed without a box."""
     ids: tuple[str, ...] = ()
-    """Per box the annotation's id, for messages; empty: boxes are numbered_lines."""
+    """Per box the annotation's id, for messages; empty: boxes are numbered."""
     provenance: str = ""
 
     def where(self, box: int | None = None) -> str:

@@ -46,7 +46,7 @@ class BuildOptions(ABC):
     """Exclude images that are in this folder of shards (or its manifest.json), or whose hash this text file lists; can be
     repeated."""
     published: str = ""
-    """Published data set to compare with, a name in gcs/manifests; default: recognised by the annotation file's name."""
+    """Published data set to compare with, a name in gcs/manifests; default: recognized by the annotation file's name."""
 
     @property
     @abstractmethod

@@ -30,7 +30,7 @@ class Published:
     name: str
     title: str
     files: tuple[str, ...]
-    """Names of annotation files by which the set is recognised."""
+    """Names of annotation files by which the set is recognized."""
     counts: dict[str, int]
     """Known numbers of records, boxes and names in the files."""
     units: dict[str, str]
@@ -43,7 +43,7 @@ class Published:
     variants: tuple[dict[str, Any], ...] = ()
     """Other known numbers: some of the counts, and the reason `why`."""
     address: str = ""
-    """URL of the publisher."""
+    """URL at which the data set is published."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Imports objects of Visual Genome: objects.json (boxes with free-form names) and image_data.json (sizes, URLs).
 
-Names are free text of the annotators, lower-cased and with white space normalised; a box gets the first of its names that is
+Names are free text of the annotators, lower-cased and with white space normalized; a box gets the first of its names that is
 in the vocabulary. Names are not exhaustive in any image, so nothing is known to be absent. Image paths follow the URLs:
 VG_100K/ID.jpg and VG_100K_2/ID.jpg, or ID.jpg, below the image folder.
 """

@@ -22,14 +22,19 @@ from tqdm import tqdm
 from glip_jax import UserError
 from glip_jax.data.importers.entry import Report, make_record, unpack
 from glip_jax.data.shards import ShardWriter, Written
+from glip_jax.io.cores import available_cores
 
-__all__ = ["BuildError", "Job", "Task", "read_shard_info", "run"]
+__all__ = ["BuildError", "Job", "Task", "WorkerError", "read_shard_info", "run"]
 
 _ENTRIES_PER_PROCESS = 200
 """Minimum number of entries per process; fewer take less time than the start of a process."""
 
 _MESSAGE_INTERVAL = 0.3
 """Minimum seconds between two messages of a worker."""
+
+
+class WorkerError(RuntimeError):
+    """A worker process ended before its work was done."""
 
 
 class BuildError(UserError, RuntimeError):
@@ -61,12 +66,11 @@ class Task(NamedTuple):
 def run(job: Job, tasks: Sequence[Task], processes: int) -> None:
     """Writes the shards that do not exist yet; an error of a worker is raised here.
 
-    `processes` 0: one per core, limited by the numbers of shards and entries. A single process is this one.
+    `processes` 0: one per core, limited by the numbers of shards and entries. With one process, the work is done in the calling process.
     """
     missing = [task for task in tasks if not _is_complete(job.folder, task.file)]
     total, todo = tasks[-1].end, sum(task.end - task.begin for task in missing)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = min(processes or min(cores, max(1, todo // _ENTRIES_PER_PROCESS)), max(1, len(missing)))
+    processes = min(processes or min(available_cores(), max(1, todo // _ENTRIES_PER_PROCESS)), max(1, len(missing)))
     with tqdm(desc="records", total=total, initial=total - todo, unit="record", disable=None) as bar:
         if processes == 1:
             excluded = _excluded(job)
@@ -143,8 +147,8 @@ def _run_workers(job: Job, tasks: Sequence[Task], processes: int, bar: tqdm) -> 
                     listening.pop(receiver).join()
                     code = workers[receiver].exitcode
                     if code:
-                        raise BuildError(
-                            f"{job.folder}: a worker ended with code {code} (killed, or out of memory: set fewer "
+                        raise WorkerError(
+                            f"a worker ended with code {code} (killed, or out of memory: set fewer "
                             "--processes); the same command resumes the build"
                         ) from None
                     continue

@@ -28,7 +28,7 @@ _RATIO = 1.5
 _RELATIONAL = 0.62
 """Probability that a caption uses a relational phrase if its scene allows one, so that about half of the captions have one."""
 _MARGIN = 16.0
-"""Minimum distance of centres in pixels for a relation to be stated."""
+"""Minimum distance of centers in pixels for a relation to be stated."""
 
 
 class Phrase(NamedTuple):
@@ -55,7 +55,7 @@ def relation_holds(
 ) -> Bool[np.ndarray, "M K"]:
     """For every pair of xyxy boxes whether the first is clearly `relation` of the second.
 
-    Along the axis of the relation, the centres must be more than 16 pixels, and more than half of their distance along the
+    Along the axis of the relation, the centers must be more than 16 pixels, and more than half of their distance along the
     other axis, apart.
     """
     a, b = ((boxes[:, :2] + boxes[:, 2:]) / 2 for boxes in (first, second))

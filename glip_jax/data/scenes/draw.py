@@ -68,7 +68,7 @@ class _Placement(NamedTuple):
     picture: int
     side: float
     band: tuple[int, float, float] | None = None
-    """Axis (0: x, 1: y), and the range of the centre on it as fractions of the canvas."""
+    """Axis (0: x, 1: y), and the range of the center on it as fractions of the canvas."""
 
 
 def draw_scene(
@@ -222,7 +222,7 @@ def _cast_shadow(
     position: tuple[int, int],
     shadow: tuple[float, float, float, float],
 ) -> None:
-    """Darkens the canvas in position by the soft shadow of an object; `position`: row and column of the object."""
+    """Darkens the canvas in place by the soft shadow of an object; `position`: row and column of the object."""
     strength, right, down, softness = shadow
     margin = int(2 * softness) + 1
     padded = np.pad(np.rint(alpha * 255).astype(np.uint8), margin)

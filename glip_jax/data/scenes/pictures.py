@@ -53,7 +53,7 @@ def load_pictures(
 ) -> list[Picture]:
     """Reads the pictures of `splits` in `styles`, sorted by name and, within a name, in the order of `styles`.
 
-    `limit`: number of names per split (one number, or one for each split), evenly spaced in names.json, where neighbours are
+    `limit`: number of names per split (one number, or one for each split), evenly spaced in names.json, where neighbors are
     similar, and the same in every style; 0: all.
 
     Raises:
@@ -118,7 +118,7 @@ def colour_of(pixels: UInt8[np.ndarray, "h w 4"]) -> str:
         value == red, (green - blue) / spread % 6, np.where(value == green, (blue - red) / spread + 2, (red - green) / spread + 4)
     ) * 60  # fmt: skip
     saturation = spread / np.maximum(value, 1e-6)
-    # Boundaries of hues in degrees; hues between some neighbours are ambiguous and have no name.
+    # Boundaries of hues in degrees; hues between some neighbors are ambiguous and have no name.
     edges = [14, 20, 36, 42, 62, 78, 165, 195, 248, 262, 308, 318, 342, 348]
     names = np.array(["red", "", "orange", "", "yellow", "", "green", "", "blue", "", "purple", "", "pink", "", "red"])
     found = names[np.searchsorted(edges, hue)]

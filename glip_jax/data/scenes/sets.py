@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import multiprocessing
-import os
 import shutil
 import signal
 from collections.abc import Generator, Iterator, Sequence
@@ -21,8 +20,10 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
+from glip_jax.config import current_names
 from glip_jax.data.scenes.draw import Scene, SceneError, SceneStyle, draw_scene
 from glip_jax.data.scenes.pictures import Picture
+from glip_jax.io.cores import available_cores
 
 __all__ = ["SceneSet", "finished", "make_scenes"]
 
@@ -71,6 +72,7 @@ def finished(out: Path, scenes: SceneSet) -> bool:
         return False
     try:
         found = {"version": 1} | json.loads(target.read_text())["info"]
+        found["style"] = current_names(found["style"])
         settings = scenes.settings()
         changed = sorted(key for key in settings if found.get(key) != settings[key])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -164,7 +166,7 @@ def _annotations(scene: Scene, kind: str, category: dict[str, int]) -> Iterator[
 def _drawn(images: Path, scenes: SceneSet, processes: int) -> Generator[_Drawn, None, None]:
     """Draws all scenes in order, in `processes` processes."""
     # Starting a process takes about as long as drawing some dozens of scenes.
-    processes = min(processes or _cores(), -(-scenes.count // 64))
+    processes = min(processes or available_cores(), -(-scenes.count // 64))
     if processes == 1:
         for index in range(scenes.count):
             yield _draw(images, scenes, index)
@@ -177,11 +179,6 @@ def _drawn(images: Path, scenes: SceneSet, processes: int) -> Generator[_Drawn, 
         raise SceneError(f"a worker process died ({error}); --processes=1 shows its error") from error
     finally:
         executor.shutdown(cancel_futures=True)
-
-
-def _cores() -> int:
-    """Number of cores available to this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _draw(images: Path, scenes: SceneSet, index: int) -> _Drawn:

@@ -1,7 +1,7 @@
 """Tags the words of a caption with TextBlob's word list, and corrects tags that contradict their context.
 
 The list has one tag per word, the most frequent one: "sink" is a verb, "parked" a participle, "orange" an adjective. The
-correction rules look at the neighbouring words, like the Brill rules that TextBlob provides; those were learned from
+correction rules look at the neighboring words, like the Brill rules that TextBlob provides; those were learned from
 newspapers and improve captions less than half as much (benchmarks/RESULTS.md).
 """
 
@@ -89,7 +89,7 @@ class LexiconTagger:
 
 
 def _correct_tags(texts: list[str], tags: list[str]) -> None:
-    """Corrects tags that contradict their neighbours, from left to right, in place."""
+    """Corrects tags that contradict their neighbors, from left to right, in place."""
     for number, (text, tag) in enumerate(zip(texts, tags)):
         before = tags[number - 1] if number else ""
         after, next_after = (tags[number + 1 : number + 3] + ["", ""])[:2]

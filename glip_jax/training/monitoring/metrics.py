@@ -84,11 +84,10 @@ def cut_back(workdir: str, step: int, also: Sequence[str] = ()) -> list[str]:
 
     A local file is written under another name and renamed; an object in a bucket is replaced as a whole.
     """
-    kept = [json.dumps(line) + "\n" for line in read(workdir)]
-    kept += [line for line in (json.dumps(current_names(json.loads(line))) + "\n" for line in also) if line not in kept]
-    kept = sorted(
-        (line for line in kept if json.loads(line)["step"] <= step), key=lambda line: json.loads(line)["step"]
-    )
+    lines = read(workdir)
+    lines += [line for text in also if (line := current_names(json.loads(text))) not in lines]
+    lines.sort(key=lambda line: line["step"])
+    kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
     path = workdir_path(workdir) / "metrics.jsonl"
     if path.exists() or kept:
         temporary = path if "://" in str(path) else path.parent / "metrics.jsonl.tmp"
@@ -113,7 +112,7 @@ class Progress:
             self._bar.update(1)
 
     def log(self, text: str) -> None:
-        """Prints a line, above the bar if there is one."""
+        """Logs a line."""
         if not self._quiet:
             logger.info(text)
 

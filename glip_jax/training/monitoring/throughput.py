@@ -2,7 +2,7 @@
 
 step_seconds                  mean time of a step, without what is listed below
 images_per_second_per_chip    images_per_second over the number of devices
-mfu                           model FLOPs utilisation: FLOPs of the images (`glip_jax.models.flops`, forward and backward) over what the
+mfu                           model FLOPs utilization: FLOPs of the images (`glip_jax.models.flops`, forward and backward) over what the
                               chips can do at their published bfloat16 peak in the time of the steps; absent where no peak is known
 compile_seconds, checkpoint_seconds, evaluation_seconds, profile_seconds    time in which no step ran; absent if 0
 memory_bytes, memory_peak_bytes    of the fullest device of this process; absent where jax does not report it, as on CPUs
@@ -36,7 +36,7 @@ class Throughput:
 
     @contextlib.contextmanager
     def exclude(self, what: str) -> Iterator[None]:
-        """Around what is no step: its time is recorded as `what`_seconds instead."""
+        """Excludes the time of this block from the step time and records it as `what`_seconds."""
         begin = time.perf_counter()
         try:
             yield

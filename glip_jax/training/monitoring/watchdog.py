@@ -125,7 +125,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no step and may take any time, such as an evaluation."""
+        """Suspends the watchdog, for example during an evaluation."""
         self._set_deadline(0.0)
         yield
         self._skip = True
@@ -173,11 +173,12 @@ class Watchdog:
             what = f"{what}, with what is compiled for it (train.hang_first)"
             cause += ", or the compiler takes that long"
         stacks = self._folder / self._name
-        logger.warning(f"{what}: {cause}; the stacks of all threads are in {stacks}")
         self._file.write(f"(above: step {self._step + 1}, {time.strftime('%Y-%m-%d %H:%M:%S')})\n\n")
         self._file.flush()
         if self._remote and self._write_file is not None:
             self._write_file(self._name, Path(self._file.name).read_bytes())
+        # Last: the thread that hangs may hold the lock of the log.
+        logger.warning(f"{what}: {cause}; the stacks of all threads are in {stacks}")
 
     def _poll(self) -> None:
         path = self._folder / "profile"

@@ -84,7 +84,7 @@ class SwinBlock(nn.Module):
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
 
     def _apart(self, height: Side, width: Side, like: Tensor) -> Tensor:
-        """-100 between cells that are not neighbours before the shift: [windows cells cells]."""
+        """-100 between cells that are not neighbors before the shift: [windows cells cells]."""
 
         def region(length: Side) -> Tensor:
             cell = torch.arange(length, device=like.device)
@@ -111,7 +111,7 @@ class SwinBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Merges four neighbouring cells into one with twice the channels."""
+    """Merges four neighboring cells into one with twice the channels."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class SwinStage(nn.Module):
 
 
 class Swin(nn.Module):
-    """Maps of strides 8, 16, 32 (each with its own norm) from normalised pixels."""
+    """Maps of strides 8, 16, 32 (each with its own norm) from normalized pixels."""
 
     def __init__(self, width: int, depths: Sequence[int], heads: Sequence[int], window: int) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ def _same(x: Tensor, kernel: int, stride: int) -> Tensor:
 
 
 class ChannelAffine(nn.Module):
-    """Batch normalisation with its statistics folded in."""
+    """Batch normalization with its statistics folded in."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -352,7 +352,7 @@ class FusionAttention(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Adds the residual to the normalised inputs, as microsoft/GLIP does."""
+    """Adds the residual to the normalized inputs, as microsoft/GLIP does."""
 
     def __init__(self, width: int, text_width: int, inner: int, heads: int) -> None:
         super().__init__()
@@ -406,7 +406,7 @@ def bounded(offset: Tensor, bound: int) -> Tensor:
 
 
 class DeformableNorm(nn.Module):
-    """Deformable convolution, then group normalisation."""
+    """Deformable convolution, then group normalization."""
 
     def __init__(self, channels: int, groups: int, stride: int) -> None:
         super().__init__()
@@ -433,7 +433,7 @@ class DynamicReLU(nn.Module):
 
 
 class DynamicConvolution(nn.Module):
-    """Combines each level with its neighbours; the terms are weighted by pooled attention.
+    """Combines each level with its neighbors; the terms are weighted by pooled attention.
 
     `coarse_offsets`: "flat" reads the offsets for the coarser level as microsoft/GLIP does, with the strides of the coarser
     level on the same buffer, which released weights need; "resized" resizes the map. `offset_bound`: offsets are clamped to
@@ -556,7 +556,7 @@ class GlipNetwork(nn.Module):
         self.rpn = nn.ModuleDict({"head": Head(settings), "anchor_generator": anchors})
 
     def encode_image(self, pixels: Tensor) -> list[Tensor]:
-        """Normalised pixels [B 3 H W], without padding, to pyramid levels."""
+        """Normalized pixels [B 3 H W], without padding, to pyramid levels."""
         return self.backbone["fpn"](self.backbone["body"](pixels))
 
     def encode_text(self, tokens: Tensor, mask: Tensor) -> Tensor:

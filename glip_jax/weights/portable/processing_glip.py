@@ -24,7 +24,7 @@ __all__ = ["GlipImageProcessor", "GlipProcessor", "best_detections"]
 
 
 class GlipImageProcessor(BaseImageProcessor):
-    """Resizes (the short side to `short_side`, the long one at most `long_side`), normalises, pads to multiples of the extent."""
+    """Resizes (the short side to `short_side`, the long one at most `long_side`), normalizes, pads to multiples of the extent."""
 
     model_input_names = ("pixel_values", "pixel_mask")
 
@@ -151,7 +151,7 @@ class GlipProcessor(ProcessorMixin):
         longest = max(len(ids) for ids in encoded["input_ids"])
         if longest > self.max_tokens:
             raise ValueError(
-                f"the text has {longest} tokens, the network was trained with {self.max_tokens}: ask in several calls"
+                f"the text has {longest} tokens, the network was trained with {self.max_tokens}: split the names over several calls"
             )
         phrases = max(len(spans) for _, spans in texts)
         ids = np.zeros((len(texts), longest), np.int64)

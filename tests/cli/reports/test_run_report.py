@@ -140,7 +140,7 @@ def test_a_large_photograph_is_made_smaller(tmp_path, detection):
 
 def test_a_picture_that_is_gone_is_named(tmp_path, detection):
     (tmp_path / "b.png").unlink()
-    with pytest.raises(EvaluationError, match=r"b.png is not there"):
+    with pytest.raises(EvaluationError, match=r"b.png does not exist"):
         cards(*detection, limit=5, threshold=None)
 
 

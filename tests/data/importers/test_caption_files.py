@@ -120,7 +120,7 @@ def test_sbu_as_two_text_files_and_as_json(place: Path) -> None:
     for broken, message in [
         ({"image_urls": ["x"], "captions": []}, "the captions end after 0"),
         ({"image_urls": ["x"]}, "the captions end after 0"),
-        ([], "expected addresses and captions, found none"),
+        ([], "expected URLs and captions, found none"),
         ("{", "not JSON|found none"),
     ]:
         text = broken if isinstance(broken, str) else json.dumps(broken)

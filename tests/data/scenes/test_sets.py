@@ -92,6 +92,11 @@ def test_finished_scenes_are_kept_and_other_settings_are_refused(tmp_path):
     assert (out / "annotations.json").stat().st_mtime_ns == before
     with pytest.raises(SceneError, match="differ in count, seed"):
         make_scenes(out, scenes(count=5, seed=8))
+    # As earlier versions wrote it.
+    written = read(out / "annotations.json")
+    written["info"]["style"]["least_visible"] = written["info"]["style"].pop("min_visible")
+    (out / "annotations.json").write_text(json.dumps(written))
+    assert make_scenes(out, scenes()) is False
     other = squares()
     other[0].image.putpixel((0, 0), (9, 9, 9, 255))
     with pytest.raises(SceneError, match="differ in pictures:"):
