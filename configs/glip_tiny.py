@@ -52,7 +52,7 @@ SOLVER = OptimizerConfig(
     rate=1e-4, text_rate=1e-5, backbone_rate_factor=1.0, head_text_rate_factor=1.0, bias_rate_factor=2.0,
     decay=1e-4, bias_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8,
     warmup_steps=2000, warmup_factor=0.001, milestones=(0.67, 0.89), milestone_factor=0.1,
-    clip_norm=1.0, ema_decay=0.999,
+    clip_norm=1.0, ema_decay=0.999, ema_ramp=False,
 )  # fmt: skip
 SAMPLING = CaptionConfig(
     mode="sampled", separator=". ", max_negatives=85, full_probability=0.5, one_negative_probability=0.0,

@@ -116,6 +116,9 @@ class OptimizerConfig:
     """Maximum global gradient norm; 0 disables clipping."""
     ema_decay: float = 0.999
     """Decay per step of the exponential moving average (EMA) of the parameters; 0 disables it."""
+    ema_ramp: bool = True
+    """The decay of step n, from 0, is at most (1 + n) / (10 + n), so that the averages soon forget the initial parameters. False: it is
+    `ema_decay` from the first step, as in the original code. A run that began without the ramp resumes without it."""
     accumulate: int = 1
     """Micro-batches per step (gradient accumulation)."""
 

@@ -12,7 +12,16 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from glip_jax.config.run import Config, ConfigError, flatten
 
-__all__ = ["RENAMED_KEYS", "current_name", "current_names", "differences", "first_names", "renamed_hint", "unflatten"]
+__all__ = [
+    "RENAMED_KEYS",
+    "current_name",
+    "current_names",
+    "differences",
+    "first_names",
+    "renamed_hint",
+    "resumed",
+    "unflatten",
+]
 
 RENAMED_KEYS = {
     "data.crop.least_side": "data.crop.min_side",
@@ -26,10 +35,10 @@ RENAMED_KEYS = {
 """Old name -> new name, `*` for any characters. Dotted names are settings, names with slashes metrics; `least_visible` is of
 the style of synthetic scenes."""
 
-_ADDED_KEYS = {"model.head.offset_bound": 0, "optimizer.name": "adamw"}
+_ADDED_KEYS = {"model.head.offset_bound": 0, "optimizer.name": "adamw", "optimizer.ema_ramp": False}
 """Settings that saved runs may lack, with the value that describes what earlier versions did."""
 
-_ADDED_AFTER_HASHES = ("optimizer.name",)
+_ADDED_AFTER_HASHES = ("optimizer.name", "optimizer.ema_ramp")
 """Those of them that earlier versions did not hash."""
 
 
@@ -83,12 +92,23 @@ def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
     return lines
 
 
+def resumed(saved: Mapping[str, Any], config: Config) -> Config:
+    """`config` for resuming a run with the flat settings `saved`: without `optimizer.ema_ramp` where the run began without it.
+
+    The default of that setting is not what earlier versions did, and the command that began a run resumes it.
+    """
+    if (_ADDED_KEYS | current_names(saved))["optimizer.ema_ramp"] or not config.optimizer.ema_ramp:
+        return config
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema_ramp=False))
+
+
 def unflatten(saved: Mapping[str, Any]) -> Config:
-    """Inverse of `dict(flatten(config))`, also after JSON and with old names. Missing settings get their default.
+    """Inverse of `dict(flatten(config))`, also after JSON and with old names. Missing settings get the value that describes what
+    the version without them did, or their default.
 
     Raises ConfigError for a setting that this version does not have.
     """
-    saved = current_names(saved)
+    saved = _ADDED_KEYS | current_names(saved)
     used: set[str] = set()
 
     def build(kind: Any, prefix: str) -> Any:

@@ -10,6 +10,8 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -20,13 +22,15 @@ from absl import logging as absl_logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from glip_jax.config import Config, ConfigError
+from glip_jax.config import Config, ConfigError, OptimizerConfig
 from glip_jax.config.saved import current_names, unflatten
 from glip_jax.io import checksums
 from glip_jax.io.checkpoint_steps import checkpoint_folder, complete_steps, damage_of, latest_step, unfinished
 from glip_jax.io.workdir import CheckpointError
 
-__all__ = ["Checkpoint", "Which", "fingerprint", "open_checkpoint", "readable"]
+__all__ = ["Checkpoint", "Which", "fingerprint", "note_on_averages", "open_checkpoint", "readable", "share_of_start"]
+
+logger = logging.getLogger(__name__)
 
 Which = Literal["ema", "raw"]
 """Which parameters: their moving averages (where the run kept averages; else raw), or those of the last update."""
@@ -54,6 +58,7 @@ class Checkpoint:
         self.lines = list(lines)
         """The lines of metrics.jsonl up to this step; none in an export."""
         self._read = read
+        self._noted = False
 
     @functools.cached_property
     def config(self) -> Config:
@@ -72,6 +77,8 @@ class Checkpoint:
         Raises CheckpointError for files that are damaged or were removed since, and for values that are not finite.
         """
         parameters = self._read(which)
+        if which == "ema" and self.step is not None and (self.path / "ema").exists():
+            self._note_on_averages(self.step)
         bad = [path for path, leaf in jax.tree_util.tree_leaves_with_path(parameters) if not np.isfinite(leaf).all()]
         if bad:
             raise CheckpointError(
@@ -79,6 +86,14 @@ class Checkpoint:
                 "give an earlier --step"
             )
         return parameters
+
+    def _note_on_averages(self, step: int) -> None:
+        """Logs once where much of the averages is the initial parameters."""
+        with contextlib.suppress(ConfigError):  # of settings that this version does not know
+            note = note_on_averages(step, self.config.optimizer)
+            if note and not self._noted:
+                logger.warning(f"{self.path}: {note}")
+            self._noted = True
 
     def fingerprint(self, which: Which = "raw") -> str:
         """SHA-256 of the parameters, which are read for it; that of `raw` is what training prints at its end."""
@@ -124,6 +139,28 @@ def fingerprint(params: Any) -> str:
         array = multihost_utils.process_allgather(leaf, tiled=True) if distributed else leaf
         digest.update(np.ascontiguousarray(array, np.float32).tobytes())
     return digest.hexdigest()
+
+
+def share_of_start(step: int, optimizer: OptimizerConfig) -> float:
+    """The weight that the parameters of step 0 have in the averages after `step` steps: the product of the decays; 0 without averages.
+
+    The decay of step n is `ema_decay`, with the ramp the smaller one of it and (1 + n) / (10 + n). The product of (1 + n) / (10 + n)
+    over the first m steps is 9! / ((m + 1) ... (m + 9)).
+    """
+    decay = optimizer.ema_decay
+    ramp = min(step, max(0, math.ceil((10 * decay - 1) / (1 - decay)))) if optimizer.ema_ramp else 0
+    return math.factorial(9) / math.prod(range(ramp + 1, ramp + 10)) * decay ** (step - ramp) if decay else 0.0
+
+
+def note_on_averages(step: int, optimizer: OptimizerConfig) -> str:
+    """A line where more than a tenth of the averages is still the parameters of step 0; else empty."""
+    share = share_of_start(step, optimizer)
+    if share <= 0.1:
+        return ""
+    return (
+        f"the averaged parameters after step {step} are {share:.0%} those of step 0 (optimizer.ema_decay {optimizer.ema_decay:g}"
+        f"{'' if optimizer.ema_ramp else ', optimizer.ema_ramp False'}): evaluation.parameters=raw takes those of the last step instead"
+    )
 
 
 @contextlib.contextmanager

@@ -22,13 +22,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from glip_jax import UserError
-from glip_jax.config import Config, ConfigError, validate
+from glip_jax.config import Config, ConfigError, resumed, validate
 from glip_jax.data.mixture import Mixture
 from glip_jax.distributed.cluster import Cluster
 from glip_jax.distributed.exit_codes import CANCELLED, NOT_FINITE, PREEMPTED
 from glip_jax.distributed.mesh import check_fits, make_mesh, place_batch, shardings
 from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.io.checkpoint import Checkpoints, Saved, complete_steps, fingerprint
+from glip_jax.io.checkpoint_reader import note_on_averages
 from glip_jax.io.workdir import check_config, prepare, workdir_path, write_config, write_started_from
 from glip_jax.structures.batch import Batch
 from glip_jax.training.monitoring.metrics import Progress, Window, read
@@ -100,6 +101,8 @@ def train(
     prepare(workdir)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint.keep, config.checkpoint))
+        if (saved := checkpoints.latest()) is not None:
+            config = resumed(checkpoints.run(saved), config)
         state = _start(config, workdir, mesh, checkpoints, initial_parameters, resume_with_changes)
         start = int(state.step)
         if mixture is None and start < config.train.steps:  # the last checkpoint is damaged
@@ -110,6 +113,9 @@ def train(
         sink = stack.enter_context(wandb_run(wandb, workdir, config))
         writer = stack.enter_context(Writer(workdir, start, lines, sink, progress.log)) if first else None
         write_config(workdir, config)
+        note = note_on_averages(config.train.steps, config.optimizer) if config.evaluation.parameters == "ema" else ""
+        if note and first:
+            logger.warning(note)
         run = _Run(config, epath.Path(workdir), mesh, checkpoints, writer, progress, evaluate, cluster)
         for line in read(workdir) if config.checkpoint.best else ():
             run.score(line["step"], line)
@@ -237,6 +243,8 @@ class _Run:
             by_set[dataset].append(f"{metric} {value:.4f}")
         for dataset, values in by_set.items():
             self.progress.log(f"step {step}: {dataset}  " + "  ".join(values))
+        if self.config.evaluation.parameters == "ema" and (note := note_on_averages(step, self.config.optimizer)):
+            self.progress.log(note)
         best_by = self.config.checkpoint.best_by
         if self.config.checkpoint.best and best_by not in metrics:
             raise ConfigError(f"checkpoint.best_by is {best_by!r}: the evaluation gave {', '.join(sorted(metrics))}")

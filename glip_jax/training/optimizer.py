@@ -24,6 +24,7 @@ from glip_jax.config import ConfigError, ModelConfig, OptimizerConfig
 __all__ = [
     "Group",
     "average",
+    "average_decay",
     "clip",
     "decay_multiplier",
     "flat",
@@ -259,6 +260,12 @@ def _unit_rate_optimizer(config: OptimizerConfig) -> optax.GradientTransformatio
     return result
 
 
-def average(ema: Params, trainable: Params, decay: float) -> Any:
-    """Moving average e <- decay e + (1 - decay) p, without warm-up (glip-reference 1.6)."""
+def average_decay(step: Int[Array, ""] | int, optimizer: OptimizerConfig) -> Float[Array, ""] | float:
+    """Decay of the moving average at the 0-based `step`: `ema_decay`, with the ramp at most (1 + step) / (10 + step)."""
+    n = jnp.float32(step)
+    return jnp.minimum(optimizer.ema_decay, (1 + n) / (10 + n)) if optimizer.ema_ramp else optimizer.ema_decay
+
+
+def average(ema: Params, trainable: Params, decay: Float[Array, ""] | float) -> Any:
+    """Moving average e <- decay e + (1 - decay) p; in the original with the same decay at every step (glip-reference 1.6)."""
     return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, trainable)

@@ -31,7 +31,7 @@ from glip_jax.distributed.mesh import (
     shardings,
 )
 from glip_jax.models.glip import GLIP, normalize
-from glip_jax.structures.batch import DROPS, Batch, Targets
+from glip_jax.structures.batch import BATCH_AXES, DROPS, Batch, Targets
 from glip_jax.training import optimizer as optim
 from glip_jax.training.assignment import assign
 from glip_jax.training.losses import (
@@ -119,7 +119,8 @@ def make_step(
         gradients, norm = optim.clip(gradients, config.optimizer.clip_norm)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, trainable, step=state.step)
         trainable: Any = optax.apply_updates(trainable, updates)
-        ema = optim.average(state.ema, trainable, config.optimizer.ema_decay) if state.ema else state.ema
+        decay = optim.average_decay(state.step, config.optimizer)
+        ema = optim.average(state.ema, trainable, decay) if state.ema else state.ema
         scale = optim.rate_multiplier(state.step, config.train.steps, config.optimizer)
         metrics |= {
             "gradient_norm": norm,

@@ -21,6 +21,7 @@ from glip_jax.config import (
     differences,
     first_names,
     flatten,
+    resumed,
     unflatten,
 )
 from glip_jax.data.scenes.draw import SceneStyle
@@ -57,6 +58,18 @@ def test_a_run_goes_on_with_its_settings(old):
     assert differences(saved, other) == ["data.crop.min_side: 0.7 -> 0.6"]
     with pytest.raises(CheckpointError, match=r"data.crop.min_side: 0.7 -> 0.6"):
         check_config("run", 2, saved, other, accept=False)
+
+
+def test_a_run_that_began_without_the_ramp_of_the_averages_resumes_without_it(old):
+    saved = json.loads(Path("run/config.json").read_text())
+    as_then = unflatten(saved)
+    command = dataclasses.replace(as_then, optimizer=dataclasses.replace(as_then.optimizer, ema_ramp=True))
+    assert "optimizer.ema_ramp" not in saved and not as_then.optimizer.ema_ramp
+    assert resumed(saved, command) == as_then and check_config("run", 2, saved, as_then, accept=False) == []
+    # The run goes on as saved by this version, and is resumed by the same command again.
+    assert resumed(dict(flatten(as_then)), command) == as_then
+    assert resumed(dict(flatten(command)), command) == command
+    assert provenance.config_hash(as_then) == provenance.config_hash(saved) != provenance.config_hash(command)
 
 
 @pytest.mark.compiles

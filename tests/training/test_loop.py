@@ -15,6 +15,7 @@ from glip_jax.data.mixture import Mixture
 from glip_jax.distributed.exit_codes import CANCELLED, PREEMPTED
 from glip_jax.distributed.mesh import MeshError, make_mesh
 from glip_jax.io.checkpoint import CheckpointError, Checkpoints, Saved, complete_steps, fingerprint, latest_step
+from glip_jax.io.checkpoint_reader import open_checkpoint
 from glip_jax.io.workdir import started_from
 from glip_jax.training import loop
 from glip_jax.training.loop import NonFiniteLossError, train
@@ -146,6 +147,23 @@ def test_a_run_with_another_optimizer_resumes_with_the_same_bits(
     assert fingerprint(train(config, workdir).params) == straight
     with pytest.raises(CheckpointError, match=rf"optimizer.name: {name} -> adamw"):
         train(tiny_run.replace(config, "optimizer", name="adamw", arguments={}), workdir)
+
+
+def test_a_run_begun_without_the_ramp_resumes_without_it_and_what_the_averages_are_is_said(
+    config, workdir, tmp_path, capsys
+):
+    config = tiny_run.replace(tiny_run.replace(config, "optimizer", ema_decay=0.999), "train", steps=2)
+    before = tiny_run.replace(config, "optimizer", ema_ramp=False)
+    straight = train(before, str(tmp_path / "straight"))
+    train(tiny_run.replace(before, "train", steps=1), workdir)
+    run = tmp_path / "run" / "checkpoints" / "1" / "run" / "metadata"
+    for state in (train(config, workdir, resume_with_changes=True), train(config, workdir)):
+        assert fingerprint(state.ema) == fingerprint(straight.ema)
+    assert run.exists() and json.loads((tmp_path / "run" / "config.json").read_text())["optimizer.ema_ramp"] is False
+    said = "100% those of step 0"
+    assert capsys.readouterr().err.count(said) == 4
+    open_checkpoint(workdir).parameters("ema")
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from glip_jax.config import (  # fmt: skip
 )
 from glip_jax.distributed.mesh import make_mesh, shardings
 from glip_jax.io.checkpoint import Checkpoints, Saved, open_checkpoint
+from glip_jax.io.checkpoint_reader import note_on_averages, share_of_start
 from glip_jax.models.glip import GLIP
 from glip_jax.training import optimizer as optim
 from glip_jax.training.state import abstract_state, initial_state
@@ -309,6 +310,27 @@ def test_clip_is_torch_formula(bound):
     factor = min(1.0, bound / (10.0 + 1e-6)) if bound else 1.0
     np.testing.assert_allclose(clipped["a"], 3.0 * factor, rtol=1e-6)
     np.testing.assert_allclose(clipped["b"]["c"], 4.0 * factor, rtol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"ema_ramp": False}, {}, {"ema_decay": 0.05}, {"ema_decay": 0.5}])
+def test_the_start_has_the_share_of_the_averages_that_the_note_says(settings):
+    optimizer, start, share = OptimizerConfig(**{"ema_decay": 0.99, **settings}), {"a": jnp.float32([1.0])}, []
+    for step in range(40):
+        start = optim.average(start, {"a": jnp.float32([0.0])}, optim.average_decay(step, optimizer))
+        share.append(float(start["a"][0]))
+    said = [share_of_start(step, optimizer) for step in range(1, 41)]
+    np.testing.assert_allclose(share, said, rtol=1e-4, atol=1e-12)
+    assert share_of_start(0, optimizer) == 1 and share_of_start(10**9, optimizer) == pytest.approx(0, abs=1e-9)
+    assert share_of_start(10, OptimizerConfig(ema_decay=0.0)) == 0
+    notes = [note_on_averages(step, optimizer) for step in range(1, 41)]
+    assert [bool(note) for note in notes] == [value > 0.1 + 1e-6 for value in share]
+
+
+def test_the_averages_of_a_short_run_are_worth_something():
+    """The public report: 60 steps with the defaults, and 94 % of what every job takes was the random head."""
+    assert share_of_start(60, OptimizerConfig()) < 1e-9 and not note_on_averages(60, OptimizerConfig())
+    note = note_on_averages(60, OptimizerConfig(ema_ramp=False))
+    assert "94% those of step 0" in note and "evaluation.parameters=raw" in note
 
 
 def test_average():

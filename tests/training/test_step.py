@@ -274,15 +274,22 @@ def test_four_micro_batches_equal_one(sources):
         np.testing.assert_allclose(value, other_metrics[-1][name], rtol=1e-4, err_msg=name)
 
 
-def test_the_average_equals_its_formula(sources):
-    config = tiny_run.config(sources)
+@pytest.mark.parametrize(("ramp", "decays"), [(False, (0.9, 0.9)), (True, (1 / 10, 2 / 11))])
+def test_the_average_equals_its_formula(sources, ramp, decays):
+    config = tiny_run.replace(tiny_run.config(sources), "optimizer", ema_ramp=ramp)
     batches = _batches(config, 2)
     start = stand_in.parameters(config, jax.random.key(1))["head"]["box"]["kernel"]
     first, _ = _train(config, _mesh(ONE), batches[:1])
     second, _ = _train(config, _mesh(ONE), batches)
     kernel = [np.asarray(state.params["head"]["box"]["kernel"]) for state in (first, second)]
-    expected = 0.9 * (0.9 * np.asarray(start) + 0.1 * kernel[0]) + 0.1 * kernel[1]
+    one, two = decays
+    expected = two * (one * np.asarray(start) + (1 - one) * kernel[0]) + (1 - two) * kernel[1]
     np.testing.assert_allclose(second.ema["head"]["box"]["kernel"], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_no_averages_are_kept_without_a_decay(sources):
+    config = tiny_run.config(sources)
+    batches = _batches(config, 1)
     off = tiny_run.replace(config, "optimizer", ema_decay=0.0)
     assert _train(off, _mesh(ONE), batches[:1])[0].ema == {}
 
