@@ -83,7 +83,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _started_processes(request, monkeypatch):
     """Whatever starts a process says so, that scripts/test.sh --quick stays quick. (`git`, which tells the commit, may run.)"""
-    if request.node.get_closest_marker("processes") or request.node.get_closest_marker("slow"):
+    if any(request.node.get_closest_marker(mark) for mark in ("processes", "slow", "tpu")):
         return
     popen, start = subprocess.Popen.__init__, multiprocessing.process.BaseProcess.start
 
