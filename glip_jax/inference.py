@@ -23,6 +23,7 @@ from PIL import Image
 from glip_jax.config import Config
 from glip_jax.io import assets
 from glip_jax.io.image_files import read_upright, upright
+from glip_jax.io.paths import checked
 from glip_jax.models.glip import GLIP, normalize
 from glip_jax.models.postprocess import detect
 from glip_jax.structures import prompts
@@ -318,7 +319,7 @@ def _phrases(text: str) -> Prompt:
 def _rgb(image: Any) -> UInt8[np.ndarray, "H W 3"]:
     """Pixels of a path, a PIL image or an array. Raises ImageFileError for a bad file, ValueError for an array of another type or shape."""
     if isinstance(image, str | os.PathLike):
-        return read_upright(epath.Path(image))
+        return read_upright(epath.Path(checked(image)))
     if isinstance(image, Image.Image):
         return upright(image)
     array = np.asarray(image)

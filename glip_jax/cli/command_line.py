@@ -24,9 +24,10 @@ from typing import Any, TypeVar
 import tyro
 
 from glip_jax import UserError
-from glip_jax.config import Config, ConfigError, current_name, flatten, renamed_hint, validate
+from glip_jax.config import Config, ConfigError, PathStr, current_name, flatten, renamed_hint, validate
 from glip_jax.distributed import exit_codes
 from glip_jax.io.assets import bundled
+from glip_jax.io.paths import check_paths, checked
 
 __all__ = ["Arguments", "CommandLineError", "split_settings", "flags", "load_config", "parse", "value_of"]
 
@@ -44,7 +45,7 @@ class Arguments:
 
     config: tyro.conf.FlagConversionOff[Config]
     """Settings: --config=FILE.py, then --config.section.field=value for single ones."""
-    workdir: str = ""
+    workdir: PathStr = ""
     """Folder of the run, local or gs://."""
 
 
@@ -75,6 +76,7 @@ def parse(
     example = example or "--config=configs/demo.py --config.train.steps=1000 --workdir=runs/demo"
     parsed = _parsed(kind, rest, job, example, default=kind(config=config))
     validate(parsed.config)
+    check_paths(parsed, "--")
     return parsed
 
 
@@ -109,7 +111,9 @@ def flags(
             near = difflib.get_close_matches(argv[0], commands, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(commands)}"
             raise CommandLineError(f"unknown format {argv[0]!r}; {hint}")
-    return _parsed(kind, list(argv), job, example)
+    parsed = _parsed(kind, list(argv), job, example)
+    check_paths(parsed, "--")
+    return parsed
 
 
 def _new_name(argument: str, renamed: Mapping[str, str]) -> str:
@@ -196,7 +200,7 @@ def _kinds(kind: Any) -> list[type]:
 
 def load_config(path: str) -> Config:
     """`get_config()` of a Python file; CommandLineError says what is wrong with the file and on which line."""
-    file = Path(path)
+    file = Path(checked(path, "--config"))
     if not file.is_file() and not file.is_absolute() and bundled(path).is_file():
         file = bundled(path)
     if not file.is_file():

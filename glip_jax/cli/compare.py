@@ -20,6 +20,7 @@ from glip_jax.cli.report import FORMAT
 from glip_jax.cli.reports.compare_report import label, labels, render
 from glip_jax.cli.reports.drawing import draw_groups
 from glip_jax.cli.reports.run_report import aligned
+from glip_jax.config import PathStr
 from glip_jax.distributed import exit_codes
 from glip_jax.evaluation.comparison import (
     Comparison,
@@ -46,9 +47,9 @@ class Compare:
     the HTML report compare.html.
     """
 
-    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN ...")] = ()
+    runs: Annotated[tyro.conf.Positional[tuple[PathStr, ...]], tyro.conf.arg(metavar="RUN ...")] = ()
     """Folders with evaluation.json, local or gs://."""
-    out: str = ""
+    out: PathStr = ""
     """Folder to write to, local or gs://."""
     steps: tuple[str, ...] = ()
     """Differences to take seed by seed: NEW/OLD, two names of configs, or NEW/OLD=NUMBER,NUMBER with the numbers in which

@@ -20,7 +20,7 @@ from etils import epath
 
 from glip_jax.cli import checkpoint_argument
 from glip_jax.cli.command_line import Arguments, CommandLineError, parse
-from glip_jax.config import Config, EvaluationSet, current_names
+from glip_jax.config import Config, EvaluationSet, PathStr, current_names
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.structures.batch import Detections
@@ -43,14 +43,14 @@ class EvaluateArguments(Arguments):
     detections_SET.json and the HTML report report.html.
     """
 
-    checkpoint: str = ""
+    checkpoint: PathStr = ""
     """The checkpoint to evaluate: WORKDIR of a run (its newest complete checkpoint), WORKDIR/checkpoints/STEP, or a folder that `export` wrote;
     local or gs://."""
-    workdir: str = ""
+    workdir: PathStr = ""
     """Folder of the run: its checkpoint is evaluated unless --checkpoint names another, and the report is written there."""
     step: int | None = None
     """Step of the checkpoint of a WORKDIR; default: the newest complete one."""
-    out: str = ""
+    out: PathStr = ""
     """Folder for the report, local or gs://; default: the working folder."""
     measure_chunking: bool = False
     """Evaluate every detection set twice more, with the names shuffled and in prompts half as long, and report how AP50

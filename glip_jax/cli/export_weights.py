@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from glip_jax.cli import checkpoint_argument
 from glip_jax.cli.command_line import CommandLineError, flags, split_settings
-from glip_jax.config import Config
+from glip_jax.config import Config, PathStr
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.io.errors import full_disk
@@ -49,16 +49,16 @@ class Export:
     than 1e-4 or boxes by more than 0.05 pixels it is thrown away. Needs: pip install -r requirements-export.txt
     """
 
-    checkpoint: str = ""
+    checkpoint: PathStr = ""
     """The checkpoint to export: WORKDIR of a run (its newest complete checkpoint), WORKDIR/checkpoints/STEP, or a folder that `export` wrote;
     local or gs://."""
-    workdir: str = ""
+    workdir: PathStr = ""
     """The same as --checkpoint=WORKDIR."""
-    out: str = ""
+    out: PathStr = ""
     """File (glip-pth) or folder (huggingface, onnx) to make, local or gs://; it may not exist yet."""
     format: Literal["glip-pth", "huggingface", "onnx"] = "huggingface"
     """glip-pth: microsoft/GLIP's format; huggingface: transformers' Auto classes; onnx: a graph for onnxruntime."""
-    images: str = ""
+    images: PathStr = ""
     """Folder of photographs, or one photograph, to compare on (the first four); default: synthetic images."""
     step: int | None = None
     """Step of the checkpoint of a WORKDIR; default: the newest complete one."""

@@ -17,7 +17,7 @@ import tyro
 from etils import epath
 
 from glip_jax.cli.command_line import Arguments, CommandLineError, parse
-from glip_jax.config import Config, ModelConfig, validate
+from glip_jax.config import AssetStr, Config, ModelConfig, validate
 from glip_jax.distributed import exit_codes
 from glip_jax.io.assets import resolve
 
@@ -41,7 +41,7 @@ class Import(Arguments):
     --config.section.field=value.
     """
 
-    file: tyro.conf.Positional[str] = ""
+    file: tyro.conf.Positional[AssetStr] = ""
     """The weights: a local or gs:// path, or package:NAME/inner/file."""
     parameters: Literal["model", "model_ema"] = "model"
     """Which of a training checkpoint's two sets; GLIP's authors evaluate `model`."""

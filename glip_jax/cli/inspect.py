@@ -17,7 +17,7 @@ from glip_jax.cli.reports.card import Card
 from glip_jax.cli.reports.drawing import draw_histogram, svg_uri
 from glip_jax.cli.reports.html import render_template
 from glip_jax.cli.reports.inspect_cards import Counts, add_drops, count_records, example_cards, record_cards
-from glip_jax.config import Config, SourceConfig
+from glip_jax.config import Config, PathStr, SourceConfig
 from glip_jax.data.mixture import Mixture
 from glip_jax.data.shards import Shards
 from glip_jax.distributed import exit_codes
@@ -35,7 +35,7 @@ _EXAMPLE = "shards/mine --out=mine.html (or --config=configs/coco_cc.py --out=co
 class _Options:
     """The options of the report."""
 
-    out: str = "inspect.html"
+    out: PathStr = "inspect.html"
     """HTML file to write; local or gs://."""
     records: int = 12
     """Records drawn of each source."""
@@ -53,7 +53,7 @@ class InspectShards(_Options):
     sources of the config.
     """
 
-    shards: tyro.conf.Positional[tuple[str, ...]] = ()
+    shards: tyro.conf.Positional[tuple[PathStr, ...]] = ()
     """Folders that `python -m glip_jax data` made."""
 
 

@@ -11,7 +11,6 @@ The same command on several hosts, or several times on one, shares the work: see
 import contextlib
 import json
 import logging
-import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ import tyro
 
 from glip_jax.cli import checkpoint_argument
 from glip_jax.cli.command_line import CommandLineError, flags, split_settings
+from glip_jax.config import PathStr
 from glip_jax.data import shards
 from glip_jax.data.manifest import read_file
 from glip_jax.distributed import exit_codes
@@ -57,15 +57,15 @@ class Label:
     Another teacher: --detections=FILE.json, a COCO results file that any detector wrote, with --categories.
     """
 
-    shards: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SHARDS ...")] = ()
+    shards: Annotated[tyro.conf.Positional[tuple[PathStr, ...]], tyro.conf.arg(metavar="SHARDS ...")] = ()
     """Folders of shards with captions, local or gs://."""
-    out: str = ""
+    out: PathStr = ""
     """Folder to make: local, on a file system that all hosts see, or gs://; a finished one of the same settings is left as
     it is."""
-    checkpoint: str = ""
+    checkpoint: PathStr = ""
     """The teacher: WORKDIR of a run (its newest complete checkpoint), WORKDIR/checkpoints/STEP, or a folder that `export` wrote;
     local or gs://."""
-    workdir: str = ""
+    workdir: PathStr = ""
     """The same as --checkpoint=WORKDIR."""
     step: int | None = None
     """Step of the checkpoint of a WORKDIR; default: the newest complete one."""
@@ -89,9 +89,9 @@ class Label:
     """Short sides in pixels to detect at and average over; default: config.evaluation.short_side alone."""
     batch_size: int = 0
     """Images of a step; 0: config.evaluation.batch_size. Scores do not depend on it."""
-    detections: str = ""
+    detections: PathStr = ""
     """COCO results file of another detector: a list of image_id, category_id, bbox, score."""
-    categories: str = ""
+    categories: PathStr = ""
     """Annotation file that names its categories and lists its images."""
     name: str = ""
     """Name of the source that is made; default: the name of OUT."""
@@ -182,11 +182,6 @@ def _checked(job: Label) -> dict[str, float]:
         raise CommandLineError("nothing to label: expected folders of shards with captions")
     if not job.out:
         raise CommandLineError("no folder to make: expected --out=DIR")
-    scheme = re.match(r"[a-z0-9]+:/", job.out)
-    if scheme and not gcs.is_remote(job.out):
-        raise CommandLineError(
-            f"--out={job.out}: expected a local folder or gs://BUCKET/FOLDER, {scheme[0]} is not known"
-        )
     if bool(job.detections) == bool(job.checkpoint or job.workdir):
         found = "both" if job.detections else "neither"
         raise CommandLineError(f"expected one teacher, --checkpoint=DIR or --detections=FILE.json, found {found}")

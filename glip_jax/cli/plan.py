@@ -18,7 +18,7 @@ import jax
 from tqdm import tqdm
 
 from glip_jax.cli.command_line import Arguments, CommandLineError, parse, value_of
-from glip_jax.config import Config, Remat
+from glip_jax.config import Config, PathStr, Remat
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.chips import Topology, topology
 from glip_jax.planning import report
@@ -48,7 +48,7 @@ class PlanArguments(Arguments):
     Runs on any CPU. A full network takes minutes to compile; what was compiled once is kept.
     """
 
-    checkpoint: str = ""
+    checkpoint: PathStr = ""
     """Plan the run of this checkpoint: its settings stand where there is no --config=FILE.py. WORKDIR, WORKDIR/checkpoints/STEP, or a
     folder that `export` wrote; local or gs://."""
     topology: str = ""
@@ -62,7 +62,7 @@ class PlanArguments(Arguments):
     """tpu: libtpu, until it would write machine code; tpu-whole: to the end, several times as long, which adds the program's
     size and the compiler's own estimate of time; fake: fake CPU devices; local: the GPUs of this machine; none: formulas. auto: for TPUs tpu, or fake
     where libtpu is not installed; for GPUs none."""
-    out: str = ""
+    out: PathStr = ""
     """JSON file to write."""
     operations: int = 0
     """List so many kinds of operations that touch most memory."""
@@ -75,7 +75,7 @@ class PlanArguments(Arguments):
     """Default: the config's own."""
     images_per_core: float = IMAGES_PER_CORE
     """What a core of a host prepares in a second, JPEG to batch; `python -m benchmarks.data` measures it."""
-    cache: str = ""
+    cache: PathStr = ""
     """Folder of what was compiled; default: ~/.cache/glip_jax/plans."""
 
 

@@ -25,7 +25,7 @@ from glip_jax.cli import checkpoint_argument
 from glip_jax.cli.command_line import CommandLineError, flags, split_settings
 from glip_jax.cli.query import Query, read_query
 from glip_jax.cli.reports import drawing
-from glip_jax.config import Config
+from glip_jax.config import Config, PathStr
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.io.errors import full_disk
@@ -62,20 +62,20 @@ class Predict:
     --config=FILE.py gives others, --config.detection.nms_iou=0.5 changes one.
     """
 
-    images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE ...")] = ()
+    images: Annotated[tyro.conf.Positional[tuple[PathStr, ...]], tyro.conf.arg(metavar="IMAGE ...")] = ()
     """Images, or folders of images (not the folders in them); local or gs://."""
-    checkpoint: str = ""
+    checkpoint: PathStr = ""
     """WORKDIR of a run (its newest complete checkpoint), WORKDIR/checkpoints/STEP, or a folder that `export` wrote; local or
     gs://."""
-    workdir: str = ""
+    workdir: PathStr = ""
     """The same as --checkpoint=WORKDIR."""
     text: str = ""
     """Phrases with " . " between them, or a sentence."""
     names: str = ""
     """Names with commas between them."""
-    names_file: str = ""
+    names_file: PathStr = ""
     """File with a name on each line; empty lines are skipped."""
-    out: str = "predictions"
+    out: PathStr = "predictions"
     """Folder to write into; made if it is not there."""
     threshold: float = 0.3
     """Lowest score of a detection that is written and drawn."""

@@ -14,7 +14,7 @@ from etils import epath
 from glip_jax import UserError
 from glip_jax.cli.command_line import flags
 from glip_jax.cli.reports.run_report import Curve, render
-from glip_jax.config import current_names
+from glip_jax.config import PathStr, current_names
 from glip_jax.distributed import exit_codes
 from glip_jax.evaluation.average_precision import (
     NUMBERS,
@@ -45,9 +45,9 @@ class ReportError(UserError, ValueError):
 class Report:
     """Write the HTML report of a run again: numbers, curves, images with true and detected boxes, settings and hashes."""
 
-    workdir: str
+    workdir: PathStr
     """Folder of the run, local or gs://."""
-    out: str = ""
+    out: PathStr = ""
     """Folder with evaluation.json, where report.html goes; default: the working folder."""
     scenes: int = 12
     """Images shown of each evaluated set."""

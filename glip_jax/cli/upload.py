@@ -11,6 +11,7 @@ import tyro
 
 from glip_jax.cli.command_line import CommandLineError, flags
 from glip_jax.cli.verify import differing
+from glip_jax.config import PathStr
 from glip_jax.data import shards
 from glip_jax.distributed import exit_codes
 from glip_jax.io import gcs
@@ -28,9 +29,9 @@ class Upload:
     there with the same bytes is left.
     """
 
-    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")] = ""
+    folder: Annotated[tyro.conf.Positional[PathStr], tyro.conf.arg(metavar="DIR")] = ""
     """A local folder that `data` or `label` made."""
-    target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="gs://BUCKET/shards/NAME")] = ""
+    target: Annotated[tyro.conf.Positional[PathStr], tyro.conf.arg(metavar="gs://BUCKET/shards/NAME")] = ""
     """Where its files go."""
 
 

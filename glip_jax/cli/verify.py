@@ -11,6 +11,7 @@ import tyro
 from tqdm import tqdm
 
 from glip_jax.cli.command_line import CommandLineError, flags
+from glip_jax.config import PathStr
 from glip_jax.data import shards
 from glip_jax.distributed import exit_codes
 from glip_jax.io import gcs
@@ -28,7 +29,7 @@ class Verify:
     Of shards in a bucket everything is read; of checkpoints there, the bucket's own MD5 is compared and nothing is read.
     """
 
-    folders: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="DIR ...")] = ()
+    folders: Annotated[tyro.conf.Positional[tuple[PathStr, ...]], tyro.conf.arg(metavar="DIR ...")] = ()
     """Folders of shards, or working folders of `train`; local or gs://."""
 
 

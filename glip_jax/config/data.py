@@ -1,12 +1,18 @@
 """Settings of the training data: sources, captions, image augmentation, and their checks. Offered by `glip_jax.config`."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 __all__ = [
-    "CaptionConfig", "Codec", "CropConfig", "DataConfig", "JitterConfig", "PackingConfig", "SourceConfig", "data_checks",
+    "ASSET", "PATH", "AssetStr", "CaptionConfig", "Codec", "CropConfig", "DataConfig", "JitterConfig", "PackingConfig", "PathStr", "SourceConfig", "data_checks",
     "runtime_field",
 ]  # fmt: skip
+
+PATH, ASSET = "path", "path or package:"
+PathStr = Annotated[str, PATH]
+"""A path, local or gs://. `glip_jax.io.paths` checks the fields of this type."""
+AssetStr = Annotated[str, ASSET]
+"""A path, local or gs://, or package:NAME/inner/file."""
 
 Codec = Literal["fast", "pillow"]
 """Decoder and resize of training images: libjpeg-turbo and OpenCV's bilinear filter, or Pillow as in the original code."""
@@ -21,7 +27,7 @@ def runtime_field(default: Any) -> Any:
 class SourceConfig:
     """One data source of the mixture: a folder of shards with a manifest."""
 
-    path: str
+    path: PathStr
     """Folder of the shards, local or gs://."""
     weight: float = 1.0
     """Relative share of the examples; positive. Shares are the weights divided by their sum."""

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from glip_jax.config.data import AssetStr
+
 __all__ = [
     "AnchorConfig", "BackboneConfig", "FusionConfig", "HeadConfig", "InputConfig", "ModelConfig", "PyramidConfig",
     "Remat", "TextConfig", "model_checks",
@@ -66,7 +68,7 @@ class PyramidConfig:
 class TextConfig:
     """BERT text encoder; sizes as in Hugging Face's BertConfig."""
 
-    vocabulary: str = "assets/bert-base-uncased/vocab.txt"
+    vocabulary: AssetStr = "assets/bert-base-uncased/vocab.txt"
     """Path of the WordPiece vocabulary, one token per line; a relative path starts at the current folder."""
     vocabulary_size: int = 30522
     """Rows of the word embedding."""

@@ -12,12 +12,16 @@ from typing import Any, Literal
 
 from glip_jax import UserError
 from glip_jax.config.data import (
+    ASSET,
+    PATH,
+    AssetStr,
     CaptionConfig,
     Codec,
     CropConfig,
     DataConfig,
     JitterConfig,
     PackingConfig,
+    PathStr,
     SourceConfig,
     data_checks,
 )
@@ -36,9 +40,9 @@ from glip_jax.config.model import (
 )
 
 __all__ = [
-    "AnchorConfig", "BackboneConfig", "CaptionConfig", "CheckpointConfig", "Codec", "Config", "ConfigError", "CropConfig",
+    "ASSET", "PATH", "AnchorConfig", "AssetStr", "BackboneConfig", "CaptionConfig", "CheckpointConfig", "Codec", "Config", "ConfigError", "CropConfig",
     "DataConfig", "DetectionConfig", "EvaluationConfig", "EvaluationSet", "FusionConfig", "HeadConfig", "InitFromConfig",
-    "InputConfig", "JitterConfig", "LossConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "PackingConfig",
+    "InputConfig", "JitterConfig", "LossConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "PackingConfig", "PathStr",
     "PyramidConfig", "Remat", "SourceConfig", "TextConfig", "TrainConfig", "flatten", "validate",
 ]  # fmt: skip
 
@@ -175,11 +179,11 @@ class InitFromConfig:
     `model` overwrites random values, `backbone` and `text` overwrite `model`. `load` and `skip` select parameters.
     """
 
-    model: str = ""
+    model: AssetStr = ""
     """A whole network: .pth of GLIP or mmdetection, an exported Hugging Face folder, or a working folder of glip_jax."""
-    backbone: str = ""
+    backbone: AssetStr = ""
     """ImageNet weights: Swin in the format of its authors, timm or Hugging Face, or the .pth of EfficientNet-Lite0."""
-    text: str = ""
+    text: AssetStr = ""
     """Folder of a Hugging Face BERT (config.json, model.safetensors or pytorch_model.bin)."""
     backbone_channels: Literal["as_stored", "reversed"] = "as_stored"
     """Input channels of the first convolution in `backbone`. Files expect RGB; the original feeds BGR into them unchanged
@@ -195,9 +199,9 @@ class InitFromConfig:
 class EvaluationSet:
     """An annotation file and its images."""
 
-    annotations: str
+    annotations: PathStr
     """COCO detection JSON, or MDETR's grounding JSON where `kind` says so."""
-    images: str
+    images: PathStr
     """Folder of the images."""
     names: dict[str, str] = field(default_factory=dict)
     """Detection: prompt text that replaces a category name, e.g. RBC -> red blood cell."""

@@ -53,17 +53,14 @@ def writable(directory: epath.PathLike) -> Path:
     upload, but no others.
     """
     place = gcs.address(directory)
-    scheme = re.match(r"[a-z0-9]+:/", place)
-    if scheme and not gcs.is_remote(place):
-        raise ShardError(f"{place}: expected a local folder or gs://BUCKET/FOLDER, {scheme[0]} is not known")
     target = epath.Path(place)
     if gcs.kind(place) == "file":
         raise ShardError(f"{target} is a file: expected the name of a new folder")
     existing = names_in(place)
-    if existing and (scheme is None or finished(place) or not all(map(_UPLOADED.fullmatch, existing))):
+    if existing and (not gcs.is_remote(place) or finished(place) or not all(map(_UPLOADED.fullmatch, existing))):
         state = "finished" if finished(place) else "not empty, without a manifest"
         raise ShardError(f"{place} is {state}: existing shards are never overwritten; remove it or name another folder")
-    if scheme:
+    if gcs.is_remote(place):
         return cache_folder() / "sending" / hashlib.sha256(place.encode()).hexdigest()[:16] / target.name
     return Path(target).absolute()
 

@@ -31,6 +31,7 @@ from glip_jax.evaluation.recall import (
 )
 from glip_jax.inference import Detector
 from glip_jax.io.image_files import ImageFileError, read_stored
+from glip_jax.io.paths import OutsideError, check_paths, within
 from glip_jax.structures.batch import Detections, Prompt
 from glip_jax.structures.prompts import Tokenizer
 
@@ -144,6 +145,7 @@ def check_set(name: str, dataset: EvaluationSet) -> None:
     Raises:
         EvaluationError, GroundTruthError: as `evaluate_set`, except for what is wrong with the images.
     """
+    check_paths(dataset, f"evaluation.sets.{name}.")
     if not epath.Path(dataset.images).exists():
         raise EvaluationError(f"evaluation.sets.{name}.images: {dataset.images} does not exist: expected its images")
     match dataset.kind:
@@ -350,7 +352,10 @@ def _read(folder: epath.Path, entry: dict[str, Any]) -> tuple[UInt8[np.ndarray, 
     """As `read_image`, with the SHA-256 of the file."""
     if "file_name" not in entry:
         raise EvaluationError(f"image {entry['id']} has no file_name: {json.dumps(entry)[:120]}")
-    path = folder / entry["file_name"]
+    try:
+        path = within(folder, str(entry["file_name"]))
+    except OutsideError as error:
+        raise EvaluationError(f"image {entry['id']}: {error}") from None
     try:
         # Not rotated by EXIF: annotations refer to the stored pixels (glip-reference 4.7).
         pixels, digest = read_stored(path)

@@ -6,6 +6,7 @@ from pathlib import Path
 from etils import epath
 
 from glip_jax import UserError
+from glip_jax.io.paths import checked
 
 __all__ = ["AssetError", "bundled", "resolve"]
 
@@ -36,7 +37,7 @@ def resolve(path: str) -> epath.Path:
     """
     if not path:
         raise AssetError("a setting that names a file or folder is empty: expected a path, gs:// or package:NAME/file")
-    if not path.startswith(_SCHEME):
+    if not checked(path, package=True).startswith(_SCHEME):
         found = epath.Path(path)
         if not found.exists():
             where = "" if "://" in path or found.is_absolute() else f" (looked in {Path.cwd()})"

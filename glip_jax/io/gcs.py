@@ -28,6 +28,7 @@ from typing import IO, Any, Literal, NamedTuple
 from etils import epath
 from tqdm import tqdm
 
+from glip_jax.io.paths import checked
 from glip_jax.io.retry import StorageError, describe, environment_number, timeout, with_retries
 
 __all__ = [
@@ -85,8 +86,11 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def address(path: epath.PathLike) -> str:
-    """The path as text, with the second slash of gs:// that pathlib removes, and without a slash at the end."""
-    text = os.fspath(path)
+    """The path as text, with the second slash of gs:// that pathlib removes, and without a slash at the end.
+
+    Raises PathError for paths of other kinds than local and gs://.
+    """
+    text = checked(path)
     remote = re.match(r"gs:/+(.*)", text, re.DOTALL)
     return f"gs://{remote[1].rstrip('/')}" if remote else text
 

@@ -20,6 +20,7 @@ from glip_jax.config import Config, differences, flatten
 from glip_jax.io import fsspec_gcs
 from glip_jax.io.errors import full_disk
 from glip_jax.io.gcs import StorageError
+from glip_jax.io.paths import checked
 
 __all__ = [
     "CheckpointError",
@@ -42,7 +43,7 @@ class CheckpointError(UserError, ValueError):
 
 def workdir_path(workdir: str) -> epath.Path:
     """The folder as a path; requests to gs:// are retried."""
-    if "://" in str(workdir):
+    if "://" in checked(workdir):
         fsspec_gcs.install()
     return epath.Path(workdir)
 

@@ -27,6 +27,7 @@ from glip_jax import UserError
 from glip_jax.data.records import Kind, Record, Spans, boxes_array, content_hash
 from glip_jax.io import gcs
 from glip_jax.io.image_files import PIXEL_LIMIT
+from glip_jax.io.paths import OutsideError, within
 
 __all__ = [
     "Box",
@@ -168,13 +169,13 @@ class ImageFolder:
     path: epath.Path
 
     def __call__(self, image: str) -> bytes:
-        """The bytes of an image; OSError if the file or the part of it does not exist."""
+        """The bytes of an image; OSError if the file or the part of it does not exist, OutsideError if it is not below the folder."""
         part = _PART.fullmatch(image)
         if part is None:
-            path = self.path / image
+            path = within(self.path, image)
             return gcs.read(path) if gcs.is_remote(path) else path.read_bytes()
         begin, length = int(part[2]), int(part[3])
-        with gcs.open_file(self.path / part[1], max(1, length)) as file:
+        with gcs.open_file(within(self.path, part[1]), max(1, length)) as file:
             if begin + length > file.seek(0, 2):
                 raise OSError(f"{part[1]} ends within the image")
             file.seek(begin)
@@ -357,6 +358,9 @@ def _load_image(entry: Entry, read_image: Callable[[str], bytes], report: Report
         data = read_image(entry.image)
     except gcs.StorageError:
         raise  # not an error of the image
+    except OutsideError:
+        report.drop("image: path leads out of the image folder", where)
+        return None
     except FileNotFoundError:
         report.drop("image: file missing", where)
         return None
