@@ -10,11 +10,13 @@ from typing import Annotated
 
 import tyro
 
+from glip_jax import UserError
 from glip_jax.cli.command_line import flags
 from glip_jax.data import shards
 from glip_jax.data.importers.build import BuildPlan, build
 from glip_jax.data.importers.caption_files import CaptionLines, CaptionTsv, Sbu, Webdataset
 from glip_jax.data.importers.coco import Coco, Lvis, Objects365, Odinw
+from glip_jax.data.importers.finished import differences, options_of, read_report
 from glip_jax.data.importers.flickr30k import Flickr30k
 from glip_jax.data.importers.mdetr import CocoCaptions, Mdetr
 from glip_jax.data.importers.openimages import Openimages
@@ -22,6 +24,7 @@ from glip_jax.data.importers.options import BuildOptions
 from glip_jax.data.importers.tfds import Tfds
 from glip_jax.data.importers.tsv import Tsv
 from glip_jax.data.importers.visual_genome import VisualGenome
+from glip_jax.data.manifest import Manifest, ShardError
 from glip_jax.distributed import exit_codes
 
 __all__ = ["Format", "main"]
@@ -58,17 +61,38 @@ def main(argv: Sequence[str]) -> int:
     job: BuildOptions = flags(argv, Format, "data", _EXAMPLE)
     done = shards.finished(job.out)
     if done is not None:
+        if lines := differences(job, done, read_report(job.out), _earlier(job, done)):
+            raise ShardError(
+                f"{job.out} is finished, of something else (existing -> given: {'; '.join(lines)}): name another --out, or remove "
+                "that folder to import again"
+            )
         logger.info(f"{job.out} is finished ({done.records} records, made by: {done.command}); nothing is made twice")
         return exit_codes.DONE
     plan = BuildPlan(
         job.out, str(job.source), name=job.name, licence=job.licence, shards=job.shards, processes=job.processes,
         command=shlex.join(["python", "-m", "glip_jax", "data", *_deciding(argv)]), strict=job.strict,
-        exclude=job.exclude, published=job.published,
+        exclude=job.exclude, published=job.published, settings=options_of(job),
     )  # fmt: skip
     manifest, report = build(plan, job.open)
     logger.info(report.table())
     logger.info(f"{job.out}: {manifest.records} records, {manifest.boxes} boxes, {len(manifest.names)} names")
     return exit_codes.DONE
+
+
+def _earlier(job: BuildOptions, done: Manifest) -> BuildOptions | None:
+    """The options of the command that made a finished folder; None where they cannot be read, as of an older version.
+
+    Raises ShardError if that was no import.
+    """
+    words = shlex.split(done.command)
+    if words[3:4] != ["data"]:
+        raise ShardError(
+            f"{job.out} is finished, but no import made it (but: {done.command or 'unknown'}): name another --out"
+        )
+    try:
+        return flags(words[4:], Format, "data")
+    except UserError:
+        return None
 
 
 def _deciding(argv: Sequence[str]) -> list[str]:

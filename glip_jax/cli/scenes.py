@@ -15,10 +15,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from etils import epath
+
 from glip_jax.cli.command_line import flags
 from glip_jax.data import shards
 from glip_jax.data.importers.build import BuildPlan, build
 from glip_jax.data.importers.coco import open_coco
+from glip_jax.data.importers.finished import input_differences, read_report
 from glip_jax.data.importers.mdetr import open_mdetr
 from glip_jax.data.scenes.draw import SceneError, SceneStyle
 from glip_jax.data.scenes.pictures import Picture, Split, load_pictures
@@ -149,9 +152,13 @@ def _sets(job: Scenes) -> dict[str, SceneSet]:
 
 
 def _import(folder: Path, out: Path, command: str, processes: int) -> None:
-    if shards.finished(out) is not None:
-        return
     annotations, images = folder / "annotations.json", folder / "images"
+    if shards.finished(out) is not None:
+        if lines := input_differences((epath.Path(annotations),), read_report(out)):
+            raise SceneError(
+                f"{out} is finished, of other scenes ({'; '.join(lines)}): remove that folder to make it again"
+            )
+        return
     opened = open_mdetr if folder.name == "grounding" else open_coco
     plan = BuildPlan(
         out, str(annotations), name=folder.name, licence=_LICENCE, command=command, shards=1, processes=processes

@@ -26,6 +26,7 @@ from glip_jax.data.shards import ShardError, Shards
 from glip_jax.distributed import exit_codes
 from glip_jax.io import gcs
 from glip_jax.io.gcs import StorageError
+from glip_jax.io.paths import PathError
 from tests.data.importers.test_build import command, contents, same_but_for_the_command, source, whole  # noqa: F401 (fixtures)
 from tests.data.test_mixture import config, digest, draw
 from tests.io.faulty_storage import FAULTS
@@ -292,7 +293,7 @@ def test_missing_buckets_and_folders(bucket, capsys):
         Shards("gs://")
     assert main(["data", "tfds", f"{bucket}/voc", f"--out={bucket}/s"]) == 2
     assert "array_record reads local files" in capsys.readouterr().err
-    with pytest.raises(ShardError, match=r"s3:/ is not known"):
+    with pytest.raises(PathError, match=r"s3:// is not read"):
         shards.write(pictures(2), "s3://bucket/s", name="s")
 
 

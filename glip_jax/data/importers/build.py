@@ -41,7 +41,7 @@ from glip_jax.data.records import RecordError
 from glip_jax.data.shards import Manifest, ShardError
 from glip_jax.io import gcs
 
-__all__ = ["BuildPlan", "build", "excluded_hashes"]
+__all__ = ["BuildPlan", "build", "excluded_hashes", "file_digest"]
 
 PER_SHARD = 4096
 """Entries per shard if the number of shards is not given: some hundred megabytes of photographs."""
@@ -243,7 +243,7 @@ def _make_index(partial: Path, settings: str, open_source: Callable[[Path], Impo
             source.names,
             source.images,
             source.report,
-            list(map(_file_digest, source.inputs)),
+            list(map(file_digest, source.inputs)),
             source.expected,
         )
         base.execute("INSERT INTO meta VALUES (?)", (pickle.dumps((settings, index)),))
@@ -262,19 +262,19 @@ def _existing_index(partial: Path, settings: str) -> _Index | None:
         with contextlib.closing(sqlite3.connect(path)) as base:
             (value,) = base.execute("SELECT value FROM meta").fetchone()
         saved, index = pickle.loads(value)
-        if saved != settings or any(_file_digest(epath.Path(item["file"])) != item for item in index.inputs):
+        if saved != settings or any(file_digest(epath.Path(item["file"])) != item for item in index.inputs):
             return None
     except (sqlite3.Error, pickle.UnpicklingError, OSError, TypeError, ValueError, AttributeError, ImportError):
         return None
     return index._replace(path=path)
 
 
-def _file_digest(path: epath.Path) -> dict[str, Any]:
+def file_digest(path: epath.Path) -> dict[str, Any]:
     """Path, size and sha256 of a file; for a folder, of all files in it in order of name."""
     if path.is_dir():
         files = sorted(path.iterdir(), key=lambda file: file.name)
         with ThreadPoolExecutor(16) as pool:
-            parts = list(pool.map(_file_digest, files))
+            parts = list(pool.map(file_digest, files))
         named = "".join(f"{file.name} {part['sha256']}\n" for file, part in zip(files, parts))
         size = sum(part["bytes"] for part in parts)
         return {"file": str(path), "bytes": size, "sha256": hashlib.sha256(named.encode()).hexdigest()}
@@ -319,7 +319,7 @@ def _merge(
     )  # fmt: skip
     with np.load(partial / manifest.columns["file"]) as columns:
         hashes = columns["hash"]
-    build_report = summary(manifest, report, labels, hashes, index.inputs, origins, known)
+    build_report = summary(manifest, report, labels, hashes, index.inputs, origins, known, plan.settings)
     (partial / "report.json").write_text(json.dumps(asdict(build_report), indent=1, ensure_ascii=False))
     temporary = [*(partial / f"{file}.json" for file in files), partial / "excluded.npy", partial / "lock", index.path]
     shards.publish(partial, plan.out, temporary)

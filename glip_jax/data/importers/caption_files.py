@@ -129,7 +129,7 @@ def open_webdataset(tars: epath.PathLike, *, strict: bool = False) -> ImportSour
     path, report = epath.Path(tars), Report(strict=strict)
     if not path.exists():
         raise SourceError(f"{path} does not exist: expected a webdataset tar or a folder of them")
-    found = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    found = _tars(path)
     if not found:
         raise SourceError(f"{path} has no *.tar: expected the tars that img2dataset writes (unpack .tar.gz first)")
 
@@ -140,7 +140,11 @@ def open_webdataset(tars: epath.PathLike, *, strict: bool = False) -> ImportSour
                 if entry is not None:
                     yield entry
 
-    return ImportSource(entries(), image_folder(found[0].parent), report, inputs=tuple(found))
+    return ImportSource(entries(), image_folder(found[0].parent), report, inputs=found)
+
+
+def _tars(path: epath.Path) -> tuple[epath.Path, ...]:
+    return tuple(sorted(path.glob("*.tar"))) if path.is_dir() else (path,)
 
 
 class _Naming:
@@ -317,6 +321,11 @@ class CaptionOptions(BuildOptions):
         """The file or folder of captions."""
         return self.captions
 
+    @property
+    def inputs(self) -> tuple[epath.Path, ...]:
+        """The file of captions."""
+        return (self.captions,)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionTsv(CaptionOptions):
@@ -370,6 +379,11 @@ class Sbu(CaptionOptions):
     files: str = "{name}"
     """Name of the image files, see `data caption-tsv --help`; with SBU's download.m: m{path}."""
 
+    @property
+    def inputs(self) -> tuple[epath.Path, ...]:
+        """The JSON file, or the two text files."""
+        return tuple(self.captions / name for name in _SBU) if self.captions.is_dir() else (self.captions,)
+
     def open(self, scratch: Path) -> ImportSource:  # noqa: ARG002
         """Opens and validates the annotations."""
         return open_sbu(self.captions, self.images, files=self.files, strict=self.strict)
@@ -389,6 +403,11 @@ class Webdataset(BuildOptions):
     def source(self) -> epath.Path:
         """The tar or folder."""
         return self.tars
+
+    @property
+    def inputs(self) -> tuple[epath.Path, ...]:
+        """The tars."""
+        return _tars(self.tars)
 
     def open(self, scratch: Path) -> ImportSource:  # noqa: ARG002
         """Opens and validates the annotations."""

@@ -88,7 +88,10 @@ def open_odinw(folder: epath.PathLike, **options: Any) -> ImportSource:
 
     Raises SourceError if there is no annotation file, or several candidates.
     """
-    root = epath.Path(folder)
+    return open_coco(_annotation_file(epath.Path(folder)), epath.Path(folder), **options)
+
+
+def _annotation_file(root: epath.Path) -> epath.Path:
     if not root.is_dir():
         raise SourceError(
             f"{root} is not a folder: expected one with images and an annotation file, e.g. Aquarium/train"
@@ -98,7 +101,7 @@ def open_odinw(folder: epath.PathLike, **options: Any) -> ImportSource:
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "no JSON file"
         raise SourceError(f"{root} has {found}: expected {' or '.join(wanted)}, or one JSON file")
-    return open_coco(files[0], root, **options)
+    return files[0]
 
 
 class ImagePaths:
@@ -302,6 +305,11 @@ class Coco(BuildOptions):
         """The annotation file."""
         return self.annotations
 
+    @property
+    def inputs(self) -> tuple[epath.Path, ...]:
+        """The annotation file."""
+        return (self.annotations,)
+
     def open(self, scratch: Path) -> ImportSource:
         """Opens and validates the annotations."""
         return open_coco(
@@ -342,6 +350,11 @@ class Odinw(BuildOptions):
     def source(self) -> epath.Path:
         """The folder."""
         return self.folder
+
+    @property
+    def inputs(self) -> tuple[epath.Path, ...]:
+        """The annotation file in the folder."""
+        return (_annotation_file(self.folder),)
 
     def open(self, scratch: Path) -> ImportSource:
         """Opens and validates the annotations."""

@@ -57,8 +57,11 @@ def open_flickr30k(
         if not ids:
             raise SourceError(f"{split} lists nothing: expected one image id per line, as in the release's train.txt")
     report = Report(strict=strict)
-    inputs = (sentences, annotations) if split is None else (epath.Path(split), sentences, annotations)
-    return ImportSource(_entries(release, ids, report), folder_of_images, report, inputs=inputs)
+    return ImportSource(_entries(release, ids, report), folder_of_images, report, inputs=_inputs(release, split))
+
+
+def _inputs(release: epath.Path, split: epath.PathLike | None) -> tuple[epath.Path, ...]:
+    return (*([] if split is None else [epath.Path(split)]), release / "Sentences", release / "Annotations")
 
 
 def plain_sentence(sentence: str) -> tuple[str, list[tuple[str, tuple[int, int]]]]:
@@ -216,6 +219,11 @@ class Flickr30k(BuildOptions):
     def source(self) -> epath.Path:
         """The split list, if given, else the folder."""
         return self.split or self.folder
+
+    @property
+    def inputs(self) -> tuple[epath.Path, ...]:
+        """The split list, if given, and the folders of sentences and boxes."""
+        return _inputs(self.folder, self.split)
 
     def open(self, scratch: Path) -> ImportSource:  # noqa: ARG002
         """Opens and validates the annotations."""

@@ -185,6 +185,11 @@ class Mdetr(BuildOptions):
         """The annotation file."""
         return self.annotations
 
+    @property
+    def inputs(self) -> tuple[epath.Path, ...]:
+        """The annotation file."""
+        return (self.annotations,)
+
     def open(self, scratch: Path) -> ImportSource:
         """Opens and validates the annotations."""
         return open_mdetr(

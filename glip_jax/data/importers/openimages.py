@@ -219,6 +219,12 @@ class Openimages(BuildOptions):
         """The annotation file."""
         return self.annotations
 
+    @property
+    def inputs(self) -> tuple[epath.Path, ...]:
+        """The CSV files and the hierarchy."""
+        given = (self.annotations, self.classes, self.hierarchy, self.labels)
+        return tuple(path for path in given if path is not None)
+
     def open(self, scratch: Path) -> ImportSource:
         """Opens and validates the annotations."""
         return open_openimages(

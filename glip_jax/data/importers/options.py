@@ -53,6 +53,11 @@ class BuildOptions(ABC):
     def source(self) -> epath.Path:
         """The annotation file (or folder), as recorded in the manifest."""
 
+    @property
+    @abstractmethod
+    def inputs(self) -> tuple[epath.Path, ...]:
+        """The annotation files (or folders of small files), as `ImportSource.inputs`; a finished folder is compared with them."""
+
     @abstractmethod
     def open(self, scratch: Path) -> ImportSource:
         """Opens and validates the annotations; `scratch` is a folder for temporary files."""

@@ -47,6 +47,8 @@ class BuildReport:
     """Hash of the hashes of all inputs."""
     published: dict[str, Any] | None
     """The published data set, and the comparison of the counts."""
+    settings: dict[str, Any]
+    """The options that decide the records: folders as absolute paths, files as their SHA-256."""
 
     def table(self) -> str:
         """The report as aligned lines for the terminal."""
@@ -94,8 +96,9 @@ def summary(
     inputs: Sequence[dict[str, Any]],
     exclude: Sequence[dict[str, Any]],
     known: Published | None,
+    settings: dict[str, Any],
 ) -> BuildReport:
-    """Creates the report of a build; `labels`: number of boxes by category."""
+    """Creates the report of a build; `labels`: number of boxes by category, `settings`: see `BuildReport`."""
     dropped_boxes = sum(n for reason, n in report.dropped.items() if reason.startswith("box: "))
     dropped_images = sum(n for reason, n in report.dropped.items() if reason.startswith("image: "))
     listed = {
@@ -117,6 +120,7 @@ def summary(
             "counts": [asdict(comparison) for comparison in comparisons],
             "comparison": [comparison.line() for comparison in comparisons],
         },
+        settings=settings,
     )  # fmt: skip
 
 

@@ -39,9 +39,12 @@ def open_tfds(folder: epath.PathLike, split: str = "train", *, strict: bool = Fa
     check_names(dict(enumerate(boxes.names)), str(path))
     report = Report(strict=strict)
     count = len(images.source)
-    inputs = tuple(path / name for name in ("features.json", "dataset_info.json") if (path / name).exists())
     entries = _entries(images, boxes, _title(path), report)
-    return ImportSource(entries, images, report, tuple(boxes.names), count, inputs)
+    return ImportSource(entries, images, report, tuple(boxes.names), count, _descriptions(path))
+
+
+def _descriptions(path: epath.Path) -> tuple[epath.Path, ...]:
+    return tuple(path / name for name in ("features.json", "dataset_info.json") if (path / name).exists())
 
 
 def _builder(path: epath.Path) -> Any:
@@ -228,6 +231,11 @@ class Tfds(BuildOptions):
     def source(self) -> epath.Path:
         """The folder."""
         return self.folder
+
+    @property
+    def inputs(self) -> tuple[epath.Path, ...]:
+        """The files that describe the set."""
+        return _descriptions(self.folder)
 
     def open(self, scratch: Path) -> ImportSource:  # noqa: ARG002
         """Opens and validates the annotations."""

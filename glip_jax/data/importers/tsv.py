@@ -43,6 +43,7 @@ from glip_jax.data.importers.entry import (
 from glip_jax.data.importers.options import BuildOptions, PathArgument
 from glip_jax.data.importers.readers import numbered_lines, parse_json
 from glip_jax.io import gcs
+from glip_jax.io.paths import OutsideError, within
 
 __all__ = ["Rows", "Tsv", "open_tsv"]
 
@@ -61,25 +62,36 @@ def open_tsv(
     """
     path, report = epath.Path(container), Report(strict=strict)
     fields = _yaml(path)
-    files = {
-        key: path.parent / fields[key] for key in ("img", "label", "hw", "linelist", "imageid2idx") if key in fields
-    }
-    for key, file in files.items():
-        if not file.is_file():
-            raise SourceError(f"{path}: {key} names {fields[key]}, which is not beside it")
-    names: tuple[str, ...] = ()
-    if kind == "detection":
-        key = "labelmap" if "labelmap" in fields else "jsondict"
-        if key not in fields:
-            raise SourceError(f"{path} names no labelmap: expected labelmap: FILE with the names of the classes")
-        names = _names(path.parent / fields[key])
-        files[key] = path.parent / fields[key]
+    files = _files(path, fields, kind)
+    names = _names(files[_label_map(fields)]) if kind == "detection" else ()
     reader = _Container(path, files, kind, {name: index for index, name in enumerate(names)}, report)
     count = len(reader.labels) if "linelist" not in files else None
     return ImportSource(
         reader.entries(oversample), ImageFolder(path.parent), report, names=names, count=count,
         inputs=(path, *(file for key, file in files.items() if key != "img")),
     )  # fmt: skip
+
+
+def _files(path: epath.Path, fields: dict[str, str], kind: str) -> dict[str, epath.Path]:
+    """The files that the yaml names, by key; SourceError if one is missing or not below the folder of the yaml."""
+    keys = [key for key in ("img", "label", "hw", "linelist", "imageid2idx") if key in fields]
+    if kind == "detection":
+        if _label_map(fields) not in fields:
+            raise SourceError(f"{path} names no labelmap: expected labelmap: FILE with the names of the classes")
+        keys.append(_label_map(fields))
+    files = {}
+    for key in keys:
+        try:
+            files[key] = within(path.parent, fields[key])
+        except OutsideError as error:
+            raise SourceError(f"{path}: {key} names {error}") from None
+        if not files[key].is_file():
+            raise SourceError(f"{path}: {key} names {fields[key]}, which is not beside it")
+    return files
+
+
+def _label_map(fields: dict[str, str]) -> str:
+    return "labelmap" if "labelmap" in fields else "jsondict"
 
 
 class Rows:
@@ -465,6 +477,12 @@ class Tsv(BuildOptions):
     def source(self) -> epath.Path:
         """The yaml file."""
         return self.container
+
+    @property
+    def inputs(self) -> tuple[epath.Path, ...]:
+        """The yaml file and what it names, but not the images."""
+        files = _files(self.container, _yaml(self.container), self.kind)
+        return (self.container, *(file for key, file in files.items() if key != "img"))
 
     def open(self, scratch: Path) -> ImportSource:  # noqa: ARG002
         """Opens and validates the annotations."""

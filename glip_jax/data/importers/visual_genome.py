@@ -180,6 +180,11 @@ class VisualGenome(BuildOptions):
         """The annotation file."""
         return self.annotations
 
+    @property
+    def inputs(self) -> tuple[epath.Path, ...]:
+        """The JSON files and the vocabulary."""
+        return (self.annotations, self.image_data, *([] if self.vocabulary is None else [self.vocabulary]))
+
     def open(self, scratch: Path) -> ImportSource:
         """Opens and validates the annotations."""
         return open_visual_genome(
