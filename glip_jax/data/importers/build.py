@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import shutil
 import sqlite3
 import time
@@ -34,8 +33,9 @@ from tqdm import tqdm
 
 from glip_jax.data import shards
 from glip_jax.data.importers import published
-from glip_jax.data.importers.entry import Entry, ImportSource, Report, SourceError, pack
+from glip_jax.data.importers.entry import Entry, ImageFolder, ImportSource, Report, SourceError, pack
 from glip_jax.data.importers.report import BuildReport, summary
+from glip_jax.data.importers.tfds import TfdsImages
 from glip_jax.data.importers.workers import BuildError, Job, Task, WorkerError, read_shard_info, run
 from glip_jax.data.records import RecordError
 from glip_jax.data.shards import Manifest, ShardError
@@ -51,7 +51,7 @@ _CHECK_DISK = "check the disk, then give the same command again"
 _WAIT = 10.0
 """Seconds to wait for the workers of a killed build, which exit at their next message."""
 
-_FORMAT = 3
+_FORMAT = 4
 """Format version of the index and of the files that describe shards."""
 
 
@@ -232,7 +232,7 @@ def _make_index(partial: Path, settings: str, open_source: Callable[[Path], Impo
         base.execute("PRAGMA journal_mode = OFF")
         base.execute("PRAGMA synchronous = OFF")
         base.execute("CREATE TABLE entries (position INTEGER PRIMARY KEY, line TEXT)")
-        base.execute("CREATE TABLE meta (value BLOB)")
+        base.execute("CREATE TABLE meta (value TEXT)")
         base.execute("BEGIN")
         bar: tqdm[Entry] = tqdm(source.entries, "index", source.count, unit="entry", disable=None)
         base.executemany("INSERT INTO entries (line) VALUES (?)", ((pack(entry),) for entry in bar))
@@ -246,7 +246,7 @@ def _make_index(partial: Path, settings: str, open_source: Callable[[Path], Impo
             list(map(file_digest, source.inputs)),
             source.expected,
         )
-        base.execute("INSERT INTO meta VALUES (?)", (pickle.dumps((settings, index)),))
+        base.execute("INSERT INTO meta VALUES (?)", (_index_as_json(settings, index),))
         base.execute("COMMIT")
     writing.rename(path)
     shutil.rmtree(scratch)
@@ -261,12 +261,35 @@ def _existing_index(partial: Path, settings: str) -> _Index | None:
     try:
         with contextlib.closing(sqlite3.connect(path)) as base:
             (value,) = base.execute("SELECT value FROM meta").fetchone()
-        saved, index = pickle.loads(value)
+        saved, index = _index_of_json(path, value)
         if saved != settings or any(file_digest(epath.Path(item["file"])) != item for item in index.inputs):
             return None
-    except (sqlite3.Error, pickle.UnpicklingError, OSError, TypeError, ValueError, AttributeError, ImportError):
+    except (sqlite3.Error, OSError, TypeError, ValueError, KeyError):
         return None
-    return index._replace(path=path)
+    return index
+
+
+def _index_as_json(settings: str, index: _Index) -> str:
+    """What the index holds beside its entries. JSON, because others may write into the folder, and a pickle runs code."""
+    match index.images:
+        case ImageFolder() | TfdsImages():
+            images = {key: str(value) for key, value in asdict(index.images).items()}
+        case _:  # a reader of the caller's own: such a build begins anew
+            images = None
+    fields = {"settings": settings, "count": index.count, "names": index.names, "images": images}
+    fields |= {"report": asdict(index.report), "inputs": index.inputs, "published": index.published}
+    return json.dumps(fields)
+
+
+def _index_of_json(path: Path, text: str) -> tuple[str, _Index]:
+    """Settings and index as `_index_as_json` wrote them; ValueError, KeyError or TypeError for anything else."""
+    fields = json.loads(text)
+    images, report = fields["images"], fields["report"]
+    reader = TfdsImages(**images) if "key" in images else ImageFolder(**images | {"path": epath.Path(images["path"])})
+    counts = {key: Counter[str](report.pop(key)) for key in ("kept", "dropped", "noted")}
+    return fields["settings"], _Index(
+        path, fields["count"], tuple(fields["names"]), reader, Report(**counts, **report), fields["inputs"], fields["published"],
+    )  # fmt: skip
 
 
 def file_digest(path: epath.Path) -> dict[str, Any]:

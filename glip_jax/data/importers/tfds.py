@@ -21,7 +21,7 @@ from glip_jax.data.importers.entry import Box, Entry, ImportSource, Report, Sour
 from glip_jax.data.importers.options import BuildOptions, PathArgument
 from glip_jax.io import gcs
 
-__all__ = ["Tfds", "open_tfds"]
+__all__ = ["Tfds", "TfdsImages", "open_tfds"]
 
 
 def open_tfds(folder: epath.PathLike, split: str = "train", *, strict: bool = False) -> ImportSource:
@@ -33,7 +33,7 @@ def open_tfds(folder: epath.PathLike, split: str = "train", *, strict: bool = Fa
     path = epath.Path(folder)
     if gcs.is_remote(folder):
         raise SourceError(f"{path} is in a bucket, but array_record reads local files: copy the prepared set to a disk")
-    images = _Images(str(path), split, *_image_feature(_builder(path), path))
+    images = TfdsImages(str(path), split, *_image_feature(_builder(path), path))
     features = images.builder.info.features
     boxes = _boxes_feature(features, path)
     check_names(dict(enumerate(boxes.names)), str(path))
@@ -69,7 +69,7 @@ def _builder(path: epath.Path) -> Any:
 
 
 @dataclass
-class _Images:
+class TfdsImages:
     """Reads the stored image of an example; each process opens the set itself."""
 
     folder: str
@@ -79,6 +79,7 @@ class _Images:
 
     @cached_property
     def builder(self) -> Any:
+        """The set's builder."""
         return _builder(epath.Path(self.folder))
 
     @cached_property
@@ -116,7 +117,7 @@ class _Images:
         return bytes(self.example(int(image))[self.key])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Images, (self.folder, self.split, self.key)
+        return TfdsImages, (self.folder, self.split, self.key)
 
 
 class _Boxes(NamedTuple):
@@ -168,7 +169,7 @@ def _title(path: epath.Path) -> str:
     return "/".join(path.parts[-3:])
 
 
-def _entries(images: _Images, known: _Boxes, provenance: str, report: Report) -> Iterator[Entry]:
+def _entries(images: TfdsImages, known: _Boxes, provenance: str, report: Report) -> Iterator[Entry]:
     for index in range(len(images.source)):
         try:
             example = images.example(index)

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import pickle
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -144,7 +146,7 @@ def interrupt_in(monkeypatch, module, name, after):
         (build_module, "pack", 5),
         (workers, "make_record", 20),
         (build_module, "summary", 1),
-        (build_module, "_file_digest", 1),
+        (build_module, "file_digest", 1),
     ],
 )
 def test_a_build_interrupted_at_any_stage_can_be_resumed(source, whole, tmp_path, monkeypatch, module, name, after):
@@ -303,3 +305,34 @@ def test_the_bundled_manifests_are_complete():
         assert known.counts and known.source and known.licence
         assert all(set(variant) - {"why"} <= set(known.counts) and variant["why"] for variant in known.variants)
     assert np.all([count > 0 for known in sets.values() for count in known.counts.values()])
+
+
+def test_an_index_of_others_is_not_unpickled(source, tmp_path, monkeypatch):
+    """The folder of an interrupted build lies beside --out, where others may write."""
+    interrupt_in(monkeypatch, build_module, "_merge", 1)
+    with pytest.raises(KeyboardInterrupt):
+        build(
+            _plan(tmp_path, source),
+            lambda scratch: open_coco(source / "boxes.json", source / "pictures", scratch=scratch),
+        )
+    with sqlite3.connect(tmp_path / ".set.partial" / "index.sqlite") as base:
+        (value,) = base.execute("SELECT value FROM meta").fetchone()
+        assert json.loads(value)["images"] == {"path": f"{source}/pictures"}
+        base.execute("UPDATE meta SET value = ?", (pickle.dumps(_Harmful(tmp_path / "run")),))
+    monkeypatch.undo()
+    build(
+        _plan(tmp_path, source), lambda scratch: open_coco(source / "boxes.json", source / "pictures", scratch=scratch)
+    )
+    assert (tmp_path / "set" / "manifest.json").exists() and not (tmp_path / "run").exists()
+
+
+def _plan(folder, source):
+    return BuildPlan(folder / "set", str(source / "boxes.json"), processes=1)
+
+
+class _Harmful:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
