@@ -5,7 +5,7 @@
 #   scripts/test.sh --all     every test, as CI does
 #   scripts/test.sh --tpu     only the tests that compile for TPUs, with libtpu (which needs no TPU) in .cache/libtpu
 #   scripts/test.sh PATH...   these tests alone, whatever their tier, without ruff and pyright: tests/structures/test_boxes.py -x
-# Other arguments go to pytest. The environment is made first.
+# Other arguments go to pytest: scripts/test.sh --quick tests/io, scripts/test.sh -k boxes. The environment is made first.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
@@ -37,19 +37,18 @@ if [ "${1:-}" = --tpu ]; then
     PYTHONPATH=$PWD/.cache/libtpu${PYTHONPATH:+:$PYTHONPATH} .venv/bin/python -m pytest -q -m tpu "$@"
     exit
 fi
-for argument in "$@"; do
-    if [ -e "${argument%%::*}" ]; then
-        exec .venv/bin/python -m pytest -q -m "not tpu" --dist worksteal "$@"
-    fi
-done
-tier="not slow and not tpu"
+tier="not slow and not tpu" quick='' paths=''
 case "${1:-}" in
 --quick) shift && tier="not slow and not tpu and not compiles and not processes" quick=1 ;;
 --all) shift && tier="not tpu" ;;
+*) for argument in "$@"; do [[ $argument == *[/.]* && -e ${argument%%::*} ]] && paths=1; done ;;
 esac
+if [ "$paths" ]; then
+    exec .venv/bin/python -m pytest -q -m "not tpu" --dist worksteal "$@"
+fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-if [ -n "${quick:-}" ]; then
+if [ "$quick" ]; then
     exec .venv/bin/python -m pytest -q -m "$tier" "$@"
 fi
 # pyright uses one core, and goes beside the tests.
