@@ -97,7 +97,7 @@ def row(cell: Cell, statistics: CompileStatistics | None) -> str:
         memory,
         f"{found.useful_flops / 1e12:.1f}, {found.hardware_flops / 1e12:.1f}",
         "not run" if found.bytes is None else f"{found.bytes / 1e9:.0f}",
-        f"{sum(each.sent_bytes for each in found.sent) / 1e9:.2f}",
+        f"{sum(each.sent_bytes for each in found.collectives) / 1e9:.2f}",
         found.bound,
         f"{found.images_per_second:,.0f}",
         f"{found.mfu:.0%}",

@@ -103,7 +103,7 @@ def compile_step(
     config: Config,
     topology: Topology,
     canvas: tuple[int, int],
-    how: CompileMode,
+    mode: CompileMode,
     cache: Path | None,
     progress: Callable[[str], object] = print,
     program_path: Path | None = None,
@@ -113,18 +113,18 @@ def compile_step(
     `progress` receives a line at least twice a minute. `program_path`: file for the text of the compiled program. Raises
     PlanError if the compiler is not installed, or fails for another reason than lack of memory.
     """
-    path = cache / f"{_key(config, topology, canvas, how)}.json" if cache else None
-    if cache and program_path is None and (hit := cached(config, topology, canvas, how, cache)):
+    path = cache / f"{_key(config, topology, canvas, mode)}.json" if cache else None
+    if cache and program_path is None and (hit := cached(config, topology, canvas, mode, cache)):
         return hit
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     # Owned by the parent, which outlives a killed child; a compiler may write 100 MB into it.
     with tempfile.TemporaryDirectory(prefix="glip_jax_plan", ignore_cleanup_errors=True) as scratch:
         before = dict(os.environ)
-        os.environ.update(environment(topology, how))
+        os.environ.update(environment(topology, mode))
         try:
             child = context.Process(
-                target=_run_child, args=(sender, config, topology, canvas, how, str(program_path or ""), scratch)
+                target=_run_child, args=(sender, config, topology, canvas, mode, str(program_path or ""), scratch)
             )
             child.start()
         finally:
@@ -132,18 +132,18 @@ def compile_step(
             os.environ.update(before)
         sender.close()
         try:
-            answer = _wait_for_result(receiver, progress)
+            result = _wait_for_result(receiver, progress)
         finally:
             child.kill()
             child.join()
-        if answer is None:
+        if result is None:
             log = (Path(scratch) / "log").read_bytes() if (Path(scratch) / "log").exists() else b""
             output = [line for line in log.decode(errors="replace").splitlines() if line.strip()]
             raise PlanError(
                 f"the compiler of {topology.name} ended without a result (exit code {child.exitcode}); its last line of output: "
                 f"{output[-1][:300] if output else 'none'}"
             )
-    kind, value = answer
+    kind, value = result
     if kind == "failed":
         raise PlanError(value)
     if path:
@@ -155,18 +155,20 @@ def compile_step(
 
 
 def cached(
-    config: Config, topology: Topology, canvas: tuple[int, int], how: CompileMode, cache: Path
+    config: Config, topology: Topology, canvas: tuple[int, int], mode: CompileMode, cache: Path
 ) -> CompileStatistics | None:
     """Statistics that `compile_step` has cached with this code and these versions; None if there are none."""
     # A result with code generation has everything that one without has.
-    modes: tuple[CompileMode, ...] = ("tpu-whole", "tpu") if how == "tpu" else (how,)
-    paths = [cache / f"{_key(config, topology, canvas, mode)}.json" for mode in modes]
+    modes: tuple[CompileMode, ...] = ("tpu-whole", "tpu") if mode == "tpu" else (mode,)
+    paths = [cache / f"{_key(config, topology, canvas, each)}.json" for each in modes]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         return None
     raw = json.loads(path.read_text())
-    raw["sent"] = tuple(CollectiveTraffic(**{**each, "axes": tuple(each["axes"])}) for each in raw["sent"])
-    raw["hot"] = tuple(TopOperation(**each) for each in raw["hot"])
+    raw["collectives"] = tuple(
+        CollectiveTraffic(**{**each, "axes": tuple(each["axes"])}) for each in raw["collectives"]
+    )
+    raw["top_operations"] = tuple(TopOperation(**each) for each in raw["top_operations"])
     return CompileStatistics(**raw)
 
 
@@ -186,7 +188,7 @@ def _wait_for_result(receiver: Connection, progress: Callable[[str], object]) ->
         progress(f"{stage}, {minutes} min {seconds:02d} s")
 
 
-def _key(config: Config, topology: Topology, canvas: tuple[int, int], how: CompileMode) -> str:
+def _key(config: Config, topology: Topology, canvas: tuple[int, int], mode: CompileMode) -> str:
     """Hash of everything that the statistics depend on: settings of the step, topology, canvas, code, versions."""
     parts = {name: getattr(config, name) for name in ("model", "loss", "optimizer", "mesh")}
     settings = [[section, *pair] for section, part in parts.items() for pair in flatten(part)]
@@ -210,27 +212,27 @@ def _key(config: Config, topology: Topology, canvas: tuple[int, int], how: Compi
         topology.shape,
         topology.slices,
         canvas,
-        how,
-        _compiler(how),
+        mode,
+        _compiler(mode),
         code.hexdigest(),
     ]
     return hashlib.sha256(json.dumps(whole, default=str).encode()).hexdigest()[:32]
 
 
-def _compiler(how: CompileMode) -> str:
-    name = "libtpu" if how in ("tpu", "tpu-whole") else "jaxlib"
+def _compiler(mode: CompileMode) -> str:
+    name = "libtpu" if mode in ("tpu", "tpu-whole") else "jaxlib"
     try:
         return f"{name} {importlib.metadata.version(name)}"
     except importlib.metadata.PackageNotFoundError:
         return name
 
 
-def environment(topology: Topology, how: CompileMode) -> dict[str, str]:
+def environment(topology: Topology, mode: CompileMode) -> dict[str, str]:
     """Environment variables of a compiler: with them libtpu does not look for a TPU, and several processes can compile."""
-    if how == "local":
+    if mode == "local":
         return {}
     values = {"JAX_PLATFORMS": "cpu"}
-    if how in ("tpu", "tpu-whole"):
+    if mode in ("tpu", "tpu-whole"):
         values |= {
             "LIBTPU_INIT_ARGS": libtpu_arguments(os.environ.get("LIBTPU_INIT_ARGS", "")),
             "TPU_SKIP_MDS_QUERY": "1",
@@ -255,7 +257,7 @@ def _run_child(
     config: Config,
     topology: Topology,
     canvas: tuple[int, int],
-    how: CompileMode,
+    mode: CompileMode,
     keep: str,
     scratch: str,
 ) -> None:
@@ -265,7 +267,7 @@ def _run_child(
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
-        pipe.send(("done", _statistics(pipe, config, topology, canvas, how, keep, Path(scratch))))
+        pipe.send(("done", _statistics(pipe, config, topology, canvas, mode, keep, Path(scratch))))
     except (PlanError, MeshError) as fault:
         pipe.send(("failed", str(fault)))
     except Exception as fault:
@@ -273,10 +275,10 @@ def _run_child(
         pipe.send(("failed", f"{topology.name}: {type(fault).__name__}: {str(fault).strip().splitlines()[0][:300]}"))
 
 
-def _devices(topology: Topology, how: CompileMode) -> list[Any]:
-    if how not in ("tpu", "tpu-whole"):
+def _devices(topology: Topology, mode: CompileMode) -> list[Any]:
+    if mode not in ("tpu", "tpu-whole"):
         devices = jax.devices()
-        if how == "local" and devices[0].platform != "gpu":
+        if mode == "local" and devices[0].platform != "gpu":
             raise PlanError(
                 f"{topology.name}: --compile=local is for a machine with such GPUs, found {devices[0].platform}s: "
                 "leave it out for a plan by formulas"
@@ -307,15 +309,15 @@ def _statistics(
     config: Config,
     topology: Topology,
     canvas: tuple[int, int],
-    how: CompileMode,
+    mode: CompileMode,
     keep: str,
     scratch: Path,
 ) -> CompileStatistics:
     # A program from the persistent cache is not compiled, so no dumps would be written.
     jax.config.update("jax_enable_compilation_cache", False)
-    if how != "local":
+    if mode != "local":
         jax.config.update("jax_platforms", "cpu")
-    mesh = make_mesh(config.mesh, _devices(topology, how))
+    mesh = make_mesh(config.mesh, _devices(topology, mode))
     check_fits(config, mesh)
     state, batch = abstract_state(config, mesh), abstract_batch(config, canvas, mesh)
     step: Any = make_step(config, mesh, glip_objective(config), state, tuple(sorted(config.data.sources)))
@@ -324,9 +326,9 @@ def _statistics(
     with jax.set_mesh(mesh):  # Pallas kernels for TPUs look up the chip
         lowered = step.lower(state, batch)
     middle = time.monotonic()
-    pipe.send(("stage", f"compiling the step with {_compiler(how)}"))
+    pipe.send(("stage", f"compiling the step with {_compiler(mode)}"))
     try:
-        if how == "tpu":
+        if mode == "tpu":
             text, memory = compile_until_assignment(lowered, scratch / "dump")
         else:
             compiled = lowered.compile(compiler_options=dump_options(scratch / "dump"))
@@ -335,12 +337,12 @@ def _statistics(
         needed, available = _memory_shortage(str(fault))
         if needed is None:
             raise
-        return CompileStatistics(how, _compiler(how), needed, available, " ".join(str(fault).split())[:400])
+        return CompileStatistics(mode, _compiler(mode), needed, available, " ".join(str(fault).split())[:400])
     seconds = {"trace": middle - begin, "compile": time.monotonic() - middle}
     pipe.send(("stage", "reading the compiled program"))
     if keep:
         Path(keep).write_text(text)
-    if how == "tpu":
+    if mode == "tpu":
         sizes: dict[str, Any] = {
             "arguments": memory.arguments,
             "outputs": memory.others,
@@ -357,19 +359,19 @@ def _statistics(
     sizes["activations"] = activation_bytes(scratch / "dump")
     program = cost.program_cost(text)
     return CompileStatistics(
-        how,
-        _compiler(how),
+        mode,
+        _compiler(mode),
         **sizes,
         flops=program.flops,
         passes=program.passes,
         bytes=program.bytes,
         padding=program.padding,
         # Most operations have no estimate before code generation.
-        cycles=0.0 if how == "tpu" else program.cycles,
-        known=program.known,
-        calls=program.calls,
-        sent=_collective_traffic(text, mesh, topology),
-        hot=_top_operations(program),
+        cycles=0.0 if mode == "tpu" else program.cycles,
+        trip_counts_known=program.trip_counts_known,
+        undeclared_kernels=program.undeclared_kernels,
+        collectives=_collective_traffic(text, mesh, topology),
+        top_operations=_top_operations(program),
         seconds=seconds,
     )
 

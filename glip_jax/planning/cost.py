@@ -63,9 +63,9 @@ class ProgramCost(NamedTuple):
     bytes: float
     padding: float
     cycles: float
-    known: bool
+    trip_counts_known: bool
     """False if the trip count of a loop is not known; its body counts once."""
-    calls: int
+    undeclared_kernels: int
     """Executions of Pallas kernels that do not declare their FLOPs."""
     operations: list[Operation]
 
@@ -107,13 +107,13 @@ class _CostReader:
 
     def read(self) -> ProgramCost:
         operations: list[Operation] = []
-        passes, known, calls = 0.0, True, 0
+        passes, trip_counts_known, undeclared_kernels = 0.0, True, 0
         fused_flops: dict[str, float] = {}
         """FLOPs of each computation, including those that it calls."""
         executions = self.program.executions()
         for name, (times, times_known) in executions.items():
             computation = self.program.computations[name]
-            known &= times_known
+            trip_counts_known &= times_known
             fused_flops[name] = 0.0
             for instruction, rest in computation.lines.items():
                 opcode = _opcode(rest)
@@ -128,7 +128,7 @@ class _CostReader:
                 fused_flops[name] += flops
                 if name in self.fused or opcode in _NO_TRAFFIC or opcode.endswith("-done"):
                     continue
-                calls += times * (kernel and declared is None)
+                undeclared_kernels += times * (kernel and declared is None)
                 operations.append(self._operation(instruction, rest, opcode, computation, flops, times))
         flops = sum(each.flops * each.times for each in operations)
         moved = [(each.bytes * each.times, each.padding * each.times) for each in operations]
@@ -138,8 +138,8 @@ class _CostReader:
             sum(size for size, _ in moved),
             sum(padding for _, padding in moved),
             float(sum(each.cycles * each.times for each in operations)),
-            known,
-            calls,
+            trip_counts_known,
+            undeclared_kernels,
             operations,
         )
 

@@ -69,7 +69,7 @@ def lines(
         "",
         *_input(roofline),
     ]
-    if operations and statistics and statistics.hot:
+    if operations and statistics and statistics.top_operations:
         text += ["", *_operations(statistics, operations)]
     return text
 
@@ -79,9 +79,9 @@ def _origin(statistics: CompileStatistics | None) -> str:
         return _FORMULA
     took = sum(statistics.seconds.values())
     times = f" ({took:.0f} s)" if took else ""
-    if statistics.how == "fake":
+    if statistics.mode == "fake":
         return f"{_DIFFERS} ({statistics.compiler}{times})"
-    until = ", without code generation" if statistics.how == "tpu" and statistics.needed is None else ""
+    until = ", without code generation" if statistics.mode == "tpu" and statistics.needed is None else ""
     return f"compiled ahead of time with {statistics.compiler}{until}{times}"
 
 
@@ -100,7 +100,7 @@ def _memory(roofline: Roofline, statistics: CompileStatistics | None) -> list[st
             left = roofline.memory_limit - sum(roofline.memory.values())
             verdict = f"  {'left for activations':28} {left / gib:9.3f}  {limit}: whether they fit is not known"
     if statistics is not None and statistics.needed is not None:
-        verdict += f" (the compiler refuses it; the rest is computed by formulas)\n  {statistics.words[:160]}"
+        verdict += f" (the compiler refuses it; the rest is computed by formulas)\n  {statistics.message[:160]}"
     return ["memory per chip, GiB", *rows, verdict]
 
 
@@ -111,19 +111,21 @@ def _work(roofline: Roofline, statistics: CompileStatistics | None) -> list[str]
     ]
     if roofline.bytes is not None and statistics is not None:
         share = (
-            f", {statistics.padding / max(statistics.bytes, 1):.0%} of it padding" if statistics.how != "fake" else ""
+            f", {statistics.padding / max(statistics.bytes, 1):.0%} of it padding" if statistics.mode != "fake" else ""
         )
         rows.append(f"  {'memory traffic':28} {roofline.bytes / 1e9:9.3f} GB{share}")
-    if statistics is not None and statistics.calls:
-        rows.append(f"  {statistics.calls} executions of kernels that do not declare their FLOPs: not counted")
-    for each in roofline.sent:
+    if statistics is not None and statistics.undeclared_kernels:
+        rows.append(
+            f"  {statistics.undeclared_kernels} executions of kernels that do not declare their FLOPs: not counted"
+        )
+    for each in roofline.collectives:
         way = "out of the slice or host" if each.outer else "inside the slice or host"
         times = f"{each.executions} x, " if statistics is not None and statistics.needed is None else "by formula, "
         rows.append(
             f"  {each.kind:28} {each.bytes / 1e9:9.3f} GB over {' and '.join(each.axes) or 'one chip'}: {times}"
             f"{each.sent_bytes / 1e9:.3f} GB sent {way}"
         )
-    if statistics is not None and not statistics.known:
+    if statistics is not None and not statistics.trip_counts_known:
         rows.append("  the trip count of a loop is not known: its body counts once, so the numbers above are too low")
     return ["work per chip and step", *rows]
 
@@ -151,7 +153,7 @@ def _time(
         rows.append(
             f"  the compiler estimates {statistics.cycles:.3g} cycles; the clock of {chips.family} is not published"
         )
-    elif statistics is not None and statistics.how == "tpu" and statistics.needed is None:
+    elif statistics is not None and statistics.mode == "tpu" and statistics.needed is None:
         rows.append(
             "  not included: vector units (exponentials, norms, dropout), whose peak is not published and which may be the bound;\n"
             "  --compile=tpu-whole adds the compiler's estimate of the time"
@@ -187,9 +189,11 @@ def _input(roofline: Roofline) -> list[str]:
 
 
 def _operations(statistics: CompileStatistics, count: int) -> list[str]:
-    rows = [f"the {min(count, len(statistics.hot))} operations with the most memory traffic, per chip and step"]
+    rows = [
+        f"the {min(count, len(statistics.top_operations))} operations with the most memory traffic, per chip and step"
+    ]
     rows.append("         MB  padding    times  cycles M  operation")
-    for each in statistics.hot[:count]:
+    for each in statistics.top_operations[:count]:
         rows.append(
             f"  {each.bytes / 1e6:9.1f}  {each.padding / max(each.bytes, 1):6.0%}  {each.times:7}  {_cycles(each.cycles)}  "
             f"{each.opcode} {each.type[:60]}  {each.origin[-80:]}"

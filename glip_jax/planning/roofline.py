@@ -58,7 +58,7 @@ class Roofline:
     hardware_flops: float
     """Executed FLOPs in bfloat16 passes: those of the compiled program, or the formula including recomputation."""
     bytes: float | None
-    sent: tuple[CollectiveTraffic, ...]
+    collectives: tuple[CollectiveTraffic, ...]
     seconds: dict[str, float]
     """By resource: compute, memory (missing if not known), network, input."""
     bound: str
@@ -99,11 +99,11 @@ def roofline(
     flops = flops_per_image(config.model, *canvas)
     compiled = statistics is not None and statistics.needed is None
     passes = statistics.passes if statistics and compiled else hardware_flops(config, flops) * images_per_chip
-    sent = statistics.sent if statistics and compiled else formula_sent(state, mesh, chips)
+    traffic = statistics.collectives if statistics and compiled else formula_sent(state, mesh, chips)
     seconds = {"compute": passes / chip.flops}
     if statistics and compiled:
         seconds["memory"] = statistics.bytes / chip.bandwidth
-    seconds["network"] = _network(sent, chips)
+    seconds["network"] = _network(traffic, chips)
     host = _host(config, chips, canvas, state, images_per_core)
     seconds["input"] = host.pop("images") / host["images/s prepared"]
     device = max(seconds["compute"], seconds.get("memory", 0.0)) + seconds["network"]
@@ -127,7 +127,7 @@ def roofline(
         forward_flops=flops.forward * images_per_chip,
         hardware_flops=passes,
         bytes=statistics.bytes if statistics and compiled else None,
-        sent=sent,
+        collectives=traffic,
         seconds=seconds,
         bound=max(seconds, key=lambda name: seconds[name]),
         step_seconds=step,
@@ -210,7 +210,7 @@ def scaling(chips: Topology, plan: Roofline, sizes: tuple[int, int] = (16, 256))
         factor = ((scaled_size - 1) / scaled_size) / ((data_size - 1) / data_size)
         scaled = [
             dataclasses.replace(each, sent_bytes=each.sent_bytes * (factor if each.axes == ("data",) else 1.0))
-            for each in plan.sent
+            for each in plan.collectives
         ]
         device = max(plan.seconds["compute"], plan.seconds.get("memory", 0.0)) + _network(tuple(scaled), chips)
         steps.append(max(device, plan.seconds["input"]))

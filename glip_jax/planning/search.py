@@ -17,15 +17,15 @@ __all__ = ["Candidate", "candidates", "search", "table", "with_images_per_chip"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A combination of settings, and its plan."""
+    """A combination of settings, and its predicted step."""
 
     images_per_chip: int
     remat: Remat
     fsdp: int
     tensor: int
-    found: Roofline | None
-    """The plan; None if there is none."""
-    why: str = ""
+    roofline: Roofline | None
+    """None if there is no plan."""
+    reason: str = ""
     """Why there is no plan."""
 
 
@@ -58,11 +58,11 @@ def with_images_per_chip(config: Config, count: int, chips: Topology) -> Config:
 
 
 def search(
-    every: Sequence[tuple[int, Config]],
+    combinations: Sequence[tuple[int, Config]],
     plan: Callable[[Config], tuple[Roofline, CompileStatistics | None]],
     progress: Callable[[str], object],
 ) -> list[Candidate]:
-    """Plans each of the candidates `every`; returns those that fit by descending images/s, then the others.
+    """Plans each of `combinations`, (images per chip, config); returns those that fit by descending images/s, then the others.
 
     If a number of images does not fit, larger ones with the same remat setting and mesh are skipped. A mesh that does not
     divide, and a candidate whose compilation fails, are returned with the reason; PlanError is raised if all compilations
@@ -70,34 +70,34 @@ def search(
     """
     last: PlanError | None = None
     results: list[Candidate] = []
-    for number, (images, config) in enumerate(every, start=1):
+    for number, (images, config) in enumerate(combinations, start=1):
         setting = (config.model.remat, config.mesh.fsdp, config.mesh.tensor)
-        label = f"{number} of {len(every)}: {images} images a chip, remat {setting[0]}, fsdp {setting[1]}, tensor {setting[2]}"
+        label = f"{number} of {len(combinations)}: {images} images a chip, remat {setting[0]}, fsdp {setting[1]}, tensor {setting[2]}"
         smaller = [
-            t.images_per_chip
-            for t in results
-            if (t.remat, t.fsdp, t.tensor) == setting and t.found and not t.found.fits
+            each.images_per_chip
+            for each in results
+            if (each.remat, each.fsdp, each.tensor) == setting and each.roofline and not each.roofline.fits
         ]
         if smaller:
             results.append(Candidate(images, *setting, None, f"{min(smaller)} images do not fit"))
-            progress(f"{label}: skipped, {results[-1].why}")
+            progress(f"{label}: skipped, {results[-1].reason}")
             continue
         try:
-            found, _ = plan(config)
+            planned, _ = plan(config)
         except (MeshError, PlanError) as fault:
             last = fault if isinstance(fault, PlanError) else last
             results.append(Candidate(images, *setting, None, str(fault)))
             progress(f"{label}: {fault}")
             continue
-        results.append(Candidate(images, *setting, found))
-        progress(f"{label}: {'fits' if found.fits else 'does not fit'}, {found.images_per_second:.1f} images/s")
-    if last is not None and not any(each.found for each in results):
+        results.append(Candidate(images, *setting, planned))
+        progress(f"{label}: {'fits' if planned.fits else 'does not fit'}, {planned.images_per_second:.1f} images/s")
+    if last is not None and not any(each.roofline for each in results):
         raise last
-    return sorted(results, key=lambda t: (t.found is None, not (t.found and t.found.fits), -_rate(t)))
+    return sorted(results, key=lambda t: (t.roofline is None, not (t.roofline and t.roofline.fits), -_rate(t)))
 
 
 def _rate(candidate: Candidate) -> float:
-    return candidate.found.images_per_second if candidate.found else 0.0
+    return candidate.roofline.images_per_second if candidate.roofline else 0.0
 
 
 def table(results: Sequence[Candidate]) -> list[str]:
@@ -105,12 +105,12 @@ def table(results: Sequence[Candidate]) -> list[str]:
     rows = ["images a chip  remat        fsdp  tensor  peak GiB  fits  images/s    MFU  bound"]
     for each in results:
         start = f"{each.images_per_chip:13}  {each.remat:11}  {each.fsdp:4}  {each.tensor:6}"
-        if each.found is None:
-            rows.append(f"{start}  {each.why}")
+        if each.roofline is None:
+            rows.append(f"{start}  {each.reason}")
             continue
-        peak = each.found.memory.get("peak", sum(each.found.memory.values())) / 2**30
-        fits = {True: "yes", False: "no", None: "?"}[each.found.fits]
+        peak = each.roofline.memory.get("peak", sum(each.roofline.memory.values())) / 2**30
+        fits = {True: "yes", False: "no", None: "?"}[each.roofline.fits]
         rows.append(
-            f"{start}  {peak:8.2f}  {fits:>4}  {each.found.images_per_second:8.1f}  {each.found.mfu:5.1%}  {each.found.bound}"
+            f"{start}  {peak:8.2f}  {fits:>4}  {each.roofline.images_per_second:8.1f}  {each.roofline.mfu:5.1%}  {each.roofline.bound}"
         )
     return rows

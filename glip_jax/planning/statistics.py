@@ -44,14 +44,14 @@ class TopOperation:
 class CompileStatistics:
     """Statistics of the step compiled for one canvas size, per chip."""
 
-    how: CompileMode
+    mode: CompileMode
     compiler: str
     """Name and version."""
     needed: float | None = None
     """Bytes of memory that the program needs, if the compiler refused it for lack of memory; the fields below are empty then."""
     available: float | None = None
     """Bytes of memory available to the compiler, if it reports them."""
-    words: str = ""
+    message: str = ""
     """The compiler's message, if it refused the program."""
     arguments: float = 0.0
     """Bytes of state and batch in the chip's layout."""
@@ -72,13 +72,13 @@ class CompileStatistics:
     """The part of `bytes` that is padding."""
     cycles: float = 0.0
     """The compiler's estimate; 0 if it gives none."""
-    known: bool = True
+    trip_counts_known: bool = True
     """Whether all trip counts of loops are known; loops without one count once."""
-    calls: int = 0
+    undeclared_kernels: int = 0
     """Executions of kernels that do not declare their FLOPs."""
-    sent: tuple[CollectiveTraffic, ...] = ()
+    collectives: tuple[CollectiveTraffic, ...] = ()
     """Collectives by kind and axes."""
-    hot: tuple[TopOperation, ...] = ()
+    top_operations: tuple[TopOperation, ...] = ()
     """Operations with the most memory traffic."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time of tracing and compiling on this machine."""

@@ -70,12 +70,12 @@ def test_sharded_state_is_smaller():
 
 @pytest.mark.slow
 def test_gradients_are_reduced_over_both_axes(statistics):
-    over = {axes for each in statistics.sent for axes in [each.axes]}
+    over = {axes for each in statistics.collectives for axes in [each.axes]}
     assert ("data",) in over or ("data", "fsdp") in over
-    gradients = sum(each.bytes for each in statistics.sent if "data" in each.axes)
+    gradients = sum(each.bytes for each in statistics.collectives if "data" in each.axes)
     # Adam has two moments per trained parameter, each as large as its gradient and sharded over the axes.
     assert gradients >= state()["optimizer"] / 2 - 8
-    assert not any(each.outer for each in statistics.sent)
+    assert not any(each.outer for each in statistics.collectives)
 
 
 @pytest.mark.slow
@@ -84,15 +84,17 @@ def test_formulas_agree_with_the_compiled_collectives(statistics, kind):
     """Each runs once per step. The formula assumes that every parameter is sharded, so it may exceed it slightly."""
     mesh = dict(abstract_mesh(CONFIG, CHIPS).shape)
     formula = sum(each.bytes for each in formula_sent(state(), mesh, CHIPS) if each.kind == kind)
-    found = sum(each.bytes for each in statistics.sent if each.kind == kind and each.axes == ("fsdp",))
+    found = sum(each.bytes for each in statistics.collectives if each.kind == kind and each.axes == ("fsdp",))
     assert 0.7 * formula <= found <= 1.01 * formula
 
 
 @pytest.mark.slow
 def test_flops_are_counted(statistics):
     assert statistics.flops > 0 and statistics.passes > statistics.flops, "the box branch uses the highest precision"
-    assert statistics.known and statistics.calls == 0
-    assert statistics.hot and statistics.hot[0].bytes == max(each.bytes for each in statistics.hot)
+    assert statistics.trip_counts_known and statistics.undeclared_kernels == 0
+    assert statistics.top_operations and statistics.top_operations[0].bytes == max(
+        each.bytes for each in statistics.top_operations
+    )
 
 
 @pytest.mark.slow
@@ -157,7 +159,9 @@ def test_a_failing_compiler_gives_a_one_line_error(monkeypatch, tmp_path):
 def test_compiled_for_a_tpu(tmp_path):
     """The same step compiled by libtpu."""
     found = compile_step(CONFIG, CHIPS, CANVAS, "tpu", tmp_path, lambda _: None)
-    assert found.needed is None and found.compiler.startswith("libtpu") and found.known and found.code is None
+    assert (
+        found.needed is None and found.compiler.startswith("libtpu") and found.trip_counts_known and found.code is None
+    )
     assert found.arguments >= sum(state().values()), "tiles pad"
     assert 0 < found.padding < found.bytes and 0 < (found.activations or 0) < found.temporaries
     assert jax.default_backend() == "cpu"
@@ -169,10 +173,10 @@ def test_tpu_slices_exchange_only_gradient_sums(tmp_path):
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2, fsdp=4))
     chips = topology("v5e:2x2*2")
     found = compile_step(config, chips, CANVAS, "tpu", tmp_path, lambda _: None)
-    outer = [each for each in found.sent if each.outer]
-    assert outer and {each.axes for each in outer} <= {("data",), ("data", "fsdp")}, found.sent
+    outer = [each for each in found.collectives if each.outer]
+    assert outer and {each.axes for each in outer} <= {("data",), ("data", "fsdp")}, found.collectives
     assert {each.kind for each in outer} <= {"all-reduce", "all-gather"}, outer
-    inner = {each.kind for each in found.sent if each.axes == ("fsdp",) and not each.outer}
+    inner = {each.kind for each in found.collectives if each.axes == ("fsdp",) and not each.outer}
     assert {"all-gather", "reduce-scatter"} <= inner
     # A slice sends its sum of the gradients, each chip the part that fsdp assigns to it.
     gradients = sum(each.bytes for each in outer if each.kind == "all-reduce")
@@ -183,7 +187,7 @@ def test_tpu_slices_exchange_only_gradient_sums(tmp_path):
 def test_a_cached_tpu_whole_plan_serves_tpu(tmp_path, statistics):
     """A plan with code generation has all statistics of one without."""
     path = tmp_path / f"{compile._key(CONFIG, topology('v5e:2x2'), CANVAS, 'tpu-whole')}.json"
-    path.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(statistics, how="tpu-whole", code=5.0))))
+    path.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(statistics, mode="tpu-whole", code=5.0))))
     found = compile.cached(CONFIG, topology("v5e:2x2"), CANVAS, "tpu", tmp_path)
     assert found is not None and found.code == 5.0
     assert compile.cached(CONFIG, topology("v5e:2x2"), (64, 128), "tpu", tmp_path) is None

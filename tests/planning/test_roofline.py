@@ -87,7 +87,7 @@ def test_memory_and_whether_it_fits(config):
 def test_traffic_between_slices_uses_the_slower_link(config):
     chips = topology("v5e:8x8*2")
     mesh = {"data": 128, "fsdp": 1, "tensor": 1}
-    outer = step_statistics(sent=(dataclasses.replace(SENT[0], outer=True),))
+    outer = step_statistics(collectives=(dataclasses.replace(SENT[0], outer=True),))
     found = roofline(config, chips, CANVAS, STATE, outer, mesh)
     assert found.seconds["network"] == pytest.approx(18e9 / (12.5e9 / 4))
     assert scaling(chips, found) is None
@@ -158,6 +158,6 @@ def test_report_lines(config):
     refused = CompileStatistics("tpu", "libtpu 1", needed=20e9, available=16e9)
     text = "\n".join(report.lines(config, CHIPS, CANVAS, plan(config, refused), refused, None))
     assert "18.626  of 14.90: does NOT fit (the compiler refuses it" in text
-    fake = dataclasses.replace(step_statistics(), how="fake", known=False)
+    fake = dataclasses.replace(step_statistics(), mode="fake", trip_counts_known=False)
     text = "\n".join(report.lines(config, CHIPS, CANVAS, plan(config, fake), fake, None))
     assert "fake CPU devices" in text and "trip count of a loop is not known" in text
