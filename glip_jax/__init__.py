@@ -10,12 +10,14 @@ Importing the package is light: jax and the other libraries are loaded when some
 """
 
 import importlib
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from glip_jax.config import Config
     from glip_jax.inference import Detector
+    from glip_jax.structures.batch import Prompt
     from glip_jax.training.state import State
 
 __all__ = ["Config", "Detector", "UserError", "evaluate", "load_detector", "train"]
@@ -69,10 +71,14 @@ def load_detector(
     enable_compilation_cache()
     config = opened.config
     which = "raw" if (parameters or config.evaluation.parameters) == "raw" else "ema"
-    return Detector(
-        config, opened.parameters(which), batch_size,
-        read_caption=lambda text: read_query(text, "", "", config).prompts[0],
-    )  # fmt: skip
+
+    def read_caption(text: str) -> "Prompt":
+        query = read_query(text, "", "", config)
+        for note in query.notes:
+            logging.getLogger(__name__).log(logging.WARNING if note.startswith("note: ") else logging.INFO, note)
+        return query.prompts[0]
+
+    return Detector(config, opened.parameters(which), batch_size, read_caption=read_caption)
 
 
 def train(config: "Config", workdir: str | os.PathLike[str], *, resume_with_changes: bool = False) -> "State":
@@ -127,6 +133,7 @@ def evaluate(
         raise UserError("config.evaluation.sets is empty: name a set with annotations and images")
     check_network(opened.workdir, opened.settings, config)
     for name, dataset in config.evaluation.sets.items():
-        check_set(name, dataset)
+        for note in check_set(name, dataset, config):
+            logging.getLogger(__name__).warning(f"note: {note}")
     enable_compilation_cache()
     return evaluate_sets(config, opened.parameters(config.evaluation.parameters))

@@ -8,7 +8,10 @@ Results are batch invariant: each image is processed at its own extent, so its d
 other images of the batch. The Detector therefore groups images to save compilations.
 """
 
+import logging
 import os
+import re
+import unicodedata
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -30,7 +33,17 @@ from glip_jax.structures import prompts
 from glip_jax.structures.batch import Detections, Prompt, TokenizedPrompt
 from glip_jax.structures.canvas import canvas_size, pad_to_canvas, resize, target_size
 
-__all__ = ["Detector", "ImageDetections", "bucket", "category_prompts"]
+__all__ = [
+    "Detector",
+    "ImageDetections",
+    "bucket",
+    "category_prompts",
+    "check_characters",
+    "check_query",
+    "sentence_spans",
+]
+
+logger = logging.getLogger(__name__)
 
 _PHRASE_SLOTS = 8
 """Initial number of phrase slots of the compiled program; it doubles when a prompt has more phrases."""
@@ -51,6 +64,45 @@ def category_prompts(
     separator, budget = config.data.captions.separator, config.model.text.max_tokens
     chunks = prompts.chunk(names, tokenizer, budget, separator, config.evaluation.chunk)
     return [(prompts.prompt_from_categories([names[i] for i in chunk], separator), tuple(chunk)) for chunk in chunks]
+
+
+def check_query(
+    entries: Sequence[str], tokenizer: prompts.Tokenizer, where: str, clean: Callable[[str], str] = prompts.clean_name,
+    what: str = "name",
+) -> list[str]:  # fmt: skip
+    """Checks names or phrases that a user asks for, and returns notes on what is not asked as it was typed.
+
+    `clean`: their text in the prompt; `what`: "name" or "phrase". Raises PromptError, which begins with `where`, for an empty list, an entry that is empty or
+    no text, characters that the model does not read, words of which the vocabulary knows nothing, and entries that are the same to
+    the model.
+    """
+    if not entries:
+        raise prompts.PromptError(f"{where}: there are no {what}s to detect: expected at least one")
+    for number, entry in enumerate(entries, 1):
+        which = f"{where}: {what} {number} of {len(entries)}"
+        if not isinstance(entry, str):
+            raise prompts.PromptError(f"{which} is {entry!r:.60}, {type(entry).__name__}: expected text")
+        check_characters(which, entry)
+        if not clean(entry).strip():
+            left = f" ({entry!r}: parentheses are removed)" if entry.strip() else ""
+            raise prompts.PromptError(f"{which} is empty{left}: give it a text or remove it")
+    notes = prompts.check_names(entries, tokenizer, where, "remove it or say it otherwise", clean=clean, what=what)
+    changed = [entry for entry in entries if "(" in entry and "(" not in clean(entry)]
+    if changed:
+        shown = prompts.listed([f"{entry} -> {clean(entry).strip()}" for entry in changed])
+        notes.append(f"{where}: asked without what stands in parentheses, as in training: {shown}")
+    return notes
+
+
+def check_characters(where: str, text: str, allowed: str = "") -> None:
+    """Raises PromptError for a character that tokenization drops: a control character or a broken encoding."""
+    for character in text:
+        broken = unicodedata.category(character) in ("Cc", "Cs") or character == "\ufffd"
+        if broken and character not in allowed:
+            raise prompts.PromptError(
+                f"{where} ({prompts.listed([text])}) has the character U+{ord(character):04X}: a control character or a broken "
+                "encoding, expected readable UTF-8 text"
+            )
 
 
 class ImageDetections(NamedTuple):
@@ -109,6 +161,7 @@ class Detector:
         self._tokenized: OrderedDict[str, TokenizedPrompt] = OrderedDict()
         self._chunks: tuple[tuple[str, ...], list[tuple[Prompt, tuple[int, ...]]]] = ((), [])
         self._slots = _PHRASE_SLOTS
+        self._checked: list[str] = []
         self._model = GLIP(config.model)
         self._encode_image = jax.jit(self._run_image)
         self._encode_text = jax.jit(self._run_text)
@@ -145,21 +198,31 @@ class Detector:
         Args:
             images: paths (local or gs://), PIL images, or RGB arrays UInt8[H W 3]. Files and PIL images are rotated by their EXIF
                 orientation; boxes are in pixels of the rotated image.
-            query: a list of names of any length; or a caption: phrases separated by " . ", or, for a detector from
-                `glip_jax.load_detector`, a sentence, whose noun phrases are detected; or a Prompt.
+            query: a list of names of any length, each asked as it is typed, with commas and full stops; or a caption: phrases
+                separated by " . ", or, for a detector from `glip_jax.load_detector`, a sentence, whose noun phrases are detected
+                (else, what stands between full stops: "a cat. a dog."); or a Prompt.
             threshold: minimum score of returned detections.
 
         Returns:
             One ImageDetections per image.
+
+        Raises:
+            PromptError: names that are empty, not text, unknown to the vocabulary, or the same to the model; see `check_query`.
         """
         if isinstance(images, str | os.PathLike):
             raise ValueError(f"images is one path, {os.fspath(images)!r}: expected a list, [{os.fspath(images)!r}]")
         if isinstance(query, str):
+            if not query.strip():
+                raise prompts.PromptError(f"the query is {query!r}: expected a list of names or a text")
             query = self._read_caption(query)
         if isinstance(query, Prompt):
             names = [" ".join(query.caption[begin:end] for begin, end in spans) for spans in query.spans]
         else:
             names = list(query)
+            if self._checked != names:
+                for note in check_query(names, self.tokenizer, "query"):
+                    logger.warning(f"note: {note}")
+                self._checked = names
         results = []
         for begin in range(0, len(images), self.batch_size):
             group = [_rgb(image) for image in images[begin : begin + self.batch_size]]
@@ -311,9 +374,21 @@ def bucket(height: int, width: int, config: Config) -> tuple[tuple[int, int], tu
     return size, min(fitting, key=lambda c: c[0] * c[1]) if fitting else (extent[0], extent[1])
 
 
+def sentence_spans(text: str) -> list[tuple[int, int]]:
+    """Spans of what stands between full stops: " . " if there is one (`phrase_spans`), else "a cat. a dog."; without any, all."""
+    stops = [match.span() for match in re.finditer(r"\.(?!\S)", text)]
+    edges = [0, *(edge for stop in stops for edge in stop), len(text)]
+    pieces = [(begin, end) for begin, end in zip(edges[::2], edges[1::2]) if text[begin:end].strip()]
+    stripped = [(end - len(text[begin:end].lstrip()), begin + len(text[begin:end].rstrip())) for begin, end in pieces]
+    return prompts.phrase_spans(text) or stripped
+
+
 def _phrases(text: str) -> Prompt:
-    """The prompt of phrases with " . " between them; a text without that is one phrase."""
-    return Prompt(text, tuple((span,) for span in prompts.phrase_spans(text) or [(0, len(text))]))
+    """The prompt of a text whose phrases stand between full stops. Raises PromptError for one without a phrase."""
+    spans = sentence_spans(text)
+    if not spans:
+        raise prompts.PromptError(f"the text {text!r} names nothing: expected phrases with full stops between them")
+    return Prompt(text, tuple((span,) for span in spans))
 
 
 def _rgb(image: Any) -> UInt8[np.ndarray, "H W 3"]:

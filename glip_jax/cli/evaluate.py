@@ -96,7 +96,8 @@ def evaluate_checkpoint(
     if not config.evaluation.sets:
         raise CommandLineError("config.evaluation.sets is empty: name a set with annotations and images")
     for name, dataset in config.evaluation.sets.items():
-        check_set(name, dataset)
+        for note in check_set(name, dataset, config):
+            logger.info(f"note: {note}")
     workdir = checkpoint.workdir
     check_network(workdir, checkpoint.settings, config)
     folder = epath.Path(out)

@@ -84,6 +84,8 @@ def _write(job: InspectShards, config: Config | None) -> epath.Path:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=named))
     mixture = Mixture(config) if config is not None else None
     if mixture is not None:
+        for note in mixture.notes:
+            logger.info(f"note: {note}")
         opened = dict(zip(mixture.source_names, mixture.shards))
         captioners = dict(zip(mixture.source_names, mixture.captioners))
     else:
@@ -149,6 +151,7 @@ def _notes(mixture: Mixture | None, counts: Mapping[str, Counts], opened: Mappin
         notes.append(f"{number} {'canvas' if number == 1 else 'canvases, each a compiled shape'}: {sizes}")
         unknown, tokens = (sum(part) for part in zip(*((c.unknown, sum(c.tokens)) for c in counts.values())))
         notes.append(f"tokens that give no loss where no box is: {unknown:,} of {tokens:,} in the captions counted")
+        notes += mixture.notes
     return notes
 
 

@@ -54,7 +54,8 @@ class Predict:
     One of three queries:
       --text="a green book . two red apples"      phrases with " . " between them
       --text="a green book left of two apples"    a sentence; its noun phrases become the query
-      --names="green book,red apple"              a list of any length, as many prompts as it needs
+      --names="green book,red apple"              a list of any length, as many prompts as it needs;
+                                                  a name with a comma in double quotes: --names='"salt, pepper",cup'
 
     Writes OUT/predictions.json and OUT/pictures/, completely or not at all. A detection has a box (x1, y1, x2, y2, pixels
     of the image), a phrase (index into "phrases") and a score: the square root of alignment (how well the location matches
@@ -74,7 +75,7 @@ class Predict:
     names: str = ""
     """Names with commas between them."""
     names_file: PathStr = ""
-    """File with a name on each line; empty lines are skipped."""
+    """File with a name on each line, asked as it is there; empty lines are skipped."""
     out: PathStr = "predictions"
     """Folder to write into; made if it is not there."""
     threshold: float = 0.3
@@ -98,6 +99,12 @@ class Picture(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     """Runs the job; raises what `predict` raises."""
     settings, own = split_settings(argv)
+    for option in ("--text", "--names", "--names-file"):
+        given = [argument for argument in own if argument.partition("=")[0].replace("_", "-") == option]
+        if len(given) > 1:
+            raise CommandLineError(
+                f"{option} is given {len(given)} times, and only one would be asked: give all in one"
+            )
     job = flags(own, Predict, "predict", _EXAMPLE, {"--least": "--threshold"})
     with checkpoint_argument.fitting_parameters():
         predict(job, settings, shlex.join(["python", "-m", "glip_jax", "predict", *argv]))
@@ -136,7 +143,7 @@ def predict(job: Predict, settings: Sequence[str], command: str) -> dict[str, An
             "parameters": which,
             "settings": {"threshold": job.threshold, "detection": asdict(config.detection),
                          "short_side": config.evaluation.short_side, "long_side": config.evaluation.long_side},
-            "query": query.kind, "phrase_finder": query.finder, "prompts": [prompt.caption for prompt in query.prompts],
+            "query": query.kind, "names": list(query.names), "phrase_finder": query.finder, "prompts": [prompt.caption for prompt in query.prompts],
             "phrases": [phrase._asdict() for phrase in query.phrases], "images": images,
         }  # fmt: skip
         (folder / "predictions.json").write_text(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False))

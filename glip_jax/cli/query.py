@@ -1,6 +1,6 @@
 """The query of `predict`: names, phrases or a sentence become prompts whose phrases are numbered."""
 
-import unicodedata
+import csv
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -15,8 +15,6 @@ from glip_jax.structures import prompts
 from glip_jax.structures.batch import Prompt
 
 __all__ = ["Phrase", "Query", "QueryError", "read_query"]
-
-_UNKNOWN = "[UNK]"
 
 
 class QueryError(UserError, ValueError):
@@ -46,7 +44,7 @@ class Query(NamedTuple):
     finder: str
     """Name and version of the phrase finder of a caption; else empty."""
     notes: tuple[str, ...]
-    """Lines for the user: parts of a sentence that are not queried, phrases that the vocabulary knows only in part."""
+    """Lines for the user: what is not queried as it was typed, phrases that the vocabulary knows only in part, and the phrases."""
 
 
 def read_query(text: str, names: str, names_file: str, config: Config, finder: PhraseFinder | None = None) -> Query:
@@ -56,7 +54,7 @@ def read_query(text: str, names: str, names_file: str, config: Config, finder: P
     Raises QueryError: not exactly one is given, nothing to find in it, names that are equal or empty, characters or
     words that the model cannot read, more tokens than it reads; PromptError for a name beyond the budget.
     """
-    from glip_jax.inference import category_prompts  # jax: not for --help
+    from glip_jax.inference import category_prompts, check_characters, check_query  # jax: not for --help
 
     given = [option for option, value in
              (("--text", text), ("--names", names), ("--names-file", names_file)) if value.strip()]  # fmt: skip
@@ -64,36 +62,75 @@ def read_query(text: str, names: str, names_file: str, config: Config, finder: P
         found = " and ".join(given) if given else "none of them"
         raise QueryError(f"no query or several: expected one of --text, --names, --names-file, found {found}")
     tokenizer = prompts.load_tokenizer(assets.resolve(config.model.text.vocabulary))
-    if not text.strip():
-        listed = _names_of_file(names_file) if names_file else [name.strip() for name in names.split(",")]
-        _check_list(given[0], "name", listed, [prompts.clean_name(name) for name in listed])
-        chunks = category_prompts(listed, tokenizer, config)
-        order = {own: (number, row) for number, (_, chunk) in enumerate(chunks) for row, own in enumerate(chunk)}
-        queried = tuple(prompt for prompt, _ in chunks)
-        positions = [order[index] for index in range(len(listed))]
-        phrases = tuple(_phrase(queried[number], number, row) for number, row in positions)
-        return Query("names", tuple(listed), queried, phrases, "", _unread(queried, phrases, tokenizer, config))
-    _check_characters("--text", text, allowed="\t\n\r")
-    spans, kind, found_by, left_out = prompts.phrase_spans(text), "phrases", "", ()
-    if spans:
-        phrase_texts = [text[begin:end] for begin, end in spans]
-        _check_list("--text", "phrase", phrase_texts, phrase_texts)
-    else:
-        finder = finder or LexiconPhraseFinder()
-        found = finder.find(text)
-        spans, kind, found_by = list(found.spans), "caption", f"{finder.name} {finder.version}"
-        if found.dropped:
-            counts = ", ".join(f"{reason} {count}" for reason, count in found.dropped.items())
-            left_out = (f"note: left out of the sentence's phrases: {counts}",)
-        if not spans:
-            raise QueryError(
-                f"--text={_short(text)}: no noun phrase found in it that names a thing; separate what you look for with ' . ' "
-                '("a dog . a red cup") or give --names'
-            )
-    prompt = Prompt(text, tuple((span,) for span in spans))
+    try:
+        if not text.strip():
+            check_characters("--names", names)
+            entries = _names_of_file(names_file) if names_file else _between_commas(names)
+            notes = check_query(entries, tokenizer, given[0])
+            return _of_names(entries, category_prompts(entries, tokenizer, config), notes)
+        check_characters("--text", text, allowed="\t\n\r")
+        spans, kind, found_by, notes = prompts.phrase_spans(text), "phrases", "", []
+        if spans:
+            notes = check_query([text[begin:end] for begin, end in spans], tokenizer, "--text", str, "phrase")
+        else:
+            finder = finder or LexiconPhraseFinder()
+            found = finder.find(text)
+            spans, kind, found_by = list(found.spans), "caption", f"{finder.name} {finder.version}"
+            if found.dropped:
+                parts = [f"{text[begin:end]!r} ({reason})" for (begin, end), reason in found.left_out]
+                counts = ", ".join(parts or [f"{reason} {count}" for reason, count in found.dropped.items()])
+                notes.append(f"left out of the sentence's phrases: {counts}")
+            if not spans:
+                raise QueryError(
+                    f"--text={prompts.listed([text])}: no noun phrase found in it that names a thing; separate what you look for "
+                    "with ' . ' (\"a dog . a red cup\") or give --names"
+                )
+            phrase_texts = [text[begin:end] for begin, end in spans]
+            # A sentence may name a thing twice.
+            distinct = list(dict.fromkeys(prompts.words(phrase) for phrase in phrase_texts))
+            first = {prompts.words(phrase): phrase for phrase in reversed(phrase_texts)}
+            notes += check_query([first[key] for key in distinct], tokenizer, "--text", str, "phrase")
+        prompt = Prompt(text, tuple((span,) for span in spans))
+        _check_budget(prompt, tokenizer, config.model.text.max_tokens)
+    except prompts.PromptError as error:
+        raise QueryError(str(error)) from None
     phrases = tuple(_phrase(prompt, 0, row) for row in range(len(spans)))
-    notes = (*left_out, *_unread((prompt,), phrases, tokenizer, config))
-    return Query(kind, (), (prompt,), phrases, found_by, notes)
+    return Query(kind, (), (prompt,), phrases, found_by, (*map("note: {}".format, notes), _asked(phrases, 1)))
+
+
+def _of_names(
+    names: Sequence[str], chunks: Sequence[tuple[Prompt, tuple[int, ...]]], notes: Sequence[str]
+) -> Query:  # fmt: skip
+    """The query of names that are asked in several prompts; its phrases are numbered as the names."""
+    order = {own: (number, row) for number, (_, chunk) in enumerate(chunks) for row, own in enumerate(chunk)}
+    queried = tuple(prompt for prompt, _ in chunks)
+    phrases = tuple(_phrase(queried[number], number, row) for number, row in map(order.__getitem__, range(len(names))))
+    lines = (*map("note: {}".format, notes), _asked(phrases, len(queried)))
+    return Query("names", tuple(names), queried, phrases, "", lines)
+
+
+def _asked(phrases: Sequence[Phrase], prompts_: int) -> str:
+    what = f"{len(phrases)} phrase{'s' if len(phrases) > 1 else ''}"
+    where = f"in {prompts_} prompts, because one does not hold all" if prompts_ > 1 else "in one prompt"
+    return f"asked: {what} {where}: {prompts.listed([phrase.text.strip() for phrase in phrases], 10)}"
+
+
+def _between_commas(names: str) -> list[str]:
+    """The names of --names; one with a comma in it stands in double quotes. Raises QueryError for a comma in parentheses."""
+    try:
+        (entries,) = csv.reader([names], skipinitialspace=True, strict=True)
+    except csv.Error as error:
+        raise QueryError(
+            f"--names={prompts.listed([names])}: {error}; double quotes stand around a whole name: "
+            "'\"salt, pepper\",cup'; or give --names-file"
+        ) from None
+    for entry in entries:
+        if entry.count("(") != entry.count(")") and names.count("(") == names.count(")"):
+            raise QueryError(
+                f"--names: a comma in parentheses splits a name, {entry.strip()!r} is a part of it: put double quotes around "
+                "the name, or give --names-file"
+            )
+    return [entry.strip() for entry in entries]
 
 
 def _phrase(prompt: Prompt, number: int, row: int) -> Phrase:
@@ -105,7 +142,8 @@ def _names_of_file(file: str) -> list[str]:
     path = epath.Path(file)
     try:
         # Editors of some systems begin a file with a mark that is no letter of the first name.
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+        # Other line ends that Unicode has may stand within a name.
+        lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
         raise QueryError(f"--names-file={file} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
@@ -116,62 +154,15 @@ def _names_of_file(file: str) -> list[str]:
     return names
 
 
-def _check_list(option: str, what: str, listed: Sequence[str], cleaned: Sequence[str]) -> None:
-    """Refuses entries that are empty, unreadable, or the same to the model as an earlier one."""
-    first: dict[str, int] = {}
-    for index, (entry, text) in enumerate(zip(listed, cleaned)):
-        _check_characters(f"{option}: {what} {index + 1}", entry)
-        if not text.strip():
-            left = f" ({entry!r}: parentheses are removed)" if entry else ""
-            raise QueryError(
-                f"{option}: {what} {index + 1} of {len(listed)} is empty{left}; give it a text or remove it"
-            )
-        key = " ".join(text.casefold().split())
-        if key in first:
-            other = listed[first[key]]
-            raise QueryError(
-                f"{option}: {what} {index + 1} ({entry!r}) is the same to the model as {what} {first[key] + 1} "
-                f"({other!r}): remove one"
-            )
-        first[key] = index
-
-
-def _check_characters(where: str, text: str, allowed: str = "") -> None:
-    for character in text:
-        broken = unicodedata.category(character) in ("Cc", "Cs") or character == "\ufffd"
-        if broken and character not in allowed:
-            raise QueryError(
-                f"{where} ({_short(text)}) has the character U+{ord(character):04X}: a control character or a broken "
-                "encoding, expected readable UTF-8 text"
-            )
-
-
-def _unread(
-    queried: Sequence[Prompt], phrases: Sequence[Phrase], tokenizer: prompts.Tokenizer, config: Config
-) -> tuple[str, ...]:
-    """Lines on phrases of which the vocabulary lacks a part; a phrase of which it lacks all is refused."""
-    budget, partly = config.model.text.max_tokens, []
-    for number, prompt in enumerate(queried):
-        encoding = tokenizer.encode(prompt.caption)
-        own = [phrase for phrase in phrases if phrase.prompt == number]
-        where = prompts.positive_map(np.asarray(encoding.offsets, np.int32).reshape(-1, 2), [[p.span] for p in own])
-        for phrase, row in zip(own, where):
-            pieces = [encoding.tokens[i] for i in np.flatnonzero(row)]
-            if pieces and set(pieces) == {_UNKNOWN}:
-                raise QueryError(
-                    f"{phrase.text!r} has no word or character that the model's vocabulary knows: say it otherwise"
-                )
-            if _UNKNOWN in pieces:
-                partly.append(phrase.text)
-        if len(encoding.ids) > budget:
-            cut = next((p.text for p, row in zip(own, where) if row[budget - 1 :].any()), own[-1].text)
-            raise QueryError(
-                f"--text takes {len(encoding.ids)} tokens, the model reads {budget} with [CLS] and [SEP]; the first phrase "
-                f"beyond is {_short(cut)}: shorten it, or give --names, which are queried in several prompts"
-            )
-        prompts.tokenize(prompt, tokenizer, budget)
-    return tuple(f"note: the model's vocabulary does not know all of {text!r}" for text in partly)
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+def _check_budget(prompt: Prompt, tokenizer: prompts.Tokenizer, budget: int) -> None:
+    """QueryError for more tokens than the model reads; it names the first phrase beyond."""
+    encoding = tokenizer.encode(prompt.caption)
+    if len(encoding.ids) > budget:
+        where = prompts.positive_map(np.asarray(encoding.offsets, np.int32).reshape(-1, 2), prompt.spans)
+        texts = [prompt.caption[begin:end] for ((begin, end),) in prompt.spans]
+        cut = next((text for text, row in zip(texts, where) if row[budget - 1 :].any()), texts[-1])
+        raise QueryError(
+            f"--text takes {len(encoding.ids)} tokens, the model reads {budget} with [CLS] and [SEP]; the first phrase "
+            f"beyond is {prompts.listed([cut])}: shorten it, or give --names, which are queried in several prompts"
+        )
+    prompts.tokenize(prompt, tokenizer, budget)

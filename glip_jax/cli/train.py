@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ from glip_jax.training.state import State
 from glip_jax.weights import pretrained
 
 __all__ = ["TrainArguments", "main", "run"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -155,5 +158,6 @@ def _drawer(config: Config) -> Any:
 def _evaluator(config: Config) -> Any:
     """Evaluates `config.evaluation.sets`; their annotations are read now, not after hours of training."""
     for name, dataset in config.evaluation.sets.items():
-        check_set(name, dataset)
+        for note in check_set(name, dataset, config):
+            logger.info(f"note: {note}")
     return lambda params, _: evaluate(config, params)

@@ -21,7 +21,7 @@ from glip_jax.config import CaptionConfig
 from glip_jax.data.negatives import Likeness, choose, number_of_names, number_of_texts, pack
 from glip_jax.data.records import Record, RecordError
 from glip_jax.structures.batch import Prompt, TokenizedPrompt
-from glip_jax.structures.prompts import JoinedNames, Tokenizer, Truncation, clean_name, positive_map, tokenize
+from glip_jax.structures.prompts import JoinedNames, Tokenizer, Truncation, clean_name, positive_map, tokenize, words
 
 __all__ = ["Captioned", "Captioner", "CropResult", "RecordSequence", "rng_of", "says_side"]
 
@@ -79,9 +79,9 @@ def says_side(text: str) -> bool:
 
 
 @lru_cache(65536)
-def _normalized(name: str) -> str:
-    """A name as it appears in a caption, in lower case: names with equal results are the same name."""
-    return clean_name(name).strip().lower()
+def _normalized(name: str) -> tuple[str, ...]:
+    """What a text encoder reads of a name: names with equal results are the same name."""
+    return words(clean_name(name))
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class Captioner:
         return (rng.permutation(kept).astype(int).tolist() if config.shuffle else sorted(kept)), over
 
     def _likeness_of(
-        self, positives: Sequence[int], pool: Int[np.ndarray, "P"], taken: set[str]
+        self, positives: Sequence[int], pool: Int[np.ndarray, "P"], taken: set[tuple[str, ...]]
     ) -> Float[np.ndarray, "P"]:
         """Likeness of the names in `pool` to the positives; 0 for names in `taken`, which are never negatives."""
         likeness = self._likeness([clean_name(self.names[label]) for label in positives])[pool]

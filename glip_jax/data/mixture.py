@@ -25,9 +25,9 @@ from glip_jax.data.examples import Examples
 from glip_jax.data.records import RecordError, decode_image
 from glip_jax.data.shards import ShardError, Shards
 from glip_jax.io.assets import AssetError, resolve
+from glip_jax.structures import prompts
 from glip_jax.structures.batch import Batch
 from glip_jax.structures.canvas import canvas_size, nearest_aspect
-from glip_jax.structures.prompts import PromptError, Tokenizer, clean_name, load_tokenizer, prompt_from_categories
 
 __all__ = ["Mixture", "Schedule", "schedule"]
 
@@ -159,9 +159,11 @@ class Mixture:
             for source, s in zip(sources, self.shards)
         )
         self._examples = Examples(config, self.shards, self.captioners)
+        self.notes: list[str] = []
+        """What to tell the user of the names of the sources."""
         for name, opened in zip(self.source_names, self.shards):
             _check_kinds(name, opened)
-            _check_names(name, opened.manifest.names, tokenizer, config)
+            self.notes += _check_names(name, opened.manifest.names, tokenizer, config)
         aspects = config.data.aspects
         self._lists = [  # [source][aspect] -> records
             [np.flatnonzero(nearest == a).astype(np.int32) for a in range(len(aspects))]
@@ -275,39 +277,46 @@ def _check_kinds(source: str, opened: Shards) -> None:
         )
 
 
-def _check_names(source: str, names: Sequence[str], tokenizer: Tokenizer, config: Config) -> None:
-    """Raises ConfigError for a category name that exceeds the token budget: it would never be trained."""
-    budget = config.model.text.max_tokens
-    for name in config.data.sources[source].negatives:
-        if not clean_name(name).strip():
-            raise ConfigError(
-                f"data.sources.{source}.negatives has {name!r}, which is empty without its parentheses: remove it"
-            )
-    for name in (*names, *config.data.sources[source].negatives):
-        encoded = tokenizer.encode(clean_name(name) + config.data.captions.separator)
+def _check_names(source: str, names: Sequence[str], tokenizer: prompts.Tokenizer, config: Config) -> list[str]:
+    """Notes on the names of a source and its negatives. Raises ConfigError for a name that would never be trained: the
+    vocabulary knows nothing of it, or it exceeds the token budget.
+    """
+    budget, negatives = config.model.text.max_tokens, config.data.sources[source].negatives
+    where, encoder = f"data.sources.{source}", "set model.text to a vocabulary and encoder of that language"
+    again = f"import the data again with names that it knows (`data coco --names=FILE.json`), or {encoder}"
+    try:
+        notes = prompts.check_names(names, tokenizer, where, again, "note")
+        notes += prompts.check_names(negatives, tokenizer, f"{where}.negatives", f"remove it, or {encoder}", "note")
+    except prompts.PromptError as error:
+        raise ConfigError(str(error)) from None
+    own = {prompts.words(prompts.clean_name(name)) for name in names} if negatives else set()
+    if known := [name for name in negatives if prompts.words(prompts.clean_name(name)) in own]:
+        notes.append(f"{where}.negatives: names of the source, which are negatives anyway: {prompts.listed(known)}")
+    for name in (*names, *negatives):
+        encoded = tokenizer.encode(prompts.clean_name(name) + config.data.captions.separator)
         if len(encoded.ids) > budget:
-            shown = name if len(name) <= 60 else f"{name[:60]}…"
             raise ConfigError(
-                f"data.sources.{source}: the name {shown!r} takes {len(encoded.ids)} tokens with [CLS], separator and [SEP], "
+                f"{where}: the name {prompts.listed([name])} takes {len(encoded.ids)} tokens with [CLS], separator and [SEP], "
                 f"model.text.max_tokens is {budget}: import the data again with a shorter name (`data coco --names=FILE.json`), "
                 "or raise model.text.max_tokens"
             )
     if config.data.captions.mode == "all_names" and names:
-        prompt = prompt_from_categories(names, config.data.captions.separator)
+        prompt = prompts.prompt_from_categories(names, config.data.captions.separator)
         tokens = len(tokenizer.encode(prompt.caption).ids)
         if tokens > budget:
             raise ConfigError(
                 f"data.sources.{source}: its {len(names)} names take {tokens} tokens with [CLS] and [SEP], "
                 f"model.text.max_tokens is {budget}: data.captions.mode all_names uses all of them; set it to sampled"
             )
+    return notes
 
 
-def _tokenizer(config: Config) -> Tokenizer:
+def _tokenizer(config: Config) -> prompts.Tokenizer:
     """The tokenizer of the text encoder. Raises ConfigError if it exceeds the size of the embedding."""
     text = config.model.text
     try:
-        tokenizer = load_tokenizer(str(resolve(text.vocabulary)))
-    except (AssetError, PromptError) as error:
+        tokenizer = prompts.load_tokenizer(str(resolve(text.vocabulary)))
+    except (AssetError, prompts.PromptError) as error:
         raise ConfigError(str(error)) from None
     if tokenizer.get_vocab_size() > text.vocabulary_size:
         raise ConfigError(

@@ -29,11 +29,12 @@ from glip_jax.evaluation.recall import (
     load_grounding,
     phrase_recall,
 )
-from glip_jax.inference import Detector
+from glip_jax.inference import Detector, category_prompts
+from glip_jax.io import assets
 from glip_jax.io.image_files import ImageFileError, read_stored
 from glip_jax.io.paths import OutsideError, check_paths, within
 from glip_jax.structures.batch import Detections, Prompt
-from glip_jax.structures.prompts import Tokenizer
+from glip_jax.structures.prompts import PromptError, Tokenizer, check_names, listed, load_tokenizer, unread_names
 
 __all__ = [
     "CategoryDetector", "DetectorProtocol", "Evaluated", "EvaluationError", "Grounded", "PhraseDetector", "check_set", "evaluate",
@@ -139,20 +140,55 @@ def scalars(result: Evaluated | Grounded) -> dict[str, float]:
             return result.recall.numbers | {name: float(count) for name, count in counts.items()}
 
 
-def check_set(name: str, dataset: EvaluationSet) -> None:
-    """Reads the annotations of a set and checks that its folder exists, before a long run that evaluates it at the end.
+def check_set(name: str, dataset: EvaluationSet, config: Config) -> list[str]:
+    """Reads the annotations of a set and checks its names and that its folder exists, before a long run that evaluates it at
+    the end. Returns notes for the user on its names.
 
     Raises:
-        EvaluationError, GroundTruthError: as `evaluate_set`, except for what is wrong with the images.
+        EvaluationError, GroundTruthError: as `evaluate_set`, except for what is wrong with the images; and for names of which the
+            vocabulary knows nothing, or that are the same to the model.
     """
     check_paths(dataset, f"evaluation.sets.{name}.")
     if not epath.Path(dataset.images).exists():
         raise EvaluationError(f"evaluation.sets.{name}.images: {dataset.images} does not exist: expected its images")
     match dataset.kind:
         case "detection":
-            prompt_names(load_ground_truth(dataset.annotations), dataset)
+            return _check_names(f"evaluation.sets.{name}", load_ground_truth(dataset.annotations), dataset, config)
         case "grounding":
-            load_grounding(dataset.annotations)
+            truth = load_grounding(dataset.annotations)
+            return _check_phrases(f"evaluation.sets.{name}", truth, _tokenizer(config))
+
+
+def _tokenizer(config: Config) -> Tokenizer:
+    return load_tokenizer(assets.resolve(config.model.text.vocabulary))
+
+
+def _check_names(where: str, truth: GroundTruth, dataset: EvaluationSet, config: Config) -> list[str]:
+    remedy = (
+        f"say it otherwise with {where}.names, or evaluate a model whose vocabulary and encoder are of that language"
+    )
+    try:
+        names, tokenizer = prompt_names(truth, dataset), _tokenizer(config)
+        notes = check_names(names, tokenizer, f"{where}, {truth.path}", remedy, "refuse_plain")
+        category_prompts(names, tokenizer, config)  # raises for a name beyond the token budget
+    except PromptError as error:
+        raise EvaluationError(str(error)) from None
+    return notes
+
+
+def _check_phrases(where: str, truth: GroundingTruth, tokenizer: Tokenizer) -> list[str]:
+    """Notes the phrases of which the vocabulary knows nothing; EvaluationError if it knows nothing of any."""
+    texts = list(dict.fromkeys(
+        " ".join(image.caption[begin:end] for begin, end in phrase.spans) for image in truth.images for phrase in image.phrases
+    ))  # fmt: skip
+    unread = unread_names(texts, tokenizer, str)
+    if len(unread) == len(texts):
+        raise EvaluationError(
+            f"{where}, {truth.path}: the model's vocabulary knows no word of the phrases, the first is {texts[0]!r}: evaluate a "
+            "model whose vocabulary and encoder are of that language"
+        )
+    known = f"{where}: of {len(texts)} phrases the model's vocabulary knows nothing of {len(unread)}"
+    return [f"{known}: {listed(unread)}"] if unread else []
 
 
 def evaluate_set(

@@ -136,7 +136,8 @@ class Labeler:
         try:
             record = shards[index]
             with self._finder_lock:  # phrase finders need not be thread-safe
-                (spans, dropped, surplus), doubt = self._finder.find(record.caption), language_doubt(record.caption)
+                found, doubt = self._finder.find(record.caption), language_doubt(record.caption)
+            spans, dropped, surplus = found.spans, found.dropped, found.surplus
             if doubt == OTHER_SCRIPT:
                 example = f"{record.id}: {record.caption!r:.80}"
                 return _Prepared(record, 0, None, None, f"caption: {doubt}", example, {})

@@ -8,7 +8,7 @@ import functools
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, overload, runtime_checkable
 
 import numpy as np
@@ -19,8 +19,8 @@ from glip_jax import UserError
 from glip_jax.structures.batch import Prompt, TokenizedPrompt
 
 __all__ = [
-    "JoinedNames", "Truncation", "PromptError", "Tokenizer", "chunk", "clean_name", "load_tokenizer", "phrase_spans",
-    "positive_map", "prompt_from_categories", "tokenize",
+    "JoinedNames", "Truncation", "PromptError", "Tokenizer", "check_names", "chunk", "clean_name", "equal_names", "listed",
+    "load_tokenizer", "phrase_spans", "positive_map", "prompt_from_categories", "tokenize", "unread_names", "words",
 ]  # fmt: skip
 
 Spans = Sequence[tuple[int, int]]
@@ -83,6 +83,61 @@ def prompt_from_categories(names: Sequence[str], separator: str = ". ") -> Promp
         spans.append(((begin, begin + len(piece)),))
         begin += len(piece) + len(separator)
     return Prompt(separator.join(pieces), tuple(spans))
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The words and marks of a text as all vocabularies of BERT read them: without case, accents and spaces."""
+    from tokenizers import normalizers, pre_tokenizers  # pyright: ignore[reportAttributeAccessIssue]
+
+    lowered = normalizers.BertNormalizer(lowercase=True).normalize_str(text)
+    return tuple(word for word, _ in pre_tokenizers.BertPreTokenizer().pre_tokenize_str(lowered))
+
+
+def unread_names(names: Sequence[str], tokenizer: Tokenizer, clean: Callable[[str], str] = clean_name) -> list[str]:
+    """Those of `names` of which the vocabulary knows nothing: no token, or special ones such as [UNK] only."""
+    return [name for name in names if set(tokenizer.encode(clean(name)).tokens) <= set(_SPECIAL)]
+
+
+def equal_names(keys: Sequence[Hashable]) -> list[tuple[int, int]]:
+    """Pairs (index, index of the first name like it); the `keys` of names are their tokens, or `words`."""
+    first: dict[Hashable, int] = {}
+    return [(index, first[key]) for index, key in enumerate(keys) if first.setdefault(key, index) != index]
+
+
+def check_names(
+    names: Sequence[str], tokenizer: Tokenizer, where: str, remedy: str, equal: Literal["refuse", "refuse_plain", "note"] = "refuse",
+    clean: Callable[[str], str] = clean_name, what: str = "name",
+) -> list[str]:  # fmt: skip
+    """Notes for the user on names that the text encoder reads in part or alike. `clean`: their text in a prompt; `what` they are.
+
+    `equal`: "refuse_plain" allows names that are alike without their parentheses, as in LVIS ("bow_(weapon)"). Raises PromptError,
+    from `where` to `remedy`, for names of which the vocabulary knows nothing, and for equal ones.
+    """
+    if unread := unread_names(names, tokenizer, clean):
+        have = "have" if len(unread) > 1 else "has"
+        raise PromptError(
+            f"{where}: {listed(unread)} {have} no word or character that the model's vocabulary knows: {remedy}"
+        )
+    encoded = [tokenizer.encode(clean(name)) for name in names]
+    pairs = equal_names([tuple(own.ids) for own in encoded])
+    plain = [pair for pair in pairs if all("(" not in names[index] for index in pair)]
+    for index, other in {"refuse": pairs, "refuse_plain": plain, "note": []}[equal]:
+        raise PromptError(
+            f"{where}: {what} {index + 1} ({names[index]!r}) is the same to the model as {what} {other + 1} "
+            f"({names[other]!r}): {remedy}"
+        )
+    partly = [name for name, own in zip(names, encoded) if "[UNK]" in own.tokens]
+    alike = listed([f"{names[index]} = {names[other]}" for index, other in pairs])
+    notes = [f"{where}: the model's vocabulary does not know all of {listed(partly)}"] if partly else []
+    return notes + (
+        [f"{where}: {what}s that are the same to the model: {alike}; make their texts differ"] * bool(pairs)
+    )
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first `most` of names for a message, quoted, and the number of the others."""
+    shown = ", ".join(repr(name if len(name) <= 60 else f"{name[:57]}...") for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def phrase_spans(text: str) -> list[tuple[int, int]]:

@@ -97,6 +97,8 @@ def train(
     # A run that has finished needs no data.
     mixture = Mixture(config) if max(complete_steps(workdir), default=0) < config.train.steps else None
     first = jax.process_index() == 0
+    for note in mixture.notes if mixture is not None and first else ():
+        logger.info(f"note: {note}")
     wandb = wandb_module(config.train.wandb) if first else None
     prepare(workdir)
     with contextlib.ExitStack() as stack:

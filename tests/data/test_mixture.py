@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -200,8 +201,28 @@ def test_names_that_exceed_the_budget_and_empty_negatives_are_refused(folders: d
         ConfigError, match=r"its 6 names take 15 tokens .*max_tokens is 10: data.captions.mode all_names"
     ):
         Mixture(short)
-    with pytest.raises(ConfigError, match=r"sources\.boxes\.negatives has '\(x\)', which is empty without"):
+    with pytest.raises(ConfigError, match=r"sources\.boxes\.negatives: '\(x\)' has no word"):
         Mixture(config({"boxes": SourceConfig(str(folders["boxes"]), negatives=("(x)",))}))
+
+
+def test_names_that_the_vocabulary_does_not_know(tmp_path: Path, folders: dict[str, Path]) -> None:
+    """Refused before the first step if nothing of a name is read; noted if it is read in part, or as another name."""
+
+    def mixture(names: tuple[str, ...], **source: Any) -> Mixture:
+        for file in folders["boxes"].iterdir():
+            shutil.copy(file, tmp_path)
+        manifest = json.loads((tmp_path / "manifest.json").read_text())
+        manifest["names"] = list(names) + manifest["names"][len(names) :]
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        return Mixture(config({"own": SourceConfig(str(tmp_path), **source)}))
+
+    with pytest.raises(ConfigError, match=r"sources.own: '斑马', '长颈鹿' have no word .*--names=FILE.json`\), or set"):
+        mixture(("cat", "斑马", "长颈鹿"))
+    with pytest.raises(ConfigError, match=r"sources.own.negatives: '消防栓' has no word .*: remove it, or set"):
+        mixture(("cat",), negatives=("消防栓",))
+    notes = mixture(("cat", "斑马 dog", "Café", "cafe"), negatives=("CAT",)).notes
+    for words in ("does not know all of '斑马 dog'", "the same to the model: 'cafe = Café'", "negatives anyway: 'CAT'"):
+        assert any(words in note for note in notes), notes
 
 
 @pytest.mark.processes

@@ -257,12 +257,47 @@ def test_evaluation_in_training_runs_both_kinds(dataset, grounding, monkeypatch)
     assert numbers["evaluation/cells/AP"] == pytest.approx(1)
 
 
+TINY = Config(model=ModelConfig(text=TextConfig(vocabulary=str(VOCABULARY), vocabulary_size=512, max_tokens=24)))
+
+
 def test_sets_are_checked_before_a_long_run(dataset, grounding, tmp_path):
-    check_set("cells", dataset)
-    check_set("x", grounding)
+    (note,) = check_set("cells", dataset, TINY)
+    assert "does not know all of '<WBC>'" in note
+    assert check_set("x", grounding, TINY) == []
     with pytest.raises(EvaluationError, match=r"sets.x.images: .*gone does not exist"):
-        check_set("x", dataclasses.replace(grounding, images=str(tmp_path / "gone")))
+        check_set("x", dataclasses.replace(grounding, images=str(tmp_path / "gone")), TINY)
     with pytest.raises(GroundTruthError, match="categories"):
-        check_set("x", dataclasses.replace(grounding, kind="detection"))
+        check_set("x", dataclasses.replace(grounding, kind="detection"), TINY)
     with pytest.raises(GroundTruthError, match="caption"):
-        check_set("x", dataclasses.replace(dataset, kind="grounding", names={}))
+        check_set("x", dataclasses.replace(dataset, kind="grounding", names={}), TINY)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("斑马", "长颈鹿"), r"'斑马', '长颈鹿' have no word .* evaluation.sets.x.names, or .* of that language"),
+        (("RBC", "rbc"), r"name 2 \('rbc'\) is the same to the model as name 1 \('RBC'\): .*sets.x.names"),
+        (("RBC", "cat " * 30), "alone takes 32 tokens"),
+    ],
+)
+def test_names_that_the_model_cannot_read_or_tell_apart_are_refused(dataset, names, message):
+    content = json.loads(epath.Path(dataset.annotations).read_text())
+    for entry, name in zip(content["categories"], names):
+        entry["name"] = name
+    epath.Path(dataset.annotations).write_text(json.dumps(content))
+    with pytest.raises(EvaluationError, match=message):
+        check_set("x", dataclasses.replace(dataset, names={}), TINY)
+
+
+def test_names_that_differ_in_parentheses_and_phrases_that_are_not_read_are_noted(dataset, grounding):
+    """As LVIS has them; the released models were trained and evaluated with these."""
+    names = {"RBC": "bow_(weapon)", "<WBC>": "bow_(ribbon)"}
+    (note,) = check_set("x", dataclasses.replace(dataset, names=names), TINY)
+    assert "the same to the model: 'bow_(ribbon) = bow_(weapon)'" in note
+    path = epath.Path(grounding.annotations)
+    path.write_text(json.dumps(json.loads(path.read_text()), ensure_ascii=False).replace("a dog", "⺅⺅ ⺅⺅"))
+    (note,) = check_set("x", grounding, TINY)
+    assert "of 3 phrases the model's vocabulary knows nothing of 1: '⺅⺅ ⺅⺅'" in note
+    path.write_text(path.read_text().replace("a cat", "⺅⺅⺅⺅⺅").replace("a person", "⺅⺅⺅ ⺅⺅⺅⺅"))
+    with pytest.raises(EvaluationError, match="knows no word of the phrases"):
+        check_set("x", grounding, TINY)

@@ -52,6 +52,8 @@ class Phrases(NamedTuple):
     """Number of dropped phrases by reason (`REASONS`); reasons without any are omitted."""
     surplus: tuple[tuple[int, int], ...] = ()
     """(begin, end) characters of the phrases beyond the maximum number."""
+    left_out: tuple[tuple[tuple[int, int], str], ...] = ()
+    """(begin, end) characters and reason of every dropped phrase."""
 
 
 def _words(text: str) -> frozenset[str]:
@@ -139,6 +141,7 @@ class PhraseRules:
         """
         spans: list[tuple[int, int]] = []
         surplus: list[tuple[int, int]] = []
+        left_out: list[tuple[tuple[int, int], str]] = []
         dropped: Counter[str] = Counter()
         for chunk in chunks:
             for begin, end in _parts(words, *chunk):
@@ -150,8 +153,9 @@ class PhraseRules:
                     spans.append(span)
                 else:
                     dropped[reason] += 1
+                    left_out.append((span, reason))
                     surplus += [span] if reason == "surplus" else []
-        return Phrases(tuple(spans), dict(dropped), tuple(surplus))
+        return Phrases(tuple(spans), dict(dropped), tuple(surplus), tuple(left_out))
 
 
 def _is_noun(word: Word) -> bool:
