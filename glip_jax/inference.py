@@ -34,19 +34,15 @@ from glip_jax.structures.batch import Detections, Prompt, TokenizedPrompt
 from glip_jax.structures.canvas import canvas_size, pad_to_canvas, resize, target_size
 
 __all__ = [
-    "Detector",
-    "ImageDetections",
-    "bucket",
-    "category_prompts",
-    "check_characters",
-    "check_query",
+    "Detector", "ImageDetections", "bucket", "category_prompts", "check_characters", "check_query", "chunk", "phrase_spans",
     "sentence_spans",
-]
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
 _PHRASE_SLOTS = 8
 """Initial number of phrase slots of the compiled program; it doubles when a prompt has more phrases."""
+_SEPARATOR = re.compile(r"(?<!\S)\.(?!\S)")
 _CACHED_TEXTS = 256
 """Captions whose encoded states a Detector caches: 200 MB at 256 tokens of width 768."""
 
@@ -62,8 +58,8 @@ def category_prompts(
     if not names:
         raise prompts.PromptError("there are no names to detect: expected at least one")
     separator, budget = config.data.captions.separator, config.model.text.max_tokens
-    chunks = prompts.chunk(names, tokenizer, budget, separator, config.evaluation.chunk)
-    return [(prompts.prompt_from_categories([names[i] for i in chunk], separator), tuple(chunk)) for chunk in chunks]
+    chunks = chunk(names, tokenizer, budget, separator, config.evaluation.chunk)
+    return [(prompts.prompt_from_categories([names[i] for i in part], separator), tuple(part)) for part in chunks]
 
 
 def check_query(
@@ -72,9 +68,9 @@ def check_query(
 ) -> list[str]:  # fmt: skip
     """Checks names or phrases that a user asks for, and returns notes on what is not asked as it was typed.
 
-    `clean`: their text in the prompt; `what`: "name" or "phrase". Raises PromptError, which begins with `where`, for an empty list, an entry that is empty or
-    no text, characters that the model does not read, words of which the vocabulary knows nothing, and entries that are the same to
-    the model.
+    `clean`: their text in the prompt; `what`: "name" or "phrase". Raises PromptError, which begins with `where`, for an empty
+    list, an entry that is empty or no text, characters that the model does not read, words of which the vocabulary knows
+    nothing, and entries that are the same to the model.
     """
     if not entries:
         raise prompts.PromptError(f"{where}: there are no {what}s to detect: expected at least one")
@@ -103,6 +99,34 @@ def check_characters(where: str, text: str, allowed: str = "") -> None:
                 f"{where} ({prompts.listed([text])}) has the character U+{ord(character):04X}: a control character or a broken "
                 "encoding, expected readable UTF-8 text"
             )
+
+
+def chunk(
+    names: Sequence[str], tokenizer: prompts.Tokenizer, max_tokens: int, separator: str = ". ", limit: int = 0
+) -> list[list[int]]:
+    """Splits category names into prompts: lists of consecutive indices, each as long as the token budget allows.
+
+    The `prompt_from_categories` of a list has at most `max_tokens` tokens ([CLS] and [SEP] included) and, if `limit` > 0, at
+    most `limit` names. Deterministic. Raises PromptError for a name that exceeds the budget alone.
+    """
+
+    def count(indices: list[int]) -> int:
+        return len(tokenizer.encode(prompts.prompt_from_categories([names[i] for i in indices], separator).caption).ids)
+
+    chunks: list[list[int]] = []
+    for index, name in enumerate(names):
+        full = not chunks or (limit > 0 and len(chunks[-1]) >= limit)
+        if not full and count([*chunks[-1], index]) <= max_tokens:
+            chunks[-1].append(index)
+            continue
+        alone = count([index])
+        if alone > max_tokens:
+            raise prompts.PromptError(
+                f"category {index} ({name!r}) alone takes {alone} tokens with [CLS] and [SEP], the budget is "
+                f"{max_tokens}: shorten the name or raise model.text.max_tokens"
+            )
+        chunks.append([index])
+    return chunks
 
 
 class ImageDetections(NamedTuple):
@@ -374,13 +398,29 @@ def bucket(height: int, width: int, config: Config) -> tuple[tuple[int, int], tu
     return size, min(fitting, key=lambda c: c[0] * c[1]) if fitting else (extent[0], extent[1])
 
 
+def phrase_spans(text: str) -> list[tuple[int, int]]:
+    """Spans of the phrases of "a dog . a red cup" without the spaces around; a dot at the end is allowed.
+
+    Empty if no separator stands between words: then the text is a caption. An empty span is a phrase that is missing.
+    """
+    edges = [0, *(edge for match in _SEPARATOR.finditer(text) for edge in match.span()), len(text)]
+    spans = []
+    for begin, end in zip(edges[::2], edges[1::2]):
+        piece = text[begin:end]
+        lead = len(piece) - len(piece.lstrip())
+        spans.append((begin + lead, begin + lead + len(piece.strip())))
+    if spans[-1][0] == spans[-1][1]:
+        spans.pop()
+    return spans if len(spans) > 1 else []
+
+
 def sentence_spans(text: str) -> list[tuple[int, int]]:
     """Spans of what stands between full stops: " . " if there is one (`phrase_spans`), else "a cat. a dog."; without any, all."""
     stops = [match.span() for match in re.finditer(r"\.(?!\S)", text)]
     edges = [0, *(edge for stop in stops for edge in stop), len(text)]
     pieces = [(begin, end) for begin, end in zip(edges[::2], edges[1::2]) if text[begin:end].strip()]
     stripped = [(end - len(text[begin:end].lstrip()), begin + len(text[begin:end].rstrip())) for begin, end in pieces]
-    return prompts.phrase_spans(text) or stripped
+    return phrase_spans(text) or stripped
 
 
 def _phrases(text: str) -> Prompt:

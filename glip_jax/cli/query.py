@@ -54,7 +54,7 @@ def read_query(text: str, names: str, names_file: str, config: Config, finder: P
     Raises QueryError: not exactly one is given, nothing to find in it, names that are equal or empty, characters or
     words that the model cannot read, more tokens than it reads; PromptError for a name beyond the budget.
     """
-    from glip_jax.inference import category_prompts, check_characters, check_query  # jax: not for --help
+    from glip_jax.inference import category_prompts, check_characters, check_query, phrase_spans  # jax: not for --help
 
     given = [option for option, value in
              (("--text", text), ("--names", names), ("--names-file", names_file)) if value.strip()]  # fmt: skip
@@ -69,7 +69,7 @@ def read_query(text: str, names: str, names_file: str, config: Config, finder: P
             notes = check_query(entries, tokenizer, given[0])
             return _of_names(entries, category_prompts(entries, tokenizer, config), notes)
         check_characters("--text", text, allowed="\t\n\r")
-        spans, kind, found_by, notes = prompts.phrase_spans(text), "phrases", "", []
+        spans, kind, found_by, notes = phrase_spans(text), "phrases", "", []
         if spans:
             notes = check_query([text[begin:end] for begin, end in spans], tokenizer, "--text", str, "phrase")
         else:

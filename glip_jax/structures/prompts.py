@@ -19,13 +19,12 @@ from glip_jax import UserError
 from glip_jax.structures.batch import Prompt, TokenizedPrompt
 
 __all__ = [
-    "JoinedNames", "Truncation", "PromptError", "Tokenizer", "check_names", "chunk", "clean_name", "equal_names", "listed",
-    "load_tokenizer", "phrase_spans", "positive_map", "prompt_from_categories", "tokenize", "unread_names", "words",
+    "JoinedNames", "Truncation", "PromptError", "Tokenizer", "check_names", "clean_name", "equal_names", "listed",
+    "load_tokenizer", "positive_map", "prompt_from_categories", "tokenize", "unread_names", "words",
 ]  # fmt: skip
 
 Spans = Sequence[tuple[int, int]]
 
-_SEPARATOR = re.compile(r"(?<!\S)\.(?!\S)")
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -138,22 +137,6 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     """The first `most` of names for a message, quoted, and the number of the others."""
     shown = ", ".join(repr(name if len(name) <= 60 else f"{name[:57]}...") for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def phrase_spans(text: str) -> list[tuple[int, int]]:
-    """Spans of the phrases of "a dog . a red cup" without the spaces around; a dot at the end is allowed.
-
-    Empty if no separator stands between words: then the text is a caption. An empty span is a phrase that is missing.
-    """
-    edges = [0, *(edge for match in _SEPARATOR.finditer(text) for edge in match.span()), len(text)]
-    spans = []
-    for begin, end in zip(edges[::2], edges[1::2]):
-        piece = text[begin:end]
-        lead = len(piece) - len(piece.lstrip())
-        spans.append((begin + lead, begin + lead + len(piece.strip())))
-    if spans[-1][0] == spans[-1][1]:
-        spans.pop()
-    return spans if len(spans) > 1 else []
 
 
 def load_tokenizer(vocabulary_path: str | os.PathLike[str], lowercase: bool = True) -> Tokenizer:
@@ -340,34 +323,6 @@ class JoinedNames:
         return _Piece(tuple(ids[:size]), len(alone), begin, end)
 
 
-def chunk(
-    names: Sequence[str], tokenizer: Tokenizer, max_tokens: int, separator: str = ". ", limit: int = 0
-) -> list[list[int]]:
-    """Splits category names into prompts: lists of consecutive indices, each as long as the token budget allows.
-
-    The `prompt_from_categories` of a list has at most `max_tokens` tokens ([CLS] and [SEP] included) and, if `limit` > 0, at
-    most `limit` names. Deterministic. Raises PromptError for a name that exceeds the budget alone.
-    """
-
-    def count(indices: list[int]) -> int:
-        return len(tokenizer.encode(prompt_from_categories([names[i] for i in indices], separator).caption).ids)
-
-    chunks: list[list[int]] = []
-    for index, name in enumerate(names):
-        full = not chunks or (limit > 0 and len(chunks[-1]) >= limit)
-        if not full and count([*chunks[-1], index]) <= max_tokens:
-            chunks[-1].append(index)
-            continue
-        alone = count([index])
-        if alone > max_tokens:
-            raise PromptError(
-                f"category {index} ({name!r}) alone takes {alone} tokens with [CLS] and [SEP], the budget is "
-                f"{max_tokens}: shorten the name or raise model.text.max_tokens"
-            )
-        chunks.append([index])
-    return chunks
-
-
 def _check_spans(prompt: Prompt) -> None:
     """Raises PromptError for spans outside of the caption."""
     length = len(prompt.caption)
@@ -389,7 +344,7 @@ def _over_budget(prompt: Prompt, whole: np.ndarray, count: int, max_tokens: int)
         where = f"; the first phrase beyond it is {index} ({_phrase_text(prompt, index)!r})"
     return (
         f"the prompt has {count} tokens with [CLS] and [SEP], the budget is {max_tokens}{where}: "
-        "split it with prompts.chunk or raise model.text.max_tokens"
+        "split it with inference.chunk or raise model.text.max_tokens"
     )
 
 

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 
 from glip_jax.config import Config
 from glip_jax.data.scenes.backgrounds import background
+from glip_jax.inference import category_prompts
 from glip_jax.io import assets
 from glip_jax.models.glip import GLIP, normalize
 from glip_jax.structures import boxes as box
@@ -130,16 +131,14 @@ def _sample(image: UInt8[np.ndarray, "H W 3"], config: Config) -> Sample:
 
 def _prompt(config: Config) -> tuple[tuple[str, ...], Int[np.ndarray, "1 T"]]:
     """Those of NAMES that fit into a prompt, and its token ids; any ids if the vocabulary does not exist on this machine."""
-    text, separator = config.model.text, config.data.captions.separator
+    text = config.model.text
     try:
         tokenizer = prompts.load_tokenizer(assets.resolve(text.vocabulary))
     except assets.AssetError:
         count = min(15, text.max_tokens, text.vocabulary_size - 1)
         return NAMES, np.arange(1, 1 + count, dtype=np.int64)[None]
-    fitting = prompts.chunk(NAMES, tokenizer, text.max_tokens, separator)[0]
-    names = tuple(NAMES[index] for index in fitting)
-    ids = tokenizer.encode(prompts.prompt_from_categories(names, separator).caption).ids
-    return names, np.asarray(ids, np.int64)[None]
+    prompt, fitting = category_prompts(NAMES, tokenizer, config)[0]
+    return tuple(NAMES[index] for index in fitting), np.asarray(tokenizer.encode(prompt.caption).ids, np.int64)[None]
 
 
 def _reference(

@@ -12,10 +12,9 @@ from PIL import Image
 from glip_jax.config import Config, ConfigError, EvaluationSet, flatten
 from glip_jax.config.saved import unflatten
 from glip_jax.distributed import exit_codes
-from glip_jax.inference import Detector
+from glip_jax.inference import Detector, phrase_spans
 from glip_jax.io.checkpoint import Checkpoint, Checkpoints, Saved, open_checkpoint
 from glip_jax.io.workdir import write_config
-from glip_jax.structures.prompts import phrase_spans
 from tests import tiny_run
 from tests.run_job import run_job
 

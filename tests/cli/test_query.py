@@ -40,7 +40,9 @@ def test_what_is_not_asked_as_it_was_typed_is_said():
     parentheses, unknown, asked = sorted(query.notes, key=lambda note: "cup (red) -> cup" not in note)
     assert "asked without what stands in parentheses" in parentheses and "does not know all of 'dog 斑马'" in unknown
     assert asked.startswith("asked: 6 phrases in one prompt: 'cup', 'dog 斑马', 'person'")
-    _, query = _asked(names=",".join(f"red {name}" for name in ("cat", "dog", "cup", "tree", "car", "bottle", "chair")))
+    _, query = _asked(
+        names=",".join(f"red {name}" for name in ("cat", "dog", "cup", "tree", "car", "bottle", "chair", "plant"))
+    )
     assert "in 2 prompts, because one does not hold all" in query.notes[-1]
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glip_jax.inference import chunk
 from glip_jax.structures import prompts
 from glip_jax.structures.batch import Prompt
 from glip_jax.structures.prompts import PromptError
@@ -91,7 +92,7 @@ def test_names_without_letters_are_refused() -> None:
 
 def test_a_single_name_over_the_budget_is_refused() -> None:
     with pytest.raises(PromptError, match=r"category 1 \('traffic light'\) alone takes 4"):
-        prompts.chunk(["dog", "traffic light"], TOKENIZER, 3)
+        chunk(["dog", "traffic light"], TOKENIZER, 3)
 
 
 def test_invalid_vocabularies_are_refused(tmp_path: Path) -> None:
@@ -155,7 +156,7 @@ def test_span_map_equals_the_lookup_of_the_tokenizer(caption: str, data: st.Data
 @settings(deadline=None)
 @given(st.lists(letters, max_size=30), st.integers(12, 40), st.integers(0, 5))
 def test_chunks_are_ordered_complete_and_as_long_as_possible(names: list[str], budget: int, limit: int) -> None:
-    chunks = prompts.chunk(names, TOKENIZER, budget, limit=limit)
+    chunks = chunk(names, TOKENIZER, budget, limit=limit)
     assert [i for indices in chunks for i in indices] == list(range(len(names)))
     for indices in chunks:
         prompts.tokenize(prompts.prompt_from_categories([names[i] for i in indices]), TOKENIZER, budget)
