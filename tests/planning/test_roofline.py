@@ -19,7 +19,7 @@ SENT = (CollectiveTraffic("all-reduce", ("data",), 3, 9e9, 18e9, False),)
 
 
 def step_statistics(**values):
-    defaults = {"arguments": 12e9, "outputs": 11e9, "aliased": 10.9e9, "temporaries": 3e9, "code": 0.1e9, "sent": SENT}
+    defaults = {"arguments": 12e9, "outputs": 11e9, "aliased": 10.9e9, "temporaries": 3e9, "code": 0.1e9, "collectives": SENT}
     return CompileStatistics(
         "tpu", "libtpu 1", **{**defaults, "flops": 190e12, "passes": 197e12, "bytes": 1638e9, **values}
     )
@@ -51,7 +51,7 @@ def test_seconds_and_bound(config):
     ("change", "cores", "bound"),
     [
         ({"bytes": 1e9}, 200.0, "compute"),
-        ({"sent": (dataclasses.replace(SENT[0], sent_bytes=3e12),)}, 200.0, "network"),
+        ({"collectives": (dataclasses.replace(SENT[0], sent_bytes=3e12),)}, 200.0, "network"),
         ({}, 0.01, "input"),
     ],
 )
