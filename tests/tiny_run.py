@@ -35,7 +35,7 @@ from glip_jax.weights.names import parameter_shapes
 
 VOCABULARY = Path(__file__).parent / "fixtures" / "vocab_tiny1.txt"
 NAMES = ("cat", "dog", "person")
-COLOURS = ((220, 30, 30), (30, 30, 220), (30, 160, 30))
+COLORS = ((220, 30, 30), (30, 30, 220), (30, 160, 30))
 
 
 def _record(index: int, kind: Any) -> Record:
@@ -45,7 +45,7 @@ def _record(index: int, kind: Any) -> Record:
     for _ in range(1 + index % 3):
         x, y = rng.integers(2, 34, 2).tolist()
         side, label = int(rng.integers(16, 28)), int(rng.integers(3))
-        pen.rectangle((x, y, x + side, y + side), fill=COLOURS[label])
+        pen.rectangle((x, y, x + side, y + side), fill=COLORS[label])
         boxes.append((x, y, x + side, y + side))
         labels.append(label)
     stream = io.BytesIO()

@@ -244,8 +244,8 @@ def environment(topology: Topology, mode: CompileMode) -> dict[str, str]:
         return values
     kept = re.sub(r"--xla_force_host_platform_device_count=\S+", "", os.environ.get("XLA_FLAGS", ""))
     # The machine code is never run, so it is not optimized.
-    unoptimised = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    values["XLA_FLAGS"] = f"{kept} {unoptimised} --xla_force_host_platform_device_count={topology.devices}".strip()
+    unoptimized = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    values["XLA_FLAGS"] = f"{kept} {unoptimized} --xla_force_host_platform_device_count={topology.devices}".strip()
     return values
 
 

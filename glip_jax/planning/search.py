@@ -1,4 +1,4 @@
-"""Searches batch sizes, rematerialisation settings and meshes for those that fit a topology, ranked by the roofline."""
+"""Searches batch sizes, rematerialization settings and meshes for those that fit a topology, ranked by the roofline."""
 
 import dataclasses
 import itertools

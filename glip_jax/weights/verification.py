@@ -70,7 +70,7 @@ Reader = Callable[[Sample], Outputs]
 
 
 def sample_images(count: int = 2) -> list[UInt8[np.ndarray, "_ _ 3"]]:
-    """Synthetic images of different shapes: coloured shapes on patterned backgrounds, the same at every call."""
+    """Synthetic images of different shapes: colored shapes on patterned backgrounds, the same at every call."""
     pictures = []
     for number, (height, width) in zip(range(count), ((240, 320), (320, 214), (256, 256))):
         rng = np.random.default_rng(number)

@@ -19,7 +19,14 @@ SENT = (CollectiveTraffic("all-reduce", ("data",), 3, 9e9, 18e9, False),)
 
 
 def step_statistics(**values):
-    defaults = {"arguments": 12e9, "outputs": 11e9, "aliased": 10.9e9, "temporaries": 3e9, "code": 0.1e9, "collectives": SENT}
+    defaults = {
+        "arguments": 12e9,
+        "outputs": 11e9,
+        "aliased": 10.9e9,
+        "temporaries": 3e9,
+        "code": 0.1e9,
+        "collectives": SENT,
+    }
     return CompileStatistics(
         "tpu", "libtpu 1", **{**defaults, "flops": 190e12, "passes": 197e12, "bytes": 1638e9, **values}
     )

@@ -13,13 +13,13 @@ class Light(NamedTuple):
     """Lighting of a scene."""
 
     gain: Float32[np.ndarray, "H W 3"]
-    """Factor of every pixel: brightness, colour cast, and a gradient across the scene."""
+    """Factor of every pixel: brightness, color cast, and a gradient across the scene."""
     shadow: tuple[float, float, float, float]
     """Shadows: strength (0-1), offset to the right and down in pixels, and blur radius in pixels."""
 
 
 def light(rng: np.random.Generator, height: int, width: int) -> Light:
-    """Draws the lighting of a scene: gains of about 0.75 to 1.2, colour casts of at most 6 %, usually soft shadows."""
+    """Draws the lighting of a scene: gains of about 0.75 to 1.2, color casts of at most 6 %, usually soft shadows."""
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[-0.5 : 0.5 : height * 1j, -0.5 : 0.5 : width * 1j].astype(np.float32)
     slope = np.float32(rng.uniform(0, 0.25)) * (x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle)))
@@ -31,13 +31,13 @@ def light(rng: np.random.Generator, height: int, width: int) -> Light:
 
 
 def background(rng: np.random.Generator, height: int, width: int) -> Float32[np.ndarray, "H W 3"]:
-    """Draws a background: plain colour, gradient, stripes, checks, dots, patches, clouds or horizon, with noise; values 0-255."""
+    """Draws a background: plain color, gradient, stripes, checks, dots, patches, clouds or horizon, with noise; values 0-255."""
     first, second = rng.uniform(20, 235, (2, 3)).astype(np.float32)
     # Saturation between nearly gray and fully as drawn.
     saturation = np.float32(rng.uniform(0.25, 1))
-    first, second = (saturation * colour + (1 - saturation) * colour.mean() for colour in (first, second))
+    first, second = (saturation * color + (1 - saturation) * color.mean() for color in (first, second))
     if rng.random() < 0.5:
-        # Two similar colours, since high-contrast patterns are rare behind real objects.
+        # Two similar colors, since high-contrast patterns are rare behind real objects.
         second = np.clip(first + rng.uniform(-50, 50, 3), 0, 255).astype(np.float32)
     share = _pattern(rng, height, width)
     canvas = first + (second - first) * share[..., None]
@@ -46,7 +46,7 @@ def background(rng: np.random.Generator, height: int, width: int) -> Float32[np.
 
 
 def _pattern(rng: np.random.Generator, height: int, width: int) -> Float32[np.ndarray, "H W"]:
-    """Weight (0-1) of the second colour at each pixel."""
+    """Weight (0-1) of the second color at each pixel."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     angle = rng.uniform(0, 2 * np.pi)
     along = x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle))

@@ -1,4 +1,4 @@
-"""Generates captions of scenes with counts, colours, sizes and relations, and the character span of every phrase.
+"""Generates captions of scenes with counts, colors, sizes and relations, and the character span of every phrase.
 
 A phrase is either plain, and refers to all boxes of its name, or relational: the scene shows several objects of the name, and
 the phrase refers to those selected by a relation to another group ("a snail left of two red apples") or by a size word ("the
@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32
 
-from glip_jax.data.scenes.nouns import noun_phrase, says_colour
+from glip_jax.data.scenes.nouns import noun_phrase, says_color
 
 __all__ = ["Phrase", "Relation", "describe", "relation_holds"]
 
@@ -70,13 +70,13 @@ def relation_holds(
 def describe(
     rng: np.random.Generator,
     names: Sequence[str],
-    colours: Sequence[str],
+    colors: Sequence[str],
     boxes: Float32[np.ndarray, "N 4"],
     sides: tuple[float, float],
 ) -> tuple[str, tuple[Phrase, ...]]:
     """Generates a caption of one to four groups of objects, and its phrases; the caption is empty without boxes.
 
-    Boxes are xyxy in pixels; `colours`: colour of each box ("": not to be mentioned); `sides`: smallest and largest side of
+    Boxes are xyxy in pixels; `colors`: color of each box ("": not to be mentioned); `sides`: smallest and largest side of
     objects: those in the lowest or highest quarter of that range may be called small or big.
     """
     kinds = list(dict.fromkeys(names))
@@ -84,7 +84,7 @@ def describe(
         return "", ()
     rng.shuffle(kinds)
     groups = {kind: tuple(i for i, name in enumerate(names) if name == kind) for kind in kinds}
-    writer = _CaptionWriter(rng, groups, colours, boxes, sides)
+    writer = _CaptionWriter(rng, groups, colors, boxes, sides)
     parts: list[str | _Group] = []
     chosen = writer.relational() if rng.random() < _RELATIONAL else None
     if chosen is not None:
@@ -125,14 +125,14 @@ class _CaptionWriter:
 
     rng: np.random.Generator
     groups: Mapping[str, tuple[int, ...]]
-    colours: Sequence[str]
+    colors: Sequence[str]
     boxes: Float32[np.ndarray, "N 4"]
     sides: tuple[float, float]
 
     def whole(self, name: str) -> _Group:
         """All objects of a name: "two small red apples"."""
         members = self.groups[name]
-        words = noun_phrase(name, len(members), self._size(members), self._colour(name, members))
+        words = noun_phrase(name, len(members), self._size(members), self._color(name, members))
         return _Group(words, members, "plain")
 
     def pair(self, first: _Group, second: _Group | None = None) -> list[str | _Group]:
@@ -160,7 +160,7 @@ class _CaptionWriter:
         ]  # fmt: skip
         if by_relation and (not by_size or self.rng.random() < 0.7):
             name, anchor, relation, selected = by_relation[int(self.rng.integers(len(by_relation)))]
-            words = noun_phrase(name, len(selected), "", self._colour(name, selected), definite=self.rng.random() < 0.5)
+            words = noun_phrase(name, len(selected), "", self._color(name, selected), definite=self.rng.random() < 0.5)
             group = _Group(words, selected, "relational")
             return [group, f" {self._relation_text([relation])} ", self.whole(anchor)], (name, anchor)
         if by_size:
@@ -204,7 +204,7 @@ class _CaptionWriter:
         if len(selected) == 1 and self.rng.random() < 0.5:
             ending = "er" if len(self.groups[name]) == 2 else "est"
             adjective = word + "g" * (word == "big") + ending
-        return noun_phrase(name, len(selected), adjective, self._colour(name, selected), definite=True)
+        return noun_phrase(name, len(selected), adjective, self._color(name, selected), definite=True)
 
     def _size(self, members: tuple[int, ...]) -> str:
         lengths = self._lengths(members)
@@ -215,9 +215,9 @@ class _CaptionWriter:
             return str(self.rng.choice(("big", "large")))
         return str(self.rng.choice(("small", "little"))) if (lengths <= self.sides[0] + quarter).all() else ""
 
-    def _colour(self, name: str, members: tuple[int, ...]) -> str:
-        found = {self.colours[member] for member in members}
-        if len(found) > 1 or says_colour(name) or self.rng.random() < 0.5:
+    def _color(self, name: str, members: tuple[int, ...]) -> str:
+        found = {self.colors[member] for member in members}
+        if len(found) > 1 or says_color(name) or self.rng.random() < 0.5:
             return ""
         return found.pop()
 

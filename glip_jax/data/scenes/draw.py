@@ -42,7 +42,7 @@ class SceneStyle:
     min_visible: float = 0.5
     """Minimum fraction of a picture's pixels that must stay visible."""
     light: bool = True
-    """Whether to apply brightness, colour casts and soft shadows."""
+    """Whether to apply brightness, color casts and soft shadows."""
     relational: float = 0.45
     """Probability that a captioned scene is composed for a relational phrase."""
 
@@ -121,7 +121,7 @@ def draw_scene(
     names = tuple(pictures[i].name for i in shown)
     caption, phrases = "", ()
     if captioned:
-        caption, phrases = describe(rng, names, [pictures[i].colour for i in shown], boxes, style.sides)
+        caption, phrases = describe(rng, names, [pictures[i].color for i in shown], boxes, style.sides)
     lit = canvas * lighting.gain if style.light else canvas
     image = np.clip(np.rint(lit), 0, 255).astype(np.uint8)
     return Scene(image, boxes, names, np.array(shown, np.int32), caption, phrases)
@@ -209,7 +209,7 @@ def _sprite(image: Image.Image, side: float, angle: float) -> Float32[np.ndarray
     small = image.resize(
         (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BILINEAR
     )
-    # Pillow resizes and rotates RGBA with premultiplied colours, so nothing transparent bleeds into the edge.
+    # Pillow resizes and rotates RGBA with premultiplied colors, so nothing transparent bleeds into the edge.
     values = np.asarray(small.rotate(angle, Image.Resampling.BICUBIC, expand=True), np.float32)
     values[..., 3] /= 255
     x1, y1, x2, y2 = _box(values[..., 3] > 0.5)

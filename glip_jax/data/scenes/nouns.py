@@ -1,8 +1,8 @@
 """Noun phrases of captions: articles, numbers, plurals and adjectives."""
 
-from glip_jax.data.scenes.pictures import COLOURS
+from glip_jax.data.scenes.pictures import COLORS
 
-__all__ = ["conflict", "noun_phrase", "plural", "says_colour"]
+__all__ = ["conflict", "noun_phrase", "plural", "says_color"]
 
 _COUNTS = ("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # Plural and uncountable names: "some jeans", "some corn". By the last word of the head.
@@ -50,9 +50,9 @@ def plural(name: str) -> str:
     return " ".join([*before, inflected]) + rest
 
 
-def noun_phrase(name: str, count: int, size: str = "", colour: str = "", definite: bool = False) -> str:
+def noun_phrase(name: str, count: int, size: str = "", color: str = "", definite: bool = False) -> str:
     """Noun phrase for `count` objects: "a big snail", "two red apples", "the two red apples", "some jeans"."""
-    adjectives = f"{size} {colour}".strip()
+    adjectives = f"{size} {color}".strip()
     if _is_uncounted(name):
         return " ".join(filter(None, ("the" if definite else "some", adjectives, name)))
     if count == 1:
@@ -62,9 +62,9 @@ def noun_phrase(name: str, count: int, size: str = "", colour: str = "", definit
     return " ".join(filter(None, ("the" if definite else "", number, adjectives, plural(name))))
 
 
-def says_colour(name: str) -> bool:
-    """Whether a name contains a colour, so that no other may be put before it."""
-    return any(colour in name for colour in (*COLOURS, "gold", "silver", "bronze", "rainbow"))
+def says_color(name: str) -> bool:
+    """Whether a name contains a color, so that no other may be put before it."""
+    return any(color in name for color in (*COLORS, "gold", "silver", "bronze", "rainbow"))
 
 
 def conflict(first: str, second: str) -> bool:

@@ -16,13 +16,13 @@ from PIL import Image
 
 from glip_jax import UserError
 
-__all__ = ["COLOURS", "SPLITS", "Picture", "PictureError", "Split", "colour_of", "load_pictures"]
+__all__ = ["COLORS", "SPLITS", "Picture", "PictureError", "Split", "color_of", "load_pictures"]
 
 Split = Literal["detection", "grounding", "captions", "unseen"]
 """Records in which a name may occur: detection, only grounding, only captions without boxes, none (unseen)."""
 SPLITS: tuple[Split, ...] = get_args(Split)
 
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")
 
 
 class PictureError(UserError, ValueError):
@@ -40,9 +40,9 @@ class Picture:
     """RGBA."""
 
     @cached_property
-    def colour(self) -> str:
-        """The dominant colour of the picture, one of COLOURS, or ""; see `colour_of`."""
-        return colour_of(np.asarray(self.image.convert("RGBA")))
+    def color(self) -> str:
+        """The dominant color of the picture, one of COLORS, or ""; see `color_of`."""
+        return color_of(np.asarray(self.image.convert("RGBA")))
 
 
 def load_pictures(
@@ -102,10 +102,10 @@ def _listing(path: epath.Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def colour_of(pixels: UInt8[np.ndarray, "h w 4"]) -> str:
-    """The colour of at least 60 % of the opaque pixels if no other colour has more than 25 %; else "".
+def color_of(pixels: UInt8[np.ndarray, "h w 4"]) -> str:
+    """The color of at least 60 % of the opaque pixels if no other color has more than 25 %; else "".
 
-    Pixels are classified into COLOURS by hue, saturation and value. Black, white and gray are never returned, because lighting
+    Pixels are classified into COLORS by hue, saturation and value. Black, white and gray are never returned, because lighting
     changes them into one another.
     """
     opaque = pixels[pixels[..., 3] > 200][:, :3].astype(np.float32) / 255
@@ -134,7 +134,7 @@ def colour_of(pixels: UInt8[np.ndarray, "h w 4"]) -> str:
     gray = saturation < 0.15
     found = np.where(gray, np.where(value > 0.85, "white", "gray"), found)
     found = np.where(value < 0.32, "black", found)
-    shares = sorted(((float((found == name).mean()), name) for name in COLOURS), reverse=True)
+    shares = sorted(((float((found == name).mean()), name) for name in COLORS), reverse=True)
     if shares[0][0] >= 0.6 and shares[1][0] <= 0.25 and shares[0][1] not in ("black", "white", "gray"):
         return shares[0][1]
     return ""

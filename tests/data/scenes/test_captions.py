@@ -1,4 +1,4 @@
-"""Captions are parsed and checked against the scene: names, numbers, colours, sizes and relations."""
+"""Captions are parsed and checked against the scene: names, numbers, colors, sizes and relations."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,8 @@ from PIL import Image
 
 from glip_jax.data.scenes.captions import describe, relation_holds
 from glip_jax.data.scenes.draw import SceneStyle, draw_scene
-from glip_jax.data.scenes.nouns import plural, says_colour
-from glip_jax.data.scenes.pictures import COLOURS, Picture, load_pictures
+from glip_jax.data.scenes.nouns import plural, says_color
+from glip_jax.data.scenes.pictures import COLORS, Picture, load_pictures
 
 BUNDLED = Path(__file__).resolve().parents[3] / "gcs" / "sample" / "pictures"
 NUMBERS = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9}
@@ -110,21 +110,21 @@ def test_size_words_are_correct(scenes):
     assert plain > 10 and relational > 10
 
 
-def test_colours_match_the_pictures_and_names_with_a_colour_get_none(scenes):
+def test_colors_match_the_pictures_and_names_with_a_color_get_none(scenes):
     count = 0
     for scene, pictures in scenes:
         for phrase in scene.phrases:
             name = scene.names[phrase.boxes[0]]
             words = scene.caption[slice(*phrase.span)]
             before = words.removesuffix(plural(name)).removesuffix(name).split()
-            colours = [word for word in before if word in COLOURS]
-            if not colours:
+            colors = [word for word in before if word in COLORS]
+            if not colors:
                 continue
-            assert not says_colour(name)
+            assert not says_color(name)
             for box in phrase.boxes:
                 pixels = np.asarray(pictures[scene.pictures[box]].image).reshape(-1, 4)
                 red, green, blue = (float(v) for v in pixels[pixels[:, 3] > 200][:, :3].mean(0))
-                match colours[0]:
+                match colors[0]:
                     case "red" | "pink" | "orange" | "brown" | "yellow":
                         assert red > blue and red >= green, words
                     case "green":
@@ -193,7 +193,7 @@ def test_selection_by_relation_and_by_size():
     assert all(boxes in ((0,), (1,)) for words, boxes in seen if "snail" in words)
 
 
-def test_a_colour_is_mentioned_only_if_all_objects_have_it():
+def test_a_color_is_mentioned_only_if_all_objects_have_it():
     boxes = np.array([[0, 40, 20, 60], [100, 40, 120, 60]], np.float32)
     captions = {
         both: {describe(np.random.default_rng(seed), ["snail"] * 2, both, boxes, SIDES)[0] for seed in range(40)}

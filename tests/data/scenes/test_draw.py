@@ -7,15 +7,15 @@ from glip_jax.data.scenes.backgrounds import Light, background, light
 from glip_jax.data.scenes.draw import SceneError, SceneStyle, draw_scene
 from glip_jax.data.scenes.pictures import Picture
 
-COLOURS = {"red square": (255, 0, 0), "green square": (0, 255, 0), "blue square": (0, 0, 255)}
+COLORS = {"red square": (255, 0, 0), "green square": (0, 255, 0), "blue square": (0, 0, 255)}
 STYLE = SceneStyle(height=96, width=128, objects=(3, 6), sides=(16.0, 40.0))
 
 
 @pytest.fixture
 def squares():
     return [
-        Picture(name, "detection", "plain", Image.new("RGBA", (32, 32), (*colour, 255)))
-        for name, colour in COLOURS.items()
+        Picture(name, "detection", "plain", Image.new("RGBA", (32, 32), (*color, 255)))
+        for name, color in COLORS.items()
     ]
 
 
@@ -29,20 +29,20 @@ def test_scenes_are_deterministic(squares):
 
 
 def test_boxes_are_tight_around_the_visible_pixels(squares):
-    # Without light and rotation pure colours are found again: a name's boxes must be exactly around where they show.
+    # Without light and rotation pure colors are found again: a name's boxes must be exactly around where they show.
     still = SceneStyle(
         height=96, width=128, objects=(5, 9), sides=(16.0, 40.0), rotation=0.0, min_visible=0.3, light=False
     )
     covered = 0
     for index in range(20):
         scene = draw_scene(squares, 0, index, still, captioned=index % 2 == 0)
-        for i, colour in enumerate(COLOURS.values()):
+        for i, color in enumerate(COLORS.values()):
             boxes = scene.boxes[scene.pictures == i]
-            shown = (scene.image == np.array(colour)).all(-1)
+            shown = (scene.image == np.array(color)).all(-1)
             if not len(boxes):
                 continue
             rows, columns = np.nonzero(shown)
-            # Cells of noise can hit a pure colour by chance only where stripes are saturated: stay inside the boxes.
+            # Cells of noise can hit a pure color by chance only where stripes are saturated: stay inside the boxes.
             inside = np.zeros_like(shown)
             for x1, y1, x2, y2 in boxes.astype(int):
                 inside[y1:y2, x1:x2] = True
@@ -60,8 +60,8 @@ def test_every_picture_stays_visible_enough(squares):
     for index in range(10):
         scene = draw_scene(squares, 1, index, style)
         assert 1 <= len(scene.boxes) <= 9
-        for i, colour in enumerate(COLOURS.values()):
-            shown = (scene.image == np.array(colour)).all(-1).sum()
+        for i, color in enumerate(COLORS.values()):
+            shown = (scene.image == np.array(color)).all(-1).sum()
             assert shown >= 0.6 * 30 * 30 * (scene.pictures == i).sum() * 0.9
 
 
@@ -75,7 +75,7 @@ def test_light_changes_pixels_and_no_box(squares):
         assert (lit.image != unlit.image).any()
 
 
-def test_light_keeps_colours_and_darkens_on_the_far_side():
+def test_light_keeps_colors_and_darkens_on_the_far_side():
     for seed in range(20):
         shine = light(np.random.default_rng(seed), 32, 48)
         assert shine.gain.shape == (32, 48, 3) and 0.6 < shine.gain.min() and shine.gain.max() < 1.4

@@ -1,6 +1,6 @@
 import pytest
 
-from glip_jax.data.scenes.nouns import conflict, noun_phrase, plural, says_colour
+from glip_jax.data.scenes.nouns import conflict, noun_phrase, plural, says_color
 
 
 @pytest.mark.parametrize(
@@ -31,9 +31,9 @@ def test_plural_inflects_the_head():
     assert plural("heart with an arrow") == "hearts with an arrow"
 
 
-def test_colours_in_names():
-    assert says_colour("red apple") and says_colour("gold medal") and says_colour("blueberries")
-    assert not says_colour("apple")
+def test_colors_in_names():
+    assert says_color("red apple") and says_color("gold medal") and says_color("blueberries")
+    assert not says_color("apple")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glip_jax.data.scenes.pictures import PictureError, colour_of, load_pictures
+from glip_jax.data.scenes.pictures import PictureError, color_of, load_pictures
 
 BUNDLED = Path(__file__).resolve().parents[3] / "gcs" / "sample" / "pictures"
 STYLES = ("fluent", "noto", "twemoji")
@@ -84,32 +84,32 @@ def test_bundled_pictures_are_not_empty():
 
 
 @pytest.mark.parametrize(
-    ("rgb", "colour"),
+    ("rgb", "color"),
     [
         ((230, 30, 30), "red"), ((250, 140, 20), "orange"), ((250, 220, 40), "yellow"), ((40, 170, 60), "green"),
         ((40, 90, 220), "blue"), ((130, 50, 200), "purple"), ((250, 130, 180), "pink"), ((130, 80, 40), "brown"),
         ((250, 250, 250), ""), ((128, 128, 128), ""), ((10, 10, 10), ""),
     ],
 )  # fmt: skip
-def test_colour_of_plain_pictures(rgb, colour):
+def test_color_of_plain_pictures(rgb, color):
     pixels = np.full((8, 8, 4), 255, np.uint8)
     pixels[..., :3] = rgb
     pixels[0, :, 3] = 0
     pixels[0, :, :3] = 0, 255, 0
-    assert colour_of(pixels) == colour
+    assert color_of(pixels) == color
 
 
-def test_pictures_without_a_dominant_colour():
+def test_pictures_without_a_dominant_color():
     pixels = np.full((8, 8, 4), 255, np.uint8)
     pixels[:5, :, :3], pixels[5:, :, :3] = (230, 30, 30), (40, 90, 220)
-    assert colour_of(pixels) == ""
+    assert color_of(pixels) == ""
     pixels[4:, :2, :3], pixels[4:, 2:5, :3], pixels[4:, 5:, :3] = (40, 90, 220), (40, 170, 60), (250, 220, 40)
-    assert colour_of(pixels) == "", "half of it is red, no other colour comes near"
-    assert colour_of(np.zeros((8, 8, 4), np.uint8)) == ""
+    assert color_of(pixels) == "", "half of it is red, no other color comes near"
+    assert color_of(np.zeros((8, 8, 4), np.uint8)) == ""
 
 
-def test_colours_of_known_pictures():
+def test_colors_of_known_pictures():
     known = {"lemon": "yellow", "tomato": "red", "broccoli": "green", "blue circle": "blue", "dolphin": "blue"}
     pictures = {p.name: p for p in load_pictures(BUNDLED, ["noto"], ["detection", "grounding", "captions", "unseen"])}
-    assert {name: pictures[name].colour for name in known} == known
-    assert not pictures["zebra"].colour and not pictures["panda"].colour
+    assert {name: pictures[name].color for name in known} == known
+    assert not pictures["zebra"].color and not pictures["panda"].color

@@ -11,12 +11,12 @@ from glip_jax.data.scenes.draw import SceneError, SceneStyle, draw_scene
 from glip_jax.data.scenes.pictures import Picture
 from glip_jax.data.scenes.sets import SceneSet, finished, make_scenes
 
-COLOURS = {"blue square": (0, 0, 255), "green square": (0, 255, 0), "red square": (255, 0, 0)}
+COLORS = {"blue square": (0, 0, 255), "green square": (0, 255, 0), "red square": (255, 0, 0)}
 STYLE = SceneStyle(height=96, width=128, objects=(3, 6), sides=(16.0, 40.0))
 
 
 def squares():
-    return [Picture(n, "detection", "plain", Image.new("RGBA", (32, 32), (*c, 255))) for n, c in COLOURS.items()]
+    return [Picture(n, "detection", "plain", Image.new("RGBA", (32, 32), (*c, 255))) for n, c in COLORS.items()]
 
 
 def scenes(kind: Literal["detection", "grounding", "captions"] = "detection", count=4, seed=7):
@@ -30,7 +30,7 @@ def read(path):
 def test_detection_sets_are_in_coco_format(tmp_path):
     assert make_scenes(tmp_path / "det", scenes()) is True
     content = read(tmp_path / "det" / "annotations.json")
-    assert [c["name"] for c in content["categories"]] == list(COLOURS)
+    assert [c["name"] for c in content["categories"]] == list(COLORS)
     assert len(content["images"]) == 4 and "caption" not in content["images"][0]
     scene = draw_scene(squares(), 7, 1, STYLE, captioned=False)
     rows = [a for a in content["annotations"] if a["image_id"] == 2]
