@@ -203,6 +203,10 @@ def load_config(path: str) -> Config:
     file = Path(checked(path, "--config"))
     if not file.is_file() and not file.is_absolute() and bundled(path).is_file():
         file = bundled(path)
+    if file.is_dir():
+        raise CommandLineError(
+            f"--config={path} is a folder: expected a Python file (*.py) with get_config() -> Config"
+        )
     if not file.is_file():
         near = difflib.get_close_matches(file.name, [other.name for other in file.parent.glob("*.py")], n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(str(file.parent / name) for name in near)}?" if near else ""

@@ -4,6 +4,7 @@ A format of annotations is a dataclass with its options in its module of `data/i
 """
 
 import logging
+import re
 import shlex
 from collections.abc import Sequence
 from typing import Annotated
@@ -16,6 +17,7 @@ from glip_jax.data import shards
 from glip_jax.data.importers.build import BuildPlan, build
 from glip_jax.data.importers.caption_files import CaptionLines, CaptionTsv, Sbu, Webdataset
 from glip_jax.data.importers.coco import Coco, Lvis, Objects365, Odinw
+from glip_jax.data.importers.entry import SourceError
 from glip_jax.data.importers.finished import differences, options_of, read_report
 from glip_jax.data.importers.flickr30k import Flickr30k
 from glip_jax.data.importers.mdetr import CocoCaptions, Mdetr
@@ -26,6 +28,7 @@ from glip_jax.data.importers.tsv import Tsv
 from glip_jax.data.importers.visual_genome import VisualGenome
 from glip_jax.data.manifest import Manifest, ShardError
 from glip_jax.distributed import exit_codes
+from glip_jax.io.formats import explain
 
 __all__ = ["Format", "main"]
 
@@ -68,15 +71,26 @@ def main(argv: Sequence[str]) -> int:
             )
         logger.info(f"{job.out} is finished ({done.records} records, made by: {done.command}); nothing is made twice")
         return exit_codes.DONE
-    plan = BuildPlan(
-        job.out, str(job.source), name=job.name, licence=job.licence, shards=job.shards, processes=job.processes,
-        command=shlex.join(["python", "-m", "glip_jax", "data", *_deciding(argv)]), strict=job.strict,
-        exclude=job.exclude, published=job.published, settings=options_of(job),
-    )  # fmt: skip
-    manifest, report = build(plan, job.open)
+    try:
+        plan = BuildPlan(
+            job.out, str(job.source), name=job.name, licence=job.licence, shards=job.shards, processes=job.processes,
+            command=shlex.join(["python", "-m", "glip_jax", "data", *_deciding(argv)]), strict=job.strict,
+            exclude=job.exclude, published=job.published, settings=options_of(job),
+        )  # fmt: skip
+        manifest, report = build(plan, job.open)
+    except (SourceError, ShardError) as error:
+        found = explain(job.source, _name_of(job))
+        if not found or found in str(error):
+            raise
+        raise type(error)(f"{error}; {job.source} {found}") from error
     logger.info(report.table())
     logger.info(f"{job.out}: {manifest.records} records, {manifest.boxes} boxes, {len(manifest.names)} names")
     return exit_codes.DONE
+
+
+def _name_of(job: BuildOptions) -> str:
+    """The word for the format on the command line."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "-", type(job).__name__).lower()
 
 
 def _earlier(job: BuildOptions, done: Manifest) -> BuildOptions | None:

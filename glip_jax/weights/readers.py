@@ -21,6 +21,7 @@ from glip_jax.config import ModelConfig, TextConfig
 from glip_jax.io.assets import AssetError, resolve
 from glip_jax.io.checkpoint_reader import Checkpoint, Which, fingerprint, open_checkpoint
 from glip_jax.io.checkpoint_steps import is_workdir
+from glip_jax.io.formats import explain_bytes
 from glip_jax.io.retry import StorageError
 from glip_jax.io.workdir import CheckpointError, workdir_path
 from glip_jax.weights import dialects, names
@@ -237,6 +238,8 @@ def read_arrays(
     try:
         if file.suffix != ".safetensors":
             return load_arrays(file, keys, required=required)
+        if found := explain_bytes(file):
+            raise WeightError(f"{file} {found}")
         # From a local disk tensor by tensor, so that the file is not in memory beside them.
         return dict(safetensors.numpy.load_file(file) if "://" not in str(file) else _load(file))
     except StorageError:

@@ -21,6 +21,7 @@ from etils import epath
 from jaxtyping import Shaped
 
 from glip_jax import UserError
+from glip_jax.io.formats import explain_bytes
 
 __all__ = ["TorchFileError", "load_arrays", "load_tree", "sha256"]
 
@@ -72,6 +73,8 @@ def load_tree(path: epath.Path, keys: Sequence[str] = (), *, required: bool = Fa
     With `keys` only the value of the first of them that exists and is a dict; everything if none does, unless one is
     `required`. Raises TorchFileError for other formats, truncated files, and pickles that name anything but tensors.
     """
+    if found := explain_bytes(path):
+        raise TorchFileError(f"{path} {found}")
     with _torch_file_errors(str(path)), path.open("rb") as file:
         tree, read = _read_zip(file, str(path)) if zipfile.is_zipfile(file) else _read_legacy(file, str(path))
         content = tree if isinstance(tree, dict) else {}

@@ -277,7 +277,7 @@ def _index_as_json(settings: str, index: _Index) -> str:
         case _:  # a reader of the caller's own: such a build begins anew
             images = None
     fields = {"settings": settings, "count": index.count, "names": index.names, "images": images}
-    fields |= {"report": asdict(index.report), "inputs": index.inputs, "published": index.published}
+    fields |= {"report": vars(index.report), "inputs": index.inputs, "published": index.published}
     return json.dumps(fields)
 
 

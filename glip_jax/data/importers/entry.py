@@ -55,7 +55,7 @@ class SourceError(UserError, ValueError):
     """An error of a whole annotation file, or any drop in strict mode. The message is one printable line."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+        super().__init__(one_line(message, 1000))
 
 
 def one_line(text: str, max_length: int = 500) -> str:

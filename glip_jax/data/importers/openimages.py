@@ -23,7 +23,7 @@ from etils import epath
 
 from glip_jax.data.importers.entry import Entry, ImportSource, Report, SourceError, image_folder
 from glip_jax.data.importers.options import BuildOptions, PathArgument
-from glip_jax.data.importers.readers import Join
+from glip_jax.data.importers.readers import Join, require_file
 from glip_jax.io import gcs
 from glip_jax.structures.prompts import clean_name
 
@@ -51,8 +51,7 @@ def open_openimages(
     folder, report = image_folder(images), Report(strict=strict)
     inputs = [epath.Path(path) for path in (boxes, classes, hierarchy, labels) if path is not None]
     for path in inputs:
-        if not path.is_file():
-            raise SourceError(f"the annotation file {path} does not exist")
+        require_file(path)
     names = _class_names(epath.Path(classes))
     below = {} if hierarchy is None else hierarchy_below(epath.Path(hierarchy))
     join = Join(scratch)

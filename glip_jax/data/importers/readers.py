@@ -22,12 +22,14 @@ from tqdm import tqdm
 
 from glip_jax.data.importers.entry import Report, SourceError
 from glip_jax.io import gcs
+from glip_jax.io.formats import explain
 
 __all__ = [
     "Join",
     "JsonFile",
     "integer_field",
     "parse_json",
+    "require_file",
     "require_keys",
     "numbered_lines",
     "text_field",
@@ -43,6 +45,16 @@ _STRING_OR_NUMBER = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?P<closed>"|\\?\Z)|-?(
 """A string, possibly without its end, or NaN or Infinity as Python writes them."""
 
 
+def require_file(path: epath.Path, what: str = "annotation file") -> None:
+    """Raises SourceError if the path does not exist, or is a folder, with what lies there."""
+    kind = gcs.kind(path)
+    if kind == "folder":
+        found = explain(path)
+        raise SourceError(f"the {what} {path} is a folder, expected a file{f'; it {found}' if found else ''}")
+    if not kind:
+        raise SourceError(f"the {what} {path} does not exist")
+
+
 class JsonFile:
     """A JSON file with lists of objects, read as a stream.
 
@@ -52,8 +64,7 @@ class JsonFile:
     def __init__(self, path: epath.PathLike) -> None:
         """Scans the file once; SourceError if it does not exist, cannot be read or is nested too deeply."""
         self.path = epath.Path(path)
-        if gcs.kind(self.path) != "file":
-            raise SourceError(f"the annotation file {self.path} does not exist")
+        require_file(self.path)
         self._python_numbers = False
         tail = b""
         try:
@@ -98,6 +109,8 @@ class JsonFile:
                 raise
             message = error.args[0] if error.args else error
             lines = (message.decode(errors="replace") if isinstance(message, bytes) else str(message)).split("\n")
+            if found := explain(self.path):
+                raise SourceError(f"{self.path} {found}") from None
             reason, near = lines[0].strip(" ."), " ".join(lines[1].split()) if len(lines) > 1 else ""
             found = f", near {near!r:.80}" if near else ""
             raise SourceError(
@@ -113,14 +126,19 @@ class JsonFile:
                 kind = {"start_map": "dict", "start_array": "list"}.get(event, event)
                 if not prefix and event.startswith("start_") and (kind == "dict") != bool(key):
                     wanted = f"an object with {key}" if key else "a list"
-                    raise SourceError(f"{self.path} holds a {kind}, expected {wanted}")
+                    raise SourceError(f"{self.path} holds a {kind}, expected {wanted}{self._explained()}")
                 if not prefix and event in ("string", "number", "null", "boolean"):
                     raise SourceError(f"{self.path} holds a {kind}, expected a data set")
                 if prefix == key and event != "map_key":
                     found = kind
                     break
         if found != "list" and (required or found != "nothing"):
-            raise SourceError(f"{self.path}: expected a list under {key!r}, found {found}")
+            raise SourceError(f"{self.path}: expected a list under {key!r}, found {found}{self._explained()}")
+
+    def _explained(self) -> str:
+        """What the file is, where it is of a known format, as the end of a message."""
+        found = explain(self.path)
+        return f"; it {found}" if found else ""
 
 
 class _ProgressFile:
