@@ -17,7 +17,7 @@ from glip_jax.data.importers.readers import Join, JsonFile
     [
         (b"{", r"not JSON that can be used \(parse error: premature EOF\)"),
         (b"", "not JSON that can be used"),
-        (b"\xff\xfe", "not JSON that can be used"),
+        (b"\xff\xfe", "is text in UTF-16: save it as UTF-8"),
         (b"[]", "holds a list, expected an object with a"),
         (b"3", "holds a number"),
         (b'{"a":{}}', "expected a list under 'a', found dict"),
