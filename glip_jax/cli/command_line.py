@@ -4,6 +4,7 @@ A config file is Python with `get_config() -> Config`; tyro checks the types of 
 are looked up here first, so that a misspelling gets one line with the nearest names.
 """
 
+import ast
 import contextlib
 import dataclasses
 import difflib
@@ -61,7 +62,7 @@ def parse(
 ) -> Parsed:
     """Arguments of a job from its command line, settings validated.
 
-    Tuples are written `--config.data.short_sides=480,640`, booleans `=True`. `example`: arguments that --help shows.
+    Tuples are written `--config.data.short_sides=480,640` (items with commas in double quotes), booleans `=True`. `example`: arguments that --help shows.
     `settings` stand where there is no --config=FILE.py. Raises CommandLineError (file missing or without get_config,
     unknown name, value of a wrong type, no --config) and ConfigError (settings that do not fit); exits with 0 for
     --help.
@@ -286,11 +287,36 @@ def _checked(arguments: Sequence[str], config: Config, flags: Sequence[str]) -> 
         if name is None:
             _refuse(option, [f"--config.{field}" for field in fields])
         elif isinstance(fields[name], tuple) and equals:
-            items = [item.strip() for item in value.strip("()[]").split(",")]
-            result += [option, *(item for item in items if item)]
+            result += [option, *_items(value)]
         else:
             result.append(argument)
     return result
+
+
+def _items(text: str) -> list[str]:
+    """The items of a tuple: `480,640`, `(480, 640)`, or with commas in them `"salt, pepper",mug` and `('salt, pepper', 'mug')`."""
+    if text[:1] in ("(", "[") and _closing(text) == len(text) - 1:
+        with contextlib.suppress(ValueError, SyntaxError):
+            found = ast.literal_eval(text)
+            if isinstance(found, tuple | list) and not any(isinstance(item, tuple | list | dict) for item in found):
+                return [str(item) for item in found]
+        text = text[1:-1]
+    items = (quoted.replace('""', '"') or plain for quoted, plain in _ITEM.findall(text))
+    return [item.strip() for item in items if item.strip()]
+
+
+_ITEM = re.compile(r'\s*(?:"((?:[^"]|"")+)"|((?:\([^()]*\)|\[[^\[\]]*\]|[^,])*?))\s*(?:,|$)', re.DOTALL)
+"""An item in double quotes, or up to the next comma outside of brackets."""
+
+
+def _closing(text: str) -> int:
+    """Index of the bracket that closes the one with which the text begins; -1 if none does."""
+    depth = 0
+    for index, character in enumerate(text):
+        depth += (character in "([") - (character in ")]")
+        if not depth:
+            return index
+    return -1
 
 
 def _refuse(option: str, names: Sequence[str]) -> None:

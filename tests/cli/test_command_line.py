@@ -36,10 +36,26 @@ def config(tmp_path):
         ("--config.data.sources.coco_cc.weight=3", lambda c: c.data.sources["coco_cc"].weight == 3.0),
         ("--config.data.short_sides=100,200", lambda c: c.data.short_sides == (100, 200)),
         ("--config.data.short-sides=(100,)", lambda c: c.data.short_sides == (100,)),
+        (
+            "--config.data.sources.goldg.negatives=mug (cup),bow_(decorative_ribbons)",
+            lambda c: c.data.sources["goldg"].negatives == ("mug (cup)", "bow_(decorative_ribbons)"),
+        ),
+        (
+            "--config.data.sources.goldg.negatives=(mug),(bow, red)",
+            lambda c: c.data.sources["goldg"].negatives == ("(mug)", "(bow, red)"),
+        ),
+        (
+            '--config.data.sources.goldg.negatives="salt, pepper", mug',
+            lambda c: c.data.sources["goldg"].negatives == ("salt, pepper", "mug"),
+        ),
+        (
+            "--config.data.sources.goldg.negatives=('salt, pepper', 'mug')",
+            lambda c: c.data.sources["goldg"].negatives == ("salt, pepper", "mug"),
+        ),
         ("--config.optimizer.milestones=0.5", lambda c: c.optimizer.milestones == (0.5,)),
         ("--config.mesh.data=-1", lambda c: c.mesh.data == -1),
         ("--config.optimizer.rate=1e-3", lambda c: c.optimizer.rate == 1e-3),
-    ],
+    ],  # fmt: skip
 )
 def test_overrides(config, override, read):
     parsed = parse([config, override, "--workdir=/runs/1"])
