@@ -16,4 +16,4 @@ if [ "${1:-}" = tfds ]; then
 fi
 # Paths are relative to the folder in which the command was given.
 cd "$here"
-PYTHONPATH=$root exec "$root/.venv/bin/python" -m glip_jax data "$@"
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$root/.venv/bin/python" -m glip_jax data "$@"

@@ -25,4 +25,4 @@ workdir=$1 out=$2
 shift 2
 # Paths are relative to the folder in which the command was given.
 cd "$here"
-PYTHONPATH=$root exec "$root/.venv/bin/python" -m glip_jax export --workdir="$workdir" --out="$out" "$@"
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$root/.venv/bin/python" -m glip_jax export --workdir="$workdir" --out="$out" "$@"

@@ -17,4 +17,4 @@ source scripts/environment.sh
 environment "${GLIP_JAX_REQUIREMENTS:-requirements.txt}"
 # Paths are relative to the folder in which the command was given.
 cd "$here"
-PYTHONPATH=$root exec "$root/.venv/bin/python" -m glip_jax label "$@"
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$root/.venv/bin/python" -m glip_jax label "$@"

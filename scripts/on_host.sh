@@ -118,9 +118,9 @@ supervise() {
         echo "=== $(date -u '+%Y-%m-%d %H:%M:%S UTC') exit code $code"
         case $code in
         75) tries=0 ;;
-        69 | 76 | 132 | 134 | 135 | 136 | 137 | 139)
+        69 | 76 | 132 | 134 | 135 | 136 | 137 | 139 | 143)
             # An unavailable bucket, or a process that died on another host or on this one (by a signal: out of memory, a
-            # driver error) may be transient; an error that repeats at the same step is not.
+            # driver error, SIGTERM while it started) may be transient; an error that repeats at the same step is not.
             reached=$(last_step)
             [ "$reached" = "$step" ] || tries=0
             step=$reached

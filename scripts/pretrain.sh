@@ -3,14 +3,17 @@
 #   scripts/pretrain.sh                       the demo: environment, synthetic scenes, training, evaluation, an HTML report
 #   scripts/pretrain.sh --short               the same with 40 scenes and 20 steps, to check that everything works (used by .ci/run)
 #   scripts/pretrain.sh --config=configs/NAME.py --workdir=DIR [...]   environment, then `python -m glip_jax train` with these
+# Paths are relative to the folder in which the command is given; the demo is in runs/ of the checkout.
 # The same command resumes an interrupted run. Ctrl-C is safe.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+here=$PWD
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
 source scripts/environment.sh
 
 case "${1:-}" in
 -h | --help)
-    sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,7s/^# \{0,1\}//p' scripts/pretrain.sh
     exit 0
     ;;
 esac
@@ -28,7 +31,8 @@ if [ "${1:-}" = --short ] && [ $# = 1 ]; then
     settings=(--config=configs/demo_short.py)
 elif [ $# -gt 0 ]; then
     # exec, so that the job receives signals itself: it saves on SIGTERM and Ctrl-C.
-    exec .venv/bin/python -m glip_jax train "$@"
+    cd "$here"
+    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$root/.venv/bin/python" -m glip_jax train "$@"
 fi
 
 .venv/bin/python -m glip_jax scenes "${scenes[@]}"

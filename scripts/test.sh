@@ -7,6 +7,13 @@
 #   scripts/test.sh PATH...   these tests alone, whatever their tier, without ruff and pyright: tests/structures/test_boxes.py -x
 # Other arguments go to pytest: scripts/test.sh --quick tests/io, scripts/test.sh -k boxes. The environment is made first.
 set -euo pipefail
+# Paths are relative to the folder in which the command is given.
+arguments=()
+for argument in "$@"; do
+    [ ! -e "${argument%%::*}" ] || [[ $argument == /* ]] || argument=$PWD/$argument
+    arguments+=("$argument")
+done
+set -- ${arguments[@]+"${arguments[@]}"}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 

@@ -55,7 +55,7 @@ def config(tmp_path):
         ("--config.optimizer.milestones=0.5", lambda c: c.optimizer.milestones == (0.5,)),
         ("--config.mesh.data=-1", lambda c: c.mesh.data == -1),
         ("--config.optimizer.rate=1e-3", lambda c: c.optimizer.rate == 1e-3),
-    ],  # fmt: skip
+    ],
 )
 def test_overrides(config, override, read):
     parsed = parse([config, override, "--workdir=/runs/1"])

@@ -54,7 +54,7 @@ def test_each_task_gets_unmodified_arguments(job):
 
 @pytest.mark.parametrize(
     ("code", "count", "again"),
-    [(75, "3", True), (75, "99", True), (69, "0", True), (76, "19", True), (137, "0", True)]
+    [(75, "3", True), (75, "99", True), (69, "0", True), (76, "19", True), (137, "0", True), (143, "0", True)]
     + [(76, "20", False), (1, "0", False), (2, "0", False), (130, "0", False), (0, "0", False)],
 )
 def test_transient_errors_are_requeued(job, code, count, again):
