@@ -30,6 +30,7 @@ from sphinx.application import Sphinx
 
 from glip_jax.__main__ import _MODULES, JOBS
 from glip_jax.config import Config
+from glip_jax.config.ranges import Range
 from glip_jax.config.saved import RENAMED_KEYS
 from glip_jax.data.manifest import Manifest
 from glip_jax.data.records import Record
@@ -75,7 +76,7 @@ def _settings() -> str:
 
 
 def _section(kind: type, prefix: str, affects: bool) -> Iterator[str]:
-    types, texts, inner = typing.get_type_hints(kind), _texts(kind), []
+    types, texts, inner = typing.get_type_hints(kind, include_extras=True), _texts(kind), []
     yield f"\n## `{prefix.rstrip('.') or 'Config'}`\n\n{_prose(kind)}\n"
     rows = []
     for item in dataclasses.fields(kind):
@@ -95,7 +96,7 @@ def _section(kind: type, prefix: str, affects: bool) -> Iterator[str]:
                 )
             )
     if rows:
-        yield _table(("setting", "type", "default", "affects results", "meaning"), rows)
+        yield _table(("setting", "type and range", "default", "affects results", "meaning"), rows)
     for below, name, counts in inner:
         yield from _section(below, name, counts)
 
@@ -292,7 +293,7 @@ def _type(hint: Any) -> str:
     """A type as the command line takes it."""
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        return _type(inside[0])
+        return ", ".join([_type(inside[0]), *(str(mark) for mark in hint.__metadata__ if isinstance(mark, Range))])
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in inside)
     if origin is tuple:

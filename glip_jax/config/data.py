@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from glip_jax.config.ranges import BelowOne, Count, Fraction, Limit, Pixels, Range
+
 __all__ = [
-    "ASSET", "PATH", "AssetStr", "CaptionConfig", "Codec", "CropConfig", "DataConfig", "JitterConfig", "PackingConfig", "PathStr", "SourceConfig", "data_checks",
-    "runtime_field",
+    "ASSET", "PATH", "AssetStr", "CaptionConfig", "Codec", "CropConfig", "DataConfig", "JitterConfig", "PackingConfig", "PathStr", "SourceConfig",
 ]  # fmt: skip
 
 PATH, ASSET = "path", "path or package:"
@@ -29,14 +30,14 @@ class SourceConfig:
 
     path: PathStr
     """Folder of the shards, local or gs://."""
-    weight: float = 1.0
+    weight: Annotated[float, Range(0, 1e9, "(remove a source instead)", above=True)] = 1.0
     """Relative share of the examples; positive. Shares are the weights divided by their sum."""
-    copies: int = 0
+    copies: Limit = 0
     """Alternative to `weight`, as in the original code: the share is proportional to copies x records. Set for all sources or
     for none; 0: by weight."""
     box_weight: Literal["one", "score"] = "one"
     """Weight of a box in the losses: 1, as in the original, or the score that the teacher gave it (pseudo records)."""
-    threshold: float = 0.0
+    threshold: BelowOne = 0.0
     """Score threshold for pseudo records: boxes at or below it are dropped and counted as `boxes_below_threshold`. A phrase
     that loses its last box becomes unlabelled. GLIP-L uses 0.5 and treats such phrases as absent (glip-reference 4.6)."""
     negatives: tuple[str, ...] = ()
@@ -51,11 +52,11 @@ class PackingConfig:
     GLIP-T packs none (the default). GLIP-L packs `number=20` captions with the probabilities below.
     """
 
-    number: int = 0
+    number: Limit = 0
     """Maximum number of texts packed with a caption; 0 disables packing."""
-    none_probability: float = 0.4
+    none_probability: Fraction = 0.4
     """Probability of packing no text."""
-    full_probability: float = 0.5
+    full_probability: Fraction = 0.5
     """Probability, if any text is packed, of packing `number`; otherwise the count is uniform in 0 ... number - 1."""
     take: Literal["captions", "phrases", "names"] = "captions"
     """Source of the texts: `captions` of other records of the same source, their `phrases` with boxes, or `negatives`."""
@@ -75,15 +76,15 @@ class CaptionConfig:
     """`sampled`: positives and sampled negatives; `all_names`: every category of the source, as in fine-tuning (4.3)."""
     separator: str = ". "
     """Text between two names of a caption."""
-    max_negatives: int = 85
+    max_negatives: Limit = 85
     """Maximum number of negative names in a caption."""
-    full_probability: float = 0.5
-    one_negative_probability: float = 0.0
-    one_positive_probability: float = 0.0
-    drop_positive_probability: float = 0.0
+    full_probability: Fraction = 0.5
+    one_negative_probability: Fraction = 0.0
+    one_positive_probability: Fraction = 0.0
+    drop_positive_probability: Fraction = 0.0
     """Probability of keeping a random subset of the positive names (uniform size, at least 1) and only their boxes. The
     original code has this option but accepts only 0."""
-    hard_share: float = 0.0
+    hard_share: Fraction = 0.0
     """Fraction of hard negatives: names or packed phrases that share words or letters with the positives."""
     shuffle: bool = True
     """Shuffle the names of a caption."""
@@ -97,11 +98,11 @@ class CaptionConfig:
 class CropConfig:
     """Random crop before the resize. The original code has none."""
 
-    probability: float = 0.0
+    probability: Fraction = 0.0
     """Probability of cropping an image."""
-    min_side: float = 0.5
+    min_side: Annotated[float, Range(0, 1, above=True)] = 0.5
     """Minimum fraction of height and of width that is kept; each is uniform in min_side ... 1."""
-    min_visible: float = 0.4
+    min_visible: Fraction = 0.4
     """Minimum visible fraction of a box's area. Boxes below it are dropped and counted as `boxes_out_of_view`."""
 
 
@@ -109,12 +110,12 @@ class CropConfig:
 class JitterConfig:
     """Random color jitter after the resize. The original code has none. Factors are uniform in 1 - x ... 1 + x."""
 
-    probability: float = 0.0
+    probability: Fraction = 0.0
     """Probability of jittering an image."""
-    brightness: float = 0.2
-    contrast: float = 0.2
-    saturation: float = 0.2
-    hue: float = 0.02
+    brightness: Fraction = 0.2
+    contrast: Fraction = 0.2
+    saturation: Fraction = 0.2
+    hue: Fraction = 0.02
     """Hue shift, uniform in -x ... x; 1 is a full turn of the color circle."""
 
 
@@ -125,69 +126,48 @@ class DataConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Sources by name."""
     captions: CaptionConfig = CaptionConfig()
-    short_sides: tuple[int, ...] = (480, 560, 640, 720, 800)
+    short_sides: tuple[Pixels, ...] = (480, 560, 640, 720, 800)
     """Lengths of the short side in pixels; each step uses one of them, in turn."""
-    long_side: int = 1333
+    long_side: Pixels = 1333
     """Maximum length of the long side, pixels."""
-    aspects: tuple[float, ...] = (0.666667, 0.75, 1.0, 1.333333, 1.5)
+    aspects: tuple[Annotated[float, Range(0.01, 100)], ...] = (0.666667, 0.75, 1.0, 1.333333, 1.5)
     """Height / width of the canvases. A record uses the nearest one in log scale. Each pair of short side and aspect is one
     compiled shape."""
     codec: Codec = "fast"
     """`pillow` gives the pixels of the original code at a third of the speed."""
-    flip: float = 0.5
+    flip: Fraction = 0.5
     """Probability of a horizontal flip."""
     flip_captions: Literal["as_is", "safe"] = "as_is"
     """`safe`: examples whose caption or names contain "left" or "right" are not flipped. `as_is`: as in the original, every
     example may be flipped."""
     crop: CropConfig = CropConfig()
     jitter: JitterConfig = JitterConfig()
-    max_boxes: int = 100
+    max_boxes: Annotated[int, Range(1, 100_000)] = 100
     """Box slots per image. Further boxes are dropped and counted as `boxes_over_limit`."""
-    workers: int = runtime_field(0)
+    workers: Annotated[int, Range(0, 1024)] = runtime_field(0)
     """Grain worker processes; 0: threads of the training process read the data."""
-    threads: int = runtime_field(4)
+    threads: Annotated[int, Range(1, 1024)] = runtime_field(4)
     """Reader threads, over all worker processes."""
-    prefetch: int = runtime_field(8)
+    prefetch: Annotated[int, Range(1, 100_000)] = runtime_field(8)
     """Batches that are prepared ahead."""
-    max_corrupt_rate: float = runtime_field(0.01)
+    max_corrupt_rate: Fraction = runtime_field(0.01)
     """Training stops if more than this fraction of `corrupt_window` examples of one source is corrupt."""
-    corrupt_window: int = runtime_field(1000)
+    corrupt_window: Count = runtime_field(1000)
     """Examples of a source per window in which corrupt records are counted."""
 
 
 def data_checks(data: DataConfig) -> list[tuple[bool, str]]:
     """Checks of the data settings: (fits, message if it does not)."""
-    captions, packing = data.captions, data.captions.packing
-    fractions = {
-        "flip": data.flip, "crop.probability": data.crop.probability, "jitter.probability": data.jitter.probability,
-        "captions.full_probability": captions.full_probability, "captions.hard_share": captions.hard_share,
-        "captions.one_negative_probability": captions.one_negative_probability,
-        "captions.one_positive_probability": captions.one_positive_probability,
-        "captions.drop_positive_probability": captions.drop_positive_probability,
-        "captions.packing.none_probability": packing.none_probability,
-        "captions.packing.full_probability": packing.full_probability, "max_corrupt_rate": data.max_corrupt_rate,
-        "crop.min_visible": data.crop.min_visible, "crop.min_side": data.crop.min_side,
-        "jitter.brightness": data.jitter.brightness, "jitter.contrast": data.jitter.contrast,
-        "jitter.saturation": data.jitter.saturation, "jitter.hue": data.jitter.hue,
-    }  # fmt: skip
+    captions = data.captions
     total = captions.full_probability + captions.one_negative_probability + captions.one_positive_probability
-    checks = [(0 <= value <= 1, f"data.{name} is {value}: expected 0 to 1") for name, value in fractions.items()]
-    checks += [
+    checks = [
         (total <= 1 + 1e-9,
          f"data.captions: full_probability {captions.full_probability}, one_negative_probability {captions.one_negative_probability} "
          f"and one_positive_probability {captions.one_positive_probability} add up to {total:g}: expected at most 1"),
-        (captions.max_negatives >= 0, f"data.captions.max_negatives is {captions.max_negatives}: expected 0 or more"),
-        (packing.number >= 0, f"data.captions.packing.number is {packing.number}: expected 0 or more"),
-        (data.crop.min_side > 0, f"data.crop.min_side is {data.crop.min_side}: expected more than 0"),
-        (data.corrupt_window > 0, f"data.corrupt_window is {data.corrupt_window}: expected at least 1"),
     ]  # fmt: skip
     copied = [name for name, source in data.sources.items() if source.copies]
     for name, source in data.sources.items():
         checks += [
-            (source.weight > 0, f"data.sources.{name}.weight is {source.weight}: remove the source instead of weight 0"),
-            (0 <= source.threshold < 1,
-             f"data.sources.{name}.threshold is {source.threshold}: expected 0 to less than 1"),
-            (source.copies >= 0, f"data.sources.{name}.copies is {source.copies}: expected 0 (by weight) or more"),
             (not source.copies or source.weight == 1.0,
              f"data.sources.{name} has weight {source.weight} and copies {source.copies}: set only one of them"),
             (bool(source.copies) == bool(copied),

@@ -1,16 +1,20 @@
 """Settings of the network: type, unit, default. Offered by `glip_jax.config`. Every field affects the results of training."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from glip_jax.config.data import AssetStr
+from glip_jax.config.ranges import BelowOne, Channels, Pixels, Range, Size
 
 __all__ = [
     "AnchorConfig", "BackboneConfig", "FusionConfig", "HeadConfig", "InputConfig", "ModelConfig", "PyramidConfig",
-    "Remat", "TextConfig", "model_checks",
+    "Remat", "TextConfig",
 ]  # fmt: skip
 
 
+_Blocks = Annotated[int, Range(1, 1000)]
+_Level = Annotated[float, Range(0, 255)]
+_Spread = Annotated[float, Range(0.001, 1000)]
 Remat = Literal["none", "elementwise", "blocks"]
 """What the backward pass recomputes of Swin blocks, BERT layers and head blocks (rematerialization)."""
 
@@ -20,9 +24,9 @@ class InputConfig:
     """Normalization of uint8 RGB images: (pixel - mean) / std with channels in `order`; `mean` and `std` are in that order."""
 
     order: Literal["bgr", "rgb"] = "bgr"
-    mean: tuple[float, float, float] = (103.53, 116.28, 123.675)
-    std: tuple[float, float, float] = (57.375, 57.12, 58.395)
-    extent_multiple: int = 32
+    mean: tuple[_Level, _Level, _Level] = (103.53, 116.28, 123.675)
+    std: tuple[_Spread, _Spread, _Spread] = (57.375, 57.12, 58.395)
+    extent_multiple: Annotated[int, Range(1, 1024, "pixels")] = 32
     """The extent of an image is its size rounded up to a multiple of this, pixels."""
     extent: Literal["image", "batch"] = "image"
     """`image`: each image has its own extent, so its result does not depend on the batch; `batch`: the extent of every image is
@@ -34,17 +38,17 @@ class BackboneConfig:
     """Swin v1 of any size, or EfficientNet-Lite0, which reads `kind` and `frozen_stages` only."""
 
     kind: Literal["swin", "efficientnet_lite0"] = "swin"
-    width: int = 96
+    width: Channels = 96
     """Channels of the first stage; each stage doubles them."""
-    depths: tuple[int, int, int, int] = (2, 2, 6, 2)
+    depths: tuple[_Blocks, _Blocks, _Blocks, _Blocks] = (2, 2, 6, 2)
     """Blocks per stage."""
-    heads: tuple[int, int, int, int] = (3, 6, 12, 24)
+    heads: tuple[Channels, Channels, Channels, Channels] = (3, 6, 12, 24)
     """Attention heads per stage."""
-    window: int = 7
+    window: Annotated[int, Range(1, 256, "cells")] = 7
     """Side of an attention window, cells."""
-    drop_path: float = 0.2
+    drop_path: BelowOne = 0.2
     """Stochastic depth rate of the last block; the rate rises linearly from 0 at the first."""
-    frozen_stages: int = 0
+    frozen_stages: Annotated[int, Range(0, 7)] = 0
     """Number of first stages, and with them the stem, that get no gradient and run in evaluation mode (GLIP-L: 1; EfficientNet-Lite0: 0 to 7)."""
 
 
@@ -52,13 +56,13 @@ class BackboneConfig:
 class PyramidConfig:
     """Feature pyramid network."""
 
-    channels: int = 256
+    channels: Channels = 256
     """Channels of every level."""
-    strides: tuple[int, ...] = (8, 16, 32, 64, 128)
+    strides: tuple[Pixels, ...] = (8, 16, 32, 64, 128)
     """Strides of the levels: consecutive powers of two, from 8 or 16 to 32 or more."""
-    drop_block: float = 0.3
+    drop_block: BelowOne = 0.3
     """DropBlock rate in training, on the merged laterals of strides 8 and 16; 0 disables it."""
-    drop_block_size: int = 3
+    drop_block_size: Annotated[int, Range(1, 1024, "cells")] = 3
     """Side of a dropped block, cells."""
     drop_block_over: Literal["image", "batch"] = "image"
     """Set over which the kept activations are renormalized; the original uses the batch of one GPU."""
@@ -70,17 +74,17 @@ class TextConfig:
 
     vocabulary: AssetStr = "assets/bert-base-uncased/vocab.txt"
     """Path of the WordPiece vocabulary, one token per line; a relative path starts at the current folder."""
-    vocabulary_size: int = 30522
+    vocabulary_size: Annotated[int, Range(1, 10_000_000)] = 30522
     """Rows of the word embedding."""
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    hidden: int = 3072
+    width: Channels = 768
+    layers: _Blocks = 12
+    heads: Channels = 12
+    hidden: Channels = 3072
     """Width of the feed-forward layers."""
-    positions: int = 512
+    positions: Size = 512
     """Rows of the position embedding."""
-    dropout: float = 0.1
-    max_tokens: int = 256
+    dropout: BelowOne = 0.1
+    max_tokens: Annotated[int, Range(3, 1_000_000, "tokens")] = 256
     """Length of every prompt after padding, [CLS] and [SEP] included."""
     frozen: bool = False
     """The text encoder gets no gradient and runs without dropout."""
@@ -91,11 +95,11 @@ class FusionConfig:
     """Bidirectional image-text attention (deep fusion) of each head block."""
 
     enabled: bool = True
-    width: int = 2048
+    width: Channels = 2048
     """Width of queries, keys and values over all attention heads."""
-    heads: int = 8
-    dropout: float = 0.1
-    gamma: float = 1 / 6
+    heads: Channels = 8
+    dropout: BelowOne = 0.1
+    gamma: Annotated[float, Range(-100, 100)] = 1 / 6
     """Initial value of both residual scales."""
 
 
@@ -103,22 +107,22 @@ class FusionConfig:
 class HeadConfig:
     """Detection head: blocks of [fusion, BERT layer,] DyConv, then the three outputs."""
 
-    blocks: int = 6
-    groups: int = 16
+    blocks: _Blocks = 6
+    groups: Channels = 16
     """Groups of GroupNorm."""
     coarse_offsets: Literal["flat", "resized"] = "resized"
     """Offsets that DyConv uses for the coarser neighbor level: `flat`, the original's read of the buffer with wrong strides, or
     `resized`, the offset map resized bilinearly."""
-    offset_bound: int = 0
+    offset_bound: Annotated[int, Range(0, 7, "cells")] = 0
     """Maximum deformable offset in cells of the level that is sampled, 1 to 7; larger offsets are clamped and counted
     (`offsets_clamped`). 0: unbounded, as for released weights. On TPUs bounded offsets use matrix products instead of gathers."""
-    offset_scale: float = 1.0
+    offset_scale: Annotated[float, Range(0, 1000)] = 1.0
     """Scale of the initial weights of the offset convolution relative to the original; near 0 DyConv starts as a regular convolution."""
-    log_scale: float = 0.0
+    log_scale: Annotated[float, Range(-20, 20)] = 0.0
     """Initial log scale of the alignment logits, which are divided by exp(log_scale)."""
-    box_scale: float = 1.0
+    box_scale: Annotated[float, Range(0, 1000, above=True)] = 1.0
     """Initial scale of the box deltas of every level."""
-    unroll: int = 1
+    unroll: _Blocks = 1
     """Blocks per iteration of the compiled loop. All of them: longer to compile, up to twice as fast on a CPU."""
 
 
@@ -126,7 +130,7 @@ class HeadConfig:
 class AnchorConfig:
     """One square anchor per location."""
 
-    sizes: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    sizes: tuple[Pixels, ...] = (64, 128, 256, 512, 1024)
     """Side per level, pixels of the resized image."""
 
 
@@ -153,7 +157,7 @@ def model_checks(model: ModelConfig) -> list[tuple[bool, str]]:
     return [
         (len(model.anchors.sizes) == len(strides),
          f"model.anchors.sizes has {len(model.anchors.sizes)} entries, model.pyramid.strides {len(strides)}: give one size per level"),
-        (all(b == 2 * a for a, b in zip(strides, strides[1:])) and strides[0] in (8, 16) and strides[-1] >= 32,
+        (all(b == 2 * a for a, b in zip(strides, strides[1:])) and strides[:1] in ((8,), (16,)) and strides[-1] >= 32,
          f"model.pyramid.strides is {strides}: expected consecutive powers of two from 8 or 16 to 32 or more"),
         (model.pyramid.channels % model.head.groups == 0,
          f"model.pyramid.channels {model.pyramid.channels} is not a multiple of model.head.groups {model.head.groups}"),
@@ -164,8 +168,6 @@ def model_checks(model: ModelConfig) -> list[tuple[bool, str]]:
          f"model.text.max_tokens {text.max_tokens} exceeds model.text.positions {text.positions}"),
         (all(model.backbone.width * 2**i % h == 0 for i, h in enumerate(model.backbone.heads)),
          f"model.backbone.heads {model.backbone.heads} do not divide width {model.backbone.width} times 1, 2, 4, 8"),
-        (0 <= model.head.offset_bound <= 7,
-         f"model.head.offset_bound is {model.head.offset_bound}: expected 1 to 7 cells, or 0 for offsets without a bound"),
         (model.head.blocks % model.head.unroll == 0,
          f"model.head.blocks {model.head.blocks} is not a multiple of model.head.unroll {model.head.unroll}"),
         (model.backbone.kind == "swin" or model.input.extent_multiple % 32 == 0,

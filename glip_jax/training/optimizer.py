@@ -22,21 +22,9 @@ from jaxtyping import Array, Float, Float32, Int
 from glip_jax.config import ConfigError, ModelConfig, OptimizerConfig
 
 __all__ = [
-    "Group",
-    "average",
-    "average_decay",
-    "clip",
-    "decay_multiplier",
-    "flat",
-    "frozen",
-    "groups",
-    "make_optimizer",
-    "merge",
-    "milestone_steps",
-    "nested",
-    "rate_multiplier",
-    "split",
-]
+    "Group", "average", "average_decay", "clip", "decay_multiplier", "flat", "frozen", "groups", "make_optimizer",
+    "merge", "milestone_steps", "nested", "rate_multiplier", "split",
+]  # fmt: skip
 
 _UNSUITABLE = (
     "fromage", "lbfgs", "rprop", "contrib.cocob", "contrib.dadapt_adamw", "contrib.dog", "contrib.dowg", "contrib.momo",

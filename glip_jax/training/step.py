@@ -29,7 +29,7 @@ from glip_jax.distributed.mesh import (
     reduce_gradients,
     replicated,
     shardings,
-)
+)  # fmt: skip
 from glip_jax.models.glip import GLIP, normalize
 from glip_jax.structures.batch import BATCH_AXES, DROPS, Batch, Targets
 from glip_jax.training import optimizer as optim
@@ -42,7 +42,7 @@ from glip_jax.training.losses import (
     image_weights,
     loss_sums,
     total_loss,
-)
+)  # fmt: skip
 from glip_jax.training.state import State
 
 __all__ = ["Objective", "StepFunction", "first_gradients", "glip_objective", "make_step"]

@@ -113,7 +113,7 @@ def test_a_bad_config_file_gets_one_line(tmp_path, content, message):
 def test_no_config_and_settings_that_do_not_fit(config):
     with pytest.raises(CommandLineError, match=r"expected --config=configs/NAME.py"):
         parse([], job="train")
-    with pytest.raises(ConfigError, match=r"weight is 0.0: remove the source"):
+    with pytest.raises(ConfigError, match=r"weight is 0.0: expected more than 0, .*remove a source"):
         parse([config, "--config.data.sources.goldg.weight=0"])
 
 
