@@ -152,7 +152,7 @@ def write_huggingface(folder: Path, params: Mapping[str, Any], config: Config) -
     """
     folder.mkdir(parents=True)
     _write_tokenizer(folder, config)
-    for file in ("glip_network.py", "modeling_glip.py", "processing_glip.py"):
+    for file in ("glip_network.py", "modeling_glip.py", "processing_glip.py", "pipeline_glip.py"):
         shutil.copyfile(PORTABLE / file, folder / file)
     state = {f"{NETWORK_PREFIX}{name}": value for name, value in full_state(params, config.model).items()}
     safetensors.numpy.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -162,11 +162,12 @@ def write_huggingface(folder: Path, params: Mapping[str, Any], config: Config) -
     _write_json(folder / "preprocessor_config.json", {
         "image_processor_type": "GlipImageProcessor", "processor_class": "GlipProcessor",
         "auto_map": {"AutoImageProcessor": "processing_glip.GlipImageProcessor", "AutoProcessor": processing},
-        **_input_settings(config),
+        **_input_settings(config), "detection": detection,
     })  # fmt: skip
     _write_json(folder / "processor_config.json", {
         "processor_class": "GlipProcessor", "auto_map": {"AutoProcessor": processing},
         "separator": config.data.captions.separator, "max_tokens": config.model.text.max_tokens, "detection": detection,
+        "names_per_prompt": config.evaluation.chunk,
     })  # fmt: skip
     (folder / "README.md").write_text(_CARD.format(name=config.name))
     # Last: a folder without it is incomplete.
@@ -174,6 +175,8 @@ def write_huggingface(folder: Path, params: Mapping[str, Any], config: Config) -
         "architectures": ["GlipForZeroShotObjectDetection"], "model_type": "glip", "dtype": "float32",
         "auto_map": {"AutoConfig": "modeling_glip.GlipConfig",
                      "AutoModelForZeroShotObjectDetection": "modeling_glip.GlipForZeroShotObjectDetection"},
+        "custom_pipelines": {"zero-shot-object-detection": {
+            "impl": "pipeline_glip.GlipPipeline", "pt": ["AutoModelForZeroShotObjectDetection"], "type": "multimodal"}},
         "network": network_settings(config.model), "extent": config.model.input.extent,
         "extent_multiple": config.model.input.extent_multiple, "glip_jax": dict(flatten(config)),
     })  # fmt: skip
@@ -258,6 +261,13 @@ pipeline_tag: zero-shot-object-detection
 
 A GLIP detector (grounded language-image pre-training, arXiv 2112.03857), exported by glip_jax. It detects objects that a text describes:
 
+    from transformers import pipeline
+
+    pipe = pipeline("zero-shot-object-detection", model=".", trust_remote_code=True)  # this folder
+    pipe("photo.jpg", candidate_labels=["dog", "red cup"])
+
+The same with the Auto classes, for several images in one batch:
+
     import torch
     from PIL import Image
     from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
@@ -272,6 +282,16 @@ A GLIP detector (grounded language-image pre-training, arXiv 2112.03857), export
     sizes = [image.size[::-1]]
     found = processor.post_process_grounded_object_detection(outputs, threshold=0.3, target_sizes=sizes)
     print(found[0]["boxes"], found[0]["scores"], found[0]["text_labels"])
+
+A list of strings is a list of names, each asked as it is typed ("St. Bernard" is one name), for all images; a list of such lists
+has one for each image. A string is a caption with a full stop after each phrase ("a dog. a red cup."); where full stops stand
+alone, only those count ("a St. Bernard . a red cup"). Names are asked together, in one prompt; `processor.split_names(names)` says
+which names go into which call where there are too many for one, and the pipeline does so itself. Text in parentheses is not part of
+a name, as in training. Names that the vocabulary does not know, or that are the same to the model, are refused. A sentence whose
+noun phrases are to be found is for the job `predict` of glip_jax.
+
+The pipeline returns scores above its `threshold` (default 0.1) and boxes in whole pixels. It finds its code here by the name of
+this folder: given a model object instead, transformers asks each label in a text of its own, and the scores differ.
 
 `glip_network.py` is the whole network in torch's own operators, with the names of microsoft/GLIP's checkpoints. An
 image's scores do not depend on the images that it is batched with. `config.json` holds the settings it was trained with.

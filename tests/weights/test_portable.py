@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 
 from glip_jax.config import BackboneConfig, Config, HeadConfig, InputConfig
+from glip_jax.inference import chunk
 from glip_jax.models.glip import GLIP, normalize
 from glip_jax.models.postprocess import detect
 from glip_jax.structures import boxes as box
 from glip_jax.structures import prompts
 from glip_jax.structures.batch import Predictions
 from glip_jax.structures.canvas import resize, target_size
-from glip_jax.weights.export import full_state, network_settings
+from glip_jax.weights.export import full_state, network_settings, write_huggingface
 from glip_jax.weights.names import export_state, parameter_shapes
 from glip_jax.weights.portable.glip_network import GlipNetwork, deformable_convolution
 from glip_jax.weights.portable.modeling_glip import GlipConfig, GlipForZeroShotObjectDetection
@@ -198,7 +199,7 @@ class TestProcessor:
         pixels = GlipImageProcessor(200, 300, 32, order, (10.0, 20.0, 30.0), (50.0, 51.0, 52.0))
         made = GlipProcessor.__new__(GlipProcessor)
         made.image_processor, made.tokenizer = pixels, tokenizer
-        made.separator, made.max_tokens, made.detection = ". ", 64, {"max_detections": 5}
+        made.separator, made.max_tokens, made.detection, made.names_per_prompt = ". ", 64, {"max_detections": 5}, 0
         return made
 
     @pytest.mark.parametrize("order", ["bgr", "rgb"])
@@ -242,6 +243,49 @@ class TestProcessor:
         with pytest.raises(ValueError, match=r"tokens, the network was trained with 64"):
             processor(text=["cat dog person"] * 40)
 
+    @pytest.mark.parametrize(
+        ("text", "asked"),
+        [
+            (["St. B", "dog"], [["st. b", "dog"]] * 2),
+            (["u. s.", "dog"], [["u. s.", "dog"]] * 2),
+            (["cat.", "dog."], [["cat.", "dog."]] * 2),
+            ([["St. B"], ["cat, dog", "cup"]], [["st. b"], ["cat, dog", "cup"]]),
+            (["cat. a dog.", "cup."], [["cat", "a dog"], ["cup"]]),
+            (["a cat. a dog."], [["a cat", "a dog"]] * 2),
+            ([["cat"], "a cup. a dog."], [["cat"], ["a cup", "a dog"]]),
+            ("St. B . dog", [["st. b", "dog"]] * 2),
+            ("a cup. a.dog", [["a cup", "a. dog"]] * 2),
+            ("a dog", [["a dog"]] * 2),
+        ],
+    )
+    def test_a_text_is_asked_as_it_is_typed(self, text, asked):
+        processor = self.processor()
+        found = processor(images=[Image.new("RGB", (64, 64))] * 2, text=text)
+        words = [
+            [processor.tokenizer.decode(ids[row]).replace(" .", ".").replace(" ,", ",") for row in rows if row.any()]
+            for ids, rows in zip(found["input_ids"], found["phrase_map"])
+        ]
+        assert words == asked
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            (["cat", "CAT"], "'CAT' is the same to the model as 'cat'"),
+            (["斑马"], "'斑马' has no word or character"),
+            ([["cat", 3]], "names that are no text: .3."),
+        ],
+    )
+    def test_a_text_that_cannot_be_asked_is_refused(self, text, message):
+        with pytest.raises((ValueError, TypeError), match=message):
+            self.processor()(text=text)
+
+    @pytest.mark.parametrize("limit", [0, 3])
+    def test_long_lists_are_split_as_predict_does(self, limit):
+        processor, tokenizer = self.processor(), prompts.load_tokenizer(tiny_run.VOCABULARY)
+        processor.max_tokens, processor.names_per_prompt = 16, limit
+        names = ["cat", "dog", "red_car", "St. B", "traffic light", "bottle (of milk)", "cup", "tree", "potted plant"]
+        assert processor.split_names(names) == chunk(names, tokenizer, 16, limit=limit)
+
     def test_detections_are_ours(self):
         model, canvas = tiny_run.model(), (64, 96)
         rng = np.random.default_rng(5)
@@ -269,13 +313,64 @@ class TestProcessor:
         np.testing.assert_allclose(boxes.numpy(), np.asarray(wanted.boxes[0])[real], atol=1e-3)
 
 
+@pytest.mark.slow
+def test_the_pipeline_gives_the_boxes_of_the_auto_classes(tmp_path, monkeypatch):
+    """Several images of several sizes, labels in one prompt or several, strings, and after it was saved again."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import transformers
+
+    config = tiny_run.replace(tiny_run.config(), "evaluation", short_side=64, long_side=96)
+    config = tiny_run.replace(config, "detection", threshold=0.0, max_detections=9)
+    write_huggingface(tmp_path / "model", tiny_run.parameters(config.model), config)
+    processor: Any = transformers.AutoProcessor.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    model: Any = transformers.AutoModelForZeroShotObjectDetection.from_pretrained(
+        tmp_path / "model", trust_remote_code=True
+    )
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (60 + 20 * i, 90, 3), np.uint8)) for i in range(2)]
+
+    def detected(image, names):
+        with torch.inference_mode():
+            outputs = model(**processor(images=image, text=names))
+        (found,) = processor.post_process_grounded_object_detection(
+            outputs, threshold=0.1, target_sizes=[image.size[::-1]], text_labels=[names]
+        )
+        boxes = [dict(zip(("xmin", "ymin", "xmax", "ymax"), map(int, box))) for box in found["boxes"].tolist()]
+        fields = zip(found["scores"].tolist(), found["text_labels"], boxes)
+        return [{"score": pytest.approx(score, abs=1e-5), "label": label, "box": box} for score, label, box in fields]
+
+    def pipeline(folder) -> Any:
+        return transformers.pipeline("zero-shot-object-detection", model=str(folder), trust_remote_code=True)
+
+    pipe, names = pipeline(tmp_path / "model"), ["St. B", "Cat, dog"]
+    wanted = [detected(image, names) for image in images]
+    assert all(len(found) == 9 for found in wanted)
+    assert pipe(images[0], candidate_labels=names) == wanted[0]
+    assert pipe(images, candidate_labels=names, top_k=3) == [found[:3] for found in wanted]
+    asked = [{"image": images[0], "candidate_labels": names}, {"image": images[1], "candidate_labels": "cat, dog"}]
+    assert pipe(asked, batch_size=2) == [wanted[0], detected(images[1], ["cat", "dog"])]
+    many = ["cat", "dog", "person", "red car", "traffic light", "bottle", "cup", "tree"]
+    parts = [detected(images[0], [many[index] for index in part]) for part in processor.split_names(many)]
+    assert len(parts) == 2
+    found = pipe(images[0], candidate_labels=many)
+    assert found == sorted((each for part in parts for each in part), key=lambda each: -each["score"].expected)
+    pipe.save_pretrained(str(tmp_path / "again"))
+    assert pipeline(tmp_path / "again")(images[0], candidate_labels=names) == wanted[0]
+    # Given objects, transformers has no folder to find the pipeline in, and asks each label alone.
+    plain: Any = transformers.pipeline("zero-shot-object-detection", model=model, tokenizer=processor.tokenizer,
+                                  image_processor=processor.image_processor)  # fmt: skip
+    assert plain(images[0], candidate_labels=["cat"]) == detected(images[0], ["cat"])
+
+
 class _Tokenizer:
     """The tiny vocabulary behind the call that processors make."""
 
     def __init__(self):
         self._own = prompts.load_tokenizer(tiny_run.VOCABULARY)
 
-    def __call__(self, captions, return_offsets_mapping):
+    unk_token_id = 5
+
+    def __call__(self, captions, return_offsets_mapping, **_):
         assert return_offsets_mapping
         encoded = [self._own.encode(caption) for caption in captions]
         return {"input_ids": [e.ids for e in encoded], "offset_mapping": [e.offsets for e in encoded]}

@@ -4,13 +4,14 @@
     inputs = processor(images=image, text=["cat", "remote control"], return_tensors="pt")
     found = processor.post_process_grounded_object_detection(model(**inputs), target_sizes=[image.size[::-1]])
 
-A text is a list of names, or a caption with a full stop after each phrase ("a cat. a remote control."). Detections refer to
-phrases by index; text is never rebuilt from tokens.
+A list of strings is a list of names, each asked as it is typed ("St. Bernard" is one name). A string is a caption with a full
+stop after each phrase ("a cat. a remote control."); where full stops stand alone ("St. Bernard . poodle"), only those count. See
+`GlipProcessor.__call__`. Detections refer to phrases by index; text is never rebuilt from tokens.
 """
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +20,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
+
+if TYPE_CHECKING:
+    # transformers copies what a module imports where it saves the module: the pipeline goes with its processor.
+    from .pipeline_glip import GlipPipeline  # noqa: F401
 
 __all__ = ["GlipImageProcessor", "GlipProcessor", "best_detections"]
 
@@ -36,10 +41,15 @@ class GlipImageProcessor(BaseImageProcessor):
         order: str = "bgr",
         mean: Sequence[float] = (103.53, 116.28, 123.675),
         std: Sequence[float] = (57.375, 57.12, 58.395),
+        detection: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """`mean` and `std`: of values from 0 to 255, in the channel order `order`: "bgr" as in microsoft/GLIP, or "rgb"."""
+        """`mean` and `std`: of values from 0 to 255, in the channel order `order`: "bgr" as in microsoft/GLIP, or "rgb".
+
+        `detection`: as for `GlipProcessor`.
+        """
         super().__init__(**kwargs)
+        self.detection = detection or {}
         self.short_side, self.long_side, self.extent_multiple = short_side, long_side, extent_multiple
         self.order, self.mean, self.std = order, list(mean), list(std)
 
@@ -78,6 +88,27 @@ class GlipImageProcessor(BaseImageProcessor):
         pixels = pixels[..., ::-1] if self.order == "bgr" else pixels
         return (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
+    def post_process_object_detection(
+        self, outputs: Any, threshold: float = 0.1, target_sizes: Any = None
+    ) -> list[dict[str, Tensor]]:
+        """Detections of one phrase that is the whole text, best first: scores [D], boxes [D 4], labels [D] (all 0).
+
+        For the pipeline of transformers where it is not given `GlipPipeline`: it asks each label in a text of its own.
+        """
+        share = outputs.logits.new_zeros(len(outputs.logits), 1, outputs.logits.shape[-1])
+        share[:, :, 1:-1] = 1  # without [CLS] and [SEP]
+        rows = zip(outputs.logits, outputs.pred_boxes, outputs.centerness, share, outputs.image_sizes)
+        return [
+            _detections(
+                row,
+                outputs.level_sizes.tolist(),
+                self.detection,
+                threshold,
+                None if target_sizes is None else target_sizes[i],
+            )
+            for i, row in enumerate(rows)
+        ]
+
 
 class GlipProcessor(ProcessorMixin):
     """Image processor and tokenizer in one call, and postprocessing of outputs to detections."""
@@ -94,18 +125,30 @@ class GlipProcessor(ProcessorMixin):
         separator: str = ". ",
         max_tokens: int = 256,
         detection: dict[str, Any] | None = None,
+        names_per_prompt: int = 0,
         **kwargs: Any,
     ) -> None:
-        """`detection`: threshold, candidates_per_level, nms_iou and max_detections of `best_detections`."""
+        """`detection`: threshold, candidates_per_level, nms_iou and max_detections of `best_detections`.
+
+        `names_per_prompt`: the most names of `split_names`; 0: as many as `max_tokens` allow.
+        """
         super().__init__(image_processor, tokenizer, **kwargs)
-        self.separator, self.max_tokens = separator, max_tokens
+        self.separator, self.max_tokens, self.names_per_prompt = separator, max_tokens, names_per_prompt
         self.detection = detection or {}
 
     def __call__(self, images: Any = None, text: Any = None, return_tensors: str = "pt", **_: Any) -> BatchFeature:
         """Processes images and text.
 
-        `text`: names (["cat", "dog"]) or a caption ("a cat. a dog.") for all images, or a list of either, one per
-        image. Raises ValueError for a text that names nothing or has more than `max_tokens` tokens.
+        `text` is one of
+
+        - a list of strings, ["cat", "St. Bernard"]: names for all images, each asked as it is typed;
+        - a list of such lists, one per image (or one for all);
+        - a string, "a cat. a dog.": a caption for all images, a phrase before each full stop;
+        - a list of captions, one per image (or one for all): every one ends with a full stop, or has one with spaces around,
+          and at least one has several phrases. Any other list of strings is one of names.
+
+        Raises ValueError for a text that names nothing, for names that are the same to the model or of which the vocabulary knows
+        nothing, and for a text with more than `max_tokens` tokens (`split_names` gives the parts of a long list).
         """
         data: dict[str, Any] = {}
         if images is not None:
@@ -119,8 +162,10 @@ class GlipProcessor(ProcessorMixin):
         """Caption and spans of phrases for each image."""
         if isinstance(text, str):
             texts: list[Any] = [text]
-        elif all(isinstance(item, str) and "." not in item for item in text):
-            texts = [list(text)]
+        elif all(isinstance(item, str) for item in text):
+            stopped = all(item.rstrip().endswith(".") or _ALONE.search(item) for item in text)
+            captions = stopped and any(len(_phrases(item)) > 1 for item in text)
+            texts = list(text) if captions else [list(text)]
         else:
             texts = list(text)
         if count is not None and len(texts) == 1:
@@ -131,19 +176,60 @@ class GlipProcessor(ProcessorMixin):
 
     def _spans(self, text: str | Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
         if isinstance(text, str):
-            spans = [match.span() for match in re.finditer(r"[^.\s][^.]*(?<!\s)", text)]
+            spans = _phrases(text)
             if not spans:
                 raise ValueError(f"the text {text!r} names nothing: expected phrases with full stops between them")
             return text, spans
-        # As in training: text in parentheses is removed, underscores become spaces.
-        names = [re.sub(r"\(.*\)", "", name).replace("_", " ").replace("  ", " ") for name in text]
-        empty = [given for given, name in zip(text, names) if not name.strip()]
+        names = self._checked(text)
+        begins = np.cumsum([0] + [len(name) + len(self.separator) for name in names]).tolist()
+        return self.separator.join(names), [(begin, begin + len(name)) for begin, name in zip(begins, names)]
+
+    def _checked(self, given: Sequence[str]) -> list[str]:
+        """The names as they stand in a caption. As in training: text in parentheses is removed, underscores become spaces."""
+        if wrong := [name for name in given if not isinstance(name, str)]:
+            raise ValueError(
+                f"names that are no text: {wrong[:3]}; expected a list of strings, or of such lists, one per image"
+            )
+        names = [re.sub(r"\(.*\)", "", name).replace("_", " ").replace("  ", " ") for name in given]
+        empty = [name for name, cleaned in zip(given, names) if not cleaned.strip()]
         if empty or not names:
             raise ValueError(
                 f"names that are empty after cleaning: {empty}; expected at least one name, each with letters"
             )
-        begins = np.cumsum([0] + [len(name) + len(self.separator) for name in names]).tolist()
-        return self.separator.join(names), [(begin, begin + len(name)) for begin, name in zip(begins, names)]
+        first: dict[tuple[int, ...], str] = {}
+        for name, ids in zip(given, self._ids(names)):
+            if set(ids[1:-1]) <= {self.tokenizer.unk_token_id}:
+                raise ValueError(
+                    f"{name!r} has no word or character that the model's vocabulary knows: say it otherwise"
+                )
+            if first.setdefault(tuple(ids), name) is not name:
+                raise ValueError(f"{name!r} is the same to the model as {first[tuple(ids)]!r}: remove one")
+        return names
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """Token ids, [CLS] and [SEP] included; without the advice that transformers gives on long texts."""
+        return self.tokenizer(texts, return_offsets_mapping=True, verbose=False)["input_ids"]
+
+    def split_names(self, names: Sequence[str]) -> list[list[int]]:
+        """Splits a list of names into prompts: lists of consecutive indices, each as long as a prompt holds.
+
+        Raises ValueError as `__call__`, and for a name that exceeds `max_tokens` alone.
+        """
+        cleaned, parts = self._checked(names), list[list[int]]()
+
+        def tokens(part: Sequence[int]) -> int:
+            caption = self.separator.join(cleaned[index] for index in part)
+            return len(self._ids([caption])[0])
+
+        for index, name in enumerate(names):
+            full = not parts or 0 < self.names_per_prompt <= len(parts[-1])
+            if not full and tokens([*parts[-1], index]) <= self.max_tokens:
+                parts[-1].append(index)
+                continue
+            if tokens([index]) > self.max_tokens:
+                raise ValueError(f"{name!r} alone has more than the {self.max_tokens} tokens of a prompt: shorten it")
+            parts.append([index])
+        return parts
 
     def _encoded(self, texts: list[tuple[str, list[tuple[int, int]]]]) -> dict[str, np.ndarray]:
         """Token ids and mask [B T], and the tokens of each phrase [B P T]."""
@@ -151,7 +237,8 @@ class GlipProcessor(ProcessorMixin):
         longest = max(len(ids) for ids in encoded["input_ids"])
         if longest > self.max_tokens:
             raise ValueError(
-                f"the text has {longest} tokens, the network was trained with {self.max_tokens}: split the names over several calls"
+                f"the text has {longest} tokens, the network was trained with {self.max_tokens}: ask in several calls; "
+                "processor.split_names(names) gives the indices of the names of each"
             )
         phrases = max(len(spans) for _, spans in texts)
         ids = np.zeros((len(texts), longest), np.int64)
@@ -187,25 +274,56 @@ class GlipProcessor(ProcessorMixin):
         the texts of the phrases; `text_threshold` is not used, since the tokens of a phrase are known.
         """
         results = []
+        levels = outputs.level_sizes.tolist()
         for row in range(len(outputs.logits)):
-            size, share = outputs.image_sizes[row], outputs.phrase_map[row].to(outputs.logits.dtype)
-            boxes, scores, labels = best_detections(
-                outputs.logits[row], outputs.pred_boxes[row], outputs.centerness[row], share, size,
-                outputs.level_sizes.tolist(), **self.detection,
-            )  # fmt: skip
-            keep = scores > threshold
-            boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
-            if target_sizes is not None:
-                height, width = (float(n) for n in target_sizes[row])
-                boxes = boxes * boxes.new_tensor([width / float(size[1]), height / float(size[0])] * 2)
+            share = outputs.phrase_map[row].to(outputs.logits.dtype)
+            fields = (
+                outputs.logits[row],
+                outputs.pred_boxes[row],
+                outputs.centerness[row],
+                share,
+                outputs.image_sizes[row],
+            )
+            target = None if target_sizes is None else target_sizes[row]
+            found = _detections(fields, levels, self.detection, threshold, target)
             if text_labels is not None:
                 words = list(text_labels[row])
             else:
                 ids = outputs.input_ids[row] if input_ids is None else input_ids[row]
                 words = [self.tokenizer.decode(ids[phrase > 0]) for phrase in share]
-            found = {"scores": scores, "boxes": boxes, "labels": labels}
-            results.append(found | {"text_labels": [words[label] for label in labels.tolist()]})
+            results.append(found | {"text_labels": [words[label] for label in found["labels"].tolist()]})
         return results
+
+
+_ALONE = re.compile(r"(?<!\S)\.(?!\S)")
+"""A full stop with spaces around."""
+
+
+def _phrases(text: str) -> list[tuple[int, int]]:
+    """Spans of what stands between full stops: those that stand alone if one does between words, else those at the end of a word."""
+    for stop in (_ALONE, re.compile(r"\.(?!\S)")):
+        edges = [0, *(edge for match in stop.finditer(text) for edge in match.span()), len(text)]
+        pieces = [(begin, end) for begin, end in zip(edges[::2], edges[1::2]) if text[begin:end].strip()]
+        if len(pieces) > 1:
+            break
+    return [(end - len(text[begin:end].lstrip()), begin + len(text[begin:end].rstrip())) for begin, end in pieces]
+
+
+def _detections(
+    fields: Sequence[Any], levels: Sequence[int], settings: dict[str, Any], threshold: float, target: Any
+) -> dict[str, Tensor]:
+    """Scores, boxes and labels of one image above `threshold`; `fields`: logits, boxes, centerness, phrase map and size.
+
+    Boxes are in pixels of `target` (height, width) if given.
+    """
+    size = fields[-1]
+    boxes, scores, labels = best_detections(*fields, levels, **settings)
+    keep = scores > threshold
+    boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
+    if target is not None:
+        height, width = (float(n) for n in target)
+        boxes = boxes * boxes.new_tensor([width / float(size[1]), height / float(size[0])] * 2)
+    return {"scores": scores, "boxes": boxes, "labels": labels}
 
 
 def best_detections(
