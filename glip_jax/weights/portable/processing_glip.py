@@ -317,7 +317,7 @@ def _detections(
     Boxes are in pixels of `target` (height, width) if given.
     """
     size = fields[-1]
-    boxes, scores, labels = best_detections(*fields, levels, **settings)
+    boxes, scores, labels = best_detections(*fields, level_sizes=levels, **settings)
     keep = scores > threshold
     boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
     if target is not None:
