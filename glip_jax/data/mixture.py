@@ -9,6 +9,7 @@ sides in turn. A record belongs to the aspect nearest to its own. Per aspect and
 per aspect, the sources are mixed by weight.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,23 +20,31 @@ from absl import flags
 from grain.transforms import DatasetSelectionMap
 from jaxtyping import Int32
 
+from glip_jax import UserError
 from glip_jax.config import Config, ConfigError, SourceConfig
 from glip_jax.data.captions import Captioner, rng_of
 from glip_jax.data.examples import Examples
 from glip_jax.data.records import RecordError, decode_image
 from glip_jax.data.shards import ShardError, Shards
 from glip_jax.io.assets import AssetError, resolve
+from glip_jax.io.processes import end_with_parent, stop_signals_blocked
 from glip_jax.structures import prompts
 from glip_jax.structures.batch import Batch
 from glip_jax.structures.canvas import canvas_size, nearest_aspect
 
-__all__ = ["Mixture", "Schedule", "schedule"]
+__all__ = ["DataWorkerError", "Mixture", "Schedule", "schedule"]
 
 _PERIOD = 4096
 """Steps after which the sequence of aspects repeats; the rarest aspect has at least one of them."""
 
 _ELEMENTS = 2**52
 """Length of the endless stream; Grain's arithmetic on lengths is exact below 2**53."""
+
+
+class DataWorkerError(UserError, RuntimeError):
+    """A worker process of the data loader has died."""
+
+    exit_code = 76  # exit_codes.PEER_LOST: launchers start the run again
 
 
 @dataclass(frozen=True)
@@ -228,9 +237,8 @@ class Mixture:
             # Grain's workers read absl flags, which this program does not parse.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
-            loader = loader.mp_prefetch(
-                grain.MultiprocessingOptions(data.workers, per_worker_buffer_size=max(1, ahead))
-            )
+            options = grain.MultiprocessingOptions(data.workers, per_worker_buffer_size=max(1, ahead))
+            loader = loader.mp_prefetch(options, worker_init_fn=_start_worker)
         return _drain(loader)
 
     def _mix(self, aspect: int) -> grain.MapDataset:
@@ -326,10 +334,25 @@ def _tokenizer(config: Config) -> prompts.Tokenizer:
     return tokenizer
 
 
+def _start_worker(_index: int, _count: int) -> None:
+    end_with_parent()
+
+
 def _drain(loader: grain.IterDataset) -> Iterator[Batch]:
-    """The batches of a loader; closes its threads and processes at the end."""
+    """The batches of a loader; closes its threads and processes at the end. Raises DataWorkerError."""
     iterator = iter(loader)
     try:
+        with stop_signals_blocked():  # the first batch starts the workers
+            first = next(iterator)
+        yield first
         yield from iterator
+    except RuntimeError as error:
+        if "Worker process was terminated" not in str(error):
+            raise
+        code = re.search(r"exit code (-?\d+)", str(error))
+        raise DataWorkerError(
+            f"a worker process of the data loader ended with code {code[1] if code else '?'} (-9: killed, mostly for want of memory); "
+            "checkpoints are intact, the same command goes on: give fewer data.workers or a smaller data.prefetch if it happens again"
+        ) from error
     finally:
         iterator.close()

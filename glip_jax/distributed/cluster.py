@@ -224,6 +224,8 @@ class _Coordinator:
                 if "stop" in message and not self._signal:
                     self._signal = message["stop"]
                     self._send_all(stop=self._signal)
+                if "evaluated" in message:
+                    self._send_all(evaluated=message["evaluated"], left_for=message["left_for"])
                 if "at" in message:
                     self._at[index] = message["at"]
                     if len(self._at) == self._count:
@@ -299,6 +301,9 @@ class Cluster:
         self._change = threading.Condition()
         self._step, self._signal, self._stop_at = -1, 0, None
         self._signal_sent = self._left = False
+        self._evaluations, self._evaluated, self._left_for = 0, 0, 0
+        self.on_stop: Callable[[int], None] = lambda _: None
+        """Takes the number of the first signal that any process received, in another thread."""
         threading.Thread(target=self._listen, daemon=True).start()
 
     def agreed(self, received: int, step: int) -> int:
@@ -315,12 +320,33 @@ class Cluster:
             self._step = step
             return self._signal if self._stop_at is not None and step >= self._stop_at else 0
 
+    def evaluated(self, received: Callable[[], int]) -> int:
+        """Waits until process 0, which evaluates, calls it too. Returns the signal for which it left the evaluation, or 0.
+
+        `received`: the signal that this process got, 0 for none; it interrupts process 0 (`on_stop`). If one is returned all
+        processes have agreed to stop where they are.
+        """
+        with self._change:
+            self._evaluations += 1
+            if self.index == 0:
+                self._connection.send(evaluated=self._evaluations, left_for=received())
+            while self._evaluated < self._evaluations or (self._left_for and self._stop_at is None):
+                self._change.wait(0.2)  # the main thread handles signals between two waits
+                number = received() or self._left_for
+                if number and not self._signal_sent:
+                    self._signal_sent = True
+                    self._connection.send(stop=number)
+            return self._left_for
+
     def _listen(self) -> None:
         while (message := self._connection.receive()) is not None and "closed" not in message:
             with self._change:
                 if "stop" in message:
                     self._signal = message["stop"]
                     self._connection.send(at=self._step)
+                    self.on_stop(self._signal)
+                if "evaluated" in message:
+                    self._evaluated, self._left_for = message["evaluated"], message["left_for"]
                 if "stop_at" in message:
                     self._stop_at = message["stop_at"]
                 if "gone" in message and not self._left:

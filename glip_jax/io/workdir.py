@@ -9,6 +9,7 @@ Paths may be local or gs://.
 
 import errno
 import json
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,8 @@ from glip_jax.io import fsspec_gcs
 from glip_jax.io.errors import full_disk
 from glip_jax.io.gcs import StorageError
 from glip_jax.io.paths import checked
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "CheckpointError",
@@ -91,12 +94,29 @@ def check_config(workdir: str, step: int, saved: Mapping[str, Any], config: Conf
             "another, or --resume-with-changes to continue from that step as a new, recorded phase"
             + (" (not where that changes the shape of a parameter)" if network else "")
         )
-    path = workdir_path(workdir) / "phases.json"
-    phases = json.loads(path.read_text()) if path.exists() else []
-    phase = {"step": step, "differences": lines}
-    if phase not in phases and _first_process():
-        path.write_text(json.dumps([*phases, phase], indent=1))
+    if _first_process():  # the others read nothing: they would read what this one is writing
+        phases, phase = _phases(workdir), {"step": step, "differences": lines}
+        if phase not in phases:
+            write_atomic(workdir_path(workdir) / "phases.json", json.dumps([*phases, phase], indent=1))
     return lines
+
+
+def _phases(workdir: str) -> list[dict[str, Any]]:
+    """The accepted changes so far. A damaged phases.json is set aside as phases.json.damaged, which a warning says."""
+    path = workdir_path(workdir) / "phases.json"
+    if not path.exists():
+        return []
+    try:
+        phases = json.loads(path.read_bytes())
+        if isinstance(phases, list):
+            return phases
+        reason = f"a {type(phases).__name__}, not a list"
+    except ValueError as error:
+        reason = str(error)
+    aside = path.parent / "phases.json.damaged"
+    path.rename(aside)
+    logger.warning("%s is damaged (%s): set aside as %s, changes are recorded anew", path, reason, aside)
+    return []
 
 
 def check_network(workdir: str, saved: dict[str, Any], config: Config) -> None:
@@ -118,22 +138,26 @@ def write_config(workdir: str, config: Config) -> None:
     if _first_process():
         folder = workdir_path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(flat_settings(config), indent=1, sort_keys=True))
+        write_atomic(folder / "config.json", json.dumps(flat_settings(config), indent=1, sort_keys=True))
 
 
 def write_started_from(workdir: str, record: Mapping[str, Any]) -> None:
     """Writes the record of what step 0 was read from to `workdir`/started_from.json; an empty record removes the file."""
     path = workdir_path(workdir) / "started_from.json"
     if record:
-        path.write_text(json.dumps(record, indent=1))
+        write_atomic(path, json.dumps(record, indent=1))
     else:
         path.unlink(missing_ok=True)
 
 
 def started_from(workdir: str) -> dict[str, Any] | None:
-    """The record of what step 0 was read from; None if there is none, as for random values."""
+    """The record of what step 0 was read from; None if there is none, as for random values, or if it is damaged (a warning)."""
     path = workdir_path(workdir) / "started_from.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        return json.loads(path.read_bytes()) if path.exists() else None
+    except ValueError as error:
+        logger.warning("%s is damaged (%s): left out", path, error)
+        return None
 
 
 def flat_settings(config: Config) -> dict[str, Any]:
@@ -148,7 +172,10 @@ def join_lines(lines: list[str], most: int = 8) -> str:
 
 
 def write_atomic(path: epath.Path, text: str) -> None:
-    """Writes a file under another name and renames it, so that no reader sees half of it."""
+    """Writes a file under another name and renames it, so that no reader sees half of it; a bucket shows whole files only."""
+    if "://" in str(path):
+        path.write_text(text)
+        return
     aside = path.parent / f"{path.name}.unfinished"
     try:
         aside.write_text(text)

@@ -34,6 +34,7 @@ from glip_jax.config import Config, flatten
 from glip_jax.distributed.chips import Topology
 from glip_jax.distributed.mesh import MeshError, batch_sharding, check_fits, make_mesh
 from glip_jax.distributed.runtime import libtpu_arguments
+from glip_jax.io.processes import end_with_parent
 from glip_jax.planning import cost
 from glip_jax.planning.hlo import collectives
 from glip_jax.planning.statistics import CollectiveTraffic, CompileMode, CompileStatistics, TopOperation
@@ -261,6 +262,7 @@ def _run_child(
     keep: str,
     scratch: str,
 ) -> None:
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     # File descriptors, so that output of C++ libraries is redirected too.
     with (Path(scratch) / "log").open("wb") as file:

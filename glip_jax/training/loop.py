@@ -10,7 +10,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +33,7 @@ from glip_jax.io.workdir import check_config, prepare, workdir_path, write_confi
 from glip_jax.structures.batch import Batch
 from glip_jax.training.monitoring.metrics import Progress, Window, read
 from glip_jax.training.monitoring.profiler import Profiler
+from glip_jax.training.monitoring.signals import EvaluationLeft, StopSignals
 from glip_jax.training.monitoring.source_counts import SourceCounts
 from glip_jax.training.monitoring.throughput import Throughput
 from glip_jax.training.monitoring.watchdog import Watchdog
@@ -118,17 +118,20 @@ def train(
         note = note_on_averages(config.train.steps, config.optimizer) if config.evaluation.parameters == "ema" else ""
         if note and first:
             logger.warning(note)
-        run = _Run(config, epath.Path(workdir), mesh, checkpoints, writer, progress, evaluate, cluster)
+        signals = StopSignals()
+        run = _Run(config, epath.Path(workdir), mesh, checkpoints, writer, progress, evaluate, cluster, signals)
         for line in read(workdir) if config.checkpoint.best else ():
             run.score(line["step"], line)
         if cluster is not None:
             # Entered last, it is the first context that an error leaves: the other processes hear of it before anything waits for
             # them. (`cli.train.run` has entered it too, for errors before this line.)
             stack.enter_context(cluster)
+            cluster.on_stop = signals.forward
         if mixture is not None:
             state = _train_steps(run, state, start, mixture, draw)
-        elif evaluate is not None:
-            run.evaluation(start, state)
+        elif run.lacks_evaluation(start):
+            with signals:
+                run.evaluation(start, state)
         checkpoints.wait()
         digest = fingerprint(state.params)
         if first:
@@ -200,6 +203,7 @@ class _Run:
     progress: Progress
     evaluate: Evaluate | None
     cluster: Cluster | None
+    signals: StopSignals
 
     def draw_first_batch(self, batch: Batch, draw: Callable[[Batch], bytes] | None) -> None:
         """Writes WORKDIR/first_batch.png, if it is asked for."""
@@ -224,15 +228,44 @@ class _Run:
         raise SystemExit(code)
 
     def evaluation(self, step: int, state: State) -> None:
-        """Evaluates and records the metrics of `step`. Of several processes the first evaluates, the others wait for it."""
+        """Evaluates and records the metrics of `step`. Of several processes the first evaluates, the others wait for it.
+
+        A signal ends the evaluation and the run at once: `step` is saved, and evaluated after the resume.
+        """
         parameters, several = evaluation_parameters(state, self.config), jax.process_count() > 1
         if several:
             parameters = multihost_utils.process_allgather(parameters, tiled=True)
-        score = self._evaluate(parameters, step) if self.writer is not None else np.nan
+        score, left = np.nan, 0
+        if self.writer is not None:
+            try:
+                with self.signals.leaving():
+                    score = self._evaluate(parameters, step)
+            except EvaluationLeft:
+                left = self.signals.number
+        if self.cluster is not None:
+            # They wait here, not in the next step, which would seem to hang.
+            left = self.cluster.evaluated(lambda: left if self.writer is not None else self.signals.number)
+        if left:
+            self.stop(step, left)
         if several:
-            # All processes keep the same checkpoints then. And they wait here, not in the next step, which would seem to hang.
+            # All processes keep the same checkpoints then.
             score = float(multihost_utils.broadcast_one_to_all(np.float32(score)))
         self.score(step, {self.config.checkpoint.best_by: score})
+
+    def evaluates(self, step: int) -> bool:
+        """Whether `step` is followed by an evaluation."""
+        every = self.config.train.evaluate_every
+        return self.evaluate is not None and (step == self.config.train.steps or (every > 0 and step % every == 0))
+
+    def lacks_evaluation(self, step: int) -> bool:
+        """Whether the run ended within the evaluation that followed `step`; the same in all processes."""
+        names = {
+            name for line in read(str(self.folder)) if line["step"] == step and "loss" not in line for name in line
+        }
+        sets = self.config.evaluation.sets
+        done = len(names) > 1 and all(any(name.startswith(f"evaluation/{each}/") for name in names) for each in sets)
+        missing = step > 0 and self.evaluates(step) and not done
+        return bool(multihost_utils.broadcast_one_to_all(np.int32(missing))) if jax.process_count() > 1 else missing
 
     def _evaluate(self, parameters: dict[str, Any], step: int) -> float:
         """Evaluates, logs and records; returns the metric `checkpoint.best_by`, NaN where that is empty."""
@@ -280,14 +313,6 @@ class _Hook(NamedTuple):
     action: Callable[[_Dispatched], None]
 
 
-def _every(n: int, action: Callable[[_Dispatched], None], on_signal: bool = False) -> _Hook:
-    """`action` after every `n`-th step (0 or less: after none), after the last one, and `on_signal` before the run stops."""
-    return _Hook(
-        lambda now: now.last or (n > 0 and now.step % n == 0) or (on_signal and now.signal != 0),
-        action,
-    )
-
-
 def _train_steps(run: _Run, state: State, start: int, mixture: Mixture, draw: Callable[[Batch], bytes] | None) -> State:
     """Runs the steps after `start`; see `train`."""
     config, settings, mesh = run.config, run.config.train, run.mesh
@@ -321,17 +346,24 @@ def _train_steps(run: _Run, state: State, start: int, mixture: Mixture, draw: Ca
         with throughput.exclude("profile"):
             profiler.stop(now.step)
 
-    # In this order: what was saved can be evaluated again after a kill, and a run that a signal stops evaluates nothing.
+    def saves(now: _Dispatched) -> bool:
+        every = config.checkpoint.every
+        return now.last or now.signal != 0 or (every > 0 and now.step % every == 0) or run.evaluates(now.step)
+
+    # In this order: what is evaluated was saved, also where a signal or a kill ends the evaluation, which is then made after the
+    # resume; and a run that a signal stops evaluates nothing.
     hooks = [
-        _every(config.checkpoint.every, save, on_signal=True),
-        _Hook(lambda now: now.signal != 0 and not now.last, lambda now: run.stop(now.step, now.signal)),
-        *([_every(settings.evaluate_every, evaluation)] if run.evaluate is not None else []),
+        _Hook(saves, save),
+        _Hook(lambda now: now.signal != 0 and (not now.last or run.evaluates(now.step)), lambda now: run.stop(now.step, now.signal)),
+        _Hook(lambda now: run.evaluates(now.step), evaluation),
         _Hook(lambda now: profiler.ends(now.step, now.last), end_profile),
     ]
 
-    with _signals() as received, contextlib.ExitStack() as stack:
+    with run.signals, contextlib.ExitStack() as stack:
         stack.callback(getattr(batches, "close", lambda: None))  # Grain's threads end before the process does
         stack.enter_context(watchdog)
+        if run.lacks_evaluation(start):
+            evaluation(_Dispatched(start, state, False, 0))
         for step in range(start + 1, settings.steps + 1):
             profiler.start_if_due(step, watchdog.take_request())
             begin = time.perf_counter()
@@ -343,7 +375,7 @@ def _train_steps(run: _Run, state: State, start: int, mixture: Mixture, draw: Ca
             # Reads the metrics of the step before, while the devices work on this one.
             pending.push(step, metrics, wait)
             run.checkpoints.check()
-            now = _Dispatched(step, state, step == settings.steps, _stop(received, step, run.cluster))
+            now = _Dispatched(step, state, step == settings.steps, _stop(run.signals.number, step, run.cluster))
             for hook in hooks:
                 if hook.due(now):
                     # Before the action: a state that is not finite is never saved.
@@ -426,30 +458,6 @@ class _PendingMetrics:
         )
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects the first SIGTERM or SIGINT; a second one acts as usual."""
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def collect(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        for each, handler in previous.items():
-            signal.signal(each, handler)
-
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, collect)
-    except ValueError:  # not the main thread, which alone can set handlers
-        pass
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _stop(received: list[int], step: int, cluster: Cluster | None) -> int:
+def _stop(received: int, step: int, cluster: Cluster | None) -> int:
     """The signal that stops the run after this step, 0 for none; the same in all processes."""
-    first = received[0] if received else 0
-    return first if cluster is None else cluster.agreed(first, step)
+    return received if cluster is None else cluster.agreed(received, step)

@@ -23,6 +23,7 @@ from glip_jax import UserError
 from glip_jax.data.importers.entry import Report, make_record, unpack
 from glip_jax.data.shards import ShardWriter, Written
 from glip_jax.io.cores import available_cores
+from glip_jax.io.processes import end_with_parent
 
 __all__ = ["BuildError", "Job", "Task", "WorkerError", "read_shard_info", "run"]
 
@@ -163,7 +164,8 @@ def _run_workers(job: Job, tasks: Sequence[Task], processes: int, bar: tqdm) -> 
 
 
 def _worker(job: Job, tasks: Sequence[Task], parent: Connection) -> None:
-    """Runs a worker; if the parent has exited, the worker exits at its next message."""
+    """Runs a worker."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
     with _progress_messages(parent) as progress, (job.folder / "lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_SH)

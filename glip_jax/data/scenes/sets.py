@@ -24,6 +24,7 @@ from glip_jax.config import current_names
 from glip_jax.data.scenes.draw import Scene, SceneError, SceneStyle, draw_scene
 from glip_jax.data.scenes.pictures import Picture
 from glip_jax.io.cores import available_cores
+from glip_jax.io.processes import end_with_parent
 
 __all__ = ["SceneSet", "finished", "make_scenes"]
 
@@ -195,6 +196,7 @@ _work: tuple[Path, SceneSet] | None = None
 def _start(images: Path, scenes: SceneSet) -> None:
     global _work
     _work = images, scenes
+    end_with_parent()
     # The parent handles Ctrl-C and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

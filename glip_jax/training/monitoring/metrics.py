@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from glip_jax.config import current_names
-from glip_jax.io.workdir import workdir_path
+from glip_jax.io.workdir import workdir_path, write_atomic
 
 __all__ = ["Progress", "Window", "cut_back", "read"]
 
@@ -73,28 +73,60 @@ class Window:
 
 
 def read(workdir: str) -> list[dict[str, Any]]:
-    """The complete lines of a run's metrics.jsonl under today's names; a last line that a kill cut off is left out."""
-    path = workdir_path(workdir) / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [current_names(json.loads(line)) for line in lines if line.endswith("\n")]
+    """The complete lines of a run's metrics.jsonl under today's names; a last line that a kill cut off is left out.
+
+    So are damaged lines, as a loss of power leaves them: a warning names them.
+    """
+    lines, damaged = _read(workdir)
+    if damaged:
+        logger.warning("%s: %s: left out", workdir_path(workdir) / "metrics.jsonl", _named(damaged))
+    return lines
 
 
 def cut_back(workdir: str, step: int, also: Sequence[str] = ()) -> list[str]:
     """Removes the lines after `step` from metrics.jsonl, adds the lines of `also` that it lacks, and returns all lines.
 
-    A local file is written under another name and renamed; an object in a bucket is replaced as a whole.
+    A local file is written under another name and renamed; an object in a bucket is replaced as a whole. Damaged lines are set
+    aside in metrics.jsonl.damaged; a warning names them.
     """
-    lines = read(workdir)
+    lines, damaged = _read(workdir)
+    path = workdir_path(workdir) / "metrics.jsonl"
+    if damaged:
+        aside = path.parent / "metrics.jsonl.damaged"
+        before = aside.read_bytes() if aside.exists() else b""
+        aside.write_bytes(before + b"".join(line + b"\n" for line in damaged.values()))
+        logger.warning("%s: %s: set aside in %s", path, _named(damaged), aside)
     lines += [line for text in also if (line := current_names(json.loads(text))) not in lines]
     lines.sort(key=lambda line: line["step"])
     kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
-    path = workdir_path(workdir) / "metrics.jsonl"
     if path.exists() or kept:
-        temporary = path if "://" in str(path) else path.parent / "metrics.jsonl.tmp"
-        temporary.write_text("".join(kept))
-        if temporary != path:
-            temporary.replace(path)
+        write_atomic(path, "".join(kept))
     return kept
+
+
+def _read(workdir: str) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
+    """The lines that are whole, and by their number those that are not."""
+    path = workdir_path(workdir) / "metrics.jsonl"
+    texts = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    lines: list[dict[str, Any]] = []
+    damaged: dict[int, bytes] = {}
+    for number, text in enumerate(texts, start=1):
+        try:
+            # Blocks that never reached the disk are zeros; what was appended after them is whole.
+            line = current_names(json.loads(text.lstrip(b"\0").decode()))
+            if type(line["step"]) is not int:
+                raise ValueError
+            lines.append(line)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            damaged[number] = text
+    return lines, damaged
+
+
+def _named(damaged: Mapping[int, bytes]) -> str:
+    number, text = next(iter(damaged.items()))
+    start = text[:40].decode(errors="replace").replace("\0", "\\0")
+    more = f", and {len(damaged) - 1} more lines" if len(damaged) > 1 else ""
+    return f"line {number} is damaged ({start!r}){more}"
 
 
 class Progress:

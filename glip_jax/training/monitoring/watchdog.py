@@ -12,6 +12,7 @@ interpreter's lock.
 import contextlib
 import faulthandler
 import logging
+import os
 import statistics
 import tempfile
 import threading
@@ -97,10 +98,10 @@ class Watchdog:
         self._end.set()
         self._thread.join()
         if self._file is not None:
+            empty = not os.fstat(self._file.fileno()).st_size
             self._file.close()
-            path = Path(self._file.name)
-            if self._remote or not path.stat().st_size:
-                path.unlink()
+            if self._remote or empty:
+                Path(self._file.name).unlink(missing_ok=True)  # someone may have tidied up
 
     def heartbeat(self, step: int) -> None:
         """Step `step` is complete, the next one begins."""
@@ -146,7 +147,7 @@ class Watchdog:
         if self._file is None:
             folder = Path(tempfile.mkdtemp()) if self._remote else Path(self._folder)
             # Appended to: stacks of an earlier run in this folder may tell why it was restarted.
-            self._file = (folder / self._name).open("a")
+            self._file = (folder / self._name).open("a+")
         faulthandler.dump_traceback_later(limit, file=self._file)
 
     def _watch(self) -> None:
@@ -175,8 +176,14 @@ class Watchdog:
         stacks = self._folder / self._name
         self._file.write(f"(above: step {self._step + 1}, {time.strftime('%Y-%m-%d %H:%M:%S')})\n\n")
         self._file.flush()
-        if self._remote and self._write_file is not None:
-            self._write_file(self._name, Path(self._file.name).read_bytes())
+        self._file.seek(0)
+        text = self._file.read()
+        if not self._remote:
+            with contextlib.suppress(OSError):  # the folder may be gone as well
+                if not (os.path.exists(stacks) and os.path.samestat(os.fstat(self._file.fileno()), os.stat(stacks))):
+                    Path(stacks).write_text(text)  # someone removed the file, which is still open here
+        elif self._write_file is not None:
+            self._write_file(self._name, text.encode())
         # Last: the thread that hangs may hold the lock of the log.
         logger.warning(f"{what}: {cause}; the stacks of all threads are in {stacks}")
 

@@ -15,6 +15,7 @@ import importlib
 import json
 import logging
 import math
+import shutil
 import tempfile
 import threading
 import time
@@ -228,11 +229,9 @@ class Writer:
     def _remove_local(self) -> None:
         """Removes the local copy, or names it in a message if the bucket lacks something."""
         if not self._missing and self._error is None:
-            for path in self._local.iterdir():
-                path.unlink()
-            self._local.rmdir()
-            self._local.parent.rmdir()
+            shutil.rmtree(self._local.parent, ignore_errors=True)
             return
+        self._local.parent.mkdir(parents=True, exist_ok=True)  # a cleaner of temporary files may have been there
         (self._local.parent / "metrics.jsonl").write_text("".join(self._lines))
         logger.warning(f"{self._missing or self._error}; all of them are in {self._local.parent}")
 
