@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -35,12 +36,16 @@ JOBS = {
     "export": "write a checkpoint for PyTorch, Hugging Face or ONNX, and verify the result",
     "doctor": "check Python, libraries, devices, caches and disks of this machine",
 }
+_EXIT_SECONDS = 2.0
+"""Time for a process whose job has failed to end by itself."""
+
 _MODULES = {"import": "import_weights", "export": "export_weights"}
 """Modules of jobs that are not named as the job is (`import` is a keyword of Python)."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job that `argv` (default: the arguments of the process) names and returns its exit code."""
+    alone = argv is None
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]
@@ -69,7 +74,24 @@ def main(argv: list[str] | None = None) -> int:
             return exit_codes.BAD_INPUT
         if mismatches:
             logger.warning(environment.warning(mismatches))
-    return _run(job, rest)
+    try:
+        code = _run(job, rest)
+    except Exception:
+        if alone:
+            _end_soon(exit_codes.UNEXPECTED)
+        raise
+    if alone and code != exit_codes.DONE:
+        _end_soon(code)
+    return code
+
+
+def _end_soon(code: int) -> None:
+    """Ends the process soon if it does not end by itself: threads of a library may wait, for minutes, for what failed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    timer = threading.Timer(_EXIT_SECONDS, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
 
 
 def _run(job: str, argv: list[str]) -> int:

@@ -65,6 +65,7 @@ def import_weights(job: Import, settings: Callable[[Config], Config]) -> Config:
     from flax import traverse_util
 
     from glip_jax.io.checkpoint import CheckpointError, Checkpoints, Saved, is_workdir, latest_step
+    from glip_jax.io.claims import owned_workdir
     from glip_jax.io.workdir import prepare, write_config, write_started_from
     from glip_jax.weights.names import WeightError, check_shapes, parameter_shapes
     from glip_jax.weights.readers import read_network
@@ -87,7 +88,7 @@ def import_weights(job: Import, settings: Callable[[Config], Config]) -> Config:
     check_shapes(weights.values, shapes, f"{job.file}, {variant(inferred)},")
     record = _record(weights, job.parameters)
     prepare(job.workdir)
-    with _all_or_nothing(job.workdir):
+    with owned_workdir(job.workdir), _all_or_nothing(job.workdir):
         write_config(job.workdir, config)
         write_started_from(job.workdir, record)
         with Checkpoints(job.workdir, 1) as checkpoints:
@@ -134,6 +135,8 @@ def _log_summary(weights: "Weights", record: dict[str, Any], config: Config, wor
 @contextmanager
 def _all_or_nothing(workdir: str) -> Iterator[None]:
     """Removes what this job made in `workdir` if anything stops it, Ctrl-C included."""
+    from glip_jax.io.claims import LOCK
+
     folder = epath.Path(workdir)
     try:
         yield
@@ -141,6 +144,6 @@ def _all_or_nothing(workdir: str) -> Iterator[None]:
         for name in ("config.json", "started_from.json"):
             (folder / name).unlink(missing_ok=True)
         (folder / "checkpoints").rmtree(missing_ok=True)
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        if all(path.name == LOCK for path in folder.iterdir()):
+            folder.rmtree()
         raise

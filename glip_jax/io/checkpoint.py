@@ -12,15 +12,13 @@ checkpoint without the mesh and the model.
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 
 from glip_jax import UserError
 from glip_jax.config import CheckpointConfig, Config
@@ -43,7 +41,7 @@ from glip_jax.io.checkpoint_steps import (
     unfinished,
 )
 from glip_jax.io.errors import full_disk
-from glip_jax.io.workdir import CheckpointError, flat_settings, join_lines
+from glip_jax.io.workdir import CheckpointError, flat_settings, join_lines, on_first_process
 
 __all__ = [
     "Checkpoint",
@@ -99,7 +97,7 @@ class Checkpoints:
             kept.append(policies.EveryNSteps(policy.keep_every))
         if policy.best:
             kept.append(_Best(policy.best, self._scores))
-        _on_first_process(lambda: clean_up(workdir))
+        on_first_process(lambda: clean_up(workdir))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
@@ -256,20 +254,6 @@ def recovery_hint(workdir: str, full: str) -> str:
     if left is None:
         return f"there is no earlier one: {mend}, then the same command begins again"
     return f"the one of step {left} is complete and untouched: {mend}, then the same command goes on from it"
-
-
-def _on_first_process(act: Callable[[], None]) -> None:
-    """Lets process 0 act while the others wait; if it raises CheckpointError, all of them do."""
-    fault: CheckpointError | None = None
-    if jax.process_index() == 0:
-        try:
-            act()
-        except CheckpointError as error:
-            fault = error
-    if jax.process_count() > 1 and not multihost_utils.broadcast_one_to_all(np.int32(fault is None)):
-        fault = fault or CheckpointError("the checkpoints cannot be used: process 0 says why")
-    if fault is not None:
-        raise fault
 
 
 def _manager(folder: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 
 __all__ = ["end_with_parent", "stop_signals_blocked"]
 
@@ -35,6 +36,7 @@ def stop_signals_blocked() -> Iterator[None]:
     started them has saved. That process still receives it, in another thread or afterwards. Blocked signals are inherited by
     threads and processes, through exec as well.
     """
+    resource_tracker.ensure_running()  # which unblocks them where it starts with the first worker
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     try:
         yield

@@ -11,9 +11,13 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Mapping
+import secrets
+import socket
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from glip_jax import UserError
@@ -29,6 +33,8 @@ __all__ = [
     "CheckpointError",
     "check_config",
     "check_network",
+    "check_shared",
+    "on_first_process",
     "join_lines",
     "workdir_path",
     "flat_settings",
@@ -38,6 +44,10 @@ __all__ = [
     "write_started_from",
     "write_atomic",
 ]
+
+
+_VISIBLE_SECONDS = 15.0
+"""After which a file that another host wrote is seen in a folder that they share, whatever that caches."""
 
 
 class CheckpointError(UserError, ValueError):
@@ -68,6 +78,66 @@ def prepare(workdir: str) -> None:
         raise CheckpointError(
             f"--workdir={workdir} cannot be written ({reason}): expected a folder, or the name of one that can be created"
         ) from None
+
+
+def check_shared(workdir: str) -> None:
+    """Checks that every process sees the working folder that process 0 prepared, and can write there.
+
+    Else raises CheckpointError, everywhere, with the hosts that do not.
+    """
+    import jax  # only now: jobs that read working folders do not need it
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return
+    folder, index = workdir_path(workdir), jax.process_index()
+    name = f".seen-from-{secrets.token_hex(8)}" if index == 0 else ""
+    if index == 0:
+        (folder / name).write_text("")
+    name = (
+        bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(name.encode().ljust(32), np.uint8))).decode().strip()
+    )
+    fault = ""
+    try:
+        deadline = time.monotonic() + _VISIBLE_SECONDS
+        while index and not (folder / name).exists():
+            if time.monotonic() > deadline:
+                raise OSError("")
+            time.sleep(0.2)
+        if index:
+            (folder / f"{name}-{index}").write_text("")
+            (folder / f"{name}-{index}").unlink()
+    except OSError as error:
+        fault = (
+            error.strerror and f"cannot write there ({error.strerror})"
+        ) or "does not see what process 0 wrote there"
+        fault = f"process {index} on {socket.gethostname()} {fault}"
+    rows = np.frombuffer(fault.encode()[:240].ljust(240), np.uint8)
+    found = [bytes(row).decode(errors="replace").strip() for row in multihost_utils.process_allgather(rows)]
+    if index == 0:
+        (folder / name).unlink(missing_ok=True)
+    if faults := [text for text in found if text]:
+        raise CheckpointError(
+            f"--workdir={workdir} is not one folder for all processes: {join_lines(faults, 4)}: give a folder that all hosts share, "
+            "by its absolute path, or gs://"
+        )
+
+
+def on_first_process(act: Callable[[], None]) -> None:
+    """Lets process 0 act while the others wait; if it raises CheckpointError, all of them do."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    fault: CheckpointError | None = None
+    if jax.process_index() == 0:
+        try:
+            act()
+        except CheckpointError as error:
+            fault = error
+    if jax.process_count() > 1 and not multihost_utils.broadcast_one_to_all(np.int32(fault is None)):
+        fault = fault or CheckpointError("the working folder cannot be used: process 0 says why")
+    if fault is not None:
+        raise fault
 
 
 def _first_process() -> bool:

@@ -20,9 +20,7 @@ plan.json is removed first, so while it exists nothing else has been removed.
 
 import contextlib
 import json
-import os
 import shutil
-import socket
 import threading
 import time
 import uuid
@@ -34,12 +32,10 @@ from etils import epath
 
 from glip_jax import UserError
 from glip_jax.io import gcs
-from glip_jax.labeling.work_store import WORK, Claim, open_store
+from glip_jax.io.claims import LEASE, Claim, died, holder
+from glip_jax.labeling.work_store import WORK, open_store
 
 __all__ = ["LEASE", "TaskError", "WorkQueue", "differences", "sweep"]
-
-LEASE = 120.0
-"""Seconds without a heartbeat after which the process of a task is considered dead."""
 
 
 class TaskError(UserError, ValueError):
@@ -61,9 +57,7 @@ class WorkQueue:
         self.names, self.lease = tuple(names), lease
         self._store = open_store(out)
         self._owner = uuid.uuid4().hex[:12]
-        self._claim_text = json.dumps(
-            {"owner": self._owner, "host": socket.gethostname(), "boot": _boot(), "pid": os.getpid()}, sort_keys=True
-        )
+        self._claim_text = holder(self._owner)
         if gcs.kind(out) == "file":
             raise TaskError(f"{self._store.address} is a file: expected a folder to create")
         if self._store.files() and not self._store.work() and not self.finished:
@@ -238,12 +232,7 @@ class WorkQueue:
 
     def _is_abandoned(self, name: str, claim: Claim) -> bool:
         """Whether the process of a claim is dead or its lease has expired; removes the file that a dead process wrote."""
-        try:
-            holder = json.loads(claim.text)
-            gone = (holder["host"], holder["boot"]) == (socket.gethostname(), _boot()) and not _alive(holder["pid"])
-            owner = holder["owner"]
-        except (ValueError, KeyError, TypeError):
-            gone, owner = True, ""  # not a claim, or one that a crash left empty
+        gone, owner = died(claim.text)
         if not gone and claim.age < self.lease:
             return False
         if gone and owner:  # a suspended process may resume and continue
@@ -269,28 +258,6 @@ def sweep(out: epath.PathLike) -> None:
 
 def _claim_name(name: str) -> str:
     return f"{WORK}/{name}.claim"
-
-
-def _boot() -> str:
-    """Identifies the namespace of process ids: the boot of a machine, and a container on it."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').stat().st_ino}"
-    except OSError:
-        return ""
-
-
-def _alive(pid: int) -> bool:
-    """Whether a process of this machine is running; zombies are not."""
-    with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _short(value: Any) -> str:

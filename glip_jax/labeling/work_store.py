@@ -16,16 +16,16 @@ import fcntl
 import hashlib
 import os
 import shutil
-import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, NamedTuple, Protocol, runtime_checkable
+from typing import IO, Protocol, runtime_checkable
 
 from etils import epath
 
 from glip_jax.data.shard_cache import cache_folder
 from glip_jax.io import gcs
+from glip_jax.io.claims import BucketClaims, Claim
 
 __all__ = ["WORK", "Claim", "WorkStore", "open_store"]
 
@@ -34,16 +34,6 @@ WORK = ".partial"
 
 _REMOVALS = 16
 """Objects that are removed concurrently."""
-
-
-class Claim(NamedTuple):
-    """State of a claim."""
-
-    text: str
-    age: float
-    """Seconds since it was written or since the last heartbeat."""
-    version: int
-    """Generation that `take_over` replaces; 0 for a file system."""
 
 
 @runtime_checkable
@@ -219,12 +209,11 @@ class _BucketStore:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._clock: float | None = None
         self._scratch: Path | None = None
         self._lock: IO[bytes] | None = None
 
     def prepare(self, owner: str) -> None:
-        self._owner = owner
+        self._claims = BucketClaims(self.address, f"{WORK}/{owner}.clock")
         folder = cache_folder() / "labelling" / hashlib.sha256(self.address.encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
         # A live process holds the lock on its scratch folder: a folder that can be locked was left by a dead process.
@@ -254,29 +243,16 @@ class _BucketStore:
         return gcs.read(self._address(name)).decode()
 
     def create(self, name: str, text: str) -> bool:
-        return self._set_clock(gcs.put(self._address(name), text.encode(), over=0)) is not None
+        return self._claims.create(name, text)
 
     def read_claim(self, name: str) -> Claim:
-        stamp = gcs.stat(self._address(name))
-        if self._clock is None:
-            probe = f"{WORK}/{self._owner}.clock"
-            self._set_clock(gcs.put(self._address(probe), b""))
-            self.remove(probe)
-        # The storage's time, estimated from its last response: late by that response's delay, so an age is never
-        # overestimated.
-        assert self._clock is not None
-        age = self._clock + time.monotonic() - stamp.updated
-        # A write between the two requests is not missed: `take_over` replaces only the generation that was read here.
-        return Claim(text=self.read(name), age=age, version=stamp.generation)
+        return self._claims.read(name)
 
     def take_over(self, name: str, text: str, claim: Claim) -> bool:
-        return self._set_clock(gcs.put(self._address(name), text.encode(), over=claim.version)) is not None
+        return self._claims.take_over(name, text, claim)
 
     def heartbeat(self, name: str, text: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            stamp = gcs.stat(self._address(name))
-            if self.read(name) == text:
-                self._set_clock(gcs.put(self._address(name), text.encode(), over=stamp.generation))
+        self._claims.heartbeat(name, text)
 
     def local(self, name: str) -> Path:
         assert self._scratch is not None, "prepare() has not been called"
@@ -300,10 +276,7 @@ class _BucketStore:
         gcs.remove(self._address(name))
 
     def release(self, name: str, text: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            stamp = gcs.stat(self._address(name))
-            if self.read(name) == text:
-                gcs.remove(self._address(name), stamp.generation)
+        self._claims.release(name, text)
 
     def clear(self) -> None:
         left = self.work()
@@ -320,9 +293,3 @@ class _BucketStore:
 
     def _address(self, name: str) -> str:
         return f"{self.address}/{name}"
-
-    def _set_clock(self, written: gcs.FileStat | None) -> gcs.FileStat | None:
-        """Sets the clock by the time stamp of an object that the storage has just written."""
-        if written is not None:
-            self._clock = written.updated - time.monotonic()
-        return written

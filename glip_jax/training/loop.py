@@ -7,7 +7,6 @@ import contextlib
 import logging
 import signal
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from glip_jax import UserError
@@ -29,17 +27,27 @@ from glip_jax.distributed.mesh import check_fits, make_mesh, place_batch, shardi
 from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.io.checkpoint import Checkpoints, Saved, complete_steps, fingerprint
 from glip_jax.io.checkpoint_reader import note_on_averages
-from glip_jax.io.workdir import check_config, prepare, workdir_path, write_config, write_started_from
+from glip_jax.io.claims import Owned, owned_workdir
+from glip_jax.io.workdir import (
+    check_config,
+    check_shared,
+    on_first_process,
+    prepare,
+    workdir_path,
+    write_config,
+    write_started_from,
+)
 from glip_jax.structures.batch import Batch
+from glip_jax.training.monitoring.evaluations import Evaluate, Evaluations
 from glip_jax.training.monitoring.metrics import Progress, Window, read
 from glip_jax.training.monitoring.profiler import Profiler
-from glip_jax.training.monitoring.signals import EvaluationLeft, StopSignals
+from glip_jax.training.monitoring.signals import StopSignals
 from glip_jax.training.monitoring.source_counts import SourceCounts
 from glip_jax.training.monitoring.throughput import Throughput
 from glip_jax.training.monitoring.watchdog import Watchdog
 from glip_jax.training.monitoring.writer import Writer, wandb_module, wandb_run
 from glip_jax.training.optimizer import make_optimizer
-from glip_jax.training.state import State, abstract_state, evaluation_parameters, fresh_parameters, initial_state
+from glip_jax.training.state import State, abstract_state, fresh_parameters, initial_state
 from glip_jax.training.step import glip_objective, make_step
 
 __all__ = ["NonFiniteLossError", "InitialParameters", "train"]
@@ -49,9 +57,6 @@ logger = logging.getLogger(__name__)
 InitialParameters = Callable[[dict[str, Any], Config], tuple[dict[str, Any], dict[str, Any]]]
 """(parameters, config) to parameters read from the files of `config.init_from`, and a record of what was read:
 `glip_jax.weights.pretrained.initialize`."""
-
-Evaluate = Callable[[dict[str, Any], int], dict[str, float]]
-"""(parameters, step) to the metrics to record."""
 
 _PER_EXAMPLE = ("bad", "invalid", "source", "record")
 
@@ -100,8 +105,11 @@ def train(
     for note in mixture.notes if mixture is not None and first else ():
         logger.info(f"note: {note}")
     wandb = wandb_module(config.train.wandb) if first else None
-    prepare(workdir)
+    on_first_process(lambda: prepare(workdir))
+    check_shared(workdir)
     with contextlib.ExitStack() as stack:
+        owned: list[Owned] = []
+        on_first_process(lambda: owned.append(stack.enter_context(owned_workdir(workdir))))
         checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint.keep, config.checkpoint))
         if (saved := checkpoints.latest()) is not None:
             config = resumed(checkpoints.run(saved), config)
@@ -119,17 +127,19 @@ def train(
         if note and first:
             logger.warning(note)
         signals = StopSignals()
-        run = _Run(config, epath.Path(workdir), mesh, checkpoints, writer, progress, evaluate, cluster, signals)
+        evaluations = Evaluations(config, workdir, evaluate, writer, progress.log, cluster, signals)
+        run = _Run(
+            config, epath.Path(workdir), mesh, checkpoints, writer, progress, evaluations, cluster, signals, owned
+        )
         for line in read(workdir) if config.checkpoint.best else ():
             run.score(line["step"], line)
         if cluster is not None:
             # Entered last, it is the first context that an error leaves: the other processes hear of it before anything waits for
             # them. (`cli.train.run` has entered it too, for errors before this line.)
             stack.enter_context(cluster)
-            cluster.on_stop = signals.forward
         if mixture is not None:
             state = _train_steps(run, state, start, mixture, draw)
-        elif run.lacks_evaluation(start):
+        elif evaluations.missing(start):
             with signals:
                 run.evaluation(start, state)
         checkpoints.wait()
@@ -201,9 +211,11 @@ class _Run:
     writer: Writer | None
     """None on all processes but the first."""
     progress: Progress
-    evaluate: Evaluate | None
+    evaluations: Evaluations
     cluster: Cluster | None
     signals: StopSignals
+    owned: list[Owned]
+    """The working folder, on the first process."""
 
     def draw_first_batch(self, batch: Batch, draw: Callable[[Batch], bytes] | None) -> None:
         """Writes WORKDIR/first_batch.png, if it is asked for."""
@@ -228,64 +240,11 @@ class _Run:
         raise SystemExit(code)
 
     def evaluation(self, step: int, state: State) -> None:
-        """Evaluates and records the metrics of `step`. Of several processes the first evaluates, the others wait for it.
-
-        A signal ends the evaluation and the run at once: `step` is saved, and evaluated after the resume.
-        """
-        parameters, several = evaluation_parameters(state, self.config), jax.process_count() > 1
-        if several:
-            parameters = multihost_utils.process_allgather(parameters, tiled=True)
-        score, left = np.nan, 0
-        if self.writer is not None:
-            try:
-                with self.signals.leaving():
-                    score = self._evaluate(parameters, step)
-            except EvaluationLeft:
-                left = self.signals.number
-        if self.cluster is not None:
-            # They wait here, not in the next step, which would seem to hang.
-            left = self.cluster.evaluated(lambda: left if self.writer is not None else self.signals.number)
-        if left:
-            self.stop(step, left)
-        if several:
-            # All processes keep the same checkpoints then.
-            score = float(multihost_utils.broadcast_one_to_all(np.float32(score)))
+        """Evaluates `step`, which is saved. A signal ends that and the run at once; the evaluation is made after the resume."""
+        score, signal_number = self.evaluations.make(step, state)
+        if signal_number:
+            self.stop(step, signal_number)
         self.score(step, {self.config.checkpoint.best_by: score})
-
-    def evaluates(self, step: int) -> bool:
-        """Whether `step` is followed by an evaluation."""
-        every = self.config.train.evaluate_every
-        return self.evaluate is not None and (step == self.config.train.steps or (every > 0 and step % every == 0))
-
-    def lacks_evaluation(self, step: int) -> bool:
-        """Whether the run ended within the evaluation that followed `step`; the same in all processes."""
-        names = {
-            name for line in read(str(self.folder)) if line["step"] == step and "loss" not in line for name in line
-        }
-        sets = self.config.evaluation.sets
-        done = len(names) > 1 and all(any(name.startswith(f"evaluation/{each}/") for name in names) for each in sets)
-        missing = step > 0 and self.evaluates(step) and not done
-        return bool(multihost_utils.broadcast_one_to_all(np.int32(missing))) if jax.process_count() > 1 else missing
-
-    def _evaluate(self, parameters: dict[str, Any], step: int) -> float:
-        """Evaluates, logs and records; returns the metric `checkpoint.best_by`, NaN where that is empty."""
-        assert self.evaluate is not None
-        assert self.writer is not None
-        metrics = self.evaluate(parameters, step)
-        by_set: defaultdict[str, list[str]] = defaultdict(list)
-        for name, value in metrics.items():
-            dataset, _, metric = name.removeprefix("evaluation/").partition("/")
-            by_set[dataset].append(f"{metric} {value:.4f}")
-        for dataset, values in by_set.items():
-            self.progress.log(f"step {step}: {dataset}  " + "  ".join(values))
-        if self.config.evaluation.parameters == "ema" and (note := note_on_averages(step, self.config.optimizer)):
-            self.progress.log(note)
-        best_by = self.config.checkpoint.best_by
-        if self.config.checkpoint.best and best_by not in metrics:
-            raise ConfigError(f"checkpoint.best_by is {best_by!r}: the evaluation gave {', '.join(sorted(metrics))}")
-        self.writer.write(step, metrics)
-        self.writer.flush()
-        return metrics.get(best_by, np.nan)
 
     def score(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Gives the checkpoints the score of `step`, where `metrics` hold `checkpoint.best_by`."""
@@ -348,21 +307,24 @@ def _train_steps(run: _Run, state: State, start: int, mixture: Mixture, draw: Ca
 
     def saves(now: _Dispatched) -> bool:
         every = config.checkpoint.every
-        return now.last or now.signal != 0 or (every > 0 and now.step % every == 0) or run.evaluates(now.step)
+        return now.last or now.signal != 0 or (every > 0 and now.step % every == 0) or run.evaluations.due(now.step)
 
     # In this order: what is evaluated was saved, also where a signal or a kill ends the evaluation, which is then made after the
     # resume; and a run that a signal stops evaluates nothing.
     hooks = [
         _Hook(saves, save),
-        _Hook(lambda now: now.signal != 0 and (not now.last or run.evaluates(now.step)), lambda now: run.stop(now.step, now.signal)),
-        _Hook(lambda now: run.evaluates(now.step), evaluation),
+        _Hook(
+            lambda now: now.signal != 0 and (not now.last or run.evaluations.due(now.step)),
+            lambda now: run.stop(now.step, now.signal),
+        ),
+        _Hook(lambda now: run.evaluations.due(now.step), evaluation),
         _Hook(lambda now: profiler.ends(now.step, now.last), end_profile),
     ]
 
     with run.signals, contextlib.ExitStack() as stack:
         stack.callback(getattr(batches, "close", lambda: None))  # Grain's threads end before the process does
         stack.enter_context(watchdog)
-        if run.lacks_evaluation(start):
+        if run.evaluations.missing(start):
             evaluation(_Dispatched(start, state, False, 0))
         for step in range(start + 1, settings.steps + 1):
             profiler.start_if_due(step, watchdog.take_request())
@@ -375,6 +337,8 @@ def _train_steps(run: _Run, state: State, start: int, mixture: Mixture, draw: Ca
             # Reads the metrics of the step before, while the devices work on this one.
             pending.push(step, metrics, wait)
             run.checkpoints.check()
+            for each in run.owned:
+                each.check()
             now = _Dispatched(step, state, step == settings.steps, _stop(run.signals.number, step, run.cluster))
             for hook in hooks:
                 if hook.due(now):

@@ -8,6 +8,8 @@ import resource
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import zlib
 from contextlib import contextmanager
 from importlib import metadata
@@ -441,6 +443,23 @@ def test_every_exit_code_is_explained():
     assert len(set(codes.values())) == len(codes) == 9
     for code in codes.values():
         assert f"\n    {code:<4} " in (exit_codes.__doc__ or "") and f"{code} " in exit_codes.SHORT
+
+
+@pytest.mark.processes
+def test_the_exit_code_comes_although_a_library_waits():
+    """As Orbax does for five minutes where the folders of a checkpoint cannot be made."""
+    script = """
+import sys, threading, time
+from glip_jax import __main__
+
+def failing(job, argv):
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    return 74
+
+__main__._run, sys.argv = failing, ["glip-jax", "doctor"]
+sys.exit(__main__.main())
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == exit_codes.NOT_WRITTEN
 
 
 def test_a_full_disk_is_known_by_number_and_by_words():

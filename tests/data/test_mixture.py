@@ -4,7 +4,10 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from glip_jax.config import (
     TextConfig,
     TrainConfig,
 )
-from glip_jax.data.mixture import Mixture, schedule
+from glip_jax.data.mixture import DataWorkerError, Mixture, schedule
 from glip_jax.data.shards import Shards
 from glip_jax.structures.batch import DROPS, Batch
 
@@ -91,6 +94,27 @@ def test_batches_do_not_depend_on_workers_and_threads(sources: dict[str, SourceC
         mixture = Mixture(config(sources, **settings_))
         assert [digest(b) for b in draw(mixture, STEPS)] == expected, settings_
     assert [digest(b) for b in draw(Mixture(config(sources, workers=2)), 2, 3)] == expected[3:5]
+
+
+@pytest.mark.processes
+def test_workers_outlast_the_signals_of_a_group_and_their_death_is_one_line(sources: dict[str, SourceConfig]) -> None:
+    batches = Mixture(config(sources, workers=1, prefetch=1)).batches()
+    try:
+        next(batches)
+        (worker,) = multiprocessing.active_children()
+        assert worker.pid is not None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(worker.pid, number)
+        for _ in range(4):  # more than is ahead
+            next(batches)
+        assert worker.is_alive()
+        worker.kill()
+        line = r"worker process of the data loader ended with code -9 .*fewer data.workers"
+        with pytest.raises(DataWorkerError, match=line) as fault:
+            list(itertools.islice(batches, 4))
+        assert fault.value.exit_code == 76, "launchers start the run again"
+    finally:
+        batches.close()  # type: ignore[attr-defined]
 
 
 def test_batches_depend_on_the_seed_and_do_not_repeat(sources: dict[str, SourceConfig], expected: list[str]) -> None:

@@ -391,6 +391,30 @@ def test_a_cluster_agrees_on_the_step_after_the_farthest():
     assert clusters[1].agreed(0, 7) == clusters[2].agreed(0, 7) == signal.SIGTERM
 
 
+@pytest.mark.parametrize("came_to", [None, 0, 2])
+def test_a_signal_ends_the_evaluation_of_the_first_and_all_stop_where_they_are(came_to):
+    """The others wait for the evaluation, and pass on the signal that comes to them."""
+    clusters, heard = _clusters(3), threading.Event()
+    clusters[0].on_stop = lambda number: heard.set()
+    for cluster in clusters:
+        assert cluster.agreed(0, 7) == 0
+    found: list[Any] = [None] * 3
+
+    def wait(index):
+        if index == 0 and came_to == 2:
+            assert heard.wait(30), "the first one hears of it while it evaluates"
+        got = index == came_to or (index == 0 and came_to == 2)
+        found[index] = clusters[index].evaluated(lambda: signal.SIGTERM if got else 0)
+
+    threads = [threading.Thread(target=wait, args=(index,)) for index in (1, 2, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert found == [0 if came_to is None else signal.SIGTERM] * 3
+    assert [cluster._together(exit_codes.PREEMPTED) for cluster in clusters] == [came_to is not None] * 3
+
+
 def test_a_cluster_names_the_process_that_differs():
     found = _clusters(3, {1: {"a": "2"}, 2: {"a": "1", "b": "x"}})
     assert all(isinstance(each, ProcessError) for each in found)

@@ -5,15 +5,18 @@ import json
 import os
 import re
 import shutil
+import socket
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
-from glip_jax.config import CheckpointConfig, Config, MeshConfig, OptimizerConfig, TrainConfig
+from glip_jax.config import CheckpointConfig, Config, MeshConfig, OptimizerConfig, TrainConfig, flatten
 from glip_jax.distributed.mesh import abstract, make_mesh, shardings
 from glip_jax.io import checkpoint_reader, checksums, gcs
+from glip_jax.io import workdir as workdir_module
 from glip_jax.io.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -24,7 +27,7 @@ from glip_jax.io.checkpoint import (
     open_checkpoint,
     unfinished,
 )
-from glip_jax.io.workdir import check_config, write_config
+from glip_jax.io.workdir import check_config, check_shared, started_from, write_config
 from glip_jax.training import optimizer as optim
 
 EIGHT, TWO = MeshConfig(data=2, fsdp=4), MeshConfig(data=1, fsdp=2)
@@ -326,6 +329,47 @@ def test_differences_of_settings(workdir, tmp_path):
     assert json.loads((tmp_path / "phases.json").read_text()) == [
         {"step": 3, "differences": ["optimizer.rate: 0.0001 -> 0.5", "train.seed: 0 -> 9"]}
     ]
+
+
+def test_a_file_of_the_working_folder_that_is_half_written_ends_no_resume(tmp_path, caplog):
+    saved = dict(flatten(Config()))
+    (tmp_path / "phases.json").write_text('[{"step": 1, "diff')
+    (tmp_path / "started_from.json").write_text("")
+    changed = dataclasses.replace(Config(), train=TrainConfig(seed=9))
+    assert len(check_config(str(tmp_path), 3, saved, changed, accept=True)) == 1
+    assert [phase["step"] for phase in json.loads((tmp_path / "phases.json").read_text())] == [3]
+    assert (tmp_path / "phases.json.damaged").read_text() == '[{"step": 1, "diff'
+    assert "phases.json is damaged (Unterminated string" in caplog.text and "set aside as" in caplog.text
+    assert started_from(str(tmp_path)) is None and "started_from.json is damaged" in caplog.text
+
+
+def test_a_folder_that_the_hosts_do_not_share_is_refused_with_their_names(tmp_path, monkeypatch):
+    """Of two processes, as the second one sees it: the first one's folder is another, or is the same but cannot be written."""
+    name, gathered = f".seen-from-{'0' * 16}", []
+
+    def gather(row):
+        gathered.append(bytes(row).decode().strip())
+        return np.stack([np.frombuffer(b" " * 240, np.uint8), row])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    share = np.frombuffer(name.encode().ljust(32), np.uint8)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda _: share)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    monkeypatch.setattr(workdir_module, "_VISIBLE_SECONDS", 0.1)
+    host = re.escape(socket.gethostname())
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        line = (
+            f"is not one folder for all processes: process 1 on {host} does not see what process 0 wrote there: give a"
+        )
+        with pytest.raises(CheckpointError, match=line):
+            check_shared(str(folder))
+    (tmp_path / name).touch()
+    check_shared(str(tmp_path))
+    (tmp_path / f"{name}-1").mkdir()
+    with pytest.raises(CheckpointError, match=f"process 1 on {host} cannot write there"):
+        check_shared(str(tmp_path))
+    assert gathered[2] == "" and os.listdir(tmp_path).count(name) == 1
 
 
 def test_config_is_written_flat(tmp_path):

@@ -14,8 +14,10 @@ from glip_jax.config import ConfigError, EvaluationConfig, EvaluationSet, InitFr
 from glip_jax.data.mixture import Mixture
 from glip_jax.distributed.exit_codes import CANCELLED, PREEMPTED
 from glip_jax.distributed.mesh import MeshError, make_mesh
+from glip_jax.io import claims
 from glip_jax.io.checkpoint import CheckpointError, Checkpoints, Saved, complete_steps, fingerprint, latest_step
 from glip_jax.io.checkpoint_reader import open_checkpoint
+from glip_jax.io.claims import owned_workdir
 from glip_jax.io.workdir import started_from
 from glip_jax.training import loop
 from glip_jax.training.loop import NonFiniteLossError, train
@@ -103,6 +105,49 @@ def test_a_signal_saves_and_the_same_call_ends_with_the_same_bits(config, workdi
     assert fingerprint(train(config, workdir).params) == straight
     assert [*_losses(workdir)] == [2, 3, 4, 6] and 77.0 not in _losses(workdir).values()
     assert _losses(workdir)[6] == _losses(str(tmp_path / "straight"))[6]
+
+
+@pytest.mark.parametrize(
+    ("end", "every", "steps"),
+    [
+        ("SIGTERM", 3, 4),
+        pytest.param("SIGTERM", 0, 3, marks=pytest.mark.slow),
+        pytest.param("kill", 3, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_an_evaluation_that_is_cut_short_is_made_after_the_resume(config, workdir, capsys, end, every, steps):
+    """It is left at once, the step is saved, and metrics.jsonl has no hole. A finished run is not evaluated again."""
+    config = tiny_run.replace(config, "train", evaluate_every=every, steps=steps)
+    config = tiny_run.replace(config, "checkpoint", every=100)
+    evaluated = []
+
+    def evaluate(params, step):
+        evaluated.append(step)
+        if len(evaluated) == 1 and end == "kill":
+            raise RuntimeError("killed")
+        if len(evaluated) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("not left")
+        return {"evaluation/set/AP": 0.5}
+
+    with pytest.raises(RuntimeError if end == "kill" else SystemExit) as caught:
+        train(config, workdir, evaluate)
+    if end == "SIGTERM":
+        assert getattr(caught.value, "code", None) == PREEMPTED and "SIGTERM: saved step 3" in capsys.readouterr().out
+    assert latest_step(workdir) == 3
+    for _ in range(2):
+        train(config, workdir, evaluate)
+        assert evaluated == [3, 3, 4][: steps - 1]
+        lines = metrics.read(workdir)
+        assert [line["step"] for line in lines if "evaluation/set/AP" in line] == [3, 4][: steps - 2]
+
+
+def test_a_second_training_in_a_working_folder_is_refused(config, workdir, tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "_RETRY_SECONDS", 0.1)
+    (tmp_path / "run").mkdir()
+    with owned_workdir(workdir), pytest.raises(CheckpointError, match=rf"in use: a training \(pid {os.getpid()} on"):
+        train(config, workdir)
+    assert os.listdir(workdir) == [], "nothing was written beside the first one"
 
 
 def test_after_a_damaged_checkpoint_the_run_continues_from_the_one_before(config, workdir, tmp_path, capsys):

@@ -50,6 +50,21 @@ def test_lines_are_cut_back_and_a_torn_line_is_dropped(tmp_path):
     assert len(cut_back(str(tmp_path), 0)) == 0 and read(str(tmp_path)) == []
 
 
+def test_damaged_lines_are_named_and_set_aside(tmp_path, caplog):
+    """As a loss of power leaves them: blocks of zeros, two lines in one, bytes that are no text."""
+    path = tmp_path / "metrics.jsonl"
+    damaged = [b'{"step": 4, "lo{"step": 5}', b"\xff\xfe", b"7", b'{"loss": 1.0}', b"\0\0\0\0"]
+    whole = [b'{"step": 2, "loss": 1.0}', b'\0\0\0{"step": 6, "loss": 2.0}']
+    path.write_bytes(b"\n".join([whole[0], *damaged, whole[1], b'{"step": 8, "lo']))
+    assert [line["step"] for line in read(str(tmp_path))] == [2, 6]
+    start = '\'{"step": 4, "lo{"step": 5}\''
+    assert f"metrics.jsonl: line 2 is damaged ({start}), and 4 more lines: left out" in caplog.text
+    with Writer(str(tmp_path), 6):
+        assert "and 4 more lines: set aside in" in caplog.text
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes().split(b"\n")[:-1] == damaged
+    assert path.read_text() == '{"step": 2, "loss": 1.0}\n{"step": 6, "loss": 2.0}\n'
+
+
 def test_values_that_are_not_finite_stay_json(tmp_path):
     with Writer(str(tmp_path), 0) as writer:
         writer.write(1, {"loss": math.nan})

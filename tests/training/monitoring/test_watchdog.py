@@ -143,6 +143,22 @@ def test_stacks_are_written_while_a_library_holds_the_interpreter_lock(tmp_path)
     assert "test_stacks_are_written_while" in stacks
 
 
+def test_stacks_that_someone_removes_are_not_missed(tmp_path):
+    """Those of a step that hangs later are written again."""
+    file = tmp_path / "stacks.txt"
+    with Watchdog(epath.Path(tmp_path), 3.0, 60.0, 60.0, None):
+        file.unlink()
+    assert not file.exists()
+    with Watchdog(epath.Path(tmp_path), 3.0, 0.2, 0.3, None) as running:
+        file.unlink()
+        end = time.monotonic() + 30
+        while not (file.exists() and "(above: step 1, " in file.read_text()) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert "test_stacks_that_someone" in file.read_text()
+        running.heartbeat(1)
+    assert file.exists()
+
+
 def test_a_pause_has_no_limit(tmp_path, capsys):
     with Watchdog(epath.Path(tmp_path), 3.0, 0.2, 60.0, None) as running:
         for step in range(7):

@@ -1,0 +1,103 @@
+"""Evaluations while training: after which steps, by the first of several processes, recorded; one that was cut short is made again."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from glip_jax.config import Config, ConfigError
+from glip_jax.distributed.cluster import Cluster
+from glip_jax.io.checkpoint_reader import note_on_averages
+from glip_jax.training.monitoring.metrics import read
+from glip_jax.training.monitoring.signals import EvaluationLeft, StopSignals
+from glip_jax.training.monitoring.writer import Writer
+from glip_jax.training.state import State, evaluation_parameters
+
+__all__ = ["Evaluate", "Evaluations"]
+
+Evaluate = Callable[[dict[str, Any], int], dict[str, float]]
+"""(parameters, step) to the metrics to record."""
+
+
+class Evaluations:
+    """The evaluations of one run; none where `evaluate` is None."""
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: str,
+        evaluate: Evaluate | None,
+        writer: Writer | None,
+        log: Callable[[str], None],
+        cluster: Cluster | None,
+        signals: StopSignals,
+    ) -> None:
+        """`writer`: None on all processes but the first, which evaluates."""
+        self._config, self._workdir, self._evaluate = config, workdir, evaluate
+        self._writer, self._log, self._cluster, self._signals = writer, log, cluster, signals
+        if cluster is not None:
+            cluster.on_stop = signals.forward
+
+    def due(self, step: int) -> bool:
+        """Whether an evaluation follows `step`."""
+        every = self._config.train.evaluate_every
+        return self._evaluate is not None and (step == self._config.train.steps or (every > 0 and step % every == 0))
+
+    def missing(self, step: int) -> bool:
+        """Whether the run ended within the evaluation after `step`, so that it is to be made now; the same in all processes."""
+        if not step or not self.due(step):
+            return False
+        lines = [line for line in read(self._workdir) if line["step"] == step and "loss" not in line]
+        names = {name for line in lines for name in line if name != "step"}
+        sets = (f"evaluation/{name}/" for name in self._config.evaluation.sets)
+        missing = not names or not all(any(name.startswith(each) for name in names) for each in sets)
+        return bool(multihost_utils.broadcast_one_to_all(np.int32(missing))) if jax.process_count() > 1 else missing
+
+    def make(self, step: int, state: State) -> tuple[float, int]:
+        """Evaluates the parameters of `state` and records the metrics. Returns (score, signal), the same in all processes.
+
+        The score is the metric `checkpoint.best_by`, NaN where that is empty. A signal, to whichever process, ends the evaluation
+        at once, without a record: then its number is returned, else 0. The processes have agreed to stop where they are.
+
+        Raises ConfigError if the metrics do not hold `checkpoint.best_by`.
+        """
+        parameters, several = evaluation_parameters(state, self._config), jax.process_count() > 1
+        if several:
+            parameters = multihost_utils.process_allgather(parameters, tiled=True)
+        score, left = np.nan, 0
+        if self._writer is not None:
+            try:
+                with self._signals.leaving():
+                    score = self._recorded(self._writer, parameters, step)
+            except EvaluationLeft:
+                left = self._signals.number
+        if self._cluster is not None:
+            # The others wait here, not in the next step, which would seem to hang.
+            received = left
+            left = self._cluster.evaluated(lambda: self._signals.number if self._writer is None else received)
+        if several and not left:
+            # All processes keep the same checkpoints then.
+            score = float(multihost_utils.broadcast_one_to_all(np.float32(score)))
+        return score, left
+
+    def _recorded(self, writer: Writer, parameters: dict[str, Any], step: int) -> float:
+        """Evaluates, logs and records; returns the score."""
+        assert self._evaluate is not None
+        metrics = self._evaluate(parameters, step)
+        by_set: defaultdict[str, list[str]] = defaultdict(list)
+        for name, value in metrics.items():
+            dataset, _, metric = name.removeprefix("evaluation/").partition("/")
+            by_set[dataset].append(f"{metric} {value:.4f}")
+        for dataset, values in by_set.items():
+            self._log(f"step {step}: {dataset}  " + "  ".join(values))
+        if self._config.evaluation.parameters == "ema" and (note := note_on_averages(step, self._config.optimizer)):
+            self._log(note)
+        best_by = self._config.checkpoint.best_by
+        if self._config.checkpoint.best and best_by not in metrics:
+            raise ConfigError(f"checkpoint.best_by is {best_by!r}: the evaluation gave {', '.join(sorted(metrics))}")
+        writer.write(step, metrics)
+        writer.flush()
+        return metrics.get(best_by, np.nan)

@@ -1,0 +1,45 @@
+"""The first SIGTERM or Ctrl-C is collected, an evaluation is left, and the second acts as usual."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from glip_jax.training.monitoring import signals
+from glip_jax.training.monitoring.signals import EvaluationLeft, StopSignals
+
+
+def test_the_first_signal_is_collected_and_a_later_one_acts_as_usual(monkeypatch):
+    with StopSignals() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the same one, which a launcher has sent again
+        assert received.number == signal.SIGINT
+        monkeypatch.setattr(signals, "_REPEATED_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def _signal(how, received):
+    assert how != "before"
+    if how == "within":
+        os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        thread = threading.Thread(target=received.forward, args=(signal.SIGTERM,))
+        thread.start()
+        thread.join()
+    raise AssertionError("not left")
+
+
+@pytest.mark.parametrize("how", ["within", "before", "of another process"])
+def test_a_signal_leaves_an_evaluation(how):
+    with StopSignals() as received:
+        received.forward(signal.SIGTERM)
+        assert not received.number, "it is not this process that it came to, and nothing is evaluated"
+        if how == "before":
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(EvaluationLeft), received.leaving():
+            _signal(how, received)
+        assert received.number == signal.SIGTERM
