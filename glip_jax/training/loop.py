@@ -18,11 +18,10 @@ from clu import parameter_overview
 from etils import epath
 from jax.sharding import Mesh
 
-from glip_jax import UserError
 from glip_jax.config import Config, ConfigError, resumed, validate
 from glip_jax.data.mixture import Mixture
 from glip_jax.distributed.cluster import Cluster
-from glip_jax.distributed.exit_codes import CANCELLED, NOT_FINITE, PREEMPTED
+from glip_jax.distributed.exit_codes import CANCELLED, PREEMPTED
 from glip_jax.distributed.mesh import check_fits, make_mesh, place_batch, shardings
 from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.io.checkpoint import Checkpoints, Saved, complete_steps, fingerprint
@@ -39,10 +38,10 @@ from glip_jax.io.workdir import (
 )
 from glip_jax.structures.batch import Batch
 from glip_jax.training.monitoring.evaluations import Evaluate, Evaluations
-from glip_jax.training.monitoring.metrics import Progress, Window, read
+from glip_jax.training.monitoring.metrics import Progress, read
+from glip_jax.training.monitoring.pending import NonFiniteLossError, PendingMetrics
 from glip_jax.training.monitoring.profiler import Profiler
 from glip_jax.training.monitoring.signals import StopSignals
-from glip_jax.training.monitoring.source_counts import SourceCounts
 from glip_jax.training.monitoring.throughput import Throughput
 from glip_jax.training.monitoring.watchdog import Watchdog
 from glip_jax.training.monitoring.writer import Writer, wandb_module, wandb_run
@@ -57,14 +56,6 @@ logger = logging.getLogger(__name__)
 InitialParameters = Callable[[dict[str, Any], Config], tuple[dict[str, Any], dict[str, Any]]]
 """(parameters, config) to parameters read from the files of `config.init_from`, and a record of what was read:
 `glip_jax.weights.pretrained.initialize`."""
-
-_PER_EXAMPLE = ("bad", "invalid", "source", "record")
-
-
-class NonFiniteLossError(UserError, RuntimeError):
-    """The loss or a gradient is NaN or infinite; the message names the step, the parts of the loss and the examples."""
-
-    exit_code = NOT_FINITE
 
 
 def train(
@@ -277,7 +268,9 @@ def _train_steps(run: _Run, state: State, start: int, mixture: Mixture, draw: Ca
     config, settings, mesh = run.config, run.config.train, run.mesh
     file = run.writer.file if run.writer is not None else None
     throughput = Throughput(config, mesh)
-    pending = _PendingMetrics(run, mixture, throughput, start)
+    pending = PendingMetrics(
+        config, str(run.folder), start, mixture, throughput, run.progress, run.writer, run.checkpoints.latest
+    )
     watchdog = Watchdog(run.folder, settings.hang_multiple, settings.hang_min, settings.hang_first, file, start)
     profiler = Profiler(run.folder, settings.profile, file, run.progress.log)
     step_function = make_step(config, mesh, glip_objective(config), state, tuple(mixture.source_names))
@@ -356,70 +349,6 @@ def _compiling(run: _Run, throughput: Throughput, watchdog: Watchdog, canvas: tu
     with throughput.exclude("compile"), watchdog.compiling():
         yield
     run.progress.log(f"canvas {canvas[0]}x{canvas[1]}: step ready in {time.perf_counter() - begin:.1f} s")
-
-
-class _PendingMetrics:
-    """The metrics of the newest step, still on the devices, and the window of steps that the next line is about.
-
-    A step's metrics are read when the next step was dispatched, or earlier for a hook (`drain`). Reading them checks them and,
-    every `train.log_every` steps, writes the line.
-    """
-
-    def __init__(self, run: _Run, mixture: Mixture, throughput: Throughput, start: int) -> None:
-        self._run, self._throughput, self._window = run, throughput, Window()
-        self._names, self._describe = tuple(mixture.source_names), mixture.describe
-        self._counts = SourceCounts(self._names, mixture.records, run.config.data, mixture.describe)
-        lines = read(str(run.folder)) if start else []
-        self._counts.resume(lines, mixture.shares, start * run.config.train.batch_size)
-        self._newest: tuple[int, dict[str, Any], float] | None = None
-
-    def push(self, step: int, metrics: dict[str, Any], wait: float) -> None:
-        """Drains, then keeps the metrics of `step`, whose batch took `wait` seconds to come."""
-        self.drain()
-        self._newest = step, metrics, wait
-
-    def drain(self) -> None:
-        """Waits for the metrics that were pushed last, if they were not read yet.
-
-        Raises NonFiniteLossError if loss or gradient is not finite, CorruptDataError past `data.max_corrupt_rate`.
-        """
-        if self._newest is None:
-            return
-        (step, metrics, wait), self._newest = self._newest, None
-        metrics = jax.device_get(metrics)
-        if not metrics["finite"]:
-            raise NonFiniteLossError(self._not_finite(step, metrics))
-        self._counts.add(metrics["source"], metrics["record"], metrics["invalid"])
-        scalars = {name: value for name, value in metrics.items() if name not in (*_PER_EXAMPLE, "finite")}
-        self._window.add({**scalars, "wait_seconds": wait})
-        self._run.progress.advance()
-        if step % self._run.config.train.log_every == 0:
-            self.report(step)
-
-    def report(self, step: int) -> None:
-        """Closes the window, unless it is empty, with a line for `step`, the last step that was read."""
-        if not self._window.steps:
-            return
-        metrics = self._window.take()
-        metrics |= self._throughput.take(metrics) | self._counts.metrics()
-        self._run.progress.window(step, metrics, self._names)
-        if self._run.writer is not None:
-            self._run.writer.write(step, metrics)
-
-    def _not_finite(self, step: int, metrics: dict[str, Any]) -> str:
-        parts = {name: float(value) for name, value in metrics.items() if name == "loss" or name.startswith("loss/")}
-        parts["gradient_norm"] = float(metrics["gradient_norm"])
-        listed = ", ".join(f"{name} {value:g}" for name, value in parts.items())
-        bad = metrics["bad"]
-        which = "examples with a non-finite loss" if bad.any() else "no single example's loss is; the batch was"
-        chosen = np.flatnonzero(bad) if bad.any() else np.arange(len(bad))
-        examples = "; ".join(self._describe(int(metrics["source"][i]), int(metrics["record"][i])) for i in chosen)
-        latest = self._run.checkpoints.latest()
-        return (
-            f"step {step}: loss or gradient is not finite: {listed}\n{which}: {examples}\n"
-            f"Newest checkpoint: {'none' if latest is None else f'step {latest}'}. Nothing was skipped or saved; look at "
-            "those records, or lower optimizer.rate, lengthen optimizer.warmup_steps or lower optimizer.clip_norm."
-        )
 
 
 def _stop(received: int, step: int, cluster: Cluster | None) -> int:
