@@ -8,6 +8,7 @@ Results are batch invariant: each image is processed at its own extent, so its d
 other images of the batch. The Detector therefore groups images to save compilations.
 """
 
+import functools
 import logging
 import os
 import re
@@ -23,7 +24,7 @@ from etils import epath
 from jaxtyping import Array, Float32, UInt8
 from PIL import Image
 
-from glip_jax.config import Config
+from glip_jax.config import Config, DetectionConfig, ModelConfig
 from glip_jax.io import assets
 from glip_jax.io.image_files import read_upright, upright
 from glip_jax.io.paths import checked
@@ -149,6 +150,39 @@ class _PendingBatch(NamedTuple):
     """Per row in use: index of the image, indices of the phrases of its prompt, scale from resized to image pixels."""
 
 
+class _Programs:
+    """The jitted parts of the network. Detectors of the same settings share them, so that none traces what another has."""
+
+    def __init__(self, model: ModelConfig, detection: DetectionConfig) -> None:
+        self.model, self.detection, self.network = model, detection, GLIP(model)
+        self.traced: Counter[str] = Counter()
+        self.encode_image = jax.jit(self._encode_image)
+        self.encode_text = jax.jit(self._encode_text)
+        self.ground = jax.jit(self._ground, static_argnames="canvas")
+
+    # These run when jax traces them: once per shape. So `traced` counts programs.
+
+    def _encode_image(self, params: Any, image: Array, size: Array, extent: Array) -> Any:
+        self.traced["image"] += 1
+        pixels = normalize(image, size, self.model.input)
+        return self.network.apply({"params": params}, pixels, extent, method="encode_image")
+
+    def _encode_text(self, params: Any, tokens: Array, mask: Array) -> Any:
+        self.traced["text"] += 1
+        return self.network.apply({"params": params}, tokens[None], mask[None], method="encode_text")[0]
+
+    def _ground(
+        self, params: Any, levels: Any, size: Array, extent: Array, text: Array, mask: Array, phrase_map: Array,
+        canvas: tuple[int, int],
+    ) -> Detections:  # fmt: skip
+        self.traced["ground"] += 1
+        predictions = self.network.apply({"params": params}, levels, extent, text, mask, method="ground")
+        return detect(predictions, phrase_map, size, extent, canvas, self.model, self.detection)  # type: ignore[arg-type]
+
+
+_programs = functools.lru_cache(maxsize=8)(_Programs)
+
+
 class Detector:
     """Detects the phrases of prompts in images, with one set of parameters.
 
@@ -178,37 +212,19 @@ class Detector:
         # Host arrays would be copied to the device in every call.
         self.params = jax.tree.map(jnp.asarray, params)
         self.tokenizer = prompts.load_tokenizer(assets.resolve(config.model.text.vocabulary))
-        self.compiled: Counter[str] = Counter()
-        """Number of programs that were traced, and compiled or read from the compilation cache, by part: image, text, ground."""
         self._read_caption = read_caption or _phrases
         self._texts: OrderedDict[str, Array] = OrderedDict() if texts_of is None else texts_of._texts
         self._tokenized: OrderedDict[str, TokenizedPrompt] = OrderedDict()
         self._chunks: tuple[tuple[str, ...], list[tuple[Prompt, tuple[int, ...]]]] = ((), [])
         self._slots = _PHRASE_SLOTS
         self._checked: list[str] = []
-        self._model = GLIP(config.model)
-        self._encode_image = jax.jit(self._run_image)
-        self._encode_text = jax.jit(self._run_text)
-        self._ground = jax.jit(self._run_ground, static_argnames="canvas")
+        self._programs = _programs(config.model, config.detection)
+        self._traced = self._programs.traced.copy()
 
-    # The next three methods run when jax traces them: once per shape. So `compiled` counts programs.
-
-    def _run_image(self, params: Any, image: Array, size: Array, extent: Array) -> Any:
-        self.compiled["image"] += 1
-        pixels = normalize(image, size, self.config.model.input)
-        return self._model.apply({"params": params}, pixels, extent, method="encode_image")
-
-    def _run_text(self, params: Any, tokens: Array, mask: Array) -> Any:
-        self.compiled["text"] += 1
-        return self._model.apply({"params": params}, tokens[None], mask[None], method="encode_text")[0]
-
-    def _run_ground(
-        self, params: Any, levels: Any, size: Array, extent: Array, text: Array, mask: Array, phrase_map: Array,
-        canvas: tuple[int, int],
-    ) -> Detections:  # fmt: skip
-        self.compiled["ground"] += 1
-        predictions = self._model.apply({"params": params}, levels, extent, text, mask, method="ground")
-        return detect(predictions, phrase_map, size, extent, canvas, self.config.model, self.config.detection)  # type: ignore[arg-type]
+    @property
+    def compiled(self) -> Counter[str]:
+        """Number of programs that were traced, and compiled or read from the compilation cache, by part: image, text, ground."""
+        return self._programs.traced - self._traced
 
     def canvas(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Resized size and canvas of an image, (height, width) in pixels; see `bucket`."""
@@ -264,7 +280,7 @@ class Detector:
         """Tokens of a prompt and the encoded states of its caption, Float[T D]. Raises PromptError if it exceeds the token budget."""
 
         def encode() -> Array:
-            return self._encode_text(self.params, tokenized.tokens, tokenized.mask)
+            return self._programs.encode_text(self.params, tokenized.tokens, tokenized.mask)
 
         budget = self.config.model.text.max_tokens
         key = repr(tuple(prompt))  # spans read from JSON are lists, which are not hashable
@@ -358,7 +374,7 @@ class Detector:
                 extent = -(-size // multiple) * multiple
             case "batch":
                 extent = np.tile(np.asarray(canvas, np.int32), (len(size), 1))
-        levels = self._encode_image(self.params, np.stack(pixels), size, extent)
+        levels = self._programs.encode_image(self.params, np.stack(pixels), size, extent)
         # The first prompts of all images, then the second: if all have equally many, no features are gathered.
         requests = [(row, *given[turn]) for turn in range(max(map(len, queries))) for row, given in enumerate(queries)
                  if turn < len(given)]  # fmt: skip
@@ -373,7 +389,9 @@ class Detector:
             states, mask = jnp.stack([s for _, s in texts]), np.stack([t.mask for t, _ in texts])
             in_order = np.array_equal(rows, np.arange(self.batch_size))
             features = levels if in_order else _gathered(levels, rows)
-            found = self._ground(self.params, features, size[rows], extent[rows], states, mask, maps, canvas=canvas)
+            found = self._programs.ground(
+                self.params, features, size[rows], extent[rows], states, mask, maps, canvas=canvas
+            )
             ratios = [np.divide(images[row].shape[1::-1], size[row, ::-1]) for row, _, _ in part]
             yield _PendingBatch(found, [(indices[row], phrases, np.tile(ratio, 2).astype(np.float32))
                                         for (row, _, phrases), ratio in zip(part, ratios)])  # fmt: skip

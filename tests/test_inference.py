@@ -191,11 +191,13 @@ def test_no_names_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_one_program_per_canvas_and_one_encoding_per_text(params: Any) -> None:
+def test_one_program_per_canvas_and_one_encoding_per_text(params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inference._programs.cache_clear()
     detector, encoded_texts, encoded_images = Detector(_config(3), params), [], []
-    encode_text, encode_image = detector._encode_text, detector._encode_image
-    detector._encode_text = lambda *a: (encoded_texts.append(1), encode_text(*a))[1]  # type: ignore[assignment]
-    detector._encode_image = lambda *a: (encoded_images.append(1), encode_image(*a))[1]  # type: ignore[assignment]
+    programs = detector._programs
+    encode_text, encode_image = programs.encode_text, programs.encode_image
+    monkeypatch.setattr(programs, "encode_text", lambda *a: (encoded_texts.append(1), encode_text(*a))[1])
+    monkeypatch.setattr(programs, "encode_image", lambda *a: (encoded_images.append(1), encode_image(*a))[1])
     detector(_images((64, 64)), NAMES[:1])
     assert detector.compiled == {"image": 1, "text": 1, "ground": 1}
     # Another size of the same bucket, other numbers of images or names, a caption: nothing is compiled again.
@@ -208,6 +210,9 @@ def test_one_program_per_canvas_and_one_encoding_per_text(params: Any) -> None:
     detector.categories(_images((128, 64), (64, 64)), NAMES)
     assert detector.compiled == {"image": 2, "text": 1, "ground": 2}
     assert len(encoded_texts) == 6
+    again = Detector(_config(3), params)
+    again(_images((64, 64)), NAMES[:1])
+    assert not again.compiled, "of the same settings, so of the same programs"
 
 
 def test_the_latest_texts_are_cached(params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,10 +235,10 @@ def test_detections_are_in_image_pixels_and_batch_invariant(params: Any) -> None
     np.testing.assert_allclose(alone.scores, results[0].scores, rtol=1e-4)
 
 
-def test_several_prompts_share_the_features_of_an_image(params: Any) -> None:
+def test_several_prompts_share_the_features_of_an_image(params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     detector, images, encoded_images = Detector(_config(), params), _images((64, 64), (40, 64), (32, 32)), []
-    encode_image = detector._encode_image
-    detector._encode_image = lambda *a: (encoded_images.append(1), encode_image(*a))[1]  # type: ignore[assignment]
+    encode_image = detector._programs.encode_image
+    monkeypatch.setattr(detector._programs, "encode_image", lambda *a: (encoded_images.append(1), encode_image(*a))[1])
     texts = [["a cat", "red car . dog", "a tree"], [], ["dog and cup"]]
     asked = [[Prompt(text, (((0, 5),), ((len(text) - 3, len(text)),))) for text in own] for own in texts]
     found = detector.captions(images, asked)

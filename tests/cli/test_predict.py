@@ -132,7 +132,7 @@ def test_folders_files_with_names_and_many_images(run, tmp_path, capsys):
     ]
     output = capsys.readouterr()
     assert "files with other endings skipped 1" in output.out
-    assert "images 10, shapes 1, prompts 1, programs compiled or read from the cache 3" in output.out
+    assert "images 10, shapes 1, prompts 1, programs compiled or read from the cache " in output.out
     assert "images, best" in output.out and "predict:" in output.err
 
 

@@ -15,7 +15,7 @@ from glip_jax.models.dropout import bernoulli
 from glip_jax.structures.batch import Batch, Predictions, Targets
 from glip_jax.training import loop, state
 from glip_jax.training.losses import LossSums, loss_sums
-from glip_jax.training.step import Objective, glip_objective
+from glip_jax.training.step import Objective, glip_objective, make_step
 
 WIDTH = 16
 
@@ -86,8 +86,31 @@ def initializer(config: Config) -> tuple[Any, Any]:
     return jax.eval_shape(init, jax.random.key(0)), init
 
 
+_STEPS: dict[str, Any] = {}
+
+
+def _shared_step(config: Config, mesh: Any, objective: Objective, state: Any, names: tuple[str, ...]) -> Any:
+    """`make_step`, once for all runs of one process that have the same step."""
+    # Tests install other objectives too.
+    parts = (
+        config.model,
+        config.loss,
+        config.optimizer,
+        config.train.seed,
+        config.train.steps,
+        mesh,
+        names,
+        loop.glip_objective,
+    )
+    key = repr((*parts, jax.tree.map(lambda array: (array.shape, array.sharding), state)))
+    if key not in _STEPS:
+        _STEPS[key] = make_step(config, mesh, objective, state, names)
+    return _STEPS[key]
+
+
 def install(monkeypatch: Any, devices: int = 1) -> None:
     """Installs the network in the training loop, on one device by default: most tests of the loop need no second one."""
     monkeypatch.setattr(state, "_initializer", initializer)
+    monkeypatch.setattr(loop, "make_step", _shared_step)
     monkeypatch.setattr(loop, "glip_objective", objective)
     monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:devices]))
