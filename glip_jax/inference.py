@@ -135,7 +135,7 @@ class ImageDetections(NamedTuple):
 
     boxes: Float32[np.ndarray, "N 4"]
     """xyxy, pixels of the image after EXIF rotation."""
-    scores: Float32[np.ndarray, "N"]
+    scores: Float32[np.ndarray, " N"]
     """sqrt(alignment * centerness), in [0, 1]."""
     names: list[str]
     """Per box the name, or the phrase of the caption, that it was detected for."""

@@ -34,13 +34,13 @@ class Captioned(NamedTuple):
 
     prompt: Prompt
     """Phrases: the names of the caption for detection, distinct lists of spans for grounding."""
-    tokens: Int32[np.ndarray, "T"]
-    mask: Bool[np.ndarray, "T"]
-    keep: Bool[np.ndarray, "N"]
+    tokens: Int32[np.ndarray, " T"]
+    mask: Bool[np.ndarray, " T"]
+    keep: Bool[np.ndarray, " N"]
     """False for boxes whose label is not in the caption or that the crop removed."""
     positive_map: Bool[np.ndarray, "N T"]
     """Tokens of each box of the record; all False for boxes that are not kept."""
-    token_loss_mask: Bool[np.ndarray, "T"]
+    token_loss_mask: Bool[np.ndarray, " T"]
     """False at tokens of unlabelled phrases."""
     over_budget: int
     """Number of phrases that were truncated or left out because of the token budget."""
@@ -53,9 +53,9 @@ class Captioned(NamedTuple):
 class CropResult(NamedTuple):
     """Which boxes of a record a crop keeps."""
 
-    kept: Bool[np.ndarray, "N"]
+    kept: Bool[np.ndarray, " N"]
     """Boxes that are kept."""
-    partial: Bool[np.ndarray, "N"]
+    partial: Bool[np.ndarray, " N"]
     """Boxes that are removed although a part of them is still visible."""
 
 
@@ -172,8 +172,8 @@ class Captioner:
         return (rng.permutation(kept).astype(int).tolist() if config.shuffle else sorted(kept)), over
 
     def _likeness_of(
-        self, positives: Sequence[int], pool: Int[np.ndarray, "P"], taken: set[tuple[str, ...]]
-    ) -> Float[np.ndarray, "P"]:
+        self, positives: Sequence[int], pool: Int[np.ndarray, " P"], taken: set[tuple[str, ...]]
+    ) -> Float[np.ndarray, " P"]:
         """Likeness of the names in `pool` to the positives; 0 for names in `taken`, which are never negatives."""
         likeness = self._likeness([clean_name(self.names[label]) for label in positives])[pool]
         return np.where([_normalized(self._all[label]) in taken for label in pool.tolist()], 0, likeness)

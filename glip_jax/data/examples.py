@@ -119,7 +119,7 @@ class Examples:
         """The settings of a source."""
         return self.config.data.sources[sorted(self.config.data.sources)[source]]
 
-    def _weights(self, source: int, record: Record) -> Float32[np.ndarray, "N"]:
+    def _weights(self, source: int, record: Record) -> Float32[np.ndarray, " N"]:
         """Loss weights of the boxes."""
         if self._source(source).box_weight == "score" and record.kind == "pseudo":
             return np.asarray(record.scores, np.float32)

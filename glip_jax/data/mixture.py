@@ -51,11 +51,11 @@ class DataWorkerError(UserError, RuntimeError):
 class Schedule:
     """Aspect and short side of each step."""
 
-    aspects: Int32[np.ndarray, "period"]
+    aspects: Int32[np.ndarray, " period"]
     """Per step of a period: index of its aspect."""
-    before: Int32[np.ndarray, "period"]
+    before: Int32[np.ndarray, " period"]
     """Per step of a period: number of earlier steps with the same aspect."""
-    counts: Int32[np.ndarray, "aspects"]
+    counts: Int32[np.ndarray, " aspects"]
     """Per aspect: number of its steps in a period."""
 
     def aspect(self, step: int) -> int:
@@ -94,7 +94,7 @@ class _Slots:
     """The records of one source and aspect, as (source, record)."""
 
     source: int
-    records: Int32[np.ndarray, "n"]
+    records: Int32[np.ndarray, " n"]
 
     def __len__(self) -> int:
         return len(self.records)

@@ -103,7 +103,7 @@ class RemoteRecords:
     """
 
     def __init__(
-        self, folder: epath.PathLike, shards: Sequence[dict[str, Any]], ends: UInt64[np.ndarray, "records"] | None
+        self, folder: epath.PathLike, shards: Sequence[dict[str, Any]], ends: UInt64[np.ndarray, " records"] | None
     ) -> None:
         """`shards`: as in the manifest; `ends`: per record the offset of the end of its chunk in its file."""
         self._folder = gcs.address(folder)

@@ -33,7 +33,7 @@ def crop_window(height: int, width: int, config: CropConfig, rng: np.random.Gene
 
 def crop_boxes(
     boxes: Float32[np.ndarray, "N 4"], window: tuple[int, int, int, int], min_visible: float
-) -> tuple[Float32[np.ndarray, "N 4"], Bool[np.ndarray, "N"], Float32[np.ndarray, "N"]]:
+) -> tuple[Float32[np.ndarray, "N 4"], Bool[np.ndarray, " N"], Float32[np.ndarray, " N"]]:
     """Boxes clipped to `window` (top, left, height, width), in coordinates of the window; which are kept; their visible fractions.
 
     A box is kept if at least `min_visible` of its area (inclusive corners) is visible and the visible part is wider and higher

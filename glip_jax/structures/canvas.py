@@ -42,8 +42,8 @@ def canvas_size(short_side: int, aspect: float, long_side: int, multiple: int = 
 
 
 def nearest_aspect(
-    heights: Int[np.ndarray, "n"], widths: Int[np.ndarray, "n"], aspects: Sequence[float]
-) -> Int[np.ndarray, "n"]:
+    heights: Int[np.ndarray, " n"], widths: Int[np.ndarray, " n"], aspects: Sequence[float]
+) -> Int[np.ndarray, " n"]:
     """Per image: index of the aspect (height / width) nearest to its own in log scale."""
     return np.abs(np.log(heights / widths)[:, None] - np.log(np.asarray(aspects))).argmin(1)
 

@@ -17,7 +17,7 @@ from numpy import ndarray
 
 from glip_jax.config import Config, InitFromConfig
 from glip_jax.weights.names import WeightError, check_shapes
-from glip_jax.weights.readers import Weights, read_backbone, read_network, read_text, read_workdir
+from glip_jax.weights.readers import Weights, matches, read_backbone, read_network, read_text, read_workdir
 
 __all__ = ["counts", "initialize", "table"]
 
