@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from glip_jax import UserError
-from glip_jax.config import ASSET, PATH
+from glip_jax.config.data import ASSET, PATH
 
 __all__ = ["OutsideError", "PathError", "check_paths", "checked", "paths_of", "within"]
 

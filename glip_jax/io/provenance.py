@@ -12,8 +12,9 @@ from typing import Any
 from etils import epath
 
 from glip_jax.config import Config, first_names, flatten
+from glip_jax.io import gcs
 
-__all__ = ["code", "config_hash", "file_hash", "score_settings", "versions"]
+__all__ = ["code", "config_hash", "file_hash", "score_settings", "source_hash", "versions"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "pillow", "tokenizers", "pycocotools", "orbax-checkpoint", "etils")
@@ -47,6 +48,22 @@ def config_hash(settings: Config | dict[str, Any]) -> str:
 def file_hash(path: str) -> str:
     """SHA-256 of a file, local or gs://."""
     return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
+
+
+def source_hash(folder: str) -> str:
+    """SHA-256 of what the records of a finished folder of shards hold: of the hashes of its shards, and of its names.
+
+    "" if its manifest cannot be read.
+    """
+    try:
+        place = gcs.address(folder)
+        fields = json.loads(
+            gcs.read(f"{place}/manifest.json") if gcs.is_remote(place) else Path(place, "manifest.json").read_bytes()
+        )
+        parts = [*(shard["sha256"] for shard in fields["shards"]), *fields["names"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def code() -> dict[str, Any]:

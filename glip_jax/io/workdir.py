@@ -3,6 +3,7 @@
     WORKDIR/config.json         the settings of the latest start, flat
     WORKDIR/started_from.json   what the parameters of step 0 were read from, with hashes
     WORKDIR/phases.json         every accepted change of settings, with its step
+    WORKDIR/sources.json        hashes of the content of the data sources, by name
 
 Paths may be local or gs://.
 """
@@ -26,6 +27,7 @@ from glip_jax.io import fsspec_gcs
 from glip_jax.io.errors import full_disk
 from glip_jax.io.gcs import StorageError
 from glip_jax.io.paths import checked
+from glip_jax.io.provenance import source_hash
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ __all__ = [
     "check_config",
     "check_network",
     "check_shared",
+    "check_sources",
     "on_first_process",
     "join_lines",
     "workdir_path",
@@ -164,10 +167,39 @@ def check_config(workdir: str, step: int, saved: Mapping[str, Any], config: Conf
             "another, or --resume-with-changes to continue from that step as a new, recorded phase"
             + (" (not where that changes the shape of a parameter)" if network else "")
         )
+    _record_phase(workdir, step, lines)
+    return lines
+
+
+def _record_phase(workdir: str, step: int, lines: list[str]) -> None:
     if _first_process():  # the others read nothing: they would read what this one is writing
         phases, phase = _phases(workdir), {"step": step, "differences": lines}
         if phase not in phases:
             write_atomic(workdir_path(workdir) / "phases.json", json.dumps([*phases, phase], indent=1))
+
+
+def check_sources(workdir: str, step: int | None, config: Config, *, accept: bool) -> list[str]:
+    """Compares the content of the data sources with that of the run so far, and records it in `workdir`/sources.json.
+
+    `step`: of the checkpoint, None for a run that begins. Another content under the same name is refused with CheckpointError
+    unless `accept`; returns the lines of what changed. Sources that cannot be read are not compared (a run that has finished needs
+    no data), nor are those of runs of earlier versions, which recorded none.
+    """
+    path = workdir_path(workdir) / "sources.json"
+    known = json.loads(path.read_text()) if step is not None and path.exists() else {}
+    found = {name: source_hash(source.path) for name, source in config.data.sources.items()}
+    found = {name: digest for name, digest in found.items() if digest}
+    changed = [name for name, digest in found.items() if known.get(name, digest) != digest]
+    lines = [f"data.sources.{name}: content {known[name][:12]} -> {found[name][:12]}" for name in changed]
+    if lines and not accept:
+        raise CheckpointError(
+            f"{workdir} holds step {step} of a run with other data (then -> now: {join_lines(lines)}): give a new --workdir to train on "
+            "what lies there now, or --resume-with-changes to continue from that step as a new, recorded phase"
+        )
+    if lines and step is not None:
+        _record_phase(workdir, step, lines)
+    if _first_process() and known != known | found:
+        write_atomic(path, json.dumps(known | found, indent=1))
     return lines
 
 

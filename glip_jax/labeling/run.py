@@ -71,7 +71,16 @@ class LabelingJob:
         # The content of the shards, not their path, which may differ between hosts.
         inputs = {source.manifest.name: source.manifest.columns["sha256"][:16] for _, source in self.inputs}
         thresholds = {source.manifest.name: self.rules.threshold_of(source.manifest.name) for _, source in self.inputs}
-        return {"format": FORMAT, "name": self.name, "inputs": inputs, "thresholds": thresholds, **self.about}
+        # The columns hold sizes and image hashes alone.
+        records = {source.manifest.name: provenance.source_hash(path)[:16] for path, source in self.inputs}
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "inputs": inputs,
+            "records": records,
+            "thresholds": thresholds,
+            **self.about,
+        }
 
 
 def run(job: LabelingJob) -> None:

@@ -245,9 +245,14 @@ class WorkQueue:
                 self._store.heartbeat(claim, self._claim_text)
 
 
+_ADDED = {"records"}
+"""Settings that earlier versions did not record; they are compared where they are there."""
+
+
 def differences(existing: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     """The settings that differ, with both values, in one line; empty if there are none."""
-    keys = [key for key in sorted({*existing, *given}) if existing.get(key) != given.get(key)]
+    keys = sorted({*existing, *given}.difference(_ADDED - existing.keys()))
+    keys = [key for key in keys if existing.get(key) != given.get(key)]
     return "; ".join(f"{key}: {_short(existing.get(key))} -> {_short(given.get(key))}" for key in keys)
 
 

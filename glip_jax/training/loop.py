@@ -30,6 +30,7 @@ from glip_jax.io.claims import Owned, owned_workdir
 from glip_jax.io.workdir import (
     check_config,
     check_shared,
+    check_sources,
     on_first_process,
     prepare,
     workdir_path,
@@ -155,6 +156,7 @@ def _start(
     if step is None:
         params, record = _read_initial(fresh_parameters(config, mesh), config, initial_parameters)
         files = " and ".join(name for name in ("model", "backbone", "text") if getattr(config.init_from, name))
+        check_sources(workdir, None, config, accept=True)
         log(f"starting at step 0 from {f'pretrained {files}, the rest random' if files else 'random values'}")
         if first:
             overview = parameter_overview.get_parameter_overview(params, include_stats=False)
@@ -163,6 +165,7 @@ def _start(
         state = initial_state(params, config)
         return jax.device_put(state, shardings(state, mesh))
     changes = check_config(workdir, step, checkpoints.run(step), config, accept=resume_with_changes)
+    changes += check_sources(workdir, step, config, accept=resume_with_changes)
     for line in changes:
         log(f"new phase from step {step}: {line}")
     like = abstract_state(config, mesh)

@@ -1,6 +1,7 @@
 """The job `label`: with a random network of a few thousand parameters, with detections of a file, killed, and by three at once, in a bucket too."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import resource
@@ -140,6 +141,12 @@ def test_a_finished_folder_of_other_settings_is_refused_and_left_as_it_is(run, m
     assert run_job("label", outside(run, source, made, "--threshold=0.7")) == exit_codes.BAD_INPUT
     assert "is finished, with other settings (existing -> given: thresholds" in capsys.readouterr().err
     assert (tmp_path / "made" / ".partial").exists()
+    # Other captions of the same images.
+    records = shards.Shards(source)
+    other = (dataclasses.replace(records[i], caption=f"{records[i].caption} outside") for i in range(len(records)))
+    shards.write(other, tmp_path / source.name, name=records.manifest.name)
+    assert run_job("label", outside(run, tmp_path / source.name, made)) == exit_codes.BAD_INPUT
+    assert re.search("is finished, with other settings .*records: {", capsys.readouterr().err)
     # The same shards by another path are the same captions.
     assert run_job("label", outside(run, f"{source}/../{source.name}/", made)) == 0
     assert "nothing is made twice" in capsys.readouterr().out and not (tmp_path / "made" / ".partial").exists()
@@ -352,7 +359,7 @@ def test_a_full_disk_ends_in_a_line_and_the_same_command_goes_on(run, many, tmp_
         (["{run}/captions"], "expected --out=DIR"),
         (
             ["{run}/captions", "--out=s3://bucket/x", "--workdir=x"],
-            "expected a local folder or gs://BUCKET/FOLDER, s3:/",
+            "--out=s3://bucket/x: s3:// is not read",
         ),
         (
             ["{run}/captions", "--out=x"],

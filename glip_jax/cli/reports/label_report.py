@@ -81,7 +81,11 @@ def _plots(counts: Mapping[str, Any], threshold: float) -> list[tuple[str, bytes
 
 def _settings_and_hashes(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     settings, counts = report["settings"], report["summary"]
-    facts = [(name, str(value)) for name, value in settings.items() if name not in ("inputs", "thresholds", "format")]
+    facts = [
+        (name, str(value))
+        for name, value in settings.items()
+        if name not in ("inputs", "records", "thresholds", "format")
+    ]
     facts += [(f"threshold of {name}", str(value)) for name, value in settings["thresholds"].items()]
     columns = settings["inputs"].items()
     facts += [(f"captions of {name}", f"{path} {own}") for path, (name, own) in zip(report["inputs"], columns)]
