@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import pytest
 
-from glip_jax.cli.command_line import load_config
 from glip_jax.config import MeshConfig
 from glip_jax.data.mixture import Mixture
 from glip_jax.distributed import exit_codes
@@ -30,7 +29,6 @@ from glip_jax.io import checksums
 from glip_jax.io.checkpoint import complete_steps, latest_step, open_checkpoint
 from glip_jax.training import loop
 from glip_jax.training.monitoring import metrics
-from glip_jax.weights import pretrained
 from tests import tiny_run
 from tests.distributed.worker import rows
 from tests.run_job import run_job
@@ -152,42 +150,9 @@ def test_two_processes_split_the_real_network_over_all_axes(file, sources, tmp_p
     monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     _trained(sources, tmp_path / "one", MeshConfig())
     mesh = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
-    codes, logs = _Job(file, tmp_path / "two", 2, 4, mesh, environment={i: {"REAL": "1"} for i in range(2)}).finish()
+    codes, logs = _Job(file, tmp_path / "two", 2, 2, mesh, environment={i: {"REAL": "1"} for i in range(2)}).finish()
     assert codes == [0, 0], logs
     _same_parameters(tmp_path / "one", tmp_path / "two")
-
-
-@pytest.mark.slow
-def test_two_and_four_processes_train_the_demo(tmp_path, monkeypatch):
-    """Its network, scenes, pretrained encoders and schedule, five steps: as one process does, and equal bits twice on one mesh."""
-    drawn = (f"--out={tmp_path / 'scenes'}", "--count=40", "--captions=0", "--validation=8")
-    assert run_job("scenes", drawn) == 0
-    file = tmp_path / "demo.py"
-    file.write_text(
-        f"from configs.demo import demo\nfrom tests import tiny_run\n\n\ndef get_config():\n"
-        f"    base = tiny_run.replace(demo({str(tmp_path / 'scenes')!r}), 'train', steps=5, draw_first_batch=False)\n"
-        f"    return tiny_run.replace(tiny_run.replace(base, 'checkpoint', every=5), 'evaluation', sets={{}})\n"
-    )
-    config = load_config(str(file))
-    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-    loop.train(config, str(tmp_path / "one"), initial_parameters=pretrained.initialize)
-    batches = Mixture(config).batches()
-    expected = [rows(next(batches)) for _ in range(5)]
-    batches.close()  # pyright: ignore[reportAttributeAccessIssue]
-    one, prints = open_checkpoint(str(tmp_path / "one"), 5).parameters("raw"), []
-    for name, number, mesh in (
-        ("two", 2, "--config.mesh.fsdp=4"),
-        ("again", 2, "--config.mesh.fsdp=4"),
-        ("four", 4, ""),
-    ):
-        real = {index: {"REAL": "1"} for index in range(number)}
-        job = _Job(file, tmp_path / name, number, 8 // number, (mesh,) if mesh else (), environment=real)
-        codes, logs = job.finish()
-        assert codes == [0] * number, logs
-        assert _hashes(*logs) == expected
-        same_path(config, one, open_checkpoint(str(tmp_path / name), 5).parameters("raw"), 5)
-        prints.append(re.findall("fingerprint: (.*)", logs[0]))
-    assert prints[0] == prints[1] != []
 
 
 @pytest.mark.slow

@@ -150,27 +150,6 @@ def test_the_program_sends_the_intended_collectives_only(sources, mesh):
     _check_traffic(compiled, params, placed, config)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "shape",
-    [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=1, tensor=2)],
-)
-def test_bert_split_over_tensor_sends_the_intended_sums_only(sources, shape):
-    config = tiny_run.config(sources)
-    batches, mesh = _batches(config, 2), make_mesh(shape, jax.devices()[: shape.data * shape.fsdp * shape.tensor])
-    params = stand_in.parameters(config, jax.random.key(1), bert=True)
-    objective = stand_in.objective(config, bert=True)
-    (one, _), (eight, _) = (_train(config, m, batches, objective, params) for m in (_mesh(ONE), mesh))
-    same_path(config, one.params, eight.params, 2)
-    shapes = jax.eval_shape(lambda: params)
-    start = jax.eval_shape(lambda p: initial_state(p, config), shapes)
-    step = make_step(config, mesh, objective, start, NAMES)
-    compiled = step.lower(abstract(start, mesh), jax.eval_shape(lambda: batches[0])).compile()
-    _check_traffic(
-        compiled, params, mesh, config, over_tensor=_sums_over_tensor(config, mesh, config.model.text.layers)
-    )
-
-
 @pytest.mark.parametrize(
     "mesh",
     [
@@ -221,26 +200,17 @@ def _five_real_steps(config, batches, params, shape):
     return gradients, jax.device_get(state.params), compiled
 
 
-@pytest.fixture(scope="module")
-def real(sources):
-    """Config, five batches, initial parameters, and the results of one device."""
-    config = tiny_run.config(sources)
-    batches, params = _batches(config, 5), jax.device_get(fresh_parameters(config, _mesh(ONE)))
-    return config, batches, params, _five_real_steps(config, batches, params, ONE)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "shape", [MeshConfig(data=8), MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)]
-)
-def test_eight_devices_equal_one_with_the_real_network(real, shape):
-    """Beside `_traffic`, the program sends the sums of the layers split over tensor, and nothing else."""
-    config, batches, params, (gradients, one, _) = real
+def test_eight_devices_equal_one_with_the_real_network(sources):
+    """Split over all axes. Beside `_traffic`, the program sends the sums of the layers split over tensor, and nothing else."""
+    config, shape = tiny_run.config(sources), MeshConfig(data=2, fsdp=2, tensor=2)
+    batches, params = _batches(config, 5), jax.device_get(fresh_parameters(config, _mesh(ONE)))
+    gradients, one, _ = _five_real_steps(config, batches, params, ONE)
     found, eight, compiled = _five_real_steps(config, batches, params, shape)
     _close(gradients, found, tolerance=1e-5)
     same_path(config, one, eight, 5)
     layers = config.model.text.layers + config.model.head.blocks
-    over_tensor = _sums_over_tensor(config, _mesh(shape), layers, (64, 64)) if shape.tensor > 1 else 0
+    over_tensor = _sums_over_tensor(config, _mesh(shape), layers, (64, 64))
     _check_traffic(compiled, params, _mesh(shape), config, min_share=0.98, over_tensor=over_tensor)
 
 
