@@ -217,7 +217,7 @@ class Detector:
         self._tokenized: OrderedDict[str, TokenizedPrompt] = OrderedDict()
         self._chunks: tuple[tuple[str, ...], list[tuple[Prompt, tuple[int, ...]]]] = ((), [])
         self._slots = _PHRASE_SLOTS
-        self._checked: list[str] = []
+        self._checked: list[str] | None = None
         self._programs = _programs(config.model, config.detection)
         self._traced = self._programs.traced.copy()
 

@@ -190,6 +190,33 @@ def test_no_names_are_refused() -> None:
         category_prompts([], TOKENIZER, _config())
 
 
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        (["cat", "Cat"], r"name 2 \('Cat'\) is the same to the model as name 1"),
+        (["cat", "斑马"], "query: '斑马' has no word or character that the model's vocabulary knows"),
+        (["cat", "(x)"], "name 2 of 2 is empty .'.x.': parentheses are removed"),
+        (["ca\x07t"], r"has the character U\+0007"),
+        ([], "there are no names to detect"),
+        ("  ", "expected a list of names or a text"),
+        (" . ", "names nothing: expected phrases with full stops"),
+    ],
+)
+def test_queries_that_cannot_be_asked_are_refused(params: Any, query: Any, message: str) -> None:
+    with pytest.raises(prompts.PromptError, match=message):
+        Detector(_config(), params)([], query)
+
+
+def test_what_is_not_asked_as_it_was_typed_is_said_once(params: Any, caplog: pytest.LogCaptureFixture) -> None:
+    detector = Detector(_config(), params)
+    for _ in range(2):
+        detector([], ["cup (red)", "dog 斑马", "a, b. c"])
+    assert [record.message for record in caplog.records] == [
+        "note: query: the model's vocabulary does not know all of 'dog 斑马'",
+        "note: query: asked without what stands in parentheses, as in training: 'cup (red) -> cup'",
+    ]
+
+
 @pytest.mark.slow
 def test_one_program_per_canvas_and_one_encoding_per_text(params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     inference._programs.cache_clear()

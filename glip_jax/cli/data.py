@@ -13,6 +13,7 @@ import tyro
 
 from glip_jax import UserError
 from glip_jax.cli.command_line import flags
+from glip_jax.config import TextConfig
 from glip_jax.data import shards
 from glip_jax.data.importers.build import BuildPlan, build
 from glip_jax.data.importers.caption_files import CaptionLines, CaptionTsv, Sbu, Webdataset
@@ -28,9 +29,11 @@ from glip_jax.data.importers.tsv import Tsv
 from glip_jax.data.importers.visual_genome import VisualGenome
 from glip_jax.data.manifest import Manifest, ShardError
 from glip_jax.distributed import exit_codes
+from glip_jax.io.assets import AssetError, resolve
 from glip_jax.io.formats import explain
+from glip_jax.structures.prompts import PromptError, check_names, load_tokenizer
 
-__all__ = ["Format", "main"]
+__all__ = ["Format", "main", "vocabulary_notes"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +88,8 @@ def main(argv: Sequence[str]) -> int:
         raise type(error)(f"{error}; {job.source} {found}") from error
     logger.info(report.table())
     logger.info(f"{job.out}: {manifest.records} records, {manifest.boxes} boxes, {len(manifest.names)} names")
+    for note in vocabulary_notes(manifest.names):
+        logger.info(f"note: {note}")
     return exit_codes.DONE
 
 
@@ -107,6 +112,23 @@ def _earlier(job: BuildOptions, done: Manifest) -> BuildOptions | None:
         return flags(words[4:], Format, "data")
     except UserError:
         return None
+
+
+def vocabulary_notes(names: Sequence[str]) -> list[str]:
+    """Notes on names that the vocabulary of the released models, where it is on this machine, reads in part or not at all.
+
+    Shards may be for another vocabulary, so nothing is refused; jobs whose config names one refuse.
+    """
+    vocabulary = TextConfig().vocabulary
+    try:
+        tokenizer = load_tokenizer(resolve(vocabulary))
+    except (AssetError, PromptError):
+        return []
+    remedy = "give them English text with --names, or train with a vocabulary and encoder of that language"
+    try:
+        return check_names(names, tokenizer, f"read with {vocabulary}", remedy, "note")
+    except PromptError as error:
+        return [str(error)]
 
 
 def _deciding(argv: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ import tyro
 from etils import epath
 
 from glip_jax.cli.command_line import Arguments, CommandLineError, flags, parse, split_settings
+from glip_jax.cli.data import vocabulary_notes
 from glip_jax.cli.reports.card import Card
 from glip_jax.cli.reports.drawing import draw_histogram, svg_uri
 from glip_jax.cli.reports.html import render_template
@@ -91,6 +92,9 @@ def _write(job: InspectShards, config: Config | None) -> epath.Path:
     else:
         opened = {name: Shards(path) for name, path in _names(job.shards).items()}
         captioners = {}
+        for name, own in opened.items():
+            for note in vocabulary_notes(own.manifest.names):
+                logger.info(f"note: {name}: {note}")
     seed = config.train.seed if config is not None else 0
     counts = {name: count_records(own, job.limit, captioners.get(name), seed) for name, own in opened.items()}
     cards, drawn = _examples(mixture, job.examples, counts) if mixture is not None else ([], dict.fromkeys(opened, 0))

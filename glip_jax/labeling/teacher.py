@@ -315,12 +315,15 @@ def plan_prompts(caption: str, spans: Sequence[Span], tokenizer: Tokenizer, max_
     """Plans the prompts for the phrases `spans` of a caption, each of at most `max_tokens` tokens including [CLS] and [SEP].
 
     A caption that fits is one prompt. A longer one is split into consecutive parts that begin and end between words and
-    split no phrase. Phrases without a token, or with more tokens than a prompt holds, are skipped.
+    split no phrase. Phrases without a token, of which the vocabulary knows nothing, or with more tokens than a prompt holds, are
+    skipped.
     """
     encoding = tokenizer.encode(caption)
     offsets = np.asarray(encoding.offsets, np.int32).reshape(-1, 2)
     tokens = positive_map(offsets, [[span] for span in spans])
     skipped = dict.fromkeys(np.flatnonzero(~tokens.any(1)).tolist(), "no token")
+    unread = (n for n in range(len(spans)) if {encoding.tokens[i] for i in np.flatnonzero(tokens[n])} == {"[UNK]"})
+    skipped |= dict.fromkeys(unread, "no word that the vocabulary knows")
     first, last = tokens.argmax(1), tokens.shape[1] - 1 - tokens[:, ::-1].argmax(1)
     remaining = [phrase for phrase in range(len(spans)) if phrase not in skipped]
     if len(offsets) <= max_tokens:

@@ -1,6 +1,7 @@
 """The job `data`: from the command line to a finished folder, or to one line and exit code 2."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from glip_jax.data.shards import Shards
 from tests.data.conftest import coco_json, mdetr_json, write_image
 from tests.run_job import run_job
+from tests.tiny_run import VOCABULARY
 
 
 @pytest.fixture
@@ -35,6 +37,22 @@ def test_imports_both_forms(place: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "nothing is made twice" in capsys.readouterr().out
     assert run_job("data", ["mdetr", f"{place}/captions.json", f"--images={place}/pictures", f"--out={place}/two"]) == 0
     assert Shards(place / "two").manifest.kinds == {"grounding": 1}
+
+
+@pytest.mark.processes
+def test_names_that_the_vocabulary_does_not_know_are_said(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the default vocabulary, where it is; training and evaluation with it refuse them."""
+    (place / "assets" / "bert-base-uncased").mkdir(parents=True)
+    shutil.copy(VOCABULARY, place / "assets" / "bert-base-uncased" / "vocab.txt")
+    monkeypatch.chdir(place)
+    (place / "names.json").write_text('{"dog": "斑马"}')
+    coco = ["coco", "boxes.json", "--images=pictures", "--out=out", "--names=names.json", "--processes=1"]
+    assert run_job("data", coco) == 0
+    assert "note: read with assets/bert-base-uncased/vocab.txt: '斑马' has no word" in capsys.readouterr().out
+    assert run_job("inspect", ["out", "--out=page.html"]) == 0
+    assert "note: out: read with assets/bert-base-uncased/vocab.txt: '斑马' has no word" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

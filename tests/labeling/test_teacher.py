@@ -282,6 +282,11 @@ def test_the_prompts_of_a_plan_hold_every_phrase_once(pieces):
         assert text == caption[slice(*spans[phrase])]
 
 
+def test_a_phrase_of_which_the_vocabulary_knows_nothing_is_not_asked():
+    plan = plan_prompts("a cat, 犬 and a 犬 dog", [(0, 5), (7, 8), (13, 20)], TOKENIZER, 12)
+    assert plan.skipped == {1: "no word that the vocabulary knows"} and plan.phrases == ((0, 2),)
+
+
 def test_a_phrase_longer_than_the_text_limit_is_unlabelled_and_noted(tmp_path):
     caption = "a cat on the " + "red " * 20 + "dog"
     labeled, statistics, _ = label(tmp_path, [record("r", caption)], lambda *_: [((0, 0, 9, 9), 0.9)])

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 from glip_jax.data.importers.entry import Report, SourceError
-from glip_jax.structures.prompts import clean_name
+from glip_jax.structures.prompts import clean_name, equal_names, words
 
 __all__ = ["Categories", "categories", "check_names"]
 
@@ -79,10 +79,10 @@ def _check_ids(listed: set[Any], used: Counter[Any], file: str) -> None:
     if not unlisted or len(numbers) < len(used):
         return
     counted = [i for i in listed if isinstance(i, int)]
-    for shift, words in ((-1, "one lower"), (1, "one higher")):
+    for shift, said in ((-1, "one lower"), (1, "one higher")):
         if len(numbers) > 1 and numbers <= {i + shift for i in counted}:
             raise SourceError(
-                f"{file}: the boxes use the category ids {min(numbers)} to {max(numbers)}, each {words} than a listed one "
+                f"{file}: the boxes use the category ids {min(numbers)} to {max(numbers)}, each {said} than a listed one "
                 f"({min(counted)} to {max(counted)}): names would be shifted by one; make both count from the same start"
             )
     if boxes >= _ENOUGH and unlisted > _SHARE * boxes:
@@ -109,3 +109,12 @@ def check_names(named: Mapping[Any, str], file: str) -> None:
                 f"{file}: categories {seen[name]} and {identity} are both named {name!r}: distinguish them with --names"
             )
         seen[name] = identity
+    ids = list(named)
+    for index, other in equal_names([words(clean_name(name)) for name in named.values()]):
+        one, two = named[ids[other]], named[ids[index]]
+        # LVIS tells names apart in parentheses, which captions leave out: "bow_(weapon)".
+        if one != two and "(" not in one + two:
+            raise SourceError(
+                f"{file}: categories {ids[other]} ({one!r}) and {ids[index]} ({two!r}) are the same to the model, which reads "
+                "no case, accents or underscores: give them texts that differ with --names"
+            )

@@ -133,6 +133,10 @@ def changed(path: list, value: Any) -> dict:
         (changed(["annotations", 1, "bbox"], ...), r"annotations\[1\] lacks bbox"),
         (changed(["categories", 1, "name"], ...), r"categories\[1\] lacks name"),
         (changed(["categories", 1, "name"], "person"), "1 and 2 are both named 'person'.*--names"),
+        (
+            changed(["categories", 1, "name"], "Pérson"),
+            r"1 \('person'\) and 2 \('Pérson'\) are the same to the model.*--names",
+        ),
         (changed(["categories", 1, "name"], "_(dog)"), "named '_.dog.'.*--names"),
         (changed(["categories"], []), "no category"),
     ],
