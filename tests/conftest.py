@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import multiprocessing.process
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -66,6 +67,14 @@ def _terminal():
 def _caplog():
     """caplog listens at the root logger, from which a job takes the log away."""
     logging.getLogger("glip_jax").propagate = True
+
+
+def pytest_ignore_collect(collection_path, config):
+    """A file whose tests all have a marker that is left out is not imported: torch, transformers and jax take seconds."""
+    if collection_path.suffix != ".py":
+        return None
+    marks = re.findall(r"^pytestmark = pytest\.mark\.(\w+)$", collection_path.read_text(), re.MULTILINE)
+    return True if any(f"not {mark}" in config.option.markexpr for mark in marks) else None
 
 
 def pytest_collection_modifyitems(items):

@@ -70,6 +70,7 @@ def test_a_file_that_cannot_be_written_is_found_before_anything_is_compiled(conf
         assert output.startswith(f"plan: --out={out} cannot be written ({reason}") and output.count("\n") == 1
 
 
+@pytest.mark.compiles
 def test_a_batch_for_fewer_chips_is_planned_with_an_image_on_each(config, capsys):
     assert run(config, "--topology=v5e:4x4", "--compile=none", "--canvas=64x64") == exit_codes.DONE
     output = capsys.readouterr()
@@ -82,11 +83,13 @@ def test_a_batch_for_fewer_chips_is_planned_with_an_image_on_each(config, capsys
     assert output.err == "" and "8 images a step (2 a chip)" in output.out
 
 
+@pytest.mark.compiles
 def test_without_a_compiler_it_says_which_would_do(config, capsys):
     assert run(config, "--topology=h100:8", "--canvas=64x64") == exit_codes.DONE
     assert "--compile=fake compiles for fake CPU devices" in capsys.readouterr().out
 
 
+@pytest.mark.compiles
 def test_formulas_and_json(config, capsys, tmp_path):
     out = tmp_path / "plan.json"
     arguments = ("--topology=a100:8", "--images-per-chip=2", "--canvas=64x64,64x96", f"--out={out}")
@@ -100,6 +103,7 @@ def test_formulas_and_json(config, capsys, tmp_path):
     assert first["roofline"]["fits"] is None and first["scaling"] is None
 
 
+@pytest.mark.compiles
 def test_without_libtpu_it_says_what_to_install_and_goes_on(config, capsys, monkeypatch):
     wanted = []
 

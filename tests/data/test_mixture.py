@@ -71,8 +71,7 @@ def expected(sources: dict[str, SourceConfig]) -> list[str]:
     return [digest(batch) for batch in draw(Mixture(config(sources)), STEPS)]
 
 
-@pytest.mark.parametrize("hosts", [2, 4, 8])
-@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize(("hosts", "start"), [(2, 0), (8, 3)])
 def test_hosts_read_slices_of_the_same_batches(
     sources: dict[str, SourceConfig], expected: list[str], hosts: int, start: int
 ) -> None:
@@ -185,8 +184,8 @@ def test_flip_probability(sources: dict[str, SourceConfig]) -> None:
 def test_weights_are_the_shares_of_examples(folders: dict[str, Path], weights: tuple[float, float], size: int) -> None:
     sources = {name: SourceConfig(str(folders[name]), w) for name, w in zip(("boxes", "captions"), weights)}
     plan = Mixture(config(sources, batch_size=size, short_sides=(32,)))
-    counts = Counter(s for batch in draw(plan, 40) for s in batch.source.tolist())
-    assert counts[0] / (counts[0] + counts[1]) == pytest.approx(weights[0] / sum(weights), abs=0.02)
+    counts = Counter(s for batch in draw(plan, 20) for s in batch.source.tolist())
+    assert counts[0] / (counts[0] + counts[1]) == pytest.approx(weights[0] / sum(weights), abs=0.03)
 
 
 def test_copies_are_shares_of_examples_by_records(folders: dict[str, Path]) -> None:
@@ -194,8 +193,8 @@ def test_copies_are_shares_of_examples_by_records(folders: dict[str, Path]) -> N
     sources = {name: SourceConfig(str(folders[name]), copies=n) for name, n in (("boxes", 2), ("captions", 1))}
     plan = Mixture(config(sources, short_sides=(32,)))
     assert plan.shares == pytest.approx((34 / 48, 14 / 48)) and plan.records == (17, 14)
-    counts = Counter(s for batch in draw(plan, 30) for s in batch.source.tolist())
-    assert counts[0] / 240 == pytest.approx(34 / 48, abs=0.03)
+    counts = Counter(s for batch in draw(plan, 18) for s in batch.source.tolist())
+    assert counts[0] / 144 == pytest.approx(34 / 48, abs=0.03)
 
 
 def test_caption_records_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def glip_t():
     return _shapes(ModelConfig())
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     ("path", "rate", "decay"),
     [
@@ -70,6 +71,7 @@ def test_groups_follow_the_original_rules(glip_t, path, rate, decay):
     assert optim.groups(glip_t, ModelConfig(), config)[path] == pytest.approx((rate, decay))
 
 
+@pytest.mark.compiles
 def test_frozen_swin_stage_has_the_tensors_of_the_original(glip_t):
     """GLIP-L freezes patch embedding (4) and first stage with its downsample (29): glip-reference 1.3 [run]."""
     model = ModelConfig(backbone=BackboneConfig(frozen_stages=1))
@@ -82,6 +84,7 @@ def test_frozen_swin_stage_has_the_tensors_of_the_original(glip_t):
     assert {"backbone/patch_norm/bias", "backbone/merge1/reduction/kernel"} <= paths
 
 
+@pytest.mark.compiles
 def test_frozen_encoders_have_no_moments_and_rate_zero(glip_t):
     model = ModelConfig(text=TextConfig(frozen=True))
     trainable, frozen = optim.split(glip_t, model)
@@ -92,6 +95,7 @@ def test_frozen_encoders_have_no_moments_and_rate_zero(glip_t):
     assert jax.tree.structure(optim.merge(frozen, trainable)) == jax.tree.structure(glip_t)
 
 
+@pytest.mark.compiles
 def test_frozen_stages_of_efficientnet_and_its_norms_which_always_are():
     shapes = _shapes(ModelConfig(backbone=BackboneConfig(kind="efficientnet_lite0")))
     for stages, stem, stage3 in ((0, False, False), (3, True, True), (2, True, False)):
@@ -265,6 +269,7 @@ def test_any_optimizer_of_optax_gets_rates_and_decays(name, arguments):
         np.testing.assert_allclose(updates[path], rate * (directions[path] - decay), rtol=1e-5, atol=1e-12)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("name", ["adafactor", "contrib.muon"])
 def test_the_state_of_any_optimizer_lies_on_the_mesh(glip_t, name):
     """As its parameter where it has the shape of that, else whole on every device."""

@@ -5,7 +5,6 @@ from collections import OrderedDict
 
 import numpy as np
 import pytest
-import torch
 from etils import epath
 
 from glip_jax.weights.torch_files import TorchFileError, load_arrays, load_tree, sha256
@@ -79,6 +78,8 @@ def test_only_the_requested_tensors_are_read(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "legacy"])
 def test_files_of_torch_save(tmp_path, options):
+    import torch
+
     shared = torch.arange(12.0)
     tensors = {"whole": shared.reshape(3, 4).T, "part": shared[3:7], "own": torch.nn.Parameter(torch.ones(2, 3).half()),
                "narrow": torch.arange(4.0).bfloat16(), "number": torch.tensor(3)}  # fmt: skip
