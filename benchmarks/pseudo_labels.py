@@ -36,7 +36,6 @@ from glip_jax.cli.reports.run_cards import match
 from glip_jax.data.records import Record
 from glip_jax.data.scenes.nouns import plural
 from glip_jax.data.shards import Shards
-from glip_jax.evaluation.average_precision import read_lists
 from glip_jax.evaluation.recall import CaptionedImage, Phrase, load_grounding
 from glip_jax.labeling.outside import category_of, category_words
 from glip_jax.labeling.phrases.finders import head, head_word
@@ -258,7 +257,7 @@ def main() -> None:
     arguments = parser.parse_args()
     shards = Shards(arguments.shards)
     records = [shards[index] for index in range(len(shards))]
-    content = [read_lists(path, ("images", "annotations"), "MDETR's or COCO's JSON") for path in arguments.truth]
+    content = [json.loads(Path(path).read_text()) for path in arguments.truth]
     counts: Counter[str] = Counter()
     names: dict[int, str] = {}
     if "caption" in content[0]["images"][0]:

@@ -153,6 +153,7 @@ def phrase_results(detections: dict[Any, Detections]) -> list[dict[str, Any]]:
 
 def _done(arguments: EvaluateArguments, checkpoint: "Checkpoint", out: str) -> bool:
     """Whether `out` holds what an evaluation would write now; pictures of the same annotations count as the same."""
+    from glip_jax.evaluation.evaluate import saved_set
     from glip_jax.io import provenance
 
     config, folder = arguments.config, epath.Path(out)
@@ -169,7 +170,7 @@ def _done(arguments: EvaluateArguments, checkpoint: "Checkpoint", out: str) -> b
         same = same and found["sets"].keys() == config.evaluation.sets.keys()
         for name, dataset in config.evaluation.sets.items():
             entry = found["sets"].get(name, {})
-            same = same and all(entry[key] == value for key, value in asdict(dataset).items())
+            same = same and saved_set(entry) == dataset
             same = same and entry["hashes"]["annotations"] == provenance.file_hash(dataset.annotations)
             same = same and (folder / f"detections_{name}.json").exists()
             same = same and (not arguments.measure_chunking or dataset.kind != "detection" or "chunking" in entry)
@@ -212,6 +213,7 @@ def _entry(
                 "numbers": result.precision.numbers | {"AP50_permuted": chance, "AP50_ratio": ratio},
                 "per_class": result.precision.per_class,
                 "per_class_50": result.precision.per_class_50,
+                "left_out": result.truth.left_out,
             }
         case Grounded():
             return {

@@ -22,7 +22,7 @@ from glip_jax.evaluation.average_precision import (
     GroundTruth,
     load_ground_truth,
 )
-from glip_jax.evaluation.evaluate import Evaluated, Grounded
+from glip_jax.evaluation.evaluate import Evaluated, Grounded, saved_set
 from glip_jax.evaluation.recall import Recall, load_grounding
 from glip_jax.io.provenance import file_hash
 from glip_jax.io.workdir import write_atomic
@@ -104,7 +104,8 @@ def write_report(workdir: str, scenes: int = 12, threshold: float | None = None,
 def _evaluated(folder: epath.Path, name: str, entry: dict[str, Any]) -> Evaluated | Grounded:
     """An evaluation as it was, from evaluation.json and the detections beside it."""
     grounding = entry["kind"] == "grounding"
-    truth = load_grounding(entry["annotations"]) if grounding else load_ground_truth(entry["annotations"])
+    load = load_grounding if grounding else load_ground_truth
+    truth = load(entry["annotations"], saved_set(entry), name)
     if file_hash(entry["annotations"]) != entry["hashes"]["annotations"]:
         raise ReportError(f"{entry['annotations']} has changed since it was evaluated: run `evaluate` again")
     by_image: defaultdict[Any, list[dict[str, Any]]] = defaultdict(list)

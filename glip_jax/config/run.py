@@ -182,9 +182,20 @@ class EvaluationSet:
     images: PathStr
     """Folder of the images."""
     names: dict[str, str] = field(default_factory=dict)
-    """Detection: prompt text that replaces a category name, e.g. RBC -> red blood cell."""
+    """Detection: prompt text by category name or id, e.g. RBC -> red blood cell; several with one text are one category."""
     kind: Literal["detection", "grounding"] = "detection"
     """`detection`: COCO AP, prompted with all categories; `grounding`: recall of the phrases of each caption."""
+    # As the options of `data coco` and `data mdetr` of the same names.
+    merge_names: bool = False
+    """Detection: categories of one name are one."""
+    boxes: Literal["", "xywh", "xyxy"] = ""
+    """Format of bbox; "": xywh, checked for plausibility."""
+    crowds: Literal["", "drop", "keep"] = ""
+    """Boxes with iscrowd 1: regions where nothing counts, or (keep) single objects; "": refused if most boxes are crowds."""
+    folders: str = ""
+    """Grounding: folders below `images` by data_source, e.g. mixed, or coco=train2014,vg=gqa."""
+    allow_drops: bool = False
+    """Evaluate although most boxes are left out for one reason."""
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,9 @@ _ADDED_KEYS = {"model.head.offset_bound": 0, "optimizer.name": "adamw", "optimiz
 _ADDED_AFTER_HASHES = ("optimizer.name", "optimizer.ema_ramp")
 """Those of them that earlier versions did not hash."""
 
+_ADDED_TO_SETS = {"merge_names": False, "boxes": "", "crowds": "", "folders": "", "allow_drops": False}
+"""Settings of `evaluation.sets.*` that earlier versions did not hash, with what these did."""
+
 
 def current_name(name: str) -> str:
     """Today's name of a setting or metric; `name` itself if it was not renamed."""
@@ -59,6 +62,7 @@ def first_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     inverse = {new: old for old, new in RENAMED_KEYS.items()}
     added = {name: _ADDED_KEYS[name] for name in _ADDED_AFTER_HASHES}
+    added |= {n: _ADDED_TO_SETS.get(n.rpartition(".")[2]) for n in settings if n.startswith("evaluation.sets.")}
     return {_renamed(name, inverse): v for name, v in settings.items() if name not in added or added[name] != v}
 
 

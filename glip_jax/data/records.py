@@ -76,6 +76,10 @@ class Record:
     at anchors without a box."""
     provenance: str = ""
     """Pseudo: the teacher that predicted the boxes; otherwise the annotation file."""
+    file: str = ""
+    """Captions: path of the image below its folder, with which detections of other tools are matched; "" if unknown."""
+    image_id: str = ""
+    """Captions: id of the image in an annotation file that numbers its images."""
 
 
 def validate(record: Record, names: int | None = None) -> Record:
@@ -144,6 +148,7 @@ def encode(record: Record) -> bytes:
             "not_exhaustive": list(record.not_exhaustive),
             "unknown": [[list(span) for span in spans] for spans in record.unknown],
             "provenance": record.provenance,
+            **{key: value for key in ("file", "image_id") if (value := getattr(record, key))},
         }
     )
     return cast(bytes, fields)
@@ -185,6 +190,8 @@ def decode(data: bytes, names: int | None = None) -> Record:
             not_exhaustive=tuple(str(name) for name in fields.get("not_exhaustive", ())),
             unknown=_phrases(fields.get("unknown", ())),
             provenance=str(fields.get("provenance", "")),
+            file=str(fields.get("file", "")),
+            image_id=str(fields.get("image_id", "")),
         )
     except (TypeError, ValueError) as error:
         raise RecordError(f"record {identity!r} has a field of the wrong type ({error})") from None

@@ -2,23 +2,27 @@
 
 import contextlib
 import io
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from etils import epath
 from jaxtyping import Float, Float64
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from glip_jax import UserError
+from glip_jax.config import EvaluationSet
+from glip_jax.data.importers.coco_json import read_detections
+from glip_jax.data.importers.entry import Report, SourceError, as_numbers
+from glip_jax.data.importers.losses import refuse_losses
 from glip_jax.structures.batch import Detections
 
 __all__ = [
     "NUMBERS", "AveragePrecision", "GroundTruth", "GroundTruthError", "average_precision", "coco_results",
-    "derangement", "load_ground_truth", "permuted_ap50", "read_lists",
+    "derangement", "load_ground_truth", "permuted_ap50", "setting_names",
 ]  # fmt: skip
 
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -31,12 +35,19 @@ class GroundTruthError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """A COCO detection JSON with its categories in the order of the prompts (by id)."""
+    """A COCO detection JSON as it is evaluated, with its categories in the order of the prompts (by id)."""
 
     path: str
     content: dict[str, Any]
-    category_ids: tuple[int, ...]
+    """COCO's images, annotations and categories, without what is left out: paths below the image folder, categories that are
+    prompted for, boxes with width, height, area and iscrowd 0 or 1; `height` and `width` of an image only if they are listed."""
+    category_ids: tuple[int | str, ...]
     names: tuple[str, ...]
+    """Names in the file, for reports."""
+    prompts: tuple[str, ...] = ()
+    """Names in the prompts."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Counts of what is not evaluated or was repaired, by reason."""
 
 
 class AveragePrecision(NamedTuple):
@@ -50,63 +61,64 @@ class AveragePrecision(NamedTuple):
     """AP50 of each category by name."""
 
 
-def read_lists(path: str, lists: Sequence[str], expected: str) -> dict[str, Any]:
-    """The JSON object in `path`, which holds the named lists; `expected` names the format in messages.
+def load_ground_truth(path: str, dataset: EvaluationSet | None = None, name: str = "NAME") -> GroundTruth:
+    """Reads a COCO detection JSON as `data coco` does: `glip_jax.data.importers.coco_json`.
+
+    `dataset`: options and image folder; None: neither. `name`: of the set, for messages. Crowd boxes are COCO's regions in which
+    nothing counts, unless `dataset.crowds` is keep.
 
     Raises:
-        GroundTruthError: the file is missing, is no JSON object, or lacks a list.
+        GroundTruthError: what the import of the file would refuse, no box that can be used, or most lost for one reason.
     """
-    file = epath.Path(path)
-    if not file.exists():
-        raise GroundTruthError(f"{path} does not exist: expected {expected} with {', '.join(lists)}")
+    given, report = dataset or EvaluationSet(path, ""), Report()
+    with setting_names(name):
+        data = read_detections(
+            path, given.images, report, rename=given.names, merge_names=given.merge_names, boxes=given.boxes or None,
+            crowds=given.crowds or None,
+        )  # fmt: skip
+        known, images, annotations, ignored = data.categories, [], [], 0
+        for image in data.images:
+            size = {} if image.height is None else {"height": image.height, "width": image.width}
+            images.append({"id": image.id, "file_name": image.file, **size})
+            for box in image.boxes:
+                *_, width, height = box.xywh
+                where = f"annotation {box.key} of image {image.id}"
+                if width <= 0 or height <= 0:
+                    report.drop("box: no area", where)
+                    continue
+                if box.crowd:
+                    ignored += 1
+                    report.drop("box: crowd", where)
+                area = as_numbers([box.area], 1)
+                usable = area is not None and 0 < area[0] < math.inf
+                report.note("box: area unusable, width x height taken", where, box.area is not None and not usable)
+                annotations.append({
+                    "id": len(annotations) + 1, "image_id": image.id, "category_id": known.ids[box.label],
+                    "bbox": list(box.xywh), "area": area[0] if area and usable else width * height,
+                    "iscrowd": int(box.crowd),
+                })  # fmt: skip
+        chosen = {"box: crowd"} if given.crowds == "drop" else set()
+        refuse_losses(report, len(images), len(annotations) - ignored, data.path, chosen, given.allow_drops)
+    content = {
+        "images": images, "annotations": annotations,
+        "categories": [{"id": i, "name": title} for i, title in zip(known.ids, known.titles, strict=True)],
+    }  # fmt: skip
+    return GroundTruth(path, content, known.ids, known.titles, known.names, dict(report.dropped + report.noted))
+
+
+@contextlib.contextmanager
+def setting_names(name: str) -> Iterator[None]:
+    """Turns errors of the reader into GroundTruthError, with the options as settings of the evaluation set `name`."""
     try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise GroundTruthError(f"{path} is no JSON: {error}") from error
-    missing = [key for key in lists if not isinstance(content, dict) or not isinstance(content.get(key), list)]
-    if missing:
-        raise GroundTruthError(f"{path} lacks the lists {', '.join(missing)}: expected {expected}")
-    return content
-
-
-def load_ground_truth(path: str) -> GroundTruth:
-    """Reads a COCO detection JSON.
-
-    Raises:
-        GroundTruthError: the file is missing or no COCO detection JSON, an id occurs twice, or a box is of an unknown image or
-            category.
-    """
-    content = read_lists(path, ("images", "annotations", "categories"), "a COCO detection JSON")
-    try:
-        for key in ("images", "annotations", "categories"):
-            ids = [entry["id"] for entry in content[key]]
-            if len(ids) != len(set(ids)):
-                raise GroundTruthError(f"{path}: ids of {key} occur twice: expected one entry an id")
-        for entry in content["annotations"]:
-            if not isinstance(entry["bbox"], list) or len(entry["bbox"]) != 4:
-                raise GroundTruthError(
-                    f"{path}: annotation {entry['id']} has bbox {entry['bbox']}: expected x, y, w, h"
-                )
-            # Data sets of users may lack these two; the defaults are those of COCO.
-            entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
-            entry.setdefault("iscrowd", 0)
-        categories = sorted((entry["id"], str(entry["name"])) for entry in content["categories"])
-        images = {entry["id"] for entry in content["images"]}
-        known = {number for number, _ in categories}
-        orphans = [
-            a["id"] for a in content["annotations"] if a["image_id"] not in images or a["category_id"] not in known
-        ]
-    except (KeyError, TypeError) as error:
-        raise GroundTruthError(f"{path}: an entry lacks {error}: expected a COCO detection JSON") from error
-    if orphans:
-        raise GroundTruthError(
-            f"{path}: {len(orphans)} annotations (first {orphans[:3]}) name unknown images or categories"
-        )
-    return GroundTruth(path, content, tuple(i for i, _ in categories), tuple(name for _, name in categories))
+        yield
+    except SourceError as error:
+        setting = re.compile(r"--(names|merge-names|boxes|crowds|folders|images|allow-drops)\b")
+        text = setting.sub(lambda found: f"evaluation.sets.{name}.{found[1].replace('-', '_')}", str(error))
+        raise GroundTruthError(text) from None
 
 
 def coco_results(
-    truth: GroundTruth, detections: Mapping[int, Detections], widths: Literal["plus_one", "plain"] = "plus_one"
+    truth: GroundTruth, detections: Mapping[Any, Detections], widths: Literal["plus_one", "plain"] = "plus_one"
 ) -> list[dict[str, Any]]:
     """Detections by image id in COCO's results format; unused rows (phrase -1) are left out.
 
@@ -128,7 +140,7 @@ def coco_results(
 
 
 def average_precision(
-    truth: GroundTruth, results: list[dict[str, Any]], image_ids: list[int] | None = None
+    truth: GroundTruth, results: list[dict[str, Any]], image_ids: list[Any] | None = None
 ) -> AveragePrecision:
     """COCO's box AP and AR of `results` (COCO's results format), on `image_ids` or on all images.
 
@@ -164,7 +176,7 @@ def derangement(count: int) -> tuple[int, ...]:
     return tuple(following.tolist())
 
 
-def permuted_ap50(truth: GroundTruth, results: list[dict[str, Any]], image_ids: list[int] | None = None) -> float:
+def permuted_ap50(truth: GroundTruth, results: list[dict[str, Any]], image_ids: list[Any] | None = None) -> float:
     """AP50 of the same boxes and scores with the categories permuted by `derangement`: the level of chance.
 
     A detector that localises objects but does not know their names reaches this AP50. It equals permuting the embeddings of the
@@ -189,23 +201,36 @@ def permuted_ap50(truth: GroundTruth, results: list[dict[str, Any]], image_ids: 
     return float(precision[precision > -1].mean()) if (precision > -1).any() else -1.0
 
 
-def _evaluation(truth: GroundTruth, results: list[dict[str, Any]], image_ids: list[int] | None) -> COCOeval:
-    """The evaluation of pycocotools, set up with copies of its inputs, because it writes into them."""
-    known = {entry["id"] for entry in truth.content["images"]}
+def _evaluation(truth: GroundTruth, results: list[dict[str, Any]], image_ids: list[Any] | None) -> COCOeval:
+    """The evaluation of pycocotools, set up with copies of its inputs, because it writes into them.
+
+    Images and categories are numbered in order of their ids, because ids may be texts.
+    """
+    images = {key: i for i, key in enumerate(sorted((e["id"] for e in truth.content["images"]), key=_by_number), 1)}
+    order = {key: i for i, key in enumerate(truth.category_ids, 1)}
     named = {row["image_id"] for row in results} | set(image_ids or ())
-    if named - known:
-        raise GroundTruthError(f"{truth.path} has no images {sorted(named - known)[:5]} that detections refer to")
+    if named - set(images):
+        unknown = sorted(named - set(images), key=str)[:5]
+        raise GroundTruthError(f"{truth.path} has no images {unknown} that detections refer to")
+
+    def numbered(row: dict[str, Any]) -> dict[str, Any]:
+        return row | {"image_id": images[row["image_id"]], "category_id": order[row["category_id"]]}
+
     dataset = _indexed({
-        "info": truth.content.get("info", {}),
-        "images": truth.content["images"],
-        "categories": truth.content["categories"],
+        "info": {},
+        "images": [{"id": number} for number in images.values()],
+        "categories": [{"id": order[entry["id"]], "name": entry["name"]} for entry in truth.content["categories"]],
         # pycocotools records the id of the box that a detection matches, and takes 0 for none: ids from 1.
-        "annotations": [entry | {"id": number} for number, entry in enumerate(truth.content["annotations"], 1)],
+        "annotations": [numbered(entry) for entry in truth.content["annotations"]],
     })  # fmt: skip
-    evaluation = COCOeval(dataset, _results(dataset, results), "bbox")
-    evaluation.params.catIds = list(truth.category_ids)
-    evaluation.params.imgIds = sorted(known if image_ids is None else set(image_ids))
+    evaluation = COCOeval(dataset, _results(dataset, [numbered(row) for row in results]), "bbox")
+    evaluation.params.catIds = list(order.values())
+    evaluation.params.imgIds = sorted(images.values() if image_ids is None else {images[key] for key in image_ids})
     return evaluation
+
+
+def _by_number(key: Any) -> tuple[bool, Any]:
+    return isinstance(key, str), key
 
 
 def _indexed(content: dict[str, Any]) -> COCO:
@@ -217,7 +242,7 @@ def _indexed(content: dict[str, Any]) -> COCO:
 
 def _results(dataset: Any, results: list[dict[str, Any]]) -> COCO:
     if results:
-        return dataset.loadRes([dict(row) for row in results])
+        return dataset.loadRes(results)
     # loadRes reads the first row, so it cannot load an empty list.
     return _indexed({**dataset.dataset, "annotations": []})
 

@@ -1,9 +1,9 @@
 """Runs a detector over annotated sets and computes the metrics."""
 
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -38,7 +38,7 @@ from glip_jax.structures.prompts import PromptError, Tokenizer, check_names, lis
 
 __all__ = [
     "CategoryDetector", "DetectorProtocol", "Evaluated", "EvaluationError", "Grounded", "PhraseDetector", "check_set", "evaluate",
-    "evaluate_detection", "evaluate_grounding", "evaluate_set", "prompt_names", "read_image", "scalars",
+    "evaluate_detection", "evaluate_grounding", "evaluate_set", "read_image", "saved_set", "scalars",
 ]  # fmt: skip
 
 
@@ -79,8 +79,8 @@ class Evaluated(NamedTuple):
     truth: GroundTruth
     prompts: tuple[str, ...]
     """The name of each category in the prompts, in the order of `truth.names`."""
-    image_ids: tuple[int, ...]
-    detections: dict[int, Detections]
+    image_ids: tuple[Any, ...]
+    detections: dict[Any, Detections]
     """By image id."""
     precision: AveragePrecision
     permuted: float = -1.0
@@ -153,9 +153,9 @@ def check_set(name: str, dataset: EvaluationSet, config: Config) -> list[str]:
         raise EvaluationError(f"evaluation.sets.{name}.images: {dataset.images} does not exist: expected its images")
     match dataset.kind:
         case "detection":
-            return _check_names(f"evaluation.sets.{name}", load_ground_truth(dataset.annotations), dataset, config)
+            return _check_names(f"evaluation.sets.{name}", load_ground_truth(dataset.annotations, dataset, name), config)
         case "grounding":
-            truth = load_grounding(dataset.annotations)
+            truth = load_grounding(dataset.annotations, dataset, name)
             return _check_phrases(f"evaluation.sets.{name}", truth, _tokenizer(config))
 
 
@@ -163,12 +163,12 @@ def _tokenizer(config: Config) -> Tokenizer:
     return load_tokenizer(assets.resolve(config.model.text.vocabulary))
 
 
-def _check_names(where: str, truth: GroundTruth, dataset: EvaluationSet, config: Config) -> list[str]:
+def _check_names(where: str, truth: GroundTruth, config: Config) -> list[str]:
     remedy = (
         f"say it otherwise with {where}.names, or evaluate a model whose vocabulary and encoder are of that language"
     )
     try:
-        names, tokenizer = prompt_names(truth, dataset), _tokenizer(config)
+        names, tokenizer = truth.prompts, _tokenizer(config)
         notes = check_names(names, tokenizer, f"{where}, {truth.path}", remedy, "refuse_plain")
         category_prompts(names, tokenizer, config)  # raises for a name beyond the token budget
     except PromptError as error:
@@ -224,18 +224,19 @@ def evaluate_detection(
     is the order of the categories in the prompts (default: by id); it does not change the order in the result.
 
     Raises:
-        EvaluationError: no images, an image that is missing, unreadable or of another size than in the annotations,
-            or `dataset.names` has a name of no category.
-        GroundTruthError: the annotations are no COCO detection JSON.
+        EvaluationError: an image that is missing, unreadable or of another size than in the annotations.
+        GroundTruthError: the annotations are no COCO detection JSON, or `dataset.names` has a name of no category.
     """
-    truth = load_ground_truth(dataset.annotations)
-    names = prompt_names(truth, dataset)
+    truth = load_ground_truth(dataset.annotations, dataset, name)
+    names = truth.prompts
     if report is not None:
         report(f"{name or dataset.annotations}: {len(names)} categories, prompted as: {', '.join(names)}")
+        if truth.left_out:
+            report(f"{name or dataset.annotations}: {', '.join(f'{n} {what}' for what, n in truth.left_out.items())}")
     indices = np.arange(len(names)) if order is None else np.asarray(order)
     ordered = [names[i] for i in indices]
     entries = _limited(truth.content["images"], config, dataset)
-    detections: dict[int, Detections] = {}
+    detections: dict[Any, Detections] = {}
 
     def detect(group: Sequence[dict[str, Any]], images: list[Any]) -> None:
         for entry, found in zip(group, detector.categories(images, ordered), strict=True):
@@ -246,7 +247,7 @@ def evaluate_detection(
     results = coco_results(truth, detections)
     precision = average_precision(truth, results, list(image_ids))
     permuted = permuted_ap50(truth, results, list(image_ids))
-    return Evaluated(truth, tuple(names), image_ids, detections, precision, permuted, pictures)
+    return Evaluated(truth, names, image_ids, detections, precision, permuted, pictures)
 
 
 def evaluate_grounding(
@@ -268,7 +269,7 @@ def evaluate_grounding(
             the annotations.
         GroundTruthError: the annotations are no MDETR grounding JSON.
     """
-    truth = load_grounding(dataset.annotations)
+    truth = load_grounding(dataset.annotations, dataset, name)
     chosen = truth.images[: config.evaluation.max_images] if config.evaluation.max_images else truth.images
     captions = {image.id: image for image in chosen if image.phrases}
     if not captions:
@@ -358,21 +359,9 @@ def _run(
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def prompt_names(truth: GroundTruth, dataset: EvaluationSet) -> list[str]:
-    """The name of each category in the prompts: its own, or that of `dataset.names`.
-
-    Raises:
-        EvaluationError: `dataset.names` has a name of no category, or there are no categories.
-    """
-    unknown = sorted(set(dataset.names) - set(truth.names))
-    if unknown:
-        raise EvaluationError(
-            f"evaluation names {', '.join(unknown)} are no categories of {truth.path}: "
-            f"expected some of {', '.join(truth.names)}"
-        )
-    if not truth.names:
-        raise EvaluationError(f"{truth.path} has no categories: expected at least one")
-    return [dataset.names.get(name, name) for name in truth.names]
+def saved_set(entry: Mapping[str, Any]) -> EvaluationSet:
+    """The set that an entry of evaluation.json describes; settings that an earlier version lacks have their default."""
+    return EvaluationSet(**{item.name: entry[item.name] for item in fields(EvaluationSet) if item.name in entry})
 
 
 def read_image(folder: epath.Path, entry: dict[str, Any]) -> UInt8[np.ndarray, "H W 3"]:
@@ -386,8 +375,6 @@ def read_image(folder: epath.Path, entry: dict[str, Any]) -> UInt8[np.ndarray, "
 
 def _read(folder: epath.Path, entry: dict[str, Any]) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
     """As `read_image`, with the SHA-256 of the file."""
-    if "file_name" not in entry:
-        raise EvaluationError(f"image {entry['id']} has no file_name: {json.dumps(entry)[:120]}")
     try:
         path = within(folder, str(entry["file_name"]))
     except OutsideError as error:

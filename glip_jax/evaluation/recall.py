@@ -14,7 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Float32
 
-from glip_jax.evaluation.average_precision import GroundTruthError, read_lists
+from glip_jax.config import EvaluationSet
+from glip_jax.data.importers.coco_json import AnnotatedCaption, read_grounding
+from glip_jax.data.importers.entry import Report
+from glip_jax.data.importers.losses import refuse_losses
+from glip_jax.data.importers.mdetr import folders_of
+from glip_jax.evaluation.average_precision import GroundTruthError, setting_names
 from glip_jax.structures import prompts
 from glip_jax.structures.batch import Detections, Prompt
 from glip_jax.structures.boxes import pairwise_iou
@@ -31,6 +36,9 @@ PROTOCOLS = ("recall", "merged_recall")
 MIN_IOU = 0.5
 
 Spans = tuple[tuple[int, int], ...]
+
+_READ = ("id", "file_name", "coco_url", "height", "width", "caption")
+"""Fields of an image that the reader returns apart from the others."""
 
 
 class Phrase(NamedTuple):
@@ -85,103 +93,89 @@ class Recall(NamedTuple):
     """Number of phrases: "" for all, then by kind."""
 
 
-def load_grounding(path: str) -> GroundingTruth:
-    """Reads a grounding JSON in the format of MDETR: images with a caption each, annotations with bbox and tokens_positive.
+def load_grounding(path: str, dataset: EvaluationSet | None = None, name: str = "NAME") -> GroundingTruth:
+    """Reads a grounding JSON in the format of MDETR as `data mdetr` does: `glip_jax.data.importers.coco_json`.
 
-    The phrases of a caption are, in this order of preference, the image's `tokens_positive_eval` (a list of spans per
-    phrase), its `phrases` (a span and a kind per phrase), or the distinct `tokens_positive` of its annotations. A box
-    belongs to every phrase whose spans are all among the spans of the box. Phrases without boxes are not evaluated, as on
-    Flickr30k; they, crowds, boxes without an area and boxes of no phrase are counted in `left_out`.
+    `dataset`: options and image folder; None: neither. `name`: of the set, for messages. The phrases of a caption are, in this
+    order of preference, the image's `tokens_positive_eval` (a list of spans per phrase), its `phrases` (a span and a kind per
+    phrase), or the distinct `tokens_positive` of its annotations. A box belongs to every phrase whose spans are all among the
+    spans of the box. Phrases without boxes are not evaluated, as on Flickr30k; they, boxes of no phrase, and what the import
+    drops as well, are counted in `left_out`.
 
     Raises:
-        GroundTruthError: the file is missing or no grounding JSON, an id occurs twice, a box is of an unknown image, a span is
-            beyond its caption, or no phrase has a box.
+        GroundTruthError: what the import of the file would refuse, no phrase with a box, or most boxes lost for one reason.
     """
-    content = read_lists(path, ("images", "annotations"), "an MDETR grounding JSON")
-    left_out: Counter[str] = Counter()
-    annotations: dict[Any, list[dict[str, Any]]] = {}
-    try:
-        for entry in content["images"]:
-            if entry["id"] in annotations:
-                raise GroundTruthError(
-                    f"{path}: the id {entry['id']!r} occurs twice in images: expected one entry an id"
-                )
-            if not isinstance(entry["caption"], str):
-                raise GroundTruthError(
-                    f"{path}: image {entry['id']} has the caption {entry['caption']!r}: expected text"
-                )
-            annotations[entry["id"]] = []
-        for number, annotation in enumerate(content["annotations"]):
-            if annotation["image_id"] not in annotations:
-                raise GroundTruthError(
-                    f"{path}: annotation {annotation.get('id', number)} is of image {annotation['image_id']!r}, which is not listed"
-                )
-            annotations[annotation["image_id"]].append(annotation)
-        images = tuple(_captioned(path, entry, annotations[entry["id"]], left_out) for entry in content["images"])
-    except (KeyError, TypeError) as error:
-        raise GroundTruthError(
-            f"{path}: an entry lacks {error} or has a wrong type there: expected an MDETR grounding JSON"
-        ) from error
+    given, report, left_out = dataset or EvaluationSet(path, ""), Report(), Counter[str]()
+    with setting_names(name):
+        data = read_grounding(
+            path, given.images, report, folders=folders_of(given.folders), boxes=given.boxes or None,
+            crowds=given.crowds or None, fields=lambda item: {k: v for k, v in item.items() if k not in _READ},
+        )  # fmt: skip
+        images = tuple(_captioned(path, item, report, left_out) for item in data.captions)
+        used = sum(len(phrase.boxes) for image in images for phrase in image.phrases)
+        chosen = {"box: crowd"} if given.crowds == "drop" else set()
+        refuse_losses(
+            report, len(images), used + left_out["boxes of no listed phrase"], path, chosen, given.allow_drops
+        )
     if not any(image.phrases for image in images):
         raise GroundTruthError(f"{path}: no caption has a phrase with a box: expected at least one")
-    return GroundingTruth(path, images, {reason: count for reason, count in left_out.items() if count})
+    left_out += report.dropped + report.noted
+    return GroundingTruth(path, images, dict(left_out))
 
 
-def _captioned(
-    path: str, entry: dict[str, Any], annotations: Sequence[dict[str, Any]], left_out: Counter[str]
-) -> CaptionedImage:
+def _captioned(path: str, item: AnnotatedCaption, report: Report, left_out: Counter[str]) -> CaptionedImage:
     """The phrases of an image with their boxes; counts what is left out."""
-    caption, where = entry["caption"], f"{path}, image {entry['id']}"
+    caption, where = item.caption, f"{path}, image {item.id}"
     boxes, spans = [], []
-    for annotation in annotations:
-        x, y, width, height = _bbox(annotation, where)
-        raw = annotation.get("tokens", annotation.get("tokens_positive"))
-        box_spans = _spans(raw, caption, f"{where}, annotation {annotation.get('id')}")
-        if annotation.get("iscrowd"):
-            left_out["crowd boxes"] += 1
+    for phrase in item.boxes:
+        x, y, width, height = phrase.xywh
+        if phrase.crowd:
+            report.drop("box: crowd", f"annotation {phrase.key} of image {item.id}")
         elif width <= 0 or height <= 0:
-            left_out["boxes without an area"] += 1
+            report.drop("box: no area", f"annotation {phrase.key} of image {item.id}")
         else:
             boxes.append((x, y, x + width, y + height))
-            spans.append(box_spans)
+            spans.append(tuple(sorted(set(phrase.spans))))
     kinds: dict[Spans, str] = {}
-    if "tokens_positive_eval" in entry:
-        kinds = {_spans(item, caption, f"{where}, tokens_positive_eval"): "" for item in entry["tokens_positive_eval"]}
-    elif "phrases" in entry:
-        listed = ((item["span"], str(item.get("kind", ""))) for item in entry["phrases"])
-        kinds = {_spans([span], caption, f"{where}, phrases"): kind for span, kind in listed}
+    asked, phrases = item.fields.get("tokens_positive_eval"), item.fields.get("phrases")
+    if asked is not None:
+        kinds = {_spans(each, caption, f"{where}, tokens_positive_eval"): "" for each in _list(asked, where)}
+    elif phrases is not None:
+        for each in _list(phrases, where):
+            if not isinstance(each, dict) or "span" not in each:
+                raise GroundTruthError(f"{where} has the phrase {each!r:.60}: expected an object with span")
+            kinds[_spans([each["span"]], caption, f"{where}, phrases")] = str(each.get("kind", ""))
     else:
         kinds = dict.fromkeys(sorted(spans), "")
-    phrases, used = [], set()
+    found, used = [], set()
     for phrase, kind in kinds.items():
         rows = [row for row, covered in enumerate(spans) if set(phrase) <= set(covered)]
         used |= set(rows)
         if rows:
-            phrases.append(Phrase(phrase, np.asarray([boxes[row] for row in rows], np.float32), kind))
-    left_out["phrases without a box"] += len(kinds) - len(phrases)
+            found.append(Phrase(phrase, np.asarray([boxes[row] for row in rows], np.float32), kind))
+    left_out["phrases without a box"] += len(kinds) - len(found)
     left_out["boxes of no listed phrase"] += len(spans) - len(used)
-    left_out["captions without a phrase that has a box"] += not phrases
-    return CaptionedImage(entry["id"], entry, caption, tuple(phrases))
+    left_out["captions without a phrase that has a box"] += not found
+    size = {} if item.height is None else {"height": item.height, "width": item.width}
+    entry = {**item.fields, "id": item.id, "file_name": item.file, **size, "caption": caption}
+    return CaptionedImage(item.id, entry, caption, tuple(found))
 
 
-def _bbox(annotation: dict[str, Any], where: str) -> tuple[float, float, float, float]:
-    box = annotation["bbox"]
-    valid = isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box)
-    if not valid or not np.isfinite(box).all():
-        raise GroundTruthError(f"{where}: annotation {annotation.get('id')} has bbox {box}: expected x, y, w, h")
-    x, y, width, height = (float(value) for value in box)
-    return x, y, width, height
+def _list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise GroundTruthError(f"{where} has the phrases {value!r:.60}: expected a list")
+    return value
 
 
 def _spans(raw: Any, caption: str, where: str) -> Spans:
-    """The (begin, end) characters in `raw`, checked against the caption."""
+    """The (begin, end) characters of a phrase, checked against the caption."""
     if not isinstance(raw, list) or not raw:
-        raise GroundTruthError(f"{where} has the spans {raw!r}: expected [[begin, end], ...] with at least one")
+        raise GroundTruthError(f"{where} has the spans {raw!r:.60}: expected [[begin, end], ...] with at least one")
     for span in raw:
-        valid = isinstance(span, list) and len(span) == 2 and all(isinstance(value, int) for value in span)
+        valid = isinstance(span, list) and len(span) == 2 and all(type(value) is int for value in span)
         if not valid or not 0 <= span[0] < span[1] <= len(caption):
             raise GroundTruthError(
-                f"{where} has the span {span} in a caption of {len(caption)} characters: expected [begin, end] with "
+                f"{where} has the span {span!r:.60} in a caption of {len(caption)} characters: expected [begin, end] with "
                 "0 <= begin < end <= length, end exclusive"
             )
     return tuple(sorted({(span[0], span[1]) for span in raw}))

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from glip_jax.config import EvaluationSet
 from glip_jax.evaluation.average_precision import (
     NUMBERS,
     GroundTruthError,
@@ -161,9 +162,16 @@ def test_evaluating_changes_neither_truth_nor_results(truth):
 
 def test_categories_of_one_name_are_told_apart_by_id(tmp_path):
     content = {**TRUTH, "categories": [{"id": 2, "name": "cell"}, {"id": 5, "name": "cell"}]}
+    path = str(tmp_path / "truth.json")
     (tmp_path / "truth.json").write_text(json.dumps(content))
-    found = average_precision(load_ground_truth(str(tmp_path / "truth.json")), [])
-    assert set(found.per_class) == {"cell (id 2)", "cell (id 5)"}
+    with pytest.raises(
+        GroundTruthError, match=r"both named 'cell'.*evaluation\.sets\.NAME\.merge_names.*sets\.NAME\.names"
+    ):
+        load_ground_truth(path)
+    apart = load_ground_truth(path, EvaluationSet(path, "", {"2": "white cell", "5": "red cell"}))
+    assert apart.prompts == ("white cell", "red cell")
+    assert set(average_precision(apart, []).per_class) == {"cell (id 2)", "cell (id 5)"}
+    assert load_ground_truth(path, EvaluationSet(path, "", merge_names=True)).prompts == ("cell",)
 
 
 def test_results_of_unknown_images_are_refused(truth):
@@ -174,12 +182,15 @@ def test_results_of_unknown_images_are_refused(truth):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no JSON"),
-        ("[]", "lacks the lists images, annotations, categories"),
-        (json.dumps({**TRUTH, "categories": TRUTH["categories"][:1]}), "1 annotations .* unknown images or categories"),
-        (json.dumps({**TRUTH, "images": TRUTH["images"] * 2}), "ids of images occur twice"),
-        (json.dumps({**TRUTH, "images": [{"file_name": "a"}]}), "lacks 'id'"),
-        (json.dumps({**TRUTH, "annotations": [{**TRUTH["annotations"][0], "bbox": [1, 2]}]}), "expected x, y, w, h"),
+        ("{", "is not JSON"),
+        ("[]", "holds a list, expected an object with categories"),
+        (json.dumps({**TRUTH, "categories": TRUTH["categories"][1:2]}), "2 of 3 boxes .* box: category not listed"),
+        (json.dumps({**TRUTH, "images": TRUTH["images"] * 2}), "the id 7 occurs twice in images"),
+        (json.dumps({**TRUTH, "images": [{"file_name": "a"}]}), r"images\[0\] lacks id"),
+        (
+            json.dumps({**TRUTH, "annotations": [{**TRUTH["annotations"][0], "bbox": [1, 2]}]}),
+            "expected bbox to be x, y",
+        ),
     ],
 )
 def test_bad_files_give_one_message(tmp_path, content, message):

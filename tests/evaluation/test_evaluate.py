@@ -112,13 +112,16 @@ def _other_size(dataset):
         (_missing, r"1\.png does not exist"),
         (_broken, r"1\.png is no image that can be read"),
         (_other_size, r"1\.png has 10 x 10 .* 41 x 60"),
-        (lambda dataset: dataset.names.update(XYZ="x"), "names XYZ are no categories .* RBC, <WBC>"),
+        (
+            lambda dataset: dataset.names.update(XYZ="x"),
+            r"sets\.cells\.names has 'XYZ', .* no category: expected some of 'RBC' \(id 1\)",
+        ),
     ],
 )
 def test_sets_that_do_not_fit_give_one_message(dataset, spoil, message):
     spoil(dataset)
-    with pytest.raises(EvaluationError, match=message):
-        evaluate_detection(Oracle(), _config(), dataset, progress=False)
+    with pytest.raises((EvaluationError, GroundTruthError), match=message):
+        evaluate_detection(Oracle(), _config(), dataset, name="cells", progress=False)
 
 
 def test_the_order_in_the_prompts_does_not_change_the_result(dataset):

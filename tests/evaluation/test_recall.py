@@ -90,7 +90,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     content["annotations"].append({"id": 9, "image_id": 4, "bbox": [0, 0, 9, 9], "tokens_positive": [[6, 10]]})
     truth = _load(tmp_path, content)
     assert truth.left_out == {
-        "crowd boxes": 1, "boxes without an area": 1, "boxes of no listed phrase": 1, "phrases without a box": 3,
+        "box: crowd": 1, "box: no area": 1, "boxes of no listed phrase": 1, "phrases without a box": 3,
         "captions without a phrase that has a box": 1,
     }  # fmt: skip
 
@@ -102,20 +102,39 @@ def _corrupt(**changes):
 
 
 @pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"image_id": 7}, "box: image not listed"),
+        ({"bbox": [1, 2]}, "box: not four numbers"),
+        ({"bbox": [1, 2, float("nan"), 3]}, "box: not finite"),
+        ({"tokens_positive": [[0, 99]]}, "box: no span left"),
+        ({"tokens_positive": []}, "box: no span"),
+        ({"iscrowd": "x"}, "box: iscrowd neither 0 nor 1"),
+    ],
+)
+def test_a_box_that_the_import_drops_is_left_out(tmp_path, change, reason):
+    truth = _load(tmp_path, json.loads(_corrupt(**change)))
+    assert truth.left_out[reason] == 1 and sum(len(p.boxes) for p in truth.images[0].phrases) == 2
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no JSON"),
-        ("[]", "lacks the lists images, annotations"),
-        (json.dumps({"images": []}), "lacks the lists annotations"),
+        ("{", "is not JSON"),
+        ("[]", "holds a list, expected an object with images"),
+        (json.dumps({"images": TRUTH["images"]}), "expected a list under 'annotations', found nothing"),
         (json.dumps({**TRUTH, "images": TRUTH["images"] * 2}), "the id 4 occurs twice"),
-        (json.dumps({**TRUTH, "images": [{"id": 4}]}), "'caption'"),
-        (json.dumps({**TRUTH, "images": [{"id": 4, "caption": None}]}), "caption None: expected text"),
+        (json.dumps({**TRUTH, "images": [{"id": 4, "file_name": "a.png"}]}), "lacks caption"),
+        (
+            json.dumps({**TRUTH, "images": [TRUTH["images"][0] | {"caption": None}]}),
+            "none of 3 boxes is kept.*caption no text",
+        ),
         (json.dumps({**TRUTH, "annotations": []}), "no caption has a phrase with a box"),
-        (_corrupt(image_id=7), "annotation 1 is of image 7"),
-        (_corrupt(bbox=[1, 2]), "expected x, y, w, h"),
-        (_corrupt(bbox=[1, 2, float("nan"), 3]), "expected x, y, w, h"),
-        (_corrupt(tokens_positive=[[0, 99]]), r"span \[0, 99\] in a caption of 22 characters"),
-        (_corrupt(tokens_positive=[]), "with at least one"),
+        (
+            json.dumps({**TRUTH, "images": [TRUTH["images"][0] | {"phrases": [{"span": [0, 99]}]}]}),
+            r"\[0, 99\] in a caption of 22",
+        ),
+        (json.dumps({**TRUTH, "images": [TRUTH["images"][0] | {"phrases": 5}]}), "phrases 5: expected a list"),
     ],
 )
 def test_bad_files_give_one_message(tmp_path, content, message):

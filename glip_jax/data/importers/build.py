@@ -34,12 +34,13 @@ from tqdm import tqdm
 from glip_jax.data import shards
 from glip_jax.data.importers import published
 from glip_jax.data.importers.entry import Entry, ImageFolder, ImportSource, Report, SourceError, pack
+from glip_jax.data.importers.losses import refuse_losses
 from glip_jax.data.importers.report import BuildReport, summary
 from glip_jax.data.importers.tfds import TfdsImages
 from glip_jax.data.importers.workers import BuildError, Job, Task, WorkerError, read_shard_info, run
 from glip_jax.data.records import RecordError
 from glip_jax.data.shards import Manifest, ShardError
-from glip_jax.io import gcs
+from glip_jax.io import gcs, text_files
 
 __all__ = ["BuildPlan", "build", "excluded_hashes", "file_digest"]
 
@@ -74,6 +75,10 @@ class BuildPlan:
     """Number of worker processes; 0: one per core."""
     strict: bool = False
     """Whether to stop at the first item that would be dropped."""
+    allow_drops: bool = False
+    """Whether most boxes or images may be dropped for one reason."""
+    chosen_drops: tuple[str, ...] = ()
+    """Reasons for which they may be dropped anyway."""
     exclude: tuple[epath.PathLike, ...] = ()
     """Files with content hashes of images that must not become records: see `excluded_hashes`."""
     published: str = ""
@@ -85,6 +90,7 @@ class BuildPlan:
 class _Index(NamedTuple):
     path: Path
     count: int
+    boxes: int
     names: tuple[str, ...]
     images: Callable[[str], bytes]
     report: Report
@@ -116,6 +122,7 @@ def build(plan: BuildPlan, open_source: Callable[[Path], ImportSource]) -> tuple
                 stale.unlink()
             settings = _settings(plan, origins)
             index = _existing_index(partial, settings) or _make_index(partial, settings, open_source)
+            refuse_losses(index.report, index.count, index.boxes, plan.source, plan.chosen_drops, plan.allow_drops)
             if known is None and index.published:
                 known = published.find(plan.source, index.published)
             np.save(partial / "excluded.npy", np.array(sorted(excluded), np.uint64))
@@ -157,7 +164,7 @@ def _hashes_in(path: str) -> set[int]:
             with np.load(io.BytesIO(data)) as columns:
                 return set(columns["hash"].tolist())
         found = set()
-        for number, line in enumerate(data.decode().split(), 1):
+        for number, line in enumerate(text_files.decoded(data).split(), 1):
             digits = line.lower().removeprefix("0x")
             is_hex = len(digits) in (16, 64) and set(digits) <= set("0123456789abcdef")
             if not is_hex and not digits.isdecimal():
@@ -234,12 +241,21 @@ def _make_index(partial: Path, settings: str, open_source: Callable[[Path], Impo
         base.execute("CREATE TABLE entries (position INTEGER PRIMARY KEY, line TEXT)")
         base.execute("CREATE TABLE meta (value TEXT)")
         base.execute("BEGIN")
+        boxes = 0
+
+        def lines() -> Iterator[tuple[str]]:
+            nonlocal boxes
+            for entry in bar:
+                boxes += len(entry.boxes)
+                yield (pack(entry),)
+
         bar: tqdm[Entry] = tqdm(source.entries, "index", source.count, unit="entry", disable=None)
-        base.executemany("INSERT INTO entries (line) VALUES (?)", ((pack(entry),) for entry in bar))
+        base.executemany("INSERT INTO entries (line) VALUES (?)", lines())
         (count,) = base.execute("SELECT count(*) FROM entries").fetchone()
         index = _Index(
             path,
             count,
+            boxes,
             source.names,
             source.images,
             source.report,
@@ -276,7 +292,7 @@ def _index_as_json(settings: str, index: _Index) -> str:
             images = {key: str(value) for key, value in asdict(index.images).items()}
         case _:  # a reader of the caller's own: such a build begins anew
             images = None
-    fields = {"settings": settings, "count": index.count, "names": index.names, "images": images}
+    fields = {"settings": settings, "count": index.count, "boxes": index.boxes, "names": index.names, "images": images}
     fields |= {"report": vars(index.report), "inputs": index.inputs, "published": index.published}
     return json.dumps(fields)
 
@@ -288,7 +304,7 @@ def _index_of_json(path: Path, text: str) -> tuple[str, _Index]:
     reader = TfdsImages(**images) if "key" in images else ImageFolder(**images | {"path": epath.Path(images["path"])})
     counts = {key: Counter[str](report.pop(key)) for key in ("kept", "dropped", "noted")}
     return fields["settings"], _Index(
-        path, fields["count"], tuple(fields["names"]), reader, Report(**counts, **report), fields["inputs"], fields["published"],
+        path, fields["count"], fields["boxes"], tuple(fields["names"]), reader, Report(**counts, **report), fields["inputs"], fields["published"],
     )  # fmt: skip
 
 
@@ -335,6 +351,8 @@ def _merge(
             f"nothing to write to {plan.out}: no record came out of {plan.source}"
             + (f"; dropped: {reasons}" if reasons else "")
         )
+    records, boxes = (sum(getattr(part, what) for part in parts) for what in ("records", "boxes"))
+    refuse_losses(report, records, boxes, plan.source, plan.chosen_drops, plan.allow_drops)
     manifest = shards.complete(
         partial, parts, name=plan.name or epath.Path(plan.out).absolute().name, names=index.names, source=plan.source, command=plan.command,
         licence=known.licence if known is not None and plan.licence == "unknown" else plan.licence,

@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 import tyro
 from etils import epath
 
+from glip_jax.data.importers.coco_json import ImagePaths
 from glip_jax.data.importers.entry import Entry, ImportSource, Report, SourceError, image_folder
 from glip_jax.data.importers.options import BuildOptions, PathArgument
 from glip_jax.data.importers.readers import JsonFile, decode_text, numbered_lines, parse_json
@@ -54,7 +55,7 @@ def open_caption_tsv(
     if sorted(name for name in names if name != "-") != ["caption", "image"]:
         raise SourceError(f"columns is {columns!r}: expected caption and image once each, others as -: caption,image")
     path, folder, report = _existing(captions), image_folder(images), Report(strict=strict)
-    naming = _Naming(files)
+    naming, paths = _Naming(files), ImagePaths(images)
 
     def entries() -> Iterator[Entry]:
         for number, raw in numbered_lines(path):
@@ -66,7 +67,7 @@ def open_caption_tsv(
                 report.drop("image: other columns", f"{where} has {len(cells)} columns, {wanted}: {line!r:.60}")
             elif line is not None:
                 row = dict(zip(names, cells))
-                yield from _entries(number, [row["caption"]], row["image"], naming, path.name, report)
+                yield from _entries(number, [row["caption"]], row["image"], naming, paths, path.name, report)
 
     return ImportSource(entries(), folder, report, inputs=(path,))
 
@@ -77,7 +78,7 @@ def open_caption_lines(
 ) -> ImportSource:  # fmt: skip
     """Opens captions of JSON lines: objects with a caption (or a list of captions: one entry each) and an image."""
     path, folder, report = _existing(captions), image_folder(images), Report(strict=strict)
-    naming = _Naming(files)
+    naming, paths = _Naming(files), ImagePaths(images)
 
     def entries() -> Iterator[Entry]:
         for number, raw in numbered_lines(path):
@@ -87,7 +88,7 @@ def open_caption_lines(
             item = parse_json(raw, report, "image", where)
             if isinstance(item, dict) and caption_key in item and image_key in item:
                 texts = item[caption_key] if isinstance(item[caption_key], list) else [item[caption_key]]
-                yield from _entries(number, texts, item[image_key], naming, path.name, report)
+                yield from _entries(number, texts, item[image_key], naming, paths, path.name, report)
             elif item is not ...:
                 wanted = f"expected an object with {caption_key!r} and {image_key!r}"
                 report.drop("image: caption or picture missing", f"{where}, found {item!r:.60}, {wanted}")
@@ -102,7 +103,7 @@ def open_sbu(
     `image_urls` and `captions` (sbu-captions-all.json).
     """
     path, folder, report = _existing(captions), image_folder(images), Report(strict=strict)
-    naming = _Naming(files)
+    naming, paths = _Naming(files), ImagePaths(images)
     if path.is_dir():
         inputs = tuple(path / name for name in _SBU)
         for file in inputs:
@@ -116,7 +117,7 @@ def open_sbu(
 
     def entries() -> Iterator[Entry]:
         for number, (address, caption) in enumerate(pairs, 1):
-            yield from _entries(number, [caption], address, naming, path.name, report)
+            yield from _entries(number, [caption], address, naming, paths, path.name, report)
 
     return ImportSource(entries(), folder, report, inputs=inputs)
 
@@ -176,7 +177,7 @@ class _Naming:
 
 
 def _entries(
-    number: int, captions: Iterable[Any], image: Any, naming: _Naming, file: str, report: Report
+    number: int, captions: Iterable[Any], image: Any, naming: _Naming, paths: ImagePaths, file: str, report: Report
 ) -> Iterator[Entry]:
     """Yields an entry for each caption of line `number`; values of a wrong type are dropped and counted."""
     where = f"{file} line {number}"
@@ -187,12 +188,13 @@ def _entries(
     if not name:
         report.drop("image: address without a file", f"{where}, {image!r:.60}: say with --files how files are named")
         return
+    name = paths.find(name)
     for index, caption in enumerate(captions):
         if not isinstance(caption, str):
             report.drop("image: caption no text", f"{where}, found {caption!r:.60}, expected text")
             continue
         identity = f"{number}" if not index else f"{number}.{index}"
-        yield Entry(id=identity, image=name, kind="caption", caption=caption.strip(), provenance=file)
+        yield Entry(id=identity, image=name, kind="caption", caption=caption.strip(), provenance=file, file=name)
 
 
 def _existing(path: epath.PathLike) -> epath.Path:
@@ -228,8 +230,8 @@ class _Sample(NamedTuple):
     """The members of a tar that share a key."""
 
     key: str
-    image: tuple[int, int] | None
-    """(offset, length) of the image's bytes in the tar."""
+    image: tuple[int, int, str] | None
+    """Offset and length of the image's bytes in the tar, and its suffix."""
     text: bytes | None
     about: bytes | None
 
@@ -270,7 +272,7 @@ def _grouped(tar: tarfile.TarFile, size: int) -> Iterator[_Sample]:
             raise tarfile.ReadError(f"{member.name} of {member.size} bytes ends after the file")
         suffix = suffix.lower()
         if suffix in _PICTURES:
-            sample["image"] = (member.offset_data, member.size)
+            sample["image"] = (member.offset_data, member.size, suffix)
         elif suffix in ("txt", "json") and member.size <= _TEXT_BYTES:
             data = tar.extractfile(member)
             sample[suffix] = b"" if data is None else data.read()
@@ -302,9 +304,11 @@ def _sample_entry(sample: _Sample, tar: str, report: Report) -> Entry | None:
         return None
     if not isinstance(caption, str):
         return None
-    offset, length = sample.image
-    image = f"{tar}#{offset}+{length}"
-    return Entry(id=sample.key, image=image, kind="caption", caption=caption.strip(), provenance=tar)
+    offset, length, suffix = sample.image
+    return Entry(
+        id=sample.key, image=f"{tar}#{offset}+{length}", kind="caption", caption=caption.strip(), provenance=tar,
+        file=f"{sample.key}.{suffix}",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

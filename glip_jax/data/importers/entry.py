@@ -135,6 +135,10 @@ class Entry:
     ids: tuple[str, ...] = ()
     """Per box the annotation's id, for messages; empty: boxes are numbered."""
     provenance: str = ""
+    file: str = ""
+    """`Record.file`."""
+    image_id: str = ""
+    """`Record.image_id`."""
 
     def where(self, box: int | None = None) -> str:
         """Description of the image or box, for messages."""
@@ -315,11 +319,17 @@ def make_record(
     if entry.kind != "detection":
         report.kept["phrases"] += len(set(of_kept(entry.spans)))
     return Record(
-        id=entry.id.encode(errors="backslashreplace").decode(), kind=entry.kind, image=data, height=height, width=width,
+        id=_printable(entry.id), kind=entry.kind, image=data, height=height, width=width,
         boxes=boxes_array(boxes), categories=of_kept(entry.labels), caption=entry.caption,
         spans=of_kept(entry.spans), scores=of_kept(entry.scores), known_absent=entry.known_absent,
         not_exhaustive=entry.not_exhaustive, unknown=_without_box(entry, kept), provenance=entry.provenance,
+        file=_printable(entry.file), image_id=_printable(entry.image_id),
     )  # fmt: skip
+
+
+def _printable(text: str) -> str:
+    """The text with lone surrogates, which cannot be stored, escaped."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _without_box(entry: Entry, kept: Sequence[int]) -> tuple[Spans, ...]:

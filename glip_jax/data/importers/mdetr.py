@@ -17,18 +17,10 @@ import tyro
 from etils import epath
 
 from glip_jax.data.importers.caption_files import CaptionOptions
-from glip_jax.data.importers.coco import BoxFormat, BoxFormatCheck, as_xywh, joined
-from glip_jax.data.importers.entry import (
-    Entry,
-    ImportSource,
-    Report,
-    SourceError,
-    checked_spans,
-    from_xywh,
-    image_folder,
-)
+from glip_jax.data.importers.coco_json import BoxFormat, Crowds, GroundingFile, ImagePaths, joined, read_grounding
+from glip_jax.data.importers.entry import Entry, ImportSource, Report, SourceError, from_xywh, image_folder
 from glip_jax.data.importers.options import BuildOptions, PathArgument
-from glip_jax.data.importers.readers import Join, JsonFile, integer_field, require_keys, text_field
+from glip_jax.data.importers.readers import Join, JsonFile, require_keys
 
 __all__ = ["CocoCaptions", "MIXED_FOLDERS", "Mdetr", "folders_of", "open_coco_captions", "open_mdetr"]
 
@@ -38,28 +30,18 @@ MIXED_FOLDERS = {"coco": "coco/train2014", "vg": "gqa/images", "gqa": "gqa/image
 
 def open_mdetr(
     annotations: epath.PathLike, images: epath.PathLike, *, folders: Mapping[str, str] | None = None,
-    boxes: BoxFormat | None = None, strict: bool = False, scratch: Path | None = None,
+    boxes: BoxFormat | None = None, crowds: Crowds | None = None, strict: bool = False, scratch: Path | None = None,
 ) -> ImportSource:  # fmt: skip
     """Opens a grounding file in MDETR's format; one entry per item of `images`, in the order of the file.
 
     `folders`: from `data_source` to a folder below `images`; None: file names are used unchanged. `boxes`: format of `bbox`;
-    None: xywh, checked for plausibility. `scratch`: folder for a temporary file. Boxes without a span that covers text are
-    dropped. Raises SourceError if the file is not JSON, a key is missing, a size or file name has a wrong type, ids are
-    duplicated, or the image folder is missing or empty.
+    None: xywh, checked for plausibility. `crowds`: as for `open_coco`. `scratch`: folder for a temporary file. Boxes without a
+    span that covers text are dropped. Raises SourceError if the file is not JSON, a key is missing, a file name has a wrong
+    type, ids are duplicated, or the image folder is missing or empty.
     """
-    reader, source, report = image_folder(images), JsonFile(annotations), Report(strict=strict)
-
-    def image(item: dict[str, Any], where: str) -> list[Any]:
-        require_keys(item, ("caption",), where)
-        return [*_image_values(item, where, folders), item["caption"]]
-
-    def annotation(item: dict[str, Any], where: str) -> list[Any]:
-        require_keys(item, ("bbox",), where)
-        return [item["bbox"], item.get("iscrowd"), item["tokens"] if "tokens" in item else item.get("tokens_positive")]
-
-    join = joined(source, image, annotation, report, scratch)
-    entries = _grounding(join, boxes, source.path, report)
-    return ImportSource(entries, reader, report, count=join.count, inputs=(source.path,))
+    reader, report = image_folder(images), Report(strict=strict)
+    data = read_grounding(annotations, images, report, folders=folders, boxes=boxes, crowds=crowds, scratch=scratch)
+    return ImportSource(_grounding(data, report), reader, report, count=data.count, inputs=(data.path,))
 
 
 def open_coco_captions(
@@ -72,10 +54,9 @@ def open_coco_captions(
         require_keys(item, ("caption",), where)
         return [item["caption"]]
 
-    def image(item: dict[str, Any], where: str) -> list[Any]:
-        return _image_values(item, where, None)
-
-    join = joined(source, image, annotation, report, scratch, stray="image: of a caption is not listed")
+    join = joined(
+        source, ImagePaths(images), lambda *_: [], annotation, report, scratch, "image: of a caption is not listed"
+    )
     return ImportSource(_captions(join, source.path.name, report), reader, report, inputs=(source.path,))
 
 
@@ -91,46 +72,21 @@ def folders_of(text: str) -> dict[str, str] | None:
     return {source: folder for source, _, folder in pairs}
 
 
-def _image_values(item: dict[str, Any], where: str, folders: Mapping[str, str] | None) -> list[Any]:
-    """[path below the image folder, height, width] of an item of `images`."""
-    require_keys(item, ("file_name", "height", "width"), where)
-    where = f"{where.partition('images[')[0]}image {item['id']!r:.40}"
-    name = text_field(item, "file_name", where, "file name")
-    if folders is not None:
-        origin = item.get("data_source")
-        if not isinstance(origin, str) or origin not in folders:
-            known = ", ".join(folders)
-            raise SourceError(f"{where} has data_source {origin!r:.40}, expected one of {known}: set its folder")
-        name = f"{folders[origin]}/{name}" if folders[origin] else name
-    return [name, integer_field(item, "height", where), integer_field(item, "width", where)]
-
-
-def _grounding(join: Join, box_format: BoxFormat | None, path: epath.Path, report: Report) -> Iterator[Entry]:
-    format_check = BoxFormatCheck()
-    for identity, (file, height, width, caption), notes in join:
-        if not isinstance(caption, str):
-            report.drop("image: caption no text", f"image {identity}, found {caption!r:.40}, expected text")
-            report.drop("box: image dropped", f"image {identity}", len(notes))
-            continue
+def _grounding(data: GroundingFile, report: Report) -> Iterator[Entry]:
+    for item in data.captions:
         boxes, spans, ids = [], [], []
-        for key, (xywh, crowd, raw) in notes:
-            name = "(no id)" if key is None else str(key)
-            where = f"annotation {name} of image {identity}"
-            format_check.add(xywh, height, width, where)
-            if crowd:
+        for phrase in item.boxes:
+            where = f"annotation {phrase.key} of image {item.id}"
+            if phrase.crowd:
                 report.drop("box: crowd", where)
-            elif (box_spans := checked_spans(raw, caption, report, where)) and (
-                box := from_xywh(as_xywh(xywh) if box_format == "xyxy" else xywh, report, where)
-            ) is not None:
+            elif (box := from_xywh(phrase.xywh, report, where)) is not None:
                 boxes.append(box)
-                spans.append(box_spans)
-                ids.append(name)
+                spans.append(phrase.spans)
+                ids.append(phrase.key)
         yield Entry(
-            id=str(identity), image=file, kind="grounding", height=height, width=width, boxes=tuple(boxes),
-            caption=caption, spans=tuple(spans), ids=tuple(ids), provenance=path.name,
+            id=str(item.id), image=item.file, kind="grounding", height=item.height, width=item.width, boxes=tuple(boxes),
+            caption=item.caption, spans=tuple(spans), ids=tuple(ids), provenance=data.path.name,
         )  # fmt: skip
-    if box_format is None:
-        format_check.raise_if_wrong(path)
 
 
 def _captions(join: Join, provenance: str, report: Report) -> Iterator[Entry]:
@@ -147,7 +103,7 @@ def _captions(join: Join, provenance: str, report: Report) -> Iterator[Entry]:
                 continue
             yield Entry(
                 id=f"{identity}#{caption_id}", image=file, kind="caption", height=height, width=width,
-                caption=caption.strip(), provenance=provenance,
+                caption=caption.strip(), provenance=provenance, file=file, image_id=str(identity),
             )  # fmt: skip
 
 
@@ -179,6 +135,13 @@ class Mdetr(BuildOptions):
     coco=train2014,vg=gqa; default: file names are relative to --images."""
     boxes: BoxFormat | None = None
     """Format of bbox; default: xywh, checked for plausibility."""
+    crowds: Crowds | None = None
+    """Boxes with iscrowd 1: see `data coco --help`."""
+
+    @property
+    def chosen_drops(self) -> frozenset[str]:
+        """The reasons for drops that the options ask for."""
+        return frozenset({"box: crowd"} if self.crowds == "drop" else ())
 
     @property
     def source(self) -> epath.Path:
@@ -193,6 +156,6 @@ class Mdetr(BuildOptions):
     def open(self, scratch: Path) -> ImportSource:
         """Opens and validates the annotations."""
         return open_mdetr(
-            self.annotations, self.images, folders=folders_of(self.folders), boxes=self.boxes, strict=self.strict,
-            scratch=scratch,
+            self.annotations, self.images, folders=folders_of(self.folders), boxes=self.boxes, crowds=self.crowds,
+            strict=self.strict, scratch=scratch,
         )  # fmt: skip

@@ -24,7 +24,7 @@ from etils import epath
 from glip_jax.data.importers.entry import Entry, ImportSource, Report, SourceError, image_folder
 from glip_jax.data.importers.options import BuildOptions, PathArgument
 from glip_jax.data.importers.readers import Join, require_file
-from glip_jax.io import gcs
+from glip_jax.io import gcs, text_files
 from glip_jax.structures.prompts import clean_name
 
 __all__ = ["Openimages", "hierarchy_below", "open_openimages"]
@@ -75,7 +75,7 @@ def open_openimages(
 def hierarchy_below(path: epath.Path) -> dict[str, set[str]]:
     """For each class id all ids below it by `Subcategory` (`Part` is ignored); SourceError for an invalid file."""
     try:
-        tree = json.loads(path.read_text())
+        tree = json.loads(text_files.decoded(path.read_bytes()))
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path} is not JSON that can be used ({error!s:.100}): copy it again") from None
     below: dict[str, set[str]] = {}

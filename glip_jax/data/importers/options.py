@@ -42,6 +42,8 @@ class BuildOptions(ABC):
     """Processes that read the images; 0: one per core. The result does not depend on it."""
     strict: bool = False
     """Stop at the first item that would be dropped."""
+    allow_drops: bool = False
+    """Complete the folder although most boxes or images are dropped for one reason, which is refused otherwise."""
     exclude: tyro.conf.UseAppendAction[tuple[PathArgument, ...]] = field(default_factory=tuple)
     """Exclude images that are in this folder of shards (or its manifest.json), or whose hash this text file lists; can be
     repeated."""
@@ -57,6 +59,11 @@ class BuildOptions(ABC):
     @abstractmethod
     def inputs(self) -> tuple[epath.Path, ...]:
         """The annotation files (or folders of small files), as `ImportSource.inputs`; a finished folder is compared with them."""
+
+    @property
+    def chosen_drops(self) -> frozenset[str]:
+        """Reasons for drops that the options ask for, which may take most boxes."""
+        return frozenset()
 
     @abstractmethod
     def open(self, scratch: Path) -> ImportSource:

@@ -21,13 +21,16 @@ from etils import epath
 from tqdm import tqdm
 
 from glip_jax.data.importers.entry import Report, SourceError
-from glip_jax.io import gcs
+from glip_jax.io import gcs, text_files
 from glip_jax.io.formats import explain
 
 __all__ = [
     "Join",
     "JsonFile",
+    "as_integer",
+    "identity",
     "integer_field",
+    "other_forms",
     "parse_json",
     "require_file",
     "require_keys",
@@ -45,6 +48,9 @@ _STRING_OR_NUMBER = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?P<closed>"|\\?\Z)|-?(
 """A string, possibly without its end, or NaN or Infinity as Python writes them."""
 
 
+_INTEGER_TEXT = re.compile(r"\s*[-+]?[0-9]{1,18}(\.0*)?\s*")
+
+
 def require_file(path: epath.Path, what: str = "annotation file") -> None:
     """Raises SourceError if the path does not exist, or is a folder, with what lies there."""
     kind = gcs.kind(path)
@@ -58,17 +64,23 @@ def require_file(path: epath.Path, what: str = "annotation file") -> None:
 class JsonFile:
     """A JSON file with lists of objects, read as a stream.
 
-    NaN and Infinity, which Python writes but JSON does not have, are read as the texts "NaN", "Infinity" and "-Infinity".
+    NaN and Infinity, which Python writes but JSON does not have, are read as the texts "NaN", "Infinity" and "-Infinity". A
+    byte order mark is skipped.
     """
 
     def __init__(self, path: epath.PathLike) -> None:
         """Scans the file once; SourceError if it does not exist, cannot be read or is nested too deeply."""
         self.path = epath.Path(path)
         require_file(self.path)
-        self._python_numbers = False
+        self._python_numbers, self._begin = False, 0
         tail = b""
         try:
             with gcs.open_file(self.path) as file:
+                begin = file.read(4)
+                if problem := text_files.encoding_problem(begin):
+                    raise SourceError(f"{self.path} is not JSON that can be used ({problem})")
+                self._begin = len(begin) - len(text_files.without_mark(begin))
+                file.seek(self._begin)
                 while block := file.read(_BLOCK):
                     seen = tail + block
                     self._python_numbers |= b"NaN" in seen or b"Infinity" in seen
@@ -98,7 +110,7 @@ class JsonFile:
         try:
             with gcs.open_file(self.path) as raw:
                 size = raw.seek(0, io.SEEK_END)
-                raw.seek(0)
+                raw.seek(self._begin)
                 title = f"{self.path.name}: {start.removesuffix('.item')}"
                 with tqdm(desc=title, total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar:
                     file = _ProgressFile(raw, bar)
@@ -121,6 +133,7 @@ class JsonFile:
         """Raises SourceError unless the list under `key` exists (and is empty)."""
         found = "nothing"
         with gcs.open_file(self.path) as file:
+            file.seek(self._begin)
             plain = _WithoutPythonNumbers(file) if self._python_numbers else file
             for prefix, event, _ in ijson.parse(plain, use_float=True):
                 kind = {"start_map": "dict", "start_array": "list"}.get(event, event)
@@ -206,6 +219,33 @@ def integer_field(item: dict[str, Any], key: str, where: str, wanted: str = "pix
     return value
 
 
+def as_integer(value: Any) -> int | None:
+    """The integer that a value states: 640, 640.0, "640" or "640.0"; None for any other value."""
+    if isinstance(value, str) and _INTEGER_TEXT.fullmatch(value):
+        value = int(value.partition(".")[0])
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return None if isinstance(value, bool) or not isinstance(value, int) else value
+
+
+def identity(item: dict[str, Any], key: str, where: str) -> "Key":
+    """The id under the key: an integer (1.0 included) or a text; SourceError for other values."""
+    value = item[key]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise SourceError(f"{where} has the {key} {value!r:.40}, expected a number or text")
+    return value
+
+
+def other_forms(key: Any) -> "list[Key]":
+    """What an id may be written as elsewhere: 1 for "1", "1" for 1."""
+    number = as_integer(key)
+    if number is None:
+        return []
+    return [number] if isinstance(key, str) else [str(number)]
+
+
 def text_field(item: dict[str, Any], key: str, where: str, what: str) -> str:
     """The text under the key; SourceError if it is not a text or empty. `what`: its name in the message."""
     value = item[key]
@@ -277,6 +317,23 @@ class Join:
         row = self._base.execute(query).fetchone()
         return None if row is None else row[0]
 
+    def match_other_forms(self) -> list[tuple[Any, int]]:
+        """Lets annotations of an image that is not listed refer to the listed one of the same number: "1" and 1.
+
+        Returns (key, number of annotations) of each key that was replaced.
+        """
+        query = (
+            "SELECT image, count(*) FROM annotations WHERE NOT EXISTS "
+            "(SELECT 1 FROM images WHERE images.key = annotations.image) GROUP BY image ORDER BY min(position)"
+        )
+        replaced = []
+        for image, count in self._base.execute(query).fetchall():
+            for form in map(_key, other_forms(image)):
+                if self._base.execute("SELECT 1 FROM images WHERE key = ?", (form,)).fetchone():
+                    self._base.execute("UPDATE annotations SET image = ? WHERE image = ?", (form, image))
+                    replaced.append((image, count))
+        return replaced
+
     def without_image(self) -> Iterator[tuple[Any, Any]]:
         """Yields (key, key of the image) of annotations whose image does not exist."""
         yield from self._base.execute(
@@ -308,6 +365,10 @@ def numbered_lines(path: epath.PathLike) -> Iterator[tuple[int, bytes]]:
             if file.suffix == ".gz":
                 lines = stack.enter_context(gzip.open(lines))
             for number, line in enumerate(lines, 1):
+                if number == 1:
+                    if problem := text_files.encoding_problem(line[:4]):
+                        raise SourceError(f"{path} is not a text that can be used ({problem})")
+                    line = text_files.without_mark(line)
                 yield number, line.rstrip(b"\r\n")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise SourceError(f"{path} cannot be unpacked after line {number} ({error}): copy it again") from None

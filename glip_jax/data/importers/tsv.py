@@ -42,7 +42,7 @@ from glip_jax.data.importers.entry import (
 )
 from glip_jax.data.importers.options import BuildOptions, PathArgument
 from glip_jax.data.importers.readers import numbered_lines, parse_json
-from glip_jax.io import gcs
+from glip_jax.io import gcs, text_files
 from glip_jax.io.paths import OutsideError, within
 
 __all__ = ["Rows", "Tsv", "open_tsv"]
@@ -324,7 +324,7 @@ class _Container:
             size = listed
         return Entry(
             id=name, image=image, kind="pseudo", height=size[0], width=size[1], boxes=tuple(boxes), caption=caption,
-            spans=tuple(spans), scores=tuple(scores), ids=tuple(ids), provenance=self.files["label"].name,
+            spans=tuple(spans), scores=tuple(scores), ids=tuple(ids), provenance=self.files["label"].name, image_id=name,
         )  # fmt: skip
 
 
@@ -366,7 +366,7 @@ def _names(path: epath.Path) -> tuple[str, ...]:
             raise SourceError(f"{path} has the name {twice!r} twice: names must be unique")
     else:
         try:
-            names = json.loads(path.read_bytes())
+            names = json.loads(text_files.decoded(path.read_bytes()))
         except (OSError, ValueError, RecursionError) as error:
             raise SourceError(f"the label map {path} cannot be read as JSON ({error!s:.80})") from None
         names = names.get("label_to_idx", names) if isinstance(names, dict) else names

@@ -14,10 +14,11 @@ from typing import Any
 import tyro
 from etils import epath
 
-from glip_jax.data.importers.coco import ImagePaths
+from glip_jax.data.importers.coco_json import ImagePaths, image_size
 from glip_jax.data.importers.entry import Entry, ImportSource, Report, SourceError, from_xywh, image_folder
 from glip_jax.data.importers.options import BuildOptions, PathArgument
 from glip_jax.data.importers.readers import Join, JsonFile, integer_field, require_keys
+from glip_jax.io import text_files
 from glip_jax.structures.prompts import clean_name
 
 __all__ = ["VisualGenome", "open_visual_genome"]
@@ -43,16 +44,15 @@ def open_visual_genome(
     """
     folder, report = image_folder(images), Report(strict=strict)
     listed, sizes = JsonFile(objects), JsonFile(image_data)
-    paths, counts = ImagePaths(folder), Counter[str]()
+    paths, counts = ImagePaths(images), Counter[str]()
 
     def image_values() -> Iterator[tuple[int, list[Any]]]:
         for i, item in enumerate(sizes.objects()):
             where = f"{sizes.path}: [{i}]"
             identity = _identity(item, where)
-            require_keys(item, ("width", "height"), where)
             address = item.get("url")
             parts = address.split("/")[-2:] if isinstance(address, str) and address else [f"{identity}.jpg"]
-            size = [integer_field(item, side, where) for side in ("height", "width")]
+            size = image_size(item, f"image {identity}", report)
             yield identity, ["/".join(parts), *size, item.get("coco_id") is not None]
 
     def annotations() -> Iterator[tuple[int, Any, list[Any]]]:
@@ -109,8 +109,8 @@ def _vocabulary(file: epath.PathLike | None, counts: Counter[str], min_boxes: in
     else:
         names = {}
         try:
-            lines = epath.Path(file).read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = text_files.decoded(epath.Path(file).read_bytes()).splitlines()
+        except (OSError, ValueError) as error:
             raise SourceError(f"--vocabulary {file} cannot be read ({error})") from None
         for number, line in enumerate(lines, 1):
             words = [_normalized(word) for word in line.split(",") if word.strip()]
@@ -174,6 +174,11 @@ class VisualGenome(BuildOptions):
     """Without a vocabulary: minimum number of boxes of a name."""
     without_coco: bool = False
     """Exclude images that are also in COCO."""
+
+    @property
+    def chosen_drops(self) -> frozenset[str]:
+        """The reasons for drops that the options ask for."""
+        return frozenset({"box: name not in the vocabulary", "image: also in COCO"})
 
     @property
     def source(self) -> epath.Path:

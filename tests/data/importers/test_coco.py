@@ -124,8 +124,6 @@ def changed(path: list, value: Any) -> dict:
         (changed(["annotations"], {}), "expected a list under 'annotations', found dict"),
         (changed(["images"], []), "'images' is empty"),
         (changed(["images", 0], 5), r"images\[0\] is 5, expected an object"),
-        (changed(["images", 1, "height"], ...), r"images\[1\] lacks height"),
-        (changed(["images", 1, "height"], 2.5), "image 2 has height 2.5"),
         (changed(["images", 1, "file_name"], ""), "image 2 has the file name ''"),
         (changed(["images", 1, "id"], 1), "the id 1 occurs twice in images"),
         (changed(["images", 1, "id"], [1]), r"images\[1\] has the id \[1\]"),
@@ -155,7 +153,7 @@ def test_invalid_image_folders_and_rename_maps_are_refused(tmp_path: Path, pictu
         open_coco(path, tmp_path / "empty")
     with pytest.raises(SourceError, match="does not exist"):
         open_coco(tmp_path / "absent.json", pictures)
-    with pytest.raises(SourceError, match="rename map has 'dgo'"):
+    with pytest.raises(SourceError, match="--names has 'dgo', which is the name or id of no category"):
         open_coco(path, pictures, rename={"dgo": "dog"})
     with pytest.raises(SourceError, match=r"images\[0\] lacks caption"):
         open_mdetr(path, pictures)

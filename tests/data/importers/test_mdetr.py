@@ -91,7 +91,6 @@ def test_invalid_spans_are_counted(tmp_path: Path, pictures: Path, spans: Any, r
         ({"bbox": [3, 3, 5, "x"]}, {"box: not four numbers": 1}),
         ({"iscrowd": 1}, {"box: crowd": 1}),
         ({"image_id": 77}, {"box: image not listed": 1}),
-        ({"image_id": "1"}, {"box: image not listed": 1}),
     ],
 )
 def test_invalid_boxes_are_counted(tmp_path: Path, pictures: Path, change: dict, reasons: dict) -> None:
@@ -181,8 +180,6 @@ def changed(path: list, value: Any) -> dict:
         (changed(["images"], []), "'images' is empty"),
         (changed(["images", 0], 5), r"images\[0\] is 5, expected an object"),
         (changed(["images", 1, "caption"], ...), r"images\[1\] lacks caption"),
-        (changed(["images", 1, "height"], ...), r"images\[1\] lacks height"),
-        (changed(["images", 1, "height"], 2.5), "image 2 has height 2.5"),
         (changed(["images", 1, "file_name"], ""), "image 2 has the file name ''"),
         (changed(["images", 1, "id"], 1), "the id 1 occurs twice in images"),
         (changed(["images", 1, "id"], [1]), r"images\[1\] has the id \[1\]"),
