@@ -93,6 +93,9 @@ class Label:
     """COCO results file of another detector: a list of image_id, category_id, bbox, score."""
     categories: PathStr = ""
     """Annotation file that names its categories and lists its images."""
+    match: Literal["", "id", "name"] = ""
+    """How captions are matched with the images of --detections; default: by path, or by id where one side has no paths; id: by
+    the image ids alone; name: by file name, whatever its folder. What is uncertain is left out and counted."""
     name: str = ""
     """Name of the source that is made; default: the name of OUT."""
     threads: int = 4
@@ -190,7 +193,7 @@ def _checked(job: Label) -> dict[str, float]:
             "--detections hold numbers only: give the file that names them, --categories=ANNOTATIONS.json"
         )
     unused = {"--no-ema": not job.ema, "--step": job.step is not None} if job.detections else {
-        "--categories": bool(job.categories)
+        "--categories": bool(job.categories), "--match": bool(job.match)
     }  # fmt: skip
     for option in (option for option, given in unused.items() if given):
         teacher = "--detections" if job.detections else "--checkpoint"
@@ -257,13 +260,14 @@ def _teacher(
         if settings:
             raise CommandLineError(f"{settings[0]}: --detections has no settings")
         rules = Rules(job.threshold, thresholds, 0.6 if job.nms is None else job.nms, job.max_boxes)
-        teacher = open_detections(job.detections, job.categories, rules.min_threshold(sources))
+        teacher = open_detections(job.detections, job.categories, rules.min_threshold(sources), job.match)
         about = {
             "teacher": f"detections {provenance.file_hash(job.detections)[:16]}",
             "config": f"categories {provenance.file_hash(job.categories)[:16]}",
         }
-        thin = f", {teacher.thin} boxes of a pixel's width or height left out" if teacher.thin else ""
-        logger.info(f"{job.detections}: an outside teacher{thin}")
+        logger.info(", ".join([f"{job.detections}: an outside teacher", *teacher.notes]))
+        if job.match:
+            about["match"] = job.match
         return teacher, rules, about | {"nms": rules.nms_iou, "most_boxes": rules.max_boxes}
     checkpoint = checkpoint_argument.open_named(job.checkpoint, job.workdir, job.step)
     config = checkpoint_argument.settings_of(checkpoint, settings, "label")

@@ -4,18 +4,21 @@ A box of the category "teddy bear" belongs to a phrase whose words up to its hea
 teddy bears on a shelf"; singular, ignoring case). Of several names that match, the longest is taken, here not "bear". Names
 are compared literally: "man" does not match "person". If two phrases of a caption match the same category, the boxes cannot
 be attributed: both phrases stay unlabelled, and are counted.
+
+Which image of the detections a record shows is found by `glip_jax.labeling.matching`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from glip_jax.data.importers.entry import SourceError, as_numbers
-from glip_jax.data.importers.readers import JsonFile, integer_field, require_keys, text_field
+from glip_jax.data.importers.coco_json import BoxFormatCheck, image_size, listed_categories
+from glip_jax.data.importers.entry import Report, SourceError, as_numbers
+from glip_jax.data.importers.readers import JsonFile, identity, other_forms, require_keys, text_field
+from glip_jax.labeling.matching import ListedImages, Match
 from glip_jax.labeling.phrases.finders import head, head_word
 from glip_jax.labeling.teacher import ImageQueries, PhraseDetections, PromptPlan, Query, QueryResult, Span
 from glip_jax.structures import boxes as box
@@ -31,23 +34,20 @@ class _ImageDetections:
     boxes: list[tuple[float, float, float, float]]
     """x, y, width, height in pixels, as in the file."""
     scores: list[float]
-    categories: list[int]
+    categories: list[Any]
 
 
 class OutsideTeacher:
     """Teacher that returns the detections which a file lists for an image."""
 
     def __init__(
-        self, names: Mapping[int, str], detections: Mapping[str, _ImageDetections], keys: Mapping[str, str],
-        sizes: Mapping[str, tuple[int, int]], thin: int = 0,
+        self, names: Mapping[tuple[str, ...], Any], detections: Mapping[str, _ImageDetections], images: ListedImages,
+        sizes: Mapping[str, tuple[int, int]], notes: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        """`names` by category id, `detections` by image id, `keys` from possible record ids to image ids, `sizes`
-        (height, width) by image id.
-        """
-        self.thin = thin
-        """Number of boxes above the threshold that were dropped because they are at most one pixel wide or high."""
-        self._names = {category_words(name): number for number, name in names.items()}
-        self._detections, self._keys, self._sizes = detections, keys, sizes
+        """`names`: category by the words of its name; `detections` and `sizes` (height, width) by image id."""
+        self.notes = tuple(notes)
+        """What was left out or taken together while the files were read."""
+        self._names, self._detections, self._images, self._sizes = names, detections, images, sizes
 
     @property
     def batch_size(self) -> int:
@@ -58,9 +58,11 @@ class OutsideTeacher:
         """The same for all images."""
         return 0
 
-    def make_query(self, key: str, caption: str, spans: tuple[Span, ...]) -> Query:
+    def make_query(
+        self, key: str, caption: str, spans: tuple[Span, ...], file: str = "", image_id: str = ""
+    ) -> Query:  # fmt: skip
         """A query without prompts, which this teacher does not need."""
-        return Query(key, caption, spans, PromptPlan((), (), {}))
+        return Query(key, caption, spans, PromptPlan((), (), {}), file, image_id)
 
     def detect_async(self, images: Sequence[ImageQueries]) -> Callable[[], list[list[QueryResult]]]:
         """See `Teacher`; the lookup happens when the returned function is called."""
@@ -68,10 +70,9 @@ class OutsideTeacher:
 
     def _result(self, query: Query, size: tuple[int, ...]) -> QueryResult:
         empty = [PhraseDetections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))] * len(query.spans)
-        # Ids of COCO's captions have the form IMAGE#CAPTION.
-        image = self._keys.get(query.key, self._keys.get(query.key.rpartition("#")[0]))
+        image, reason = self._images.find(query.key, query.file, query.image_id)
         if image is None:
-            return QueryResult(empty, {}, "image: not among the detections")
+            return QueryResult(empty, {}, reason)
         if self._sizes.get(image, size) != tuple(size):
             return QueryResult(empty, {}, "image: size differs from the one that was detected in")
         categories = [category_of(query.caption, span, self._names) for span in query.spans]
@@ -83,7 +84,7 @@ class OutsideTeacher:
                 skipped[phrase] = "shares its category with another phrase"
         listed = self._detections.get(image, _ImageDetections([], [], []))
         corners = box.from_coco_xywh(np.asarray(listed.boxes, np.float32).reshape(-1, 4))
-        scores, labels = np.asarray(listed.scores, np.float32), np.asarray(listed.categories, np.int64)
+        scores, labels = np.asarray(listed.scores, np.float32), np.asarray(listed.categories, object)
         order = np.argsort(-scores, kind="stable")
         detections = []
         for phrase, category in enumerate(categories):
@@ -92,7 +93,7 @@ class OutsideTeacher:
         return QueryResult(detections, skipped)
 
 
-def category_of(caption: str, span: Span, names: Mapping[tuple[str, ...], int]) -> int | None:
+def category_of(caption: str, span: Span, names: Mapping[tuple[str, ...], Any]) -> Any:
     """The category whose name ends at the phrase's head noun; of several the longest name, None if there is none.
 
     `names`: category ids by `category_words`.
@@ -119,39 +120,35 @@ def category_words(name: str) -> tuple[str, ...]:
     return (*words[:-1], head_word(words[-1], (0, len(words[-1])))) if words else ()
 
 
-def open_detections(detections: epath.PathLike, categories: epath.PathLike, threshold: float) -> OutsideTeacher:
+def open_detections(
+    detections: epath.PathLike, categories: epath.PathLike, threshold: float, match: Match = ""
+) -> OutsideTeacher:
     """Reads a COCO results file (a list of image_id, category_id, bbox, score) and the annotation file of its categories.
 
     Boxes with a score above `threshold` are kept. If the annotation file lists `images`, their file names and sizes are used.
-    A record is matched by its id, or by the part before its last "#": an image id, or the name of a listed file with or
-    without its extension. All boxes are held in memory, about 300 bytes each. Raises SourceError for a malformed file.
+    `match`: how records are matched with images, see `ListedImages`. Categories whose names are equal in the singular count as
+    one. All boxes are held in memory, about 300 bytes each. Raises SourceError for a malformed file.
     """
-    annotations = JsonFile(categories)
-    names: dict[int, str] = {}
-    for index, item in enumerate(annotations.objects("categories")):
-        where = f"{annotations.path}: categories[{index}]"
-        require_keys(item, ("id", "name"), where)
-        names[integer_field(item, "id", where)] = text_field(item, "name", where, "name")
-    keys: dict[str, str] = {}
-    sizes: dict[str, tuple[int, int]] = {}
-    for item in annotations.objects("images", required=False):
-        image = str(item.get("id"))
-        file = item.get("file_name")
-        if isinstance(file, str):
-            keys |= {PurePath(file).stem: image, PurePath(file).name: image, file: image}
-        keys[image] = image
-        if isinstance(item.get("height"), int) and isinstance(item.get("width"), int):
-            sizes[image] = (item["height"], item["width"])
+    annotations, report = JsonFile(categories), Report()
+    listed = listed_categories(annotations, report)
+    names: dict[tuple[str, ...], Any] = {}
+    groups = {key: names.setdefault(category_words(item["name"]), key) for key, item in listed.items()}
+    report.note(
+        "categories of the name of another, taken together",
+        next((f"{key!r} and {group!r}" for key, group in groups.items() if key != group), ""), len(groups) - len(names),
+    )  # fmt: skip
+    images, sizes = _listed_images(annotations, match)
     source = JsonFile(detections)
     by_image: dict[str, _ImageDetections] = {}
-    thin = 0
+    format_check = BoxFormatCheck()
     for index, item in enumerate(source.objects()):
         where = f"{source.path}: item [{index}]"
         require_keys(item, ("image_id", "category_id", "bbox", "score"), where)
-        category = integer_field(item, "category_id", where)
-        if category not in names:
+        category = identity(item, "category_id", where)
+        known = next((groups[form] for form in (category, *other_forms(category)) if form in groups), None)
+        if known is None:
             raise SourceError(
-                f"{where} has category_id {category}, which {annotations.path} does not name: give the annotation file of these detections"
+                f"{where} has category_id {category!r}, which {annotations.path} does not name: give the annotation file of these detections"
             )
         values = as_numbers([*item["bbox"], item["score"]] if isinstance(item["bbox"], list) else None, 5)
         if values is None or not np.isfinite(values).all() or not 0 <= values[4] <= 1:
@@ -159,14 +156,35 @@ def open_detections(detections: epath.PathLike, categories: epath.PathLike, thre
                 f"{where} has bbox {item['bbox']!r:.60} and score {item['score']!r:.20}: expected four numbers in pixels "
                 "(x, y, width, height) and a score in [0, 1]"
             )
-        keys.setdefault(str(item["image_id"]), str(item["image_id"]))
+        image = images.add_unlisted(identity(item, "image_id", where))
+        format_check.add((values[0], values[1], values[2], values[3]), *sizes.get(image, (None, None)), where)
         if values[4] <= threshold:
             continue
         if values[2] <= 1 or values[3] <= 1:
-            thin += 1
+            report.note("boxes of a pixel's width or height left out", where)
         else:
-            image = by_image.setdefault(str(item["image_id"]), _ImageDetections([], [], []))
-            image.boxes.append((values[0], values[1], values[2], values[3]))
-            image.scores.append(values[4])
-            image.categories.append(category)
-    return OutsideTeacher(names, by_image, keys, sizes, thin)
+            found = by_image.setdefault(image, _ImageDetections([], [], []))
+            found.boxes.append((values[0], values[1], values[2], values[3]))
+            found.scores.append(values[4])
+            found.categories.append(known)
+    format_check.raise_if_wrong(source.path, "expected bbox to be x, y, width, height")
+    notes = [f"{count} {what} (first: {report.first[what]})" for what, count in report.noted.items()]
+    return OutsideTeacher(names, by_image, images, sizes, notes)
+
+
+def _listed_images(data: JsonFile, match: Match) -> tuple[ListedImages, dict[str, tuple[int, int]]]:
+    """The images of an annotation file, and their sizes by id; SourceError for one without an id, or with that of another."""
+    images, sizes = ListedImages(match), {}
+    for index, item in enumerate(data.objects("images", required=False)):
+        where = f"{data.path}: images[{index}]"
+        require_keys(item, ("id",), where)
+        key = str(identity(item, "id", where))
+        if item.get("file_name") is None and isinstance(item.get("coco_url"), str):
+            item["file_name"] = "/".join(item["coco_url"].split("/")[-2:])
+        named = item.get("file_name") is not None
+        if not images.add(key, text_field(item, "file_name", where, "file name") if named else ""):
+            raise SourceError(f"{data.path}: the id {key!r} occurs twice in images: ids must be unique")
+        height, width = image_size(item, where, Report())  # unlisted: not compared
+        if height is not None and width is not None:
+            sizes[key] = (height, width)
+    return images, sizes

@@ -43,12 +43,14 @@ class PromptPlan(NamedTuple):
 
 
 class Query(NamedTuple):
-    """A caption, the character spans of its phrases, and the prompts for them; `key` is the record's id."""
+    """A caption, the character spans of its phrases, the prompts for them, and the record's id, file and image_id."""
 
     key: str
     caption: str
     spans: tuple[Span, ...]
     plan: PromptPlan
+    file: str = ""
+    image_id: str = ""
 
 
 class ImageQueries(NamedTuple):
@@ -107,8 +109,10 @@ class Teacher(Protocol):
         """Images with equal keys can share a batch; None for an image that this teacher does not accept."""
         ...
 
-    def make_query(self, key: str, caption: str, spans: tuple[Span, ...]) -> Query:
-        """Prepares the prompts of a caption; called from several threads."""
+    def make_query(
+        self, key: str, caption: str, spans: tuple[Span, ...], file: str = "", image_id: str = ""
+    ) -> Query:  # fmt: skip
+        """Prepares the prompts of a caption; called from several threads. `key`, `file`, `image_id`: those of the record."""
         ...
 
     def detect_async(self, images: Sequence[ImageQueries]) -> Callable[[], list[list[QueryResult]]]:
@@ -182,10 +186,12 @@ class DetectorTeacher:
         canvases = (canvas_size(rule.short_side, aspect, rule.long_side, multiple) for aspect in config.data.aspects)
         return canvas if canvas in canvases else None
 
-    def make_query(self, key: str, caption: str, spans: tuple[Span, ...]) -> Query:
+    def make_query(
+        self, key: str, caption: str, spans: tuple[Span, ...], file: str = "", image_id: str = ""
+    ) -> Query:  # fmt: skip
         """The prompts of a caption."""
         plan = plan_prompts(caption, spans, self._first.tokenizer, self._first.config.model.text.max_tokens)
-        return Query(key, caption, spans, plan)
+        return Query(key, caption, spans, plan, file, image_id)
 
     def detect_async(self, images: Sequence[ImageQueries]) -> Callable[[], list[list[QueryResult]]]:
         """See `Teacher`."""

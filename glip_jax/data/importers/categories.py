@@ -96,7 +96,7 @@ def categories(
     check_names(kept, file, keys, merge_names)
     for name, count in Counter(kept.values()).items():
         ids = ", ".join(str(i) for i in kept if kept[i] == name)
-        report.note("category: of the name of another, one with it", f"{file}, categories {ids}, {name!r}", count - 1)
+        report.note("category: of the same name as another, merged", f"{file}, categories {ids}, {name!r}", count - 1)
     return Categories(kept, named, frozenset(background))
 
 

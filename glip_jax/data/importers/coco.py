@@ -81,7 +81,9 @@ def _entries(data: DetectionFile, categories: Categories, report: Report) -> Ite
         boxes, labels, ids, crowds = [], [], [], []
         for box in image.boxes:
             if box.crowd:
-                report.drop("box: crowd", f"annotation {box.key} of {where}")
+                report.drop(
+                    "box: crowd", f"annotation {box.key} of {where}; --crowds=keep takes them as single objects"
+                )
                 crowds.append(categories.names[box.label])
             elif (corners := from_xywh(box.xywh, report, f"annotation {box.key} of {where}")) is not None:
                 boxes.append(corners)

@@ -78,7 +78,7 @@ def _grounding(data: GroundingFile, report: Report) -> Iterator[Entry]:
         for phrase in item.boxes:
             where = f"annotation {phrase.key} of image {item.id}"
             if phrase.crowd:
-                report.drop("box: crowd", where)
+                report.drop("box: crowd", f"{where}; --crowds=keep takes them as single objects")
             elif (box := from_xywh(phrase.xywh, report, where)) is not None:
                 boxes.append(box)
                 spans.append(phrase.spans)
