@@ -153,7 +153,9 @@ def check_set(name: str, dataset: EvaluationSet, config: Config) -> list[str]:
         raise EvaluationError(f"evaluation.sets.{name}.images: {dataset.images} does not exist: expected its images")
     match dataset.kind:
         case "detection":
-            return _check_names(f"evaluation.sets.{name}", load_ground_truth(dataset.annotations, dataset, name), config)
+            return _check_names(
+                f"evaluation.sets.{name}", load_ground_truth(dataset.annotations, dataset, name), config
+            )
         case "grounding":
             truth = load_grounding(dataset.annotations, dataset, name)
             return _check_phrases(f"evaluation.sets.{name}", truth, _tokenizer(config))

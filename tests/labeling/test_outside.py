@@ -54,9 +54,8 @@ def test_boxes_are_assigned_to_the_phrase_of_their_category(tmp_path):
         row(9, 3, [1, 1, 9, 9], 0.4), row(9, 3, [1, 1, 1, 9], 0.9), row(10, 3, [0, 0, 9, 9], 0.9),
     ]  # fmt: skip
     teacher = open_detections(*files(tmp_path, rows), 0.5)
-    assert teacher.notes == (
-        "1 boxes of a pixel's width or height left out (first: %s/found.json: item [4])" % tmp_path,
-    )
+    (note,) = teacher.notes
+    assert note.startswith("1 boxes of a pixel's width or height left out (first: ") and "item [4]" in note
     keys = [
         {"key": "9#123"},
         {"key": "val/000000000009.jpg"},

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from glip_jax.data import shards
 from glip_jax.data.importers import published
 from glip_jax.data.importers.entry import Entry, ImageFolder, ImportSource, Report, SourceError, pack
-from glip_jax.data.importers.losses import refuse_losses
+from glip_jax.data.importers.losses import refuse_losses, remedy
 from glip_jax.data.importers.report import BuildReport, summary
 from glip_jax.data.importers.tfds import TfdsImages
 from glip_jax.data.importers.workers import BuildError, Job, Task, WorkerError, read_shard_info, run
@@ -349,7 +349,7 @@ def _merge(
         reasons = ", ".join(f"{reason} {n} (first: {report.first[reason]})" for reason, n in report.dropped.items())
         raise ShardError(
             f"nothing to write to {plan.out}: no record came out of {plan.source}"
-            + (f"; dropped: {reasons}" if reasons else "")
+            + (f"; dropped: {reasons}{remedy(report.dropped.most_common(1)[0][0])}" if reasons else "")
         )
     records, boxes = (sum(getattr(part, what) for part in parts) for what in ("records", "boxes"))
     refuse_losses(report, records, boxes, plan.source, plan.chosen_drops, plan.allow_drops)

@@ -6,7 +6,7 @@ from etils import epath
 
 from glip_jax.data.importers.entry import Report, SourceError
 
-__all__ = ["refuse_losses"]
+__all__ = ["refuse_losses", "remedy"]
 
 _REMEDIES = {
     "box: crowd": "set --crowds=keep if each is a single object, as masks of CVAT or SAM are, or --crowds=drop if they are crowds",
@@ -43,7 +43,7 @@ def refuse_losses(
     by_count = sorted({**lost, **(images if without_image else {})}.items(), key=lambda item: -item[1])
     if not boxes:
         reasons = ", ".join(f"{reason} {n} (first: {report.first[reason]:.160})" for reason, n in by_count[:3])
-        raise SourceError(f"{file}: none of {total} boxes is kept; dropped: {reasons}{_remedy(by_count[0][0])}")
+        raise SourceError(f"{file}: none of {total} boxes is kept; dropped: {reasons}{remedy(by_count[0][0])}")
     for what, found, listed in (
         ("boxes", lost, total),
         ("images", images, records + sum(images.values())),
@@ -52,9 +52,10 @@ def refuse_losses(
             if 2 * n > listed and not allow and reason not in chosen and reason not in _CHOSEN:
                 raise SourceError(
                     f"{file}: {n} of {listed} {what} are dropped for one reason, {reason} (first: {report.first[reason]:.160})"
-                    f"{_remedy(reason)}; --allow-drops keeps the rest"
+                    f"{remedy(reason)}; --allow-drops keeps the rest"
                 )
 
 
-def _remedy(reason: str) -> str:
+def remedy(reason: str) -> str:
+    """What to do about a reason for drops, as the end of a message; "" if nothing is known."""
     return f"; {_REMEDIES[reason]}" if reason in _REMEDIES else ""
