@@ -15,7 +15,7 @@ def encoding_problem(begin: bytes) -> str:
     # Without a mark, every other byte of UTF-16 is zero where the text begins with ASCII letters, brackets or white space.
     if not found and len(begin) >= 4 and begin[:4].count(0) == 2 and begin[0:2].count(0) == 1:
         found = "UTF-16"
-    return f"it is {found}: save it as UTF-8" if found else ""
+    return f"is text in {found}: save it as UTF-8" if found else ""
 
 
 def without_mark(data: bytes) -> bytes:

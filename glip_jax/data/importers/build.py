@@ -349,7 +349,7 @@ def _merge(
         reasons = ", ".join(f"{reason} {n} (first: {report.first[reason]})" for reason, n in report.dropped.items())
         raise ShardError(
             f"nothing to write to {plan.out}: no record came out of {plan.source}"
-            + (f"; dropped: {reasons}{remedy(report.dropped.most_common(1)[0][0])}" if reasons else "")
+            + (f"; dropped: {reasons}{next(filter(None, map(remedy, report.dropped)), '')}" if reasons else "")
         )
     records, boxes = (sum(getattr(part, what) for part in parts) for what in ("records", "boxes"))
     refuse_losses(report, records, boxes, plan.source, plan.chosen_drops, plan.allow_drops)

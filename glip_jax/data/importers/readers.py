@@ -78,7 +78,7 @@ class JsonFile:
             with gcs.open_file(self.path) as file:
                 begin = file.read(4)
                 if problem := text_files.encoding_problem(begin):
-                    raise SourceError(f"{self.path} is not JSON that can be used ({problem})")
+                    raise SourceError(f"{self.path} {problem}")
                 self._begin = len(begin) - len(text_files.without_mark(begin))
                 file.seek(self._begin)
                 while block := file.read(_BLOCK):
@@ -367,7 +367,7 @@ def numbered_lines(path: epath.PathLike) -> Iterator[tuple[int, bytes]]:
             for number, line in enumerate(lines, 1):
                 if number == 1:
                     if problem := text_files.encoding_problem(line[:4]):
-                        raise SourceError(f"{path} is not a text that can be used ({problem})")
+                        raise SourceError(f"{path} {problem}")
                     line = text_files.without_mark(line)
                 yield number, line.rstrip(b"\r\n")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

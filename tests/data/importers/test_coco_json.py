@@ -278,7 +278,7 @@ def test_a_byte_order_mark_is_skipped_and_utf_16_is_said(tmp_path, pictures):
         path.write_bytes(text.encode(encoding))
         names.write_bytes('{"dog": "puppy"}'.encode(encoding))
         for read in (lambda: open_coco(path, pictures), lambda: rename_map(names), lambda: list(numbered_lines(names))):
-            with pytest.raises(SourceError, match=f"it is {encoding[:6].upper()}: save it as UTF-8"):
+            with pytest.raises(SourceError, match=f"is text in {encoding[:6].upper()}: save it as UTF-8"):
                 read()
         with pytest.raises(GroundTruthError, match="save it as UTF-8"):
             load_ground_truth(str(path))
