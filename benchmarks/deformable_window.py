@@ -20,8 +20,8 @@ def main() -> None:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--topology", default="v5e:2x2")
-    parser.add_argument("--forms", nargs="+", choices=("gather", "window"), default=("gather", "window"))
-    parser.add_argument("--bound", type=int, default=4, help="largest offset in cells, of the windowed form")
+    parser.add_argument("--implementations", nargs="+", choices=("gather", "window"), default=("gather", "window"))
+    parser.add_argument("--bound", type=int, default=4, help="largest offset in cells, of the windowed implementation")
     parser.add_argument("--stride", type=int, choices=(1, 2), default=1)
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--height", type=int, default=800)
@@ -65,13 +65,15 @@ def main() -> None:
     gradients = [array(images, *shape, channels, dtype=jnp.bfloat16) for shape in outputs]
 
     print(f"{chip.device_kind}, {images} x {arguments.height} x {arguments.width}, stride {stride}, maps {maps}")
-    print("form    pass                 GB accessed   TFLOP   temporaries MiB   lower + compile s")
-    for form in arguments.forms:
+    print("implementation    pass                 GB accessed   TFLOP   temporaries MiB   lower + compile s")
+    for implementation in arguments.implementations:
 
-        def forward(maps: Any, offsets: Any, masks: Any, kernel: Any, bias: Any, form: Any = form) -> Any:
+        def forward(
+            maps: Any, offsets: Any, masks: Any, kernel: Any, bias: Any, implementation: Any = implementation
+        ) -> Any:
             taps = [Taps(level, stride, o, m) for level, (o, m) in enumerate(zip(offsets, masks))]
-            bound = arguments.bound if form == "window" else 0
-            return deformable_convolution(rows_of(maps), taps, kernel, bias, form, bound)
+            bound = arguments.bound if implementation == "window" else 0
+            return deformable_convolution(rows_of(maps), taps, kernel, bias, implementation, bound)
 
         def both(given: Any, gradients: Any, forward: Any = forward) -> Any:
             out, backward = jax.vjp(forward, *given)
@@ -85,7 +87,7 @@ def main() -> None:
             seconds, cost = time.perf_counter() - begin, compiled.cost_analysis() or {}
             memory: Any = compiled.memory_analysis()
             print(
-                f"{form:7} {name:20} {cost.get('bytes accessed', float('nan')) / 1e9:11.2f} "
+                f"{implementation:7} {name:20} {cost.get('bytes accessed', float('nan')) / 1e9:11.2f} "
                 f"{cost.get('flops', float('nan')) / 1e12:7.3f} {memory.temp_size_in_bytes / 2**20:17.1f} {seconds:19.0f}",
                 flush=True,
             )

@@ -34,7 +34,7 @@ class Row(NamedTuple):
     padding: float
     resolution: float
     """Mean over images."""
-    least_resolution: float
+    min_resolution: float
 
 
 def sizes_of(path: Path) -> list[tuple[int, int]]:
@@ -82,7 +82,7 @@ def main() -> None:
         for row in measure(sizes_of(path), data, config.model.input.extent_multiple if config else 32):
             print(
                 f"| {path.name} | {row.aspect or 'all'} | {row.images} | {row.canvases} | {row.padding:.1%} | "
-                f"{row.resolution:.3f} | {row.least_resolution:.3f} |"
+                f"{row.resolution:.3f} | {row.min_resolution:.3f} |"
             )
 
 

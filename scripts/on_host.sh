@@ -10,7 +10,7 @@
 set -euo pipefail
 code=$HOME/glip_jax state=$HOME/glip_jax.state
 # Seconds that `stop` waits: writing a checkpoint to a bucket may take minutes.
-patience=${GLIP_JAX_STOP_SECONDS:-300}
+stop_seconds=${GLIP_JAX_STOP_SECONDS:-300}
 # Seconds to wait after 69 or 76: the other hosts must detect it too, and an unavailable bucket needs time.
 pause=${GLIP_JAX_RESTART_SECONDS:-60}
 export LC_ALL=C
@@ -163,7 +163,7 @@ stop() {
     fi
     # If the loop was killed, the run itself gets the signal.
     kill -TERM "$(cat "$state/pid")" 2>/dev/null || kill -TERM "$(cat "$state/child")" 2>/dev/null || true
-    flock -w "$patience" "$state/lock" true || fail "still running $patience s after SIGTERM"
+    flock -w "$stop_seconds" "$state/lock" true || fail "still running $stop_seconds s after SIGTERM"
     status
 }
 

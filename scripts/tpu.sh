@@ -72,11 +72,11 @@ field() {
     printf '%s\n' "$answer" | sed -n 's/^ *"'"$1"'": *"\{0,1\}\([^",{]*\)"\{0,1\},\{0,1\}$/\1/p'
 }
 
-# Sets there, its_state, its_type, its_version, its_slices, its_spot, its_account and nodes.
+# Sets found, its_state, its_type, its_version, its_slices, its_spot, its_account and nodes.
 describe() {
     local number
-    there=yes its_state="" nodes=()
-    look "queued resource $name" gcloud compute tpus queued-resources describe "$name" "${place[@]}" --format="json(state.state,spot,tpu.nodeSpec[].nodeId,tpu.nodeSpec[].multisliceParams.nodeCount,tpu.nodeSpec[].node.acceleratorType,tpu.nodeSpec[].node.runtimeVersion,tpu.nodeSpec[].node.serviceAccount.email)" || there=""
+    found=yes its_state="" nodes=()
+    look "queued resource $name" gcloud compute tpus queued-resources describe "$name" "${place[@]}" --format="json(state.state,spot,tpu.nodeSpec[].nodeId,tpu.nodeSpec[].multisliceParams.nodeCount,tpu.nodeSpec[].node.acceleratorType,tpu.nodeSpec[].node.runtimeVersion,tpu.nodeSpec[].node.serviceAccount.email)" || found=""
     if [ -n "$dry" ]; then
         its_state=ACTIVE nodes=("$name")
         return 0
@@ -99,7 +99,7 @@ describe() {
 
 need_active() {
     describe
-    [ -n "$there" ] || die "$command: no queued resource $name in $zone; scripts/tpu.sh create creates one"
+    [ -n "$found" ] || die "$command: no queued resource $name in $zone; scripts/tpu.sh create creates one"
     [ "$its_state" = ACTIVE ] || die "$command: $name is $its_state, expected ACTIVE; scripts/tpu.sh create $name --wait waits for it"
 }
 
@@ -184,7 +184,7 @@ create() {
     if [ -n "$dry" ]; then
         echo "# if none of that name exists:"
         act "${request[@]}"
-    elif [ -n "$there" ]; then
+    elif [ -n "$found" ]; then
         differ() { [ "$2" = "$3" ] || differences="$differences, $1 is $2 (requested: $3)"; }
         differ type "$its_type" "$type"
         differ version "$its_version" "$version"
@@ -212,7 +212,7 @@ wait_until_active() {
     while :; do
         describe
         # A recent request may not be listed yet.
-        [ -n "$there" ] || [ $((++missing)) -lt 10 ] || die "create: $name does not exist any more"
+        [ -n "$found" ] || [ $((++missing)) -lt 10 ] || die "create: $name does not exist any more"
         [ "$its_state" = "$before" ] || echo "$name: ${its_state:-requested}"
         before=$its_state
         case $its_state in
@@ -295,7 +295,7 @@ logs() {
 status() {
     local node
     describe
-    if [ -z "$there" ]; then
+    if [ -z "$found" ]; then
         echo "$name does not exist in $zone"
         return 0
     fi
@@ -323,7 +323,7 @@ stop() {
 
 delete() {
     describe
-    if [ -z "$there" ]; then
+    if [ -z "$found" ]; then
         echo "$name does not exist in $zone"
         return 0
     fi

@@ -198,7 +198,7 @@ def test_compiles_for_a_tpu(chip: str, stride: int) -> None:
         "-m",
         "benchmarks.deformable_window",
         f"--topology={chip}:2x2",
-        "--forms",
+        "--implementations",
         "window",
         *sizes,
     ]
