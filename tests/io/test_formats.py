@@ -11,9 +11,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from etils import epath
 
+from glip_jax import UserError
 from glip_jax.cli.data import Format
+from glip_jax.evaluation.average_precision import load_ground_truth
+from glip_jax.evaluation.recall import load_grounding
 from glip_jax.io import formats
+from glip_jax.weights.readers import read_arrays
 from tests.data.conftest import coco_json, mdetr_json
 from tests.run_job import run_job
 
@@ -167,3 +172,24 @@ def test_the_job_says_it_in_its_one_line(tmp_path: Path, capsys, command: str, e
     )
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1 and "copy it" not in error
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("voc", "voc is a folder"), ("odvg.jsonl", "it is ODVG"), ("studio.json", "it is an export of Label Studio")],
+)
+def test_an_evaluation_says_it_too(tmp_path: Path, name: str, expected: str) -> None:
+    (tmp_path / "voc").mkdir()
+    if name in FILES:
+        (tmp_path / name).write_bytes(_content(FILES[name][0]))
+    for load in (load_ground_truth, load_grounding):
+        with pytest.raises(UserError, match=expected):
+            load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["page.json", "lfs.json", "a.tgz", "a.parquet", "photo.json"])
+def test_a_file_of_weights_is_something_else(tmp_path: Path, name: str) -> None:
+    for given in ("x.pth", "x.safetensors"):
+        (tmp_path / given).write_bytes(_content(FILES[name][0]))
+        with pytest.raises(UserError, match="expected weights"):
+            read_arrays(epath.Path(tmp_path / given))
