@@ -15,6 +15,7 @@ from etils import epath
 from glip_jax import UserError
 from glip_jax.data.records import FORMAT
 from glip_jax.io import gcs
+from glip_jax.io.formats import explain
 
 __all__ = ["Manifest", "ShardError", "finished", "names_in", "opened", "read_file", "why_unfinished"]
 
@@ -90,7 +91,8 @@ def why_unfinished(place: str) -> str:
     names, kind = names_in(place), gcs.kind(place)
     state = {"folder": "is empty", "file": "is a file", "": "does not exist"}[kind]
     state = "has no manifest.json" if names else state
-    return f"{state}: expected a folder of shards with a manifest.json"
+    found = explain(place) if kind == "file" or names else ""
+    return f"{state}: expected a folder of shards with a manifest.json{f'; it {found}' if found else ''}"
 
 
 def names_in(place: str) -> list[str]:

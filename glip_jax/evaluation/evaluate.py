@@ -151,6 +151,10 @@ def check_set(name: str, dataset: EvaluationSet, config: Config) -> list[str]:
     check_paths(dataset, f"evaluation.sets.{name}.")
     if not epath.Path(dataset.images).exists():
         raise EvaluationError(f"evaluation.sets.{name}.images: {dataset.images} does not exist: expected its images")
+    if not epath.Path(dataset.images).is_dir():
+        raise EvaluationError(
+            f"evaluation.sets.{name}.images: {dataset.images} is a file: expected the folder of its images"
+        )
     match dataset.kind:
         case "detection":
             return _check_names(

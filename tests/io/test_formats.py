@@ -149,6 +149,7 @@ def test_the_list_of_formats_is_that_of_the_job() -> None:
     [
         ("coco {}/voc --images={}", "voc is a folder, expected a file; it is a folder of Pascal VOC annotations"),
         ("coco {}/odvg.jsonl --images={}", "odvg.jsonl is ODVG"),
+        ("coco {}/coco.json --images={}/a.zip", "a.zip is a file, it is a ZIP archive: unpack it first: set --images"),
         ("coco {}/labelme.json --images={}", "it is a file of LabelMe"),
         ("coco {}/createml.json --images={}", "it is a file of CreateML"),
         ("coco {}/captions.json --images={}", "import it with `data coco-captions`"),
@@ -163,7 +164,7 @@ def test_the_list_of_formats_is_that_of_the_job() -> None:
     ],
 )
 def test_the_job_says_it_in_its_one_line(tmp_path: Path, capsys, command: str, expected: str) -> None:
-    for name in ("odvg.jsonl", "labelme.json", "createml.json", "captions.json", "coco.json", "data.yaml", "tf.csv"):
+    for name in ("a.zip", "odvg.jsonl", "labelme.json", "createml.json", "captions.json", "coco.json", "data.yaml", "tf.csv"):
         (tmp_path / name).write_bytes(_content(FILES[name][0]))
     (tmp_path / "voc").mkdir()
     (tmp_path / "voc" / "0.xml").write_text(_VOC)

@@ -26,6 +26,7 @@ from PIL import Image
 from glip_jax import UserError
 from glip_jax.data.records import Kind, Record, Spans, boxes_array, content_hash
 from glip_jax.io import gcs
+from glip_jax.io.formats import explain
 from glip_jax.io.image_files import PIXEL_LIMIT
 from glip_jax.io.paths import OutsideError, within
 
@@ -195,7 +196,13 @@ class ImageFolder:
 def image_folder(images: epath.PathLike) -> ImageFolder:
     """The reader of an image folder; SourceError if the folder is missing or empty."""
     folder = epath.Path(images)
-    if gcs.kind(images) != "folder":
+    kind = gcs.kind(images)
+    if kind == "file":
+        found = explain(images)
+        raise SourceError(
+            f"the image folder {folder} is a file{f', it {found}' if found else ''}: set --images to a folder"
+        )
+    if not kind:
         raise SourceError(f"the image folder {folder} does not exist or is not a folder: set --images")
     if not gcs.is_remote(images) and next(iter(folder.iterdir()), None) is None:
         raise SourceError(f"the image folder {folder} is empty: set --images to the folder of the images")
