@@ -164,7 +164,16 @@ def test_the_list_of_formats_is_that_of_the_job() -> None:
     ],
 )
 def test_the_job_says_it_in_its_one_line(tmp_path: Path, capsys, command: str, expected: str) -> None:
-    for name in ("a.zip", "odvg.jsonl", "labelme.json", "createml.json", "captions.json", "coco.json", "data.yaml", "tf.csv"):
+    for name in (
+        "a.zip",
+        "odvg.jsonl",
+        "labelme.json",
+        "createml.json",
+        "captions.json",
+        "coco.json",
+        "data.yaml",
+        "tf.csv",
+    ):
         (tmp_path / name).write_bytes(_content(FILES[name][0]))
     (tmp_path / "voc").mkdir()
     (tmp_path / "voc" / "0.xml").write_text(_VOC)
@@ -177,7 +186,7 @@ def test_the_job_says_it_in_its_one_line(tmp_path: Path, capsys, command: str, e
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("voc", "voc is a folder"), ("odvg.jsonl", "it is ODVG"), ("studio.json", "it is an export of Label Studio")],
+    [("voc", "voc is a folder"), ("odvg.jsonl", "is ODVG"), ("studio.json", "it is an export of Label Studio")],
 )
 def test_an_evaluation_says_it_too(tmp_path: Path, name: str, expected: str) -> None:
     (tmp_path / "voc").mkdir()

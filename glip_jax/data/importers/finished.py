@@ -70,10 +70,12 @@ def differences(
         lines.append(f"name: {manifest.name} -> {name}")
     asked, made = options_of(job), report.get("settings") or (options_of(earlier) if earlier else {})
     if made:
+        # A folder of an earlier version lacks options that were added since: it was made with their defaults.
+        defaults = {item.name: item.default for item in dataclasses.fields(job)}
         lines += [
-            f"{key.replace('_', '-')}: {_short(made.get(key))} -> {_short(asked.get(key))}"
+            f"{key.replace('_', '-')}: {_short(made.get(key, defaults.get(key)))} -> {_short(asked.get(key))}"
             for key in dict.fromkeys((*made, *asked))
-            if made.get(key) != asked.get(key)
+            if made.get(key, defaults.get(key)) != asked.get(key)
         ]
     if job.shards != len(manifest.shards) and earlier is not None and earlier.shards != job.shards:
         lines.append(f"shards: {_short(earlier.shards)} -> {_short(job.shards)}")
