@@ -56,7 +56,7 @@ class EvaluateArguments(Arguments):
     """Evaluate every detection set twice more, with the names shuffled and in prompts half as long, and report how AP50
     changes."""
     unless_done: bool = False
-    """Keep an evaluation.json that was made with the same checkpoint, settings, code, versions and annotations."""
+    """Keep an evaluation.json that was made with the same checkpoint, settings, code, versions, annotations and images."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -152,8 +152,8 @@ def phrase_results(detections: dict[Any, Detections]) -> list[dict[str, Any]]:
 
 
 def _done(arguments: EvaluateArguments, checkpoint: "Checkpoint", out: str) -> bool:
-    """Whether `out` holds what an evaluation would write now; pictures of the same annotations count as the same."""
-    from glip_jax.evaluation.evaluate import saved_set
+    """Whether `out` holds what an evaluation would write now, of the same files."""
+    from glip_jax.evaluation.evaluate import hash_pictures, saved_set
     from glip_jax.io import provenance
 
     config, folder = arguments.config, epath.Path(out)
@@ -173,6 +173,7 @@ def _done(arguments: EvaluateArguments, checkpoint: "Checkpoint", out: str) -> b
             same = same and saved_set(entry) == dataset
             same = same and entry["hashes"]["annotations"] == provenance.file_hash(dataset.annotations)
             same = same and (folder / f"detections_{name}.json").exists()
+            same = same and entry["hashes"]["pictures"] == hash_pictures(dataset, name, entry["image_ids"])
             same = same and (not arguments.measure_chunking or dataset.kind != "detection" or "chunking" in entry)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

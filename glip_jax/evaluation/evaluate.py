@@ -33,12 +33,13 @@ from glip_jax.inference import Detector, category_prompts
 from glip_jax.io import assets
 from glip_jax.io.image_files import ImageFileError, read_stored
 from glip_jax.io.paths import OutsideError, check_paths, within
+from glip_jax.io.provenance import file_hash
 from glip_jax.structures.batch import Detections, Prompt
 from glip_jax.structures.prompts import PromptError, Tokenizer, check_names, listed, load_tokenizer, unread_names
 
 __all__ = [
     "CategoryDetector", "DetectorProtocol", "Evaluated", "EvaluationError", "Grounded", "PhraseDetector", "check_set", "evaluate",
-    "evaluate_detection", "evaluate_grounding", "evaluate_set", "read_image", "saved_set", "scalars",
+    "evaluate_detection", "evaluate_grounding", "evaluate_set", "hash_pictures", "read_image", "saved_set", "scalars",
 ]  # fmt: skip
 
 
@@ -361,8 +362,27 @@ def _run(
                 images.append(pixels)
             detect(group, images)
             bar.update(len(group))
+    return _hash_of(entries, digests)
+
+
+def _hash_of(entries: Sequence[dict[str, Any]], digests: Mapping[Any, str]) -> str:
     lines = "".join(f"{entry['file_name']} {digests[entry['id']]}\n" for entry in entries)
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def hash_pictures(dataset: EvaluationSet, name: str, image_ids: Sequence[Any]) -> str:
+    """`Evaluated.pictures` of the images of these ids as they lie there now, without decoding them.
+
+    Raises KeyError if the annotations do not list one, OSError if a file cannot be read, GroundTruthError as `evaluate_set`.
+    """
+    match dataset.kind:
+        case "detection":
+            listed = load_ground_truth(dataset.annotations, dataset, name).content["images"]
+        case "grounding":
+            listed = [image.entry for image in load_grounding(dataset.annotations, dataset, name).images]
+    by_id, folder = {entry["id"]: entry for entry in listed}, epath.Path(dataset.images)
+    chosen = [by_id[key] for key in image_ids]
+    return _hash_of(chosen, {entry["id"]: file_hash(str(within(folder, entry["file_name"]))) for entry in chosen})
 
 
 def saved_set(entry: Mapping[str, Any]) -> EvaluationSet:

@@ -185,6 +185,11 @@ def test_an_evaluation_that_is_there_is_left_unless_something_moved(run, tmp_pat
     (run / "boxes.json").write_text(truth + " ")
     assert not done()
     (run / "boxes.json").write_text(truth)
+    picture = run / "images" / "0.png"
+    pixels = picture.read_bytes()
+    picture.write_bytes(pixels + b" ")
+    assert not done(), "another image behind the same annotations"
+    picture.write_bytes(pixels)
     detections = run / "out" / "detections_words.json"
     detections.rename(tmp_path / "aside")
     assert not done()
