@@ -79,6 +79,36 @@ def test_max_images(dataset):
     assert result.precision.per_class == {"RBC": pytest.approx(1), "<WBC>": -1}
 
 
+def test_a_set_as_tools_write_it_is_evaluated_as_it_is_imported(dataset):
+    path = epath.Path(dataset.annotations)
+    content = json.loads(path.read_text())
+    for image, size in zip(
+        content["images"], ({}, {"height": None, "width": None}, {"height": "42", "width": "x"}), strict=True
+    ):
+        image["file_name"] = f"C:\\me\\{image['file_name']}"
+        del image["height"], image["width"]
+        image |= size
+    content["annotations"] = [note | {"id": None, "area": None, "iscrowd": None} for note in content["annotations"]]
+    content["categories"] += [{"id": 0, "name": "cells", "supercategory": "none"}, {"id": 9, "name": "__background__"}]
+    for category in content["categories"][:2]:
+        category["supercategory"] = "cells"
+    usual = evaluate_detection(Oracle(), _config(), dataset, progress=False)
+    for kind in (int, str):
+        for note in content["annotations"]:
+            note["category_id"], note["image_id"] = kind(note["category_id"]), kind(note["image_id"])
+        path.write_bytes(b"\xef\xbb\xbf" + json.dumps(content).encode())
+        result = evaluate_detection(Oracle(), _config(), dataset, progress=False)
+        assert (result.precision, result.prompts, result.pictures) == (usual.precision, usual.prompts, usual.pictures)
+    # Ids of images and categories may be texts altogether.
+    for entry in (*content["images"], *content["categories"]):
+        entry["id"] = f"id {entry['id']}"
+    for note in content["annotations"]:
+        note["category_id"], note["image_id"] = f"id {note['category_id']}", f"id {note['image_id']}"
+    path.write_text(json.dumps(content))
+    result = evaluate_detection(Oracle(), _config(), dataset, progress=False)
+    assert result.precision == usual.precision and result.image_ids == ("id 10", "id 11", "id 12")
+
+
 def test_metrics_are_named_by_set(dataset, monkeypatch):
     monkeypatch.setattr("glip_jax.evaluation.evaluate.Detector", Both)
     numbers = evaluate(_config(), {}, {"cells": dataset}, progress=False)

@@ -30,6 +30,7 @@ from glip_jax.structures.prompts import clean_name
 __all__ = ["Openimages", "hierarchy_below", "open_openimages"]
 
 _BOX_COLUMNS = ("ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax")
+_TRUE = ("1", "1.0", "true")
 _LABEL_COLUMNS = ("ImageID", "LabelName", "Confidence")
 
 
@@ -59,7 +60,7 @@ def open_openimages(
     def annotations() -> Iterator[tuple[str, None, list[Any]]]:
         for line, row in _rows(epath.Path(boxes), _BOX_COLUMNS):
             edges = [row[key] for key in _BOX_COLUMNS[2:]]
-            yield row["ImageID"], None, [line, row["LabelName"], edges, row.get("IsGroupOf", "0") == "1"]
+            yield row["ImageID"], None, [line, row["LabelName"], edges, row.get("IsGroupOf", "0").lower() in _TRUE]
         if labels is not None:
             for line, row in _rows(epath.Path(labels), _LABEL_COLUMNS):
                 yield row["ImageID"], None, [line, row["LabelName"], row["Confidence"]]

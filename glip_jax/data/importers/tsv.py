@@ -402,6 +402,7 @@ class _RowOfId:
         self._rows.execute("create table rows (id text primary key, row integer) without rowid")
         try:
             with gcs.open_file(path) as file:
+                file.seek(len(begin := file.read(4)) - len(text_files.without_mark(begin)))
                 for identity, row in ijson.kvitems(file, "", use_float=True):
                     if type(row) is not int or not 0 <= row < 2**60:
                         raise SourceError(f"{path}: {identity!r:.60} is {row!r:.40}, expected the number of a row")

@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from glip_jax import UserError
+from glip_jax.io.text_files import decoded
 
 __all__ = ["COLORS", "SPLITS", "Picture", "PictureError", "Split", "color_of", "load_pictures"]
 
@@ -91,7 +92,7 @@ def _listing(path: epath.Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         raise PictureError(f"{path} does not exist: expected a folder with names.json and STYLE/CODE.webp")
     try:
-        entries = json.loads(path.read_text())
+        entries = json.loads(decoded(path.read_bytes()))
         bad = [code for code, entry in entries.items() if not entry["name"] or entry["split"] not in SPLITS]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PictureError(f"{path} cannot be read ({error!r}): expected code -> {{name, split}} as JSON") from error
