@@ -121,7 +121,8 @@ class JsonFile:
                 raise
             message = error.args[0] if error.args else error
             lines = (message.decode(errors="replace") if isinstance(message, bytes) else str(message)).split("\n")
-            if found := explain(self.path):
+            # A file that ends too early is damaged, whatever its format.
+            if "premature EOF" not in lines[0] and (found := explain(self.path)):
                 raise SourceError(f"{self.path} {found}") from None
             reason, near = lines[0].strip(" ."), " ".join(lines[1].split()) if len(lines) > 1 else ""
             found = f", near {near!r:.80}" if near else ""
