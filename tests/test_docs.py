@@ -41,7 +41,7 @@ def test_jobs_named_are_there():
 def test_settings_named_are_there():
     config = Config(
         data=DataConfig(sources={"NAME": SourceConfig("")}),
-        evaluation=EvaluationConfig(sets={"NAME": EvaluationSet("", "")}),
+        evaluation=EvaluationConfig(sets={"NAME": EvaluationSet("", "", {"NAME": ""})}),
         optimizer=OptimizerConfig(arguments={"NAME": 1.0}),
     )
     fields = {name for name, _ in flatten(config)}
