@@ -138,7 +138,7 @@ class CheckpointConfig:
     """When checkpoints are saved, and which are kept."""
 
     every: Steps = _runtime_field(1000)
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints; the last step, and one that is evaluated, is always saved."""
     keep: Count = _runtime_field(3)
     """Number of newest checkpoints that are kept."""
     keep_every: Limit = _runtime_field(0)

@@ -7,7 +7,7 @@
     69   a storage (gs://) did not answer within the time for retries: the same command resumes
     74   what the job writes could not be written (disk full, quota): the newest checkpoint is intact; make room
     75   stopped by SIGTERM, state saved: give the same command again
-    76   another process of the job died or left: the newest checkpoint is intact; the same command on all hosts resumes
+    76   another process of the job (or a worker of data.workers) died: the newest checkpoint is intact; the same command resumes
     130  stopped by Ctrl-C, state saved as well: the same command resumes
 
 A loop that survives preemptions:  until python -m glip_jax train ...; do [ $? = 75 ] || break; done

@@ -222,6 +222,29 @@ def test_sigterm_to_one_stops_all_at_one_step_and_the_same_bits_follow(file, sou
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_sigterm_to_one_leaves_the_evaluation_which_is_made_after_the_resume(file, tmp_path, index):
+    options = ("--config.train.evaluate_every=3",)
+    job = _Job(file, tmp_path / "run", 2, 1, options, environment={0: {"WAIT": str(tmp_path / "never")}})
+    job.wait_for(0, "evaluating step 3")
+    job.processes[index].send_signal(signal.SIGTERM)
+    codes, logs = job.finish()
+    assert codes == [exit_codes.PREEMPTED] * 2 and "SIGTERM: saved step 3" in logs[0], logs
+    assert "evaluated step 3" not in logs[0] and latest_step(str(tmp_path / "run")) == 3
+    codes, logs = _Job(file, tmp_path / "run", 2, 1, options).finish()
+    assert codes == [0, 0], logs
+    assert re.findall("evaluated step (.)", logs[0]) == ["3", "6"]
+
+
+@pytest.mark.slow
+def test_hosts_that_do_not_see_one_folder_are_refused_at_the_start(file, tmp_path):
+    codes, logs = _Job(file, tmp_path / "one", 2, 1, own={1: (f"--workdir={tmp_path / 'two'}",)}).finish()
+    assert codes == [exit_codes.BAD_INPUT] * 2, logs
+    assert f"process 1 on {socket.gethostname()} does not see what process 0 wrote there" in logs[0]
+    assert "canvas" not in logs[0] and os.listdir(tmp_path / "one") == []
+
+
+@pytest.mark.slow
 def test_ctrl_c_on_one_host_stops_all(file, tmp_path):
     go = tmp_path / "go"
     job = _Job(file, tmp_path / "run", 2, 1, environment={0: {"PAUSE": f"2:{go}"}})

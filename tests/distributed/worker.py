@@ -3,6 +3,7 @@
 REAL          with the network itself
 PAUSE         N:FILE, wait before the N-th batch until FILE exists; prints "paused" first
 CODE          in the place of the hash of the package's code
+WAIT          a file for which an evaluation waits; prints "evaluating step N" first
 SCORES        what the evaluations give, one after another; the fourth and later ones take three seconds
 """
 
@@ -50,6 +51,9 @@ def _evaluating(real, *arguments, **more):
 def evaluate(params, step):
     """On the host, whole, whatever devices the parameters lie on."""
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)), "whole parameters of this process"
+    print(f"evaluating step {step}", flush=True)
+    while "WAIT" in os.environ and not Path(os.environ["WAIT"]).exists():
+        time.sleep(0.05)
     print(f"evaluated step {step}", flush=True)
     if "SCORES" not in os.environ:
         return {"evaluation/set/norm": float(np.linalg.norm(params["head"]["box"]["kernel"]))}
