@@ -67,6 +67,7 @@ def import_weights(job: Import, settings: Callable[[Config], Config]) -> Config:
     from glip_jax.io.checkpoint import CheckpointError, Checkpoints, Saved, is_workdir, latest_step
     from glip_jax.io.claims import owned_workdir
     from glip_jax.io.workdir import prepare, write_config, write_started_from
+    from glip_jax.weights.meaning import check_meaning, vocabulary_of_folder
     from glip_jax.weights.names import WeightError, check_shapes, parameter_shapes
     from glip_jax.weights.readers import read_network
     from glip_jax.weights.sizes import variant
@@ -83,9 +84,14 @@ def import_weights(job: Import, settings: Callable[[Config], Config]) -> Config:
             "begin a run there with init_from.model"
         )
     weights, inferred = read_network(job.file, job.parameters)
-    config = validate(settings(_own_settings(job.file, inferred)))
+    own = _own_settings(job.file, inferred)
+    config = validate(settings(own))
     shapes = parameter_shapes(config.model)
     check_shapes(weights.values, shapes, f"{job.file}, {variant(inferred)},")
+    vocabulary = vocabulary_of_folder(job.file)
+    guessed = own.model is inferred
+    for note in check_meaning(own.model, config, weights.values, job.file, vocabulary, inferred=guessed):
+        logger.info(note)
     record = _record(weights, job.parameters)
     prepare(job.workdir)
     with owned_workdir(job.workdir), _all_or_nothing(job.workdir):

@@ -1,6 +1,7 @@
 """The job `train`: settings and flags to `glip_jax.training.loop.train`."""
 
 import contextlib
+import difflib
 import hashlib
 import json
 import logging
@@ -16,14 +17,15 @@ from glip_jax import UserError
 from glip_jax.cli import errors, log
 from glip_jax.cli.command_line import Arguments, CommandLineError, parse
 from glip_jax.cli.reports import drawing
-from glip_jax.config import Config, flatten
+from glip_jax.config import Config, ConfigError, flatten
 from glip_jax.data.manifest import ShardError, finished
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.cluster import Cluster, ProcessError, ProcessGroup, announced, join
-from glip_jax.evaluation.evaluate import check_set, evaluate
+from glip_jax.evaluation.at_start import metric_names
+from glip_jax.evaluation.evaluate import check_set, evaluate, load_set
 from glip_jax.io import provenance
 from glip_jax.io.assets import resolve
-from glip_jax.io.checkpoint import NotSavedError, recovery_hint
+from glip_jax.io.checkpoint import NotSavedError, complete_steps, recovery_hint
 from glip_jax.io.errors import full_disk
 from glip_jax.structures.batch import Batch
 from glip_jax.training.loop import train
@@ -130,7 +132,9 @@ def run(config: Config, workdir: str, resume_with_changes: bool = False, cluster
             return train(
                 config,
                 workdir,
-                evaluate=_evaluator(config) if config.evaluation.sets and config.train.evaluate_every >= 0 else None,
+                evaluate=_evaluator(config, workdir)
+                if config.evaluation.sets and config.train.evaluate_every >= 0
+                else None,
                 draw=_drawer(config),
                 initial_parameters=pretrained.initialize,
                 resume_with_changes=resume_with_changes,
@@ -155,9 +159,45 @@ def _drawer(config: Config) -> Any:
     return draw
 
 
-def _evaluator(config: Config) -> Any:
-    """Evaluates `config.evaluation.sets`; their annotations are read now, not after hours of training."""
+def _evaluator(config: Config, workdir: str) -> Any:
+    """Evaluates `config.evaluation.sets`; their annotations are read and their images looked for now, not after hours of training."""
     for name, dataset in config.evaluation.sets.items():
         for note in check_set(name, dataset, config):
             logger.info(f"note: {note}")
-    return lambda params, _: evaluate(config, params)
+    _check_best_by(config)
+
+    def evaluate_sets(params: Any, step: int) -> dict[str, float]:
+        try:
+            return evaluate(config, params)
+        except Exception as error:
+            every = config.checkpoint.every
+            # The checkpoint of a step is begun before its evaluation.
+            saved = step if step == config.train.steps else step - step % every
+            saved = max([saved, *complete_steps(workdir)])
+            line = (
+                f"the evaluation after step {step} failed; the run is saved at step {saved}: `python -m glip_jax evaluate "
+                f"--config=FILE.py --workdir={workdir}` measures it, and the same `train` command goes on from there"
+                if saved
+                else f"the evaluation after step {step} failed, and no step is saved yet"
+            )
+            if not isinstance(error, UserError):
+                logger.error(line)
+                raise
+            error.args = (f"{error}; {line}",)
+            raise
+
+    return evaluate_sets
+
+
+def _check_best_by(config: Config) -> None:
+    """Raises ConfigError where no evaluation gives the metric `checkpoint.best_by`."""
+    if not config.checkpoint.best:
+        return
+    _, name, metric = config.checkpoint.best_by.split("/", 2)  # as `validate` demands
+    known = metric_names(load_set(name, config.evaluation.sets[name]), config.evaluation.max_images)
+    if metric not in known:
+        near = difflib.get_close_matches(metric, known, 1)
+        raise ConfigError(
+            f"checkpoint.best_by is {config.checkpoint.best_by!r}: evaluations of {name} give {', '.join(known)}"
+            f"{f'; did you mean {near[0]}?' if near else ''}"
+        )

@@ -161,6 +161,7 @@ def data_checks(data: DataConfig) -> list[tuple[bool, str]]:
     captions = data.captions
     total = captions.full_probability + captions.one_negative_probability + captions.one_positive_probability
     checks = [
+        *((bool(getattr(data, name)), f"data.{name} is empty: expected at least one number") for name in ("short_sides", "aspects")),
         (total <= 1 + 1e-9,
          f"data.captions: full_probability {captions.full_probability}, one_negative_probability {captions.one_negative_probability} "
          f"and one_positive_probability {captions.one_positive_probability} add up to {total:g}: expected at most 1"),

@@ -171,6 +171,9 @@ class InitFromConfig:
     slashes included: `head/*` is the whole head. Other parameters keep their value."""
     skip: tuple[str, ...] = ()
     """Patterns of parameter paths that are not read although `load` matches."""
+    accept: tuple[str, ...] = ()
+    """Settings of the network, such as model.anchors.sizes, in which the run may differ from the network that the weights were trained
+    in. Without it weights are refused that have the right shapes, but another meaning. `model.*`: all."""
 
 
 @dataclass(frozen=True)
@@ -279,7 +282,8 @@ def validate(config: Config) -> Config:
         *_cadence_checks(config),
         (sum(n == -1 for n in (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)) <= 1,
          f"mesh has more than one -1: data {config.mesh.data}, fsdp {config.mesh.fsdp}, tensor {config.mesh.tensor}"),
-        (config.optimizer.name == "adamw" or _adam(config.optimizer) == _adam(OptimizerConfig()),
+        (config.optimizer.name == "adamw"
+         or all(getattr(config.optimizer, name) == getattr(OptimizerConfig, name) for name in ("beta1", "beta2", "epsilon")),
          f"optimizer.beta1, beta2 and epsilon are of adamw, optimizer.name is {config.optimizer.name!r}: give optimizer.arguments"),
         *data_checks(config.data),
     ]  # fmt: skip
@@ -293,10 +297,6 @@ def validate(config: Config) -> Config:
         if not fits:
             raise ConfigError(message)
     return config
-
-
-def _adam(config: OptimizerConfig) -> tuple[float, float, float]:
-    return config.beta1, config.beta2, config.epsilon
 
 
 def _cadence_checks(config: Config) -> list[tuple[bool, str]]:

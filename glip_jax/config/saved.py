@@ -35,10 +35,15 @@ RENAMED_KEYS = {
 """Old name -> new name, `*` for any characters. Dotted names are settings, names with slashes metrics; `least_visible` is of
 the style of synthetic scenes."""
 
-_ADDED_KEYS = {"model.head.offset_bound": 0, "optimizer.name": "adamw", "optimizer.ema_ramp": False}
+_ADDED_KEYS = {
+    "model.head.offset_bound": 0,
+    "optimizer.name": "adamw",
+    "optimizer.ema_ramp": False,
+    "init_from.accept": [],
+}
 """Settings that saved runs may lack, with the value that describes what earlier versions did."""
 
-_ADDED_AFTER_HASHES = ("optimizer.name", "optimizer.ema_ramp")
+_ADDED_AFTER_HASHES = ("optimizer.name", "optimizer.ema_ramp", "init_from.accept")
 """Those of them that earlier versions did not hash."""
 
 _ADDED_TO_SETS = {"merge_names": False, "boxes": "", "crowds": "", "folders": "", "allow_drops": False}
@@ -63,7 +68,10 @@ def first_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     inverse = {new: old for old, new in RENAMED_KEYS.items()}
     added = {name: _ADDED_KEYS[name] for name in _ADDED_AFTER_HASHES}
     added |= {n: _ADDED_TO_SETS.get(n.rpartition(".")[2]) for n in settings if n.startswith("evaluation.sets.")}
-    return {_renamed(name, inverse): v for name, v in settings.items() if name not in added or added[name] != v}
+    # An empty tuple is an empty list in JSON.
+    return {
+        _renamed(name, inverse): v for name, v in settings.items() if name not in added or v not in (added[name], ())
+    }
 
 
 def renamed_hint(text: str) -> str:

@@ -153,10 +153,6 @@ class Mixture:
             raise ConfigError(
                 "data.sources is empty: expected at least one folder of shards (python -m glip_jax data ...)"
             )
-        for field in ("short_sides", "aspects"):
-            values = getattr(config.data, field)
-            if not values or min(values) <= 0:
-                raise ConfigError(f"data.{field} is {values}: expected at least one positive number")
         self.config = config
         self.source_names = tuple(sorted(config.data.sources))
         tokenizer = _tokenizer(config)
@@ -169,10 +165,11 @@ class Mixture:
         )
         self._examples = Examples(config, self.shards, self.captioners)
         self.notes: list[str] = []
-        """What to tell the user of the names of the sources."""
+        """What to tell the user of the sources."""
         for name, opened in zip(self.source_names, self.shards):
-            _check_kinds(name, opened)
-            self.notes += _check_names(name, opened.manifest.names, tokenizer, config)
+            self.notes += _check_kinds(name, opened) + _check_names(name, opened.manifest.names, tokenizer, config)
+        if not any(opened.manifest.boxes for opened in self.shards):
+            raise ConfigError(f"{'; '.join(self.notes)}: expected boxes; read what the imports dropped")
         aspects = config.data.aspects
         self._lists = [  # [source][aspect] -> records
             [np.flatnonzero(nearest == a).astype(np.int32) for a in range(len(aspects))]
@@ -275,14 +272,16 @@ def _open(name: str, source: SourceConfig) -> Shards:
         ) from None
 
 
-def _check_kinds(source: str, opened: Shards) -> None:
-    """Raises ConfigError for caption records: without boxes, all their words would be trained as absent."""
+def _check_kinds(source: str, opened: Shards) -> list[str]:
+    """A note where no record has a box. Raises ConfigError for caption records: all their words would be trained as absent."""
     count = opened.manifest.kinds.get("caption", 0)
     if count:
         raise ConfigError(
             f"data.sources.{source}: {opened.path} has {count} records of kind caption, which have no boxes: run the "
             "job `label` on them and train on the pseudo records that it writes"
         )
+    nothing = f"data.sources.{source}: none of the {len(opened)} records of {opened.path} has a box: they teach only what is absent"
+    return [] if opened.manifest.boxes else [nothing]
 
 
 def _check_names(source: str, names: Sequence[str], tokenizer: prompts.Tokenizer, config: Config) -> list[str]:

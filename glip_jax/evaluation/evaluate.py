@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from glip_jax import UserError
 from glip_jax.config import Config, EvaluationSet
+from glip_jax.evaluation.at_start import check_images
 from glip_jax.evaluation.average_precision import (
     AveragePrecision,
     GroundTruth,
@@ -142,11 +143,12 @@ def scalars(result: Evaluated | Grounded) -> dict[str, float]:
 
 
 def check_set(name: str, dataset: EvaluationSet, config: Config) -> list[str]:
-    """Reads the annotations of a set and checks its names and that its folder exists, before a long run that evaluates it at
-    the end. Returns notes for the user on its names.
+    """Reads the annotations of a set, checks its names and looks for the files of its images, before a long run that evaluates it
+    at the end. Returns notes for the user on its names.
 
     Raises:
-        EvaluationError, GroundTruthError: as `evaluate_set`, except for what is wrong with the images; and for names of which the
+        MissingImagesError: images are not in their folder.
+        EvaluationError, GroundTruthError: as `evaluate_set`, except for what is wrong within the files of images; and for names of which the
             vocabulary knows nothing, or that are the same to the model.
     """
     check_paths(dataset, f"evaluation.sets.{name}.")
@@ -156,14 +158,23 @@ def check_set(name: str, dataset: EvaluationSet, config: Config) -> list[str]:
         raise EvaluationError(
             f"evaluation.sets.{name}.images: {dataset.images} is a file: expected the folder of its images"
         )
+    where, truth, most = f"evaluation.sets.{name}", load_set(name, dataset), config.evaluation.max_images or None
+    match truth:
+        case GroundTruth():
+            check_images(where, dataset, truth.content["images"][:most])
+            return _check_names(where, truth, config)
+        case GroundingTruth():
+            check_images(where, dataset, [image.entry for image in truth.images[:most] if image.phrases])
+            return _check_phrases(where, truth, _tokenizer(config))
+
+
+def load_set(name: str, dataset: EvaluationSet) -> GroundTruth | GroundingTruth:
+    """Reads the annotations of a set as its kind says. Raises GroundTruthError."""
     match dataset.kind:
         case "detection":
-            return _check_names(
-                f"evaluation.sets.{name}", load_ground_truth(dataset.annotations, dataset, name), config
-            )
+            return load_ground_truth(dataset.annotations, dataset, name)
         case "grounding":
-            truth = load_grounding(dataset.annotations, dataset, name)
-            return _check_phrases(f"evaluation.sets.{name}", truth, _tokenizer(config))
+            return load_grounding(dataset.annotations, dataset, name)
 
 
 def _tokenizer(config: Config) -> Tokenizer:

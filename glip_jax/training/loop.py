@@ -27,6 +27,7 @@ from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.io.checkpoint import Checkpoints, Saved, complete_steps, fingerprint
 from glip_jax.io.checkpoint_reader import note_on_averages
 from glip_jax.io.claims import Owned, owned_workdir
+from glip_jax.io.compiler_lines import without_slow_compile_alarms
 from glip_jax.io.workdir import (
     check_config,
     check_shared,
@@ -282,7 +283,16 @@ def _train_steps(run: _Run, state: State, start: int, mixture: Mixture, draw: Ca
 
     def dispatch(state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
         canvas = batch.image.shape[1:3]
-        with contextlib.nullcontext() if canvas in compiled else _compiling(run, throughput, watchdog, canvas):
+        with (
+            contextlib.nullcontext()
+            if canvas in compiled
+            else _compiling(
+                run,
+                throughput,
+                watchdog,
+                f"canvas {len(compiled) + 1} of {len(mixture.canvases)} ({canvas[0]}x{canvas[1]})",
+            )
+        ):
             result = step_function(state, place_batch(batch, mesh))
         compiled.add(canvas)
         throughput.step(canvas, batch.tokens.shape[-1])
@@ -346,12 +356,13 @@ def _train_steps(run: _Run, state: State, start: int, mixture: Mixture, draw: Ca
 
 
 @contextlib.contextmanager
-def _compiling(run: _Run, throughput: Throughput, watchdog: Watchdog, canvas: tuple[int, ...]) -> Iterator[None]:
+def _compiling(run: _Run, throughput: Throughput, watchdog: Watchdog, canvas: str) -> Iterator[None]:
     """Around the first step on a canvas."""
     begin = time.perf_counter()
-    with throughput.exclude("compile"), watchdog.compiling():
+    run.progress.log(f"compiling {canvas}")
+    with throughput.exclude("compile"), watchdog.compiling(), without_slow_compile_alarms():
         yield
-    run.progress.log(f"canvas {canvas[0]}x{canvas[1]}: step ready in {time.perf_counter() - begin:.1f} s")
+    run.progress.log(f"{canvas}: step ready in {time.perf_counter() - begin:.1f} s")
 
 
 def _stop(received: int, step: int, cluster: Cluster | None) -> int:

@@ -11,11 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from flax import traverse_util
 from jaxtyping import Shaped
 from numpy import ndarray
 
-from glip_jax.config import Config, InitFromConfig
+from glip_jax.config import Config, InitFromConfig, ModelConfig
+from glip_jax.io.checkpoint_steps import is_workdir
+from glip_jax.weights.meaning import check_meaning, input_note, trained_in, vocabulary_of_folder
 from glip_jax.weights.names import WeightError, check_shapes
 from glip_jax.weights.readers import Weights, matches, read_backbone, read_network, read_text, read_workdir
 
@@ -39,8 +42,14 @@ def initialize(params: dict[str, Any], config: Config) -> tuple[dict[str, Any], 
     loaded: set[str] = set()
     left: dict[str, int] = {}
     known, sources, lines = set(leaves), [], []
-    for setting, weights in _read(config):
+    notes: list[str] = []
+    for setting, weights, theirs, vocabulary, inferred in _read(config):
         offered = {path: value for path, value in weights.values.items() if _chosen(path, rules)}
+        later = [name for name in ("backbone", "text") if setting == "model" and getattr(rules, name)]
+        kept = [path for path in offered if path.partition("/")[0] not in later]
+        notes += check_meaning(
+            theirs, config, kept, f"init_from.{setting}={weights.origin}", vocabulary, inferred=inferred
+        )
         _check(offered, leaves, setting, weights, rules)
         for path, value in offered.items():
             leaves[path] = _placed(value, leaves[path])
@@ -60,8 +69,10 @@ def initialize(params: dict[str, Any], config: Config) -> tuple[dict[str, Any], 
             "left": counts({path: size for path, size in left.items() if path not in loaded}),
         },
     }
+    if rules.backbone and (note := input_note(config)):
+        notes.append(note)
     if sources and jax.process_index() == 0:
-        logger.info("\n".join([*lines, table(record["parameters"])]))
+        logger.info("\n".join([*lines, *notes, table(record["parameters"])]))
     return traverse_util.unflatten_dict(leaves, sep="/"), record
 
 
@@ -89,15 +100,25 @@ def table(columns: Mapping[str, Mapping[str, list[int]]]) -> str:
     return "\n".join(lines)
 
 
-def _read(config: Config) -> Iterator[tuple[str, Weights]]:
-    """Reads the files that the settings name; later ones overwrite earlier ones."""
+def _read(config: Config) -> Iterator[tuple[str, Weights, ModelConfig, epath.Path | None, bool]]:
+    """Reads the files that the settings name; later ones overwrite earlier ones.
+
+    With each the network that it was trained in, as far as that is known, the vocabulary beside it, and whether the network follows
+    from the tensors.
+    """
     init = config.init_from
     if init.model:
-        yield "model", read_workdir(init.model) or read_network(init.model)[0]
+        weights, model, inferred = read_workdir(init.model), trained_in(init.model), False
+        if weights is None:
+            weights, found = read_network(init.model)
+            model, inferred = model or found, model is None
+        vocabulary = None if is_workdir(init.model) else vocabulary_of_folder(init.model)
+        yield "model", weights, model or config.model, vocabulary, inferred
     if init.backbone:
-        yield "backbone", read_backbone(init.backbone, config.model, init.backbone_channels)
+        weights = read_backbone(init.backbone, config.model, init.backbone_channels)
+        yield "backbone", weights, config.model, None, False
     if init.text:
-        yield "text", read_text(init.text, config.model)
+        yield "text", read_text(init.text, config.model), config.model, vocabulary_of_folder(init.text), False
 
 
 def _check(

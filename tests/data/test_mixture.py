@@ -212,6 +212,20 @@ def test_caption_records_are_refused(folders: dict[str, Path], tmp_path: Path) -
         Mixture(config({"x": SourceConfig(str(tmp_path / "bare"))}))
 
 
+def test_a_source_without_boxes_is_said_and_a_run_without_boxes_is_refused(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    for name in ("boxes", "empty"):
+        shutil.copytree(folders["boxes"], tmp_path / name)
+    manifest = tmp_path / "empty" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"boxes": 0}))
+    sources = {name: SourceConfig(str(tmp_path / name)) for name in ("boxes", "empty")}
+    (note,) = [note for note in Mixture(config(sources)).notes if "has a box" in note]
+    assert "data.sources.empty: none of the" in note and str(tmp_path / "empty") in note
+    with pytest.raises(ConfigError, match=r"data.sources.empty: none of the \d+ records .* has a box"):
+        Mixture(config({"empty": sources["empty"]}))
+
+
 def test_names_that_exceed_the_budget_and_empty_negatives_are_refused(folders: dict[str, Path]) -> None:
     every = dataclasses.replace(DataConfig().captions, mode="all_names")
     source = {"boxes": SourceConfig(str(folders["boxes"]))}
@@ -334,8 +348,6 @@ def test_invalid_settings_are_refused(
         Mixture(config(sources)).batches(0, 0, 3)
     with pytest.raises(ConfigError, match="host 2 of 2"):
         Mixture(config(sources)).batches(0, 2, 2)
-    with pytest.raises(ConfigError, match=r"data\.short_sides is \(\)"):
-        Mixture(config(sources, short_sides=()))
     base = config(sources)
     for text, message in (
         (dataclasses.replace(base.model.text, vocabulary="absent.txt"), "absent.txt"),

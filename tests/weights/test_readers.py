@@ -11,12 +11,15 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
+from etils import epath
 from flax import traverse_util
 
-from glip_jax.config import BackboneConfig, Config, InitFromConfig, ModelConfig
+from glip_jax.config import BackboneConfig, Config, InitFromConfig, ModelConfig, TextConfig
 from glip_jax.io.checkpoint import CheckpointError, Checkpoints, Saved, fingerprint
+from glip_jax.io.workdir import write_config
 from glip_jax.models.swin import Swin
 from glip_jax.weights.export import write_huggingface
+from glip_jax.weights.meaning import check_meaning, input_note
 from glip_jax.weights.names import WeightError, parameter_shapes
 from glip_jax.weights.pretrained import initialize
 from glip_jax.weights.readers import open_checkpoint_or_export, read_backbone
@@ -229,7 +232,9 @@ def test_a_working_folder_and_mmdetections_file(tmp_path, params, capsys):
     tree = traverse_util.unflatten_dict(parameters(), sep="/")
     with Checkpoints(str(tmp_path / "run"), 1) as checkpoints:
         checkpoints.save(
-            7, Saved(tree, {"count": jnp.zeros(())}, {"text": jax.tree.map(lambda x: x * 3, tree["text"])}), Config()
+            7,
+            Saved(tree, {"count": jnp.zeros(())}, {"text": jax.tree.map(lambda x: x * 3, tree["text"])}),
+            Config(model=SMALL),
         )
     write_state(tmp_path / "mm.pth", mmdetection(state()))
     for origin in ("run", "mm.pth"):
@@ -271,3 +276,73 @@ def test_a_working_folder_is_opened_in_spite_of_its_config_json(tmp_path):
     assert open_checkpoint_or_export(f"{tmp_path}/checkpoints/3").step == 3
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
         open_checkpoint_or_export(str(tmp_path / "elsewhere"))
+
+
+def _saved_run(tmp_path, model):
+    """A working folder with a checkpoint of the network `model`."""
+    config = Config(model=model)
+    workdir = str(tmp_path / "other")
+    write_config(workdir, config)
+    with Checkpoints(workdir, 1) as checkpoints:
+        checkpoints.save(0, Saved(traverse_util.unflatten_dict(parameters(), sep="/"), {}, {}), config)
+        checkpoints.wait()
+    return workdir
+
+
+OTHER = {
+    "input": {"order": "rgb", "std": (1.0, 1.0, 1.0)},
+    "head": {"coarse_offsets": "resized", "groups": 2},
+    "anchors": {"sizes": (48, 80, 128, 256, 512)},
+    "text": {"heads": 4},
+    "fusion": {"heads": 4},
+}
+
+
+def test_weights_of_another_meaning_are_refused_or_accepted(tmp_path, params, capsys):
+    parts = {part: dataclasses.replace(getattr(SMALL, part), **fields) for part, fields in OTHER.items()}
+    workdir = _saved_run(tmp_path, dataclasses.replace(SMALL, **parts))
+    names = [f"model.{part}.{field}" for part, fields in OTHER.items() for field in fields]
+    with pytest.raises(WeightError, match=r"shapes fit, but the weights .*init_from\.accept=model\.") as caught:
+        begin(params, model=workdir)
+    assert all(name in str(caught.value) for name in names), caught.value
+    with pytest.raises(WeightError, match=r"trained in another network \(model.anchors.sizes: .* -> [^;]*\): set"):
+        begin(params, model=workdir, accept=tuple(name for name in names if "anchors" not in name))
+    found, _ = begin(params, model=workdir, accept=("model.*",))
+    assert np.asarray(found["head/box/kernel"]).any() and f"accepted: {names[0]}" in capsys.readouterr().out
+    # Parts that do not depend on a setting are read without a word.
+    begin(params, model=workdir, load=("pyramid/*",))
+
+
+def test_a_file_of_glip_is_for_flat_offsets_bgr_and_the_vocabulary_beside_it(tmp_path, params, capsys):
+    write_state(tmp_path / "glip.pth", state())
+    found, _ = begin(params, model=str(tmp_path / "glip.pth"))
+    assert np.asarray(found["head/box/kernel"]).any()
+    assert "does not say its model.fusion.heads" in capsys.readouterr().out  # 8 in GLIP's code, 2 here
+    for changed in (
+        dataclasses.replace(SMALL, head=dataclasses.replace(SMALL.head, coarse_offsets="resized")),
+        dataclasses.replace(SMALL, input=dataclasses.replace(SMALL.input, order="rgb", mean=SMALL.input.mean[::-1])),
+    ):
+        with pytest.raises(WeightError, match=r"coarse_offsets: flat -> resized|input.order: bgr -> rgb"):
+            initialize(params, Config(model=changed, init_from=InitFromConfig(model=str(tmp_path / "glip.pth"))))
+
+
+def test_the_order_of_backbone_filters_and_the_input_are_said():
+    init = InitFromConfig(backbone="swin.pth")
+    said = input_note(Config(model=SMALL, init_from=init))
+    assert "of RGB in such files, are applied to BGR, as in the original" in said
+    assert not input_note(Config(model=SMALL, init_from=dataclasses.replace(init, backbone_channels="reversed")))
+    grey = dataclasses.replace(SMALL, input=dataclasses.replace(SMALL.input, order="rgb", mean=(0.0, 0.0, 0.0)))
+    assert "are not ImageNet's" in input_note(Config(model=grey, init_from=init))
+
+
+def test_another_vocabulary_is_another_meaning(tmp_path):
+    ours, theirs = tmp_path / "ours.txt", tmp_path / "vocab.txt"
+    ours.write_text("[PAD]\n[UNK]\ncat\ndog\n")
+    theirs.write_text("[PAD]\n[UNK]\ndog\ncat\n")
+    config = Config(model=dataclasses.replace(SMALL, text=dataclasses.replace(SMALL.text, vocabulary=str(ours))))
+    with pytest.raises(WeightError, match=r"model.text.vocabulary: .*vocab.txt \(4 tokens\).* from number 2 on others"):
+        check_meaning(config.model, config, ["text/embeddings/word"], "init_from.text=x", epath.Path(theirs))
+    assert check_meaning(config.model, config, ["head/box/kernel"], "init_from.text=x", epath.Path(theirs)) == []
+    released = dataclasses.replace(SMALL, text=TextConfig())
+    with pytest.raises(WeightError, match="that of bert-base-uncased -> .*ours.txt"):
+        check_meaning(released, config, ["text/embeddings/word"], "init_from.model=glip.pth", inferred=True)
