@@ -8,6 +8,7 @@ Results are batch invariant: each image is processed at its own extent, so its d
 other images of the batch. The Detector therefore groups images to save compilations.
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -26,6 +27,7 @@ from PIL import Image
 
 from glip_jax.config import Config, DetectionConfig, ModelConfig
 from glip_jax.io import assets
+from glip_jax.io.compiler_lines import without_slow_compile_alarms
 from glip_jax.io.image_files import read_upright, upright
 from glip_jax.io.paths import checked
 from glip_jax.models.glip import GLIP, normalize
@@ -217,6 +219,7 @@ class Detector:
         self._tokenized: OrderedDict[str, TokenizedPrompt] = OrderedDict()
         self._chunks: tuple[tuple[str, ...], list[tuple[Prompt, tuple[int, ...]]]] = ((), [])
         self._slots = _PHRASE_SLOTS
+        self._compiled: set[tuple[tuple[int, int], int]] = set()
         self._checked: list[str] | None = None
         self._programs = _programs(config.model, config.detection)
         self._traced = self._programs.traced.copy()
@@ -343,8 +346,11 @@ class Detector:
             members = [i for i, (_, planned) in enumerate(plans) if planned == canvas and queries[i]]
             for begin in range(0, len(members), self.batch_size):
                 group = members[begin : begin + self.batch_size]
-                pending += self._dispatch_group(group, [images[i] for i in group], [plans[i][0] for i in group], canvas,
-                                                [queries[i] for i in group])  # fmt: skip
+                ready = (canvas, self._slots) in self._compiled
+                with contextlib.nullcontext() if ready else without_slow_compile_alarms():
+                    pending += self._dispatch_group(group, [images[i] for i in group], [plans[i][0] for i in group], canvas,
+                                                    [queries[i] for i in group])  # fmt: skip
+                self._compiled.add((canvas, self._slots))
 
         def finish() -> list[list[Detections]]:
             results: list[list[Detections]] = [[] for _ in images]

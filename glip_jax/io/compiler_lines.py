@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 __all__ = ["without_slow_compile_alarms"]
@@ -23,38 +24,39 @@ for line in sys.stdin.buffer:
 
 
 @contextlib.contextmanager
-def without_slow_compile_alarms() -> Iterator[None]:
-    """Within it, what the process writes to its standard error passes a filter of XLA's alarms, of which XLA has no setting.
+def without_slow_compile_alarms(after: float = 20.0) -> Iterator[None]:
+    """Within it, from `after` seconds on, what the process writes to its standard error passes a filter of XLA's alarms.
 
-    The filter is a process of its own, so the last words of a process that dies while it compiles pass too. Where none can be
-    started, nothing is filtered.
+    XLA has no setting for them; the first comes after two minutes of compiling. The filter is a process of its own, so the last
+    words of a process that dies while it compiles pass too. Where none can be started, nothing is filtered.
     """
-    sys.stderr.flush()
-    try:
-        terminal = os.dup(2)
-    except OSError:  # closed
-        yield
-        return
-    try:
-        try:
+    installed: list[tuple[int, subprocess.Popen[bytes]]] = []
+
+    def install() -> None:
+        with contextlib.suppress(OSError):  # a closed standard error, or no process
+            terminal = os.dup(2)
             # In a session of its own: a signal to the group of the training must not end it before the training has.
             child = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", _FILTER], stdin=subprocess.PIPE, stdout=terminal, stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
-        except OSError:
-            yield
-            return
-        assert child.stdin is not None
-        os.dup2(child.stdin.fileno(), 2)
-        child.stdin.close()
-        try:
-            yield
-        finally:
+            assert child.stdin is not None
+            os.dup2(child.stdin.fileno(), 2)
+            child.stdin.close()
+            installed.append((terminal, child))
+
+    timer = threading.Timer(after, install)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        for terminal, child in installed:
             sys.stderr.flush()
             os.dup2(terminal, 2)
+            os.close(terminal)
             # Processes started meanwhile keep the filter alive as their standard error.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(5)
-    finally:
-        os.close(terminal)

@@ -12,9 +12,10 @@ ALARM = (
     "and attach the results.\n" + "*" * 32 + "\n"
 )
 PROGRAM = """
-import os, sys
+import os, sys, time
 from glip_jax.io.compiler_lines import without_slow_compile_alarms
-with without_slow_compile_alarms():
+with without_slow_compile_alarms(0):
+    time.sleep(0.5)
     os.write(2, sys.argv[1].encode())
     os.write(2, b"a true error\\n")
     print("of Python", file=sys.stderr)
