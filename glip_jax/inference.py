@@ -458,7 +458,7 @@ def _phrases(text: str) -> Prompt:
 def _rgb(image: Any) -> UInt8[np.ndarray, "H W 3"]:
     """Pixels of a path, a PIL image or an array. Raises ImageFileError for a bad file, ValueError for an array of another type or shape."""
     if isinstance(image, str | os.PathLike):
-        return read_upright(epath.Path(checked(image)))
+        return read_upright(epath.Path(checked(image)))[0]
     if isinstance(image, Image.Image):
         return upright(image)
     array = np.asarray(image)

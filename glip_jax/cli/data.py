@@ -78,7 +78,8 @@ def main(argv: Sequence[str]) -> int:
         plan = BuildPlan(
             job.out, str(job.source), name=job.name, licence=job.licence, shards=job.shards, processes=job.processes,
             command=shlex.join(["python", "-m", "glip_jax", "data", *_deciding(argv)]), strict=job.strict,
-            exclude=job.exclude, published=job.published, settings=options_of(job), allow_drops=job.allow_drops,
+            exclude=job.exclude, orientation=job.orientation, published=job.published, settings=options_of(job),
+            allow_drops=job.allow_drops,
             chosen_drops=tuple(sorted(job.chosen_drops)),
         )  # fmt: skip
         manifest, report = build(plan, job.open)

@@ -120,7 +120,7 @@ def _size(params: dict[str, Any]) -> int:
 
 
 def _images(given: str) -> list[UInt8[np.ndarray, "_ _ 3"]]:
-    return [read_upright(path) for path in listed(epath.Path(given))[0][:_PHOTOGRAPHS]]
+    return [read_upright(path)[0] for path in listed(epath.Path(given))[0][:_PHOTOGRAPHS]]
 
 
 def _compared(

@@ -18,7 +18,7 @@ from glip_jax.config.ranges import BelowOne, Count, Factor, Fraction, Limit, Pix
 
 __all__ = [
     "CheckpointConfig", "Config", "ConfigError", "DetectionConfig", "EvaluationConfig", "EvaluationSet", "InitFromConfig", "LossConfig",
-    "MeshConfig", "OptimizerConfig", "TrainConfig", "flatten", "validate",
+    "MeshConfig", "OptimizerConfig", "Orientation", "TrainConfig", "flatten", "validate",
 ]  # fmt: skip
 
 
@@ -176,6 +176,11 @@ class InitFromConfig:
     in. Without it weights are refused that have the right shapes, but another meaning. `model.*`: all."""
 
 
+Orientation = Literal["auto", "upright", "stored"]
+"""What boxes refer to in an image that its EXIF orientation rotates or mirrors: the image upright, or its stored pixels;
+`auto`: which of them has the listed size, the stored pixels where that does not tell."""
+
+
 @dataclass(frozen=True)
 class EvaluationSet:
     """An annotation file and its images."""
@@ -199,6 +204,8 @@ class EvaluationSet:
     """Grounding: folders below `images` by data_source, e.g. mixed, or coco=train2014,vg=gqa."""
     allow_drops: bool = False
     """Evaluate although most boxes are left out for one reason."""
+    orientation: Orientation = "auto"
+    """What boxes refer to in an image with an EXIF orientation: `upright` or `stored` pixels; `auto`: what the listed size fits."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from jaxtyping import UInt8
 
 from glip_jax.config import Codec
 from glip_jax.data.records import Record, decode_image
+from glip_jax.io.image_files import turn
 from glip_jax.structures.canvas import resize
 
 __all__ = ["BufferPool", "decode", "resize_to_canvas"]
@@ -31,19 +32,23 @@ _JPEG = b"\xff\xd8\xff"
 
 
 def decode(record: Record, codec: Codec, min_size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "H W 3"]:
-    """RGB pixels of the image of a record, without regard to EXIF orientation.
+    """RGB pixels that the boxes of a record refer to: as stored, unless the record has an orientation.
 
     With `min_size` (height, width) in pixels, the image may be decoded at 1/2, 1/4 or 1/8 of its size, but not smaller than
     that. Raises RecordError if the bytes are not a readable image of the size that the record states.
     """
     if codec == "fast" and record.image.startswith(_JPEG):
         try:
-            if simplejpeg.decode_jpeg_header(record.image)[:2] == (record.height, record.width):
-                height, width = min_size or (0, 0)
+            order = -1 if record.orientation >= 5 else 1  # height and width change places
+            height, width, colors, _ = simplejpeg.decode_jpeg_header(record.image)
+            # Of CMYK this library rounds otherwise than Pillow, with which all other jobs decode.
+            if (height, width)[::order] == (record.height, record.width) and colors not in ("CMYK", "YCCK"):
+                height, width = (min_size or (0, 0))[::order]
                 factor = 2 if min_size else 1  # other fractions take longer than full size
-                return simplejpeg.decode_jpeg(
+                pixels = simplejpeg.decode_jpeg(
                     record.image, "RGB", min_height=height, min_width=width, min_factor=factor
                 )
+                return turn(pixels, record.orientation)
         except ValueError:
             pass  # Pillow reads more variants, and its error says what is wrong
     return decode_image(record)

@@ -1,13 +1,12 @@
 """The record: one stored example, of the same type for detection, grounding, pseudo-labelled and caption data.
 
-Boxes are xyxy in pixels of the stored image with inclusive corners, as in the original GLIP: a box of w x h pixels has
+Boxes are xyxy in pixels of the decoded image with inclusive corners, as in the original GLIP: a box of w x h pixels has
 x2 = x + w - 1. Targets, flips and clipping use such boxes (glip-reference 0.5).
 
 On disk a record is a MessagePack map; boxes are little-endian float32.
 """
 
 import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
@@ -15,10 +14,9 @@ from typing import Any, Literal, cast, get_args
 import msgpack
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import Image
 
 from glip_jax import UserError
-from glip_jax.io.image_files import PIXEL_LIMIT
+from glip_jax.io import image_files
 
 __all__ = [
     "FORMAT", "Kind", "Record", "RecordError", "boxes_array", "content_hash", "decode", "decode_image",
@@ -53,11 +51,11 @@ class Record:
     """Identifies the image (or image and caption) in its source, also in error messages."""
     kind: Kind
     image: bytes
-    """The unchanged image file, JPEG or PNG."""
+    """The unchanged image file, of any format that `image_files.decode` reads."""
     height: int
     width: int
     boxes: Any
-    """Float32[N 4]: xyxy, inclusive pixels of the stored image."""
+    """Float32[N 4]: xyxy, inclusive pixels of the decoded image."""
     categories: tuple[int, ...] = ()
     """Detection: per box an index into the names of the manifest."""
     caption: str = ""
@@ -80,6 +78,8 @@ class Record:
     """Captions: path of the image below its folder, with which detections of other tools are matched; "" if unknown."""
     image_id: str = ""
     """Captions: id of the image in an annotation file that numbers its images."""
+    orientation: int = 1
+    """EXIF orientation that decoding applies to `image`, 1: none. `height`, `width` and `boxes` are of the pixels after it."""
 
 
 def validate(record: Record, names: int | None = None) -> Record:
@@ -94,6 +94,7 @@ def validate(record: Record, names: int | None = None) -> Record:
         record.height > 0 and record.width > 0, "height/width", f"is {record.height} x {record.width}, expected pixels"
     )
     need(len(record.image) > 0, "image", "is empty")
+    need(record.orientation in range(1, 9), "orientation", f"is {record.orientation}, expected 1 to 8")
     shaped = isinstance(boxes, np.ndarray) and boxes.dtype == np.float32 and boxes.shape == (count, 4)
     # Formatting a dtype takes longer than all other checks, and every training example is validated.
     found = "" if shaped else f"{getattr(boxes, 'dtype', type(boxes))} of shape {np.shape(boxes)}"
@@ -150,6 +151,7 @@ def encode(record: Record) -> bytes:
             "provenance": record.provenance,
             **{key: value for key in ("file", "image_id") if (value := getattr(record, key))},
         }
+        | ({} if record.orientation == 1 else {"orientation": record.orientation})
     )
     return cast(bytes, fields)
 
@@ -192,6 +194,7 @@ def decode(data: bytes, names: int | None = None) -> Record:
             provenance=str(fields.get("provenance", "")),
             file=str(fields.get("file", "")),
             image_id=str(fields.get("image_id", "")),
+            orientation=int(fields.get("orientation", 1)),
         )
     except (TypeError, ValueError) as error:
         raise RecordError(f"record {identity!r} has a field of the wrong type ({error})") from None
@@ -204,22 +207,14 @@ def _phrases(raw: Any) -> tuple[Spans, ...]:
 
 
 def decode_image(record: Record) -> UInt8[np.ndarray, "H W 3"]:
-    """RGB pixels without regard to EXIF orientation, because boxes refer to the stored pixels, as in the original.
+    """RGB pixels that the boxes refer to: as stored, unless the record has an orientation.
 
     Raises RecordError if the bytes are not a readable image of the size that the record states.
     """
     try:
-        with Image.open(io.BytesIO(record.image)) as image:
-            if image.width * image.height > PIXEL_LIMIT:
-                raise RecordError(
-                    f"record {record.id!r}, field image: is {image.height} x {image.width}, "
-                    f"expected at most {PIXEL_LIMIT:,} pixels: shrink it"
-                )
-            pixels = np.asarray(image.convert("RGB"))
-    except RecordError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RecordError(f"record {record.id!r}, field image: cannot be decoded ({error})") from None
+        pixels = image_files.turn(image_files.decode(record.image).pixels, record.orientation)
+    except image_files.ImageFileError as error:
+        raise RecordError(f"record {record.id!r}, field image: {error.reason}") from None
     if pixels.shape != (record.height, record.width, 3):
         raise RecordError(
             f"record {record.id!r}, field image: is {pixels.shape[0]} x {pixels.shape[1]}, "

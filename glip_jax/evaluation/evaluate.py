@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -12,7 +13,7 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from glip_jax import UserError
-from glip_jax.config import Config, EvaluationSet
+from glip_jax.config import Config, EvaluationSet, Orientation
 from glip_jax.evaluation.at_start import check_images
 from glip_jax.evaluation.average_precision import (
     AveragePrecision,
@@ -32,7 +33,7 @@ from glip_jax.evaluation.recall import (
 )
 from glip_jax.inference import Detector, category_prompts
 from glip_jax.io import assets
-from glip_jax.io.image_files import ImageFileError, read_stored
+from glip_jax.io.image_files import ImageFileError, read_annotated
 from glip_jax.io.paths import OutsideError, check_paths, within
 from glip_jax.io.provenance import file_hash
 from glip_jax.structures.batch import Detections, Prompt
@@ -89,6 +90,8 @@ class Evaluated(NamedTuple):
     """AP50 with permuted names (`permuted_ap50`): the level of chance; -1 if it is not defined."""
     pictures: str = ""
     """SHA-256 over the evaluated files: their names and contents in the order of `image_ids`."""
+    orientation: Orientation = "auto"
+    """EvaluationSet.orientation."""
 
 
 class Grounded(NamedTuple):
@@ -106,6 +109,7 @@ class Grounded(NamedTuple):
     """captions, captions_cut, phrases_over_budget, phrases_without_token."""
     pictures: str = ""
     """As in `Evaluated`."""
+    orientation: Orientation = "auto"
 
 
 def evaluate(
@@ -260,12 +264,12 @@ def evaluate_detection(
         for entry, found in zip(group, detector.categories(images, ordered), strict=True):
             detections[entry["id"]] = _renumbered(found, indices)
 
-    pictures = _run(entries, config, dataset, name, progress, detect)
+    pictures = _run(entries, config, dataset, name, progress, detect, report)
     image_ids = tuple(entry["id"] for entry in entries)
     results = coco_results(truth, detections)
     precision = average_precision(truth, results, list(image_ids))
     permuted = permuted_ap50(truth, results, list(image_ids))
-    return Evaluated(truth, names, image_ids, detections, precision, permuted, pictures)
+    return Evaluated(truth, names, image_ids, detections, precision, permuted, pictures, dataset.orientation)
 
 
 def evaluate_grounding(
@@ -313,7 +317,8 @@ def evaluate_grounding(
             for key, found in zip(keys, detector.caption(pixels, prompts), strict=True):
                 detections[key] = _renumbered(found, np.asarray(fitted[key].included))
 
-    pictures = _run([image.entry for image in captions.values()], config, dataset, name, progress, detect)
+    entries = [image.entry for image in captions.values()]
+    pictures = _run(entries, config, dataset, name, progress, detect, report)
     unasked = {key: (*each.over_budget, *each.without_token) for key, each in fitted.items()}
     return Grounded(
         truth,
@@ -323,6 +328,7 @@ def evaluate_grounding(
         {key: indices for key, indices in unasked.items() if indices},
         counts,
         pictures,
+        dataset.orientation,
     )
 
 
@@ -356,10 +362,12 @@ def _run(
     name: str,
     progress: bool,
     detect: Callable[[Sequence[dict[str, Any]], list[Any]], None],
+    report: Callable[[str], None] | None = None,
 ) -> str:
-    """Reads the images, calls `detect` with batches of them, and returns the hash of their files."""
+    """Reads the images, calls `detect` with batches of them, and returns the hash of their files; `report` takes notes on them."""
     folder = epath.Path(dataset.images)
     digests: dict[Any, str] = {}
+    notes = Counter[str]()
     # A bar that moves in a terminal, a line every 30 s in a log file.
     interval = 0.2 if sys.stderr.isatty() else 30.0
     with tqdm(total=len(entries), desc=f"evaluate {name}".strip(), unit="image", disable=not progress,
@@ -369,10 +377,13 @@ def _run(
         for group in _groups(by_shape, config.evaluation.batch_size):
             images = []
             for entry in group:
-                pixels, digests[entry["id"]] = _read(folder, entry)
+                pixels, digests[entry["id"]], found = _read(folder, entry, dataset.orientation)
+                notes.update(found)
                 images.append(pixels)
             detect(group, images)
             bar.update(len(group))
+    if report is not None and notes:
+        report("; ".join(f"{name or dataset.annotations}: noted {what} {count}" for what, count in notes.items()))
     return _hash_of(entries, digests)
 
 
@@ -401,24 +412,25 @@ def saved_set(entry: Mapping[str, Any]) -> EvaluationSet:
     return EvaluationSet(**{item.name: entry[item.name] for item in fields(EvaluationSet) if item.name in entry})
 
 
-def read_image(folder: epath.Path, entry: dict[str, Any]) -> UInt8[np.ndarray, "H W 3"]:
-    """The RGB pixels of an entry of a COCO JSON's `images`.
+def read_image(folder: epath.Path, entry: dict[str, Any], rule: Orientation = "auto") -> UInt8[np.ndarray, "H W 3"]:
+    """The RGB pixels that the annotations of an entry of a COCO JSON's `images` refer to; `rule`: EvaluationSet.orientation.
 
     Raises:
         EvaluationError: the file is missing, unreadable, or of another size than the entry says.
     """
-    return _read(folder, entry)[0]
+    return _read(folder, entry, rule)[0]
 
 
-def _read(folder: epath.Path, entry: dict[str, Any]) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
-    """As `read_image`, with the SHA-256 of the file."""
+def _read(
+    folder: epath.Path, entry: dict[str, Any], rule: Orientation
+) -> tuple[UInt8[np.ndarray, "H W 3"], str, tuple[str, ...]]:
+    """As `read_image`, with the SHA-256 of the file and the notes on it."""
     try:
         path = within(folder, str(entry["file_name"]))
     except OutsideError as error:
         raise EvaluationError(f"image {entry['id']}: {error}") from None
     try:
-        # Not rotated by EXIF: annotations refer to the stored pixels (glip-reference 4.7).
-        pixels, digest = read_stored(path)
+        pixels, digest, notes = read_annotated(path, (entry.get("height"), entry.get("width")), rule)
     except ImageFileError as error:
         raise EvaluationError(f"image {entry['id']}: {error}") from error
     annotated = (entry.get("height", pixels.shape[0]), entry.get("width", pixels.shape[1]))
@@ -427,7 +439,7 @@ def _read(folder: epath.Path, entry: dict[str, Any]) -> tuple[UInt8[np.ndarray, 
             f"{path} has {pixels.shape[0]} x {pixels.shape[1]} pixels (height x width), the annotations say "
             f"{annotated[0]} x {annotated[1]}: boxes would not fit; use the images that were annotated"
         )
-    return pixels, digest
+    return pixels, digest, notes
 
 
 def _groups(entries: Sequence[dict[str, Any]], size: int) -> Iterator[Sequence[dict[str, Any]]]:

@@ -269,13 +269,13 @@ A GLIP detector (grounded language-image pre-training, arXiv 2112.03857), export
 The same with the Auto classes, for several images in one batch:
 
     import torch
-    from PIL import Image
+    from PIL import Image, ImageOps
     from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
     folder = "."  # this folder
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForZeroShotObjectDetection.from_pretrained(folder, trust_remote_code=True)
-    image = Image.open("photo.jpg")
+    image = ImageOps.exif_transpose(Image.open("photo.jpg"))  # upright, as the processor sees it
     inputs = processor(images=image, text=["dog", "red cup"], return_tensors="pt")
     with torch.inference_mode():
         outputs = model(**inputs)

@@ -349,7 +349,7 @@ def test_bad_pictures_are_counted_by_reason(imported, tmp_path, capsys):
     }  # fmt: skip
     for reason, count in drops.items():
         assert f"dropped {reason}" in out and str(count) in out
-    assert "img2.png is (9000, 10000): more than 80,000,000 pixels" in out
+    assert "img2.png is huge: 10000 x 9000 pixels, at most 80,000,000 pixels are read" in out
 
     # One bad picture is the end with --strict, and so is a source of which nothing is left.
     shutil.rmtree(tmp_path / "out")

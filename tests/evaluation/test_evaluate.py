@@ -124,6 +124,25 @@ def test_the_prompts_are_reported(dataset):
     assert lines == ["cells: 2 categories, prompted as: red blood cell, <WBC>"]
 
 
+def test_images_are_turned_upright_where_the_listed_size_says_so(dataset):
+    path, exif = epath.Path(dataset.images) / "1.png", Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(str(path)) as image:
+        image.transpose(Image.Transpose.ROTATE_90).save(str(path), exif=exif)
+    seen, lines = [], []
+
+    class Seeing(Oracle):
+        def categories(self, images, names, /):
+            seen.extend(image.shape[:2] for image in images)
+            return super().categories(images, names)
+
+    result = evaluate_detection(Seeing(), _config(), dataset, name="cells", progress=False, report=lines.append)
+    assert sorted(seen) == [(40, 60), (41, 60), (42, 60)] and result.precision.numbers["AP"] == pytest.approx(1)
+    assert lines[-1] == "cells: noted image: turned upright by its EXIF orientation 1"
+    with pytest.raises(EvaluationError, match=r"1\.png has 60 x 41 .* 41 x 60"):
+        evaluate_detection(Oracle(), _config(), dataclasses.replace(dataset, orientation="stored"), progress=False)
+
+
 def _missing(dataset):
     (epath.Path(dataset.images) / "1.png").unlink()
 

@@ -1,6 +1,7 @@
 """The exported PyTorch network and its processor equal those of glip_jax: outputs, gradients, pixels, tokens, detections."""
 
 import dataclasses
+import io
 from typing import Any
 
 import flax.traverse_util
@@ -13,6 +14,7 @@ from PIL import Image
 
 from glip_jax.config import BackboneConfig, Config, HeadConfig, InputConfig
 from glip_jax.inference import chunk
+from glip_jax.io.image_files import upright
 from glip_jax.models.glip import GLIP, normalize
 from glip_jax.models.postprocess import detect
 from glip_jax.structures import boxes as box
@@ -23,8 +25,14 @@ from glip_jax.weights.export import full_state, network_settings, write_huggingf
 from glip_jax.weights.names import export_state, parameter_shapes
 from glip_jax.weights.portable.glip_network import GlipNetwork, deformable_convolution
 from glip_jax.weights.portable.modeling_glip import GlipConfig, GlipForZeroShotObjectDetection
-from glip_jax.weights.portable.processing_glip import GlipImageProcessor, GlipProcessor, best_detections
+from glip_jax.weights.portable.processing_glip import (
+    GlipImageProcessor,
+    GlipProcessor,
+    best_detections,
+    to_rgb,
+)
 from tests import tiny_run
+from tests.io.test_image_files import CASES, RGB, encoded
 from tests.parity.check_torch import main as check_torch
 
 pytestmark = pytest.mark.compiles
@@ -214,6 +222,27 @@ class TestProcessor:
         np.testing.assert_allclose(pixels[:, : size[0], : size[1]], wanted, atol=1e-6)
         assert not pixels[:, size[0] :].any()
         assert int(found["pixel_mask"].sum()) == size[0] * size[1]
+
+    def test_every_mode_and_orientation_is_decoded_as_here(self):
+        exif = Image.Exif()
+        for data in (*(case[0] for case in CASES), *(encoded(RGB, exif=exif) for exif[0x0112] in range(1, 9))):
+            with Image.open(io.BytesIO(data)) as image:
+                np.testing.assert_array_equal(np.asarray(to_rgb(image)), upright(image))
+
+    def test_sizes_of_an_image_that_was_turned_are_refused(self):
+        class Outputs:
+            logits, pred_boxes, centerness = torch.ones(1, 1, 3), torch.tensor([[[0.0, 0, 99, 49]]]), torch.ones(1, 1)
+            image_sizes, level_sizes, phrase_map = torch.tensor([[200, 100]]), torch.tensor([1]), torch.ones(1, 1, 3)
+            input_ids = torch.zeros(1, 3)
+
+        def found(sizes):
+            return self.processor().post_process_grounded_object_detection(
+                Outputs(), target_sizes=sizes, text_labels=[["cat"]]
+            )
+
+        assert found([(400, 200)])[0]["boxes"].tolist() == [[0, 0, 198, 98]]
+        with pytest.raises(ValueError, match="its EXIF orientation turns it"):
+            found([(200, 400)])
 
     def test_tokens_and_phrases_are_ours(self):
         processor, names = self.processor(), ["cat", "a_dog", "person (standing)"]

@@ -78,7 +78,7 @@ def cards(
         threshold = best_threshold(scores, np.concatenate(met) >= 0, sum(len(view.true) for view in views))
     drawn = []
     for view, own in list(zip(views, met, strict=True))[:limit]:
-        image = read_image(folder, view.entry)
+        image = read_image(folder, view.entry, result.orientation)
         match result:
             case Evaluated():
                 drawn.append(_detection_card(result, view, own, image, threshold))

@@ -31,6 +31,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from glip_jax.config import Orientation
 from glip_jax.data import shards
 from glip_jax.data.importers import published
 from glip_jax.data.importers.entry import Entry, ImageFolder, ImportSource, Report, SourceError, pack
@@ -79,6 +80,8 @@ class BuildPlan:
     """Whether most boxes or images may be dropped for one reason."""
     chosen_drops: tuple[str, ...] = ()
     """Reasons for which they may be dropped anyway."""
+    orientation: Orientation = "auto"
+    """What boxes refer to in an image with an EXIF orientation: see `image_files.applied_orientation`."""
     exclude: tuple[epath.PathLike, ...] = ()
     """Files with content hashes of images that must not become records: see `excluded_hashes`."""
     published: str = ""
@@ -128,7 +131,7 @@ def build(plan: BuildPlan, open_source: Callable[[Path], ImportSource]) -> tuple
             np.save(partial / "excluded.npy", np.array(sorted(excluded), np.uint64))
             files = shards.shard_files(plan.shards or max(1, -(-index.count // PER_SHARD)))
             bounds = [i * index.count // len(files) for i in range(len(files) + 1)]
-            job = Job(partial, index.path, index.images, len(index.names), plan.strict)
+            job = Job(partial, index.path, index.images, len(index.names), plan.strict, plan.orientation)
             tasks = [Task(file, *bounds[i : i + 2]) for i, file in enumerate(files)]
             run(job, tasks, plan.processes)
             return _merge(plan, partial, index, files, origins, known)

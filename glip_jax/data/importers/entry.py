@@ -10,24 +10,22 @@ Boxes are converted from xywh to xyxy as in the original GLIP: x2 = x + max(w - 
 
 import base64
 import binascii
-import io
 import json
 import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from etils import epath
-from PIL import Image
 
 from glip_jax import UserError
+from glip_jax.config import Orientation
 from glip_jax.data.records import Kind, Record, Spans, boxes_array, content_hash
 from glip_jax.io import gcs
 from glip_jax.io.formats import explain
-from glip_jax.io.image_files import PIXEL_LIMIT
+from glip_jax.io.image_files import PIXEL_LIMIT, ImageFileError, applied_orientation, decode, turn
 from glip_jax.io.paths import OutsideError, within
 
 __all__ = [
@@ -296,12 +294,14 @@ def _as_tuples(value: Any) -> Any:
 
 
 def make_record(
-    entry: Entry, read_image: Callable[[str], bytes], report: Report, excluded: Set[int] = frozenset()
-) -> Record | None:
+    entry: Entry, read_image: Callable[[str], bytes], report: Report, excluded: Set[int] = frozenset(),
+    orientation: Orientation = "auto",
+) -> Record | None:  # fmt: skip
     """Creates the record of `entry`; returns None if it is dropped, with the reason and its boxes counted in `report`.
 
     Boxes are clipped; boxes without area, outside the image or duplicated (same text, same coordinates) are dropped and
-    counted. `excluded`: content hashes of images that must not become records.
+    counted. `excluded`: content hashes of images that must not become records. `orientation`: what boxes refer to in an image
+    with an EXIF orientation; see `image_files.applied_orientation`.
     """
     image = None
     if entry.kind != "detection" and not entry.caption.strip():
@@ -309,14 +309,14 @@ def make_record(
     elif not _is_text(entry.caption):
         report.drop("image: caption is no Unicode", entry.where())
     elif _size_fits(entry, report):
-        image = _load_image(entry, read_image, report)
+        image = _load_image(entry, read_image, report, orientation)
         if image is not None and content_hash(image[0]) in excluded:
             report.drop("image: excluded", entry.where())
             image = None
     if image is None:
         report.drop("box: image dropped", entry.where(), len(entry.boxes))
         return None
-    data, height, width = image
+    data, height, width, turned = image
     boxes, kept = _kept_boxes(entry, height, width, report)
 
     def of_kept(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -330,7 +330,7 @@ def make_record(
         boxes=boxes_array(boxes), categories=of_kept(entry.labels), caption=entry.caption,
         spans=of_kept(entry.spans), scores=of_kept(entry.scores), known_absent=entry.known_absent,
         not_exhaustive=entry.not_exhaustive, unknown=_without_box(entry, kept), provenance=entry.provenance,
-        file=_printable(entry.file), image_id=_printable(entry.image_id),
+        file=_printable(entry.file), image_id=_printable(entry.image_id), orientation=turned,
     )  # fmt: skip
 
 
@@ -368,8 +368,12 @@ def _size_fits(entry: Entry, report: Report) -> bool:
     return False
 
 
-def _load_image(entry: Entry, read_image: Callable[[str], bytes], report: Report) -> tuple[bytes, int, int] | None:
-    """Bytes, height and width of the image; None, counted, if it cannot be decoded or does not have the listed size."""
+def _load_image(
+    entry: Entry, read_image: Callable[[str], bytes], report: Report, rule: Orientation
+) -> tuple[bytes, int, int, int] | None:
+    """Bytes, height and width of the image, and the orientation to apply (1: none); None, counted, if it cannot be decoded or
+    does not have the listed size.
+    """
     where = entry.where()
     try:
         data = read_image(entry.image)
@@ -384,27 +388,25 @@ def _load_image(entry: Entry, read_image: Callable[[str], bytes], report: Report
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         report.drop("image: file unreadable", f"{where}, {getattr(error, 'strerror', None) or error}")
         return None
-    if not data:
-        report.drop("image: file empty", where)
-        return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # PIXEL_LIMIT is lower
-            image = Image.open(io.BytesIO(data))
-        with image:
-            size = (image.height, image.width)
-            if image.height * image.width > PIXEL_LIMIT:
-                report.drop("image: too large", f"{where} is {size}: more than {PIXEL_LIMIT:,} pixels")
-                return None
-            image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        report.drop("image: cannot be decoded", f"{where}, {error!s:.60}")
+        image = decode(data)
+    except ImageFileError as error:
+        reason = {"empty": "image: file empty", "large": "image: too large"}.get(error.kind, "image: cannot be decoded")
+        report.drop(reason, f"{where} {error.reason}")
         return None
     listed = (entry.height, entry.width)
-    if None not in listed and size != listed:
-        report.drop("image: size differs", f"{where} is {size}, listed {listed}")
+    orientation, note = applied_orientation(image, listed, rule, bool(entry.boxes))
+    height, width = turn(image.pixels, orientation).shape[:2]
+    if None not in listed and (height, width) != listed:
+        exif = (
+            f" and EXIF orientation {image.orientation}, which --orientation={rule} " if image.orientation != 1 else ""
+        )
+        exif += "applies" if exif and orientation != 1 else "does not apply" if exif else ""
+        report.drop("image: size differs", f"{where} is {image.pixels.shape[:2]}{exif}, listed {listed}")
         return None
-    return data, *size
+    for what in (*image.notes, *([note] if note else [])):
+        report.note(what, where)
+    return data, height, width, orientation
 
 
 def _kept_boxes(entry: Entry, height: int, width: int, report: Report) -> tuple[list[Box], list[int]]:

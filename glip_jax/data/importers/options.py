@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 from etils import epath
 
+from glip_jax.config import Orientation
 from glip_jax.data.importers.entry import ImportSource
 from glip_jax.io import gcs
 
@@ -47,6 +48,9 @@ class BuildOptions(ABC):
     exclude: tyro.conf.UseAppendAction[tuple[PathArgument, ...]] = field(default_factory=tuple)
     """Exclude images that are in this folder of shards (or its manifest.json), or whose hash this text file lists; can be
     repeated."""
+    orientation: Orientation = "auto"
+    """What boxes refer to in an image that its EXIF orientation rotates or mirrors: the image `upright`, or its `stored` pixels;
+    `auto`: which of them has the listed size, the stored pixels where no listed size tells."""
     published: str = ""
     """Published data set to compare with, a name in gcs/manifests; default: recognized by the annotation file's name."""
 

@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from glip_jax import UserError
+from glip_jax.config import Orientation
 from glip_jax.data.importers.entry import Report, make_record, unpack
 from glip_jax.data.shards import ShardWriter, Written
 from glip_jax.io.cores import available_cores
@@ -52,6 +53,7 @@ class Job:
     images: Callable[[str], bytes]
     names: int
     strict: bool
+    orientation: Orientation
 
 
 class Task(NamedTuple):
@@ -112,7 +114,7 @@ def _write_shard(job: Job, task: Task, excluded: frozenset[int], progress: Calla
         with contextlib.closing(sqlite3.connect(f"file:{job.index}?mode=ro", uri=True)) as base:
             query = "SELECT line FROM entries WHERE position > ? AND position <= ? ORDER BY position"
             for (line,) in base.execute(query, (task.begin, task.end)):
-                record = make_record(unpack(line), job.images, report, excluded)
+                record = make_record(unpack(line), job.images, report, excluded, job.orientation)
                 if record is not None:
                     writer.add(record)
                 progress(1)

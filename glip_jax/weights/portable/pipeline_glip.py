@@ -8,9 +8,11 @@ All labels are asked together, in as many prompts as they need, so the boxes and
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import ZeroShotObjectDetectionPipeline
 from transformers.image_utils import load_image
 
@@ -48,10 +50,15 @@ class GlipPipeline(ZeroShotObjectDetectionPipeline):
 
     def preprocess(self, inputs: Any, timeout: float | None = None) -> Iterator[dict[str, Any]]:
         """Inputs of the model for each prompt. Raises ValueError for labels that the processor refuses."""
-        image, labels = load_image(inputs["image"], timeout=timeout), inputs["candidate_labels"]
+        image, labels = inputs["image"], inputs["candidate_labels"]
+        if isinstance(image, str) and Path(image).is_file():
+            image = Image.open(image)  # load_image would cut gray of 16 bits off at 255
+        if not isinstance(image, Image.Image):
+            image = load_image(image, timeout=timeout)
         if isinstance(labels, str):
             labels = [label.strip() for label in labels.split(",")]
         processor: Any = self.processor
+        image = processor.image_processor.to_rgb(image)
         pixels = processor.image_processor(image, return_tensors="pt").to(self.dtype)
         parts = processor.split_names(labels)
         for number, part in enumerate(parts, 1):

@@ -68,7 +68,10 @@ class GlipImageProcessor(BaseImageProcessor):
         return self.preprocess(images, return_tensors, **kwargs)
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
-        """One image or several (PIL, or arrays [H W 3] of RGB bytes) to pixels [B 3 H W] and their mask [B H W]."""
+        """One image or several (PIL, or arrays [H W 3] of RGB bytes) to pixels [B 3 H W] and their mask [B H W].
+
+        An image with an EXIF orientation is turned upright, as are the boxes that are found in it.
+        """
         listed = images if isinstance(images, list | tuple) else [images]
         pictures = [self._pixels(image) for image in listed]
         multiple = self.extent_multiple
@@ -80,9 +83,12 @@ class GlipImageProcessor(BaseImageProcessor):
             mask[row, : picture.shape[0], : picture.shape[1]] = 1
         return BatchFeature({"pixel_values": values, "pixel_mask": mask}, tensor_type=return_tensors)
 
+    def to_rgb(self, image: Image.Image) -> Image.Image:
+        """The image upright and in RGB, as boxes refer to it."""
+        return to_rgb(image)
+
     def _pixels(self, image: Any) -> np.ndarray:
-        image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-        image = image.convert("RGB")
+        image = to_rgb(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)))
         height, width = self.target_size(image.height, image.width)
         pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), np.float32)
         pixels = pixels[..., ::-1] if self.order == "bgr" else pixels
@@ -322,8 +328,49 @@ def _detections(
     boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
     if target is not None:
         height, width = (float(n) for n in target)
+        below, across = float(size[0]), float(size[1])
+        if abs(height * below - width * across) < abs(height * across - width * below):
+            raise ValueError(
+                f"target_sizes has {height:g} x {width:g} of an image that was processed at {below:g} x {across:g}: its EXIF "
+                "orientation turns it; give the size of ImageOps.exif_transpose(image)"
+            )
         boxes = boxes * boxes.new_tensor([width / float(size[1]), height / float(size[0])] * 2)
     return {"scores": scores, "boxes": boxes, "labels": labels}
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image upright and in RGB, with the pixels that the network was trained on.
+
+    Gray of 16 bits is divided by the largest value of the smallest of 8, 10, 12, 14 and 16 bits that holds it; of 32 bits or
+    floating point it is scaled from the lowest to the highest value. What is transparent is white.
+    """
+    image.load()
+    try:
+        tag = image.getexif().get(0x0112, 1) if image.format != "TIFF" else 1  # Pillow turns TIFF itself
+    except Exception:  # damaged metadata beside sound pixels
+        tag = 1
+    values = np.asarray(image)
+    hidden = image.info.get("transparency")
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        finite = np.isfinite(values)
+        known = values[finite]
+        low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+        if image.mode != "F" and low >= 0 and high < 2**16:
+            low, high = 0.0, next(2.0**bits - 1 for bits in (8, 10, 12, 14, 16) if high < 2**bits)
+        shares = (np.where(finite, values, low).astype(np.float64) - low) / (high - low if high > low else 1.0)
+        gray = np.rint(255 * shares).astype(np.uint8)
+        if isinstance(hidden, int):
+            gray[values == hidden] = 255
+        rgb = Image.fromarray(gray).convert("RGB")
+    elif image.has_transparency_data:
+        layers = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        rgb = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
+    else:
+        rgb = image.convert("RGB")
+    turns = Image.Transpose
+    order = (turns.FLIP_LEFT_RIGHT, turns.ROTATE_180, turns.FLIP_TOP_BOTTOM, turns.TRANSPOSE, turns.ROTATE_270,
+             turns.TRANSVERSE, turns.ROTATE_90)  # fmt: skip
+    return rgb.transpose(order[int(tag) - 2]) if tag in range(2, 9) else rgb
 
 
 def best_detections(
