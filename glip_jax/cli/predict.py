@@ -1,7 +1,10 @@
 """The job `predict`: detects in images what a text or a list of names describes.
 
-OUT/predictions.json     the query's phrases (text, prompt, span), and per image its detections by index of the phrase
+OUT/predictions.json     the query's phrases (text, prompt, span), per image its detections by index of the phrase, and the
+                         images that were left out, each with its reason
 OUT/pictures/NAME.png    each image with its boxes
+OUT/unfinished/          the same two while the job runs, of the images that are done; left by a job that was stopped, and
+                         continued by the same command
 """
 
 import contextlib
@@ -10,6 +13,7 @@ import logging
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -28,8 +32,10 @@ from glip_jax.cli.reports import drawing
 from glip_jax.config import Config, PathStr
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
+from glip_jax.io.claims import owned_workdir
 from glip_jax.io.errors import full_disk
-from glip_jax.io.image_files import listed, measured, read_upright
+from glip_jax.io.image_files import ImageFileError, listed, measured, read_upright
+from glip_jax.io.workdir import write_atomic
 from glip_jax.structures.batch import Detections
 
 if TYPE_CHECKING:
@@ -39,7 +45,9 @@ __all__ = ["Predict", "PredictError", "main", "predict"]
 
 logger = logging.getLogger(__name__)
 
-_UNFINISHED = ".unfinished"
+_UNFINISHED = "unfinished"
+_SAVE_SHARE = 0.05
+"""Share of the time that may be spent on writing what is done."""
 _EXAMPLE = 'photo.jpg pictures/ --checkpoint=runs/demo --text="a green book . two red apples" --out=found'
 
 
@@ -57,7 +65,9 @@ class Predict:
       --names="green book,red apple"              a list of any length, as many prompts as it needs;
                                                   a name with a comma in double quotes: --names='"salt, pepper",cup'
 
-    Writes OUT/predictions.json and OUT/pictures/, completely or not at all. A detection has a box (x1, y1, x2, y2, pixels
+    Writes OUT/predictions.json and OUT/pictures/. Images of a folder that cannot be used (damaged, too large, too narrow) are
+    left out, and named in the output and in predictions.json; a file that is named itself is refused. While the job runs, what
+    is done is in OUT/unfinished/: if it is stopped, the same command goes on from there. A detection has a box (x1, y1, x2, y2, pixels
     of the image), a phrase (index into "phrases") and a score: the square root of alignment (how well the location matches
     the text) times centerness (how central in its object it is). Settings are those the checkpoint was trained with;
     --config=FILE.py gives others, --config.detection.nms_iou=0.5 changes one.
@@ -92,6 +102,8 @@ class Picture(NamedTuple):
     width: int
     exif_rotated: bool
     """Its EXIF orientation rotates or mirrors the stored pixels; height and width are those after that."""
+    alone: bool
+    """It was named itself, not by a folder."""
     drawn: str
     """Name of the file with its detections drawn."""
 
@@ -115,7 +127,7 @@ def predict(job: Predict, settings: Sequence[str], command: str) -> dict[str, An
     """Detects, draws and writes; returns the content of predictions.json.
 
     `settings`: the --config arguments. Everything that can be checked is checked before the checkpoint's arrays are
-    read. Raises PredictError, ImageFileError, QueryError, CheckpointError, ConfigError or CommandLineError; nothing is written then.
+    read. Raises PredictError, ImageFileError, QueryError, CheckpointError, ConfigError or CommandLineError.
     """
     from glip_jax.inference import Detector, bucket
 
@@ -129,112 +141,260 @@ def predict(job: Predict, settings: Sequence[str], command: str) -> dict[str, An
     config = checkpoint_argument.settings_of(checkpoint, settings, "predict")
     which = config.evaluation.parameters
     query = read_query(job.text, job.names, job.names_file, config)
-    pictures = _pictures(job.images, config)
+    pictures, left_out = _pictures(job.images, config)
     for note in query.notes:
         logger.info(note)
     logger.info(f"{checkpoint_argument.describe(checkpoint)}, {which} parameters")
     enable_compilation_cache()
-    with _unfinished(epath.Path(job.out)) as folder:
+    about = {
+        "command": command, "workdir": checkpoint.workdir, "step": checkpoint.step,
+        "parameters": which,
+        "settings": {"threshold": job.threshold, "detection": asdict(config.detection),
+                     "short_side": config.evaluation.short_side, "long_side": config.evaluation.long_side},
+        "query": query.kind, "phrase_finder": query.finder, "prompts": [prompt.caption for prompt in query.prompts],
+        "phrases": [phrase._asdict() for phrase in query.phrases],
+    }  # fmt: skip
+    with _results(epath.Path(job.out), about, pictures, left_out) as results:
         begin = time.monotonic()
         detector = Detector(config, checkpoint.parameters(which), min(config.evaluation.batch_size, len(pictures)))
-        images = _detect(detector, query, pictures, job.threshold, folder)
-        content = {
-            "command": command, "workdir": checkpoint.workdir, "step": checkpoint.step,
-            "parameters": which,
-            "settings": {"threshold": job.threshold, "detection": asdict(config.detection),
-                         "short_side": config.evaluation.short_side, "long_side": config.evaluation.long_side},
-            "query": query.kind, "names": list(query.names), "phrase_finder": query.finder, "prompts": [prompt.caption for prompt in query.prompts],
-            "phrases": [phrase._asdict() for phrase in query.phrases], "images": images,
-        }  # fmt: skip
-        (folder / "predictions.json").write_text(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False))
+        _detect(detector, query, pictures, job.threshold, results)
+        content = results.content()
+        if not content["images"]:
+            raise PredictError(
+                f"no image could be read, of {len(left_out)}; the first: {' '.join(left_out[0].values())}"
+            )
         logger.info(_table(content))
         seconds = time.monotonic() - begin
     shapes = len({bucket(picture.height, picture.width, config)[1] for picture in pictures})
     logger.info(
-        f"images {len(pictures)}, shapes {shapes}, prompts {len(query.prompts)}, programs compiled or read from the "
+        f"images {len(content['images'])}, shapes {shapes}, prompts {len(query.prompts)}, programs compiled or read from the "
         f"cache {sum(detector.compiled.values())}, {seconds:.1f} s\n"
         f"written: {job.out}/predictions.json, {job.out}/pictures/"
     )
+    notes = Counter(note for entry in content["images"] for note in entry.get("notes", ()))
+    for note, count in notes.items():
+        logger.info(f"noted {note}: {count}")
+    if left_out:
+        total = len(content["images"]) + len(left_out)
+        logger.warning(f"left out {len(left_out)} of {total} images, each with its reason in predictions.json")
     return content
 
 
-def _pictures(given: Sequence[str], config: Config) -> list[Picture]:
-    """The images of files and folders, their sizes read from their headers. Raises ImageFileError or PredictError for the first bad one."""
-    from glip_jax.inference import bucket
+def _pictures(given: Sequence[str], config: Config) -> tuple[list[Picture], list[dict[str, str]]]:
+    """The images of files and folders, their sizes read from their headers, and those of folders that are left out.
 
-    paths = []
+    Files that are named themselves are decoded here. Raises ImageFileError or PredictError for those that cannot be used, and
+    if no image is left.
+    """
+    paths: list[tuple[epath.Path, bool]] = []
     for name in given:
         images, skipped = listed(epath.Path(name))
         if skipped:
             logger.info(f"{name}: images {len(images)}, files with other endings skipped {skipped}")
-        paths += images
+        paths += [(path, len(images) == 1 and str(path) == name) for path in images]
     pictures, taken = [], set[str]()
-    for path in paths:
-        height, width, exif_rotated = measured(path)
-        longest = max(bucket(height, width, config)[1])
-        if longest > 2 * config.evaluation.long_side:
-            raise PredictError(
-                f"{path} has {width} x {height} pixels: too long and narrow, it would be resized to a side of "
-                f"{longest} pixels where evaluation.long_side is {config.evaluation.long_side}; cut it into pieces"
-            )
+    left_out: list[dict[str, str]] = []
+    refused: list[UserError] = []
+    for path, alone in paths:
+        try:
+            if alone and len(paths) > 1:
+                read_upright(path)
+            height, width, exif_rotated = _usable(path, config)
+        except (ImageFileError, PredictError) as error:
+            if alone:
+                refused.append(error)
+            else:
+                _leave_out(left_out, path, error)
+            continue
         names = (f"{path.stem}{f'_{number}' if number else ''}.png" for number in range(len(paths) + 1))
         drawn = next(name for name in names if name.casefold() not in taken)
         taken.add(drawn.casefold())
-        pictures.append(Picture(path, height, width, exif_rotated, drawn))
-    return pictures
+        pictures.append(Picture(path, height, width, exif_rotated, alone, drawn))
+    if len(refused) > 1:
+        raise PredictError(f"{len(refused)} of the images cannot be used: {'; '.join(map(str, refused))}")
+    if refused:
+        raise refused[0]
+    if not pictures:
+        raise PredictError(f"none of the {len(paths)} images can be used; the first: {' '.join(left_out[0].values())}")
+    return pictures, left_out
+
+
+def _usable(path: epath.Path, config: Config) -> tuple[int, int, bool]:
+    """`measured`; PredictError for an image that is too long and narrow."""
+    from glip_jax.inference import bucket
+
+    height, width, exif_rotated = measured(path)
+    longest = max(bucket(height, width, config)[1])
+    if longest > 2 * config.evaluation.long_side:
+        raise PredictError(
+            f"{path} has {width} x {height} pixels: too long and narrow, it would be resized to a side of "
+            f"{longest} pixels where evaluation.long_side is {config.evaluation.long_side}; cut it into pieces"
+        )
+    return height, width, exif_rotated
+
+
+def _leave_out(left_out: list[dict[str, str]], path: epath.Path, error: UserError) -> None:
+    """Names an image that is not used, and adds it to `left_out`."""
+    reason = str(error).removeprefix(f"{path} ")
+    left_out.append({"file": str(path), "reason": reason})
+    logger.warning(f"left out: {path} {reason}")
+
+
+class _Results:
+    """What is done so far, in OUT/unfinished."""
+
+    def __init__(
+        self, folder: epath.Path, about: dict[str, Any], pictures: Sequence[Picture], left_out: list[dict[str, str]]
+    ) -> None:
+        self.folder, self.left_out, self.total = folder, left_out, len(pictures)
+        self._about, self._pictures = about, pictures
+        self._done: dict[str, dict[str, Any]] = {}
+        self._stamps: dict[str, list[int]] = {}
+        self._next = 0.0
+        self._resume()
+
+    def _resume(self) -> None:
+        """Takes what an earlier start of the same command has done, of files that did not change since.
+
+        Raises PredictError for the results of another command.
+        """
+        path = self.folder / "predictions.json"
+        try:
+            saved = json.loads(path.read_text())
+            done, stamps = {entry["drawn"]: entry for entry in saved["images"]}, saved["stamps"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return
+        now = json.loads(json.dumps(self._about))
+        other = [key for key in now if key != "command" and saved.get(key) != now[key]]
+        if done and other:
+            raise PredictError(
+                f"{self.folder} holds {len(done)} images of another command, which was stopped ({saved.get('command')}; other: "
+                f"{', '.join(other)}): give that command again to finish it, give another --out, or remove that folder"
+            )
+        for picture in self._pictures:
+            entry, stamp = done.get(f"pictures/{picture.drawn}"), stamps.get(picture.drawn)
+            if entry is not None and entry["file"] == str(picture.path) and stamp == _stamp(picture.path):
+                self.add(picture, entry, stamp)
+        if self._done:
+            logger.info(f"{self.folder}: going on after {len(self._done)} of {self.total} images")
+
+    def has(self, picture: Picture) -> bool:
+        """Whether the image is done."""
+        return picture.drawn in self._done
+
+    def add(self, picture: Picture, entry: dict[str, Any], stamp: list[int]) -> None:
+        """Adds the entry of an image, whose drawing is written."""
+        self._done[picture.drawn], self._stamps[picture.drawn] = entry, stamp
+
+    def content(self) -> dict[str, Any]:
+        """The content of predictions.json, images in the order given."""
+        images = [self._done[picture.drawn] for picture in self._pictures if self.has(picture)]
+        return {**self._about, "images": images, "left_out": self.left_out}
+
+    def save(self) -> None:
+        """Writes what is done, unless that was a short time ago."""
+        begin = time.monotonic()
+        if begin >= self._next:
+            self.write(complete=False)
+            end = time.monotonic()
+            self._next = end + (end - begin) / _SAVE_SHARE
+
+    def write(self, complete: bool) -> None:
+        """Writes predictions.json into the folder."""
+        content = self.content() | {"complete": complete} | ({} if complete else {"stamps": self._stamps})
+        text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
+        write_atomic(self.folder / "predictions.json", text)
+
+
+def _stamp(path: epath.Path) -> list[int]:
+    """Size and time of a file, which tell whether it has changed."""
+    found = path.stat()
+    return [int(found.length), int(found.mtime)]
 
 
 @contextlib.contextmanager
-def _unfinished(out: epath.Path) -> Iterator[epath.Path]:
-    """A folder inside `out` whose content moves to `out` at the end, or vanishes if anything stops the job before."""
-    folder, new = out / _UNFINISHED, not out.exists()
+def _results(
+    out: epath.Path, about: dict[str, Any], pictures: Sequence[Picture], left_out: list[dict[str, str]]
+) -> Iterator[_Results]:
+    """The results in OUT/unfinished, which move to OUT at the end; if anything stops the job before, they stay there.
+
+    Raises CheckpointError if another process writes into `out`.
+    """
+    new, folder = not out.exists(), out / _UNFINISHED
     try:
-        if folder.exists():
-            logger.info(f"{folder} was left by a killed run: removed")
+        out.mkdir(parents=True, exist_ok=True)
+        with owned_workdir(str(out), flag="--out"):
+            results = _Results(folder, about, pictures, left_out)
+            (folder / "pictures").mkdir(parents=True, exist_ok=True)
+            try:
+                yield results
+                results.write(complete=True)
+            except BaseException:
+                _keep(results)
+                raise
+            (out / "pictures").mkdir(parents=True, exist_ok=True)
+            for drawn in (folder / "pictures").iterdir():
+                drawn.replace(out / "pictures" / drawn.name)
+            # Last, so that where it lies everything that it names lies.
+            (folder / "predictions.json").replace(out / "predictions.json")
             folder.rmtree()
-        (folder / "pictures").mkdir(parents=True)
     except OSError as error:
-        if full_disk(error):
+        if full_disk(error) or folder.exists():
             raise
         raise PredictError(f"--out={out} cannot be written ({error}): give another folder") from None
-    try:
-        yield folder
-        (out / "pictures").mkdir(parents=True, exist_ok=True)
-        for drawn in (folder / "pictures").iterdir():
-            drawn.replace(out / "pictures" / drawn.name)
-        # Last, so that where it lies everything that it names lies.
-        (folder / "predictions.json").replace(out / "predictions.json")
-    except BaseException:
-        (out if new else folder).rmtree()
-        raise
-    folder.rmtree()
+    finally:
+        if new and out.exists() and not any(out.iterdir()):
+            out.rmtree()
+
+
+def _keep(results: _Results) -> None:
+    """Keeps what is done of a job that was stopped, and says so; removes the folder if that is nothing."""
+    done = len(results.content()["images"])
+    if not done:
+        results.folder.rmtree()
+        return
+    with contextlib.suppress(OSError):  # a full disk: what was written last stays
+        results.write(complete=False)
+    logger.warning(
+        f"{done} of {results.total} images are done, in {results.folder}; the same command goes on from there"
+    )
 
 
 def _detect(
-    detector: "Detector", query: Query, pictures: Sequence[Picture], threshold: float, folder: epath.Path
-) -> list[dict[str, Any]]:
-    """Runs the detector, batches of one canvas, and draws each picture into `folder`; entries in the order given."""
-    canvases = [detector.canvas(picture.height, picture.width)[1] for picture in pictures]
-    entries: dict[int, dict[str, Any]] = {}
-    with tqdm(total=len(pictures), desc="predict", unit="image", disable=len(pictures) <= detector.batch_size,
-              mininterval=0.2 if sys.stderr.isatty() else 30.0) as bar:  # fmt: skip
+    detector: "Detector", query: Query, pictures: Sequence[Picture], threshold: float, results: _Results
+) -> None:
+    """Runs the detector, batches of one canvas, draws each picture, and saves what is done as it comes."""
+    todo = [picture for picture in pictures if not results.has(picture)]
+    canvases = [detector.canvas(picture.height, picture.width)[1] for picture in todo]
+    with tqdm(total=len(pictures), initial=len(pictures) - len(todo), desc="predict", unit="image",
+              disable=len(pictures) <= detector.batch_size, mininterval=0.2 if sys.stderr.isatty() else 30.0) as bar:  # fmt: skip
         for canvas in sorted(set(canvases)):
-            members = [index for index, own in enumerate(canvases) if own == canvas]
+            members = [picture for picture, own in zip(todo, canvases, strict=True) if own == canvas]
             for begin in range(0, len(members), detector.batch_size):
-                group = members[begin : begin + detector.batch_size]
-                images = [read_upright(pictures[index].path) for index in group]
-                if query.kind == "names":
+                group = []
+                for picture in members[begin : begin + detector.batch_size]:
+                    try:
+                        group.append((picture, _stamp(picture.path), *read_upright(picture.path)))
+                    except (ImageFileError, FileNotFoundError) as error:
+                        if picture.alone:
+                            raise
+                        _leave_out(results.left_out, picture.path, ImageFileError(str(error)))
+                images = [image for _, _, image, _ in group]
+                if not images:
+                    found = []
+                elif query.kind == "names":
                     found = detector.categories(images, query.names)
                 else:
                     found = detector.caption(images, [query.prompts[0]] * len(images))
-                for index, image, detections in zip(group, images, found, strict=True):
-                    entries[index] = _entry(pictures[index], detections, threshold)
-                    _draw(image, entries[index], query, folder)
-                bar.update(len(group))
-    return [entries[index] for index in range(len(pictures))]
+                for (picture, stamp, image, notes), detections in zip(group, found, strict=True):
+                    entry = _entry(picture, detections, threshold, notes)
+                    _draw(image, entry, query, results.folder)
+                    results.add(picture, entry, stamp)
+                results.save()
+                bar.update(min(detector.batch_size, len(members) - begin))
 
 
-def _entry(picture: Picture, found: Detections, threshold: float) -> dict[str, Any]:
+def _entry(picture: Picture, found: Detections, threshold: float, notes: Sequence[str]) -> dict[str, Any]:
     """The entry of an image in predictions.json."""
     detections = [
         {
@@ -252,6 +412,7 @@ def _entry(picture: Picture, found: Detections, threshold: float) -> dict[str, A
         "width": picture.width,
         "turned": picture.exif_rotated,
         "drawn": f"pictures/{picture.drawn}",
+        **({"notes": list(notes)} if notes else {}),
         "detections": detections,
     }
 

@@ -169,20 +169,22 @@ class Owned:
 
 
 @contextlib.contextmanager
-def owned_workdir(workdir: str, lease: float = LEASE) -> Iterator[Owned]:
+def owned_workdir(workdir: str, lease: float = LEASE, flag: str = "--workdir") -> Iterator[Owned]:
     """Holds the working folder, which exists, for this process alone. Raises CheckpointError if another one holds it.
+
+    `flag`: the flag that names it, for messages.
 
     Where the file system has no locks a warning says so, and nothing is held.
     """
     text = holder(uuid.uuid4().hex[:12])
-    with (_claimed if gcs.is_remote(workdir) else _locked)(workdir, text, lease) as owned:
+    with (_claimed if gcs.is_remote(workdir) else _locked)(workdir, text, lease, flag) as owned:
         yield owned
 
 
 @contextlib.contextmanager
-def _locked(workdir: str, text: str, lease: float) -> Iterator[Owned]:
+def _locked(workdir: str, text: str, lease: float, flag: str) -> Iterator[Owned]:
     path = Path(workdir_path(workdir)) / LOCK
-    with _lock(path, workdir, lease) as file:
+    with _lock(path, workdir, lease, flag) as file:
         _write(file, text)
         try:
             yield Owned()
@@ -190,7 +192,7 @@ def _locked(workdir: str, text: str, lease: float) -> Iterator[Owned]:
             path.unlink(missing_ok=True)
 
 
-def _lock(path: Path, workdir: str, lease: float) -> IO[str]:
+def _lock(path: Path, workdir: str, lease: float, flag: str) -> IO[str]:
     """The locked file. Waits for a process that ends, and longer for one of another host, which may have been lost."""
     begin, said = time.monotonic(), False
     while True:
@@ -206,17 +208,17 @@ def _lock(path: Path, workdir: str, lease: float) -> IO[str]:
             who, here = _who(file.read())
             file.close()
             if time.monotonic() - begin > (_RETRY_SECONDS if here else lease):
-                raise CheckpointError(_in_use(workdir, who)) from None
+                raise CheckpointError(_in_use(workdir, who, flag)) from None
             if not here and not said:
                 logger.info(
-                    f"--workdir={workdir} is locked by {who}: waiting up to {lease:.0f} s, in case that host was lost"
+                    f"{flag}={workdir} is locked by {who}: waiting up to {lease:.0f} s, in case that host was lost"
                 )
                 said = True
             time.sleep(0.1)
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
-            logger.warning(f"{path} cannot be locked ({error.strerror}): start no second training in this folder")
+            logger.warning(f"{path} cannot be locked ({error.strerror}): start no second job in this folder")
             return file
 
 
@@ -229,17 +231,17 @@ def _write(file: IO[str], text: str) -> None:
 
 
 @contextlib.contextmanager
-def _claimed(workdir: str, text: str, lease: float) -> Iterator[Owned]:
+def _claimed(workdir: str, text: str, lease: float, flag: str) -> Iterator[Owned]:
     address, owned, stop = gcs.address(workdir), Owned(), threading.Event()
     claims = BucketClaims(address, f"{LOCK}.{uuid.uuid4().hex[:12]}.clock")
-    _claim(claims, workdir, text, lease)
+    _claim(claims, workdir, text, lease, flag)
 
     def renew() -> None:
         while not stop.wait(lease / 6):
             with contextlib.suppress(OSError):  # the next heartbeat tries again
                 if not claims.heartbeat(LOCK, text):
                     owned.lost = (
-                        f"another process has taken over --workdir={workdir}, as this one gave no sign of life for {lease:.0f} s: "
+                        f"another process has taken over {flag}={workdir}, as this one gave no sign of life for {lease:.0f} s: "
                         "only one of them can go on"
                     )
                     return
@@ -255,7 +257,7 @@ def _claimed(workdir: str, text: str, lease: float) -> Iterator[Owned]:
             claims.release(LOCK, text)
 
 
-def _claim(claims: BucketClaims, workdir: str, text: str, lease: float) -> None:
+def _claim(claims: BucketClaims, workdir: str, text: str, lease: float, flag: str) -> None:
     """Creates the claim, or takes over that of a dead process; waits until it is known to be dead or alive."""
     first: Claim | None = None
     while not claims.create(LOCK, text):
@@ -269,10 +271,10 @@ def _claim(claims: BucketClaims, workdir: str, text: str, lease: float) -> None:
             continue  # released in between
         who, here = _who(found.text)
         if here or (first is not None and found.version != first.version):
-            raise CheckpointError(_in_use(workdir, who))
+            raise CheckpointError(_in_use(workdir, who, flag))
         if first is None:
             logger.info(
-                f"--workdir={workdir} is claimed by {who}, {found.age:.0f} s ago: waiting until it gives a sign of life, or for "
+                f"{flag}={workdir} is claimed by {who}, {found.age:.0f} s ago: waiting until it gives a sign of life, or for "
                 f"{lease - found.age:.0f} s"
             )
             first = found
@@ -291,8 +293,6 @@ def _who(text: str) -> tuple[str, bool]:
         return "another process", True
 
 
-def _in_use(workdir: str, who: str) -> str:
-    return (
-        f"--workdir={workdir} is in use: a training ({who}) writes there; wait until it has ended, stop it, or give another "
-        "--workdir"
-    )
+def _in_use(workdir: str, who: str, flag: str) -> str:
+    job = "a training" if flag == "--workdir" else "another job"
+    return f"{flag}={workdir} is in use: {job} ({who}) writes there; wait until it has ended, stop it, or give another {flag}"

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import zlib
 
 import numpy as np
@@ -14,6 +15,7 @@ from glip_jax.config.saved import unflatten
 from glip_jax.distributed import exit_codes
 from glip_jax.inference import Detector, phrase_spans
 from glip_jax.io.checkpoint import Checkpoint, Checkpoints, Saved, open_checkpoint
+from glip_jax.io.claims import owned_workdir
 from glip_jax.io.workdir import write_config
 from tests import tiny_run
 from tests.run_job import run_job
@@ -227,10 +229,12 @@ def test_a_mistaken_command_gets_one_line(run, tmp_path, capsys, arguments, mess
     _refused(run, tmp_path, capsys, message, _image(tmp_path / "a.png"), *arguments)
 
 
-def _refused(run, tmp_path, capsys, message, *arguments):
+def _refused(run, tmp_path, capsys, message, *arguments, lines=1):
     _predict(run, f"--out={tmp_path / 'out'}", *arguments, code=2)
     error = capsys.readouterr().err
-    assert message in error and error.startswith("predict: ") and len(error.splitlines()) == 1, error
+    assert message in error and error.splitlines()[-1].startswith("predict: ") and len(error.splitlines()) == lines, (
+        error
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -293,27 +297,103 @@ def test_parameters_of_another_network_get_one_line(run, tmp_path, monkeypatch, 
     assert output.startswith("predict: the checkpoint's parameters do not fit the network") and output.count("\n") == 1
 
 
-@pytest.mark.slow
-def test_what_stops_in_the_middle_leaves_what_was_there(run, tmp_path, monkeypatch):
-    images, out = [_image(tmp_path / f"{n}.png", seed=n) for n in range(4)], tmp_path / "out"
-    (out / "pictures").mkdir(parents=True)
-    (out / "predictions.json").write_text("old")
-    calls, categories = [], Detector.categories
+def _stopping(monkeypatch, error, at):
+    """The detector raises `error` once, in call number `at`; returns the list of the numbers of images of its calls."""
+    calls, categories, left = [], Detector.categories, [error]
 
-    def stopped(self, *arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return categories(self, *arguments)
+    def stopped(self, images, names):
+        calls.append(len(images))
+        if len(calls) == at and left:
+            raise left.pop()
+        return categories(self, images, names)
 
     monkeypatch.setattr(Detector, "categories", stopped)
-    _predict(run, *images, "--names=cat", f"--out={out}", code=exit_codes.CANCELLED)
+    return calls
+
+
+def test_bad_images_of_a_folder_are_left_out_and_named(run, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(3):
+        _image(folder / f"{number}.png", seed=number)
+    _bytes(folder / "3.jpg", b"<html>not found</html>")
+    _truncated(folder / "4.jpg")
+    _huge(folder / "5.png")
+    _image(folder / "6.png", 2000, 1)
+    _bytes(folder / "7.heic", b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic")
+    _bytes(folder / "._0.png", b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X")
+    _bytes(folder / "8.png", b"")
+    _predict(run, folder, "--names=cat", f"--out={tmp_path / 'out'}", *ALL)
+    content = _content(tmp_path / "out")
+    assert [image["file"] for image in content["images"]] == [str(folder / f"{n}.png") for n in range(3)]
+    reasons = {entry["file"].rpartition("/")[2]: entry["reason"] for entry in content["left_out"]}
+    words = {
+        "3.jpg": "an HTML page", "4.jpg": "cannot be decoded", "5.png": "huge", "6.png": "too long and narrow", "7.heic": "HEIC",
+        "8.png": "the file is empty",
+    }  # fmt: skip
+    assert reasons.keys() == words.keys() and all(words[name] in reason for name, reason in reasons.items())
+    output = capsys.readouterr()
+    assert all(f"left out: {folder / name}" in output.err for name in words)
+    assert "left out 6 of 9 images" in output.err and "files with other endings skipped 1" in output.out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["pictures", "predictions.json"]
+
+
+def test_a_folder_of_bad_images_alone_is_no_success(run, tmp_path, capsys):
+    for name, message in (("head", "none of the 1 images can be used"), ("cut", "no image could be read, of 1")):
+        (tmp_path / name).mkdir()
+        (_truncated if name == "cut" else lambda path: _bytes(path, b"x"))(tmp_path / name / "1.jpg")
+        _refused(run, tmp_path, capsys, message, tmp_path / name, "--names=cat", lines=2)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), RuntimeError("killed")])
+def test_what_is_done_survives_what_stops_the_job(run, tmp_path, monkeypatch, capsys, error):
+    images, out = [_image(tmp_path / f"{n}.png", seed=n) for n in range(5)], tmp_path / "out"
+    (out / "pictures").mkdir(parents=True)
+    (out / "predictions.json").write_text("old")
+    calls = _stopping(monkeypatch, error, 2)
+    arguments = [*images, "--names=cat", f"--out={out}", *ALL]
+    if isinstance(error, RuntimeError):
+        monkeypatch.setattr(
+            "glip_jax.cli.predict._keep", lambda results: None
+        )  # as a SIGKILL, which lets nothing be done
+        with pytest.raises(RuntimeError):
+            _predict(run, *arguments)
+    else:
+        code = exit_codes.CANCELLED if isinstance(error, KeyboardInterrupt) else exit_codes.NOT_WRITTEN
+        _predict(run, *arguments, code=code)
+        assert "2 of 5 images are done" in capsys.readouterr().err
     assert (out / "predictions.json").read_text() == "old"
-    assert sorted(path.name for path in out.iterdir()) == ["pictures", "predictions.json"]
-    assert not list((out / "pictures").iterdir())
+    done = _content(out / "unfinished")
+    assert [entry["file"] for entry in done["images"]] == images[:2] and done["complete"] is False
+    assert all((out / "unfinished" / entry["drawn"]).exists() for entry in done["images"])
+    if isinstance(error, KeyboardInterrupt):
+        _predict(run, *images, "--names=dog", f"--out={out}", *ALL, code=2)
+        assert "holds 2 images of another command" in capsys.readouterr().err
+    _image(images[0], seed=9)  # of another content, and time
+    os.utime(images[0], (1, 1))
     calls.clear()
-    _predict(run, *images, "--names=cat", f"--out={tmp_path / 'new'}", code=exit_codes.CANCELLED)
+    monkeypatch.setattr("glip_jax.cli.predict._keep", lambda results: None)
+    _predict(run, *arguments)
+    assert sum(calls) == 4, "the image that changed and the three that were not done"
+    content = _content(out)
+    assert [entry["file"] for entry in content["images"]] == images and content["complete"] and "stamps" not in content
+    assert sorted(path.name for path in out.iterdir()) == ["pictures", "predictions.json"]
+    assert len(list((out / "pictures").iterdir())) == 5
+
+
+def test_a_stop_before_anything_is_done_leaves_nothing(run, tmp_path, monkeypatch):
+    _stopping(monkeypatch, KeyboardInterrupt(), 1)
+    _predict(run, _image(tmp_path / "a.png"), "--names=cat", f"--out={tmp_path / 'new'}", code=exit_codes.CANCELLED)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_second_job_in_the_same_folder_is_refused(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    with owned_workdir(str(out)):
+        _predict(run, _image(tmp_path / "a.png"), "--names=cat", f"--out={out}", code=2)
+    assert f"--out={out} is in use: another job (pid {os.getpid()} on" in capsys.readouterr().err
+    assert not list(out.iterdir())
 
 
 def test_help_teaches(capsys):
