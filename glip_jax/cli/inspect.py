@@ -24,6 +24,7 @@ from glip_jax.data.shards import Shards
 from glip_jax.distributed import exit_codes
 from glip_jax.io.assets import resolve
 from glip_jax.io.workdir import write_atomic
+from glip_jax.training.monitoring.source_counts import reduced_records
 
 __all__ = ["InspectArguments", "InspectShards", "main"]
 
@@ -85,6 +86,7 @@ def _write(job: InspectShards, config: Config | None) -> epath.Path:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=named))
     mixture = Mixture(config) if config is not None else None
     if mixture is not None:
+        mixture.notes += reduced_records(mixture)
         for note in mixture.notes:
             logger.info(f"note: {note}")
         opened = dict(zip(mixture.source_names, mixture.shards))

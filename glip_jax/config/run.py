@@ -177,8 +177,7 @@ class InitFromConfig:
 
 
 Orientation = Literal["auto", "upright", "stored"]
-"""What boxes refer to in an image that its EXIF orientation rotates or mirrors: the image upright, or its stored pixels;
-`auto`: which of them has the listed size, the stored pixels where that does not tell."""
+"""What boxes refer to in an image with an EXIF orientation: see `image_files.applied_orientation`."""
 
 
 @dataclass(frozen=True)

@@ -46,14 +46,7 @@ _ADDED_KEYS = {
 _ADDED_AFTER_HASHES = ("optimizer.name", "optimizer.ema_ramp", "init_from.accept")
 """Those of them that earlier versions did not hash."""
 
-_ADDED_TO_SETS = {
-    "merge_names": False,
-    "boxes": "",
-    "crowds": "",
-    "folders": "",
-    "allow_drops": False,
-    "orientation": "auto",
-}
+_ADDED_TO_SETS = {"merge_names": False, "boxes": "", "crowds": "", "folders": "", "allow_drops": False, "orientation": "auto"}  # fmt: skip
 """Settings of `evaluation.sets.*` that earlier versions did not hash, with what these did."""
 
 

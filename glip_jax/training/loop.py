@@ -44,6 +44,7 @@ from glip_jax.training.monitoring.metrics import Progress, read
 from glip_jax.training.monitoring.pending import NonFiniteLossError, PendingMetrics
 from glip_jax.training.monitoring.profiler import Profiler
 from glip_jax.training.monitoring.signals import StopSignals
+from glip_jax.training.monitoring.source_counts import reduced_records
 from glip_jax.training.monitoring.throughput import Throughput
 from glip_jax.training.monitoring.watchdog import Watchdog
 from glip_jax.training.monitoring.writer import Writer, wandb_module, wandb_run
@@ -95,7 +96,7 @@ def train(
     # A run that has finished needs no data.
     mixture = Mixture(config) if max(complete_steps(workdir), default=0) < config.train.steps else None
     first = jax.process_index() == 0
-    for note in mixture.notes if mixture is not None and first else ():
+    for note in [*mixture.notes, *reduced_records(mixture)] if mixture is not None and first else ():
         logger.info(f"note: {note}")
     wandb = wandb_module(config.train.wandb) if first else None
     on_first_process(lambda: prepare(workdir))

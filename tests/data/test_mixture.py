@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import multiprocessing
@@ -17,7 +16,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from glip_jax.config import (
     Config,
@@ -33,8 +31,7 @@ from glip_jax.config import (
     TrainConfig,
 )
 from glip_jax.data.mixture import DataWorkerError, Mixture, schedule
-from glip_jax.data.records import Record, boxes_array
-from glip_jax.data.shards import Shards, write
+from glip_jax.data.shards import Shards
 from glip_jax.structures.batch import DROPS, Batch
 
 VOCABULARY = str(Path(__file__).parents[1] / "fixtures" / "vocab_tiny1.txt")
@@ -266,26 +263,6 @@ def test_names_that_the_vocabulary_does_not_know(tmp_path: Path, folders: dict[s
 
 
 @pytest.mark.processes
-def test_records_that_no_canvas_holds_at_the_size_that_is_said_are_noted(tmp_path: Path) -> None:
-    def mixture(name: str, height: int, width: int, aspects: tuple[float, ...]) -> Mixture:
-        stream = io.BytesIO()
-        Image.new("RGB", (width, height)).save(stream, "PNG")
-        record = Record("1", "detection", stream.getvalue(), height, width, boxes_array([[1, 1, 50, 50]]), (0,))
-        write([record], tmp_path / name, name=name, names=("cat",))
-        sources = {name: SourceConfig(str(tmp_path / name))}
-        return Mixture(config(sources, short_sides=(60, 80), long_side=133, aspects=aspects))
-
-    wide = mixture("wide", 108, 192, (0.666667, 1.0))
-    (note,) = wide.notes
-    assert "data.sources.wide: 1 of 1 records are trained smaller than data.short_sides and data.long_side say" in note
-    assert "record 0 (108 x 192) by 10%: 0.562500 in data.aspects would hold it" in note
-    assert {tuple(size) for batch in draw(wide, 2) for size in batch.size.tolist()} == {(54, 96), (72, 128)}
-    held = mixture("held", 108, 192, (0.5625, 0.666667, 1.0))
-    assert not held.notes
-    assert {tuple(size) for batch in draw(held, 2) for size in batch.size.tolist()} == {(60, 106), (75, 133)}
-    assert not mixture("square", 100, 100, (0.666667, 1.0)).notes
-
-
 def test_augmentation_and_packing_are_functions_of_the_step(sources: dict[str, SourceConfig]) -> None:
     loud: dict[str, Any] = {
         "crop": CropConfig(0.5),

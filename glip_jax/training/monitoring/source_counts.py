@@ -8,8 +8,10 @@ from jaxtyping import Bool, Int
 
 from glip_jax import UserError
 from glip_jax.config import DataConfig
+from glip_jax.data.mixture import Mixture
+from glip_jax.structures.canvas import canvas_size, nearest_aspect
 
-__all__ = ["CorruptDataError", "SourceCounts"]
+__all__ = ["CorruptDataError", "SourceCounts", "reduced_records"]
 
 _MAX_NAMED = 5
 """Corrupt records that a message names."""
@@ -80,3 +82,24 @@ class SourceCounts:
             f"{self._data.corrupt_window}: {shown}{more}. Nothing of this step is saved; copy or import "
             "the source again, or raise data.max_corrupt_rate to train without these records"
         )
+
+
+def reduced_records(mixture: Mixture) -> list[str]:
+    """A note on each source of which records are trained more than 1 % smaller than the sides say, as their canvas is too small."""
+    config, data, notes = mixture.config, mixture.config.data, []
+    for source, shards in zip(mixture.source_names, mixture.shards):
+        sides, share = np.stack([shards.height, shards.width], 1), np.ones(len(shards))
+        nearest, ratio = nearest_aspect(shards.height, shards.width, data.aspects), sides / sides.min(1, keepdims=True)
+        for side in data.short_sides:
+            canvases = [canvas_size(side, a, data.long_side, config.model.input.extent_multiple) for a in data.aspects]
+            wanted = ratio * np.minimum(side, data.long_side / ratio.max(1, keepdims=True))
+            share = np.minimum(share, (np.array(canvases)[nearest] / wanted).min(1))
+        worst = int(share.argmin())
+        height, width = sides[worst]
+        if share[worst] < 0.99:
+            notes.append(
+                f"data.sources.{source}: {(share < 0.99).sum():,} of {len(shards):,} records are trained smaller than "
+                f"data.short_sides and data.long_side say, as no canvas holds them; record {worst} ({height} x {width}) by "
+                f"{1 - share[worst]:.0%}: {height / width:.6f} in data.aspects would hold it"
+            )
+    return notes

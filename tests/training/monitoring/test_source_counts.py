@@ -1,10 +1,18 @@
 """Counts of each source over resumes, and the corrupt records that stop a run."""
 
+import io
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from glip_jax.config import DataConfig
-from glip_jax.training.monitoring.source_counts import CorruptDataError, SourceCounts
+from glip_jax.config import DataConfig, SourceConfig
+from glip_jax.data.mixture import Mixture
+from glip_jax.data.records import Record, boxes_array
+from glip_jax.data.shards import write
+from glip_jax.training.monitoring.source_counts import CorruptDataError, SourceCounts, reduced_records
+from tests.data.test_mixture import config, draw
 
 NAMES, RECORDS = ("boxes", "captions"), (10, 40)
 
@@ -70,3 +78,23 @@ def test_below_the_rate_the_run_continues_and_each_window_starts_at_0() -> None:
         step(never, [0] * 15, corrupt=[*range(15)])
     with pytest.raises(CorruptDataError):
         step(counts(rate=0.0), [0] * 6, corrupt=[4])
+
+
+def test_records_that_no_canvas_holds_at_the_size_that_is_said_are_noted(tmp_path: Path) -> None:
+    def mixture(name: str, height: int, width: int, aspects: tuple[float, ...]) -> Mixture:
+        stream = io.BytesIO()
+        Image.new("RGB", (width, height)).save(stream, "PNG")
+        record = Record("1", "detection", stream.getvalue(), height, width, boxes_array([[1, 1, 50, 50]]), (0,))
+        write([record], tmp_path / name, name=name, names=("cat",))
+        sources = {name: SourceConfig(str(tmp_path / name))}
+        return Mixture(config(sources, short_sides=(60, 80), long_side=133, aspects=aspects))
+
+    wide = mixture("wide", 108, 192, (0.666667, 1.0))
+    (note,) = reduced_records(wide)
+    assert "data.sources.wide: 1 of 1 records are trained smaller than data.short_sides and data.long_side say" in note
+    assert "record 0 (108 x 192) by 10%: 0.562500 in data.aspects would hold it" in note
+    assert {tuple(size) for batch in draw(wide, 2) for size in batch.size.tolist()} == {(54, 96), (72, 128)}
+    held = mixture("held", 108, 192, (0.5625, 0.666667, 1.0))
+    assert not reduced_records(held)
+    assert {tuple(size) for batch in draw(held, 2) for size in batch.size.tolist()} == {(60, 106), (75, 133)}
+    assert not reduced_records(mixture("square", 100, 100, (0.666667, 1.0)))
