@@ -51,7 +51,7 @@ def test_settings_named_are_there():
     for page in PAGES:
         for name in re.findall(rf"(?:--config\.|`)((?:{sections})\.[a-z][\w.-]*)", page.read_text()):
             setting = re.sub(r"\b(sources|sets)\.\w+", r"\1.NAME", name.replace("-", "_")).rstrip(".")
-            if setting not in known and not name.endswith(".json"):  # evaluation.json is a file
+            if setting not in known and not name.endswith((".json", ".yaml")):  # evaluation.json is a file
                 lost.append(f"{page.relative_to(ROOT)}: {name}")
     assert not lost
 
