@@ -195,7 +195,7 @@ def _spoiled(kind, released, tensors, path):
         ("truncated", "begins as a zip archive and has no end: it is incomplete"),
         ("cut inside", "damaged, incomplete"),
         ("empty", "f.pth is empty"),
-        ("page", "neither a zip archive nor a PyTorch pickle: it starts with b'<html>40'"),
+        ("page", "is an HTML page"),
         ("folder", "is a folder that holds neither model.safetensors nor pytorch_model.bin"),
         ("missing", "f.pth does not exist"),
         ("hostile", "calls posix.system while it is read; refused"),
@@ -262,3 +262,12 @@ def test_ctrl_c_leaves_nothing(released, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(workdir, "write_started_from", interrupted)
     assert run(capsys, released, f"--workdir={tmp_path / 'run'}")[0] == exit_codes.CANCELLED
     assert os.listdir(tmp_path / "run") == ["notes.txt"] and latest_step(str(tmp_path / "run")) is None
+
+
+def test_settings_of_another_meaning_are_refused(released, tmp_path, capsys):
+    given = [released, f"--workdir={tmp_path / 'run'}", "--config.model.head.coarse-offsets=resized"]
+    code, err = run(capsys, *given)
+    assert code == exit_codes.BAD_INPUT and "model.head.coarse_offsets: flat -> resized" in err
+    assert not (tmp_path / "run").exists()
+    code, out = run(capsys, *given, "--config.init-from.accept=model.head.coarse_offsets")
+    assert code == exit_codes.DONE and "accepted: model.head.coarse_offsets" in out
