@@ -6,6 +6,7 @@ import json
 import re
 import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from etils import epath
@@ -26,6 +27,7 @@ from glip_jax.cli import (
     verify,
 )
 from glip_jax.cli import inspect as inspect_job
+from glip_jax.cli.command_line import Arguments
 from glip_jax.cli.data import Format
 from glip_jax.config import Config, EvaluationSet, SourceConfig
 from glip_jax.data.importers.entry import ImageFolder
@@ -89,7 +91,13 @@ _OWN = {
 EVERY += _OWN.values()
 
 
-@pytest.mark.parametrize(("job", "kind", "name"), EVERY, ids=[f"{job}-{name}" for job, _, name in EVERY])
+def _case(job: str, kind: type, name: str) -> Any:
+    """Jobs with settings take half a second each: of their flags one of each job, the others are slow."""
+    repeated = issubclass(kind, Arguments) and name != {"import": "file", "plan": "out"}.get(job, "workdir")
+    return pytest.param(job, kind, name, id=f"{job}-{name}", marks=pytest.mark.slow if repeated else ())
+
+
+@pytest.mark.parametrize(("job", "kind", "name"), [_case(*case) for case in EVERY])
 def test_every_flag_of_every_job(job: str, kind: type, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = []
     for other, (before, required) in flags_of(kind).items():
