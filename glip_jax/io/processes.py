@@ -30,14 +30,14 @@ def end_with_parent() -> None:
 
 @contextlib.contextmanager
 def stop_signals_blocked() -> Iterator[None]:
-    """Processes that start within it never receive SIGTERM and SIGINT, from their first instruction on.
+    """Processes that start within it never receive SIGTERM, SIGINT and SIGHUP, from their first instruction on.
 
     A signal to the process group, as of Ctrl-C in a terminal, SLURM or systemd, would end workers before the process that
     started them has saved. That process still receives it, in another thread or afterwards. Blocked signals are inherited by
     threads and processes, through exec as well.
     """
     resource_tracker.ensure_running()  # which unblocks them where it starts with the first worker
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
     try:
         yield
     finally:

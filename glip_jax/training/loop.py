@@ -230,7 +230,7 @@ class _Run:
     def stop(self, step: int, signal_number: int) -> None:
         """Ends the process after a signal, as soon as the checkpoint of `step` is complete."""
         self.checkpoints.wait()
-        code = PREEMPTED if signal_number == signal.SIGTERM else CANCELLED
+        code = CANCELLED if signal_number == signal.SIGINT else PREEMPTED
         name = signal.Signals(signal_number).name
         self.progress.log(f"{name}: saved step {step}; the same command goes on from there (exit code {code})")
         raise SystemExit(code)

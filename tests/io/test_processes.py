@@ -45,6 +45,7 @@ def test_a_worker_gets_no_signal_of_the_group_and_ends_with_its_parent(tmp_path)
     try:
         os.kill(worker, signal.SIGTERM)  # before its first instruction
         os.kill(worker, signal.SIGINT)
+        os.kill(worker, signal.SIGHUP)
         time.sleep(0.5)
         assert _state(worker) not in ("", "Z"), "signals are the parent's"
         process.kill()

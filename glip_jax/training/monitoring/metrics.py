@@ -3,6 +3,7 @@
 `glip_jax.training.monitoring.writer` writes them.
 """
 
+import contextlib
 import json
 import logging
 import sys
@@ -141,7 +142,8 @@ class Progress:
     def advance(self) -> None:
         """Counts a finished step."""
         if self._bar is not None:
-            self._bar.update(1)
+            with contextlib.suppress(OSError):  # the terminal was closed
+                self._bar.update(1)
 
     def log(self, text: str) -> None:
         """Logs a line."""
@@ -152,7 +154,8 @@ class Progress:
         """Shows the metrics of a window: beside the bar, or as a line."""
         shown = {"loss": metrics["loss"], "grad": metrics["gradient_norm"], "img/s": metrics["images_per_second"]}
         if self._bar is not None:
-            self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
+            with contextlib.suppress(OSError):
+                self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
             return
         parts = [
             f"{name.removeprefix('loss/')} {value:.4f}" for name, value in metrics.items() if name.startswith("loss/")
@@ -168,4 +171,5 @@ class Progress:
     def close(self) -> None:
         """Ends the bar."""
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C while training: the step is finished and saved, then the run ends; an evaluation is left at once."""
+"""SIGTERM, Ctrl-C and a closed terminal (SIGHUP) while training: the step is finished and saved, then the run ends; an evaluation is left at once."""
 
 import contextlib
 import signal
@@ -19,7 +19,7 @@ class EvaluationLeft(BaseException):
 
 
 class StopSignals:
-    """Collects the first SIGTERM or SIGINT while it is entered; a second one acts as usual. In the main thread only."""
+    """Collects the first SIGTERM, SIGINT or SIGHUP while it is entered; a second one acts as usual. In the main thread only."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -29,8 +29,9 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         with contextlib.suppress(ValueError):  # not the main thread, which alone can set handlers
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._receive)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+                    self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -33,6 +33,19 @@ def _signal(how, received):
     raise AssertionError("not left")
 
 
+def test_a_closed_terminal_stops_a_run_unless_nohup_ignores_it():
+    with StopSignals() as received:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert received.number == signal.SIGHUP
+    assert signal.signal(signal.SIGHUP, signal.SIG_IGN) == signal.SIG_DFL
+    try:
+        with StopSignals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not received.number and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("how", ["within", "before", "of another process"])
 def test_a_signal_leaves_an_evaluation(how):
     with StopSignals() as received:
