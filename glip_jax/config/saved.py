@@ -36,11 +36,8 @@ RENAMED_KEYS = {
 the style of synthetic scenes."""
 
 _ADDED_KEYS = {
-    "model.head.offset_bound": 0,
-    "optimizer.name": "adamw",
-    "optimizer.ema_ramp": False,
-    "init_from.accept": [],
-}
+    "model.head.offset_bound": 0, "optimizer.name": "adamw", "optimizer.ema_ramp": False, "init_from.accept": [],
+}  # fmt: skip
 """Settings that saved runs may lack, with the value that describes what earlier versions did."""
 
 _ADDED_AFTER_HASHES = ("optimizer.name", "optimizer.ema_ramp", "init_from.accept")

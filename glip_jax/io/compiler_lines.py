@@ -24,7 +24,7 @@ for line in sys.stdin.buffer:
 
 
 @contextlib.contextmanager
-def without_slow_compile_alarms(after: float = 20.0) -> Iterator[None]:
+def without_slow_compile_alarms(after: float = 90.0) -> Iterator[None]:
     """Within it, from `after` seconds on, what the process writes to its standard error passes a filter of XLA's alarms.
 
     XLA has no setting for them; the first comes after two minutes of compiling. The filter is a process of its own, so the last
