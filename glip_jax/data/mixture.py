@@ -235,7 +235,7 @@ class Mixture:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(data.workers, per_worker_buffer_size=max(1, ahead))
-            loader = loader.mp_prefetch(options, worker_init_fn=_start_worker)
+            loader = loader.mp_prefetch(options, worker_init_fn=end_with_parent)
         return _drain(loader)
 
     def _mix(self, aspect: int) -> grain.MapDataset:
@@ -331,10 +331,6 @@ def _tokenizer(config: Config) -> prompts.Tokenizer:
             f"model.text.vocabulary_size is {text.vocabulary_size}: expected at most as many"
         )
     return tokenizer
-
-
-def _start_worker(_index: int, _count: int) -> None:
-    end_with_parent()
 
 
 def _drain(loader: grain.IterDataset) -> Iterator[Batch]:

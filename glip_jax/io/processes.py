@@ -11,10 +11,10 @@ from multiprocessing import resource_tracker
 __all__ = ["end_with_parent", "stop_signals_blocked"]
 
 
-def end_with_parent() -> None:
+def end_with_parent(*_: int) -> None:
     """Ends this process as soon as the one that started it has ended, also where that was killed.
 
-    To be called first in a process that `multiprocessing` has spawned. Not PR_SET_PDEATHSIG: that signal comes when the *thread*
+    To be called first in a process that `multiprocessing` has spawned; Grain gives index and number of its workers. Not PR_SET_PDEATHSIG: that signal comes when the *thread*
     that started the process ends, and Grain starts its workers from a pool of threads.
     """
     parent = multiprocessing.parent_process()
