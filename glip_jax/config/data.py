@@ -11,9 +11,8 @@ __all__ = [
 
 PATH, ASSET = "path", "path or package:"
 PathStr = Annotated[str, PATH]
-"""A path, local or gs://. `glip_jax.io.paths` checks the fields of this type."""
 AssetStr = Annotated[str, ASSET]
-"""A path, local or gs://, or package:NAME/inner/file."""
+"""Paths, local or gs://, as an AssetStr also package:NAME/inner/file. `glip_jax.io.paths` checks the fields of these types."""
 
 Codec = Literal["fast", "pillow"]
 """Decoder and resize of training images: libjpeg-turbo and OpenCV's bilinear filter, or Pillow as in the original code."""

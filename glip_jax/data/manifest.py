@@ -89,8 +89,7 @@ def opened(place: str) -> Manifest:
 def why_unfinished(place: str) -> str:
     """Error message: why a folder has no manifest."""
     names, kind = names_in(place), gcs.kind(place)
-    state = {"folder": "is empty", "file": "is a file", "": "does not exist"}[kind]
-    state = "has no manifest.json" if names else state
+    state = "has no manifest.json" if names else {"folder": "is empty", "file": "is a file"}.get(kind, "does not exist")
     found = explain(place) if kind == "file" or names else ""
     return f"{state}: expected a folder of shards with a manifest.json{f'; it {found}' if found else ''}"
 

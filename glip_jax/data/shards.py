@@ -53,16 +53,15 @@ def writable(directory: epath.PathLike) -> Path:
     upload, but no others.
     """
     place = gcs.address(directory)
-    target = epath.Path(place)
     if gcs.kind(place) == "file":
-        raise ShardError(f"{target} is a file: expected the name of a new folder")
+        raise ShardError(f"{place} is a file: expected the name of a new folder")
     existing = names_in(place)
     if existing and (not gcs.is_remote(place) or finished(place) or not all(map(_UPLOADED.fullmatch, existing))):
         state = "finished" if finished(place) else "not empty, without a manifest"
         raise ShardError(f"{place} is {state}: existing shards are never overwritten; remove it or name another folder")
     if gcs.is_remote(place):
-        return cache_folder() / "sending" / hashlib.sha256(place.encode()).hexdigest()[:16] / target.name
-    return Path(target).absolute()
+        return cache_folder() / "sending" / hashlib.sha256(place.encode()).hexdigest()[:16] / epath.Path(place).name
+    return Path(place).absolute()
 
 
 _UPLOADED = re.compile(r"records-\d{5,}-of-\d{5,}\.array_record|columns\.npz|report\.json")
