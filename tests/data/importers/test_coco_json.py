@@ -255,8 +255,12 @@ def test_an_evaluation_that_loses_most_boxes_is_refused(tmp_path):
     path = saved(tmp_path, changed(data, *[(f"annotations.{i}.iscrowd", 1) for i in range(8)]))
     with pytest.raises(GroundTruthError, match=r"8 of 12 boxes.*evaluation\.sets\.x\.crowds=keep"):
         load_ground_truth(str(path), EvaluationSet("", ""), "x")
-    for settings, crowds in (({"crowds": "drop"}, 8), ({"crowds": "keep"}, 0), ({"allow_drops": True}, 8)):
-        truth = load_ground_truth(str(path), EvaluationSet("", "", **settings))
+    for sets, crowds in (
+        (EvaluationSet("", "", crowds="drop"), 8),
+        (EvaluationSet("", "", crowds="keep"), 0),
+        (EvaluationSet("", "", allow_drops=True), 8),
+    ):
+        truth = load_ground_truth(str(path), sets)
         assert sum(note["iscrowd"] for note in truth.content["annotations"]) == crowds
     phrases = saved(tmp_path, changed(mdetr_json(SIZES), ("annotations.*.iscrowd", 1)))
     with pytest.raises(GroundTruthError, match=r"none of 8 boxes is kept; dropped: box: crowd 8"):
