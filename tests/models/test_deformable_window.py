@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from glip_jax.config import HeadConfig, MeshConfig, ModelConfig
-from glip_jax.config.model import model_checks
+from glip_jax.config import Config, ConfigError, HeadConfig, MeshConfig, ModelConfig, validate
 from glip_jax.distributed.mesh import batch_sharding, make_mesh
 from glip_jax.models.deformable import Taps, clamp_offsets, deformable_convolution, exceeds_bound, rows_of
 from glip_jax.models.deformable_window import window_forward
@@ -181,11 +180,12 @@ def test_bounded_calls_have_one_stride() -> None:
 
 def test_limits_of_the_setting() -> None:
     for bound, fine in ((0, True), (7, True), (8, False), (-1, False)):
-        broken = [
-            message for kept, message in model_checks(ModelConfig(head=HeadConfig(offset_bound=bound))) if not kept
-        ]
-        assert (not broken) == fine, broken
-        assert fine or f"model.head.offset_bound is {bound}" in broken[0]
+        config = Config(model=ModelConfig(head=HeadConfig(offset_bound=bound)))
+        if fine:
+            validate(config)
+        else:
+            with pytest.raises(ConfigError, match=f"model.head.offset_bound is {bound}"):
+                validate(config)
 
 
 @pytest.mark.tpu

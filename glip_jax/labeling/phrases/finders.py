@@ -128,7 +128,7 @@ class SpacyPhraseFinder:
             for token in doc:
                 begin, end = line.start() + token.idx, line.start() + token.idx + len(token)
                 joins = word_index and not token.is_space and "-" in (token.text, doc[token.i - 1].text)
-                if joins and words[-1].span[1] == begin:
+                if joins and words and words[-1].span[1] == begin:
                     # spaCy splits "t-shirt" into three tokens.
                     begin = words.pop().span[0]
                 if not token.is_space:

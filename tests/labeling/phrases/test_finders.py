@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from glip_jax.labeling.phrases import finders as phrases_module
@@ -120,6 +120,7 @@ def test_lexicon_spans_are_ordered_disjoint_and_inside_the_text(caption):
 
 
 @given(text)
+@example(" -")
 def test_spacy_spans_are_ordered_disjoint_and_inside_the_text(caption):
     _check("spacy", caption)
 
