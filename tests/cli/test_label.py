@@ -33,9 +33,12 @@ TEXTS = ("a cat and a dog", "the person", "and so on", "a dog by a person", "two
 def captions(folder, count=12, files=3, name="cc"):
     """Shards of pictures with captions, one of which names nothing and one of which cannot be decoded."""
     records = [
-        Record(f"{i}", "caption", png(i, corrupt=i == 3), 50, 100, boxes_array(()), caption=TEXTS[i % len(TEXTS)])
+        Record(
+            f"{i}", "caption", png(i, corrupt=i == 3), 50, 100, boxes_array(()), caption=TEXTS[i % len(TEXTS)],
+            file=f"{i}.png",
+        )
         for i in range(count)
-    ]
+    ]  # fmt: skip
     shards.write(iter(records), folder, name=name, shards=files, licence="CC0")
     return folder
 

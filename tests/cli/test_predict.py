@@ -93,7 +93,7 @@ def test_phrases_with_dots_keep_the_text_as_typed(run, tmp_path):
 def test_a_sentence_goes_through_the_phrase_finder(run, tmp_path, capsys):
     text = "a view of a red cup near a dog"
     _predict(run, _image(tmp_path / "a.png"), f"--text={text}", f"--out={tmp_path / 'out'}", *ALL)
-    assert "note: left out of the sentence's phrases: abstract 1" in capsys.readouterr().out
+    assert "note: left out of the sentence's phrases: 'a view' (abstract)" in capsys.readouterr().out
     content = _content(tmp_path / "out")
     assert content["query"] == "caption" and content["phrase_finder"].startswith("lexicon 3 (textblob ")
     assert [phrase["text"] for phrase in content["phrases"]] == ["a red cup", "a dog"]
