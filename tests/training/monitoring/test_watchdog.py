@@ -289,10 +289,8 @@ def test_without_wandb_it_is_one_line(config, workdir, monkeypatch):
     [
         ("train", {"profile": (3,)}, "train.profile is 3: expected the first and the last"),
         ("train", {"profile": (5, 2)}, "train.profile is 5,2"),
-        ("train", {"hang_multiple": 0.5}, "hang_multiple is 0.5: expected more than 1"),
+        ("train", {"hang_multiple": 0.5}, "hang_multiple is 0.5: expected 0, or more than 1"),
         ("train", {"hang_min": 0.0}, "hang_min is 0"),
-        ("train", {"hang_first": -1.0}, "hang_first is -1: expected more than 0 seconds"),
-        ("checkpoint", {"keep": 0}, "checkpoint.keep is 0: expected at least 1"),
         ("checkpoint", {"keep_every": 3}, "keep_every 3 is not a multiple of checkpoint.every 2"),
         ("checkpoint", {"best": 1}, "best_by '': expected evaluation/SET/NUMBER"),
         ("checkpoint", {"best": 1, "best_by": "evaluation/x/AP"}, r"evaluation/x/AP.*no set"),
