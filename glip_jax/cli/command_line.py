@@ -69,10 +69,12 @@ def parse(
     """
     path, rest = _config_path(argv)
     wants_help = any(argument in ("-h", "--help") for argument in rest)
+    names = [item.name for item in dataclasses.fields(kind) if item.name != "config"]
     if path is None and settings is None and not wants_help:
+        # A misspelled --config is named; which settings there are is known only with it.
+        _checked([argument for argument in rest if not argument.startswith("--config.")], Config(), names)
         raise CommandLineError("no settings: expected --config=configs/NAME.py")
     config = (settings or Config()) if path is None else load_config(path)
-    names = [item.name for item in dataclasses.fields(kind) if item.name != "config"]
     rest = _checked(rest, config, names)
     example = example or "--config=configs/demo.py --config.train.steps=1000 --workdir=runs/demo"
     parsed = _parsed(kind, rest, job, example, default=kind(config=config))

@@ -72,6 +72,8 @@ def test_flags_of_a_job(config):
     assert not parse([config], _More).resume_with_changes
     with pytest.raises(CommandLineError, match="did you mean --resume-with-changes"):
         parse([config, "--resume-with-change"], _More)
+    with pytest.raises(CommandLineError, match="unknown option --confg; did you mean --config"):
+        parse(["--confg=a.py", "--config.data.sources.x.weight=2"], _More)
 
 
 @pytest.mark.parametrize(
