@@ -1,6 +1,5 @@
 """The job `train` with the stand-in network, as one of several processes: python -m tests.distributed.worker ARGS.
 
-REAL          with the network itself
 PAUSE         N:FILE, wait before the N-th batch until FILE exists; prints "paused" first
 CODE          in the place of the hash of the package's code
 WAIT          a file for which an evaluation waits; prints "evaluating step N" first
@@ -59,7 +58,7 @@ def evaluate(params, step):
         return {"evaluation/set/norm": float(np.linalg.norm(params["head"]["box"]["kernel"]))}
     evaluations.append(step)
     time.sleep(3 * (len(evaluations) > 3))
-    return {"evaluation/set/norm": float(os.environ["SCORES"].split()[len(evaluations) - 1])}
+    return {"evaluation/set/AP": float(os.environ["SCORES"].split()[len(evaluations) - 1])}
 
 
 def scored(self, step, value):
@@ -70,8 +69,7 @@ def scored(self, step, value):
 if __name__ == "__main__":
     train.train = functools.partial(_evaluating, train.train)
     loop.place_batch = place
-    if "REAL" not in os.environ:
-        state._initializer, loop.glip_objective = stand_in.initializer, stand_in.objective
+    state._initializer, loop.glip_objective = stand_in.initializer, stand_in.objective
     loop.Checkpoints.scored = scored
     provenance.code = lambda: {"files": os.environ.get("CODE") or real_code()["files"]}
     sys.exit(run_job("train", sys.argv[1:]))
