@@ -142,10 +142,10 @@ def test_search_ranks_what_fits(config, capsys, monkeypatch, tmp_path):
     assert "fsdp 3, tensor 1: mesh is" in output, "a mesh that does not divide is left out with its reason"
     assert asked == [(1, "none", 1), (2, "none", 1), (1, "blocks", 1), (2, "blocks", 1), (4, "blocks", 1)]
     tried = json.loads(out.read_text())
-    rates = [t["found"]["images_per_second"] for t in tried[:4]]
+    rates = [t["roofline"]["images_per_second"] for t in tried[:4]]
     assert tried[0]["remat"] == "none" and rates == sorted(rates, reverse=True) and rates[0] > rates[1]
-    assert all(t["found"]["fits"] for t in tried[:4]) and not tried[4]["found"]["fits"]
-    assert tried[-1]["found"] is None
+    assert all(t["roofline"]["fits"] for t in tried[:4]) and not tried[4]["roofline"]["fits"]
+    assert tried[-1]["roofline"] is None
 
 
 @pytest.mark.slow

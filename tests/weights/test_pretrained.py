@@ -199,7 +199,7 @@ def test_sizes_in_the_folders_config_are_compared(tmp_path, params):
 
 def test_damaged_and_missing_files(tmp_path, params):
     folder = bert_folder(tmp_path / "bert", bert_arrays())
-    (tmp_path / "bert" / "model.safetensors").write_bytes(b"<html>")
+    (tmp_path / "bert" / "model.safetensors").write_bytes(b"a" * 40)
     with pytest.raises(WeightError, match="damaged or incomplete"):
         initialize(params, config(InitFromConfig(text=folder)))
     (tmp_path / "bert" / "model.safetensors").unlink()
