@@ -1,5 +1,6 @@
 """The job in a subprocess: killed in the middle, the same command ends with the same bits."""
 
+import os
 import re
 import signal
 import subprocess
@@ -11,12 +12,15 @@ from glip_jax.io.checkpoint import latest_step
 from glip_jax.training.monitoring import metrics
 from tests import tiny_run
 
-MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.train.log_every=1")
-
 
 def _start(config, workdir, *options):
-    command = [sys.executable, "-m", "glip_jax", "train", f"--config={config}", f"--workdir={workdir}", *MESH, *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """On one device: meshes are test_cluster's."""
+    command = [sys.executable, "-m", "glip_jax", "train", f"--config={config}", f"--workdir={workdir}"]
+    command += ["--config.train.log_every=1", *options]
+    flags = {"XLA_FLAGS": re.sub(r"(device_count)=\d+", r"\1=1", os.environ["XLA_FLAGS"])}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **flags}
+    )
 
 
 def _finish(config, workdir, *options):
