@@ -225,12 +225,12 @@ def test_sigterm_to_one_stops_all_at_one_step_and_the_same_bits_follow(file, sou
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("index", [0, 1])
-def test_sigterm_to_one_leaves_the_evaluation_which_is_made_after_the_resume(file, tmp_path, index):
+def test_sigterm_to_one_leaves_the_evaluation_which_is_made_after_the_resume(file, tmp_path):
+    """To one that does not evaluate; the other is `test_a_signal_ends_the_evaluation_of_the_first_...`'s."""
     options = ("--config.train.evaluate_every=3",)
     job = _Job(file, tmp_path / "run", 2, 1, options, environment={0: {"WAIT": str(tmp_path / "never")}})
     job.wait_for(0, "evaluating step 3")
-    job.processes[index].send_signal(signal.SIGTERM)
+    job.processes[1].send_signal(signal.SIGTERM)
     codes, logs = job.finish()
     assert codes == [exit_codes.PREEMPTED] * 2 and "SIGTERM: saved step 3" in logs[0], logs
     assert "evaluated step 3" not in logs[0] and latest_step(str(tmp_path / "run")) == 3

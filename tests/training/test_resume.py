@@ -14,8 +14,8 @@ from tests import tiny_run
 
 
 def _start(config, workdir, *options):
-    """On one device: meshes are test_cluster's."""
-    command = [sys.executable, "-m", "glip_jax", "train", f"--config={config}", f"--workdir={workdir}"]
+    """The job with the stand-in network, on one device: meshes are test_cluster's."""
+    command = [sys.executable, "-m", "tests.distributed.worker", f"--config={config}", f"--workdir={workdir}"]
     command += ["--config.train.log_every=1", *options]
     flags = {"XLA_FLAGS": re.sub(r"(device_count)=\d+", r"\1=1", os.environ["XLA_FLAGS"])}
     return subprocess.Popen(
