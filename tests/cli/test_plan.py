@@ -121,6 +121,7 @@ def test_without_libtpu_it_says_what_to_install_and_goes_on(config, capsys, monk
     assert "libtpu is not installed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 def test_search_ranks_what_fits(config, capsys, monkeypatch, tmp_path):
     """A made-up compiler: temporaries grow with images, remat makes them smaller and the step longer."""

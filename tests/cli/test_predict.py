@@ -52,6 +52,7 @@ def _content(out):
     return json.loads((out / "predictions.json").read_text())
 
 
+@pytest.mark.slow
 def test_names_are_chunked_and_numbered_as_given(run, tmp_path, capsys):
     names = ["cat", "dog", "person", "red car", "traffic light", "bottle", "cup", "tree", "potted plant"]
     files = [_image(tmp_path / "a.png"), _image(tmp_path / "b.png", 128, 64), _image(tmp_path / "c.png", 50, 60)]
@@ -80,6 +81,7 @@ def test_names_are_chunked_and_numbered_as_given(run, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["pictures", "predictions.json"]
 
 
+@pytest.mark.slow
 def test_phrases_with_dots_keep_the_text_as_typed(run, tmp_path):
     text = "a red cup .  two dogs . cat ."
     _predict(run, _image(tmp_path / "a.png"), f"--text={text}", f"--out={tmp_path / 'out'}", *ALL)

@@ -110,6 +110,7 @@ def test_a_buffer_returns_when_its_last_array_is_deleted():
     assert _address(pool.acquire((4, 100, 3))) == address
 
 
+@pytest.mark.slow
 def test_smaller_and_larger_arrays_share_buffers():
     pool = BufferPool()
     large = pool.acquire((4096, 10))

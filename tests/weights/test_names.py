@@ -36,7 +36,7 @@ def test_every_parameter_has_exactly_its_names() -> None:
         np.testing.assert_array_equal(back[name], value)
 
 
-@pytest.mark.parametrize("model", ["t", "a", "l"])
+@pytest.mark.parametrize("model", ["t", *(pytest.param(model, marks=pytest.mark.slow) for model in ("a", "l"))])
 def test_names_and_shapes_are_those_of_the_released_models(model: str) -> None:
     """tests/fixtures/keys_glip_*.json: names and shapes of the original's state dicts."""
     listed = json.loads((Path(__file__).parents[1] / "fixtures" / f"keys_glip_{model}.json").read_text())
