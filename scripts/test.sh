@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tests a change. Times are for two idle cores and an empty compilation cache.
-#   scripts/test.sh --quick   under 2 minutes: ruff, and the tests that compile no network and start no process
+#   scripts/test.sh --quick   under 2 minutes: ruff, and the tests that compile no network, start no process and take no seconds
 #   scripts/test.sh           under 8 minutes: also pyright, and one representative case of each kind of slow test
 #   scripts/test.sh --all     every test, as CI does
 #   scripts/test.sh --tpu     only the tests that compile for TPUs, with libtpu (which needs no TPU) in .cache/libtpu
@@ -46,7 +46,7 @@ if [ "${1:-}" = --tpu ]; then
 fi
 tier="not slow and not tpu" quick='' paths=''
 case "${1:-}" in
---quick) shift && tier="not slow and not tpu and not compiles and not processes" quick=1 ;;
+--quick) shift && tier="not slow and not tpu and not compiles and not processes and not long" quick=1 ;;
 --all) shift && tier="not tpu" ;;
 *) for argument in "$@"; do [[ $argument == *[/.]* && -e ${argument%%::*} ]] && paths=1; done ;;
 esac

@@ -50,7 +50,7 @@ install_import_hook([f"glip_jax.{name}" for name in _ARRAYS], "beartype.beartype
 from glip_jax.cli import log  # noqa: E402
 
 # What a marked test takes beside one that is not, roughly.
-_WEIGHTS = {"compiles": 10, "processes": 5, "slow": 10}
+_WEIGHTS = {"compiles": 10, "processes": 5, "slow": 10, "long": 2}
 
 # A machine under load is no failure; the examples count, not their time.
 hypothesis.settings.register_profile("glip_jax", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])

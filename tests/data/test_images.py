@@ -94,6 +94,7 @@ def _address(array):
     return array.__array_interface__["data"][0]
 
 
+@pytest.mark.long
 def test_a_buffer_returns_when_its_last_array_is_deleted():
     pool = BufferPool()
     first = pool.acquire((4, 100, 3))

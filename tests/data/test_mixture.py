@@ -180,6 +180,7 @@ def test_flip_probability(sources: dict[str, SourceConfig]) -> None:
             assert np.allclose(a.boxes[i, mask], record.boxes * ratio)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("weights", "size"), [((3.0, 1.0), 8), ((1.0, 9.0), 10)])
 def test_weights_are_the_shares_of_examples(folders: dict[str, Path], weights: tuple[float, float], size: int) -> None:
     sources = {name: SourceConfig(str(folders[name]), w) for name, w in zip(("boxes", "captions"), weights)}
@@ -188,6 +189,7 @@ def test_weights_are_the_shares_of_examples(folders: dict[str, Path], weights: t
     assert counts[0] / (counts[0] + counts[1]) == pytest.approx(weights[0] / sum(weights), abs=0.03)
 
 
+@pytest.mark.long
 def test_copies_are_shares_of_examples_by_records(folders: dict[str, Path]) -> None:
     """As in the original: each record of `boxes` is used twice as often as one of `captions`."""
     sources = {name: SourceConfig(str(folders[name]), copies=n) for name, n in (("boxes", 2), ("captions", 1))}
@@ -277,6 +279,7 @@ def test_augmentation_and_packing_are_functions_of_the_step(sources: dict[str, S
     assert [digest(batch) for batch in joined] == whole[2:]
 
 
+@pytest.mark.long
 def test_every_record_of_a_source_is_used_equally_often(folders: dict[str, Path]) -> None:
     mixture = Mixture(config({"boxes": SourceConfig(str(folders["boxes"]))}, short_sides=(32,)))
     counts = Counter(r for batch in draw(mixture, 17 * 3) for r in batch.record.tolist())
@@ -305,6 +308,7 @@ def test_boxes_over_the_limit_are_counted(sources: dict[str, SourceConfig]) -> N
         assert over.tolist() == [1 if s == 0 else 0 for s in batch.source]
 
 
+@pytest.mark.long
 def test_corrupt_records_are_masked_and_counted(folders: dict[str, Path], tmp_path: Path) -> None:
     """A record whose image does not decode becomes a masked example; the rest of the batch is unchanged."""
     from glip_jax.data import shards

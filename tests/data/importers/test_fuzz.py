@@ -17,6 +17,8 @@ from tests.data.importers.layouts import LAYOUTS, Layout
 from tests.data.importers.mutations import mutated, spoil_image
 from tests.run_job import run_job
 
+pytestmark = pytest.mark.long
+
 EACH, MORE = (-(-number // len(LAYOUTS)) for number in (300, 2100))
 """Number of corrupted files per format: in the default tier, and with --all."""
 

@@ -12,6 +12,8 @@ from glip_jax.data.scenes.draw import SceneStyle, draw_scene
 from glip_jax.data.scenes.nouns import plural, says_color
 from glip_jax.data.scenes.pictures import COLORS, Picture, load_pictures
 
+pytestmark = pytest.mark.long
+
 BUNDLED = Path(__file__).resolve().parents[3] / "gcs" / "sample" / "pictures"
 NUMBERS = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9}
 SIDES = (40.0, 110.0)
