@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,12 @@ def write_image(path: Path, height: int, width: int, seed: int) -> None:
     """Coarse noise as PNG, different for each seed."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
     Image.fromarray(coarse).resize((width, height)).save(path)
+
+
+def saved(folder: Path, data: Any, name: str = "a.json") -> Path:
+    """Writes a text, or another value as JSON, into `folder`."""
+    (folder / name).write_text(data if isinstance(data, str) else json.dumps(data))
+    return folder / name
 
 
 def coco_json(sizes: list[tuple[int, int]], boxes: int = 3) -> dict:

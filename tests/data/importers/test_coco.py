@@ -1,7 +1,6 @@
 """COCO's JSON: invalid items are counted by reason, errors of the whole file stop with a one-line message."""
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +9,9 @@ import pytest
 from glip_jax.data.importers.coco import open_coco
 from glip_jax.data.importers.entry import SourceError
 from glip_jax.data.importers.mdetr import open_mdetr
-from tests.data.conftest import NAMES, coco_json, mdetr_json, records, write_image
+from tests.data.conftest import NAMES, coco_json, mdetr_json, records, saved, write_image
 
 SIZE = [(24, 32)]
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for i in range(2):
-        write_image(folder / f"img{i}.png", 24, 32, i)
-    return folder
-
-
-def saved(tmp_path: Path, data: Any) -> Path:
-    path = tmp_path / "a.json"
-    path.write_text(data if isinstance(data, str) else json.dumps(data))
-    return path
 
 
 def test_boxes_names_and_ids(tmp_path: Path, pictures: Path) -> None:

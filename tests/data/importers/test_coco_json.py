@@ -20,24 +20,10 @@ from glip_jax.data.records import decode, encode
 from glip_jax.data.shards import Shards
 from glip_jax.evaluation.average_precision import GroundTruthError, load_ground_truth
 from glip_jax.evaluation.recall import load_grounding
-from tests.data.conftest import NAMES, coco_json, mdetr_json, records, write_image
+from tests.data.conftest import NAMES, coco_json, mdetr_json, records, saved, write_image
 from tests.run_job import run_job
 
 SIZES = [(24, 32)] * 4
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for i in range(4):
-        write_image(folder / f"img{i}.png", 24, 32, i)
-    return folder
-
-
-def saved(tmp_path: Path, data: Any, name: str = "a.json") -> Path:
-    (tmp_path / name).write_text(json.dumps(data))
-    return tmp_path / name
 
 
 def changed(data: dict, *changes: tuple[str, Any]) -> dict:

@@ -14,23 +14,9 @@ from glip_jax.data.importers.openimages import open_openimages
 from glip_jax.data.importers.visual_genome import open_visual_genome
 from glip_jax.data.records import Record, decode, encode
 from glip_jax.data.shards import Shards
-from tests.data.conftest import NAMES, coco_json, records, write_image
+from tests.data.conftest import NAMES, coco_json, records, saved
 from tests.data.importers.prepared_set import prepare
 from tests.run_job import run_job
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for i in range(4):
-        write_image(folder / f"img{i}.png", 24, 32, i)
-    return folder
-
-
-def saved(folder: Path, data: Any, name: str = "a.json") -> Path:
-    (folder / name).write_text(data if isinstance(data, str) else json.dumps(data))
-    return folder / name
 
 
 def noted(opened: ImportSource) -> set[str]:

@@ -10,24 +10,9 @@ import pytest
 from glip_jax.data.importers.entry import ImportSource, SourceError, make_record
 from glip_jax.data.importers.mdetr import MIXED_FOLDERS, folders_of, open_coco_captions, open_mdetr
 from glip_jax.data.records import Record
-from tests.data.conftest import CAPTION, mdetr_json, write_image
+from tests.data.conftest import CAPTION, mdetr_json, saved
 
 SIZES = [(24, 32), (24, 32)]
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for i in range(2):
-        write_image(folder / f"img{i}.png", 24, 32, i)
-    return folder
-
-
-def saved(tmp_path: Path, data: Any) -> Path:
-    path = tmp_path / "a.json"
-    path.write_text(data if isinstance(data, str) else json.dumps(data))
-    return path
 
 
 def records(opened: ImportSource) -> list[Record]:
