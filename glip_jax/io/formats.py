@@ -45,6 +45,12 @@ class Format(NamedTuple):
     advice: str = ""
     """What to do, where that is not to import it with `reader`."""
 
+    @property
+    def mended(self) -> str:
+        """`what` with the advice, where that holds whatever kind of file was expected in its place."""
+        of_annotations = self.reader or self.advice.startswith(("convert", "give", "prepare"))
+        return self.what if of_annotations or not self.advice else f"{self.what}: {self.advice}"
+
 
 def explain(path: epath.PathLike, reader: str = "") -> str:
     """`is WHAT: what to do` for a file or folder of a known format that `reader` does not read; "" for any other.
@@ -72,8 +78,8 @@ def explain_bytes(path: epath.PathLike) -> str:
         found = recognize_bytes(file.read(4096), epath.Path(path).name)
     if found is None or found.what.startswith(("a ZIP", "a pickle", "a file of weights")):
         return ""
-    of_annotations = found.reader or found.advice.startswith(("convert", "give", "prepare"))
-    return f"is {found.what}, expected weights" + ("" if of_annotations else f": {found.advice}")
+    advice = found.mended.removeprefix(found.what)
+    return f"is {found.what}, expected weights{advice}"
 
 
 def _family(reader: str) -> str:
@@ -122,7 +128,7 @@ def recognize_bytes(head: bytes, name: str = "") -> Format | None:
         if head.startswith(magic):
             return found
     start = head[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if start.startswith((b"<!doctype html", b"<html", b"<head")):
+    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
         return Format("an HTML page, as a server sends in place of a file", advice=_AGAIN)
     if start.startswith(b"<?xml") and b"<error>" in start:
         return Format("an error message of a storage (XML)", advice=_AGAIN)

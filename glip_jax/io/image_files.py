@@ -30,6 +30,7 @@ from PIL import Image, UnidentifiedImageError
 
 from glip_jax import UserError
 from glip_jax.config import Orientation
+from glip_jax.io.formats import recognize_bytes
 from glip_jax.io.retry import StorageError
 
 __all__ = [
@@ -330,17 +331,12 @@ def _bits(image: Image.Image, data: bytes) -> int:
 
 
 _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
-    (b"version https://git-lfs", "a Git LFS pointer: fetch the files with `git lfs pull`"),
     (b"/annex/objects/", "a git-annex pointer: fetch the files with `git annex get`"),
     (b"\x00\x05\x16\x07", "a file that macOS writes beside others (AppleDouble)"),
     (b"\x00\x00\x00\x0cJXL ", "JPEG XL: convert it to JPEG or PNG"),
     (b"\xff\x0a", "JPEG XL: convert it to JPEG or PNG"),
-    (b"%PDF", "a PDF document"),
     (b"%!PS", "PostScript"),
-    (b"PK\x03\x04", "a ZIP archive: unpack it"),
-    (b"\x1f\x8b", "gzip data: unpack it"),
     (b"\x93NUMPY", "a NumPy array: save it as PNG"),
-    (b"\x89HDF", "HDF5"),
 )
 _IMAGES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\x00", b"MM\x00*", b"BM")
 """Beginnings of images, of which one that Pillow does not know is damaged."""
@@ -363,9 +359,9 @@ def _what(head: bytes) -> str:
             return what
     if not head.strip(b"\x00"):
         return "zero bytes alone, as a broken download or a full disk leaves"
+    if found := recognize_bytes(head):
+        return found.mended
     text = head.decode("utf-8-sig", "replace").lstrip()
-    if re.match(r"<(!doctype html|html|head|body)", text, re.IGNORECASE):
-        return "an HTML page, as a failed download leaves"
     if re.match(r"<(\?xml|svg)", text, re.IGNORECASE):
         return "SVG, a drawing: save it as PNG" if "<svg" in text.lower() else "XML"
     if text[:40].replace("\n", " ").isprintable() and "\ufffd" not in text[:40]:

@@ -106,7 +106,7 @@ HTML = b"\n<!DOCTYPE html><html><head><title>404</title></head></html>"
     ("data", "words"),
     [
         (HTML, "an HTML page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a Git LFS pointer: fetch"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a pointer of Git LFS, not the file itself: fetch"),
         (b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic", "HEIC: convert it"),
         (b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X", "that macOS writes beside others"),
         (b"%PDF-1.4", "a PDF document"),
