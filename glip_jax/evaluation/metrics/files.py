@@ -151,9 +151,14 @@ def read_json(path: epath.PathLike, what: str = "predictions") -> Any:
         return found
 
     try:
-        return json.loads(text_files.decoded(gcs.read(path)), object_pairs_hook=unique)
+        with gcs.open_file(path) as file:
+            return json.loads(text_files.decoded(file.read()), object_pairs_hook=unique)
     except MetricError:
         raise
+    except OSError as error:
+        if isinstance(error, UserError):  # of the storage, with its own exit code
+            raise
+        raise MetricError(f"the {what} {path} cannot be read ({error.strerror or error})") from None
     except (ValueError, RecursionError) as error:
         found = explain(epath.Path(path)) or f"is not JSON ({error}): repair it or copy it again"
         raise MetricError(f"the {what} {path}: it {found}") from None
