@@ -52,10 +52,11 @@ def _by_loops(
         for anchor, phrase in np.ndindex(end - begin, PHRASES):
             anchor += begin
             p = 1 / (1 + np.exp(-found.logits[0, anchor, phrase_map[phrase]].astype(np.float64)))
-            if p.mean() > config.threshold:
+            alignment = p.max() if config.token_scores == "max" else p.mean()
+            if alignment > config.threshold:
                 center = 1 / (1 + np.exp(-float(found.centerness[0, anchor])))
                 decoded = box.clip(box.decode(found.deltas[0, anchor], ANCHORS[anchor]), np.array(size, np.float32))
-                level.append((np.sqrt(p.mean() * center), phrase, decoded))
+                level.append((np.sqrt(alignment * center), phrase, decoded))
         level.sort(key=lambda item: -item[0])
         candidates += level[: config.candidates_per_level]
     candidates.sort(key=lambda item: -item[0])
@@ -69,8 +70,12 @@ def _by_loops(
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
     "config",
-    [DetectionConfig(), DetectionConfig(threshold=0.3, candidates_per_level=20, nms_iou=0.3, max_detections=7)],
-    ids=["default", "tight"],
+    [
+        DetectionConfig(),
+        DetectionConfig(threshold=0.3, candidates_per_level=20, nms_iou=0.3, max_detections=7),
+        DetectionConfig(token_scores="max", max_detections=30),
+    ],
+    ids=["default", "tight", "max"],
 )
 def test_equals_the_loop(seed: int, config: DetectionConfig) -> None:
     found = _predictions(seed)

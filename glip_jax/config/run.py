@@ -50,7 +50,9 @@ class DetectionConfig:
     """Post-processing: from logits to detections."""
 
     threshold: Fraction = 0.05
-    """Score threshold: minimum mean token probability of a candidate, before it is combined with centerness."""
+    """Score threshold: minimum alignment of a candidate, before it is combined with centerness."""
+    token_scores: Literal["mean", "max"] = "mean"
+    """Alignment of a phrase: mean probability of its tokens, or their maximum, as referring expressions are evaluated."""
     candidates_per_level: Size = 1000
     """Maximum number of candidates per level that enter non-maximum suppression."""
     nms_iou: Fraction = 0.6

@@ -37,10 +37,11 @@ the style of synthetic scenes."""
 
 _ADDED_KEYS = {
     "model.head.offset_bound": 0, "optimizer.name": "adamw", "optimizer.ema_ramp": False, "init_from.accept": [],
+    "detection.token_scores": "mean",
 }  # fmt: skip
 """Settings that saved runs may lack, with the value that describes what earlier versions did."""
 
-_ADDED_AFTER_HASHES = ("optimizer.name", "optimizer.ema_ramp", "init_from.accept")
+_ADDED_AFTER_HASHES = ("optimizer.name", "optimizer.ema_ramp", "init_from.accept", "detection.token_scores")
 """Those of them that earlier versions did not hash."""
 
 _ADDED_TO_SETS = {"merge_names": False, "boxes": "", "crowds": "", "folders": "", "allow_drops": False, "orientation": "auto"}  # fmt: skip

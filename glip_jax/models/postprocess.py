@@ -24,8 +24,7 @@ def _suppress(
     def body(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         remaining, chosen, used = state
         best = jnp.argmax(remaining)
-        same = phrases == phrases[best]
-        suppressed = same & (box.iou(boxes, boxes[best][None]) > config.nms_iou)
+        suppressed = (phrases == phrases[best]) & (box.iou(boxes, boxes[best][None]) > config.nms_iou)
         used = used.at[i].set(remaining[best] > 0)
         remaining = jnp.where(suppressed, 0.0, remaining).at[best].set(0.0)
         return remaining, chosen.at[i].set(best), used
@@ -47,8 +46,8 @@ def detect(
 ) -> Detections:
     """Detections of fixed shape from predictions: scores, decoding, clipping, suppression (glip-reference 2.10).
 
-    The alignment of a phrase at a location is the mean probability of its tokens; the score is the square root of alignment
-    times centerness. Boxes are in pixels of the resized image, clipped to `size`; unused rows have phrase -1.
+    The alignment of a phrase at a location is the mean or maximum probability of its tokens (`config.token_scores`), the score
+    the square root of alignment times centerness. Boxes: pixels of the resized image, clipped to `size`; unused: phrase -1.
     """
     anchors = box.anchors(canvas, model.pyramid.strides, model.anchors.sizes)
     weights = phrase_map / jnp.maximum(phrase_map.sum(-1, keepdims=True), 1)
@@ -59,7 +58,11 @@ def detect(
             height, width = box.level_shape(canvas, stride)
             end = begin + height * width
             valid = valid_mask(level_size(extent[None], stride), height, width).reshape(-1)
-            aligned = jnp.matmul(jax.nn.sigmoid(part.logits[begin:end]), weights.T, precision=jax.lax.Precision.HIGHEST)
+            tokens = jax.nn.sigmoid(part.logits[begin:end])
+            if config.token_scores == "mean":
+                aligned = jnp.matmul(tokens, weights.T, precision=jax.lax.Precision.HIGHEST)
+            else:  # phrase by phrase, for the memory
+                aligned = jax.lax.map(lambda own, tokens=tokens: jnp.where(own > 0, tokens, 0.0).max(-1), weights).T
             candidate = (aligned > config.threshold) & valid[:, None]
             score = aligned * jax.nn.sigmoid(part.centerness[begin:end, None])
             score = jnp.where(candidate, score, 0.0).reshape(-1)

@@ -110,6 +110,6 @@ class Detections(NamedTuple):
     phrases: Any
     """Int32[(B) D]: index into the phrases of the prompt."""
     alignment: Any = None
-    """Float32[(B) D]: mean probability of the tokens of the phrase; score = sqrt(alignment * centerness). None: not stored."""
+    """Float32[(B) D]: mean (or highest) probability of the tokens of the phrase; score = sqrt(alignment * centerness). None: not stored."""
     centerness: Any = None
     """Float32[(B) D]: in [0, 1]. None: not stored."""

@@ -315,7 +315,8 @@ class TestProcessor:
         names = ["cat", "dog", "red_car", "St. B", "traffic light", "bottle (of milk)", "cup", "tree", "potted plant"]
         assert processor.split_names(names) == chunk(names, tokenizer, 16, limit=limit)
 
-    def test_detections_are_ours(self):
+    @pytest.mark.parametrize("rule", ["mean", "max"])
+    def test_detections_are_ours(self, rule):
         model, canvas = tiny_run.model(), (64, 96)
         rng = np.random.default_rng(5)
         anchors = box.anchors(canvas, model.pyramid.strides, model.anchors.sizes)
@@ -326,7 +327,7 @@ class TestProcessor:
         phrases = np.zeros((1, 3, tokens), bool)
         phrases[0, 0, 1:3] = phrases[0, 1, 4] = phrases[0, 2, 5:8] = True
         size = np.array([[60, 90]], np.int32)
-        settings = dataclasses.replace(Config().detection, threshold=0.3, max_detections=20)
+        settings = dataclasses.replace(Config().detection, threshold=0.3, max_detections=20, token_scores=rule)
         reference = jax.jit(detect, static_argnums=(4, 5, 6))
         wanted = reference(raw, phrases, size, np.array([canvas], np.int32), canvas, model, settings)
         corners = torch.from_numpy(np.asarray(box.decode(raw.deltas[0], anchors), np.float32))

@@ -134,7 +134,7 @@ class GlipProcessor(ProcessorMixin):
         names_per_prompt: int = 0,
         **kwargs: Any,
     ) -> None:
-        """`detection`: threshold, candidates_per_level, nms_iou and max_detections of `best_detections`.
+        """`detection`: threshold, token_scores, candidates_per_level, nms_iou and max_detections of `best_detections`.
 
         `names_per_prompt`: the most names of `split_names`; 0: as many as `max_tokens` allow.
         """
@@ -384,15 +384,19 @@ def best_detections(
     candidates_per_level: int = 1000,
     nms_iou: float = 0.6,
     max_detections: int = 100,
+    token_scores: str = "mean",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes [D 4], scores [D] and phrases [D] of one image, best first, selected as in microsoft/GLIP.
 
     logits [A T], boxes [A 4], centerness [A] (logits), phrase_map [P T] (1 for the tokens of the phrase), size (height,
-    width) of the image. The alignment of a phrase at an anchor is the mean probability of its tokens; a candidate has more
-    than `threshold`; boxes are x2 - x1 + 1 wide; non-maximum suppression at `nms_iou` is per phrase.
+    width) of the image. The alignment of a phrase at an anchor is the mean probability of its tokens, or with `token_scores`
+    "max" the highest; a candidate has more than `threshold`; boxes are x2 - x1 + 1 wide; non-maximum suppression at `nms_iou`
+    is per phrase.
     """
     share = phrase_map / phrase_map.sum(-1, keepdim=True).clamp(min=1)
     aligned = logits.sigmoid() @ share.T
+    if token_scores == "max":
+        aligned = torch.stack([(logits.sigmoid() * own).amax(-1) for own in phrase_map], -1)
     scores = torch.where(aligned > threshold, aligned * centerness.sigmoid()[:, None], torch.zeros_like(aligned))
     kept, begin = [], 0
     for count in level_sizes:
