@@ -1,0 +1,127 @@
+"""Referring expressions with their true boxes and the boxes that were predicted for them, for `refexp` and `grefcoco`.
+
+Annotations are in the layout of MDETR: an entry of `images` is one expression, and `annotations` hold its boxes [x, y, w, h]. An
+expression without a target has one annotation of category -1 (gRefCOCO). Predictions are `files.boxes_by_image`, by the id of
+the expression.
+"""
+
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32
+
+from glip_jax.evaluation.metrics.files import Ids, MetricError, ScoredBoxes, box_array, boxes_by_image, objects
+
+__all__ = ["Expression", "Expressions", "read_expressions"]
+
+_NO_TARGET = -1
+"""Category of the annotation of an expression without a target."""
+
+
+class Expression(NamedTuple):
+    """An expression, its true boxes and the predicted ones, xyxy in pixels.
+
+    Boxes and scores are float32, as in the official evaluators, which compute with PyTorch's default type. A score of 0.7 in a
+    file is 0.69999999 in float32, and below a threshold of 0.7.
+    """
+
+    id: Any
+    dataset: str
+    """`dataset_name` of the entry, such as refcoco+; "" if it has none."""
+    targets: Float32[np.ndarray, "T 4"]
+    """Without rows for an expression without a target."""
+    boxes: Float32[np.ndarray, "P 4"]
+    """By descending score; boxes of equal score by descending x1, y1, x2, y2."""
+    scores: Float32[np.ndarray, " P"]
+
+
+class Expressions(NamedTuple):
+    """What an annotation file and a file of predictions hold of the same expressions."""
+
+    expressions: list[Expression]
+    unlisted: int
+    """Number of predictions for expressions that the annotations do not list. As in the official evaluators, they do not count."""
+
+
+def read_expressions(annotations: str, predictions: str) -> Expressions:
+    """Reads the annotations and the predictions of their expressions.
+
+    Raises:
+        MetricError: a file cannot be used, an id occurs twice, an expression has no annotation or no prediction, or the
+            corners of a box are not in order.
+    """
+    names, keys = {}, []
+    for entry in objects(annotations, "images", "annotations"):
+        key = _field(entry, "id", f"{annotations}, an entry of images")
+        names[key] = str(entry.get("dataset_name") or "")
+        keys.append(key)
+    ids = Ids(keys, "images", annotations)
+    if not keys:
+        raise MetricError(f"{annotations}: images is empty, expected at least one expression")
+    targets = _targets(annotations, ids)
+    predicted: dict[int, tuple[str, ScoredBoxes]] = {}
+    unlisted = 0
+    for key, found in boxes_by_image(predictions).items():
+        index = ids.find(key)
+        if index in predicted:
+            raise MetricError(f"the predictions {predictions} have the expression {predicted[index][0]} again as {key}")
+        if index < 0:
+            unlisted += 1
+        else:
+            predicted[index] = key, found
+    if missing := [key for index, key in enumerate(ids.keys) if index not in predicted]:
+        raise MetricError(
+            f"the predictions {predictions} lack {len(missing)} of the {len(ids)} expressions of {annotations}, first "
+            f"{missing[0]!r:.40}, and have {unlisted} others: expected an entry for each, with empty lists where nothing was "
+            "found; are they of another image list?"
+        )
+    expressions = []
+    for index, key in enumerate(ids.keys):
+        name, found = predicted[index]
+        boxes, scores = _ranked(found, f"the predictions {predictions}, image {name:.40}")
+        expressions.append(Expression(key, names[key], targets[index], boxes, scores))
+    return Expressions(expressions, unlisted)
+
+
+def _targets(path: str, ids: Ids) -> list[Float32[np.ndarray, "T 4"]]:
+    """The true boxes of each expression."""
+    boxes, absent = defaultdict[int, list[list[float]]](list), set[int]()
+    for entry in objects(path, "annotations", "annotations"):
+        where = f"{path}, annotation {entry.get('id')!r:.40}"
+        image, box = _field(entry, "image_id", where), _field(entry, "bbox", where)
+        index = ids.find(image)
+        if index < 0:
+            raise MetricError(f"{where} is of image {image!r:.40}, which is not in images")
+        x, y, width, height = box_array([box], where, "bbox")[0].tolist()
+        if width < 0 or height < 0:
+            raise MetricError(f"{where} has the bbox {box!r:.60}, expected [x, y, width, height]")
+        boxes[index].append([x, y, x + width, y + height])
+        if entry.get("category_id") == _NO_TARGET:
+            absent.add(index)
+    if without := [key for index, key in enumerate(ids.keys) if index not in boxes]:
+        raise MetricError(
+            f"{path}: {len(without)} of {len(ids)} expressions have no annotation, first {without[0]!r:.40}: expected its boxes, "
+            "or one annotation of category -1 for an expression without a target"
+        )
+    found = []
+    for index in range(len(ids)):
+        rows = [] if index in absent else boxes[index]
+        found.append(np.array(rows, np.float32).reshape(-1, 4))
+    return found
+
+
+def _ranked(found: ScoredBoxes, where: str) -> tuple[Float32[np.ndarray, "P 4"], Float32[np.ndarray, " P"]]:
+    """Boxes and scores in the order of `Expression.boxes`."""
+    boxes, scores = found.boxes.astype(np.float32), found.scores.astype(np.float32)
+    if (boxes[:, 2:] < boxes[:, :2]).any():
+        first = int(np.flatnonzero((boxes[:, 2:] < boxes[:, :2]).any(1))[0])
+        raise MetricError(f"{where}: boxes[{first}] is {found.boxes[first].tolist()}, expected x1 <= x2 and y1 <= y2")
+    order = np.lexsort((*boxes.T[::-1], scores))[::-1]
+    return boxes[order], scores[order]
+
+
+def _field(entry: dict[str, Any], key: str, where: str) -> Any:
+    if key not in entry:
+        raise MetricError(f"{where} lacks {key}: expected a file in the layout of MDETR")
+    return entry[key]
