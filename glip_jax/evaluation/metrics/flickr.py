@@ -1,0 +1,234 @@
+"""Recall of phrases at 1, 5, 10 and all boxes on the original release of Flickr30k Entities, any-box and merged-box.
+
+A phrase is found at k if one of its k best boxes has an IoU of at least 0.5 with a true box of it (*any-box*), or with the box
+around all of its true boxes (*merged-box*). As in the evaluator of MDETR (arXiv 2104.12763, section 4.2; `datasets/flickr_eval.py`
+of its repository), which GLIP uses unchanged. Every occurrence of a phrase counts. Phrases without a box, such as those that are
+not visual, do not; and a sentence without any other phrase is not scored.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+from xml.etree.ElementTree import ParseError
+
+import numpy as np
+from defusedxml.ElementTree import fromstring
+from etils import epath
+from jaxtyping import Float, Int64
+
+from glip_jax.data.importers.readers import as_integer
+from glip_jax.evaluation.metrics.files import MetricError, box_array, objects
+from glip_jax.evaluation.metrics.matching import iou
+from glip_jax.io import gcs, text_files
+
+__all__ = ["RANKS", "Phrase", "Sentence", "read_sentences", "score"]
+
+RANKS = (1, 5, 10, -1)
+"""-1: all boxes of a phrase."""
+_MIN_IOU = 0.5
+_SPLITS = ("test.txt", "val.txt", "train.txt")
+"""Lists of image ids in the release; where a folder is given, the first that it has."""
+_THREADS = 16
+
+
+class Phrase(NamedTuple):
+    """A phrase of a sentence."""
+
+    text: str
+    chain: str
+    """Id of what it names; phrases of the sentences of an image share it."""
+    types: tuple[str, ...]
+    """One or more, such as people; a phrase of two types counts in both."""
+    boxes: Int64[np.ndarray, "N 4"]
+    """True boxes xyxy as the release has them; at least one."""
+
+
+class Sentence(NamedTuple):
+    """A sentence of an image, with its phrases that have a box, in order."""
+
+    image: str
+    index: int
+    """Among the sentences of the image, from 0: `sentence_id` of predictions."""
+    phrases: tuple[Phrase, ...]
+
+
+def score(annotations: str, predictions: str) -> dict[str, Any]:
+    """`any_box` and `merged_boxes`: recall by rank ("1", "5", "10", "-1") and by type of phrase, "all" for all of them.
+
+    `annotations`: as of `read_sentences`. `predictions`: JSON list of `{"image_id", "sentence_id", "boxes"}`, where boxes holds a
+    list of [x1, y1, x2, y2] in descending score for each phrase of `read_sentences`. A phrase with an empty list is missed. Also
+    `phrases` and `sentences`, their numbers, and `counts`: as in the official evaluator, a second prediction for a sentence and
+    predictions for sentences that are not scored do not count.
+
+    Raises:
+        MetricError: files cannot be used, a sentence has no prediction, or another number of lists than it has phrases.
+    """
+    sentences = {(each.image, each.index): each for each in read_sentences(annotations) if each.phrases}
+    if not sentences:
+        raise MetricError(f"{annotations}: no sentence has a phrase with a box")
+    totals = defaultdict[str, int](int)
+    hits = {"any_box": defaultdict[tuple[int, str], int](int), "merged_boxes": defaultdict[tuple[int, str], int](int)}
+    scored, duplicates, unlisted = set[tuple[str, int]](), 0, 0
+    for number, entry in enumerate(objects(predictions)):
+        where = f"the predictions {predictions}, item [{number}]"
+        key, lists = _answer(entry, where)
+        sentence = sentences.get(key)
+        if sentence is None:
+            unlisted += any(len(each) > 0 for each in lists)
+            continue
+        if key in scored:
+            duplicates += 1
+            continue
+        scored.add(key)
+        if len(lists) != len(sentence.phrases):
+            raise MetricError(
+                f"{where}, sentence {key[1]} of image {key[0]}: boxes has {len(lists)} lists, expected {len(sentence.phrases)}, "
+                "one for each phrase that has a true box"
+            )
+        for row, (found, phrase) in enumerate(zip(lists, sentence.phrases, strict=True)):
+            boxes = box_array(found, where, f"boxes[{row}]")
+            kinds = ("all", *phrase.types)
+            for kind in kinds:
+                totals[kind] += 1
+            for protocol, true in (("any_box", phrase.boxes), ("merged_boxes", _merged(phrase.boxes))):
+                for rank, hit in zip(RANKS, _hits(boxes, true), strict=True):
+                    for kind in kinds:
+                        hits[protocol][rank, kind] += hit
+    if missing := [key for key in sentences if key not in scored]:
+        image, index = missing[0]
+        raise MetricError(
+            f"the predictions {predictions} lack {len(missing)} of {len(sentences)} sentences of {annotations}, first sentence "
+            f"{index} of image {image}: expected an entry for each, with empty lists where nothing was found"
+        )
+    return {
+        protocol: {str(rank): {kind: found[rank, kind] / count for kind, count in totals.items()} for rank in RANKS}
+        for protocol, found in hits.items()
+    } | {
+        "phrases": totals["all"], "sentences": len(sentences),
+        "counts": {"duplicate_predictions": duplicates, "unlisted_predictions": unlisted},
+    }  # fmt: skip
+
+
+def _answer(entry: dict[str, Any], where: str) -> tuple[tuple[str, int], list[Any]]:
+    """The sentence of a prediction, and its lists of boxes."""
+    if missing := [key for key in ("image_id", "sentence_id", "boxes") if key not in entry]:
+        raise MetricError(f"{where} lacks {', '.join(missing)}; expected image_id, sentence_id and boxes")
+    image, index, lists = entry["image_id"], as_integer(entry["sentence_id"]), entry["boxes"]
+    if index is None:
+        raise MetricError(f"{where} has the sentence_id {entry['sentence_id']!r:.40}, expected an integer from 0")
+    if not isinstance(lists, list) or not all(isinstance(each, list) for each in lists):
+        raise MetricError(f"{where} has the boxes {lists!r:.60}, expected a list of boxes for each phrase")
+    return (image if isinstance(image, str) else str(as_integer(image)), index), lists
+
+
+def _hits(found: Float[np.ndarray, "n 4"], true: Int64[np.ndarray, "N 4"]) -> list[bool]:
+    """Whether a phrase is found at each rank."""
+    if not len(found):
+        return [False] * len(RANKS)
+    overlap = iou(found, true)
+    # The overlap of two boxes without an area is nan, as then is the maximum in the official evaluator: no hit.
+    return [bool((overlap if rank < 0 else overlap[:rank]).max() >= _MIN_IOU) for rank in RANKS]
+
+
+def _merged(boxes: Int64[np.ndarray, "N 4"]) -> Int64[np.ndarray, "1 4"]:
+    """The box around all boxes."""
+    return np.concatenate([boxes[:, :2].min(0), boxes[:, 2:].max(0)])[None]
+
+
+def read_sentences(annotations: str) -> Iterator[Sentence]:
+    """Yields the sentences of a split, those without a phrase that has a box included.
+
+    `annotations`: the folder of the release, with Annotations/ID.xml and Sentences/ID.txt; its images are those of test.txt, or
+    of val.txt or train.txt where it has no test.txt. Or the path of such a list in that folder.
+
+    Raises:
+        MetricError: there is no such folder or list, a file of a listed image is missing or cannot be read, or an image is
+            listed twice.
+    """
+    split = epath.Path(annotations)
+    kind = gcs.kind(split)
+    if kind == "folder":
+        found = [name for name in _SPLITS if gcs.kind(split / name) == "file"]
+        if not found:
+            raise MetricError(
+                f"the folder {annotations} has none of {', '.join(_SPLITS)}: expected the release of Flickr30k Entities"
+            )
+        split /= found[0]
+    elif not kind:
+        raise MetricError(
+            f"the annotations {annotations} do not exist: expected the folder of Flickr30k Entities, or a split in it"
+        )
+    images = [line.strip() for line in (_read(split) or "").splitlines() if line.strip()]
+    if repeated := [image for image, count in Counter(images).items() if count > 1]:
+        raise MetricError(f"{split} lists {len(repeated)} images twice, first {repeated[0]:.40}: ids must be unique")
+    if not images:
+        raise MetricError(f"{split} lists nothing: expected one image id per line")
+    places = [split.parent / "Annotations" / f"{image}.xml" for image in images]
+    places += [split.parent / "Sentences" / f"{image}.txt" for image in images]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        texts = list(pool.map(_read, places))
+    if missing := [place for place, text in zip(places, texts, strict=True) if text is None]:
+        raise MetricError(
+            f"{len(missing)} of the {len(places)} files of the images in {split} do not exist, first {missing[0]}: is the release "
+            "complete?"
+        )
+    for image, place, xml, text in zip(images, places, texts, texts[len(images) :], strict=False):
+        boxes = _boxes(xml or "", place)
+        lines = [line for line in (text or "").split("\n") if line]
+        for index, line in enumerate(lines):
+            phrases = (
+                Phrase(words, chain, types, boxes[chain]) for words, chain, types in _phrases(line, f"image {image}, {place}")
+                if chain in boxes
+            )  # fmt: skip
+            yield Sentence(image, index, tuple(phrases))
+
+
+def _read(path: epath.Path) -> str | None:
+    """The text of a file with the line ends of Unix; None if there is no such file."""
+    try:
+        with gcs.open_file(path) as file:
+            return text_files.decoded(file.read()).replace("\r\n", "\n").replace("\r", "\n")
+    except (FileNotFoundError, IsADirectoryError):
+        return None
+    except ValueError as error:
+        raise MetricError(f"{path}: {error}") from None
+
+
+def _boxes(xml: str, place: epath.Path) -> dict[str, Int64[np.ndarray, "N 4"]]:
+    """The boxes of each chain; scenes and what is not visible have none."""
+    found = defaultdict[str, list[list[int]]](list)
+    try:
+        for item in fromstring(xml).findall("object"):
+            box = item.find("bndbox")
+            for name in item.findall("name") if box is not None else ():
+                found[name.text or ""].append(
+                    [int(box.findtext(side) or "") for side in ("xmin", "ymin", "xmax", "ymax")]
+                )
+    except (ParseError, ValueError) as error:  # defusedxml raises ValueError for forbidden content
+        raise MetricError(f"{place} cannot be read ({error}): expected the XML of Flickr30k Entities") from None
+    return {chain: np.array(rows, np.int64) for chain, rows in found.items()}
+
+
+def _phrases(line: str, where: str) -> Iterable[tuple[str, str, tuple[str, ...]]]:
+    """The words, chain and types of the phrases "[/EN#CHAIN/TYPE/... words]" of a sentence, in order.
+
+    Markup is read word by word, as the release's own reader does: "[" begins a phrase at the begin of a word, "]" ends it at the
+    end of one.
+    """
+    words: list[str] | None = None
+    chain, types = "", ()
+    for token in line.split():
+        if words is None:
+            if token.startswith("["):
+                parts = token.split("/")
+                if len(parts) < 2:
+                    raise MetricError(
+                        f"{where}: the sentence {line!r:.80} has the word {token!r:.40}, expected [/EN#CHAIN/TYPE words]"
+                    )
+                chain, types, words = parts[1][3:], tuple(parts[2:]), []
+        elif token.endswith("]"):
+            yield " ".join([*words, token[:-1]]), chain, types
+            words = None
+        else:
+            words.append(token)
