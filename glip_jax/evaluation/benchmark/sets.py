@@ -1,18 +1,28 @@
 """The sets of the benchmark: their files, how each is asked, how it is scored, and what others published on it.
 
-`table.py` holds the sets. Questions for a detector are made by `questions.py`, predictions are scored by `evaluation/metrics`.
+`table.py` holds the sets. `questions.py` makes the questions for a detector, `evaluation/metrics` scores the predictions.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from etils import epath
 
 from glip_jax import UserError
+from glip_jax.evaluation.metrics.files import objects
+from glip_jax.io import gcs
+from glip_jax.io.paths import checked
+from glip_jax.io.workdir import write_atomic
 
 __all__ = [
-    "Ask", "BenchmarkError", "BenchmarkSet", "Layout", "Metric", "Published", "SetFile", "check_counts", "find_sets", "missing", "own_set", "scored_annotations",
+    "Ask", "BenchmarkError", "BenchmarkSet", "Form", "Group", "Layout", "Metric", "Published", "SetFile", "agrees", "check_counts",
+    "find_sets", "listing", "missing", "number", "own_set", "protocol", "scored_annotations",
 ]  # fmt: skip
 
 Layout = Literal["categories", "flickr", "expressions", "d3", "omnilabel"]
@@ -21,6 +31,10 @@ OmniLabel."""
 
 Form = Literal["coco", "flickr", "expressions", "omnilabel"]
 """Form of a file of predictions; see `questions.answer_rows`."""
+
+AskName = Literal[
+    "names", "prompts", "caption", "expression", "intra_parallel", "intra_concat", "inter_parallel", "inter_concat", "descriptions"
+]  # fmt: skip
 
 
 class BenchmarkError(UserError, ValueError):
@@ -35,19 +49,18 @@ class SetFile:
     """annotations, images, or what else the layout needs."""
     paths: tuple[str, ...]
     """Where it may lie below the data folder; the first that exists is used. An absolute path or gs:// is used as it is."""
-    folder: bool = False
     sha256: str = ""
     """"": not known."""
+    optional: bool = False
 
 
 @dataclass(frozen=True)
 class Ask:
     """A way of asking a set: one run of the detector and one file of predictions."""
 
-    name: Literal[
-        "names", "prompts", "caption", "expression", "intra_parallel", "intra_concat", "inter_parallel", "inter_concat", "descriptions"
-    ]  # fmt: skip
-    """names: categories as the file names them; prompts: with GLIP's hand-written prompts."""
+    name: AskName
+    """names: categories as the file names them; prompts: with the hand-written prompts of `BenchmarkSet.prompts`; intra, inter:
+    the sentences of the image's group, or all; parallel, concat: one sentence a prompt, or as many as fit."""
     chunk: int = 0
     """Names or descriptions per prompt; 0: as many as the token budget allows."""
     boxes: int = 100
@@ -57,9 +70,13 @@ class Ask:
     threshold: float = 0.05
     """`detection.threshold`."""
     token_scores: Literal["mean", "max"] = "mean"
-    """`detection.token_scores`: how the tokens of a phrase make its score."""
+    """`detection.token_scores`: the score of a phrase from those of its tokens."""
     short_side: int = 800
     long_side: int = 1333
+    prompts: float = 0
+    """Expected prompts per image, for estimates of time; 0: not known."""
+    default: bool = True
+    """False: only where it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +88,11 @@ class Metric:
     module: Literal["coco", "lvis", "flickr", "refexp", "grefcoco", "d3", "omnilabel"]
     """Module of `glip_jax.evaluation.metrics` whose `score` computes it."""
     main: str
-    """Dotted key of the number that stands for the set, such as "any_box.1.all"."""
+    """Dotted key of the number that stands for the set, such as "any_box.1.all"; see `number`."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of `score`."""
+    asks: tuple[str, ...] = ()
+    """Names of the asks that it scores; empty: all."""
     file: str = "annotations"
     """Role of the file that `score` takes as its annotations."""
 
@@ -88,12 +107,13 @@ class Published:
     metric: str
     """Label of the `Metric`."""
     key: str
-    """Dotted key in the result of the metric."""
+    """Dotted key in the result of the metric; of a group: mean or median."""
     value: float
     """In percent."""
     source: str
     protocol: Mapping[str, Any] = field(default_factory=dict)
-    """What else has to agree with the measurement, by the names of `Ask`'s fields."""
+    """What else has to agree with the measurement, by the names of `protocol`. A name that it lacks never agrees: so a protocol
+    that is not stated, or that this package does not have, is written down."""
 
 
 @dataclass(frozen=True)
@@ -105,21 +125,24 @@ class BenchmarkSet:
     layout: Layout
     form: Form
     files: tuple[SetFile, ...]
-    """With the roles annotations and images at least."""
+    """With the roles annotations and images at least. Metrics score against annotations."""
     asks: tuple[Ask, ...]
     metrics: tuple[Metric, ...]
-    """Each is computed for the predictions of every ask."""
     licence: str
     counts: Mapping[str, int] = field(default_factory=dict)
     """Expected counts, as `Questions.counts` names them; only those that are known."""
+    prompt_rule: str = ""
+    """The prompt in words."""
     widths: Literal["plus_one", "plain"] = "plain"
-    """Width of a written box: x2 - x1 + 1 as GLIP does for COCO and ODinW, or x2 - x1."""
+    """Width of a written box: x2 - x1 + 1, as GLIP writes COCO and ODinW, or x2 - x1."""
     image_rule: Literal["all", "val2017"] = "all"
     """val2017: the images whose coco_url lies in val2017, which are LVIS minival in the file of LVIS val."""
     stems_sha256: str = ""
     """SHA-256 of the sorted stems of the image files, one a line; "": not known."""
     prompts: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
     """For the ask `prompts`: by name of a category the prefix, the text that is scored, and the suffix."""
+    domain: str = ""
+    """Part of a group, such as Aerial of RF100-VL."""
     published: tuple[Published, ...] = ()
     notes: tuple[str, ...] = ()
     """What a reader of the numbers must know, such as contamination."""
@@ -133,33 +156,218 @@ class BenchmarkSet:
 
     def path(self, role: str, data: str) -> epath.Path:
         """The first path of a file that exists below `data`, else its first path. KeyError for a role that the set lacks."""
-        places = [epath.Path(data) / path for path in self.file(role).paths]
-        return next((place for place in places if place.exists()), places[0])
+        places = [_place(data, path) for path in self.file(role).paths]
+        return next((place for place in places if gcs.kind(place)), places[0])
+
+    def ask(self, name: str) -> Ask:
+        """The ask of this name. Sets without hand-written prompts are asked by names in both columns. BenchmarkError for another."""
+        for each in self.asks:
+            if each.name == name or (name == "prompts" and each.name == "names" and not self.prompts):
+                return each
+        raise BenchmarkError(
+            f"{self.name} is not asked by {name!r}: expected one of {', '.join(a.name for a in self.asks)}"
+        )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sets that are averaged: their plain mean and median."""
+
+    name: str
+    title: str
+    sets: tuple[str, ...]
+    columns: tuple[str, ...]
+    """Names of asks; see `BenchmarkSet.ask`."""
+    summary: bool = True
+    """Whether a mean over the sets is reported in the field; else the group is a short name only."""
+    published: tuple[Published, ...] = ()
+
+
+def _place(data: str, path: str) -> epath.Path:
+    """A path of a set below the data folder; paths that are absolute or gs:// stay."""
+    return epath.Path(path) if "://" in path else epath.Path(data) / path
 
 
 def missing(item: BenchmarkSet, data: str) -> list[str]:
     """What a set lacks below `data`: per file or folder its role and where it was looked for. Images are not looked at."""
-    raise NotImplementedError
+    return [
+        f"{each.role}: {' or '.join(str(_place(data, path)) for path in each.paths[:3])}"
+        for each in item.files
+        if not each.optional and not any(gcs.kind(_place(data, path)) for path in each.paths)
+    ]
 
 
 def check_counts(item: BenchmarkSet, counts: Mapping[str, int], path: str) -> None:
     """Raises BenchmarkError, which names both, if the annotation file at `path` has other counts than expected."""
-    raise NotImplementedError
+    wrong = [(name, expected) for name, expected in item.counts.items() if counts.get(name, expected) != expected]
+    if wrong:
+        raise BenchmarkError(
+            f"{item.name}: {path} has {', '.join(f'{counts[name]:,} {name}' for name, _ in wrong)}, expected "
+            f"{', '.join(f'{expected:,} {name}' for name, expected in wrong)}: it is an annotation file of another version; use "
+            "the published file, or evaluate this one as a set of your own"
+        )
 
 
 def scored_annotations(item: BenchmarkSet, data: str, role: str, derived: epath.Path) -> epath.Path:
-    """The annotation file that a metric scores against: the set's own, or one derived from it and written to `derived`.
-
-    Derived are LVIS minival where only the file of LVIS val is there, and D3's boxes without separation by group.
+    """The annotation file that a metric scores against: the set's own; or LVIS minival, cut from the file of LVIS val and written to
+    the folder `derived`, where only that is there. Raises MetricError for a file that cannot be read.
     """
-    raise NotImplementedError
+    path = item.path(role, data)
+    if item.image_rule == "all" or role != "annotations":
+        return path
+    chosen = set[Any]()
+    others = False
+    images = []
+    for image in objects(path, "images", "annotations"):
+        if in_val2017(image):
+            chosen.add(image.get("id"))
+            images.append(image)
+        else:
+            others = True
+    if not others:
+        return path
+    boxes = [
+        {key: value for key, value in box.items() if key != "segmentation"}
+        for box in objects(path, "annotations", "annotations") if box.get("image_id") in chosen
+    ]  # fmt: skip
+    content = {"images": images, "annotations": boxes, "categories": [*objects(path, "categories", "annotations")]}
+    target = derived / f"{item.name}.json"
+    derived.mkdir(parents=True, exist_ok=True)
+    write_atomic(target, json.dumps(content))
+    return target
 
 
-def own_set(name: str, annotations: str, images: str, like: str = "coco") -> BenchmarkSet:
-    """A user's own set, asked and scored like the set `like` of the table, without its counts and published numbers."""
-    raise NotImplementedError
+def in_val2017(image: Mapping[str, Any]) -> bool:
+    """Whether an image of LVIS is one of COCO's val2017 by its coco_url. Files of minival alone may lack these."""
+    url = image.get("coco_url")
+    return "/val2017/" in url if isinstance(url, str) else "train2017/" not in str(image.get("file_name", ""))
+
+
+def own_set(name: str, annotations: str, images: str, like: str = "coco", **others: str) -> BenchmarkSet:
+    """A user's own set, asked and scored like the set `like` of the table, without its expected counts and published numbers.
+
+    `annotations`, `images`: paths; `others`: of further files by role (pickles of D3, captions of Flickr30k). Raises
+    BenchmarkError for a name that is taken or has characters other than letters, digits, "_", "-", "+" and ".", an unknown
+    `like`, and a role that it lacks.
+    """
+    from glip_jax.evaluation.benchmark.table import GROUPS, SETS
+
+    if not re.fullmatch(r"[\w.+-]+", name) or name.lower() in {*SETS, *GROUPS}:
+        raise BenchmarkError(
+            f"the set of your own is named {name!r}: expected letters, digits, _ - + . and none of the names of --list"
+        )
+    (model,) = find_sets([like])[:1]
+    roles = {"annotations": annotations, "images": images, **others}
+    for role, path in roles.items():
+        checked(path, f"{role} of {name}")
+        if role not in {each.role for each in model.files}:
+            raise BenchmarkError(
+                f"{name}: a set like {like} has no {role}, only {', '.join(f.role for f in model.files)}"
+            )
+    files = tuple(
+        dataclasses.replace(each, paths=(_absolute(roles[each.role]),), sha256="")
+        for each in model.files
+        if each.role in roles
+    )
+    lacking = [each.role for each in model.files if not each.optional and each.role not in roles]
+    if lacking:
+        raise BenchmarkError(f"{name}: a set like {like} also needs {', '.join(lacking)}")
+    return dataclasses.replace(
+        model, name=name, title=f"{name} (as {model.name})", files=files, counts={}, stems_sha256="", image_rule="all", published=(),
+        licence="your own", notes=(), domain="",
+    )  # fmt: skip
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(epath.Path(path).absolute())
 
 
 def find_sets(names: Sequence[str]) -> list[BenchmarkSet]:
-    """The sets of names and groups (`odinw13`, `refcoco`, ...), each once. Raises BenchmarkError for an unknown one."""
-    raise NotImplementedError
+    """The sets of names and groups (odinw13, refcoco, ...), each once, in this order; upper case is lower case.
+
+    Raises BenchmarkError for an unknown name, with those like it, and for an empty list.
+    """
+    from glip_jax.evaluation.benchmark.table import GROUPS, SETS
+
+    found: dict[str, BenchmarkSet] = {}
+    for name in (each.strip().lower() for each in names):
+        if name not in SETS and name not in GROUPS:
+            near = difflib.get_close_matches(name, [*GROUPS, *SETS], 3) or [*GROUPS]
+            raise BenchmarkError(f"there is no set {name!r}: did you mean {', '.join(near)}? --list names all")
+        found |= {each: SETS[each] for each in (GROUPS[name].sets if name in GROUPS else (name,))}
+    if not found:
+        raise BenchmarkError("no set is named: expected names such as coco,lvis_minival,flickr_test,odinw13")
+    return list(found.values())
+
+
+def protocol(item: BenchmarkSet, ask: Ask, order: int | None = None) -> dict[str, Any]:
+    """What a number depends on besides the model, by name: the fields of `ask`, the order of the names, widths of boxes."""
+    settings = {
+        each.name: getattr(ask, each.name)
+        for each in dataclasses.fields(ask)
+        if each.name not in ("name", "prompts", "default")
+    }
+    return {"ask": ask.name, **settings, "order": "by id" if order is None else f"seed {order}", "widths": item.widths}
+
+
+def agrees(published: Published, measured: Mapping[str, Any]) -> bool:
+    """Whether a measurement with the protocol `measured` (as of `protocol`) is comparable with a published number."""
+    return all(name in measured and measured[name] == value for name, value in published.protocol.items())
+
+
+def number(result: Mapping[str, Any], key: str) -> float | None:
+    """The number under a dotted key of a metric's result, positions in lists included; None if it is missing or undefined (-1)."""
+    value: Any = result
+    for part in key.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif isinstance(value, Sequence) and not isinstance(value, str) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    defined = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value != -1
+    return float(value) if defined else None
+
+
+def listing(sets: Iterable[BenchmarkSet], data: str, prompts_per_second: float | None = None) -> str:
+    """The text of --list: per set its files, expected counts, hashes, licence, what is missing, and the estimated time.
+
+    `prompts_per_second`: the measured rate of the detector in prompts of one image; None: not measured.
+    """
+    return "\n".join(line for item in sets for line in [*_described(item, data, prompts_per_second), ""]).rstrip("\n")
+
+
+def _described(item: BenchmarkSet, data: str, rate: float | None) -> list[str]:
+    counts = ", ".join(f"{count:,} {name}" for name, count in item.counts.items()) or "not known"
+    asks = ", ".join(f"{ask.name}{'' if ask.default else ' (on request)'}" for ask in item.asks)
+    lines = [f"{item.name}: {item.title}", f"  asked by {asks}: {item.prompt_rule}"]
+    for each in item.files:
+        place = item.path(each.role, data)
+        state = "found" if gcs.kind(place) else "not there, not needed" if each.optional else "MISSING"
+        shown = str(place) if state == "found" else " or ".join(str(_place(data, path)) for path in each.paths[:3])
+        lines.append(f"  {each.role}: {shown} ({state}; SHA-256 {each.sha256 or 'not known'})")
+    if item.stems_sha256:
+        lines.append(f"  SHA-256 of the sorted names of its images: {item.stems_sha256}")
+    lines += [f"  expected: {counts}", f"  metrics: {', '.join(metric.label for metric in item.metrics)}"]
+    lines += [f"  licence: {item.licence}", f"  time: {_time(item, rate)}"]
+    return lines + [f"  note: {note}" for note in item.notes]
+
+
+def _time(item: BenchmarkSet, rate: float | None) -> str:
+    prompts = [item.counts.get("images", 0) * ask.prompts for ask in item.asks if ask.default]
+    if not all(prompts):
+        return "not known before the annotations are read"
+    total = f"{sum(prompts):,.0f} prompts"
+    return f"{total}; the rate is not measured yet" if not rate else f"{total}, about {_duration(sum(prompts) / rate)}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def read_values(name: str) -> dict[str, Any]:
+    """The `sets` of a JSON file beside this module."""
+    return json.loads((epath.Path(__file__).parent / name).read_text())["sets"]
