@@ -15,7 +15,7 @@ from xml.etree.ElementTree import ParseError
 import numpy as np
 from defusedxml.ElementTree import fromstring
 from etils import epath
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64
 
 from glip_jax.data.importers.readers import as_integer
 from glip_jax.evaluation.metrics.files import MetricError, box_array, objects
@@ -40,7 +40,7 @@ class Phrase(NamedTuple):
     """Id of what it names; phrases of the sentences of an image share it."""
     types: tuple[str, ...]
     """One or more, such as people; a phrase of two types counts in both."""
-    boxes: Int64[np.ndarray, "N 4"]
+    boxes: Float64[np.ndarray, "N 4"]
     """True boxes xyxy as the release has them; at least one."""
 
 
@@ -122,7 +122,7 @@ def _answer(entry: dict[str, Any], where: str) -> tuple[tuple[str, int], list[An
     return (image if isinstance(image, str) else str(as_integer(image)), index), lists
 
 
-def _hits(found: Float[np.ndarray, "n 4"], true: Int64[np.ndarray, "N 4"]) -> list[bool]:
+def _hits(found: Float[np.ndarray, "n 4"], true: Float64[np.ndarray, "N 4"]) -> list[bool]:
     """Whether a phrase is found at each rank."""
     if not len(found):
         return [False] * len(RANKS)
@@ -131,7 +131,7 @@ def _hits(found: Float[np.ndarray, "n 4"], true: Int64[np.ndarray, "N 4"]) -> li
     return [bool((overlap if rank < 0 else overlap[:rank]).max() >= _MIN_IOU) for rank in RANKS]
 
 
-def _merged(boxes: Int64[np.ndarray, "N 4"]) -> Int64[np.ndarray, "1 4"]:
+def _merged(boxes: Float64[np.ndarray, "N 4"]) -> Float64[np.ndarray, "1 4"]:
     """The box around all boxes."""
     return np.concatenate([boxes[:, :2].min(0), boxes[:, 2:].max(0)])[None]
 
@@ -195,7 +195,7 @@ def _read(path: epath.Path) -> str | None:
         raise MetricError(f"{path}: {error}") from None
 
 
-def _boxes(xml: str, place: epath.Path) -> dict[str, Int64[np.ndarray, "N 4"]]:
+def _boxes(xml: str, place: epath.Path) -> dict[str, Float64[np.ndarray, "N 4"]]:
     """The boxes of each chain; scenes and what is not visible have none."""
     found = defaultdict[str, list[list[int]]](list)
     try:
@@ -207,7 +207,7 @@ def _boxes(xml: str, place: epath.Path) -> dict[str, Int64[np.ndarray, "N 4"]]:
                 )
     except (ParseError, ValueError) as error:  # defusedxml raises ValueError for forbidden content
         raise MetricError(f"{place} cannot be read ({error}): expected the XML of Flickr30k Entities") from None
-    return {chain: np.array(rows, np.int64) for chain, rows in found.items()}
+    return {chain: np.array(rows, np.float64) for chain, rows in found.items()}
 
 
 def _phrases(line: str, where: str) -> Iterable[tuple[str, str, tuple[str, ...]]]:
