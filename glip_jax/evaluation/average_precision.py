@@ -4,12 +4,12 @@ import contextlib
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -18,10 +18,11 @@ from glip_jax.config import EvaluationSet
 from glip_jax.data.importers.coco_json import read_detections
 from glip_jax.data.importers.entry import Report, SourceError, as_numbers
 from glip_jax.data.importers.losses import refuse_losses
+from glip_jax.evaluation.metrics.per_category import mean_of
 from glip_jax.structures.batch import Detections
 
 __all__ = [
-    "NUMBERS", "AveragePrecision", "GroundTruth", "GroundTruthError", "average_precision", "coco_results",
+    "NUMBERS", "AveragePrecision", "GroundTruth", "GroundTruthError", "average_precision", "coco_numbers", "coco_results",
     "derangement", "load_ground_truth", "permuted_ap50", "setting_names",
 ]  # fmt: skip
 
@@ -140,11 +141,12 @@ def coco_results(
 
 
 def average_precision(
-    truth: GroundTruth, results: list[dict[str, Any]], image_ids: list[Any] | None = None
+    truth: GroundTruth, results: list[dict[str, Any]], image_ids: list[Any] | None = None, top: int = 100
 ) -> AveragePrecision:
     """COCO's box AP and AR of `results` (COCO's results format), on `image_ids` or on all images.
 
-    Without any result the metrics are 0 wherever the ground truth has boxes.
+    `top`: the most detections per image and category, 100 in COCO's protocol; "AR100" is named by it. Without any result the
+    metrics are 0 wherever the ground truth has boxes.
 
     Raises:
         GroundTruthError: a result or an id of `image_ids` names an image that the ground truth does not have.
@@ -152,15 +154,35 @@ def average_precision(
     # Hides the progress that pycocotools prints.
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = _evaluation(truth, results, image_ids)
+        evaluation.params.maxDets = caps = sorted({1, 10, top})
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    precision = np.asarray(evaluation.eval["precision"], np.float64)[:, :, :, 0, -1]
+    last = caps.index(top)
+    everything = np.asarray(evaluation.eval["precision"], np.float64)
+    precision = everything[:, :, :, 0, last]
     return AveragePrecision(
-        dict(zip(NUMBERS, (float(value) for value in evaluation.stats), strict=True)),
+        coco_numbers(everything, np.asarray(evaluation.eval["recall"], np.float64), caps, top),
         dict(zip(_labels(truth), _mean_precision(precision), strict=True)),
         dict(zip(_labels(truth), _mean_precision(precision[:1]), strict=True)),
     )
+
+
+def coco_numbers(
+    precision: Float64[np.ndarray, "T R K A M"], recall: Float64[np.ndarray, "T K A M"], caps: Sequence[int], top: int
+) -> dict[str, float]:
+    """COCO's twelve numbers of what COCOeval accumulates, as its `summarize` computes them.
+
+    `caps`: the M maximum numbers of detections, with 1, 10 and `top` among them. `summarize` itself gives AP for the cap 100 only.
+    """
+    last = caps.index(top)
+    values = [
+        *(mean_of(precision[chosen, :, :, 0, last]) for chosen in (slice(None), [0], [5])),
+        *(mean_of(precision[..., area, last]) for area in (1, 2, 3)),
+        *(mean_of(recall[..., 0, caps.index(cap)]) for cap in (1, 10, top)),
+        *(mean_of(recall[..., area, last]) for area in (1, 2, 3)),
+    ]
+    names = [f"AR{top}" if name == "AR100" else name for name in NUMBERS]
+    return dict(zip(names, values, strict=True))
 
 
 def derangement(count: int) -> tuple[int, ...]:
@@ -197,8 +219,7 @@ def permuted_ap50(truth: GroundTruth, results: list[dict[str, Any]], image_ids: 
         evaluation.params.maxDets = [100]
         evaluation.evaluate()
         evaluation.accumulate()
-    precision = np.asarray(evaluation.eval["precision"], np.float64)
-    return float(precision[precision > -1].mean()) if (precision > -1).any() else -1.0
+    return mean_of(np.asarray(evaluation.eval["precision"], np.float64))
 
 
 def _evaluation(truth: GroundTruth, results: list[dict[str, Any]], image_ids: list[Any] | None) -> COCOeval:
@@ -257,8 +278,4 @@ def _labels(truth: GroundTruth) -> list[str]:
 
 def _mean_precision(precision: Float64[np.ndarray, "thresholds recalls K"]) -> list[float]:
     """Mean over thresholds and recall points per category; -1 where pycocotools has no value (no boxes)."""
-    values: list[float] = []
-    for index in range(precision.shape[2]):
-        column: Float[np.ndarray, " n"] = precision[:, :, index][precision[:, :, index] > -1]
-        values.append(float(column.mean()) if column.size else -1.0)
-    return values
+    return [mean_of(precision[:, :, index]) for index in range(precision.shape[2])]

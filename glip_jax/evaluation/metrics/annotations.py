@@ -1,0 +1,157 @@
+"""Annotations in COCO's form as arrays: what an official file holds, without the guards of the imports.
+
+Images, boxes and categories are taken as they are listed. No image folder is looked at, no box is cut or dropped for its size,
+and segmentations are not kept. Boxes of images or categories that are not listed are left out, as pycocotools and the LVIS API do,
+and counted.
+"""
+
+import logging
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int32
+
+from glip_jax.data.importers.entry import SourceError
+from glip_jax.data.importers.readers import as_integer, identity
+from glip_jax.evaluation.metrics.files import Ids, MetricError, box_array, objects
+
+__all__ = ["Annotations", "read_annotations"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """Ground truth of boxes with categories. Rows keep the order of the file."""
+
+    path: str
+    images: Ids
+    categories: Ids
+    image_fields: tuple[dict[str, Any], ...]
+    """Per image, in the order of `images`: the other fields of the file."""
+    category_fields: tuple[dict[str, Any], ...]
+    """Per category, in the order of `categories`."""
+    image: Int32[np.ndarray, " G"]
+    """Index into `images`."""
+    category: Int32[np.ndarray, " G"]
+    """Index into `categories`."""
+    boxes: Float64[np.ndarray, "G 4"]
+    """x, y, width, height."""
+    areas: Float64[np.ndarray, " G"]
+    """In pixels, by the file; width x height where it has none."""
+    crowds: Bool[np.ndarray, " G"]
+    """`iscrowd`: COCO's regions in which nothing counts."""
+    ignored: Bool[np.ndarray, " G"]
+    """`ignore`, which the LVIS API reads and pycocotools does not."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Counts of boxes that are left out or completed, by reason."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the categories, with the id where two share one."""
+        names = [str(fields.get("name", key)) for key, fields in zip(self.categories.keys, self.category_fields)]
+        shared = {name for name, count in Counter(names).items() if count > 1}
+        return tuple(
+            f"{name} (id {key})" if name in shared else name
+            for name, key in zip(names, self.categories.keys, strict=True)
+        )
+
+    def of_categories(self, keep: Bool[np.ndarray, " K"]) -> "Annotations":
+        """The same images with the chosen categories and their boxes."""
+        chosen = np.flatnonzero(keep)
+        place = np.full(len(keep), -1, np.int32)
+        place[chosen] = np.arange(len(chosen))
+        rows = keep[self.category]
+        return Annotations(
+            self.path, self.images, Ids([self.categories.keys[i] for i in chosen], "categories", self.path), self.image_fields,
+            tuple(self.category_fields[i] for i in chosen), self.image[rows], place[self.category[rows]], self.boxes[rows],
+            self.areas[rows], self.crowds[rows], self.ignored[rows], self.left_out,
+        )  # fmt: skip
+
+
+def read_annotations(path: str) -> Annotations:
+    """Reads a file in COCO's form (COCO, LVIS, D3, Objects365, V3Det, Roboflow).
+
+    Raises:
+        MetricError: the file does not exist, is not JSON, lacks images, annotations or categories, an id occurs twice, or a
+            box is not four finite numbers.
+    """
+    images, image_fields = _listed(path, "images")
+    categories, category_fields = _listed(path, "categories")
+    if not len(images) or not len(categories):
+        empty = "images" if not len(images) else "categories"
+        raise MetricError(f"the annotations {path} list no {empty}: there is nothing to score")
+    left_out: Counter[str] = Counter()
+    seen: set[Any] = set()
+    rows: list[tuple[int, int, Any, float, bool, bool]] = []
+    zero = False
+    for i, item in enumerate(objects(path, "annotations", "annotations")):
+        where = f"annotations {path}: annotations[{i}]"
+        if item.get("id") is not None:
+            key = _id(item, where)
+            if key in seen:
+                raise MetricError(f"{path}: the id {key!r:.40} occurs twice in annotations: ids must be unique")
+            seen.add(key)
+            zero |= key == 0
+        missing = [key for key in ("image_id", "category_id", "bbox") if key not in item]
+        if missing:
+            raise MetricError(f"{where} lacks {', '.join(missing)}: expected annotations of boxes in COCO's form")
+        image, category = images.find(item["image_id"]), categories.find(item["category_id"])
+        if image < 0 or category < 0:
+            left_out["box of an image that is not listed" if image < 0 else "box of a category that is not listed"] += 1
+            continue
+        bbox = box_array([item["bbox"]], where, "bbox")[0]
+        area = item.get("area")
+        if not isinstance(area, int | float) or isinstance(area, bool) or not math.isfinite(area):
+            left_out["box without an area, width x height taken"] += 1
+            area = bbox[2] * bbox[3]
+        rows.append((
+            image, category, bbox, float(area), _flag(item, "iscrowd", where),
+            bool(as_integer(item.get("ignore")) or item.get("ignore") is True),
+        ))  # fmt: skip
+    for reason, count in left_out.items():
+        logger.warning(f"note: {path}: {count} x {reason}")
+    if zero:
+        logger.warning(
+            f"note: {path}: an annotation has the id 0, which pycocotools takes for no match; it is matched here"
+        )
+    columns = list(zip(*rows)) or [()] * 6
+    return Annotations(
+        path, images, categories, image_fields, category_fields, np.array(columns[0], np.int32), np.array(columns[1], np.int32),
+        np.array(columns[2], np.float64).reshape(-1, 4), np.array(columns[3], np.float64), np.array(columns[4], bool),
+        np.array(columns[5], bool), dict(left_out),
+    )  # fmt: skip
+
+
+def _listed(path: str, what: str) -> tuple[Ids, tuple[dict[str, Any], ...]]:
+    """The ids of images or categories, and the other fields of each in the order of `Ids`."""
+    listed = []
+    for i, item in enumerate(objects(path, what, "annotations")):
+        where = f"annotations {path}: {what}[{i}]"
+        if "id" not in item:
+            raise MetricError(f"{where} lacks id: expected {what} of COCO's form")
+        listed.append((_id(item, where), item))
+    ids = Ids([key for key, _ in listed], what, path)
+    fields: dict[Any, dict[str, Any]] = dict(listed)
+    return ids, tuple(fields[key] for key in ids.keys)
+
+
+def _id(item: dict[str, Any], where: str) -> Any:
+    try:
+        return identity(item, "id", where)
+    except SourceError as error:
+        raise MetricError(str(error)) from None
+
+
+def _flag(item: dict[str, Any], key: str, where: str) -> bool:
+    """A field that is 0 or 1; a missing one is 0."""
+    value = item.get(key)
+    if value is None or value == "":
+        return False
+    number = int(value) if isinstance(value, bool) else as_integer(value)
+    if number not in (0, 1):
+        raise MetricError(f"{where} has {key} {value!r:.40}, expected 0 or 1")
+    return bool(number)
