@@ -82,8 +82,8 @@ def _model() -> ModelConfig:
 
 
 def scene_sets(scenes: str) -> dict[str, EvaluationSet]:
-    """The validation sets of `python -m glip_jax scenes`: other scenes, another style, other names, phrases."""
-    parts = ("style", "grounding_names", "caption_names", "unseen")
+    """The validation sets of `python -m glip_jax scenes`: other scenes, another style, other names, absent names, phrases."""
+    parts = ("style", "grounding_names", "caption_names", "unseen", "absent")
     sets = {
         part: EvaluationSet(f"{scenes}/validation_{part}/annotations.json", f"{scenes}/validation_{part}/images")
         for part in parts

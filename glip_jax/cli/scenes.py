@@ -4,7 +4,8 @@ OUT/detection/    COCO JSON and JPEGs          OUT/shards/detection/   the same 
 OUT/grounding/    MDETR's JSON and JPEGs       OUT/shards/grounding/
 OUT/captions/     captions without boxes, to be labelled; truth.json is for measuring the labels only
 OUT/validation*/  other scenes for evaluation: names and style of the training, the held-out style, names that only
-                  grounding or only captions show, names that nothing shows, phrases (MDETR's JSON)
+                  grounding or only captions show, names that nothing shows, phrases (MDETR's JSON), absent names: also
+                  look-alikes, such as "yellow apple" beside a red one
 """
 
 import logging
@@ -142,10 +143,20 @@ def _sets(job: Scenes) -> dict[str, SceneSet]:
         "validation_caption_names": ("detection", job.validation, pictures("captions")),
         "validation_unseen": ("detection", job.validation, pictures("unseen")),
         "validation_phrases": ("grounding", job.validation, both),
+        "validation_absent": ("detection", job.validation, detection),
     }
     # Streams of scenes that no two sets and seeds share.
     return {
-        part: SceneSet(kind, count, 16 * job.seed + stream, shown, style)  # pyright: ignore[reportArgumentType]
+        part: SceneSet(
+            kind,
+            count,
+            16 * job.seed + stream,
+            shown,
+            style,  # pyright: ignore[reportArgumentType]
+            # Not of training scenes: their importer would draw negatives from these names alone.
+            known_absent=part.startswith("validation"),
+            look_alikes=part == "validation_absent",
+        )
         for stream, (part, (kind, count, shown)) in enumerate(plans.items())
         if count
     }

@@ -10,7 +10,7 @@ from tests.run_job import run_job
 
 PARTS = {
     "detection", "grounding", "captions", "validation", "validation_style", "validation_grounding_names",
-    "validation_caption_names", "validation_unseen", "validation_phrases",
+    "validation_caption_names", "validation_unseen", "validation_phrases", "validation_absent",
 }  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def test_every_set_shows_the_names_and_styles_of_its_split_only(made):
     detection, grounding = names["detection"], names["validation_grounding_names"]
     captions, unseen = names["validation_caption_names"], names["validation_unseen"]
     assert len(detection | grounding | captions | unseen) == 24, "a name is in two splits"
-    assert names["validation"] == names["validation_style"] == detection
+    assert names["validation"] == names["validation_style"] == names["validation_absent"] == detection
     assert names["grounding"] == names["validation_phrases"] == detection | grounding
     assert names["captions"] == detection | grounding | captions
     styles = {part: content["picture_styles"] for part, content in info.items()}

@@ -28,6 +28,7 @@ class Categories:
         order = {name: i for i, name in enumerate(self.names)}
         self.index = {identity: order[name] for identity, name in named.items()}
         self.background = background
+        self._by_listed = {listed[identity]: name for identity, name in reversed(named.items())}
         groups = [[identity for identity in named if self.index[identity] == i] for i in range(len(self.names))]
         self.ids = tuple(group[0] for group in groups)
         """The first id of each name."""
@@ -58,6 +59,17 @@ class Categories:
             "name: id of no category in a list of the image, left out", f"{where}, {ids!r:.60}", found.count(None)
         )
         return tuple(self.names[i] for i in found if i is not None)
+
+    def names_listed(self, listed: Any, where: str, report: Report) -> tuple[str, ...]:
+        """Names of a list of names as they are in the file; what is no name of a category is left out and noted."""
+        if listed is None:
+            return ()
+        given = listed if isinstance(listed, list) else [listed]
+        found = [self._by_listed.get(name) if isinstance(name, str) else None for name in given]
+        report.note(
+            "name: of no category in a list of the image, left out", f"{where}, {listed!r:.60}", found.count(None)
+        )
+        return tuple(dict.fromkeys(name for name in found if name is not None))
 
 
 def categories(

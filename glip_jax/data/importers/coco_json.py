@@ -69,7 +69,7 @@ _MEASURED = 200
 _MISSES = 8
 """Missing files of a folder after which its files are expected in the first remaining folder that exists."""
 
-_EXTRA = ("neg_category_ids", "not_exhaustive_category_ids")
+_EXTRA = ("neg_category_ids", "not_exhaustive_category_ids", "known_absent", "look_alikes")
 
 
 class AnnotatedBox(NamedTuple):
@@ -97,9 +97,11 @@ class AnnotatedImage(NamedTuple):
     width: int | None
     boxes: list[AnnotatedBox]
     known_absent: tuple[str, ...] | None
-    """LVIS: names known to be absent."""
+    """Names known to be absent: LVIS's `neg_category_ids`, and `known_absent`, a list of names; None: neither is listed."""
     not_exhaustive: tuple[str, ...]
     """LVIS: names without exhaustive boxes."""
+    look_alikes: tuple[str, ...] = ()
+    """Names of `known_absent` that resemble what the image shows."""
 
 
 class AnnotatedPhrase(NamedTuple):
@@ -336,7 +338,7 @@ def _images(
     path: epath.Path, report: Report,
 ) -> Iterator[AnnotatedImage]:  # fmt: skip
     format_check = BoxFormatCheck(paths)
-    for key, (file, height, width, negatives, unfinished), notes in join:
+    for key, (file, height, width, negatives, unfinished, absent_names, alike), notes in join:
         found = []
         size = format_check.size(file, height, width, bool(notes))
         for annotation, (raw, category, iscrowd, area) in notes:
@@ -355,9 +357,13 @@ def _images(
                 if category not in known.index:
                     report.note("box: category id as text or number, matched", f"{where}, category {category!r:.40}")
                 found.append(AnnotatedBox(name, xywh, label, crowd, area))
-        absent = None if negatives is None else known.names_of(negatives, f"image {key}", report)
+        absent = None
+        if negatives is not None or absent_names is not None:
+            by_id = known.names_of(negatives, f"image {key}", report)
+            absent = tuple(dict.fromkeys((*by_id, *known.names_listed(absent_names, f"image {key}", report))))
         incomplete = known.names_of(unfinished, f"image {key}", report)
-        yield AnnotatedImage(key, file, height, width, found, absent, incomplete)
+        look_alikes = tuple(n for n in known.names_listed(alike, f"image {key}", report) if n in (absent or ()))
+        yield AnnotatedImage(key, file, height, width, found, absent, incomplete, look_alikes)
     if box_format is None:
         format_check.raise_if_wrong(path)
 

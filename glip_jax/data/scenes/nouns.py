@@ -2,7 +2,7 @@
 
 from glip_jax.data.scenes.pictures import COLORS
 
-__all__ = ["conflict", "noun_phrase", "plural", "says_color"]
+__all__ = ["conflict", "noun_phrase", "plural", "recolored", "says_color", "without_color"]
 
 _COUNTS = ("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # Plural and uncountable names: "some jeans", "some corn". By the last word of the head.
@@ -20,6 +20,11 @@ _IRREGULAR = {
     "foot": "feet", "volcano": "volcanoes", "tornado": "tornadoes", "mosquito": "mosquitoes", "sheaf": "sheaves", "octopus": "octopuses", "cactus": "cacti",
 }  # fmt: skip
 _WHOLE = {"bow and arrow": "bows and arrows", "fleur-de-lis": "fleurs-de-lis"}
+_OTHER_COLOR = {
+    "red": "yellow", "orange": "blue", "yellow": "purple", "green": "red", "blue": "orange", "purple": "yellow", "pink": "green",
+    "brown": "blue", "black": "yellow", "white": "red", "gray": "yellow",
+}  # fmt: skip
+"""A color that cannot be taken for the given one, whatever the light of a scene."""
 _BEFORE_REST = (" of ", " with ", " on ", " behind ", " in ")
 
 
@@ -65,6 +70,23 @@ def noun_phrase(name: str, count: int, size: str = "", color: str = "", definite
 def says_color(name: str) -> bool:
     """Whether a name contains a color, so that no other may be put before it."""
     return any(color in name for color in (*COLORS, "gold", "silver", "bronze", "rainbow"))
+
+
+def recolored(name: str, color: str) -> str:
+    """The name of the same thing in another color: "red apple" -> "yellow apple"; with `color` "blue" "bucket" -> "orange bucket".
+
+    `color`: of the pictures of the name, "" if they have no one color. "" where neither says a color.
+    """
+    words = name.split(" ")
+    said = [word for word in words if word in _OTHER_COLOR]
+    if len(said) == 1:
+        return " ".join(_OTHER_COLOR.get(word, word) for word in words)
+    return f"{_OTHER_COLOR[color]} {name}" if color and not says_color(name) else ""
+
+
+def without_color(name: str) -> str:
+    """The name without words of color: "yellow apple" -> "apple"."""
+    return " ".join(word for word in name.split(" ") if word not in _OTHER_COLOR)
 
 
 def conflict(first: str, second: str) -> bool:

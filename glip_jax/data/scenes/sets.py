@@ -1,6 +1,6 @@
 """Writes sets of synthetic scenes as files, in public formats that the importers read.
 
-detection: COCO detection JSON; grounding: MDETR's JSON, with the kind of every phrase; captions: COCO captions JSON without
+detection: COCO detection JSON, on request with the names that are absent from each image (`known_absent`); grounding: MDETR's JSON, with the kind of every phrase; captions: COCO captions JSON without
 boxes, with the ground truth (MDETR's format) in truth.json. Images are JPEGs under images/.
 """
 
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from glip_jax.config import current_names
 from glip_jax.data.scenes.draw import Scene, SceneError, SceneStyle, draw_scene
+from glip_jax.data.scenes.nouns import conflict, recolored, without_color
 from glip_jax.data.scenes.pictures import Picture
 from glip_jax.io.cores import available_cores
 from glip_jax.io.processes import end_with_parent
@@ -42,6 +43,21 @@ class SceneSet:
     pictures: Sequence[Picture]
     """Pictures of one name must be consecutive."""
     style: SceneStyle = SceneStyle()
+    known_absent: bool = False
+    """Detection: whether each image lists the names that it does not show."""
+    look_alikes: bool = False
+    """With `known_absent`: whether names of the same things in other colors are categories too, which no scene shows."""
+
+    @property
+    def other_colors(self) -> tuple[str, ...]:
+        """With `look_alikes` the names of the same things in other colors ("yellow apple" for "red apple"); no picture has them."""
+        if not self.look_alikes:
+            return ()
+        colors: dict[str, set[str]] = {}
+        for picture in self.pictures:
+            colors.setdefault(picture.name, set()).add(picture.color)
+        others = [recolored(name, own.pop() if len(own) == 1 else "") for name, own in colors.items()]
+        return tuple(dict.fromkeys(name for name in others if name and name not in colors))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -59,6 +75,7 @@ class SceneSet:
             "style": json.loads(json.dumps(asdict(self.style))), "names": list(self.names),
             "picture_styles": list(dict.fromkeys(picture.style for picture in self.pictures)),
             "pictures": digest.hexdigest(), "version": _VERSION,
+            **({"other_colors": list(self.other_colors)} if self.look_alikes else {}),
         }  # fmt: skip
 
 
@@ -122,7 +139,7 @@ class _Drawn(NamedTuple):
 def _contents(drawn: Iterator[_Drawn], scenes: SceneSet, title: str) -> dict[str, dict[str, Any]]:
     """The JSON files of a set by file name; `title`: title of the progress bar, "" for none."""
     bar = tqdm(drawn, title, scenes.count, unit="scene", disable=not title)
-    category = {name: i + 1 for i, name in enumerate(scenes.names)}
+    category = {name: i + 1 for i, name in enumerate((*scenes.names, *scenes.other_colors))}
     images: list[dict[str, Any]] = []
     boxes: list[dict[str, Any]] = []
     captions: list[dict[str, Any]] = []
@@ -132,6 +149,8 @@ def _contents(drawn: Iterator[_Drawn], scenes: SceneSet, title: str) -> dict[str
         if scenes.kind != "detection":
             phrases = [{"span": list(phrase.span), "kind": phrase.kind} for phrase in scene.phrases]
             image |= {"caption": scene.caption, "phrases": phrases}
+        elif scenes.known_absent:
+            image |= _absent(scene.names, scenes.names, scenes.other_colors)
         images.append(image)
         for annotation in _annotations(scene, scenes.kind, category):
             boxes.append({"id": len(boxes) + 1, "image_id": identity, "iscrowd": 0} | annotation)
@@ -150,6 +169,17 @@ def _contents(drawn: Iterator[_Drawn], scenes: SceneSet, title: str) -> dict[str
                 "truth.json": truth,
                 "annotations.json": {"info": info, "images": without_captions, "annotations": captions},
             }
+
+
+def _absent(shown: Sequence[str], names: Sequence[str], other_colors: Sequence[str]) -> dict[str, list[str]]:
+    """The names that an image does not show, and those of them that differ from a shown one in the color only.
+
+    A name that begins or ends with the words of a shown one, or the reverse, may be true of what is shown and is left out;
+    `other_colors` are true of nothing.
+    """
+    absent = [n for n in names if not any(n == other or conflict(n, other) for other in shown)] + list(other_colors)
+    things = {without_color(name) for name in shown}
+    return {"known_absent": absent, "look_alikes": [name for name in absent if without_color(name) in things]}
 
 
 def _annotations(scene: Scene, kind: str, category: dict[str, int]) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,6 @@
 import pytest
 
-from glip_jax.data.scenes.nouns import conflict, noun_phrase, plural, says_color
+from glip_jax.data.scenes.nouns import conflict, noun_phrase, plural, recolored, says_color, without_color
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,9 @@ def test_colors_in_names():
 )  # fmt: skip
 def test_conflicting_names(first, second, answer):
     assert conflict(first, second) == conflict(second, first) == answer
+
+
+def test_names_in_another_color():
+    assert recolored("red apple", "") == "yellow apple" and recolored("bucket", "blue") == "orange bucket"
+    assert recolored("rainbow", "red") == "" == recolored("camera", "")
+    assert without_color("yellow apple") == "apple" and without_color("bucket") == "bucket"

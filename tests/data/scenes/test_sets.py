@@ -135,3 +135,39 @@ def test_an_interrupted_set_is_removed_and_drawn_again(tmp_path, monkeypatch):
 def test_invalid_settings_are_refused(tmp_path, count, processes, message):
     with pytest.raises(SceneError, match=message):
         make_scenes(tmp_path / "det", scenes(count=count), processes)
+
+
+def test_absent_names_are_listed_also_those_that_differ_in_the_color(tmp_path):
+    """Two squares are shown at most; a third name is a look-alike of both, and so are colors that no picture has."""
+    pictures = [
+        *squares()[:2],
+        Picture("blue ring", "detection", "plain", Image.new("RGBA", (32, 32), (0, 0, 255, 255))),
+    ]
+    chosen = SceneSet("detection", 6, 7, pictures, STYLE, known_absent=True, look_alikes=True)
+    make_scenes(tmp_path / "det", chosen)
+    content = read(tmp_path / "det" / "annotations.json")
+    assert [c["name"] for c in content["categories"]] == [
+        "blue square", "green square", "blue ring", "orange square", "red square", "orange ring",
+    ]  # fmt: skip
+    names = {c["id"]: c["name"] for c in content["categories"]}
+    seen = set()
+    for image in content["images"]:
+        shown = {names[a["category_id"]] for a in content["annotations"] if a["image_id"] == image["id"]}
+        assert shown.isdisjoint(image["known_absent"]) and shown | set(image["known_absent"]) == set(names.values())
+        things = {name.split(" ")[1] for name in shown}
+        assert image["look_alikes"] == [n for n in image["known_absent"] if n.split(" ")[1] in things]
+        seen |= shown
+    assert seen == {"blue square", "green square", "blue ring"}
+    plain = SceneSet("detection", 6, 7, pictures, STYLE)
+    make_scenes(tmp_path / "plain", plain)
+    assert not {"known_absent", "look_alikes"} & set(read(tmp_path / "plain" / "annotations.json")["images"][0])
+
+
+def test_a_name_that_may_be_true_of_what_is_shown_is_not_absent():
+    found = sets._absent(
+        ["police car", "red apple"], ["car", "police car", "red apple", "green apple", "dog"], ["yellow apple"]
+    )
+    assert found == {
+        "known_absent": ["green apple", "dog", "yellow apple"],
+        "look_alikes": ["green apple", "yellow apple"],
+    }
