@@ -26,7 +26,7 @@ from glip_jax.data.importers.finished import input_differences, read_report
 from glip_jax.data.importers.mdetr import open_mdetr
 from glip_jax.data.scenes.draw import SceneError, SceneStyle
 from glip_jax.data.scenes.pictures import Picture, Split, load_pictures
-from glip_jax.data.scenes.sets import SceneSet, finished, make_scenes
+from glip_jax.data.scenes.sets import Kind, SceneSet, finished, make_scenes
 from glip_jax.distributed import exit_codes
 from glip_jax.io.assets import bundled
 
@@ -133,7 +133,7 @@ def _sets(job: Scenes) -> dict[str, SceneSet]:
     style = SceneStyle(height=job.size, width=job.size, sides=(job.size * 40 / 256, job.size * 110 / 256))
     detection, both = pictures("detection"), pictures("detection", "grounding")
     half = job.count // 2
-    plans: dict[str, tuple[str, int, list[Picture]]] = {
+    plans: dict[str, tuple[Kind, int, list[Picture]]] = {
         "detection": ("detection", job.count - half, detection),
         "grounding": ("grounding", half, both),
         "captions": ("captions", captions, pictures("detection", "grounding", "captions")),
@@ -152,7 +152,7 @@ def _sets(job: Scenes) -> dict[str, SceneSet]:
             count,
             16 * job.seed + stream,
             shown,
-            style,  # pyright: ignore[reportArgumentType]
+            style,
             # Not of training scenes: their importer would draw negatives from these names alone.
             known_absent=part.startswith("validation"),
             look_alikes=part == "validation_absent",

@@ -28,7 +28,7 @@ class Categories:
         order = {name: i for i, name in enumerate(self.names)}
         self.index = {identity: order[name] for identity, name in named.items()}
         self.background = background
-        self._by_listed = {listed[identity]: name for identity, name in reversed(named.items())}
+        self._by_listed = {listed[identity]: name for identity, name in reversed(list(named.items()))}
         groups = [[identity for identity in named if self.index[identity] == i] for i in range(len(self.names))]
         self.ids = tuple(group[0] for group in groups)
         """The first id of each name."""

@@ -4,9 +4,10 @@ There is one entry per image, including images without boxes. Boxes are xywh in 
 relative is refused, and the message says what to do. Crowd boxes are dropped, and their category is marked as not exhaustive
 in the image.
 
-LVIS: categories in `neg_category_ids` are known to be absent, those in `not_exhaustive_category_ids` are not exhaustive; file
-names come from `coco_url`. Objects365: `isfake` (a drawing, a statue) is ignored. If a path does not exist below the image
-folder, leading folders are removed (images/v1/patch8/x.jpg -> patch8/x.jpg -> x.jpg).
+`known_absent` of an image is a list of names of categories that are known to be absent from it. LVIS: so are the categories in
+`neg_category_ids`; those in `not_exhaustive_category_ids` are not exhaustive; file names come from `coco_url`. Objects365:
+`isfake` (a drawing, a statue) is ignored. If a path does not exist below the image folder, leading folders are removed
+(images/v1/patch8/x.jpg -> patch8/x.jpg -> x.jpg).
 """
 
 import json

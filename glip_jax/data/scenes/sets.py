@@ -27,17 +27,20 @@ from glip_jax.data.scenes.pictures import Picture
 from glip_jax.io.cores import available_cores
 from glip_jax.io.processes import end_with_parent
 
-__all__ = ["SceneSet", "finished", "make_scenes"]
+__all__ = ["Kind", "SceneSet", "finished", "make_scenes"]
 
 _VERSION = 1
 """Incremented whenever the same settings give other scenes; files without a version have version 1."""
+
+
+Kind = Literal["detection", "grounding", "captions"]
 
 
 @dataclass(frozen=True)
 class SceneSet:
     """Definition of a set of scenes."""
 
-    kind: Literal["detection", "grounding", "captions"]
+    kind: Kind
     count: int
     seed: int
     pictures: Sequence[Picture]

@@ -112,6 +112,17 @@ def test_duplicate_boxes_are_dropped_and_clipped_boxes_are_noted(tmp_path, pictu
     assert source.report.noted == {"box: cut at the edge of the image": 2}
 
 
+def test_names_known_to_be_absent_are_listed_by_name(tmp_path, pictures):
+    data = coco_json([(24, 32)] * 3)
+    data["images"][0] |= {"known_absent": ["cell phone", "unicorn", 4], "neg_category_ids": [5]}
+    data["images"][1]["known_absent"] = []
+    source = open_coco(saved(tmp_path, data), pictures)
+    first, second, third = records(source)
+    assert first.known_absent == ("cat_(animal)", "cell phone")
+    assert second.known_absent == () and third.known_absent is None
+    assert source.report.noted == {"name: of no category in a list of the image, left out": 2}
+
+
 def test_lvis_negatives_not_exhaustive_categories_and_urls(tmp_path, pictures):
     data = coco_json([(24, 32)] * 2)
     (pictures / "train2017").mkdir()
