@@ -53,10 +53,10 @@ class Sentence(NamedTuple):
     phrases: tuple[Phrase, ...]
 
 
-def score(annotations: str, predictions: str) -> dict[str, Any]:
+def score(annotations: str, predictions: str, release: str = "") -> dict[str, Any]:
     """`any_box` and `merged_boxes`: recall by rank ("1", "5", "10", "-1") and by type of phrase, "all" for all of them.
 
-    `annotations`: as of `read_sentences`. `predictions`: JSON list of `{"image_id", "sentence_id", "boxes"}`, where boxes holds a
+    `annotations`, `release`: as of `read_sentences`. `predictions`: JSON list of `{"image_id", "sentence_id", "boxes"}`, where boxes holds a
     list of [x1, y1, x2, y2] in descending score for each phrase of `read_sentences`. A phrase with an empty list is missed. Also
     `phrases` and `sentences`, their numbers, and `counts`: as in the official evaluator, a second prediction for a sentence and
     predictions for sentences that are not scored do not count.
@@ -64,7 +64,7 @@ def score(annotations: str, predictions: str) -> dict[str, Any]:
     Raises:
         MetricError: files cannot be used, a sentence has no prediction, or another number of lists than it has phrases.
     """
-    sentences = {(each.image, each.index): each for each in read_sentences(annotations) if each.phrases}
+    sentences = {(each.image, each.index): each for each in read_sentences(annotations, release) if each.phrases}
     if not sentences:
         raise MetricError(f"{annotations}: no sentence has a phrase with a box")
     totals = defaultdict[str, int](int)
@@ -136,11 +136,12 @@ def _merged(boxes: Float64[np.ndarray, "N 4"]) -> Float64[np.ndarray, "1 4"]:
     return np.concatenate([boxes[:, :2].min(0), boxes[:, 2:].max(0)])[None]
 
 
-def read_sentences(annotations: str) -> Iterator[Sentence]:
+def read_sentences(annotations: str, release: str = "") -> Iterator[Sentence]:
     """Yields the sentences of a split, those without a phrase that has a box included.
 
     `annotations`: the folder of the release, with Annotations/ID.xml and Sentences/ID.txt; its images are those of test.txt, or
-    of val.txt or train.txt where it has no test.txt. Or the path of such a list in that folder.
+    of val.txt or train.txt where it has no test.txt. Or the path of such a list of ids. `release`: the folder of the release where the
+    list lies elsewhere.
 
     Raises:
         MetricError: there is no such folder or list, a file of a listed image is missing or cannot be read, or an image is
@@ -164,8 +165,9 @@ def read_sentences(annotations: str) -> Iterator[Sentence]:
         raise MetricError(f"{split} lists {len(repeated)} images twice, first {repeated[0]:.40}: ids must be unique")
     if not images:
         raise MetricError(f"{split} lists nothing: expected one image id per line")
-    places = [split.parent / "Annotations" / f"{image}.xml" for image in images]
-    places += [split.parent / "Sentences" / f"{image}.txt" for image in images]
+    folder = epath.Path(release) if release else split.parent
+    places = [folder / "Annotations" / f"{image}.xml" for image in images]
+    places += [folder / "Sentences" / f"{image}.txt" for image in images]
     with ThreadPoolExecutor(_THREADS) as pool:
         texts = list(pool.map(_read, places))
     if missing := [place for place, text in zip(places, texts, strict=True) if text is None]:

@@ -55,11 +55,45 @@ def score(annotations: str, predictions: str, overlap: Overlap = "giou", thresho
 
 
 def _pairs(overlap: Float[np.ndarray, "P T"]) -> int:
-    """Number of pairs: greedy, highest overlap first; of equals the box of higher score, then the earlier true box."""
+    """Number of pairs of kept and true boxes."""
     overlap = np.nan_to_num(overlap, nan=0.0)
     for count in range(min(overlap.shape)):
-        row, column = np.unravel_index(overlap.argmax(), overlap.shape)
+        row, column = divmod(_largest(overlap.ravel().tolist()), overlap.shape[1])
         if overlap[row, column] < _MIN_OVERLAP:
             return count
         overlap[row], overlap[:, column] = 0.0, 0.0
     return min(overlap.shape)
+
+
+def _largest(values: list[float]) -> int:
+    """Index of the largest value; of several, the one that `torch.topk(values, 1)` of the official evaluator returns on a CPU.
+
+    Which of them it is can decide whether another box finds a partner. From 64 values on it is the first. For fewer, PyTorch
+    calls `std::nth_element`, of libstdc++ on Linux: a quickselect that moves the median of three to the front, partitions the
+    rest by it, and continues with the greater part.
+    """
+    best = max(values)
+    if values.count(best) == 1 or len(values) >= 64:
+        return values.index(best)
+    queue = [(value, -index) for index, value in enumerate(values)]
+    last, depth = len(queue), 2 * (len(queue).bit_length() - 1)
+    while last > 3 and depth:
+        depth -= 1
+        first, middle, final = (queue[at][0] for at in (1, last // 2, last - 1))
+        if first > middle:
+            median = last // 2 if middle > final else last - 1 if first > final else 1
+        else:
+            median = 1 if first > final else last - 1 if middle > final else last // 2
+        queue[0], queue[median] = queue[median], queue[0]
+        pivot, left, right = queue[0][0], 1, last - 1
+        while True:
+            while queue[left][0] > pivot:
+                left += 1
+            while pivot > queue[right][0]:
+                right -= 1
+            if left >= right:
+                break
+            queue[left], queue[right] = queue[right], queue[left]
+            left, right = left + 1, right - 1
+        last = left
+    return -max(queue[:last], key=lambda entry: entry[0])[1]

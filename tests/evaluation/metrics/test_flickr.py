@@ -47,7 +47,9 @@ def test_official_numbers():
 
 
 def test_sentences_are_read_as_they_are_scored(release):
-    first, rain, last = flickr.read_sentences(str(release / "val.txt"))
+    (release / "lists").mkdir()
+    shutil.copy(release / "val.txt", release / "lists/first.txt")
+    first, rain, last = flickr.read_sentences(str(release / "lists/first.txt"), str(release))
     assert [(each.text, each.chain, each.types) for each in first.phrases] == [
         ("A man", "1", ("people",)), ("a hat", "2", ("clothing", "other"))
     ]  # fmt: skip
