@@ -20,9 +20,9 @@ from glip_jax.data.importers.entry import Report
 from glip_jax.data.importers.losses import refuse_losses
 from glip_jax.data.importers.mdetr import folders_of
 from glip_jax.evaluation.average_precision import GroundTruthError, setting_names
+from glip_jax.evaluation.metrics.matching import iou
 from glip_jax.structures import prompts
 from glip_jax.structures.batch import Detections, Prompt
-from glip_jax.structures.boxes import pairwise_iou
 
 __all__ = [
     "MIN_IOU", "PROTOCOLS", "RANKS", "CaptionedImage", "Fitted", "GroundingTruth", "Phrase", "Recall",
@@ -228,9 +228,7 @@ def phrase_hits(phrases: Sequence[Phrase], found: Detections) -> Bool[np.ndarray
 
 def overlaps(a: Float32[np.ndarray, "n 4"], b: Float32[np.ndarray, "m 4"]) -> Float[np.ndarray, "n m"]:
     """Intersection over union of plain corners; 0 for two boxes without an area."""
-    inclusive = np.array([0, 0, 1, 1], np.float32)  # the convention of `pairwise_iou`
-    with np.errstate(invalid="ignore"):
-        return np.nan_to_num(pairwise_iou(a - inclusive, b - inclusive))
+    return np.nan_to_num(iou(a, b))
 
 
 def phrase_recall(images: Iterable[tuple[Sequence[Phrase], Detections]]) -> Recall:
