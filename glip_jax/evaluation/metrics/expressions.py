@@ -5,15 +5,26 @@ expression without a target has one annotation of category -1 (gRefCOCO). Predic
 the expression.
 """
 
+import logging
 from collections import defaultdict
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32
 
-from glip_jax.evaluation.metrics.files import Ids, MetricError, ScoredBoxes, box_array, boxes_by_image, objects
+from glip_jax.evaluation.metrics.files import (
+    Ids,
+    MetricError,
+    ScoredBoxes,
+    box_array,
+    boxes_by_image,
+    objects,
+    required,
+)
 
 __all__ = ["Expression", "Expressions", "read_expressions"]
+
+logger = logging.getLogger(__name__)
 
 _NO_TARGET = -1
 """Category of the annotation of an expression without a target."""
@@ -53,7 +64,7 @@ def read_expressions(annotations: str, predictions: str) -> Expressions:
     """
     names, keys = {}, []
     for entry in objects(annotations, "images", "annotations"):
-        key = _field(entry, "id", f"{annotations}, an entry of images")
+        key = required(entry, "id", f"{annotations}, an entry of images")
         names[key] = str(entry.get("dataset_name") or "")
         keys.append(key)
     ids = Ids(keys, "images", annotations)
@@ -76,6 +87,10 @@ def read_expressions(annotations: str, predictions: str) -> Expressions:
             f"{missing[0]!r:.40}, and have {unlisted} others: expected an entry for each, with empty lists where nothing was "
             "found; are they of another image list?"
         )
+    if unlisted:
+        logger.warning(
+            f"note: {predictions}: {unlisted} predictions are of expressions that {annotations} does not list"
+        )
     expressions = []
     for index, key in enumerate(ids.keys):
         name, found = predicted[index]
@@ -86,10 +101,14 @@ def read_expressions(annotations: str, predictions: str) -> Expressions:
 
 def _targets(path: str, ids: Ids) -> list[Float32[np.ndarray, "T 4"]]:
     """The true boxes of each expression."""
-    boxes, absent = defaultdict[int, list[list[float]]](list), set[int]()
+    boxes, absent, seen = defaultdict[int, list[list[float]]](list), set[int](), set[str]()
     for entry in objects(path, "annotations", "annotations"):
-        where = f"{path}, annotation {entry.get('id')!r:.40}"
-        image, box = _field(entry, "image_id", where), _field(entry, "bbox", where)
+        key = str(entry.get("id"))
+        where = f"{path}, annotation {key:.40}"
+        if key in seen and "id" in entry:
+            raise MetricError(f"{where} occurs twice: ids must be unique")
+        seen.add(key)
+        image, box = required(entry, "image_id", where), required(entry, "bbox", where)
         index = ids.find(image)
         if index < 0:
             raise MetricError(f"{where} is of image {image!r:.40}, which is not in images")
@@ -119,9 +138,3 @@ def _ranked(found: ScoredBoxes, where: str) -> tuple[Float32[np.ndarray, "P 4"],
         raise MetricError(f"{where}: boxes[{first}] is {found.boxes[first].tolist()}, expected x1 <= x2 and y1 <= y2")
     order = np.lexsort((*boxes.T[::-1], scores))[::-1]
     return boxes[order], scores[order]
-
-
-def _field(entry: dict[str, Any], key: str, where: str) -> Any:
-    if key not in entry:
-        raise MetricError(f"{where} lacks {key}: expected a file in the layout of MDETR")
-    return entry[key]

@@ -28,7 +28,7 @@ from glip_jax.io.formats import explain
 
 __all__ = [
     "Ids", "MetricError", "Results", "ScoredBoxes", "boxes_by_image", "box_array", "number_array", "objects", "prediction_files",
-    "read_json", "result_blocks",
+    "read_json", "required", "result_blocks",
 ]  # fmt: skip
 
 _BLOCK = 100_000
@@ -190,6 +190,13 @@ def box_array(values: Any, where: str, what: str = "boxes") -> Float64[np.ndarra
         _refuse(values, where, what, lambda item: np.shape(item) == (4,), "four finite numbers")
     assert array is not None
     return array
+
+
+def required(item: dict[str, Any], key: str, where: str) -> Any:
+    """The value under a key of an object; MetricError with `where` if it has none."""
+    if key not in item:
+        raise MetricError(f"{where} lacks {key}")
+    return item[key]
 
 
 def _floats(values: Any) -> Float64[np.ndarray, "..."] | None:

@@ -6,6 +6,7 @@ of its repository), which GLIP uses unchanged. Every occurrence of a phrase coun
 not visual, do not; and a sentence without any other phrase is not scored.
 """
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +19,13 @@ from etils import epath
 from jaxtyping import Float, Float64
 
 from glip_jax.data.importers.readers import as_integer
-from glip_jax.evaluation.metrics.files import MetricError, box_array, objects
+from glip_jax.evaluation.metrics.files import MetricError, box_array, objects, required
 from glip_jax.evaluation.metrics.matching import iou
 from glip_jax.io import gcs, text_files
 
 __all__ = ["RANKS", "Phrase", "Sentence", "read_sentences", "score"]
+
+logger = logging.getLogger(__name__)
 
 RANKS = (1, 5, 10, -1)
 """-1: all boxes of a phrase."""
@@ -101,6 +104,11 @@ def score(annotations: str, predictions: str, release: str = "") -> dict[str, An
             f"the predictions {predictions} lack {len(missing)} of {len(sentences)} sentences of {annotations}, first sentence "
             f"{index} of image {image}: expected an entry for each, with empty lists where nothing was found"
         )
+    if duplicates or unlisted:
+        logger.warning(
+            f"note: {predictions}: {duplicates} second predictions of a sentence and {unlisted} of sentences that are not scored "
+            "count for nothing"
+        )
     return {
         protocol: {str(rank): {kind: found[rank, kind] / count for kind, count in totals.items()} for rank in RANKS}
         for protocol, found in hits.items()
@@ -112,11 +120,10 @@ def score(annotations: str, predictions: str, release: str = "") -> dict[str, An
 
 def _answer(entry: dict[str, Any], where: str) -> tuple[tuple[str, int], list[Any]]:
     """The sentence of a prediction, and its lists of boxes."""
-    if missing := [key for key in ("image_id", "sentence_id", "boxes") if key not in entry]:
-        raise MetricError(f"{where} lacks {', '.join(missing)}; expected image_id, sentence_id and boxes")
-    image, index, lists = entry["image_id"], as_integer(entry["sentence_id"]), entry["boxes"]
+    image, sentence, lists = (required(entry, key, where) for key in ("image_id", "sentence_id", "boxes"))
+    index = as_integer(sentence)
     if index is None:
-        raise MetricError(f"{where} has the sentence_id {entry['sentence_id']!r:.40}, expected an integer from 0")
+        raise MetricError(f"{where} has the sentence_id {sentence!r:.40}, expected an integer from 0")
     if not isinstance(lists, list) or not all(isinstance(each, list) for each in lists):
         raise MetricError(f"{where} has the boxes {lists!r:.60}, expected a list of boxes for each phrase")
     return (image if isinstance(image, str) else str(as_integer(image)), index), lists

@@ -7,6 +7,7 @@ omnilabeltools). True boxes with id 0 count like others here; there they are nev
 """
 
 import itertools
+import logging
 from array import array
 from typing import Any, NamedTuple
 
@@ -14,10 +15,13 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
 from pycocotools import mask
 
-from glip_jax.evaluation.metrics.files import Ids, MetricError, box_array, number_array, objects
+from glip_jax.evaluation.metrics.files import Ids, MetricError, box_array, number_array, objects, required
 from glip_jax.evaluation.metrics.matching import THRESHOLDS, Curve, curve, match
+from glip_jax.evaluation.metrics.per_category import ranks
 
 __all__ = ["NUMBERS", "score"]
+
+logger = logging.getLogger(__name__)
 
 _FINAL = "harmonic mean of AP categ and AP descr"
 _GROUPS = {
@@ -86,10 +90,16 @@ def score(annotations: str, predictions: str) -> dict[str, Any]:
     """
     pairs = _read_pairs(annotations)
     true, found = _read_true(annotations, pairs), _read_found(predictions, annotations, pairs)
+    if not len(found.pair):
+        logger.warning(f"note: {predictions} hold no box that counts: the numbers are those of finding nothing")
+    if found.outside:
+        logger.warning(
+            f"note: {predictions}: {found.outside} predictions are of descriptions outside the label space of their image; they "
+            "count for nothing"
+        )
     true_order = np.argsort(true.pair, kind="stable")
     order = np.lexsort((-found.values, found.pair))
-    begins = np.searchsorted(found.pair[order], found.pair[order])
-    order = order[np.arange(len(order)) - begins < _MAX_DETECTIONS]
+    order = order[ranks(found.pair[order]) < _MAX_DETECTIONS]
     true = true._replace(pair=true.pair[true_order], boxes=true.boxes[true_order], values=true.values[true_order])
     found = found._replace(pair=found.pair[order], boxes=found.boxes[order], values=found.values[order])
     matched, ignored = _match(true, found)
@@ -151,21 +161,21 @@ def _match(true: _Boxes, found: _Boxes) -> tuple[Bool[np.ndarray, "T n"], Bool[n
 def _read_pairs(path: str) -> _Pairs:
     """The label spaces of the annotations."""
     images = Ids(
-        [_field(entry, "id", f"{path}, an image") for entry in objects(path, "images", "annotations")], "images", path
+        [required(entry, "id", f"{path}, an image") for entry in objects(path, "images", "annotations")], "images", path
     )
     keys, category, words = [], array("b"), array("i")
     of_image, of_description = array("q"), array("q")
     for number, entry in enumerate(objects(path, "descriptions", "annotations")):
         where = f"{path}, description {entry.get('id')!r:.40}"
-        keys.append(_field(entry, "id", where))
-        info, text = _field(entry, "anno_info", where), _field(entry, "text", where)
+        keys.append(required(entry, "id", where))
+        info, text = required(entry, "anno_info", where), required(entry, "text", where)
         if not isinstance(info, dict) or not isinstance(text, str):
             raise MetricError(
                 f"{where} has the anno_info {info!r:.60} and the text {text!r:.60}, expected an object and text"
             )
-        category.append(_field(info, "type", f"{where}, anno_info") != "object_description")
+        category.append(required(info, "type", f"{where}, anno_info") != "object_description")
         words.append(len(text.split()))
-        for image in _field(entry, "image_ids", where):
+        for image in required(entry, "image_ids", where):
             index = images.find(image)
             if index >= 0:
                 of_image.append(index)
@@ -205,7 +215,7 @@ def _read_found(path: str, annotations: str, pairs: _Pairs) -> _Boxes:
         scores = []
         for number, row in enumerate(block, begin):
             where = f"the predictions {path}, item [{number}]"
-            values = _field(row, "scores", where)
+            values = required(row, "scores", where)
             if not isinstance(values, list) or len(values) != len(_described(row, where)):
                 raise MetricError(
                     f"{where} has the scores {values!r:.60}, expected one for each of its description_ids"
@@ -218,7 +228,7 @@ def _read_found(path: str, annotations: str, pairs: _Pairs) -> _Boxes:
 
 def _described(row: dict[str, Any], where: str) -> list[Any]:
     """The ids of the descriptions of a box."""
-    ids = _field(row, "description_ids", where)
+    ids = required(row, "description_ids", where)
     if not isinstance(ids, list):
         raise MetricError(f"{where} has the description_ids {ids!r:.60}, expected a list")
     return ids
@@ -228,13 +238,13 @@ def _block(
     rows: list[dict[str, Any]], begin: int, values: list[list[Any]], pairs: _Pairs, where: str, annotations: str
 ) -> _Boxes:
     """Some rows of a file as arrays, without what is outside the label spaces. `begin`: number of the first row."""
-    image = np.array([pairs.images.find(_field(row, "image_id", where)) for row in rows], np.int32)
+    image = np.array([pairs.images.find(required(row, "image_id", where)) for row in rows], np.int32)
     if len(unknown := np.flatnonzero(image < 0)):
         raise MetricError(
             f"{where}: {annotations} does not list the image {rows[unknown[0]]['image_id']!r:.40} (item [{begin + unknown[0]}], "
             f"first of {len(unknown)}): are they of another image list?"
         )
-    boxes = box_array([_field(row, "bbox", where) for row in rows], where, "bbox")
+    boxes = box_array([required(row, "bbox", where) for row in rows], where, "bbox")
     counts = [len(row["description_ids"]) for row in rows]
     described = [pairs.descriptions.find(key) for row in rows for key in row["description_ids"]]
     source = np.repeat(np.arange(len(rows)), counts)
@@ -248,9 +258,3 @@ def _joined(parts: list[_Boxes]) -> _Boxes:
     if not parts:
         return _Boxes(np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0), 0)
     return _Boxes(*(np.concatenate([part[i] for part in parts]) for i in range(3)), sum(part.outside for part in parts))
-
-
-def _field(entry: dict[str, Any], key: str, where: str) -> Any:
-    if key not in entry:
-        raise MetricError(f"{where} lacks {key}")
-    return entry[key]

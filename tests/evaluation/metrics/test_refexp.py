@@ -79,6 +79,14 @@ def test_files_that_cannot_be_scored(tmp_path, case):
             metric.score(*paths)
 
 
+def test_an_annotation_id_that_occurs_twice(tmp_path):
+    paths = _write(tmp_path, {1: [TARGET], 2: [TARGET]}, {"1": [], "2": []})
+    true = Path(paths[0])
+    true.write_text(true.read_text().replace('"id": 1, "image_id"', '"id": 0, "image_id"'))
+    with pytest.raises(MetricError, match="annotation 0 occurs twice"):
+        refexp.score(*paths)
+
+
 @pytest.mark.parametrize(("boxes", "count"), [([TARGET, TARGET], 2), ([None], 0)])
 def test_refexp_refuses_several_targets_and_none(tmp_path, boxes, count):
     paths = _write(tmp_path, {7: boxes}, {"7": []})
