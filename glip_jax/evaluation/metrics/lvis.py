@@ -12,6 +12,7 @@ Equal scores rank in the order of the files, at the cuts as well.
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -33,13 +34,19 @@ _HELD = 2_000_000
 
 
 def score(
-    annotations: str, predictions: str, *, fixed: bool = False, top: int | None = None, per_class: bool = False
+    annotations: str,
+    predictions: str,
+    *,
+    fixed: bool = False,
+    top: int | None = None,
+    per_class: bool = False,
+    threshold: float = -math.inf,
 ) -> dict[str, Any]:
     """LVIS' numbers of predictions in COCO's results form.
 
     `predictions`: a file or a folder of files, in any partition; memory holds the rows within the cut, and boxes only of those
     that count. `fixed`: fixed AP. `top`: detections per image (default 300), or with `fixed` per category (default 10,000).
-    `per_class`: adds AP by name of the category.
+    `per_class`: adds AP by name of the category. `threshold`: only detections with a score of at least this count.
 
     Returns "AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf"; "AR@300" and "ARs@300", "ARm@300", "ARl@300" (by the
     cap), or with `fixed` "kept", the number of detections within the cut; and "counts". A number is -1 where the annotations
@@ -55,7 +62,7 @@ def score(
     groups, annotated, unfinished = _groups(truth), *_asked(truth)
     detections = _Detections(truth, annotated, fixed, top)
     for block in result_blocks(predictions, truth.images, truth.categories, annotations):
-        detections.add(block)
+        detections.add(Results(*(column[block.scores >= threshold] for column in block)))
     if not detections.given:
         logger.warning(f"note: {predictions} hold no detection: the numbers are those of finding nothing")
     found = detections.finish()
