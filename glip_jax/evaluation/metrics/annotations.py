@@ -61,14 +61,13 @@ class Annotations:
 
     def of_categories(self, keep: Bool[np.ndarray, " K"]) -> "Annotations":
         """The same images with the chosen categories and their boxes."""
-        chosen = np.flatnonzero(keep)
-        place = np.full(len(keep), -1, np.int32)
-        place[chosen] = np.arange(len(chosen))
+        ids = Ids([key for key, kept in zip(self.categories.keys, keep, strict=True) if kept], "categories", self.path)
+        place = np.array([ids.find(key) if kept else -1 for key, kept in zip(self.categories.keys, keep)], np.int32)
         rows = keep[self.category]
         return Annotations(
-            self.path, self.images, Ids([self.categories.keys[i] for i in chosen], "categories", self.path), self.image_fields,
-            tuple(self.category_fields[i] for i in chosen), self.image[rows], place[self.category[rows]], self.boxes[rows],
-            self.areas[rows], self.crowds[rows], self.ignored[rows], self.left_out,
+            self.path, self.images, ids, self.image_fields,
+            tuple(self.category_fields[self.categories.find(key)] for key in ids.keys), self.image[rows],
+            place[self.category[rows]], self.boxes[rows], self.areas[rows], self.crowds[rows], self.ignored[rows], self.left_out,
         )  # fmt: skip
 
 
