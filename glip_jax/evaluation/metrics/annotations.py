@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from etils import epath
 from jaxtyping import Bool, Float64, Int32
 
+from glip_jax.data.importers.coco_json import BoxFormatCheck
 from glip_jax.data.importers.entry import SourceError
 from glip_jax.data.importers.readers import as_integer, identity
-from glip_jax.evaluation.metrics.files import Ids, MetricError, box_array, objects
+from glip_jax.evaluation.metrics.files import Ids, MetricError, Results, box_array, objects
 
-__all__ = ["Annotations", "read_annotations"]
+__all__ = ["Annotations", "ResultCheck", "read_annotations"]
 
 logger = logging.getLogger(__name__)
 
@@ -154,3 +156,62 @@ def _flag(item: dict[str, Any], key: str, where: str) -> bool:
     if number not in (0, 1):
         raise MetricError(f"{where} has {key} {value!r:.40}, expected 0 or 1")
     return bool(number)
+
+
+class ResultCheck:
+    """Counts what predictions in COCO's results form hold, and refuses those that are of another category list or box format."""
+
+    def __init__(self, predictions: str, truth: Annotations) -> None:
+        """`predictions`: their path, for messages."""
+        self._path, self._truth, self._format = predictions, truth, BoxFormatCheck()
+        sizes = [[_side(fields.get(side)) for side in ("width", "height")] for fields in truth.image_fields]
+        self._sizes: Float64[np.ndarray, "I 2"] = np.array(sizes, np.float64)
+        self.given = self.unlisted = 0
+
+    def add(self, block: Results) -> None:
+        """Counts rows."""
+        self.given += len(block.categories)
+        self.unlisted += int((block.categories < 0).sum())
+        begin, size, room = block.boxes[:, :2], block.boxes[:, 2:], self._sizes[block.images] + 1
+        beyond = (begin + size > room).any(axis=1)
+        check = self._format
+        check.boxes += len(begin)
+        check.shares += int(((block.boxes >= 0) & (block.boxes <= 1)).all(axis=1).sum())
+        check.sized += int(np.isfinite(room).all(axis=1).sum())
+        check.beyond += int(beyond.sum())
+        check.corners += int(((size > begin) & (size <= room)).all(axis=1).sum())
+        if beyond.any() and not check.first:
+            row = int(np.flatnonzero(beyond)[0])
+            check.first = (
+                f"image {self._truth.images.keys[block.images[row]]}, {' '.join(f'{v:g}' for v in block.boxes[row])}"
+            )
+
+    def finish(self) -> None:
+        """Notes that nothing was found, or that categories are not listed.
+
+        Raises MetricError if no detection is of a listed category, or if the boxes seem to be corners or relative.
+        """
+        keys = self._truth.categories.keys
+        ids = ", ".join(map(str, keys[:5])) + (f" ... {keys[-1]}" if len(keys) > 5 else "")
+        if self.unlisted == self.given > 0:
+            raise MetricError(
+                f"{self._path}: none of the {self.given} detections has a category of {self._truth.path}, whose ids are {ids}: write "
+                "the annotations' ids, not their indices"
+            )
+        try:
+            self._format.raise_if_wrong(epath.Path(self._path), "write x, y, width, height")
+        except SourceError as error:
+            raise MetricError(str(error)) from None
+        if self.unlisted:
+            logger.warning(
+                f"note: {self._path}: {self.unlisted} of {self.given} detections are of categories that {self._truth.path} does not "
+                f"list (its ids: {ids}); they count for nothing"
+            )
+        if not self.given:
+            logger.warning(f"note: {self._path} hold no detection: the numbers are those of finding nothing")
+
+
+def _side(value: Any) -> float:
+    """A side of an image in pixels; nan where none is listed."""
+    number = as_integer(value)
+    return float(number) if number is not None and number > 0 else math.nan

@@ -4,20 +4,17 @@ Computed by pycocotools. Where images times categories are too many for it (V3De
 `per_category`, which gives the same bits.
 """
 
-import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from glip_jax.evaluation.average_precision import GroundTruth, average_precision, coco_numbers
-from glip_jax.evaluation.metrics.annotations import Annotations, read_annotations
+from glip_jax.evaluation.metrics.annotations import Annotations, ResultCheck, read_annotations
 from glip_jax.evaluation.metrics.files import MetricError, Results, result_blocks
 from glip_jax.evaluation.metrics.per_category import Found, Truth, by_group, category_curves, mean_of, no_curves, ranks
 
 __all__ = ["Detected", "numbers", "read_detected", "score"]
-
-logger = logging.getLogger(__name__)
 
 _PAIRS = 2_000_000
 """Pairs of images and categories up to which pycocotools is used: it holds some kilobytes for each."""
@@ -64,38 +61,19 @@ def score(annotations: str, predictions: str, *, top: int = 100, per_class: bool
 def read_detected(predictions: str, truth: Annotations, top: int) -> Detected:
     """The detections of a file or folder. Those of categories that are not listed are left out, as pycocotools does, and said.
 
-    Raises MetricError as `result_blocks`, and if no detection is of a listed category.
+    Raises MetricError as `result_blocks` and `ResultCheck.finish`.
     """
-    blocks, given, unlisted, K = [], 0, 0, len(truth.categories)
+    check, blocks, K = ResultCheck(predictions, truth), [], len(truth.categories)
     for block in result_blocks(predictions, truth.images, truth.categories, truth.path):
-        listed = block.categories >= 0
-        given, unlisted = given + len(listed), unlisted + int((~listed).sum())
-        blocks.append(Results(*(part[listed] for part in block)))
-    rows = Results(*(np.concatenate(parts) for parts in zip(*blocks))) if blocks else _nothing()
-    if unlisted == given > 0:
-        raise MetricError(
-            f"{predictions}: none of the {given} detections has a category of {truth.path}, whose ids are "
-            f"{_some(truth.categories.keys)}: write the annotations' ids, not their indices"
-        )
-    if unlisted:
-        logger.warning(
-            f"note: {predictions}: {unlisted} of {given} detections are of categories that {truth.path} does not list (its ids: "
-            f"{_some(truth.categories.keys)}); they count for nothing"
-        )
-    if not given:
-        logger.warning(f"note: {predictions} hold no detection: the numbers are those of finding nothing")
+        check.add(block)
+        blocks.append(Results(*(part[block.categories >= 0] for part in block)))
+    check.finish()
+    nothing = Results(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros((0, 4)), np.zeros(0))
+    rows = Results(*(np.concatenate(parts) for parts in zip(nothing, *blocks)))
     pair = rows.images.astype(np.int64) * K + rows.categories
     order = np.lexsort((-rows.scores, pair))
     keep = np.sort(order[ranks(pair[order]) < max(top, 10)])
-    return Detected(Results(*(part[keep] for part in rows)), given, unlisted)
-
-
-def _nothing() -> Results:
-    return Results(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros((0, 4)), np.zeros(0))
-
-
-def _some(keys: tuple[Any, ...]) -> str:
-    return ", ".join(map(str, keys[:5])) + (f" ... {keys[-1]}" if len(keys) > 5 else "")
+    return Detected(Results(*(part[keep] for part in rows)), check.given, check.unlisted)
 
 
 def numbers(truth: Annotations, rows: Results, top: int) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64, Int, Int32
 
-from glip_jax.evaluation.metrics.annotations import Annotations, read_annotations
+from glip_jax.evaluation.metrics.annotations import Annotations, ResultCheck, read_annotations
 from glip_jax.evaluation.metrics.files import MetricError, Results, result_blocks
 from glip_jax.evaluation.metrics.per_category import Found, Truth, by_group, category_curves, mean_of, no_curves, ranks
 
@@ -60,11 +60,11 @@ def score(
         raise MetricError(f"top={top}: expected at least 1")
     truth = read_annotations(annotations)
     groups, annotated, unfinished = _groups(truth), *_asked(truth)
-    detections = _Detections(truth, annotated, fixed, top)
+    detections, check = _Detections(truth, annotated, fixed, top), ResultCheck(predictions, truth)
     for block in result_blocks(predictions, truth.images, truth.categories, annotations):
         detections.add(Results(*(column[block.scores >= threshold] for column in block)))
-    if not detections.given:
-        logger.warning(f"note: {predictions} hold no detection: the numbers are those of finding nothing")
+        check.add(block)
+    check.finish()
     found = detections.finish()
     K = len(truth.categories)
     curves = no_curves(K, 1)
@@ -87,8 +87,8 @@ def score(
             f"note: {few} of {K} categories have fewer than {top} detections, so a lower threshold may give more AP"
         )
     numbers["counts"] = {
-        "images": len(truth.images), "categories": K, "boxes": len(truth.image), "detections": detections.given,
-        "kept": found.kept, "counted": len(found.scores), "not_listed_category": detections.unlisted,
+        "images": len(truth.images), "categories": K, "boxes": len(truth.image), "detections": check.given,
+        "kept": found.kept, "counted": len(found.scores), "not_listed_category": check.unlisted,
     } | ({"categories_below_top": few} if fixed else {})  # fmt: skip
     return numbers
 
@@ -147,15 +147,12 @@ class _Detections:
         self._pair, self._boxes = [np.zeros(0, np.int64)], [np.zeros((0, 4))]
         """Per row: image x K + category, -1 where it does not count; per row that counts: its box."""
         self._held, self._limit = 0, _HELD
-        self.given = self.unlisted = 0
 
     def add(self, block: Results) -> None:
         """Adds rows; makes the cut where many are held."""
         pair = block.images.astype(np.int64) * self._categories + block.categories
         areas = block.boxes[:, 2] * block.boxes[:, 3]
         counts = (block.categories >= 0) & np.isin(pair, self._asked) & (areas > 0)
-        self.given += len(pair)
-        self.unlisted += int((block.categories < 0).sum())
         # A category that is not listed counts for nothing, but takes its place among the boxes of an image.
         chosen = block.categories >= 0 if self._fixed else np.ones(len(pair), bool)
         self._group.append((block.categories if self._fixed else block.images)[chosen].astype(np.int64))

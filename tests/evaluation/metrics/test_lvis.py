@@ -1,0 +1,69 @@
+"""LVIS' standard and fixed AP: the official numbers at several cuts, in one file and in many, and annotations that are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from glip_jax.evaluation.metrics import files, lvis
+from glip_jax.evaluation.metrics.files import MetricError
+
+MADE = Path(__file__).parents[2] / "fixtures/eval_parity"
+REAL = ("lvis_v0.5_val_100_boxes.json", "lvis_v0.5_val_100_made_results.json", "lvis_fixed_ap_expected.json")
+ODD = tuple(f"lvis_made/{name}.json" for name in ("annotations", "predictions", "expected"))
+
+
+@pytest.mark.parametrize(("names", "kind", "top"), [
+    (REAL, "fixed", "5"),
+    *((ODD, kind, top) for kind in ("fixed", "standard") for top in ("1", "3", "10", "300")),
+])  # fmt: skip
+def test_official_numbers(names, kind, top):
+    annotations, predictions, expected = (MADE / name for name in names)
+    found = lvis.score(str(annotations), str(predictions), fixed=kind == "fixed", top=int(top))
+    wanted = json.loads(expected.read_text())[kind][top]
+    assert {key: found[key] for key in wanted} == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "top"), [("fixed", "10000"), ("fixed", "20"), ("fixed", "2"), ("standard", "300"), ("standard", "10")]
+)
+def test_official_numbers_at_further_cuts(kind, top):
+    test_official_numbers(REAL, kind, top)
+
+
+@pytest.mark.parametrize("kind", ["fixed", "standard"])
+def test_many_files_in_any_partition_and_cuts_in_between(tmp_path, monkeypatch, kind):
+    """Predictions by category, as chunks of a vocabulary give them, with the cut made many times: the same numbers."""
+    monkeypatch.setattr(files, "_BLOCK", 7)
+    monkeypatch.setattr(lvis, "_HELD", 20)
+    annotations, predictions, expected = (MADE / name for name in ODD)
+    rows = json.loads(predictions.read_text())
+    for number, key in enumerate(sorted({row["category_id"] for row in rows})):
+        (tmp_path / f"{number}.json").write_text(json.dumps([row for row in rows if row["category_id"] == key]))
+    wanted = json.loads(expected.read_text())[kind]
+    # Equal scores at a cap per image rank in the order of the files, so that only the caps that cut none of them are equal.
+    for top in wanted if kind == "fixed" else ("300",):
+        found = lvis.score(str(annotations), str(tmp_path), fixed=kind == "fixed", top=int(top))
+        assert {key: found[key] for key in wanted[top]} == wanted[top]
+
+
+def test_per_class_and_defaults():
+    paths = [str(MADE / name) for name in ODD[:2]]
+    found = lvis.score(*paths, per_class=True)
+    assert "AR@300" in found and "kept" not in found
+    values = [value for value in found["per_class"].values() if value > -1]
+    assert sum(values) / len(values) == pytest.approx(found["AP"])
+    assert lvis.score(*paths, fixed=True)["counts"]["categories_below_top"] == found["counts"]["categories"]
+
+
+@pytest.mark.parametrize(("where", "change", "message"), [
+    ("images", {"neg_category_ids": None}, "neg_category_ids None, expected a list"),
+    ("categories", {"frequency": "often"}, "frequency 'often', expected r, c or f"),
+])  # fmt: skip
+def test_annotations_of_another_kind_are_refused(tmp_path, where, change, message):
+    content = json.loads((MADE / ODD[0]).read_text())
+    content[where][1] |= change
+    (tmp_path / "true.json").write_text(json.dumps(content))
+    with pytest.raises(MetricError, match=message):
+        lvis.score(str(tmp_path / "true.json"), str(MADE / ODD[1]))
