@@ -1,85 +1,54 @@
 """What a set asks of its images: prompts, and the meaning of their phrases. Reads the official annotation files.
 
 `read_questions` gives the prompts of each image, the detector returns one `Detections` per prompt, and `answer_rows` turns these
-into rows of the file of predictions.
+into rows of the file of predictions. Questions hold no pixels; those of a set whose images are asked alike share their prompts.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+import dataclasses
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
-from etils import epath
 
 from glip_jax.config import Config
-from glip_jax.evaluation.benchmark.sets import Ask, BenchmarkSet
+from glip_jax.data.importers.coco_json import ImagePaths
+from glip_jax.data.importers.entry import SourceError
+from glip_jax.data.importers.readers import as_integer
+from glip_jax.evaluation.benchmark.asked import (
+    AskedImage,
+    ImageEntry,
+    Question,
+    Questions,
+    SameQuestions,
+    answer_arrays,
+)
+from glip_jax.evaluation.benchmark.sets import Ask, BenchmarkError, BenchmarkSet, check_counts, in_val2017
+from glip_jax.evaluation.metrics import d3, flickr
+from glip_jax.evaluation.metrics.files import Ids, objects
+from glip_jax.evaluation.recall import CaptionedImage, Phrase, fit_caption
 from glip_jax.structures.batch import Detections, Prompt
-from glip_jax.structures.prompts import Tokenizer
+from glip_jax.structures.prompts import Tokenizer, clean_name, listed
 
-__all__ = [
-    "AskedImage",
-    "Question",
-    "Questions",
-    "answer_arrays",
-    "answer_rows",
-    "ask_config",
-    "join_rows",
-    "read_questions",
-]
+__all__ = ["ask_config", "narrowed", "read_questions", "retrieved"]
 
-
-class Question(NamedTuple):
-    """A prompt for an image."""
-
-    id: Any
-    """What the answer belongs to: the id of the image, of the expression, or (image id, sentence id) of Flickr30k."""
-    prompt: Prompt | None
-    """None: nothing can be asked, because no phrase has a token within the budget. The answer is empty."""
-    keys: tuple[Any, ...]
-    """Per phrase of the prompt: category id, index of the phrase of the caption, or description id."""
-    phrases: int = 0
-    """Flickr30k: phrases of the caption, those that cannot be asked included."""
-
-
-class AskedImage(NamedTuple):
-    """An image and its questions, without pixels."""
-
-    id: Any
-    """Unique within `Questions.images`."""
-    file: str
-    """Path below `Questions.folder`."""
-    height: int | None
-    """As annotated; None: not listed."""
-    width: int | None
-    questions: tuple[Question, ...]
-
-    @property
-    def prompts(self) -> list[Prompt]:
-        """The prompts that are asked, in order."""
-        return [question.prompt for question in self.questions if question.prompt is not None]
-
-
-@dataclass(frozen=True)
-class Questions:
-    """The questions of a set in one way of asking it."""
-
-    item: BenchmarkSet
-    ask: Ask
-    annotations: epath.Path
-    folder: epath.Path
-    """Folder of the images."""
-    images: Sequence[AskedImage]
-    counts: Mapping[str, int]
-    """images, prompts, phrases, and by layout categories, boxes, expressions, captions, descriptions."""
-    names: Mapping[Any, str] = field(default_factory=dict)
-    """By key: the name, for reports."""
-    notes: tuple[str, ...] = ()
-    """Lines for the user: names or phrases that cannot be asked, counts that are not as expected."""
+Texts = Mapping[Any, tuple[str, str, str]]
+"""By key: prefix, the text that is scored, suffix."""
+Parts = list[tuple[Prompt, tuple[Any, ...]]]
+"""Prompts, each with the keys of its phrases."""
 
 
 def ask_config(config: Config, ask: Ask) -> Config:
     """`config` with the input size, boxes kept, threshold, token scores and names per prompt of `ask`."""
-    raise NotImplementedError
+    detection = dataclasses.replace(
+        config.detection, threshold=ask.threshold, max_detections=ask.boxes, token_scores=ask.token_scores
+    )
+    evaluation = dataclasses.replace(
+        config.evaluation, short_side=ask.short_side, long_side=ask.long_side, chunk=ask.chunk
+    )
+    return dataclasses.replace(config, detection=detection, evaluation=evaluation)
 
 
 def read_questions(
@@ -92,25 +61,421 @@ def read_questions(
 ) -> Questions:
     """Reads the annotation files of a set below `data`.
 
-    `order`: seed of a shuffled order of the categories; None: by id.
+    `order`: order of the categories, sentences or descriptions, or the seed of a shuffled one; None: by id.
+
+    Raises:
+        MetricError: a file is missing, is not JSON or lacks a field, or ids are not unique.
+        BenchmarkError: the counts are not those expected (another version of the file), no image or nothing to ask.
     """
-    raise NotImplementedError
+    reader = _Reader(item, data, ask, tokenizer, config, order)
+    match item.layout:
+        case "categories":
+            return reader.categories()
+        case "flickr":
+            return reader.captions()
+        case "expressions":
+            return reader.expressions()
+        case "d3":
+            return reader.sentences()
+        case "omnilabel":
+            return reader.descriptions()
 
 
-def answer_rows(item: BenchmarkSet, image: AskedImage, found: Sequence[Detections]) -> list[dict[str, Any]]:
-    """Rows of the file of predictions for one image; `found`: one Detections per prompt of `image.prompts`.
+class _Prompts:
+    """Builds the prompts of many texts."""
 
-    coco: {"image_id", "category_id", "bbox" xywh, "score"}; flickr: {"image_id", "sentence_id", "boxes" per phrase}; expressions:
-    {"id", "boxes" xyxy, "scores"}; omnilabel: {"image_id", "bbox" xywh, "description_ids", "scores"}.
+    def __init__(self, ask: Ask, tokenizer: Tokenizer, config: Config) -> None:
+        self.tokenizer, self.limit = tokenizer, ask.chunk
+        self.separator, self.budget = config.data.captions.separator, config.model.text.max_tokens
+        self._lengths: dict[str, int] = {}
+
+    def length(self, text: str) -> int:
+        """Number of tokens without [CLS] and [SEP]."""
+        return len(self.tokenizer.encode(text).ids) - 2
+
+    def unasked(self, texts: Texts) -> tuple[list[Any], list[Any]]:
+        """Keys of texts without a token, and of those that exceed the budget alone."""
+        empty = [key for key, (_, text, _) in texts.items() if self._known(text) <= 0]
+        return empty, [key for key, text in texts.items() if self._known("".join(text)) + 2 > self.budget]
+
+    def grouped(self, texts: Texts) -> Parts:
+        """Consecutive texts in prompts, as many as the limit and the token budget allow; each alone fits."""
+        groups: list[list[Any]] = []
+        for key in texts:
+            full = not groups or (self.limit > 0 and len(groups[-1]) >= self.limit)
+            if not full and self._fit([texts[each] for each in (*groups[-1], key)]):
+                groups[-1].append(key)
+            else:
+                groups.append([key])
+        return [(self.prompt([texts[key] for key in group]), tuple(group)) for group in groups]
+
+    def prompt(self, texts: Sequence[tuple[str, str, str]]) -> Prompt:
+        """The texts joined by the separator; a phrase is what stands between prefix and suffix (glip-reference 5.1)."""
+        caption, spans = "", []
+        for prefix, text, suffix in texts:
+            caption += (self.separator if spans else "") + prefix
+            spans.append(((len(caption), len(caption) + len(text)),))
+            caption += text + suffix
+        return Prompt(caption, tuple(spans))
+
+    def _fit(self, texts: Sequence[tuple[str, str, str]]) -> bool:
+        # The sum is exact where the separator ends in a space; the caption itself decides near the budget.
+        separators = (len(texts) - 1) * self._known(self.separator)
+        if sum(self._known("".join(text)) for text in texts) + separators + 2 <= 0.9 * self.budget:
+            return True
+        return self.length(self.prompt(texts).caption) + 2 <= self.budget
+
+    def _known(self, text: str) -> int:
+        if text not in self._lengths:
+            self._lengths[text] = self.length(text)
+        return self._lengths[text]
+
+
+class _Reader:
+    """Reads the questions of one set in one way of asking it."""
+
+    def __init__(
+        self, item: BenchmarkSet, data: str, ask: Ask, tokenizer: Tokenizer, config: Config, order: Sequence[int] | int | None
+    ) -> None:  # fmt: skip
+        self.item, self.data, self.ask, self.order = item, data, ask, order
+        self.prompts = _Prompts(ask, tokenizer, config)
+        self.annotations, self.folder = item.path("annotations", data), item.path("images", data)
+        self.counts, self.notes = Counter[str](), list[str]()
+        self._paths = ImagePaths(self.folder)
+        self._by_url: bool | None = None
+
+    def categories(self) -> Questions:
+        """All categories are asked of all images."""
+        entries = self._images()
+        used = Counter(box.get("category_id") for box in objects(self.annotations, "annotations", "annotations")
+                       if self.item.image_rule == "all" or box.get("image_id") in self._chosen)  # fmt: skip
+        names = self._categories(used)
+        hand = self.item.prompts if self.ask.name == "prompts" else {}
+        texts = {key: hand.get(name, ("", clean_name(name), "")) for key, name in names.items()}
+        if hand and not any(name in hand for name in names.values()):
+            self.notes.append(
+                f"none of the categories has a hand-written prompt: expected {listed(list(hand))}, found {listed(list(names.values()))}"
+            )
+        parts = self._parts(texts, names)
+        self.counts |= {"images": len(entries), "categories": len(names), "boxes": sum(used.values())}
+        return self._made(SameQuestions(entries, parts), names)
+
+    def captions(self) -> Questions:
+        """The phrases of Flickr30k's captions that have a box; an image has about five captions."""
+        sentences = {
+            (each.image, each.index): each for each in flickr.read_sentences(str(self.annotations)) if each.phrases
+        }
+        captions = self._mdetr_captions(sentences) if self._has("captions") else self._release_captions(sentences)
+        asked = defaultdict[str, list[Question]](list)
+        sizes: dict[str, tuple[int | None, int | None]] = {}
+        for (image, index), (file, size, caption, spans) in captions.items():
+            self.counts |= {"captions": self.counts["captions"] + 1, "phrases": self.counts["phrases"] + len(spans)}
+            whole = CaptionedImage(None, {}, caption, tuple(Phrase(each, None) for each in spans))
+            fitted = fit_caption(whole, self.prompts.tokenizer, self.prompts.budget)
+            self.counts["captions cut"] += bool(fitted.over_budget)
+            self.counts["phrases over budget or without token"] += len(fitted.over_budget) + len(fitted.without_token)
+            asked[file].append(
+                Question(
+                    (image if (number := as_integer(image)) is None else number, index),
+                    fitted.prompt,
+                    fitted.included,
+                    len(spans),
+                )
+            )
+            sizes[file] = size
+        self.counts["images"] = len({image for image, _ in captions})
+        if left_out := self.counts["phrases over budget or without token"]:
+            self.notes.append(f"{left_out} of {self.counts['phrases']} phrases cannot be asked and count as missed")
+        return self._made([AskedImage(file, file, *sizes[file], tuple(each)) for file, each in asked.items()], {})
+
+    def expressions(self) -> Questions:
+        """Whole expressions; those of one image file are asked together."""
+        asked = defaultdict[str, list[Question]](list)
+        sizes: dict[str, tuple[int | None, int | None]] = {}
+        for entry, fields in self._entries():
+            caption = self._text(fields, "caption")
+            caption = caption if caption.endswith(".") else f"{caption}. "
+            prompt = self._fitting(caption, entry.id)
+            asked[entry.file].append(Question(entry.id, prompt, (entry.id,) if prompt else ()))
+            sizes[entry.file] = entry.height, entry.width
+            self.counts["expressions"] += 1
+        for box in objects(self.annotations, "annotations", "annotations"):
+            empty = box.get("category_id") == -1
+            self.counts["expressions without target" if empty else "boxes"] += 1
+        self.counts["images"] = len(asked)
+        return self._made([AskedImage(file, file, *sizes[file], tuple(each)) for file, each in asked.items()], {})
+
+    def sentences(self) -> Questions:
+        """D3: the sentences of the image's group (intra), or all (inter)."""
+        entries = self._images()
+        names = {key: text for key, text, _ in self._listed_categories()}
+        texts = {key: ("", text.strip().removesuffix("."), "") for key, text in names.items()}
+        boxes = sum(1 for _ in objects(self.annotations, "annotations", "annotations"))
+        self.counts |= {"images": len(entries), "categories": len(names), "boxes": boxes}
+        if self.ask.name.startswith("inter"):
+            return self._made(SameQuestions(entries, self._parts(texts, names)), names)
+        pickles = d3.read_pickles(str(self.item.path("pickles", self.data)))
+        images, groups = pickles["images"], pickles["groups"]
+        made: dict[Any, Parts] = {}
+
+        def parts_of(entry: ImageEntry) -> Parts:
+            if entry.id not in images:
+                raise BenchmarkError(
+                    f"{self.item.name}: images.pkl lacks image {entry.id}, which {self.annotations} lists"
+                )
+            group = images[entry.id]["group_id"]
+            if group not in made:
+                inner = sorted(key for key in groups[group]["inner_sent_id"] if key in texts)
+                made[group] = self._parts({key: texts[key] for key in inner}, names) if inner else []
+            return made[group]
+
+        asked = [AskedImage(*entry, tuple(Question(entry.id, *part) for part in parts_of(entry))) for entry in entries]
+        self.counts["groups"] = len(made)
+        return self._made(asked, names)
+
+    def descriptions(self) -> Questions:
+        """OmniLabel: the descriptions of the label space of each image."""
+        entries = self._images()
+        texts: dict[Any, str] = {}
+        spaces = defaultdict[Any, list[Any]](list)
+        for item in objects(self.annotations, "descriptions", "annotations"):
+            where = f"{self.annotations}, description {item.get('id')!r:.40}"
+            if not isinstance(item.get("image_ids"), list):
+                raise BenchmarkError(f"{where}: expected image_ids, the images whose label space holds it")
+            if item["id"] in texts:
+                raise BenchmarkError(
+                    f"{self.annotations}: the id {item['id']!r} occurs twice in descriptions: ids must be unique"
+                )
+            texts[item["id"]] = self._text(item, "text")
+            for image in item["image_ids"]:
+                spaces[image].append(item["id"])
+        boxes = sum(1 for _ in objects(self.annotations, "annotations", "annotations"))
+        self.counts |= {"images": len(entries), "descriptions": len(texts), "boxes": boxes}
+        pieces = {key: ("", text.strip().removesuffix("."), "") for key, text in texts.items()}
+        left_out = self._unasked(pieces, texts)
+
+        def questions(entry: ImageEntry) -> tuple[Question, ...]:
+            keys = [key for key in self._ordered(spaces.get(entry.id, [])) if key not in left_out]
+            return tuple(Question(entry.id, *part) for part in self.prompts.grouped({key: pieces[key] for key in keys}))
+
+        return self._made([AskedImage(*entry, questions(entry)) for entry in entries], texts)
+
+    # The parts that the layouts share.
+
+    def _made(self, images: Sequence[AskedImage], names: Mapping[Any, str]) -> Questions:
+        self.counts["prompts"] = (
+            len(images) * len(images[0].prompts) if isinstance(images, SameQuestions) and images
+            else sum(len(image.prompts) for image in images)
+        )  # fmt: skip
+        counts = dict(self.counts)
+        check_counts(self.item, counts, str(self.annotations))
+        if not images or not counts["prompts"]:
+            raise BenchmarkError(
+                f"{self.item.name}: {self.annotations} asks nothing of {len(images)} images: is it the published file?"
+            )
+        self._check_list(images)
+        return Questions(self.item, self.ask, self.annotations, self.folder, images, counts, names, tuple(self.notes))
+
+    def _check_list(self, images: Sequence[AskedImage]) -> None:
+        """Notes an image list whose hash is not the expected one. Whether the list ends in a line end is not published."""
+        if not self.item.stems_sha256:
+            return
+        lines = "\n".join(sorted(PurePosixPath(image.file).stem.rpartition("_")[2].zfill(12) for image in images))
+        found = [hashlib.sha256(text.encode()).hexdigest() for text in (lines, f"{lines}\n")]
+        if self.item.stems_sha256 not in found:
+            self.notes.append(
+                f"the SHA-256 of the names of its images is {found[0]}, expected {self.item.stems_sha256}: it is another image list"
+            )
+
+    def _has(self, role: str) -> bool:
+        known = any(each.role == role for each in self.item.files)
+        return known and self.item.path(role, self.data).exists()
+
+    def _entries(self, role: str = "annotations") -> Iterator[tuple[ImageEntry, dict[str, Any]]]:
+        """The images of an annotation file with all their fields."""
+        path = self.item.path(role, self.data)
+        for item in objects(path, "images", "annotations"):
+            url, file, key = item.get("coco_url"), item.get("file_name"), item.get("id")
+            if isinstance(key, bool) or not isinstance(key, int | str) or not isinstance(file or url, str):
+                raise BenchmarkError(
+                    f"{path}: an entry of images is {item!r:.100}: expected id and file_name or coco_url"
+                )
+            if self.item.image_rule == "val2017" and not in_val2017(item):
+                continue
+            # LVIS v1 has no file_name: the last two parts of the address are folder and file.
+            tail = "/".join(url.split("/")[-2:]) if isinstance(url, str) else ""
+            if self._by_url is None:
+                self._by_url = not file or bool(tail and not self._exists(file) and self._exists(tail))
+            try:
+                place = self._paths.find(tail if self._by_url else str(file))
+            except SourceError as error:
+                raise BenchmarkError(f"{self.item.name}: {error}") from None
+            yield ImageEntry(key, place, as_integer(item.get("height")), as_integer(item.get("width"))), item
+
+    def _exists(self, name: str) -> bool:
+        return any(
+            (self.folder / "/".join(ImagePaths.parts(name)[i:])).exists() for i in range(len(ImagePaths.parts(name)))
+        )
+
+    def _images(self) -> list[ImageEntry]:
+        entries = [entry for entry, _ in self._entries()]
+        Ids((entry.id for entry in entries), "images", str(self.annotations))
+        self._chosen = {entry.id for entry in entries}
+        return entries
+
+    def _text(self, item: Mapping[str, Any], key: str) -> str:
+        text = item.get(key)
+        if not isinstance(text, str) or not text.strip():
+            raise BenchmarkError(
+                f"{self.annotations}, {item.get('id')!r:.40} has the {key} {text!r:.60}: expected a text"
+            )
+        return text
+
+    def _listed_categories(self) -> list[tuple[Any, str, Any]]:
+        """id, name and supercategory in the order of the ids."""
+        listed_ = {}
+        for entry in objects(self.annotations, "categories", "annotations"):
+            if "id" not in entry or not isinstance(entry.get("name"), str | int):
+                raise BenchmarkError(f"{self.annotations}: a category is {entry!r:.80}: expected id and name")
+            if entry["id"] in listed_:
+                raise BenchmarkError(
+                    f"{self.annotations}: the id {entry['id']!r} occurs twice in categories: ids must be unique"
+                )
+            listed_[entry["id"]] = str(entry["name"]), entry.get("supercategory")
+        keys = Ids(listed_, "categories", str(self.annotations)).keys
+        return [(key, *listed_[key]) for key in keys]
+
+    def _categories(self, used: Mapping[Any, int]) -> dict[Any, str]:
+        """Names by id, without the unused class of an export: a background, or one that others name as their supercategory."""
+        categories_ = self._listed_categories()
+        ids = Ids((key for key, _, _ in categories_), "categories", str(self.annotations))
+        boxes = Counter[int]()
+        for key, count in used.items():
+            boxes[ids.find(key)] += count
+        if boxes[-1]:
+            self.notes.append(f"{boxes[-1]} boxes are of categories that {self.annotations} does not list")
+        above = {above for _, name, above in categories_ if above != name}
+        names = {}
+        for index, (key, name, _) in enumerate(categories_):
+            background = name.strip("_ ").lower() in ("background", "bg")
+            if not boxes[index] and (background or name in above) and len(categories_) > 1:
+                self.notes.append(
+                    f"category {key}, {name!r}, is not asked: it has no box and is a heading or the background"
+                )
+            else:
+                names[key] = name
+        return names
+
+    def _parts(self, texts: Texts, names: Mapping[Any, str]) -> Parts:
+        """Prompts for texts in the order of asking."""
+        unasked = self._unasked(texts, names)
+        return self.prompts.grouped({key: texts[key] for key in self._ordered(list(texts)) if key not in unasked})
+
+    def _ordered(self, keys: Sequence[Any]) -> list[Any]:
+        match self.order:
+            case None:
+                return list(keys)
+            case int(seed):
+                return [keys[i] for i in np.random.default_rng(seed).permutation(len(keys))]
+            case chosen:
+                return [keys[i] for i in chosen]
+
+    def _unasked(self, texts: Texts, names: Mapping[Any, str]) -> set[Any]:
+        """Keys of texts that cannot be asked; noted."""
+        empty, long = self.prompts.unasked(texts)
+        for what, found in (
+            ("no word or character that the vocabulary reads", empty),
+            (f"more than {self.prompts.budget} tokens", long),
+        ):
+            if found:
+                shown = listed([names[key] for key in found])
+                self.notes.append(f"{len(found)} of {len(texts)} are not asked and count as not found, {what}: {shown}")
+        return {*empty, *long}
+
+    def _fitting(self, caption: str, key: Any) -> Prompt | None:
+        """The prompt of an expression, all of it one phrase; None, noted, if it is beyond the budget or has no token."""
+        length = len(self.tokenizer.encode(caption).ids)
+        if 2 < length <= self.budget:
+            return Prompt(caption, (((0, len(caption.rstrip())),),))
+        self.notes.append(
+            f"expression {key} is not asked and counts as not found: {length} tokens, at most {self.budget}"
+        )
+        return None
+
+    def _mdetr_captions(self, sentences: Mapping[tuple[str, int], flickr.Sentence]) -> dict[tuple[str, int], Any]:
+        """File, size, caption and spans of each sentence, from MDETR's JSON."""
+        path, found = self.item.path("captions", self.data), {}
+        for entry, fields in self._entries("captions"):
+            image, index = fields.get("original_img_id"), as_integer(fields.get("sentence_id"))
+            if image is None or index is None or not isinstance(fields.get("tokens_positive_eval"), list):
+                raise BenchmarkError(
+                    f"{path}, image {entry.id!r:.40}: expected original_img_id, sentence_id and tokens_positive_eval"
+                )
+            number = as_integer(image)
+            key = (str(image if number is None else number), index)
+            spans = [
+                tuple((int(begin), int(end)) for begin, end in phrase) for phrase in fields["tokens_positive_eval"]
+            ]
+            if key in sentences and len(spans) != len(sentences[key].phrases):
+                raise BenchmarkError(
+                    f"{path}, sentence {index} of image {key[0]} has {len(spans)} phrases, {self.annotations} has "
+                    f"{len(sentences[key].phrases)} with a box: the files are of different versions"
+                )
+            if key in sentences:
+                found[key] = (entry.file, (entry.height, entry.width), self._text(fields, "caption"), spans)
+        if missing := [key for key in sentences if key not in found]:
+            raise BenchmarkError(
+                f"{path} lacks {len(missing)} of the {len(sentences)} sentences of {self.annotations}, first sentence "
+                f"{missing[0][1]} of image {missing[0][0]}: expected the file of the same split"
+            )
+        return found
+
+    def _release_captions(self, sentences: Mapping[tuple[str, int], flickr.Sentence]) -> dict[tuple[str, int], Any]:
+        """The same, from the sentences of the release: the words without their markup, joined by spaces."""
+        found = {}
+        for (image, index), sentence in sentences.items():
+            file = self._paths.find(f"{image}.jpg")
+            found[image, index] = (file, (None, None), sentence.caption, [(each.span,) for each in sentence.phrases])
+        return found
+
+
+def retrieved(image: AskedImage, found: Sequence[Detections], count: int) -> list[Any]:
+    """The `count` keys (names) with the highest best score in an image, in the order in which they are asked.
+
+    `found`: of a cheap pass over all prompts, such as one at a small input size. Keys without a box come last, in order.
     """
-    raise NotImplementedError
+    keys, _, scores = answer_arrays(image, found)
+    best: dict[Any, float] = {}
+    for key, score in zip(keys.tolist(), scores.tolist(), strict=True):
+        best.setdefault(key, score)
+    asked = [key for question in image.questions for key in question.keys]
+    chosen = set(sorted(asked, key=lambda key: -best.get(key, 0.0))[:count])
+    return [key for key in asked if key in chosen]
 
 
-def answer_arrays(image: AskedImage, found: Sequence[Detections]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same boxes as arrays: keys [N] (object array), boxes Float32[N 4] xyxy, scores Float32[N]; in descending score."""
-    raise NotImplementedError
+def narrowed(
+    asked: Questions, chosen: Callable[[AskedImage], Sequence[Any]], tokenizer: Tokenizer, config: Config
+) -> Questions:
+    """The same set with the names `chosen` for each image only (see `retrieved`), in prompts of `ask.chunk` names.
 
+    Raises BenchmarkError for a set whose images are not asked alike.
+    """
+    if not isinstance(asked.images, SameQuestions):
+        raise BenchmarkError(
+            f"{asked.item.name}: names are retrieved only for sets whose images are asked the same names"
+        )
+    prompts = _Prompts(asked.ask, tokenizer, config)
+    texts = {
+        key: ("", question.prompt.caption[slice(*question.prompt.spans[i][0])], "")
+        for question in asked.images[0].questions if question.prompt is not None
+        for i, key in enumerate(question.keys)
+    }  # fmt: skip
 
-def join_rows(item: BenchmarkSet, rows: Iterable[Mapping[str, Any]]) -> Any:
-    """The content of the file of predictions: the rows as a list; for expressions {id as text: {"boxes", "scores"}}."""
-    raise NotImplementedError
+    def narrow(image: AskedImage) -> AskedImage:
+        parts = prompts.grouped({key: texts[key] for key in chosen(image)})
+        return image._replace(questions=tuple(Question(image.id, *part) for part in parts))
+
+    images = [narrow(image) for image in asked.images]
+    counts = {**asked.counts, "prompts": sum(len(image.prompts) for image in images)}
+    note = f"asked {counts['prompts']:,} prompts of retrieved names instead of {asked.counts['prompts']:,}"
+    return dataclasses.replace(asked, images=images, counts=counts, notes=(*asked.notes, note))

@@ -318,7 +318,7 @@ def agrees(published: Published, measured: Mapping[str, Any]) -> bool:
 def number(result: Mapping[str, Any], key: str) -> float | None:
     """The number under a dotted key of a metric's result, positions in lists included; None if it is missing or undefined (-1)."""
     value: Any = result
-    for part in key.split("."):
+    for part in [key] if key in result else key.split("."):
         if isinstance(value, Mapping):
             value = value.get(part)
         elif isinstance(value, Sequence) and not isinstance(value, str) and part.isdigit() and int(part) < len(value):

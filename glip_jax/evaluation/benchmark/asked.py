@@ -1,0 +1,167 @@
+"""Questions for the images of a set, and answers in the forms of the files of predictions.
+
+The detector returns one `Detections` per prompt of an image; `answer_rows` turns these into rows of the file. Questions hold no
+pixels; those of a set whose images are asked alike share their prompts.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float32, Shaped
+
+from glip_jax.evaluation.benchmark.sets import Ask, BenchmarkSet
+from glip_jax.structures.batch import Detections, Prompt
+
+__all__ = [
+    "AskedImage",
+    "ImageEntry",
+    "Question",
+    "Questions",
+    "SameQuestions",
+    "answer_arrays",
+    "answer_rows",
+    "join_rows",
+]
+
+
+class Question(NamedTuple):
+    """A prompt for an image."""
+
+    id: Any
+    """What the answer belongs to: the id of the image, of the expression, or (image id, sentence id) of Flickr30k."""
+    prompt: Prompt | None
+    """None: nothing can be asked, because no phrase has a token within the budget. The answer is empty."""
+    keys: tuple[Any, ...]
+    """Per phrase of the prompt: category id, index of the phrase of the caption, expression id, or description id."""
+    phrases: int = 0
+    """Flickr30k: phrases of the caption, those that cannot be asked included."""
+
+
+class AskedImage(NamedTuple):
+    """An image and its questions, without pixels."""
+
+    id: Any
+    """Unique within `Questions.images`: the image's id, or for captions and expressions its file."""
+    file: str
+    """Path below `Questions.folder`."""
+    height: int | None
+    """As annotated; None: not listed."""
+    width: int | None
+    questions: tuple[Question, ...]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts that are asked, in order."""
+        return [question.prompt for question in self.questions if question.prompt is not None]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The questions of a set in one way of asking it."""
+
+    item: BenchmarkSet
+    ask: Ask
+    annotations: epath.Path
+    folder: epath.Path
+    """Folder of the images."""
+    images: Sequence[AskedImage]
+    counts: Mapping[str, int]
+    """images, prompts, and by layout categories, boxes, expressions, captions, phrases, descriptions."""
+    names: Mapping[Any, str] = field(default_factory=dict)
+    """By key: the name, for reports."""
+    notes: tuple[str, ...] = ()
+    """Lines for the user: names or phrases that cannot be asked, an image list that is not the expected one."""
+
+
+class ImageEntry(NamedTuple):
+    """An image of an annotation file."""
+
+    id: Any
+    file: str
+    height: int | None
+    width: int | None
+
+
+class SameQuestions(Sequence[AskedImage]):
+    """Images that are all asked the same prompts; their questions are made when they are read."""
+
+    def __init__(self, entries: Sequence[ImageEntry], parts: Sequence[tuple[Prompt, tuple[Any, ...]]]) -> None:
+        self._entries, self._parts = entries, parts
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return SameQuestions(self._entries[index], self._parts)
+        entry = self._entries[index]
+        return AskedImage(*entry, tuple(Question(entry.id, prompt, keys) for prompt, keys in self._parts))
+
+
+def answer_arrays(
+    image: AskedImage, found: Sequence[Detections]
+) -> tuple[Shaped[np.ndarray, " N"], Float32[np.ndarray, "N 4"], Float32[np.ndarray, " N"]]:
+    """Keys (objects), boxes xyxy and scores of an image over all its prompts, in order of descending score.
+
+    `found`: one Detections per prompt of `image.prompts`.
+    """
+    keys, boxes, scores = [np.zeros(0, object)], [np.zeros((0, 4), np.float32)], [np.zeros(0, np.float32)]
+    asked = [question for question in image.questions if question.prompt is not None]
+    for question, each in zip(asked, found, strict=True):
+        phrases = np.asarray(each.phrases)
+        own = np.empty(len(question.keys), object)
+        own[:] = question.keys
+        keys.append(own[phrases[phrases >= 0]])
+        boxes.append(np.asarray(each.boxes, np.float32)[phrases >= 0])
+        scores.append(np.asarray(each.scores, np.float32)[phrases >= 0])
+    order = np.argsort(-np.concatenate(scores), kind="stable")
+    return np.concatenate(keys)[order], np.concatenate(boxes)[order], np.concatenate(scores)[order]
+
+
+def answer_rows(item: BenchmarkSet, image: AskedImage, found: Sequence[Detections]) -> list[dict[str, Any]]:
+    """Rows of the file of predictions for one image; `found`: one Detections per prompt of `image.prompts`.
+
+    coco: {"image_id", "category_id", "bbox" xywh, "score"}; flickr: {"image_id", "sentence_id", "boxes" xyxy per phrase}, with a
+    box of zeros at the end of each as the original writes; expressions: {"id", "boxes" xyxy, "scores"}; omnilabel: {"image_id",
+    "bbox" xywh, "description_ids", "scores"}.
+    """
+    if item.form in ("coco", "omnilabel"):
+        extra = 1.0 if item.widths == "plus_one" else 0.0
+        rows = []
+        for key, box, score in zip(*answer_arrays(image, found), strict=True):
+            x1, y1, x2, y2 = (float(value) for value in box)
+            bbox = [x1, y1, x2 - x1 + extra, y2 - y1 + extra]
+            row = {"image_id": image.id, "category_id": key, "bbox": bbox, "score": float(score)}
+            if item.form == "omnilabel":
+                row = {"image_id": image.id, "bbox": bbox, "description_ids": [key], "scores": [float(score)]}
+            rows.append(row)
+        return rows
+    remaining = iter(found)
+    answers = [(question, next(remaining) if question.prompt is not None else None) for question in image.questions]
+    return [_answer(item, question, each) for question, each in answers]
+
+
+def _answer(item: BenchmarkSet, question: Question, found: Detections | None) -> dict[str, Any]:
+    """The row of one caption or expression."""
+    boxes, scores, phrases = np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32)
+    if found is not None:
+        order = np.argsort(-np.asarray(found.scores), kind="stable")
+        order = order[np.asarray(found.phrases)[order] >= 0]
+        boxes, scores, phrases = (np.asarray(each)[order] for each in (found.boxes, found.scores, found.phrases))
+    if item.form == "expressions":
+        return {"id": question.id, "boxes": boxes.astype(float).tolist(), "scores": scores.astype(float).tolist()}
+    lists: list[list[list[float]]] = [[] for _ in range(question.phrases)]
+    for row, index in enumerate(question.keys):
+        lists[index] = boxes[phrases == row].astype(float).tolist()
+    image, sentence = question.id
+    return {"image_id": image, "sentence_id": sentence, "boxes": [[*each, [0.0, 0.0, 0.0, 0.0]] for each in lists]}
+
+
+def join_rows(item: BenchmarkSet, rows: Iterable[Mapping[str, Any]]) -> Any:
+    """The content of the file of predictions: the rows as a list; for expressions {id as text: {"boxes", "scores"}}."""
+    if item.form == "expressions":
+        return {str(row["id"]): {"boxes": row["boxes"], "scores": row["scores"]} for row in rows}
+    return list(rows)
