@@ -8,7 +8,7 @@ not visual, do not; and a sentence without any other phrase is not scored.
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 from xml.etree.ElementTree import ParseError
@@ -45,6 +45,8 @@ class Phrase(NamedTuple):
     """One or more, such as people; a phrase of two types counts in both."""
     boxes: Float64[np.ndarray, "N 4"]
     """True boxes xyxy as the release has them; at least one."""
+    span: tuple[int, int] = (0, 0)
+    """Begin and end of the phrase in the caption, end exclusive."""
 
 
 class Sentence(NamedTuple):
@@ -54,6 +56,8 @@ class Sentence(NamedTuple):
     index: int
     """Among the sentences of the image, from 0: `sentence_id` of predictions."""
     phrases: tuple[Phrase, ...]
+    caption: str = ""
+    """The words of the sentence without markup, joined by spaces."""
 
 
 def score(annotations: str, predictions: str, release: str = "") -> dict[str, Any]:
@@ -186,11 +190,11 @@ def read_sentences(annotations: str, release: str = "") -> Iterator[Sentence]:
         boxes = _boxes(xml or "", place)
         lines = [line for line in (text or "").split("\n") if line]
         for index, line in enumerate(lines):
+            caption, found = _parsed(line, f"image {image}, {place}")
             phrases = (
-                Phrase(words, chain, types, boxes[chain]) for words, chain, types in _phrases(line, f"image {image}, {place}")
-                if chain in boxes
-            )  # fmt: skip
-            yield Sentence(image, index, tuple(phrases))
+                Phrase(words, chain, types, boxes[chain], span) for words, chain, types, span in found if chain in boxes
+            )
+            yield Sentence(image, index, tuple(phrases), caption)
 
 
 def _read(path: epath.Path) -> str | None:
@@ -219,25 +223,31 @@ def _boxes(xml: str, place: epath.Path) -> dict[str, Float64[np.ndarray, "N 4"]]
     return {chain: np.array(rows, np.float64) for chain, rows in found.items()}
 
 
-def _phrases(line: str, where: str) -> Iterable[tuple[str, str, tuple[str, ...]]]:
-    """The words, chain and types of the phrases "[/EN#CHAIN/TYPE/... words]" of a sentence, in order.
+def _parsed(line: str, where: str) -> tuple[str, list[tuple[str, str, tuple[str, ...], tuple[int, int]]]]:
+    """The caption of a sentence, and of its phrases "[/EN#CHAIN/TYPE/... words]" the words, chain, types and span in the caption.
 
     Markup is read word by word, as the release's own reader does: "[" begins a phrase at the begin of a word, "]" ends it at the
     end of one.
     """
+    caption: list[str] = []
+    phrases = []
     words: list[str] | None = None
-    chain, types = "", ()
+    chain, types, begin = "", (), 0
     for token in line.split():
-        if words is None:
-            if token.startswith("["):
-                parts = token.split("/")
-                if len(parts) < 2:
-                    raise MetricError(
-                        f"{where}: the sentence {line!r:.80} has the word {token!r:.40}, expected [/EN#CHAIN/TYPE words]"
-                    )
-                chain, types, words = parts[1][3:], tuple(parts[2:]), []
-        elif token.endswith("]"):
-            yield " ".join([*words, token[:-1]]), chain, types
+        if words is None and token.startswith("["):
+            parts = token.split("/")
+            if len(parts) < 2:
+                raise MetricError(
+                    f"{where}: the sentence {line!r:.80} has the word {token!r:.40}, expected [/EN#CHAIN/TYPE words]"
+                )
+            chain, types, words, begin = parts[1][3:], tuple(parts[2:]), [], sum(len(word) + 1 for word in caption)
+        elif words is not None and token.endswith("]"):
+            text = " ".join([*words, token[:-1]])
+            caption += [*words, token[:-1]] if token != "]" else words
+            phrases.append((text, chain, types, (begin, begin + len(text.rstrip()))))
             words = None
-        else:
+        elif words is not None:
             words.append(token)
+        else:
+            caption.append(token)
+    return " ".join([*caption, *(words or [])]), phrases
