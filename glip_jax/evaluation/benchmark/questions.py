@@ -58,16 +58,18 @@ def read_questions(
     tokenizer: Tokenizer,
     config: Config,
     order: Sequence[int] | int | None = None,
+    other_counts: bool = False,
 ) -> Questions:
     """Reads the annotation files of a set below `data`.
 
-    `order`: order of the categories, sentences or descriptions, or the seed of a shuffled one; None: by id.
+    `order`: order of the categories, sentences or descriptions, or the seed of a shuffled one; None: by id. `other_counts`: files
+    of another version than expected are only noted.
 
     Raises:
         MetricError: a file is missing, is not JSON or lacks a field, or ids are not unique.
         BenchmarkError: the counts are not those expected (another version of the file), no image or nothing to ask.
     """
-    reader = _Reader(item, data, ask, tokenizer, config, order)
+    reader = _Reader(item, data, ask, tokenizer, config, order, other_counts)
     match item.layout:
         case "categories":
             return reader.categories()
@@ -135,7 +137,8 @@ class _Reader:
     """Reads the questions of one set in one way of asking it."""
 
     def __init__(
-        self, item: BenchmarkSet, data: str, ask: Ask, tokenizer: Tokenizer, config: Config, order: Sequence[int] | int | None
+        self, item: BenchmarkSet, data: str, ask: Ask, tokenizer: Tokenizer, config: Config, order: Sequence[int] | int | None,
+        other_counts: bool,
     ) -> None:  # fmt: skip
         self.item, self.data, self.ask, self.order = item, data, ask, order
         self.prompts = _Prompts(ask, tokenizer, config)
@@ -143,6 +146,7 @@ class _Reader:
         self.counts, self.notes = Counter[str](), list[str]()
         self._paths = ImagePaths(self.folder)
         self._by_url: bool | None = None
+        self._other_counts = other_counts
 
     def categories(self) -> Questions:
         """All categories are asked of all images."""
@@ -268,7 +272,12 @@ class _Reader:
             else sum(len(image.prompts) for image in images)
         )  # fmt: skip
         counts = dict(self.counts)
-        check_counts(self.item, counts, str(self.annotations))
+        try:
+            check_counts(self.item, counts, str(self.annotations))
+        except BenchmarkError as error:
+            if not self._other_counts:
+                raise
+            self.notes.append(str(error))
         if not images or not counts["prompts"]:
             raise BenchmarkError(
                 f"{self.item.name}: {self.annotations} asks nothing of {len(images)} images: is it the published file?"

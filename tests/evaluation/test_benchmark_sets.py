@@ -1,0 +1,297 @@
+"""The table of the benchmark's sets, and the questions that the official layouts ask."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from glip_jax.evaluation.benchmark import sets
+from glip_jax.evaluation.benchmark.asked import answer_arrays, answer_rows, join_rows
+from glip_jax.evaluation.benchmark.questions import ask_config, narrowed, read_questions, retrieved
+from glip_jax.evaluation.benchmark.table import GROUPS, SETS
+from glip_jax.evaluation.metrics import flickr, grefcoco, refexp
+from glip_jax.evaluation.metrics.files import MetricError
+from glip_jax.structures.batch import Detections
+from glip_jax.structures.prompts import load_tokenizer, tokenize
+from tests import tiny_run
+from tests.evaluation.official_layouts import boxes_of, write_set
+
+CONFIG = tiny_run.config()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(tiny_run.VOCABULARY)
+
+
+@pytest.fixture
+def ask(tmp_path, tokenizer):
+    """Writes a set and reads its questions, without the counts of the real one."""
+
+    def read(name, ask="", **changes):
+        item = dataclasses.replace(write_set(name, tmp_path), counts={}, stems_sha256="", **changes)
+        return read_questions(item, str(tmp_path), item.ask(ask or item.asks[0].name), tokenizer, CONFIG)
+
+    return read
+
+
+def _phrases(question):
+    assert question.prompt is not None
+    return [question.prompt.caption[slice(*spans[0])] for spans in question.prompt.spans]
+
+
+def _found(*rows):
+    """Detections of one prompt from (box xyxy, score, phrase)."""
+    boxes, scores, phrases = zip(*rows) if rows else ((), (), ())
+    return Detections(np.reshape(np.asarray(boxes, np.float32), (-1, 4)), np.asarray(scores, np.float32), np.asarray(phrases, np.int32))
+
+
+def test_the_table_is_consistent():
+    for item in SETS.values():
+        roles = {each.role for each in item.files}
+        assert {"annotations", "images"} <= roles and {metric.file for metric in item.metrics} <= roles, item.name
+        asks, labels = {each.name for each in item.asks}, {each.label for each in item.metrics}
+        assert len(labels) == len(item.metrics) and all(set(metric.asks) <= asks for metric in item.metrics), item.name
+        for each in item.published:
+            assert each.ask in asks and each.metric in labels and 0 <= each.value <= 100 and each.source, (item.name, each)
+    for group in GROUPS.values():
+        assert group.sets and all(SETS[name].ask(column) for name in group.sets for column in group.columns), group.name
+    assert (len(GROUPS["odinw13"].sets), len(GROUPS["odinw35"].sets), len(GROUPS["rf100vl"].sets)) == (13, 35, 100)
+    # The mean over the sets of the paper's Table 14 is the number that its Table 3 prints.
+    rows = [each for name in GROUPS["odinw13"].sets for each in SETS[name].published if each.model == "GLIP-T" and "14" in each.source]
+    assert len(rows) == 13 and round(np.mean([each.value for each in rows]), 1) == 46.5
+    assert all(each.ask == "prompts" for each in rows if each.value in (18.4, 70.2, 50.0, 73.8, 72.3, 17.7))
+
+
+def test_a_published_number_stands_only_beside_its_protocol():
+    item = SETS["lvis_minival"]
+    (paper,) = [each for each in item.published if each.model == "GLIP-T" and each.key == "AP"]
+    (peer,) = [each for each in item.published if each.model == "MM-Grounding-DINO-T" and each.key == "AP"]
+    measured = sets.protocol(item, item.ask("names"))
+    assert paper.value == 26.0 and sets.agrees(paper, measured) and not sets.agrees(peer, measured)
+    for change in ({"chunk": 20}, {"boxes": 100}, {"short_side": 480}, {"threshold": 0.1}):
+        assert not sets.agrees(paper, sets.protocol(item, dataclasses.replace(item.ask("names"), **change))), change
+    assert not sets.agrees(paper, sets.protocol(item, item.ask("names"), order=0))
+    assert sets.number({"any_box": {"1": {"all": 0.5}}}, "any_box.1.all") == 0.5
+    assert sets.number({"refcoco+": [0.1, 0.2]}, "refcoco+.1") == 0.2 and sets.number({"AP d @IoU.5": 1.0}, "AP d @IoU.5") == 1
+    assert sets.number({"AP": -1.0}, "AP") is None and sets.number({"AP": 1.0}, "AR") is None
+
+
+def test_names_groups_and_sets_of_ones_own():
+    assert [item.name for item in sets.find_sets(["RefCOCO", "coco", "refcoco_val"])] == ["refcoco_val", "refcoco_testa", "refcoco_testb", "coco"]
+    with pytest.raises(sets.BenchmarkError, match="no set 'odinw31': did you mean odinw13"):
+        sets.find_sets(["odinw31"])
+    own = sets.own_set("harbor", "a.json", "gs://bucket/images", like="odinw_aquarium")
+    assert own.path("images", "/data").as_posix() == "gs://bucket/images" and own.path("annotations", "/data").is_absolute()
+    assert not own.counts and not own.published and own.prompts == SETS["odinw_aquarium"].prompts
+    for arguments, message in ((("coco", "a", "b"), "none of the names"), (("x", "a", "b", "d3"), "also needs pickles"),
+                               (("x", "~/a", "b"), "~ is not replaced")):  # fmt: skip
+        with pytest.raises(sets.UserError, match=message):
+            sets.own_set(*arguments)
+
+
+def test_the_listing_says_what_is_there_and_what_is_missing(tmp_path):
+    item = write_set("lvis_minival", tmp_path)
+    text = sets.listing([item, SETS["d3"]], str(tmp_path), prompts_per_second=10)
+    assert "lvis_v1_val.json (found; SHA-256 not known)" in text and "4,809 images, 1,203 categories" in text
+    assert "149,079 prompts, about 4.1 h" in text and "CC BY-NC 4.0" in text and "(MISSING" in text
+    assert not sets.missing(item, str(tmp_path)) and [each.split(":")[0] for each in sets.missing(SETS["d3"], str(tmp_path))] == [
+        "annotations", "pickles", "images",
+    ]  # fmt: skip
+
+
+def test_another_version_of_a_file_is_refused_with_both_counts(tmp_path, tokenizer):
+    item = write_set("coco", tmp_path)
+    with pytest.raises(sets.BenchmarkError, match="has 3 images, 3 categories, expected 5,000 images, 80 categories"):
+        read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG)
+    asked = read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG, other_counts=True)
+    assert "another version" in asked.notes[0]
+
+
+def test_coco_asks_all_names_in_the_order_of_ids(ask):
+    asked = ask("coco")
+    assert asked.counts == {"images": 3, "categories": 3, "boxes": 4, "prompts": 3}
+    first, last = asked.images[0], asked.images[-1]
+    assert (first.id, first.file, first.height, first.width) == (11, "000000000011.jpg", 48, 64)
+    assert first.prompts[0].caption == "cat. dog. person" and first.questions[0].keys == (1, 2, 3)
+    assert [image.id for image in asked.images[1:]] == [13, 12] and last.questions[0].id == 12
+    (row, other) = answer_rows(asked.item, first, [_found(([1, 2, 11, 22], 0.25, 2), ([0, 0, 5, 5], 0.5, 0), ([0, 0, 0, 0], 0, -1))])
+    assert row == {"image_id": 11, "category_id": 1, "bbox": [0, 0, 6, 6], "score": 0.5}
+    assert (other["category_id"], other["bbox"]) == (3, [1, 2, 11, 21])  # w = x2 - x1 + 1
+
+
+def test_lvis_asks_chunks_and_minival_is_a_part_of_val(ask, tmp_path, tokenizer):
+    asked = ask("lvis_minival", asks=(sets.Ask("names", chunk=2, boxes=300),))
+    assert [image.id for image in asked.images] == [139, 632, 724] and asked.images[0].file == "val2017/000000000139.jpg"
+    assert (asked.folder / asked.images[0].file).exists() and asked.counts["boxes"] == 4
+    assert [prompt.caption for prompt in asked.images[0].prompts] == ["aerosol can. cat", "bow. person"]
+    assert [image.id for image in ask("lvis_val").images] == [139, 285, 632, 724]
+    path = sets.scored_annotations(asked.item, str(tmp_path), "annotations", tmp_path / "derived")
+    content = json.loads(path.read_text())
+    assert [each["id"] for each in content["images"]] == [139, 632, 724] and len(content["categories"]) == 4
+    assert len(content["annotations"]) == 4 and "segmentation" not in content["annotations"][0]
+    shuffled = read_questions(asked.item, str(tmp_path), asked.ask, tokenizer, CONFIG, order=3)
+    keys = [key for question in shuffled.images[0].questions for key in question.keys]
+    assert sorted(keys) == [1, 2, 3, 4] != keys
+    assert sets.scored_annotations(SETS["lvis_val"], str(tmp_path), "annotations", tmp_path / "derived").name == "lvis_v1_val.json"
+
+
+def test_an_image_list_with_another_hash_is_noted(tmp_path, tokenizer):
+    item = dataclasses.replace(write_set("lvis_minival", tmp_path), counts={})
+    asked = read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG)
+    assert any("it is another image list" in note for note in asked.notes)
+    lines = "".join(f"{key:012d}\n" for key in (139, 632, 724))
+    import hashlib
+
+    item = dataclasses.replace(item, stems_sha256=hashlib.sha256(lines.encode()).hexdigest())
+    assert not read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG).notes
+
+
+def test_odinw_asks_names_and_hand_written_prompts(ask):
+    assert ask("odinw_northamericamushrooms").images[0].prompts[0].caption == "CoW. chanterelle"
+    asked = ask("odinw_northamericamushrooms", "prompts")
+    assert _phrases(asked.images[0].questions[0]) == ["flat mushroom", "yellow mushroom"]
+    (question,) = ask("odinw_packages", "prompts").images[0].questions
+    assert question.prompt.caption == "there is a package on the porch" and _phrases(question) == ["package"]
+    (question,) = ask("odinw_aquarium", "prompts").images[0].questions
+    assert question.prompt.caption.startswith(" fish. jellyfish. penguin , which is black and white. puffin with orange beaks . shark")
+    assert question.keys == (1, 2, 3, 4, 5, 6, 7) and _phrases(question)[2:4] == ["penguin", "puffin"]
+
+
+def test_rf100vl_leaves_out_the_unused_class_of_the_export_only(ask, tmp_path, tokenizer):
+    asked = ask("rf100vl_actions")
+    assert asked.images[0].questions[0].keys == (1, 2, 3) and "category 0, 'animals', is not asked" in asked.notes[0]
+    path = asked.annotations
+    content = json.loads(path.read_text())
+    content["annotations"][0]["category_id"] = 0  # a list that counts from 0
+    path.write_text(json.dumps(content))
+    again = read_questions(asked.item, str(tmp_path), asked.ask, tokenizer, CONFIG)
+    assert again.images[0].questions[0].keys == (0, 1, 2, 3) and not again.notes
+
+
+def test_names_that_cannot_be_asked_are_said(ask, tmp_path, tokenizer):
+    asked = ask("odinw_bccd")
+    content = json.loads(asked.annotations.read_text())
+    content["categories"] += [{"id": 8, "name": "  "}, {"id": 9, "name": "cat " * 40}]
+    asked.annotations.write_text(json.dumps(content))
+    again = read_questions(asked.item, str(tmp_path), asked.ask, tokenizer, CONFIG)
+    assert again.images[0].questions[0].keys == (1, 2) and again.names.keys() == {1, 2, 8, 9}
+    assert [note[:40] for note in again.notes] == ["1 of 4 are not asked and count as not fo"] * 2
+
+
+@pytest.mark.parametrize("source", ["captions", "release"])
+def test_flickr_asks_the_phrases_of_captions(source, ask, tmp_path, tokenizer):
+    asked = ask("flickr_test")
+    if source == "release":
+        asked.item.path("captions", str(tmp_path)).unlink()
+        asked = read_questions(asked.item, str(tmp_path), asked.ask, tokenizer, CONFIG)
+    assert asked.counts["captions"] == 2 and asked.counts["phrases"] == 4 and asked.counts["images"] == 2
+    first, second = asked.images
+    (question,) = first.questions
+    assert (first.file, question.id, question.phrases) == ("1001.jpg", (1001, 0), 2)
+    assert _phrases(question) == ["The man", "a red hat"] and _phrases(second.questions[0]) == ["A hat", "a man"]
+    x, y, w, h = boxes_of(1)[0]
+    rows = answer_rows(asked.item, first, [_found(([x, y, x + w, y + h], 0.5, 0), ([0, 0, 1, 1], 0.9, 0))])
+    rows += answer_rows(asked.item, second, [_found()])
+    assert rows[0]["boxes"] == [[[0, 0, 1, 1], [x, y, x + w, y + h], [0, 0, 0, 0]], [[0, 0, 0, 0]]]
+    (tmp_path / "found.json").write_text(json.dumps(join_rows(asked.item, rows)))
+    numbers = flickr.score(str(asked.annotations), str(tmp_path / "found.json"))
+    assert (numbers["any_box"]["1"]["all"], numbers["any_box"]["5"]["all"]) == (0, 0.25)
+
+
+def test_a_caption_beyond_the_budget_keeps_its_lists(ask, tmp_path, tokenizer):
+    asked = ask("flickr_test")
+    short = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, text=dataclasses.replace(CONFIG.model.text, max_tokens=6)))
+    again = read_questions(asked.item, str(tmp_path), asked.ask, tokenizer, short)
+    assert again.images[0].questions[0].keys == (0,) and "phrases cannot be asked and count as missed" in again.notes[0]
+    rows = answer_rows(again.item, again.images[0], [_found()])
+    assert len(rows[0]["boxes"]) == 2
+
+
+def test_expressions_are_one_phrase_and_share_their_image(ask, tmp_path, tokenizer):
+    asked = ask("refcoco+_testa")
+    assert [(image.file[-6:], len(image.questions)) for image in asked.images] == [("21.jpg", 2), ("22.jpg", 1)]
+    assert [prompt.caption for prompt in asked.images[0].prompts] == ["the red thing. ", "blue thing on the right."]
+    one, two = asked.images[0].questions
+    assert _phrases(one) == ["the red thing."] and (one.id, two.id, one.keys) == (0, 1, (0,))
+    # All tokens of the caption, [CLS] and [SEP] excepted.
+    tokens = tokenize(one.prompt, tokenizer, 32)
+    assert tokens.phrase_map.sum() == tokens.mask.sum() - 2
+    config = ask_config(CONFIG, asked.ask)
+    assert (config.detection.token_scores, config.detection.max_detections) == ("max", 30)
+    rows = [row for image in asked.images for row in answer_rows(asked.item, image, [
+        _found(([x, y, x + w, y + h], 0.8, 0)) for x, y, w, h in [boxes_of(2)[question.id] for question in image.questions]])]  # fmt: skip
+    (tmp_path / "found.json").write_text(json.dumps(join_rows(asked.item, rows)))
+    assert refexp.score(str(asked.annotations), str(tmp_path / "found.json"))["refcoco+"] == [1, 1, 1]
+
+
+def test_expressions_without_target_are_asked_too(ask, tmp_path):
+    asked = ask("grefcoco_val")
+    assert asked.counts["expressions"] == 5 and asked.counts["expressions without target"] == 1
+    rows = [row for image in asked.images for row in answer_rows(asked.item, image, [_found()] * len(image.prompts))]
+    (tmp_path / "found.json").write_text(json.dumps(join_rows(asked.item, rows)))
+    assert grefcoco.score(str(asked.annotations), str(tmp_path / "found.json"))["N_acc"] == 1
+
+
+def test_d3_asks_the_group_or_all(ask):
+    def keys(name):
+        return [[question.keys for question in image.questions] for image in ask("d3", name).images]
+
+    assert keys("intra_parallel") == [[(1,), (2,)]] * 2 + [[(3,), (4,)]] * 2
+    assert keys("intra_concat") == [[(1, 2)]] * 2 + [[(3, 4)]] * 2
+    assert keys("inter_parallel") == [[(1,), (2,), (3,), (4,)]] * 4 and keys("inter_concat") == [[(1, 2, 3, 4)]] * 4
+    asked = ask("d3", "intra_concat")
+    assert asked.images[2].prompts[0].caption == "the blue thing on the right of it. a dog"
+    assert asked.images[0].file == "scene/0.jpg" and asked.counts["groups"] == 2
+
+
+def test_omnilabel_asks_the_label_space_of_each_image(ask):
+    asked = ask("omnilabel")
+    assert [[question.keys for question in image.questions] for image in asked.images] == [[(30, 31, 21, 22)], [(30, 22)]]
+    assert asked.images[0].prompts[0].caption == "Person. Cat. the red thing that stands on the left. not the blue thing"
+    (row,) = answer_rows(asked.item, asked.images[1], [_found(([1, 2, 11, 22], 0.5, 1))])
+    assert row == {"image_id": 9, "bbox": [1, 2, 10, 20], "description_ids": [22], "scores": [0.5]}
+
+
+def test_v3det_asks_only_retrieved_names(ask, tokenizer):
+    asked = ask("v3det", asks=(sets.Ask("names", chunk=1, boxes=300),))
+    assert asked.images[0].file == "images/a0001/000000000011.jpg" and asked.counts["prompts"] == 9
+    cheap = [_found(([0, 0, 1, 1], 0.1, 0)), _found(), _found(([0, 0, 1, 1], 0.3, 0), ([0, 0, 1, 1], 0.2, 0))]
+    assert retrieved(asked.images[0], cheap, 2) == [1, 3] and answer_arrays(asked.images[0], cheap)[0].tolist() == [3, 3, 1]
+    few = narrowed(asked, lambda image: [1, 3] if image.id == 11 else [2], tokenizer, CONFIG)
+    assert [question.keys for question in few.images[0].questions] == [(1,), (3,)] and few.counts["prompts"] == 4
+    assert few.images[1].prompts[0].caption == "dog"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("coco", lambda c: c["images"].append(c["images"][0]), "occurs twice in images"),
+        ("coco", lambda c: c["categories"].append(c["categories"][0]), "occurs twice in categories"),
+        ("coco", lambda c: c["images"][0].pop("file_name"), "expected id and file_name or coco_url"),
+        ("coco", lambda c: c["images"].clear(), "asks nothing of 0 images"),
+        ("refcoco_val", lambda c: c["images"][0].update(caption=" "), "expected a text"),
+        ("omnilabel", lambda c: c["descriptions"][0].pop("image_ids"), "expected image_ids"),
+        ("flickr_test", lambda c: c["images"].pop(), "lacks 1 of the 2 sentences"),
+    ],
+)  # fmt: skip
+def test_bad_files_are_one_clear_message(name, change, message, tmp_path, tokenizer):
+    item = dataclasses.replace(write_set(name, tmp_path), counts={})
+    path = tmp_path / item.file("captions" if name.startswith("flickr") else "annotations").paths[0]
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises((sets.BenchmarkError, MetricError), match=message):
+        read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG)
+
+
+def test_a_set_of_one_image_with_ids_as_text(tmp_path, tokenizer):
+    item = dataclasses.replace(write_set("coco", tmp_path), counts={})
+    path = tmp_path / item.file("annotations").paths[0]
+    content = json.loads(path.read_text())
+    content["images"] = [content["images"][0] | {"id": "11", "height": "48"}]
+    content["annotations"] = [each | {"image_id": "11"} for each in content["annotations"] if each["image_id"] == 11]
+    path.write_text(json.dumps(content))
+    asked = read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG)
+    assert (len(asked.images), asked.images[0].id, asked.images[0].height) == (1, "11", 48)
