@@ -83,7 +83,9 @@ def _write_categories(item: BenchmarkSet, data: Path) -> None:
     names = ["cat", "dog", "person"]
     if item.name.startswith("odinw"):
         names = [*item.prompts] or ["boat", "car"]
-    categories: list[dict[str, Any]] = [{"id": i, "name": name, "supercategory": "none"} for i, name in enumerate(names, 1)]
+    categories: list[dict[str, Any]] = [
+        {"id": i, "name": name, "supercategory": "none"} for i, name in enumerate(names, 1)
+    ]
     if item.name.startswith("rf100vl"):
         categories = [{**each, "supercategory": "animals"} for each in categories]
     content = _coco([f"{below}{key:012d}.jpg" for key in ids], ids, categories)
@@ -123,7 +125,10 @@ def _write_flickr(item: BenchmarkSet, data: Path) -> None:
     """The release with two images of two and one sentences that count, and MDETR's JSON of the same split."""
     split, captions, annotations = _path(item, "annotations", data), [], []
     sentences = [
-        ["[/EN#1/people The man] with [/EN#2/clothing a red hat] .", "[/EN#0/notvisual It] is [/EN#3/scene the street] ."],
+        [
+            "[/EN#1/people The man] with [/EN#2/clothing a red hat] .",
+            "[/EN#0/notvisual It] is [/EN#3/scene the street] .",
+        ],
         ["[/EN#2/clothing/other A hat] , and [/EN#1/people a man] ."],
     ]
     asked = [
@@ -165,7 +170,11 @@ def _write_expressions(item: BenchmarkSet, data: Path) -> None:
     boxes = [[boxes_of(2)[0]], [boxes_of(2)[1]], [boxes_of(2)[2]]]
     dataset = item.name.rpartition("_")[0]
     if dataset == "grefcoco":
-        captions, files, boxes = [*captions, "all things", "a horse"], [*files, files[0], files[2]], [*boxes, boxes_of(2)[:2], []]
+        captions, files, boxes = (
+            [*captions, "all things", "a horse"],
+            [*files, files[0], files[2]],
+            [*boxes, boxes_of(2)[:2], []],
+        )
     images = [
         {"id": i, "file_name": file, "height": HEIGHT, "width": WIDTH, "original_id": int(file[-6:-4]), "caption": caption,
          "dataset_name": dataset, "tokens_negative": [[0, len(caption)]]}
@@ -189,7 +198,12 @@ def _write_expressions(item: BenchmarkSet, data: Path) -> None:
 
 def _write_d3(item: BenchmarkSet, data: Path) -> None:
     """Two groups of two images; sentence 3 of the second group is true of an image of the first (outer)."""
-    texts = [(1, "a red thing", False), (2, "a thing without green", True), (3, "the blue thing on the right of it", False), (4, "a dog.", False)]
+    texts = [
+        (1, "a red thing", False),
+        (2, "a thing without green", True),
+        (3, "the blue thing on the right of it", False),
+        (4, "a dog.", False),
+    ]
     group_of = {0: 0, 1: 0, 2: 1, 3: 1}
     true = [(0, [1, 3], 0), (1, [1], 0), (1, [2], 1), (2, [3], 0), (2, [4], 1)]  # image, sentences, number of the box
     annotations = {
@@ -230,12 +244,23 @@ def _write_d3(item: BenchmarkSet, data: Path) -> None:
 
 def _write_omnilabel(item: BenchmarkSet, data: Path) -> None:
     """Two images with a label space each: categories and descriptions, true and false ones."""
-    images = [{"id": 7, "file_name": "coco/val2017/000000000007.jpg"}, {"id": 9, "file_name": "object365/patch1/v1_9.jpg"}]
+    images = [
+        {"id": 7, "file_name": "coco/val2017/000000000007.jpg"},
+        {"id": 9, "file_name": "object365/patch1/v1_9.jpg"},
+    ]
     texts = [(30, "Person", "object_category", [7, 9]), (31, "Cat", "object_category", [7]),
              (21, "the red thing that stands on the left.", "object_description", [7]), (22, "not the blue thing", "object_description", [9, 7])]  # fmt: skip
-    descriptions = [{"id": key, "text": text, "image_ids": own, "anno_info": {"type": kind, "orig_id": key}} for key, text, kind, own in texts]
+    descriptions = [
+        {"id": key, "text": text, "image_ids": own, "anno_info": {"type": kind, "orig_id": key}}
+        for key, text, kind, own in texts
+    ]
     true = [(7, 0, [30]), (7, 1, [21]), (9, 0, [22]), (9, 1, [30, 22])]
-    annotations = [{"id": i, "image_id": image, "bbox": boxes_of(2)[box], "description_ids": own} for i, (image, box, own) in enumerate(true, 1)]
-    _write(_path(item, "annotations", data), {"images": images, "descriptions": descriptions, "annotations": annotations})
+    annotations = [
+        {"id": i, "image_id": image, "bbox": boxes_of(2)[box], "description_ids": own}
+        for i, (image, box, own) in enumerate(true, 1)
+    ]
+    _write(
+        _path(item, "annotations", data), {"images": images, "descriptions": descriptions, "annotations": annotations}
+    )
     for image in images:
         write_image(_path(item, "images", data) / str(image["file_name"]), 2)

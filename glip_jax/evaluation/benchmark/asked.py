@@ -98,7 +98,13 @@ class SameQuestions(Sequence[AskedImage]):
         if isinstance(index, slice):
             return SameQuestions(self._entries[index], self._parts)
         entry = self._entries[index]
-        return AskedImage(*entry, tuple(Question(entry.id, prompt, keys) for prompt, keys in self._parts))
+        return AskedImage(
+            entry.id,
+            entry.file,
+            entry.height,
+            entry.width,
+            tuple(Question(entry.id, prompt, keys) for prompt, keys in self._parts),
+        )
 
 
 def answer_arrays(

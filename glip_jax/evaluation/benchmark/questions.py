@@ -403,12 +403,10 @@ class _Reader:
 
     def _fitting(self, caption: str, key: Any) -> Prompt | None:
         """The prompt of an expression, all of it one phrase; None, noted, if it is beyond the budget or has no token."""
-        length = len(self.tokenizer.encode(caption).ids)
-        if 2 < length <= self.budget:
+        length, budget = self.prompts.length(caption) + 2, self.prompts.budget
+        if 2 < length <= budget:
             return Prompt(caption, (((0, len(caption.rstrip())),),))
-        self.notes.append(
-            f"expression {key} is not asked and counts as not found: {length} tokens, at most {self.budget}"
-        )
+        self.notes.append(f"expression {key} is not asked and counts as not found: {length} tokens, at most {budget}")
         return None
 
     def _mdetr_captions(self, sentences: Mapping[tuple[str, int], flickr.Sentence]) -> dict[tuple[str, int], Any]:

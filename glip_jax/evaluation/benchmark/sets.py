@@ -73,7 +73,7 @@ class Ask:
     """`detection.token_scores`: the score of a phrase from those of its tokens."""
     short_side: int = 800
     long_side: int = 1333
-    prompts: float = 0
+    prompts: int = 0
     """Expected prompts per image, for estimates of time; 0: not known."""
     default: bool = True
     """False: only where it is asked for."""
@@ -157,7 +157,7 @@ class BenchmarkSet:
     def path(self, role: str, data: str) -> epath.Path:
         """The first path of a file that exists below `data`, else its first path. KeyError for a role that the set lacks."""
         places = [_place(data, path) for path in self.file(role).paths]
-        return next((place for place in places if gcs.kind(place)), places[0])
+        return next((place for place in places if len(places) == 1 or gcs.kind(place)), places[0])
 
     def ask(self, name: str) -> Ask:
         """The ask of this name. Sets without hand-written prompts are asked by names in both columns. BenchmarkError for another."""
