@@ -93,7 +93,9 @@ def test_equals_pycocotools_on_random_boxes(tmp_path, monkeypatch, top):
         found = coco.score(*paths, top=top, per_class=True)
         assert found["AP"] == precision[precision > -1].mean()
         assert found["ARm"] == recall[recall > -1].mean()
-        assert f"AR{top}" in found
+        for cap in {10, top}:
+            each = official.eval["recall"][..., 0, caps.index(cap)]
+            assert found[f"AR{cap}"] == each[each > -1].mean()
         assert found["counts"]["not_listed_category"] > 0
         for index, key in enumerate(sorted(entry["id"] for entry in truth.dataset["categories"])):
             each = precision[:, :, index]

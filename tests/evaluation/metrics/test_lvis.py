@@ -67,3 +67,34 @@ def test_annotations_of_another_kind_are_refused(tmp_path, where, change, messag
     (tmp_path / "true.json").write_text(json.dumps(content))
     with pytest.raises(MetricError, match=message):
         lvis.score(str(tmp_path / "true.json"), str(MADE / ODD[1]))
+
+
+def _small(folder, boxes, rows):
+    """One image whose category 1 has `boxes`, and the numbers of `rows` (category, box, score) with one detection an image."""
+    truth = {
+        "images": [{"id": 1, "neg_category_ids": [2], "not_exhaustive_category_ids": []}],
+        "categories": [{"id": key, "name": str(key), "frequency": "f"} for key in (1, 2, 3)],
+        "annotations": [
+            {"id": number, "image_id": 1, "category_id": key, "bbox": box, "area": box[2] * box[3]}
+            for number, (key, box) in enumerate(boxes, 1)
+        ],
+    }
+    (folder / "true.json").write_text(json.dumps(truth))
+    (folder / "found.json").write_text(json.dumps([
+        {"image_id": 1, "category_id": key, "bbox": box, "score": score} for key, box, score in rows
+    ]))  # fmt: skip
+    return lvis.score(str(folder / "true.json"), str(folder / "found.json"), top=1)
+
+
+def test_a_category_that_is_not_listed_takes_its_place_among_the_boxes_of_an_image(tmp_path):
+    box = [0, 0, 50, 50]
+    assert _small(tmp_path, [(1, box)], [(1, box, 0.5)])["AP"] == pytest.approx(1)
+    assert _small(tmp_path, [(1, box)], [(1, box, 0.5), (9, box, 0.6)])["AP"] == 0
+
+
+def test_a_box_without_area_does_not_make_its_category_annotated(tmp_path):
+    box = [0, 0, 50, 50]
+    found = _small(tmp_path, [(1, box), (3, [5, 5, 0, 9])], [(3, box, 0.5)])
+    assert found["counts"]["counted"] == 0
+    assert _small(tmp_path, [(1, box), (3, [5, 5, 9, 9])], [(3, box, 0.5)])["counts"]["counted"] == 1
+    assert _small(tmp_path, [(1, box)], [(2, box, 0.5)])["counts"]["counted"] == 1
