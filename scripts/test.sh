@@ -41,8 +41,8 @@ if [ "${1:-}" = --tpu ]; then
         }
         echo "$wanted" >.cache/libtpu/.installed
     fi
-    PYTHONPATH=$PWD/.cache/libtpu${PYTHONPATH:+:$PYTHONPATH} .venv/bin/python -m pytest -q -m tpu "$@"
-    exit
+    export PYTHONPATH=$PWD/.cache/libtpu${PYTHONPATH:+:$PYTHONPATH}
+    exec .venv/bin/python -m pytest -q -m tpu "$@"
 fi
 tier="not slow and not tpu" quick='' paths=''
 case "${1:-}" in
