@@ -16,7 +16,7 @@ import numpy as np
 from glip_jax.config import Config
 from glip_jax.data.importers.coco_json import ImagePaths
 from glip_jax.data.importers.entry import SourceError
-from glip_jax.data.importers.readers import as_integer
+from glip_jax.data.importers.readers import as_integer, identity
 from glip_jax.evaluation.benchmark.asked import (
     AskedImage,
     ImageEntry,
@@ -25,7 +25,14 @@ from glip_jax.evaluation.benchmark.asked import (
     SameQuestions,
     answer_arrays,
 )
-from glip_jax.evaluation.benchmark.sets import Ask, BenchmarkError, BenchmarkSet, check_counts, in_val2017
+from glip_jax.evaluation.benchmark.sets import (
+    Ask,
+    BenchmarkError,
+    BenchmarkSet,
+    check_counts,
+    in_val2017,
+    other_than_reported,
+)
 from glip_jax.evaluation.metrics import d3, flickr
 from glip_jax.evaluation.metrics.files import Ids, objects
 from glip_jax.evaluation.recall import CaptionedImage, Phrase, fit_caption
@@ -151,9 +158,7 @@ class _Reader:
     def categories(self) -> Questions:
         """All categories are asked of all images."""
         entries = self._images()
-        used = Counter(box.get("category_id") for box in objects(self.annotations, "annotations", "annotations")
-                       if self.item.image_rule == "all" or box.get("image_id") in self._chosen)  # fmt: skip
-        names = self._categories(used)
+        names, boxes = self._categories()
         hand = self.item.prompts if self.ask.name == "prompts" else {}
         texts = {key: hand.get(name, ("", clean_name(name), "")) for key, name in names.items()}
         if hand and not any(name in hand for name in names.values()):
@@ -161,14 +166,13 @@ class _Reader:
                 f"none of the categories has a hand-written prompt: expected {listed(list(hand))}, found {listed(list(names.values()))}"
             )
         parts = self._parts(texts, names)
-        self.counts |= {"images": len(entries), "categories": len(names), "boxes": sum(used.values())}
+        self.counts |= {"images": len(entries), "categories": len(names), "boxes": boxes}
         return self._made(SameQuestions(entries, parts), names)
 
     def captions(self) -> Questions:
         """The phrases of Flickr30k's captions that have a box; an image has about five captions."""
-        sentences = {
-            (each.image, each.index): each for each in flickr.read_sentences(str(self.annotations)) if each.phrases
-        }
+        every = [*flickr.read_sentences(str(self.annotations))]
+        sentences = {(each.image, each.index): each for each in every if each.phrases}
         captions = self._mdetr_captions(sentences) if self._has("captions") else self._release_captions(sentences)
         asked = defaultdict[str, list[Question]](list)
         sizes: dict[str, tuple[int | None, int | None]] = {}
@@ -187,7 +191,7 @@ class _Reader:
                 )
             )
             sizes[file] = size
-        self.counts["images"] = len({image for image, _ in captions})
+        self.counts["images"] = len({each.image for each in every})
         if left_out := self.counts["phrases over budget or without token"]:
             self.notes.append(f"{left_out} of {self.counts['phrases']} phrases cannot be asked and count as missed")
         return self._made([AskedImage(file, file, *sizes[file], tuple(each)) for file, each in asked.items()], {})
@@ -223,14 +227,15 @@ class _Reader:
         made: dict[Any, Parts] = {}
 
         def parts_of(entry: ImageEntry) -> Parts:
-            if entry.id not in images:
+            group = images.get(entry.id, {}).get("group_id")
+            inner = groups.get(group, {}).get("inner_sent_id")
+            if inner is None:
                 raise BenchmarkError(
-                    f"{self.item.name}: images.pkl lacks image {entry.id}, which {self.annotations} lists"
+                    f"{self.item.name}: images.pkl and groups.pkl give no sentences for image {entry.id}, which {self.annotations} lists"
                 )
-            group = images[entry.id]["group_id"]
             if group not in made:
-                inner = sorted(key for key in groups[group]["inner_sent_id"] if key in texts)
-                made[group] = self._parts({key: texts[key] for key in inner}, names) if inner else []
+                keys = sorted(key for key in inner if key in texts)
+                made[group] = self._parts({key: texts[key] for key in keys}, names) if keys else []
             return made[group]
 
         asked = [AskedImage(*entry, tuple(Question(entry.id, *part) for part in parts_of(entry))) for entry in entries]
@@ -243,23 +248,25 @@ class _Reader:
         texts: dict[Any, str] = {}
         spaces = defaultdict[Any, list[Any]](list)
         for item in objects(self.annotations, "descriptions", "annotations"):
-            where = f"{self.annotations}, description {item.get('id')!r:.40}"
+            key = self._id(item, "descriptions")
             if not isinstance(item.get("image_ids"), list):
-                raise BenchmarkError(f"{where}: expected image_ids, the images whose label space holds it")
-            if item["id"] in texts:
                 raise BenchmarkError(
-                    f"{self.annotations}: the id {item['id']!r} occurs twice in descriptions: ids must be unique"
+                    f"{self.annotations}, description {key!s:.40}: expected image_ids, the images whose label space holds it"
                 )
-            texts[item["id"]] = self._text(item, "text")
+            if key in texts:
+                raise BenchmarkError(
+                    f"{self.annotations}: the id {key!r} occurs twice in descriptions: ids must be unique"
+                )
+            texts[key] = self._text(item, "text")
             for image in item["image_ids"]:
-                spaces[image].append(item["id"])
+                spaces[self._ids.find(image)].append(key)
         boxes = sum(1 for _ in objects(self.annotations, "annotations", "annotations"))
         self.counts |= {"images": len(entries), "descriptions": len(texts), "boxes": boxes}
         pieces = {key: ("", text.strip().removesuffix("."), "") for key, text in texts.items()}
         left_out = self._unasked(pieces, texts)
 
         def questions(entry: ImageEntry) -> tuple[Question, ...]:
-            keys = [key for key in self._ordered(spaces.get(entry.id, [])) if key not in left_out]
+            keys = [key for key in self._ordered(spaces.get(self._ids.find(entry.id), [])) if key not in left_out]
             return tuple(Question(entry.id, *part) for part in self.prompts.grouped({key: pieces[key] for key in keys}))
 
         return self._made([AskedImage(*entry, questions(entry)) for entry in entries], texts)
@@ -278,6 +285,7 @@ class _Reader:
             if not self._other_counts:
                 raise
             self.notes.append(str(error))
+        self.notes += other_than_reported(self.item, counts, str(self.annotations))
         if not images or not counts["prompts"]:
             raise BenchmarkError(
                 f"{self.item.name}: {self.annotations} asks nothing of {len(images)} images: is it the published file?"
@@ -304,10 +312,10 @@ class _Reader:
         """The images of an annotation file with all their fields."""
         path = self.item.path(role, self.data)
         for item in objects(path, "images", "annotations"):
-            url, file, key = item.get("coco_url"), item.get("file_name"), item.get("id")
-            if isinstance(key, bool) or not isinstance(key, int | str) or not isinstance(file or url, str):
+            url, file, key = item.get("coco_url"), item.get("file_name"), self._id(item, "images")
+            if not isinstance(file or url, str):
                 raise BenchmarkError(
-                    f"{path}: an entry of images is {item!r:.100}: expected id and file_name or coco_url"
+                    f"{path}: image {key!s:.40} has the file_name {file!r:.40}: expected it, or coco_url"
                 )
             if self.item.image_rule == "val2017" and not in_val2017(item):
                 continue
@@ -316,7 +324,7 @@ class _Reader:
             if self._by_url is None:
                 self._by_url = not file or bool(tail and not self._exists(file) and self._exists(tail))
             try:
-                place = self._paths.find(tail if self._by_url else str(file))
+                place = self._paths.find(tail if self._by_url or not file else str(file))
             except SourceError as error:
                 raise BenchmarkError(f"{self.item.name}: {error}") from None
             yield ImageEntry(key, place, as_integer(item.get("height")), as_integer(item.get("width"))), item
@@ -328,9 +336,15 @@ class _Reader:
 
     def _images(self) -> list[ImageEntry]:
         entries = [entry for entry, _ in self._entries()]
-        Ids((entry.id for entry in entries), "images", str(self.annotations))
-        self._chosen = {entry.id for entry in entries}
+        self._ids = Ids((entry.id for entry in entries), "images", str(self.annotations))
         return entries
+
+    def _id(self, item: Mapping[str, Any], what: str) -> int | str:
+        """The id of an object; 1.0 is 1."""
+        try:
+            return identity({"id": None, **item}, "id", f"{self.annotations}: an object of {what}")
+        except SourceError as error:
+            raise BenchmarkError(str(error)) from None
 
     def _text(self, item: Mapping[str, Any], key: str) -> str:
         text = item.get(key)
@@ -342,28 +356,35 @@ class _Reader:
 
     def _listed_categories(self) -> list[tuple[Any, str, Any]]:
         """id, name and supercategory in the order of the ids."""
-        listed_ = {}
+        listed_: dict[int | str, tuple[str, Any]] = {}
         for entry in objects(self.annotations, "categories", "annotations"):
-            if "id" not in entry or not isinstance(entry.get("name"), str | int):
-                raise BenchmarkError(f"{self.annotations}: a category is {entry!r:.80}: expected id and name")
-            if entry["id"] in listed_:
+            key = self._id(entry, "categories")
+            if not isinstance(entry.get("name"), str | int):
                 raise BenchmarkError(
-                    f"{self.annotations}: the id {entry['id']!r} occurs twice in categories: ids must be unique"
+                    f"{self.annotations}: category {key!s:.40} has the name {entry.get('name')!r:.40}: expected a text"
                 )
-            listed_[entry["id"]] = str(entry["name"]), entry.get("supercategory")
+            if key in listed_:
+                raise BenchmarkError(
+                    f"{self.annotations}: the id {key!r} occurs twice in categories: ids must be unique"
+                )
+            listed_[key] = str(entry["name"]), entry.get("supercategory")
         keys = Ids(listed_, "categories", str(self.annotations)).keys
         return [(key, *listed_[key]) for key in keys]
 
-    def _categories(self, used: Mapping[Any, int]) -> dict[Any, str]:
-        """Names by id, without the unused class of an export: a background, or one that others name as their supercategory."""
+    def _categories(self) -> tuple[dict[Any, str], int]:
+        """Names by id, and the number of boxes.
+
+        The unused class of an export is left out: a background, or one that others name as their supercategory.
+        """
         categories_ = self._listed_categories()
         ids = Ids((key for key, _, _ in categories_), "categories", str(self.annotations))
         boxes = Counter[int]()
-        for key, count in used.items():
-            boxes[ids.find(key)] += count
+        for box in objects(self.annotations, "annotations", "annotations"):
+            if self.item.image_rule == "all" or self._ids.find(box.get("image_id")) >= 0:
+                boxes[ids.find(box.get("category_id"))] += 1
         if boxes[-1]:
             self.notes.append(f"{boxes[-1]} boxes are of categories that {self.annotations} does not list")
-        above = {above for _, name, above in categories_ if above != name}
+        above = [above for _, name, above in categories_ if above != name]
         names = {}
         for index, (key, name, _) in enumerate(categories_):
             background = name.strip("_ ").lower() in ("background", "bg")
@@ -373,7 +394,7 @@ class _Reader:
                 )
             else:
                 names[key] = name
-        return names
+        return names, boxes.total()
 
     def _parts(self, texts: Texts, names: Mapping[Any, str]) -> Parts:
         """Prompts for texts in the order of asking."""
@@ -420,8 +441,10 @@ class _Reader:
                 )
             number = as_integer(image)
             key = (str(image if number is None else number), index)
+            caption = self._text(fields, "caption")
             spans = [
-                tuple((int(begin), int(end)) for begin, end in phrase) for phrase in fields["tokens_positive_eval"]
+                self._spans(phrase, caption, f"{path}, image {entry.id!r:.40}")
+                for phrase in fields["tokens_positive_eval"]
             ]
             if key in sentences and len(spans) != len(sentences[key].phrases):
                 raise BenchmarkError(
@@ -429,13 +452,25 @@ class _Reader:
                     f"{len(sentences[key].phrases)} with a box: the files are of different versions"
                 )
             if key in sentences:
-                found[key] = (entry.file, (entry.height, entry.width), self._text(fields, "caption"), spans)
+                found[key] = (entry.file, (entry.height, entry.width), caption, spans)
         if missing := [key for key in sentences if key not in found]:
             raise BenchmarkError(
                 f"{path} lacks {len(missing)} of the {len(sentences)} sentences of {self.annotations}, first sentence "
                 f"{missing[0][1]} of image {missing[0][0]}: expected the file of the same split"
             )
         return found
+
+    def _spans(self, phrase: Any, caption: str, where: str) -> tuple[tuple[int, int], ...]:
+        """The (begin, end) characters of a phrase of tokens_positive_eval."""
+        pairs = [tuple(each) if isinstance(each, list) else each for each in phrase] if isinstance(phrase, list) else []
+        for each in pairs or [phrase]:
+            whole = isinstance(each, tuple) and len(each) == 2 and all(type(value) is int for value in each)
+            if not whole or not 0 <= each[0] < each[1] <= len(caption):
+                raise BenchmarkError(
+                    f"{where} has the span {each!r:.40} in tokens_positive_eval: expected [begin, end] within its caption of "
+                    f"{len(caption)} characters"
+                )
+        return tuple(pairs)
 
     def _release_captions(self, sentences: Mapping[tuple[str, int], flickr.Sentence]) -> dict[tuple[str, int], Any]:
         """The same, from the sentences of the release: the words without their markup, joined by spaces."""

@@ -22,7 +22,7 @@ from glip_jax.io.workdir import write_atomic
 
 __all__ = [
     "Ask", "BenchmarkError", "BenchmarkSet", "Form", "Group", "Layout", "Metric", "Published", "SetFile", "agrees", "check_counts",
-    "find_sets", "listing", "missing", "number", "own_set", "protocol", "scored_annotations",
+    "find_sets", "listing", "missing", "number", "other_than_reported", "own_set", "protocol", "scored_annotations",
 ]  # fmt: skip
 
 Layout = Literal["categories", "flickr", "expressions", "d3", "omnilabel"]
@@ -130,7 +130,9 @@ class BenchmarkSet:
     metrics: tuple[Metric, ...]
     licence: str
     counts: Mapping[str, int] = field(default_factory=dict)
-    """Expected counts, as `Questions.counts` names them; only those that are known."""
+    """Expected counts, as `Questions.counts` names them; only those that are known. Another count is another version."""
+    reported: Mapping[str, int] = field(default_factory=dict)
+    """Counts that a paper reports, which the released files may not have; another count is only noted."""
     prompt_rule: str = ""
     """The prompt in words."""
     widths: Literal["plus_one", "plain"] = "plain"
@@ -199,13 +201,23 @@ def missing(item: BenchmarkSet, data: str) -> list[str]:
 
 def check_counts(item: BenchmarkSet, counts: Mapping[str, int], path: str) -> None:
     """Raises BenchmarkError, which names both, if the annotation file at `path` has other counts than expected."""
-    wrong = [(name, expected) for name, expected in item.counts.items() if counts.get(name, expected) != expected]
-    if wrong:
+    if wrong := _differences(item.counts, counts):
         raise BenchmarkError(
-            f"{item.name}: {path} has {', '.join(f'{counts[name]:,} {name}' for name, _ in wrong)}, expected "
-            f"{', '.join(f'{expected:,} {name}' for name, expected in wrong)}: it is an annotation file of another version; use "
-            "the published file, or evaluate this one as a set of your own"
+            f"{item.name}: {path} {wrong}: it is an annotation file of another version; use the published file, or evaluate this one "
+            "as a set of your own"
         )
+
+
+def other_than_reported(item: BenchmarkSet, counts: Mapping[str, int], path: str) -> list[str]:
+    """A note, which names both, if the annotation file at `path` has other counts than a paper reports."""
+    wrong = _differences(item.reported, counts)
+    return [f"{path} {wrong}, as the paper reports: its number may be of another version"] * bool(wrong)
+
+
+def _differences(expected: Mapping[str, int], counts: Mapping[str, int]) -> str:
+    wrong = [(name, count) for name, count in expected.items() if counts.get(name, count) != count]
+    found = ", ".join(f"{counts[name]:,} {name}" for name, _ in wrong)
+    return f"has {found}, expected {', '.join(f'{count:,} {name}' for name, count in wrong)}" if wrong else ""
 
 
 def scored_annotations(item: BenchmarkSet, data: str, role: str, derived: epath.Path) -> epath.Path:
@@ -273,7 +285,7 @@ def own_set(name: str, annotations: str, images: str, like: str = "coco", **othe
     if lacking:
         raise BenchmarkError(f"{name}: a set like {like} also needs {', '.join(lacking)}")
     return dataclasses.replace(
-        model, name=name, title=f"{name} (as {model.name})", files=files, counts={}, stems_sha256="", image_rule="all", published=(),
+        model, name=name, title=f"{name} (as {model.name})", files=files, counts={}, reported={}, stems_sha256="", image_rule="all", published=(),
         licence="your own", notes=(), domain="",
     )  # fmt: skip
 
@@ -338,7 +350,7 @@ def listing(sets: Iterable[BenchmarkSet], data: str, prompts_per_second: float |
 
 
 def _described(item: BenchmarkSet, data: str, rate: float | None) -> list[str]:
-    counts = ", ".join(f"{count:,} {name}" for name, count in item.counts.items()) or "not known"
+    counts = ", ".join(f"{count:,} {name}" for name, count in {**item.counts, **item.reported}.items()) or "not known"
     asks = ", ".join(f"{ask.name}{'' if ask.default else ' (on request)'}" for ask in item.asks)
     lines = [f"{item.name}: {item.title}", f"  asked by {asks}: {item.prompt_rule}"]
     for each in item.files:
@@ -354,7 +366,7 @@ def _described(item: BenchmarkSet, data: str, rate: float | None) -> list[str]:
 
 
 def _time(item: BenchmarkSet, rate: float | None) -> str:
-    prompts = [item.counts.get("images", 0) * ask.prompts for ask in item.asks if ask.default]
+    prompts = [{**item.counts, **item.reported}.get("images", 0) * ask.prompts for ask in item.asks if ask.default]
     if not all(prompts):
         return "not known before the annotations are read"
     total = f"{sum(prompts):,.0f} prompts"

@@ -325,7 +325,7 @@ def _odinw(key: str, values: Mapping[str, Any], split: str) -> BenchmarkSet:
             SetFile("images", tuple(f"{root}{folder}" for root in roots)),
         ),
         asks=asks, metrics=(Metric("AP", "coco", "AP"),), licence="not known: each set has its own, see its Roboflow page",
-        counts={"categories": len(values["classes"]), **({"images": images} if images else {})}, widths="plus_one",
+        counts={"categories": len(values["classes"])}, reported={"images": images} if images else {}, widths="plus_one",
         prompt_rule="all names in one prompt in the order of their ids; GLIP's hand-written prompts where it has them",
         prompts={name: tuple(texts) for name, texts in values["prompts"].items()}, published=published,
         notes=("the published test numbers of PascalVOC are of its valid part",) if key == "pascalvoc" and split == "test" else (),

@@ -310,7 +310,7 @@ def test_v3det_asks_only_retrieved_names(ask, tokenizer):
     [
         ("coco", lambda c: c["images"].append(c["images"][0]), "occurs twice in images"),
         ("coco", lambda c: c["categories"].append(c["categories"][0]), "occurs twice in categories"),
-        ("coco", lambda c: c["images"][0].pop("file_name"), "expected id and file_name or coco_url"),
+        ("coco", lambda c: c["images"][0].pop("file_name"), "expected it, or coco_url"),
         ("coco", lambda c: c["images"].clear(), "asks nothing of 0 images"),
         ("refcoco_val", lambda c: c["images"][0].update(caption=" "), "expected a text"),
         ("omnilabel", lambda c: c["descriptions"][0].pop("image_ids"), "expected image_ids"),
