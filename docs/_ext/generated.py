@@ -8,6 +8,8 @@ A page holds a comment `<!-- generated: NAME -->`; the comment is replaced with 
     renamed     settings and metrics that had another name in earlier versions
     schema      every field of a record and of a manifest
     published   what gcs/manifests says of published data sets
+    benchmark   every set of the job `benchmark`: files, prompts, metrics, licence
+    peers       published numbers on these sets
 """
 
 import ast
@@ -21,7 +23,7 @@ import re
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ from glip_jax.config.ranges import Range
 from glip_jax.config.saved import RENAMED_KEYS
 from glip_jax.data.manifest import Manifest
 from glip_jax.data.records import Record
+from glip_jax.evaluation.benchmark.sets import BenchmarkSet
+from glip_jax.evaluation.benchmark.table import GROUPS, SETS
 
 __all__ = ["setup"]
 
@@ -66,6 +70,8 @@ def _replace(_: Sphinx, __: str, source: list[str]) -> None:
         "renamed": _renamed,
         "schema": _schema,
         "published": _published,
+        "benchmark": _benchmark,
+        "peers": _peers,
     }
     source[0] = _MARK.sub(lambda found: tables[found[1]](), source[0])
 
@@ -140,6 +146,54 @@ def _published() -> str:
         units = "; ".join(f"{what}: {unit}" for what, unit in fields.get("units", {}).items())
         rows.append((fields["title"], *counts, units))
     return _table(("set", "records", "boxes", "names", "counted are"), rows)
+
+
+def _benchmark() -> str:
+    """A table of the benchmark's sets; of ODinW and RF100-VL, which have many, the first."""
+    rows = []
+    for item in _shown(SETS.values()):
+        files = "<br>".join(
+            f"{each.role}: `{each.paths[0]}`{' (not needed)' if each.optional else ''}" for each in item.files
+        )
+        asks = "<br>".join(
+            f"`{ask.name}`: {ask.boxes} boxes, {ask.chunk or 'as many as fit'} a prompt{'' if ask.default else ', on request'}"
+            for ask in item.asks
+        )
+        counts = ", ".join(f"{count:,} {what}" for what, count in {**item.counts, **item.reported}.items())
+        rows.append(
+            (
+                f"`{item.name}`",
+                files,
+                item.prompt_rule,
+                asks,
+                ", ".join(metric.label for metric in item.metrics),
+                counts or "not known",
+                item.licence,
+            )
+        )
+    return _table(("set", "files below --data", "prompt", "asked", "metrics", "expected", "licence"), rows)
+
+
+def _peers() -> str:
+    """A table of published numbers."""
+    rows = [
+        (f"`{owner}`", each.model, each.ask, each.metric, each.key, f"{each.value:g}", each.source)
+        for owner, published in [
+            *((item.name, item.published) for item in SETS.values()),
+            *((g.name, g.published) for g in GROUPS.values()),
+        ]
+        for each in published
+    ]
+    return _table(("set", "model", "asked", "metric", "number", "%", "source"), rows)
+
+
+def _shown(items: Iterable[BenchmarkSet]) -> Iterator[BenchmarkSet]:
+    families = set()
+    for item in items:
+        family = item.name.split("_")[0] if item.name.startswith(("odinw", "rf100vl")) else item.name
+        if family not in families:
+            yield item
+        families.add(family)
 
 
 def _renamed() -> str:

@@ -26,7 +26,7 @@ def boxes_of(image: int) -> list[list[int]]:
 
 
 def write_image(path: Path, image: int) -> None:
-    """A picture of colored rectangles at the boxes of image number `image`."""
+    """An image with colored rectangles at the boxes of image number `image`."""
     picture = Image.new("RGB", (WIDTH, HEIGHT), (200, 200, 200))
     for (x, y, width, height), color in zip(boxes_of(image), COLORS.values(), strict=False):
         ImageDraw.Draw(picture).rectangle((x, y, x + width - 1, y + height - 1), fill=color)

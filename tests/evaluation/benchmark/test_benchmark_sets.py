@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib
 import json
 
 import numpy as np
@@ -289,6 +290,60 @@ def test_omnilabel_asks_the_label_space_of_each_image(ask):
     )
     (row,) = answer_rows(asked.item, asked.images[1], [_found(([1, 2, 11, 22], 0.5, 1))])
     assert row == {"image_id": 9, "bbox": [1, 2, 10, 20], "description_ids": [22], "scores": [0.5]}
+
+
+def _true_boxes(asked, question, key):
+    """The true boxes xywh of a key, in the files of the made sets."""
+    content = json.loads(asked.annotations.read_text()) if asked.item.layout != "flickr" else {}
+    own = [
+        each for each in content.get("annotations", ()) if each["image_id"] == question.id and not each.get("iscrowd")
+    ]
+    match asked.item.layout:
+        case "categories" | "d3":
+            return [each["bbox"] for each in own if each["category_id"] == key]
+        case "omnilabel":
+            return [each["bbox"] for each in own if key in each["description_ids"]]
+        case "expressions":
+            return [each["bbox"] for each in own if each["category_id"] == 1]
+        case "flickr":
+            sentences = {(int(each.image), each.index): each for each in flickr.read_sentences(str(asked.annotations))}
+            return [(x1, y1, x2 - x1, y2 - y1) for x1, y1, x2, y2 in sentences[question.id].phrases[key].boxes]
+
+
+@pytest.mark.parametrize(
+    "name", ["coco", "lvis_minival", "flickr_val", "odinw_bccd", "refcocog_test", "grefcoco_testb", "d3", "omnilabel", "rf100vl_actions", "v3det"]
+)  # fmt: skip
+def test_perfect_answers_score_one_in_every_metric_of_the_table(name, ask, tmp_path):
+    for way in SETS[name].asks:
+        asked, rows = ask(name, way.name), []
+        extra = 1 if asked.item.widths == "plus_one" else 0
+        for image in asked.images:
+            found = [
+                _found(*(([x, y, x + w - extra, y + h - extra], 0.9, phrase) for phrase, key in enumerate(question.keys)
+                         for x, y, w, h in _true_boxes(asked, question, key)))
+                for question in image.questions
+            ]  # fmt: skip
+            rows += answer_rows(asked.item, image, found)
+        (tmp_path / "found.json").write_text(json.dumps(join_rows(asked.item, rows)))
+        scored = [metric for metric in asked.item.metrics if not metric.asks or way.name in metric.asks]
+        assert scored
+        for metric in scored:
+            truth = sets.scored_annotations(asked.item, str(tmp_path), metric.file, epath.Path(tmp_path / "derived"))
+            module = importlib.import_module(f"glip_jax.evaluation.metrics.{metric.module}")
+            result = module.score(str(truth), str(tmp_path / "found.json"), **metric.options)
+            keys = {
+                metric.main,
+                *(each.key for each in asked.item.published if (each.ask, each.metric) == (way.name, metric.label)),
+            }
+            numbers = {key: sets.number(result, key) for key in keys}
+            assert numbers[metric.main] == pytest.approx(1, abs=1e-4), (metric, result)
+            assert all(_has(result, key) for key in keys), (keys, result)
+
+
+def _has(result, key):
+    for part in [key] if key in result else key.split("."):
+        result = result[int(part)] if isinstance(result, list) else result[part]
+    return True
 
 
 def test_v3det_asks_only_retrieved_names(ask, tokenizer):
