@@ -18,6 +18,7 @@ from glip_jax import UserError
 from glip_jax.evaluation.metrics.files import objects
 from glip_jax.io import gcs
 from glip_jax.io.paths import checked
+from glip_jax.io.provenance import file_hash
 from glip_jax.io.workdir import write_atomic
 
 __all__ = [
@@ -354,15 +355,24 @@ def _described(item: BenchmarkSet, data: str, rate: float | None) -> list[str]:
     asks = ", ".join(f"{ask.name}{'' if ask.default else ' (on request)'}" for ask in item.asks)
     lines = [f"{item.name}: {item.title}", f"  asked by {asks}: {item.prompt_rule}"]
     for each in item.files:
-        place = item.path(each.role, data)
-        state = "found" if gcs.kind(place) else "not there, not needed" if each.optional else "MISSING"
-        shown = str(place) if state == "found" else " or ".join(str(_place(data, path)) for path in each.paths[:3])
-        lines.append(f"  {each.role}: {shown} ({state}; SHA-256 {each.sha256 or 'not known'})")
+        lines.append(f"  {each.role}: {_state(item, each, data)}")
     if item.stems_sha256:
         lines.append(f"  SHA-256 of the sorted names of its images: {item.stems_sha256}")
     lines += [f"  expected: {counts}", f"  metrics: {', '.join(metric.label for metric in item.metrics)}"]
     lines += [f"  licence: {item.licence}", f"  time: {_time(item, rate)}"]
     return lines + [f"  note: {note}" for note in item.notes]
+
+
+def _state(item: BenchmarkSet, file: SetFile, data: str) -> str:
+    """Where a file is, with the expected and the found hash; or where it was looked for."""
+    place = item.path(file.role, data)
+    match gcs.kind(place):
+        case "file":
+            return f"{place} (found; SHA-256 expected: {file.sha256 or 'not known'}, found: {file_hash(str(place))})"
+        case "folder":
+            return f"{place} (found)"
+    tried = " or ".join(str(_place(data, path)) for path in file.paths[:3])
+    return f"{tried} ({'not there, not needed' if file.optional else 'MISSING'}; SHA-256 expected: {file.sha256 or 'not known'})"
 
 
 def _time(item: BenchmarkSet, rate: float | None) -> str:

@@ -223,6 +223,13 @@ def _d3() -> BenchmarkSet:
     metrics = (
         Metric("AP (FULL)", "d3", "FULL", asks=intra),
         Metric("AP (FULL), inter", "d3", "FULL", {"inter": True}, asks=("inter_parallel", "inter_concat")),
+        Metric(
+            "AP (FULL), inter, boxes of all groups",
+            "d3",
+            "all_groups.FULL",
+            {"inter": True},
+            asks=("inter_parallel", "inter_concat"),
+        ),
     )
     inter = {
         "GroundingDINO-B": "2.7 2.4 3.5",
