@@ -319,7 +319,7 @@ def _true_boxes(asked, question, key):
     "name", ["coco", "lvis_minival", "flickr_val", "odinw_bccd", "refcocog_test", "grefcoco_testb", "d3", "omnilabel", "rf100vl_actions", "v3det"]
 )  # fmt: skip
 def test_perfect_answers_score_one_in_every_metric_of_the_table(name, ask, tmp_path):
-    for way in SETS[name].asks:
+    for way in [each for each in SETS[name].asks if each.chunk != 1]:  # one sentence a prompt gives the same answers
         asked, rows = ask(name, way.name), []
         extra = 1 if asked.item.widths == "plus_one" else 0
         for image in asked.images:
