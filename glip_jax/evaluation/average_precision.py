@@ -157,27 +157,26 @@ def average_precision(
         evaluation.params.maxDets = caps = sorted({1, 10, top})
         evaluation.evaluate()
         evaluation.accumulate()
-    last = caps.index(top)
-    everything = np.asarray(evaluation.eval["precision"], np.float64)
-    precision = everything[:, :, :, 0, last]
+    precision = np.asarray(evaluation.eval["precision"], np.float64)[..., caps.index(top)]
     return AveragePrecision(
-        coco_numbers(everything, np.asarray(evaluation.eval["recall"], np.float64), caps, top),
-        dict(zip(_labels(truth), _mean_precision(precision), strict=True)),
-        dict(zip(_labels(truth), _mean_precision(precision[:1]), strict=True)),
+        coco_numbers(precision, np.asarray(evaluation.eval["recall"], np.float64), caps, top),
+        dict(zip(_labels(truth), _mean_precision(precision[..., 0]), strict=True)),
+        dict(zip(_labels(truth), _mean_precision(precision[:1, ..., 0]), strict=True)),
     )
 
 
 def coco_numbers(
-    precision: Float64[np.ndarray, "T R K A M"], recall: Float64[np.ndarray, "T K A M"], caps: Sequence[int], top: int
+    precision: Float64[np.ndarray, "T R K A"], recall: Float64[np.ndarray, "T K A M"], caps: Sequence[int], top: int
 ) -> dict[str, float]:
     """COCO's twelve numbers of what COCOeval accumulates, as its `summarize` computes them.
 
-    `caps`: the M maximum numbers of detections, with 1, 10 and `top` among them. `summarize` itself gives AP for the cap 100 only.
+    `caps`: the M maximum numbers of detections, with 1, 10 and `top` among them; `precision` is at `top`. `summarize` itself gives AP
+    for the cap 100 only.
     """
     last = caps.index(top)
     values = [
-        *(mean_of(precision[chosen, :, :, 0, last]) for chosen in (slice(None), [0], [5])),
-        *(mean_of(precision[..., area, last]) for area in (1, 2, 3)),
+        *(mean_of(precision[chosen, :, :, 0]) for chosen in (slice(None), [0], [5])),
+        *(mean_of(precision[..., area]) for area in (1, 2, 3)),
         *(mean_of(recall[..., 0, caps.index(cap)]) for cap in (1, 10, top)),
         *(mean_of(recall[..., area, last]) for area in (1, 2, 3)),
     ]

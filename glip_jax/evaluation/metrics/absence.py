@@ -172,9 +172,9 @@ def coco_ap(pairs: Pairs, found: Found) -> Callable[[float], float]:
                     per_category.Found(
                         images[kept].astype(np.int32), found.boxes[kept], found.scores[kept], np.zeros(len(kept), bool)
                     ),
-                    (100,), curves, name,
+                    (100,), 100, curves, name,
                 )  # fmt: skip
-        return mean_of(curves.precision[..., 0, 0])
+        return mean_of(curves.precision[..., 0])
 
     return ap
 

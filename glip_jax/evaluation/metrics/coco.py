@@ -104,9 +104,8 @@ def _sparse(truth: Annotations, rows: Results, top: int) -> tuple[dict[str, floa
     caps, K = sorted({1, 10, top}), len(truth.categories)
     curves = no_curves(K, len(caps))
     for k, true, each in _by_category(truth, rows):
-        category_curves(true, each, tuple(caps), curves, k)
-    last = caps.index(top)
-    per = [[mean_of(curves.precision[chosen, :, k, 0, last]) for k in range(K)] for chosen in (slice(None), slice(1))]
+        category_curves(true, each, caps, top, curves, k)
+    per = [[mean_of(curves.precision[chosen, :, k, 0]) for k in range(K)] for chosen in (slice(None), slice(1))]
     ap, ap50 = (dict(zip(truth.names, values, strict=True)) for values in per)
     return coco_numbers(*curves, caps, top), ap, ap50
 

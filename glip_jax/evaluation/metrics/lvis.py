@@ -69,8 +69,9 @@ def score(
     K = len(truth.categories)
     curves = no_curves(K, 1)
     for k, true, each in _by_category(truth, found, unfinished):
-        category_curves(true, each, (max(1, len(each.scores)),), curves, k)
-    precision, recall = curves.precision[..., 0], curves.recall[..., 0]
+        every = max(1, len(each.scores))
+        category_curves(true, each, [every], every, curves, k)
+    precision, recall = curves.precision, curves.recall[..., 0]
     numbers: dict[str, Any] = {"kept": found.kept} if fixed else {}
     numbers |= {
         "AP": mean_of(precision[..., 0]), "AP50": mean_of(precision[0, :, :, 0]), "AP75": mean_of(precision[5, :, :, 0]),

@@ -4,6 +4,7 @@ Equal to pycocotools and to the LVIS API in every bit, but only pairs of an imag
 time, so that 13,000 categories on 30,000 images can be scored.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,20 +46,22 @@ class Found(NamedTuple):
 class Curves(NamedTuple):
     """What COCOeval accumulates; -1 where there is no true box. T thresholds, R recalls, K categories, A areas, M caps."""
 
-    precision: Float64[np.ndarray, "T R K A M"]
+    precision: Float64[np.ndarray, "T R K A"]
+    """At the cap of AP."""
     recall: Float64[np.ndarray, "T K A M"]
 
 
 def no_curves(categories: int, caps: int) -> Curves:
     """Curves that are -1 everywhere."""
-    shape = (categories, len(AREAS), caps)
-    return Curves(-np.ones((len(THRESHOLDS), len(RECALLS), *shape)), -np.ones((len(THRESHOLDS), *shape)))
+    shape = (len(THRESHOLDS), len(RECALLS), categories, len(AREAS))
+    return Curves(-np.ones(shape), -np.ones((shape[0], *shape[2:], caps)))
 
 
-def category_curves(truth: Truth, found: Found, caps: tuple[int, ...], curves: Curves, category: int) -> None:
+def category_curves(truth: Truth, found: Found, caps: Sequence[int], top: int, curves: Curves, category: int) -> None:
     """Writes the curves of one category into `curves`.
 
-    `caps`: maximum numbers of detections per image, ascending; detections beyond the last one are not matched at all.
+    `caps`: maximum numbers of detections per image, ascending; detections beyond the last one are not matched at all. `top`: the
+    one of them for AP.
     """
     low, high = np.array(AREAS).T
     gt_ignored = truth.ignored | (truth.areas < low[:, None]) | (truth.areas > high[:, None])
@@ -78,7 +81,9 @@ def category_curves(truth: Truth, found: Found, caps: tuple[int, ...], curves: C
         for m, cap in enumerate(caps):
             within = rank < cap
             each = curve(scores[within], matched[:, within], ignored[:, within], int(counted[a]))
-            curves.precision[:, :, category, a, m], curves.recall[:, category, a, m] = each.precision, each.recall
+            curves.recall[:, category, a, m] = each.recall
+            if cap == top:
+                curves.precision[:, :, category, a] = each.precision
 
 
 def _matched(
