@@ -6,12 +6,15 @@ into rows of the file of predictions. Questions hold no pixels; those of a set w
 
 import dataclasses
 import hashlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from glip_jax.config import Config
 from glip_jax.data.importers.coco_json import ImagePaths
@@ -36,10 +39,13 @@ from glip_jax.evaluation.benchmark.sets import (
 from glip_jax.evaluation.metrics import d3, flickr
 from glip_jax.evaluation.metrics.files import Ids, objects
 from glip_jax.evaluation.recall import CaptionedImage, Phrase, fit_caption
+from glip_jax.io import gcs
 from glip_jax.structures.batch import Detections, Prompt
 from glip_jax.structures.prompts import Tokenizer, clean_name, listed
 
-__all__ = ["ask_config", "narrowed", "read_questions", "retrieved"]
+__all__ = ["ask_config", "missing_images", "narrowed", "read_questions", "retrieved"]
+
+_THREADS = 16
 
 Texts = Mapping[Any, tuple[str, str, str]]
 """By key: prefix, the text that is scored, suffix."""
@@ -69,7 +75,7 @@ def read_questions(
 ) -> Questions:
     """Reads the annotation files of a set below `data`.
 
-    `order`: order of the categories, sentences or descriptions, or the seed of a shuffled one; None: by id. `other_counts`: files
+    `order`: order of the categories, or the seed of a shuffled order of categories, sentences or descriptions; None: by id. `other_counts`: files
     of another version than expected are only noted.
 
     Raises:
@@ -88,6 +94,32 @@ def read_questions(
             return reader.sentences()
         case "omnilabel":
             return reader.descriptions()
+
+
+def missing_images(asked: Questions) -> list[str]:
+    """The files of images that are missing or empty, by folder listings: a set that was downloaded in part."""
+    folders = defaultdict[str, list[str]](list)
+    for image in asked.images:
+        parent, _, name = image.file.rpartition("/")
+        folders[parent].append(name)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        sizes = dict(zip(folders, pool.map(lambda parent: _sizes(asked.folder / parent), folders), strict=True))
+    return [
+        f"{parent}/{name}".lstrip("/")
+        for parent, names in folders.items()
+        for name in names
+        if not sizes[parent].get(name)
+    ]
+
+
+def _sizes(folder: epath.Path) -> dict[str, int]:
+    """Bytes of the files in a folder by name; empty if there is none."""
+    if gcs.is_remote(folder):
+        return {name: info.bytes for name, info in gcs.list_files(folder).items()}
+    if not folder.is_dir():
+        return {}
+    with os.scandir(folder) as found:
+        return {each.name: each.stat().st_size for each in found if each.is_file()}
 
 
 class _Prompts:
@@ -182,14 +214,9 @@ class _Reader:
             fitted = fit_caption(whole, self.prompts.tokenizer, self.prompts.budget)
             self.counts["captions cut"] += bool(fitted.over_budget)
             self.counts["phrases over budget or without token"] += len(fitted.over_budget) + len(fitted.without_token)
-            asked[file].append(
-                Question(
-                    (image if (number := as_integer(image)) is None else number, index),
-                    fitted.prompt,
-                    fitted.included,
-                    len(spans),
-                )
-            )
+            number = as_integer(image)
+            key = (image if number is None else number, index)
+            asked[file].append(Question(key, fitted.prompt, fitted.included, len(spans)))
             sizes[file] = size
         self.counts["images"] = len({each.image for each in every})
         if left_out := self.counts["phrases over budget or without token"]:
@@ -306,7 +333,7 @@ class _Reader:
 
     def _has(self, role: str) -> bool:
         known = any(each.role == role for each in self.item.files)
-        return known and self.item.path(role, self.data).exists()
+        return known and gcs.kind(self.item.path(role, self.data)) == "file"
 
     def _entries(self, role: str = "annotations") -> Iterator[tuple[ImageEntry, dict[str, Any]]]:
         """The images of an annotation file with all their fields."""
@@ -330,9 +357,8 @@ class _Reader:
             yield ImageEntry(key, place, as_integer(item.get("height")), as_integer(item.get("width"))), item
 
     def _exists(self, name: str) -> bool:
-        return any(
-            (self.folder / "/".join(ImagePaths.parts(name)[i:])).exists() for i in range(len(ImagePaths.parts(name)))
-        )
+        parts = ImagePaths.parts(name)
+        return any(gcs.kind(self.folder / "/".join(parts[i:])) == "file" for i in range(len(parts)))
 
     def _images(self) -> list[ImageEntry]:
         entries = [entry for entry, _ in self._entries()]

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from etils import epath
 
 from glip_jax.evaluation.benchmark import sets
 from glip_jax.evaluation.benchmark.asked import answer_arrays, answer_rows, join_rows
-from glip_jax.evaluation.benchmark.questions import ask_config, narrowed, read_questions, retrieved
+from glip_jax.evaluation.benchmark.questions import ask_config, missing_images, narrowed, read_questions, retrieved
 from glip_jax.evaluation.benchmark.table import GROUPS, SETS
 from glip_jax.evaluation.metrics import flickr, grefcoco, refexp
 from glip_jax.evaluation.metrics.files import MetricError
@@ -387,6 +388,14 @@ def test_bad_files_are_one_clear_message(name, change, message, tmp_path, tokeni
     path.write_text(json.dumps(content))
     with pytest.raises((sets.BenchmarkError, MetricError), match=message):
         read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG)
+
+
+def test_images_of_a_set_that_was_downloaded_in_part(ask, tmp_path):
+    asked = ask("lvis_val")
+    assert missing_images(asked) == []
+    (tmp_path / "coco/val2017/000000000632.jpg").write_bytes(b"")
+    shutil.rmtree(tmp_path / "coco/train2017")
+    assert sorted(missing_images(asked)) == ["train2017/000000000285.jpg", "val2017/000000000632.jpg"]
 
 
 def test_a_set_of_one_image_with_ids_as_text(tmp_path, tokenizer):
