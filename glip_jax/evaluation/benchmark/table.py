@@ -360,7 +360,7 @@ def _groups(odinw: Mapping[str, Any]) -> dict[str, Group]:
     }
     groups = [
         Group("odinw13", "ODinW-13, test", tuple(f"odinw_{key}" for key in thirteen), ("names", "prompts"), published=(
-            *_rows("prompts", "AP", "mean", means["prompts"], f"{_GLIP}, Tables 3 and 14 (best checkpoint)", _ONE_PROMPT),
+            *_rows("prompts", "AP", "mean", means["prompts"], f"{_GLIP}, Table 14 (best checkpoint)", _ONE_PROMPT),
             *_rows("names", "AP", "mean", means["names"], f"{_GLIP}, Table 14 (with the words of Rabbits and Mushrooms)",
                    {"prompts": "of Rabbits and Mushrooms only"}),
             *_rows("prompts", "AP", "mean", {"GLIP-T (released)": "42.7", "GLIP-L (released)": "51.2"}, "microsoft/GLIP README", _NOT_STATED),

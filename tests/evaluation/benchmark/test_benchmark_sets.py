@@ -69,7 +69,7 @@ def test_the_table_is_consistent():
     for group in GROUPS.values():
         assert group.sets and all(SETS[name].ask(column) for name in group.sets for column in group.columns), group.name
     assert (len(GROUPS["odinw13"].sets), len(GROUPS["odinw35"].sets), len(GROUPS["rf100vl"].sets)) == (13, 35, 100)
-    # The mean over the sets of the paper's Table 14 is the number that its Table 3 prints.
+    # The rows of the paper's Table 14 have the mean that it prints.
     rows = [
         each
         for name in GROUPS["odinw13"].sets
