@@ -18,6 +18,7 @@ from defusedxml.ElementTree import fromstring
 from etils import epath
 from jaxtyping import Float, Float64
 
+from glip_jax import UserError
 from glip_jax.data.importers.readers import as_integer
 from glip_jax.evaluation.metrics.files import MetricError, box_array, objects, required
 from glip_jax.evaluation.metrics.matching import iou
@@ -202,8 +203,12 @@ def _read(path: epath.Path) -> str | None:
     try:
         with gcs.open_file(path) as file:
             return text_files.decoded(file.read()).replace("\r\n", "\n").replace("\r", "\n")
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return None
+    except OSError as error:
+        if isinstance(error, UserError):  # of the storage, with its own exit code
+            raise
+        raise MetricError(f"{path} cannot be read ({error.strerror or error})") from None
     except ValueError as error:
         raise MetricError(f"{path}: {error}") from None
 
@@ -214,10 +219,11 @@ def _boxes(xml: str, place: epath.Path) -> dict[str, Float64[np.ndarray, "N 4"]]
     try:
         for item in fromstring(xml).findall("object"):
             box = item.find("bndbox")
-            for name in item.findall("name") if box is not None else ():
-                found[name.text or ""].append(
-                    [int(box.findtext(side) or "") for side in ("xmin", "ymin", "xmax", "ymax")]
-                )
+            if box is None:
+                continue
+            corners = [int(box.findtext(side) or "") for side in ("xmin", "ymin", "xmax", "ymax")]
+            for name in item.findall("name"):
+                found[name.text or ""].append(corners)
     except (ParseError, ValueError) as error:  # defusedxml raises ValueError for forbidden content
         raise MetricError(f"{place} cannot be read ({error}): expected the XML of Flickr30k Entities") from None
     return {chain: np.array(rows, np.float64) for chain, rows in found.items()}

@@ -257,4 +257,5 @@ def _block(
 def _joined(parts: list[_Boxes]) -> _Boxes:
     if not parts:
         return _Boxes(np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0), 0)
-    return _Boxes(*(np.concatenate([part[i] for part in parts]) for i in range(3)), sum(part.outside for part in parts))
+    pair, boxes, values = (np.concatenate([part[i] for part in parts]) for i in range(3))
+    return _Boxes(pair, boxes, values, sum(part.outside for part in parts))

@@ -40,6 +40,16 @@ def test_an_expression_is_right_if_all_boxes_are_partners(tmp_path):
     assert _right(tmp_path, [[0, 0, 100, 100]], [(0.9, [0, 0, 100, 50])])  # exactly 0.5
 
 
+@pytest.mark.parametrize(("lower", "right"), [([0, 0, 100, 50], True), ([0, 50, 100, 100], False)])
+def test_equal_overlaps_are_taken_as_torch_takes_them(tmp_path, lower, right):
+    """The first box overlaps both targets by 0.8, the second only one by 0.5. Numbers of the official evaluator with PyTorch.
+
+    The first box gets the second target, so an expression is right where the second box has the first one.
+    """
+    targets = [[0, 0, 100, 80], [0, 20, 100, 80]]
+    assert _right(tmp_path, targets, [(0.9, [0, 0, 100, 100]), (0.8, lower)]) == right
+
+
 def test_expressions_without_a_target(tmp_path):
     paths = _write(tmp_path, {1: [None], 2: [None], 3: [None]}, {
         "1": [], "2": [(0.69, TARGET)], "3": [(0.7000001, [0, 0, 0, 0])],

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from typing import Any
 
 import numpy as np
 from pycocotools import mask
@@ -25,7 +26,7 @@ def test_overlaps_of_plain_corners_are_exact():
 def test_matching_and_curve_equal_pycocotools():
     """One class on 25 images: equal overlaps and scores, crowds, more than 100 detections."""
     generator = np.random.default_rng(5)
-    truth: COCO = COCO()
+    truth: Any = COCO()
     images = list(range(1, 26))
     annotations, results = [], []
     for image in images:
@@ -72,6 +73,17 @@ def test_matching_and_curve_equal_pycocotools():
     np.testing.assert_array_equal(ours.precision, np.asarray(official.eval["precision"])[:, :, 0, 0, 0])
     np.testing.assert_array_equal(ours.recall, np.asarray(official.eval["recall"])[:, 0, 0, 0])
     np.testing.assert_array_equal(ours.scores, np.asarray(official.eval["scores"])[:, :, 0, 0, 0])
+
+
+def test_of_equal_boxes_the_later_is_taken():
+    """The second detection overlaps only the first of two boxes that the first detection overlaps equally."""
+    overlap = np.array([[0.8, 0.8, 0.8], [0.6, 0.0, 0.0], [0.0, 0.0, 0.9]])
+    no = np.zeros(3, bool)
+    ours = match(overlap, no, no, np.array([0.5]))
+    assert ours.matched.tolist() == [[True, True, False]]  # the third box is taken first
+    ours = match(overlap, np.array([False, False, True]), no, np.array([0.5, 0.7]))  # an ignored box is taken last
+    assert ours.matched.tolist() == [[True, True, True], [True, False, True]]
+    assert ours.ignored.tolist() == [[False, False, True]] * 2
 
 
 def test_a_curve_without_detections_is_zero():

@@ -19,7 +19,7 @@ def _description(key, text, images, kind="object_description"):
 TRUE = {
     "images": [{"id": 20, "file_name": "b.jpg"}, {"id": 3, "file_name": "a.jpg"}],
     "descriptions": [
-        _description(1, "man", [3, 20], "object_category"), _description(2, "a man with a red hat", [20, 3]),
+        _description(1, "man", [20, 3], "object_category"), _description(2, "a man with a red hat", [20, 3]),
         _description(3, "one two three", [3]), _description(4, "not asked of 3", [20, 999]),
     ],
     "annotations": [
@@ -80,6 +80,8 @@ def test_a_hundred_boxes_of_a_pair_and_equal_scores_in_the_order_of_images(tmp_p
     assert first["AP categ @IoU.5"] == pytest.approx(51 / 101)
     second = _score(tmp_path, [(20, box, {1: 0.5}), (3, far, {1: 0.5})])
     assert second["AP categ @IoU.5"] == pytest.approx(51 / 101 / 2)
+    third = _score(tmp_path, [(3, [0, 0, 10, 7.2], {1: 0.5}), (20, box, {1: 0.5})])
+    assert third["AP categ @IoU.5"] == pytest.approx(1) and third["AP categ @IoU.75"] == pytest.approx(51 / 101 / 2)
 
 
 def test_no_prediction_is_zero_and_not_an_error(tmp_path):

@@ -38,7 +38,7 @@ def test_official_numbers(overlap, name):
 
 
 def test_boxes_are_ranked_by_score_and_then_by_the_box(tmp_path):
-    expressions = {key: [TARGET] for key in range(6)}
+    expressions = {key: [TARGET] for key in range(8)}
     paths = _write(tmp_path, expressions, {
         "0": [(0.1, FAR), (0.9, TARGET)],  # the file's order does not count
         "1": [(0.5, TARGET), (0.5, FAR)],  # equal scores: the box with the greater x1 is first
@@ -46,10 +46,12 @@ def test_boxes_are_ranked_by_score_and_then_by_the_box(tmp_path):
         "3": [(0.9 - 0.1 * i, FAR) for i in range(4)] + [(0.2, [0, 0, 100, 50])],  # GIoU exactly 0.5 at rank 5
         "4": [],  # nothing is a miss
         "5": [(0.9 - 0.01 * i, FAR) for i in range(10)] + [(0.1, TARGET)],  # rank 11
+        "6": [(0.5, FAR), (0.5, TARGET)],  # as 1
+        "7": [(0.5, [0, 300, 100, 400]), (0.5, TARGET)],  # equal x1: the greater y1
         "unlisted": [(0.9, TARGET)],
     })  # fmt: skip
     assert refexp.score(*paths) == {
-        "refcoco": [2 / 6, 4 / 6, 4 / 6], "counts": {"refcoco": 6, "unlisted_predictions": 1}
+        "refcoco": [2 / 8, 6 / 8, 6 / 8], "counts": {"refcoco": 8, "unlisted_predictions": 1}
     }  # fmt: skip
 
 
