@@ -1,135 +1,43 @@
-"""The Detector: images and prompts in, boxes out. Evaluation, labelling and prediction use it.
-
-    detector = Detector(config, params)                          # or glip_jax.load_detector(WORKDIR or EXPORT)
-    (found,) = detector(["shelf.jpg"], ["green book", "snail"])
-    found.boxes, found.scores, found.names                       # xyxy in pixels, descending scores, one name per box
-
-Results are batch invariant: each image is processed at its own extent, so its detections do not depend on the canvas or on the
-other images of the batch. The Detector therefore groups images to save compilations.
-"""
+"""The Detector; see `glip_jax.inference`."""
 
 import contextlib
 import functools
 import logging
 import os
-import re
-import unicodedata
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float32, UInt8
 from PIL import Image
 
-from glip_jax.config import Config, DetectionConfig, ModelConfig
+from glip_jax.config import Config
+from glip_jax.inference.pipeline import pipelined
+from glip_jax.inference.programs import ROWS, WHOLE, programs
+from glip_jax.inference.queries import category_prompts, check_query, phrases_of
 from glip_jax.io import assets
 from glip_jax.io.compiler_lines import without_slow_compile_alarms
+from glip_jax.io.cores import available_cores
 from glip_jax.io.image_files import read_upright, upright
 from glip_jax.io.paths import checked
-from glip_jax.models.glip import GLIP, normalize
-from glip_jax.models.postprocess import detect
 from glip_jax.structures import prompts
 from glip_jax.structures.batch import Detections, Prompt, TokenizedPrompt
 from glip_jax.structures.canvas import canvas_size, pad_to_canvas, resize, target_size
 
-__all__ = [
-    "Detector", "ImageDetections", "bucket", "category_prompts", "check_characters", "check_query", "chunk", "phrase_spans",
-    "sentence_spans",
-]  # fmt: skip
+__all__ = ["Detector", "ImageDetections", "bucket"]
 
 logger = logging.getLogger(__name__)
 
 _PHRASE_SLOTS = 8
 """Initial number of phrase slots of the compiled program; it doubles when a prompt has more phrases."""
-_SEPARATOR = re.compile(r"(?<!\S)\.(?!\S)")
 _CACHED_TEXTS = 256
 """Captions whose encoded states a Detector caches: 200 MB at 256 tokens of width 768."""
-
-
-def category_prompts(
-    names: Sequence[str], tokenizer: prompts.Tokenizer, config: Config
-) -> list[tuple[Prompt, tuple[int, ...]]]:
-    """Prompts for `names`: each with the indices in `names` of its phrases.
-
-    A prompt holds as many consecutive names as `config.evaluation.chunk` and the token budget allow. Raises PromptError for a
-    name that is empty after cleaning or exceeds the budget alone, and for an empty list.
-    """
-    if not names:
-        raise prompts.PromptError("there are no names to detect: expected at least one")
-    separator, budget = config.data.captions.separator, config.model.text.max_tokens
-    chunks = chunk(names, tokenizer, budget, separator, config.evaluation.chunk)
-    return [(prompts.prompt_from_categories([names[i] for i in part], separator), tuple(part)) for part in chunks]
-
-
-def check_query(
-    entries: Sequence[str], tokenizer: prompts.Tokenizer, where: str, clean: Callable[[str], str] = prompts.clean_name,
-    what: str = "name",
-) -> list[str]:  # fmt: skip
-    """Checks names or phrases that a user asks for, and returns notes on what is not asked as it was typed.
-
-    `clean`: their text in the prompt; `what`: "name" or "phrase". Raises PromptError, which begins with `where`, for an empty
-    list, an entry that is empty or no text, characters that the model does not read, words of which the vocabulary knows
-    nothing, and entries that are the same to the model.
-    """
-    if not entries:
-        raise prompts.PromptError(f"{where}: there are no {what}s to detect: expected at least one")
-    for number, entry in enumerate(entries, 1):
-        which = f"{where}: {what} {number} of {len(entries)}"
-        if not isinstance(entry, str):
-            raise prompts.PromptError(f"{which} is {entry!r:.60}, {type(entry).__name__}: expected text")
-        check_characters(which, entry)
-        if not clean(entry).strip():
-            left = f" ({entry!r}: parentheses are removed)" if entry.strip() else ""
-            raise prompts.PromptError(f"{which} is empty{left}: give it a text or remove it")
-    notes = prompts.check_names(entries, tokenizer, where, "remove it or say it otherwise", clean=clean, what=what)
-    changed = [entry for entry in entries if "(" in entry and "(" not in clean(entry)]
-    if changed:
-        shown = prompts.listed([f"{entry} -> {clean(entry).strip()}" for entry in changed])
-        notes.append(f"{where}: asked without what stands in parentheses, as in training: {shown}")
-    return notes
-
-
-def check_characters(where: str, text: str, allowed: str = "") -> None:
-    """Raises PromptError for a character that tokenization drops: a control character or a broken encoding."""
-    for character in text:
-        broken = unicodedata.category(character) in ("Cc", "Cs") or character == "\ufffd"
-        if broken and character not in allowed:
-            raise prompts.PromptError(
-                f"{where} ({prompts.listed([text])}) has the character U+{ord(character):04X}: a control character or a broken "
-                "encoding, expected readable UTF-8 text"
-            )
-
-
-def chunk(
-    names: Sequence[str], tokenizer: prompts.Tokenizer, max_tokens: int, separator: str = ". ", limit: int = 0
-) -> list[list[int]]:
-    """Splits category names into prompts: lists of consecutive indices, each as long as the token budget allows.
-
-    The `prompt_from_categories` of a list has at most `max_tokens` tokens ([CLS] and [SEP] included) and, if `limit` > 0, at
-    most `limit` names. Deterministic. Raises PromptError for a name that exceeds the budget alone.
-    """
-
-    def count(indices: list[int]) -> int:
-        return len(tokenizer.encode(prompts.prompt_from_categories([names[i] for i in indices], separator).caption).ids)
-
-    chunks: list[list[int]] = []
-    for index, name in enumerate(names):
-        full = not chunks or (limit > 0 and len(chunks[-1]) >= limit)
-        if not full and count([*chunks[-1], index]) <= max_tokens:
-            chunks[-1].append(index)
-            continue
-        alone = count([index])
-        if alone > max_tokens:
-            raise prompts.PromptError(
-                f"category {index} ({name!r}) alone takes {alone} tokens with [CLS] and [SEP], the budget is "
-                f"{max_tokens}: shorten the name or raise model.text.max_tokens"
-            )
-        chunks.append([index])
-    return chunks
 
 
 class ImageDetections(NamedTuple):
@@ -148,41 +56,8 @@ class _PendingBatch(NamedTuple):
 
     detections: Detections
     """Device arrays, possibly not computed yet."""
-    rows: list[tuple[int, Any, Float32[np.ndarray, "4"]]]
-    """Per row in use: index of the image, indices of the phrases of its prompt, scale from resized to image pixels."""
-
-
-class _Programs:
-    """The jitted parts of the network. Detectors of the same settings share them, so that none traces what another has."""
-
-    def __init__(self, model: ModelConfig, detection: DetectionConfig) -> None:
-        self.model, self.detection, self.network = model, detection, GLIP(model)
-        self.traced: Counter[str] = Counter()
-        self.encode_image = jax.jit(self._encode_image)
-        self.encode_text = jax.jit(self._encode_text)
-        self.ground = jax.jit(self._ground, static_argnames="canvas")
-
-    # These run when jax traces them: once per shape. So `traced` counts programs.
-
-    def _encode_image(self, params: Any, image: Array, size: Array, extent: Array) -> Any:
-        self.traced["image"] += 1
-        pixels = normalize(image, size, self.model.input)
-        return self.network.apply({"params": params}, pixels, extent, method="encode_image")
-
-    def _encode_text(self, params: Any, tokens: Array, mask: Array) -> Any:
-        self.traced["text"] += 1
-        return self.network.apply({"params": params}, tokens[None], mask[None], method="encode_text")[0]
-
-    def _ground(
-        self, params: Any, levels: Any, size: Array, extent: Array, text: Array, mask: Array, phrase_map: Array,
-        canvas: tuple[int, int],
-    ) -> Detections:  # fmt: skip
-        self.traced["ground"] += 1
-        predictions = self.network.apply({"params": params}, levels, extent, text, mask, method="ground")
-        return detect(predictions, phrase_map, size, extent, canvas, self.model, self.detection)  # type: ignore[arg-type]
-
-
-_programs = functools.lru_cache(maxsize=8)(_Programs)
+    rows: list[tuple[int, int, Any, Float32[np.ndarray, "4"]]]
+    """Per row in use: the row, index of the image, indices of the phrases of its prompt, scale from resized to image pixels."""
 
 
 class Detector:
@@ -193,36 +68,77 @@ class Detector:
     `config.detection.threshold` are left out.
 
     Features of an image are computed once for all its prompts, states of a caption once (the latest are cached). Every batch
-    has `batch_size` images, so each canvas is compiled once: for the image encoder, and for the head with the text.
+    has `batch_size` images on each device, so each canvas is compiled once: for the image encoder, and for the head with the
+    text. A call uses as many devices as it has batches; a canvas that ran on several devices stays on them.
     """
 
     def __init__(
         self, config: Config, params: Any, batch_size: int | None = None, texts_of: "Detector | None" = None,
-        read_caption: Callable[[str], Prompt] | None = None,
+        read_caption: Callable[[str], Prompt] | None = None, devices: Sequence[Any] | None = None,
     ) -> None:  # fmt: skip
-        """Moves `params` (parameters of `GLIP`, nested dict) to the device; nothing is compiled yet.
+        """Moves `params` (parameters of `GLIP`, nested dict) to the first device; nothing is compiled yet.
 
         Args:
             config: settings of the network, of post-processing and of evaluation (sizes, names per prompt).
-            params: host or device arrays.
-            batch_size: images per batch; default: config.evaluation.batch_size. Fewer images cost as much as a full batch,
+            params: host or device arrays; None: `use` gives them later.
+            batch_size: images per device; default: config.evaluation.batch_size. Fewer images cost as much as a full batch,
                 so use 1 to process single images.
             texts_of: another detector with the same parameters, whose cache of encoded captions is shared.
             read_caption: converts a caption that the detector is called with to a prompt; default: phrases with " . " between.
+            devices: devices of this process; default: all of them.
         """
         self.config, self.batch_size = config, batch_size or config.evaluation.batch_size
-        # Host arrays would be copied to the device in every call.
-        self.params = jax.tree.map(jnp.asarray, params)
+        self.devices = tuple(jax.local_devices() if devices is None else devices)
         self.tokenizer = prompts.load_tokenizer(assets.resolve(config.model.text.vocabulary))
-        self._read_caption = read_caption or _phrases
+        self._read_caption = read_caption or phrases_of
         self._texts: OrderedDict[str, Array] = OrderedDict() if texts_of is None else texts_of._texts
         self._tokenized: OrderedDict[str, TokenizedPrompt] = OrderedDict()
         self._chunks: tuple[tuple[str, ...], list[tuple[Prompt, tuple[int, ...]]]] = ((), [])
-        self._slots = _PHRASE_SLOTS
-        self._compiled: set[tuple[tuple[int, int], int]] = set()
+        self._largest: dict[tuple[int, int], tuple[int, int]] = {}
+        self._compiled: set[tuple[tuple[int, int], int, int]] = set()
+        self._copies: list[Any] = []
+        self._placed: dict[int, Any] = {}
         self._checked: list[str] | None = None
-        self._programs = _programs(config.model, config.detection)
+        self._programs = programs(config.model, config.detection)
         self._traced = self._programs.traced.copy()
+        self._place(params)
+
+    @property
+    def group_size(self) -> int:
+        """Images of a call that keeps all devices busy: `batch_size` on each of them."""
+        return self.batch_size * len(self.devices)
+
+    @property
+    def params(self) -> Any:
+        """The parameters on the first device. Raises ValueError where `use` has taken them away."""
+        if not self._copies:
+            raise ValueError("the detector has no parameters: give it some with `use`")
+        return self._copies[0]
+
+    def use(self, params: Any) -> None:
+        """Replaces the parameters, which have the same shapes; None frees the memory that they take on the devices.
+
+        Nothing is compiled again. Captions are encoded again, also for the detectors that share their cache.
+        """
+        self._texts.clear()
+        self._place(params)
+
+    def _place(self, params: Any) -> None:
+        self._placed.clear()
+        # Host arrays would be copied to the device in every call; those of training may be split over its mesh.
+        self._copies = [] if params is None else [jax.device_put(params, self.devices[0])]
+
+    def _on(self, mesh: Mesh) -> Any:
+        """The parameters on all devices of `mesh`, the first ones of this detector. Meshes share the copies of a device."""
+        while len(self._copies) < mesh.size:
+            self._copies.append(jax.device_put(self.params, self.devices[len(self._copies)]))
+        if mesh.size not in self._placed:
+            sharding = NamedSharding(mesh, WHOLE)
+            self._placed[mesh.size] = jax.tree.map(
+                lambda *parts: jax.make_array_from_single_device_arrays(parts[0].shape, sharding, list(parts)),
+                *self._copies[: mesh.size],
+            )
+        return self._placed[mesh.size]
 
     @property
     def compiled(self) -> Counter[str]:
@@ -266,13 +182,16 @@ class Detector:
                 for note in check_query(names, self.tokenizer, "query"):
                     logger.warning(f"note: {note}")
                 self._checked = names
+
+        def start(_: Sequence[Any], pixels: list[Any]) -> Callable[[], list[Detections]]:
+            if not isinstance(query, Prompt):
+                return self.categories_async(pixels, names)
+            finish = self.detect_async(pixels, [[query]] * len(pixels))
+            return lambda: [found for (found,) in finish()]
+
         results = []
-        for begin in range(0, len(images), self.batch_size):
-            group = [_rgb(image) for image in images[begin : begin + self.batch_size]]
-            if isinstance(query, Prompt):
-                found = self.caption(group, [query] * len(group))
-            else:
-                found = self.categories(group, names)
+        groups = (images[begin : begin + self.group_size] for begin in range(0, len(images), self.group_size))
+        for _, _, found in pipelined(groups, _rgb, start):
             for each in found:
                 chosen = each.scores >= threshold
                 phrases = [names[phrase] for phrase in each.phrases[chosen]]
@@ -296,10 +215,17 @@ class Detector:
         Names that exceed the token budget of one prompt are split into several; each of these adds at most
         `config.detection.max_detections` detections. Raises PromptError as `category_prompts`.
         """
+        return self.categories_async(images, names)()
+
+    def categories_async(
+        self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], names: Sequence[str]
+    ) -> Callable[[], list[Detections]]:
+        """Starts `categories` as `detect_async` starts `captions`."""
         if self._chunks[0] != tuple(names):
             self._chunks = tuple(names), category_prompts(names, self.tokenizer, self.config)
         chunks = [(prompt, np.asarray(indices)) for prompt, indices in self._chunks[1]]
-        return [_merge(parts) for parts in self._dispatch(images, [chunks] * len(images))()]
+        finish = self._dispatch(images, [chunks] * len(images))
+        return lambda: [_merge(parts) for parts in finish()]
 
     def caption(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], prompts_: Sequence[Prompt]) -> list[Detections]:
         """Detections of one prompt per image; `phrases` are indices into the phrases of that prompt.
@@ -338,25 +264,31 @@ class Detector:
         """Runs the images canvas by canvas; `queries`: per image its prompts, each with the indices that its phrases get."""
         plans = [self.canvas(*image.shape[:2]) for image in images]
         pending: list[_PendingBatch] = []
-        # Empty phrase slots are never detected; their number only grows, so that few programs are compiled.
         needed = max((len(prompt.spans) for query in queries for prompt, _ in query), default=1)
-        while self._slots < needed:
-            self._slots *= 2
+        wanted = min(len(self.devices), max(1, -(-len(images) // self.batch_size)))
         for canvas in sorted({canvas for _, canvas in plans}):
+            # Empty phrase slots are never detected, spare devices cost no time. Both numbers only grow, by canvas, so that few
+            # programs are compiled, and none where the same images come a second time.
+            slots, count = self._largest.get(canvas, (_PHRASE_SLOTS, 1))
+            while slots < needed:
+                slots *= 2
+            count = max(count, wanted)
+            self._largest[canvas] = slots, count
+            mesh = Mesh(np.array(self.devices[:count]), ("images",))
             members = [i for i, (_, planned) in enumerate(plans) if planned == canvas and queries[i]]
-            for begin in range(0, len(members), self.batch_size):
-                group = members[begin : begin + self.batch_size]
-                ready = (canvas, self._slots) in self._compiled
+            for begin in range(0, len(members), self.batch_size * count):
+                group = members[begin : begin + self.batch_size * count]
+                ready = (canvas, slots, count) in self._compiled
                 with contextlib.nullcontext() if ready else without_slow_compile_alarms():
                     pending += self._dispatch_group(group, [images[i] for i in group], [plans[i][0] for i in group], canvas,
-                                                    [queries[i] for i in group])  # fmt: skip
-                self._compiled.add((canvas, self._slots))
+                                                    [queries[i] for i in group], slots, mesh)  # fmt: skip
+                self._compiled.add((canvas, slots, count))
 
         def finish() -> list[list[Detections]]:
             results: list[list[Detections]] = [[] for _ in images]
             for batch in pending:
                 detections = jax.tree.map(np.asarray, batch.detections)
-                for row, (image, indices, ratio) in enumerate(batch.rows):
+                for row, image, indices, ratio in batch.rows:
                     used = detections.phrases[row] >= 0
                     kept = jax.tree.map(lambda field, row=row, used=used: field[row][used], detections)
                     phrases = indices[kept.phrases].astype(np.int32)
@@ -367,46 +299,56 @@ class Detector:
 
     def _dispatch_group(
         self, indices: list[int], images: list[Any], sizes: list[tuple[int, int]], canvas: tuple[int, int],
-        queries: list[Sequence[tuple[Prompt, Any]]],
+        queries: list[Sequence[tuple[Prompt, Any]]], slots: int, mesh: Mesh,
     ) -> Iterator[_PendingBatch]:  # fmt: skip
-        """At most `batch_size` images of one canvas: encodes them once, then runs all their prompts."""
-        multiple = self.config.model.input.extent_multiple
-        spare = self.batch_size - len(images)
-        pixels = [pad_to_canvas(resize(image, size), canvas) for image, size in zip(images, sizes)]
-        pixels += [np.zeros((*canvas, 3), np.uint8)] * spare
-        size = np.asarray([*sizes, *[(multiple, multiple)] * spare], np.int32)
+        """At most `batch_size` images of one canvas for each device: encodes them once, then runs all their prompts."""
+        multiple, per_device = self.config.model.input.extent_multiple, self.batch_size
+        # The images are dealt out, so that all devices have about as many.
+        places = [k % mesh.size * per_device + k // mesh.size for k in range(len(images))]
+        pixels = np.zeros((per_device * mesh.size, *canvas, 3), np.uint8)
+        size = np.full((len(pixels), 2), multiple, np.int32)
+        resized = _resizers().map(resize, images, sizes)
+        for place, image, side in zip(places, resized, sizes, strict=True):
+            pixels[place], size[place] = pad_to_canvas(image, canvas), side
         match self.config.model.input.extent:
             case "image":
                 extent = -(-size // multiple) * multiple
             case "batch":
                 extent = np.tile(np.asarray(canvas, np.int32), (len(size), 1))
-        levels = self._programs.encode_image(self.params, np.stack(pixels), size, extent)
-        # The first prompts of all images, then the second: if all have equally many, no features are gathered.
-        requests = [(row, *given[turn]) for turn in range(max(map(len, queries))) for row, given in enumerate(queries)
-                 if turn < len(given)]  # fmt: skip
-        for begin in range(0, len(requests), self.batch_size):
-            part = requests[begin : begin + self.batch_size]
-            rows = np.asarray([row for row, _, _ in part])
-            rest = np.asarray([row for row in range(self.batch_size) if row not in rows], np.int64)
-            rows = np.concatenate([rows, np.resize(rest, self.batch_size - len(part))]).astype(np.int64)
-            texts = [self.text(prompt) for _, prompt, _ in part]
-            texts += texts[-1:] * (self.batch_size - len(part))
-            maps = np.stack([np.pad(t.phrase_map, ((0, self._slots - len(t.phrase_map)), (0, 0))) for t, _ in texts])
+        params, rows_of_devices = self._on(mesh), NamedSharding(mesh, ROWS)
+        sides = jax.device_put((size, extent), rows_of_devices)
+        levels = self._programs.encode_image(params, jax.device_put(pixels, rows_of_devices), *sides, mesh=mesh)
+        # Per device: the first prompts of all its images, then the second. Features stay on their device.
+        requests = [
+            [(k, *queries[k][turn]) for turn in range(max(map(len, queries))) for k in range(device, len(images), mesh.size)
+             if turn < len(queries[k])]
+            for device in range(mesh.size)
+        ]  # fmt: skip
+        for begin in range(0, max(map(len, requests)), per_device):
+            parts = [own[begin : begin + per_device] for own in requests]
+            rows = np.tile(np.arange(per_device, dtype=np.int32), mesh.size)
+            texts: list[Any] = [None] * len(rows)
+            used = []
+            for device, part in enumerate(parts):
+                for n, (k, prompt, phrases) in enumerate(part):
+                    row = device * per_device + n
+                    rows[row], texts[row] = k // mesh.size, self.text(prompt)
+                    ratio = np.divide(images[k].shape[1::-1], sizes[k][::-1])
+                    used.append((row, indices[k], phrases, np.tile(ratio, 2).astype(np.float32)))
+            spare = next(text for text in texts if text is not None)
+            texts = [text or spare for text in texts]
+            maps = np.stack([np.pad(t.phrase_map, ((0, slots - len(t.phrase_map)), (0, 0))) for t, _ in texts])
             states, mask = jnp.stack([s for _, s in texts]), np.stack([t.mask for t, _ in texts])
-            in_order = np.array_equal(rows, np.arange(self.batch_size))
-            features = levels if in_order else _gathered(levels, rows)
-            found = self._programs.ground(
-                self.params, features, size[rows], extent[rows], states, mask, maps, canvas=canvas
-            )
-            ratios = [np.divide(images[row].shape[1::-1], size[row, ::-1]) for row, _, _ in part]
-            yield _PendingBatch(found, [(indices[row], phrases, np.tile(ratio, 2).astype(np.float32))
-                                        for (row, _, phrases), ratio in zip(part, ratios)])  # fmt: skip
+            asked = jax.device_put((states, mask, maps), rows_of_devices)
+            rows = jax.device_put(rows, rows_of_devices)
+            found = self._programs.ground(params, levels, rows, *sides, *asked, canvas=canvas, mesh=mesh)
+            yield _PendingBatch(found, used)
 
 
-@jax.jit
-def _gathered(levels: Any, rows: Array) -> Any:
-    """Features of the images `rows`, in this order; a row may repeat."""
-    return jax.tree.map(lambda level: level[rows], levels)
+@functools.cache
+def _resizers() -> ThreadPoolExecutor:
+    """Threads that resize images, as many as cores, of all detectors."""
+    return ThreadPoolExecutor(available_cores(), "resize")
 
 
 def bucket(height: int, width: int, config: Config) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -420,39 +362,6 @@ def bucket(height: int, width: int, config: Config) -> tuple[tuple[int, int], tu
     known = [canvas_size(rule.short_side, a, rule.long_side, multiple) for a in config.data.aspects]
     fitting = [c for c in known if c[0] >= extent[0] and c[1] >= extent[1]]
     return size, min(fitting, key=lambda c: c[0] * c[1]) if fitting else (extent[0], extent[1])
-
-
-def phrase_spans(text: str) -> list[tuple[int, int]]:
-    """Spans of the phrases of "a dog . a red cup" without the spaces around; a dot at the end is allowed.
-
-    Empty if no separator stands between words: then the text is a caption. An empty span is a phrase that is missing.
-    """
-    edges = [0, *(edge for match in _SEPARATOR.finditer(text) for edge in match.span()), len(text)]
-    spans = []
-    for begin, end in zip(edges[::2], edges[1::2]):
-        piece = text[begin:end]
-        lead = len(piece) - len(piece.lstrip())
-        spans.append((begin + lead, begin + lead + len(piece.strip())))
-    if spans[-1][0] == spans[-1][1]:
-        spans.pop()
-    return spans if len(spans) > 1 else []
-
-
-def sentence_spans(text: str) -> list[tuple[int, int]]:
-    """Spans of what stands between full stops: " . " if there is one (`phrase_spans`), else "a cat. a dog."; without any, all."""
-    stops = [match.span() for match in re.finditer(r"\.(?!\S)", text)]
-    edges = [0, *(edge for stop in stops for edge in stop), len(text)]
-    pieces = [(begin, end) for begin, end in zip(edges[::2], edges[1::2]) if text[begin:end].strip()]
-    stripped = [(end - len(text[begin:end].lstrip()), begin + len(text[begin:end].rstrip())) for begin, end in pieces]
-    return phrase_spans(text) or stripped
-
-
-def _phrases(text: str) -> Prompt:
-    """The prompt of a text whose phrases stand between full stops. Raises PromptError for one without a phrase."""
-    spans = sentence_spans(text)
-    if not spans:
-        raise prompts.PromptError(f"the text {text!r} names nothing: expected phrases with full stops between them")
-    return Prompt(text, tuple((span,) for span in spans))
 
 
 def _rgb(image: Any) -> UInt8[np.ndarray, "H W 3"]:
