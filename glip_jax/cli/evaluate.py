@@ -20,6 +20,7 @@ from etils import epath
 
 from glip_jax.cli import checkpoint_argument
 from glip_jax.cli.command_line import Arguments, CommandLineError, parse
+from glip_jax.cli.processes import ProcessArguments, checkpoint_fingerprint, fingerprints, run_joined, share_of
 from glip_jax.config import Config, EvaluationSet, PathStr, current_names
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
@@ -27,6 +28,7 @@ from glip_jax.structures.batch import Detections
 
 if TYPE_CHECKING:
     from glip_jax.evaluation.evaluate import Evaluated, Grounded
+    from glip_jax.evaluation.shares import Share
     from glip_jax.inference import Detector
     from glip_jax.io.checkpoint import Checkpoint
 
@@ -36,11 +38,12 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class EvaluateArguments(Arguments):
+class EvaluateArguments(ProcessArguments, Arguments):
     """Evaluate a checkpoint on the sets of config.evaluation.
 
     Prints a table and writes evaluation.json (numbers, and the settings and hashes that they depend on),
-    detections_SET.json and the HTML report report.html.
+    detections_SET.json and the HTML report report.html. All devices work. Several processes (--distributed) share the images of
+    a set; the numbers are those of one.
     """
 
     checkpoint: PathStr = ""
@@ -63,6 +66,15 @@ def main(argv: Sequence[str]) -> int:
     """Runs the job. Raises CommandLineError or ConfigError, and what `evaluate_checkpoint` raises."""
     example = "--config=configs/demo.py --checkpoint=runs/demo --out=runs/demo/nms05 --config.detection.nms-iou=0.5"
     arguments = parse(argv, EvaluateArguments, "evaluate", example)
+
+    def facts() -> dict[str, str]:
+        where = arguments.checkpoint or arguments.workdir
+        return fingerprints(arguments.config) | checkpoint_fingerprint(where, arguments.step)
+
+    return run_joined("evaluate", arguments, facts, lambda cluster: _evaluate(arguments, share_of(cluster)))
+
+
+def _evaluate(arguments: EvaluateArguments, share: "Share") -> int:
     workdir = "" if arguments.checkpoint else arguments.workdir
     checkpoint = checkpoint_argument.open_named(arguments.checkpoint, workdir, arguments.step)
     out = arguments.out or arguments.workdir
@@ -73,14 +85,16 @@ def main(argv: Sequence[str]) -> int:
         logger.info(f"{out} is evaluated; nothing is measured twice")
         return exit_codes.DONE
     with checkpoint_argument.fitting_parameters():
-        evaluate_checkpoint(arguments.config, checkpoint, out, arguments.measure_chunking)
+        evaluate_checkpoint(arguments.config, checkpoint, out, arguments.measure_chunking, share)
     return exit_codes.DONE
 
 
 def evaluate_checkpoint(
-    config: Config, checkpoint: "Checkpoint", out: str, measure_chunking: bool = False
+    config: Config, checkpoint: "Checkpoint", out: str, measure_chunking: bool = False, share: "Share | None" = None
 ) -> "dict[str, Evaluated | Grounded]":
     """Evaluates a checkpoint on all sets, logs the table, writes the files named above to `out`; returns the evaluations.
+
+    `share`: the part of this process where several evaluate together; the first logs and writes.
 
     Raises CommandLineError if the config names no set, CheckpointError for a checkpoint of another network or where `out`
     cannot be written, EvaluationError or GroundTruthError for a set that cannot be evaluated; annotations are read before
@@ -90,20 +104,23 @@ def evaluate_checkpoint(
     from glip_jax.cli.reports.run_report import table
     from glip_jax.evaluation.chunking import chunking_effect
     from glip_jax.evaluation.evaluate import Evaluated, check_set, evaluate_set
+    from glip_jax.evaluation.shares import Share
     from glip_jax.inference import Detector
-    from glip_jax.io.workdir import check_network, prepare, write_atomic
+    from glip_jax.io.workdir import check_network, on_first_process, prepare, write_atomic
 
+    share = share or Share()
+    log = logger.info if share.first else lambda _: None
     if not config.evaluation.sets:
         raise CommandLineError("config.evaluation.sets is empty: name a set with annotations and images")
     for name, dataset in config.evaluation.sets.items():
         for note in check_set(name, dataset, config):
-            logger.info(f"note: {note}")
+            log(f"note: {note}")
     workdir = checkpoint.workdir
     check_network(workdir, checkpoint.settings, config)
     folder = epath.Path(out)
-    prepare(str(folder))
+    on_first_process(lambda: prepare(str(folder)))
     enable_compilation_cache()
-    logger.info(f"{checkpoint_argument.describe(checkpoint)}, parameters: {config.evaluation.parameters}")
+    log(f"{checkpoint_argument.describe(checkpoint)}, parameters: {config.evaluation.parameters}")
     parameters = checkpoint.parameters(config.evaluation.parameters)
     detector = Detector(config, parameters)
 
@@ -112,14 +129,16 @@ def evaluate_checkpoint(
 
     results, content = {}, {}
     for name, dataset in config.evaluation.sets.items():
-        result = evaluate_set(detector, config, dataset, name=name, report=logger.info)
+        result = evaluate_set(detector, config, dataset, name=name, report=log, share=share)
         results[name], content[name] = result, _entry(result, dataset, detector, config)
         if measure_chunking and isinstance(result, Evaluated):
             longest = max(len(chunk) for chunk in content[name]["chunks"])
             content[name]["chunking"] = chunking_effect(detector, make, config, dataset, result, longest, name)
+    summary = {**_provenance(config, checkpoint, parameters), "sets": content}
+    if not share.first:
+        return results
     for name, result in results.items():
         write_atomic(folder / f"detections_{name}.json", json.dumps(_rows(result)))
-    summary = {**_provenance(config, checkpoint, parameters), "sets": content}
     write_atomic(folder / "evaluation.json", json.dumps(summary, indent=1))
     logger.info(table(results))
     for name, entry in content.items():

@@ -88,7 +88,7 @@ class Label:
     scales: tuple[int, ...] = ()
     """Short sides in pixels to detect at and average over; default: config.evaluation.short_side alone."""
     batch_size: int = 0
-    """Images of a step; 0: config.evaluation.batch_size. Scores do not depend on it."""
+    """Images of a step on each device; 0: config.evaluation.batch_size. Scores do not depend on it."""
     detections: PathStr = ""
     """COCO results file of another detector: a list of image_id, category_id, bbox, score."""
     categories: PathStr = ""

@@ -5,8 +5,6 @@ import difflib
 import hashlib
 import json
 import logging
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,21 +12,23 @@ from typing import Any
 import jax
 
 from glip_jax import UserError
-from glip_jax.cli import errors, log
 from glip_jax.cli.command_line import Arguments, CommandLineError, parse
+from glip_jax.cli.processes import ProcessArguments, fingerprints, run_joined
 from glip_jax.cli.reports import drawing
-from glip_jax.config import Config, ConfigError, flatten
+from glip_jax.config import Config, ConfigError
 from glip_jax.data.manifest import ShardError, finished
 from glip_jax.distributed import exit_codes
-from glip_jax.distributed.cluster import Cluster, ProcessError, ProcessGroup, announced, join
+from glip_jax.distributed.cluster import Cluster
 from glip_jax.evaluation.at_start import metric_names
 from glip_jax.evaluation.evaluate import check_set, evaluate, load_set
-from glip_jax.io import provenance
+from glip_jax.evaluation.shares import Share
+from glip_jax.inference import Detector
 from glip_jax.io.assets import resolve
 from glip_jax.io.checkpoint import NotSavedError, complete_steps, recovery_hint
 from glip_jax.io.errors import full_disk
 from glip_jax.structures.batch import Batch
 from glip_jax.training.loop import train
+from glip_jax.training.monitoring.evaluations import Evaluate, Meet
 from glip_jax.training.state import State
 from glip_jax.weights import pretrained
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TrainArguments(Arguments):
+class TrainArguments(ProcessArguments, Arguments):
     """Train in --workdir; the same command resumes from the newest checkpoint there.
 
     Every setting of the config file can be overridden: --config.section.field=value, tuples as 1,2,3. Settings that
@@ -47,16 +47,6 @@ class TrainArguments(Arguments):
 
     resume_with_changes: bool = False
     """Resume although settings that change results differ: a new phase, recorded in WORKDIR/phases.json."""
-    distributed: bool = False
-    """Join the other hosts of a pod or cluster first, as a TPU pod or srun announces them."""
-    coordinator: str = ""
-    """Elsewhere: HOST:PORT of process 0, the same for all; with --processes and --index."""
-    processes: int = 0
-    """How many processes there are."""
-    index: int = -1
-    """Which of them this is, from 0."""
-    patience: int = 300
-    """Seconds to wait for the other processes."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -67,49 +57,19 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse(argv, TrainArguments, "train")
     if not arguments.workdir:
         raise CommandLineError("no working folder: expected --workdir=DIR (made if it is not there)")
-    explicit = bool(arguments.coordinator) or arguments.processes > 0 or arguments.index >= 0
-    if not arguments.distributed and not explicit:
-        _check_alone()
-        return _train(arguments)
-    join(ProcessGroup(arguments.coordinator, arguments.processes, arguments.index, arguments.patience))
-    if jax.process_count() == 1:
-        return _train(arguments)
-    log.set_process(jax.process_index())
-    try:
-        cluster = Cluster(_fingerprints(arguments.config), errors.exit_code_of, arguments.patience)
-    except ProcessError as error:
-        code = errors.report("train", error)
-        sys.stderr.flush()
-        # At a normal end jax would wait for the processes that did not come.
-        os._exit(code)
-    try:
-        return cluster.finish(_train(arguments, cluster))
-    except SystemExit as stop:
-        raise SystemExit(cluster.finish(errors.exit_code_of(stop))) from None
-    except BaseException as error:
-        return cluster.finish(errors.report("train", error))
+    return run_joined(
+        "train", arguments, lambda: _fingerprints(arguments.config), lambda cluster: _train(arguments, cluster)
+    )
 
 
-def _train(arguments: TrainArguments, cluster: Cluster | None = None) -> int:
+def _train(arguments: TrainArguments, cluster: Cluster | None) -> int:
     run(arguments.config, arguments.workdir, arguments.resume_with_changes, cluster)
     return exit_codes.DONE
 
 
-def _check_alone() -> None:
-    """Raises ProcessError if this process was started as one of several, which would all train the same in one folder."""
-    number, by = announced(os.environ)
-    if number > 1:
-        raise ProcessError(
-            f"{by} announces {number} processes, but --distributed is not given: each would train alone, in the same "
-            "--workdir; give --distributed, or start one process only"
-        )
-
-
 def _fingerprints(config: Config) -> dict[str, str]:
     """What all hosts must have alike: settings, code, versions, and the data's manifests."""
-    values = {f"config.{name}": repr(value) for name, value in flatten(config)}
-    values |= {f"version of {name}": version for name, version in provenance.versions().items() if name != "device"}
-    values["the package's code"] = provenance.code()["files"][:12]
+    values = fingerprints(config)
     for name, source in config.data.sources.items():
         try:
             manifest = finished(source.path)
@@ -159,16 +119,22 @@ def _drawer(config: Config) -> Any:
     return draw
 
 
-def _evaluator(config: Config, workdir: str) -> Any:
-    """Evaluates `config.evaluation.sets`; their annotations are read and their images looked for now, not after hours of training."""
+def _evaluator(config: Config, workdir: str) -> Evaluate:
+    """Evaluates `config.evaluation.sets`, always with the same detector, so that nothing is compiled for the second evaluation; their annotations are read and their images looked for now, not after hours of training."""
     for name, dataset in config.evaluation.sets.items():
         for note in check_set(name, dataset, config):
             logger.info(f"note: {note}")
     _check_best_by(config)
 
-    def evaluate_sets(params: Any, step: int) -> dict[str, float]:
+    detector: Detector | None = None
+
+    def evaluate_sets(params: Any, step: int, meet: Meet) -> dict[str, float]:
+        nonlocal detector
+        share = Share(jax.process_index(), jax.process_count(), meet)
         try:
-            return evaluate(config, params)
+            detector = detector or Detector(config, None)
+            detector.use(params)
+            return evaluate(config, detector=detector, share=share)
         except Exception as error:
             every = config.checkpoint.every
             # The checkpoint of a step is begun before its evaluation.
@@ -185,6 +151,9 @@ def _evaluator(config: Config, workdir: str) -> Any:
                 raise
             error.args = (f"{error}; {line}",)
             raise
+        finally:
+            if detector is not None:
+                detector.use(None)  # training needs the memory
 
     return evaluate_sets
 

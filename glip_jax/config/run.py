@@ -218,7 +218,7 @@ class EvaluationConfig:
     parameters: Literal["ema", "raw"] = "ema"
     """Moving averages of the parameters (where they exist), or the parameters themselves."""
     batch_size: Size = _runtime_field(8)
-    """Images per step."""
+    """Images per step on each device."""
     short_side: Pixels = 800
     """Length of the short side, pixels."""
     long_side: Pixels = 1333

@@ -1,4 +1,4 @@
-"""Several processes that train as one: joining, checking that they agree, stopping together, noticing that one died.
+"""Several processes that work as one: joining, checking that they agree, stopping together, noticing that one died.
 
 jax.distributed carries the arrays. Beside it each process has one connection to process 0 (`Cluster`) for messages: process
 0 compares the settings of all processes, forwards signals to stop, and reports whose connection broke. The kernel closes
@@ -43,7 +43,7 @@ _BLAME_SECONDS = 3.0
 
 
 class ProcessError(UserError, RuntimeError):
-    """The processes cannot train as one; the message names the process, and what differs or is missing."""
+    """The processes cannot work as one; the message names the process, and what differs or is missing."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class ProcessGroup:
     index: int = -1
     timeout: int = 300
     """Seconds to wait for the other processes."""
+    job: str = "train"
 
 
 def announced(environment: Mapping[str, str]) -> tuple[int, str]:
@@ -101,7 +102,7 @@ def join(group: ProcessGroup) -> None:
         )
     who = f"{f'process {group.index} of {expected}' if explicit else 'this process'}: the others did not come together"
     # jax itself ends the process where they do not, with pages of its own; so this comes before it.
-    last = threading.Timer(group.timeout, _end, (f"{who} in {group.timeout} s: {mend}", BAD_INPUT))
+    last = threading.Timer(group.timeout, _end, (f"{group.job}: {who} in {group.timeout} s: {mend}", BAD_INPUT))
     last.daemon = True
     last.start()
     try:
@@ -173,6 +174,7 @@ class _Coordinator:
         self._at: dict[int, int] = {}
         self._signal, self._stop_at, self._over = 0, None, False
         self._left: set[int] = set()
+        self._met, self._left_for = dict.fromkeys(range(count), 0), 0
         self._change = threading.Condition()
         threading.Thread(target=self._serve, daemon=True).start()
 
@@ -224,8 +226,9 @@ class _Coordinator:
                 if "stop" in message and not self._signal:
                     self._signal = message["stop"]
                     self._send_all(stop=self._signal)
-                if "evaluated" in message:
-                    self._send_all(evaluated=message["evaluated"], left_for=message["left_for"])
+                if "met" in message:
+                    self._met[index], self._left_for = message["met"], self._left_for or message["left_for"]
+                    self._send_all(met=min(self._met.values()), left_for=self._left_for)
                 if "at" in message:
                     self._at[index] = message["at"]
                     if len(self._at) == self._count:
@@ -275,6 +278,7 @@ class Cluster:
         timeout: float = 60.0,
         place: tuple[int, int] | None = None,
         share: Callable[[bytes], bytes] | None = None,
+        job: str = "train",
     ) -> None:
         """Meets the others. Raises ProcessError, everywhere, if one does not come or has other `facts` (name to value).
 
@@ -282,7 +286,7 @@ class Cluster:
         `share`, which gives process 0's bytes to all, are jax's own by default.
         """
         self.index, self._count = (jax.process_index(), jax.process_count()) if place is None else place
-        self._code_of = code_of
+        self._code_of, self._job = code_of, job
         self._coordinator = _Coordinator(self._count, timeout) if self.index == 0 else None
         handshake = (
             json.dumps([self._coordinator.port, self._coordinator.secret, *_addresses()]).encode()
@@ -301,7 +305,7 @@ class Cluster:
         self._change = threading.Condition()
         self._step, self._signal, self._stop_at = -1, 0, None
         self._signal_sent = self._left = False
-        self._evaluations, self._evaluated, self._left_for = 0, 0, 0
+        self._meetings, self._met, self._left_for = 0, 0, 0
         self.on_stop: Callable[[int], None] = lambda _: None
         """Takes the number of the first signal that any process received, in another thread."""
         threading.Thread(target=self._listen, daemon=True).start()
@@ -320,22 +324,21 @@ class Cluster:
             self._step = step
             return self._signal if self._stop_at is not None and step >= self._stop_at else 0
 
-    def evaluated(self, received: Callable[[], int]) -> int:
-        """Waits until process 0, which evaluates, calls it too. Returns the signal for which it left the evaluation, or 0.
+    def met(self, left_for: int = 0, received: Callable[[], int] = lambda: 0) -> int:
+        """Waits until all processes have called it as often as this one, or one has left what they do together for a signal.
 
-        `received`: the signal that this process got, 0 for none; it interrupts process 0 (`on_stop`). If one is returned all
-        processes have agreed to stop where they are.
+        `left_for`: the signal for which this process has left it, 0 for none. `received`: the signal that this process got by
+        now; it interrupts the others (`on_stop`). If a signal is returned all processes have agreed to stop where they are.
         """
         with self._change:
-            self._evaluations += 1
-            if self.index == 0:
-                self._connection.send(evaluated=self._evaluations, left_for=received())
-            while self._evaluated < self._evaluations or (self._left_for and self._stop_at is None):
-                self._change.wait(0.2)  # the main thread handles signals between two waits
+            self._meetings += 1
+            self._connection.send(met=self._meetings, left_for=left_for)
+            while self._stop_at is None if self._left_for else self._met < self._meetings:
                 number = received() or self._left_for
                 if number and not self._signal_sent:
                     self._signal_sent = True
                     self._connection.send(stop=number)
+                self._change.wait(0.2)  # the main thread handles signals between two waits
             return self._left_for
 
     def _listen(self) -> None:
@@ -345,18 +348,15 @@ class Cluster:
                     self._signal = message["stop"]
                     self._connection.send(at=self._step)
                     self.on_stop(self._signal)
-                if "evaluated" in message:
-                    self._evaluated, self._left_for = message["evaluated"], message["left_for"]
+                if "met" in message:
+                    self._met, self._left_for = message["met"], message["left_for"]
                 if "stop_at" in message:
                     self._stop_at = message["stop_at"]
                 if "gone" in message and not self._left:
-                    _end(message["gone"], message["code"])
+                    _end(f"{self._job}: {message['gone']}", message["code"])
                 self._change.notify_all()
         if message is None and not self._left:
-            _end(
-                f"{self._first} died; its own log says why. {_RESUME_HINT}",
-                PEER_LOST,
-            )
+            _end(f"{self._job}: {self._first} died; its own log says why. {_RESUME_HINT}", PEER_LOST)
 
     def __enter__(self) -> "Cluster":
         return self
@@ -440,6 +440,6 @@ def _connect(addresses: list[str], port: int) -> socket.socket:
 def _end(text: str, code: int) -> None:
     """Ends this process at once: its main thread may wait for a device, which waits for the process that is gone."""
     # No logger: the main thread may hold its lock.
-    print(f"train: {text}", file=sys.stderr, flush=True)
+    print(text, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)

@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -31,7 +31,8 @@ from glip_jax.evaluation.recall import (
     load_grounding,
     phrase_recall,
 )
-from glip_jax.inference import Detector, category_prompts
+from glip_jax.evaluation.shares import Share
+from glip_jax.inference import Detector, category_prompts, pipelined
 from glip_jax.io import assets
 from glip_jax.io.image_files import ImageFileError, read_annotated
 from glip_jax.io.paths import OutsideError, check_paths, within
@@ -53,8 +54,15 @@ class EvaluationError(UserError, ValueError):
 class CategoryDetector(Protocol):
     """The part of `glip_jax.inference.Detector` that evaluates detection sets."""
 
-    def categories(self, images: Sequence[UInt8[np.ndarray, "H W 3"]], names: Sequence[str], /) -> Sequence[Detections]:
-        """Detections per image; boxes xyxy in pixels of the image, phrases index `names`."""
+    @property
+    def group_size(self) -> int:
+        """Images of a call that keeps all its devices busy."""
+        ...
+
+    def categories_async(
+        self, images: Sequence[UInt8[np.ndarray, "H W 3"]], names: Sequence[str], /
+    ) -> Callable[[], Sequence[Detections]]:
+        """Starts detection and returns what waits for it: per image boxes xyxy in its pixels, phrases that index `names`."""
         ...
 
 
@@ -64,10 +72,15 @@ class PhraseDetector(Protocol):
 
     tokenizer: Tokenizer
 
-    def caption(
-        self, images: Sequence[UInt8[np.ndarray, "H W 3"]], prompts: Sequence[Prompt], /
-    ) -> Sequence[Detections]:
-        """Detections of each image with the prompt at its position; phrases index the phrases of the prompt."""
+    @property
+    def group_size(self) -> int:
+        """As in `CategoryDetector`."""
+        ...
+
+    def detect_async(
+        self, images: Sequence[UInt8[np.ndarray, "H W 3"]], prompts: Sequence[Sequence[Prompt]], /
+    ) -> Callable[[], Sequence[Sequence[Detections]]]:
+        """Starts detection and returns what waits for it: per image and prompt, phrases that index those of the prompt."""
         ...
 
 
@@ -113,19 +126,26 @@ class Grounded(NamedTuple):
 
 
 def evaluate(
-    config: Config, params: dict[str, Any], sets: Mapping[str, EvaluationSet] | None = None, *, progress: bool = True
+    config: Config,
+    params: dict[str, Any] | None = None,
+    sets: Mapping[str, EvaluationSet] | None = None,
+    *,
+    progress: bool = True,
+    detector: DetectorProtocol | None = None,
+    share: Share | None = None,
 ) -> dict[str, float]:
     """Metrics of `params` on every set (default: `config.evaluation.sets`), named `evaluation/SET/METRIC`.
 
     Detection: COCO's twelve, AP50_permuted and images; grounding: recall@k and merged_recall@k over all phrases and by
     kind (`relational/recall@1`), phrases and images (see `scalars`). Settings: `config.evaluation` (batch size, sides,
-    max_images, chunk) and `config.detection`. Raises EvaluationError or GroundTruthError for a set that cannot be
-    evaluated.
+    max_images, chunk) and `config.detection`. `detector`: one that has the parameters already. `share`: the part of this process where
+    several evaluate together; all of them return the same. Raises EvaluationError or GroundTruthError for a set that cannot
+    be evaluated.
     """
     metrics: dict[str, float] = {}
-    detector = Detector(config, params)
+    detector = detector or Detector(config, params)
     for name, dataset in (config.evaluation.sets if sets is None else sets).items():
-        result = evaluate_set(detector, config, dataset, name=name, progress=progress)
+        result = evaluate_set(detector, config, dataset, name=name, progress=progress, share=share)
         metrics |= {f"evaluation/{name}/{metric}": value for metric, value in scalars(result).items()}
     return metrics
 
@@ -221,13 +241,18 @@ def evaluate_set(
     name: str = "",
     progress: bool = True,
     report: Callable[[str], None] | None = None,
+    share: Share | None = None,
 ) -> Evaluated | Grounded:
     """`evaluate_detection` or `evaluate_grounding`, as `dataset.kind` says."""
     match dataset.kind:
         case "detection":
-            return evaluate_detection(detector, config, dataset, name=name, progress=progress, report=report)
+            return evaluate_detection(
+                detector, config, dataset, name=name, progress=progress, report=report, share=share
+            )
         case "grounding":
-            return evaluate_grounding(detector, config, dataset, name=name, progress=progress, report=report)
+            return evaluate_grounding(
+                detector, config, dataset, name=name, progress=progress, report=report, share=share
+            )
 
 
 def evaluate_detection(
@@ -239,11 +264,13 @@ def evaluate_detection(
     progress: bool = True,
     report: Callable[[str], None] | None = None,
     order: Sequence[int] | None = None,
+    share: Share | None = None,
 ) -> Evaluated:
     """Evaluates detection of every category of `dataset` in its first `config.evaluation.max_images` images (0: all).
 
     Boxes are written with width x2 - x1 + 1 (glip-reference 5.2). `report` takes a line with the names in the prompts. `order`
-    is the order of the categories in the prompts (default: by id); it does not change the order in the result.
+    is the order of the categories in the prompts (default: by id); it does not change the order in the result. `share`: see
+    `evaluate`.
 
     Raises:
         EvaluationError: an image that is missing, unreadable or of another size than in the annotations.
@@ -258,13 +285,12 @@ def evaluate_detection(
     indices = np.arange(len(names)) if order is None else np.asarray(order)
     ordered = [names[i] for i in indices]
     entries = _limited(truth.content["images"], config, dataset)
-    detections: dict[Any, Detections] = {}
 
-    def detect(group: Sequence[dict[str, Any]], images: list[Any]) -> None:
-        for entry, found in zip(group, detector.categories(images, ordered), strict=True):
-            detections[entry["id"]] = _renumbered(found, indices)
+    def start(_: Sequence[dict[str, Any]], images: list[Any]) -> Callable[[], list[Detections]]:
+        finish = detector.categories_async(images, ordered)
+        return lambda: [_renumbered(found, indices) for found in finish()]
 
-    pictures = _run(entries, config, dataset, name, progress, detect, report)
+    detections, pictures = _run(entries, detector.group_size, dataset, name, progress, start, report, share or Share())
     image_ids = tuple(entry["id"] for entry in entries)
     results = coco_results(truth, detections)
     precision = average_precision(truth, results, list(image_ids))
@@ -280,11 +306,12 @@ def evaluate_grounding(
     name: str = "",
     progress: bool = True,
     report: Callable[[str], None] | None = None,
+    share: Share | None = None,
 ) -> Grounded:
     """Evaluates grounding of the phrases of the first `config.evaluation.max_images` captions (0: all) of `dataset`.
 
     A caption beyond the token budget is cut at the end of the last phrase that fits. The phrases after the cut count as missed,
-    as do phrases without a token. `report` takes a line with the counts.
+    as do phrases without a token. `report` takes a line with the counts. `share`: see `evaluate`.
 
     Raises:
         EvaluationError: no phrase of these captions has a box, or an image is missing, unreadable or of another size than in
@@ -307,18 +334,15 @@ def evaluate_grounding(
         parts += [f"left out: {count} {what}" for what, count in truth.left_out.items()]
         report("; ".join([f"{name or dataset.annotations}: {phrases} phrases in {len(captions)} captions", *parts]))
     none = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
-    detections: dict[Any, Detections] = dict.fromkeys(captions, none)
 
-    def detect(group: Sequence[dict[str, Any]], images: list[Any]) -> None:
-        ready = [(entry["id"], image, prompt) for entry, image in zip(group, images, strict=True)
-                 if (prompt := fitted[entry["id"]].prompt) is not None]  # fmt: skip
-        if ready:
-            keys, pixels, prompts = zip(*ready, strict=True)
-            for key, found in zip(keys, detector.caption(pixels, prompts), strict=True):
-                detections[key] = _renumbered(found, np.asarray(fitted[key].included))
+    def start(group: Sequence[dict[str, Any]], images: list[Any]) -> Callable[[], list[Detections]]:
+        asked = [fitted[entry["id"]] for entry in group]
+        finish = detector.detect_async(images, [[each.prompt] if each.prompt is not None else [] for each in asked])
+        return lambda: [_renumbered(found[0], np.asarray(each.included)) if found else none
+                        for each, found in zip(asked, finish(), strict=True)]  # fmt: skip
 
     entries = [image.entry for image in captions.values()]
-    pictures = _run(entries, config, dataset, name, progress, detect, report)
+    detections, pictures = _run(entries, detector.group_size, dataset, name, progress, start, report, share or Share())
     unasked = {key: (*each.over_budget, *each.without_token) for key, each in fitted.items()}
     return Grounded(
         truth,
@@ -357,34 +381,47 @@ def _renumbered(found: Detections, indices: np.ndarray) -> Detections:
 
 def _run(
     entries: Sequence[dict[str, Any]],
-    config: Config,
+    group_size: int,
     dataset: EvaluationSet,
     name: str,
     progress: bool,
-    detect: Callable[[Sequence[dict[str, Any]], list[Any]], None],
-    report: Callable[[str], None] | None = None,
-) -> str:
-    """Reads the images, calls `detect` with batches of them, and returns the hash of their files; `report` takes notes on them."""
+    start: Callable[[Sequence[dict[str, Any]], list[Any]], Callable[[], list[Detections]]],
+    report: Callable[[str], None] | None,
+    share: Share,
+) -> tuple[dict[Any, Detections], str]:
+    """Reads the images of this process and starts detection in groups of them.
+
+    Returns the detections of all processes by image id, in the order of `entries`, and the hash of the files; `report` takes
+    notes on them.
+    """
     folder = epath.Path(dataset.images)
+    detections: dict[Any, Detections] = {}
     digests: dict[Any, str] = {}
     notes = Counter[str]()
     # A bar that moves in a terminal, a line every 30 s in a log file.
     interval = 0.2 if sys.stderr.isatty() else 30.0
-    with tqdm(total=len(entries), desc=f"evaluate {name}".strip(), unit="image", disable=not progress,
+    # Images of similar shape share a batch: in the order of the file much of each batch would be padding.
+    by_shape = sorted(entries, key=lambda entry: entry.get("height", 1) / max(entry.get("width", 1), 1))
+    own = share.of(by_shape)
+    groups = (own[begin : begin + group_size] for begin in range(0, len(own), group_size))
+    with tqdm(total=len(own), desc=f"evaluate {name}".strip(), unit="image", disable=not (progress and share.first),
               mininterval=interval, maxinterval=interval) as bar:  # fmt: skip
-        # Images of similar shape share a batch: in the order of the file much of each batch would be padding.
-        by_shape = sorted(entries, key=lambda entry: entry.get("height", 1) / max(entry.get("width", 1), 1))
-        for group in _groups(by_shape, config.evaluation.batch_size):
-            images = []
-            for entry in group:
-                pixels, digests[entry["id"]], found = _read(folder, entry, dataset.orientation)
-                notes.update(found)
-                images.append(pixels)
-            detect(group, images)
+        for group, read, found in pipelined(
+            groups,
+            lambda entry: _read(folder, entry, dataset.orientation),
+            lambda group, read: start(group, [pixels for pixels, _, _ in read]),
+        ):
+            for entry, (_, digest, noted), of_image in zip(group, read, found, strict=True):
+                detections[entry["id"]], digests[entry["id"]] = of_image, digest
+                notes.update(noted)
             bar.update(len(group))
+    parts = share.gather((detections, digests, notes))
+    detections = {key: found for part, _, _ in parts for key, found in part.items()}
+    digests = {key: digest for _, part, _ in parts for key, digest in part.items()}
+    notes = sum((part for _, _, part in parts), Counter[str]())
     if report is not None and notes:
         report("; ".join(f"{name or dataset.annotations}: noted {what} {count}" for what, count in notes.items()))
-    return _hash_of(entries, digests)
+    return {entry["id"]: detections[entry["id"]] for entry in entries}, _hash_of(entries, digests)
 
 
 def _hash_of(entries: Sequence[dict[str, Any]], digests: Mapping[Any, str]) -> str:
@@ -440,8 +477,3 @@ def _read(
             f"{annotated[0]} x {annotated[1]}: boxes would not fit; use the images that were annotated"
         )
     return pixels, digest, notes
-
-
-def _groups(entries: Sequence[dict[str, Any]], size: int) -> Iterator[Sequence[dict[str, Any]]]:
-    for start in range(0, len(entries), size):
-        yield entries[start : start + size]

@@ -60,6 +60,40 @@ class _PendingBatch(NamedTuple):
     """Per row in use: the row, index of the image, indices of the phrases of its prompt, scale from resized to image pixels."""
 
 
+class _Parameters:
+    """Parameters on the devices that use them, as arrays of meshes of the first one, two, ... of them, which share memory."""
+
+    def __init__(self, devices: Sequence[Any]) -> None:
+        self._devices = devices
+        self._copies: list[Any] = []
+        self._placed: dict[Mesh, Any] = {}
+
+    def use(self, params: Any) -> None:
+        """Replaces the parameters; None: by none."""
+        self._placed.clear()
+        # Host arrays would be copied to the device in every call; those of training may be split over its mesh.
+        self._copies = [] if params is None else [jax.device_put(params, self._devices[0])]
+
+    @property
+    def first(self) -> Any:
+        """On the first device."""
+        if not self._copies:
+            raise ValueError("the detector has no parameters: give it some with `use`")
+        return self._copies[0]
+
+    def on(self, mesh: Mesh) -> Any:
+        """On all devices of `mesh`."""
+        if mesh not in self._placed:
+            while len(self._copies) < mesh.size:
+                self._copies.append(jax.device_put(self.first, self._devices[len(self._copies)]))
+            sharding = NamedSharding(mesh, WHOLE)
+            self._placed[mesh] = jax.tree.map(
+                lambda *parts: jax.make_array_from_single_device_arrays(parts[0].shape, sharding, list(parts)),
+                *self._copies[: mesh.size],
+            )
+        return self._placed[mesh]
+
+
 class Detector:
     """Detects the phrases of prompts in images, with one set of parameters.
 
@@ -80,10 +114,10 @@ class Detector:
 
         Args:
             config: settings of the network, of post-processing and of evaluation (sizes, names per prompt).
-            params: host or device arrays; None: `use` gives them later.
+            params: host or device arrays; None: `use` gives them later, or `texts_of` has them.
             batch_size: images per device; default: config.evaluation.batch_size. Fewer images cost as much as a full batch,
                 so use 1 to process single images.
-            texts_of: another detector with the same parameters, whose cache of encoded captions is shared.
+            texts_of: another detector, whose parameters and cache of encoded captions are shared, also after `use`.
             read_caption: converts a caption that the detector is called with to a prompt; default: phrases with " . " between.
             devices: devices of this process; default: all of them.
         """
@@ -96,12 +130,12 @@ class Detector:
         self._chunks: tuple[tuple[str, ...], list[tuple[Prompt, tuple[int, ...]]]] = ((), [])
         self._largest: dict[tuple[int, int], tuple[int, int]] = {}
         self._compiled: set[tuple[tuple[int, int], int, int]] = set()
-        self._copies: list[Any] = []
-        self._placed: dict[int, Any] = {}
+        self._parameters = _Parameters(self.devices) if texts_of is None else texts_of._parameters
         self._checked: list[str] | None = None
         self._programs = programs(config.model, config.detection)
         self._traced = self._programs.traced.copy()
-        self._place(params)
+        if texts_of is None:
+            self._parameters.use(params)
 
     @property
     def group_size(self) -> int:
@@ -110,10 +144,8 @@ class Detector:
 
     @property
     def params(self) -> Any:
-        """The parameters on the first device. Raises ValueError where `use` has taken them away."""
-        if not self._copies:
-            raise ValueError("the detector has no parameters: give it some with `use`")
-        return self._copies[0]
+        """The parameters on the first device. Raises ValueError where there are none."""
+        return self._parameters.first
 
     def use(self, params: Any) -> None:
         """Replaces the parameters, which have the same shapes; None frees the memory that they take on the devices.
@@ -121,24 +153,7 @@ class Detector:
         Nothing is compiled again. Captions are encoded again, also for the detectors that share their cache.
         """
         self._texts.clear()
-        self._place(params)
-
-    def _place(self, params: Any) -> None:
-        self._placed.clear()
-        # Host arrays would be copied to the device in every call; those of training may be split over its mesh.
-        self._copies = [] if params is None else [jax.device_put(params, self.devices[0])]
-
-    def _on(self, mesh: Mesh) -> Any:
-        """The parameters on all devices of `mesh`, the first ones of this detector. Meshes share the copies of a device."""
-        while len(self._copies) < mesh.size:
-            self._copies.append(jax.device_put(self.params, self.devices[len(self._copies)]))
-        if mesh.size not in self._placed:
-            sharding = NamedSharding(mesh, WHOLE)
-            self._placed[mesh.size] = jax.tree.map(
-                lambda *parts: jax.make_array_from_single_device_arrays(parts[0].shape, sharding, list(parts)),
-                *self._copies[: mesh.size],
-            )
-        return self._placed[mesh.size]
+        self._parameters.use(params)
 
     @property
     def compiled(self) -> Counter[str]:
@@ -315,7 +330,7 @@ class Detector:
                 extent = -(-size // multiple) * multiple
             case "batch":
                 extent = np.tile(np.asarray(canvas, np.int32), (len(size), 1))
-        params, rows_of_devices = self._on(mesh), NamedSharding(mesh, ROWS)
+        params, rows_of_devices = self._parameters.on(mesh), NamedSharding(mesh, ROWS)
         sides = jax.device_put((size, extent), rows_of_devices)
         levels = self._programs.encode_image(params, jax.device_put(pixels, rows_of_devices), *sides, mesh=mesh)
         # Per device: the first prompts of all its images, then the second. Features stay on their device.

@@ -50,7 +50,7 @@ class OutsideTeacher:
         self._names, self._detections, self._images, self._sizes = names, detections, images, sizes
 
     @property
-    def batch_size(self) -> int:
+    def group_size(self) -> int:
         """1: looking detections up gains nothing from batches."""
         return 1
 

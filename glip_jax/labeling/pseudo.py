@@ -1,7 +1,7 @@
 """Labels the captions of a shard: reads records, runs the teacher, selects boxes and writes pseudo records.
 
-Threads read, decode and find phrases ahead of the teacher, so that the device does not wait for them. A batch holds images
-of one canvas size; captions of the same image share its features.
+Threads read, decode and find phrases ahead of the teacher, so that the device does not wait for them. A group holds images
+of one canvas size, a batch for every device; captions of the same image share its features.
 """
 
 import dataclasses
@@ -20,15 +20,13 @@ from glip_jax.data.images import decode
 from glip_jax.data.importers.entry import Report
 from glip_jax.data.records import Record, RecordError, content_hash
 from glip_jax.data.shards import Shards
+from glip_jax.inference import pipelined
 from glip_jax.labeling.phrases.finders import PhraseFinder, head_word
 from glip_jax.labeling.phrases.language import OTHER_SCRIPT, language_doubt
 from glip_jax.labeling.statistics import LabelStatistics
 from glip_jax.labeling.teacher import ImageQueries, Query, QueryResult, Span, Teacher, select_boxes
 
 __all__ = ["Labeler", "Rules", "pseudo_record"]
-
-_MAX_PENDING = 1
-"""Batches that the teacher works on while the results of an earlier one are written."""
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -73,15 +71,6 @@ class _Prepared(NamedTuple):
     """Why the caption may not be English; empty if it seems to be."""
 
 
-class _PendingBatch(NamedTuple):
-    """A batch that the teacher works on."""
-
-    prepared: list[list[_Prepared]]
-    """For each image the records that share it."""
-    wait: Callable[[], list[list[QueryResult]]]
-    """Waits for the results, one per image and record."""
-
-
 class Labeler:
     """Labels ranges of records."""
 
@@ -104,31 +93,27 @@ class Labeler:
         source = shards.manifest.name
         statistics = LabelStatistics()
         statistics.code[self._code] += 0
-        waiting: defaultdict[Any, dict[int, list[_Prepared]]] = defaultdict(dict)
-        pending: deque[_PendingBatch] = deque()
 
-        def submit(images: Mapping[int, list[_Prepared]]) -> None:
-            """Starts a batch, then writes the results of the ones before while the teacher works on it."""
-            pending.append(self._submit(images))
-            while len(pending) > _MAX_PENDING:
-                self._write(pending.popleft(), source, statistics, write, progress)
+        def groups() -> Iterator[list[list[_Prepared]]]:
+            """For each image of a group the records that share it."""
+            waiting: defaultdict[Any, dict[int, list[_Prepared]]] = defaultdict(dict)
+            with ThreadPoolExecutor(self._threads) as pool:
+                depth = 2 * self._threads + 2 * self._teacher.group_size
+                for item in _prefetch(pool, lambda index: self._prepare(shards, index), range(begin, end), depth):
+                    key = self._count(item, source, statistics)
+                    if key is None:
+                        progress(1)
+                        continue
+                    images = waiting[key]
+                    if item.image not in images and len(images) >= self._teacher.group_size:
+                        yield list(images.values())
+                        images.clear()
+                    images.setdefault(item.image, []).append(item)
+                for images in waiting.values():
+                    yield list(images.values())
 
-        with ThreadPoolExecutor(self._threads) as pool:
-            depth = 2 * self._threads + 2 * self._teacher.batch_size
-            for item in _prefetch(pool, lambda index: self._prepare(shards, index), range(begin, end), depth):
-                key = self._count(item, source, statistics)
-                if key is None:
-                    progress(1)
-                    continue
-                images = waiting[key]
-                if item.image not in images and len(images) >= self._teacher.batch_size:
-                    submit(images)
-                    images.clear()
-                images.setdefault(item.image, []).append(item)
-            for images in waiting.values():
-                submit(images)
-            while pending:
-                self._write(pending.popleft(), source, statistics, write, progress)
+        for group, _, results in pipelined(groups(), _queries, lambda _, images: self._teacher.detect_async(images)):
+            self._write(group, results, source, statistics, write, progress)
         return statistics
 
     def _prepare(self, shards: Shards, index: int) -> _Prepared:
@@ -174,22 +159,14 @@ class Labeler:
             statistics.report.note("caption: longer than the teacher's text limit, split into several prompts", example)
         return self._teacher.batch_key(item.record.height, item.record.width)
 
-    def _submit(self, waiting: Mapping[int, list[_Prepared]]) -> _PendingBatch:
-        """Starts the teacher on a batch of images."""
-        images = [
-            ImageQueries(items[0].pixels, [item.query for item in items if item.query is not None])
-            for items in waiting.values()
-            if items[0].pixels is not None
-        ]
-        return _PendingBatch(list(waiting.values()), self._teacher.detect_async(images))
-
     def _write(
-        self, batch: _PendingBatch, source: str, statistics: LabelStatistics, write: Callable[[Record], Any], progress: Callable[[int], Any]
+        self, group: Sequence[list[_Prepared]], results_of: list[list[QueryResult]], source: str, statistics: LabelStatistics,
+        write: Callable[[Record], Any], progress: Callable[[int], Any],
     ) -> None:  # fmt: skip
-        """Waits for a batch, selects its boxes and writes the records."""
+        """Selects the boxes of a group and writes the records."""
         provenance = {**self._about, "threshold": self._rules.threshold_of(source), "code": self._code}
         text = json.dumps(provenance, ensure_ascii=False, separators=(",", ":"))
-        for items, results in zip(batch.prepared, batch.wait(), strict=True):
+        for items, results in zip(group, results_of, strict=True):
             for item, result in zip(items, results, strict=True):
                 assert item.record is not None
                 assert item.query is not None
@@ -200,6 +177,12 @@ class Labeler:
                     write(record)
                     statistics.code[self._code] += 1
                 progress(1)
+
+
+def _queries(items: list[_Prepared]) -> ImageQueries:
+    """The image of records that share it, and what they ask."""
+    assert items[0].pixels is not None
+    return ImageQueries(items[0].pixels, [item.query for item in items if item.query is not None])
 
 
 def pseudo_record(

@@ -87,7 +87,11 @@ class DetectorProtocol(Protocol):
 
     config: Config
     tokenizer: Tokenizer
-    batch_size: int
+
+    @property
+    def group_size(self) -> int:
+        """Images of a call that keeps all its devices busy."""
+        ...
 
     def detect_async(
         self, images: Sequence[Any], prompts_: Sequence[Sequence[Prompt]]
@@ -101,7 +105,7 @@ class Teacher(Protocol):
     """Source of detections for labelling: a checkpoint's network, or a file of another detector's detections."""
 
     @property
-    def batch_size(self) -> int:
+    def group_size(self) -> int:
         """Images per call of `detect_async`."""
         ...
 
@@ -174,9 +178,9 @@ class DetectorTeacher:
         self._first = self.views[0].detector
 
     @property
-    def batch_size(self) -> int:
-        """Images of one batch."""
-        return self._first.batch_size
+    def group_size(self) -> int:
+        """Images per call of `detect_async`: a batch for every device."""
+        return self._first.group_size
 
     def batch_key(self, height: int, width: int) -> Any:
         """The canvas size; None for an image so elongated that its canvas would need a compilation of its own."""
@@ -379,6 +383,6 @@ def detector_views(
     detector: Detector | None = None
     for size in sizes:
         view_config = teacher_config(config, threshold, nms_iou, size, len(sizes) * (2 if flip else 1))
-        detector = Detector(view_config, detector.params if detector else params, batch_size, texts_of=detector)
+        detector = Detector(view_config, params, batch_size, texts_of=detector)
         views += [View(detector, mirrored) for mirrored in ((False, True) if flip else (False,))]
     return views

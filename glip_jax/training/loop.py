@@ -72,7 +72,7 @@ def train(
 ) -> State:
     """Trains to `config.train.steps` in `workdir`, from its newest complete checkpoint if there is one.
 
-    `evaluate(parameters, step)` returns metrics to record; it is called every `train.evaluate_every` steps and at the end.
+    `evaluate(parameters, step, meet)` returns metrics to record; all processes call it every `train.evaluate_every` steps and at the end.
     `draw(batch)` makes WORKDIR/first_batch.png of the first batch. `initial_parameters` reads the files of `config.init_from`.
     `cluster`: the processes that train together, where there are several; they stop after the same step, whichever of them
     received the signal. The last line logged is `fingerprint: SHA-256`.

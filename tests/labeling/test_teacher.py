@@ -41,7 +41,7 @@ CONFIG = teacher_config(
 class ScriptedDetector:
     """A detector that returns what `find(image, text)` gives for each phrase: pairs of a box in a 100 x 50 image and a score."""
 
-    tokenizer, batch_size = TOKENIZER, 2
+    tokenizer, group_size = TOKENIZER, 2
 
     def __init__(self, find, config: Config = CONFIG):
         self.find, self.config, self.calls = find, config, []

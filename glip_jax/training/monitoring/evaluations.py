@@ -1,7 +1,8 @@
-"""Evaluations while training: after which steps, by the first of several processes, recorded; one that was cut short is made again."""
+"""Evaluations while training: after which steps, by all processes, recorded by the first; one that was cut short is made again."""
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,10 +17,12 @@ from glip_jax.training.monitoring.signals import EvaluationLeft, StopSignals
 from glip_jax.training.monitoring.writer import Writer
 from glip_jax.training.state import State, evaluation_parameters
 
-__all__ = ["Evaluate", "Evaluations"]
+__all__ = ["Evaluate", "Evaluations", "Meet"]
 
-Evaluate = Callable[[dict[str, Any], int], dict[str, float]]
-"""(parameters, step) to the metrics to record."""
+Meet = Callable[[], contextlib.AbstractContextManager[Any]]
+"""Makes the context of a collective of all processes."""
+Evaluate = Callable[[dict[str, Any], int, Meet], dict[str, float]]
+"""(parameters, step, context of collectives) to the metrics to record, the same in all processes."""
 
 
 class Evaluations:
@@ -35,7 +38,7 @@ class Evaluations:
         cluster: Cluster | None,
         signals: StopSignals,
     ) -> None:
-        """`writer`: None on all processes but the first, which evaluates."""
+        """`writer`: None on all processes but the first."""
         self._config, self._workdir, self._evaluate = config, workdir, evaluate
         self._writer, self._log, self._cluster, self._signals = writer, log, cluster, signals
         if cluster is not None:
@@ -68,25 +71,33 @@ class Evaluations:
         if several:
             parameters = multihost_utils.process_allgather(parameters, tiled=True)
         score, left = np.nan, 0
-        if self._writer is not None:
-            try:
-                with self._signals.leaving():
-                    score = self._recorded(self._writer, parameters, step)
-            except EvaluationLeft:
-                left = self._signals.number
+        metrics: dict[str, float] = {}
+        assert self._evaluate is not None
+        try:
+            with self._signals.leaving():
+                metrics = self._evaluate(parameters, step, self._meeting)
+        except EvaluationLeft:
+            left = self._signals.number
         if self._cluster is not None:
-            # The others wait here, not in the next step, which would seem to hang.
-            received = left
-            left = self._cluster.evaluated(lambda: self._signals.number if self._writer is None else received)
-        if several and not left:
-            # All processes keep the same checkpoints then.
-            score = float(multihost_utils.broadcast_one_to_all(np.float32(score)))
+            # Processes wait for one another here, not in the next step, which would seem to hang.
+            left = self._cluster.met(left, lambda: self._signals.number)
+        if not left:
+            score = self._recorded(metrics, step)
+            if several:
+                # All processes keep the same checkpoints then.
+                score = float(multihost_utils.broadcast_one_to_all(np.float32(score)))
         return score, left
 
-    def _recorded(self, writer: Writer, parameters: dict[str, Any], step: int) -> float:
-        """Evaluates, logs and records; returns the score."""
-        assert self._evaluate is not None
-        metrics = self._evaluate(parameters, step)
+    @contextlib.contextmanager
+    def _meeting(self) -> Iterator[None]:
+        """The context of a collective: entered when all processes are there. Raises EvaluationLeft in all if a signal came to one."""
+        with self._signals.held():
+            if self._cluster is not None and self._cluster.met(0, lambda: self._signals.number):
+                raise EvaluationLeft
+            yield
+
+    def _recorded(self, metrics: dict[str, float], step: int) -> float:
+        """Logs and records, which the first process does; returns the score."""
         by_set: defaultdict[str, list[str]] = defaultdict(list)
         for name, value in metrics.items():
             dataset, _, metric = name.removeprefix("evaluation/").partition("/")
@@ -98,6 +109,7 @@ class Evaluations:
         best_by = self._config.checkpoint.best_by
         if self._config.checkpoint.best and best_by not in metrics:
             raise ConfigError(f"checkpoint.best_by is {best_by!r}: the evaluation gave {', '.join(sorted(metrics))}")
-        writer.write(step, metrics)
-        writer.flush()
+        if self._writer is not None:
+            self._writer.write(step, metrics)
+            self._writer.flush()
         return metrics.get(best_by, np.nan)

@@ -24,7 +24,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.number = 0
         """The signal that came, 0 for none."""
-        self._came, self._leaving = 0.0, False
+        self._came, self._leaving, self._held = 0.0, False, False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -50,6 +50,17 @@ class StopSignals:
         finally:
             self._leaving = False
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within `leaving`: what all processes do together, which none may leave alone. A signal raises EvaluationLeft at its end."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._leaving and self.number:
+            raise EvaluationLeft
+
     def forward(self, number: int) -> None:
         """From another thread: acts like the signal, if it would end an evaluation."""
         if self._leaving and self._previous and not self.number:
@@ -64,5 +75,5 @@ class StopSignals:
             signal.raise_signal(number)
             return
         self.number, self._came = number, now
-        if self._leaving:
+        if self._leaving and not self._held:
             raise EvaluationLeft

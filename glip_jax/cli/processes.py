@@ -1,0 +1,126 @@
+"""Several processes that do one job: the flags by which they find one another, joining, and ending together.
+
+jax is imported by the functions, so that a job's --help is quick.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from glip_jax import UserError
+from glip_jax.cli import errors, log
+from glip_jax.config import Config, flatten
+from glip_jax.evaluation.shares import Share
+from glip_jax.io import provenance
+
+if TYPE_CHECKING:
+    from glip_jax.distributed.cluster import Cluster
+
+__all__ = ["ProcessArguments", "checkpoint_fingerprint", "fingerprints", "run_joined", "share_of"]
+
+
+@dataclass(frozen=True)
+class ProcessArguments:
+    """The flags of a job that several processes can do together."""
+
+    distributed: bool = False
+    """Join the other hosts of a pod or cluster first, as a TPU pod or srun announces them."""
+    coordinator: str = ""
+    """Elsewhere: HOST:PORT of process 0, the same for all; with --processes and --index."""
+    processes: int = 0
+    """How many processes there are."""
+    index: int = -1
+    """Which of them this is, from 0."""
+    patience: int = 300
+    """Seconds to wait for the other processes."""
+
+
+def run_joined(
+    job: str,
+    arguments: ProcessArguments,
+    facts: Callable[[], Mapping[str, str]],
+    work: "Callable[[Cluster | None], int]",
+) -> int:
+    """The exit code of `work`, after this process has joined the others; without the flags it works alone, with None.
+
+    `facts`: what all processes must have alike, name to value, asked for after joining. To be called before anything else of
+    jax is used. Where several processes work, this one ends here with its exit code, so that it waits for none that is gone.
+
+    Raises ProcessError if the processes do not come together or differ, and what `work` raises if it works alone.
+    """
+    from glip_jax.distributed.cluster import Cluster, ProcessError, ProcessGroup, join
+
+    explicit = bool(arguments.coordinator) or arguments.processes > 0 or arguments.index >= 0
+    if not arguments.distributed and not explicit:
+        _check_alone()
+        return work(None)
+    group = ProcessGroup(arguments.coordinator, arguments.processes, arguments.index, arguments.patience, job)
+    join(group)
+    import jax
+
+    if jax.process_count() == 1:
+        return work(None)
+    log.set_process(jax.process_index())
+    try:
+        cluster = Cluster(facts(), errors.exit_code_of, arguments.patience, job=job)
+    except ProcessError as error:
+        code = errors.report(job, error)
+        sys.stderr.flush()
+        # At a normal end jax would wait for the processes that did not come.
+        os._exit(code)
+    try:
+        with cluster:
+            code = work(cluster)
+        return cluster.finish(code)
+    except SystemExit as stop:
+        raise SystemExit(cluster.finish(errors.exit_code_of(stop))) from None
+    except BaseException as error:
+        return cluster.finish(errors.report(job, error))
+
+
+def share_of(cluster: "Cluster | None") -> Share:
+    """The part of this process in a job that shares the images of a set."""
+    if cluster is None:
+        return Share()
+    import jax
+
+    @contextlib.contextmanager
+    def meet() -> Iterator[None]:
+        cluster.met()
+        yield
+
+    return Share(jax.process_index(), jax.process_count(), meet)
+
+
+def fingerprints(config: Config) -> dict[str, str]:
+    """What all processes must have alike, whatever they do: settings, versions, code."""
+    values = {f"config.{name}": repr(value) for name, value in flatten(config)}
+    values |= {f"version of {name}": version for name, version in provenance.versions().items() if name != "device"}
+    values["the package's code"] = provenance.code()["files"][:12]
+    return values
+
+
+def checkpoint_fingerprint(checkpoint: str, step: int | None) -> dict[str, str]:
+    """The step and the settings of a checkpoint, as this host sees it."""
+    from glip_jax.weights.readers import open_checkpoint_or_export
+
+    try:
+        opened = open_checkpoint_or_export(checkpoint, step)
+    except UserError as error:  # which the job will say in all processes, if it is the same
+        return {"the checkpoint": f"unreadable ({error})"}
+    return {"the checkpoint": f"step {opened.step}, settings {provenance.config_hash(opened.settings)[:12]}"}
+
+
+def _check_alone() -> None:
+    """Raises ProcessError if this process was started as one of several, which would all do the same into one folder."""
+    from glip_jax.distributed.cluster import ProcessError, announced
+
+    number, by = announced(os.environ)
+    if number > 1:
+        raise ProcessError(
+            f"{by} announces {number} processes, but --distributed is not given: each would do all of it alone, into the same "
+            "folder; give --distributed, or start one process only"
+        )
