@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glip_jax import inference
 from glip_jax.config import AnchorConfig, Config, DetectionConfig, ModelConfig, PyramidConfig
 from glip_jax.inference import Detector, category_prompts
+from glip_jax.inference import detector as detector_module
+from glip_jax.inference.programs import programs as programs_of
 from glip_jax.models.postprocess import detect
 from glip_jax.structures import boxes as box
 from glip_jax.structures import prompts
@@ -137,6 +138,11 @@ def params() -> Any:
     return params
 
 
+def _detector(config: Config, params: Any) -> Detector:
+    """On one device; `tests/inference/test_devices.py` has several."""
+    return Detector(config, params, devices=jax.devices()[:1])
+
+
 def _images(*shapes: tuple[int, int]) -> list[np.ndarray]:
     rng = np.random.default_rng(1)
     return [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
@@ -148,7 +154,7 @@ def _by_phrase(found: Detections, numbers: Any) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("chunk", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["as many as fit", "one by one"])
 def test_permuting_names_permutes_results(params: Any, chunk: int) -> None:
-    detector, images = Detector(_config(chunk), params), _images((64, 64))
+    detector, images = _detector(_config(chunk), params), _images((64, 64))
     # Prompts hold consecutive names: only names of one prompt may be permuted.
     names = NAMES[:4] if chunk == 0 else NAMES
     (before,) = detector.categories(images, names)
@@ -165,8 +171,8 @@ def test_permuting_names_permutes_results(params: Any, chunk: int) -> None:
 @pytest.mark.slow
 def test_indices_of_names_do_not_depend_on_chunks(params: Any) -> None:
     images = _images((64, 64))
-    alone = {name: Detector(_config(1), params).categories(images, [name])[0] for name in NAMES[:4]}
-    (chunked,) = Detector(_config(1), params).categories(images, NAMES[:4])
+    alone = {name: _detector(_config(1), params).categories(images, [name])[0] for name in NAMES[:4]}
+    (chunked,) = _detector(_config(1), params).categories(images, NAMES[:4])
     for number, name in enumerate(NAMES[:4]):
         np.testing.assert_allclose(
             _by_phrase(chunked, [number])[0], _by_phrase(alone[name], [0])[0], rtol=1e-4, err_msg=name
@@ -209,11 +215,11 @@ def test_no_names_are_refused() -> None:
 )
 def test_queries_that_cannot_be_asked_are_refused(params: Any, query: Any, message: str) -> None:
     with pytest.raises(prompts.PromptError, match=message):
-        Detector(_config(), params)([], query)
+        _detector(_config(), params)([], query)
 
 
 def test_what_is_not_asked_as_it_was_typed_is_said_once(params: Any, caplog: pytest.LogCaptureFixture) -> None:
-    detector = Detector(_config(), params)
+    detector = _detector(_config(), params)
     for _ in range(2):
         detector([], ["cup (red)", "dog 斑马", "a, b. c"])
     assert [record.message for record in caplog.records] == [
@@ -224,12 +230,12 @@ def test_what_is_not_asked_as_it_was_typed_is_said_once(params: Any, caplog: pyt
 
 @pytest.mark.slow
 def test_one_program_per_canvas_and_one_encoding_per_text(params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    inference._programs.cache_clear()
-    detector, encoded_texts, encoded_images = Detector(_config(3), params), [], []
+    programs_of.cache_clear()
+    detector, encoded_texts, encoded_images = _detector(_config(3), params), [], []
     programs = detector._programs
     encode_text, encode_image = programs.encode_text, programs.encode_image
     monkeypatch.setattr(programs, "encode_text", lambda *a: (encoded_texts.append(1), encode_text(*a))[1])
-    monkeypatch.setattr(programs, "encode_image", lambda *a: (encoded_images.append(1), encode_image(*a))[1])
+    monkeypatch.setattr(programs, "encode_image", lambda *a, **k: (encoded_images.append(1), encode_image(*a, **k))[1])
     detector(_images((64, 64)), NAMES[:1])
     assert detector.compiled == {"image": 1, "text": 1, "ground": 1}
     # Another size of the same bucket, other numbers of images or names, a caption: nothing is compiled again.
@@ -242,21 +248,21 @@ def test_one_program_per_canvas_and_one_encoding_per_text(params: Any, monkeypat
     detector.categories(_images((128, 64), (64, 64)), NAMES)
     assert detector.compiled == {"image": 2, "text": 1, "ground": 2}
     assert len(encoded_texts) == 6
-    again = Detector(_config(3), params)
+    again = _detector(_config(3), params)
     again(_images((64, 64)), NAMES[:1])
     assert not again.compiled, "of the same settings, so of the same programs"
 
 
 def test_the_latest_texts_are_cached(params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "_CACHED_TEXTS", 2)
-    detector = Detector(_config(1), params)
+    monkeypatch.setattr(detector_module, "_CACHED_TEXTS", 2)
+    detector = _detector(_config(1), params)
     for name in NAMES[:3]:
         detector.text(prompts.prompt_from_categories([name]))
     assert list(detector._texts) == NAMES[1:3]
 
 
 def test_detections_are_in_image_pixels_and_batch_invariant(params: Any) -> None:
-    detector, images = Detector(_config(), params), _images((32, 32), (64, 64), (40, 64))
+    detector, images = _detector(_config(), params), _images((32, 32), (64, 64), (40, 64))
     results = detector.categories(images, NAMES)
     for image, found in zip(images, results, strict=True):
         np.testing.assert_allclose(found.scores, np.sqrt(found.alignment * found.centerness), rtol=1e-5)
@@ -268,9 +274,11 @@ def test_detections_are_in_image_pixels_and_batch_invariant(params: Any) -> None
 
 
 def test_several_prompts_share_the_features_of_an_image(params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    detector, images, encoded_images = Detector(_config(), params), _images((64, 64), (40, 64), (32, 32)), []
+    detector, images, encoded_images = _detector(_config(), params), _images((64, 64), (40, 64), (32, 32)), []
     encode_image = detector._programs.encode_image
-    monkeypatch.setattr(detector._programs, "encode_image", lambda *a: (encoded_images.append(1), encode_image(*a))[1])
+    monkeypatch.setattr(
+        detector._programs, "encode_image", lambda *a, **k: (encoded_images.append(1), encode_image(*a, **k))[1]
+    )
     texts = [["a cat", "red car . dog", "a tree"], [], ["dog and cup"]]
     asked = [[Prompt(text, (((0, 5),), ((len(text) - 3, len(text)),))) for text in own] for own in texts]
     found = detector.captions(images, asked)

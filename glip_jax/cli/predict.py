@@ -4,7 +4,9 @@ OUT/predictions.json     the query's phrases (text, prompt, span), per image its
                          images that were left out, each with its reason
 OUT/pictures/NAME.png    each image with its boxes
 OUT/unfinished/          the same two while the job runs, of the images that are done; left by a job that was stopped, and
-                         continued by the same command
+                         continued by the same command. Process N of several has its own file there, predictions_N.json
+
+Several processes (--distributed) share the images; the first gathers what all have found and writes predictions.json.
 """
 
 import contextlib
@@ -14,7 +16,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -27,11 +29,13 @@ from tqdm import tqdm
 from glip_jax import UserError
 from glip_jax.cli import checkpoint_argument
 from glip_jax.cli.command_line import CommandLineError, flags, split_settings
+from glip_jax.cli.processes import ProcessArguments, checkpoint_fingerprint, fingerprints, run_joined, share_of
 from glip_jax.cli.query import Query, read_query
 from glip_jax.cli.reports import drawing
 from glip_jax.config import Config, PathStr
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
+from glip_jax.evaluation.shares import Share
 from glip_jax.io.claims import owned_workdir
 from glip_jax.io.errors import full_disk
 from glip_jax.io.image_files import ImageFileError, listed, measured, read_upright
@@ -56,7 +60,7 @@ class PredictError(UserError, ValueError):
 
 
 @dataclass(frozen=True)
-class Predict:
+class Predict(ProcessArguments):
     """Detect what a text or a list of names describes in IMAGES (files, or folders of them).
 
     One of three queries:
@@ -69,7 +73,8 @@ class Predict:
     left out, and named in the output and in predictions.json; a file that is named itself is refused. While the job runs, what
     is done is in OUT/unfinished/: if it is stopped, the same command goes on from there. A detection has a box (x1, y1, x2, y2, pixels
     of the image), a phrase (index into "phrases") and a score: the square root of alignment (how well the location matches
-    the text) times centerness (how central in its object it is). Settings are those the checkpoint was trained with;
+    the text) times centerness (how central in its object it is). All devices work; several processes (--distributed) share the
+    images. Settings are those the checkpoint was trained with;
     --config=FILE.py gives others, --config.detection.nms_iou=0.5 changes one.
     """
 
@@ -118,19 +123,32 @@ def main(argv: Sequence[str]) -> int:
                 f"{option} is given {len(given)} times, and only one would be asked: give all in one"
             )
     job = flags(own, Predict, "predict", _EXAMPLE, {"--least": "--threshold"})
-    with checkpoint_argument.fitting_parameters():
-        predict(job, settings, shlex.join(["python", "-m", "glip_jax", "predict", *argv]))
-    return exit_codes.DONE
+    command = shlex.join(["python", "-m", "glip_jax", "predict", *argv])
+
+    def facts() -> dict[str, str]:
+        own = {name: value for name, value in asdict(job).items() if name not in ("index", "patience")}
+        asked = {f"--{name.replace('_', '-')}": repr(value) for name, value in own.items()} | {
+            "settings": repr(settings)
+        }
+        return fingerprints(None) | asked | checkpoint_fingerprint(job.checkpoint or job.workdir, job.step)
+
+    def work(share: Share) -> int:
+        with checkpoint_argument.fitting_parameters():
+            predict(job, settings, command, share)
+        return exit_codes.DONE
+
+    return run_joined("predict", job, facts, lambda cluster: work(share_of(cluster)))
 
 
-def predict(job: Predict, settings: Sequence[str], command: str) -> dict[str, Any]:
+def predict(job: Predict, settings: Sequence[str], command: str, share: Share | None = None) -> dict[str, Any]:
     """Detects, draws and writes; returns the content of predictions.json.
 
-    `settings`: the --config arguments. Everything that can be checked is checked before the checkpoint's arrays are
+    `settings`: the --config arguments. `share`: the part of this process where several predict together. Everything that can be checked is checked before the checkpoint's arrays are
     read. Raises PredictError, ImageFileError, QueryError, CheckpointError, ConfigError or CommandLineError.
     """
     from glip_jax.inference import Detector, bucket
 
+    share = share or Share()
     if not 0 <= job.threshold < 1:
         raise CommandLineError(f"--threshold={job.threshold}: expected 0 <= threshold < 1")
     if not job.images:
@@ -141,10 +159,11 @@ def predict(job: Predict, settings: Sequence[str], command: str) -> dict[str, An
     config = checkpoint_argument.settings_of(checkpoint, settings, "predict")
     which = config.evaluation.parameters
     query = read_query(job.text, job.names, job.names_file, config)
-    pictures, left_out = _pictures(job.images, config)
-    for note in query.notes:
+    pictures, left_out = _pictures(job.images, config, share.first)
+    for note in query.notes if share.first else ():
         logger.info(note)
-    logger.info(f"{checkpoint_argument.describe(checkpoint)}, {which} parameters")
+    if share.first:
+        logger.info(f"{checkpoint_argument.describe(checkpoint)}, {which} parameters")
     enable_compilation_cache()
     about = {
         "command": command, "workdir": checkpoint.workdir, "step": checkpoint.step,
@@ -154,17 +173,22 @@ def predict(job: Predict, settings: Sequence[str], command: str) -> dict[str, An
         "query": query.kind, "phrase_finder": query.finder, "prompts": [prompt.caption for prompt in query.prompts],
         "phrases": [phrase._asdict() for phrase in query.phrases],
     }  # fmt: skip
-    with _results(epath.Path(job.out), about, pictures, left_out) as results:
+    with _results(epath.Path(job.out), about, pictures, left_out, share) as results:
         begin = time.monotonic()
-        detector = Detector(config, checkpoint.parameters(which), min(config.evaluation.batch_size, len(pictures)))
-        _detect(detector, query, pictures, job.threshold, results)
+        own = share.of(pictures)
+        detector = Detector(config, checkpoint.parameters(which), max(1, min(config.evaluation.batch_size, len(own))))
+        _detect(detector, query, own, job.threshold, results, bar=share.first)
+        results.gather()
         content = results.content()
         if not content["images"]:
             raise PredictError(
                 f"no image could be read, of {len(left_out)}; the first: {' '.join(left_out[0].values())}"
             )
+        if not share.first:
+            return content
         logger.info(_table(content))
         seconds = time.monotonic() - begin
+    left_out = content["left_out"]
     shapes = len({bucket(picture.height, picture.width, config)[1] for picture in pictures})
     logger.info(
         f"images {len(content['images'])}, shapes {shapes}, prompts {len(query.prompts)}, programs compiled or read from the "
@@ -180,8 +204,8 @@ def predict(job: Predict, settings: Sequence[str], command: str) -> dict[str, An
     return content
 
 
-def _pictures(given: Sequence[str], config: Config) -> tuple[list[Picture], list[dict[str, str]]]:
-    """The images of files and folders, their sizes read from their headers, and those of folders that are left out.
+def _pictures(given: Sequence[str], config: Config, log: bool) -> tuple[list[Picture], list[dict[str, str]]]:
+    """The images of files and folders, their sizes read from their headers, and those of folders that are left out, which `log` names.
 
     Files that are named themselves are decoded here. Raises ImageFileError or PredictError for those that cannot be used, and
     if no image is left.
@@ -189,7 +213,7 @@ def _pictures(given: Sequence[str], config: Config) -> tuple[list[Picture], list
     paths: list[tuple[epath.Path, bool]] = []
     for name in given:
         images, skipped = listed(epath.Path(name))
-        if skipped:
+        if skipped and log:
             logger.info(f"{name}: images {len(images)}, files with other endings skipped {skipped}")
         paths += [(path, len(images) == 1 and str(path) == name) for path in images]
     pictures, taken = [], set[str]()
@@ -204,7 +228,7 @@ def _pictures(given: Sequence[str], config: Config) -> tuple[list[Picture], list
             if alone:
                 refused.append(error)
             else:
-                _leave_out(left_out, path, error)
+                _leave_out(left_out, path, error, log)
             continue
         names = (f"{path.stem}{f'_{number}' if number else ''}.png" for number in range(len(paths) + 1))
         drawn = next(name for name in names if name.casefold() not in taken)
@@ -233,21 +257,24 @@ def _usable(path: epath.Path, config: Config) -> tuple[int, int, bool]:
     return height, width, exif_rotated
 
 
-def _leave_out(left_out: list[dict[str, str]], path: epath.Path, error: UserError) -> None:
+def _leave_out(left_out: list[dict[str, str]], path: epath.Path, error: UserError, log: bool = True) -> None:
     """Names an image that is not used, and adds it to `left_out`."""
     reason = str(error).removeprefix(f"{path} ")
     left_out.append({"file": str(path), "reason": reason})
-    logger.warning(f"left out: {path} {reason}")
+    if log:
+        logger.warning(f"left out: {path} {reason}")
 
 
 class _Results:
-    """What is done so far, in OUT/unfinished."""
+    """What this process has done so far, in OUT/unfinished; after `gather` what all have."""
 
     def __init__(
-        self, folder: epath.Path, about: dict[str, Any], pictures: Sequence[Picture], left_out: list[dict[str, str]]
-    ) -> None:
-        self.folder, self.left_out, self.total = folder, left_out, len(pictures)
-        self._about, self._pictures = about, pictures
+        self, folder: epath.Path, about: dict[str, Any], pictures: Sequence[Picture], left_out: Sequence[dict[str, str]],
+        share: Share,
+    ) -> None:  # fmt: skip
+        self.folder, self.left_out, self.total, self.share = folder, list[dict[str, str]](), len(pictures), share
+        self._about, self._pictures, self._unusable = about, pictures, left_out
+        self._file = "predictions.json" if share.first else f"predictions_{share.index}.json"
         self._done: dict[str, dict[str, Any]] = {}
         self._stamps: dict[str, list[int]] = {}
         self._next = 0.0
@@ -258,23 +285,26 @@ class _Results:
 
         Raises PredictError for the results of another command.
         """
-        path = self.folder / "predictions.json"
-        try:
-            saved = json.loads(path.read_text())
-            done, stamps = {entry["drawn"]: entry for entry in saved["images"]}, saved["stamps"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return
-        now = json.loads(json.dumps(self._about))
-        other = [key for key in now if key != "command" and saved.get(key) != now[key]]
-        if done and other:
-            raise PredictError(
-                f"{self.folder} holds {len(done)} images of another command, which was stopped ({saved.get('command')}; other: "
-                f"{', '.join(other)}): give that command again to finish it, give another --out, or remove that folder"
-            )
-        for picture in self._pictures:
-            entry, stamp = done.get(f"pictures/{picture.drawn}"), stamps.get(picture.drawn)
-            if entry is not None and entry["file"] == str(picture.path) and stamp == _stamp(picture.path):
-                self.add(picture, entry, stamp)
+        own = {picture.drawn for picture in self.share.of(self._pictures)}
+        for path in sorted(self.folder.glob("predictions*.json")) if self.folder.exists() else ():
+            try:
+                saved = json.loads(path.read_text())
+                done, stamps = {entry["drawn"]: entry for entry in saved["images"]}, saved["stamps"]
+            except (FileNotFoundError, ValueError, KeyError, TypeError):
+                continue
+            now = json.loads(json.dumps(self._about))
+            other = [key for key in now if key != "command" and saved.get(key) != now[key]]
+            if done and other:
+                raise PredictError(
+                    f"{self.folder} holds {len(done)} images of another command, which was stopped ({saved.get('command')}; other: "
+                    f"{', '.join(other)}): give that command again to finish it, give another --out, or remove that folder"
+                )
+            for picture in self._pictures:
+                entry, stamp = done.get(f"pictures/{picture.drawn}"), stamps.get(picture.drawn)
+                if picture.drawn not in own or entry is None or entry["file"] != str(picture.path):
+                    continue
+                if stamp == _stamp(picture.path):
+                    self.add(picture, entry, stamp)
         if self._done:
             logger.info(f"{self.folder}: going on after {len(self._done)} of {self.total} images")
 
@@ -289,7 +319,13 @@ class _Results:
     def content(self) -> dict[str, Any]:
         """The content of predictions.json, images in the order given."""
         images = [self._done[picture.drawn] for picture in self._pictures if self.has(picture)]
-        return {**self._about, "images": images, "left_out": self.left_out}
+        return {**self._about, "images": images, "left_out": [*self._unusable, *self.left_out]}
+
+    def gather(self) -> None:
+        """Takes what the other processes have done; all call it."""
+        parts = self.share.gather((self._done, self.left_out))
+        self._done = {drawn: entry for done, _ in parts for drawn, entry in done.items()}
+        self.left_out = [entry for _, left_out in parts for entry in left_out]
 
     def save(self) -> None:
         """Writes what is done, unless that was a short time ago."""
@@ -300,10 +336,10 @@ class _Results:
             self._next = end + (end - begin) / _SAVE_SHARE
 
     def write(self, complete: bool) -> None:
-        """Writes predictions.json into the folder."""
+        """Writes the file of this process into the folder."""
         content = self.content() | {"complete": complete} | ({} if complete else {"stamps": self._stamps})
         text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
-        write_atomic(self.folder / "predictions.json", text)
+        write_atomic(self.folder / self._file, text)
 
 
 def _stamp(path: epath.Path) -> list[int]:
@@ -314,27 +350,34 @@ def _stamp(path: epath.Path) -> list[int]:
 
 @contextlib.contextmanager
 def _results(
-    out: epath.Path, about: dict[str, Any], pictures: Sequence[Picture], left_out: list[dict[str, str]]
+    out: epath.Path,
+    about: dict[str, Any],
+    pictures: Sequence[Picture],
+    left_out: Sequence[dict[str, str]],
+    share: Share,
 ) -> Iterator[_Results]:
-    """The results in OUT/unfinished, which move to OUT at the end; if anything stops the job before, they stay there.
+    """The results in OUT/unfinished, which process 0 moves to OUT at the end; if anything stops the job before, they stay there.
 
-    Raises CheckpointError if another process writes into `out`.
+    Raises CheckpointError if another job writes into `out`.
     """
     new, folder = not out.exists(), out / _UNFINISHED
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with owned_workdir(str(out), flag="--out"):
-            results = _Results(folder, about, pictures, left_out)
+        with owned_workdir(str(out), flag="--out") if share.first else contextlib.nullcontext():
+            results = _Results(folder, about, pictures, left_out, share)
             (folder / "pictures").mkdir(parents=True, exist_ok=True)
+            share.gather(None)  # all have read what is done before one writes
             try:
                 yield results
+                if not share.first:
+                    return
                 results.write(complete=True)
             except BaseException:
                 _keep(results)
                 raise
             (out / "pictures").mkdir(parents=True, exist_ok=True)
-            for drawn in (folder / "pictures").iterdir():
-                drawn.replace(out / "pictures" / drawn.name)
+            for entry in results.content()["images"]:
+                (folder / entry["drawn"]).replace(out / entry["drawn"])
             # Last, so that where it lies everything that it names lies.
             (folder / "predictions.json").replace(out / "predictions.json")
             folder.rmtree()
@@ -343,7 +386,7 @@ def _results(
             raise
         raise PredictError(f"--out={out} cannot be written ({error}): give another folder") from None
     finally:
-        if new and out.exists() and not any(out.iterdir()):
+        if new and share.first and out.exists() and not any(out.iterdir()):
             out.rmtree()
 
 
@@ -351,7 +394,8 @@ def _keep(results: _Results) -> None:
     """Keeps what is done of a job that was stopped, and says so; removes the folder if that is nothing."""
     done = len(results.content()["images"])
     if not done:
-        results.folder.rmtree()
+        if results.share.count == 1:
+            results.folder.rmtree()
         return
     with contextlib.suppress(OSError):  # a full disk: what was written last stays
         results.write(complete=False)
@@ -361,37 +405,57 @@ def _keep(results: _Results) -> None:
 
 
 def _detect(
-    detector: "Detector", query: Query, pictures: Sequence[Picture], threshold: float, results: _Results
+    detector: "Detector", query: Query, pictures: Sequence[Picture], threshold: float, results: _Results, bar: bool
 ) -> None:
-    """Runs the detector, batches of one canvas, draws each picture, and saves what is done as it comes."""
+    """Runs the detector, groups of one canvas, draws each image, and saves what is done as it comes."""
+    from glip_jax.inference import pipelined
+
     todo = [picture for picture in pictures if not results.has(picture)]
-    canvases = [detector.canvas(picture.height, picture.width)[1] for picture in todo]
+    by_canvas: dict[tuple[int, int], list[Picture]] = {}
+    for picture in todo:
+        by_canvas.setdefault(detector.canvas(picture.height, picture.width)[1], []).append(picture)
+    size = detector.group_size
+    groups = (own[begin : begin + size] for _, own in sorted(by_canvas.items()) for begin in range(0, len(own), size))
+
+    def start(_: Sequence[Picture], read: list[_Read | ImageFileError]) -> Callable[[], list[Detections]]:
+        images = [each.pixels for each in read if isinstance(each, _Read)]
+        if query.kind == "names":
+            return detector.categories_async(images, query.names)
+        finish = detector.detect_async(images, [[query.prompts[0]]] * len(images))
+        return lambda: [found for (found,) in finish()]
+
     with tqdm(total=len(pictures), initial=len(pictures) - len(todo), desc="predict", unit="image",
-              disable=len(pictures) <= detector.batch_size, mininterval=0.2 if sys.stderr.isatty() else 30.0) as bar:  # fmt: skip
-        for canvas in sorted(set(canvases)):
-            members = [picture for picture, own in zip(todo, canvases, strict=True) if own == canvas]
-            for begin in range(0, len(members), detector.batch_size):
-                group = []
-                for picture in members[begin : begin + detector.batch_size]:
-                    try:
-                        group.append((picture, _stamp(picture.path), *read_upright(picture.path)))
-                    except (ImageFileError, FileNotFoundError) as error:
-                        if picture.alone:
-                            raise
-                        _leave_out(results.left_out, picture.path, ImageFileError(str(error)))
-                images = [image for _, _, image, _ in group]
-                if not images:
-                    found = []
-                elif query.kind == "names":
-                    found = detector.categories(images, query.names)
-                else:
-                    found = detector.caption(images, [query.prompts[0]] * len(images))
-                for (picture, stamp, image, notes), detections in zip(group, found, strict=True):
-                    entry = _entry(picture, detections, threshold, notes)
-                    _draw(image, entry, query, results.folder)
-                    results.add(picture, entry, stamp)
-                results.save()
-                bar.update(min(detector.batch_size, len(members) - begin))
+              disable=not bar or len(pictures) <= detector.batch_size,
+              mininterval=0.2 if sys.stderr.isatty() else 30.0) as progress:  # fmt: skip
+        for group, read, found in pipelined(groups, _read, start):
+            of_images = iter(found)
+            for picture, each in zip(group, read, strict=True):
+                if isinstance(each, ImageFileError):
+                    _leave_out(results.left_out, picture.path, each)
+                    continue
+                entry = _entry(picture, next(of_images), threshold, each.notes)
+                _draw(each.pixels, entry, query, results.folder)
+                results.add(picture, entry, each.stamp)
+            results.save()
+            progress.update(len(group))
+
+
+class _Read(NamedTuple):
+    """An image file that was decoded."""
+
+    stamp: list[int]
+    pixels: UInt8[np.ndarray, "H W 3"]
+    notes: tuple[str, ...]
+
+
+def _read(picture: Picture) -> _Read | ImageFileError:
+    """The image, or why it is left out. Raises ImageFileError for one that was named itself."""
+    try:
+        return _Read(_stamp(picture.path), *read_upright(picture.path))
+    except (ImageFileError, FileNotFoundError) as error:
+        if picture.alone:
+            raise
+        return ImageFileError(str(error))
 
 
 def _entry(picture: Picture, found: Detections, threshold: float, notes: Sequence[str]) -> dict[str, Any]:

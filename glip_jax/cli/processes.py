@@ -95,9 +95,9 @@ def share_of(cluster: "Cluster | None") -> Share:
     return Share(jax.process_index(), jax.process_count(), meet)
 
 
-def fingerprints(config: Config) -> dict[str, str]:
+def fingerprints(config: Config | None) -> dict[str, str]:
     """What all processes must have alike, whatever they do: settings, versions, code."""
-    values = {f"config.{name}": repr(value) for name, value in flatten(config)}
+    values = {f"config.{name}": repr(value) for name, value in flatten(config)} if config is not None else {}
     values |= {f"version of {name}": version for name, version in provenance.versions().items() if name != "device"}
     values["the package's code"] = provenance.code()["files"][:12]
     return values

@@ -34,34 +34,43 @@ def pipelined(
     """
     reading: deque[tuple[Sequence[_Item], list[Future[_Read]]]] = deque()
     started: deque[tuple[Sequence[_Item], list[_Read], Callable[[], _Found]]] = deque()
-    source, failure = iter(groups), None
+    source: Iterator[Sequence[_Item]] | None = iter(groups)
+    failure: Exception | None = None
     pool = ThreadPoolExecutor(_READERS, "read")
 
     def read_ahead() -> None:
         """Lets the threads have a group beside the one that is needed next."""
-        while len(reading) < 2 and (group := next(source, None)) is not None:
-            reading.append((group, [pool.submit(read, item) for item in group]))
+        nonlocal source, failure
+        while source is not None and len(reading) < 2:
+            try:
+                group = next(source, None)
+            except Exception as error:
+                group, failure = None, error
+            if group is None:
+                source = None
+            else:
+                reading.append((group, [pool.submit(read, item) for item in group]))
 
-    def start_next() -> None:
-        group, futures = reading.popleft()
-        results = [future.result() for future in futures]
-        started.append((group, results, start(group, results)))
+    def finish_first() -> tuple[Sequence[_Item], list[_Read], _Found]:
+        group, results, finish = started.popleft()
+        return group, results, finish()
 
     try:
-        while failure is None:
+        while True:
+            read_ahead()
+            if not reading:
+                break
+            group, futures = reading.popleft()
             try:
-                read_ahead()
-                if not reading:
-                    break
-                start_next()
+                results = [future.result() for future in futures]
+                started.append((group, results, start(group, results)))
             except Exception as error:
                 failure = error
+                break
             if len(started) >= pending:
-                group, results, finish = started.popleft()
-                yield group, results, finish()
+                yield finish_first()
         while started:
-            group, results, finish = started.popleft()
-            yield group, results, finish()
+            yield finish_first()
         if failure is not None:
             raise failure
     finally:

@@ -139,7 +139,8 @@ def test_two_and_four_processes_equal_one(file, sources, straight, tmp_path, mon
     expected = [rows(next(batches)) for _ in range(6)]
     batches.close()  # pyright: ignore[reportAttributeAccessIssue]
     assert _hashes(*straight[1]) == expected
-    assert [text.count("evaluated step 6") for text in straight[1]] == [1, 0], "the first process evaluates"
+    for text in straight[1]:
+        assert "evaluated step 6, gathered [0, 1]" in text, "all processes evaluate, and get the results of all"
     _same_parameters(tmp_path / "one", straight[0])
     codes, logs = _Job(file, tmp_path / "four", 4, 1).finish()
     assert codes == [0] * 4, logs
@@ -166,7 +167,7 @@ def test_two_processes_write_into_a_bucket_what_they_write_into_a_folder(
 
 @pytest.mark.slow
 def test_all_processes_learn_the_score_of_a_checkpoint(file, tmp_path):
-    """The first evaluates, and the others' wait for it is no step that hangs."""
+    """The wait for a slow evaluation is no step that hangs."""
     best, pictures, annotations = tmp_path / "best.py", tmp_path / "pictures", tmp_path / "set.json"
     pictures.mkdir()
     Image.new("RGB", (64, 64)).save(pictures / "0.png")
@@ -226,7 +227,7 @@ def test_sigterm_to_one_stops_all_at_one_step_and_the_same_bits_follow(file, sou
 
 @pytest.mark.slow
 def test_sigterm_to_one_leaves_the_evaluation_which_is_made_after_the_resume(file, tmp_path):
-    """To one that does not evaluate; the other is `test_a_signal_ends_the_evaluation_of_the_first_...`'s."""
+    """To one that has finished its share and waits for the other; the rest is `test_a_signal_to_one_ends_the_evaluation_of_all`'s."""
     options = ("--config.train.evaluate_every=3",)
     job = _Job(file, tmp_path / "run", 2, 1, options, environment={0: {"WAIT": str(tmp_path / "never")}})
     job.wait_for(0, "evaluating step 3")
@@ -236,7 +237,7 @@ def test_sigterm_to_one_leaves_the_evaluation_which_is_made_after_the_resume(fil
     assert "evaluated step 3" not in logs[0] and latest_step(str(tmp_path / "run")) == 3
     codes, logs = _Job(file, tmp_path / "run", 2, 1, options).finish()
     assert codes == [0, 0], logs
-    assert re.findall("evaluated step (.)", logs[0]) == ["3", "6"]
+    assert [re.findall("evaluated step (.)", text) for text in logs] == [["3", "6"]] * 2
 
 
 @pytest.mark.slow
@@ -383,26 +384,28 @@ def test_a_cluster_agrees_on_the_step_after_the_farthest():
 
 
 @pytest.mark.parametrize("came_to", [None, 0, 2])
-def test_a_signal_ends_the_evaluation_of_the_first_and_all_stop_where_they_are(came_to):
-    """The others wait for the evaluation, and pass on the signal that comes to them."""
+def test_a_signal_to_one_ends_the_evaluation_of_all(came_to):
+    """Process 0 works longer than the others, which wait; whoever waits passes on the signal that comes to it."""
     clusters, heard = _clusters(3), threading.Event()
     clusters[0].on_stop = lambda number: heard.set()
     for cluster in clusters:
         assert cluster.agreed(0, 7) == 0
     found: list[Any] = [None] * 3
 
-    def wait(index):
+    def evaluate(index):
+        sets = [clusters[index].met() for _ in range(2)]
         if index == 0 and came_to == 2:
-            assert heard.wait(30), "the first one hears of it while it evaluates"
-        got = index == came_to or (index == 0 and came_to == 2)
-        found[index] = clusters[index].evaluated(lambda: signal.SIGTERM if got else 0)
+            assert heard.wait(30), "it hears of it while it works"
+        left = signal.SIGTERM if index == 0 and came_to is not None else 0
+        received = signal.SIGTERM if index == came_to or left else 0
+        found[index] = [*sets, clusters[index].met(left, lambda: received)]
 
-    threads = [threading.Thread(target=wait, args=(index,)) for index in (1, 2, 0)]
+    threads = [threading.Thread(target=evaluate, args=(index,)) for index in (1, 2, 0)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert found == [0 if came_to is None else signal.SIGTERM] * 3
+    assert found == [[0, 0, 0 if came_to is None else signal.SIGTERM]] * 3
     assert [cluster._together(exit_codes.PREEMPTED) for cluster in clusters] == [came_to is not None] * 3
 
 

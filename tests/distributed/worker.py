@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from glip_jax.cli import train
+from glip_jax.evaluation.shares import Share
 from glip_jax.io import provenance
 from glip_jax.training import loop, state
 from tests.run_job import run_job
@@ -47,13 +48,14 @@ def _evaluating(real, *arguments, **more):
     return real(*arguments, **{**more, "evaluate": evaluate if jax.process_count() > 1 else None})
 
 
-def evaluate(params, step):
-    """On the host, whole, whatever devices the parameters lie on."""
+def evaluate(params, step, meet):
+    """On the host, whole, whatever devices the parameters lie on. In all processes, which get one another's results."""
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)), "whole parameters of this process"
     print(f"evaluating step {step}", flush=True)
     while "WAIT" in os.environ and not Path(os.environ["WAIT"]).exists():
         time.sleep(0.05)
-    print(f"evaluated step {step}", flush=True)
+    found = Share(jax.process_index(), jax.process_count(), meet).gather(jax.process_index())
+    print(f"evaluated step {step}, gathered {found}", flush=True)
     if "SCORES" not in os.environ:
         return {"evaluation/set/norm": float(np.linalg.norm(params["head"]["box"]["kernel"]))}
     evaluations.append(step)

@@ -98,7 +98,7 @@ def test_metrics_that_cannot_be_uploaded_delay_nothing_and_are_there_after_the_n
     monkeypatch.setenv("GLIP_JAX_STORAGE_RETRY_SECONDS", "0.5")
     with contextlib.ExitStack() as stack:
 
-        def evaluate(params, step):
+        def evaluate(params, step, _):
             if step == 4:
                 stack.enter_context(running.arm("503", share=1.0, only="runs/one/metrics.jsonl"))
             return {}

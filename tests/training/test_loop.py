@@ -52,7 +52,7 @@ def _losses(workdir):
 def test_a_run_leaves_its_records(config, workdir, tmp_path, capsys):
     drawn, evaluated = [], []
 
-    def evaluate(params, step):
+    def evaluate(params, step, _):
         evaluated.append((step, float(np.sum(params["head"]["box"]["kernel"]))))
         return {"evaluation/set/AP": 0.5}
 
@@ -121,7 +121,7 @@ def test_an_evaluation_that_is_cut_short_is_made_after_the_resume(config, workdi
     config = tiny_run.replace(config, "checkpoint", every=100)
     evaluated = []
 
-    def evaluate(params, step):
+    def evaluate(params, step, _):
         evaluated.append(step)
         if len(evaluated) == 1 and end == "kill":
             raise RuntimeError("killed")
@@ -219,7 +219,7 @@ def test_the_best_checkpoints_by_an_evaluation_are_kept_over_a_restart(config, w
     config = tiny_run.replace(config, "checkpoint", keep=1, best=1, best_by="evaluation/set/AP")
     scores = {2: 0.5, 4: 0.3, 6: 0.1, 8: 0.2, 10: 0.1}
 
-    def evaluate(params, step):
+    def evaluate(params, step, _):
         return {"evaluation/set/AP": scores[step]}
 
     train(tiny_run.replace(config, "train", steps=4), workdir, evaluate)

@@ -56,3 +56,17 @@ def test_a_signal_leaves_an_evaluation(how):
         with pytest.raises(EvaluationLeft), received.leaving():
             _signal(how, received)
         assert received.number == signal.SIGTERM
+
+
+def test_a_signal_waits_for_the_end_of_what_all_processes_do_together():
+    done = []
+
+    def together(received):
+        with received.held():
+            signal.raise_signal(signal.SIGTERM)
+            done.append(received.number)
+        done.append("the evaluation goes on")
+
+    with StopSignals() as received, received.leaving(), pytest.raises(EvaluationLeft):
+        together(received)
+    assert done == [signal.SIGTERM]
