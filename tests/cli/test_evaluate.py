@@ -14,7 +14,7 @@ from glip_jax.config import EvaluationConfig
 from glip_jax.io.checkpoint import Checkpoints, Saved, fingerprint, open_checkpoint
 from glip_jax.io.workdir import write_atomic, write_started_from
 from tests import tiny_run
-from tests.run_job import run_job
+from tests.run_job import run_job, two_processes
 
 pytestmark = pytest.mark.compiles
 
@@ -79,6 +79,21 @@ def evaluated(run):
         )
     assert code == 0
     return output.getvalue(), json.loads((run / "out" / "evaluation.json").read_text())
+
+
+@pytest.mark.slow
+def test_two_processes_of_two_devices_write_what_one_process_writes(run):
+    """Bit for bit, but for the date; with a device for each image."""
+    arguments = [f"--config={run / 'tiny.py'}", f"--workdir={run / 'run'}", "--config.evaluation.batch-size=1"]
+    assert run_job("evaluate", [*arguments, f"--out={run / 'one'}"]) == 0
+    codes, output = two_processes("evaluate", *arguments, f"--out={run / 'two'}")
+    assert codes == [0, 0], output
+    assert "AP50" in output[0] and "AP50" not in output[1], "the first prints the tables"
+    one, two = (json.loads((run / name / "evaluation.json").read_text()) for name in ("one", "two"))
+    assert one["sets"] == two["sets"] and one["hashes"] == two["hashes"]
+    for name in ("boxes", "words"):
+        ours, theirs = ((run / folder / f"detections_{name}.json").read_text() for folder in ("one", "two"))
+        assert ours == theirs and len(json.loads(ours)) > 10
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from glip_jax.io.checkpoint import Checkpoint, Checkpoints, Saved, open_checkpoi
 from glip_jax.io.claims import owned_workdir
 from glip_jax.io.workdir import write_config
 from tests import tiny_run
-from tests.run_job import run_job
+from tests.run_job import run_job, two_processes
 
 pytestmark = pytest.mark.compiles
 ALL = ("--threshold=0",)
@@ -384,6 +384,27 @@ def test_what_is_done_survives_what_stops_the_job(run, tmp_path, monkeypatch, ca
     assert [entry["file"] for entry in content["images"]] == images and content["complete"] and "stamps" not in content
     assert sorted(path.name for path in out.iterdir()) == ["pictures", "predictions.json"]
     assert len(list((out / "pictures").iterdir())) == 5
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_images_and_go_on_after_a_stop(run, tmp_path, monkeypatch):
+    """One process was stopped after some images; two finish the folder, and what they write is what one writes."""
+    images = [_image(tmp_path / f"{n}.png", seed=n) for n in range(5)]
+    (tmp_path / "bad").mkdir()
+    _truncated(tmp_path / "bad" / "6.jpg")
+    _image(tmp_path / "bad" / "7.png", seed=7)
+    arguments = [*images, tmp_path / "bad", "--names=cat", *ALL]
+    _predict(run, *arguments, f"--out={tmp_path / 'one'}")
+    _stopping(monkeypatch, OSError(28, "No space left on device"), 2)
+    _predict(run, *arguments, f"--out={tmp_path / 'two'}", code=exit_codes.NOT_WRITTEN)
+    codes, output = two_processes("predict", f"--workdir={run}", *arguments, f"--out={tmp_path / 'two'}")
+    assert codes == [0, 0], output
+    assert "going on after" in output[0] and "left out 1 of 7 images" in output[0] and "written" not in output[1]
+    one, two = (_content(tmp_path / name) for name in ("one", "two"))
+    assert {**one, "command": ""} == {**two, "command": ""}
+    for entry in one["images"]:
+        assert (tmp_path / "one" / entry["drawn"]).read_bytes() == (tmp_path / "two" / entry["drawn"]).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["pictures", "predictions.json"]
 
 
 def test_a_stop_before_anything_is_done_leaves_nothing(run, tmp_path, monkeypatch):
