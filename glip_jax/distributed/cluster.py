@@ -288,11 +288,8 @@ class Cluster:
         self.index, self._count = (jax.process_index(), jax.process_count()) if place is None else place
         self._code_of, self._job = code_of, job
         self._coordinator = _Coordinator(self._count, timeout) if self.index == 0 else None
-        handshake = (
-            json.dumps([self._coordinator.port, self._coordinator.secret, *_addresses()]).encode()
-            if self._coordinator
-            else b""
-        )
+        own = self._coordinator
+        handshake = json.dumps([own.port, own.secret, *_addresses()]).encode() if own else b""
         port, secret, *addresses = json.loads((share or _broadcast)(handshake))
         self._connection = _Connection(_connect(addresses, port))
         self._connection.send(
@@ -364,10 +361,8 @@ class Cluster:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if not self._left:
             code = DONE if error is None else self._code(error)
-            reason = str(error).splitlines()[0] if str(error) else ""
-            self._leave(
-                code, "stopped" if isinstance(error, SystemExit) else f"{kind and kind.__name__}: {reason}"[:300]
-            )
+            reason = f"{kind and kind.__name__}: {str(error).partition(chr(10))[0]}"[:300]
+            self._leave(code, "stopped" if isinstance(error, SystemExit) else reason)
 
     def _code(self, error: BaseException) -> int:
         if isinstance(error, SystemExit):
