@@ -175,9 +175,8 @@ def predict(job: Predict, settings: Sequence[str], command: str, share: Share | 
     }  # fmt: skip
     with _results(epath.Path(job.out), about, pictures, left_out, share) as results:
         begin = time.monotonic()
-        own = share.of(pictures)
-        detector = Detector(config, checkpoint.parameters(which), max(1, min(config.evaluation.batch_size, len(own))))
-        _detect(detector, query, own, job.threshold, results, bar=share.first)
+        detector = Detector(config, checkpoint.parameters(which), min(config.evaluation.batch_size, len(pictures)))
+        _detect(detector, query, pictures, job.threshold, results)
         results.gather()
         content = results.content()
         if not content["images"]:
@@ -266,7 +265,7 @@ def _leave_out(left_out: list[dict[str, str]], path: epath.Path, error: UserErro
 
 
 class _Results:
-    """What this process has done so far, in OUT/unfinished; after `gather` what all have."""
+    """What is done so far, in OUT/unfinished: at the start and by this process; after `gather` by all."""
 
     def __init__(
         self, folder: epath.Path, about: dict[str, Any], pictures: Sequence[Picture], left_out: Sequence[dict[str, str]],
@@ -278,14 +277,18 @@ class _Results:
         self._done: dict[str, dict[str, Any]] = {}
         self._stamps: dict[str, list[int]] = {}
         self._next = 0.0
-        self._resume()
+        if share.first:
+            self._resume()
+
+    def agree(self) -> None:
+        """Takes what process 0 has found done, so that all share the same rest; all call it before one writes."""
+        self._done, self._stamps = self.share.gather((self._done, self._stamps))[0]
 
     def _resume(self) -> None:
         """Takes what an earlier start of the same command has done, of files that did not change since.
 
         Raises PredictError for the results of another command.
         """
-        own = {picture.drawn for picture in self.share.of(self._pictures)}
         for path in sorted(self.folder.glob("predictions*.json")) if self.folder.exists() else ():
             try:
                 saved = json.loads(path.read_text())
@@ -301,9 +304,7 @@ class _Results:
                 )
             for picture in self._pictures:
                 entry, stamp = done.get(f"pictures/{picture.drawn}"), stamps.get(picture.drawn)
-                if picture.drawn not in own or entry is None or entry["file"] != str(picture.path):
-                    continue
-                if stamp == _stamp(picture.path):
+                if entry is not None and entry["file"] == str(picture.path) and stamp == _stamp(picture.path):
                     self.add(picture, entry, stamp)
         if self._done:
             logger.info(f"{self.folder}: going on after {len(self._done)} of {self.total} images")
@@ -366,7 +367,7 @@ def _results(
         with owned_workdir(str(out), flag="--out") if share.first else contextlib.nullcontext():
             results = _Results(folder, about, pictures, left_out, share)
             (folder / "pictures").mkdir(parents=True, exist_ok=True)
-            share.gather(None)  # all have read what is done before one writes
+            results.agree()
             try:
                 yield results
                 if not share.first:
@@ -405,17 +406,16 @@ def _keep(results: _Results) -> None:
 
 
 def _detect(
-    detector: "Detector", query: Query, pictures: Sequence[Picture], threshold: float, results: _Results, bar: bool
+    detector: "Detector", query: Query, pictures: Sequence[Picture], threshold: float, results: _Results
 ) -> None:
-    """Runs the detector, groups of one canvas, draws each image, and saves what is done as it comes."""
+    """Runs the detector on the share of this process, groups of one canvas, draws each image, and saves what is done as it comes."""
     from glip_jax.inference import pipelined
 
     todo = [picture for picture in pictures if not results.has(picture)]
-    by_canvas: dict[tuple[int, int], list[Picture]] = {}
-    for picture in todo:
-        by_canvas.setdefault(detector.canvas(picture.height, picture.width)[1], []).append(picture)
-    size = detector.group_size
-    groups = (own[begin : begin + size] for _, own in sorted(by_canvas.items()) for begin in range(0, len(own), size))
+    groups = list(results.share.groups(
+        todo, lambda picture: detector.canvas(picture.height, picture.width)[1], detector.batch_size, detector.group_size
+    ))  # fmt: skip
+    own = sum(map(len, groups))
 
     def start(_: Sequence[Picture], read: list[_Read | ImageFileError]) -> Callable[[], list[Detections]]:
         images = [each.pixels for each in read if isinstance(each, _Read)]
@@ -424,8 +424,9 @@ def _detect(
         finish = detector.detect_async(images, [[query.prompts[0]]] * len(images))
         return lambda: [found for (found,) in finish()]
 
-    with tqdm(total=len(pictures), initial=len(pictures) - len(todo), desc="predict", unit="image",
-              disable=not bar or len(pictures) <= detector.batch_size,
+    done = len(pictures) - len(todo)
+    with tqdm(total=done + own, initial=done, desc="predict", unit="image",
+              disable=not results.share.first or len(pictures) <= detector.batch_size,
               mininterval=0.2 if sys.stderr.isatty() else 30.0) as progress:  # fmt: skip
         for group, read, found in pipelined(groups, _read, start):
             of_images = iter(found)

@@ -32,7 +32,7 @@ from glip_jax.evaluation.recall import (
     phrase_recall,
 )
 from glip_jax.evaluation.shares import Share
-from glip_jax.inference import Detector, category_prompts, pipelined
+from glip_jax.inference import Detector, bucket, category_prompts, pipelined
 from glip_jax.io import assets
 from glip_jax.io.image_files import ImageFileError, read_annotated
 from glip_jax.io.paths import OutsideError, check_paths, within
@@ -54,6 +54,9 @@ class EvaluationError(UserError, ValueError):
 class CategoryDetector(Protocol):
     """The part of `glip_jax.inference.Detector` that evaluates detection sets."""
 
+    batch_size: int
+    """Images of a batch on one device."""
+
     @property
     def group_size(self) -> int:
         """Images of a call that keeps all its devices busy."""
@@ -71,6 +74,8 @@ class PhraseDetector(Protocol):
     """The part of `glip_jax.inference.Detector` that evaluates grounding sets."""
 
     tokenizer: Tokenizer
+    batch_size: int
+    """As in `CategoryDetector`."""
 
     @property
     def group_size(self) -> int:
@@ -290,7 +295,7 @@ def evaluate_detection(
         finish = detector.categories_async(images, ordered)
         return lambda: [_renumbered(found, indices) for found in finish()]
 
-    detections, pictures = _run(entries, detector.group_size, dataset, name, progress, start, report, share or Share())
+    detections, pictures = _run(entries, detector, config, dataset, name, progress, start, report, share or Share())
     image_ids = tuple(entry["id"] for entry in entries)
     results = coco_results(truth, detections)
     precision = average_precision(truth, results, list(image_ids))
@@ -342,7 +347,7 @@ def evaluate_grounding(
                         for each, found in zip(asked, finish(), strict=True)]  # fmt: skip
 
     entries = [image.entry for image in captions.values()]
-    detections, pictures = _run(entries, detector.group_size, dataset, name, progress, start, report, share or Share())
+    detections, pictures = _run(entries, detector, config, dataset, name, progress, start, report, share or Share())
     unasked = {key: (*each.over_budget, *each.without_token) for key, each in fitted.items()}
     return Grounded(
         truth,
@@ -381,7 +386,8 @@ def _renumbered(found: Detections, indices: np.ndarray) -> Detections:
 
 def _run(
     entries: Sequence[dict[str, Any]],
-    group_size: int,
+    detector: CategoryDetector | PhraseDetector,
+    config: Config,
     dataset: EvaluationSet,
     name: str,
     progress: bool,
@@ -400,11 +406,14 @@ def _run(
     notes = Counter[str]()
     # A bar that moves in a terminal, a line every 30 s in a log file.
     interval = 0.2 if sys.stderr.isatty() else 30.0
-    # Images of similar shape share a batch: in the order of the file much of each batch would be padding.
-    by_shape = sorted(entries, key=lambda entry: entry.get("height", 1) / max(entry.get("width", 1), 1))
-    own = share.of(by_shape)
-    groups = (own[begin : begin + group_size] for begin in range(0, len(own), group_size))
-    with tqdm(total=len(own), desc=f"evaluate {name}".strip(), unit="image", disable=not (progress and share.first),
+
+    def canvas(entry: dict[str, Any]) -> tuple[int, int] | None:
+        listed = "height" in entry and "width" in entry
+        return bucket(entry["height"], entry["width"], config)[1] if listed else None
+
+    # Images of one canvas share a batch: in the order of the file much of each batch would be padding.
+    groups = list(share.groups(entries, canvas, detector.batch_size, detector.group_size))
+    with tqdm(total=sum(map(len, groups)), desc=f"evaluate {name}".strip(), unit="image", disable=not (progress and share.first),
               mininterval=interval, maxinterval=interval) as bar:  # fmt: skip
         for group, read, found in pipelined(
             groups,

@@ -5,7 +5,7 @@ Each process detects in its own images, on its own devices, at its own pace; at 
 
 import contextlib
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -37,6 +37,26 @@ class Share:
     def of(self, items: Sequence[_Item]) -> Sequence[_Item]:
         """The items of this process: every `count`-th, so that processes get alike ones of sorted items."""
         return items[self.index :: self.count]
+
+    def groups(
+        self, items: Iterable[_Item], key: Callable[[_Item], Hashable], batch_size: int, group_size: int
+    ) -> Iterator[list[_Item]]:
+        """The items of this process, in groups for a call of the detector: of one `key`, a batch for each device.
+
+        A batch holds the same items on any number of devices and processes, so that results agree to the bit.
+        """
+        by_key: dict[Hashable, list[_Item]] = {}
+        for item in items:
+            by_key.setdefault(key(item), []).append(item)
+        cuts = [(own, begin) for own in by_key.values() for begin in range(0, len(own), batch_size)]
+        group: list[_Item] = []
+        for own, begin in self.of(cuts):
+            if group and (len(group) == group_size or key(group[0]) != key(own[0])):
+                yield group
+                group = []
+            group += own[begin : begin + batch_size]
+        if group:
+            yield group
 
     def gather(self, value: _Item) -> list[_Item]:
         """The values of all processes, in their order, in each of them. To be called by all processes equally often.

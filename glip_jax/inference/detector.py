@@ -318,13 +318,12 @@ class Detector:
     ) -> Iterator[_PendingBatch]:  # fmt: skip
         """At most `batch_size` images of one canvas for each device: encodes them once, then runs all their prompts."""
         multiple, per_device = self.config.model.input.extent_multiple, self.batch_size
-        # The images are dealt out, so that all devices have about as many.
-        places = [k % mesh.size * per_device + k // mesh.size for k in range(len(images))]
+        # Image k is row k: each device has a batch that one device alone would have, and so the same bits.
         pixels = np.zeros((per_device * mesh.size, *canvas, 3), np.uint8)
         size = np.full((len(pixels), 2), multiple, np.int32)
         resized = _resizers().map(resize, images, sizes)
-        for place, image, side in zip(places, resized, sizes, strict=True):
-            pixels[place], size[place] = pad_to_canvas(image, canvas), side
+        for k, (image, side) in enumerate(zip(resized, sizes, strict=True)):
+            pixels[k], size[k] = pad_to_canvas(image, canvas), side
         match self.config.model.input.extent:
             case "image":
                 extent = -(-size // multiple) * multiple
@@ -335,9 +334,9 @@ class Detector:
         levels = self._programs.encode_image(params, jax.device_put(pixels, rows_of_devices), *sides, mesh=mesh)
         # Per device: the first prompts of all its images, then the second. Features stay on their device.
         requests = [
-            [(k, *queries[k][turn]) for turn in range(max(map(len, queries))) for k in range(device, len(images), mesh.size)
-             if turn < len(queries[k])]
-            for device in range(mesh.size)
+            [(k, *queries[k][turn]) for turn in range(max(map(len, queries)))
+             for k in range(begin, min(begin + per_device, len(images))) if turn < len(queries[k])]
+            for begin in range(0, len(pixels), per_device)
         ]  # fmt: skip
         for begin in range(0, max(map(len, requests)), per_device):
             parts = [own[begin : begin + per_device] for own in requests]
@@ -347,7 +346,7 @@ class Detector:
             for device, part in enumerate(parts):
                 for n, (k, prompt, phrases) in enumerate(part):
                     row = device * per_device + n
-                    rows[row], texts[row] = k // mesh.size, self.text(prompt)
+                    rows[row], texts[row] = k % per_device, self.text(prompt)
                     ratio = np.divide(images[k].shape[1::-1], sizes[k][::-1])
                     used.append((row, indices[k], phrases, np.tile(ratio, 2).astype(np.float32)))
             spare = next(text for text in texts if text is not None)

@@ -33,7 +33,7 @@ def dataset(tmp_path):
 class FirstNameOnly:
     """Detects a name only if it is the first of its prompt."""
 
-    group_size = 8
+    batch_size = group_size = 8
 
     def __init__(self, config):
         self.limit = config.evaluation.chunk or 3

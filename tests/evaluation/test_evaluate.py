@@ -44,7 +44,7 @@ def dataset(tmp_path):
 class Oracle:
     """Returns the true boxes: image k is filled with red value k."""
 
-    group_size = 2
+    batch_size = group_size = 2
 
     def __init__(self):
         self.groups, self.names = [], []
@@ -228,7 +228,7 @@ def grounding(tmp_path):
 class Reader:
     """Returns the right box of "a cat", and a wrong box before the right one for other phrases; records the captions."""
 
-    group_size = 2
+    batch_size = group_size = 2
 
     def __init__(self):
         self.tokenizer = prompts.load_tokenizer(VOCABULARY)

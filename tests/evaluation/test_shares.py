@@ -39,7 +39,7 @@ def shares(count):
 class Detector:
     """Finds a box per image, with a score that many images have, and counts the images it was given."""
 
-    group_size = 2
+    batch_size, group_size = 1, 2
 
     def __init__(self):
         self.seen = []
