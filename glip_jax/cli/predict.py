@@ -179,6 +179,7 @@ def predict(job: Predict, settings: Sequence[str], command: str, share: Share | 
         _detect(detector, query, pictures, job.threshold, results)
         results.gather()
         content = results.content()
+        left_out = content["left_out"]
         if not content["images"]:
             raise PredictError(
                 f"no image could be read, of {len(left_out)}; the first: {' '.join(left_out[0].values())}"
@@ -187,7 +188,6 @@ def predict(job: Predict, settings: Sequence[str], command: str, share: Share | 
             return content
         logger.info(_table(content))
         seconds = time.monotonic() - begin
-    left_out = content["left_out"]
     shapes = len({bucket(picture.height, picture.width, config)[1] for picture in pictures})
     logger.info(
         f"images {len(content['images'])}, shapes {shapes}, prompts {len(query.prompts)}, programs compiled or read from the "
