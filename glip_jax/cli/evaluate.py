@@ -21,7 +21,7 @@ from etils import epath
 from glip_jax.cli import checkpoint_argument
 from glip_jax.cli.command_line import Arguments, CommandLineError, parse
 from glip_jax.cli.processes import ProcessArguments, checkpoint_fingerprint, fingerprints, run_joined, share_of
-from glip_jax.config import Config, EvaluationSet, PathStr, current_names
+from glip_jax.config import Config, EvaluationSet, PathStr, first_names
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.structures.batch import Detections
@@ -183,7 +183,8 @@ def _done(arguments: EvaluateArguments, checkpoint: "Checkpoint", out: str) -> b
         for summary in (now, found):
             # Of the code its files count: a commit that leaves them as they are changes no number.
             summary["hashes"]["code"] = summary["hashes"]["code"]["files"]
-            summary["settings"] = current_names(summary["settings"])
+            # Under the names of before, without settings that were added since, as long as these change nothing.
+            summary["settings"] = first_names(summary["settings"])
         # The path of the run does not affect results; its parameters are compared by their hashes.
         same = all(found[key] == now[key] for key in now if key not in ("date", "workdir"))
         same = same and found["sets"].keys() == config.evaluation.sets.keys()
