@@ -88,12 +88,20 @@ def test_label(job, trained, tmp_path):
     assert shards.Shards(tmp_path / "out").manifest.kinds == {"pseudo": 2}
 
 
-def test_evaluate_report_and_compare(job, trained, tmp_path):
+def test_evaluate_score_report_and_compare(job, trained, tmp_path):
     command = (f"--config={trained.config}", f"--workdir={trained.workdir}", f"--out={tmp_path / 'out'}")
     said = job("evaluate", *command)
     assert "AP50" in said
     assert "R@1" in said
     assert set(json.loads((tmp_path / "out" / "evaluation.json").read_text())["sets"]) == {"scenes", "phrases"}
+    scored = job(
+        "score",
+        "coco",
+        f"--annotations={trained.scenes / 'validation' / 'annotations.json'}",
+        f"--predictions={tmp_path / 'out' / 'detections_scenes.json'}",
+    )
+    evaluated = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sets"]["scenes"]["numbers"]
+    assert json.loads(scored).items() >= {key: evaluated[key] for key in ("AP", "AP50", "AR100")}.items()
     (tmp_path / "out" / "report.html").unlink()
     job("report", f"--workdir={trained.workdir}", f"--out={tmp_path / 'out'}")
     assert (tmp_path / "out" / "report.html").is_file()

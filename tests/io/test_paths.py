@@ -22,6 +22,7 @@ from glip_jax.cli import (
     predict,
     report,
     scenes,
+    score,
     train,
     upload,
     verify,
@@ -47,7 +48,7 @@ JOBS: dict[str, type] = {
     "compare": compare.Compare, "evaluate": evaluate.EvaluateArguments, "export": export_weights.Export,
     "import": import_weights.Import, "label": label.Label, "plan": plan.PlanArguments, "predict": predict.Predict,
     "report": report.Report, "scenes": scenes.Scenes, "train": train.TrainArguments, "upload": upload.Upload,
-    "verify": verify.Verify, "inspect": inspect_job.InspectShards,
+    "verify": verify.Verify, "inspect": inspect_job.InspectShards, "score": score.Score,
 }  # fmt: skip
 _FORMATS = {
     re.sub(r"(?<!^)(?=[A-Z])", "-", kind.__name__).lower(): kind
@@ -99,12 +100,12 @@ def _case(job: str, kind: type, name: str) -> Any:
 
 @pytest.mark.parametrize(("job", "kind", "name"), [_case(*case) for case in EVERY])
 def test_every_flag_of_every_job(job: str, kind: type, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = []
+    words, values = [], {"kind": "detection", "metric": "coco"}
     for other, (before, required) in flags_of(kind).items():
         if other == name:
             words.append(f"{before}https://example.org/a")
         elif required or (job == "upload" and not before):
-            words.append(f"{before}{'detection' if other == 'kind' else 'x'}")
+            words.append(f"{before}{values.get(other, 'x')}")
     if "config" in words[0] or job in ("evaluate", "train", "plan"):
         words = [word for word in words if not word.startswith("--config")] + ["--config=configs/debug.py"]
     if job == "plan":

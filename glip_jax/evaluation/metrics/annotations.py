@@ -104,26 +104,28 @@ def read_annotations(path: str) -> Annotations:
         if image < 0 or category < 0:
             left_out["box of an image that is not listed" if image < 0 else "box of a category that is not listed"] += 1
             continue
-        bbox = box_array([item["bbox"]], where, "bbox")[0]
         area = item.get("area")
         if not isinstance(area, int | float) or isinstance(area, bool) or not math.isfinite(area):
-            left_out["box without an area, width x height taken"] += 1
-            area = bbox[2] * bbox[3]
+            area = math.nan
         rows.append((
-            image, category, bbox, float(area), _flag(item, "iscrowd", where),
+            image, category, item["bbox"], area, _flag(item, "iscrowd", where),
             bool(as_integer(item.get("ignore")) or item.get("ignore") is True),
         ))  # fmt: skip
+    columns = list(zip(*rows)) or [()] * 6
+    boxes, areas = box_array(list(columns[2]), f"annotations {path}", "bbox"), np.array(columns[3], np.float64)
+    without = np.isnan(areas)
+    if without.any():
+        left_out["box without an area, width x height taken"] += int(without.sum())
+        areas = np.where(without, boxes[:, 2] * boxes[:, 3], areas)
     for reason, count in left_out.items():
         logger.warning(f"note: {path}: {count} x {reason}")
     if zero:
         logger.warning(
             f"note: {path}: an annotation has the id 0, which pycocotools takes for no match; it is matched here"
         )
-    columns = list(zip(*rows)) or [()] * 6
     return Annotations(
         path, images, categories, image_fields, category_fields, np.array(columns[0], np.int32), np.array(columns[1], np.int32),
-        np.array(columns[2], np.float64).reshape(-1, 4), np.array(columns[3], np.float64), np.array(columns[4], bool),
-        np.array(columns[5], bool), dict(left_out),
+        boxes, areas, np.array(columns[4], bool), np.array(columns[5], bool), dict(left_out),
     )  # fmt: skip
 
 
