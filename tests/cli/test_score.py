@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from glip_jax.__main__ import main
+from glip_jax.evaluation.metrics.d3 import PARTS
+from glip_jax.io import gcs
 
 MADE = Path(__file__).parents[1] / "fixtures/eval_parity"
 FILES = {
@@ -139,3 +141,29 @@ def test_image_ids_as_text_find_their_numbers(tmp_path, capsys, metric):
 ])  # fmt: skip
 def test_mistaken_commands(capsys, argv, message):
     assert message in _refused(capsys, main(["score", *argv]))
+
+
+@pytest.mark.slow
+def test_files_in_a_bucket(tmp_path, capsys, running, monkeypatch):
+    """Each metric with both files there, LVIS with a folder of predictions, and D3 with the folder of its files."""
+    bucket = running.fresh(monkeypatch, tmp_path / "cache", timeout=5)
+    gcs.upload_files({str(p.relative_to(MADE)): p for p in MADE.rglob("*") if p.is_file()}, bucket, "README.md")
+    for metric, files in FILES.items():
+        there = [f"{bucket}/{file.relative_to(MADE)}" for file in files]
+        assert _score(metric, *files) == 0
+        wanted = json.loads(capsys.readouterr().out)
+        assert _score(metric, *there) == 0
+        assert json.loads(capsys.readouterr().out) == wanted, metric
+    rows = json.loads(FILES["lvis"][1].read_text())
+    folder = {}
+    for key in (0, 1):
+        folder[f"{key}.json"] = tmp_path / f"{key}.json"
+        folder[f"{key}.json"].write_text(json.dumps(rows[key * 70 : key * 70 + 70]))
+    gcs.upload_files(folder, f"{bucket}/chunks", "1.json")
+    assert _score("lvis", FILES["lvis"][0], f"{bucket}/chunks") == 0
+    assert json.loads(capsys.readouterr().out)["counts"]["detections"] == len(rows)
+    names = {name: FILES["d3"][0] for name in PARTS.values()}
+    gcs.upload_files(names, f"{bucket}/d3_json", PARTS["FULL"])
+    assert _score("d3", f"{bucket}/d3_json", FILES["d3"][1]) == 0
+    assert json.loads(capsys.readouterr().out)["PRES"] > 0
+    assert "nothing.json" in _refused(capsys, _score("coco", f"{bucket}/nothing.json", FILES["coco"][1]))
