@@ -29,6 +29,7 @@ JOBS = {
     "train": "train, or resume training, in a working folder",
     "evaluate": "evaluate a checkpoint on COCO-style sets",
     "score": "score predictions of any detector as the official evaluators of the benchmarks do",
+    "benchmark": "a checkpoint on the field's benchmarks: predictions, numbers with their protocol, tables",
     "predict": "detect in images what a text or a list of names describes",
     "report": "write the HTML report of a run again from what the run recorded",
     "compare": "compare evaluated runs, seeds as replicas, in a table and a plot",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Int
 
 from glip_jax.config import EvaluationSet
 from glip_jax.data.importers.coco_json import AnnotatedCaption, read_grounding
@@ -26,7 +26,7 @@ from glip_jax.structures.batch import Detections, Prompt
 
 __all__ = [
     "MIN_IOU", "PROTOCOLS", "RANKS", "CaptionedImage", "Fitted", "GroundingTruth", "Phrase", "Recall",
-    "fit_caption", "load_grounding", "merged", "overlaps", "phrase_hits",
+    "fit_caption", "load_grounding", "match", "merged", "overlaps", "phrase_hits",
     "phrase_recall",
 ]  # fmt: skip
 
@@ -229,6 +229,26 @@ def phrase_hits(phrases: Sequence[Phrase], found: Detections) -> Bool[np.ndarray
 def overlaps(a: Float32[np.ndarray, "n 4"], b: Float32[np.ndarray, "m 4"]) -> Float[np.ndarray, "n m"]:
     """Intersection over union of plain corners; 0 for two boxes without an area."""
     return np.nan_to_num(iou(a, b))
+
+
+def match(
+    found: Float[np.ndarray, "D 4"],
+    numbers: Int[np.ndarray, " D"],
+    true: Float[np.ndarray, "N 4"],
+    true_numbers: Int[np.ndarray, " N"],
+) -> Int[np.ndarray, " D"]:
+    """Per found box (best first) the true box of the same number that it overlaps by `MIN_IOU`, -1 for none; each is met once."""
+    met = np.full(len(found), -1, np.int64)
+    if not len(found) or not len(true):
+        return met
+    shared = overlaps(found.astype(np.float32), true.astype(np.float32))
+    shared[numbers[:, None] != true_numbers[None]] = 0
+    for row in range(len(found)):
+        best = int(shared[row].argmax())
+        if shared[row, best] >= MIN_IOU:
+            met[row] = best
+            shared[:, best] = 0
+    return met
 
 
 def phrase_recall(images: Iterable[tuple[Sequence[Phrase], Detections]]) -> Recall:

@@ -109,6 +109,25 @@ def test_evaluate_score_report_and_compare(job, trained, tmp_path):
     assert (tmp_path / "compared" / "compare.html").is_file()
 
 
+def test_benchmark(job, trained, tmp_path):
+    """A set of one's own at the size of `evaluate`; the second time everything is there, and the third nothing is detected."""
+    validation = trained.scenes / "validation"
+    own = f"scenes,{validation / 'annotations.json'},{validation / 'images'}"
+    sides = ("--config.evaluation.short-side=96", "--config.evaluation.long-side=96")
+    command = (f"--checkpoint={trained.workdir}", "--own", own, f"--workdir={tmp_path / 'out'}", *sides)
+    assert "scenes" in job("benchmark", *command)
+    results = tmp_path / "out" / "results.json"
+    first = json.loads(results.read_text())["sets"]["scenes"]
+    assert first["overlap"]["images"]["images"] == 2
+    assert first["asks"]["names"]["protocol"]["short_side"] == 96
+    results.unlink()
+    job("benchmark", *command)
+    job("benchmark", "--score-only", "--own", own, f"--workdir={tmp_path / 'out'}")
+    assert json.loads(results.read_text())["sets"]["scenes"] == first
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert "scenes: scenes (as coco)" in job("benchmark", "--list", "--own", own)
+
+
 def test_predict(job, trained, tmp_path):
     job(
         "predict",

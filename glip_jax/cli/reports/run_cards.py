@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 
 from glip_jax.cli.reports.card import Box, Card, Chip, TextPiece, card_box, card_image, text_pieces
 from glip_jax.cli.reports.drawing import hex_color
 from glip_jax.evaluation.evaluate import Evaluated, Grounded, read_image
-from glip_jax.evaluation.recall import MIN_IOU, overlaps
+from glip_jax.evaluation.recall import match
 from glip_jax.structures.batch import Detections
 
-__all__ = ["best_threshold", "cards", "match"]
+__all__ = ["best_threshold", "cards"]
 
 
 @dataclass(frozen=True)
@@ -28,26 +28,6 @@ class _View:
     true: Any
     true_numbers: Any
     found: Detections
-
-
-def match(
-    found: Float[np.ndarray, "D 4"],
-    numbers: Int[np.ndarray, " D"],
-    true: Float[np.ndarray, "N 4"],
-    true_numbers: Int[np.ndarray, " N"],
-) -> Int[np.ndarray, " D"]:
-    """Per found box (best first) the true box of the same number that it meets, -1 for none; each is met once."""
-    met = np.full(len(found), -1, np.int64)
-    if not len(found) or not len(true):
-        return met
-    shared = overlaps(found.astype(np.float32), true.astype(np.float32))
-    shared[numbers[:, None] != true_numbers[None]] = 0
-    for row in range(len(found)):
-        best = int(shared[row].argmax())
-        if shared[row, best] >= MIN_IOU:
-            met[row] = best
-            shared[:, best] = 0
-    return met
 
 
 def best_threshold(scores: Float[np.ndarray, " D"], right: np.ndarray, true: int) -> float:

@@ -6,11 +6,11 @@ from etils import epath
 from PIL import Image
 
 from glip_jax.cli.reports.card import text_pieces
-from glip_jax.cli.reports.run_cards import best_threshold, cards, match
+from glip_jax.cli.reports.run_cards import best_threshold, cards
 from glip_jax.cli.reports.run_report import render, table
 from glip_jax.evaluation.average_precision import NUMBERS, AveragePrecision, load_ground_truth
 from glip_jax.evaluation.evaluate import Evaluated, EvaluationError, Grounded
-from glip_jax.evaluation.recall import load_grounding, phrase_recall
+from glip_jax.evaluation.recall import load_grounding, match, phrase_recall
 from glip_jax.structures.batch import Detections
 
 CAPTION = "a <b>cat</b> & two dogs"

@@ -1,0 +1,304 @@
+"""The detector over the questions of a set: blocks of images, resumable, shared by several processes; then the predictions file."""
+
+import dataclasses
+import json
+import logging
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from glip_jax import UserError
+from glip_jax.config import Config
+from glip_jax.evaluation.benchmark.asked import AskedImage, Questions, SameQuestions, answer_rows
+from glip_jax.evaluation.benchmark.blocks import Blocks, Cut, concatenated
+from glip_jax.evaluation.benchmark.questions import ask_config, read_questions
+from glip_jax.evaluation.benchmark.results import cut_path
+from glip_jax.evaluation.benchmark.scoring import cut_annotations, file_hashes
+from glip_jax.evaluation.benchmark.sets import Ask, BenchmarkError, BenchmarkSet, protocol, scored_annotations
+from glip_jax.evaluation.shares import Share
+from glip_jax.inference import pipelined
+from glip_jax.io import assets
+from glip_jax.io.image_files import ImageFileError, read_annotated
+from glip_jax.io.paths import OutsideError, within
+from glip_jax.io.provenance import score_settings
+from glip_jax.io.retry import StorageError
+from glip_jax.structures.batch import Detections, Prompt
+from glip_jax.structures.prompts import load_tokenizer
+
+__all__ = ["PromptDetector", "Run", "detect", "predict"]
+
+logger = logging.getLogger(__name__)
+
+_LVIS_CUT = Cut(per_class=10_000, per_image=300)
+"""What fixed AP counts (Dave et al., Evaluating Large-Vocabulary Object Detectors) and what LVIS' own evaluation counts."""
+_PARTS = 8
+"""Prompts from which on the predictions of a set are written in parts, one a prompt."""
+_PROBED = 50
+"""Images of a set that are looked for before its detection begins, spread over the set."""
+
+_NONE = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
+
+
+class _Read(NamedTuple):
+    """An image that was read."""
+
+    pixels: UInt8[np.ndarray, "H W 3"]
+    digest: str
+    """SHA-256 of its file."""
+    notes: tuple[str, ...]
+
+
+@runtime_checkable
+class PromptDetector(Protocol):
+    """The part of `glip_jax.inference.Detector` that a benchmark needs."""
+
+    @property
+    def group_size(self) -> int:
+        """Images of a call that keeps all devices busy."""
+        ...
+
+    def canvas(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Resized size and canvas of an image."""
+        ...
+
+    def detect_async(
+        self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], prompts_: Sequence[Sequence[Prompt]], /
+    ) -> Callable[[], list[list[Detections]]]:
+        """Starts the detection; the function that it returns waits for one `Detections` per image and prompt."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all sets of a benchmark share."""
+
+    data: str
+    """Folder of the files of the sets."""
+    workdir: epath.Path
+    config: Config
+    """Settings of the checkpoint; sets change those that they fix (`ask_config`)."""
+    detector: Callable[[Config], PromptDetector]
+    """The detector with other settings."""
+    about: Mapping[str, Any]
+    """The checkpoint, for results.json; its hashes.parameters decides whether detections that are there are of it."""
+    share: Share
+    order: int | None = None
+    """Seed of a shuffled order of the category names; None: by id."""
+
+
+def predict(run: Run, item: BenchmarkSet, ask: Ask) -> None:
+    """Detects a set in one way of asking, and writes WORKDIR/SET/ASK with its predictions; what is there is not made again.
+
+    Every process detects its blocks, then process 0 merges them. Raises BenchmarkError, in all processes, for files that cannot be
+    used and for detections of another checkpoint.
+    """
+    fault, asked, blocks = "", None, None
+    try:
+        asked, blocks = _opened(run, item, ask)
+        if blocks.done is None:
+            detect(run.detector(ask_config(run.config, ask)), asked, blocks, run.share)
+    except StorageError:
+        raise
+    except UserError as error:
+        fault = str(error)
+    # In all processes, or the others would wait for one that has gone on to the next set.
+    if faults := [each for each in run.share.gather(fault) if each]:
+        raise BenchmarkError(faults[0])
+    if run.share.index == 0:
+        assert asked is not None
+        assert blocks is not None
+        _write(run, asked, blocks)
+
+
+def _opened(run: Run, item: BenchmarkSet, ask: Ask) -> tuple[Questions, Blocks]:
+    """The questions of a set, and its blocks in the working folder. Raises BenchmarkError or PromptError."""
+    config = ask_config(run.config, ask)
+    tokenizer = load_tokenizer(assets.resolve(config.model.text.vocabulary))
+    asked = read_questions(item, run.data, ask, tokenizer, config, run.order)
+    if not asked.images:
+        raise BenchmarkError(f"{asked.annotations} lists no images: expected at least one")
+    total, limit = len(asked.images), config.evaluation.max_images or len(asked.images)
+    asked = dataclasses.replace(asked, images=asked.images[:limit])
+    if absent := _missing_image(asked):
+        raise BenchmarkError(f"{absent} does not exist: expected the images of {item.name} in {asked.folder}")
+    files = file_hashes(item, run.data)
+    settings = score_settings(config)
+    if config.model.input.extent == "image":
+        del settings["evaluation.batch_size"]  # scores do not depend on it
+    used = {**protocol(item, ask, run.order), "images": "all" if limit >= total else limit}
+    plan = {
+        "parameters": run.about["hashes"]["parameters"],
+        "settings": settings,
+        "files": {role: file["sha256"] for role, file in files.items()},
+        "order": run.order,
+        "about": {
+            "checkpoint": run.about, "protocol": used, "counts": dict(asked.counts), "notes": list(asked.notes), "files": files,
+            "longest_prompt": max(len(q.keys) for image in asked.images[:100] for q in image.questions),
+            "prompts": sum(len(image.prompts) for image in asked.images), "names": list(asked.names.values()),
+        },
+    }  # fmt: skip
+    blocks = _blocks(run.workdir / item.name / ask.name, asked, plan)
+    if run.share.index == 0 and blocks.done is None:
+        for note in asked.notes:
+            logger.info(f"note: {item.name}: {note}")
+        blocks.begin()
+    return asked, blocks
+
+
+def _blocks(folder: epath.Path, asked: Questions, plan: Mapping[str, Any]) -> Blocks:
+    """The blocks of a set in `folder`. Raises BenchmarkError if detections of another `plan` are there."""
+    item, ask = asked.item, asked.ask
+    lvis = any(metric.module == "lvis" for metric in item.metrics)
+    cut = _LVIS_CUT if lvis else Cut(0, ask.boxes_per_image)
+    prompts = len(asked.images[0].prompts)
+    parts = prompts if prompts >= _PARTS and isinstance(asked.images, SameQuestions) else 1
+    return Blocks(folder, plan, len(asked.images), parts, cut)
+
+
+def _missing_image(asked: Questions) -> str:
+    """The first missing image of some that are spread over the set, "" if they are there. A download that stopped lacks the last."""
+    chosen = np.unique(np.linspace(0, len(asked.images) - 1, min(_PROBED, len(asked.images))).round().astype(int))
+    for index in chosen.tolist():
+        path = asked.folder / asked.images[index].file
+        if not path.exists():
+            return str(path)
+    return ""
+
+
+def _order(images: Sequence[AskedImage]) -> Any:
+    """Int[N]: the order of detection, by shape. Images of similar shape share a batch; as annotated, much of it would be padding."""
+    shapes = [(image.height or 1) / max(image.width or 1, 1) for image in images]
+    return np.argsort(np.asarray(shapes), kind="stable")
+
+
+def detect(
+    detector: PromptDetector,
+    asked: Questions,
+    blocks: Blocks,
+    share: Share,
+    progress: bool = True,
+) -> None:
+    """Detects the blocks of this process that are not there yet, and writes each when it is complete.
+
+    Raises BenchmarkError for an image that is missing, damaged or of another size than annotated: numbers on the others would be
+    those of another set.
+    """
+    order, own_blocks = _order(asked.images), share.of(range(blocks.count))
+    groups = list(_groups(detector, asked, blocks, order, blocks.pending(own_blocks)))
+    total, left = sum(len(blocks.members(block)) for block in own_blocks), sum(map(len, groups))
+    notes, found, digests = Counter[str](), defaultdict[int, list[Any]](list), dict[int, str]()
+    begin, interval = time.monotonic(), 0.2 if sys.stderr.isatty() else 30.0
+
+    def read(member: tuple[int, int]) -> _Read:
+        return _read(asked, asked.images[member[1]])
+
+    def start(group: Sequence[tuple[int, int]], images: Sequence[_Read]) -> Callable[[], list[list[Detections]]]:
+        prompts = [asked.images[image].prompts for _, image in group]
+        return detector.detect_async([image.pixels for image in images], prompts)
+
+    with tqdm(total=total, initial=total - left, desc=f"{asked.item.name} {asked.ask.name}", unit="image",
+              disable=not progress, mininterval=interval, maxinterval=interval) as bar:  # fmt: skip
+        for group, images, detections in pipelined(groups, read, start):
+            block = group[0][0]
+            for (_, image), one, prompts in zip(group, images, detections, strict=True):
+                digests[image] = one.digest
+                notes.update(one.notes)
+                found[block] += [(image, prompt, each) for prompt, each in enumerate(prompts)]
+            own = [int(order[position]) for position in blocks.members(block)]
+            if all(image in digests for image in own):
+                rows = concatenated(iter(sorted(found.pop(block), key=lambda entry: entry[:2])))
+                end = time.monotonic()
+                blocks.write(block, rows, [digests.pop(image) for image in own], end - begin)
+                begin = end
+            bar.update(len(group))
+    if notes:
+        logger.info("; ".join(f"{asked.item.name}: noted {what} {count}" for what, count in notes.items()))
+
+
+def _groups(
+    detector: PromptDetector, asked: Questions, blocks: Blocks, order: Any, pending: Sequence[int]
+) -> Iterator[list[tuple[int, int]]]:
+    """(block, index of the image) of what the detector is called with: images of one block, and of one canvas if their size is known."""
+    for block in pending:
+        by_canvas = defaultdict[Any, list[tuple[int, int]]](list)
+        for position in blocks.members(block):
+            image = int(order[position])
+            height, width = asked.images[image].height, asked.images[image].width
+            by_canvas[detector.canvas(height, width)[1] if height and width else None].append((block, image))
+        for members in by_canvas.values():
+            for begin in range(0, len(members), detector.group_size):
+                yield members[begin : begin + detector.group_size]
+
+
+def _read(asked: Questions, image: AskedImage) -> _Read:
+    try:
+        path = within(asked.folder, image.file)
+        pixels, digest, notes = read_annotated(path, (image.height, image.width), "auto")
+    except (ImageFileError, OutsideError) as error:
+        raise BenchmarkError(f"{asked.item.name}, image {image.id}: {error}") from None
+    annotated = (image.height or pixels.shape[0], image.width or pixels.shape[1])
+    if annotated != pixels.shape[:2]:
+        raise BenchmarkError(
+            f"{asked.item.name}: {path} has {pixels.shape[0]} x {pixels.shape[1]} pixels (height x width), the annotations say "
+            f"{annotated[0]} x {annotated[1]}: boxes would not fit; use the images that were annotated"
+        )
+    return _Read(pixels, digest, notes)
+
+
+def _write(run: Run, asked: Questions, blocks: Blocks) -> None:
+    """Merges the blocks into the predictions in the form of the set, and cuts its annotations if only some images were asked."""
+    if blocks.done is None and asked.images and blocks.protocol["images"] != "all":
+        for role in {metric.file for metric in asked.item.metrics}:
+            path = scored_annotations(asked.item, run.data, role, run.workdir / "annotations")
+            cut_annotations(asked, str(path), cut_path(asked.item, blocks.folder, role))
+    mapping = asked.item.form == "expressions"
+
+    def write(path: epath.Path, rows: Any) -> None:
+        aside = path.parent / f"{path.name}.unfinished" if "://" not in str(path) else path
+        with aside.open("w") as file:
+            file.write("{" if mapping else "[")
+            separator = "\n"
+            for entry in _entries(asked, rows):
+                if mapping:
+                    key = json.dumps(str(entry["id"]))
+                    text = f"{key}: {json.dumps({name: value for name, value in entry.items() if name != 'id'})}"
+                else:
+                    text = json.dumps(entry)
+                file.write(f"{separator}{text}")
+                separator = ",\n"
+            file.write("\n}" if mapping else "\n]")
+        if aside is not path:
+            aside.replace(path)
+
+    blocks.merge(_order(asked.images), [image.file for image in asked.images], _files_by_id(asked), write)
+
+
+def _files_by_id(asked: Questions) -> dict[str, str]:
+    """The file of each image by the ids of the predictions: of expressions, or of images (Flickr30k: without the sentence)."""
+    match asked.item.form:
+        case "expressions":
+            return {str(question.id): image.file for image in asked.images for question in image.questions}
+        case "flickr":
+            return {str(question.id[0]): image.file for image in asked.images for question in image.questions}
+        case _:
+            return {str(image.id): image.file for image in asked.images}
+
+
+def _entries(asked: Questions, rows: Any) -> Iterator[dict[str, Any]]:
+    """The entries of the predictions file of all images; `rows` are sorted by image."""
+    edges = np.searchsorted(rows["image"], np.arange(len(asked.images) + 1))
+    for index, image in enumerate(asked.images):
+        own = rows[edges[index] : edges[index + 1]]
+        found = [_NONE] * len(image.prompts)
+        for prompt in np.unique(own["prompt"]).tolist():
+            each = own[own["prompt"] == prompt]
+            found[prompt] = Detections(each["box"], each["score"], each["phrase"])
+        yield from answer_rows(asked.item, image, found)

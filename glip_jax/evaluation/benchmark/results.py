@@ -1,0 +1,274 @@
+"""results.json of a benchmark: every number with its protocol, from the predictions in the working folder; and its tables.
+
+{"format", "command", "date", "checkpoint": {...},
+ "sets": {SET: {"title", "licence", "notes", "overlap": {"images", "names"},
+                "asks": {ASK: {"protocol", "counts", "files", "detections", "seconds",
+                               "absence",
+                                   "metrics": {LABEL: {"main", "evaluator", "options", "numbers", "published"}}}}}},
+ "groups": {GROUP: {"ASK, LABEL": {"mean", "median", "sets", "missing"}}},
+ "missing": {SET: [files]}, "failed": {SET: reason}}
+"""
+
+import csv
+import functools
+import io
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from glip_jax import UserError
+from glip_jax.evaluation.benchmark import overlap
+from glip_jax.evaluation.benchmark.scoring import absence_of, group_numbers, leaves, score_set
+from glip_jax.evaluation.benchmark.sets import Ask, BenchmarkError, BenchmarkSet, number, scored_annotations
+from glip_jax.evaluation.benchmark.table import GROUPS
+from glip_jax.evaluation.metrics.files import MetricError
+from glip_jax.io.retry import StorageError
+
+__all__ = [
+    "FORMAT", "Row", "collect", "csv_text", "cut_path", "earlier", "groups", "latex", "measured_rate", "predictions_in", "release_of",
+    "rows", "scored_paths",
+]  # fmt: skip
+
+FORMAT = 1
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    name: str
+    ask: str
+    label: str
+    key: str
+    value: float | None
+    """Fraction; None: not defined on the set."""
+    published: Sequence[Mapping[str, Any]]
+    """Published numbers of this key; see `scoring.score_set`."""
+    main: bool
+
+
+def predictions_in(folder: epath.Path) -> dict[str, epath.Path]:
+    """Finished predictions of a set by way of asking: the folders with done.json, oldest name first."""
+    if not folder.exists():
+        return {}
+    return {path.name: path for path in sorted(folder.iterdir()) if (path / "done.json").exists()}
+
+
+def earlier(workdir: epath.Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """`sets` of the results.json in the working folder; empty without one.
+
+    Raises BenchmarkError if it is of another checkpoint: the tables of a folder are of one.
+    """
+    path = workdir / "results.json"
+    try:
+        found = json.loads(path.read_text())
+        of = found["checkpoint"]
+        same = of["hashes"]["parameters"] == checkpoint["hashes"]["parameters"]
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise BenchmarkError(f"{path} is damaged ({error!r}): remove it and give the same command again") from None
+    if not same:
+        raise BenchmarkError(
+            f"{workdir} holds results of another checkpoint ({of['workdir']}, step {of['step']}, {of['parameters']} parameters): give "
+            "another --workdir"
+        )
+    return found["sets"]
+
+
+def collect(
+    items: Sequence[BenchmarkSet], workdir: epath.Path, data: str, report: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """Scores the predictions of the sets in the working folder.
+
+    Returns `sets` of results.json; what the predictions record of their checkpoint; and the sets that cannot be scored, with the reason:
+    those without predictions and those whose files are refused. Raises BenchmarkError if the predictions are of several checkpoints.
+    """
+    sets, failed, checkpoints = dict[str, Any](), dict[str, str](), dict[str, Any]()
+    training = functools.cache(lambda text: overlap.read_training(json.loads(text)))
+    for item in items:
+        found = predictions_in(workdir / item.name)
+        for ask in item.asks:
+            if ask.name not in found:
+                continue
+            report(f"scoring {item.name}, {ask.name}")
+            try:
+                plan, done = _records(found[ask.name])
+                scored = _scored(item, ask, plan["about"], found[ask.name], workdir, data)
+            except StorageError:
+                raise
+            except UserError as error:
+                failed[item.name] = f"{ask.name}: {error}"
+                continue
+            about = plan["about"]
+            checkpoints[plan["parameters"]] = about["checkpoint"]
+            own = sets.setdefault(item.name, {
+                "title": item.title, "licence": item.licence, "notes": list(item.notes),
+                "overlap": _overlap(training(json.dumps(about["checkpoint"]["sources"])), done["digests"], about["names"]), "asks": {},
+            })  # fmt: skip
+            shared = ("protocol", "counts", "files", "prompts", "longest_prompt", "notes")
+            own["asks"][ask.name] = {
+                **{key: about[key] for key in shared}, "detections": done["detections"], "seconds": done["seconds"], **scored,
+            }  # fmt: skip
+        if item.name not in sets and item.name not in failed:
+            failed[item.name] = f"{workdir / item.name} holds no finished predictions: run without --score-only"
+    if len(checkpoints) > 1:
+        which = "; ".join(f"{own['workdir']} step {own['step']}" for own in checkpoints.values())
+        raise BenchmarkError(
+            f"{workdir} holds predictions of {len(checkpoints)} checkpoints ({which}): give each its own --workdir"
+        )
+    return sets, next(iter(checkpoints.values()), {}), failed
+
+
+def _records(folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """plan.json and done.json of finished predictions."""
+    try:
+        return json.loads((folder / "plan.json").read_text()), json.loads((folder / "done.json").read_text())
+    except (ValueError, FileNotFoundError) as error:
+        raise BenchmarkError(f"{folder} is damaged ({error}): remove it and run without --score-only") from None
+
+
+def _scored(
+    item: BenchmarkSet, ask: Ask, about: Mapping[str, Any], folder: epath.Path, workdir: epath.Path, data: str
+) -> dict[str, Any]:
+    annotations, predictions = scored_paths(item, data, folder, workdir)
+    metrics = score_set(item, ask, about["protocol"], predictions, annotations, release_of(item, data))
+    try:
+        absent = absence_of(item, ask, annotations["annotations"], predictions)
+    except MetricError as error:  # what the files say of absent names; the other numbers do not depend on it
+        absent = {"refused": str(error)}
+    return {"metrics": metrics, "absence": absent}
+
+
+def measured_rate(workdir: str) -> float | None:
+    """Prompts of one image that the detector answered in a second, over all finished sets of a working folder; None without any."""
+    prompts, seconds = 0, 0.0
+    places = epath.Path(workdir).iterdir() if workdir and epath.Path(workdir).exists() else ()
+    for path in places:
+        for own in predictions_in(path).values() if path.is_dir() else ():
+            prompts += json.loads((own / "plan.json").read_text())["about"]["prompts"]
+            seconds += json.loads((own / "done.json").read_text())["seconds"]
+    return prompts / seconds if seconds else None
+
+
+def release_of(item: BenchmarkSet, data: str) -> str:
+    """The folder of Flickr30k Entities, "" for other sets."""
+    return str(item.path("annotations", data).parent) if item.form == "flickr" else ""
+
+
+def cut_path(item: BenchmarkSet, folder: epath.Path, role: str) -> epath.Path:
+    """Where the annotations of the first images lie that `evaluation.max_images` chose, if it did."""
+    return folder / f"{role}{'.txt' if item.form == 'flickr' else '.json'}"
+
+
+def scored_paths(
+    item: BenchmarkSet, data: str, folder: epath.Path, workdir: epath.Path
+) -> tuple[dict[str, str], epath.Path]:
+    """What a set's predictions in `folder` are scored with: annotations by role, cut if only some images were asked; predictions."""
+    annotations = {}
+    for role in {"annotations", *(metric.file for metric in item.metrics)}:
+        cut = cut_path(item, folder, role)
+        annotations[role] = str(cut if cut.exists() else scored_annotations(item, data, role, workdir / "annotations"))
+    parts = folder / "predictions"
+    return annotations, parts if parts.exists() else folder / "predictions.json"
+
+
+def _overlap(training: overlap.Training, digests: Mapping[str, str], names: Sequence[str]) -> dict[str, Any]:
+    if not training.hashes and not training.unread:
+        return {"unread": {}, "sources": 0}
+    known = {"unread": training.unread, "sources": len(training.hashes)}
+    if training.hashes:
+        known["images"] = overlap.image_overlap(training, digests)
+        if names:
+            known["names"] = overlap.name_overlap(training, names)
+    return known
+
+
+def groups(sets: Mapping[str, Any]) -> dict[str, Any]:
+    """Means and medians of the groups of which a set was scored."""
+    found = {
+        name: group_numbers(sets, group)
+        for name, group in GROUPS.items()
+        if group.summary and sets.keys() & set(group.sets)
+    }
+    return {name: own for name, own in found.items() if own}
+
+
+def rows(results: Mapping[str, Any]) -> Iterator[Row]:
+    """The lines of the table: of every metric the main number, those beside it, and those of which others are published."""
+    for name, own in results["sets"].items():
+        for ask, asked in own["asks"].items():
+            for label, metric in asked["metrics"].items():
+                published = defaultdict[str, list[Any]](list)
+                for each in metric["published"]:
+                    published[each["key"]].append(each)
+                for key in dict.fromkeys([metric["main"], *_beside(metric), *published]):
+                    value = number(metric["numbers"], key)
+                    yield Row(name, ask, label, key, value, published.get(key, ()), key == metric["main"])
+
+
+def _beside(metric: Mapping[str, Any]) -> list[str]:
+    """Keys beside the main one: recall at other ranks, AP of other kinds; not those of single classes or types."""
+    main = metric["main"]
+    if ".1." in main:  # recall at 1 of Flickr30k; what is beside it are types of phrases
+        return [main.replace(".1.", f".{rank}.", 1) for rank in ("5", "10")]
+    parent = main.rpartition(".")[0]
+    keys = [key for key, _ in leaves(metric["numbers"]) if key.rpartition(".")[0] == parent]
+    return [key for key in keys if key != "kept" and number(metric["numbers"], key) is not None][:13]
+
+
+def csv_text(results: Mapping[str, Any]) -> str:
+    """A line for every number of every metric, with its protocol; published numbers in columns of their own."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    protocol = (
+        "chunk", "order", "images", "boxes", "boxes_per_image", "threshold", "token_scores", "short_side", "long_side", "widths",
+    )  # fmt: skip
+    writer.writerow(["set", "ask", "metric", "key", "value", "step", "parameters", *protocol, "evaluator", "published"])
+    checkpoint = results["checkpoint"]
+    for name, own in results["sets"].items():
+        for ask, asked in own["asks"].items():
+            for label, metric in asked["metrics"].items():
+                for key, value in leaves(metric["numbers"]):
+                    published = [
+                        f"{each['model']} {each['value']}"
+                        for each in metric["published"]
+                        if each["key"] == key and not each["differs"]
+                    ]
+                    writer.writerow([
+                        name, ask, label, key, value, checkpoint.get("step"), checkpoint.get("parameters"),
+                        *(asked["protocol"].get(field) for field in protocol), metric["evaluator"], "; ".join(published),
+                    ])  # fmt: skip
+    return stream.getvalue()
+
+
+_TABLES = {
+    "Table 2: COCO val2017, zero-shot": [("coco", "", ("AP",))],
+    "Table 3: LVIS MiniVal and Val v1.0, fixed AP": [("lvis_minival", "fixed", ("APr", "APc", "APf", "AP")), ("lvis_val", "fixed", ("APr", "APc", "APf", "AP"))],
+    "Table 4: Flickr30k Entities val and test, any-box": [
+        (name, "any", tuple(f"any_box.{rank}.all" for rank in (1, 5, 10))) for name in ("flickr_val", "flickr_test")
+    ],
+}  # fmt: skip
+"""Columns of the rows: set, a word of the metric's label, keys."""
+
+
+def latex(results: Mapping[str, Any], model: str) -> str:
+    """Rows in the form of the GLIP paper's Tables 2 to 4, in percent; `--` for what is not measured."""
+    lines = []
+    for title, columns in _TABLES.items():
+        cells, heads = [], []
+        for name, word, keys in columns:
+            asks = results["sets"].get(name, {}).get("asks", {})
+            metric = next((m for own in asks.values() for label, m in own["metrics"].items() if word in label), None)
+            for key in keys:
+                value = number(metric["numbers"], key) if metric else None
+                cells.append("--" if value is None else f"{100 * value:.1f}")
+                heads.append(f"{name} {key}")
+        lines += [f"% {title}: {', '.join(heads)}", f"{_escaped(model)} & {' & '.join(cells)} \\\\"]
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return "".join(f"\\{c}" if c in "&%$#_{}" else c for c in text)

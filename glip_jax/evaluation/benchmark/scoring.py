@@ -1,0 +1,229 @@
+"""From predictions to numbers with their protocol, and the published numbers that may stand beside them."""
+
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import json
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from glip_jax.evaluation.benchmark.asked import Questions
+from glip_jax.evaluation.benchmark.sets import (
+    Ask,
+    BenchmarkError,
+    BenchmarkSet,
+    Group,
+    Metric,
+    Published,
+    find_sets,
+    number,
+)
+from glip_jax.evaluation.metrics import absence, d3
+from glip_jax.evaluation.metrics.files import objects
+from glip_jax.io import gcs
+from glip_jax.io.provenance import code, file_hash
+from glip_jax.io.workdir import write_atomic
+
+__all__ = [
+    "Protocol",
+    "absence_of",
+    "compared",
+    "cut_annotations",
+    "file_hashes",
+    "group_numbers",
+    "leaves",
+    "score_set",
+]
+
+Protocol = dict[str, Any]
+"""What a number depends on beside the checkpoint: `sets.protocol`, and images: "all", or the number of first images."""
+
+_PYCOCOTOOLS = ("coco", "d3")
+"""Metrics that pycocotools computes; the others are this package's own."""
+_BY_NAME = ("coco", "lvis", "d3")
+"""Metrics that give numbers of single names."""
+
+
+def score_set(
+    item: BenchmarkSet,
+    ask: Ask,
+    used: Protocol,
+    predictions: epath.Path,
+    annotations: Mapping[str, str],
+    release: str = "",
+) -> dict[str, dict[str, Any]]:
+    """The numbers of all metrics of a set for one file of predictions, by label.
+
+    `used`: the protocol of the predictions; `annotations`: by role, the path that the metric reads; `release`: the folder of
+    Flickr30k Entities, where its list of images lies elsewhere. Per label: numbers (as the metric
+    returns them), main (the key of the number that stands for the set), evaluator, options, and published: what others report, each
+    with `differs`, the settings in which its protocol is another; empty where it agrees. Raises MetricError as the metric does.
+    """
+    results = {}
+    for metric in item.metrics:
+        if metric.asks and ask.name not in metric.asks:
+            continue
+        module = importlib.import_module(f"glip_jax.evaluation.metrics.{metric.module}")
+        more: dict[str, Any] = {"per_class": True} if metric.module in _BY_NAME else {}
+        if metric.module == "flickr":
+            more = {"release": release}
+        results[metric.label] = {
+            "main": metric.main,
+            "evaluator": _evaluator(metric),
+            "options": dict(metric.options),
+            "numbers": module.score(annotations[metric.file], str(predictions), **metric.options, **more),
+            "published": [
+                compared(each, used) for each in item.published if (each.ask, each.metric) == (ask.name, metric.label)
+            ],
+        }
+    return results
+
+
+def absence_of(item: BenchmarkSet, ask: Ask, annotations: str, predictions: epath.Path) -> dict[str, Any] | None:
+    """False alarms for names that are known to be absent (`metrics.absence`); None for a set that does not know of any.
+
+    Known are the negatives of LVIS, the expressions without target of gRefCOCO, in the inter-scenario of D3 the descriptions without a
+    box, and `known_absent` of images of any COCO JSON. Raises MetricError for files that cannot be read.
+    """
+    modules = {metric.module for metric in item.metrics}
+    if "d3" in modules:
+        return absence.score(annotations, str(predictions), exhaustive=True) if ask.name.startswith("inter") else None
+    if not modules & {"lvis", "grefcoco", "coco"} or not any(map(_lists_absent, _absent_rows(item, annotations))):
+        return None
+    return absence.score(annotations, str(predictions))
+
+
+def _absent_rows(item: BenchmarkSet, annotations: str) -> Iterator[Mapping[str, Any]]:
+    return objects(annotations, "annotations" if item.form == "expressions" else "images", "annotations")
+
+
+def _lists_absent(row: Mapping[str, Any]) -> bool:
+    return bool(
+        row.get("neg_category_ids") or row.get("known_absent") or row.get("empty") or row.get("category_id") == -1
+    )
+
+
+def _evaluator(metric: Metric) -> str:
+    own = f"glip_jax {metric.module}, code {_code()}"
+    if metric.module in _PYCOCOTOOLS:
+        return f"{own}, pycocotools {importlib.metadata.version('pycocotools')}"
+    return own
+
+
+@functools.cache
+def _code() -> str:
+    return code()["files"][:12]
+
+
+def compared(published: Published, used: Protocol) -> dict[str, Any]:
+    """A published number for results.json. `differs`: settings whose values are not those of its protocol."""
+    expected = {"images": "all", **published.protocol}
+    differs = [
+        f"{name}: {used[name]} here, published with {value}" if name in used else f"{name}: {value}"
+        for name, value in expected.items()
+        if used.get(name) != value
+    ]
+    return {
+        "model": published.model,
+        "key": published.key,
+        "value": published.value,
+        "source": published.source,
+        "differs": differs,
+    }
+
+
+def leaves(numbers: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """(dotted key, number) of all numbers in the result of a metric."""
+    if isinstance(numbers, Mapping | list):
+        inner = numbers.items() if isinstance(numbers, Mapping) else enumerate(numbers)
+        for name, value in inner:
+            yield from leaves(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(numbers, int | float) and not isinstance(numbers, bool):
+        yield key, float(numbers)
+
+
+def group_numbers(results: Mapping[str, Any], group: Group) -> dict[str, dict[str, Any]]:
+    """Mean and median of the main numbers of a group's sets, by column (name of an ask) and label of the metric.
+
+    `results`: sets of results.json. Sets without a number, or with an undefined one, are listed as missing and are not averaged; a
+    published mean stands beside one over all sets only.
+    """
+    found = {}
+    for column in group.columns:
+        asked = {
+            name: results[name]["asks"].get(find_sets([name])[0].ask(column).name)
+            for name in group.sets
+            if name in results
+        }
+        labels = dict.fromkeys(label for own in asked.values() if own for label in own["metrics"])
+        for label in labels:
+            values = {name: _main(asked.get(name), label) for name in group.sets}
+            known = [value for value in values.values() if value is not None]
+            if not known:
+                continue
+            missing = [name for name, value in values.items() if value is None]
+            protocols = [own["protocol"] for own in asked.values() if own]
+            shared = {
+                key: value for key, value in protocols[0].items() if all(other.get(key) == value for other in protocols)
+            }
+            used = {**shared, "sets": "some" if missing else "all"}
+            published = [each for each in group.published if (each.ask, each.metric) == (column, label)]
+            found[f"{column}, {label}"] = {
+                "mean": statistics.fmean(known), "median": statistics.median(known), "sets": len(known), "missing": missing,
+                "published": [compared(dataclasses.replace(each, protocol={"sets": "all", **each.protocol}), used) for each in published],
+            }  # fmt: skip
+    return found
+
+
+def _main(asked: Mapping[str, Any] | None, label: str) -> float | None:
+    metric = asked and asked["metrics"].get(label)
+    return number(metric["numbers"], metric["main"]) if metric else None
+
+
+def file_hashes(item: BenchmarkSet, data: str) -> dict[str, dict[str, str]]:
+    """Path and SHA-256 of the annotation files of a set by role, and `known`, the SHA-256 that its publisher or the table gives."""
+    found = {}
+    for file in item.files:
+        path = item.path(file.role, data)
+        if gcs.kind(path) == "file":
+            found[file.role] = {"path": str(path), "sha256": file_hash(str(path)), "known": file.sha256}
+    return found
+
+
+def cut_annotations(asked: Questions, path: str, out: epath.Path) -> None:
+    """Writes the annotation file at `path` to `out`, cut to the images that were asked; of Flickr30k Entities the list of images.
+
+    Raises BenchmarkError for annotations that are no JSON with images and annotations.
+    """
+    match asked.item.form:
+        case "flickr":
+            images = dict.fromkeys(str(question.id[0]) for image in asked.images for question in image.questions)
+            write_atomic(out, "\n".join([*images, ""]))
+            return
+        case "expressions":  # an entry of `images` is an expression there, and several share an image
+            chosen = {question.id for image in asked.images for question in image.questions}
+        case _:
+            chosen = {image.id for image in asked.images}
+    try:
+        content = json.loads(epath.Path(path).read_text())
+        content["images"] = [entry for entry in content["images"] if entry["id"] in chosen]
+        content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] in chosen]
+        if "descriptions" in content:
+            for entry in content["descriptions"]:
+                entry["image_ids"] = [image for image in entry["image_ids"] if image in chosen]
+            content["descriptions"] = [entry for entry in content["descriptions"] if entry["image_ids"]]
+        for entry in content["annotations"]:
+            entry.pop("segmentation", None)
+        if asked.item.layout == "d3" and (pickles := d3.pickles_beside(path)) is not None:
+            for entry in content["categories"]:  # the cut file does not lie beside what tells them otherwise
+                entry["is_negative"] = bool(pickles["sentences"][entry["id"]]["is_negative"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BenchmarkError(
+            f"{asked.item.name}: {path} cannot be cut to the first {len(asked.images)} images ({error!r}): give "
+            "--config.evaluation.max-images=0"
+        ) from None
+    write_atomic(out, json.dumps(content))

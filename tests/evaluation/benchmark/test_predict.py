@@ -1,0 +1,297 @@
+"""The detector over made sets: blocks, resuming, several processes, one file of predictions whatever happened meanwhile."""
+
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from glip_jax.cli.reports.benchmark_report import render, table
+from glip_jax.config import Config, EvaluationConfig, ModelConfig, TextConfig
+from glip_jax.evaluation.benchmark import blocks as blocks_module
+from glip_jax.evaluation.benchmark import predict as module
+from glip_jax.evaluation.benchmark.blocks import Cut
+from glip_jax.evaluation.benchmark.predict import Run, predict
+from glip_jax.evaluation.benchmark.results import collect, groups
+from glip_jax.evaluation.benchmark.sets import BenchmarkError, number, own_set
+from glip_jax.evaluation.benchmark.table import SETS
+from glip_jax.evaluation.shares import Share
+from glip_jax.inference import bucket
+from glip_jax.structures.batch import Detections
+from tests.evaluation.official_layouts import write_set
+from tests.tiny_run import VOCABULARY
+
+NAMES = ("cat", "dog", "person", "red cat", "red dog", "blue cat", "blue dog", "a person", "cats")
+IMAGES = 7
+
+
+class Fake:
+    """A detector whose boxes depend on the pixels and the prompt only; it finds two boxes of every phrase."""
+
+    group_size = 2
+
+    def __init__(self, config, calls):
+        self.config, self.calls = config, calls
+
+    def canvas(self, height, width):
+        return bucket(height, width, self.config)
+
+    def detect_async(self, images, prompts):
+        self.calls.append(len(images))
+        found = [[self._found(image, prompt) for prompt in own] for image, own in zip(images, prompts, strict=True)]
+        return lambda: found
+
+    def _found(self, image, prompt):
+        rng = np.random.default_rng([int(image.sum()), *prompt.caption.encode()])
+        count = 2 * len(prompt.spans)
+        corners = rng.random((count, 2)) * 20
+        boxes = np.concatenate([corners, corners + 5 + rng.random((count, 2)) * 20], 1).astype(np.float32)
+        k = int(image[0, 0, 0])
+        boxes[0] = k, k, k + 20, k + 10  # a true box of some name
+        scores = np.sort(rng.integers(1, 30, count))[::-1].astype(np.float32) / 30
+        return Detections(boxes, scores, (np.arange(count) % len(prompt.spans)).astype(np.int32))
+
+
+class OneOfTwo(Share):
+    """A process whose partner has nothing to say."""
+
+    def gather(self, value):
+        return [value]
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """Seven images of two shapes with a box each, nine names, in LVIS's layout; blocks of three images."""
+    monkeypatch.setattr(blocks_module, "BLOCK", 3)
+    monkeypatch.setattr(module, "_LVIS_CUT", Cut(5, 4))
+    (tmp_path / "images").mkdir()
+    images, annotations = [], []
+    for k in range(IMAGES):
+        height, width = (40, 60) if k % 2 else (60, 40)
+        Image.new("RGB", (width, height), (k, 9, 9)).save(tmp_path / "images" / f"{k}.png")
+        images.append({"id": 10 + k, "file_name": f"{k}.png", "height": height, "width": width, "neg_category_ids": [4, 6],
+                       "not_exhaustive_category_ids": []})  # fmt: skip
+        annotations.append(
+            {"id": k + 1, "image_id": 10 + k, "category_id": 1 + k % 3, "bbox": [k, k, 20, 10], "area": 200}
+        )
+    categories = [{"id": i + 1, "name": name, "frequency": "rcf"[i % 3]} for i, name in enumerate(NAMES)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def sets(folder, like="lvis_minival"):
+    return own_set("made", str(folder / "truth.json"), str(folder / "images"), like)
+
+
+def run(folder, name, calls=None, share=None, parameters="abc", **evaluation):
+    text = TextConfig(vocabulary=str(VOCABULARY), vocabulary_size=512, max_tokens=32)
+    config = Config(model=ModelConfig(text=text), evaluation=EvaluationConfig(**evaluation))
+    calls = [] if calls is None else calls
+    about = {
+        "name": "tiny",
+        "workdir": "run",
+        "step": 3,
+        "parameters": "ema",
+        "hashes": {"parameters": parameters},
+        "sources": {},
+    }
+    return Run(
+        str(folder), epath.Path(folder / name), config, lambda config: Fake(config, calls), about, share or Share()
+    )
+
+
+def ask(item, chunk):
+    return module.dataclasses.replace(item.asks[0], chunk=chunk)
+
+
+def files(folder):
+    """Every file of predictions below a working folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*.json"))
+        if "predictions" in str(path)
+    }
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_a_job_that_stops_anywhere_ends_with_the_same_files(made, monkeypatch, chunk):
+    """Nine prompts are written in parts, three in one file; it stops after each of the three blocks, and before a part is written."""
+    item = sets(made)
+    predict(run(made, "straight"), item, ask(item, chunk))
+    straight = files(made / "straight")
+    assert len(straight) == (9 if chunk == 1 else 1)
+    assert not list((made / "straight").rglob("*.npz")), "the blocks are in the predictions"
+
+    for where in ("write", "_part"):
+        original = getattr(blocks_module.Blocks, where)
+
+        def stops(self, *arguments, original=original):
+            original(self, *arguments)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(blocks_module.Blocks, where, stops)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                predict(run(made, "stopped"), item, ask(item, chunk))
+        monkeypatch.setattr(blocks_module.Blocks, where, original)
+    predict(run(made, "stopped"), item, ask(item, chunk))
+    assert files(made / "stopped") == straight
+
+    calls = []
+    predict(run(made, "stopped", calls), item, ask(item, chunk))
+    assert calls == [], "nothing is detected twice"
+
+
+def test_processes_share_the_blocks(made):
+    """Two processes write what one writes, whichever is first."""
+    item = sets(made)
+    predict(run(made, "one"), item, item.asks[0])
+    calls = {0: [], 1: []}
+    shares = [OneOfTwo(0, 2), OneOfTwo(1, 2)]
+    predict(run(made, "two", calls[1], shares[1]), item, item.asks[0])
+    predict(run(made, "two", calls[0], shares[0]), item, item.asks[0])
+    assert sum(calls[0]) == 4
+    assert sum(calls[1]) == 3
+    assert files(made / "two") == files(made / "one")
+
+
+def test_the_numbers_do_not_depend_on_what_is_cut(made, monkeypatch):
+    """Fixed AP of ten thousand a category, and standard AP, of cut predictions are those of all predictions."""
+    item = sets(made)
+    item = module.dataclasses.replace(item, metrics=tuple(
+        module.dataclasses.replace(metric, options={**metric.options, "top": 5 if metric.options["fixed"] else 4})
+        for metric in item.metrics
+    ))  # fmt: skip
+    predict(run(made, "cut"), item, item.asks[0])
+    monkeypatch.setattr(module, "_LVIS_CUT", Cut())
+    predict(run(made, "all"), item, item.asks[0])
+    assert not collect([item], epath.Path(made / "all"), str(made), print)[2]
+    cut, whole = (
+        collect([item], epath.Path(made / name), str(made), print)[0]["made"]["asks"]["names"]
+        for name in ("cut", "all")
+    )
+    assert cut["detections"] < whole["detections"] == IMAGES * 2 * len(NAMES)
+    for label, metric in whole["metrics"].items():
+        ours, theirs = (
+            {k: v for k, v in each["numbers"].items() if k != "counts"} for each in (cut["metrics"][label], metric)
+        )
+        assert ours == theirs
+    assert 0 < whole["metrics"]["fixed AP"]["numbers"]["AP50"] < 1
+
+
+def test_other_parameters_are_refused(made):
+    item = sets(made)
+    predict(run(made, "w"), item, item.asks[0])
+    with pytest.raises(BenchmarkError, match='another checkpoint.*parameters: "abc" -> "xyz"'):
+        predict(run(made, "w", parameters="xyz"), item, item.asks[0])
+    predict(run(made, "w", batch_size=1), item, item.asks[0])
+
+
+def test_the_first_images_are_scored_alone(made):
+    item = sets(made, "coco")
+    predict(run(made, "w", max_images=2), item, item.asks[0])
+    sets_, checkpoint, failed = collect([item], epath.Path(made / "w"), str(made), print)
+    assert not failed
+    own = sets_["made"]["asks"]["names"]
+    assert checkpoint["step"] == 3
+    assert own["metrics"]["AP"]["numbers"]["counts"]["images"] == 2
+    assert own["protocol"]["images"] == 2
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "images" / "6.png").unlink(), "6.png does not exist: expected the images"),
+        (lambda folder: (folder / "images" / "3.png").write_bytes(b"\x89PNG"), "image 13"),
+        (
+            lambda folder: Image.new("RGB", (9, 9)).save(folder / "images" / "3.png"),
+            "has 9 x 9 pixels .*annotations say 40 x 60",
+        ),
+    ],
+)
+def test_images_that_do_not_fit_stop_the_set_and_not_the_blocks_before(made, spoil, message):
+    item = sets(made)
+    spoil(made)
+    with pytest.raises(BenchmarkError, match=message):
+        predict(run(made, "w"), item, item.asks[0])
+
+
+def test_images_that_are_missing_in_the_middle_are_named(made, monkeypatch):
+    monkeypatch.setattr(module, "_PROBED", 2)
+    (made / "images" / "3.png").unlink()
+    with pytest.raises(BenchmarkError, match="image 13: .*3.png"):
+        predict(run(made, "w"), sets(made), sets(made).asks[0])
+
+
+def test_the_report_draws_the_worst_errors(made):
+    """From predictions to HTML: numbers, protocol, published numbers, bars by name, cards."""
+    item = sets(made)
+    predict(run(made, "w"), item, item.asks[0])
+    folder = epath.Path(made / "w")
+    found, checkpoint, _ = collect([item], folder, str(made), print)
+    results = {
+        "command": "benchmark <&>", "date": "today", "checkpoint": {**checkpoint, "started_from": None, "versions": {}}, "sets": found,
+        "groups": {}, "missing": {"coco": ["annotations: a.json"]}, "failed": {"d3": "it is broken"},
+    }  # fmt: skip
+    page = render(results, [item], str(made), folder, 3)
+    assert page.count("data:image/jpeg") == 3
+    for text in (
+        "benchmark &lt;&amp;&gt;",
+        "missing: coco: annotations: a.json",
+        "no numbers: d3: it is broken",
+        "red cat",
+        "By name",
+    ):
+        assert text in page
+    json.dumps(results, allow_nan=False)
+
+
+EVERY = (
+    "coco",
+    "lvis_minival",
+    "flickr_test",
+    "odinw_aquarium",
+    "refcoco_val",
+    "grefcoco_testa",
+    "d3",
+    "omnilabel",
+    "rf100vl_actions",
+    "v3det",
+)
+
+
+@pytest.mark.long
+def test_every_set_from_official_files_to_the_report(tmp_path):
+    """Made files of two to five images; counts of the real sets are left out."""
+    items = [module.dataclasses.replace(write_set(name, tmp_path), counts={}) for name in EVERY]
+    for item in items:
+        for each in item.asks:
+            predict(run(tmp_path, "w"), item, each)
+    folder = epath.Path(tmp_path / "w")
+    found, checkpoint, failed = collect(items, folder, str(tmp_path), print)
+    assert not failed
+    assert list(found) == list(EVERY)
+    results = {
+        "command": "", "date": "", "checkpoint": {**checkpoint, "started_from": None, "versions": {}}, "sets": found,
+        "groups": groups(found), "missing": {}, "failed": {},
+    }  # fmt: skip
+    json.dumps(results, allow_nan=False)
+    for item in items:
+        for name, own in found[item.name]["asks"].items():
+            for label, metric in own["metrics"].items():
+                assert number(metric["numbers"], metric["main"]) is not None, (item.name, name, label)
+    assert {name for name, own in found.items() for asked in own["asks"].values() if asked["absence"]} == {
+        "lvis_minival",
+        "grefcoco_testa",
+        "d3",
+    }
+    page = render(results, items, str(tmp_path), folder, 2)
+    assert page.count("data:image/jpeg") > len(EVERY)
+    text = table(results)
+    assert all(f"{name} " in text for name in EVERY)
+    assert "odinw13, prompts, AP: mean" in text
+    # The annotation file of another version.
+    with pytest.raises(BenchmarkError, match="3 images, 3 categories, expected 5,000 images, 80 categories"):
+        predict(run(tmp_path, "other"), SETS["coco"], SETS["coco"].asks[0])
