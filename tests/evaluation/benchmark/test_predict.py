@@ -2,55 +2,21 @@
 
 import json
 
-import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
 
 from glip_jax.cli.reports.benchmark_report import render, table
-from glip_jax.config import Config, EvaluationConfig, ModelConfig, TextConfig
 from glip_jax.evaluation.benchmark import blocks as blocks_module
 from glip_jax.evaluation.benchmark import predict as module
 from glip_jax.evaluation.benchmark.blocks import Cut
-from glip_jax.evaluation.benchmark.predict import Run, predict
+from glip_jax.evaluation.benchmark.predict import predict
 from glip_jax.evaluation.benchmark.results import collect, groups
-from glip_jax.evaluation.benchmark.sets import BenchmarkError, number, own_set
+from glip_jax.evaluation.benchmark.sets import BenchmarkError, number
 from glip_jax.evaluation.benchmark.table import SETS
 from glip_jax.evaluation.shares import Share
-from glip_jax.inference import bucket
-from glip_jax.structures.batch import Detections
+from tests.evaluation.benchmark.stand_in import IMAGES, NAMES, files, own, run, small, write_made
 from tests.evaluation.official_layouts import write_set
-from tests.tiny_run import VOCABULARY
-
-NAMES = ("cat", "dog", "person", "red cat", "red dog", "blue cat", "blue dog", "a person", "cats")
-IMAGES = 7
-
-
-class Fake:
-    """A detector whose boxes depend on the pixels and the prompt only; it finds two boxes of every phrase."""
-
-    group_size = 2
-
-    def __init__(self, config, calls):
-        self.config, self.calls = config, calls
-
-    def canvas(self, height, width):
-        return bucket(height, width, self.config)
-
-    def detect_async(self, images, prompts):
-        self.calls.append(len(images))
-        found = [[self._found(image, prompt) for prompt in own] for image, own in zip(images, prompts, strict=True)]
-        return lambda: found
-
-    def _found(self, image, prompt):
-        rng = np.random.default_rng([int(image.sum()), *prompt.caption.encode()])
-        count = 2 * len(prompt.spans)
-        corners = rng.random((count, 2)) * 20
-        boxes = np.concatenate([corners, corners + 5 + rng.random((count, 2)) * 20], 1).astype(np.float32)
-        k = int(image[0, 0, 0])
-        boxes[0] = k, k, k + 20, k + 10  # a true box of some name
-        scores = np.sort(rng.integers(1, 30, count))[::-1].astype(np.float32) / 30
-        return Detections(boxes, scores, (np.arange(count) % len(prompt.spans)).astype(np.int32))
 
 
 class OneOfTwo(Share):
@@ -62,63 +28,18 @@ class OneOfTwo(Share):
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """Seven images of two shapes with a box each, nine names, in LVIS's layout; blocks of three images."""
-    monkeypatch.setattr(blocks_module, "BLOCK", 3)
-    monkeypatch.setattr(module, "_LVIS_CUT", Cut(5, 4))
-    (tmp_path / "images").mkdir()
-    images, annotations = [], []
-    for k in range(IMAGES):
-        height, width = (40, 60) if k % 2 else (60, 40)
-        Image.new("RGB", (width, height), (k, 9, 9)).save(tmp_path / "images" / f"{k}.png")
-        images.append({"id": 10 + k, "file_name": f"{k}.png", "height": height, "width": width, "neg_category_ids": [4, 6],
-                       "not_exhaustive_category_ids": []})  # fmt: skip
-        annotations.append(
-            {"id": k + 1, "image_id": 10 + k, "category_id": 1 + k % 3, "bbox": [k, k, 20, 10], "area": 200}
-        )
-    categories = [{"id": i + 1, "name": name, "frequency": "rcf"[i % 3]} for i, name in enumerate(NAMES)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (tmp_path / "truth.json").write_text(json.dumps(content))
-    return tmp_path
-
-
-def sets(folder, like="lvis_minival"):
-    return own_set("made", str(folder / "truth.json"), str(folder / "images"), like)
-
-
-def run(folder, name, calls=None, share=None, parameters="abc", **evaluation):
-    text = TextConfig(vocabulary=str(VOCABULARY), vocabulary_size=512, max_tokens=32)
-    config = Config(model=ModelConfig(text=text), evaluation=EvaluationConfig(**evaluation))
-    calls = [] if calls is None else calls
-    about = {
-        "name": "tiny",
-        "workdir": "run",
-        "step": 3,
-        "parameters": "ema",
-        "hashes": {"parameters": parameters},
-        "sources": {},
-    }
-    return Run(
-        str(folder), epath.Path(folder / name), config, lambda config: Fake(config, calls), about, share or Share()
-    )
+    small(monkeypatch)
+    return write_made(tmp_path)
 
 
 def ask(item, chunk):
     return module.dataclasses.replace(item.asks[0], chunk=chunk)
 
 
-def files(folder):
-    """Every file of predictions below a working folder."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*.json"))
-        if "predictions" in str(path)
-    }
-
-
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_a_job_that_stops_anywhere_ends_with_the_same_files(made, monkeypatch, chunk):
     """Nine prompts are written in parts, three in one file; it stops after each of the three blocks, and before a part is written."""
-    item = sets(made)
+    item = own(made)
     predict(run(made, "straight"), item, ask(item, chunk))
     straight = files(made / "straight")
     assert len(straight) == (9 if chunk == 1 else 1)
@@ -146,7 +67,7 @@ def test_a_job_that_stops_anywhere_ends_with_the_same_files(made, monkeypatch, c
 
 def test_processes_share_the_blocks(made):
     """Two processes write what one writes, whichever is first."""
-    item = sets(made)
+    item = own(made)
     predict(run(made, "one"), item, item.asks[0])
     calls = {0: [], 1: []}
     shares = [OneOfTwo(0, 2), OneOfTwo(1, 2)]
@@ -159,7 +80,7 @@ def test_processes_share_the_blocks(made):
 
 def test_the_numbers_do_not_depend_on_what_is_cut(made, monkeypatch):
     """Fixed AP of ten thousand a category, and standard AP, of cut predictions are those of all predictions."""
-    item = sets(made)
+    item = own(made)
     item = module.dataclasses.replace(item, metrics=tuple(
         module.dataclasses.replace(metric, options={**metric.options, "top": 5 if metric.options["fixed"] else 4})
         for metric in item.metrics
@@ -182,7 +103,7 @@ def test_the_numbers_do_not_depend_on_what_is_cut(made, monkeypatch):
 
 
 def test_other_parameters_are_refused(made):
-    item = sets(made)
+    item = own(made)
     predict(run(made, "w"), item, item.asks[0])
     with pytest.raises(BenchmarkError, match='another checkpoint.*parameters: "abc" -> "xyz"'):
         predict(run(made, "w", parameters="xyz"), item, item.asks[0])
@@ -190,14 +111,14 @@ def test_other_parameters_are_refused(made):
 
 
 def test_the_first_images_are_scored_alone(made):
-    item = sets(made, "coco")
+    item = own(made, "coco")
     predict(run(made, "w", max_images=2), item, item.asks[0])
     sets_, checkpoint, failed = collect([item], epath.Path(made / "w"), str(made), print)
     assert not failed
-    own = sets_["made"]["asks"]["names"]
+    scored = sets_["made"]["asks"]["names"]
     assert checkpoint["step"] == 3
-    assert own["metrics"]["AP"]["numbers"]["counts"]["images"] == 2
-    assert own["protocol"]["images"] == 2
+    assert scored["metrics"]["AP"]["numbers"]["counts"]["images"] == 2
+    assert scored["protocol"]["images"] == 2
 
 
 @pytest.mark.parametrize(
@@ -212,7 +133,7 @@ def test_the_first_images_are_scored_alone(made):
     ],
 )
 def test_images_that_do_not_fit_stop_the_set_and_not_the_blocks_before(made, spoil, message):
-    item = sets(made)
+    item = own(made)
     spoil(made)
     with pytest.raises(BenchmarkError, match=message):
         predict(run(made, "w"), item, item.asks[0])
@@ -222,12 +143,12 @@ def test_images_that_are_missing_in_the_middle_are_named(made, monkeypatch):
     monkeypatch.setattr(module, "_PROBED", 2)
     (made / "images" / "3.png").unlink()
     with pytest.raises(BenchmarkError, match="image 13: .*3.png"):
-        predict(run(made, "w"), sets(made), sets(made).asks[0])
+        predict(run(made, "w"), own(made), own(made).asks[0])
 
 
 def test_the_report_draws_the_worst_errors(made):
     """From predictions to HTML: numbers, protocol, published numbers, bars by name, cards."""
-    item = sets(made)
+    item = own(made)
     predict(run(made, "w"), item, item.asks[0])
     folder = epath.Path(made / "w")
     found, checkpoint, _ = collect([item], folder, str(made), print)
@@ -279,8 +200,8 @@ def test_every_set_from_official_files_to_the_report(tmp_path):
     }  # fmt: skip
     json.dumps(results, allow_nan=False)
     for item in items:
-        for name, own in found[item.name]["asks"].items():
-            for label, metric in own["metrics"].items():
+        for name, asked in found[item.name]["asks"].items():
+            for label, metric in asked["metrics"].items():
                 assert number(metric["numbers"], metric["main"]) is not None, (item.name, name, label)
     assert {name for name, own in found.items() for asked in own["asks"].values() if asked["absence"]} == {
         "lvis_minival",

@@ -1,0 +1,176 @@
+"""The job `benchmark` with a stand-in for checkpoint and detector: files, exit codes, bad input, kill -9, two processes."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from glip_jax.distributed import exit_codes
+from tests.evaluation.benchmark.stand_in import files, stand_in, write_made
+from tests.evaluation.official_layouts import write_set
+from tests.run_job import run_job
+
+
+@pytest.fixture
+def made(tmp_path):
+    return write_made(tmp_path)
+
+
+def arguments(made, out="out", like="lvis_minival", name="made"):
+    return [
+        "--checkpoint=run",
+        "--own",
+        f"{name},{made / 'truth.json'},{made / 'images'},{like}",
+        f"--workdir={made / out}",
+    ]
+
+
+def results(made, out="out"):
+    return json.loads((made / out / "results.json").read_text())
+
+
+def test_a_missing_set_is_a_line_and_the_others_are_done(made, monkeypatch, capsys):
+    stand_in(monkeypatch)
+    code = run_job("benchmark", [*arguments(made), "--sets=refcoco_val,coco", f"--data={made}", "--drawn=1"])
+    said = capsys.readouterr()
+    assert code == exit_codes.BAD_INPUT
+    assert re.search(r"missing: coco: annotations: .*instances_val2017.json", said.err)
+    assert "2 of 3 sets have no numbers: refcoco_val, coco" in said.err
+    assert {"results.json", "results.csv", "results.tex", "report.html"} <= {
+        path.name for path in (made / "out").iterdir()
+    }
+    assert list(results(made)["missing"]) == ["refcoco_val", "coco"]
+    assert "fixed AP" in said.out
+    assert "step 3, ema" in said.out
+    assert "absent names: false alarms" in said.out
+
+
+def test_a_half_downloaded_set_and_one_of_another_version_are_named(made, monkeypatch, capsys):
+    stand_in(monkeypatch)
+    write_set("coco", made)
+    (made / "images" / "6.png").unlink()
+    code = run_job("benchmark", [*arguments(made), "--sets=coco", f"--data={made}"])
+    said = capsys.readouterr().err
+    assert code == exit_codes.BAD_INPUT
+    assert "6.png does not exist: expected the images of made" in said
+    assert "3 images, 3 categories, expected 5,000 images, 80 categories" in said
+    assert "none of the 2 sets has a number" in said
+    assert not (made / "out" / "results.json").exists()
+
+
+def test_later_sets_join_the_table_and_scoring_alone_gives_the_same(made, monkeypatch, capsys):
+    calls = stand_in(monkeypatch)
+    assert run_job("benchmark", arguments(made)) == exit_codes.DONE
+    assert sum(calls) == 7
+    assert run_job("benchmark", arguments(made, name="again", like="coco")) == exit_codes.DONE
+    assert list(results(made)["sets"]) == ["made", "again"]
+    both = results(made)["sets"]
+    (made / "out" / "results.json").unlink()
+    calls.clear()
+    monkeypatch.setattr("glip_jax.inference.Detector", None)
+    for name, like in (("made", "lvis_minival"), ("again", "coco")):
+        assert run_job("benchmark", ["--score-only", *arguments(made, like=like, name=name)]) == exit_codes.DONE
+    assert results(made)["sets"] == both
+    assert not calls
+    # A folder is of one checkpoint.
+    stand_in(monkeypatch, step=4)
+    assert run_job("benchmark", arguments(made)) == exit_codes.BAD_INPUT
+    assert "holds results of another checkpoint (run, step 3, ema parameters)" in capsys.readouterr().err
+
+
+def test_what_the_command_changes_is_part_of_the_protocol(made, monkeypatch):
+    stand_in(monkeypatch)
+    changes = [
+        "--config.evaluation.chunk=2",
+        "--config.detection.max-detections=7",
+        "--order=5",
+        "--config.evaluation.short-side=64",
+    ]
+    assert run_job("benchmark", [*arguments(made), *changes]) == exit_codes.DONE
+    protocol = results(made)["sets"]["made"]["asks"]["names"]["protocol"]
+    assert (protocol["chunk"], protocol["boxes"], protocol["order"], protocol["short_side"]) == (2, 7, "seed 5", 64)
+    assert protocol["long_side"] == 1333, "as the set says, not as the checkpoint was trained"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--workdir="], "expected --workdir=DIR"),
+        (["--own="], "expected NAME,ANNOTATIONS,IMAGES"),
+        (["--own=made,a.json,b", "c.json,d"], "expected NAME,ANNOTATIONS,IMAGES"),
+        (["--own=made,a.json,images,nothing"], "no set 'nothing'"),
+        (["--own=coco,a.json,images"], "named 'coco'"),
+        (["--sets=cocoo"], "did you mean"),
+        (["--asks=prompts"], "made is asked by names, not by prompts"),
+        (["--score-only"], "holds no finished predictions: run without --score-only"),
+    ],
+)
+def test_bad_commands(made, monkeypatch, capsys, changed, message):
+    stand_in(monkeypatch)
+    names = {argument.partition("=")[0] for argument in changed}
+    usual = [a for a in arguments(made) if a.partition("=")[0] not in names]
+    if "--own" in names:
+        usual = [argument for argument in usual if not argument.startswith("made,")]
+    assert run_job("benchmark", [*usual, *changed]) == exit_codes.BAD_INPUT
+    assert message in capsys.readouterr().err
+
+
+def test_list_says_what_is_missing(made, capsys):
+    write_set("coco", made)
+    assert run_job("benchmark", ["--list", "--sets=coco,d3", f"--data={made}"]) == exit_codes.DONE
+    said = capsys.readouterr().out
+    assert "COCO val2017" in said
+    assert "MISSING" in said
+    assert "5,000 images" in said
+
+
+def process(*own, kill=""):
+    environment = {**os.environ, "KILL": kill, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.evaluation.benchmark.worker", *own], env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize("kill", ["block", "predictions"])
+def test_kill_and_the_same_command_give_the_same_numbers(made, monkeypatch, kill):
+    stand_in(monkeypatch)
+    assert run_job("benchmark", arguments(made, "straight")) == exit_codes.DONE
+    killed = process(*arguments(made), kill=kill)
+    killed.communicate(timeout=300)
+    assert killed.returncode == -9
+    assert not files(made / "out")
+    assert run_job("benchmark", arguments(made)) == exit_codes.DONE
+    assert files(made / "out") == files(made / "straight")
+    scored = [results(made, out)["sets"]["made"]["asks"]["names"]["metrics"] for out in ("out", "straight")]
+    assert scored[0] == scored[1]
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_two_processes_give_the_numbers_of_one(made, monkeypatch):
+    """Also where a set cannot be used: both end with the exit code of a missing set."""
+    stand_in(monkeypatch)
+    assert run_job("benchmark", arguments(made, "straight")) == exit_codes.DONE
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
+    both = [
+        process(*arguments(made), "--sets=coco", f"--data={made}", where, "--processes=2", f"--index={index}")
+        for index in range(2)
+    ]
+    said = [each.communicate(timeout=300)[0] for each in both]
+    assert [each.returncode for each in both] == [exit_codes.BAD_INPUT] * 2, said
+    assert files(made / "out") == files(made / "straight")
+    assert (
+        results(made)["sets"]["made"]["asks"]["names"]["metrics"]
+        == results(made, "straight")["sets"]["made"]["asks"]["names"]["metrics"]
+    )
+    assert "fixed AP" in said[0]
+    assert "fixed AP" not in said[1]

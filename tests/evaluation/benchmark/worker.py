@@ -1,0 +1,37 @@
+"""The job `benchmark` with the stand-in for checkpoint and detector, in a process of its own.
+
+KILL=block or KILL=predictions: it kills itself while it writes the second block, or the predictions.
+"""
+
+import os
+import signal
+import sys
+
+import pytest
+
+from glip_jax.__main__ import main
+from glip_jax.evaluation.benchmark import blocks, predict
+from tests.evaluation.benchmark.stand_in import stand_in
+
+
+def _killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _half_written(path, content):
+    if path.name == "block_00001.npz":
+        (path.parent / f"{path.name}.unfinished").write_bytes(content[: len(content) // 2])
+        _killed()
+    blocks_write(path, content)
+
+
+if __name__ == "__main__":
+    blocks_write = blocks.write_bytes
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(patch)
+        match os.environ.get("KILL"):
+            case "block":
+                patch.setattr(blocks, "write_bytes", _half_written)
+            case "predictions":
+                patch.setattr(predict, "answer_rows", _killed)
+        sys.exit(main(["benchmark", *sys.argv[1:]]))
