@@ -27,7 +27,7 @@ class Fake:
 
     group_size = 2
 
-    def __init__(self, config, params, texts_of=None):
+    def __init__(self, config, params, **_):
         """`params`: a list, which gets the number of images of each call."""
         self.config, self.params = config, params
 
