@@ -33,21 +33,25 @@ def table(results: Mapping[str, Any]) -> str:
     """The numbers in percent as lines for a terminal; below each set its protocol and its overlap with the training data."""
     parts = []
     for name, own in results["sets"].items():
-        lines = [["", "asked as", "metric", "number", "%", "published"]]
+        every = [*rows({"sets": {name: own}})]
+        lines = [["", "asked as", "%", "published"]]
         lines += [
-            [name if row.main else "", row.ask, row.label, row.key, percent(row.value), _published(row.published)]
-            for row in rows({"sets": {name: own}})
+            [f"{name} {row.label}", row.ask, percent(row.value), _published(row.published)] for row in every if row.main
         ]
-        notes = [f"  {ask}: {protocol_line(results, asked)}" for ask, asked in own["asks"].items()]
+        notes = []
+        for main in (row for row in every if row.main):
+            beside = [row for row in every if (row.ask, row.label) == (main.ask, main.label) and not row.main]
+            numbers = ", ".join(f"{row.key} {percent(row.value)}" for row in beside)
+            notes += [f"  {main.ask}, {main.label}: {numbers}"] if beside else []
+        notes += [f"  {ask}: {protocol_line(results, asked)}" for ask, asked in own["asks"].items()]
         notes += [f"  {line}" for line in _notes(own)]
         parts.append("\n".join([aligned(lines), *notes]))
     for name, columns in results["groups"].items():
         for column, own in columns.items():
             absent = f"; without {', '.join(own['missing'])}" if own["missing"] else ""
-            absent += f"; published: {_published(own['published'])}" if own["published"] else ""
-            parts.append(
-                f"{name}, {column}: mean {percent(own['mean'])}, median {percent(own['median'])} of {own['sets']} sets{absent}"
-            )
+            published = f"; published: {_published(own['published'])}" if own["published"] else ""
+            mean, median = percent(own["mean"]), percent(own["median"])
+            parts.append(f"{name}, {column}: mean {mean}, median {median} of {own['sets']} sets{absent}{published}")
     return "\n\n".join(parts)
 
 

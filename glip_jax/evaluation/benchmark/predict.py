@@ -134,6 +134,8 @@ def _opened(run: Run, item: BenchmarkSet, ask: Ask) -> tuple[Questions, Blocks]:
     if config.model.input.extent == "image":
         del settings["evaluation.batch_size"]  # scores do not depend on it
     used = {**protocol(item, ask, run.order), "images": "all" if limit >= total else limit}
+    if isinstance(asked.images, SameQuestions):
+        used["prompts_per_image"] = len(asked.images[0].prompts)
     plan = {
         "parameters": run.about["hashes"]["parameters"],
         "settings": settings,

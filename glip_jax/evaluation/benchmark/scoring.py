@@ -40,7 +40,8 @@ __all__ = [
 ]
 
 Protocol = dict[str, Any]
-"""What a number depends on beside the checkpoint: `sets.protocol`, and images: "all", or the number of first images."""
+"""What a number depends on beside the checkpoint: `sets.protocol`; images: "all", or the number of first images; and where all images
+are asked alike prompts_per_image."""
 
 _PYCOCOTOOLS = ("coco", "d3")
 """Metrics that pycocotools computes; the others are this package's own."""
@@ -119,9 +120,14 @@ def _code() -> str:
     return code()["files"][:12]
 
 
-def compared(published: Published, used: Protocol) -> dict[str, Any]:
-    """A published number for results.json. `differs`: settings whose values are not those of its protocol."""
+def compared(published: Published, used: Protocol, prompts: float = 0) -> dict[str, Any]:
+    """A published number for results.json. `differs`: settings whose values are not those of its protocol.
+
+    `prompts`: prompts of an image in that protocol, 0 where they are not known: a smaller token budget splits the names otherwise.
+    """
     expected = {"images": "all", **published.protocol}
+    if prompts and "prompts_per_image" in used:
+        expected["prompts_per_image"] = prompts
     differs = [
         f"{name}: {used[name]} here, published with {value}" if name in used else f"{name}: {value}"
         for name, value in expected.items()

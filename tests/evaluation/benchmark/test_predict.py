@@ -211,7 +211,7 @@ def test_every_set_from_official_files_to_the_report(tmp_path):
     page = render(results, items, str(tmp_path), folder, 2)
     assert page.count("data:image/jpeg") > len(EVERY)
     text = table(results)
-    assert all(f"{name} " in text for name in EVERY)
+    assert all(f"\n{name} " in text for name in EVERY)
     assert "odinw13, prompts, AP: mean" in text
     # The annotation file of another version.
     with pytest.raises(BenchmarkError, match="3 images, 3 categories, expected 5,000 images, 80 categories"):

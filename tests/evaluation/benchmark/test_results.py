@@ -56,6 +56,8 @@ def test_a_published_number_needs_the_same_protocol():
     assert compared(glip, used())["differs"] == []
     assert compared(glip, used(chunk=20))["differs"] == ["chunk: 20 here, published with 0"]
     assert compared(glip, used(images=100))["differs"] == ["images: 100 here, published with all"]
+    assert compared(glip, used(prompts_per_image=1), 1)["differs"] == []
+    assert compared(glip, used(prompts_per_image=2), 1)["differs"] == ["prompts_per_image: 2 here, published with 1"]
     unknown = dataclasses.replace(glip, protocol={"protocol": "not stated"})
     assert compared(unknown, used())["differs"] == ["protocol: not stated"]
     other = content({"coco": {"names": asked(COCO, 0.463, own=used(order="seed 3"))}})
