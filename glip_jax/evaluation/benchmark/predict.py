@@ -145,6 +145,7 @@ def _opened(run: Run, item: BenchmarkSet, ask: Ask) -> tuple[Questions, Blocks]:
             "checkpoint": run.about, "protocol": used, "counts": dict(asked.counts), "notes": list(asked.notes), "files": files,
             "longest_prompt": max(len(q.keys) for image in asked.images[:100] for q in image.questions),
             "prompts": sum(len(image.prompts) for image in asked.images), "names": list(asked.names.values()),
+            "processes": run.share.count,
         },
     }  # fmt: skip
     blocks = _blocks(run.workdir / item.name / ask.name, asked, plan)

@@ -143,13 +143,16 @@ def _scored(
 
 
 def measured_rate(workdir: str) -> float | None:
-    """Prompts of one image that the detector answered in a second, over all finished sets of a working folder; None without any."""
+    """Prompts of one image that all processes together answered in a second, over the finished sets of a working folder; None without
+    any.
+    """
     prompts, seconds = 0, 0.0
     places = epath.Path(workdir).iterdir() if workdir and epath.Path(workdir).exists() else ()
     for path in places:
         for own in predictions_in(path).values() if path.is_dir() else ():
-            prompts += json.loads((own / "plan.json").read_text())["about"]["prompts"]
-            seconds += json.loads((own / "done.json").read_text())["seconds"]
+            about = json.loads((own / "plan.json").read_text())["about"]
+            prompts += about["prompts"]
+            seconds += json.loads((own / "done.json").read_text())["seconds"] / about["processes"]
     return prompts / seconds if seconds else None
 
 

@@ -120,7 +120,7 @@ def _code() -> str:
     return code()["files"][:12]
 
 
-def compared(published: Published, used: Protocol, prompts: float = 0) -> dict[str, Any]:
+def compared(published: Published, used: Protocol, prompts: float | int = 0) -> dict[str, Any]:
     """A published number for results.json. `differs`: settings whose values are not those of its protocol.
 
     `prompts`: prompts of an image in that protocol, 0 where they are not known: a smaller token budget splits the names otherwise.
