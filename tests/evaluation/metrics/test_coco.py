@@ -76,7 +76,9 @@ def _random(seed):
     return truth | {"categories": [{"id": key, "name": f"name {key}"} for key in categories]}, rows
 
 
-@pytest.mark.parametrize("top", [100, 3, 500])
+@pytest.mark.parametrize(
+    "top", [pytest.param(100, marks=pytest.mark.slow), 3, pytest.param(500, marks=pytest.mark.slow)]
+)
 def test_equals_pycocotools_on_random_boxes(tmp_path, monkeypatch, top):
     paths = _write(tmp_path, *_random(top))
     caps = sorted({1, 10, top})
