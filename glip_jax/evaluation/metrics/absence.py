@@ -404,7 +404,7 @@ def _list(value: Any, where: str) -> list[Any]:
 def _expressions(annotations: str, predictions: str) -> tuple[Pairs, Found]:
     """gRefCOCO: each expression is an image with one name, absent where it has no target."""
     read = read_expressions(annotations, predictions)
-    targets, found = ([getattr(each, name) for each in read.expressions] for name in ("targets", "boxes"))
+    targets, found = ([getattr(each, name) for each in read] for name in ("targets", "boxes"))
     absent = np.array([i for i, own in enumerate(targets) if not len(own)], np.int64)
     if not len(absent):
         raise MetricError(
@@ -422,6 +422,6 @@ def _expressions(annotations: str, predictions: str) -> tuple[Pairs, Found]:
 
     of_boxes, true = rows(targets)
     of_found, boxes = rows(found)
-    none, scores = np.zeros(0, np.int64), np.concatenate([each.scores for each in read.expressions]).astype(np.float64)
+    none, scores = np.zeros(0, np.int64), np.concatenate([each.scores for each in read]).astype(np.float64)
     pairs = Pairs(("expression",), len(targets), absent, true, of_boxes, np.zeros(len(true), bool), none, none)
     return pairs, Found(of_found, scores, boxes)

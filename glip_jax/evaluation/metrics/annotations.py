@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float64, Int32
 
 from glip_jax.data.importers.coco_json import BoxFormatCheck
 from glip_jax.data.importers.entry import SourceError
-from glip_jax.data.importers.readers import as_integer, identity
-from glip_jax.evaluation.metrics.files import Ids, MetricError, Results, box_array, objects
+from glip_jax.data.importers.readers import as_integer
+from glip_jax.evaluation.metrics.files import Ids, MetricError, Results, box_array, id_of, objects
 
 __all__ = ["Annotations", "ResultCheck", "read_annotations"]
 
@@ -95,7 +95,7 @@ def read_annotations(path: str) -> Annotations:
     for i, item in enumerate(objects(path, "annotations", "annotations")):
         where = f"annotations {path}: annotations[{i}]"
         if item.get("id") is not None:
-            key = _id(item, where)
+            key = id_of(item, where)
             if key in seen:
                 raise MetricError(f"{path}: the id {key!r:.40} occurs twice in annotations: ids must be unique")
             seen.add(key)
@@ -137,19 +137,10 @@ def _listed(path: str, what: str) -> tuple[Ids, tuple[dict[str, Any], ...]]:
     listed = []
     for i, item in enumerate(objects(path, what, "annotations")):
         where = f"annotations {path}: {what}[{i}]"
-        if "id" not in item:
-            raise MetricError(f"{where} lacks id: expected {what} of COCO's form")
-        listed.append((_id(item, where), item))
+        listed.append((id_of(item, where), item))
     ids = Ids([key for key, _ in listed], what, path)
     fields: dict[Any, dict[str, Any]] = dict(listed)
     return ids, tuple(fields[key] for key in ids.keys)
-
-
-def _id(item: dict[str, Any], where: str) -> Any:
-    try:
-        return identity(item, "id", where)
-    except SourceError as error:
-        raise MetricError(str(error)) from None
 
 
 def _flag(item: dict[str, Any], key: str, where: str) -> bool:

@@ -5,29 +5,30 @@ expression without a target has one annotation of category -1 (gRefCOCO). Predic
 the expression.
 """
 
-import logging
 from collections import defaultdict
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32
 
+from glip_jax.data.importers.readers import as_integer
 from glip_jax.evaluation.metrics.files import (
     Ids,
     MetricError,
     ScoredBoxes,
     box_array,
     boxes_by_image,
+    id_of,
     objects,
     required,
 )
 
-__all__ = ["Expression", "Expressions", "read_expressions"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Expression", "read_expressions"]
 
 _NO_TARGET = -1
 """Category of the annotation of an expression without a target."""
+_LARGEST = 1e9
+"""Pixels that no box reaches."""
 
 
 class Expression(NamedTuple):
@@ -47,24 +48,16 @@ class Expression(NamedTuple):
     scores: Float32[np.ndarray, " P"]
 
 
-class Expressions(NamedTuple):
-    """What an annotation file and a file of predictions hold of the same expressions."""
-
-    expressions: list[Expression]
-    unlisted: int
-    """Number of predictions for expressions that the annotations do not list. As in the official evaluators, they do not count."""
-
-
-def read_expressions(annotations: str, predictions: str) -> Expressions:
+def read_expressions(annotations: str, predictions: str) -> list[Expression]:
     """Reads the annotations and the predictions of their expressions.
 
     Raises:
-        MetricError: a file cannot be used, an id occurs twice, an expression has no annotation or no prediction, or the
-            corners of a box are not in order.
+        MetricError: a file cannot be used, an id occurs twice, an expression has no annotation or no prediction, predictions
+            are of others, or the corners of a box are not in order.
     """
     names, keys = {}, []
     for entry in objects(annotations, "images", "annotations"):
-        key = required(entry, "id", f"{annotations}, an entry of images")
+        key = id_of(entry, f"{annotations}, an entry of images")
         names[key] = str(entry.get("dataset_name") or "")
         keys.append(key)
     ids = Ids(keys, "images", annotations)
@@ -72,31 +65,29 @@ def read_expressions(annotations: str, predictions: str) -> Expressions:
         raise MetricError(f"{annotations}: images is empty, expected at least one expression")
     targets = _targets(annotations, ids)
     predicted: dict[int, tuple[str, ScoredBoxes]] = {}
-    unlisted = 0
+    others = []
     for key, found in boxes_by_image(predictions).items():
         index = ids.find(key)
         if index in predicted:
             raise MetricError(f"the predictions {predictions} have the expression {predicted[index][0]} again as {key}")
         if index < 0:
-            unlisted += 1
+            others.append(key)
         else:
             predicted[index] = key, found
-    if missing := [key for index, key in enumerate(ids.keys) if index not in predicted]:
+    missing = [str(key) for index, key in enumerate(ids.keys) if index not in predicted]
+    if missing or others:
+        found = [f"lack {len(missing)} (first {missing[0]:.40})"] if missing else []
+        found += [f"have {len(others)} others (first {others[0]:.40})"] if others else []
         raise MetricError(
-            f"the predictions {predictions} lack {len(missing)} of the {len(ids)} expressions of {annotations}, first "
-            f"{missing[0]!r:.40}, and have {unlisted} others: expected an entry for each, with empty lists where nothing was "
-            "found; are they of another image list?"
-        )
-    if unlisted:
-        logger.warning(
-            f"note: {predictions}: {unlisted} predictions are of expressions that {annotations} does not list"
+            f"the predictions {predictions} are of another list: of the {len(ids)} expressions of {annotations} they "
+            f"{' and '.join(found)}; expected an entry for each, with empty lists where nothing was found"
         )
     expressions = []
     for index, key in enumerate(ids.keys):
         name, found = predicted[index]
         boxes, scores = _ranked(found, f"the predictions {predictions}, image {name:.40}")
         expressions.append(Expression(key, names[key], targets[index], boxes, scores))
-    return Expressions(expressions, unlisted)
+    return expressions
 
 
 def _targets(path: str, ids: Ids) -> list[Float32[np.ndarray, "T 4"]]:
@@ -113,10 +104,10 @@ def _targets(path: str, ids: Ids) -> list[Float32[np.ndarray, "T 4"]]:
         if index < 0:
             raise MetricError(f"{where} is of image {image!r:.40}, which is not in images")
         x, y, width, height = box_array([box], where, "bbox")[0].tolist()
-        if width < 0 or height < 0:
+        if width < 0 or height < 0 or max(abs(x), abs(y), width, height) > _LARGEST:
             raise MetricError(f"{where} has the bbox {box!r:.60}, expected [x, y, width, height]")
         boxes[index].append([x, y, x + width, y + height])
-        if entry.get("category_id") == _NO_TARGET:
+        if as_integer(entry.get("category_id")) == _NO_TARGET:
             absent.add(index)
     if without := [key for index, key in enumerate(ids.keys) if index not in boxes]:
         raise MetricError(
@@ -132,7 +123,10 @@ def _targets(path: str, ids: Ids) -> list[Float32[np.ndarray, "T 4"]]:
 
 def _ranked(found: ScoredBoxes, where: str) -> tuple[Float32[np.ndarray, "P 4"], Float32[np.ndarray, " P"]]:
     """Boxes and scores in the order of `Expression.boxes`."""
-    boxes, scores = found.boxes.astype(np.float32), found.scores.astype(np.float32)
+    with np.errstate(over="ignore"):
+        boxes, scores = found.boxes.astype(np.float32), found.scores.astype(np.float32)
+    if (abs(boxes) > _LARGEST).any() or np.isinf(scores).any():
+        raise MetricError(f"{where}: a box or a score is too large, expected pixels and a probability")
     if (boxes[:, 2:] < boxes[:, :2]).any():
         first = int(np.flatnonzero((boxes[:, 2:] < boxes[:, :2]).any(1))[0])
         raise MetricError(f"{where}: boxes[{first}] is {found.boxes[first].tolist()}, expected x1 <= x2 and y1 <= y2")

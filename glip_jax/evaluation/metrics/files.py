@@ -22,12 +22,12 @@ from jaxtyping import Float64, Int32
 
 from glip_jax import UserError
 from glip_jax.data.importers.entry import SourceError, one_line
-from glip_jax.data.importers.readers import JsonFile, as_integer, other_forms
+from glip_jax.data.importers.readers import JsonFile, as_integer, identity, other_forms
 from glip_jax.io import gcs, text_files
 from glip_jax.io.formats import explain
 
 __all__ = [
-    "Ids", "MetricError", "Results", "ScoredBoxes", "boxes_by_image", "box_array", "number_array", "objects", "prediction_files",
+    "Ids", "MetricError", "Results", "ScoredBoxes", "boxes_by_image", "box_array", "id_of", "number_array", "objects", "prediction_files",
     "read_json", "required", "result_blocks",
 ]  # fmt: skip
 
@@ -197,6 +197,15 @@ def required(item: dict[str, Any], key: str, where: str) -> Any:
     if key not in item:
         raise MetricError(f"{where} lacks {key}")
     return item[key]
+
+
+def id_of(item: dict[str, Any], where: str) -> int | str:
+    """The id of an object, a number or text; MetricError with `where` for none or another one."""
+    required(item, "id", where)
+    try:
+        return identity(item, "id", where)
+    except SourceError as error:
+        raise MetricError(str(error)) from None
 
 
 def _floats(values: Any) -> Float64[np.ndarray, "..."] | None:

@@ -30,9 +30,9 @@ def giou(a: Float[Any, "n 4"], b: Float[Any, "m 4"]) -> Float[Any, "n m"]:
     Without the epsilon of `structures.boxes.giou`: an IoU of exactly 0.5 of nested boxes stays 0.5.
     """
     overlap, union = _iou(a, b)
-    sides = np.maximum(a[:, None, 2:], b[None, :, 2:]) - np.minimum(a[:, None, :2], b[None, :, :2])
-    enclosing = sides[..., 0] * sides[..., 1]
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(all="ignore"):
+        sides = np.maximum(a[:, None, 2:], b[None, :, 2:]) - np.minimum(a[:, None, :2], b[None, :, :2])
+        enclosing = sides[..., 0] * sides[..., 1]
         return overlap - (enclosing - union) / enclosing
 
 
@@ -43,12 +43,12 @@ def overlaps(a: Float[Any, "n 4"], b: Float[Any, "m 4"], measure: Overlap) -> Fl
 
 def _iou(a: Float[Any, "n 4"], b: Float[Any, "m 4"]) -> tuple[Any, Any]:
     """The IoU and the area of the union."""
-    areas = [(each[:, 2] - each[:, 0]) * (each[:, 3] - each[:, 1]) for each in (a, b)]
-    sides = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
-    sides = np.maximum(sides, 0)
-    common = sides[..., 0] * sides[..., 1]
-    union = areas[0][:, None] + areas[1] - common
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(all="ignore"):
+        areas = [(each[:, 2] - each[:, 0]) * (each[:, 3] - each[:, 1]) for each in (a, b)]
+        sides = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
+        sides = np.maximum(sides, 0)
+        common = sides[..., 0] * sides[..., 1]
+        union = areas[0][:, None] + areas[1] - common
         return common / union, union
 
 

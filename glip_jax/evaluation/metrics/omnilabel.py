@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
 from pycocotools import mask
 
-from glip_jax.evaluation.metrics.files import Ids, MetricError, box_array, number_array, objects, required
+from glip_jax.evaluation.metrics.files import Ids, MetricError, box_array, id_of, number_array, objects, required
 from glip_jax.evaluation.metrics.matching import THRESHOLDS, Curve, curve, match
 from glip_jax.evaluation.metrics.per_category import ranks
 
@@ -90,8 +90,13 @@ def score(annotations: str, predictions: str) -> dict[str, Any]:
     """
     pairs = _read_pairs(annotations)
     true, found = _read_true(annotations, pairs), _read_found(predictions, annotations, pairs)
+    if found.outside and not len(found.pair):
+        raise MetricError(
+            f"the predictions {predictions}: all {found.outside} are of descriptions outside the label space of their image: write "
+            f"the ids of descriptions as {annotations} has them"
+        )
     if not len(found.pair):
-        logger.warning(f"note: {predictions} hold no box that counts: the numbers are those of finding nothing")
+        logger.warning(f"note: {predictions} hold no box: the numbers are those of finding nothing")
     if found.outside:
         logger.warning(
             f"note: {predictions}: {found.outside} predictions are of descriptions outside the label space of their image; they "
@@ -161,13 +166,13 @@ def _match(true: _Boxes, found: _Boxes) -> tuple[Bool[np.ndarray, "T n"], Bool[n
 def _read_pairs(path: str) -> _Pairs:
     """The label spaces of the annotations."""
     images = Ids(
-        [required(entry, "id", f"{path}, an image") for entry in objects(path, "images", "annotations")], "images", path
+        [id_of(entry, f"{path}, an image") for entry in objects(path, "images", "annotations")], "images", path
     )
     keys, category, words = [], array("b"), array("i")
     of_image, of_description = array("q"), array("q")
     for number, entry in enumerate(objects(path, "descriptions", "annotations")):
         where = f"{path}, description {entry.get('id')!r:.40}"
-        keys.append(required(entry, "id", where))
+        keys.append(id_of(entry, where))
         info, text = required(entry, "anno_info", where), required(entry, "text", where)
         if not isinstance(info, dict) or not isinstance(text, str):
             raise MetricError(
@@ -175,7 +180,10 @@ def _read_pairs(path: str) -> _Pairs:
             )
         category.append(required(info, "type", f"{where}, anno_info") != "object_description")
         words.append(len(text.split()))
-        for image in required(entry, "image_ids", where):
+        listed = required(entry, "image_ids", where)
+        if not isinstance(listed, list):
+            raise MetricError(f"{where} has the image_ids {listed!r:.60}, expected a list")
+        for image in listed:
             index = images.find(image)
             if index >= 0:
                 of_image.append(index)

@@ -18,7 +18,7 @@ _MIN_OVERLAP = 0.5
 
 
 def score(annotations: str, predictions: str, overlap: Overlap = "giou") -> dict[str, Any]:
-    """Precision of the `RANKS` for each data set (`dataset_name`) of the annotations, and `counts`.
+    """Precision of the `RANKS` for each data set (`dataset_name`) of the annotations, and `counts`, their numbers.
 
     `annotations`, `predictions`: paths of files as `expressions` reads them. An expression with no predicted box is missed.
     Only data sets that have expressions are in the result.
@@ -26,9 +26,8 @@ def score(annotations: str, predictions: str, overlap: Overlap = "giou") -> dict
     Raises:
         MetricError: what `read_expressions` refuses, or an expression that has not one true box or no `dataset_name`.
     """
-    read = read_expressions(annotations, predictions)
     hits = defaultdict[str, list[list[bool]]](list)
-    for each in read.expressions:
+    for each in read_expressions(annotations, predictions):
         if not each.dataset:
             raise MetricError(
                 f"{annotations}, image {each.id!r:.40} has no dataset_name: expected refcoco, refcoco+ or refcocog"
@@ -43,4 +42,4 @@ def score(annotations: str, predictions: str, overlap: Overlap = "giou") -> dict
         hits[each.dataset].append([bool(hit[:rank].any()) for rank in RANKS])
     precision = {name: [sum(column) / len(rows) for column in zip(*rows, strict=True)] for name, rows in hits.items()}
     counts = {name: len(rows) for name, rows in hits.items()}
-    return {**precision, "counts": {**counts, "unlisted_predictions": read.unlisted}}
+    return {**precision, "counts": counts}

@@ -92,6 +92,7 @@ def test_no_prediction_is_zero_and_not_an_error(tmp_path):
 def test_files_that_cannot_be_scored(tmp_path):
     for rows, true, message in (
         ([(5, [0, 0, 1, 1], {1: 0.5})], TRUE, r"does not list the image 5 \(item \[0\]"),
+        ([(3, [0, 0, 1, 1], {0: 0.5})], TRUE, "all 1 are of descriptions outside the label space"),
         ([(3, [0, 0, 1, 1], {1: float("nan")})], TRUE, r"scores\[0\] is .*NaN"),
         ([(3, [0, 0, 1], {1: 0.5})], TRUE, r"bbox\[0\] is .* expected four finite numbers"),
         ([], {key: TRUE[key] for key in ("images", "descriptions")}, "annotations"),

@@ -34,7 +34,7 @@ def test_official_numbers(overlap, name):
     found = refexp.score(str(MADE / "annotations.json"), str(MADE / "predictions.json"), overlap=overlap)
     counts = found.pop("counts")
     assert found == json.loads((MADE / "expected.json").read_text())[name]
-    assert counts == {"refcoco": 20, "refcoco+": 20, "refcocog": 23, "unlisted_predictions": 0}
+    assert counts == {"refcoco": 20, "refcoco+": 20, "refcocog": 23}
 
 
 def test_boxes_are_ranked_by_score_and_then_by_the_box(tmp_path):
@@ -48,10 +48,9 @@ def test_boxes_are_ranked_by_score_and_then_by_the_box(tmp_path):
         "5": [(0.9 - 0.01 * i, FAR) for i in range(10)] + [(0.1, TARGET)],  # rank 11
         "6": [(0.5, FAR), (0.5, TARGET)],  # as 1
         "7": [(0.5, [0, 300, 100, 400]), (0.5, TARGET)],  # equal x1: the greater y1
-        "unlisted": [(0.9, TARGET)],
     })  # fmt: skip
     assert refexp.score(*paths) == {
-        "refcoco": [2 / 8, 6 / 8, 6 / 8], "counts": {"refcoco": 8, "unlisted_predictions": 1}
+        "refcoco": [2 / 8, 6 / 8, 6 / 8], "counts": {"refcoco": 8}
     }  # fmt: skip
 
 
@@ -62,7 +61,12 @@ def test_scores_are_float32_as_in_the_official_evaluators(tmp_path):
 
 
 BAD = {
-    "no prediction": ({1: [TARGET], 2: [TARGET]}, {"1": [], "3": []}, "lack 1 of the 2 expressions .* 1 others"),
+    "no prediction": (
+        {1: [TARGET], 2: [TARGET]},
+        {"1": [], "3": []},
+        r"of the 2 expressions of .* lack 1 \(first 2\) and have 1 others \(first 3\)",
+    ),
+    "a longer list": ({1: [TARGET]}, {"1": [], "2": []}, r"they have 1 others \(first 2\); expected"),
     "no box": ({1: [TARGET], 2: []}, {"1": [], "2": []}, "1 of 2 expressions have no annotation, first 2"),
     "corners in the wrong order": ({1: [TARGET]}, {"1": [(0.5, [100, 0, 0, 100])]}, r"boxes\[0\].*x1 <= x2"),
     "nan": ({1: [TARGET]}, {"1": [(float("nan"), TARGET)]}, r"scores\[0\] is nan"),
@@ -86,6 +90,14 @@ def test_an_annotation_id_that_occurs_twice(tmp_path):
     true = Path(paths[0])
     true.write_text(true.read_text().replace('"id": 1, "image_id"', '"id": 0, "image_id"'))
     with pytest.raises(MetricError, match="annotation 0 occurs twice"):
+        refexp.score(*paths)
+
+
+def test_an_id_that_is_no_number_or_text(tmp_path):
+    paths = _write(tmp_path, {1: [TARGET]}, {"1": []})
+    true = Path(paths[0])
+    true.write_text(true.read_text().replace('"id": 1', '"id": [1]'))
+    with pytest.raises(MetricError, match=r"id \[1\], expected a number or text"):
         refexp.score(*paths)
 
 
