@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -29,6 +29,7 @@ from glip_jax.structures.batch import Detections
 if TYPE_CHECKING:
     from glip_jax.evaluation.evaluate import Evaluated, Grounded
     from glip_jax.evaluation.shares import Share
+    from glip_jax.evaluation.thresholds import Thresholds
     from glip_jax.inference import Detector
     from glip_jax.io.checkpoint import Checkpoint
 
@@ -58,6 +59,15 @@ class EvaluateArguments(ProcessArguments, Arguments):
     measure_chunking: bool = False
     """Evaluate every detection set twice more, with the names shuffled and in prompts half as long, and report how AP50
     changes."""
+    alone: int = 1
+    """Of a set that lists absent names: that many times the number of its images are pairs of an image and an absent name asked again, one
+    name a prompt; as many pairs of names that are there, and of look-alikes. 0: none."""
+    false_alarms: float | None = None
+    """Also report the numbers of every set from the threshold on that leaves at most this many false alarms per image and absent name;
+    names with enough pairs have their own threshold."""
+    report: PathStr = ""
+    """evaluation.json from which --false-alarms takes the thresholds; default: this evaluation if one of its sets lists absent names,
+    else the one in the folder of the checkpoint."""
     unless_done: bool = False
     """Keep an evaluation.json that was made with the same checkpoint, settings, code, versions, annotations and images."""
 
@@ -85,16 +95,40 @@ def _evaluate(arguments: EvaluateArguments, share: "Share") -> int:
         logger.info(f"{out} is evaluated; nothing is measured twice")
         return exit_codes.DONE
     with checkpoint_argument.fitting_parameters():
-        evaluate_checkpoint(arguments.config, checkpoint, out, arguments.measure_chunking, share)
+        evaluate_checkpoint(
+            arguments.config, checkpoint, out, arguments.measure_chunking, share, _absent_names(arguments)
+        )
     return exit_codes.DONE
 
 
+class AbsentNames(NamedTuple):
+    """What is measured of absent names, as the flags of these names say."""
+
+    alone: int = 0
+    false_alarms: float | None = None
+    report: str = ""
+
+
+def _absent_names(arguments: EvaluateArguments) -> AbsentNames:
+    """The flags, checked."""
+    rate = arguments.false_alarms
+    if rate is not None and not rate > 0:
+        raise CommandLineError(f"--false-alarms={rate}: expected more than 0, such as 0.05")
+    if arguments.alone < 0:
+        raise CommandLineError(f"--alone={arguments.alone}: expected a number of pairs per image, or 0 for none")
+    if arguments.report and rate is None:
+        raise CommandLineError(f"--report={arguments.report} gives thresholds for --false-alarms, which is not given")
+    return AbsentNames(arguments.alone, rate, arguments.report)
+
+
 def evaluate_checkpoint(
-    config: Config, checkpoint: "Checkpoint", out: str, measure_chunking: bool = False, share: "Share | None" = None
-) -> "dict[str, Evaluated | Grounded]":
+    config: Config, checkpoint: "Checkpoint", out: str, measure_chunking: bool = False, share: "Share | None" = None,
+    absent: AbsentNames | None = None,
+) -> "dict[str, Evaluated | Grounded]":  # fmt: skip
     """Evaluates a checkpoint on all sets, logs the table, writes the files named above to `out`; returns the evaluations.
 
-    `share`: the part of this process where several evaluate together; the first logs and writes.
+    `share`: the part of this process where several evaluate together; the first logs and writes. `absent`: what is measured of names
+    that are known to be absent.
 
     Raises CommandLineError if the config names no set, CheckpointError for a checkpoint of another network or where `out`
     cannot be written, EvaluationError or GroundTruthError for a set that cannot be evaluated; annotations are read before
@@ -102,13 +136,14 @@ def evaluate_checkpoint(
     """
     from glip_jax.cli.report import write_report
     from glip_jax.cli.reports.run_report import table
+    from glip_jax.evaluation.alone import asked_alone
     from glip_jax.evaluation.chunking import chunking_effect
     from glip_jax.evaluation.evaluate import Evaluated, check_set, evaluate_set
     from glip_jax.evaluation.shares import Share
     from glip_jax.inference import Detector
     from glip_jax.io.workdir import check_network, on_first_process, prepare, write_atomic
 
-    share = share or Share()
+    share, absent = share or Share(), absent or AbsentNames()
     log = logger.info if share.first else lambda _: None
     if not config.evaluation.sets:
         raise CommandLineError("config.evaluation.sets is empty: name a set with annotations and images")
@@ -117,6 +152,7 @@ def evaluate_checkpoint(
             log(f"note: {note}")
     workdir = checkpoint.workdir
     check_network(workdir, checkpoint.settings, config)
+    given = _given_thresholds(config, absent, workdir)
     folder = epath.Path(out)
     on_first_process(lambda: prepare(str(folder)))
     enable_compilation_cache()
@@ -128,13 +164,20 @@ def evaluate_checkpoint(
         return Detector(other, detector.params)
 
     results, content = {}, {}
+    rates = () if absent.false_alarms is None else (absent.false_alarms,)
     for name, dataset in config.evaluation.sets.items():
-        result = evaluate_set(detector, config, dataset, name=name, report=log, share=share)
+        result = evaluate_set(detector, config, dataset, name=name, report=log, share=share, rates=rates)
+        if isinstance(result, Evaluated) and result.absence is not None and absent.alone:
+            result.absence["alone"] = asked_alone(
+                detector, config, dataset, result, absent.alone, name, share=share, rates=rates
+            )
         results[name], content[name] = result, _entry(result, dataset, detector, config)
         if measure_chunking and isinstance(result, Evaluated):
             longest = max(len(chunk) for chunk in content[name]["chunks"])
             content[name]["chunking"] = chunking_effect(detector, make, config, dataset, result, longest, name)
-    summary = {**_provenance(config, checkpoint, parameters), "sets": content}
+    if absent.false_alarms is not None:
+        _add_numbers_at(absent.false_alarms, results, content, given)
+    summary = {**_provenance(config, checkpoint, parameters), "absent_names": absent._asdict(), "sets": content}
     if not share.first:
         return results
     for name, result in results.items():
@@ -144,9 +187,41 @@ def evaluate_checkpoint(
     for name, entry in content.items():
         for line in entry.get("chunking", ()):
             logger.info(f"{name}, {line['asked']}: AP50 {line['AP50']:.4f}, {line['difference']:+.4f}")
+    for name, entry in content.items():
+        if at := entry.get("at_false_alarms"):
+            shown = ", ".join(f"{key} {value:.4f}" for key, value in at["numbers"].items() if value is not None)
+            logger.info(
+                f"{name}, at {at['false_alarms']:g} false alarms ({at['set']}: from {at['threshold']:.3f}): {shown}"
+            )
     logger.info(f"numbers, settings and hashes: {folder / 'evaluation.json'}")
     logger.info(f"HTML report: {write_report(workdir, out=str(folder))}")
     return results
+
+
+def _given_thresholds(config: Config, absent: AbsentNames, workdir: str) -> "Thresholds | None":
+    """The thresholds of a report for --false-alarms; None where this evaluation gives them. Raises ThresholdError."""
+    from glip_jax.evaluation.average_precision import load_ground_truth
+    from glip_jax.evaluation.thresholds import read_thresholds
+
+    if absent.false_alarms is None:
+        return None
+    detection = {name: dataset for name, dataset in config.evaluation.sets.items() if dataset.kind == "detection"}
+    truths = (load_ground_truth(dataset.annotations, dataset, name) for name, dataset in detection.items())
+    if not absent.report and any(names.known_absent for truth in truths for names in truth.listed.values()):
+        return None
+    return read_thresholds(absent.report or str(epath.Path(workdir) / "evaluation.json"), absent.false_alarms)
+
+
+def _add_numbers_at(
+    rate: float, results: "dict[str, Evaluated | Grounded]", content: dict[str, dict[str, Any]], given: "Thresholds | None",
+) -> None:  # fmt: skip
+    """Adds `at_false_alarms` to the entry of each set: its numbers from the thresholds on, `given` or those of this evaluation."""
+    from glip_jax.evaluation.thresholds import choose, numbers_at
+
+    measured = {name: entry["absence"] for name, entry in content.items() if entry.get("absence")}
+    given = given or choose(measured, rate, "this evaluation")
+    for name, result in results.items():
+        content[name]["at_false_alarms"] = given.summary() | {"numbers": numbers_at(result, given)}
 
 
 def phrase_results(detections: dict[Any, Detections]) -> list[dict[str, Any]]:
@@ -188,6 +263,7 @@ def _done(arguments: EvaluateArguments, checkpoint: "Checkpoint", out: str) -> b
         # The path of the run does not affect results; its parameters are compared by their hashes.
         same = all(found[key] == now[key] for key in now if key not in ("date", "workdir"))
         same = same and found["sets"].keys() == config.evaluation.sets.keys()
+        same = same and found.get("absent_names") == _absent_names(arguments)._asdict()
         for name, dataset in config.evaluation.sets.items():
             entry = found["sets"].get(name, {})
             same = same and saved_set(entry) == dataset
@@ -234,6 +310,7 @@ def _entry(
                 "numbers": result.precision.numbers | {"AP50_permuted": chance, "AP50_ratio": ratio},
                 "per_class": result.precision.per_class,
                 "per_class_50": result.precision.per_class_50,
+                **({"absence": result.absence} if result.absence is not None else {}),
                 "left_out": result.truth.left_out,
             }
         case Grounded():

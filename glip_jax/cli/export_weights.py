@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from glip_jax.cli import checkpoint_argument
 from glip_jax.cli.command_line import CommandLineError, flags, split_settings
+from glip_jax.cli.least_scores import carried_report
 from glip_jax.config import Config, PathStr
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
@@ -103,6 +104,8 @@ def export(job: Export, settings: Sequence[str] = ()) -> "Difference":
             f"largest difference over {len(images)} images: logits {found.logits:.1e}, boxes {found.boxes:.4f} pixels"
         )
         found.check(f"{job.out} ({job.format})")
+        if local.is_dir() and (report := carried_report(checkpoint, config)):
+            (local / "evaluation.json").write_text(report)
         names = {file: sha256(epath.Path(file)) for file in _heavy_files(local)}
     for file, digest in names.items():
         where = job.out if file == local else f"{job.out}/{file.name}"

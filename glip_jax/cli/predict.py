@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import numpy as np
 import tyro
 from etils import epath
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 from tqdm import tqdm
 
 from glip_jax import UserError
 from glip_jax.cli import checkpoint_argument
 from glip_jax.cli.command_line import CommandLineError, flags, split_settings
+from glip_jax.cli.least_scores import least_scores
 from glip_jax.cli.processes import ProcessArguments, checkpoint_fingerprint, fingerprints, run_joined, share_of
 from glip_jax.cli.query import Query, read_query
 from glip_jax.cli.reports import drawing
@@ -93,8 +94,14 @@ class Predict(ProcessArguments):
     """File with a name on each line, asked as it is there; empty lines are skipped."""
     out: PathStr = "predictions"
     """Folder to write into; made if it is not there."""
-    threshold: float = 0.3
-    """Lowest score of a detection that is written and drawn."""
+    threshold: float | None = None
+    """Lowest score of a detection that is written and drawn; default: the one of --false-alarms=0.05 if `evaluate` has measured absent names
+    with this checkpoint, else 0.3."""
+    false_alarms: float | None = None
+    """Take the threshold at which the report of `evaluate` has at most this many false alarms per image and absent name: 0.01, 0.05, 0.25
+    or what `evaluate --false-alarms` was given. Names of which it saw enough have their own."""
+    report: PathStr = ""
+    """The evaluation.json with the thresholds; default: the one in the folder of the checkpoint."""
     step: int | None = None
     """Step of the checkpoint of a WORKDIR; default: the newest complete one."""
 
@@ -149,8 +156,6 @@ def predict(job: Predict, settings: Sequence[str], command: str, share: Share | 
     from glip_jax.inference import Detector, bucket
 
     share = share or Share()
-    if not 0 <= job.threshold < 1:
-        raise CommandLineError(f"--threshold={job.threshold}: expected 0 <= threshold < 1")
     if not job.images:
         raise CommandLineError(
             "no images: expected files or folders, e.g. predict photo.jpg --checkpoint=DIR --names=dog"
@@ -159,16 +164,19 @@ def predict(job: Predict, settings: Sequence[str], command: str, share: Share | 
     config = checkpoint_argument.settings_of(checkpoint, settings, "predict")
     which = config.evaluation.parameters
     query = read_query(job.text, job.names, job.names_file, config)
+    texts, alone = [phrase.text for phrase in query.phrases], len(query.prompts) == len(query.phrases)
+    least = least_scores(job.threshold, job.false_alarms, job.report, checkpoint, config, texts, alone)
     pictures, left_out = _pictures(job.images, config, share.first)
     for note in query.notes if share.first else ():
         logger.info(note)
     if share.first:
-        logger.info(f"{checkpoint_argument.describe(checkpoint)}, {which} parameters")
+        logger.info(f"{checkpoint_argument.describe(checkpoint)}, {which} parameters; {least.text()}")
     enable_compilation_cache()
     about = {
         "command": command, "workdir": checkpoint.workdir, "step": checkpoint.step,
         "parameters": which,
-        "settings": {"threshold": job.threshold, "detection": asdict(config.detection),
+        "settings": {"threshold": least.threshold, "thresholds": least.chosen and list(least.of_phrases), "chosen": least.chosen,
+                     "detection": asdict(config.detection),
                      "short_side": config.evaluation.short_side, "long_side": config.evaluation.long_side},
         "query": query.kind, "phrase_finder": query.finder, "prompts": [prompt.caption for prompt in query.prompts],
         "phrases": [phrase._asdict() for phrase in query.phrases],
@@ -176,7 +184,7 @@ def predict(job: Predict, settings: Sequence[str], command: str, share: Share | 
     with _results(epath.Path(job.out), about, pictures, left_out, share) as results:
         begin = time.monotonic()
         detector = Detector(config, checkpoint.parameters(which), min(config.evaluation.batch_size, len(pictures)))
-        _detect(detector, query, pictures, job.threshold, results)
+        _detect(detector, query, pictures, np.array(least.of_phrases, np.float32), results)
         results.gather()
         content = results.content()
         left_out = content["left_out"]
@@ -406,7 +414,7 @@ def _keep(results: _Results) -> None:
 
 
 def _detect(
-    detector: "Detector", query: Query, pictures: Sequence[Picture], threshold: float, results: _Results
+    detector: "Detector", query: Query, pictures: Sequence[Picture], least: Float32[np.ndarray, " n"], results: _Results
 ) -> None:
     """Runs the detector on the share of this process, groups of one canvas, draws each image, and saves what is done as it comes."""
     from glip_jax.inference import pipelined
@@ -434,7 +442,7 @@ def _detect(
                 if isinstance(each, ImageFileError):
                     _leave_out(results.left_out, picture.path, each)
                     continue
-                entry = _entry(picture, next(of_images), threshold, each.notes)
+                entry = _entry(picture, next(of_images), least, each.notes)
                 _draw(each.pixels, entry, query, results.folder)
                 results.add(picture, entry, each.stamp)
             results.save()
@@ -459,7 +467,9 @@ def _read(picture: Picture) -> _Read | ImageFileError:
         return ImageFileError(str(error))
 
 
-def _entry(picture: Picture, found: Detections, threshold: float, notes: Sequence[str]) -> dict[str, Any]:
+def _entry(
+    picture: Picture, found: Detections, least: Float32[np.ndarray, " n"], notes: Sequence[str]
+) -> dict[str, Any]:
     """The entry of an image in predictions.json."""
     detections = [
         {
@@ -469,7 +479,7 @@ def _entry(picture: Picture, found: Detections, threshold: float, notes: Sequenc
             "alignment": round(float(found.alignment[row]), 5),
             "centerness": round(float(found.centerness[row]), 5),
         }
-        for row in np.flatnonzero(found.scores >= threshold)
+        for row in np.flatnonzero(found.scores >= least[found.phrases])
     ]
     return {
         "file": str(picture.path),
@@ -519,5 +529,5 @@ def _table(content: dict[str, Any], images: int = 8, rows: int = 10) -> str:
     if absent:
         shown = ", ".join(texts[index] for index in absent[:20])
         more = f" and {len(absent) - 20} more" if len(absent) > 20 else ""
-        lines.append(f"no score of {content['settings']['threshold']} or more: {shown}{more}")
+        lines.append(f"no score of {content['settings']['threshold']:.3g} or more: {shown}{more}")
     return "\n".join(lines)

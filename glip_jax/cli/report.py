@@ -117,8 +117,9 @@ def _evaluated(folder: epath.Path, name: str, entry: dict[str, Any]) -> Evaluate
         index = {number: i for i, number in enumerate(truth.category_ids)}
         found = {key: _detections([(index[row["category_id"]], row) for row in by_image[key]], 1.0) for key in ids}
         return Evaluated(
-            truth, tuple(entry["prompts"]), ids, found, precision, numbers["AP50_permuted"], entry["hashes"]["pictures"]
-        )
+            truth, tuple(entry["prompts"]), ids, found, precision, numbers["AP50_permuted"], entry["hashes"]["pictures"],
+            absence=entry.get("absence"),
+        )  # fmt: skip
     found = {key: _detections([(row["phrase"], row) for row in by_image[key]], 0.0) for key in ids}
     unasked = {key: tuple(lost) for key, lost in entry["unasked"]}
     recall = Recall(numbers, entry["phrases"])

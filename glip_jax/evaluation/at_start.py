@@ -9,6 +9,7 @@ from etils import epath
 
 from glip_jax import UserError
 from glip_jax.config import EvaluationSet
+from glip_jax.evaluation.absent_names import scalar_names
 from glip_jax.evaluation.average_precision import NUMBERS, GroundTruth
 from glip_jax.evaluation.recall import GroundingTruth, phrase_recall
 from glip_jax.io.paths import OutsideError, within
@@ -70,4 +71,6 @@ def metric_names(truth: GroundTruth | GroundingTruth, max_images: int = 0) -> li
             areas = [a["area"] for a in truth.content["annotations"] if a["image_id"] in chosen and not a["iscrowd"]]
             sizes = {s for s, (low, high) in _AREAS.items() if any(low <= area <= high for area in areas)}
             names = [name for name in NUMBERS if areas and (name[-1] not in _AREAS or name[-1] in sizes)]
-            return [*names, *(["AP50_permuted"] if areas and len(truth.category_ids) > 1 else []), "images"]
+            lists = any(names.known_absent for key, names in truth.listed.items() if key in chosen)
+            absent = scalar_names(bool(areas)) if lists else []
+            return [*names, *(["AP50_permuted"] if areas and len(truth.category_ids) > 1 else []), *absent, "images"]

@@ -15,14 +15,14 @@ from pycocotools.cocoeval import COCOeval
 
 from glip_jax import UserError
 from glip_jax.config import EvaluationSet
-from glip_jax.data.importers.coco_json import read_detections
+from glip_jax.data.importers.coco_json import AnnotatedImage, read_detections
 from glip_jax.data.importers.entry import Report, SourceError, as_numbers
 from glip_jax.data.importers.losses import refuse_losses
 from glip_jax.evaluation.metrics.per_category import mean_of
 from glip_jax.structures.batch import Detections
 
 __all__ = [
-    "NUMBERS", "AveragePrecision", "GroundTruth", "GroundTruthError", "average_precision", "coco_numbers", "coco_results",
+    "NUMBERS", "AveragePrecision", "GroundTruth", "GroundTruthError", "ListedNames", "average_precision", "coco_numbers", "coco_results",
     "derangement", "load_ground_truth", "permuted_ap50", "setting_names",
 ]  # fmt: skip
 
@@ -32,6 +32,17 @@ NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 
 class GroundTruthError(UserError, ValueError):
     """Annotations that cannot be used for evaluation."""
+
+
+class ListedNames(NamedTuple):
+    """Names that an image lists besides its boxes, as indices into `GroundTruth.names`."""
+
+    known_absent: tuple[int, ...]
+    """What is known not to be in the image, and has no box in it."""
+    look_alikes: tuple[int, ...]
+    """Those of them that resemble what the image shows."""
+    not_exhaustive: tuple[int, ...]
+    """Names not all of whose objects have a box."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,8 @@ class GroundTruth:
     """Names in the prompts."""
     left_out: dict[str, int] = field(default_factory=dict)
     """Counts of what is not evaluated or was repaired, by reason."""
+    listed: dict[Any, ListedNames] = field(default_factory=dict)
+    """By image id."""
 
 
 class AveragePrecision(NamedTuple):
@@ -78,7 +91,10 @@ def load_ground_truth(path: str, dataset: EvaluationSet | None = None, name: str
             crowds=given.crowds or None,
         )  # fmt: skip
         known, images, annotations, ignored = data.categories, [], [], 0
+        number = {name: i for i, name in enumerate(known.names)}
+        names: dict[Any, ListedNames] = {}
         for image in data.images:
+            names[image.id] = _listed_names(image, number, report)
             size = {} if image.height is None else {"height": image.height, "width": image.width}
             images.append({"id": image.id, "file_name": image.file, **size})
             for box in image.boxes:
@@ -104,7 +120,18 @@ def load_ground_truth(path: str, dataset: EvaluationSet | None = None, name: str
         "images": images, "annotations": annotations,
         "categories": [{"id": i, "name": title} for i, title in zip(known.ids, known.titles, strict=True)],
     }  # fmt: skip
-    return GroundTruth(path, content, known.ids, known.titles, known.names, dict(report.dropped + report.noted))
+    return GroundTruth(path, content, known.ids, known.titles, known.names, dict(report.dropped + report.noted), names)
+
+
+def _listed_names(image: AnnotatedImage, number: Mapping[str, int], report: Report) -> ListedNames:
+    """`number`: index by name."""
+    boxed, absent = {box.label for box in image.boxes}, [number[name] for name in image.known_absent or ()]
+    both = [name for name in image.known_absent or () if number[name] in boxed]
+    report.note("name: known absent but boxed, not kept as absent", f"image {image.id}, {both[:1]}", len(both))
+    alike, unfinished = ([number[name] for name in names] for names in (image.look_alikes, image.not_exhaustive))
+    return ListedNames(
+        tuple(i for i in absent if i not in boxed), tuple(i for i in alike if i not in boxed), tuple(unfinished)
+    )
 
 
 @contextlib.contextmanager

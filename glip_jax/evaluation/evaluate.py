@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from glip_jax import UserError
 from glip_jax.config import Config, EvaluationSet, Orientation
+from glip_jax.evaluation.absent_names import absence, absence_scalars
 from glip_jax.evaluation.at_start import check_images
 from glip_jax.evaluation.average_precision import (
     AveragePrecision,
@@ -41,7 +42,7 @@ from glip_jax.structures.batch import Detections, Prompt
 from glip_jax.structures.prompts import PromptError, Tokenizer, check_names, listed, load_tokenizer, unread_names
 
 __all__ = [
-    "CategoryDetector", "DetectorProtocol", "Evaluated", "EvaluationError", "Grounded", "PhraseDetector", "check_set", "evaluate",
+    "CategoryDetector", "DetectorProtocol", "Evaluated", "EvaluationError", "Grounded", "PhraseDetector", "check_set", "detect_alone", "evaluate",
     "evaluate_detection", "evaluate_grounding", "evaluate_set", "hash_pictures", "read_image", "saved_set", "scalars",
 ]  # fmt: skip
 
@@ -110,6 +111,8 @@ class Evaluated(NamedTuple):
     """SHA-256 over the evaluated files: their names and contents in the order of `image_ids`."""
     orientation: Orientation = "auto"
     """EvaluationSet.orientation."""
+    absence: dict[str, Any] | None = None
+    """`absent_names.absence`: false alarms and thresholds; None for a set that lists no absent names."""
 
 
 class Grounded(NamedTuple):
@@ -163,7 +166,8 @@ def scalars(result: Evaluated | Grounded) -> dict[str, float]:
     match result:
         case Evaluated():
             metrics = result.precision.numbers | {"AP50_permuted": result.permuted}
-            return {k: v for k, v in metrics.items() if v >= 0} | {"images": float(len(result.image_ids))}
+            absence = absence_scalars(result.absence) if result.absence is not None else {}
+            return {k: v for k, v in metrics.items() if v >= 0} | absence | {"images": float(len(result.image_ids))}
         case Grounded():
             phrases = {f"{kind}/phrases" if kind else "phrases": n for kind, n in result.recall.phrases.items()}
             lost = {k: n for k, n in result.counts.items() if n and k != "captions"}
@@ -247,12 +251,13 @@ def evaluate_set(
     progress: bool = True,
     report: Callable[[str], None] | None = None,
     share: Share | None = None,
+    rates: Sequence[float] = (),
 ) -> Evaluated | Grounded:
     """`evaluate_detection` or `evaluate_grounding`, as `dataset.kind` says."""
     match dataset.kind:
         case "detection":
             return evaluate_detection(
-                detector, config, dataset, name=name, progress=progress, report=report, share=share
+                detector, config, dataset, name=name, progress=progress, report=report, share=share, rates=rates
             )
         case "grounding":
             return evaluate_grounding(
@@ -270,12 +275,13 @@ def evaluate_detection(
     report: Callable[[str], None] | None = None,
     order: Sequence[int] | None = None,
     share: Share | None = None,
+    rates: Sequence[float] = (),
 ) -> Evaluated:
     """Evaluates detection of every category of `dataset` in its first `config.evaluation.max_images` images (0: all).
 
     Boxes are written with width x2 - x1 + 1 (glip-reference 5.2). `report` takes a line with the names in the prompts. `order`
     is the order of the categories in the prompts (default: by id); it does not change the order in the result. `share`: see
-    `evaluate`.
+    `evaluate`. `rates`: false alarms for which a threshold is chosen besides the usual ones.
 
     Raises:
         EvaluationError: an image that is missing, unreadable or of another size than in the annotations.
@@ -300,7 +306,41 @@ def evaluate_detection(
     results = coco_results(truth, detections)
     precision = average_precision(truth, results, list(image_ids))
     permuted = permuted_ap50(truth, results, list(image_ids))
-    return Evaluated(truth, names, image_ids, detections, precision, permuted, pictures, dataset.orientation)
+    absent = absence(truth, detections, image_ids, rates)
+    return Evaluated(truth, names, image_ids, detections, precision, permuted, pictures, dataset.orientation, absent)
+
+
+def detect_alone(
+    detector: PhraseDetector,
+    config: Config,
+    dataset: EvaluationSet,
+    truth: GroundTruth,
+    asked: Mapping[Any, Sequence[int]],
+    *,
+    name: str = "",
+    progress: bool = True,
+    share: Share | None = None,
+) -> dict[Any, Detections]:
+    """Detections of names each of which is the only one of its prompt.
+
+    `asked`: by image id, indices into `truth.prompts`, which the phrases of the result are too. Otherwise as `evaluate_detection`.
+    """
+    entries = [entry for entry in truth.content["images"] if asked.get(entry["id"])]
+    numbers = sorted({number for own in asked.values() for number in own})
+    prompts = {n: category_prompts([truth.prompts[n]], detector.tokenizer, config)[0][0] for n in numbers}
+
+    def start(group: Sequence[dict[str, Any]], images: list[Any]) -> Callable[[], list[Detections]]:
+        own = [asked[entry["id"]] for entry in group]
+        finish = detector.detect_async(images, [[prompts[n] for n in each] for each in own])
+        return lambda: [_joined([_renumbered(one, np.array([n])) for n, one in zip(each, found, strict=True)])
+                        for each, found in zip(own, finish(), strict=True)]  # fmt: skip
+
+    return _run(entries, detector, config, dataset, name, progress, start, None, share or Share())[0]
+
+
+def _joined(parts: Sequence[Detections]) -> Detections:
+    """The detections of several prompts, in their order."""
+    return Detections(*(np.concatenate([part[i] for part in parts]) for i in range(3)))
 
 
 def evaluate_grounding(

@@ -110,11 +110,20 @@ def test_the_threshold_and_what_is_not_found(run, tmp_path, capsys):
     capsys.readouterr()
     _predict(run, image, "--names=cat,dog", f"--out={out}", *ALL, f"--least={threshold}")
     assert "--least is renamed: use --threshold" in capsys.readouterr().err
-    again = [found["score"] for found in _content(out)["images"][0]["detections"]]
+    kept = _content(out)["images"][0]["detections"]
+    again = [found["score"] for found in kept]
     assert 0 < len(again) < len(scores) and min(again) >= threshold
     _predict(run, image, "--names=cat,dog", f"--out={out}")
     assert _content(out)["images"][0]["detections"] == []
     assert "no score of 0.3 or more: cat, dog" in capsys.readouterr().out
+    # The same from a report: cats from the threshold on, no dog.
+    own = {"absent_pairs": 40, "thresholds": {"0.05": threshold}}
+    absence = {"absent_pairs": 80, "rates": {"0.05": {"threshold": 0.99}}, "per_name": {"cat": own}}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"step": 3, "sets": {"x": {"absence": absence}}}))
+    _predict(run, image, "--names=cat,dog", f"--out={out}", f"--report={tmp_path}", "--false-alarms=0.05")
+    chosen = _content(out)["images"][0]["detections"]
+    assert chosen == [found for found in kept if found["phrase"] == 0] != []
+    assert _content(out)["settings"]["thresholds"] == pytest.approx([threshold, 0.99])
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from glip_jax.cli.reports.absence_rows import SHOWN, alarm_rows, threshold_rows
 from glip_jax.cli.reports.card import Card
 from glip_jax.cli.reports.drawing import draw_curves, svg_uri
 from glip_jax.cli.reports.html import number, render_template
@@ -49,6 +50,8 @@ class _Set:
     permuted: float = -1.0
     ratio: str = ""
     bars: tuple[tuple[str, float], ...] = ()
+    alarms: float = -1.0
+    """False alarms per image and absent name at a score of 0.3."""
     rows: tuple[_Row, ...] = ()
     unasked: int = 0
 
@@ -71,12 +74,14 @@ def render(
     sets = [_shown(name, result, folder, scenes, threshold) for name, (result, folder) in evaluated.items()]
     panels = [(name, svg_uri(draw_curves(lines, name, "svg"))) for name, lines in curves.items() if lines]
     recorded = summary or {}
+    measured = _measured({name: result for name, (result, _) in evaluated.items()})
     facts, network = _settings_and_hashes(recorded)
     chunked = [{"name": name, "chunks": entry["chunks"]} for name, entry in recorded.get("sets", {}).items()
                if entry.get("chunks")]  # fmt: skip
     return render_template(
         "run.html.j2", title=title, notes=notes, sets=sets, curves=panels, recalls=_RECALLS, facts=facts, network=network,
         numbers=[name for name in NUMBERS if name not in ("AP", "AP50")], prompts=chunked,
+        absent=[alarm_rows(measured), threshold_rows(measured)],
         separator=recorded.get("settings", {}).get("data.captions.separator", ". "),
         detection=[s for s in sets if not s.grounding], grounding=[s for s in sets if s.grounding],
     )  # fmt: skip
@@ -103,7 +108,7 @@ def _shown(name: str, result: Evaluated | Grounded, folder: epath.Path, scenes: 
             bars = sorted(result.precision.per_class_50.items(), key=lambda item: (-item[1], item[0]))
             return _Set(
                 grounding=False, headline=number(numbers["AP50"], 3), below=tuple(below), names=len(result.prompts),
-                numbers=numbers, permuted=result.permuted, ratio=ratio or "-", bars=tuple(bars), **shared,
+                numbers=numbers, permuted=result.permuted, ratio=ratio or "-", bars=tuple(bars), alarms=_alarms(result), **shared,
             )  # fmt: skip
         case Grounded():
             rows = _rows(result)
@@ -149,19 +154,28 @@ def _settings_and_hashes(summary: Mapping[str, Any]) -> tuple[list[tuple[str, st
 
 
 def table(evaluated: Mapping[str, Evaluated | Grounded]) -> str:
-    """The numbers of every set as aligned lines for a terminal: detection sets, then grounding sets with their kinds."""
+    """The numbers of every set as aligned lines for a terminal: detection sets, grounding sets with their kinds, absent names."""
     detection = {name: result for name, result in evaluated.items() if isinstance(result, Evaluated)}
     grounding = {name: result for name, result in evaluated.items() if isinstance(result, Grounded)}
     parts = []
     if detection:
-        head = ["set", "images", "AP", "AP50", "permuted", "ratio", *(n for n in NUMBERS if n not in ("AP", "AP50"))]
+        head = [
+            "set",
+            "images",
+            "AP",
+            "AP50",
+            "permuted",
+            "ratio",
+            "alarms",
+            *(n for n in NUMBERS if n not in ("AP", "AP50")),
+        ]
         rows = []
         for name, result in detection.items():
             numbers = result.precision.numbers
             rows.append([
                 name, str(len(result.image_ids)), number(numbers["AP"]), number(numbers["AP50"]),
-                number(result.permuted), _ratio(numbers["AP50"], result.permuted) or "-",
-                *(number(numbers[n]) for n in head[6:]),
+                number(result.permuted), _ratio(numbers["AP50"], result.permuted) or "-", number(_alarms(result)),
+                *(number(numbers[n]) for n in head[7:]),
             ])  # fmt: skip
         parts.append(aligned([head, *rows]))
     if grounding:
@@ -176,7 +190,20 @@ def table(evaluated: Mapping[str, Evaluated | Grounded]) -> str:
                     str(row.phrases), *(number(row.numbers[n]) for n in _RECALLS), lost,
                 ])  # fmt: skip
         parts.append(aligned(rows))
+    measured = _measured(evaluated)
+    parts += [aligned(rows) for rows in (alarm_rows(measured), threshold_rows(measured)) if rows]
     return "\n\n".join(parts)
+
+
+def _measured(evaluated: Mapping[str, Evaluated | Grounded]) -> dict[str, dict[str, Any]]:
+    """The measures of absent names of the sets that have them."""
+    detection = {name: result for name, result in evaluated.items() if isinstance(result, Evaluated)}
+    return {name: result.absence for name, result in detection.items() if result.absence is not None}
+
+
+def _alarms(result: Evaluated) -> float:
+    """False alarms per image and absent name at a score of 0.3; -1 for a set that lists no absent names."""
+    return -1.0 if result.absence is None else result.absence["thresholds"][SHOWN[0]]["false_alarms"]
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -22,7 +22,7 @@ from glip_jax.io.provenance import file_hash
 from glip_jax.io.workdir import write_atomic
 
 __all__ = [
-    "Ask", "BenchmarkError", "BenchmarkSet", "Form", "Group", "Layout", "Metric", "Published", "SetFile", "agrees", "check_counts",
+    "ABSENCE", "Ask", "BenchmarkError", "BenchmarkSet", "Form", "Group", "Layout", "Metric", "Published", "SetFile", "agrees", "check_counts",
     "find_sets", "listing", "missing", "number", "other_than_reported", "own_set", "protocol", "scored_annotations",
 ]  # fmt: skip
 
@@ -86,7 +86,7 @@ class Metric:
 
     label: str
     """Column of the table, such as "fixed AP"."""
-    module: Literal["coco", "lvis", "flickr", "refexp", "grefcoco", "d3", "omnilabel"]
+    module: Literal["coco", "lvis", "flickr", "refexp", "grefcoco", "d3", "omnilabel", "absence"]
     """Module of `glip_jax.evaluation.metrics` whose `score` computes it."""
     main: str
     """Dotted key of the number that stands for the set, such as "any_box.1.all"; see `number`."""
@@ -96,6 +96,10 @@ class Metric:
     """Names of the asks that it scores; empty: all."""
     file: str = "annotations"
     """Role of the file that `score` takes as its annotations."""
+
+
+ABSENCE = Metric("AP at 0.05 false alarms", "absence", "rates.0.05.AP")
+"""AP from the score on that has at most 0.05 boxes per image and name that is known to be absent."""
 
 
 @dataclass(frozen=True)
@@ -285,8 +289,12 @@ def own_set(name: str, annotations: str, images: str, like: str = "coco", **othe
     lacking = [each.role for each in model.files if not each.optional and each.role not in roles]
     if lacking:
         raise BenchmarkError(f"{name}: a set like {like} also needs {', '.join(lacking)}")
+    lists_absent = gcs.kind(annotations) == "file" and any(
+        "known_absent" in each for each in objects(annotations, "images", "annotations")
+    )
+    metrics = (*model.metrics, ABSENCE) if lists_absent and ABSENCE not in model.metrics else model.metrics
     return dataclasses.replace(
-        model, name=name, title=f"{name} (as {model.name})", files=files, counts={}, reported={}, stems_sha256="", image_rule="all", published=(),
+        model, metrics=metrics, name=name, title=f"{name} (as {model.name})", files=files, counts={}, reported={}, stems_sha256="", image_rule="all", published=(),
         licence="your own", notes=(), domain="",
     )  # fmt: skip
 
@@ -330,16 +338,21 @@ def agrees(published: Published, measured: Mapping[str, Any]) -> bool:
 
 def number(result: Mapping[str, Any], key: str) -> float | None:
     """The number under a dotted key of a metric's result, positions in lists included; None if it is missing or undefined (-1)."""
-    value: Any = result
-    for part in [key] if key in result else key.split("."):
-        if isinstance(value, Mapping):
-            value = value.get(part)
-        elif isinstance(value, Sequence) and not isinstance(value, str) and part.isdigit() and int(part) < len(value):
-            value = value[int(part)]
-        else:
-            return None
+    value = _under(result, key)
     defined = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value != -1
     return float(value) if defined else None
+
+
+def _under(value: Any, key: str) -> Any:
+    """The value under a dotted key; names may have dots themselves, as "0.05"."""
+    parts = key.split(".")
+    for count in range(len(parts), 0, -1):
+        name, rest = ".".join(parts[:count]), ".".join(parts[count:])
+        if isinstance(value, Mapping) and name in value:
+            return _under(value[name], rest) if rest else value[name]
+    if isinstance(value, Sequence) and not isinstance(value, str) and parts[0].isdigit() and int(parts[0]) < len(value):
+        return _under(value[int(parts[0])], ".".join(parts[1:])) if parts[1:] else value[int(parts[0])]
+    return None
 
 
 def listing(sets: Iterable[BenchmarkSet], data: str, prompts_per_second: float | None = None) -> str:

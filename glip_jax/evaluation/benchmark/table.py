@@ -6,7 +6,16 @@ Facts (files, protocols, licences) and published numbers have their source besid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from glip_jax.evaluation.benchmark.sets import Ask, BenchmarkSet, Group, Metric, Published, SetFile, read_values
+from glip_jax.evaluation.benchmark.sets import (
+    ABSENCE,
+    Ask,
+    BenchmarkSet,
+    Group,
+    Metric,
+    Published,
+    SetFile,
+    read_values,
+)
 
 __all__ = ["GROUPS", "SETS"]
 
@@ -59,10 +68,18 @@ def _coco() -> BenchmarkSet:
     )  # fmt: skip
 
 
+_AT_FALSE_ALARMS = {
+    "Grounding DINO-T": "3.7 9.8 21.1", "MM-Grounding-DINO-T": "7.6 14.8 25.7", "LLMDet-T": "4.5 14.0 25.8",
+    "YOLO-World-L": "18.9 23.8 24.5", "OV-DINO-T": "27.4 31.6 33.6",
+}  # fmt: skip
+"""Standard AP in percent at 0.01, 0.05 and 0.25 false alarms; one name a prompt."""
+
+
 def _lvis() -> tuple[BenchmarkSet, BenchmarkSet]:
     metrics = (
         Metric("fixed AP", "lvis", "AP", {"fixed": True, "top": 10_000}),
         Metric("standard AP", "lvis", "AP", {"fixed": False, "top": 300}),
+        ABSENCE,
     )
     ask = Ask("names", chunk=40, boxes=300, prompts=31)
     chunks = {**_AS_GLIP, "chunk": 40, "boxes": 300, "boxes_per_image": 0, "widths": "plain"}
@@ -95,6 +112,8 @@ def _lvis() -> tuple[BenchmarkSet, BenchmarkSet]:
                 "GLIP-L, mmdetection": "27.9 33.7 39.7 36.1"}, _MMDET_GLIP, mmdet),
             *_rows("names", "fixed AP", keys, {
                 "Grounding DINO-T": "18.8 24.2 34.7 28.8", "MM-Grounding-DINO-T": "34.2 37.4 46.2 41.4"}, _MMDET, mmdet),
+            *_rows("names", ABSENCE.label, "rates.0.01.AP rates.0.05.AP rates.0.25.AP", _AT_FALSE_ALARMS, "Tractor-Dogs (ICLR 2026), second hand",
+                   {"chunk": 1}),
             *_rows("names", "fixed AP", "APr AP", {"LLMDet-T": "37.3 44.7", "LLMDet-L": "45.1 51.1"}, "iSEE-Laboratory/LLMDet README", mmdet),
         ),
         notes=("the paper says 5,000 images, the set has 4,809",),
@@ -204,7 +223,7 @@ def _grefcoco(split: str) -> BenchmarkSet:
             Metric(f"Pr@(F1=1), threshold {threshold}{'' if overlap == 'giou' else ' (IoU)'}", "grefcoco", "F1_score",
                    {"overlap": overlap, "threshold": threshold})
             for threshold, overlap in ((0.7, "giou"), (0.7, "iou"), (0.3, "giou"), (0.4, "giou"), (0.5, "giou"), (0.6, "giou"), (0.8, "giou"))
-        ),
+        ) + (Metric("cgF1 at 0.05 false alarms", "absence", "rates.0.05.cgF1"),),
         licence="not known: see the page of gRefCOCO; " + _COCO_LICENCE,
         prompt_rule="the expression and a full stop; a box has the highest score of the tokens",
         published=(
@@ -228,6 +247,13 @@ def _d3() -> BenchmarkSet:
             "d3",
             "all_groups.FULL",
             {"inter": True},
+            asks=("inter_parallel", "inter_concat"),
+        ),
+        Metric(
+            f"{ABSENCE.label}, boxes of all groups",
+            "absence",
+            ABSENCE.main,
+            {"exhaustive": True},
             asks=("inter_parallel", "inter_concat"),
         ),
     )

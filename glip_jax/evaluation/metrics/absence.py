@@ -22,6 +22,7 @@ Measures at a threshold t; a box counts if its score is at least t:
 `rates` are bounds on `false_alarms`: each has the lowest threshold that keeps it, and the AP of the boxes from there on.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 from pycocotools import mask
 
-from glip_jax.evaluation.metrics import lvis, per_category
+from glip_jax.evaluation.metrics import d3, lvis, per_category
 from glip_jax.evaluation.metrics.annotations import Annotations, read_annotations
 from glip_jax.evaluation.metrics.expressions import read_expressions
 from glip_jax.evaluation.metrics.files import MetricError, objects, result_blocks
@@ -49,6 +50,8 @@ __all__ = [
     "threshold_at",
     "thresholds_of",
 ]
+
+logger = logging.getLogger(__name__)
 
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Thresholds at which everything is reported."""
@@ -319,7 +322,8 @@ def score(
         annotations: COCO JSON with `known_absent`, LVIS JSON, or gRefCOCO's JSON.
         predictions: COCO results, in one file or in a folder of files; for gRefCOCO boxes by image.
         threshold: reported beside `THRESHOLDS`.
-        exhaustive: every category without a box is absent from its image (COCO val2017; D3 inter-scenario).
+        exhaustive: every category without a box is absent from its image (COCO val2017; D3 inter-scenario, with the boxes of all
+            groups where d3_pkl lies beside the file).
 
     AP is COCO's, of LVIS files LVIS's with 300 boxes an image; gRefCOCO has none. Raises MetricError for files that cannot be
     read, annotations without an absent pair, names of no category, and names that are both boxed and known to be absent.
@@ -328,6 +332,9 @@ def score(
     if "caption" in next(objects(annotations, "images", "annotations"), {}):
         return measure(*_expressions(annotations, predictions), None, thresholds)
     truth = read_annotations(annotations)
+    if exhaustive and (pickles := d3.pickles_beside(annotations)) is not None:
+        # The released file has of each box the descriptions of its own group only.
+        truth = d3.of_all_groups(truth, pickles)
     pairs = _pairs(truth, exhaustive)
     federated = any("neg_category_ids" in fields for fields in truth.image_fields)
     judged, parts = np.union1d(pairs.absent, pairs.present), [_NONE]
@@ -373,14 +380,19 @@ def _pairs(truth: Annotations, exhaustive: bool) -> Pairs:
                 listed[key].append(image * count + category)
     of_boxes = truth.image.astype(np.int64) * count + truth.category
     everything = np.arange(len(truth.images) * count) if exhaustive else np.zeros(0, np.int64)
-    absent = np.unique(np.array(listed["known_absent"] + listed["neg_category_ids"], np.int64))
+    negative = np.array(listed["neg_category_ids"], np.int64)
+    if count_of_both := int(np.isin(negative, of_boxes).sum()):
+        logger.warning(
+            f"note: {truth.path}: {count_of_both} of {len(negative)} neg_category_ids have a box in their image: taken as present"
+        )
+    absent = np.array(listed["known_absent"], np.int64)
     if len(both := np.intersect1d(absent, of_boxes)):
         image, category = divmod(int(both[0]), count)
         raise MetricError(
             f"{truth.path}: image {truth.images.keys[image]!r:.40} has a box of {truth.names[category]!r:.60}, which it lists as "
             f"known to be absent ({len(both)} such cases): correct one of the two"
         )
-    absent = np.union1d(absent, np.setdiff1d(everything, of_boxes))
+    absent = np.union1d(absent, np.setdiff1d(np.concatenate([negative, everything]), of_boxes))
     if not len(absent):
         raise MetricError(
             f"the annotations {truth.path} list no absent name: expected `known_absent`, a list of names of categories, or LVIS's "

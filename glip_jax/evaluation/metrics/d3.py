@@ -23,7 +23,7 @@ from glip_jax.evaluation.metrics.annotations import Annotations, read_annotation
 from glip_jax.evaluation.metrics.files import MetricError, Results
 from glip_jax.io import gcs
 
-__all__ = ["LENGTHS", "PARTS", "pickles_beside", "read_pickles", "score"]
+__all__ = ["LENGTHS", "PARTS", "of_all_groups", "pickles_beside", "read_pickles", "score"]
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +184,20 @@ def _all_groups(
     full: Annotations, pickles: Mapping[str, Any], negative: np.ndarray | None, rows: Results, top: int
 ) -> dict[str, float]:
     """AP against boxes with all their descriptions."""
+    truth = of_all_groups(full, pickles)
+    parts = {"FULL": np.ones(len(full.categories), bool)}
+    if negative is not None:
+        parts |= {"PRES": ~negative, "ABS": negative}
+    result = dict.fromkeys(PARTS, -1.0)
+    for name, keep in parts.items():
+        if keep.any():
+            part = truth.of_categories(keep)
+            result[name] = coco.numbers(part, _rows(rows, truth, part), top)[0]["AP"]
+    return result
+
+
+def of_all_groups(full: Annotations, pickles: Mapping[str, Any]) -> Annotations:
+    """The boxes with all their descriptions, by the pickles; `full`: the released file. Raises MetricError for other versions."""
     columns: list[tuple[int, int, Any, float]] = []
     for key, image in pickles["images"].items():
         index = full.images.find(key)
@@ -201,19 +215,10 @@ def _all_groups(
         )
     image, category, boxes, areas = zip(*columns)
     no = np.zeros(len(columns), bool)
-    truth = Annotations(
+    return Annotations(
         full.path, full.images, full.categories, full.image_fields, full.category_fields, np.array(image, np.int32),
         np.array(category, np.int32), np.array(boxes, np.float64), np.array(areas), no, no,
     )  # fmt: skip
-    parts = {"FULL": np.ones(len(full.categories), bool)}
-    if negative is not None:
-        parts |= {"PRES": ~negative, "ABS": negative}
-    result = dict.fromkeys(PARTS, -1.0)
-    for name, keep in parts.items():
-        if keep.any():
-            part = truth.of_categories(keep)
-            result[name] = coco.numbers(part, _rows(rows, truth, part), top)[0]["AP"]
-    return result
 
 
 def read_pickles(folder: str) -> dict[str, dict[Any, dict[str, Any]]]:

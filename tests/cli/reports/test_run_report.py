@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ from PIL import Image
 from glip_jax.cli.reports.card import text_pieces
 from glip_jax.cli.reports.run_cards import best_threshold, cards
 from glip_jax.cli.reports.run_report import render, table
-from glip_jax.evaluation.average_precision import NUMBERS, AveragePrecision, load_ground_truth
+from glip_jax.evaluation.absent_names import absence
+from glip_jax.evaluation.average_precision import NUMBERS, AveragePrecision, ListedNames, load_ground_truth
 from glip_jax.evaluation.evaluate import Evaluated, EvaluationError, Grounded
 from glip_jax.evaluation.recall import load_grounding, match, phrase_recall
 from glip_jax.structures.batch import Detections
@@ -207,3 +210,23 @@ def test_where_there_is_no_chance_there_is_no_ratio(detection):
     none = result.precision._replace(numbers={**result.precision.numbers, "AP50": 0.0})
     nothing = result._replace(permuted=0.0, precision=none)
     assert table({"x": nothing}).splitlines()[1].split()[4:6] == ["0.0000", "-"]
+
+
+def test_absent_names_have_a_column_and_two_tables(detection):
+    """A <WBC> is known to be absent from the second picture, where a box of 0.4 has that name; asked alone its score is 0.9."""
+    result, folder = detection
+    truth = dataclasses.replace(result.truth, listed={2: ListedNames((1,), (1,), ())})
+    found = {**result.detections, 2: _found((1, 0.4, [0, 0, 5, 5]))}
+    measured = absence(truth, found, result.image_ids)
+    alone = absence(truth, {**found, 2: _found((1, 0.9, [0, 0, 5, 5]))}, result.image_ids)
+    assert measured is not None
+    shown = result._replace(truth=truth, detections=found, absence=measured | {"alone": alone})
+    rows = [re.split(r" {2,}", line.strip()) for line in table({"x": shown}).splitlines()]
+    assert rows[0][6] == "alarms" and rows[1][6] == "1.0000"
+    named = {row[0]: row[1:] for row in rows[3:]}
+    assert named["look-alikes"][:4] == ["1", "1.0000", "1.0000", "-"] and named["look-alikes"][5] == "0.0000"
+    assert named["one name a prompt"][5] == "1.0000" == named["look-alikes, one a prompt"][5]
+    assert named["x"][1] == "0.400" and named["false alarms at most"][1] == "0.01: from"
+    text = render("t", {"x": (shown, folder)}, {})
+    assert "<h2>Absent names</h2>" in text and "look-alikes, one a prompt" in text and "0.05: from" in text
+    assert "<h2>Absent names</h2>" not in render("t", {"x": (result, folder)}, {})

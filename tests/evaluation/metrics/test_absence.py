@@ -132,7 +132,7 @@ def test_every_category_without_a_box_is_absent_on_request(tmp_path):
     assert result["absent_pairs"] == 9 and result["thresholds"]["0.9"]["false_alarms"] == 2 / 9
 
 
-def test_lvis_negatives_and_its_ap(tmp_path):
+def test_lvis_negatives_and_its_ap(tmp_path, caplog):
     """A box of a category of which LVIS knows nothing on the image counts neither as an alarm nor in AP."""
     truth = content()
     for image in truth["images"]:
@@ -143,6 +143,9 @@ def test_lvis_negatives_and_its_ap(tmp_path):
     result = scored(tmp_path, truth)
     assert result["absent_pairs"] == 6 and result["rates"]["0.25"]["false_alarms"] == 1 / 6
     assert result["rates"]["0.25"]["AP"] == pytest.approx((51 / 101 + 1) / 2), "the dog of image 3 is left out"
+    truth["images"][0]["neg_category_ids"].append(1)
+    assert scored(tmp_path, truth)["absent_pairs"] == 6
+    assert "1 of 7 neg_category_ids have a box in their image: taken as present" in caplog.text
 
 
 def test_expressions_without_a_target(tmp_path):
