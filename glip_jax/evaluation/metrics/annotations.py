@@ -162,12 +162,23 @@ class ResultCheck:
         self._path, self._truth, self._format = predictions, truth, BoxFormatCheck()
         sizes = [[_side(fields.get(side)) for side in ("width", "height")] for fields in truth.image_fields]
         self._sizes: Float64[np.ndarray, "I 2"] = np.array(sizes, np.float64)
+        self._seen = np.zeros(len(truth.images), bool)
         self.given = self.unlisted = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What was scored and what does not count, for the result."""
+        truth = self._truth
+        return {
+            "images": len(truth.images), "categories": len(truth.categories), "boxes": len(truth.image), "detections": self.given,
+            "not_listed_category": self.unlisted, "images_without_detection": int((~self._seen).sum()),
+        }  # fmt: skip
 
     def add(self, block: Results) -> None:
         """Counts rows."""
         self.given += len(block.categories)
         self.unlisted += int((block.categories < 0).sum())
+        self._seen[block.images] = True
         begin, size, room = block.boxes[:, :2], block.boxes[:, 2:], self._sizes[block.images] + 1
         beyond = (begin + size > room).any(axis=1)
         check = self._format
@@ -207,6 +218,12 @@ class ResultCheck:
             logger.warning(
                 f"note: {self._path}: {self.unlisted} of {self.given} detections are of categories that {self._truth.path} does not "
                 f"list (its ids: {ids}); they count for nothing"
+            )
+        without = self.counts["images_without_detection"]
+        if self.given and without > len(self._seen) / 2:
+            logger.warning(
+                f"note: {self._path}: {without} of the {len(self._seen)} images of {self._truth.path} have no detection; their boxes "
+                "are missed (are the predictions complete, and of this set?)"
             )
         if not self.given:
             logger.warning(f"note: {self._path} hold no detection: the numbers are those of finding nothing")

@@ -25,10 +25,8 @@ class Detected(NamedTuple):
 
     rows: Results
     """Those of listed categories, at most `top` per image and category; in the order of the files."""
-    given: int
-    """Detections in the files."""
-    unlisted: int
-    """Detections of categories that the annotations do not list."""
+    counts: dict[str, int]
+    """`ResultCheck.counts`."""
 
 
 def score(annotations: str, predictions: str, *, top: int = 100, per_class: bool = False) -> dict[str, Any]:
@@ -43,26 +41,23 @@ def score(annotations: str, predictions: str, *, top: int = 100, per_class: bool
     Raises:
         MetricError: the files cannot be read, or the predictions are of other images.
     """
-    if top < 1:
-        raise MetricError(f"top={top}: expected at least 1")
     truth = read_annotations(annotations)
     detected = read_detected(predictions, truth, top)
     found, per_class_ap, per_class_ap50 = numbers(truth, detected.rows, top)
     result: dict[str, Any] = dict(found)
     if per_class:
         result |= {"per_class": per_class_ap, "per_class_50": per_class_ap50}
-    result["counts"] = {
-        "images": len(truth.images), "categories": len(truth.categories), "boxes": len(truth.image),
-        "detections": detected.given, "not_listed_category": detected.unlisted,
-    }  # fmt: skip
+    result["counts"] = detected.counts
     return result
 
 
 def read_detected(predictions: str, truth: Annotations, top: int) -> Detected:
     """The detections of a file or folder. Those of categories that are not listed are left out, as pycocotools does, and said.
 
-    Raises MetricError as `result_blocks` and `ResultCheck.finish`.
+    Raises MetricError as `result_blocks` and `ResultCheck.finish`, and for a `top` below 1.
     """
+    if top < 1:
+        raise MetricError(f"top={top}: expected at least 1")
     check, blocks, K = ResultCheck(predictions, truth), [], len(truth.categories)
     for block in result_blocks(predictions, truth.images, truth.categories, truth.path):
         check.add(block)
@@ -73,7 +68,7 @@ def read_detected(predictions: str, truth: Annotations, top: int) -> Detected:
     pair = rows.images.astype(np.int64) * K + rows.categories
     order = np.lexsort((-rows.scores, pair))
     keep = np.sort(order[ranks(pair[order]) < max(top, 10)])
-    return Detected(Results(*(part[keep] for part in rows)), check.given, check.unlisted)
+    return Detected(Results(*(part[keep] for part in rows)), check.counts)
 
 
 def numbers(truth: Annotations, rows: Results, top: int) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:

@@ -91,10 +91,7 @@ def score(
                 f"note: {annotations} has no d3_pkl beside it, so finds of other groups' descriptions count as wrong"
             )
     sizes = {name: 0 if truth is None else len(truth.categories) for name, truth in parts.items()}
-    result["counts"] = {
-        "images": len(full.images), "descriptions": sizes, "boxes": len(full.image), "detections": detected.given,
-        "not_listed_category": detected.unlisted,
-    }  # fmt: skip
+    result["counts"] = {**detected.counts, "descriptions": sizes}
     return result
 
 

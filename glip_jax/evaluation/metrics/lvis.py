@@ -87,10 +87,9 @@ def score(
         logger.warning(
             f"note: {few} of {K} categories have fewer than {top} detections, so a lower threshold may give more AP"
         )
-    numbers["counts"] = {
-        "images": len(truth.images), "categories": K, "boxes": len(truth.image), "detections": check.given,
-        "kept": found.kept, "counted": len(found.scores), "not_listed_category": check.unlisted,
-    } | ({"categories_below_top": few} if fixed else {})  # fmt: skip
+    numbers["counts"] = {**check.counts, "kept": found.kept, "counted": len(found.scores)}
+    if fixed:
+        numbers["counts"]["categories_below_top"] = few
     return numbers
 
 

@@ -41,7 +41,9 @@ def test_official_numbers(tmp_path, monkeypatch, pairs):
     found = coco.score(str(MADE / "coco_val2014_100_boxes.json"), str(MADE / "coco_val2014_fakebbox100_results.json"))
     counts = found.pop("counts")
     assert found == json.loads((MADE / "coco_val2014_100_expected.json").read_text())["bbox"]
-    assert counts == {"images": 100, "categories": 80, "boxes": 839, "detections": 734, "not_listed_category": 0}
+    assert counts == {
+        "images": 100, "categories": 80, "boxes": 839, "detections": 734, "not_listed_category": 0, "images_without_detection": 1
+    }  # fmt: skip
     # A crowd, and image ids as text in the annotations.
     rows = [row for row in json.loads((MADE / "coco_ignore/dt_ignore_test.json").read_text()) if row["score"] >= 0.1]
     (tmp_path / "found.json").write_text(json.dumps(rows))
@@ -136,6 +138,13 @@ def test_a_set_of_one_image_and_a_folder_of_predictions(tmp_path):
     assert coco.score(paths[0], str(tmp_path / "found"))["AP"] == pytest.approx(1)
     (tmp_path / "found/rows-1.json").write_text(json.dumps([{**RIGHT[2], "bbox": [70, 70, 9, 9]}]))
     assert coco.score(paths[0], str(tmp_path / "found"))["AP"] == pytest.approx(0.5)
+
+
+def test_predictions_of_a_part_of_the_images_are_said(tmp_path, caplog):
+    truth = TRUTH | {"images": [*TRUTH["images"], {"id": 1}, {"id": 2}]}
+    found = coco.score(*_write(tmp_path, truth, RIGHT[:1]))
+    assert found["counts"]["images_without_detection"] == 3
+    assert "3 of the 4 images" in caplog.text
 
 
 def test_no_detection_is_zero_and_said(tmp_path, caplog):
