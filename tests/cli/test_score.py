@@ -23,7 +23,8 @@ FILES = {
 }
 
 
-ONCE = [metric for metric in FILES if metric != "lvis-fixed"]  # it reads as lvis does
+FILES["absence"] = FILES["grefcoco"]
+ONCE = [metric for metric in FILES if metric not in ("lvis-fixed", "absence")]  # they read as others do
 OF_IMAGES = [metric for metric in ONCE if metric != "flickr"]
 
 
@@ -57,6 +58,7 @@ def _refused(capsys, code):
     ("grefcoco", ["--overlap=iou", "--threshold=0.5"], ("grefcoco_made", "same_evaluator_with_iou", "0.5")),
     ("omnilabel", [], {"AP categ": 1.0, "AP descr": 1.0}),
     ("d3", [], {"PRES": -1.0}),
+    ("absence", ["--threshold=0.35"], {"images": 64}),
 ])  # fmt: skip
 def test_prints_one_line_of_json(capsys, metric, flags, expected):
     assert _score(metric, *FILES[metric], *flags) == 0
