@@ -24,18 +24,18 @@ NAMES = ("cat", "dog", "person")
 def _sets(folder):
     """Four pictures of 64 x 64 with a box each: as a detection set, and as captions, one of them too long."""
     (folder / "images").mkdir()
-    images, boxes, captions, spans = [], [], [], []
+    absent, boxes, captions, spans = [], [], [], []
     for k in range(4):
         Image.new("RGB", (64, 64), (60 * k, 0, 0)).save(folder / "images" / f"{k}.png")
         entry = {"id": k, "file_name": f"{k}.png", "height": 64, "width": 64}
         box = {"id": k, "image_id": k, "bbox": [8 * k, 8, 24, 24]}
-        images.append(entry)
         boxes.append(box | {"category_id": k % 3})
+        absent.append(entry | ({"known_absent": ["dog", "person"]} if k == 0 else {}))
         caption = NAMES[k % 3] + (" and so on" * 20 + " dog" if k == 3 else "")
         captions.append(entry | {"caption": caption})
         spans.append(box | {"tokens_positive": [[len(caption) - 3, len(caption)]]})
     categories = [{"id": i, "name": name} for i, name in enumerate(NAMES)]
-    detection = {"images": images, "annotations": boxes, "categories": categories}
+    detection = {"images": absent, "annotations": boxes, "categories": categories}
     (folder / "boxes.json").write_text(json.dumps(detection))
     (folder / "captions.json").write_text(json.dumps({"images": captions, "annotations": spans}))
 
@@ -75,7 +75,13 @@ def evaluated(run):
     with contextlib.redirect_stdout(output):
         code = run_job(
             "evaluate",
-            [f"--config={run / 'tiny.py'}", f"--workdir={run / 'run'}", f"--out={run / 'out'}", "--measure-chunking"],
+            [
+                f"--config={run / 'tiny.py'}",
+                f"--workdir={run / 'run'}",
+                f"--out={run / 'out'}",
+                "--measure-chunking",
+                "--false-alarms=0.5",
+            ],
         )
     assert code == 0
     return output.getvalue(), json.loads((run / "out" / "evaluation.json").read_text())
@@ -131,6 +137,31 @@ def test_the_report_holds_what_moves_the_score(run, evaluated):
 
 
 @pytest.mark.slow
+def test_absent_names_are_measured_beside_others_and_alone(run, evaluated):
+    output, summary = evaluated
+    absence = summary["sets"]["boxes"]["absence"]
+    assert absence["absent_pairs"] == 2 == absence["alone"]["absent_pairs"] and absence["alone"]["present_pairs"] == 4
+    assert set(absence["rates"]) == {"0.01", "0.05", "0.25", "0.5"}
+    for name in ("boxes", "words"):
+        at = summary["sets"][name]["at_false_alarms"]
+        assert at["set"] == "boxes" and at["threshold"] == absence["rates"]["0.5"]["threshold"]
+    assert summary["sets"]["boxes"]["at_false_alarms"]["numbers"]["false_alarms"] <= 0.5
+    assert re.search(r"^absent names +pairs +alarms 0.3", output, re.MULTILINE)
+    assert "words, at 0.5 false alarms (boxes: from " in output
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("--false-alarms=0", "--false-alarms=0.0: expected more than 0"), ("--report=x", "--report=x gives thresholds for --false-alarms"),
+     ("--alone=-1", "--alone=-1: expected a number of pairs"), ("--false-alarms=0.05 --report={run}", "is no report of `evaluate`")],
+)  # fmt: skip
+def test_flags_of_absent_names_that_cannot_be(run, capsys, argument, message):
+    command = [f"--config={run / 'tiny.py'}", f"--workdir={run / 'run'}", *argument.format(run=run).split()]
+    assert run_job("evaluate", command) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_the_report_lies_where_it_was_asked_for_and_is_whole(run, evaluated):
     names = {path.name for path in (run / "out").iterdir()}
     assert names == {"evaluation.json", "detections_boxes.json", "detections_words.json", "report.html"}
@@ -181,7 +212,13 @@ def test_an_evaluation_that_is_there_is_left_unless_something_moved(run, tmp_pat
     """`evaluated` has put one into run / "out"."""
     out = run / "out" / "evaluation.json"
     before = out.read_text()
-    command = [f"--config={run / 'tiny.py'}", f"--workdir={run / 'run'}", f"--out={run / 'out'}", "--unless-done"]
+    command = [
+        f"--config={run / 'tiny.py'}",
+        f"--workdir={run / 'run'}",
+        f"--out={run / 'out'}",
+        "--unless-done",
+        "--false-alarms=0.5",
+    ]
     assert run_job("evaluate", command) == 0
     assert "nothing is measured twice" in capsys.readouterr().out and out.read_text() == before
 
@@ -191,7 +228,7 @@ def test_an_evaluation_that_is_there_is_left_unless_something_moved(run, tmp_pat
 
     assert done() and done("--measure-chunking")
     assert not done("--config.detection.nms-iou=0.5") and not done("--config.evaluation.parameters=raw")
-    assert not done(f"--out={tmp_path}")
+    assert not done(f"--out={tmp_path}") and not done("--alone=2") and not done("--false-alarms=0.25")
     for change in ({"seed": 5}, {"versions": {}}, {"hashes": {}}, {"sets": {}}):
         out.write_text(json.dumps(json.loads(before) | change))
         assert not done(), change
