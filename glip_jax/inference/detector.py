@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
 from collections import Counter, OrderedDict
@@ -19,7 +20,7 @@ from PIL import Image
 
 from glip_jax.config import Config
 from glip_jax.inference.pipeline import pipelined
-from glip_jax.inference.programs import ROWS, WHOLE, programs
+from glip_jax.inference.programs import ROWS, STEPS, WHOLE, programs
 from glip_jax.inference.queries import category_prompts, check_query, phrases_of
 from glip_jax.io import assets
 from glip_jax.io.compiler_lines import without_slow_compile_alarms
@@ -34,10 +35,10 @@ __all__ = ["Detector", "ImageDetections", "bucket"]
 
 logger = logging.getLogger(__name__)
 
-_PHRASE_SLOTS = 8
-"""Initial number of phrase slots of the compiled program; it doubles when a prompt has more phrases."""
-_CACHED_TEXTS = 256
-"""Captions whose encoded states a Detector caches: 200 MB at 256 tokens of width 768."""
+_STEPS = 32
+"""Steps of a call of the program, and different prompts that it can hold: LVIS's 1,203 names are 31 prompts of 40."""
+_CACHED_TEXTS = 512
+"""Captions whose encoded states a Detector caches, where no call has more: 200 MB at 128 tokens of width 768."""
 
 
 class ImageDetections(NamedTuple):
@@ -51,13 +52,23 @@ class ImageDetections(NamedTuple):
     """Per box the name, or the phrase of the caption, that it was detected for."""
 
 
-class _PendingBatch(NamedTuple):
-    """A batch that was dispatched to the device."""
+class _Request(NamedTuple):
+    """A prompt that an image is asked for."""
+
+    image: int
+    """Index of the image in its group."""
+    prompt: Prompt
+    phrases: Any
+    """Indices that its phrases get in the result."""
+
+
+class _PendingCall(NamedTuple):
+    """Requests that were dispatched to the devices."""
 
     detections: Detections
-    """Device arrays, possibly not computed yet."""
-    rows: list[tuple[int, int, Any, Float32[np.ndarray, "4"]]]
-    """Per row in use: the row, index of the image, indices of the phrases of its prompt, scale from resized to image pixels."""
+    """Device arrays [steps rows D ...], possibly not computed yet."""
+    cells: list[tuple[tuple[int, int], int, Any, Float32[np.ndarray, "4"]]]
+    """Per request: its step and row, index of the image, indices of the phrases of its prompt, scale from resized to image pixels."""
 
 
 class _Parameters:
@@ -125,11 +136,12 @@ class Detector:
         self.devices = tuple(jax.local_devices() if devices is None else devices)
         self.tokenizer = prompts.load_tokenizer(assets.resolve(config.model.text.vocabulary))
         self._read_caption = read_caption or phrases_of
-        self._texts: OrderedDict[str, Array] = OrderedDict() if texts_of is None else texts_of._texts
+        self._texts: OrderedDict[tuple[str, int], Array] = OrderedDict() if texts_of is None else texts_of._texts
         self._tokenized: OrderedDict[str, TokenizedPrompt] = OrderedDict()
         self._chunks: tuple[tuple[str, ...], list[tuple[Prompt, tuple[int, ...]]]] = ((), [])
-        self._largest: dict[tuple[int, int], tuple[int, int]] = {}
-        self._compiled: set[tuple[tuple[int, int], int, int]] = set()
+        self._most_texts = _CACHED_TEXTS
+        self._counts: dict[tuple[int, int], int] = {}
+        self._compiled: set[tuple[tuple[int, int], tuple[int, int], int]] = set()
         self._parameters = _Parameters(self.devices) if texts_of is None else texts_of._parameters
         self._checked: list[str] | None = None
         self._programs = programs(config.model, config.detection)
@@ -213,16 +225,38 @@ class Detector:
                 results.append(ImageDetections(each.boxes[chosen], each.scores[chosen], phrases))
         return results
 
-    def text(self, prompt: Prompt) -> tuple[TokenizedPrompt, Array]:
-        """Tokens of a prompt and the encoded states of its caption, Float[T D]. Raises PromptError if it exceeds the token budget."""
+    def text(self, prompt: Prompt, length: int | None = None) -> tuple[TokenizedPrompt, Array]:
+        """Tokens of a prompt and the encoded states of its caption, Float[T D], padded to `length` tokens (default: as for it alone).
+
+        Raises PromptError if the prompt exceeds the token budget.
+        """
+        length = length or self._padding([prompt])[0]
+        tokens, mask, phrase_map = (array[..., :length] for array in self._tokenize(prompt))
 
         def encode() -> Array:
-            return self._programs.encode_text(self.params, tokenized.tokens, tokenized.mask)
+            return self._programs.encode_text(self.params, tokens, mask)
 
+        states = _cached(self._texts, (prompt.caption, length), encode, self._most_texts)
+        return TokenizedPrompt(tokens, mask, phrase_map), states
+
+    def _tokenize(self, prompt: Prompt) -> TokenizedPrompt:
+        """The prompt at the length of the whole token budget."""
         budget = self.config.model.text.max_tokens
         key = repr(tuple(prompt))  # spans read from JSON are lists, which are not hashable
-        tokenized = _cached(self._tokenized, key, lambda: prompts.tokenize(prompt, self.tokenizer, budget))
-        return tokenized, _cached(self._texts, prompt.caption, encode)
+        return _cached(self._tokenized, key, lambda: prompts.tokenize(prompt, self.tokenizer, budget), self._most_texts)
+
+    def _padding(self, asked: Sequence[Prompt]) -> tuple[int, int]:
+        """Token length and phrase slots of the program for the prompts of an image: few different ones, so few programs.
+
+        They depend on nothing else. Results of an image are the same to the last bit in other batches and after other calls.
+        """
+        longest = max(int(self._tokenize(prompt).mask.sum()) for prompt in asked)
+        unit = 32 if longest <= 64 else 16
+        length = min(-(-longest // unit) * unit, self.config.model.text.max_tokens)
+        slots = max(8, length // 2)
+        while slots < max(len(prompt.spans) for prompt in asked):
+            slots *= 2
+        return length, slots
 
     def categories(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], names: Sequence[str]) -> list[Detections]:
         """Detections of category names, one entry per image; `phrases` are indices into `names`.
@@ -278,34 +312,27 @@ class Detector:
     ) -> Callable[[], list[list[Detections]]]:
         """Runs the images canvas by canvas; `queries`: per image its prompts, each with the indices that its phrases get."""
         plans = [self.canvas(*image.shape[:2]) for image in images]
-        pending: list[_PendingBatch] = []
-        needed = max((len(prompt.spans) for query in queries for prompt, _ in query), default=1)
+        self._most_texts = max(self._most_texts, len({id(prompt) for query in queries for prompt, _ in query}))
+        pending: list[_PendingCall] = []
         wanted = min(len(self.devices), max(1, -(-len(images) // self.batch_size)))
         for canvas in sorted({canvas for _, canvas in plans}):
-            # Empty phrase slots are never detected, spare devices cost no time. Both numbers only grow, by canvas, so that few
-            # programs are compiled, and none where the same images come a second time.
-            slots, count = self._largest.get(canvas, (_PHRASE_SLOTS, 1))
-            while slots < needed:
-                slots *= 2
-            count = max(count, wanted)
-            self._largest[canvas] = slots, count
+            # Spare devices cost no time. Their number only grows, by canvas, so that nothing is compiled where the same images
+            # come a second time.
+            count = self._counts[canvas] = max(self._counts.get(canvas, 1), wanted)
             mesh = Mesh(np.array(self.devices[:count]), ("images",))
             members = [i for i, (_, planned) in enumerate(plans) if planned == canvas and queries[i]]
             for begin in range(0, len(members), self.batch_size * count):
                 group = members[begin : begin + self.batch_size * count]
-                ready = (canvas, slots, count) in self._compiled
-                with contextlib.nullcontext() if ready else without_slow_compile_alarms():
-                    pending += self._dispatch_group(group, [images[i] for i in group], [plans[i][0] for i in group], canvas,
-                                                    [queries[i] for i in group], slots, mesh)  # fmt: skip
-                self._compiled.add((canvas, slots, count))
+                pending += self._dispatch_group(group, [images[i] for i in group], [plans[i][0] for i in group], canvas,
+                                                [queries[i] for i in group], mesh)  # fmt: skip
 
         def finish() -> list[list[Detections]]:
             results: list[list[Detections]] = [[] for _ in images]
-            for batch in pending:
-                detections = jax.tree.map(np.asarray, batch.detections)
-                for row, image, indices, ratio in batch.rows:
-                    used = detections.phrases[row] >= 0
-                    kept = jax.tree.map(lambda field, row=row, used=used: field[row][used], detections)
+            for call in pending:
+                detections = jax.tree.map(np.asarray, call.detections)
+                for cell, image, indices, ratio in call.cells:
+                    used = detections.phrases[cell] >= 0
+                    kept = jax.tree.map(lambda field, cell=cell, used=used: field[cell][used], detections)
                     phrases = indices[kept.phrases].astype(np.int32)
                     results[image].append(kept._replace(boxes=kept.boxes * ratio, phrases=phrases))
             return results
@@ -314,8 +341,8 @@ class Detector:
 
     def _dispatch_group(
         self, indices: list[int], images: list[Any], sizes: list[tuple[int, int]], canvas: tuple[int, int],
-        queries: list[Sequence[tuple[Prompt, Any]]], slots: int, mesh: Mesh,
-    ) -> Iterator[_PendingBatch]:  # fmt: skip
+        queries: list[Sequence[tuple[Prompt, Any]]], mesh: Mesh,
+    ) -> Iterator[_PendingCall]:  # fmt: skip
         """At most `batch_size` images of one canvas for each device: encodes them once, then runs all their prompts."""
         multiple, per_device = self.config.model.input.extent_multiple, self.batch_size
         # Image k is row k: each device has a batch that one device alone would have, and so the same bits.
@@ -331,32 +358,81 @@ class Detector:
                 extent = np.tile(np.asarray(canvas, np.int32), (len(size), 1))
         params, rows_of_devices = self._parameters.on(mesh), NamedSharding(mesh, ROWS)
         sides = jax.device_put((size, extent), rows_of_devices)
-        levels = self._programs.encode_image(params, jax.device_put(pixels, rows_of_devices), *sides, mesh=mesh)
-        # Per device: the first prompts of all its images, then the second. Features stay on their device.
-        requests = [
-            [(k, *queries[k][turn]) for turn in range(max(map(len, queries)))
-             for k in range(begin, min(begin + per_device, len(images))) if turn < len(queries[k])]
-            for begin in range(0, len(pixels), per_device)
-        ]  # fmt: skip
-        for begin in range(0, max(map(len, requests)), per_device):
-            parts = [own[begin : begin + per_device] for own in requests]
-            rows = np.tile(np.arange(per_device, dtype=np.int32), mesh.size)
-            texts: list[Any] = [None] * len(rows)
-            used = []
-            for device, part in enumerate(parts):
-                for n, (k, prompt, phrases) in enumerate(part):
-                    row = device * per_device + n
-                    rows[row], texts[row] = k % per_device, self.text(prompt)
-                    ratio = np.divide(images[k].shape[1::-1], sizes[k][::-1])
-                    used.append((row, indices[k], phrases, np.tile(ratio, 2).astype(np.float32)))
-            spare = next(text for text in texts if text is not None)
-            texts = [text or spare for text in texts]
-            maps = np.stack([np.pad(t.phrase_map, ((0, slots - len(t.phrase_map)), (0, 0))) for t, _ in texts])
-            states, mask = jnp.stack([s for _, s in texts]), np.stack([t.mask for t, _ in texts])
-            asked = jax.device_put((states, mask, maps), rows_of_devices)
-            rows = jax.device_put(rows, rows_of_devices)
-            found = self._programs.ground(params, levels, rows, *sides, *asked, canvas=canvas, mesh=mesh)
-            yield _PendingBatch(found, used)
+        ratios = [
+            np.tile(np.divide(image.shape[1::-1], own[::-1]), 2).astype(np.float32) for image, own in zip(images, sizes)
+        ]
+        paddings = [self._padding([prompt for prompt, _ in query]) for query in queries]
+        encoded = None
+        for padding in sorted(set(paddings)):
+            # Per device: the first prompts of all its images, then the second. Features stay on their device.
+            calls = [
+                _calls([_Request(k, *queries[k][turn]) for turn in range(max(map(len, queries)))
+                        for k in range(begin, min(begin + per_device, len(images))) if paddings[k] == padding and turn < len(queries[k])],
+                       per_device)
+                for begin in range(0, len(pixels), per_device)
+            ]  # fmt: skip
+            program = (canvas, padding, mesh.size)
+            with contextlib.nullcontext() if program in self._compiled else without_slow_compile_alarms():
+                if encoded is None:
+                    placed = jax.device_put(pixels, rows_of_devices)
+                    encoded = self._programs.encode_image(params, placed, *sides, mesh=mesh), *sides
+                for parts in itertools.zip_longest(*calls, fillvalue=[]):
+                    found, cells = self._ground(parts, params, encoded, padding, canvas, mesh)
+                    yield _PendingCall(found, [(cell, indices[request.image], request.phrases, ratios[request.image])
+                                               for cell, request in zip(cells, itertools.chain(*parts), strict=True)])  # fmt: skip
+            self._compiled.add(program)
+
+    def _ground(
+        self, parts: Sequence[Sequence[_Request]], params: Any, images: tuple[Any, Array, Array], padding: tuple[int, int],
+        canvas: tuple[int, int], mesh: Mesh,
+    ) -> tuple[Detections, list[tuple[int, int]]]:  # fmt: skip
+        """Dispatches one call of each device. Returns the detections, and the step and row of each request."""
+        length, slots = padding
+        cells: list[tuple[int, int]] = []
+        steps = np.zeros(mesh.size, np.int32)
+        # A row that is not in use runs the image that lies there.
+        rows = np.tile(np.arange(self.batch_size, dtype=np.int32), (_STEPS, mesh.size))
+        which = np.zeros_like(rows)
+        masks, maps = np.zeros((mesh.size, _STEPS, length), bool), np.zeros((mesh.size, _STEPS, slots, length), bool)
+        states: list[Array] = []
+        stacks: dict[tuple[int, ...], Array] = {}
+        for device, part in enumerate(parts):
+            # Prompts by identity; a device without requests holds any.
+            asked = {id(request.prompt): request.prompt for request in part or next(filter(None, parts))}
+            texts = [self.text(prompt, length) for prompt in asked.values()]
+            for number, (tokenized, _) in enumerate(texts):
+                masks[device, number] = tokenized.mask
+                maps[device, number, : len(tokenized.phrase_map)] = tokenized.phrase_map
+            if tuple(asked) not in stacks:
+                stacks[tuple(asked)] = jnp.stack([own for _, own in texts] + [texts[0][1]] * (_STEPS - len(texts)))
+            states.append(jax.device_put(stacks[tuple(asked)], mesh.devices[device]))
+            numbers = {key: number for number, key in enumerate(asked)}
+            for place, request in enumerate(part):
+                step, column = divmod(place, self.batch_size)
+                cells.append((step, device * self.batch_size + column))
+                rows[cells[-1]], which[cells[-1]] = request.image % self.batch_size, numbers[id(request.prompt)]
+            steps[device] = -(-len(part) // self.batch_size)
+        of_devices = NamedSharding(mesh, ROWS)
+        text = jax.make_array_from_single_device_arrays((mesh.size * _STEPS, *states[0].shape[1:]), of_devices, states)
+        mask, phrase_map, steps = jax.device_put((masks.reshape(-1, length), maps.reshape(-1, slots, length), steps), of_devices)
+        rows, which = jax.device_put((rows, which), NamedSharding(mesh, STEPS))
+        found = self._programs.ground(
+            params, images, (text, mask, phrase_map), rows, which, steps, canvas=canvas, mesh=mesh
+        )
+        return found, cells
+
+
+def _calls(requests: Sequence[_Request], batch_size: int) -> list[list[_Request]]:
+    """Consecutive requests of a device, as many as a call can hold: `_STEPS` steps and as many different prompts."""
+    calls: list[list[_Request]] = []
+    different: set[int] = set()
+    for request in requests:
+        different.add(id(request.prompt))
+        if not calls or len(calls[-1]) == _STEPS * batch_size or len(different) > _STEPS:
+            calls.append([])
+            different = {id(request.prompt)}
+        calls[-1].append(request)
+    return calls
 
 
 @functools.cache
@@ -390,11 +466,11 @@ def _rgb(image: Any) -> UInt8[np.ndarray, "H W 3"]:
     return array
 
 
-def _cached(cache: OrderedDict[str, Any], key: str, make: Callable[[], Any]) -> Any:
-    """The value of `key` from an LRU cache of `_CACHED_TEXTS` entries."""
+def _cached(cache: OrderedDict[Any, Any], key: Any, make: Callable[[], Any], most: int) -> Any:
+    """The value of `key` from an LRU cache of `most` entries."""
     if key not in cache:
         cache[key] = make()
-        if len(cache) > _CACHED_TEXTS:
+        while len(cache) > most:
             cache.popitem(last=False)
     cache.move_to_end(key)
     return cache[key]

@@ -5,6 +5,7 @@ from collections import Counter
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
@@ -14,10 +15,12 @@ from glip_jax.models.glip import GLIP, normalize
 from glip_jax.models.postprocess import detect
 from glip_jax.structures.batch import Detections
 
-__all__ = ["ROWS", "WHOLE", "Programs", "programs"]
+__all__ = ["ROWS", "STEPS", "WHOLE", "Programs", "programs"]
 
 ROWS = PartitionSpec("images")
 """Arrays of a batch: the rows of the first device, then those of the second."""
+STEPS = PartitionSpec(None, "images")
+"""The same behind a leading axis of steps."""
 WHOLE = PartitionSpec()
 """Arrays that every device has whole."""
 
@@ -25,7 +28,7 @@ WHOLE = PartitionSpec()
 class Programs:
     """The jitted parts of the network. Detectors of the same settings share them, so that none traces what another has.
 
-    `mesh` has the one axis "images". The first dimension of everything but the parameters is split over it.
+    `mesh` has the one axis "images", which splits the images and their requests. Each device runs the program of one device.
     """
 
     def __init__(self, model: ModelConfig, detection: DetectionConfig) -> None:
@@ -38,11 +41,15 @@ class Programs:
     # These run when jax traces them: once per shape. So `traced` counts programs.
 
     def _encode_image(self, params: Any, image: Array, size: Array, extent: Array, mesh: Mesh) -> Any:
+        """Levels of the pyramid; without fusion, after the blocks of the head, which then read no text."""
         self.traced["image"] += 1
 
         def local(params: Any, image: Array, size: Array, extent: Array) -> Any:
             pixels = normalize(image, size, self.model.input)
-            return self.network.apply({"params": params}, pixels, extent, method="encode_image")
+            levels = self.network.apply({"params": params}, pixels, extent, method="encode_image")
+            if self.model.fusion.enabled:
+                return levels
+            return self.network.apply({"params": params}, levels, extent, method="refine")
 
         return per_shard(local, mesh, (WHOLE, ROWS, ROWS, ROWS), ROWS)(params, image, size, extent)
 
@@ -51,21 +58,37 @@ class Programs:
         return self.network.apply({"params": params}, tokens[None], mask[None], method="encode_text")[0]
 
     def _ground(
-        self, params: Any, levels: Any, rows: Array, size: Array, extent: Array, text: Array, mask: Array,
-        phrase_map: Array, canvas: tuple[int, int], mesh: Mesh,
+        self, params: Any, images: tuple[Any, Array, Array], texts: tuple[Array, Array, Array], rows: Array, prompts: Array,
+        steps: Array, canvas: tuple[int, int], mesh: Mesh,
     ) -> Detections:  # fmt: skip
-        """`rows`: per request the row of its image among those of the same device."""
+        """Detections [S B D ...] of requests, each an image and a prompt. One loop runs them all, so that memory does not
+        depend on the number of prompts.
+
+        Args:
+            images: levels [B h w C] of `encode_image`, sizes and extents [B 2].
+            texts: states [K T C], masks [K T] and phrase maps [K P T] of the different prompts; on every device.
+            rows: Int32[S B]: the image of each request, as its row among those of the same device.
+            prompts: Int32[S B]: its prompt, as an index of `texts`.
+            steps: number of steps in use. The rest have phrase -1.
+        """
         self.traced["ground"] += 1
 
-        def local(
-            params: Any, levels: Any, rows: Array, size: Array, extent: Array, text: Array, mask: Array, phrase_map: Array
-        ) -> Detections:  # fmt: skip
-            levels, size, extent = jax.tree.map(lambda array: array[rows], (levels, size, extent))
-            predictions = self.network.apply({"params": params}, levels, extent, text, mask, method="ground")
-            return detect(predictions, phrase_map, size, extent, canvas, self.model, self.detection)  # type: ignore[arg-type]
+        def local(params: Any, images: Any, texts: Any, rows: Array, prompts: Array, steps: Array) -> Detections:
+            def step(index: Array, found: Detections) -> Detections:
+                levels, size, extent = jax.tree.map(lambda array: array[rows[index]], images)
+                states, mask, phrase_map = (array[prompts[index]] for array in texts)
+                predictions: Any = self.network.apply(
+                    {"params": params}, levels, extent, states, mask, not self.model.fusion.enabled, method="ground"
+                )
+                part = detect(predictions, phrase_map, size, extent, canvas, self.model, self.detection)
+                return jax.tree.map(lambda whole, own: whole.at[index].set(own), found, part)
 
-        split = per_shard(local, mesh, (WHOLE, *[ROWS] * 7), ROWS)
-        return split(params, levels, rows, size, extent, text, mask, phrase_map)
+            zeros = jnp.zeros((*rows.shape, self.detection.max_detections), jnp.float32)
+            nothing = Detections(jnp.stack([zeros] * 4, -1), zeros, jnp.full(zeros.shape, -1, jnp.int32), zeros, zeros)
+            return jax.lax.fori_loop(0, steps, step, nothing)
+
+        split = per_shard(local, mesh, (WHOLE, ROWS, WHOLE, STEPS, STEPS, WHOLE), STEPS)
+        return split(params, images, texts, rows, prompts, steps)
 
 
 programs = functools.lru_cache(maxsize=8)(Programs)

@@ -140,13 +140,8 @@ class _Attended(NamedTuple):
 
 
 def _attend(
-    visual: Float[Array, "B A C"],
-    operands: _Operands,
-    valid: Bool[Array, "B A"],
-    mask: Bool[Array, "B T"],
-    keys: Any,
-    rate: float,
-) -> _Attended:
+    visual: Float[Array, "B A C"], operands: _Operands, valid: Bool[Array, "B A"], mask: Bool[Array, "B T"], keys: Any, rate: float
+) -> _Attended:  # fmt: skip
     """Both directions, for as many images at once as `_MAX_LOGITS_BYTES` allows. `keys`: dropout keys [heads B], or None."""
     images = len(visual)
     group = images_at_once(images, 4 * visual.shape[1] * mask.shape[1], _MAX_LOGITS_BYTES)
@@ -176,13 +171,8 @@ def _attend(
 
 
 def _attend_at_once(
-    visual: Float[Array, "B A C"],
-    operands: _Operands,
-    valid: Bool[Array, "B A"],
-    mask: Bool[Array, "B T"],
-    keys: Any,
-    rate: float,
-) -> _Attended:
+    visual: Float[Array, "B A C"], operands: _Operands, valid: Bool[Array, "B A"], mask: Bool[Array, "B T"], keys: Any, rate: float
+) -> _Attended:  # fmt: skip
     """Both directions, as a scan over attention heads."""
 
     @jax.checkpoint

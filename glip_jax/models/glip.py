@@ -1,7 +1,8 @@
 """GLIP: image and text encoders, feature pyramid, and the detection head with deep fusion (paper section 3, glip-reference 2).
 
 `encode_image`, `encode_text` and `ground` can be applied separately, so that the features of an image are reused for several
-prompts, and those of a prompt for several images.
+prompts, and those of a prompt for several images. Without fusion the blocks of the head do not read the text: `refine` runs them
+once for all prompts.
 """
 
 import math
@@ -48,12 +49,12 @@ class _Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        state: tuple[tuple[Float[Array, "B _ _ C"], ...], Float[Array, "B T D"]],
+        state: tuple[tuple[Float[Array, "B _ _ C"], ...], Float[Array, "B T D"] | None],
         sizes: tuple[Int[Array, "B 2"], ...],
-        mask: Bool[Array, "B T"],
-    ) -> tuple[tuple[tuple[Float[Array, "B _ _ C"], ...], Float[Array, "B T D"]], None]:
+        mask: Bool[Array, "B T"] | None,
+    ) -> tuple[tuple[tuple[Float[Array, "B _ _ C"], ...], Float[Array, "B T D"] | None], None]:
         levels, text = state
-        if self.config.fusion.enabled:
+        if self.config.fusion.enabled and text is not None and mask is not None:
             shapes = [grid(x) for x in levels]
             valid = cells_of(shapes, sizes).valid.any(-1)
             fusion = Fusion(self.config.fusion, self.train, self.dtype, name="fusion")
@@ -86,15 +87,16 @@ class _Head(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        levels: tuple[Float[Array, "B _ _ C"], ...],
-        extent: Int[Array, "B 2"],
-        text: Float[Array, "B T D"],
-        mask: Bool[Array, "B T"],
-    ) -> Predictions:
-        config, channels = self.config, self.config.pyramid.channels
-        sizes = tuple(level_size(extent, stride) for stride in config.pyramid.strides)
-        (levels, fused), _ = self._blocks(config.head)((tuple(levels), text), sizes, mask)
+        self, levels: tuple[Float[Array, "B _ _ C"], ...], extent: Int[Array, "B 2"], text: Float[Array, "B T D"] | None = None,
+        mask: Bool[Array, "B T"] | None = None, refined: bool = False,
+    ) -> tuple[Predictions | None, tuple[Float[Array, "B _ _ C"], ...]]:  # fmt: skip
+        """Predictions (None without text) and the levels after the blocks; `refined`: `levels` are those already."""
+        config, channels, levels, fused = self.config, self.config.pyramid.channels, tuple(levels), text
+        if not refined:
+            sizes = tuple(level_size(extent, stride) for stride in config.pyramid.strides)
+            (levels, fused), _ = self._blocks(config.head)((levels, text), sizes, mask)
+        if text is None or mask is None:
+            return None, levels
         embedding = fused if config.fusion.enabled else text * mask[..., None]
         embedding = embedding.astype(jnp.float32)
         norm = jnp.sqrt(jnp.maximum(jnp.square(embedding).sum(-1, keepdims=True), 1e-24))
@@ -113,7 +115,7 @@ class _Head(nn.Module):
         deltas = box(visual) * per_anchor[:, None]
         aligned = jnp.einsum("bac,btc->bat", visual, tokens.astype(visual.dtype), preferred_element_type=jnp.float32)
         logits = clamped(aligned / jnp.exp(log_scale) + (embedding @ bias_text + bias)[:, None, :])
-        return Predictions(logits, deltas, center(visual)[..., 0])
+        return Predictions(logits, deltas, center(visual)[..., 0]), levels
 
 
 class GLIP(nn.Module):
@@ -144,15 +146,18 @@ class GLIP(nn.Module):
         """Hidden states of the last layer of the text encoder."""
         return self.text(tokens, mask)
 
+    def refine(
+        self, levels: tuple[Float[Array, "B _ _ C"], ...], extent: Int[Array, "B 2"]
+    ) -> tuple[Float[Array, "B _ _ C"], ...]:
+        """Levels after the blocks of the head, for `ground` with `refined`; for a network without fusion."""
+        return self.head(levels, extent)[1]
+
     def ground(
-        self,
-        levels: tuple[Float[Array, "B _ _ C"], ...],
-        extent: Int[Array, "B 2"],
-        text: Float[Array, "B T D"],
-        mask: Bool[Array, "B T"],
-    ) -> Predictions:
-        """Predictions for every anchor from pyramid levels and text states."""
-        return self.head(levels, extent, text, mask)
+        self, levels: tuple[Float[Array, "B _ _ C"], ...], extent: Int[Array, "B 2"], text: Float[Array, "B T D"],
+        mask: Bool[Array, "B T"], refined: bool = False,
+    ) -> Predictions:  # fmt: skip
+        """Predictions for every anchor from levels (of the pyramid, or `refined` by `refine`) and text states."""
+        return self.head(levels, extent, text, mask, refined)[0]
 
     def __call__(
         self,

@@ -17,21 +17,23 @@ def _suppress(
 ) -> tuple[Int[Array, " D"], Bool[Array, " D"]]:
     """Greedy non-maximum suppression per phrase, in order of descending score; ties go to the lowest index.
 
-    Stops after `max_detections`, which gives the same detections as a full suppression. Returns indices, and which of them are
-    used.
+    Stops after `max_detections`, which gives the same detections as a full suppression, or when nothing is left. Returns
+    `max_detections` indices, and which of them are used.
     """
 
-    def body(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        remaining, chosen, used = state
-        best = jnp.argmax(remaining)
+    def body(state: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array, Array]:
+        i, best, remaining, chosen, used = state
         suppressed = (phrases == phrases[best]) & (box.iou(boxes, boxes[best][None]) > config.nms_iou)
-        used = used.at[i].set(remaining[best] > 0)
         remaining = jnp.where(suppressed, 0.0, remaining).at[best].set(0.0)
-        return remaining, chosen.at[i].set(best), used
+        return i + 1, jnp.argmax(remaining), remaining, chosen.at[i].set(best), used.at[i].set(True)
 
-    count = min(config.max_detections, scores.shape[0])
-    start = (scores, jnp.zeros(count, jnp.int32), jnp.zeros(count, bool))
-    _, chosen, used = jax.lax.fori_loop(0, count, body, start)
+    def more(state: tuple[Array, Array, Array, Array, Array]) -> Array:
+        i, best, remaining, *_ = state
+        return (i < config.max_detections) & (remaining[best] > 0)
+
+    nothing = jnp.zeros(config.max_detections, jnp.int32)
+    start = (jnp.int32(0), jnp.argmax(scores), scores, nothing, nothing > 0)
+    *_, chosen, used = jax.lax.while_loop(more, body, start)
     return chosen, used
 
 
