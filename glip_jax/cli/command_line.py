@@ -75,7 +75,8 @@ def parse(
         _checked([argument for argument in rest if not argument.startswith("--config.")], Config(), names)
         raise CommandLineError("no settings: expected --config=configs/NAME.py")
     config = (settings or Config()) if path is None else load_config(path)
-    rest = _checked(rest, config, names)
+    tuples = [name for name, hint in typing.get_type_hints(kind).items() if typing.get_origin(hint) is tuple]
+    rest = _checked(rest, config, names, tuples)
     example = example or "--config=configs/demo.py --config.train.steps=1000 --workdir=runs/demo"
     parsed = _parsed(kind, rest, job, example, default=kind(config=config))
     validate(parsed.config)
@@ -267,8 +268,8 @@ def _config_path(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     return path, rest
 
 
-def _checked(arguments: Sequence[str], config: Config, flags: Sequence[str]) -> list[str]:
-    """The arguments with tuples spelled as tyro expects them; unknown names are refused with the nearest."""
+def _checked(arguments: Sequence[str], config: Config, flags: Sequence[str], tuples: Sequence[str] = ()) -> list[str]:
+    """The arguments with tuples (of `tuples`, flags of the job, too) as tyro expects them; unknown names are refused."""
     fields = dict(flatten(config))
     result = []
     for argument in arguments:
@@ -277,7 +278,7 @@ def _checked(arguments: Sequence[str], config: Config, flags: Sequence[str]) -> 
             name = option.removeprefix("--").removeprefix("no-").replace("-", "_")
             if option.startswith("--") and name not in (*flags, "help"):
                 _refuse(option, [f"--{flag.replace('_', '-')}" for flag in flags] + ["--config"])
-            result.append(argument)
+            result += [option, *_items(value)] if name in tuples and equals else [argument]
             continue
         known = {name.replace("-", "_"): name for name in fields}
         given = option.removeprefix("--config.").replace("-", "_")

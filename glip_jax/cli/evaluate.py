@@ -12,8 +12,13 @@ import datetime
 import json
 import logging
 from collections.abc import Sequence
+<<<<<<< HEAD
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
+=======
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+>>>>>>> 4248da0 (evaluate --chunk=20,40,80: chunks and seeded orders compared)
 
 import numpy as np
 from etils import epath
@@ -27,6 +32,7 @@ from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.structures.batch import Detections
 
 if TYPE_CHECKING:
+    from glip_jax.evaluation.chunking import Chunking
     from glip_jax.evaluation.evaluate import Evaluated, Grounded
     from glip_jax.evaluation.shares import Share
     from glip_jax.evaluation.thresholds import Thresholds
@@ -56,7 +62,15 @@ class EvaluateArguments(ProcessArguments, Arguments):
     """Step of the checkpoint of a WORKDIR; default: the newest complete one."""
     out: PathStr = ""
     """Folder for the report, local or gs://; default: the working folder."""
+    chunk: tuple[int, ...] = ()
+    """Names per prompt to compare, such as 20,40,80 (0: as many as fit): every detection set is evaluated again with each, in
+    the order of ids and shuffled, and the report says how AP50 changes. The first is the reference."""
+    chunk_seeds: tuple[int, ...] = (0, 1)
+    """Seeds of the shuffled orders of --chunk."""
+    chunk_images: int = 0
+    """Number of first images of each set that --chunk evaluates; 0: all that are evaluated."""
     measure_chunking: bool = False
+<<<<<<< HEAD
     """Evaluate every detection set twice more, with the names shuffled and in prompts half as long, and report how AP50
     changes."""
     alone: int = 1
@@ -68,6 +82,9 @@ class EvaluateArguments(ProcessArguments, Arguments):
     report: PathStr = ""
     """evaluation.json from which --false-alarms takes the thresholds; default: this evaluation if one of its sets lists absent names,
     else the one in the folder of the checkpoint."""
+=======
+    """--chunk with the usual prompts and with prompts half as long, in the order of ids and shuffled with seed 0."""
+>>>>>>> 4248da0 (evaluate --chunk=20,40,80: chunks and seeded orders compared)
     unless_done: bool = False
     """Keep an evaluation.json that was made with the same checkpoint, settings, code, versions, annotations and images."""
 
@@ -76,15 +93,16 @@ def main(argv: Sequence[str]) -> int:
     """Runs the job. Raises CommandLineError or ConfigError, and what `evaluate_checkpoint` raises."""
     example = "--config=configs/demo.py --checkpoint=runs/demo --out=runs/demo/nms05 --config.detection.nms-iou=0.5"
     arguments = parse(argv, EvaluateArguments, "evaluate", example)
+    chunking = _chunking(arguments)
 
     def facts() -> dict[str, str]:
         where = arguments.checkpoint or arguments.workdir
         return fingerprints(arguments.config) | checkpoint_fingerprint(where, arguments.step)
 
-    return run_joined("evaluate", arguments, facts, lambda cluster: _evaluate(arguments, share_of(cluster)))
+    return run_joined("evaluate", arguments, facts, lambda cluster: _evaluate(arguments, chunking, share_of(cluster)))
 
 
-def _evaluate(arguments: EvaluateArguments, share: "Share") -> int:
+def _evaluate(arguments: EvaluateArguments, chunking: "Chunking | None", share: "Share") -> int:
     workdir = "" if arguments.checkpoint else arguments.workdir
     checkpoint = checkpoint_argument.open_named(arguments.checkpoint, workdir, arguments.step)
     out = arguments.out or arguments.workdir
@@ -95,9 +113,13 @@ def _evaluate(arguments: EvaluateArguments, share: "Share") -> int:
         logger.info(f"{out} is evaluated; nothing is measured twice")
         return exit_codes.DONE
     with checkpoint_argument.fitting_parameters():
+<<<<<<< HEAD
         evaluate_checkpoint(
             arguments.config, checkpoint, out, arguments.measure_chunking, share, _absent_names(arguments)
         )
+=======
+        evaluate_checkpoint(arguments.config, checkpoint, out, chunking, share)
+>>>>>>> 4248da0 (evaluate --chunk=20,40,80: chunks and seeded orders compared)
     return exit_codes.DONE
 
 
@@ -122,9 +144,14 @@ def _absent_names(arguments: EvaluateArguments) -> AbsentNames:
 
 
 def evaluate_checkpoint(
+<<<<<<< HEAD
     config: Config, checkpoint: "Checkpoint", out: str, measure_chunking: bool = False, share: "Share | None" = None,
     absent: AbsentNames | None = None,
 ) -> "dict[str, Evaluated | Grounded]":  # fmt: skip
+=======
+    config: Config, checkpoint: "Checkpoint", out: str, chunking: "Chunking | None" = None, share: "Share | None" = None
+) -> "dict[str, Evaluated | Grounded]":
+>>>>>>> 4248da0 (evaluate --chunk=20,40,80: chunks and seeded orders compared)
     """Evaluates a checkpoint on all sets, logs the table, writes the files named above to `out`; returns the evaluations.
 
     `share`: the part of this process where several evaluate together; the first logs and writes. `absent`: what is measured of names
@@ -136,8 +163,12 @@ def evaluate_checkpoint(
     """
     from glip_jax.cli.report import write_report
     from glip_jax.cli.reports.run_report import table
+<<<<<<< HEAD
     from glip_jax.evaluation.alone import asked_alone
     from glip_jax.evaluation.chunking import chunking_effect
+=======
+    from glip_jax.evaluation.chunking import chunking_effect, chunking_lines
+>>>>>>> 4248da0 (evaluate --chunk=20,40,80: chunks and seeded orders compared)
     from glip_jax.evaluation.evaluate import Evaluated, check_set, evaluate_set
     from glip_jax.evaluation.shares import Share
     from glip_jax.inference import Detector
@@ -172,12 +203,19 @@ def evaluate_checkpoint(
                 detector, config, dataset, result, absent.alone, name, share=share, rates=rates
             )
         results[name], content[name] = result, _entry(result, dataset, detector, config)
+<<<<<<< HEAD
         if measure_chunking and isinstance(result, Evaluated):
             longest = max(len(chunk) for chunk in content[name]["chunks"])
             content[name]["chunking"] = chunking_effect(detector, make, config, dataset, result, longest, name)
     if absent.false_alarms is not None:
         _add_numbers_at(absent.false_alarms, results, content, given)
     summary = {**_provenance(config, checkpoint, parameters), "absent_names": absent._asdict(), "sets": content}
+=======
+        if chunking is not None and isinstance(result, Evaluated):
+            compared = _of_set(chunking, config, content[name]["chunks"])
+            content[name]["chunking"] = chunking_effect(make, config, dataset, compared, result, name, share=share)
+    summary = {**_provenance(config, checkpoint, parameters), "sets": content}
+>>>>>>> 4248da0 (evaluate --chunk=20,40,80: chunks and seeded orders compared)
     if not share.first:
         return results
     for name, result in results.items():
@@ -185,6 +223,7 @@ def evaluate_checkpoint(
     write_atomic(folder / "evaluation.json", json.dumps(summary, indent=1))
     logger.info(table(results))
     for name, entry in content.items():
+<<<<<<< HEAD
         for line in entry.get("chunking", ()):
             logger.info(f"{name}, {line['asked']}: AP50 {line['AP50']:.4f}, {line['difference']:+.4f}")
     for name, entry in content.items():
@@ -193,11 +232,16 @@ def evaluate_checkpoint(
             logger.info(
                 f"{name}, at {at['false_alarms']:g} false alarms ({at['set']}: from {at['threshold']:.3f}): {shown}"
             )
+=======
+        for asked, numbers in chunking_lines(entry.get("chunking", ())):
+            logger.info(f"{name}, {asked}: {numbers}")
+>>>>>>> 4248da0 (evaluate --chunk=20,40,80: chunks and seeded orders compared)
     logger.info(f"numbers, settings and hashes: {folder / 'evaluation.json'}")
     logger.info(f"HTML report: {write_report(workdir, out=str(folder))}")
     return results
 
 
+<<<<<<< HEAD
 def _given_thresholds(config: Config, absent: AbsentNames, workdir: str) -> "Thresholds | None":
     """The thresholds of a report for --false-alarms; None where this evaluation gives them. Raises ThresholdError."""
     from glip_jax.evaluation.average_precision import load_ground_truth
@@ -222,6 +266,42 @@ def _add_numbers_at(
     given = given or choose(measured, rate, "this evaluation")
     for name, result in results.items():
         content[name]["at_false_alarms"] = given.summary() | {"numbers": numbers_at(result, given)}
+=======
+def _chunking(arguments: EvaluateArguments) -> "Chunking | None":
+    """What --chunk or --measure-chunking compare; without chunks for the latter, whose chunks depend on the set."""
+    for flag in ("chunk", "chunk_seeds"):
+        if any(value < 0 for value in getattr(arguments, flag)):
+            given = ",".join(map(str, getattr(arguments, flag)))
+            raise CommandLineError(f"--{flag.replace('_', '-')}={given}: expected numbers of at least 0")
+    if arguments.chunk_images < 0:
+        raise CommandLineError(f"--chunk-images={arguments.chunk_images}: expected at least 0")
+    if arguments.chunk and arguments.measure_chunking:
+        raise CommandLineError("--chunk and --measure-chunking are two ways to say what is compared: leave one out")
+    if not arguments.chunk and not arguments.measure_chunking:
+        return None
+    from glip_jax.evaluation.chunking import Chunking
+
+    if arguments.measure_chunking:
+        return Chunking((), (0,), arguments.chunk_images)
+    return Chunking(arguments.chunk, arguments.chunk_seeds, arguments.chunk_images)
+
+
+def _of_set(chunking: "Chunking", config: Config, chunks: Sequence[Sequence[str]]) -> "Chunking":
+    """`chunking` with the chunks of --measure-chunking: those of `config`, and half of the longest of `chunks`."""
+    usual = (config.evaluation.chunk, -(-max(map(len, chunks)) // 2))
+    return chunking if chunking.chunks else replace(chunking, chunks=usual)
+
+
+def _is_compared(chunking: "Chunking | None", config: Config, entry: dict[str, Any]) -> bool:
+    """Whether the entry of a set in evaluation.json has what `chunking` asks for."""
+    from glip_jax.evaluation.chunking import requested
+
+    if chunking is None or entry["kind"] != "detection" or len(entry["prompts"]) < 2:
+        return True
+    images = min(chunking.images or len(entry["image_ids"]), len(entry["image_ids"]))
+    wanted = [(*variant, images) for variant in requested(_of_set(chunking, config, entry["chunks"]))]
+    return [(one["chunk"], one["seed"], one["images"]) for one in entry.get("chunking", ())] == wanted
+>>>>>>> 4248da0 (evaluate --chunk=20,40,80: chunks and seeded orders compared)
 
 
 def phrase_results(detections: dict[Any, Detections]) -> list[dict[str, Any]]:
@@ -270,7 +350,7 @@ def _done(arguments: EvaluateArguments, checkpoint: "Checkpoint", out: str) -> b
             same = same and entry["hashes"]["annotations"] == provenance.file_hash(dataset.annotations)
             same = same and (folder / f"detections_{name}.json").exists()
             same = same and entry["hashes"]["pictures"] == hash_pictures(dataset, name, entry["image_ids"])
-            same = same and (not arguments.measure_chunking or dataset.kind != "detection" or "chunking" in entry)
+            same = same and _is_compared(_chunking(arguments), config, entry)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return same and (folder / "report.html").exists()

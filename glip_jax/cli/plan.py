@@ -34,7 +34,6 @@ __all__ = ["PlanArguments", "main", "plan"]
 
 logger = logging.getLogger(__name__)
 
-_LISTS = ("--canvas", "--search-images", "--search-remat", "--search-fsdp", "--search-tensor")
 _NO_LIBTPU = (
     "libtpu is not installed, so the TPU's own compiler is missing: pip install -r requirements-tpu.txt (any CPU will do). "
     "Going on with a compile for fake CPU devices"
@@ -84,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
     # With libtpu installed and no TPU here, jax would look for one.
     jax.config.update("jax_platforms", "cpu")
     example = "--config=configs/glip_tiny.py --topology=v5e:8x16 --images-per-chip=4"
-    arguments = parse(_split_tuples(argv), PlanArguments, "plan", example, settings=_settings(argv))
+    arguments = parse(argv, PlanArguments, "plan", example, settings=_settings(argv))
     if not arguments.topology:
         raise CommandLineError("no chips: expected --topology=v5e:8x16 (or v5litepod-64, v4-32, h100:8, ...)")
     chips = topology(arguments.topology)
@@ -201,18 +200,6 @@ def _progress(line: str) -> None:
 def _cache(arguments: PlanArguments) -> Path:
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(arguments.cache) if arguments.cache else user / "glip_jax" / "plans"
-
-
-def _split_tuples(argv: Sequence[str]) -> list[str]:
-    """`--canvas=a,b` and the lists of the search as one argument an item."""
-    result: list[str] = []
-    for argument in argv:
-        option, equals, value = argument.partition("=")
-        if equals and option.replace("_", "-") in _LISTS:
-            result += [option, *filter(None, value.split(","))]
-        else:
-            result.append(argument)
-    return result
 
 
 def _checked(out: str) -> Path | None:

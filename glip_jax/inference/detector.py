@@ -414,7 +414,9 @@ class Detector:
             steps[device] = -(-len(part) // self.batch_size)
         of_devices = NamedSharding(mesh, ROWS)
         text = jax.make_array_from_single_device_arrays((mesh.size * _STEPS, *states[0].shape[1:]), of_devices, states)
-        mask, phrase_map, steps = jax.device_put((masks.reshape(-1, length), maps.reshape(-1, slots, length), steps), of_devices)
+        mask, phrase_map, steps = jax.device_put(
+            (masks.reshape(-1, length), maps.reshape(-1, slots, length), steps), of_devices
+        )
         rows, which = jax.device_put((rows, which), NamedSharding(mesh, STEPS))
         found = self._programs.ground(
             params, images, (text, mask, phrase_map), rows, which, steps, canvas=canvas, mesh=mesh

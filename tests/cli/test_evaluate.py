@@ -108,7 +108,11 @@ def test_the_table_has_both_kinds(evaluated):
     assert "step 7, parameters: ema" in output
     assert "boxes: 3 categories, prompted as: a cat, dog, person" in output
     assert "words: 4 phrases in 4 captions; 1 captions cut; 1 phrases over budget" in output
-    assert re.search(r"^boxes, names shuffled: AP50 0\.\d{4}, [+-]0\.\d{4}$", output, re.MULTILINE)
+    assert re.search(
+        r"^boxes, as many names a prompt as fit, shuffled with seed 0: AP50 0\.\d{4}, [+-]0\.\d{4}$",
+        output,
+        re.MULTILINE,
+    )
     assert re.search(r"^set +images +AP +AP50 +permuted +ratio", output, re.MULTILINE)
     assert re.search(r"^set +captions +phrases +R@1", output, re.MULTILINE)
 
@@ -127,7 +131,7 @@ def test_the_report_holds_what_moves_the_score(run, evaluated):
     assert len({hashes["config"], hashes["checkpoint's config"]}) == 2 and "files" in hashes["code"]
     boxes, words = summary["sets"]["boxes"], summary["sets"]["words"]
     assert boxes["chunks"] == [["a cat", "dog", "person"]]
-    assert [line["asked"] for line in boxes["chunking"]] == ["names shuffled", "at most 2 names a prompt"]
+    assert [(line["chunk"], line["seed"]) for line in boxes["chunking"]] == [(0, None), (0, 0), (2, None), (2, 0)]
     assert "chunking" not in words
     assert boxes["hashes"]["annotations"] == hashlib.sha256((run / "boxes.json").read_bytes()).hexdigest()
     assert boxes["hashes"]["pictures"] == words["hashes"]["pictures"]
@@ -191,6 +195,10 @@ def test_the_report_lies_where_it_was_asked_for_and_is_whole(run, evaluated):
             "categories",
         ),
         (["--config={run}/tiny.py", "--workdir={run}/run", "--out={run}/tiny.py/below"], "tiny.py"),
+        (
+            ["--config={run}/tiny.py", "--workdir={run}/run", "--chunk=20,-1"],
+            "--chunk=20,-1: expected numbers of at least 0",
+        ),
     ],
 )
 def test_what_cannot_be_evaluated_gives_one_line(run, capsys, arguments, message):
@@ -226,7 +234,8 @@ def test_an_evaluation_that_is_there_is_left_unless_something_moved(run, tmp_pat
         arguments = evaluate.parse([*command, *more], evaluate.EvaluateArguments, "evaluate")
         return evaluate._done(arguments, open_checkpoint(arguments.workdir), arguments.out)
 
-    assert done() and done("--measure-chunking")
+    assert done() and done("--measure-chunking") and done("--chunk=0,2", "--chunk-seeds=0")
+    assert not done("--chunk=0,2") and not done("--chunk=0,2", "--chunk-seeds=0", "--chunk-images=1")
     assert not done("--config.detection.nms-iou=0.5") and not done("--config.evaluation.parameters=raw")
     assert not done(f"--out={tmp_path}") and not done("--alone=2") and not done("--false-alarms=0.25")
     for change in ({"seed": 5}, {"versions": {}}, {"hashes": {}}, {"sets": {}}):

@@ -1,4 +1,4 @@
-"""The effect of other names in the prompt on AP50."""
+"""The effect of the number and the order of the names in a prompt on AP50."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from glip_jax.config import EvaluationSet
-from glip_jax.evaluation.chunking import chunking_effect, prompt_chunks
+from glip_jax.evaluation.chunking import Chunking, chunking_effect, chunking_lines, prompt_chunks
 from glip_jax.evaluation.evaluate import evaluate_detection
 from glip_jax.structures import prompts
 from glip_jax.structures.batch import Detections
@@ -51,19 +51,36 @@ class FirstNameOnly:
         return found
 
 
-def test_the_effect_of_chunking(dataset):
+def test_chunks_and_orders_are_compared_with_the_first(dataset):
     config = tiny_run.config()
     first = evaluate_detection(FirstNameOnly(config), config, dataset, progress=False)
-    effect = chunking_effect(FirstNameOnly(config), FirstNameOnly, config, dataset, first, 3, progress=False)
-    shuffled, shorter = effect
-    # Only "cat" is first in a prompt; with two names a prompt "person" is too.
     assert first.precision.per_class_50 == pytest.approx({"cat": 1, "dog": 0, "person": 0})
-    assert shorter["asked"] == "at most 2 names a prompt"
-    assert (shorter["AP50"], shorter["difference"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
-    assert (shuffled["AP50"], shuffled["difference"]) == (pytest.approx(1 / 3), pytest.approx(0))
+    made = []
+
+    def make(changed):
+        made.append(changed.evaluation.chunk)
+        return FirstNameOnly(changed)
+
+    effect = chunking_effect(make, config, dataset, Chunking((0, 2, 2, 1), (3,)), first, progress=False)
+    # Only "cat" is first in a prompt of all names; with two names a prompt another one is too, and alone each is.
+    assert [(one["chunk"], one["seed"]) for one in effect] == [(0, None), (0, 3), (2, None), (2, 3), (1, None), (1, 3)]
+    assert made == [0, 2, 2, 1, 1], "the evaluation that is known is not repeated"
+    assert [one["AP50"] for one in effect] == pytest.approx([1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1])
+    assert [one["difference"] for one in effect] == pytest.approx([0, 0, 1 / 3, 1 / 3, 2 / 3, 2 / 3])
+    lines = dict(chunking_lines(effect))
+    assert lines["at most 2 names a prompt, shuffled with seed 3"] == "AP50 0.6667, +0.3333"
+    assert lines["at most 2 names a prompt, 2 orders"] == "mean AP50 0.6667, 0.6667 to 0.6667"
 
 
-def test_shuffled_names_are_in_another_order(dataset):
+def test_a_subset_has_a_reference_of_its_own(dataset):
+    config = tiny_run.config()
+    first = evaluate_detection(FirstNameOnly(config), config, dataset, progress=False)
+    effect = chunking_effect(FirstNameOnly, config, dataset, Chunking((0, 1), (), 1), first, progress=False)
+    # Of the first image, which shows a cat.
+    assert [(one["images"], one["AP50"]) for one in effect] == [(1, pytest.approx(1)), (1, pytest.approx(1))]
+
+
+def test_seeds_are_other_orders(dataset):
     prompted = []
 
     class Recorder(FirstNameOnly):
@@ -72,16 +89,16 @@ def test_shuffled_names_are_in_another_order(dataset):
             return super().categories(images, names)
 
     config = tiny_run.config()
-    first = evaluate_detection(Recorder(config), config, dataset, progress=False)
-    chunking_effect(Recorder(config), Recorder, config, dataset, first, 3, progress=False)
-    assert prompted[0] == prompted[2] == list(NAMES)
-    assert prompted[1] != prompted[0] and sorted(prompted[1]) == sorted(NAMES)
+    first = evaluate_detection(FirstNameOnly(config), config, dataset, progress=False)
+    chunking_effect(Recorder, config, dataset, Chunking((0,), (0, 3, 0)), first, progress=False)
+    assert prompted == [[NAMES[i] for i in np.random.default_rng(seed).permutation(3)] for seed in (0, 3)]
+    assert prompted[0] != prompted[1] != list(NAMES) != prompted[0]
 
 
 def test_a_single_name_has_no_variants(dataset):
     config = tiny_run.config()
     first = evaluate_detection(FirstNameOnly(config), config, dataset, progress=False)._replace(prompts=("cat",))
-    assert chunking_effect(FirstNameOnly(config), FirstNameOnly, config, dataset, first, 1, progress=False) == []
+    assert chunking_effect(FirstNameOnly, config, dataset, Chunking((0, 1)), first, progress=False) == []
 
 
 def test_the_chunks_are_those_of_the_detector():

@@ -12,6 +12,7 @@ from glip_jax.cli.reports.drawing import draw_curves, svg_uri
 from glip_jax.cli.reports.html import number, render_template
 from glip_jax.cli.reports.run_cards import cards
 from glip_jax.evaluation.average_precision import NUMBERS
+from glip_jax.evaluation.chunking import chunking_lines
 from glip_jax.evaluation.evaluate import Evaluated, Grounded
 from glip_jax.evaluation.recall import PROTOCOLS, RANKS
 
@@ -147,8 +148,7 @@ def _settings_and_hashes(summary: Mapping[str, Any]) -> tuple[list[tuple[str, st
         facts += [(f"hash: {what} {key}".strip().replace("_", " "), text_of(item)) for key, item in rows]
     for name, entry in summary["sets"].items():
         facts += [(f"hash: {name}, {what}", text_of(value)) for what, value in entry["hashes"].items()]
-        facts += [(f"chunking: {name}, {line['asked']}", f"AP50 {line['AP50']:.4f} ({line['difference']:+.4f})")
-                  for line in entry.get("chunking", ())]  # fmt: skip
+        facts += [(f"chunking: {name}, {asked}", text) for asked, text in chunking_lines(entry.get("chunking", ()))]
     facts.append(("versions", ", ".join(f"{name} {value}" for name, value in summary["versions"].items())))
     return facts, [(name, value) for name, value in settings.items() if name.startswith("model.")]
 
