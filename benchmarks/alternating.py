@@ -1,9 +1,10 @@
 """Times two implementations alternately in one run, each in a process of its own on the same cores.
 
 A benchmark names its sides and what each can run. `main` parses the command line, starts a process per side, pins it to the first
-cores, and alternates rounds between the sides, so that other load affects both. Both use huge pages in the allocator, as
+cores, and alternates rounds between the sides, so that other load affects all. All use huge pages in the allocator, as
 `scripts/` sets them. Memory is the peak resident memory after two uncounted runs: it includes parameters and gradients, but not
-compilation.
+compilation. A side whose runs take minutes has a short run `warm MODE`, which then is the uncounted one; a side without a mode is left
+out of it.
 """
 
 import argparse
@@ -30,6 +31,8 @@ class Settings(NamedTuple):
     threads: int
     remat: Remat
     device: Device
+    arguments: tuple[str, ...] = ()
+    """Arguments of the benchmark itself."""
 
 
 Runs = dict[str, Callable[[], None]]
@@ -49,11 +52,15 @@ def _work(side: str, runs: Runs) -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         mode = line.strip()
+        if mode not in runs:
+            print("null", flush=True)
+            continue
         if mode not in warm:
+            first = runs.get(f"warm {mode}", runs[mode])
             start = time.perf_counter()
-            runs[mode]()
+            first()
             print(f"{side}: first {mode} (with compilation) {time.perf_counter() - start:.1f} s", file=sys.stderr)
-            runs[mode]()
+            first()
             Path("/proc/self/clear_refs").write_text("5")
             warm.add(mode)
         start = time.perf_counter()
@@ -74,7 +81,7 @@ class _Worker:
         if settings.device == "cpu":
             environment["JAX_PLATFORMS"] = "cpu"
         command = [sys.executable, "-m", module, "--worker", side, "--remat", settings.remat]
-        command += ["--threads", str(threads), "--device", settings.device]
+        command += ["--threads", str(threads), "--device", settings.device, *settings.arguments]
         self.process = subprocess.Popen(
             ["taskset", "-c", ",".join(map(str, cores)), *command],
             stdin=subprocess.PIPE,
@@ -90,8 +97,8 @@ class _Worker:
             raise SystemExit(f"a worker ended with code {self.process.wait()}; its error stands above")
         return line
 
-    def measure(self, mode: str) -> dict:
-        """One run after the uncounted first ones."""
+    def measure(self, mode: str) -> dict | None:
+        """One run after the uncounted first ones; None if the side does not have the mode."""
         assert self.process.stdin is not None
         print(mode, file=self.process.stdin, flush=True)
         return json.loads(self._answer())
@@ -104,14 +111,16 @@ def _compare(module: str, sides: list[str], settings: Settings, rounds: int, mod
         results: dict[str, list[dict]] = {side: [] for side in sides}
         for _ in range(rounds):
             for side in sides:
-                results[side].append(workers[side].measure(mode))
-        medians = {side: statistics.median(r["seconds"] for r in results[side]) for side in sides}
-        for side in sides:
+                if (found := workers[side].measure(mode)) is not None:
+                    results[side].append(found)
+        having = [side for side in sides if results[side]]
+        medians = {side: statistics.median(r["seconds"] for r in results[side]) for side in having}
+        for side in having:
             seconds = [r["seconds"] for r in results[side]]
             peak = max(r["peak"] for r in results[side]) / 2**30
             print(
                 f"| {settings.threads} | {mode} | {side} | {medians[side]:.2f} | {min(seconds):.2f} to {max(seconds):.2f} | "
-                f"{peak:.2f} | {medians[side] / medians[sides[-1]]:.2f} |",
+                f"{peak:.2f} | {medians[side] / medians[having[-1]]:.2f} |",
                 flush=True,
             )
     for worker in workers.values():
@@ -120,8 +129,15 @@ def _compare(module: str, sides: list[str], settings: Settings, rounds: int, mod
         worker.process.wait()
 
 
-def main(module: str, about: str, sides: Mapping[str, Side], modes: Sequence[str] = ("forward", "step")) -> None:
-    """Parses the command line of the benchmark `module` and compares its sides; ratios are relative to the last one."""
+def main(
+    module: str, about: str, sides: Mapping[str, Side], modes: Sequence[str] = ("forward", "step"),
+    before: Callable[[Sequence[str]], None] | None = None,
+) -> None:  # fmt: skip
+    """Parses the command line of the benchmark `module` and compares its sides; ratios are relative to the last one.
+
+    `before`: checks the arguments of the benchmark itself, which the sides get, and prints what stands above the table. Without it
+    there are none.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about.split("\n\n")[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
@@ -129,11 +145,15 @@ def main(module: str, about: str, sides: Mapping[str, Side], modes: Sequence[str
     parser.add_argument("--remat", choices=get_args(Remat), default="none")
     parser.add_argument("--device", choices=get_args(Device), default="cpu")
     parser.add_argument("--worker", choices=list(sides), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    settings = [Settings(threads, arguments.remat, arguments.device) for threads in arguments.threads]
+    arguments, own = parser.parse_known_args()
+    if own and before is None:
+        parser.error(f"unrecognized arguments: {' '.join(own)}")
+    settings = [Settings(threads, arguments.remat, arguments.device, tuple(own)) for threads in arguments.threads]
     if arguments.worker:
         _work(arguments.worker, sides[arguments.worker](settings[0]))
         return
+    if before is not None:
+        before(own)
     print(
         "| threads | mode | side | median s | range s | peak GiB | ratio |\n|---|---|---|---|---|---|---|", flush=True
     )
