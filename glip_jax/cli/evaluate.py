@@ -192,7 +192,7 @@ def evaluate_checkpoint(
     detector = Detector(config, parameters)
 
     def make(other: Config) -> Detector:
-        return Detector(other, detector.params)
+        return Detector(other, None, texts_of=detector)
 
     results, content = {}, {}
     rates = () if absent.false_alarms is None else (absent.false_alarms,)
