@@ -253,10 +253,7 @@ class Detector:
         longest = max(int(self._tokenize(prompt).mask.sum()) for prompt in asked)
         unit = 32 if longest <= 64 else 16
         length = min(-(-longest // unit) * unit, self.config.model.text.max_tokens)
-        slots = max(8, length // 2)
-        while slots < max(len(prompt.spans) for prompt in asked):
-            slots *= 2
-        return length, slots
+        return length, max(16, -(-max(len(prompt.spans) for prompt in asked) // 8) * 8)
 
     def categories(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], names: Sequence[str]) -> list[Detections]:
         """Detections of category names, one entry per image; `phrases` are indices into `names`.

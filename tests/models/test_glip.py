@@ -86,3 +86,21 @@ def test_normalize_orders_channels_and_zeroes_beyond_the_size() -> None:
     assert not bgr[0, 2:].any() and not bgr[0, :, 3:].any()
     rgb = normalize(jnp.asarray(image), jnp.asarray(size), InputConfig("rgb", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
     np.testing.assert_array_equal(np.asarray(rgb)[0, 1, 2], [200, 0, 10])
+
+
+def test_without_fusion_the_blocks_of_the_head_run_once_for_all_prompts() -> None:
+    model = dataclasses.replace(MODEL, fusion=dataclasses.replace(MODEL.fusion, enabled=False))
+    params: Any = tiny_run.parameters(model)
+    rng = np.random.default_rng(0)
+    levels = tuple(rng.normal(size=(1, n, n, 16)).astype(np.float32) for n in (4, 2, 1))
+    extent, mask = np.array([[64, 64]], np.int32), np.ones((1, 8), bool)
+    head = jax.jit(GLIP(model).apply, static_argnames=("method", "refined"))
+    refined = head({"params": {"head": params["head"]}}, levels, extent, method="refine")
+    # Without the parameters of the blocks: `ground` does not run them.
+    outputs = {"params": {"head": {name: leaf for name, leaf in params["head"].items() if name != "tower"}}}
+    for seed in range(2):
+        text = np.random.default_rng(seed).normal(size=(1, 8, 16)).astype(np.float32)
+        whole = head({"params": {"head": params["head"]}}, levels, extent, text, mask, method="ground")
+        once = head(outputs, refined, extent, text, mask, method="ground", refined=True)
+        for a, b in zip(once, whole, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
