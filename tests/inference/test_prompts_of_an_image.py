@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -87,13 +88,13 @@ def test_scores_do_not_depend_on_the_padding() -> None:
 def _one_by_one(config: Config, params: Any, image: np.ndarray) -> list[Detections]:
     """Detections of each name by the whole network, as the original computes them."""
     tokenizer = load_tokenizer(config.model.text.vocabulary)
-    size = np.array([image.shape[:2]], np.int32)
+    size, pixels = jnp.array([image.shape[:2]], jnp.int32), jnp.asarray(image[None])
 
     @jax.jit
     def run(params: Any, tokens: Any, mask: Any, phrase_map: Any) -> Any:
-        pixels = normalize(image[None], size, config.model.input)  # pyright: ignore[reportArgumentType]
-        found: Any = GLIP(config.model).apply({"params": params}, pixels, size, tokens, mask)
-        return detect(found, phrase_map, size, size, image.shape[:2], config.model, config.detection)  # pyright: ignore[reportArgumentType]
+        normalized = normalize(pixels, size, config.model.input)
+        found: Any = GLIP(config.model).apply({"params": params}, normalized, size, tokens, mask)
+        return detect(found, phrase_map, size, size, pixels.shape[1:3], config.model, config.detection)
 
     results = []
     for prompt, _ in category_prompts(NAMES, tokenizer, config):
@@ -105,7 +106,8 @@ def _one_by_one(config: Config, params: Any, image: np.ndarray) -> list[Detectio
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["no fusion", "fusion"])
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [False, True], ids=["no fusion", "fusion"])
 def test_names_in_several_calls_equal_the_whole_network_once_a_prompt(
     fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
