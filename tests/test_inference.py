@@ -263,7 +263,7 @@ def test_the_latest_texts_are_cached(params: Any, monkeypatch: pytest.MonkeyPatc
     detector = _detector(_config(1), params)
     for name in NAMES[:3]:
         detector.text(prompts.prompt_from_categories([name]))
-    assert list(detector._texts) == NAMES[1:3]
+    assert [caption for caption, _ in detector._texts] == NAMES[1:3]
 
 
 def test_detections_are_in_image_pixels_and_batch_invariant(params: Any) -> None:
