@@ -342,7 +342,7 @@ class Detector:
     ) -> Iterator[_PendingCall]:  # fmt: skip
         """At most `batch_size` images of one canvas for each device: encodes them once, then runs all their prompts."""
         multiple, per_device = self.config.model.input.extent_multiple, self.batch_size
-        # Image k is row k: each device has a batch that one device alone would have, and so the same bits.
+        # Image k is row k: each device has a batch that one device alone would have.
         pixels = np.zeros((per_device * mesh.size, *canvas, 3), np.uint8)
         size = np.full((len(pixels), 2), multiple, np.int32)
         resized = _resizers().map(resize, images, sizes)

@@ -66,10 +66,10 @@ class Programs:
 
         Args:
             images: levels [B h w C] of `encode_image`, sizes and extents [B 2].
-            texts: states [K T C], masks [K T] and phrase maps [K P T] of the different prompts; on every device.
+            texts: states [K T C], masks [K T] and phrase maps [K P T] of the K different prompts of each device.
             rows: Int32[S B]: the image of each request, as its row among those of the same device.
-            prompts: Int32[S B]: its prompt, as an index of `texts`.
-            steps: number of steps in use. The rest have phrase -1.
+            prompts: Int32[S B]: its prompt, as an index of the `texts` of the same device.
+            steps: Int32[devices]: number of steps in use. The rest have phrase -1.
         """
         self.traced["ground"] += 1
 
@@ -85,9 +85,9 @@ class Programs:
 
             zeros = jnp.zeros((*rows.shape, self.detection.max_detections), jnp.float32)
             nothing = Detections(jnp.stack([zeros] * 4, -1), zeros, jnp.full(zeros.shape, -1, jnp.int32), zeros, zeros)
-            return jax.lax.fori_loop(0, steps, step, nothing)
+            return jax.lax.fori_loop(0, steps[0], step, nothing)
 
-        split = per_shard(local, mesh, (WHOLE, ROWS, WHOLE, STEPS, STEPS, WHOLE), STEPS)
+        split = per_shard(local, mesh, (WHOLE, ROWS, ROWS, STEPS, STEPS, ROWS), STEPS)
         return split(params, images, texts, rows, prompts, steps)
 
 

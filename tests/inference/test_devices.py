@@ -38,7 +38,10 @@ def _xywh(box: np.ndarray) -> list[float]:
 
 
 def test_eight_devices_find_what_one_finds(params: Any) -> None:
-    """Images with no, one and several prompts, in batches that are full, partial and empty; bit for bit."""
+    """Images with no, one and several prompts, in batches that are full, partial and empty: the same boxes in the same order.
+
+    XLA simplifies the program of one device and that of several differently, so scores differ in the last bit.
+    """
     texts = ("a cat", "a dog . red car", "a tree near a cup")
     prompts = [Prompt(text, (((0, 5),), ((len(text) - 3, len(text)),))) for text in texts]
     asked = [prompts[: k % 4] for k in range(11)]
@@ -49,8 +52,9 @@ def test_eight_devices_find_what_one_finds(params: Any) -> None:
     for ours, theirs in zip(found, expected, strict=True):
         for mine, other in zip(ours, theirs, strict=True):
             assert len(mine.scores) > 10
+            np.testing.assert_array_equal(mine.phrases, other.phrases)
             for field, value in other._asdict().items():
-                np.testing.assert_array_equal(getattr(mine, field), value, err_msg=field)
+                np.testing.assert_allclose(getattr(mine, field), value, rtol=1e-5, atol=1e-4, err_msg=field)
 
 
 def test_the_second_evaluation_compiles_nothing(params: Any, tmp_path: Any) -> None:
