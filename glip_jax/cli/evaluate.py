@@ -12,13 +12,8 @@ import datetime
 import json
 import logging
 from collections.abc import Sequence
-<<<<<<< HEAD
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
-=======
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
->>>>>>> 4248da0 (evaluate --chunk=20,40,80: chunks and seeded orders compared)
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -70,9 +65,7 @@ class EvaluateArguments(ProcessArguments, Arguments):
     chunk_images: int = 0
     """Number of first images of each set that --chunk evaluates; 0: all that are evaluated."""
     measure_chunking: bool = False
-<<<<<<< HEAD
-    """Evaluate every detection set twice more, with the names shuffled and in prompts half as long, and report how AP50
-    changes."""
+    """--chunk with the usual prompts and with prompts half as long, in the order of ids and shuffled with seed 0."""
     alone: int = 1
     """Of a set that lists absent names: that many times the number of its images are pairs of an image and an absent name asked again, one
     name a prompt; as many pairs of names that are there, and of look-alikes. 0: none."""
@@ -82,9 +75,6 @@ class EvaluateArguments(ProcessArguments, Arguments):
     report: PathStr = ""
     """evaluation.json from which --false-alarms takes the thresholds; default: this evaluation if one of its sets lists absent names,
     else the one in the folder of the checkpoint."""
-=======
-    """--chunk with the usual prompts and with prompts half as long, in the order of ids and shuffled with seed 0."""
->>>>>>> 4248da0 (evaluate --chunk=20,40,80: chunks and seeded orders compared)
     unless_done: bool = False
     """Keep an evaluation.json that was made with the same checkpoint, settings, code, versions, annotations and images."""
 
@@ -113,13 +103,7 @@ def _evaluate(arguments: EvaluateArguments, chunking: "Chunking | None", share: 
         logger.info(f"{out} is evaluated; nothing is measured twice")
         return exit_codes.DONE
     with checkpoint_argument.fitting_parameters():
-<<<<<<< HEAD
-        evaluate_checkpoint(
-            arguments.config, checkpoint, out, arguments.measure_chunking, share, _absent_names(arguments)
-        )
-=======
-        evaluate_checkpoint(arguments.config, checkpoint, out, chunking, share)
->>>>>>> 4248da0 (evaluate --chunk=20,40,80: chunks and seeded orders compared)
+        evaluate_checkpoint(arguments.config, checkpoint, out, chunking, share, _absent_names(arguments))
     return exit_codes.DONE
 
 
@@ -144,14 +128,9 @@ def _absent_names(arguments: EvaluateArguments) -> AbsentNames:
 
 
 def evaluate_checkpoint(
-<<<<<<< HEAD
-    config: Config, checkpoint: "Checkpoint", out: str, measure_chunking: bool = False, share: "Share | None" = None,
+    config: Config, checkpoint: "Checkpoint", out: str, chunking: "Chunking | None" = None, share: "Share | None" = None,
     absent: AbsentNames | None = None,
 ) -> "dict[str, Evaluated | Grounded]":  # fmt: skip
-=======
-    config: Config, checkpoint: "Checkpoint", out: str, chunking: "Chunking | None" = None, share: "Share | None" = None
-) -> "dict[str, Evaluated | Grounded]":
->>>>>>> 4248da0 (evaluate --chunk=20,40,80: chunks and seeded orders compared)
     """Evaluates a checkpoint on all sets, logs the table, writes the files named above to `out`; returns the evaluations.
 
     `share`: the part of this process where several evaluate together; the first logs and writes. `absent`: what is measured of names
@@ -163,12 +142,8 @@ def evaluate_checkpoint(
     """
     from glip_jax.cli.report import write_report
     from glip_jax.cli.reports.run_report import table
-<<<<<<< HEAD
     from glip_jax.evaluation.alone import asked_alone
-    from glip_jax.evaluation.chunking import chunking_effect
-=======
     from glip_jax.evaluation.chunking import chunking_effect, chunking_lines
->>>>>>> 4248da0 (evaluate --chunk=20,40,80: chunks and seeded orders compared)
     from glip_jax.evaluation.evaluate import Evaluated, check_set, evaluate_set
     from glip_jax.evaluation.shares import Share
     from glip_jax.inference import Detector
@@ -203,19 +178,12 @@ def evaluate_checkpoint(
                 detector, config, dataset, result, absent.alone, name, share=share, rates=rates
             )
         results[name], content[name] = result, _entry(result, dataset, detector, config)
-<<<<<<< HEAD
-        if measure_chunking and isinstance(result, Evaluated):
-            longest = max(len(chunk) for chunk in content[name]["chunks"])
-            content[name]["chunking"] = chunking_effect(detector, make, config, dataset, result, longest, name)
-    if absent.false_alarms is not None:
-        _add_numbers_at(absent.false_alarms, results, content, given)
-    summary = {**_provenance(config, checkpoint, parameters), "absent_names": absent._asdict(), "sets": content}
-=======
         if chunking is not None and isinstance(result, Evaluated):
             compared = _of_set(chunking, config, content[name]["chunks"])
             content[name]["chunking"] = chunking_effect(make, config, dataset, compared, result, name, share=share)
-    summary = {**_provenance(config, checkpoint, parameters), "sets": content}
->>>>>>> 4248da0 (evaluate --chunk=20,40,80: chunks and seeded orders compared)
+    if absent.false_alarms is not None:
+        _add_numbers_at(absent.false_alarms, results, content, given)
+    summary = {**_provenance(config, checkpoint, parameters), "absent_names": absent._asdict(), "sets": content}
     if not share.first:
         return results
     for name, result in results.items():
@@ -223,25 +191,19 @@ def evaluate_checkpoint(
     write_atomic(folder / "evaluation.json", json.dumps(summary, indent=1))
     logger.info(table(results))
     for name, entry in content.items():
-<<<<<<< HEAD
-        for line in entry.get("chunking", ()):
-            logger.info(f"{name}, {line['asked']}: AP50 {line['AP50']:.4f}, {line['difference']:+.4f}")
+        for asked, numbers in chunking_lines(entry.get("chunking", ())):
+            logger.info(f"{name}, {asked}: {numbers}")
     for name, entry in content.items():
         if at := entry.get("at_false_alarms"):
             shown = ", ".join(f"{key} {value:.4f}" for key, value in at["numbers"].items() if value is not None)
             logger.info(
                 f"{name}, at {at['false_alarms']:g} false alarms ({at['set']}: from {at['threshold']:.3f}): {shown}"
             )
-=======
-        for asked, numbers in chunking_lines(entry.get("chunking", ())):
-            logger.info(f"{name}, {asked}: {numbers}")
->>>>>>> 4248da0 (evaluate --chunk=20,40,80: chunks and seeded orders compared)
     logger.info(f"numbers, settings and hashes: {folder / 'evaluation.json'}")
     logger.info(f"HTML report: {write_report(workdir, out=str(folder))}")
     return results
 
 
-<<<<<<< HEAD
 def _given_thresholds(config: Config, absent: AbsentNames, workdir: str) -> "Thresholds | None":
     """The thresholds of a report for --false-alarms; None where this evaluation gives them. Raises ThresholdError."""
     from glip_jax.evaluation.average_precision import load_ground_truth
@@ -266,7 +228,8 @@ def _add_numbers_at(
     given = given or choose(measured, rate, "this evaluation")
     for name, result in results.items():
         content[name]["at_false_alarms"] = given.summary() | {"numbers": numbers_at(result, given)}
-=======
+
+
 def _chunking(arguments: EvaluateArguments) -> "Chunking | None":
     """What --chunk or --measure-chunking compare; without chunks for the latter, whose chunks depend on the set."""
     for flag in ("chunk", "chunk_seeds"):
@@ -301,7 +264,6 @@ def _is_compared(chunking: "Chunking | None", config: Config, entry: dict[str, A
     images = min(chunking.images or len(entry["image_ids"]), len(entry["image_ids"]))
     wanted = [(*variant, images) for variant in requested(_of_set(chunking, config, entry["chunks"]))]
     return [(one["chunk"], one["seed"], one["images"]) for one in entry.get("chunking", ())] == wanted
->>>>>>> 4248da0 (evaluate --chunk=20,40,80: chunks and seeded orders compared)
 
 
 def phrase_results(detections: dict[Any, Detections]) -> list[dict[str, Any]]:
