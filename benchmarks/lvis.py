@@ -144,7 +144,10 @@ def detector_runs(settings: Settings) -> Runs:
             for prompt in task.prompts:
                 detector.text(prompt, len(detector.text(longest)[0].tokens))
 
-        return short, lambda: detector.categories([image], task.names) and None
+        def whole() -> None:
+            detector.categories([image], task.names)
+
+        return short, whole
 
     return _modes(make, (True, False))
 

@@ -95,7 +95,7 @@ class _Head(nn.Module):
         if not refined:
             sizes = tuple(level_size(extent, stride) for stride in config.pyramid.strides)
             (levels, fused), _ = self._blocks(config.head)((levels, text), sizes, mask)
-        if text is None or mask is None:
+        if text is None or mask is None or fused is None:
             return None, levels
         embedding = fused if config.fusion.enabled else text * mask[..., None]
         embedding = embedding.astype(jnp.float32)
@@ -157,7 +157,8 @@ class GLIP(nn.Module):
         mask: Bool[Array, "B T"], refined: bool = False,
     ) -> Predictions:  # fmt: skip
         """Predictions for every anchor from levels (of the pyramid, or `refined` by `refine`) and text states."""
-        return self.head(levels, extent, text, mask, refined)[0]
+        predictions: Any = self.head(levels, extent, text, mask, refined)[0]
+        return predictions
 
     def __call__(
         self,

@@ -92,7 +92,7 @@ def _one_by_one(config: Config, params: Any, image: np.ndarray) -> list[Detectio
     def run(params: Any, tokens: Any, mask: Any, phrase_map: Any) -> Any:
         normalized = normalize(pixels, size, config.model.input)
         found: Any = GLIP(config.model).apply({"params": params}, normalized, size, tokens, mask)
-        return detect(found, phrase_map, size, size, pixels.shape[1:3], config.model, config.detection)
+        return detect(found, phrase_map, size, size, (64, 64), config.model, config.detection)
 
     results = []
     for prompt, _ in category_prompts(NAMES, tokenizer, config):
