@@ -62,6 +62,7 @@ def test_a_half_downloaded_set_and_one_of_another_version_are_named(made, monkey
     assert not (made / "out" / "results.json").exists()
 
 
+@pytest.mark.long
 def test_later_sets_join_the_table_and_scoring_alone_gives_the_same(made, monkeypatch, capsys):
     calls = stand_in(monkeypatch)
     assert run_job("benchmark", arguments(made)) == exit_codes.DONE
@@ -82,6 +83,7 @@ def test_later_sets_join_the_table_and_scoring_alone_gives_the_same(made, monkey
     assert "holds results of another checkpoint (run, step 3, ema parameters)" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_what_the_command_changes_is_part_of_the_protocol(made, monkeypatch):
     stand_in(monkeypatch)
     changes = [
