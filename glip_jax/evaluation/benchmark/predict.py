@@ -144,7 +144,7 @@ def _opened(run: Run, item: BenchmarkSet, ask: Ask) -> tuple[Questions, Blocks]:
         "about": {
             "checkpoint": run.about, "protocol": used, "counts": dict(asked.counts), "notes": list(asked.notes), "files": files,
             "longest_prompt": max(len(q.keys) for image in asked.images[:100] for q in image.questions),
-            "prompts": sum(len(image.prompts) for image in asked.images), "names": list(asked.names.values()),
+            "prompts": _prompts(asked.images), "names": list(asked.names.values()),
             "processes": run.share.count,
         },
     }  # fmt: skip
@@ -154,6 +154,13 @@ def _opened(run: Run, item: BenchmarkSet, ask: Ask) -> tuple[Questions, Blocks]:
             logger.info(f"note: {item.name}: {note}")
         blocks.begin()
     return asked, blocks
+
+
+def _prompts(images: Sequence[AskedImage]) -> int:
+    """Number of prompts of all images."""
+    if isinstance(images, SameQuestions):
+        return len(images) * len(images[0].prompts)
+    return sum(len(image.prompts) for image in images)
 
 
 def _blocks(folder: epath.Path, asked: Questions, plan: Mapping[str, Any]) -> Blocks:
@@ -234,8 +241,9 @@ def _groups(
         by_canvas = defaultdict[Any, list[tuple[int, int]]](list)
         for position in blocks.members(block):
             image = int(order[position])
-            height, width = asked.images[image].height, asked.images[image].width
-            by_canvas[detector.canvas(height, width)[1] if height and width else None].append((block, image))
+            height, width = asked.images[image][2:4]
+            canvas = detector.canvas(height, width)[1] if height and width else None
+            by_canvas[canvas].append((block, image))
         for members in by_canvas.values():
             for begin in range(0, len(members), detector.group_size):
                 yield members[begin : begin + detector.group_size]
@@ -269,7 +277,7 @@ def _write(run: Run, asked: Questions, blocks: Blocks) -> None:
         with aside.open("w") as file:
             file.write("{" if mapping else "[")
             separator = "\n"
-            for entry in _entries(asked, rows):
+            for entry in _entries(asked, rows, blocks.parts > 1):
                 if mapping:
                     key = json.dumps(str(entry["id"]))
                     text = f"{key}: {json.dumps({name: value for name, value in entry.items() if name != 'id'})}"
@@ -295,9 +303,15 @@ def _files_by_id(asked: Questions) -> dict[str, str]:
             return {str(image.id): image.file for image in asked.images}
 
 
-def _entries(asked: Questions, rows: Any) -> Iterator[dict[str, Any]]:
-    """The entries of the predictions file of all images; `rows` are sorted by image."""
+def _entries(asked: Questions, rows: Any, one_prompt: bool) -> Iterator[dict[str, Any]]:
+    """The entries of the predictions file of all images; `rows` are sorted by image, and with `one_prompt` all of one prompt."""
     edges = np.searchsorted(rows["image"], np.arange(len(asked.images) + 1))
+    if one_prompt:
+        for index in np.flatnonzero(np.diff(edges)).tolist():
+            image, own = asked.images[index], rows[edges[index] : edges[index + 1]]
+            image = image._replace(questions=(image.questions[int(own["prompt"][0])],))
+            yield from answer_rows(asked.item, image, [Detections(own["box"], own["score"], own["phrase"])])
+        return
     for index, image in enumerate(asked.images):
         own = rows[edges[index] : edges[index + 1]]
         found = [_NONE] * len(image.prompts)
