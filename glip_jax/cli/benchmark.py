@@ -83,6 +83,9 @@ class Benchmark(ProcessArguments):
     request."""
     order: int | None = None
     """Seed of a shuffled order of the category names; default: by id, as published."""
+    other_counts: bool = False
+    """Note annotation files whose counts are not the published ones, instead of refusing them; published numbers are then of another
+    protocol."""
     drawn: int = 12
     """Images with the worst errors that the report draws of each set."""
 
@@ -195,7 +198,9 @@ def _detect(
     parameters = checkpoint.parameters(which)
     about = _about(checkpoint, config, fingerprint(parameters))
     earlier(epath.Path(job.workdir), about)
-    benchmark = Run(job.data, epath.Path(job.workdir), config, _Detectors(parameters).of, about, share, job.order)
+    benchmark = Run(
+        job.data, epath.Path(job.workdir), config, _Detectors(parameters).of, about, share, job.order, job.other_counts
+    )
     missing, failed = dict[str, list[str]](), dict[str, str]()
     for item in items:
         lacking = next(filter(None, share.gather(benchmark_sets.missing(item, job.data))), [])

@@ -56,7 +56,7 @@ def test_a_half_downloaded_set_and_one_of_another_version_are_named(made, monkey
     code = run_job("benchmark", [*arguments(made), "--sets=coco", f"--data={made}"])
     said = capsys.readouterr().err
     assert code == exit_codes.BAD_INPUT
-    assert "6.png does not exist: expected the images of made" in said
+    assert "1 of 7 images of made are missing or empty" in said
     assert "3 images, 3 categories, expected 5,000 images, 80 categories" in said
     assert "none of the 2 sets has a number" in said
     assert not (made / "out" / "results.json").exists()

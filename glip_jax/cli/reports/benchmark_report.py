@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from glip_jax import UserError
+from glip_jax.cli.reports.absence_rows import SHOWN
 from glip_jax.cli.reports.card import Card, Chip, card_box, card_image, text_pieces
 from glip_jax.cli.reports.drawing import hex_color
 from glip_jax.cli.reports.html import render_template
@@ -66,14 +67,16 @@ def protocol_line(results: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     """What the numbers of one way of asking depend on."""
     protocol, checkpoint = asked["protocol"], results["checkpoint"]
     names = str(protocol["chunk"]) if protocol["chunk"] else "the token budget"
+    each = f", {protocol['prompts_per_image']} prompts an image" if "prompts_per_image" in protocol else ""
     parts = [
         f"step {checkpoint.get('step')}, {checkpoint.get('parameters')} parameters",
         f"sides {protocol['short_side']} to {protocol['long_side']}",
-        f"names a prompt: {names} (longest {asked['longest_prompt']}), order {protocol['order']}",
+        f"names a prompt: {names} (longest {asked['longest_prompt']}){each}, order {protocol['order']}",
         f"boxes kept: {protocol['boxes']} a prompt"
         + (f", {protocol['boxes_per_image']} an image" if protocol["boxes_per_image"] else ""),
         f"threshold {protocol['threshold']:g}, {protocol['token_scores']} of tokens",
-        f"images: {protocol['images']}",
+        f"images: {protocol['images']}"
+        + ("" if protocol["counts"] == "as published" else ", other counts than published"),
         *dict.fromkeys(metric["evaluator"] for metric in asked["metrics"].values()),
         *(f"{role} {file['sha256'][:16]}{_known(file)}" for role, file in asked["files"].items()),
     ]
@@ -105,16 +108,17 @@ def overlap_lines(overlap: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def absence_lines(found: Mapping[str, Any] | None) -> list[str]:
-    """False alarms for names that are known to be absent, at fixed thresholds and at those of fixed rates."""
-    if found is None:
+def absence_lines(metric: Mapping[str, Any]) -> list[str]:
+    """False alarms for names that are known to be absent, at fixed thresholds and at those of fixed rates; [] for other metrics."""
+    if "refused" in metric:
+        return [f"absent names are not measured: {metric['refused']}"]
+    found = metric["numbers"]
+    if metric["module"] != "absence":
         return []
-    if "refused" in found:
-        return [f"absent names are not measured: {found['refused']}"]
     fixed = "; ".join(
         f"at {t}: {found['thresholds'][t]['false_alarms']:.4f}, presence MCC {_plain(found['thresholds'][t]['presence_MCC'])}, "
         f"cgF1 {_plain(found['thresholds'][t]['cgF1'])}"
-        for t in ("0.3", "0.5")
+        for t in SHOWN
     )
     rates = "; ".join(
         f"{rate}: {own['threshold']:.3f}" + (f", AP {percent(own['AP'])}" if "AP" in own else "")
@@ -161,8 +165,12 @@ def render(
 
 
 def _notes(own: Mapping[str, Any]) -> list[str]:
-    absent = [f"{ask}: {line}" for ask, asked in own["asks"].items() for line in absence_lines(asked["absence"])]
-    return [*overlap_lines(own["overlap"]), *absent, *own["notes"]]
+    absent = [
+        f"{ask}: {line}"
+        for ask, asked in own["asks"].items() for metric in asked["metrics"].values() for line in absence_lines(metric)
+    ]  # fmt: skip
+    noted = [f"{ask}: {line}" for ask, asked in own["asks"].items() for line in asked["notes"]]
+    return [*overlap_lines(own["overlap"]), *absent, *noted, *own["notes"]]
 
 
 def _class_bars(own: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[tuple[str, float, str]]]]:

@@ -19,7 +19,7 @@ from glip_jax import UserError
 from glip_jax.config import Config
 from glip_jax.evaluation.benchmark.asked import AskedImage, Questions, SameQuestions, answer_rows
 from glip_jax.evaluation.benchmark.blocks import Blocks, Cut, concatenated
-from glip_jax.evaluation.benchmark.questions import ask_config, read_questions
+from glip_jax.evaluation.benchmark.questions import ask_config, missing_images, read_questions
 from glip_jax.evaluation.benchmark.results import cut_path
 from glip_jax.evaluation.benchmark.scoring import cut_annotations, file_hashes
 from glip_jax.evaluation.benchmark.sets import Ask, BenchmarkError, BenchmarkSet, protocol, scored_annotations
@@ -41,9 +41,6 @@ _LVIS_CUT = Cut(per_class=10_000, per_image=300)
 """What fixed AP counts (Dave et al., Evaluating Large-Vocabulary Object Detectors) and what LVIS' own evaluation counts."""
 _PARTS = 8
 """Prompts from which on the predictions of a set are written in parts, one a prompt."""
-_PROBED = 50
-"""Images of a set that are looked for before its detection begins, spread over the set."""
-
 _NONE = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
 
 
@@ -92,6 +89,8 @@ class Run:
     share: Share
     order: int | None = None
     """Seed of a shuffled order of the category names; None: by id."""
+    other_counts: bool = False
+    """Annotation files of other versions are noted, not refused."""
 
 
 def predict(run: Run, item: BenchmarkSet, ask: Ask) -> None:
@@ -122,18 +121,24 @@ def _opened(run: Run, item: BenchmarkSet, ask: Ask) -> tuple[Questions, Blocks]:
     """The questions of a set, and its blocks in the working folder. Raises BenchmarkError or PromptError."""
     config = ask_config(run.config, ask)
     tokenizer = load_tokenizer(assets.resolve(config.model.text.vocabulary))
-    asked = read_questions(item, run.data, ask, tokenizer, config, run.order)
+    asked = read_questions(item, run.data, ask, tokenizer, config, run.order, run.other_counts)
     if not asked.images:
         raise BenchmarkError(f"{asked.annotations} lists no images: expected at least one")
     total, limit = len(asked.images), config.evaluation.max_images or len(asked.images)
     asked = dataclasses.replace(asked, images=asked.images[:limit])
-    if absent := _missing_image(asked):
-        raise BenchmarkError(f"{absent} does not exist: expected the images of {item.name} in {asked.folder}")
+    if absent := missing_images(asked):
+        raise BenchmarkError(
+            f"{len(absent)} of {len(asked.images)} images of {item.name} are missing or empty in {asked.folder}, the first is "
+            f"{absent[0]}: a download that stopped?"
+        )
     files = file_hashes(item, run.data)
     settings = score_settings(config)
     if config.model.input.extent == "image":
         del settings["evaluation.batch_size"]  # scores do not depend on it
-    used = {**protocol(item, ask, run.order), "images": "all" if limit >= total else limit}
+    used = {
+        **protocol(item, ask, run.order), "images": "all" if limit >= total else limit,
+        "counts": "as published" if all(asked.counts.get(name, n) == n for name, n in item.counts.items()) else "other",
+    }  # fmt: skip
     if isinstance(asked.images, SameQuestions):
         used["prompts_per_image"] = len(asked.images[0].prompts)
     plan = {
@@ -171,16 +176,6 @@ def _blocks(folder: epath.Path, asked: Questions, plan: Mapping[str, Any]) -> Bl
     prompts = len(asked.images[0].prompts)
     parts = prompts if prompts >= _PARTS and isinstance(asked.images, SameQuestions) else 1
     return Blocks(folder, plan, len(asked.images), parts, cut)
-
-
-def _missing_image(asked: Questions) -> str:
-    """The first missing image of some that are spread over the set, "" if they are there. A download that stopped lacks the last."""
-    chosen = np.unique(np.linspace(0, len(asked.images) - 1, min(_PROBED, len(asked.images))).round().astype(int))
-    for index in chosen.tolist():
-        path = asked.folder / asked.images[index].file
-        if not path.exists():
-            return str(path)
-    return ""
 
 
 def _order(images: Sequence[AskedImage]) -> Any:

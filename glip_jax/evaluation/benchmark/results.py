@@ -3,8 +3,7 @@
 {"format", "command", "date", "checkpoint": {...},
  "sets": {SET: {"title", "licence", "notes", "overlap": {"images", "names"},
                 "asks": {ASK: {"protocol", "counts", "files", "detections", "seconds",
-                               "absence",
-                                   "metrics": {LABEL: {"main", "evaluator", "options", "numbers", "published"}}}}}},
+                               "metrics": {LABEL: {"main", "module", "evaluator", "options", "numbers", "published"}}}}}},
  "groups": {GROUP: {"ASK, LABEL": {"mean", "median", "sets", "missing"}}},
  "missing": {SET: [files]}, "failed": {SET: reason}}
 """
@@ -21,10 +20,9 @@ from etils import epath
 
 from glip_jax import UserError
 from glip_jax.evaluation.benchmark import overlap
-from glip_jax.evaluation.benchmark.scoring import absence_of, group_numbers, leaves, score_set
-from glip_jax.evaluation.benchmark.sets import Ask, BenchmarkError, BenchmarkSet, number, scored_annotations
+from glip_jax.evaluation.benchmark.scoring import group_numbers, leaves, score_set
+from glip_jax.evaluation.benchmark.sets import BenchmarkError, BenchmarkSet, number, scored_annotations
 from glip_jax.evaluation.benchmark.table import GROUPS
-from glip_jax.evaluation.metrics.files import MetricError
 from glip_jax.io.retry import StorageError
 
 __all__ = [
@@ -96,7 +94,9 @@ def collect(
             report(f"scoring {item.name}, {ask.name}")
             try:
                 plan, done = _records(found[ask.name])
-                scored = _scored(item, ask, plan["about"], found[ask.name], workdir, data)
+                annotations, predictions = scored_paths(item, data, found[ask.name], workdir)
+                used, release = plan["about"]["protocol"], release_of(item, data)
+                metrics = score_set(item, ask, used, predictions, annotations, release)
             except StorageError:
                 raise
             except UserError as error:
@@ -110,7 +110,7 @@ def collect(
             })  # fmt: skip
             shared = ("protocol", "counts", "files", "prompts", "longest_prompt", "notes")
             own["asks"][ask.name] = {
-                **{key: about[key] for key in shared}, "detections": done["detections"], "seconds": done["seconds"], **scored,
+                **{key: about[key] for key in shared}, "detections": done["detections"], "seconds": done["seconds"], "metrics": metrics,
             }  # fmt: skip
         if item.name not in sets and item.name not in failed:
             failed[item.name] = f"{workdir / item.name} holds no finished predictions: run without --score-only"
@@ -128,18 +128,6 @@ def _records(folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return json.loads((folder / "plan.json").read_text()), json.loads((folder / "done.json").read_text())
     except (ValueError, FileNotFoundError) as error:
         raise BenchmarkError(f"{folder} is damaged ({error}): remove it and run without --score-only") from None
-
-
-def _scored(
-    item: BenchmarkSet, ask: Ask, about: Mapping[str, Any], folder: epath.Path, workdir: epath.Path, data: str
-) -> dict[str, Any]:
-    annotations, predictions = scored_paths(item, data, folder, workdir)
-    metrics = score_set(item, ask, about["protocol"], predictions, annotations, release_of(item, data))
-    try:
-        absent = absence_of(item, ask, annotations["annotations"], predictions)
-    except MetricError as error:  # what the files say of absent names; the other numbers do not depend on it
-        absent = {"refused": str(error)}
-    return {"metrics": metrics, "absence": absent}
 
 
 def measured_rate(workdir: str) -> float | None:
@@ -215,6 +203,8 @@ def rows(results: Mapping[str, Any]) -> Iterator[Row]:
 def _beside(metric: Mapping[str, Any]) -> list[str]:
     """Keys beside the main one: recall at other ranks, AP of other kinds; not those of single classes or types."""
     main = metric["main"]
+    if metric["module"] == "absence":  # thresholds and shares are no percents
+        return []
     if ".1." in main:  # recall at 1 of Flickr30k; what is beside it are types of phrases
         return [main.replace(".1.", f".{rank}.", 1) for rank in ("5", "10")]
     parent = main.rpartition(".")[0]

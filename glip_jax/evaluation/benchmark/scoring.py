@@ -22,15 +22,14 @@ from glip_jax.evaluation.benchmark.sets import (
     find_sets,
     number,
 )
-from glip_jax.evaluation.metrics import absence, d3
-from glip_jax.evaluation.metrics.files import objects
+from glip_jax.evaluation.metrics import d3
+from glip_jax.evaluation.metrics.files import MetricError
 from glip_jax.io import gcs
 from glip_jax.io.provenance import code, file_hash
 from glip_jax.io.workdir import write_atomic
 
 __all__ = [
     "Protocol",
-    "absence_of",
     "compared",
     "cut_annotations",
     "file_hashes",
@@ -40,8 +39,8 @@ __all__ = [
 ]
 
 Protocol = dict[str, Any]
-"""What a number depends on beside the checkpoint: `sets.protocol`; images: "all", or the number of first images; and where all images
-are asked alike prompts_per_image."""
+"""What a number depends on beside the checkpoint: `sets.protocol`; images: "all", or the number of first images; counts: "as published",
+or "other" for an annotation file of another version; and where all images are asked alike prompts_per_image."""
 
 _PYCOCOTOOLS = ("coco", "d3")
 """Metrics that pycocotools computes; the others are this package's own."""
@@ -62,7 +61,7 @@ def score_set(
     `used`: the protocol of the predictions; `annotations`: by role, the path that the metric reads; `release`: the folder of
     Flickr30k Entities, where its list of images lies elsewhere. Per label: numbers (as the metric
     returns them), main (the key of the number that stands for the set), evaluator, options, and published: what others report, each
-    with `differs`, the settings in which its protocol is another; empty where it agrees. Raises MetricError as the metric does.
+    with `differs`, the settings in which its protocol is another; empty where it agrees; `refused`: why false alarms are not measured. Raises MetricError as the metric does.
     """
     results = {}
     for metric in item.metrics:
@@ -72,40 +71,28 @@ def score_set(
         more: dict[str, Any] = {"per_class": True} if metric.module in _BY_NAME else {}
         if metric.module == "flickr":
             more = {"release": release}
+        refused = ""
+        try:
+            numbers = module.score(annotations[metric.file], str(predictions), **metric.options, **more)
+        except MetricError as error:
+            if metric.module != "absence":
+                raise
+            # Of the first images of a set nothing may be known to be absent; the other numbers do not depend on it.
+            numbers, refused = {}, str(error)
         results[metric.label] = {
             "main": metric.main,
+            "module": metric.module,
             "evaluator": _evaluator(metric),
             "options": dict(metric.options),
-            "numbers": module.score(annotations[metric.file], str(predictions), **metric.options, **more),
+            "numbers": numbers,
+            **({"refused": refused} if refused else {}),
             "published": [
-                compared(each, used) for each in item.published if (each.ask, each.metric) == (ask.name, metric.label)
+                compared(each, used, ask.prompts)
+                for each in item.published
+                if (each.ask, each.metric) == (ask.name, metric.label)
             ],
         }
     return results
-
-
-def absence_of(item: BenchmarkSet, ask: Ask, annotations: str, predictions: epath.Path) -> dict[str, Any] | None:
-    """False alarms for names that are known to be absent (`metrics.absence`); None for a set that does not know of any.
-
-    Known are the negatives of LVIS, the expressions without target of gRefCOCO, in the inter-scenario of D3 the descriptions without a
-    box, and `known_absent` of images of any COCO JSON. Raises MetricError for files that cannot be read.
-    """
-    modules = {metric.module for metric in item.metrics}
-    if "d3" in modules:
-        return absence.score(annotations, str(predictions), exhaustive=True) if ask.name.startswith("inter") else None
-    if not modules & {"lvis", "grefcoco", "coco"} or not any(map(_lists_absent, _absent_rows(item, annotations))):
-        return None
-    return absence.score(annotations, str(predictions))
-
-
-def _absent_rows(item: BenchmarkSet, annotations: str) -> Iterator[Mapping[str, Any]]:
-    return objects(annotations, "annotations" if item.form == "expressions" else "images", "annotations")
-
-
-def _lists_absent(row: Mapping[str, Any]) -> bool:
-    return bool(
-        row.get("neg_category_ids") or row.get("known_absent") or row.get("empty") or row.get("category_id") == -1
-    )
 
 
 def _evaluator(metric: Metric) -> str:
@@ -125,7 +112,7 @@ def compared(published: Published, used: Protocol, prompts: float | int = 0) -> 
 
     `prompts`: prompts of an image in that protocol, 0 where they are not known: a smaller token budget splits the names otherwise.
     """
-    expected = {"images": "all", **published.protocol}
+    expected = {"images": "all", "counts": "as published", **published.protocol}
     if prompts and "prompts_per_image" in used:
         expected["prompts_per_image"] = prompts
     differs = [

@@ -21,7 +21,7 @@ COCO = SETS["coco"]
 
 def used(item=COCO, **changes):
     """The protocol of the set's first way of asking, with changes."""
-    return {**protocol(item, item.asks[0]), "images": "all", **changes}
+    return {**protocol(item, item.asks[0]), "images": "all", "counts": "as published", **changes}
 
 
 def asked(item, value, key="AP", label="AP", own=None):
@@ -30,6 +30,7 @@ def asked(item, value, key="AP", label="AP", own=None):
     published = [compared(each, own) for each in item.published if each.metric == label]
     metric = {
         "main": key,
+        "module": "coco",
         "evaluator": "coco 1",
         "options": {},
         "numbers": {key: value, "AP50": 0.5},
@@ -37,7 +38,7 @@ def asked(item, value, key="AP", label="AP", own=None):
     }
     return {
         "protocol": own, "counts": {}, "files": {"annotations": {"path": "a.json", "sha256": "f" * 64, "known": ""}}, "notes": [],
-        "prompts": 5, "longest_prompt": 80, "detections": 9, "seconds": 1.0, "absence": None, "metrics": {label: metric},
+        "prompts": 5, "longest_prompt": 80, "detections": 9, "seconds": 1.0, "metrics": {label: metric},
     }  # fmt: skip
 
 
@@ -56,6 +57,7 @@ def test_a_published_number_needs_the_same_protocol():
     assert compared(glip, used())["differs"] == []
     assert compared(glip, used(chunk=20))["differs"] == ["chunk: 20 here, published with 0"]
     assert compared(glip, used(images=100))["differs"] == ["images: 100 here, published with all"]
+    assert compared(glip, used(counts="other"))["differs"] == ["counts: other here, published with as published"]
     assert compared(glip, used(prompts_per_image=1), 1)["differs"] == []
     assert compared(glip, used(prompts_per_image=2), 1)["differs"] == ["prompts_per_image: 2 here, published with 1"]
     unknown = dataclasses.replace(glip, protocol={"protocol": "not stated"})
