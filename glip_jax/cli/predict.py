@@ -529,5 +529,7 @@ def _table(content: dict[str, Any], images: int = 8, rows: int = 10) -> str:
     if absent:
         shown = ", ".join(texts[index] for index in absent[:20])
         more = f" and {len(absent) - 20} more" if len(absent) > 20 else ""
-        lines.append(f"no score of {content['settings']['threshold']:.3g} or more: {shown}{more}")
+        settings = content["settings"]
+        least = "its threshold" if settings["thresholds"] else f"{settings['threshold']:g}"
+        lines.append(f"no score of {least} or more: {shown}{more}")
     return "\n".join(lines)

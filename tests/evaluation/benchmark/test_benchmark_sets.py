@@ -98,7 +98,7 @@ def test_a_published_number_stands_only_beside_its_protocol():
     assert sets.number({"AP": -1.0}, "AP") is None and sets.number({"AP": 1.0}, "AR") is None
 
 
-def test_names_groups_and_sets_of_ones_own():
+def test_names_groups_and_sets_of_ones_own(tmp_path):
     assert [item.name for item in sets.find_sets(["RefCOCO", "coco", "refcoco_val"])] == [
         "refcoco_val",
         "refcoco_testa",
@@ -113,6 +113,11 @@ def test_names_groups_and_sets_of_ones_own():
         and own.path("annotations", "/data").is_absolute()
     )
     assert not own.counts and not own.published and own.prompts == SETS["odinw_aquarium"].prompts
+    (tmp_path / "a.json").write_text('{"images": [{"id": 1}, {"id": 2, "known_absent": ["dog"]}]}')
+    assert [each.label for each in sets.own_set("pier", str(tmp_path / "a.json"), "b").metrics] == [
+        "AP",
+        sets.ABSENCE.label,
+    ]
     for arguments, message in ((("coco", "a", "b"), "none of the names"), (("x", "a", "b", "d3"), "also needs pickles"),
                                (("x", "~/a", "b"), "~ is not replaced")):  # fmt: skip
         with pytest.raises(sets.UserError, match=message):

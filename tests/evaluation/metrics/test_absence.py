@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from glip_jax.evaluation.metrics import absence
 from glip_jax.evaluation.metrics.files import MetricError
 
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "eval_parity"
 NAMES = ("cat", "dog", "cow", "owl")
 BOX = [10, 10, 20, 20]
 TRUTH = [(1, "cat"), (2, "dog"), (3, "cat")]
@@ -164,6 +166,21 @@ def test_expressions_without_a_target(tmp_path):
         "positive_micro_F1": 1.0, "cgF1": pytest.approx(0.5),
     }  # fmt: skip
     assert result["rates"]["0.25"]["threshold"] == pytest.approx(0.6, abs=1e-6) and "AP" not in result
+
+
+def test_official_numbers():
+    """Of gRefCOCO's evaluator: N-acc is the share of expressions without a target that nothing is found for, T-acc the others'; LVIS's AP."""
+    folder = FIXTURES / "grefcoco_made"
+    result = absence.score(str(folder / "annotations.json"), str(folder / "predictions.json"))
+    official = json.loads((folder / "expected.json").read_text())["official_giou"]
+    for threshold, numbers in official.items():
+        found = result["thresholds"][threshold]
+        assert found["alarmed_pairs"] == pytest.approx(1 - numbers["N_acc"]) and found["found_pairs"] == pytest.approx(
+            numbers["T_acc"]
+        )
+    lvis = json.loads((FIXTURES / "lvis_fixed_ap_expected.json").read_text())["standard"]["300"]
+    files = (f"lvis_v0.5_val_100_{name}.json" for name in ("boxes", "made_results"))
+    assert absence.score(*(str(FIXTURES / file) for file in files))["AP"] == lvis["AP"]
 
 
 @pytest.mark.parametrize(
