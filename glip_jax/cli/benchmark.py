@@ -31,7 +31,7 @@ from glip_jax.evaluation.benchmark import sets as benchmark_sets
 from glip_jax.evaluation.benchmark.sets import Ask, BenchmarkError, BenchmarkSet
 from glip_jax.evaluation.benchmark.table import SETS
 from glip_jax.io.claims import owned_workdir
-from glip_jax.io.workdir import check_shared, prepare, write_atomic
+from glip_jax.io.workdir import check_shared, prepare, workdir_path, write_atomic
 
 if TYPE_CHECKING:
     from glip_jax.distributed.cluster import Cluster
@@ -104,6 +104,14 @@ def main(argv: Sequence[str]) -> int:
         raise CommandLineError("no folder to write to: expected --workdir=DIR (made if it is not there)")
     if not items:
         raise CommandLineError("no sets: expected --sets=NAME,NAME or --own NAME,ANNOTATIONS,IMAGES; --list shows them")
+    if job.sets and not job.data:
+        raise CommandLineError(
+            "no files: expected --data=DIR with the files of the sets; --list shows where they are looked for"
+        )
+    if (workdir_path(job.workdir) / "checkpoints").exists():
+        raise CommandLineError(
+            f"--workdir={job.workdir} is the working folder of a run: expected a folder of its own, such as {job.workdir}/benchmark"
+        )
     command = shlex.join(["python", "-m", "glip_jax", "benchmark", *argv])
     if job.score_only:
         missing = {item.name: lacking for item in items if (lacking := benchmark_sets.missing(item, job.data))}

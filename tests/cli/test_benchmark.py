@@ -102,17 +102,21 @@ def test_what_the_command_changes_is_part_of_the_protocol(made, monkeypatch):
     ("changed", "message"),
     [
         (["--workdir="], "expected --workdir=DIR"),
+        (["--sets=coco"], "expected --data=DIR"),
+        (["--workdir=run"], "--workdir=run is the working folder of a run"),
         (["--own="], "expected NAME,ANNOTATIONS,IMAGES"),
         (["--own=made,a.json,b", "c.json,d"], "expected NAME,ANNOTATIONS,IMAGES"),
         (["--own=made,a.json,images,nothing"], "no set 'nothing'"),
         (["--own=coco,a.json,images"], "named 'coco'"),
-        (["--sets=cocoo"], "did you mean"),
+        (["--sets=cocoo", "--data=."], "did you mean"),
         (["--asks=prompts"], "made is asked by names, not by prompts"),
         (["--score-only"], "holds no finished predictions: run without --score-only"),
     ],
 )
 def test_bad_commands(made, monkeypatch, capsys, changed, message):
     stand_in(monkeypatch)
+    monkeypatch.chdir(made)
+    (made / "run" / "checkpoints").mkdir(parents=True)
     names = {argument.partition("=")[0] for argument in changed}
     usual = [a for a in arguments(made) if a.partition("=")[0] not in names]
     if "--own" in names:

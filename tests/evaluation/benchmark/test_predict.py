@@ -15,6 +15,7 @@ from glip_jax.evaluation.benchmark.results import collect, groups
 from glip_jax.evaluation.benchmark.sets import BenchmarkError, number
 from glip_jax.evaluation.benchmark.table import SETS
 from glip_jax.evaluation.shares import Share
+from glip_jax.io.workdir import workdir_path
 from tests.evaluation.benchmark.stand_in import IMAGES, NAMES, files, own, run, small, write_made
 from tests.evaluation.official_layouts import write_set
 
@@ -212,3 +213,20 @@ def test_every_set_from_official_files_to_the_report(tmp_path):
     # The annotation file of another version.
     with pytest.raises(BenchmarkError, match="3 images, 3 categories, expected 5,000 images, 80 categories"):
         predict(run(tmp_path, "other"), SETS["coco"], SETS["coco"].asks[0])
+
+
+@pytest.mark.slow
+def test_a_working_folder_in_a_bucket(made, running, monkeypatch):
+    """The same predictions and numbers as in a local folder."""
+    item = own(made)
+    predict(run(made, "local"), item, item.asks[0])
+    place = workdir_path(running.fresh(monkeypatch, made / "cache", timeout=5.0) + "/benchmark")
+    remote = module.dataclasses.replace(run(made, "local"), workdir=place)
+    predict(remote, item, item.asks[0])
+    paths = [path for path in (made / "local" / "made" / "names").iterdir() if path.is_file()]
+    assert {path.name for path in (place / "made" / "names").iterdir()} == {path.name for path in paths}
+    assert (place / "made" / "names" / "predictions.json").read_bytes() == (
+        made / "local/made/names/predictions.json"
+    ).read_bytes()
+    ours, theirs = (collect([item], workdir, str(made), print)[0] for workdir in (place, epath.Path(made / "local")))
+    assert ours["made"]["asks"]["names"]["metrics"] == theirs["made"]["asks"]["names"]["metrics"]
