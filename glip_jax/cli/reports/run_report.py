@@ -149,6 +149,15 @@ def _settings_and_hashes(summary: Mapping[str, Any]) -> tuple[list[tuple[str, st
     for name, entry in summary["sets"].items():
         facts += [(f"hash: {name}, {what}", text_of(value)) for what, value in entry["hashes"].items()]
         facts += [(f"chunking: {name}, {asked}", text) for asked, text in chunking_lines(entry.get("chunking", ()))]
+    for name, entry in summary["sets"].items():
+        if at := entry.get("at_false_alarms"):
+            numbers = ", ".join(f"{key} {value:.4f}" for key, value in at["numbers"].items() if value is not None)
+            facts.append(
+                (
+                    f"{name}, at {at['false_alarms']:g} false alarms",
+                    f"from {at['threshold']:.3f} ({at['set']}) on: {numbers}",
+                )
+            )
     facts.append(("versions", ", ".join(f"{name} {value}" for name, value in summary["versions"].items())))
     return facts, [(name, value) for name, value in settings.items() if name.startswith("model.")]
 
