@@ -19,6 +19,7 @@ from glip_jax.evaluation.benchmark.results import release_of, rows, scored_paths
 from glip_jax.evaluation.benchmark.sets import BenchmarkSet
 from glip_jax.io.image_files import read_upright
 from glip_jax.io.paths import within
+from glip_jax.structures.prompts import listed
 
 __all__ = ["absence_lines", "overlap_lines", "protocol_line", "render", "table"]
 
@@ -49,7 +50,7 @@ def table(results: Mapping[str, Any]) -> str:
         parts.append("\n".join([aligned(lines), *notes]))
     for name, columns in results["groups"].items():
         for column, own in columns.items():
-            absent = f"; without {', '.join(own['missing'])}" if own["missing"] else ""
+            absent = f"; without {listed(own['missing'])}" if own["missing"] else ""
             published = f"; published: {_published(own['published'])}" if own["published"] else ""
             mean, median = percent(own["mean"]), percent(own["median"])
             parts.append(f"{name}, {column}: mean {mean}, median {median} of {own['sets']} sets{absent}{published}")

@@ -1,12 +1,12 @@
 """From predictions to numbers with their protocol, and the published numbers that may stand beside them."""
 
-import dataclasses
 import functools
 import importlib
 import importlib.metadata
 import json
 import statistics
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from etils import epath
@@ -21,6 +21,7 @@ from glip_jax.evaluation.benchmark.sets import (
     Published,
     find_sets,
     number,
+    protocol,
 )
 from glip_jax.evaluation.metrics import d3
 from glip_jax.evaluation.metrics.files import MetricError
@@ -44,6 +45,7 @@ or "other" for an annotation file of another version; and where all images are a
 
 _PYCOCOTOOLS = ("coco", "d3")
 """Metrics that pycocotools computes; the others are this package's own."""
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
 _BY_NAME = ("coco", "lvis", "d3")
 """Metrics that give numbers of single names."""
 
@@ -63,7 +65,7 @@ def score_set(
     returns them), main (the key of the number that stands for the set), evaluator, options, and published: what others report, each
     with `differs`, the settings in which its protocol is another; empty where it agrees; `refused`: why false alarms are not measured. Raises MetricError as the metric does.
     """
-    results = {}
+    results, usual = {}, _usual(item, ask)
     for metric in item.metrics:
         if metric.asks and ask.name not in metric.asks:
             continue
@@ -87,7 +89,7 @@ def score_set(
             "numbers": numbers,
             **({"refused": refused} if refused else {}),
             "published": [
-                compared(each, used, ask.prompts)
+                compared(each, used, usual, ask.prompts)
                 for each in item.published
                 if (each.ask, each.metric) == (ask.name, metric.label)
             ],
@@ -107,12 +109,19 @@ def _code() -> str:
     return code()["files"][:12]
 
 
-def compared(published: Published, used: Protocol, prompts: float | int = 0) -> dict[str, Any]:
+def _usual(item: BenchmarkSet, ask: Ask) -> Protocol:
+    return {name: value for name, value in protocol(item, ask).items() if name != "ask"}
+
+
+def compared(
+    published: Published, used: Protocol, usual: Mapping[str, Any] = _EMPTY, prompts: float | int = 0
+) -> dict[str, Any]:
     """A published number for results.json. `differs`: settings whose values are not those of its protocol.
 
-    `prompts`: prompts of an image in that protocol, 0 where they are not known: a smaller token budget splits the names otherwise.
+    `usual`: the protocol of the set in the table, which holds where the number says nothing else. `prompts`: prompts of an image in
+    that protocol, 0 where they are not known: a smaller token budget splits the names otherwise.
     """
-    expected = {"images": "all", "counts": "as published", **published.protocol}
+    expected = {"images": "all", "counts": "as published", **usual, **published.protocol}
     if prompts and "prompts_per_image" in used:
         expected["prompts_per_image"] = prompts
     differs = [
@@ -121,12 +130,8 @@ def compared(published: Published, used: Protocol, prompts: float | int = 0) -> 
         if used.get(name) != value
     ]
     return {
-        "model": published.model,
-        "key": published.key,
-        "value": published.value,
-        "source": published.source,
-        "differs": differs,
-    }
+        "model": published.model, "key": published.key, "value": published.value, "source": published.source, "differs": differs,
+    }  # fmt: skip
 
 
 def leaves(numbers: Any, key: str = "") -> Iterator[tuple[str, float]]:
@@ -143,31 +148,30 @@ def group_numbers(results: Mapping[str, Any], group: Group) -> dict[str, dict[st
     """Mean and median of the main numbers of a group's sets, by column (name of an ask) and label of the metric.
 
     `results`: sets of results.json. Sets without a number, or with an undefined one, are listed as missing and are not averaged; a
-    published mean stands beside one over all sets only.
+    published mean stands beside one over all sets only. A column of which most sets are missing is left out.
     """
     found = {}
     for column in group.columns:
+        items = {item.name: item for item in find_sets(group.sets)}
         asked = {
-            name: results[name]["asks"].get(find_sets([name])[0].ask(column).name)
-            for name in group.sets
-            if name in results
+            name: results[name]["asks"].get(items[name].ask(column).name) for name in group.sets if name in results
         }
         labels = dict.fromkeys(label for own in asked.values() if own for label in own["metrics"])
         for label in labels:
             values = {name: _main(asked.get(name), label) for name in group.sets}
             known = [value for value in values.values() if value is not None]
-            if not known:
+            if 2 * len(known) < len(values):
                 continue
             missing = [name for name, value in values.items() if value is None]
             protocols = [own["protocol"] for own in asked.values() if own]
-            shared = {
-                key: value for key, value in protocols[0].items() if all(other.get(key) == value for other in protocols)
-            }
-            used = {**shared, "sets": "some" if missing else "all"}
+            used = {key: value for key, value in protocols[0].items() if all(p.get(key) == value for p in protocols)}
+            used |= {"sets": "some" if missing else "all"}
+            first = items[group.sets[0]]
+            usual = {**_usual(first, first.ask(column)), "sets": "all"}
             published = [each for each in group.published if (each.ask, each.metric) == (column, label)]
             found[f"{column}, {label}"] = {
                 "mean": statistics.fmean(known), "median": statistics.median(known), "sets": len(known), "missing": missing,
-                "published": [compared(dataclasses.replace(each, protocol={"sets": "all", **each.protocol}), used) for each in published],
+                "published": [compared(each, used, usual) for each in published],
             }  # fmt: skip
     return found
 

@@ -58,8 +58,13 @@ def test_a_published_number_needs_the_same_protocol():
     assert compared(glip, used(chunk=20))["differs"] == ["chunk: 20 here, published with 0"]
     assert compared(glip, used(images=100))["differs"] == ["images: 100 here, published with all"]
     assert compared(glip, used(counts="other"))["differs"] == ["counts: other here, published with as published"]
-    assert compared(glip, used(prompts_per_image=1), 1)["differs"] == []
-    assert compared(glip, used(prompts_per_image=2), 1)["differs"] == ["prompts_per_image: 2 here, published with 1"]
+    assert compared(glip, used(prompts_per_image=1), prompts=1)["differs"] == []
+    assert compared(glip, used(prompts_per_image=2), prompts=1)["differs"] == [
+        "prompts_per_image: 2 here, published with 1"
+    ]
+    usual = protocol(COCO, COCO.asks[0])
+    bare = dataclasses.replace(glip, protocol={})
+    assert compared(bare, used(short_side=96), usual)["differs"] == ["short_side: 96 here, published with 800"]
     unknown = dataclasses.replace(glip, protocol={"protocol": "not stated"})
     assert compared(unknown, used())["differs"] == ["protocol: not stated"]
     other = content({"coco": {"names": asked(COCO, 0.463, own=used(order="seed 3"))}})
@@ -93,13 +98,15 @@ def test_every_number_has_its_protocol():
 
 def test_a_group_has_mean_and_median_of_the_sets_that_have_numbers():
     names = GROUPS["odinw13"].sets
-    values = dict(zip(names[:3], (0.1, 0.2, 0.6), strict=True))
+    values = dict(zip(names, (0.1, 0.2, 0.6, 0.1, 0.2, 0.6, 0.3), strict=False))
     sets = {name: {"asks": {"names": asked(SETS[name], value)}} for name, value in values.items()}
-    sets[names[3]] = {"asks": {"names": asked(SETS[names[3]], -1.0)}}
+    sets[names[7]] = {"asks": {"names": asked(SETS[names[7]], -1.0)}}
     own = group_numbers(sets, GROUPS["odinw13"])["names, AP"]
-    assert (own["mean"], own["median"], own["sets"]) == (pytest.approx(0.3), pytest.approx(0.2), 3)
-    assert own["missing"] == list(names[3:])
+    assert (own["mean"], own["median"], own["sets"]) == (pytest.approx(0.3), pytest.approx(0.2), 7)
+    assert own["missing"] == list(names[7:])
     assert all("sets: some here, published with all" in each["differs"] for each in own["published"])
+    del sets[names[0]]
+    assert group_numbers(sets, GROUPS["odinw13"]) == {}, "most sets are missing"
 
 
 def test_the_prompt_column_takes_names_where_a_set_has_no_prompts():
