@@ -52,8 +52,8 @@ def load_detector(
             that the job `export` wrote; local or gs://.
         step: the checkpoint of this step of WORKDIR instead of the newest.
         parameters: "ema" or "raw"; default: the setting `evaluation.parameters` of the run.
-        batch_size: images that share one step. A step costs the same however many of them it holds, so give 1 for
-            single images and 8, say, for folders on an accelerator.
+        batch_size: images that share one step on a device. A step costs the same however many of them it holds, so give 1
+            for single images and 8, say, for folders on an accelerator. A call of more images uses more of the devices.
 
     Raises:
         UserError: the checkpoint does not exist or is damaged, or its vocabulary does not exist on this machine.

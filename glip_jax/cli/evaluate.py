@@ -99,7 +99,8 @@ def _evaluate(arguments: EvaluateArguments, chunking: "Chunking | None", share: 
     if not out and checkpoint.step is None:
         raise CommandLineError("no folder for the report: expected --out=DIR with an exported --checkpoint")
     out = out or checkpoint.workdir
-    if arguments.unless_done and _done(arguments, checkpoint, out):
+    # All processes look, as all read the checkpoint together, and do the same then.
+    if arguments.unless_done and all(share.gather(_done(arguments, checkpoint, out))):
         logger.info(f"{out} is evaluated; nothing is measured twice")
         return exit_codes.DONE
     with checkpoint_argument.fitting_parameters():
