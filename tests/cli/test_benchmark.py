@@ -109,7 +109,7 @@ def test_what_the_command_changes_is_part_of_the_protocol(made, monkeypatch):
         (["--own=made,a.json,images,nothing"], "no set 'nothing'"),
         (["--own=coco,a.json,images"], "named 'coco'"),
         (["--sets=cocoo", "--data=."], "did you mean"),
-        (["--asks=prompts"], "made is asked by names, not by prompts"),
+        (["--asks=prompts"], "made is asked by names, names_parallel, not by prompts"),
         (["--score-only"], "holds no finished predictions: run without --score-only"),
     ],
 )

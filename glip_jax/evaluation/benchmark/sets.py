@@ -34,7 +34,7 @@ Form = Literal["coco", "flickr", "expressions", "omnilabel"]
 """Form of a file of predictions; see `questions.answer_rows`."""
 
 AskName = Literal[
-    "names", "prompts", "caption", "expression", "intra_parallel", "intra_concat", "inter_parallel", "inter_concat", "descriptions"
+    "names", "names_parallel", "prompts", "caption", "expression", "intra_parallel", "intra_concat", "inter_parallel", "inter_concat", "descriptions"
 ]  # fmt: skip
 
 
@@ -60,8 +60,9 @@ class Ask:
     """A way of asking a set: one run of the detector and one file of predictions."""
 
     name: AskName
-    """names: categories as the file names them; prompts: with the hand-written prompts of `BenchmarkSet.prompts`; intra, inter:
-    the sentences of the image's group, or all; parallel, concat: one sentence a prompt, or as many as fit."""
+    """names: categories as the file names them; names_parallel: the same, one a prompt; prompts: with the hand-written prompts of
+    `BenchmarkSet.prompts`; intra, inter: the sentences of the image's group, or all; parallel, concat: one sentence a prompt, or as many
+    as fit."""
     chunk: int = 0
     """Names or descriptions per prompt; 0: as many as the token budget allows."""
     boxes: int = 100
@@ -293,8 +294,12 @@ def own_set(name: str, annotations: str, images: str, like: str = "coco", **othe
         "known_absent" in each for each in objects(annotations, "images", "annotations")
     )
     metrics = (*model.metrics, ABSENCE) if lists_absent and ABSENCE not in model.metrics else model.metrics
+    asks: dict[str, Ask] = {each.name: each for each in model.asks}
+    if lists_absent and "names" in asks:
+        alone = dataclasses.replace(asks["names"], name="names_parallel", chunk=1, prompts=0, default=False)
+        asks.setdefault("names_parallel", alone)
     return dataclasses.replace(
-        model, metrics=metrics, name=name, title=f"{name} (as {model.name})", files=files, counts={}, reported={}, stems_sha256="", image_rule="all", published=(),
+        model, metrics=metrics, asks=tuple(asks.values()), name=name, title=f"{name} (as {model.name})", files=files, counts={}, reported={}, stems_sha256="", image_rule="all", published=(),
         licence="your own", notes=(), domain="",
     )  # fmt: skip
 

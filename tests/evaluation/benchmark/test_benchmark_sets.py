@@ -114,9 +114,11 @@ def test_names_groups_and_sets_of_ones_own(tmp_path):
     )
     assert not own.counts and not own.published and own.prompts == SETS["odinw_aquarium"].prompts
     (tmp_path / "a.json").write_text('{"images": [{"id": 1}, {"id": 2, "known_absent": ["dog"]}]}')
-    assert [each.label for each in sets.own_set("pier", str(tmp_path / "a.json"), "b").metrics] == [
-        "AP",
-        sets.ABSENCE.label,
+    pier = sets.own_set("pier", str(tmp_path / "a.json"), "b")
+    assert [each.label for each in pier.metrics] == ["AP", sets.ABSENCE.label]
+    assert [(each.name, each.chunk, each.default) for each in pier.asks] == [
+        ("names", 0, True),
+        ("names_parallel", 1, False),
     ]
     for arguments, message in ((("coco", "a", "b"), "none of the names"), (("x", "a", "b", "d3"), "also needs pickles"),
                                (("x", "~/a", "b"), "~ is not replaced")):  # fmt: skip
