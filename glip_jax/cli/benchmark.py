@@ -93,6 +93,9 @@ class Benchmark(ProcessArguments):
 def main(argv: Sequence[str]) -> int:
     """Runs the job; raises what `run` raises. Exit code 2 if a set is missing or cannot be used, after the others are done."""
     settings, own = split_settings(argv)
+    for option in ("--sets", "--own"):
+        if sum(argument.partition("=")[0] == option for argument in own) > 1:
+            raise CommandLineError(f"{option} is given twice, and only one would count: give all sets in one")
     job = flags(own, Benchmark, "benchmark", _EXAMPLE)
     items = _items(job)
     if job.list:

@@ -110,6 +110,7 @@ def test_what_the_command_changes_is_part_of_the_protocol(made, monkeypatch):
         (["--own=coco,a.json,images"], "named 'coco'"),
         (["--sets=cocoo", "--data=."], "did you mean"),
         (["--asks=prompts"], "made is asked by names, names_parallel, not by prompts"),
+        (["--own=a,a.json,b", "--own", "c,c.json,d"], "--own is given twice"),
         (["--score-only"], "holds no finished predictions: run without --score-only"),
     ],
 )
