@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -124,6 +126,49 @@ def test_bad_commands(made, monkeypatch, capsys, changed, message):
         usual = [argument for argument in usual if not argument.startswith("made,")]
     assert run_job("benchmark", [*usual, *changed]) == exit_codes.BAD_INPUT
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (
+            "made/names/predictions.json",
+            "[",
+            "predictions.json has 1 bytes, .* were written: remove .*names and detect again",
+        ),
+        ("made/names/predictions.json", None, "predictions.json is gone"),
+        ("made/names/plan.json", "{", "plan.json is damaged"),
+        ("made/names/plan.json", "[]", "plan.json is damaged"),
+        ("made/names/done.json", "{}", "done.json is damaged"),
+        ("made/names/annotations.json", None, "annotations.json is gone, the annotations of the images asked"),
+        ("results.json", "{", "results.json is damaged .*remove it"),
+        ("results.json", '{"format": 0}', "results.json is of another version"),
+    ],
+)
+def test_damaged_results_are_named(once, monkeypatch, tmp_path, capsys, file, content, message):
+    """By --score-only, by the whole job where it reads them, and not by --list."""
+    made = Path(shutil.copytree(once, tmp_path / "copy"))
+    stand_in(monkeypatch)
+    path = made / "out" / file
+    path.unlink() if content is None else path.write_text(content)
+    code = run_job("benchmark", ["--score-only", *arguments(made, like="coco")])
+    assert code == exit_codes.BAD_INPUT
+    assert re.search(message, capsys.readouterr().err)
+    assert run_job("benchmark", ["--list", *arguments(made, like="coco")]) == exit_codes.DONE
+    if "annotations" not in file:
+        run_job("benchmark", [*arguments(made, like="coco"), "--config.evaluation.max-images=2"])
+        assert re.search("damaged|is gone|were written|another version", capsys.readouterr().err)
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """A finished job on the first two images."""
+    made = write_made(tmp_path_factory.mktemp("once"))
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(patch)
+        few = ["--config.evaluation.max-images=2", "--drawn=0"]
+        assert run_job("benchmark", [*arguments(made, like="coco"), *few]) == exit_codes.DONE
+    return made
 
 
 def test_list_says_what_is_missing(made, capsys):

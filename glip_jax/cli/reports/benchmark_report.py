@@ -192,7 +192,7 @@ def _cards(item: BenchmarkSet, own: Mapping[str, Any], data: str, workdir: epath
     folder = workdir / item.name / ask
     try:
         done = json.loads((folder / "done.json").read_text())
-        annotations, predictions = scored_paths(item, data, folder, workdir)
+        annotations, predictions = scored_paths(item, data, folder, workdir, own["asks"][ask]["protocol"])
         worst = mistakes(item, annotations["annotations"], predictions, done["files"], drawn, release_of(item, data))
         return [_card(each, item.path("images", data)) for each in worst if each.file]
     except (UserError, OSError, ValueError, KeyError) as error:

@@ -24,10 +24,13 @@ from etils import epath
 from glip_jax.evaluation.benchmark.sets import BenchmarkError
 from glip_jax.io.workdir import write_atomic
 
-__all__ = ["BLOCK", "ROW", "Blocks", "Cut", "RunningTop", "concatenated", "joined", "write_bytes"]
+__all__ = ["BLOCK", "FORMAT", "ROW", "Blocks", "Cut", "RunningTop", "concatenated", "joined", "write_bytes"]
 
 BLOCK = 128
 """Images of a block."""
+
+FORMAT = 1
+"""Version of plan.json and of the blocks."""
 
 ROW = np.dtype(
     [("image", "<i4"), ("prompt", "<i4"), ("phrase", "<i4"), ("score", "<f4"), ("box", "<f4", (4,)), ("best", "?")]
@@ -96,7 +99,7 @@ class Blocks:
         self.count = -(-images // BLOCK)
         self._top = RunningTop(cut.per_class)
         self._plan = json.loads(
-            json.dumps({**plan, "images": images, "parts": parts, "block": BLOCK, "cut": vars(cut)})
+            json.dumps({"format": FORMAT, **plan, "images": images, "parts": parts, "block": BLOCK, "cut": vars(cut)})
         )
         self._check()
 
@@ -125,8 +128,8 @@ class Blocks:
 
     @property
     def done(self) -> dict[str, Any] | None:
-        """The content of done.json, if the predictions are complete."""
-        return _read_json(self.folder / "done.json")
+        """The content of done.json, if the predictions are complete. Raises BenchmarkError for damaged files."""
+        return None if _read_json(self.folder / "done.json") is None else read_done(self.folder)
 
     def pending(self, blocks: Iterable[int]) -> list[int]:
         """Those of `blocks` that are not detected yet."""
@@ -177,14 +180,19 @@ class Blocks:
                 own = block["digests"].tolist()
                 seconds += float(block["seconds"])
                 digests |= {files[order[i]]: d.decode() for i, d in zip(self.members(n), own, strict=True)}
+        sizes = {}
         for part in range(self.parts):
-            path = self.folder / ("predictions.json" if self.parts == 1 else f"predictions/{part:05}.json")
+            name = "predictions.json" if self.parts == 1 else f"predictions/{part:05}.json"
+            path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             rows = self._part(part)
             kept += len(rows)
             if not path.exists():
                 write(path, rows)
-        done = {"detections": kept, "seconds": round(seconds, 3), "digests": digests, "files": dict(ids)}
+            sizes[name] = path.stat().length
+        done = {
+            "detections": kept, "seconds": round(seconds, 3), "bytes": sizes, "digests": digests, "files": dict(ids),
+        }  # fmt: skip
         write_atomic(self.folder / "done.json", json.dumps(done))
         for n in range(self.count):
             self._path(n).unlink(missing_ok=True)
@@ -220,6 +228,23 @@ class Blocks:
         return self.folder / f"block_{block:05}.npz"
 
 
+def read_done(folder: epath.Path) -> dict[str, Any]:
+    """done.json of finished predictions. Raises BenchmarkError if it is damaged, or if predictions are gone or of another size."""
+    done = _read_json(folder / "done.json") or {}
+    try:
+        for name, size in done["bytes"].items():
+            path = folder / name
+            found = path.stat().length if path.exists() else None
+            if found != size:
+                what = "is gone" if found is None else f"has {found:,} bytes, {size:,} were written"
+                raise BenchmarkError(f"{path} {what}: remove {folder} and detect again, without --score-only")
+    except (KeyError, AttributeError) as error:
+        raise BenchmarkError(
+            f"{folder / 'done.json'} is damaged ({error!r}): remove {folder} and detect again"
+        ) from None
+    return done
+
+
 def joined(pieces: Sequence[Any]) -> Any:
     """The rows of all pieces, in order."""
     return np.concatenate([np.zeros(0, ROW), *pieces])
@@ -252,12 +277,16 @@ def write_bytes(path: epath.Path, content: bytes) -> None:
 
 
 def _read_json(path: epath.Path) -> dict[str, Any] | None:
+    """The object in a file of this folder; None without the file. Raises BenchmarkError if it holds no object."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise BenchmarkError(f"{path} is damaged ({error}): remove it and give the same command again") from None
+        raise BenchmarkError(f"{path} is damaged ({error}): remove {path.parent} and detect again") from None
+    if not isinstance(found, dict):
+        raise BenchmarkError(f"{path} is damaged (no object): remove {path.parent} and detect again")
+    return found
 
 
 def _short(value: Any) -> str:

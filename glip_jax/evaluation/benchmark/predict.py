@@ -262,7 +262,7 @@ def _read(asked: Questions, image: AskedImage) -> _Read:
 def _write(run: Run, asked: Questions, blocks: Blocks) -> None:
     """Merges the blocks into the predictions in the form of the set, and cuts its annotations if only some images were asked."""
     if blocks.done is None and asked.images and blocks.protocol["images"] != "all":
-        for role in {metric.file for metric in asked.item.metrics}:
+        for role in {"annotations", *(metric.file for metric in asked.item.metrics)}:
             path = scored_annotations(asked.item, run.data, role, run.workdir / "annotations")
             cut_annotations(asked, str(path), cut_path(asked.item, blocks.folder, role))
     mapping = asked.item.form == "expressions"

@@ -8,6 +8,7 @@
  "missing": {SET: [files]}, "failed": {SET: reason}}
 """
 
+import contextlib
 import csv
 import functools
 import io
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from glip_jax import UserError
-from glip_jax.evaluation.benchmark import overlap
+from glip_jax.evaluation.benchmark import blocks, overlap
 from glip_jax.evaluation.benchmark.scoring import group_numbers, leaves, score_set
 from glip_jax.evaluation.benchmark.sets import BenchmarkError, BenchmarkSet, number, scored_annotations
 from glip_jax.evaluation.benchmark.table import GROUPS
@@ -62,11 +63,15 @@ def earlier(workdir: epath.Path, checkpoint: Mapping[str, Any]) -> dict[str, Any
     path = workdir / "results.json"
     try:
         found = json.loads(path.read_text())
+        if found["format"] != FORMAT:
+            raise BenchmarkError(f"{path} is of another version of glip_jax: remove it and give the same command again")
         of = found["checkpoint"]
         same = of["hashes"]["parameters"] == checkpoint["hashes"]["parameters"]
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
         raise BenchmarkError(f"{path} is damaged ({error!r}): remove it and give the same command again") from None
     if not same:
         raise BenchmarkError(
@@ -94,8 +99,8 @@ def collect(
             report(f"scoring {item.name}, {ask.name}")
             try:
                 plan, done = _records(found[ask.name])
-                annotations, predictions = scored_paths(item, data, found[ask.name], workdir)
                 used, release = plan["about"]["protocol"], release_of(item, data)
+                annotations, predictions = scored_paths(item, data, found[ask.name], workdir, used)
                 metrics = score_set(item, ask, used, predictions, annotations, release)
             except StorageError:
                 raise
@@ -123,11 +128,19 @@ def collect(
 
 
 def _records(folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """plan.json and done.json of finished predictions."""
+    """plan.json and done.json of finished predictions. Raises BenchmarkError if they are damaged or of another version."""
     try:
-        return json.loads((folder / "plan.json").read_text()), json.loads((folder / "done.json").read_text())
-    except (ValueError, FileNotFoundError) as error:
-        raise BenchmarkError(f"{folder} is damaged ({error}): remove it and run without --score-only") from None
+        plan = json.loads((folder / "plan.json").read_text())
+        if plan["format"] != blocks.FORMAT:
+            raise BenchmarkError(f"{folder} is of another version of glip_jax: remove it and detect again")
+        _ = plan["about"]["protocol"], plan["about"]["checkpoint"], plan["parameters"]
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise BenchmarkError(
+            f"{folder / 'plan.json'} is damaged ({error!r}): remove {folder} and detect again, without --score-only"
+        ) from None
+    return plan, blocks.read_done(folder)
 
 
 def measured_rate(workdir: str) -> float | None:
@@ -138,9 +151,10 @@ def measured_rate(workdir: str) -> float | None:
     places = epath.Path(workdir).iterdir() if workdir and epath.Path(workdir).exists() else ()
     for path in places:
         for own in predictions_in(path).values() if path.is_dir() else ():
-            about = json.loads((own / "plan.json").read_text())["about"]
-            prompts += about["prompts"]
-            seconds += json.loads((own / "done.json").read_text())["seconds"] / about["processes"]
+            with contextlib.suppress(BenchmarkError):  # what is damaged is said where it is scored
+                plan, done = _records(own)
+                prompts += plan["about"]["prompts"]
+                seconds += done["seconds"] / plan["about"]["processes"]
     return prompts / seconds if seconds else None
 
 
@@ -155,13 +169,22 @@ def cut_path(item: BenchmarkSet, folder: epath.Path, role: str) -> epath.Path:
 
 
 def scored_paths(
-    item: BenchmarkSet, data: str, folder: epath.Path, workdir: epath.Path
+    item: BenchmarkSet, data: str, folder: epath.Path, workdir: epath.Path, used: Mapping[str, Any]
 ) -> tuple[dict[str, str], epath.Path]:
-    """What a set's predictions in `folder` are scored with: annotations by role, cut if only some images were asked; predictions."""
+    """What a set's predictions in `folder` are scored with: annotations by role, cut if only some images were asked; predictions.
+
+    `used`: the protocol of the predictions. Raises BenchmarkError if the cut annotations are gone.
+    """
     annotations = {}
     for role in {"annotations", *(metric.file for metric in item.metrics)}:
-        cut = cut_path(item, folder, role)
-        annotations[role] = str(cut if cut.exists() else scored_annotations(item, data, role, workdir / "annotations"))
+        path = scored_annotations(item, data, role, workdir / "annotations")
+        if used["images"] != "all":
+            path = cut_path(item, folder, role)
+            if not path.exists():
+                raise BenchmarkError(
+                    f"{path} is gone, the annotations of the images asked: remove {folder} and detect again"
+                )
+        annotations[role] = str(path)
     parts = folder / "predictions"
     return annotations, parts if parts.exists() else folder / "predictions.json"
 
