@@ -33,7 +33,7 @@ from jaxtyping import Bool, Float64, Int64
 from pycocotools import mask
 
 from glip_jax.evaluation.metrics import d3, lvis, per_category
-from glip_jax.evaluation.metrics.annotations import Annotations, read_annotations
+from glip_jax.evaluation.metrics.annotations import Annotations, ResultCheck, read_annotations
 from glip_jax.evaluation.metrics.expressions import read_expressions
 from glip_jax.evaluation.metrics.files import MetricError, objects, result_blocks
 from glip_jax.evaluation.metrics.per_category import by_group, category_curves, mean_of, no_curves
@@ -112,7 +112,7 @@ def threshold_at(rate: float, scores: Float64[np.ndarray, " F"], pairs: int) -> 
 
 def rate_key(rate: float) -> str:
     """The key of a rate or threshold in results: 0.05 -> "0.05"."""
-    return f"{rate:g}"
+    return f"{rate:g}" if float(f"{rate:g}") == rate else repr(float(rate))
 
 
 def measure(
@@ -326,8 +326,11 @@ def score(
             groups where d3_pkl lies beside the file).
 
     AP is COCO's, of LVIS files LVIS's with 300 boxes an image; gRefCOCO has none. Raises MetricError for files that cannot be
-    read, annotations without an absent pair, names of no category, and names that are both boxed and known to be absent.
+    read, annotations without an absent pair, names of no category, names that are both boxed and known to be absent, and a threshold
+    that is not finite.
     """
+    if threshold is not None and not math.isfinite(threshold):
+        raise MetricError(f"threshold is {threshold}: expected a finite score")
     thresholds: list[float] = sorted({*THRESHOLDS} | ({threshold} if threshold is not None else set()))
     if "caption" in next(objects(annotations, "images", "annotations"), {}):
         return measure(*_expressions(annotations, predictions), None, thresholds)
@@ -337,22 +340,26 @@ def score(
         truth = d3.of_all_groups(truth, pickles)
     pairs = _pairs(truth, exhaustive)
     federated = any("neg_category_ids" in fields for fields in truth.image_fields)
+    federated &= all("frequency" in fields for fields in truth.category_fields)
+    check = ResultCheck(predictions, truth)
     judged, parts = np.union1d(pairs.absent, pairs.present), [_NONE]
-    not_judged = unlisted = 0
+    not_judged = 0
     for block in result_blocks(predictions, truth.images, truth.categories, annotations):
+        check.add(block)
         numbers, listed = block.images.astype(np.int64) * len(pairs.names) + block.categories, block.categories >= 0
         known = listed & np.isin(numbers, judged)
-        not_judged, unlisted = not_judged + int((listed & ~known).sum()), unlisted + int((~listed).sum())
+        not_judged += int((listed & ~known).sum())
         # LVIS's AP reads the files itself, within its own bound of memory; here the few rows that are judged are enough.
         kept = known if federated else listed
         parts.append(Found(numbers[kept], block.scores[kept], block.boxes[kept]))
+    check.finish()
     found = Found(*(np.concatenate(columns) for columns in zip(*parts)))
 
     def lvis_ap(least: float) -> float:
         return lvis.score(annotations, predictions, threshold=least)["AP"]
 
     result = measure(pairs, found, lvis_ap if federated else coco_ap(pairs, found), thresholds)
-    return result | {"boxes_not_judged": not_judged, "boxes_of_unlisted_categories": unlisted}
+    return result | {"boxes_not_judged": not_judged, "counts": check.counts}
 
 
 _NONE = Found(np.zeros(0, np.int64), np.zeros(0), np.zeros((0, 4)))
@@ -361,23 +368,29 @@ _NONE = Found(np.zeros(0, np.int64), np.zeros(0), np.zeros((0, 4)))
 def _pairs(truth: Annotations, exhaustive: bool) -> Pairs:
     """The pairs of annotations in COCO's form."""
     count = len(truth.categories)
-    by_name = {fields.get("name"): n for n, fields in reversed(list(enumerate(truth.category_fields)))}
-    finders: dict[str, Callable[[Any], int]] = {
-        "known_absent": lambda name: by_name.get(name, -1) if isinstance(name, str) else -1,
-        "neg_category_ids": truth.categories.find, "not_exhaustive_category_ids": truth.categories.find,
+    by_name: dict[Any, list[int]] = {}
+    for number, fields in enumerate(truth.category_fields):
+        by_name.setdefault(fields.get("name"), []).append(number)
+
+    def of_name(name: Any) -> list[int]:
+        return by_name.get(name, []) if isinstance(name, str) else []
+
+    def of_id(key: Any) -> list[int]:
+        return [number] if (number := truth.categories.find(key)) >= 0 else []
+
+    finders: dict[str, Callable[[Any], list[int]]] = {
+        "known_absent": of_name, "look_alikes": of_name, "neg_category_ids": of_id, "not_exhaustive_category_ids": of_id,
     }  # fmt: skip
-    finders["look_alikes"] = finders["known_absent"]
     listed: dict[str, list[int]] = {key: [] for key in finders}
     for image, fields in enumerate(truth.image_fields):
         for key, find in finders.items():
             for item in _list(fields.get(key), f"{truth.path}: image {truth.images.keys[image]!r:.40}, {key}"):
-                category = find(item)
-                if category < 0:
+                if not (found := find(item)):
                     raise MetricError(
                         f"{truth.path}: image {truth.images.keys[image]!r:.40} lists {item!r:.60} in {key}, which is "
-                        f"{'the name' if find is finders['known_absent'] else 'the id'} of no category of the file"
+                        f"{'the name' if find is of_name else 'the id'} of no category of the file"
                     )
-                listed[key].append(image * count + category)
+                listed[key] += [image * count + category for category in found]
     of_boxes = truth.image.astype(np.int64) * count + truth.category
     everything = np.arange(len(truth.images) * count) if exhaustive else np.zeros(0, np.int64)
     negative = np.array(listed["neg_category_ids"], np.int64)

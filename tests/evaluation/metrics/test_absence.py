@@ -116,6 +116,12 @@ def test_boxes_are_assigned_for_the_largest_sum_of_overlaps(tmp_path):
     assert result["positive_micro_F1"] == pytest.approx(0.1), "both are right at 0.50, none from 0.55 on"
 
 
+def test_a_name_of_two_categories_is_absent_in_both(tmp_path):
+    truth = content()
+    truth["categories"].append({"id": 9, "name": "owl"})
+    assert scored(tmp_path, truth)["absent_pairs"] == 9
+
+
 def test_crowds_are_neither_present_nor_absent_nor_counted(tmp_path):
     truth = content()
     truth["annotations"][2]["iscrowd"] = 1
@@ -204,6 +210,11 @@ def test_predictions_of_other_images_are_refused_and_none_is_no_error(tmp_path):
         scored(tmp_path, found=[{"image_id": 9, "category_id": 1, "bbox": BOX, "score": 0.5}])
     with pytest.raises(MetricError, match="finite"):
         scored(tmp_path, found=[{"image_id": 1, "category_id": 1, "bbox": BOX, "score": float("nan")}])
+    with pytest.raises(MetricError, match="none of the 9 detections has a category of"):
+        scored(tmp_path, found=[row | {"category_id": row["category_id"] + 5000} for row in results()])
+    with pytest.raises(MetricError, match="threshold is nan"):
+        scored(tmp_path, threshold=float("nan"))
+    assert "0.3000001" in scored(tmp_path, threshold=0.3000001)["thresholds"]
     result = scored(tmp_path, found=[])
     assert (
         result["AP"] == 0 and result["thresholds"]["0.05"]["presence_MCC"] == 0 == result["rates"]["0.01"]["threshold"]
