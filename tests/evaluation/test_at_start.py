@@ -1,7 +1,9 @@
 """What is known of evaluation sets before the first step of a training that evaluates them."""
 
+import contextlib
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -86,14 +88,15 @@ def test_metrics_of_a_grounding_set_are_known(config, tmp_path):
 
 
 def test_after_a_failed_evaluation_it_is_said_what_is_saved_and_how_to_measure_it(config, tmp_path, monkeypatch):
-    def fails(*_):
+    def fails(*_, **__):
         raise EvaluationError("2.png cannot be decoded")
 
     monkeypatch.setattr(job, "evaluate", fails)
+    monkeypatch.setattr(job, "Detector", lambda *_: SimpleNamespace(use=lambda _: None))
     evaluate = job._evaluator(_with_sets(config, "set"), str(tmp_path / "run"))
     with pytest.raises(
         EvaluationError, match=r"2.png cannot be decoded; .* saved at step 1000: `python -m glip_jax evaluate "
     ):
-        evaluate({}, 1000)
+        evaluate({}, 1000, contextlib.nullcontext)
     with pytest.raises(EvaluationError, match=r"the evaluation after step 10 failed, and no step is saved yet"):
-        evaluate({}, 10)
+        evaluate({}, 10, contextlib.nullcontext)
