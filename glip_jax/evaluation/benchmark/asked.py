@@ -74,6 +74,8 @@ class Questions:
     """By key: the name, for reports."""
     notes: tuple[str, ...] = ()
     """Lines for the user: names or phrases that cannot be asked, an image list that is not the expected one."""
+    as_published: bool = True
+    """False: the files have other counts, or another image list, than those of which numbers are published."""
 
 
 class ImageEntry(NamedTuple):

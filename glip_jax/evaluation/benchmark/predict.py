@@ -137,7 +137,7 @@ def _opened(run: Run, item: BenchmarkSet, ask: Ask) -> tuple[Questions, Blocks]:
         del settings["evaluation.batch_size"]  # scores do not depend on it
     used = {
         **protocol(item, ask, run.order), "images": "all" if limit >= total else limit,
-        "counts": "as published" if all(asked.counts.get(name, n) == n for name, n in item.counts.items()) else "other",
+        "counts": "as published" if asked.as_published else "other",
     }  # fmt: skip
     if isinstance(asked.images, SameQuestions):
         used["prompts_per_image"] = len(asked.images[0].prompts)

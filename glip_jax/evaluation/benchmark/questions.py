@@ -34,7 +34,7 @@ from glip_jax.evaluation.benchmark.sets import (
     BenchmarkSet,
     check_counts,
     in_val2017,
-    other_than_reported,
+    version_notes,
 )
 from glip_jax.evaluation.metrics import d3, flickr
 from glip_jax.evaluation.metrics.files import Ids, objects
@@ -306,30 +306,37 @@ class _Reader:
             else sum(len(image.prompts) for image in images)
         )  # fmt: skip
         counts = dict(self.counts)
-        try:
+        if not self._other_counts:
             check_counts(self.item, counts, str(self.annotations))
-        except BenchmarkError as error:
-            if not self._other_counts:
-                raise
-            self.notes.append(str(error))
-        self.notes += other_than_reported(self.item, counts, str(self.annotations))
+        versions = version_notes(self.item, counts, str(self.annotations))
         if not images or not counts["prompts"]:
             raise BenchmarkError(
                 f"{self.item.name}: {self.annotations} asks nothing of {len(images)} images: is it the published file?"
             )
-        self._check_list(images)
-        return Questions(self.item, self.ask, self.annotations, self.folder, images, counts, names, tuple(self.notes))
+        versions += self._other_list(images)
+        return Questions(
+            self.item,
+            self.ask,
+            self.annotations,
+            self.folder,
+            images,
+            counts,
+            names,
+            (*self.notes, *versions),
+            not versions,
+        )
 
-    def _check_list(self, images: Sequence[AskedImage]) -> None:
-        """Notes an image list whose hash is not the expected one. Whether the list ends in a line end is not published."""
+    def _other_list(self, images: Sequence[AskedImage]) -> list[str]:
+        """A note on an image list whose hash is not the expected one. Whether the list ends in a line end is not published."""
         if not self.item.stems_sha256:
-            return
+            return []
         lines = "\n".join(sorted(PurePosixPath(image.file).stem.rpartition("_")[2].zfill(12) for image in images))
         found = [hashlib.sha256(text.encode()).hexdigest() for text in (lines, f"{lines}\n")]
-        if self.item.stems_sha256 not in found:
-            self.notes.append(
-                f"the SHA-256 of the names of its images is {found[0]}, expected {self.item.stems_sha256}: it is another image list"
-            )
+        if self.item.stems_sha256 in found:
+            return []
+        return [
+            f"the SHA-256 of the names of its images is {found[0]}, expected {self.item.stems_sha256}: it is another image list"
+        ]
 
     def _has(self, role: str) -> bool:
         known = any(each.role == role for each in self.item.files)

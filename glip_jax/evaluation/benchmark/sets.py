@@ -15,7 +15,7 @@ from typing import Any, Literal
 from etils import epath
 
 from glip_jax import UserError
-from glip_jax.evaluation.metrics.files import objects
+from glip_jax.evaluation.metrics.files import MetricError, objects
 from glip_jax.io import gcs
 from glip_jax.io.paths import checked
 from glip_jax.io.provenance import file_hash
@@ -23,7 +23,7 @@ from glip_jax.io.workdir import write_atomic
 
 __all__ = [
     "ABSENCE", "Ask", "BenchmarkError", "BenchmarkSet", "Form", "Group", "Layout", "Metric", "Published", "SetFile", "agrees", "check_counts",
-    "find_sets", "listing", "missing", "number", "other_than_reported", "own_set", "protocol", "scored_annotations",
+    "find_sets", "listing", "missing", "number", "version_notes", "own_set", "protocol", "scored_annotations",
 ]  # fmt: skip
 
 Layout = Literal["categories", "flickr", "expressions", "d3", "omnilabel"]
@@ -209,15 +209,16 @@ def check_counts(item: BenchmarkSet, counts: Mapping[str, int], path: str) -> No
     """Raises BenchmarkError, which names both, if the annotation file at `path` has other counts than expected."""
     if wrong := _differences(item.counts, counts):
         raise BenchmarkError(
-            f"{item.name}: {path} {wrong}: it is an annotation file of another version; use the published file, or evaluate this one "
-            "as a set of your own"
+            f"{path} {wrong}: it is an annotation file of another version; use the published file, evaluate this one as a set of your "
+            "own, or give --other-counts"
         )
 
 
-def other_than_reported(item: BenchmarkSet, counts: Mapping[str, int], path: str) -> list[str]:
-    """A note, which names both, if the annotation file at `path` has other counts than a paper reports."""
-    wrong = _differences(item.reported, counts)
-    return [f"{path} {wrong}, as the paper reports: its number may be of another version"] * bool(wrong)
+def version_notes(item: BenchmarkSet, counts: Mapping[str, int], path: str) -> list[str]:
+    """Notes, which name both, if the annotation file at `path` has other counts than expected, or than a paper reports."""
+    expected, reported = _differences(item.counts, counts), _differences(item.reported, counts)
+    notes = [f"{path} {expected}: it is an annotation file of another version"] if expected else []
+    return notes + [f"{path} {reported}, as the paper reports: its number is of another version"] * bool(reported)
 
 
 def _differences(expected: Mapping[str, int], counts: Mapping[str, int]) -> str:
@@ -290,9 +291,7 @@ def own_set(name: str, annotations: str, images: str, like: str = "coco", **othe
     lacking = [each.role for each in model.files if not each.optional and each.role not in roles]
     if lacking:
         raise BenchmarkError(f"{name}: a set like {like} also needs {', '.join(lacking)}")
-    lists_absent = gcs.kind(annotations) == "file" and any(
-        "known_absent" in each for each in objects(annotations, "images", "annotations")
-    )
+    lists_absent = _lists_absent(annotations)
     metrics = (*model.metrics, ABSENCE) if lists_absent and ABSENCE not in model.metrics else model.metrics
     asks: dict[str, Ask] = {each.name: each for each in model.asks}
     if lists_absent and "names" in asks:
@@ -302,6 +301,16 @@ def own_set(name: str, annotations: str, images: str, like: str = "coco", **othe
         model, metrics=metrics, asks=tuple(asks.values()), name=name, title=f"{name} (as {model.name})", files=files, counts={}, reported={}, stems_sha256="", image_rule="all", published=(),
         licence="your own", notes=(), domain="",
     )  # fmt: skip
+
+
+def _lists_absent(annotations: str) -> bool:
+    """Whether images of a file list `known_absent`; not for a file that cannot be read, which is refused when its set is detected."""
+    try:
+        return gcs.kind(annotations) == "file" and any(
+            "known_absent" in each for each in objects(annotations, "images", "annotations")
+        )
+    except MetricError:
+        return False
 
 
 def _absolute(path: str) -> str:

@@ -145,7 +145,18 @@ def test_another_version_of_a_file_is_refused_with_both_counts(tmp_path, tokeniz
     with pytest.raises(sets.BenchmarkError, match="has 3 images, 3 categories, expected 5,000 images, 80 categories"):
         read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG)
     asked = read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG, other_counts=True)
-    assert "another version" in asked.notes[0]
+    assert "another version" in asked.notes[0] and not asked.as_published
+    # ODinW's counts are those of the paper: other ones are noted, and the paper's numbers are of another version.
+    item = write_set("odinw_aquarium", tmp_path)
+    asked = read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG)
+    assert "has 3 images, expected 63 images, as the paper reports" in asked.notes[0] and not asked.as_published
+
+
+def test_an_own_set_with_a_damaged_file_is_refused_when_it_is_read(tmp_path, tokenizer):
+    (tmp_path / "half.json").write_text('{"images": [{"id": 1,')
+    item = sets.own_set("mine", str(tmp_path / "half.json"), str(tmp_path))
+    with pytest.raises(sets.UserError, match=r"half.json is not JSON"):
+        read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG)
 
 
 def test_coco_asks_all_names_in_the_order_of_ids(ask):
