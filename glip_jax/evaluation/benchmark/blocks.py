@@ -11,6 +11,7 @@ there is complete. A part is one of the prompts that all images of a set share, 
 memory at a time.
 """
 
+import contextlib
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -215,11 +216,14 @@ class Blocks:
             rows = rows[kept | rows["best"]]
         return rows[np.lexsort((-rows["score"], rows["image"]))]
 
-    def _open(self, block: int) -> Any:
+    @contextlib.contextmanager
+    def _open(self, block: int) -> Iterator[Any]:
+        """The members of a block by name, which are read, and checked, when they are taken."""
         path = self._path(block)
         try:
-            return np.load(io.BytesIO(path.read_bytes()) if "://" in str(path) else str(path))
-        except (OSError, ValueError, EOFError, BadZipFile) as error:
+            with np.load(io.BytesIO(path.read_bytes()) if "://" in str(path) else str(path)) as members:
+                yield members
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise BenchmarkError(
                 f"{path} cannot be read ({error}): remove it and give the same command again"
             ) from None

@@ -21,7 +21,7 @@ from etils import epath
 
 from glip_jax import UserError
 from glip_jax.evaluation.benchmark import blocks, overlap
-from glip_jax.evaluation.benchmark.scoring import group_numbers, leaves, score_set
+from glip_jax.evaluation.benchmark.scoring import file_hashes, group_numbers, leaves, score_set
 from glip_jax.evaluation.benchmark.sets import BenchmarkError, BenchmarkSet, number, scored_annotations
 from glip_jax.evaluation.benchmark.table import GROUPS
 from glip_jax.io.retry import StorageError
@@ -105,9 +105,13 @@ def collect(
             except StorageError:
                 raise
             except UserError as error:
-                failed[item.name] = f"{ask.name}: {error}"
+                again = f"; or remove {found[ask.name]} to detect again" if str(found[ask.name]) in str(error) else ""
+                failed[item.name] = f"{ask.name}: {error}{again}"
                 continue
             about = plan["about"]
+            if used["images"] == "all" and (changed := _changed_files(item, data, about["files"])):
+                about["files"] |= changed
+                about["notes"].append(f"{', '.join(changed)}: changed since the detection; scored as now")
             checkpoints[plan["parameters"]] = about["checkpoint"]
             own = sets.setdefault(item.name, {
                 "title": item.title, "licence": item.licence, "notes": list(item.notes),
@@ -125,6 +129,12 @@ def collect(
             f"{workdir} holds predictions of {len(checkpoints)} checkpoints ({which}): give each its own --workdir"
         )
     return sets, next(iter(checkpoints.values()), {}), failed
+
+
+def _changed_files(item: BenchmarkSet, data: str, files: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Files of a set, by role, that are not those of the detection."""
+    now = file_hashes(item, data)
+    return {role: file for role, file in now.items() if file["sha256"] != files.get(role, {}).get("sha256")}
 
 
 def _records(folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -148,7 +158,7 @@ def measured_rate(workdir: str) -> float | None:
     any.
     """
     prompts, seconds = 0, 0.0
-    places = epath.Path(workdir).iterdir() if workdir and epath.Path(workdir).exists() else ()
+    places = epath.Path(workdir).iterdir() if workdir and epath.Path(workdir).is_dir() else ()
     for path in places:
         for own in predictions_in(path).values() if path.is_dir() else ():
             with contextlib.suppress(BenchmarkError):  # what is damaged is said where it is scored

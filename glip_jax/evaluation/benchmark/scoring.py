@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from glip_jax.data.importers.readers import as_integer
 from glip_jax.evaluation.benchmark.asked import Questions
 from glip_jax.evaluation.benchmark.sets import (
     Ask,
@@ -202,16 +203,16 @@ def cut_annotations(asked: Questions, path: str, out: epath.Path) -> None:
             write_atomic(out, "\n".join([*images, ""]))
             return
         case "expressions":  # an entry of `images` is an expression there, and several share an image
-            chosen = {question.id for image in asked.images for question in image.questions}
+            chosen = {_plain(question.id) for image in asked.images for question in image.questions}
         case _:
-            chosen = {image.id for image in asked.images}
+            chosen = {_plain(image.id) for image in asked.images}
     try:
         content = json.loads(epath.Path(path).read_text())
-        content["images"] = [entry for entry in content["images"] if entry["id"] in chosen]
-        content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] in chosen]
+        content["images"] = [entry for entry in content["images"] if _plain(entry["id"]) in chosen]
+        content["annotations"] = [entry for entry in content["annotations"] if _plain(entry["image_id"]) in chosen]
         if "descriptions" in content:
             for entry in content["descriptions"]:
-                entry["image_ids"] = [image for image in entry["image_ids"] if image in chosen]
+                entry["image_ids"] = [image for image in entry["image_ids"] if _plain(image) in chosen]
             content["descriptions"] = [entry for entry in content["descriptions"] if entry["image_ids"]]
         for entry in content["annotations"]:
             entry.pop("segmentation", None)
@@ -224,3 +225,9 @@ def cut_annotations(asked: Questions, path: str, out: epath.Path) -> None:
             "--config.evaluation.max-images=0"
         ) from None
     write_atomic(out, json.dumps(content))
+
+
+def _plain(key: Any) -> str:
+    """An id as text: 7, 7.0 and "7" are the same, as for the metrics."""
+    number = as_integer(key)
+    return str(key if number is None else number)

@@ -119,11 +119,14 @@ def test_detections_of_something_else_are_refused(tmp_path):
         Blocks(folder, {"about": {}, "parameters": "def"}, IMAGES, 1, Cut())
 
 
-def test_a_damaged_block_is_named(tmp_path, rows):
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:100], lambda content: content[:-2000] + b"\0" * 500 + content[-1500:]]
+)
+def test_a_damaged_block_is_named(tmp_path, rows, damage):
     blocks = Blocks(epath.Path(tmp_path), {"about": {}}, IMAGES, 1, Cut())
     write(blocks, rows, range(3))
     path = tmp_path / "block_00001.npz"
-    path.write_bytes(path.read_bytes()[:100])
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(BenchmarkError, match="block_00001.npz cannot be read .*remove it"):
         merged(blocks)
 

@@ -11,7 +11,7 @@ from glip_jax.evaluation.benchmark import blocks as blocks_module
 from glip_jax.evaluation.benchmark import predict as module
 from glip_jax.evaluation.benchmark.blocks import Cut
 from glip_jax.evaluation.benchmark.predict import predict
-from glip_jax.evaluation.benchmark.results import collect, groups
+from glip_jax.evaluation.benchmark.results import collect, groups, measured_rate
 from glip_jax.evaluation.benchmark.sets import BenchmarkError, number
 from glip_jax.evaluation.benchmark.table import SETS
 from glip_jax.evaluation.shares import Share
@@ -120,6 +120,40 @@ def test_the_first_images_are_scored_alone(made):
     assert checkpoint["step"] == 3
     assert scored["metrics"]["AP"]["numbers"]["counts"]["images"] == 2
     assert scored["protocol"]["images"] == 2
+    # Without the cut file, images that were not asked would be missed.
+    (made / "w/made/names/annotations.json").unlink()
+    _, _, failed = collect([item], epath.Path(made / "w"), str(made), print)
+    assert "is gone, the annotations of the images asked: remove" in failed["made"]
+
+
+def test_ids_as_text_on_one_side_are_cut_alike(made):
+    truth = json.loads((made / "truth.json").read_text())
+    for box in truth["annotations"]:
+        box["image_id"] = str(box["image_id"])
+    (made / "truth.json").write_text(json.dumps(truth))
+    item = own(made, "coco")
+    predict(run(made, "w", max_images=2), item, item.asks[0])
+    sets_, _, _ = collect([item], epath.Path(made / "w"), str(made), print)
+    assert sets_["made"]["asks"]["names"]["metrics"]["AP"]["numbers"]["counts"]["boxes"] == 2
+
+
+def test_scoring_says_which_files_it_scored(made):
+    """An annotation file that was corrected since, predictions that were cut off, records that were damaged."""
+    item, folder = own(made, "coco"), epath.Path(made / "w")
+    predict(run(made, "w"), item, item.asks[0])
+    before = collect([item], folder, str(made), print)[0]["made"]["asks"]["names"]
+    assert measured_rate(str(folder)) is not None
+    truth = json.loads((made / "truth.json").read_text())
+    (made / "truth.json").write_text(json.dumps({**truth, "annotations": truth["annotations"][1:]}))
+    after = collect([item], folder, str(made), print)[0]["made"]["asks"]["names"]
+    assert after["files"]["annotations"]["sha256"] != before["files"]["annotations"]["sha256"]
+    assert after["notes"] == ["annotations: changed since the detection; scored as now"]
+    assert not before["notes"]
+    path = made / "w/made/names/predictions.json"
+    path.write_bytes(path.read_bytes()[:100])
+    assert f"or remove {path.parent} to detect again" in collect([item], folder, str(made), print)[2]["made"]
+    (path.parent / "plan.json").write_text("{")
+    assert measured_rate(str(folder)) is None
 
 
 @pytest.mark.parametrize(
