@@ -222,8 +222,8 @@ def _detect(
             for ask in _asks(item, job.asks):
                 predict(benchmark, item, _asked_so(ask, config, given))
         except BenchmarkError as error:
-            failed[item.name] = str(error)
-            logger.error(f"left out: {item.name}: {error}")
+            failed[item.name] = str(error).removeprefix(f"{item.name}: ")
+            logger.error(f"left out: {item.name}: {failed[item.name]}")
     return missing, failed
 
 

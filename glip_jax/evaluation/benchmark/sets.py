@@ -374,7 +374,10 @@ def listing(sets: Iterable[BenchmarkSet], data: str, prompts_per_second: float |
 
     `prompts_per_second`: the measured rate of the detector in prompts of one image; None: not measured.
     """
-    return "\n".join(line for item in sets for line in [*_described(item, data, prompts_per_second), ""]).rstrip("\n")
+    lines = [line for item in sets for line in [*_described(item, data, prompts_per_second), ""]]
+    if not data and any("needed" in line for line in lines):
+        lines.append("no --data=DIR is given, so no file was looked for; the paths are below it")
+    return "\n".join(lines).rstrip("\n")
 
 
 def _described(item: BenchmarkSet, data: str, rate: float | None) -> list[str]:
@@ -386,12 +389,15 @@ def _described(item: BenchmarkSet, data: str, rate: float | None) -> list[str]:
     if item.stems_sha256:
         lines.append(f"  SHA-256 of the sorted names of its images: {item.stems_sha256}")
     lines += [f"  expected: {counts}", f"  metrics: {', '.join(metric.label for metric in item.metrics)}"]
-    lines += [f"  licence: {item.licence}", f"  time: {_time(item, rate)}"]
+    lines += [f"  licence: {item.licence}", f"  time: {_time(item, data, rate)}"]
     return lines + [f"  note: {note}" for note in item.notes]
 
 
 def _state(item: BenchmarkSet, file: SetFile, data: str) -> str:
     """Where a file is, with the expected and the found hash; or where it was looked for."""
+    if not data and not any(path.startswith("/") or "://" in path for path in file.paths):
+        kind = "not needed" if file.optional else "needed"
+        return f"{' or '.join(file.paths[:3])} ({kind}; SHA-256 expected: {file.sha256 or 'not known'})"
     place = item.path(file.role, data)
     match gcs.kind(place):
         case "file":
@@ -402,8 +408,20 @@ def _state(item: BenchmarkSet, file: SetFile, data: str) -> str:
     return f"{tried} ({'not there, not needed' if file.optional else 'MISSING'}; SHA-256 expected: {file.sha256 or 'not known'})"
 
 
-def _time(item: BenchmarkSet, rate: float | None) -> str:
-    prompts = [{**item.counts, **item.reported}.get("images", 0) * ask.prompts for ask in item.asks if ask.default]
+def _listed_images(item: BenchmarkSet, data: str) -> int:
+    """The number of images that the annotation file lists; 0 where it is not there or cannot be read."""
+    path = item.path("annotations", data)
+    try:
+        return sum(1 for _ in objects(path, "images", "annotations")) if gcs.kind(path) == "file" else 0
+    except MetricError:
+        return 0
+
+
+def _time(item: BenchmarkSet, data: str, rate: float | None) -> str:
+    images = {**item.counts, **item.reported}.get("images", 0) or _listed_images(item, data)
+    # An entry of `images` is one expression there.
+    per_image = [1 if item.layout == "expressions" else ask.prompts for ask in item.asks if ask.default]
+    prompts = [images * each for each in per_image]
     if not all(prompts):
         return "not known before the annotations are read"
     total = f"{sum(prompts):,.0f} prompts"

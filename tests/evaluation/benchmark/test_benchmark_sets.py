@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import re
 import shutil
 
 import numpy as np
@@ -135,6 +136,10 @@ def test_the_listing_says_what_is_there_and_what_is_missing(tmp_path):
         and "4,809 images, 1,203 categories" in text
     )
     assert "149,079 prompts, about 4.1 h" in text and "CC BY-NC 4.0" in text and "(MISSING" in text
+    text = sets.listing([write_set("refcoco_val", tmp_path), SETS["odinw_bccd"]], str(tmp_path))
+    assert re.search(r"time: \d prompts", text) and "time: not known before the annotations are read" in text
+    alone = sets.listing([SETS["lvis_val"]], "")
+    assert "MISSING" not in alone and "found" not in alone and "no --data=DIR is given" in alone
     assert not sets.missing(item, str(tmp_path)) and [each.split(":")[0] for each in sets.missing(SETS["d3"], str(tmp_path))] == [
         "annotations", "pickles", "images",
     ]  # fmt: skip
