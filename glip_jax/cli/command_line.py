@@ -165,6 +165,7 @@ def _one_line(box: str, arguments: Sequence[str], prog: str) -> str:
     if found := re.match(r"Error parsing (--\S+): (.*)", text):
         option, reason = found[1], found[2]
         metavar = next((row.removeprefix(option).strip() for row in helped if row.startswith(f"{option} ")), "")
+        metavar = metavar.replace("{None}|", "")
         wanted = f"expected {_TYPES.get(metavar, metavar)}" if metavar else reason
         return f"{option}={value_of(option, arguments)}: {wanted}; {prog} --help lists all"
     if found := re.match(r"Unrecognized options: (\S+)", text):
