@@ -5,6 +5,7 @@ expression without a target has one annotation of category -1 (gRefCOCO). Predic
 the expression.
 """
 
+import logging
 from collections import defaultdict
 from typing import Any, NamedTuple
 
@@ -25,8 +26,14 @@ from glip_jax.evaluation.metrics.files import (
 
 __all__ = ["Expression", "read_expressions"]
 
+logger = logging.getLogger(__name__)
+
+_ENOUGH = 10
+"""Expressions with boxes from which on their format is judged."""
 _NO_TARGET = -1
 """Category of the annotation of an expression without a target."""
+_RELATIVE = 1.5
+"""Largest value of boxes in fractions of their image."""
 _LARGEST = 1e9
 """Pixels that no box reaches."""
 
@@ -87,6 +94,14 @@ def read_expressions(annotations: str, predictions: str) -> list[Expression]:
         name, found = predicted[index]
         boxes, scores = _ranked(found, f"the predictions {predictions}, image {name:.40}")
         expressions.append(Expression(key, names[key], targets[index], boxes, scores))
+    largest = [float(np.abs(each.boxes).max()) for each in expressions if len(each.boxes)]
+    if not largest:
+        logger.warning(f"note: {predictions} hold no box: the numbers are those of finding nothing")
+    elif max(largest) <= _RELATIVE and len(largest) >= _ENOUGH:
+        raise MetricError(
+            f"the predictions {predictions}: no value of a box is above {max(largest):g}, so boxes seem to be relative: expected "
+            "x1, y1, x2, y2 in pixels"
+        )
     return expressions
 
 

@@ -9,6 +9,7 @@ omnilabeltools). True boxes with id 0 count like others here; there they are nev
 import itertools
 import logging
 from array import array
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -212,6 +213,9 @@ def _read_pairs(path: str) -> _Pairs:
 def _read_true(path: str, pairs: _Pairs) -> _Boxes:
     """The true boxes."""
     rows = list(objects(path, "annotations", "annotations"))
+    for key, count in Counter(str(row["id"]) for row in rows if "id" in row).items():
+        if count > 1:
+            raise MetricError(f"{path}: the id {key:.40} occurs twice in annotations: ids must be unique")
     scores = [[float(bool(row.get("iscrowd")))] * len(_described(row, f"{path}, annotation")) for row in rows]
     return _joined([_block(rows, 0, scores, pairs, f"{path}, annotations", path)])
 

@@ -161,7 +161,9 @@ def test_detections_of_no_listed_category_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("boxes", "message"), [
     ([(x, y, x + 30, y + 30) for x in range(50, 60) for y in range(50, 61)], "seems to hold corners"),
+    ([(x, y, x + 45, y + 50) for x in range(50, 60) for y in range(50, 61)], "seems to hold corners"),  # not clipped
     ([(0.1, 0.1 * i, 0.5, 0.4) for i in range(10)], "relative"),
+    ([(-0.01, 0.1 * i, 1.02, 0.4) for i in range(10)], "relative"),
 ])  # fmt: skip
 def test_boxes_of_another_format_are_refused(tmp_path, boxes, message):
     truth = TRUTH | {"images": [{"id": 7, "height": 100, "width": 100}, {"id": 3}]}
@@ -172,6 +174,6 @@ def test_boxes_of_another_format_are_refused(tmp_path, boxes, message):
 def test_a_few_large_boxes_are_no_corners(tmp_path, caplog):
     """They reach beyond the image and would fit as corners."""
     truth = TRUTH | {"images": [{"id": 7, "height": 100, "width": 100}, {"id": 3}]}
-    rows = [RIGHT[0] | {"bbox": [5, 5, 97, 98], "score": 0.1 * n} for n in range(10)]
+    rows = [RIGHT[0] | {"bbox": [15, 15, 97, 98], "score": 0.1 * n} for n in range(10)]
     assert coco.score(*_write(tmp_path, truth, [RIGHT[0], RIGHT[2], *rows]))["AP"] == pytest.approx(0.5)
     assert "seems to hold corners" in caplog.text

@@ -97,6 +97,7 @@ def test_files_that_cannot_be_scored(tmp_path):
         ([(3, [0, 0, 1], {1: 0.5})], TRUE, r"bbox\[0\] is .* expected four finite numbers"),
         ([], {key: TRUE[key] for key in ("images", "descriptions")}, "annotations"),
         ([], TRUE | {"images": TRUE["images"] * 2}, "occurs twice in images"),
+        ([], TRUE | {"annotations": TRUE["annotations"] * 2}, "id 1 occurs twice in annotations"),
         ([], TRUE | {"descriptions": [_description(1, "man", [3, 3])]}, "description 1 lists the image 3 twice"),
         ([], TRUE | {"descriptions": [_description(1, "man", [4])]}, "no description lists an image"),
     ):

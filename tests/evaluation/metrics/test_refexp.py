@@ -72,6 +72,11 @@ BAD = {
     "nan": ({1: [TARGET]}, {"1": [(float("nan"), TARGET)]}, r"scores\[0\] is nan"),
     "an id in two forms": ({1: [TARGET]}, {"1": [], "1.0": []}, "expression 1 again as 1.0"),
     "a negative width": ({1: [[0, 0, -1, 5]]}, {"1": []}, r"expected \[x, y, width, height\]"),
+    "relative boxes": (
+        {i: [TARGET] for i in range(10)},
+        {str(i): [(0.5, [0.1, 0.1, 1.02, 0.9])] for i in range(10)},
+        "relative: expected x1",
+    ),
     "no expression": ({}, {}, "images is empty"),
 }
 
