@@ -37,6 +37,7 @@ from glip_jax.evaluation.benchmark.sets import (
     version_notes,
 )
 from glip_jax.evaluation.metrics import d3, flickr
+from glip_jax.evaluation.metrics.annotations import read_annotations
 from glip_jax.evaluation.metrics.files import Ids, objects
 from glip_jax.evaluation.recall import CaptionedImage, Phrase, fit_caption
 from glip_jax.io import gcs
@@ -368,6 +369,8 @@ class _Reader:
         return any(gcs.kind(self.folder / "/".join(parts[i:])) == "file" for i in range(len(parts)))
 
     def _images(self) -> list[ImageEntry]:
+        if self.item.form == "coco":
+            read_annotations(str(self.annotations))  # what scoring refuses is refused before hours of detection
         entries = [entry for entry, _ in self._entries()]
         self._ids = Ids((entry.id for entry in entries), "images", str(self.annotations))
         return entries

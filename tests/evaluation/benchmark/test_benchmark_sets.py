@@ -157,6 +157,16 @@ def test_another_version_of_a_file_is_refused_with_both_counts(tmp_path, tokeniz
     assert "has 3 images, expected 63 images, as the paper reports" in asked.notes[0] and not asked.as_published
 
 
+def test_boxes_that_cannot_be_scored_are_refused_before_the_detection(tmp_path, tokenizer):
+    write_set("coco", tmp_path)
+    path = tmp_path / "coco/annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "annotations": content["annotations"] * 2}))
+    item = sets.own_set("mine", str(path), str(tmp_path / "coco/val2017"))
+    with pytest.raises(sets.UserError, match="id 1 occurs twice in annotations"):
+        read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG)
+
+
 def test_an_own_set_with_a_damaged_file_is_refused_when_it_is_read(tmp_path, tokenizer):
     (tmp_path / "half.json").write_text('{"images": [{"id": 1,')
     item = sets.own_set("mine", str(tmp_path / "half.json"), str(tmp_path))
@@ -392,7 +402,7 @@ def test_v3det_asks_only_retrieved_names(ask, tokenizer):
         ("coco", lambda c: c["images"].append(c["images"][0]), "occurs twice in images"),
         ("coco", lambda c: c["categories"].append(c["categories"][0]), "occurs twice in categories"),
         ("coco", lambda c: c["images"][0].pop("file_name"), "expected it, or coco_url"),
-        ("coco", lambda c: c["images"].clear(), "asks nothing of 0 images"),
+        ("coco", lambda c: c["images"].clear(), "list no images: there is nothing to score"),
         ("refcoco_val", lambda c: c["images"][0].update(caption=" "), "expected a text"),
         ("omnilabel", lambda c: c["descriptions"][0].pop("image_ids"), "expected image_ids"),
         ("flickr_test", lambda c: c["images"].pop(), "lacks 1 of the 2 sentences"),
