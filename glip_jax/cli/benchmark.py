@@ -287,10 +287,11 @@ def _finish(
     failed = {**failed, **refused}
     shown = list(items)
     if sets:
-        others = benchmark_results.earlier(folder, checkpoint)
-        others = {name: own for name, own in others.items() if name not in {item.name for item in items}}
-        shown += [SETS[name] for name in others if name in SETS]
-        sets = {**others, **sets}
+        known, asked = benchmark_results.earlier(folder, checkpoint), {item.name for item in items}
+        # A set that is scored again keeps its place.
+        known = {name: sets.get(name, own) for name, own in known.items() if name in sets or name not in asked}
+        shown += [SETS[name] for name in known if name in SETS and name not in asked]
+        sets = {**known, **sets}
     results = {
         "format": benchmark_results.FORMAT, "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

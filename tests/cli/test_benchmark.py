@@ -71,7 +71,9 @@ def test_later_sets_join_the_table_and_scoring_alone_gives_the_same(made, monkey
     assert sum(calls) == 7
     assert run_job("benchmark", arguments(made, name="again", like="coco")) == exit_codes.DONE
     assert list(results(made)["sets"]) == ["made", "again"]
+    assert run_job("benchmark", ["--score-only", *arguments(made)]) == exit_codes.DONE
     both = results(made)["sets"]
+    assert list(both) == ["made", "again"], "a set that is scored again keeps its place"
     (made / "out" / "results.json").unlink()
     calls.clear()
     monkeypatch.setattr("glip_jax.inference.Detector", None)

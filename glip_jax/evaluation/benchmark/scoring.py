@@ -126,7 +126,11 @@ def compared(
     if prompts and "prompts_per_image" in used:
         expected["prompts_per_image"] = prompts
     differs = [
-        f"{name}: {used[name]} here, published with {value}" if name in used else f"{name}: {value}"
+        "other counts of images or categories"
+        if name == "counts"
+        else f"{name}: {used[name]} here, published with {value}"
+        if name in used
+        else f"{name}: {value}"
         for name, value in expected.items()
         if used.get(name) != value
     ]

@@ -57,7 +57,7 @@ def test_a_published_number_needs_the_same_protocol():
     assert compared(glip, used())["differs"] == []
     assert compared(glip, used(chunk=20))["differs"] == ["chunk: 20 here, published with 0"]
     assert compared(glip, used(images=100))["differs"] == ["images: 100 here, published with all"]
-    assert compared(glip, used(counts="other"))["differs"] == ["counts: other here, published with as published"]
+    assert compared(glip, used(counts="other"))["differs"] == ["other counts of images or categories"]
     assert compared(glip, used(prompts_per_image=1), prompts=1)["differs"] == []
     assert compared(glip, used(prompts_per_image=2), prompts=1)["differs"] == [
         "prompts_per_image: 2 here, published with 1"
