@@ -38,7 +38,9 @@ from glip_jax.evaluation.benchmark.sets import (
 )
 from glip_jax.evaluation.metrics import d3, flickr
 from glip_jax.evaluation.metrics.annotations import read_annotations
+from glip_jax.evaluation.metrics.expressions import read_targets
 from glip_jax.evaluation.metrics.files import Ids, objects
+from glip_jax.evaluation.metrics.refexp import check_expression
 from glip_jax.evaluation.recall import CaptionedImage, Phrase, fit_caption
 from glip_jax.io import gcs
 from glip_jax.structures.batch import Detections, Prompt
@@ -228,17 +230,30 @@ class _Reader:
         """Whole expressions; those of one image file are asked together."""
         asked = defaultdict[str, list[Question]](list)
         sizes: dict[str, tuple[int | None, int | None]] = {}
+        data_sets: dict[Any, str] = {}
         for entry, fields in self._entries():
+            if entry.id in data_sets:
+                raise BenchmarkError(
+                    f"{self.annotations}: the id {entry.id!r} occurs twice in images: ids must be unique"
+                )
             caption = self._text(fields, "caption")
             caption = caption if caption.endswith(".") else f"{caption}. "
             prompt = self._fitting(caption, entry.id)
             asked[entry.file].append(Question(entry.id, prompt, (entry.id,) if prompt else ()))
             sizes[entry.file] = entry.height, entry.width
-            self.counts["expressions"] += 1
-        for box in objects(self.annotations, "annotations", "annotations"):
-            empty = box.get("category_id") == -1
-            self.counts["expressions without target" if empty else "boxes"] += 1
-        self.counts["images"] = len(asked)
+            data_sets[entry.id] = str(fields.get("dataset_name") or "")
+        ids = Ids(data_sets, "images", str(self.annotations))
+        targets = read_targets(str(self.annotations), ids)
+        if any(metric.module == "refexp" for metric in self.item.metrics):
+            for key, own in zip(ids.keys, targets, strict=True):
+                check_expression(str(self.annotations), key, data_sets[key], len(own))
+        boxes, without = sum(map(len, targets)), sum(not len(own) for own in targets)
+        self.counts |= {
+            "images": len(asked),
+            "expressions": len(ids),
+            "boxes": boxes,
+            "expressions without target": without,
+        }
         return self._made([AskedImage(file, file, *sizes[file], tuple(each)) for file, each in asked.items()], {})
 
     def sentences(self) -> Questions:

@@ -24,7 +24,7 @@ from glip_jax.evaluation.metrics.files import (
     required,
 )
 
-__all__ = ["Expression", "read_expressions"]
+__all__ = ["Expression", "read_expressions", "read_targets"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def read_expressions(annotations: str, predictions: str) -> list[Expression]:
     ids = Ids(keys, "images", annotations)
     if not keys:
         raise MetricError(f"{annotations}: images is empty, expected at least one expression")
-    targets = _targets(annotations, ids)
+    targets = read_targets(annotations, ids)
     predicted: dict[int, tuple[str, ScoredBoxes]] = {}
     others = []
     for key, found in boxes_by_image(predictions).items():
@@ -105,8 +105,8 @@ def read_expressions(annotations: str, predictions: str) -> list[Expression]:
     return expressions
 
 
-def _targets(path: str, ids: Ids) -> list[Float32[np.ndarray, "T 4"]]:
-    """The true boxes of each expression."""
+def read_targets(path: str, ids: Ids) -> list[Float32[np.ndarray, "T 4"]]:
+    """The true boxes of each expression; `ids`: of the entries of `images`. Raises MetricError as `read_expressions`."""
     boxes, absent, seen = defaultdict[int, list[list[float]]](list), set[int](), set[str]()
     for entry in objects(path, "annotations", "annotations"):
         key = str(entry.get("id"))

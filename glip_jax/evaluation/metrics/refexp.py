@@ -28,18 +28,23 @@ def score(annotations: str, predictions: str, overlap: Overlap = "giou") -> dict
     """
     hits = defaultdict[str, list[list[bool]]](list)
     for each in read_expressions(annotations, predictions):
-        if not each.dataset:
-            raise MetricError(
-                f"{annotations}, image {each.id!r:.40} has no dataset_name: expected refcoco, refcoco+ or refcocog"
-            )
-        if len(each.targets) != 1:
-            raise MetricError(
-                f"{annotations}, image {each.id!r:.40} has {len(each.targets)} true boxes: expected one for each expression; the "
-                "metric grefcoco takes several and none"
-            )
+        check_expression(annotations, each.id, each.dataset, len(each.targets))
         # An overlap of two boxes without an area is nan, which is no hit.
         hit = overlaps(each.boxes, each.targets, overlap)[:, 0] >= _MIN_OVERLAP
         hits[each.dataset].append([bool(hit[:rank].any()) for rank in RANKS])
     precision = {name: [sum(column) / len(rows) for column in zip(*rows, strict=True)] for name, rows in hits.items()}
     counts = {name: len(rows) for name, rows in hits.items()}
     return {**precision, "counts": counts}
+
+
+def check_expression(annotations: str, key: Any, dataset: str, targets: int) -> None:
+    """Raises MetricError for an expression that has no data set, or not one true box."""
+    if not dataset:
+        raise MetricError(
+            f"{annotations}, image {key!r:.40} has no dataset_name: expected refcoco, refcoco+ or refcocog"
+        )
+    if targets != 1:
+        raise MetricError(
+            f"{annotations}, image {key!r:.40} has {targets} true boxes: expected one for each expression; the metric grefcoco takes "
+            "several and none"
+        )

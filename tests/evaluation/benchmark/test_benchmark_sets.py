@@ -167,6 +167,21 @@ def test_boxes_that_cannot_be_scored_are_refused_before_the_detection(tmp_path, 
         read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG)
 
 
+@pytest.mark.parametrize(("name", "change", "message"), [
+    ("refcoco_val", lambda c: c["annotations"].append({**c["annotations"][0], "id": 999}), "has 2 true boxes"),
+    ("refcoco_val", lambda c: c["images"].append(c["images"][0]), "occurs twice in images"),
+    ("grefcoco_val", lambda c: c["annotations"].pop(0), "have no annotation"),
+])  # fmt: skip
+def test_expressions_that_cannot_be_scored_are_refused_before_the_detection(tmp_path, tokenizer, name, change, message):
+    item = write_set(name, tmp_path)
+    path = item.path("annotations", str(tmp_path))
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(sets.UserError, match=message):
+        read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG)
+
+
 def test_an_own_set_with_a_damaged_file_is_refused_when_it_is_read(tmp_path, tokenizer):
     (tmp_path / "half.json").write_text('{"images": [{"id": 1,')
     item = sets.own_set("mine", str(tmp_path / "half.json"), str(tmp_path))
