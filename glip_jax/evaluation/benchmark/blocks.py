@@ -111,7 +111,8 @@ class Blocks:
         keys = (saved.keys() | self._plan.keys()) - {"about"}
         other = sorted(key for key in keys if saved.get(key) != self._plan.get(key))
         if other:
-            shown = "; ".join(f"{key}: {_short(saved.get(key))} -> {_short(self._plan.get(key))}" for key in other[:4])
+            changes = [change for key in other for change in _changes(key, saved.get(key), self._plan.get(key))]
+            shown = "; ".join(changes[:6])
             raise BenchmarkError(
                 f"{self.folder} holds detections of another checkpoint, other settings or other files ({shown}): give another "
                 "--workdir, or remove that folder to detect again"
@@ -291,6 +292,14 @@ def _read_json(path: epath.Path) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise BenchmarkError(f"{path} is damaged (no object): remove {path.parent} and detect again")
     return found
+
+
+def _changes(name: str, old: Any, new: Any) -> list[str]:
+    """What differs, of objects by key."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        return [change for key in keys for change in _changes(f"{name}.{key}", old.get(key), new.get(key))]
+    return [f"{name}: {_short(old)} -> {_short(new)}"]
 
 
 def _short(value: Any) -> str:

@@ -271,9 +271,11 @@ def own_set(name: str, annotations: str, images: str, like: str = "coco", **othe
     """
     from glip_jax.evaluation.benchmark.table import GROUPS, SETS
 
-    if not re.fullmatch(r"[\w.+-]+", name) or name.lower() in {*SETS, *GROUPS}:
+    # It names a folder of --workdir, beside the folder `annotations`.
+    if not re.fullmatch(r"\w[\w.+-]*", name) or name.lower() in {*SETS, *GROUPS, "annotations"}:
         raise BenchmarkError(
-            f"the set of your own is named {name!r}: expected letters, digits, _ - + . and none of the names of --list"
+            f"the set of your own is named {name!r}: expected letters, digits, _ - + ., a letter or digit first, and none of the names of "
+            "--list"
         )
     (model,) = find_sets([like])[:1]
     roles = {"annotations": annotations, "images": images, **others}

@@ -121,7 +121,7 @@ def test_names_groups_and_sets_of_ones_own(tmp_path):
         ("names", 0, True),
         ("names_parallel", 1, False),
     ]
-    for arguments, message in ((("coco", "a", "b"), "none of the names"), (("x", "a", "b", "d3"), "also needs pickles"),
+    for arguments, message in ((("coco", "a", "b"), "none of the names"), (("..", "a", "b"), "a letter or digit first"), (("x", "a", "b", "d3"), "also needs pickles"),
                                (("x", "~/a", "b"), "~ is not replaced")):  # fmt: skip
         with pytest.raises(sets.UserError, match=message):
             sets.own_set(*arguments)
