@@ -117,6 +117,7 @@ def test_detections_of_something_else_are_refused(tmp_path):
     Blocks(folder, {"about": {}, "parameters": "abc"}, IMAGES, 1, Cut()).begin()
     with pytest.raises(BenchmarkError, match='parameters: "abc" -> "def".*give another --workdir'):
         Blocks(folder, {"about": {}, "parameters": "def"}, IMAGES, 1, Cut())
+    folder /= "other"
     Blocks(folder, {"about": {}, "settings": {"chunk": 0, "short_side": 800}}, IMAGES, 1, Cut()).begin()
     with pytest.raises(BenchmarkError, match=r"files \(settings.short_side: 800 -> 64\): give"):
         Blocks(folder, {"about": {}, "settings": {"chunk": 0, "short_side": 64}}, IMAGES, 1, Cut())
