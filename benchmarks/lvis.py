@@ -4,8 +4,10 @@ GLIP-T's widths, random weights, one image of 480 x 640, float32, 300 boxes a pr
 post-processing included, texts of the Detector not, which are encoded once a run. Each side is a process of its own, alternating in one run; `ratio` is relative to the Detector.
 
     original    the whole network once for each prompt of 256 tokens, as the original does (glip-reference 5.1)
-    mm          MMGroundingDino of `transformers` on torch (benchmarks environment), eager: image features once, then text
-                encoder, encoder, decoder for each prompt without padding, as the chunks of its authors' code
+    mm_whole    MMGroundingDino of `transformers` on torch (benchmarks environment), eager, as its users ask many names: a call of
+                the model for each prompt, without padding
+    mm          the same with the image features of the first call, as the chunks of its authors' code; `transformers` has no
+                option for it
     detector    glip_jax.inference.Detector: image features and texts once, prompts padded to the longest
 
 Modes: `fusion` is GLIP-T; `no_fusion` is GLIP-T (A), for which the text is free. See `benchmarks/alternating.py`.
@@ -19,6 +21,7 @@ weights 0.05 leaves none, 0 as many as there can be.
 
 import argparse
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -186,8 +189,8 @@ def original_runs(settings: Settings) -> Runs:
     return _modes(make, (True, False))
 
 
-def peer_runs(settings: Settings) -> Runs:
-    """MMGroundingDino: image features once, the rest for each prompt."""
+def peer_runs(settings: Settings, features_once: bool = True) -> Runs:
+    """MMGroundingDino for each prompt; with `features_once` but its backbone."""
     import torch
     import transformers
 
@@ -223,7 +226,9 @@ def peer_runs(settings: Settings) -> Runs:
             vision, positions = self.features
             return list(vision), list(positions)
 
-    model.model.backbone = once = Once(model.model.backbone)
+    once = Once(model.model.backbone)
+    if features_once:
+        model.model.backbone = once
     pixels = torch.randn(1, 3, HEIGHT, WIDTH, device=device)
     mask = torch.ones(1, HEIGHT, WIDTH, dtype=torch.long, device=device)
 
@@ -265,5 +270,6 @@ def _bound(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sides = {"original": original_runs, "mm": peer_runs, "detector": detector_runs}
+    whole = functools.partial(peer_runs, features_once=False)
+    sides = {"original": original_runs, "mm_whole": whole, "mm": peer_runs, "detector": detector_runs}
     main("benchmarks.lvis", __doc__ or "", sides, ("fusion", "no_fusion"), _bound)

@@ -43,7 +43,7 @@ class Share:
     ) -> Iterator[list[_Item]]:
         """The items of this process, in groups for a call of the detector: of one `key`, a batch for each device.
 
-        A batch holds the same items on any number of devices and processes, so that results agree to the bit.
+        A batch holds the same items on any number of devices and processes, so that boxes and their order agree, and scores to rounding.
         """
         by_key: dict[Hashable, list[_Item]] = {}
         for item in items:
