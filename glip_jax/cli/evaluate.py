@@ -306,7 +306,8 @@ def _done(arguments: EvaluateArguments, checkpoint: "Checkpoint", out: str) -> b
         # The path of the run does not affect results; its parameters are compared by their hashes.
         same = all(found[key] == now[key] for key in now if key not in ("date", "workdir"))
         same = same and found["sets"].keys() == config.evaluation.sets.keys()
-        same = same and found.get("absent_names") == _absent_names(arguments)._asdict()
+        asked = _absent_names(arguments)._asdict()
+        same = same and found.get("absent_names", asked) == asked  # which earlier versions do not have
         for name, dataset in config.evaluation.sets.items():
             entry = found["sets"].get(name, {})
             same = same and saved_set(entry) == dataset

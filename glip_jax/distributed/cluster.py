@@ -174,7 +174,7 @@ class _Coordinator:
         self._at: dict[int, int] = {}
         self._signal, self._stop_at, self._over = 0, None, False
         self._left: set[int] = set()
-        self._met, self._left_for = dict.fromkeys(range(count), 0), 0
+        self._met, self._leaving = dict.fromkeys(range(count), 0), (0, 0)
         self._change = threading.Condition()
         threading.Thread(target=self._serve, daemon=True).start()
 
@@ -227,8 +227,10 @@ class _Coordinator:
                     self._signal = message["stop"]
                     self._send_all(stop=self._signal)
                 if "met" in message:
-                    self._met[index], self._left_for = message["met"], self._left_for or message["left_for"]
-                    self._send_all(met=min(self._met.values()), left_for=self._left_for)
+                    self._met[index] = message["met"]
+                    if message["left_for"] and not self._leaving[0]:
+                        self._leaving = (message["left_for"], message["met"])
+                    self._send_all(met=min(self._met.values()), leaving=self._leaving)
                 if "at" in message:
                     self._at[index] = message["at"]
                     if len(self._at) == self._count:
@@ -302,7 +304,8 @@ class Cluster:
         self._change = threading.Condition()
         self._step, self._signal, self._stop_at = -1, 0, None
         self._signal_sent = self._left = False
-        self._meetings, self._met, self._left_for = 0, 0, 0
+        self._meetings, self._met = 0, 0
+        self._leaving = (0, 0)  # a signal, and the meeting before which one left for it
         self.on_stop: Callable[[int], None] = lambda _: None
         """Takes the number of the first signal that any process received, in another thread."""
         threading.Thread(target=self._listen, daemon=True).start()
@@ -330,13 +333,17 @@ class Cluster:
         with self._change:
             self._meetings += 1
             self._connection.send(met=self._meetings, left_for=left_for)
-            while self._stop_at is None if self._left_for else self._met < self._meetings:
-                number = received() or self._left_for
+            while self._stop_at is None if self._left_for() else self._met < self._meetings:
+                number = received() or self._left_for()
                 if number and not self._signal_sent:
                     self._signal_sent = True
                     self._connection.send(stop=number)
                 self._change.wait(0.2)  # the main thread handles signals between two waits
-            return self._left_for
+            return self._left_for()
+
+    def _left_for(self) -> int:
+        """The signal for which one has left before this meeting; one that has not seen yet that the meeting before took place goes on."""
+        return self._leaving[0] if self._leaving[1] <= self._meetings else 0
 
     def _listen(self) -> None:
         while (message := self._connection.receive()) is not None and "closed" not in message:
@@ -346,7 +353,7 @@ class Cluster:
                     self._connection.send(at=self._step)
                     self.on_stop(self._signal)
                 if "met" in message:
-                    self._met, self._left_for = message["met"], message["left_for"]
+                    self._met, self._leaving = message["met"], message["leaving"]
                 if "stop_at" in message:
                     self._stop_at = message["stop_at"]
                 if "gone" in message and not self._left:

@@ -409,6 +409,12 @@ def test_a_signal_to_one_ends_the_evaluation_of_all(came_to):
     assert [cluster._together(exit_codes.PREEMPTED) for cluster in clusters] == [came_to is not None] * 3
 
 
+def test_who_has_not_seen_yet_that_all_met_goes_on_although_one_has_left_before_the_next_time():
+    slow = _clusters(2)[1]
+    slow._met, slow._leaving = 1, (signal.SIGTERM, 2)
+    assert slow.met() == 0
+
+
 def test_a_cluster_names_the_process_that_differs():
     found = _clusters(3, {1: {"a": "2"}, 2: {"a": "1", "b": "x"}})
     assert all(isinstance(each, ProcessError) for each in found)
