@@ -34,16 +34,17 @@ def _signal(how, received):
 
 
 def test_a_closed_terminal_stops_a_run_unless_nohup_ignores_it():
-    with StopSignals() as received:
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert received.number == signal.SIGHUP
-    assert signal.signal(signal.SIGHUP, signal.SIG_IGN) == signal.SIG_DFL
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup themselves
     try:
+        with StopSignals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert received.number == signal.SIGHUP
+        assert signal.signal(signal.SIGHUP, signal.SIG_IGN) == signal.SIG_DFL
         with StopSignals() as received:
             os.kill(os.getpid(), signal.SIGHUP)
         assert not received.number and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("how", ["within", "before", "of another process"])
