@@ -136,12 +136,13 @@ def _assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
         np.testing.assert_allclose(found[name], value, rtol=0, atol=bound, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("coarse", "size", "extent"),
     [
         ("flat", (90, 121), (96, 128)),  # the default policy: rounded up to 32
-        pytest.param("flat", (75, 109), (75, 109), marks=pytest.mark.slow),  # every level odd or cut
-        pytest.param("resized", (150, 41), (150, 41), marks=pytest.mark.slow),  # a single cell on the coarse levels
+        ("flat", (75, 109), (75, 109)),  # every level odd or cut
+        ("resized", (150, 41), (150, 41)),  # a single cell on the coarse levels
     ],
 )
 def test_equals_the_image_alone(coarse: Coarse, size: tuple[int, int], extent: tuple[int, int]) -> None:
