@@ -273,14 +273,15 @@ def join_lines(lines: list[str], most: int = 8) -> str:
     return "; ".join(lines[:most]) + more
 
 
-def write_atomic(path: epath.Path, text: str) -> None:
+def write_atomic(path: epath.Path, content: str | bytes) -> None:
     """Writes a file under another name and renames it, so that no reader sees half of it; a bucket shows whole files only."""
+    data = content.encode() if isinstance(content, str) else content
     if "://" in str(path):
-        path.write_text(text)
+        path.write_bytes(data)
         return
     aside = path.parent / f"{path.name}.unfinished"
     try:
-        aside.write_text(text)
+        aside.write_bytes(data)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

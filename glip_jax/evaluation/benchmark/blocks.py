@@ -25,7 +25,7 @@ from etils import epath
 from glip_jax.evaluation.benchmark.sets import BenchmarkError
 from glip_jax.io.workdir import write_atomic
 
-__all__ = ["BLOCK", "FORMAT", "ROW", "Blocks", "Cut", "RunningTop", "concatenated", "joined", "write_bytes"]
+__all__ = ["BLOCK", "FORMAT", "ROW", "Blocks", "Cut", "RunningTop", "concatenated", "joined"]
 
 BLOCK = 128
 """Images of a block."""
@@ -156,7 +156,7 @@ class Blocks:
         )
         np.savez(stream, digests=np.array(digests, "S64"), seconds=np.float64(seconds), **parts)  # pyright: ignore[reportArgumentType]
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(self._path(block), stream.getvalue())
+        write_atomic(self._path(block), stream.getvalue())
 
     def merge(
         self, order: Any, files: Sequence[str], ids: Mapping[str, str], write: Callable[[epath.Path, Any], None]
@@ -266,19 +266,6 @@ def concatenated(found: Iterator[tuple[int, int, Any]]) -> Any:
         rows["score"], rows["box"] = np.asarray(detections.scores)[used], np.asarray(detections.boxes)[used]
         pieces.append(rows)
     return joined(pieces)
-
-
-def write_bytes(path: epath.Path, content: bytes) -> None:
-    """Writes a file under another name and renames it; a bucket shows whole files only."""
-    if "://" in str(path):
-        path.write_bytes(content)
-        return
-    aside = path.parent / f"{path.name}.unfinished"
-    try:
-        aside.write_bytes(content)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _read_json(path: epath.Path) -> dict[str, Any] | None:

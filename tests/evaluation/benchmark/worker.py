@@ -26,12 +26,12 @@ def _half_written(path, content):
 
 
 if __name__ == "__main__":
-    blocks_write = blocks.write_bytes
+    blocks_write = blocks.write_atomic
     with pytest.MonkeyPatch.context() as patch:
         stand_in(patch)
         match os.environ.get("KILL"):
             case "block":
-                patch.setattr(blocks, "write_bytes", _half_written)
+                patch.setattr(blocks, "write_atomic", _half_written)
             case "predictions":
                 patch.setattr(predict, "answer_rows", _killed)
         sys.exit(main(["benchmark", *sys.argv[1:]]))
