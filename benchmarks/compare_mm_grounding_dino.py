@@ -46,22 +46,29 @@ def glip_runs(settings: Settings) -> Runs:
     }
 
 
-def peer_runs(settings: Settings) -> Runs:
-    """The PyTorch network, eager."""
+def mm_grounding_dino(threads: int) -> Any:
+    """MM-Grounding-DINO-T of transformers with random weights, on so many threads of torch."""
     import torch
     import transformers
 
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     backbone = transformers.SwinConfig(
         embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=7, image_size=224,
         out_indices=[2, 3, 4], drop_path_rate=0.2,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
-    model = transformers.MMGroundingDinoForObjectDetection(
+    return transformers.MMGroundingDinoForObjectDetection(
         transformers.MMGroundingDinoConfig(
             backbone_config=backbone, text_config=transformers.BertConfig(), max_text_len=TOKENS
         )
     )
+
+
+def peer_runs(settings: Settings) -> Runs:
+    """The PyTorch network, eager."""
+    import torch
+
+    model = mm_grounding_dino(settings.threads)
     pixels = torch.randn(1, 3, HEIGHT, WIDTH)
     # [CLS] name . name . ... [SEP]: 127 phrases fill 256 tokens; 1012 is the full stop.
     names = torch.randint(2000, 30000, (TOKENS // 2 - 1,))

@@ -192,22 +192,11 @@ def original_runs(settings: Settings) -> Runs:
 def peer_runs(settings: Settings, features_once: bool = True) -> Runs:
     """MMGroundingDino for each prompt; with `features_once` but its backbone."""
     import torch
-    import transformers
 
-    task = _task(settings.arguments)
-    torch.set_num_threads(settings.threads)
-    torch.manual_seed(0)
-    backbone = transformers.SwinConfig(
-        embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=7, image_size=224,
-        out_indices=[2, 3, 4], drop_path_rate=0.2,  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
-    device = "cuda" if settings.device == "gpu" else "cpu"
-    model: Any = transformers.MMGroundingDinoForObjectDetection(
-        transformers.MMGroundingDinoConfig(
-            backbone_config=backbone, text_config=transformers.BertConfig(), max_text_len=256
-        )
-    )
-    model = model.to(device).eval()
+    from benchmarks.compare_mm_grounding_dino import mm_grounding_dino
+
+    task, device = _task(settings.arguments), "cuda" if settings.device == "gpu" else "cpu"
+    model = mm_grounding_dino(settings.threads).to(device).eval()
 
     class Once(torch.nn.Module):
         """The backbone with its position embeddings, run once an image."""
