@@ -47,7 +47,7 @@ fi
 tier="not slow and not tpu" quick='' paths=''
 case "${1:-}" in
 --quick) shift && tier="not slow and not tpu and not compiles and not processes and not long" quick=1 ;;
---all) shift && tier="not tpu" ;;
+--all) shift && tier="not tpu" && set -- -n 3 "$@" ;; # compilers and started processes leave two workers idle for a fifth of the time
 *) for argument in "$@"; do [[ $argument == *[/.]* && -e ${argument%%::*} ]] && paths=1; done ;;
 esac
 if [ "$paths" ]; then

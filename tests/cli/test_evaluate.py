@@ -265,8 +265,8 @@ def test_what_is_interrupted_leaves_the_earlier_report(tmp_path):
     write_atomic(path, "old")
 
     class Full(type(path)):
-        def write_text(self, text, *_, **__):
-            super().write_text(text[:1])
+        def write_bytes(self, data):
+            super().write_bytes(data[:1])
             raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
