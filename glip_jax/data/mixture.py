@@ -9,6 +9,7 @@ sides in turn. A record belongs to the aspect nearest to its own. Per aspect and
 per aspect, the sources are mixed by weight.
 """
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -199,6 +200,12 @@ class Mixture:
         sizes = {canvas_size(side, a, data.long_side, multiple) for a in used for side in data.short_sides}
         return tuple(sorted(sizes))
 
+    def slots(self, step: int) -> list[tuple[int, int]]:
+        """(source, record) of every example of a step, in the order of the batch."""
+        size, aspect = self.config.train.batch_size, self.schedule.aspect(step)
+        begin, mixed = self.schedule.occurrence(step) * size, self._mixes[aspect]
+        return [mixed[element] for element in range(begin, begin + size)]
+
     def describe(self, source: int, record: int) -> str:
         """Description of an example for messages: source, record and, if readable, id and provenance."""
         name = f"{self.source_names[source]}[{record}]"
@@ -221,7 +228,7 @@ class Mixture:
         if not 0 <= host < hosts or start_step < 0:
             raise ConfigError(f"host {host} of {hosts} from step {start_step}: expected 0 <= host < hosts, step >= 0")
         part = _Slice(self.schedule, size, start_step, host, hosts)
-        stream = grain.MapDataset.select_from_datasets([self._mix(a) for a in range(len(data.aspects))], part)
+        stream = grain.MapDataset.select_from_datasets(self._mixes, part)
         # Batched before decoding, so that every image is resized directly into its batch.
         stream = stream.batch(size // hosts, drop_remainder=True, batch_fn=list)
         stream = stream.map_with_index(_MakeBatch(self._examples, part))
@@ -237,6 +244,11 @@ class Mixture:
             options = grain.MultiprocessingOptions(data.workers, per_worker_buffer_size=max(1, ahead))
             loader = loader.mp_prefetch(options, worker_init_fn=end_with_parent)
         return _drain(loader)
+
+    @functools.cached_property
+    def _mixes(self) -> list[grain.MapDataset]:
+        """Per aspect its mixture."""
+        return [self._mix(aspect) for aspect in range(len(self.config.data.aspects))]
 
     def _mix(self, aspect: int) -> grain.MapDataset:
         """The endless mixture of all records of one aspect; a placeholder that is never read if there are none."""

@@ -50,15 +50,24 @@ from glip_jax.training.monitoring.watchdog import Watchdog
 from glip_jax.training.monitoring.writer import Writer, wandb_module, wandb_run
 from glip_jax.training.optimizer import make_optimizer
 from glip_jax.training.state import State, abstract_state, fresh_parameters, initial_state
-from glip_jax.training.step import glip_objective, make_step
+from glip_jax.training.step import Objective, glip_objective, make_step
 
-__all__ = ["NonFiniteLossError", "InitialParameters", "train"]
+__all__ = ["Feed", "InitialParameters", "NonFiniteLossError", "train"]
 
 logger = logging.getLogger(__name__)
 
 InitialParameters = Callable[[dict[str, Any], Config], tuple[dict[str, Any], dict[str, Any]]]
 """(parameters, config) to parameters read from the files of `config.init_from`, and a record of what was read:
 `glip_jax.weights.pretrained.initialize`."""
+
+
+class Feed(NamedTuple):
+    """What a step is fed with."""
+
+    batches: Callable[[int, int, int], Iterator[Batch]]
+    """(first step, host, hosts) to the batches, as `Mixture.batches`."""
+    objective: Objective
+    """What reads them."""
 
 
 def train(
@@ -69,13 +78,15 @@ def train(
     initial_parameters: InitialParameters | None = None,
     resume_with_changes: bool = False,
     cluster: Cluster | None = None,
+    feed: Callable[[Mixture, State], Feed] | None = None,
 ) -> State:
     """Trains to `config.train.steps` in `workdir`, from its newest complete checkpoint if there is one.
 
     `evaluate(parameters, step, meet)` returns metrics to record; all processes call it every `train.evaluate_every` steps and at the end.
     `draw(batch)` makes WORKDIR/first_batch.png of the first batch. `initial_parameters` reads the files of `config.init_from`.
     `cluster`: the processes that train together, where there are several; they stop after the same step, whichever of them
-    received the signal. The last line logged is `fingerprint: SHA-256`.
+    received the signal. `feed(mixture, state)`: other batches of the mixture, such as encoded ones, and the objective that reads them.
+    The last line logged is `fingerprint: SHA-256`.
 
     Settings, data and devices are checked before anything is written.
 
@@ -132,7 +143,8 @@ def train(
             # them. (`cli.train.run` has entered it too, for errors before this line.)
             stack.enter_context(cluster)
         if mixture is not None:
-            state = _train_steps(run, state, start, mixture, draw)
+            fed = feed(mixture, state) if feed is not None else Feed(mixture.batches, glip_objective(config))
+            state = _train_steps(run, state, start, mixture, fed, draw)
         elif evaluations.missing(start):
             with signals:
                 run.evaluation(start, state)
@@ -268,7 +280,9 @@ class _Hook(NamedTuple):
     action: Callable[[_Dispatched], None]
 
 
-def _train_steps(run: _Run, state: State, start: int, mixture: Mixture, draw: Callable[[Batch], bytes] | None) -> State:
+def _train_steps(
+    run: _Run, state: State, start: int, mixture: Mixture, feed: Feed, draw: Callable[[Batch], bytes] | None
+) -> State:
     """Runs the steps after `start`; see `train`."""
     config, settings, mesh = run.config, run.config.train, run.mesh
     file = run.writer.file if run.writer is not None else None
@@ -278,12 +292,12 @@ def _train_steps(run: _Run, state: State, start: int, mixture: Mixture, draw: Ca
     )
     watchdog = Watchdog(run.folder, settings.hang_multiple, settings.hang_min, settings.hang_first, file, start)
     profiler = Profiler(run.folder, settings.profile, file, run.progress.log)
-    step_function = make_step(config, mesh, glip_objective(config), state, tuple(mixture.source_names))
-    batches = iter(mixture.batches(start, jax.process_index(), jax.process_count()))
+    step_function = make_step(config, mesh, feed.objective, state, tuple(mixture.source_names))
+    batches = iter(feed.batches(start, jax.process_index(), jax.process_count()))
     compiled: set[tuple[int, ...]] = set()
 
-    def dispatch(state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
-        canvas = batch.image.shape[1:3]
+    def dispatch(state: State, batch: Batch, step: int) -> tuple[State, dict[str, Any]]:
+        canvas = mixture.canvas(step - 1)
         with (
             contextlib.nullcontext()
             if canvas in compiled
@@ -340,7 +354,7 @@ def _train_steps(run: _Run, state: State, start: int, mixture: Mixture, draw: Ca
             wait = time.perf_counter() - begin
             if step == 1:
                 run.draw_first_batch(batch, draw)
-            state, metrics = dispatch(state, batch)
+            state, metrics = dispatch(state, batch, step)
             # Reads the metrics of the step before, while the devices work on this one.
             pending.push(step, metrics, wait)
             run.checkpoints.check()

@@ -31,7 +31,7 @@ from glip_jax.distributed.mesh import (
     shardings,
 )  # fmt: skip
 from glip_jax.models.glip import GLIP, normalize
-from glip_jax.structures.batch import BATCH_AXES, DROPS, Batch, Targets
+from glip_jax.structures.batch import BATCH_AXES, DROPS, Batch, Predictions, Targets
 from glip_jax.training import optimizer as optim
 from glip_jax.training.assignment import assign
 from glip_jax.training.losses import (
@@ -57,6 +57,7 @@ class Objective(NamedTuple):
     """(params, batch, targets, dropout key) to loss sums per image, zero where the example is not valid."""
 
 
+Forward: TypeAlias = Callable[[GLIP, Batch], Predictions]
 Metrics: TypeAlias = dict[str, Array]
 StepFunction = Callable[[State, Batch], tuple[State, Metrics]]
 
@@ -74,23 +75,31 @@ class _Images(NamedTuple):
     dropped: Int32[Array, "B reasons"]
 
 
-def glip_objective(config: Config, train: bool = True) -> Objective:
-    """The losses of GLIP; `train` False turns off every dropout."""
+def glip_objective(
+    config: Config, train: bool = True, forward: Forward | None = None, canvas: tuple[int, int] | None = None
+) -> Objective:
+    """The losses of GLIP; `train` False turns off every dropout.
+
+    `forward` and `canvas` (height, width): the network on a batch whose `image` holds something else than pixels, and their canvas.
+    """
     model = GLIP(config.model, train=train)
 
+    def of_pixels(model: GLIP, batch: Batch) -> Predictions:
+        image = normalize(batch.image, batch.size, config.model.input)
+        return model(image, batch.extent, batch.tokens, batch.token_mask)
+
     def targets(batch: Batch) -> Targets:
-        canvas = batch.image.shape[1:3]
-        return assign(batch.boxes, batch.box_mask, batch.extent, canvas, config.model, config.loss)
+        return assign(
+            batch.boxes, batch.box_mask, batch.extent, canvas or batch.image.shape[1:3], config.model, config.loss
+        )
 
     def sums(params: Any, batch: Batch, targets: Targets, key: Array) -> LossSums:
-        image = normalize(batch.image, batch.size, config.model.input)
-        inputs = (image, batch.extent, batch.tokens, batch.token_mask)
         counted = ["intermediates"] if config.model.head.offset_bound else False
         outputs: Any = model.apply(
-            {"params": params}, *inputs, rngs={"dropout": key} if train else None, mutable=counted
-        )
+            {"params": params}, batch, rngs={"dropout": key} if train else None, mutable=counted, method=forward or of_pixels
+        )  # fmt: skip
         predictions, sown = outputs if counted else (outputs, {})
-        result = loss_sums(predictions, targets, batch, batch.image.shape[1:3], config)
+        result = loss_sums(predictions, targets, batch, canvas or batch.image.shape[1:3], config)
         # The network sows one array only, of blocks x images.
         shares = [share.mean(0) for share in jax.tree.leaves(sown)]
         return result._replace(offsets_clamped=shares[0]) if counted else result
