@@ -27,7 +27,9 @@ LAYERS = {
     "__init__": 8,  # the Python API: imports when it is used
 }  # fmt: skip
 # What a training run never needs.
-ASIDE = ("data/importers", "data/scenes", "labeling/phrases", "cli/reports", "training/monitoring", "weights/portable")
+ASIDE = (
+    "data/importers", "data/scenes", "labeling/phrases", "cli/reports", "training/monitoring", "training/finetuning", "weights/portable",
+)  # fmt: skip
 # What exports carry: its files import one another as they will lie there, and the network is one file to read.
 CARRIED = PACKAGE / "weights" / "portable"
 
