@@ -86,7 +86,9 @@ class Decisions:
         if self._decide is not None:
             decision = self._decide(step, metrics)
             if jax.process_count() > 1:
-                numbers = np.array([decision.stop, decision.rate_factor, decision.rate_floor, decision.best], np.float32)
+                numbers = np.array(
+                    [decision.stop, decision.rate_factor, decision.rate_floor, decision.best], np.float32
+                )
                 stop, factor, floor, best = np.asarray(multihost_utils.broadcast_one_to_all(numbers)).tolist()
                 decision = Decision(bool(stop), factor, floor, bool(best), decision.note)
             self._set(decision)
