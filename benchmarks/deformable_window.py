@@ -29,8 +29,8 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=256)
     arguments = parser.parse_args()
     # Set before JAX initialises its devices: libtpu reads them once.
-    from glip_jax.distributed.chips import topology
     from glip_jax.planning.compile import environment
+    from glip_jax.training.monitoring.chips import topology
 
     for name, value in environment(topology(arguments.topology), "tpu").items():
         os.environ.setdefault(name, value)

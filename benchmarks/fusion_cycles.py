@@ -22,8 +22,8 @@ def main() -> None:
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES, help="none: without dropout")
     arguments = parser.parse_args()
     # Set before JAX initialises its devices: libtpu reads them once.
-    from glip_jax.distributed.chips import topology
     from glip_jax.planning.compile import environment
+    from glip_jax.training.monitoring.chips import topology
 
     chips = topology(arguments.topology)
     os.environ.update(environment(chips, "tpu"))

@@ -234,7 +234,7 @@ def peer_runs(settings: Settings, features_once: bool = True) -> Runs:
 
 def _bound(arguments: Sequence[str]) -> None:
     """Prints what the products alone allow: FLOPs of the original's way over those of the Detector."""
-    from glip_jax.models.flops import flops_per_image
+    from glip_jax.training.monitoring.flops import flops_per_image
 
     task = _task(arguments)
     lengths = [len(ids) for ids in task.tokens]

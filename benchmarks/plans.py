@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 from configs import glip_large, glip_tiny
 from glip_jax.config import Config
-from glip_jax.distributed.chips import topology
 from glip_jax.planning.compile import abstract_batch, abstract_mesh, cached, compile_step, state_bytes
 from glip_jax.planning.roofline import Roofline, roofline, scaling
 from glip_jax.planning.search import with_images_per_chip
 from glip_jax.planning.statistics import CompileStatistics
+from glip_jax.training.monitoring.chips import topology
 from glip_jax.training.state import abstract_state
 
 CANVAS = (800, 1344)

@@ -20,13 +20,13 @@ from tqdm import tqdm
 from glip_jax.cli.command_line import Arguments, CommandLineError, parse, value_of
 from glip_jax.config import Config, PathStr, Remat
 from glip_jax.distributed import exit_codes
-from glip_jax.distributed.chips import Topology, topology
 from glip_jax.planning import report
 from glip_jax.planning.compile import PlanError, abstract_batch, abstract_mesh, compile_step, state_bytes
 from glip_jax.planning.roofline import IMAGES_PER_CORE, Roofline, roofline, scaling
 from glip_jax.planning.search import candidates, search, table, with_images_per_chip
 from glip_jax.planning.statistics import CompileMode, CompileStatistics
 from glip_jax.structures.canvas import canvas_size
+from glip_jax.training.monitoring.chips import Topology, topology
 from glip_jax.training.state import abstract_state
 from glip_jax.weights.readers import open_checkpoint_or_export
 

@@ -34,7 +34,7 @@ from glip_jax.io.formats import recognize_bytes
 from glip_jax.io.retry import StorageError
 
 __all__ = [
-    "ORIENTATION_UNKNOWN", "PIXEL_LIMIT", "Decoded", "ImageFileError", "applied_orientation", "decode", "listed", "measured",
+    "ENDINGS", "ORIENTATION_UNKNOWN", "PIXEL_LIMIT", "Decoded", "ImageFileError", "applied_orientation", "decode", "listed", "measured",
     "read_annotated", "read_upright", "turn", "upright",
 ]  # fmt: skip
 
@@ -50,7 +50,7 @@ ORIENTATION_UNKNOWN = (
     "image: EXIF orientation not applied, as no listed size says what boxes refer to (set orientation)"
 )
 
-_ENDINGS = (
+ENDINGS = (
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp",
 )  # fmt: skip
 """Endings of what a folder lists as images. HEIC is not read: it is listed to be named with that reason."""
@@ -160,9 +160,9 @@ def listed(path: epath.Path) -> tuple[list[epath.Path], int]:
     if not path.is_dir():
         return [path], 0
     files = sorted(child for child in path.iterdir() if not child.is_dir())
-    images = [file for file in files if file.suffix.lower() in _ENDINGS and not file.name.startswith("._")]
+    images = [file for file in files if file.suffix.lower() in ENDINGS and not file.name.startswith("._")]
     if not images:
-        raise ImageFileError(f"has no images (of {len(files)} files): expected {', '.join(_ENDINGS)}", path)
+        raise ImageFileError(f"has no images (of {len(files)} files): expected {', '.join(ENDINGS)}", path)
     return images, len(files) - len(images)
 
 

@@ -31,7 +31,6 @@ from jax.sharding import Mesh
 import glip_jax
 from glip_jax import UserError
 from glip_jax.config import Config, flatten
-from glip_jax.distributed.chips import Topology
 from glip_jax.distributed.mesh import MeshError, batch_sharding, check_fits, make_mesh
 from glip_jax.distributed.runtime import libtpu_arguments
 from glip_jax.io.processes import end_with_parent
@@ -40,6 +39,7 @@ from glip_jax.planning.hlo import collectives
 from glip_jax.planning.statistics import CollectiveTraffic, CompileMode, CompileStatistics, TopOperation
 from glip_jax.planning.xla_dump import activation_bytes, compile_until_assignment, dump_options
 from glip_jax.structures.batch import DROPS, Batch
+from glip_jax.training.monitoring.chips import Topology
 from glip_jax.training.state import State, abstract_state
 from glip_jax.training.step import glip_objective, make_step
 

@@ -4,9 +4,9 @@ import dataclasses
 from typing import Any
 
 from glip_jax.config import Config
-from glip_jax.distributed.chips import Topology
 from glip_jax.planning.roofline import Roofline
 from glip_jax.planning.statistics import CompileStatistics
+from glip_jax.training.monitoring.chips import Topology
 
 __all__ = ["as_dictionary", "lines"]
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from glip_jax.config import Config
-from glip_jax.distributed.chips import Topology
-from glip_jax.models.flops import Flops, flops_per_image
 from glip_jax.planning.statistics import CollectiveTraffic, CompileStatistics
 from glip_jax.structures.canvas import canvas_size
+from glip_jax.training.monitoring.chips import Topology
+from glip_jax.training.monitoring.flops import Flops, flops_per_image
 
 __all__ = [
     "IMAGES_PER_CORE",

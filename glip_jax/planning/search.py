@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from glip_jax.config import Config, MeshConfig, Remat
-from glip_jax.distributed.chips import Topology
 from glip_jax.distributed.mesh import MeshError
 from glip_jax.planning.compile import PlanError
 from glip_jax.planning.roofline import Roofline
 from glip_jax.planning.statistics import CompileStatistics
+from glip_jax.training.monitoring.chips import Topology
 
 __all__ = ["Candidate", "candidates", "search", "table", "with_images_per_chip"]
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ from glip_jax.io.workdir import (
     write_started_from,
 )
 from glip_jax.structures.batch import Batch
+from glip_jax.training.monitoring.decisions import Decide, Decisions
 from glip_jax.training.monitoring.evaluations import Evaluate, Evaluations
 from glip_jax.training.monitoring.metrics import Progress, read
 from glip_jax.training.monitoring.pending import NonFiniteLossError, PendingMetrics
@@ -68,6 +69,8 @@ class Feed(NamedTuple):
     """(first step, host, hosts) to the batches, as `Mixture.batches`."""
     objective: Objective
     """What reads them."""
+    rate: Callable[[int], float] | None = None
+    """Factor on the learning rates of the 0-based step, beside the schedule of `optimizer`: one that is no part of the compiled step."""
 
 
 def train(
@@ -78,6 +81,7 @@ def train(
     initial_parameters: InitialParameters | None = None,
     resume_with_changes: bool = False,
     cluster: Cluster | None = None,
+    decide: Decide | None = None,
     feed: Callable[[Mixture, State], Feed] | None = None,
 ) -> State:
     """Trains to `config.train.steps` in `workdir`, from its newest complete checkpoint if there is one.
@@ -85,8 +89,9 @@ def train(
     `evaluate(parameters, step, meet)` returns metrics to record; all processes call it every `train.evaluate_every` steps and at the end.
     `draw(batch)` makes WORKDIR/first_batch.png of the first batch. `initial_parameters` reads the files of `config.init_from`.
     `cluster`: the processes that train together, where there are several; they stop after the same step, whichever of them
-    received the signal. `feed(mixture, state)`: other batches of the mixture, such as encoded ones, and the objective that reads them.
-    The last line logged is `fingerprint: SHA-256`.
+    received the signal. `decide` is called after every evaluation: it stops the run, cuts the learning rates, or names the checkpoint
+    that `checkpoint.best` keeps, instead of `checkpoint.best_by`. `feed(mixture, state)`: other batches of the mixture, such as encoded
+    ones, and the objective that reads them. The last line logged is `fingerprint: SHA-256`.
 
     Settings, data and devices are checked before anything is written.
 
@@ -133,16 +138,16 @@ def train(
             logger.warning(note)
         signals = StopSignals()
         evaluations = Evaluations(config, workdir, evaluate, writer, progress.log, cluster, signals)
+        decisions = Decisions(decide, mesh, progress.log)
         run = _Run(
-            config, epath.Path(workdir), mesh, checkpoints, writer, progress, evaluations, cluster, signals, owned
-        )
-        for line in read(workdir) if config.checkpoint.best else ():
-            run.score(line["step"], line)
+            config, epath.Path(workdir), mesh, checkpoints, writer, progress, evaluations, decisions, cluster, signals, owned
+        )  # fmt: skip
+        run.read_scores(start, lines)
         if cluster is not None:
             # Entered last, it is the first context that an error leaves: the other processes hear of it before anything waits for
             # them. (`cli.train.run` has entered it too, for errors before this line.)
             stack.enter_context(cluster)
-        if mixture is not None:
+        if mixture is not None and not decisions.stop:
             fed = feed(mixture, state) if feed is not None else Feed(mixture.batches, glip_objective(config))
             state = _train_steps(run, state, start, mixture, fed, draw)
         elif evaluations.missing(start):
@@ -220,6 +225,7 @@ class _Run:
     """None on all processes but the first."""
     progress: Progress
     evaluations: Evaluations
+    decisions: Decisions
     cluster: Cluster | None
     signals: StopSignals
     owned: list[Owned]
@@ -249,10 +255,26 @@ class _Run:
 
     def evaluation(self, step: int, state: State) -> None:
         """Evaluates `step`, which is saved. A signal ends that and the run at once; the evaluation is made after the resume."""
-        score, signal_number = self.evaluations.make(step, state)
+        metrics, score, signal_number = self.evaluations.make(step, state)
         if signal_number:
             self.stop(step, signal_number)
-        self.score(step, {self.config.checkpoint.best_by: score})
+        if not self.decisions.made:
+            self.score(step, {self.config.checkpoint.best_by: score})
+        elif self.decisions.make(step, metrics).best:
+            self.checkpoints.scored(step, step)
+
+    def read_scores(self, start: int, lines: Sequence[str]) -> None:
+        """The scores of earlier evaluations, and the decisions after them, when the run resumes at `start`.
+
+        `lines`: those that the checkpoint holds. Among checkpoints that a decision named, the latest is the best one.
+        """
+        recorded = read(str(self.folder)) if self.decisions.made or self.config.checkpoint.best else []
+        if not self.decisions.made:
+            for line in recorded:
+                self.score(line["step"], line)
+        elif start:
+            for step in self.decisions.replay([*lines, *recorded], start):
+                self.checkpoints.scored(step, step)
 
     def score(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Gives the checkpoints the score of `step`, where `metrics` hold `checkpoint.best_by`."""
@@ -292,7 +314,8 @@ def _train_steps(
     )
     watchdog = Watchdog(run.folder, settings.hang_multiple, settings.hang_min, settings.hang_first, file, start)
     profiler = Profiler(run.folder, settings.profile, file, run.progress.log)
-    step_function = make_step(config, mesh, feed.objective, state, tuple(mixture.source_names))
+    cuts = run.decisions.made or feed.rate is not None
+    step_function = make_step(config, mesh, feed.objective, state, tuple(mixture.source_names), cuts)
     batches = iter(feed.batches(start, jax.process_index(), jax.process_count()))
     compiled: set[tuple[int, ...]] = set()
 
@@ -308,7 +331,8 @@ def _train_steps(
                 f"canvas {len(compiled) + 1} of {len(mixture.canvases)} ({canvas[0]}x{canvas[1]})",
             )
         ):
-            result = step_function(state, place_batch(batch, mesh))
+            cut = (run.decisions.scale(feed.rate(step - 1) if feed.rate is not None else 1.0),) if cuts else ()
+            result = step_function(state, place_batch(batch, mesh), *cut)
         compiled.add(canvas)
         throughput.step(canvas, batch.tokens.shape[-1])
         return result
@@ -339,7 +363,7 @@ def _train_steps(
             lambda now: run.stop(now.step, now.signal),
         ),
         _Hook(lambda now: run.evaluations.due(now.step), evaluation),
-        _Hook(lambda now: profiler.ends(now.step, now.last), end_profile),
+        _Hook(lambda now: profiler.ends(now.step, now.last or run.decisions.stop), end_profile),
     ]
 
     with run.signals, contextlib.ExitStack() as stack:
@@ -348,6 +372,8 @@ def _train_steps(
         if run.evaluations.missing(start):
             evaluation(_Dispatched(start, state, False, 0))
         for step in range(start + 1, settings.steps + 1):
+            if run.decisions.stop:
+                break
             profiler.start_if_due(step, watchdog.take_request())
             begin = time.perf_counter()
             batch = next(batches)

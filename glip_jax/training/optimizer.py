@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Float32, Int
 from glip_jax.config import ConfigError, ModelConfig, OptimizerConfig
 
 __all__ = [
-    "Group", "average", "average_decay", "clip", "decay_multiplier", "flat", "frozen", "groups", "make_optimizer",
+    "Group", "average", "average_decay", "clip", "cut_multiplier", "decay_multiplier", "flat", "frozen", "groups", "make_optimizer",
     "merge", "milestone_steps", "nested", "rate_multiplier", "split",
 ]  # fmt: skip
 
@@ -125,6 +125,14 @@ def rate_multiplier(step: Int[Array, ""] | int, steps: int, optimizer: Optimizer
     return (warm * jnp.float32(optimizer.milestone_factor) ** passed).astype(jnp.float32)
 
 
+def cut_multiplier(rate: float, cut: Float32[Array, "2"]) -> Float[Array, ""]:
+    """Multiplier of a group's `rate` after cuts. `cut`: the factor on all rates, and the rate below which none is cut.
+
+    The last is `min_lr` of torch's ReduceLROnPlateau: a group that reaches it stays there, one below it is not cut.
+    """
+    return jnp.minimum(1.0, jnp.maximum(cut[0], cut[1] / rate)) if rate else jnp.float32(1)
+
+
 def decay_multiplier(step: Int[Array, ""] | int, steps: int, optimizer: OptimizerConfig) -> Float[Array, ""]:
     """Multiplier of the decay of every group at the 0-based `step` of `steps`: a schedule of GLIP-L.
 
@@ -162,7 +170,7 @@ def make_optimizer(
     optax.ScaleByAdamState, as in checkpoints written before there was a chain, so these resume.
 
     `update(gradients, state, parameters, step=step)` takes clipped gradients and the 0-based step of the run, which the schedules
-    depend on.
+    depend on; `cut`, if it is given, cuts the rates of the groups (`cut_multiplier`).
 
     Raises:
         ConfigError: `config.name` is no optimizer of optax, or does not take `config.arguments`.
@@ -173,10 +181,15 @@ def make_optimizer(
         decayed = {path: u - multiplier * group[path].decay * leaves[path] for path, u in flat(updates).items()}
         return nested(decayed), state
 
-    def scale_by_rate(updates: Any, state: Any, params: Any = None, *, step: Any = 0, **_: Any) -> tuple[Any, Any]:
+    def scale_by_rate(
+        updates: Any, state: Any, params: Any = None, *, step: Any = 0, cut: Any = None, **_: Any
+    ) -> tuple[Any, Any]:
         del params
         multiplier = rate_multiplier(step, steps, config)
-        return nested({path: multiplier * group[path].rate * u for path, u in flat(updates).items()}), state
+        scaled = {path: multiplier * group[path].rate * u for path, u in flat(updates).items()}
+        if cut is not None:
+            scaled = {path: cut_multiplier(group[path].rate, cut) * u for path, u in scaled.items()}
+        return nested(scaled), state
 
     chain = optax.chain(
         _unit_rate_optimizer(config),

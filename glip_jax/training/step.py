@@ -59,7 +59,8 @@ class Objective(NamedTuple):
 
 Forward: TypeAlias = Callable[[GLIP, Batch], Predictions]
 Metrics: TypeAlias = dict[str, Array]
-StepFunction = Callable[[State, Batch], tuple[State, Metrics]]
+StepFunction = Callable[..., tuple[State, Metrics]]
+"""(state, batch) to the state after the step and its metrics; with `cuts` of `make_step` (state, batch, Float32[2])."""
 
 
 class _Images(NamedTuple):
@@ -108,9 +109,11 @@ def glip_objective(
 
 
 def make_step(
-    config: Config, mesh: Mesh, objective: Objective, state: State, names: tuple[str, ...] = ()
+    config: Config, mesh: Mesh, objective: Objective, state: State, names: tuple[str, ...] = (), cuts: bool = False
 ) -> StepFunction:
     """The jitted step on `mesh`. `state` gives the shapes; the argument is donated at each call. `names`: sources, in order.
+
+    `cuts`: the step takes a third argument, which cuts the learning rates: `optimizer.cut_multiplier`.
 
     The step returns (state, metrics). Scalars: `loss`, `loss/PART`, `gradient_norm` (before clipping), `rate`,
     `text_rate`, `positives`, `examples`, `corrupt`, `unknown_tokens`, `dropped/REASON`, `finite`, with a bound on offsets `offsets_clamped`
@@ -121,28 +124,31 @@ def make_step(
     group = optim.groups(state.params, config.model, config.optimizer)
     optimizer = optim.make_optimizer(group, config.train.steps, config.optimizer)
 
-    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+    def step(state: State, batch: Batch, *cut: Array) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         gradients, metrics = _gradients(state.params, batch, key, config, mesh, objective, names)
         trainable, frozen = optim.split(state.params, config.model)
         gradients, norm = optim.clip(gradients, config.optimizer.clip_norm)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, trainable, step=state.step)
+        given = {"cut": cut[0]} if cuts else {}
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, trainable, step=state.step, **given)
         trainable: Any = optax.apply_updates(trainable, updates)
         decay = optim.average_decay(state.step, config.optimizer)
         ema = optim.average(state.ema, trainable, decay) if state.ema else state.ema
         scale = optim.rate_multiplier(state.step, config.train.steps, config.optimizer)
+        rates = {name: getattr(config.optimizer, name) for name in ("rate", "text_rate")}
         metrics |= {
             "gradient_norm": norm,
-            "rate": scale * config.optimizer.rate,
-            "text_rate": scale * config.optimizer.text_rate,
+            **{name: scale * rate for name, rate in rates.items()},
             "finite": jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm),
         }
+        if cuts:
+            metrics |= {name: metrics[name] * optim.cut_multiplier(rate, cut[0]) for name, rate in rates.items()}
         return State(optim.merge(frozen, trainable), optimizer_state, ema, state.step + 1), metrics
 
     state_shardings = shardings(state, mesh)
     return jax.jit(
         step,
-        in_shardings=(state_shardings, batch_sharding(mesh)),
+        in_shardings=(state_shardings, batch_sharding(mesh), *([replicated(mesh)] if cuts else [])),
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,
     )

@@ -9,12 +9,12 @@ import pytest
 
 from glip_jax.config import MeshConfig
 from glip_jax.data.mixture import Mixture
-from glip_jax.distributed.chips import topology
 from glip_jax.distributed.mesh import MeshError
 from glip_jax.distributed.runtime import _STACKS, libtpu_arguments
 from glip_jax.planning import compile
 from glip_jax.planning.compile import PlanError, abstract_batch, abstract_mesh, compile_step, state_bytes
 from glip_jax.planning.roofline import formula_sent
+from glip_jax.training.monitoring.chips import topology
 from glip_jax.training.state import abstract_state
 from tests import tiny_run
 

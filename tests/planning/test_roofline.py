@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 
 from glip_jax.config import CaptionConfig, DataConfig, TrainConfig
-from glip_jax.distributed.chips import topology
-from glip_jax.models.flops import flops_per_image
 from glip_jax.planning import report
 from glip_jax.planning.roofline import formula_sent, hardware_flops, mean_share, roofline, scaling
 from glip_jax.planning.statistics import CollectiveTraffic, CompileStatistics
+from glip_jax.training.monitoring.chips import topology
+from glip_jax.training.monitoring.flops import flops_per_image
 from tests import tiny_run
 
 CANVAS = (64, 64)

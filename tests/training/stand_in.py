@@ -89,7 +89,9 @@ def initializer(config: Config) -> tuple[Any, Any]:
 _STEPS: dict[str, Any] = {}
 
 
-def _shared_step(config: Config, mesh: Any, objective: Objective, state: Any, names: tuple[str, ...]) -> Any:
+def _shared_step(
+    config: Config, mesh: Any, objective: Objective, state: Any, names: tuple[str, ...], cuts: bool
+) -> Any:
     """`make_step`, once for all runs of one process that have the same step."""
     # Tests install other objectives too.
     parts = (
@@ -100,11 +102,12 @@ def _shared_step(config: Config, mesh: Any, objective: Objective, state: Any, na
         config.train.steps,
         mesh,
         names,
+        cuts,
         loop.glip_objective,
     )
     key = repr((*parts, jax.tree.map(lambda array: (array.shape, array.sharding), state)))
     if key not in _STEPS:
-        _STEPS[key] = make_step(config, mesh, objective, state, names)
+        _STEPS[key] = make_step(config, mesh, objective, state, names, cuts)
     return _STEPS[key]
 
 

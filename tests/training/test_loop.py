@@ -20,6 +20,7 @@ from glip_jax.io.checkpoint_reader import open_checkpoint
 from glip_jax.io.claims import owned_workdir
 from glip_jax.io.workdir import started_from
 from glip_jax.training import loop
+from glip_jax.training.finetuning.schedule import Rules, Schedule
 from glip_jax.training.loop import NonFiniteLossError, train
 from glip_jax.training.monitoring import metrics
 from glip_jax.training.monitoring.source_counts import CorruptDataError
@@ -229,6 +230,45 @@ def test_the_best_checkpoints_by_an_evaluation_are_kept_over_a_restart(config, w
     other = tiny_run.replace(other, "train", steps=10)
     with pytest.raises(ConfigError, match=r"best_by is 'evaluation/set/AP_50': the evaluation gave evaluation/set/AP"):
         train(other, workdir, evaluate, resume_with_changes=True)
+
+
+def test_a_killed_run_makes_the_same_decisions_and_ends_with_the_same_bits(config, tmp_path, monkeypatch, capsys):
+    """The rates are cut after step 6, the run stops after step 8, and the first of two equal evaluations is the best."""
+    config = dataclasses.replace(config, evaluation=EvaluationConfig(sets={"set": EvaluationSet("a.json", "a")}))
+    config = tiny_run.replace(config, "train", evaluate_every=2, steps=20)
+    config = tiny_run.replace(config, "checkpoint", every=100, keep=1, best=1, best_by="evaluation/set/AP")
+    values, evaluated = {2: 0.5, 4: 0.5, 6: 0.4, 8: 0.1}, []
+    rules = Rules("evaluation/set/AP", patience=3, plateau=1)
+
+    def evaluate(params, step, _):
+        evaluated.append(step)
+        return {"evaluation/set/AP": values[step]}
+
+    def run(workdir):
+        return train(config, str(workdir), evaluate, decide=Schedule(rules))
+
+    straight = run(tmp_path / "straight")
+    assert int(straight.step) == 8 and evaluated == [2, 4, 6, 8]
+    assert complete_steps(str(tmp_path / "straight")) == [2, 8]
+    rates = {line["step"]: line["rate"] for line in metrics.read(str(tmp_path / "straight")) if "loss" in line}
+    assert rates[8] == pytest.approx(0.1 * rates[6]) and rates[6] == rates[4]
+    assert "stops early: no better evaluation/set/AP since step 2 (0.5000) in 3 evaluations" in capsys.readouterr().out
+    real, calls = loop.place_batch, []
+
+    def interrupted(batch, mesh):
+        calls.append(1)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(batch, mesh)
+
+    monkeypatch.setattr(loop, "place_batch", interrupted)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "killed")
+    assert latest_step(str(tmp_path / "killed")) == 7
+    again = run(tmp_path / "killed")
+    assert fingerprint(again.params) == fingerprint(straight.params)
+    assert complete_steps(str(tmp_path / "killed")) == [2, 8]
+    assert int(run(tmp_path / "killed").step) == 8 and evaluated == [2, 4, 6, 8] * 2, "it has ended"
 
 
 def test_changed_settings_are_refused_or_start_a_phase(config, workdir, tmp_path, capsys):

@@ -11,12 +11,12 @@ import pytest
 
 from glip_jax.config import MeshConfig, TextConfig
 from glip_jax.data.mixture import Mixture
-from glip_jax.distributed.chips import topology
 from glip_jax.distributed.mesh import abstract, make_mesh, parameter_specs, place_batch, shardings
 from glip_jax.planning.compile import compile_step
 from glip_jax.planning.hlo import collectives
 from glip_jax.structures.batch import DROPS
 from glip_jax.training import optimizer as optim
+from glip_jax.training.monitoring.chips import topology
 from glip_jax.training.state import abstract_state, fresh_parameters, initial_state
 from glip_jax.training.step import first_gradients, glip_objective, make_step
 from tests import tiny_run

@@ -96,7 +96,7 @@ class EncodedMixture:
             self._encode(params)
         with np.load(self._folder / "examples.npz") as saved:
             fields = {name: saved[name] for name in Batch._fields if name != "image"}
-            self._captions, self._texts = saved["captions"], saved["texts"] if "texts" in saved else None
+            self._captions, self._texts = saved["captions"], saved.get("texts")
         maps = tuple(np.load(self._folder / f"maps{level}.npy", mmap_mode="r") for level in range(3))
         self._examples, self._maps = Batch(image=np.zeros(len(self._keys)), **fields), maps
 

@@ -59,8 +59,8 @@ class Evaluations:
         missing = not names or not all(any(name.startswith(each) for name in names) for each in sets)
         return bool(multihost_utils.broadcast_one_to_all(np.int32(missing))) if jax.process_count() > 1 else missing
 
-    def make(self, step: int, state: State) -> tuple[float, int]:
-        """Evaluates the parameters of `state` and records the metrics. Returns (score, signal), the same in all processes.
+    def make(self, step: int, state: State) -> tuple[dict[str, float], float, int]:
+        """Evaluates the parameters of `state` and records the metrics. Returns (metrics, score, signal), the same in all processes.
 
         The score is the metric `checkpoint.best_by`, NaN where that is empty. A signal, to whichever process, ends the evaluation
         at once, without a record: then its number is returned, else 0. The processes have agreed to stop where they are.
@@ -86,7 +86,7 @@ class Evaluations:
             if several:
                 # All processes keep the same checkpoints then.
                 score = float(multihost_utils.broadcast_one_to_all(np.float32(score)))
-        return score, left
+        return metrics, score, left
 
     @contextlib.contextmanager
     def _meeting(self) -> Iterator[None]:

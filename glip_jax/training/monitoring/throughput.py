@@ -2,7 +2,7 @@
 
 step_seconds                  mean time of a step, without what is listed below
 images_per_second_per_chip    images_per_second over the number of devices
-mfu                           model FLOPs utilization: FLOPs of the images (`glip_jax.models.flops`, forward and backward) over what the
+mfu                           model FLOPs utilization: FLOPs of the images (`glip_jax.training.monitoring.flops`, forward and backward) over what the
                               chips can do at their published bfloat16 peak in the time of the steps; absent where no peak is known
 compile_seconds, checkpoint_seconds, evaluation_seconds, profile_seconds    time in which no step ran; absent if 0
 memory_bytes, memory_peak_bytes    of the fullest device of this process; absent where jax does not report it, as on CPUs
@@ -17,8 +17,8 @@ import jax
 from jax.sharding import Mesh
 
 from glip_jax.config import Config
-from glip_jax.distributed.chips import chip_of
-from glip_jax.models.flops import flops_per_image
+from glip_jax.training.monitoring.chips import chip_of
+from glip_jax.training.monitoring.flops import flops_per_image
 
 __all__ = ["Throughput"]
 

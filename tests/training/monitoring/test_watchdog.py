@@ -15,12 +15,11 @@ import pytest
 from etils import epath
 
 from glip_jax.config import ConfigError, MeshConfig, validate
-from glip_jax.distributed import chips
 from glip_jax.distributed.mesh import make_mesh
-from glip_jax.models.flops import flops_per_image
 from glip_jax.training import loop
 from glip_jax.training.loop import train
-from glip_jax.training.monitoring import metrics, throughput, watchdog
+from glip_jax.training.monitoring import chips, metrics, throughput, watchdog
+from glip_jax.training.monitoring.flops import flops_per_image
 from glip_jax.training.monitoring.profiler import Profiler
 from glip_jax.training.monitoring.throughput import Throughput
 from glip_jax.training.monitoring.watchdog import Watchdog

@@ -9,8 +9,8 @@ import pytest
 
 from configs import bccd, glip_large, glip_tiny
 from glip_jax.config import BackboneConfig, FusionConfig, HeadConfig, ModelConfig, PyramidConfig, TextConfig
-from glip_jax.models.flops import flops_per_image
 from glip_jax.models.glip import GLIP
+from glip_jax.training.monitoring.flops import flops_per_image
 
 pytestmark = pytest.mark.compiles
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from glip_jax.distributed.chips import CHIPS, TopologyError, chip_of, topology
+from glip_jax.training.monitoring.chips import CHIPS, TopologyError, chip_of, topology
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,341 @@
+"""Finds a data set of boxes in a folder, whatever its layout, and returns its splits in COCO's form.
+
+The files are only read: ids that do not fit and dummy classes are mended in memory, and each change is a note. The splits of
+a data set share one list of categories, whose ids count from 1. Boxes are left as they are: `coco_json` and the importers
+check them.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from glip_jax.data.importers import coco_folders
+from glip_jax.data.importers.coco_json import ImagePaths
+from glip_jax.data.importers.entry import Report, SourceError
+from glip_jax.data.importers.readers import as_integer
+from glip_jax.data.importers.sources import SPLITS, LayoutError, Source, folders_below, images_below
+from glip_jax.io import gcs
+
+__all__ = ["LAYOUTS", "Dataset", "LayoutError", "Split", "carve", "find", "read_split"]
+
+_DEPTH = 3
+"""Folders in folders that are looked into: archives often unpack to NAME/NAME."""
+
+_FOLDERS = 200
+"""Folders of one depth that are looked into."""
+
+_TRIED = 50
+"""Images of a split that are looked for in each folder that could be theirs."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The annotated images of one split."""
+
+    name: str
+    """"train", "valid" or "test"."""
+    coco: dict[str, Any]
+    """images, annotations and categories in COCO's form; `file_name` is relative to `images`, and the file exists."""
+    images: str
+    """Folder of the images."""
+    source: str
+    """The file or folder of the annotations, for messages."""
+
+    @property
+    def boxes(self) -> int:
+        """Number of annotations."""
+        return len(self.coco["annotations"])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set of own data; its splits have the same categories."""
+
+    layout: str
+    """Name in `LAYOUTS`."""
+    folder: str
+    splits: dict[str, Split]
+    """By name; "train" is always there."""
+    notes: tuple[str, ...] = ()
+    """What was changed or left out while reading, a sentence each."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the categories in order of their ids."""
+        return tuple(category["name"] for category in self.splits["train"].coco["categories"])
+
+
+class _Layout(NamedTuple):
+    title: str
+    """What it looks for, for messages."""
+    sources: Callable[[epath.Path], list[Source]]
+    """The sources in a folder, without reading them; empty if the folder has another layout."""
+
+
+LAYOUTS: Mapping[str, _Layout] = {
+    "coco": _Layout(
+        "COCO JSON: {train,valid,test}/_annotations.coco.json, annotations/{train,valid,test}.json or instances_*.json beside "
+        "images/, annotations_without_background.json",
+        coco_folders.sources,
+    ),
+}  # fmt: skip
+"""Every layout that `find` knows."""
+
+
+def find(folder: epath.PathLike, layout: str = "") -> Dataset:
+    """Finds and reads the data set in a folder, or in the single folder in it that has one.
+
+    `layout`: a name in LAYOUTS to look for that one only. Raises LayoutError, which says what was looked for, if there is no
+    data set or several, no images, no box to train on, or names that occur twice; SourceError for files that cannot be read.
+    """
+    root = epath.Path(gcs.address(folder))
+    if layout and layout not in LAYOUTS:
+        raise LayoutError(f"there is no layout {layout!r}; there are {', '.join(LAYOUTS)}")
+    kind = gcs.kind(root)
+    if kind != "folder":
+        found = "is a file" if kind else "does not exist"
+        raise LayoutError(f"{root} {found}: expected the folder of a data set, with its annotations and its images")
+    wanted = {name: LAYOUTS[name] for name in ([layout] if layout else LAYOUTS)}
+    place, name, sources = _located(root, wanted, _DEPTH)
+    report = Report()
+    if not any(source.split == "train" for source in sources):
+        there = ", ".join(f"{source.split} ({source.path.name})" for source in sources)
+        raise LayoutError(
+            f"{place} has no training set, but {there}: expected annotations of a name with 'train' in it"
+        )
+    splits = [read_split(source, place, report) for source in sources]
+    dataset = _one_list(Dataset(name, str(place), {split.name: split for split in splits}))
+    if not dataset.splits["train"].boxes:
+        raise LayoutError(
+            f"{dataset.splits['train'].source}: no image of the training set has a box: nothing can be learned from it"
+        )
+    mended = [
+        f"{what}: {count} (first: {report.first[what]})" for what, count in (report.dropped + report.noted).items()
+    ]
+    where = [] if place == root else [f"the data set is in {place}"]
+    return replace(dataset, notes=(*where, *mended, *dataset.notes))
+
+
+def _located(root: epath.Path, wanted: Mapping[str, _Layout], depth: int) -> tuple[epath.Path, str, list[Source]]:
+    """Folder, layout and sources of the one data set in `root` or below it."""
+    level = [root]
+    for _ in range(depth + 1):
+        found, refused = [], []
+        for place in level:
+            try:
+                found += [(place, *match) for match in _matches(place, wanted)]
+            except LayoutError as error:
+                refused.append(error)
+        if len(found) + len(refused) == 1:
+            for error in refused:
+                raise error
+            return found[0]
+        if found or refused:
+            sets = [f"{name} in {place} ({_said(sources)})" for place, name, sources in found] + [*map(str, refused)]
+            more = f" and {len(sets) - 4} more" if len(sets) > 4 else ""
+            remedy = f", or its layout with --layout={found[0][1]}" if len({name for _, name, _ in found}) > 1 else ""
+            raise LayoutError(
+                f"{root} has {len(sets)} data sets: {'; '.join(sets[:4])}{more}; give the folder of one of them{remedy}"
+            )
+        level = [below for place in level for below in folders_below(place)][:_FOLDERS]
+    titles = "; ".join(layout.title for layout in wanted.values())
+    has = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
+    raise LayoutError(
+        f"{root} has no data set that can be read; it has {has} ({len(images_below(root))} images); looked for: {titles}"
+    )
+
+
+def _matches(place: epath.Path, wanted: Mapping[str, _Layout]) -> list[tuple[str, list[Source]]]:
+    found = [(name, layout.sources(place)) for name, layout in wanted.items()]
+    return [(name, _with_train(sources)) for name, sources in found if sources]
+
+
+def _with_train(sources: list[Source]) -> list[Source]:
+    """The sources in order; one of which no split is named is the training set."""
+    named = [source._replace(split=source.split or "train") for source in sources]
+    return sorted(named, key=lambda source: SPLITS.index(source.split))
+
+
+def _said(sources: Iterable[Source]) -> str:
+    return ", ".join(source.path.name for source in sources)
+
+
+def read_split(
+    source: Source, folder: epath.Path, report: Report, categories: list[dict[str, Any]] | None = None
+) -> Split:
+    """Reads a source; its images are found and its ids mended. Raises SourceError if that cannot be done.
+
+    `categories`: the list of the data set, which the source is to have; its own ids are replaced by those of the same names.
+    """
+    where = str(source.path)
+    coco = source.read(report)
+    _check_fields(coco, where)
+    images, kept = _found_images(coco["images"], source, folder, report)
+    annotations = _numbered(coco["annotations"], where, report)
+    split = Split(source.split, {**coco, "images": kept, "annotations": annotations}, str(images), where)
+    if categories is None:
+        return split
+    known = {category["name"] for category in categories}
+    if unknown := [str(item["name"]) for item in coco["categories"] if str(item["name"]) not in known]:
+        raise LayoutError(f"{where}: the category {unknown[0]!r} is none of the data set: expected {sorted(known)[:5]}")
+    return _with_categories(split, categories)
+
+
+def _check_fields(coco: Mapping[str, Any], where: str) -> None:
+    for key, required in (
+        ("images", ("id", "file_name")), ("annotations", ("image_id", "category_id", "bbox")), ("categories", ("id", "name"))
+    ):  # fmt: skip
+        for number, item in enumerate(coco[key]):
+            if missing := [field for field in required if item.get(field) is None]:
+                raise SourceError(f"{where}: {key}[{number}] lacks {', '.join(missing)}")
+    if not coco["images"]:
+        raise LayoutError(f"{where}: 'images' is empty: expected the images of the set")
+    for key, field in (("images", "id"), ("categories", "id"), ("categories", "name")):
+        twice = [value for value, count in Counter(str(item[field]) for item in coco[key]).items() if count > 1]
+        if twice:
+            remedy = "give each its own name in the annotation tool" if field == "name" else "ids must be unique"
+            raise LayoutError(f"{where}: the {field} {twice[0]!r} occurs twice in {key}: {remedy}")
+
+
+def _found_images(
+    listed: list[dict[str, Any]], source: Source, folder: epath.Path, report: Report
+) -> tuple[epath.Path, list[dict[str, Any]]]:
+    """The folder of the images, and the images whose files exist in it, with their paths there."""
+    tried = [str(image["file_name"]) for image in listed[:: max(1, len(listed) // _TRIED)]]
+    best, most = epath.Path(), 0
+    for place in source.images:
+        paths = ImagePaths(place)
+        count = sum((place / paths.find(name)).exists() for name in dict.fromkeys(tried))
+        if count > most:
+            best, most = place, count
+    if not most:
+        places = ", ".join(str(place.relative_to(folder)) if place != folder else "." for place in source.images[:6])
+        raise LayoutError(
+            f"{source.path} lists {len(listed)} images, and none of them is there (first: {tried[0]!r}; looked in {places} of "
+            f"{folder}): put the images beside the annotations, in images/ or in a folder of the split's name"
+        )
+    paths, kept, missing = ImagePaths(best), [], []
+    for image in listed:
+        name = paths.find(str(image["file_name"]))
+        if (best / name).exists():
+            kept.append({**image, "file_name": name})
+        else:
+            missing.append(str(image["file_name"]))
+    if 2 * len(missing) > len(listed):
+        raise LayoutError(
+            f"{source.path} lists {len(listed)} images, and {len(missing)} of them are not in {best} (first: {missing[0]!r})"
+        )
+    report.drop(f"image of {source.split}: file missing", f"{missing[0]!r}" if missing else "", len(missing))
+    return best, kept
+
+
+def _numbered(annotations: list[dict[str, Any]], where: str, report: Report) -> list[dict[str, Any]]:
+    """The annotations, with ids from 1 if an id is missing, occurs twice, or is 0, which COCO's evaluation takes for none."""
+    ids = [item.get("id") for item in annotations]
+    twice = len({str(identity) for identity in ids}) < len(ids)
+    if not twice and not any(identity in (None, 0, "0") for identity in ids):
+        return annotations
+    what = "annotation: ids that are missing, 0 or not unique, all numbered anew"
+    first = next((i for i, count in Counter(map(str, ids)).items() if count > 1), "0")
+    report.note(what, f"{where}, id {first}", len(ids))
+    return [{**item, "id": number} for number, item in enumerate(annotations, 1)]
+
+
+def _one_list(dataset: Dataset) -> Dataset:
+    """The data set with one list of categories for all splits, whose ids are as in the files, or from 1 where these do not fit.
+
+    A dummy class is left out: class 0 without a box that is the supercategory of the others, as Roboflow writes it.
+    """
+    splits = list(dataset.splits.values())
+    used = Counter(str(note["category_id"]) for split in splits for note in split.coco["annotations"])
+    by_name: dict[str, dict[str, Any]] = {}
+    notes = []
+    for split in splits:
+        listed = split.coco["categories"]
+        above = {str(category.get("supercategory")) for category in listed}
+        for category in listed:
+            is_dummy = as_integer(category["id"]) == 0 and not used[str(category["id"])] and len(listed) > 1
+            if is_dummy and (str(category["name"]) in above or category.get("supercategory") in ("none", None, "")):
+                notes.append(f"category {category['id']}, {category['name']!r}, has no box: left out as a dummy class")
+            else:
+                by_name.setdefault(str(category["name"]), category)
+    ids = [category["id"] for category in by_name.values()]
+    same = all(_fits(by_name, category) for split in splits for category in split.coco["categories"])
+    if not same or len(set(ids)) < len(ids):
+        new = {name: number for number, name in enumerate(by_name, 1)}
+        zero = {as_integer(identity) for identity in ids} == set(range(len(ids)))
+        notes.append(
+            "category ids count from 0: numbered from 1"
+            if zero
+            else "category ids are not the same numbers from 1 in all splits: numbered from 1"
+        )
+    else:
+        new = {name: category["id"] for name, category in by_name.items()}
+    categories = [
+        {**category, "name": name, "id": new[name]} | ({} if new[name] == category["id"] else {"listed_id": category["id"]})
+        for name, category in by_name.items()
+    ]  # fmt: skip
+    categories.sort(key=lambda category: category["id"])
+    changed = {split.name: _with_categories(split, categories) for split in splits}
+    return replace(dataset, splits=changed, notes=(*dataset.notes, *dict.fromkeys(notes)))
+
+
+def _with_categories(split: Split, categories: list[dict[str, Any]]) -> Split:
+    """The split with this list of categories; its annotations get the ids of the names that they have."""
+    new = {category["name"]: category["id"] for category in categories}
+    own = {str(category["id"]): new.get(str(category["name"])) for category in split.coco["categories"]}
+    annotations = [
+        note
+        if (to := own.get(str(note["category_id"]))) in (None, note["category_id"])
+        else {**note, "category_id": to}
+        for note in split.coco["annotations"]
+    ]
+    return replace(split, coco={**split.coco, "categories": categories, "annotations": annotations})
+
+
+def _fits(by_name: Mapping[str, dict[str, Any]], category: Mapping[str, Any]) -> bool:
+    """Whether the id of a category is a number from 1, and the same as in the other splits."""
+    known = by_name.get(str(category["name"]))
+    identity = category["id"]
+    return known is None or (isinstance(identity, int) and identity >= 1 and known["id"] == identity)
+
+
+def carve(dataset: Dataset, share: float = 0.1, seed: int = 0) -> Dataset:
+    """The data set with a validation set: `share` of the training images, drawn by `seed`; unchanged if it has one.
+
+    At least one image with a box goes into each part. Raises LayoutError if the training set has fewer than two such images.
+    """
+    if "valid" in dataset.splits:
+        return dataset
+    train = dataset.splits["train"]
+    boxed = {str(note["image_id"]) for note in train.coco["annotations"]}
+    order = sorted(train.coco["images"], key=lambda image: (isinstance(image["id"], str), image["id"]))
+    random.Random(seed).shuffle(order)
+    order.sort(key=lambda image: str(image["id"]) not in boxed)  # stable: those with a box come first
+    with_box = sum(str(image["id"]) in boxed for image in order)
+    if with_box < 2:
+        raise LayoutError(
+            f"{train.source} has {len(order)} images, {with_box} with a box, and no validation set: expected at least 2 images with "
+            "boxes, one to train on and one to choose the checkpoint by"
+        )
+    boxed_count = min(max(1, round(share * with_box)), with_box - 1)
+    taken = [*order[:boxed_count], *order[with_box : with_box + round(share * (len(order) - with_box))]]
+    chosen = {str(image["id"]) for image in taken}
+    splits = {"train": _part(train, "train", chosen, False), "valid": _part(train, "valid", chosen, True)}
+    if "test" in dataset.splits:
+        splits["test"] = dataset.splits["test"]
+    note = (
+        f"no validation set: {len(taken)} of the {len(order)} training images, drawn with seed {seed}, are taken for it"
+    )
+    return replace(dataset, splits=splits, notes=(*dataset.notes, note))
+
+
+def _part(split: Split, name: str, chosen: set[str], inside: bool) -> Split:
+    """The images of a split that are among `chosen`, or the others, with their annotations."""
+    images = [image for image in split.coco["images"] if (str(image["id"]) in chosen) == inside]
+    notes = [note for note in split.coco["annotations"] if (str(note["image_id"]) in chosen) == inside]
+    return replace(split, name=name, coco={**split.coco, "images": images, "annotations": notes})

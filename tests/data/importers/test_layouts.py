@@ -1,0 +1,145 @@
+"""Own data found in a folder: every layout as its owner writes it, what is mended, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glip_jax.data.importers.layouts import Dataset, LayoutError, carve, find
+from glip_jax.data.importers.shots import draw_shots, prepared_shots
+from tests.data.conftest import write_image
+
+NAMES = ("cat", "dog")
+
+
+def coco(images: int, first: int = 1, start: int = 1, names: tuple[str, ...] = NAMES) -> dict[str, Any]:
+    """`images` images NAME.png of 24 x 32, each with a box of every name; ids from `first` and `start`."""
+    listed = [{"id": first + i, "file_name": f"{first + i}.png", "height": 24, "width": 32} for i in range(images)]
+    notes = [
+        {"image_id": image["id"], "category_id": start + k, "bbox": [2, 3, 10, 12], "iscrowd": 0, "area": 120}
+        for image in listed
+        for k in range(len(names))
+    ]
+    return {
+        "images": listed,
+        "annotations": [{"id": i, **note} for i, note in enumerate(notes, 1)],
+        "categories": [{"id": start + k, "name": name, "supercategory": "animals"} for k, name in enumerate(names)],
+    }
+
+
+def save(data: Any, path: Path, images: Path | None = None) -> None:
+    """Writes annotations, and an image file for each listed one into the folder `images` (default: beside them)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data))
+    folder = images or path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(data["images"]):
+        write_image(folder / image["file_name"], 24, 32, hash((str(path), number)) % 1000)
+
+
+def sizes(dataset: Dataset) -> dict[str, tuple[int, int]]:
+    return {name: (len(split.coco["images"]), split.boxes) for name, split in dataset.splits.items()}
+
+
+def test_roboflow_and_its_dummy_class(tmp_path):
+    for split, count in (("train", 3), ("valid", 2), ("test", 1)):
+        data = coco(count)
+        data["categories"].insert(0, {"id": 0, "name": "animals", "supercategory": "none"})
+        save(data, tmp_path / split / "_annotations.coco.json")
+    found = find(tmp_path)
+    assert found.layout == "coco" and sizes(found) == {"train": (3, 6), "valid": (2, 4), "test": (1, 2)}
+    assert found.names == NAMES and "'animals', has no box: left out" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "images"),
+    [
+        ("annotations/instances_{}2017.json", "{}2017"),
+        ("annotations/{}.json", "images"),
+        ("annotations/instances_{}.json", "images/{}"),
+        ("{}_annotations_without_background.json", "."),
+        ("annotations/{}.json", "{}/images"),
+    ],
+)
+def test_layouts_of_coco(tmp_path, file, images):
+    for split, first in (("train", 1), ("val", 11)):
+        save(coco(2, first), tmp_path / "in" / file.format(split), tmp_path / "in" / images.format(split))
+    save({"images": [], "annotations": [], "info": {}}, tmp_path / "in/annotations/captions_train2017.json")
+    found = find(tmp_path)
+    assert sizes(found) == {"train": (2, 4), "valid": (2, 4)} and found.notes == (f"the data set is in {tmp_path}/in",)
+    folder = Path(found.splits["valid"].images)
+    assert all((folder / image["file_name"]).exists() for image in found.splits["valid"].coco["images"])
+
+
+def test_category_ids_from_0_and_of_another_order_are_those_of_one_list(tmp_path):
+    save(coco(2, start=0), tmp_path / "train/_annotations.coco.json")
+    save(coco(1, start=5, names=("dog", "cat")), tmp_path / "valid/_annotations.coco.json")
+    found = find(tmp_path)
+    for split in found.splits.values():
+        assert [(c["id"], c["name"]) for c in split.coco["categories"]] == [(1, "cat"), (2, "dog")]
+    assert [note["category_id"] for note in found.splits["valid"].coco["annotations"]] == [2, 1]
+    assert "numbered from 1" in found.notes[0]
+
+
+def test_annotation_ids_that_occur_twice_are_numbered_anew(tmp_path):
+    data = coco(2)
+    for note in data["annotations"]:
+        note["id"] = 0
+    save(data, tmp_path / "train/_annotations.coco.json")
+    found = find(tmp_path)
+    assert [note["id"] for note in found.splits["train"].coco["annotations"]] == [1, 2, 3, 4]
+    assert "ids that are missing, 0 or not unique" in found.notes[0]
+
+
+def test_a_validation_set_is_carved_by_image_and_seed(tmp_path):
+    save(coco(20), tmp_path / "_annotations.coco.json")
+    found = find(tmp_path)
+    one, other = carve(found, seed=1), carve(found, seed=2)
+    assert sizes(one) == {"train": (18, 36), "valid": (2, 4)}
+    assert carve(found, seed=1) == one != other and carve(one) is one
+    ids = [{image["id"] for image in split.coco["images"]} for split in one.splits.values()]
+    assert not ids[0] & ids[1] and "2 of the 20 training images, drawn with seed 1" in one.notes[-1]
+
+
+def test_shots_are_images_that_hold_the_class():
+    # Images 1 to 5 hold: a / a b / b / a / c; image 6 has only a box of one pixel.
+    held = {1: (1,), 2: (1, 2), 3: (2,), 4: (1, 1), 5: (3,), 6: (3,)}
+    notes = [
+        {"image_id": i, "category_id": c, "bbox": [0, 0, 1 if i == 6 else 9, 9]} for i, own in held.items() for c in own
+    ]
+    data = {"images": [{"id": i} for i in held], "annotations": notes, "categories": [{"id": c} for c in (1, 2, 3)]}
+
+    def ids(shots: int, seed: int = 0) -> list[int]:
+        return [image["id"] for image in draw_shots(data, shots, seed)["images"]]
+
+    # k = 1: 1 for a, 2 for b (a goes below zero), 5 for c. k = 2: 1, 2, then 3 for the second b, 5 for c.
+    assert ids(1) == [1, 2, 5] and ids(2) == [1, 2, 3, 5] and ids(3) == [1, 2, 3, 4, 5]
+    assert len(draw_shots(data, 1)["annotations"]) == 4
+    assert ids(1, 3) == ids(1, 3) and {tuple(ids(1, seed)) for seed in range(1, 8)} != {(1, 2, 5)}
+
+
+def test_prepared_shots_are_read(tmp_path):
+    save(coco(3, start=0), tmp_path / "train/_annotations.coco.json")
+    (tmp_path / "train/fewshot_train_shot1_seed30.json").write_text(json.dumps(coco(1, 2)))
+    found = find(tmp_path)
+    shots = prepared_shots(found, 1, 30)
+    assert shots is not None and [image["id"] for image in shots.coco["images"]] == [2]
+    assert [note["category_id"] for note in shots.coco["annotations"]] == [1, 2]
+    assert prepared_shots(found, 1, 3) is None
+
+
+def test_folders_that_are_refused_say_what_was_looked_for(tmp_path):
+    with pytest.raises(LayoutError, match=r"has no data set.*it has nothing \(0 images\); looked for: .*_annotations"):
+        find(tmp_path)
+    with pytest.raises(LayoutError, match="does not exist: expected the folder"):
+        find(tmp_path / "absent")
+    save(coco(2), tmp_path / "train/_annotations.coco.json")
+    (tmp_path / "train/1.png").rename(tmp_path / "1.png")
+    (tmp_path / "train/2.png").unlink()
+    with pytest.raises(LayoutError, match=r"lists 2 images, and none of them is there|and 1 of them are not in"):
+        find(tmp_path / "train")
+    save(coco(2), tmp_path / "train/_annotations.coco.json")
+    save(coco(2), tmp_path / "annotations/train.json", tmp_path / "images")
+    with pytest.raises(LayoutError, match="has 2 annotations of the train set"):
+        find(tmp_path)
