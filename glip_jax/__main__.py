@@ -27,6 +27,7 @@ JOBS = {
     "inspect": "write an HTML report of the records in shards and of the training examples made of them",
     "plan": "compile the training step for absent chips: whether it fits, what bounds it, how long training takes",
     "train": "train, or resume training, in a working folder",
+    "finetune": "fine-tune a detector on a folder of own data, with a table of before and after",
     "evaluate": "evaluate a checkpoint on COCO-style sets",
     "score": "score predictions of any detector as the official evaluators of the benchmarks do",
     "benchmark": "a checkpoint on the field's benchmarks: predictions, numbers with their protocol, tables",
