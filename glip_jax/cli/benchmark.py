@@ -115,6 +115,8 @@ def main(argv: Sequence[str]) -> int:
         raise CommandLineError(
             f"--workdir={job.workdir} is the working folder of a run: expected a folder of its own, such as {job.workdir}/benchmark"
         )
+    if job.drawn < 0:
+        raise CommandLineError(f"--drawn={job.drawn}: expected a number of images, or 0 for none")
     command = shlex.join(["python", "-m", "glip_jax", "benchmark", *argv])
     if job.score_only:
         missing = {item.name: lacking for item in items if (lacking := benchmark_sets.missing(item, job.data))}
