@@ -159,9 +159,9 @@ def original_runs(settings: Settings) -> Runs:
     """The whole network and its post-processing for each prompt."""
     import jax
 
+    from glip_jax.inference.postprocess import detect
     from glip_jax.io import assets
     from glip_jax.models.glip import GLIP, normalize
-    from glip_jax.models.postprocess import detect
     from glip_jax.structures.prompts import load_tokenizer, tokenize
 
     task, image = _task(settings.arguments), _image()[None]

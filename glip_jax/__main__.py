@@ -60,7 +60,10 @@ def main(argv: list[str] | None = None) -> int:
         f"--debug, with any job: the traceback of every error, and more of the log\n{exit_codes.SHORT}"
     )
     if not argv or argv[0] in ("-h", "--help"):
-        print(usage, file=sys.stdout if argv else sys.stderr)
+        try:
+            print(usage, file=sys.stdout if argv else sys.stderr, flush=True)
+        except BrokenPipeError as error:
+            return errors.report("glip_jax", error)
         return exit_codes.DONE if argv else exit_codes.BAD_INPUT
     # libtpu reads it when jax starts.
     os.environ["LIBTPU_INIT_ARGS"] = libtpu_arguments(os.environ.get("LIBTPU_INIT_ARGS", ""))
@@ -105,7 +108,10 @@ def _run(job: str, argv: list[str]) -> int:
 
             fsspec_gcs.install()
         with _sigterm_exits(job):
-            return importlib.import_module(f"glip_jax.cli.{_MODULES.get(job, job)}").main(argv)
+            try:
+                return importlib.import_module(f"glip_jax.cli.{_MODULES.get(job, job)}").main(argv)
+            finally:
+                sys.stdout.flush()  # here, where an error is handled
     except (Exception, KeyboardInterrupt) as error:
         if errors.exit_code_of(error) == exit_codes.UNEXPECTED:
             raise

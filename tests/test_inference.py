@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from glip_jax.config import AnchorConfig, Config, DetectionConfig, ModelConfig, PyramidConfig
 from glip_jax.inference import Detector, category_prompts
 from glip_jax.inference import detector as detector_module
+from glip_jax.inference.postprocess import detect
 from glip_jax.inference.programs import programs as programs_of
-from glip_jax.models.postprocess import detect
 from glip_jax.structures import boxes as box
 from glip_jax.structures import prompts
 from glip_jax.structures.batch import Detections, Predictions, Prompt

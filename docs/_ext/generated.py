@@ -155,9 +155,9 @@ def _benchmark() -> str:
         files = "<br>".join(
             f"{each.role}: `{each.paths[0]}`{' (not needed)' if each.optional else ''}" for each in item.files
         )
-        asks = "<br>".join(
-            f"`{ask.name}`: {ask.boxes} boxes, {ask.chunk or 'as many as fit'} a prompt{'' if ask.default else ', on request'}"
-            for ask in item.asks
+        modes = "<br>".join(
+            f"`{mode.name}`: {mode.boxes} boxes, {mode.chunk or 'as many as fit'} a prompt{'' if mode.default else ', on request'}"
+            for mode in item.modes
         )
         counts = ", ".join(f"{count:,} {what}" for what, count in {**item.counts, **item.reported}.items())
         rows.append(
@@ -165,7 +165,7 @@ def _benchmark() -> str:
                 f"`{item.name}`",
                 files,
                 item.prompt_rule,
-                asks,
+                modes,
                 ", ".join(metric.label for metric in item.metrics),
                 counts or "not known",
                 item.licence,
@@ -177,7 +177,7 @@ def _benchmark() -> str:
 def _peers() -> str:
     """A table of published numbers."""
     rows = [
-        (f"`{owner}`", each.model, each.ask, each.metric, each.key, f"{each.value:g}", each.source)
+        (f"`{owner}`", each.model, each.mode, each.metric, each.key, f"{each.value:g}", each.source)
         for owner, published in [
             *((item.name, item.published) for item in SETS.values()),
             *((g.name, g.published) for g in GROUPS.values()),

@@ -28,7 +28,7 @@ from glip_jax.cli.processes import ProcessArguments, checkpoint_fingerprint, fin
 from glip_jax.config import Config, PathStr
 from glip_jax.distributed import exit_codes
 from glip_jax.evaluation.benchmark import sets as benchmark_sets
-from glip_jax.evaluation.benchmark.sets import Ask, BenchmarkError, BenchmarkSet
+from glip_jax.evaluation.benchmark.sets import BenchmarkError, BenchmarkSet, PromptMode
 from glip_jax.evaluation.benchmark.table import SETS
 from glip_jax.io.claims import owned_workdir
 from glip_jax.io.workdir import check_shared, prepare, workdir_path, write_atomic
@@ -48,7 +48,7 @@ _CHOSEN = {
     "evaluation.chunk": "chunk", "evaluation.short_side": "short_side", "evaluation.long_side": "long_side",
     "detection.threshold": "threshold", "detection.max_detections": "boxes", "detection.token_scores": "token_scores",
 }  # fmt: skip
-"""Settings that a set fixes, by the field of `Ask`. Where the command line gives one, it holds, and published numbers are of
+"""Settings that a set fixes, by the field of `PromptMode`. Where the command line gives one, it holds, and published numbers are of
 another protocol."""
 
 
@@ -79,7 +79,7 @@ class Benchmark(ProcessArguments):
     """Sets of your own: NAME,ANNOTATIONS,IMAGES, or NAME,ANNOTATIONS,IMAGES,LIKE with the set that it is asked and scored like
     (default: coco); further files of such a set as ROLE=PATH, with commas too (pickles=DIR of d3, captions=FILE of flickr_test)."""
     asks: str = ""
-    """Ways of asking with commas between them (names, prompts, inter_parallel, ...); default: those that --list does not show as on
+    """Prompt modes with commas between them (names, prompts, inter_parallel, ...); default: those that --list does not show as on
     request."""
     order: int | None = None
     """Seed of a shuffled order of the category names; default: by id, as published."""
@@ -115,6 +115,8 @@ def main(argv: Sequence[str]) -> int:
         raise CommandLineError(
             f"--workdir={job.workdir} is the working folder of a run: expected a folder of its own, such as {job.workdir}/benchmark"
         )
+    if job.drawn < 0:
+        raise CommandLineError(f"--drawn={job.drawn}: expected a number of images, or 0 for none")
     command = shlex.join(["python", "-m", "glip_jax", "benchmark", *argv])
     if job.score_only:
         missing = {item.name: lacking for item in items if (lacking := benchmark_sets.missing(item, job.data))}
@@ -152,19 +154,19 @@ def _items(job: Benchmark) -> Sequence[BenchmarkSet]:
     return items
 
 
-def _asks(item: BenchmarkSet, names: str) -> Sequence[Ask]:
-    """The ways of asking a set that --asks names, or its usual ones. Raises BenchmarkError if the set has none of them."""
+def _modes(item: BenchmarkSet, names: str) -> Sequence[PromptMode]:
+    """The prompt modes of a set that --asks names, or its default ones. Raises BenchmarkError if the set has none of them."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
-        return [ask for ask in item.asks if ask.default]
-    found = [ask for ask in item.asks if ask.name in wanted]
+        return [mode for mode in item.modes if mode.default]
+    found = [mode for mode in item.modes if mode.name in wanted]
     if not found:
-        raise BenchmarkError(f"{item.name} is asked by {', '.join(ask.name for ask in item.asks)}, not by {names}")
+        raise BenchmarkError(f"{item.name} is asked by {', '.join(mode.name for mode in item.modes)}, not by {names}")
     return found
 
 
 def _given(settings: Sequence[str]) -> dict[str, str]:
-    """Fields of `Ask` that settings of the command line replace, by the name of the setting."""
+    """Fields of `PromptMode` that settings of the command line replace, by the name of the setting."""
     names = [setting.partition("=")[0].removeprefix("--config.").replace("-", "_") for setting in settings]
     return {name: _CHOSEN[name] for name in names if name in _CHOSEN}
 
@@ -219,8 +221,8 @@ def _detect(
             missing[item.name] = lacking
             continue
         try:
-            for ask in _asks(item, job.asks):
-                predict(benchmark, item, _asked_so(ask, config, given))
+            for mode in _modes(item, job.asks):
+                predict(benchmark, item, _with_given(mode, config, given))
         except BenchmarkError as error:
             failed[item.name] = str(error).removeprefix(f"{item.name}: ")
             logger.error(f"left out: {item.name}: {failed[item.name]}")
@@ -240,11 +242,11 @@ def _about(checkpoint: "Checkpoint", config: Config, parameters: str) -> dict[st
     }  # fmt: skip
 
 
-def _asked_so(ask: Ask, config: Config, given: Mapping[str, str]) -> Ask:
-    """The way of asking with what the command line replaces."""
+def _with_given(mode: PromptMode, config: Config, given: Mapping[str, str]) -> PromptMode:
+    """The prompt mode with what the command line replaces."""
     replaced = {field: getattr(getattr(config, section), name) for (section, _, name), field in
                 ((setting.partition("."), field) for setting, field in given.items())}  # fmt: skip
-    return dataclasses.replace(ask, **replaced)
+    return dataclasses.replace(mode, **replaced)
 
 
 class _Detectors:

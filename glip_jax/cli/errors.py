@@ -36,6 +36,8 @@ def exit_code_of(error: BaseException) -> int:
             return exit_codes.STORAGE_UNAVAILABLE if error.errno == errno.ETIMEDOUT else exit_codes.BAD_INPUT
         case UserError():
             return error.exit_code
+        case BrokenPipeError() if log.is_unread():
+            return exit_codes.OUTPUT_CLOSED
         case OSError() if full_disk(error):
             return exit_codes.NOT_WRITTEN
         case OSError() if error.filename and error.errno in _PATH_ERRORS:
@@ -66,9 +68,12 @@ def report(job: str, error: BaseException) -> int:
     """Logs why `job` ends and returns its exit code.
 
     An error that is the user's to mend gives one line, `JOB: message`; under --debug, and of every other error, the
-    traceback comes before it.
+    traceback comes before it. Where nobody reads the output, nothing is printed.
     """
     code = exit_code_of(error)
+    if code == exit_codes.OUTPUT_CLOSED:
+        log.discard_unread()
+        return code
     if code == exit_codes.UNEXPECTED or log.debugging():
         logger.error("".join(traceback.format_exception(error)).rstrip())
     if code != exit_codes.UNEXPECTED:

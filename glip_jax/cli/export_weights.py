@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from glip_jax.cli import checkpoint_argument
 from glip_jax.cli.command_line import CommandLineError, flags, split_settings
-from glip_jax.cli.least_scores import carried_report
+from glip_jax.cli.score_thresholds import carried_report
 from glip_jax.config import Config, PathStr
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache

@@ -4,12 +4,16 @@ Modules say things through `logging.getLogger(__name__)`. Lines go through `tqdm
 the way, and are flushed at once, so that a pipe shows them as they come.
 """
 
+import contextlib
 import logging
+import os
+import select
 import sys
+from typing import TextIO
 
 from tqdm import tqdm
 
-__all__ = ["debugging", "install", "set_process"]
+__all__ = ["debugging", "discard_unread", "install", "is_unread", "set_process"]
 
 _ROOT = "glip_jax"
 
@@ -45,6 +49,30 @@ def install(debug: bool = False) -> None:
 def debugging() -> bool:
     """Whether the log shows DEBUG, which --debug asks for."""
     return logging.getLogger(_ROOT).isEnabledFor(logging.DEBUG)
+
+
+def is_unread() -> bool:
+    """Whether stdout or stderr is a pipe that nobody reads any more, as after `| head`."""
+    return any(_is_unread(stream) for stream in (sys.stdout, sys.stderr))
+
+
+def _is_unread(stream: TextIO) -> bool:
+    poll = select.poll()
+    try:
+        poll.register(stream.fileno(), 0)
+    except (OSError, ValueError, AttributeError):  # no file, or a closed one
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def discard_unread() -> None:
+    """Sends what is still written to a stream that nobody reads to nowhere; Python's flush at the end would fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if _is_unread(stream):
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
+            with contextlib.suppress(OSError):
+                stream.flush()
 
 
 def set_process(index: int) -> None:

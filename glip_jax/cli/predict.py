@@ -29,10 +29,10 @@ from tqdm import tqdm
 from glip_jax import UserError
 from glip_jax.cli import checkpoint_argument
 from glip_jax.cli.command_line import CommandLineError, flags, split_settings
-from glip_jax.cli.least_scores import least_scores
 from glip_jax.cli.processes import ProcessArguments, checkpoint_fingerprint, fingerprints, run_joined, share_of
 from glip_jax.cli.query import Query, read_query
 from glip_jax.cli.reports import drawing
+from glip_jax.cli.score_thresholds import score_thresholds
 from glip_jax.config import Config, PathStr
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
@@ -165,7 +165,7 @@ def predict(job: Predict, settings: Sequence[str], command: str, share: Share | 
     which = config.evaluation.parameters
     query = read_query(job.text, job.names, job.names_file, config)
     texts, alone = [phrase.text for phrase in query.phrases], len(query.prompts) == len(query.phrases)
-    least = least_scores(job.threshold, job.false_alarms, job.report, checkpoint, config, texts, alone)
+    least = score_thresholds(job.threshold, job.false_alarms, job.report, checkpoint, config, texts, alone)
     pictures, left_out = _pictures(job.images, config, share.first)
     for note in query.notes if share.first else ():
         logger.info(note)

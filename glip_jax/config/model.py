@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from glip_jax.config.data import AssetStr
-from glip_jax.config.ranges import BelowOne, Channels, Pixels, Range, Size
+from glip_jax.config.ranges import BelowOne, Channels, Factor, Pixels, Range, Size
 
 __all__ = [
-    "AnchorConfig", "BackboneConfig", "FusionConfig", "HeadConfig", "InputConfig", "ModelConfig", "PyramidConfig",
-    "Remat", "TextConfig",
+    "AnchorConfig", "BackboneConfig", "FusionConfig", "HeadConfig", "InputConfig", "LoraConfig", "ModelConfig", "PromptsConfig",
+    "PyramidConfig", "Remat", "TextConfig",
 ]  # fmt: skip
 
 
@@ -135,6 +135,26 @@ class AnchorConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank deltas (arXiv 2106.09685) of the attention projections of BERT, of the BERT layers of the head, and of the fusion."""
+
+    rank: Annotated[int, Range(0, 1024)] = 0
+    """Rank of a delta; 0: none."""
+    scale: Factor = 1.0
+    """Factor on the product of the two low-rank matrices (alpha / rank in the paper)."""
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """Tuned prompts: text states by name, P0 + delta, in place of BERT's (paper section 4, prompt tuning)."""
+
+    names: Annotated[int, Range(0, 100_000)] = 0
+    """Number of names with tuned states; 0: none."""
+    tokens: Annotated[int, Range(0, 10_000, "tokens")] = 0
+    """Tokens of the longest name, its separator included."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The network."""
 
@@ -149,6 +169,11 @@ class ModelConfig:
     """Type of activations. Parameters, statistics, boxes and losses are float32."""
     remat: Remat = "none"
     """Recomputation in the backward pass: `elementwise` recomputes norms, activations and dropout, `blocks` everything but the inputs of a block."""
+    trainable: tuple[str, ...] = ("*",)
+    """Patterns of the paths of parameters that are trained; * matches any characters, slashes included. All others are frozen, as are
+    `backbone.frozen_stages` and, with `text.frozen`, the text encoder."""
+    lora: LoraConfig = LoraConfig()
+    prompts: PromptsConfig = PromptsConfig()
 
 
 def model_checks(model: ModelConfig) -> list[tuple[bool, str]]:
@@ -172,4 +197,6 @@ def model_checks(model: ModelConfig) -> list[tuple[bool, str]]:
          f"model.head.blocks {model.head.blocks} is not a multiple of model.head.unroll {model.head.unroll}"),
         (model.backbone.kind == "swin" or model.input.extent_multiple % 32 == 0,
          f"model.input.extent_multiple is {model.input.extent_multiple}: efficientnet_lite0 needs a multiple of 32"),
+        (bool(model.prompts.names) == bool(model.prompts.tokens),
+         f"model.prompts.names is {model.prompts.names}, model.prompts.tokens {model.prompts.tokens}: set both, or 0 for both"),
     ]  # fmt: skip

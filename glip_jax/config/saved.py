@@ -37,11 +37,15 @@ the style of synthetic scenes."""
 
 _ADDED_KEYS = {
     "model.head.offset_bound": 0, "optimizer.name": "adamw", "optimizer.ema_ramp": False, "init_from.accept": [],
-    "detection.token_scores": "mean",
+    "detection.token_scores": "mean", "model.trainable": ["*"], "model.lora.rank": 0, "model.lora.scale": 1.0,
+    "model.prompts.names": 0, "model.prompts.tokens": 0,
 }  # fmt: skip
 """Settings that saved runs may lack, with the value that describes what earlier versions did."""
 
-_ADDED_AFTER_HASHES = ("optimizer.name", "optimizer.ema_ramp", "init_from.accept", "detection.token_scores")
+_ADDED_AFTER_HASHES = (
+    "optimizer.name", "optimizer.ema_ramp", "init_from.accept", "detection.token_scores", "model.trainable", "model.lora.rank",
+    "model.lora.scale", "model.prompts.names", "model.prompts.tokens",
+)  # fmt: skip
 """Those of them that earlier versions did not hash."""
 
 _ADDED_TO_SETS = {"merge_names": False, "boxes": "", "crowds": "", "folders": "", "allow_drops": False, "orientation": "auto"}  # fmt: skip
@@ -66,9 +70,10 @@ def first_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     inverse = {new: old for old, new in RENAMED_KEYS.items()}
     added = {name: _ADDED_KEYS[name] for name in _ADDED_AFTER_HASHES}
     added |= {n: _ADDED_TO_SETS.get(n.rpartition(".")[2]) for n in settings if n.startswith("evaluation.sets.")}
-    # An empty tuple is an empty list in JSON.
     return {
-        _renamed(name, inverse): v for name, v in settings.items() if name not in added or v not in (added[name], ())
+        _renamed(name, inverse): value
+        for name, value in settings.items()
+        if name not in added or _as_json(value) != added[name]
     }
 
 
@@ -85,10 +90,6 @@ def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
 
     `saved` is `dict(flatten(...))` of the earlier run, possibly through JSON (tuples became lists) and with old names.
     """
-
-    def plain(value: Any) -> Any:
-        return list(value) if isinstance(value, tuple) else value
-
     saved = _ADDED_KEYS | current_names(saved)
     runtime = {name for name, _ in flatten(config, affects_results=False)}
     new = dict(flatten(config, affects_results=True))
@@ -96,7 +97,7 @@ def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
     for name in sorted(set(saved) - runtime | set(new)):
         if name.startswith(("evaluation.", "mesh.")):
             continue
-        old_value, new_value = plain(saved.get(name, "(absent)")), plain(new.get(name, "(absent)"))
+        old_value, new_value = _as_json(saved.get(name, "(absent)")), _as_json(new.get(name, "(absent)"))
         if old_value != new_value:
             lines.append(f"{name}: {old_value} -> {new_value}")
     return lines
@@ -155,6 +156,11 @@ def unflatten(saved: Mapping[str, Any]) -> Config:
     if unknown:
         raise ConfigError(f"has settings that this version of glip_jax does not know ({', '.join(unknown)})")
     return config
+
+
+def _as_json(value: Any) -> Any:
+    """A tuple as the list that JSON makes of it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _renamed(name: str, table: Mapping[str, str]) -> str:

@@ -9,6 +9,7 @@
     75   stopped by SIGTERM, state saved: give the same command again
     76   another process of the job (or a worker of data.workers) died: the newest checkpoint is intact; the same command resumes
     130  stopped by Ctrl-C, state saved as well: the same command resumes
+    141  what reads the output has ended, as in `| head`: nothing is printed
 
 A loop that survives preemptions:  until python -m glip_jax train ...; do [ $? = 75 ] || break; done
 """
@@ -20,6 +21,7 @@ __all__ = [
     "PEER_LOST",
     "NOT_FINITE",
     "NOT_WRITTEN",
+    "OUTPUT_CLOSED",
     "PREEMPTED",
     "SHORT",
     "STORAGE_UNAVAILABLE",
@@ -40,9 +42,11 @@ PEER_LOST = 76
 """EX_PROTOCOL of sysexits.h."""
 CANCELLED = 130
 """128 + SIGINT, as in shells."""
+OUTPUT_CLOSED = 141
+"""128 + SIGPIPE."""
 
 SHORT = (
     "exit codes: 0 done, 2 bad input, 3 loss not finite, 69 storage does not answer, 74 cannot write (disk full), "
-    "75 stopped by SIGTERM (saved: run again), 76 another process died (run all again), 130 stopped by Ctrl-C (saved), 1 unexpected"
+    "75 stopped by SIGTERM (saved: run again), 76 another process died (run all again), 130 stopped by Ctrl-C (saved), 141 output not read (| head), 1 unexpected"
 )
 """The table in one line, for --help."""

@@ -78,6 +78,14 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"head/tower/convolution/attention/kernel", ()),
     (r"head/projection/kernel", _FIRST),
     (r"head/(box|centerness)/kernel", ()),
+    # Low-rank deltas are small; in BERT's layers their wide sides are split over tensor as those of the kernels. Tuned prompts.
+    (r"(text/layers|head/tower/text)/(query|key|value)_lora_b", ("tensor",)),
+    (r"(text/layers|head/tower/text)/attention_output_lora_a", ("tensor", None)),
+    (
+        r"(text/layers|head/tower/text)/((query|key|value)_lora_a|attention_output_lora_b)|head/tower/fusion/\w+_lora_[ab]",
+        (),
+    ),
+    (r"prompts/(tokens|embeddings|deltas)", ()),
 )
 """(pattern that matches the whole path of a parameter, mesh axes of its trailing dimensions).
 

@@ -11,8 +11,8 @@ from jaxtyping import Array
 
 from glip_jax.config import DetectionConfig, ModelConfig
 from glip_jax.distributed.mesh import per_shard
+from glip_jax.inference.postprocess import detect
 from glip_jax.models.glip import GLIP, normalize
-from glip_jax.models.postprocess import detect
 from glip_jax.structures.batch import Detections
 
 __all__ = ["ROWS", "STEPS", "WHOLE", "Programs", "programs"]

@@ -226,7 +226,7 @@ def check_network(workdir: str, saved: dict[str, Any], config: Config) -> None:
 
     The path of the vocabulary and how the network is computed may differ.
     """
-    free = ("model.text.vocabulary:", "model.dtype:", "model.remat:", "model.head.unroll:")
+    free = ("model.text.vocabulary:", "model.dtype:", "model.remat:", "model.head.unroll:", "model.trainable:")
     changed = [line for line in differences(saved, config) if line.startswith("model.") and not line.startswith(free)]
     if changed:
         raise CheckpointError(

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from glip_jax.config import Remat, TextConfig
+from glip_jax.config import LoraConfig, Remat, TextConfig
 from glip_jax.models.dropout import Dropout
 from glip_jax.models.initializers import torch_dense
+from glip_jax.models.lora import low_rank_product
 from glip_jax.models.remat import rematerialized
 from glip_jax.models.tensor_parallel import axis_index, column_parallel_input, row_parallel_dot_general, tensor_shards
 
@@ -31,7 +32,7 @@ class BertLayer(nn.Module):
     """Post-norm self-attention and feed-forward.
 
     `clip` clamps logits and activations, as in the head (glip-reference 2.6). `start`: initial weights, "bert" for N(0, 0.02) or
-    "torch" for the default of PyTorch's linear layers, which the original uses in the head.
+    "torch" for the default of PyTorch's linear layers, which the original uses in the head. `lora`: deltas of the four projections.
     """
 
     config: TextConfig
@@ -39,11 +40,20 @@ class BertLayer(nn.Module):
     dtype: Any
     clip: bool = False
     start: Literal["bert", "torch"] = "bert"
+    lora: LoraConfig = LoraConfig()
 
     def _dense(self, features: int, fan_in: int, name: str, **how: Any) -> nn.Dense:
         if self.start == "torch":
             return torch_dense(features, fan_in, self.dtype, name, **how)
         return nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02), name=name, **how)
+
+    def _projection(self, x: jax.Array, features: int, name: str, parallel: Literal["columns", "rows"]) -> jax.Array:
+        """A dense layer of the attention, with its low-rank delta where there is one."""
+        how: dict[str, Any] = {} if parallel == "columns" else {"dot_general": row_parallel_dot_general}
+        y = self._dense(features, self.config.width, name, **how)(x)
+        if not self.lora.rank:
+            return y
+        return y + low_rank_product(self, name, x, features, self.lora, self.dtype, parallel)
 
     def _norm(self, name: str) -> nn.LayerNorm:
         return nn.LayerNorm(epsilon=1e-12, dtype=self.dtype, use_fast_variance=False, name=name)
@@ -56,15 +66,15 @@ class BertLayer(nn.Module):
         drop = Dropout(self.config.dropout, self.train)
         clip = clamped if self.clip else lambda y: y
         by_head, inputs = (*x.shape[:2], heads, depth), column_parallel_input(x)
-        query = self._dense(local_width, width, "query")(inputs).reshape(by_head)
-        key = self._dense(local_width, width, "key")(inputs).reshape(by_head)
-        value = self._dense(local_width, width, "value")(inputs).reshape(by_head)
+        query = self._projection(inputs, local_width, "query", "columns").reshape(by_head)
+        key = self._projection(inputs, local_width, "key", "columns").reshape(by_head)
+        value = self._projection(inputs, local_width, "value", "columns").reshape(by_head)
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
         logits = clip(logits * depth**-0.5)
         logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
         weights = drop(jax.nn.softmax(logits, axis=-1), axis_index() * heads).astype(self.dtype)
         context = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(*x.shape[:2], local_width)
-        attended = self._dense(width, width, "attention_output", dot_general=row_parallel_dot_general)(context)
+        attended = self._projection(context, width, "attention_output", "rows")
         x = self._norm("attention_norm")(drop(attended) + x)
         hidden = clip(self._dense(hidden_width // shards, width, "intermediate")(column_parallel_input(x)))
         hidden = clip(nn.gelu(hidden, approximate=False))
@@ -98,6 +108,7 @@ class Bert(nn.Module):
     train: bool = False
     dtype: Any = jnp.float32
     remat: Remat = "none"
+    lora: LoraConfig = LoraConfig()
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T C"]:
@@ -112,5 +123,5 @@ class Bert(nn.Module):
             in_axes=nn.broadcast,  # type: ignore[arg-type]
             length=self.config.layers,
         )
-        x, _ = layers(self.config, train, self.dtype, name="layers")(x, mask)
+        x, _ = layers(self.config, train, self.dtype, lora=self.lora, name="layers")(x, mask)
         return jax.lax.stop_gradient(x) if self.config.frozen else x

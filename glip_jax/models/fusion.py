@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from glip_jax.config import FusionConfig
+from glip_jax.config import FusionConfig, LoraConfig
 from glip_jax.models.bert import clamped
 from glip_jax.models.dropout import example_keys, hashed_bits
 from glip_jax.models.initializers import xavier_uniform
+from glip_jax.models.lora import with_low_rank_delta
 from glip_jax.models.remat import images_at_once, save_activation
 
 __all__ = ["Fusion"]
@@ -67,10 +68,12 @@ class Fusion(nn.Module):
     config: FusionConfig
     train: bool
     dtype: Any
+    lora: LoraConfig = LoraConfig()
 
     def _dense(self, name: str, inputs: int, outputs: int) -> _Dense:
         kernel = self.param(f"{name}_kernel", xavier_uniform, (inputs, outputs))
-        return _Dense(kernel, self.param(f"{name}_bias", nn.initializers.zeros, (outputs,)))
+        bias = self.param(f"{name}_bias", nn.initializers.zeros, (outputs,))
+        return _Dense(with_low_rank_delta(self, name, kernel, self.lora), bias)
 
     @nn.compact
     def __call__(

@@ -24,6 +24,7 @@ from glip_jax.models.initializers import small_normal, torch_dense
 from glip_jax.models.pyramid import Pyramid
 from glip_jax.models.remat import rematerialized
 from glip_jax.models.swin import Swin
+from glip_jax.models.tuned_prompts import TunedPrompts
 from glip_jax.structures.batch import Predictions
 
 __all__ = ["GLIP", "normalize"]
@@ -57,9 +58,9 @@ class _Block(nn.Module):
         if self.config.fusion.enabled and text is not None and mask is not None:
             shapes = [grid(x) for x in levels]
             valid = cells_of(shapes, sizes).valid.any(-1)
-            fusion = Fusion(self.config.fusion, self.train, self.dtype, name="fusion")
+            fusion = Fusion(self.config.fusion, self.train, self.dtype, self.config.lora, name="fusion")
             visual, text = fusion(pack(levels), text, valid, mask)
-            layer = BertLayer(self.config.text, self.train, self.dtype, clip=True, start="torch", name="text")
+            layer = BertLayer(self.config.text, self.train, self.dtype, True, "torch", self.config.lora, name="text")
             text, _ = layer(text, mask)
             levels = tuple(unpack(visual, shapes))
         levels = DynamicConvolution(self.config.head, self.dtype, name="convolution")(levels, sizes)
@@ -133,7 +134,9 @@ class GLIP(nn.Module):
             case "efficientnet_lite0":
                 self.backbone = EfficientNetLite0(config.backbone, self.train, dtype)
         self.pyramid = Pyramid(config.pyramid, self.train, dtype)
-        self.text = Bert(config.text, self.train, dtype, remat)
+        self.text = Bert(config.text, self.train, dtype, remat, config.lora)
+        if config.prompts.names:
+            self.prompts = TunedPrompts(config.prompts, config.text.width)
         self.head = _Head(config, self.train, dtype)
 
     def encode_image(
@@ -143,8 +146,29 @@ class GLIP(nn.Module):
         return self.pyramid(self.backbone(image, extent), extent)
 
     def encode_text(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Hidden states of the last layer of the text encoder."""
-        return self.text(tokens, mask)
+        """Hidden states of the last layer of the text encoder; with tuned prompts theirs at the tokens of the tuned names.
+
+        BERT does not run where no token of the batch needs it.
+        """
+        if not self.config.prompts.names:
+            return self.text(tokens, mask)
+        found = self.prompts(tokens, mask)
+        if self.is_initializing():
+            return found.applied(self.text(tokens, mask))
+        needed = jnp.any(mask & ~found.covered)
+        states = nn.cond(
+            needed,
+            lambda network: network.text(tokens, mask),
+            lambda _: jnp.zeros_like(found.states, self.text.dtype),
+            self,
+        )
+        return found.applied(states)
+
+    def tuned_text(
+        self, states: Float[Array, "B T D"], tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """BERT's `states` with those of the tuned prompts in their place, where there are any."""
+        return self.prompts(tokens, mask).applied(states) if self.config.prompts.names else states
 
     def refine(
         self, levels: tuple[Float[Array, "B _ _ C"], ...], extent: Int[Array, "B 2"]

@@ -321,16 +321,8 @@ def _train_steps(
 
     def dispatch(state: State, batch: Batch, step: int) -> tuple[State, dict[str, Any]]:
         canvas = mixture.canvas(step - 1)
-        with (
-            contextlib.nullcontext()
-            if canvas in compiled
-            else _compiling(
-                run,
-                throughput,
-                watchdog,
-                f"canvas {len(compiled) + 1} of {len(mixture.canvases)} ({canvas[0]}x{canvas[1]})",
-            )
-        ):
+        name = f"canvas {len(compiled) + 1} of {len(mixture.canvases)} ({canvas[0]}x{canvas[1]})"
+        with contextlib.nullcontext() if canvas in compiled else _compiling(run, throughput, watchdog, name):
             cut = (run.decisions.scale(feed.rate(step - 1) if feed.rate is not None else 1.0),) if cuts else ()
             result = step_function(state, place_batch(batch, mesh), *cut)
         compiled.add(canvas)

@@ -7,6 +7,7 @@ parameter belongs to is read from its path alone (glip-reference 1.6: solver/bui
 
 import bisect
 import difflib
+import fnmatch
 import inspect
 import math
 import re
@@ -57,11 +58,15 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def frozen(path: str, model: ModelConfig) -> bool:
-    """Whether a parameter is not trained: a frozen text encoder, the backbone's stem and its first frozen stages.
+    """Whether a parameter is not trained: not in `model.trainable`, a frozen text encoder, the backbone's stem and first frozen stages.
 
-    The EfficientNet's folded BatchNorm is always frozen. Stages count from 1 (`stage1`); a Swin stage ends with its
-    `merge`; its output norm belongs to no stage, as in the original.
+    The EfficientNet's folded BatchNorm and the states that tuned prompts start from are always frozen. Stages count from 1
+    (`stage1`); a Swin stage ends with its `merge`; its output norm belongs to no stage, as in the original.
     """
+    if not any(fnmatch.fnmatchcase(path, pattern) for pattern in model.trainable):
+        return True
+    if path in ("prompts/tokens", "prompts/embeddings"):
+        return True
     if path.startswith("text/"):
         return model.text.frozen
     if not path.startswith("backbone/"):
@@ -80,6 +85,8 @@ def groups(params: Params, model: ModelConfig, optimizer: OptimizerConfig) -> di
     Text encoder: `text_rate`; backbone: `rate` x `backbone_rate_factor`; then any bias (position tables and the
     head's scalar biases included): rate x `bias_rate_factor` and `bias_decay`. The BERT layers inside the head take
     the base rate (x `head_text_rate_factor`, which the original does not have). Norm scales are decayed like kernels.
+
+    Raises ConfigError for a pattern of `model.trainable` that matches no parameter, and where none is trained.
     """
     result = {}
     for path in flat(params):
@@ -93,6 +100,17 @@ def groups(params: Params, model: ModelConfig, optimizer: OptimizerConfig) -> di
         if "bias" in path.rsplit("/", 1)[-1]:  # bias, bias_table, bias_text, bias0, *_bias
             rate, decay = rate * optimizer.bias_rate_factor, optimizer.bias_decay
         result[path] = Group(0.0, 0.0) if frozen(path, model) else Group(rate, decay)
+    for pattern in model.trainable:
+        if not fnmatch.filter(result, pattern):
+            near = difflib.get_close_matches(pattern, result, 1, 0.4)
+            raise ConfigError(
+                f"model.trainable has {pattern!r}, which matches no parameter: expected paths with * for any run of characters, "
+                f"e.g. head/tower/fusion/*{f'; near: {near[0]}' if near else ''}"
+            )
+    if all(frozen(path, model) for path in result):
+        raise ConfigError(
+            f"model.trainable is {', '.join(model.trainable) or 'empty'}: no parameter is left to be trained"
+        )
     return result
 
 

@@ -441,7 +441,7 @@ def test_every_exit_code_is_explained():
     codes = {
         name: getattr(exit_codes, name) for name in exit_codes.__all__ if isinstance(getattr(exit_codes, name), int)
     }
-    assert len(set(codes.values())) == len(codes) == 9
+    assert len(set(codes.values())) == len(codes) == 10
     for code in codes.values():
         assert f"\n    {code:<4} " in (exit_codes.__doc__ or "") and f"{code} " in exit_codes.SHORT
 

@@ -107,6 +107,7 @@ def test_what_the_command_changes_is_part_of_the_protocol(made, monkeypatch):
     [
         (["--workdir="], "expected --workdir=DIR"),
         (["--sets=coco"], "expected --data=DIR"),
+        (["--drawn=-1"], "--drawn=-1: expected a number of images"),
         (["--workdir=run"], "--workdir=run is the working folder of a run"),
         (["--own="], "expected NAME,ANNOTATIONS,IMAGES"),
         (["--own=made,a.json,b", "c.json,d"], "expected NAME,ANNOTATIONS,IMAGES"),

@@ -11,6 +11,7 @@ import tyro
 from glip_jax.__main__ import JOBS, main
 from glip_jax.cli.command_line import Arguments, CommandLineError, flags, parse
 from glip_jax.config import ConfigError
+from glip_jax.distributed import exit_codes
 
 FILE = """
 from glip_jax.config import Config, DataConfig, SourceConfig
@@ -203,6 +204,18 @@ def test_the_entry_point_lists_jobs_and_proposes_the_nearest(capsys):
     assert main(["zzz"]) == 2
     assert "there are: data" in capsys.readouterr().err
     assert main([]) == 2
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("options", [["benchmark", "--list"], ["score", "--help"]])
+def test_a_reader_that_ends_early_is_no_fault(options):
+    """`| head`: the output is longer than a pipe holds, or flushed when the job has ended."""
+    job = subprocess.Popen(
+        [sys.executable, "-m", "glip_jax", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert job.stdout is not None and job.stderr is not None
+    job.stdout.close()
+    assert (job.stderr.read(), job.wait()) == ("", exit_codes.OUTPUT_CLOSED)
 
 
 @pytest.mark.processes

@@ -97,15 +97,15 @@ def _first(content):
     return content[0] if isinstance(content, list) else next(iter(content.values()))
 
 
-def _without_number(content):
-    """Puts NaN in place of the first score; of Flickr's boxes, which have none, of the first coordinate."""
+def _without_number(content, value=float("nan")):
+    """Puts `value` in place of the first score; of Flickr's boxes, which have none, of the first coordinate."""
     row = _first(content)
     if "score" in row:
-        row["score"] = float("nan")
+        row["score"] = value
     elif "scores" in row:
-        row["scores"][0] = float("nan")
+        row["scores"][0] = value
     else:
-        next(boxes for boxes in row["boxes"] if boxes)[0][0] = float("nan")
+        next(boxes for boxes in row["boxes"] if boxes)[0][0] = value
 
 
 @pytest.mark.parametrize("metric", ONCE)
@@ -113,6 +113,15 @@ def test_numbers_that_are_none(tmp_path, capsys, metric):
     annotations, predictions = FILES[metric]
     message = _refused(capsys, _score(metric, annotations, _changed(tmp_path, predictions, _without_number)))
     assert "nan" in message.lower() and "finite" in message
+
+
+@pytest.mark.parametrize("metric", ["coco", "flickr", "refexp", "omnilabel"])
+@pytest.mark.parametrize("value", ["0.5", True])
+def test_text_and_true_are_no_numbers(tmp_path, capsys, metric, value):
+    """One metric of each reader of predictions."""
+    annotations, predictions = FILES[metric]
+    changed = _changed(tmp_path, predictions, lambda content: _without_number(content, value))
+    assert f"{value!r}" in (message := _refused(capsys, _score(metric, annotations, changed))) and "finite" in message
 
 
 @pytest.mark.parametrize("metric", ["coco", "lvis", "d3", "omnilabel"])

@@ -12,8 +12,8 @@ from glip_jax.config import Config
 from glip_jax.inference import Detector, category_prompts
 from glip_jax.inference import detector as detector_module
 from glip_jax.inference.detector import _calls, _Request
+from glip_jax.inference.postprocess import detect
 from glip_jax.models.glip import GLIP, normalize
-from glip_jax.models.postprocess import detect
 from glip_jax.structures.batch import Detections, Prompt
 from glip_jax.structures.prompts import load_tokenizer, tokenize
 from tests import tiny_run

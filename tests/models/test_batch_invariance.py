@@ -18,8 +18,8 @@ from glip_jax.config import (
     PyramidConfig,
     TextConfig,
 )
+from glip_jax.inference.postprocess import detect
 from glip_jax.models.glip import GLIP
-from glip_jax.models.postprocess import detect
 from glip_jax.structures import boxes as box
 from glip_jax.structures.batch import DROPS, Batch
 from glip_jax.training.assignment import assign

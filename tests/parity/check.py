@@ -18,11 +18,11 @@ import numpy as np
 import optax
 
 from glip_jax.config import ConfigError, OptimizerConfig
+from glip_jax.inference.postprocess import detect
 from glip_jax.models.bert import BertLayer
 from glip_jax.models.dynamic_head import DynamicConvolution
 from glip_jax.models.fusion import Fusion
 from glip_jax.models.glip import GLIP
-from glip_jax.models.postprocess import detect
 from glip_jax.structures import boxes as box
 from glip_jax.structures import prompts
 from glip_jax.structures.batch import Batch

@@ -14,9 +14,9 @@ from PIL import Image
 
 from glip_jax.config import BackboneConfig, Config, HeadConfig, InputConfig
 from glip_jax.inference import chunk
+from glip_jax.inference.postprocess import detect
 from glip_jax.io.image_files import upright
 from glip_jax.models.glip import GLIP, normalize
-from glip_jax.models.postprocess import detect
 from glip_jax.structures import boxes as box
 from glip_jax.structures import prompts
 from glip_jax.structures.batch import Predictions

@@ -38,14 +38,16 @@ def table(results: Mapping[str, Any]) -> str:
         every = [*rows({"sets": {name: own}})]
         lines = [["", "asked as", "%", "published"]]
         lines += [
-            [f"{name} {row.label}", row.ask, percent(row.value), _published(row.published)] for row in every if row.main
+            [f"{name} {row.label}", row.mode, percent(row.value), _published(row.published)]
+            for row in every
+            if row.main
         ]
         notes = []
         for main in (row for row in every if row.main):
-            beside = [row for row in every if (row.ask, row.label) == (main.ask, main.label) and not row.main]
+            beside = [row for row in every if (row.mode, row.label) == (main.mode, main.label) and not row.main]
             numbers = ", ".join(f"{row.key} {percent(row.value)}" for row in beside)
-            notes += [f"  {main.ask}, {main.label}: {numbers}"] if beside else []
-        notes += [f"  {ask}: {protocol_line(results, asked)}" for ask, asked in own["asks"].items()]
+            notes += [f"  {main.mode}, {main.label}: {numbers}"] if beside else []
+        notes += [f"  {mode}: {protocol_line(results, asked)}" for mode, asked in own["asks"].items()]
         notes += [f"  {line}" for line in _notes(own)]
         parts.append("\n".join([aligned(lines), *notes]))
     for name, columns in results["groups"].items():
@@ -65,7 +67,7 @@ def _published(entries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def protocol_line(results: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """What the numbers of one way of asking depend on."""
+    """What the numbers of one prompt mode depend on."""
     protocol, checkpoint = asked["protocol"], results["checkpoint"]
     names = str(protocol["chunk"]) if protocol["chunk"] else "the token budget"
     each = f", {protocol['prompts_per_image']} prompts an image" if "prompts_per_image" in protocol else ""
@@ -144,13 +146,13 @@ def render(
         {
             "name": name, "title": own["title"], "licence": own["licence"], "notes": _notes(own),
             "rows": [(row, percent(row.value), row.published) for row in rows({"sets": {name: own}})],
-            "protocols": [(ask, protocol_line(results, asked).split("; ")) for ask, asked in own["asks"].items()],
+            "protocols": [(mode, protocol_line(results, asked).split("; ")) for mode, asked in own["asks"].items()],
             "bars": list(_class_bars(own)), "cards": _cards(by_name[name], own, data, workdir, drawn) if name in by_name else [],
         }
         for name, own in results["sets"].items()
     ]  # fmt: skip
     main = [
-        (f"{row.name} {row.ask} {row.label}", row.key, row.value, percent(row.value))
+        (f"{row.name} {row.mode} {row.label}", row.key, row.value, percent(row.value))
         for row in rows(results)
         if row.main
     ]
@@ -167,32 +169,32 @@ def render(
 
 def _notes(own: Mapping[str, Any]) -> list[str]:
     absent = [
-        f"{ask}: {line}"
-        for ask, asked in own["asks"].items() for metric in asked["metrics"].values() for line in absence_lines(metric)
+        f"{mode}: {line}"
+        for mode, asked in own["asks"].items() for metric in asked["metrics"].values() for line in absence_lines(metric)
     ]  # fmt: skip
-    noted = [f"{ask}: {line}" for ask, asked in own["asks"].items() for line in asked["notes"]]
+    noted = [f"{mode}: {line}" for mode, asked in own["asks"].items() for line in asked["notes"]]
     return [*overlap_lines(own["overlap"]), *absent, *noted, *own["notes"]]
 
 
 def _class_bars(own: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[tuple[str, float, str]]]]:
     """By metric, the numbers of single names, in the order of the file."""
-    for ask, asked in own["asks"].items():
+    for mode, asked in own["asks"].items():
         for label, metric in asked["metrics"].items():
             per_class = metric["numbers"].get("per_class") if isinstance(metric["numbers"], Mapping) else None
             if isinstance(per_class, Mapping):
                 bars = [
                     (name, value, percent(value)) for name, value in per_class.items() if isinstance(value, int | float)
                 ]
-                yield f"{ask}, {label}", bars
+                yield f"{mode}, {label}", bars
 
 
 def _cards(item: BenchmarkSet, own: Mapping[str, Any], data: str, workdir: epath.Path, drawn: int) -> list[Card]:
-    """Cards of the images with the worst errors in the set's first way of asking; none if its files cannot be read any more."""
-    ask = next(iter(own["asks"]))
-    folder = workdir / item.name / ask
+    """Cards of the images with the worst errors in the set's first prompt mode; none if its files cannot be read any more."""
+    mode = next(iter(own["asks"]))
+    folder = workdir / item.name / mode
     try:
         done = json.loads((folder / "done.json").read_text())
-        annotations, predictions = scored_paths(item, data, folder, workdir, own["asks"][ask]["protocol"])
+        annotations, predictions = scored_paths(item, data, folder, workdir, own["asks"][mode]["protocol"])
         worst = mistakes(item, annotations["annotations"], predictions, done["files"], drawn, release_of(item, data))
         return [_card(each, item.path("images", data)) for each in worst if each.file]
     except (UserError, OSError, ValueError, KeyError) as error:

@@ -57,7 +57,7 @@ def image_overlap(training: Training, digests: Mapping[str, str]) -> dict[str, A
     """Images of a set that are also images of the training data.
 
     `digests`: SHA-256 of each file, in hexadecimal, by a name of the image. Returns `images` and `found` (numbers of different
-    files), `by_source` and `examples` (names of images). A file that several questions share counts once.
+    files), `by_source` and `examples` (names of images). A file that several prompts share counts once.
     """
     unique = {int(digest[:16], 16): name for name, digest in reversed([*digests.items()])}
     own = np.fromiter(unique, np.uint64, len(unique))

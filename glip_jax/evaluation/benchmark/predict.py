@@ -1,4 +1,4 @@
-"""The detector over the questions of a set: blocks of images, resumable, shared by several processes; then the predictions file."""
+"""The detector over the prompts of a set: blocks of images, resumable, shared by several processes; then the predictions file."""
 
 import dataclasses
 import json
@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from glip_jax import UserError
 from glip_jax.config import Config
-from glip_jax.evaluation.benchmark.asked import AskedImage, Questions, SameQuestions, answer_rows
 from glip_jax.evaluation.benchmark.blocks import Blocks, Cut, concatenated
-from glip_jax.evaluation.benchmark.questions import ask_config, missing_images, read_questions
+from glip_jax.evaluation.benchmark.prompted import PromptedImage, PromptedSet, SharedPrompts, prediction_rows
+from glip_jax.evaluation.benchmark.prompts import missing_images, mode_config, read_prompts
 from glip_jax.evaluation.benchmark.results import cut_path
 from glip_jax.evaluation.benchmark.scoring import cut_annotations, file_hashes
-from glip_jax.evaluation.benchmark.sets import Ask, BenchmarkError, BenchmarkSet, protocol, scored_annotations
+from glip_jax.evaluation.benchmark.sets import BenchmarkError, BenchmarkSet, PromptMode, protocol, scored_annotations
 from glip_jax.evaluation.shares import Share
 from glip_jax.inference import pipelined
 from glip_jax.io import assets
@@ -93,17 +93,17 @@ class Run:
     """Annotation files of other versions are noted, not refused."""
 
 
-def predict(run: Run, item: BenchmarkSet, ask: Ask) -> None:
-    """Detects a set in one way of asking, and writes WORKDIR/SET/ASK with its predictions; what is there is not made again.
+def predict(run: Run, item: BenchmarkSet, mode: PromptMode) -> None:
+    """Detects a set in one prompt mode, and writes WORKDIR/SET/ASK with its predictions; what is there is not made again.
 
     Every process detects its blocks, then process 0 merges them. Raises BenchmarkError, in all processes, for files that cannot be
     used and for detections of another checkpoint.
     """
-    fault, asked, blocks = "", None, None
+    fault, prompted, blocks = "", None, None
     try:
-        asked, blocks = _opened(run, item, ask)
+        prompted, blocks = _opened(run, item, mode)
         if blocks.done is None:
-            detect(run.detector(ask_config(run.config, ask)), asked, blocks, run.share)
+            detect(run.detector(mode_config(run.config, mode)), prompted, blocks, run.share)
     except StorageError:
         raise
     except UserError as error:
@@ -112,23 +112,23 @@ def predict(run: Run, item: BenchmarkSet, ask: Ask) -> None:
     if faults := [each for each in run.share.gather(fault) if each]:
         raise BenchmarkError(faults[0])
     if run.share.index == 0:
-        assert asked is not None
+        assert prompted is not None
         assert blocks is not None
-        _write(run, asked, blocks)
+        _write(run, prompted, blocks)
 
 
-def _opened(run: Run, item: BenchmarkSet, ask: Ask) -> tuple[Questions, Blocks]:
-    """The questions of a set, and its blocks in the working folder. Raises BenchmarkError or PromptError."""
-    config = ask_config(run.config, ask)
+def _opened(run: Run, item: BenchmarkSet, mode: PromptMode) -> tuple[PromptedSet, Blocks]:
+    """The prompts of a set, and its blocks in the working folder. Raises BenchmarkError or PromptError."""
+    config = mode_config(run.config, mode)
     tokenizer = load_tokenizer(assets.resolve(config.model.text.vocabulary))
-    asked = read_questions(item, run.data, ask, tokenizer, config, run.order, run.other_counts)
-    if not asked.images:
-        raise BenchmarkError(f"{asked.annotations} lists no images: expected at least one")
-    total, limit = len(asked.images), config.evaluation.max_images or len(asked.images)
-    asked = dataclasses.replace(asked, images=asked.images[:limit])
-    if absent := missing_images(asked):
+    prompted = read_prompts(item, run.data, mode, tokenizer, config, run.order, run.other_counts)
+    if not prompted.images:
+        raise BenchmarkError(f"{prompted.annotations} lists no images: expected at least one")
+    total, limit = len(prompted.images), config.evaluation.max_images or len(prompted.images)
+    prompted = dataclasses.replace(prompted, images=prompted.images[:limit])
+    if absent := missing_images(prompted):
         raise BenchmarkError(
-            f"{len(absent)} of {len(asked.images)} images of {item.name} are missing or empty in {asked.folder}, the first is "
+            f"{len(absent)} of {len(prompted.images)} images of {item.name} are missing or empty in {prompted.folder}, the first is "
             f"{absent[0]}: a download that stopped?"
         )
     files = file_hashes(item, run.data)
@@ -136,49 +136,49 @@ def _opened(run: Run, item: BenchmarkSet, ask: Ask) -> tuple[Questions, Blocks]:
     if config.model.input.extent == "image":
         del settings["evaluation.batch_size"]  # scores do not depend on it
     used = {
-        **protocol(item, ask, run.order), "images": "all" if limit >= total else limit,
-        "counts": "as published" if asked.as_published else "other",
+        **protocol(item, mode, run.order), "images": "all" if limit >= total else limit,
+        "counts": "as published" if prompted.as_published else "other",
     }  # fmt: skip
-    if isinstance(asked.images, SameQuestions):
-        used["prompts_per_image"] = len(asked.images[0].prompts)
+    if isinstance(prompted.images, SharedPrompts):
+        used["prompts_per_image"] = len(prompted.images[0].prompts)
     plan = {
         "parameters": run.about["hashes"]["parameters"],
         "settings": settings,
         "files": {role: file["sha256"] for role, file in files.items()},
         "order": run.order,
         "about": {
-            "checkpoint": run.about, "protocol": used, "counts": dict(asked.counts), "notes": list(asked.notes), "files": files,
-            "longest_prompt": max(len(q.keys) for image in asked.images[:100] for q in image.questions),
-            "prompts": _prompts(asked.images), "names": list(asked.names.values()),
+            "checkpoint": run.about, "protocol": used, "counts": dict(prompted.counts), "notes": list(prompted.notes), "files": files,
+            "longest_prompt": max(len(q.keys) for image in prompted.images[:100] for q in image.image_prompts),
+            "prompts": _prompts(prompted.images), "names": list(prompted.names.values()),
             "processes": run.share.count,
         },
     }  # fmt: skip
-    blocks = _blocks(run.workdir / item.name / ask.name, asked, plan)
+    blocks = _blocks(run.workdir / item.name / mode.name, prompted, plan)
     if run.share.index == 0 and blocks.done is None:
-        for note in asked.notes:
+        for note in prompted.notes:
             logger.info(f"note: {item.name}: {note}")
         blocks.begin()
-    return asked, blocks
+    return prompted, blocks
 
 
-def _prompts(images: Sequence[AskedImage]) -> int:
+def _prompts(images: Sequence[PromptedImage]) -> int:
     """Number of prompts of all images."""
-    if isinstance(images, SameQuestions):
+    if isinstance(images, SharedPrompts):
         return len(images) * len(images[0].prompts)
     return sum(len(image.prompts) for image in images)
 
 
-def _blocks(folder: epath.Path, asked: Questions, plan: Mapping[str, Any]) -> Blocks:
+def _blocks(folder: epath.Path, prompted: PromptedSet, plan: Mapping[str, Any]) -> Blocks:
     """The blocks of a set in `folder`. Raises BenchmarkError if detections of another `plan` are there."""
-    item, ask = asked.item, asked.ask
+    item, mode = prompted.item, prompted.mode
     lvis = any(metric.module == "lvis" for metric in item.metrics)
-    cut = _LVIS_CUT if lvis else Cut(0, ask.boxes_per_image)
-    prompts = len(asked.images[0].prompts)
-    parts = prompts if prompts >= _PARTS and isinstance(asked.images, SameQuestions) else 1
-    return Blocks(folder, plan, len(asked.images), parts, cut)
+    cut = _LVIS_CUT if lvis else Cut(0, mode.boxes_per_image)
+    prompts = len(prompted.images[0].prompts)
+    parts = prompts if prompts >= _PARTS and isinstance(prompted.images, SharedPrompts) else 1
+    return Blocks(folder, plan, len(prompted.images), parts, cut)
 
 
-def _order(images: Sequence[AskedImage]) -> Any:
+def _order(images: Sequence[PromptedImage]) -> Any:
     """Int[N]: the order of detection, by shape. Images of similar shape share a batch; as annotated, much of it would be padding."""
     shapes = [(image.height or 1) / max(image.width or 1, 1) for image in images]
     return np.argsort(np.asarray(shapes), kind="stable")
@@ -186,7 +186,7 @@ def _order(images: Sequence[AskedImage]) -> Any:
 
 def detect(
     detector: PromptDetector,
-    asked: Questions,
+    prompted: PromptedSet,
     blocks: Blocks,
     share: Share,
     progress: bool = True,
@@ -196,20 +196,20 @@ def detect(
     Raises BenchmarkError for an image that is missing, damaged or of another size than annotated: numbers on the others would be
     those of another set.
     """
-    order, own_blocks = _order(asked.images), share.of(range(blocks.count))
-    groups = list(_groups(detector, asked, blocks, order, blocks.pending(own_blocks)))
+    order, own_blocks = _order(prompted.images), share.of(range(blocks.count))
+    groups = list(_groups(detector, prompted, blocks, order, blocks.pending(own_blocks)))
     total, left = sum(len(blocks.members(block)) for block in own_blocks), sum(map(len, groups))
     notes, found, digests = Counter[str](), defaultdict[int, list[Any]](list), dict[int, str]()
     begin, interval = time.monotonic(), 0.2 if sys.stderr.isatty() else 30.0
 
     def read(member: tuple[int, int]) -> _Read:
-        return _read(asked, asked.images[member[1]])
+        return _read(prompted, prompted.images[member[1]])
 
     def start(group: Sequence[tuple[int, int]], images: Sequence[_Read]) -> Callable[[], list[list[Detections]]]:
-        prompts = [asked.images[image].prompts for _, image in group]
+        prompts = [prompted.images[image].prompts for _, image in group]
         return detector.detect_async([image.pixels for image in images], prompts)
 
-    with tqdm(total=total, initial=total - left, desc=f"{asked.item.name} {asked.ask.name}", unit="image",
+    with tqdm(total=total, initial=total - left, desc=f"{prompted.item.name} {prompted.mode.name}", unit="image",
               disable=not progress, mininterval=interval, maxinterval=interval) as bar:  # fmt: skip
         for group, images, detections in pipelined(groups, read, start):
             block = group[0][0]
@@ -225,18 +225,18 @@ def detect(
                 begin = end
             bar.update(len(group))
     if notes:
-        logger.info("; ".join(f"{asked.item.name}: noted {what} {count}" for what, count in notes.items()))
+        logger.info("; ".join(f"{prompted.item.name}: noted {what} {count}" for what, count in notes.items()))
 
 
 def _groups(
-    detector: PromptDetector, asked: Questions, blocks: Blocks, order: Any, pending: Sequence[int]
+    detector: PromptDetector, prompted: PromptedSet, blocks: Blocks, order: Any, pending: Sequence[int]
 ) -> Iterator[list[tuple[int, int]]]:
     """(block, index of the image) of what the detector is called with: images of one block, and of one canvas if their size is known."""
     for block in pending:
         by_canvas = defaultdict[Any, list[tuple[int, int]]](list)
         for position in blocks.members(block):
             image = int(order[position])
-            height, width = asked.images[image][2:4]
+            height, width = prompted.images[image][2:4]
             canvas = detector.canvas(height, width)[1] if height and width else None
             by_canvas[canvas].append((block, image))
         for members in by_canvas.values():
@@ -244,35 +244,35 @@ def _groups(
                 yield members[begin : begin + detector.group_size]
 
 
-def _read(asked: Questions, image: AskedImage) -> _Read:
+def _read(prompted: PromptedSet, image: PromptedImage) -> _Read:
     try:
-        path = within(asked.folder, image.file)
+        path = within(prompted.folder, image.file)
         pixels, digest, notes = read_annotated(path, (image.height, image.width), "auto")
     except (ImageFileError, OutsideError) as error:
-        raise BenchmarkError(f"{asked.item.name}, image {image.id}: {error}") from None
+        raise BenchmarkError(f"{prompted.item.name}, image {image.id}: {error}") from None
     annotated = (image.height or pixels.shape[0], image.width or pixels.shape[1])
     if annotated != pixels.shape[:2]:
         raise BenchmarkError(
-            f"{asked.item.name}: {path} has {pixels.shape[0]} x {pixels.shape[1]} pixels (height x width), the annotations say "
+            f"{prompted.item.name}: {path} has {pixels.shape[0]} x {pixels.shape[1]} pixels (height x width), the annotations say "
             f"{annotated[0]} x {annotated[1]}: boxes would not fit; use the images that were annotated"
         )
     return _Read(pixels, digest, notes)
 
 
-def _write(run: Run, asked: Questions, blocks: Blocks) -> None:
+def _write(run: Run, prompted: PromptedSet, blocks: Blocks) -> None:
     """Merges the blocks into the predictions in the form of the set, and cuts its annotations if only some images were asked."""
-    if blocks.done is None and asked.images and blocks.protocol["images"] != "all":
-        for role in {"annotations", *(metric.file for metric in asked.item.metrics)}:
-            path = scored_annotations(asked.item, run.data, role, run.workdir / "annotations")
-            cut_annotations(asked, str(path), cut_path(asked.item, blocks.folder, role))
-    mapping = asked.item.form == "expressions"
+    if blocks.done is None and prompted.images and blocks.protocol["images"] != "all":
+        for role in {"annotations", *(metric.file for metric in prompted.item.metrics)}:
+            path = scored_annotations(prompted.item, run.data, role, run.workdir / "annotations")
+            cut_annotations(prompted, str(path), cut_path(prompted.item, blocks.folder, role))
+    mapping = prompted.item.form == "expressions"
 
     def write(path: epath.Path, rows: Any) -> None:
         aside = path.parent / f"{path.name}.unfinished" if "://" not in str(path) else path
         with aside.open("w") as file:
             file.write("{" if mapping else "[")
             separator = "\n"
-            for entry in _entries(asked, rows, blocks.parts > 1):
+            for entry in _entries(prompted, rows, blocks.parts > 1):
                 if mapping:
                     key = json.dumps(str(entry["id"]))
                     text = f"{key}: {json.dumps({name: value for name, value in entry.items() if name != 'id'})}"
@@ -284,33 +284,37 @@ def _write(run: Run, asked: Questions, blocks: Blocks) -> None:
         if aside is not path:
             aside.replace(path)
 
-    blocks.merge(_order(asked.images), [image.file for image in asked.images], _files_by_id(asked), write)
+    blocks.merge(_order(prompted.images), [image.file for image in prompted.images], _files_by_id(prompted), write)
 
 
-def _files_by_id(asked: Questions) -> dict[str, str]:
+def _files_by_id(prompted: PromptedSet) -> dict[str, str]:
     """The file of each image by the ids of the predictions: of expressions, or of images (Flickr30k: without the sentence)."""
-    match asked.item.form:
+    match prompted.item.form:
         case "expressions":
-            return {str(question.id): image.file for image in asked.images for question in image.questions}
+            return {
+                str(image_prompt.id): image.file for image in prompted.images for image_prompt in image.image_prompts
+            }
         case "flickr":
-            return {str(question.id[0]): image.file for image in asked.images for question in image.questions}
+            return {
+                str(image_prompt.id[0]): image.file for image in prompted.images for image_prompt in image.image_prompts
+            }
         case _:
-            return {str(image.id): image.file for image in asked.images}
+            return {str(image.id): image.file for image in prompted.images}
 
 
-def _entries(asked: Questions, rows: Any, one_prompt: bool) -> Iterator[dict[str, Any]]:
+def _entries(prompted: PromptedSet, rows: Any, one_prompt: bool) -> Iterator[dict[str, Any]]:
     """The entries of the predictions file of all images; `rows` are sorted by image, and with `one_prompt` all of one prompt."""
-    edges = np.searchsorted(rows["image"], np.arange(len(asked.images) + 1))
+    edges = np.searchsorted(rows["image"], np.arange(len(prompted.images) + 1))
     if one_prompt:
         for index in np.flatnonzero(np.diff(edges)).tolist():
-            image, own = asked.images[index], rows[edges[index] : edges[index + 1]]
-            image = image._replace(questions=(image.questions[int(own["prompt"][0])],))
-            yield from answer_rows(asked.item, image, [Detections(own["box"], own["score"], own["phrase"])])
+            image, own = prompted.images[index], rows[edges[index] : edges[index + 1]]
+            image = image._replace(image_prompts=(image.image_prompts[int(own["prompt"][0])],))
+            yield from prediction_rows(prompted.item, image, [Detections(own["box"], own["score"], own["phrase"])])
         return
-    for index, image in enumerate(asked.images):
+    for index, image in enumerate(prompted.images):
         own = rows[edges[index] : edges[index + 1]]
         found = [_NONE] * len(image.prompts)
         for prompt in np.unique(own["prompt"]).tolist():
             each = own[own["prompt"] == prompt]
             found[prompt] = Detections(each["box"], each["score"], each["phrase"])
-        yield from answer_rows(asked.item, image, found)
+        yield from prediction_rows(prompted.item, image, found)

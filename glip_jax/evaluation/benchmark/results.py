@@ -38,7 +38,7 @@ class Row(NamedTuple):
     """A line of the table."""
 
     name: str
-    ask: str
+    mode: str
     label: str
     key: str
     value: float | None
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 
 def predictions_in(folder: epath.Path) -> dict[str, epath.Path]:
-    """Finished predictions of a set by way of asking: the folders with done.json, oldest name first."""
+    """Finished predictions of a set by prompt mode: the folders with done.json, oldest name first."""
     if not folder.exists():
         return {}
     return {path.name: path for path in sorted(folder.iterdir()) if (path / "done.json").exists()}
@@ -93,20 +93,20 @@ def collect(
     training = functools.cache(lambda text: overlap.read_training(json.loads(text)))
     for item in items:
         found = predictions_in(workdir / item.name)
-        for ask in item.asks:
-            if ask.name not in found:
+        for mode in item.modes:
+            if mode.name not in found:
                 continue
-            report(f"scoring {item.name}, {ask.name}")
+            report(f"scoring {item.name}, {mode.name}")
             try:
-                plan, done = _records(found[ask.name])
+                plan, done = _records(found[mode.name])
                 used, release = plan["about"]["protocol"], release_of(item, data)
-                annotations, predictions = scored_paths(item, data, found[ask.name], workdir, used)
-                metrics = score_set(item, ask, used, predictions, annotations, release)
+                annotations, predictions = scored_paths(item, data, found[mode.name], workdir, used)
+                metrics = score_set(item, mode, used, predictions, annotations, release)
             except StorageError:
                 raise
             except UserError as error:
-                again = f"; or remove {found[ask.name]} to detect again" if str(found[ask.name]) in str(error) else ""
-                failed[item.name] = f"{ask.name}: {error}{again}"
+                again = f"; or remove {found[mode.name]} to detect again" if str(found[mode.name]) in str(error) else ""
+                failed[item.name] = f"{mode.name}: {error}{again}"
                 continue
             about = plan["about"]
             if used["images"] == "all" and (changed := _changed_files(item, data, about["files"])):
@@ -118,7 +118,7 @@ def collect(
                 "overlap": _overlap(training(json.dumps(about["checkpoint"]["sources"])), done["digests"], about["names"]), "asks": {},
             })  # fmt: skip
             shared = ("protocol", "counts", "files", "prompts", "longest_prompt", "notes")
-            own["asks"][ask.name] = {
+            own["asks"][mode.name] = {
                 **{key: about[key] for key in shared}, "detections": done["detections"], "seconds": done["seconds"], "metrics": metrics,
             }  # fmt: skip
         if item.name not in sets and item.name not in failed:
@@ -223,14 +223,14 @@ def groups(sets: Mapping[str, Any]) -> dict[str, Any]:
 def rows(results: Mapping[str, Any]) -> Iterator[Row]:
     """The lines of the table: of every metric the main number, those beside it, and those of which others are published."""
     for name, own in results["sets"].items():
-        for ask, asked in own["asks"].items():
+        for mode, asked in own["asks"].items():
             for label, metric in asked["metrics"].items():
                 published = defaultdict[str, list[Any]](list)
                 for each in metric["published"]:
                     published[each["key"]].append(each)
                 for key in dict.fromkeys([metric["main"], *_beside(metric), *published]):
                     value = number(metric["numbers"], key)
-                    yield Row(name, ask, label, key, value, published.get(key, ()), key == metric["main"])
+                    yield Row(name, mode, label, key, value, published.get(key, ()), key == metric["main"])
 
 
 def _beside(metric: Mapping[str, Any]) -> list[str]:
@@ -255,7 +255,7 @@ def csv_text(results: Mapping[str, Any]) -> str:
     writer.writerow(["set", "ask", "metric", "key", "value", "step", "parameters", *protocol, "evaluator", "published"])
     checkpoint = results["checkpoint"]
     for name, own in results["sets"].items():
-        for ask, asked in own["asks"].items():
+        for mode, asked in own["asks"].items():
             for label, metric in asked["metrics"].items():
                 for key, value in leaves(metric["numbers"]):
                     published = [
@@ -264,7 +264,7 @@ def csv_text(results: Mapping[str, Any]) -> str:
                         if each["key"] == key and not each["differs"]
                     ]
                     writer.writerow([
-                        name, ask, label, key, value, checkpoint.get("step"), checkpoint.get("parameters"),
+                        name, mode, label, key, value, checkpoint.get("step"), checkpoint.get("parameters"),
                         *(asked["protocol"].get(field) for field in protocol), metric["evaluator"], "; ".join(published),
                     ])  # fmt: skip
     return stream.getvalue()
@@ -286,8 +286,8 @@ def latex(results: Mapping[str, Any], model: str) -> str:
     for title, columns in _TABLES.items():
         cells, heads = [], []
         for name, word, keys in columns:
-            asks = results["sets"].get(name, {}).get("asks", {})
-            metric = next((m for own in asks.values() for label, m in own["metrics"].items() if word in label), None)
+            modes = results["sets"].get(name, {}).get("asks", {})
+            metric = next((m for own in modes.values() for label, m in own["metrics"].items() if word in label), None)
             for key in keys:
                 value = number(metric["numbers"], key) if metric else None
                 cells.append("--" if value is None else f"{100 * value:.1f}")

@@ -12,13 +12,13 @@ from typing import Any
 from etils import epath
 
 from glip_jax.data.importers.readers import as_integer
-from glip_jax.evaluation.benchmark.asked import Questions
+from glip_jax.evaluation.benchmark.prompted import PromptedSet
 from glip_jax.evaluation.benchmark.sets import (
-    Ask,
     BenchmarkError,
     BenchmarkSet,
     Group,
     Metric,
+    PromptMode,
     Published,
     find_sets,
     number,
@@ -53,7 +53,7 @@ _BY_NAME = ("coco", "lvis", "d3")
 
 def score_set(
     item: BenchmarkSet,
-    ask: Ask,
+    mode: PromptMode,
     used: Protocol,
     predictions: epath.Path,
     annotations: Mapping[str, str],
@@ -66,9 +66,9 @@ def score_set(
     returns them), main (the key of the number that stands for the set), evaluator, options, and published: what others report, each
     with `differs`, the settings in which its protocol is another; empty where it agrees; `refused`: why false alarms are not measured. Raises MetricError as the metric does.
     """
-    results, usual = {}, _usual(item, ask)
+    results, usual = {}, _usual(item, mode)
     for metric in item.metrics:
-        if metric.asks and ask.name not in metric.asks:
+        if metric.modes and mode.name not in metric.modes:
             continue
         module = importlib.import_module(f"glip_jax.evaluation.metrics.{metric.module}")
         more: dict[str, Any] = {"per_class": True} if metric.module in _BY_NAME else {}
@@ -90,9 +90,9 @@ def score_set(
             "numbers": numbers,
             **({"refused": refused} if refused else {}),
             "published": [
-                compared(each, used, usual, ask.prompts)
+                compared(each, used, usual, mode.prompts)
                 for each in item.published
-                if (each.ask, each.metric) == (ask.name, metric.label)
+                if (each.mode, each.metric) == (mode.name, metric.label)
             ],
         }
     return results
@@ -110,8 +110,8 @@ def _code() -> str:
     return code()["files"][:12]
 
 
-def _usual(item: BenchmarkSet, ask: Ask) -> Protocol:
-    return {name: value for name, value in protocol(item, ask).items() if name != "ask"}
+def _usual(item: BenchmarkSet, mode: PromptMode) -> Protocol:
+    return {name: value for name, value in protocol(item, mode).items() if name != "ask"}
 
 
 def compared(
@@ -150,7 +150,7 @@ def leaves(numbers: Any, key: str = "") -> Iterator[tuple[str, float]]:
 
 
 def group_numbers(results: Mapping[str, Any], group: Group) -> dict[str, dict[str, Any]]:
-    """Mean and median of the main numbers of a group's sets, by column (name of an ask) and label of the metric.
+    """Mean and median of the main numbers of a group's sets, by column (name of a prompt mode) and label of the metric.
 
     `results`: sets of results.json. Sets without a number, or with an undefined one, are listed as missing and are not averaged; a
     published mean stands beside one over all sets only. A column of which most sets are missing is left out.
@@ -158,22 +158,22 @@ def group_numbers(results: Mapping[str, Any], group: Group) -> dict[str, dict[st
     found = {}
     for column in group.columns:
         items = {item.name: item for item in find_sets(group.sets)}
-        asked = {
-            name: results[name]["asks"].get(items[name].ask(column).name) for name in group.sets if name in results
+        prompted = {
+            name: results[name]["asks"].get(items[name].mode(column).name) for name in group.sets if name in results
         }
-        labels = dict.fromkeys(label for own in asked.values() if own for label in own["metrics"])
+        labels = dict.fromkeys(label for own in prompted.values() if own for label in own["metrics"])
         for label in labels:
-            values = {name: _main(asked.get(name), label) for name in group.sets}
+            values = {name: _main(prompted.get(name), label) for name in group.sets}
             known = [value for value in values.values() if value is not None]
             if 2 * len(known) < len(values):
                 continue
             missing = [name for name, value in values.items() if value is None]
-            protocols = [own["protocol"] for own in asked.values() if own]
+            protocols = [own["protocol"] for own in prompted.values() if own]
             used = {key: value for key, value in protocols[0].items() if all(p.get(key) == value for p in protocols)}
             used |= {"sets": "some" if missing else "all"}
             first = items[group.sets[0]]
-            usual = {**_usual(first, first.ask(column)), "sets": "all"}
-            published = [each for each in group.published if (each.ask, each.metric) == (column, label)]
+            usual = {**_usual(first, first.mode(column)), "sets": "all"}
+            published = [each for each in group.published if (each.mode, each.metric) == (column, label)]
             found[f"{column}, {label}"] = {
                 "mean": statistics.fmean(known), "median": statistics.median(known), "sets": len(known), "missing": missing,
                 "published": [compared(each, used, usual) for each in published],
@@ -181,8 +181,8 @@ def group_numbers(results: Mapping[str, Any], group: Group) -> dict[str, dict[st
     return found
 
 
-def _main(asked: Mapping[str, Any] | None, label: str) -> float | None:
-    metric = asked and asked["metrics"].get(label)
+def _main(prompted: Mapping[str, Any] | None, label: str) -> float | None:
+    metric = prompted and prompted["metrics"].get(label)
     return number(metric["numbers"], metric["main"]) if metric else None
 
 
@@ -196,20 +196,22 @@ def file_hashes(item: BenchmarkSet, data: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def cut_annotations(asked: Questions, path: str, out: epath.Path) -> None:
+def cut_annotations(prompted: PromptedSet, path: str, out: epath.Path) -> None:
     """Writes the annotation file at `path` to `out`, cut to the images that were asked; of Flickr30k Entities the list of images.
 
     Raises BenchmarkError for annotations that are no JSON with images and annotations.
     """
-    match asked.item.form:
+    match prompted.item.form:
         case "flickr":
-            images = dict.fromkeys(str(question.id[0]) for image in asked.images for question in image.questions)
+            images = dict.fromkeys(
+                str(image_prompt.id[0]) for image in prompted.images for image_prompt in image.image_prompts
+            )
             write_atomic(out, "\n".join([*images, ""]))
             return
         case "expressions":  # an entry of `images` is an expression there, and several share an image
-            chosen = {_plain(question.id) for image in asked.images for question in image.questions}
+            chosen = {_plain(image_prompt.id) for image in prompted.images for image_prompt in image.image_prompts}
         case _:
-            chosen = {_plain(image.id) for image in asked.images}
+            chosen = {_plain(image.id) for image in prompted.images}
     try:
         content = json.loads(epath.Path(path).read_text())
         content["images"] = [entry for entry in content["images"] if _plain(entry["id"]) in chosen]
@@ -220,12 +222,12 @@ def cut_annotations(asked: Questions, path: str, out: epath.Path) -> None:
             content["descriptions"] = [entry for entry in content["descriptions"] if entry["image_ids"]]
         for entry in content["annotations"]:
             entry.pop("segmentation", None)
-        if asked.item.layout == "d3" and (pickles := d3.pickles_beside(path)) is not None:
+        if prompted.item.layout == "d3" and (pickles := d3.pickles_beside(path)) is not None:
             for entry in content["categories"]:  # the cut file does not lie beside what tells them otherwise
                 entry["is_negative"] = bool(pickles["sentences"][entry["id"]]["is_negative"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BenchmarkError(
-            f"{asked.item.name}: {path} cannot be cut to the first {len(asked.images)} images ({error!r}): give "
+            f"{prompted.item.name}: {path} cannot be cut to the first {len(prompted.images)} images ({error!r}): give "
             "--config.evaluation.max-images=0"
         ) from None
     write_atomic(out, json.dumps(content))

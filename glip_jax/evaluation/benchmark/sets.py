@@ -1,6 +1,6 @@
 """The sets of the benchmark: their files, how each is asked, how it is scored, and what others published on it.
 
-`table.py` holds the sets. `questions.py` makes the questions for a detector, `evaluation/metrics` scores the predictions.
+`table.py` holds the sets. `prompts.py` makes the prompts, `evaluation/metrics` scores the predictions.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from glip_jax.io.provenance import file_hash
 from glip_jax.io.workdir import write_atomic
 
 __all__ = [
-    "ABSENCE", "Ask", "BenchmarkError", "BenchmarkSet", "Form", "Group", "Layout", "Metric", "Published", "SetFile", "agrees", "check_counts",
+    "ABSENCE", "PromptMode", "BenchmarkError", "BenchmarkSet", "Form", "Group", "Layout", "Metric", "Published", "SetFile", "agrees", "check_counts",
     "find_sets", "listing", "missing", "number", "version_notes", "own_set", "protocol", "scored_annotations",
 ]  # fmt: skip
 
@@ -31,9 +31,9 @@ Layout = Literal["categories", "flickr", "expressions", "d3", "omnilabel"]
 OmniLabel."""
 
 Form = Literal["coco", "flickr", "expressions", "omnilabel"]
-"""Form of a file of predictions; see `questions.answer_rows`."""
+"""Form of a file of predictions; see `prompted.prediction_rows`."""
 
-AskName = Literal[
+PromptModeName = Literal[
     "names", "names_parallel", "prompts", "caption", "expression", "intra_parallel", "intra_concat", "inter_parallel", "inter_concat", "descriptions"
 ]  # fmt: skip
 
@@ -56,10 +56,10 @@ class SetFile:
 
 
 @dataclass(frozen=True)
-class Ask:
-    """A way of asking a set: one run of the detector and one file of predictions."""
+class PromptMode:
+    """How a set is prompted: one run of the detector and one file of predictions."""
 
-    name: AskName
+    name: PromptModeName
     """names: categories as the file names them; names_parallel: the same, one a prompt; prompts: with the hand-written prompts of
     `BenchmarkSet.prompts`; intra, inter: the sentences of the image's group, or all; parallel, concat: one sentence a prompt, or as many
     as fit."""
@@ -93,8 +93,8 @@ class Metric:
     """Dotted key of the number that stands for the set, such as "any_box.1.all"; see `number`."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of `score`."""
-    asks: tuple[str, ...] = ()
-    """Names of the asks that it scores; empty: all."""
+    modes: tuple[str, ...] = ()
+    """Names of the prompt modes that it scores; empty: all."""
     file: str = "annotations"
     """Role of the file that `score` takes as its annotations."""
 
@@ -108,8 +108,8 @@ class Published:
     """A published number."""
 
     model: str
-    ask: str
-    """Name of the `Ask`."""
+    mode: str
+    """Name of the `PromptMode`."""
     metric: str
     """Label of the `Metric`."""
     key: str
@@ -132,11 +132,11 @@ class BenchmarkSet:
     form: Form
     files: tuple[SetFile, ...]
     """With the roles annotations and images at least. Metrics score against annotations."""
-    asks: tuple[Ask, ...]
+    modes: tuple[PromptMode, ...]
     metrics: tuple[Metric, ...]
     licence: str
     counts: Mapping[str, int] = field(default_factory=dict)
-    """Expected counts, as `Questions.counts` names them; only those that are known. Another count is another version."""
+    """Expected counts, as `PromptedSet.counts` names them; only those that are known. Another count is another version."""
     reported: Mapping[str, int] = field(default_factory=dict)
     """Counts that a paper reports, which the released files may not have; another count is only noted."""
     prompt_rule: str = ""
@@ -148,7 +148,7 @@ class BenchmarkSet:
     stems_sha256: str = ""
     """SHA-256 of the sorted stems of the image files, one a line; "": not known."""
     prompts: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
-    """For the ask `prompts`: by name of a category the prefix, the text that is scored, and the suffix."""
+    """For the mode `prompts`: by name of a category the prefix, the text that is scored, and the suffix."""
     domain: str = ""
     """Part of a group, such as Aerial of RF100-VL."""
     published: tuple[Published, ...] = ()
@@ -167,13 +167,13 @@ class BenchmarkSet:
         places = [_place(data, path) for path in self.file(role).paths]
         return next((place for place in places if len(places) == 1 or gcs.kind(place)), places[0])
 
-    def ask(self, name: str) -> Ask:
-        """The ask of this name. Sets without hand-written prompts are asked by names in both columns. BenchmarkError for another."""
-        for each in self.asks:
+    def mode(self, name: str) -> PromptMode:
+        """The prompt mode of this name. Sets without hand-written prompts have the mode names in both columns. BenchmarkError for another."""
+        for each in self.modes:
             if each.name == name or (name == "prompts" and each.name == "names" and not self.prompts):
                 return each
         raise BenchmarkError(
-            f"{self.name} is not asked by {name!r}: expected one of {', '.join(a.name for a in self.asks)}"
+            f"{self.name} is not asked by {name!r}: expected one of {', '.join(a.name for a in self.modes)}"
         )
 
 
@@ -185,7 +185,7 @@ class Group:
     title: str
     sets: tuple[str, ...]
     columns: tuple[str, ...]
-    """Names of asks; see `BenchmarkSet.ask`."""
+    """Names of prompt modes; see `BenchmarkSet.mode`."""
     summary: bool = True
     """Whether a mean over the sets is reported in the field; else the group is a short name only."""
     published: tuple[Published, ...] = ()
@@ -295,12 +295,12 @@ def own_set(name: str, annotations: str, images: str, like: str = "coco", **othe
         raise BenchmarkError(f"{name}: a set like {like} also needs {', '.join(lacking)}")
     lists_absent = _lists_absent(annotations)
     metrics = (*model.metrics, ABSENCE) if lists_absent and ABSENCE not in model.metrics else model.metrics
-    asks: dict[str, Ask] = {each.name: each for each in model.asks}
-    if lists_absent and "names" in asks:
-        alone = dataclasses.replace(asks["names"], name="names_parallel", chunk=1, prompts=0, default=False)
-        asks.setdefault("names_parallel", alone)
+    modes: dict[str, PromptMode] = {each.name: each for each in model.modes}
+    if lists_absent and "names" in modes:
+        alone = dataclasses.replace(modes["names"], name="names_parallel", chunk=1, prompts=0, default=False)
+        modes.setdefault("names_parallel", alone)
     return dataclasses.replace(
-        model, metrics=metrics, asks=tuple(asks.values()), name=name, title=f"{name} (as {model.name})", files=files, counts={}, reported={}, stems_sha256="", image_rule="all", published=(),
+        model, metrics=metrics, modes=tuple(modes.values()), name=name, title=f"{name} (as {model.name})", files=files, counts={}, reported={}, stems_sha256="", image_rule="all", published=(),
         licence="your own", notes=(), domain="",
     )  # fmt: skip
 
@@ -337,14 +337,14 @@ def find_sets(names: Sequence[str]) -> list[BenchmarkSet]:
     return list(found.values())
 
 
-def protocol(item: BenchmarkSet, ask: Ask, order: int | None = None) -> dict[str, Any]:
-    """What a number depends on besides the model, by name: the fields of `ask`, the order of the names, widths of boxes."""
+def protocol(item: BenchmarkSet, mode: PromptMode, order: int | None = None) -> dict[str, Any]:
+    """What a number depends on besides the model, by name: the fields of `mode`, the order of the names, widths of boxes."""
     settings = {
-        each.name: getattr(ask, each.name)
-        for each in dataclasses.fields(ask)
+        each.name: getattr(mode, each.name)
+        for each in dataclasses.fields(mode)
         if each.name not in ("name", "prompts", "default")
     }
-    return {"ask": ask.name, **settings, "order": "by id" if order is None else f"seed {order}", "widths": item.widths}
+    return {"ask": mode.name, **settings, "order": "by id" if order is None else f"seed {order}", "widths": item.widths}
 
 
 def agrees(published: Published, measured: Mapping[str, Any]) -> bool:
@@ -384,8 +384,8 @@ def listing(sets: Iterable[BenchmarkSet], data: str, prompts_per_second: float |
 
 def _described(item: BenchmarkSet, data: str, rate: float | None) -> list[str]:
     counts = ", ".join(f"{count:,} {name}" for name, count in {**item.counts, **item.reported}.items()) or "not known"
-    asks = ", ".join(f"{ask.name}{'' if ask.default else ' (on request)'}" for ask in item.asks)
-    lines = [f"{item.name}: {item.title}", f"  asked by {asks}: {item.prompt_rule}"]
+    modes = ", ".join(f"{mode.name}{'' if mode.default else ' (on request)'}" for mode in item.modes)
+    lines = [f"{item.name}: {item.title}", f"  asked by {modes}: {item.prompt_rule}"]
     for each in item.files:
         lines.append(f"  {each.role}: {_state(item, each, data)}")
     if item.stems_sha256:
@@ -422,7 +422,7 @@ def _listed_images(item: BenchmarkSet, data: str) -> int:
 def _time(item: BenchmarkSet, data: str, rate: float | None) -> str:
     images = {**item.counts, **item.reported}.get("images", 0) or _listed_images(item, data)
     # An entry of `images` is one expression there.
-    per_image = [1 if item.layout == "expressions" else ask.prompts for ask in item.asks if ask.default]
+    per_image = [1 if item.layout == "expressions" else mode.prompts for mode in item.modes if mode.default]
     prompts = [images * each for each in per_image]
     if not all(prompts):
         return "not known before the annotations are read"

@@ -8,10 +8,10 @@ from typing import Any
 
 from glip_jax.evaluation.benchmark.sets import (
     ABSENCE,
-    Ask,
     BenchmarkSet,
     Group,
     Metric,
+    PromptMode,
     Published,
     SetFile,
     read_values,
@@ -33,11 +33,11 @@ _MMDET_ONE = {**_AS_GLIP, "chunk": 0, "boxes": 300, "widths": "plain"}
 
 
 def _rows(
-    ask: str, metric: str, keys: str, rows: Mapping[str, str], source: str, protocol: Mapping[str, Any]
+    mode: str, metric: str, keys: str, rows: Mapping[str, str], source: str, protocol: Mapping[str, Any]
 ) -> tuple[Published, ...]:
     """Published numbers: `keys` separated by "|" or spaces, and per model as many numbers ("-" for none)."""
     return tuple(
-        Published(model, ask, metric, key, float(value), source, protocol)
+        Published(model, mode, metric, key, float(value), source, protocol)
         for model, values in rows.items()
         for key, value in zip(keys.split("|" if "|" in keys else None), values.split(), strict=True)
         if value != "-"
@@ -55,7 +55,7 @@ def _coco() -> BenchmarkSet:
             SetFile("annotations", _below(("coco", "", "COCO"), "annotations/instances_val2017.json")),
             SetFile("images", (*_below(("coco", "", "COCO"), "val2017"), "coco/images/val2017")),
         ),
-        asks=(Ask("names", prompts=1),), metrics=(Metric("AP", "coco", "AP"),), licence=_COCO_LICENCE,
+        modes=(PromptMode("names", prompts=1),), metrics=(Metric("AP", "coco", "AP"),), licence=_COCO_LICENCE,
         counts={"images": 5000, "categories": 80}, prompt_rule="the 80 names in the order of their ids, joined by \". \"", widths="plus_one",
         published=(
             *_rows("names", "AP", "AP", {"GLIP-T (A)": "42.9", "GLIP-T (B)": "44.9", "GLIP-T (C)": "46.7", "GLIP-T": "46.3", "GLIP-L": "49.8"},
@@ -81,9 +81,9 @@ def _lvis() -> tuple[BenchmarkSet, BenchmarkSet]:
         Metric("standard AP", "lvis", "AP", {"fixed": False, "top": 300}),
         ABSENCE,
     )
-    asks = (
-        Ask("names", chunk=40, boxes=300, prompts=31),
-        Ask("names_parallel", chunk=1, boxes=300, prompts=1203, default=False),
+    modes = (
+        PromptMode("names", chunk=40, boxes=300, prompts=31),
+        PromptMode("names_parallel", chunk=1, boxes=300, prompts=1203, default=False),
     )
     chunks = {**_AS_GLIP, "chunk": 40, "boxes": 300, "boxes_per_image": 0, "widths": "plain"}
     keys, mmdet = "APr APc APf AP", {**chunks, "max_per_img": 300}
@@ -99,7 +99,7 @@ def _lvis() -> tuple[BenchmarkSet, BenchmarkSet]:
     rule = 'names without parentheses, 40 a prompt in the order of their ids, joined by ". "'
     minival = BenchmarkSet(
         name="lvis_minival", title="LVIS v1 minival", layout="categories", form="coco",
-        files=(SetFile("annotations", (*mini_files, *val_files)), images), asks=asks, metrics=metrics, licence=_LVIS_LICENCE,
+        files=(SetFile("annotations", (*mini_files, *val_files)), images), modes=modes, metrics=metrics, licence=_LVIS_LICENCE,
         counts={"images": 4809, "categories": 1203}, prompt_rule=rule, image_rule="val2017",
         stems_sha256="0b3fa2758c8605c73a4b16fa47fab35f42546144f7dc21f4e99aeb6335a0c9ab",
         published=(
@@ -123,7 +123,7 @@ def _lvis() -> tuple[BenchmarkSet, BenchmarkSet]:
     )  # fmt: skip
     val = BenchmarkSet(
         name="lvis_val", title="LVIS v1 val", layout="categories", form="coco", files=(SetFile("annotations", val_files), images),
-        asks=asks, metrics=metrics, licence=_LVIS_LICENCE, counts={"images": 19809, "categories": 1203}, prompt_rule=rule,
+        modes=modes, metrics=metrics, licence=_LVIS_LICENCE, counts={"images": 19809, "categories": 1203}, prompt_rule=rule,
         published=(
             *_rows("names", "fixed AP", keys, {
                 "GLIP-T (A)": "6.0 8.0 19.4 12.3", "GLIP-T (B)": "4.2 7.6 18.6 11.3", "GLIP-T (C)": "7.5 11.6 26.1 16.5",
@@ -162,7 +162,7 @@ def _flickr(split: str) -> BenchmarkSet:
             SetFile("images", ("flickr30k/flickr30k-images", "flickr30k-images", f"flickr30k/flickr30k_images/{split}", "flickr30k/flickr30k_images",
                                "flickr30k/images")),
         ),
-        asks=(Ask("caption", prompts=5),),
+        modes=(PromptMode("caption", prompts=5),),
         metrics=(Metric("R@1 (any box)", "flickr", "any_box.1.all"), Metric("R@1 (merged boxes)", "flickr", "merged_boxes.1.all")),
         licence="not known: see the page of Flickr30k Entities", counts={"images": 1000},
         prompt_rule="the caption as it is; the phrases that have a box",
@@ -182,7 +182,7 @@ _REFEXP = {
     "refcocog": ("RefCOCOg", ("val", "test"), {
         "GLIP-T (O365, GoldG)": "65.58 66.08", "GLIP-T": "66.09 66.89", "Grounding DINO-T": "67.46 67.13"}),
 }  # fmt: skip
-_EXPRESSION = Ask("expression", boxes=30, token_scores="max")
+_EXPRESSION = PromptMode("expression", boxes=30, token_scores="max")
 _SEEN = "its images are of COCO train2014: GoldG's mixed data and COCO train hold them unless they were removed"
 
 
@@ -199,7 +199,7 @@ def _refexp(name: str, split: str) -> BenchmarkSet:
     protocol = {**_AS_GLIP, "token_scores": "max", "boxes": 30}
     return BenchmarkSet(
         name=f"{name}_{split.lower()}", title=f"{title} {split}", layout="expressions", form="expressions",
-        files=_expression_files(name, split), asks=(_EXPRESSION,),
+        files=_expression_files(name, split), modes=(_EXPRESSION,),
         metrics=(Metric("P@1 (GIoU)", "refexp", f"{name}.0", {"overlap": "giou"}), Metric("P@1 (IoU)", "refexp", f"{name}.0", {"overlap": "iou"})),
         licence="not known: see the page of the refer data sets; " + _COCO_LICENCE,
         prompt_rule="the expression and a full stop; a box has the highest score of the tokens", notes=(_SEEN,),
@@ -221,7 +221,7 @@ def _grefcoco(split: str) -> BenchmarkSet:
     first_target = {"metric": "mmdetection's, which reads only the first target"}
     return BenchmarkSet(
         name=f"grefcoco_{split.lower()}", title=f"gRefCOCO {split}", layout="expressions", form="expressions",
-        files=_expression_files("grefcoco", split), asks=(_EXPRESSION,),
+        files=_expression_files("grefcoco", split), modes=(_EXPRESSION,),
         metrics=tuple(
             Metric(f"Pr@(F1=1), threshold {threshold}{'' if overlap == 'giou' else ' (IoU)'}", "grefcoco", "F1_score",
                    {"overlap": overlap, "threshold": threshold})
@@ -243,21 +243,21 @@ def _d3() -> BenchmarkSet:
     keys = "FULL PRES ABS"
     intra = ("intra_parallel", "intra_concat")
     metrics = (
-        Metric("AP (FULL)", "d3", "FULL", asks=intra),
-        Metric("AP (FULL), inter", "d3", "FULL", {"inter": True}, asks=("inter_parallel", "inter_concat")),
+        Metric("AP (FULL)", "d3", "FULL", modes=intra),
+        Metric("AP (FULL), inter", "d3", "FULL", {"inter": True}, modes=("inter_parallel", "inter_concat")),
         Metric(
             "AP (FULL), inter, boxes of all groups",
             "d3",
             "all_groups.FULL",
             {"inter": True},
-            asks=("inter_parallel", "inter_concat"),
+            modes=("inter_parallel", "inter_concat"),
         ),
         Metric(
             f"{ABSENCE.label}, boxes of all groups",
             "absence",
             ABSENCE.main,
             {"exhaustive": True},
-            asks=("inter_parallel", "inter_concat"),
+            modes=("inter_parallel", "inter_concat"),
         ),
     )
     inter = {
@@ -277,9 +277,9 @@ def _d3() -> BenchmarkSet:
             SetFile("pickles", ("d3/d3_pkl", "D3/d3_pkl", "d3_pkl")),
             SetFile("images", ("d3/d3_images", "D3/d3_images", "d3_images")),
         ),
-        asks=(
-            Ask("intra_parallel", chunk=1, prompts=4), Ask("intra_concat", prompts=1), Ask("inter_concat"),
-            Ask("inter_parallel", chunk=1, prompts=422, default=False),
+        modes=(
+            PromptMode("intra_parallel", chunk=1, prompts=4), PromptMode("intra_concat", prompts=1), PromptMode("inter_concat"),
+            PromptMode("inter_parallel", chunk=1, prompts=422, default=False),
         ),
         metrics=metrics, licence="CC BY-NC 4.0 (as the package ddd-dataset states)", counts={"categories": 422},
         prompt_rule="intra: the sentences of the image's group; inter: all 422. parallel: one a prompt; concat: joined by \". \"",
@@ -304,7 +304,7 @@ def _omnilabel() -> BenchmarkSet:
             SetFile("annotations", _below(("omnilabel", "omnilabel/annotations", ""), "dataset_all_val_v0.1.3.json")),
             SetFile("images", ("omnilabel/images", "omnilabel", ".")),
         ),
-        asks=(Ask("descriptions", chunk=20),), metrics=(Metric("AP", "omnilabel", final),),
+        modes=(PromptMode("descriptions", chunk=20),), metrics=(Metric("AP", "omnilabel", final),),
         licence="omnilabeltools MIT; photographs as of COCO, Objects365 and Open Images", prompt_rule="20 descriptions a prompt without the full stop at their end, joined by \". \"",
         published=_rows("descriptions", "AP", keys, {
             "GLIP-T": "19.3 23.6 16.4 25.8 29.4 14.8 8.2", "GLIP-L": "25.8 32.9 21.2 33.2 37.7 18.9 10.8",
@@ -321,7 +321,7 @@ def _v3det() -> BenchmarkSet:
             SetFile("annotations", _below(("v3det/annotations", "V3Det/annotations", "v3det"), "v3det_2023_v1_val.json")),
             SetFile("images", ("v3det", "V3Det")),
         ),
-        asks=(Ask("names", chunk=40, boxes=300, prompts=331),), metrics=(Metric("AP", "coco", "AP", {"top": 300}),),
+        modes=(PromptMode("names", chunk=40, boxes=300, prompts=331),), metrics=(Metric("AP", "coco", "AP", {"top": 300}),),
         licence="annotations CC BY 4.0; photographs as V3Det states", counts={"images": 29821, "categories": 13204},
         prompt_rule="13,204 names, 40 a prompt in the order of their ids; or those that a cheap pass retrieved for the image",
         published=_rows("names", "AP", "AP", {"Faster R-CNN R50 (supervised)": "25.4", "Cascade Swin-B (supervised)": "42.5"}, "V3Det/V3Det",
@@ -334,7 +334,11 @@ def _odinw(key: str, values: Mapping[str, Any], split: str) -> BenchmarkSet:
     doubled = f"{folder.split('/')[0]}/"
     roots = ("odinw/", f"odinw/{doubled}", "", doubled)
     plain = file.replace("annotations_without_background.json", "_annotations.coco.json")
-    asks = (Ask("names", prompts=1), Ask("prompts", prompts=1)) if values["prompts"] else (Ask("names", prompts=1),)
+    modes = (
+        (PromptMode("names", prompts=1), PromptMode("prompts", prompts=1))
+        if values["prompts"]
+        else (PromptMode("names", prompts=1),)
+    )
     hand = "prompts" if values["prompts"] else "names"
     images = values["images"][split]
     published: tuple[Published, ...] = ()
@@ -360,7 +364,7 @@ def _odinw(key: str, values: Mapping[str, Any], split: str) -> BenchmarkSet:
             SetFile("annotations", tuple(f"{root}{name}" for name in (file, plain) for root in roots)),
             SetFile("images", tuple(f"{root}{folder}" for root in roots)),
         ),
-        asks=asks, metrics=(Metric("AP", "coco", "AP"),), licence="not known: each set has its own, see its Roboflow page",
+        modes=modes, metrics=(Metric("AP", "coco", "AP"),), licence="not known: each set has its own, see its Roboflow page",
         counts={"categories": len(values["classes"])}, reported={"images": images} if images else {}, widths="plus_one",
         prompt_rule="all names in one prompt in the order of their ids; GLIP's hand-written prompts where it has them",
         prompts={name: tuple(texts) for name, texts in values["prompts"].items()}, published=published,
@@ -373,7 +377,7 @@ def _rf100vl(name: str, values: Mapping[str, Any]) -> BenchmarkSet:
     return BenchmarkSet(
         name=f"rf100vl_{name}", title=f"RF100-VL {name}", layout="categories", form="coco",
         files=(SetFile("annotations", _below(roots, "test/_annotations.coco.json")), SetFile("images", _below(roots, "test"))),
-        asks=(Ask("names", boxes=500, prompts=1),),
+        modes=(PromptMode("names", boxes=500, prompts=1),),
         metrics=(Metric("AP", "coco", "AP", {"top": 100}), Metric("AP (500 boxes)", "coco", "AP", {"top": 500})),
         licence="Apache-2.0 (repository); sets mostly MIT or CC, each its own", domain=values["domain"],
         prompt_rule="all names in the order of their ids, without the unused class of the export",

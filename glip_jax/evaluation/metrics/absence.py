@@ -343,22 +343,21 @@ def score(
     federated &= all("frequency" in fields for fields in truth.category_fields)
     check = ResultCheck(predictions, truth)
     judged, parts = np.union1d(pairs.absent, pairs.present), [_NONE]
+    lvis_ap = lvis.StandardAP(truth) if federated else None
     not_judged = 0
     for block in result_blocks(predictions, truth.images, truth.categories, annotations):
         check.add(block)
         numbers, listed = block.images.astype(np.int64) * len(pairs.names) + block.categories, block.categories >= 0
         known = listed & np.isin(numbers, judged)
         not_judged += int((listed & ~known).sum())
-        # LVIS's AP reads the files itself, within its own bound of memory; here the few rows that are judged are enough.
-        kept = known if federated else listed
+        # LVIS's AP takes all rows, within its own bound of memory; for the rest the few rows that are judged are enough.
+        if lvis_ap is not None:
+            lvis_ap.add(block)
+        kept = listed if lvis_ap is None else known
         parts.append(Found(numbers[kept], block.scores[kept], block.boxes[kept]))
     check.finish()
     found = Found(*(np.concatenate(columns) for columns in zip(*parts)))
-
-    def lvis_ap(least: float) -> float:
-        return lvis.score(annotations, predictions, threshold=least)["AP"]
-
-    result = measure(pairs, found, lvis_ap if federated else coco_ap(pairs, found), thresholds)
+    result = measure(pairs, found, coco_ap(pairs, found) if lvis_ap is None else lvis_ap.at, thresholds)
     return result | {"boxes_not_judged": not_judged, "counts": check.counts}
 
 

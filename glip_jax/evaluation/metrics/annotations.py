@@ -5,6 +5,7 @@ and segmentations are not kept. Boxes of images or categories that are not liste
 and counted.
 """
 
+import functools
 import logging
 import math
 from collections import Counter
@@ -78,8 +79,10 @@ class Annotations:
         )  # fmt: skip
 
 
-def read_annotations(path: str) -> Annotations:
+def read_annotations(path: str, notes: bool = True) -> Annotations:
     """Reads a file in COCO's form (COCO, LVIS, D3, Objects365, V3Det, Roboflow).
+
+    `notes`: log what is odd in the file, once however often it is read.
 
     Raises:
         MetricError: the file does not exist, is not JSON, lacks images, annotations or categories, an id occurs twice, or a
@@ -122,16 +125,21 @@ def read_annotations(path: str) -> Annotations:
     if without.any():
         left_out["box without an area, width x height taken"] += int(without.sum())
         areas = np.where(without, boxes[:, 2] * boxes[:, 3], areas)
-    for reason, count in left_out.items():
-        logger.warning(f"note: {path}: {count} x {reason}")
-    if zero:
-        logger.warning(
-            f"note: {path}: an annotation has the id 0, which pycocotools takes for no match; it is matched here"
-        )
+    if notes:
+        for reason, count in left_out.items():
+            _note(f"note: {path}: {count} x {reason}")
+        if zero:
+            _note(f"note: {path}: an annotation has the id 0, which pycocotools takes for no match; it is matched here")
     return Annotations(
         path, images, categories, image_fields, category_fields, np.array(columns[0], np.int32), np.array(columns[1], np.int32),
         boxes, areas, np.array(columns[4], bool), np.array(columns[5], bool), dict(left_out),
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _note(text: str) -> None:
+    """Logs a note, the same one once in a process: a job reads a file before the detection and for each metric."""
+    logger.warning(text)
 
 
 def _listed(path: str, what: str) -> tuple[Ids, tuple[dict[str, Any], ...]]:

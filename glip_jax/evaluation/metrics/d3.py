@@ -134,7 +134,7 @@ def _parts(full_path: str, full: Annotations, negative: np.ndarray | None) -> di
     if all(gcs.kind(file) == "file" for file in files.values()):
         parts: dict[str, Annotations | None] = {"FULL": full}
         for name, file in files.items():
-            parts[name] = part = read_annotations(str(file))
+            parts[name] = part = read_annotations(str(file), notes=False)
             if part.images.keys != full.images.keys:
                 raise MetricError(
                     f"{file} lists {len(part.images)} images and {full_path} {len(full.images)}, or others: the files are of "

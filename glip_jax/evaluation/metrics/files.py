@@ -7,9 +7,10 @@ Forms of predictions:
 - boxes by image: `{"<image id>": {"boxes": [[x1, y1, x2, y2], ...], "scores": [...]}}` (`boxes_by_image`);
 - any other list of objects (`objects`) or JSON value (`read_json`), whose fields the metric checks itself.
 
-Paths are local or gs://. Numbers that are not finite are refused, not skipped.
+Paths are local or gs://. What is no finite number ("0.5" and true are none) is refused, not skipped.
 """
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -129,7 +130,7 @@ def _natural(name: str) -> list[tuple[int, int | str]]:
 def objects(path: epath.PathLike, key: str = "", what: str = "predictions") -> Iterator[dict[str, Any]]:
     """Yields the objects of the JSON list under `key` ("": the file is the list), as a stream.
 
-    NaN and Infinity are the texts "NaN" and "Infinity": `number_array` and `box_array` refuse them. `what`: the kind of file,
+    NaN and Infinity are the texts "NaN" and "Infinity"; `number_array` and `box_array` refuse texts. `what`: the kind of file,
     for messages. Raises MetricError if the file does not exist, is not JSON, or has no such list of objects.
     """
     _require_file(path, what)
@@ -209,7 +210,13 @@ def id_of(item: dict[str, Any], where: str) -> int | str:
 
 
 def _floats(values: Any) -> Float64[np.ndarray, "..."] | None:
-    """The values as an array; None for texts other than NaN, for null, and where lists differ in length."""
+    """Numbers, or lists of numbers, as an array; None for texts, true, false and null, and where lists differ in length."""
+    items = values if isinstance(values, list) else [values]
+    types = set(map(type, items))
+    if types == {list}:
+        types = set(map(type, itertools.chain.from_iterable(items)))
+    if not types <= {int, float}:  # NumPy takes "0.5" and true for numbers
+        return None
     try:
         return np.asarray(values, np.float64)
     except (TypeError, ValueError, OverflowError):

@@ -12,7 +12,6 @@ Equal scores rank in the order of the files, at the cuts as well.
 """
 
 import logging
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -21,13 +20,25 @@ from jaxtyping import Bool, Float64, Int, Int32
 
 from glip_jax.evaluation.metrics.annotations import Annotations, ResultCheck, read_annotations
 from glip_jax.evaluation.metrics.files import MetricError, Results, result_blocks
-from glip_jax.evaluation.metrics.per_category import Found, Truth, by_group, category_curves, mean_of, no_curves, ranks
+from glip_jax.evaluation.metrics.per_category import (
+    Curves,
+    Found,
+    Truth,
+    by_group,
+    category_curves,
+    mean_of,
+    no_curves,
+    ranks,
+)
 
-__all__ = ["score"]
+__all__ = ["StandardAP", "score"]
 
 logger = logging.getLogger(__name__)
 
 _GROUPS = ("r", "c", "f")
+
+_PER_IMAGE = 300
+"""Detections of an image that standard AP counts."""
 
 _HELD = 2_000_000
 """Rows that are read before the cut, at least; then as many again as were kept."""
@@ -40,13 +51,12 @@ def score(
     fixed: bool = False,
     top: int | None = None,
     per_class: bool = False,
-    threshold: float = -math.inf,
 ) -> dict[str, Any]:
     """LVIS' numbers of predictions in COCO's results form.
 
     `predictions`: a file or a folder of files, in any partition; memory holds the rows within the cut, and boxes only of those
     that count. `fixed`: fixed AP. `top`: detections per image (default 300), or with `fixed` per category (default 10,000).
-    `per_class`: adds AP by name of the category. `threshold`: only detections with a score of at least this count.
+    `per_class`: adds AP by name of the category.
 
     Returns "AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf"; "AR@300" and "ARs@300", "ARm@300", "ARl@300" (by the
     cap), or with `fixed` "kept", the number of detections within the cut; and "counts". A number is -1 where the annotations
@@ -55,22 +65,19 @@ def score(
     Raises:
         MetricError: the files cannot be read, or the annotations are not those of LVIS.
     """
-    top = (10_000 if fixed else 300) if top is None else top
+    top = (10_000 if fixed else _PER_IMAGE) if top is None else top
     if top < 1:
         raise MetricError(f"top={top}: expected at least 1")
     truth = read_annotations(annotations)
     groups, annotated, unfinished = _groups(truth), *_asked(truth)
     detections, check = _Detections(truth, annotated, fixed, top), ResultCheck(predictions, truth)
     for block in result_blocks(predictions, truth.images, truth.categories, annotations):
-        detections.add(Results(*(column[block.scores >= threshold] for column in block)))
+        detections.add(block)
         check.add(block)
     check.finish()
     found = detections.finish()
     K = len(truth.categories)
-    curves = no_curves(K, 1)
-    for k, true, each in _by_category(truth, found, unfinished):
-        every = max(1, len(each.scores))
-        category_curves(true, each, [every], every, curves, k)
+    curves = _curves(truth, found, unfinished)
     precision, recall = curves.precision, curves.recall[..., 0]
     numbers: dict[str, Any] = {"kept": found.kept} if fixed else {}
     numbers |= {
@@ -91,6 +98,46 @@ def score(
     if fixed:
         numbers["counts"]["categories_below_top"] = few
     return numbers
+
+
+class StandardAP:
+    """Standard AP (300 detections an image) of the detections from a threshold on, for any number of thresholds.
+
+    The predictions are read once, block by block: the highest 300 of an image from a threshold on are those of its highest 300 that
+    reach it.
+    """
+
+    def __init__(self, truth: Annotations) -> None:
+        """Raises MetricError if the annotations are not those of LVIS."""
+        self._truth = truth
+        _groups(truth)
+        annotated, self._unfinished = _asked(truth)
+        self._detections = _Detections(truth, annotated, False, _PER_IMAGE)
+        self._found: _Kept | None = None
+
+    def add(self, block: Results) -> None:
+        """Adds rows of the predictions."""
+        self._detections.add(block)
+
+    def at(self, threshold: float) -> float:
+        """AP of the detections with a score of at least `threshold`; -1 without true boxes. No rows can be added afterwards."""
+        if self._found is None:
+            self._found = self._detections.finish()
+        found = self._found
+        rows = found.scores >= threshold
+        chosen = found._replace(
+            image=found.image[rows], category=found.category[rows], boxes=found.boxes[rows], scores=found.scores[rows]
+        )
+        return mean_of(_curves(self._truth, chosen, self._unfinished).precision[..., 0])
+
+
+def _curves(truth: Annotations, found: "_Kept", unfinished: Int[np.ndarray, " U"]) -> Curves:
+    """Precision and recall of every category."""
+    curves = no_curves(len(truth.categories), 1)
+    for k, true, each in _by_category(truth, found, unfinished):
+        every = max(1, len(each.scores))
+        category_curves(true, each, [every], every, curves, k)
+    return curves
 
 
 def _groups(truth: Annotations) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The table of the benchmark's sets, and the questions that the official layouts ask."""
+"""The table of the benchmark's sets, and the prompts of the official layouts."""
 
 import dataclasses
 import hashlib
@@ -12,8 +12,8 @@ import pytest
 from etils import epath
 
 from glip_jax.evaluation.benchmark import sets
-from glip_jax.evaluation.benchmark.asked import answer_arrays, answer_rows, join_rows
-from glip_jax.evaluation.benchmark.questions import ask_config, missing_images, narrowed, read_questions, retrieved
+from glip_jax.evaluation.benchmark.prompted import join_rows, prediction_arrays, prediction_rows
+from glip_jax.evaluation.benchmark.prompts import missing_images, mode_config, narrowed, read_prompts, retrieved
 from glip_jax.evaluation.benchmark.table import GROUPS, SETS
 from glip_jax.evaluation.metrics import flickr, grefcoco, refexp
 from glip_jax.evaluation.metrics.files import MetricError
@@ -31,19 +31,19 @@ def tokenizer():
 
 
 @pytest.fixture
-def ask(tmp_path, tokenizer):
-    """Writes a set and reads its questions, without the counts of the real one."""
+def mode(tmp_path, tokenizer):
+    """Writes a set and reads its prompts, without the counts of the real one."""
 
-    def read(name, ask="", **changes):
+    def read(name, mode="", **changes):
         item = dataclasses.replace(write_set(name, tmp_path), counts={}, stems_sha256="", **changes)
-        return read_questions(item, str(tmp_path), item.ask(ask or item.asks[0].name), tokenizer, CONFIG)
+        return read_prompts(item, str(tmp_path), item.mode(mode or item.modes[0].name), tokenizer, CONFIG)
 
     return read
 
 
-def _phrases(question):
-    assert question.prompt is not None
-    return [question.prompt.caption[slice(*spans[0])] for spans in question.prompt.spans]
+def _phrases(image_prompt):
+    assert image_prompt.prompt is not None
+    return [image_prompt.prompt.caption[slice(*spans[0])] for spans in image_prompt.prompt.spans]
 
 
 def _found(*rows):
@@ -60,15 +60,19 @@ def test_the_table_is_consistent():
     for item in SETS.values():
         roles = {each.role for each in item.files}
         assert {"annotations", "images"} <= roles and {metric.file for metric in item.metrics} <= roles, item.name
-        asks, labels = {each.name for each in item.asks}, {each.label for each in item.metrics}
-        assert len(labels) == len(item.metrics) and all(set(metric.asks) <= asks for metric in item.metrics), item.name
+        modes, labels = {each.name for each in item.modes}, {each.label for each in item.metrics}
+        assert len(labels) == len(item.metrics) and all(set(metric.modes) <= modes for metric in item.metrics), (
+            item.name
+        )
         for each in item.published:
-            assert each.ask in asks and each.metric in labels and 0 <= each.value <= 100 and each.source, (
+            assert each.mode in modes and each.metric in labels and 0 <= each.value <= 100 and each.source, (
                 item.name,
                 each,
             )
     for group in GROUPS.values():
-        assert group.sets and all(SETS[name].ask(column) for name in group.sets for column in group.columns), group.name
+        assert group.sets and all(SETS[name].mode(column) for name in group.sets for column in group.columns), (
+            group.name
+        )
     assert (len(GROUPS["odinw13"].sets), len(GROUPS["odinw35"].sets), len(GROUPS["rf100vl"].sets)) == (13, 35, 100)
     # The rows of the paper's Table 14 have the mean that it prints.
     rows = [
@@ -78,18 +82,18 @@ def test_the_table_is_consistent():
         if each.model == "GLIP-T" and "14" in each.source
     ]
     assert len(rows) == 13 and round(np.mean([each.value for each in rows]), 1) == 46.5
-    assert all(each.ask == "prompts" for each in rows if each.value in (18.4, 70.2, 50.0, 73.8, 72.3, 17.7))
+    assert all(each.mode == "prompts" for each in rows if each.value in (18.4, 70.2, 50.0, 73.8, 72.3, 17.7))
 
 
 def test_a_published_number_stands_only_beside_its_protocol():
     item = SETS["lvis_minival"]
     (paper,) = [each for each in item.published if each.model == "GLIP-T" and each.key == "AP"]
     (peer,) = [each for each in item.published if each.model == "MM-Grounding-DINO-T" and each.key == "AP"]
-    measured = sets.protocol(item, item.ask("names"))
+    measured = sets.protocol(item, item.mode("names"))
     assert paper.value == 26.0 and sets.agrees(paper, measured) and not sets.agrees(peer, measured)
     for change in ({"chunk": 20}, {"boxes": 100}, {"short_side": 480}, {"threshold": 0.1}):
-        assert not sets.agrees(paper, sets.protocol(item, dataclasses.replace(item.ask("names"), **change))), change
-    assert not sets.agrees(paper, sets.protocol(item, item.ask("names"), order=0))
+        assert not sets.agrees(paper, sets.protocol(item, dataclasses.replace(item.mode("names"), **change))), change
+    assert not sets.agrees(paper, sets.protocol(item, item.mode("names"), order=0))
     assert sets.number({"any_box": {"1": {"all": 0.5}}}, "any_box.1.all") == 0.5
     assert (
         sets.number({"refcoco+": [0.1, 0.2]}, "refcoco+.1") == 0.2
@@ -117,7 +121,7 @@ def test_names_groups_and_sets_of_ones_own(tmp_path):
     (tmp_path / "a.json").write_text('{"images": [{"id": 1}, {"id": 2, "known_absent": ["dog"]}]}')
     pier = sets.own_set("pier", str(tmp_path / "a.json"), "b")
     assert [each.label for each in pier.metrics] == ["AP", sets.ABSENCE.label]
-    assert [(each.name, each.chunk, each.default) for each in pier.asks] == [
+    assert [(each.name, each.chunk, each.default) for each in pier.modes] == [
         ("names", 0, True),
         ("names_parallel", 1, False),
     ]
@@ -148,13 +152,13 @@ def test_the_listing_says_what_is_there_and_what_is_missing(tmp_path):
 def test_another_version_of_a_file_is_refused_with_both_counts(tmp_path, tokenizer):
     item = write_set("coco", tmp_path)
     with pytest.raises(sets.BenchmarkError, match="has 3 images, 3 categories, expected 5,000 images, 80 categories"):
-        read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG)
-    asked = read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG, other_counts=True)
-    assert "another version" in asked.notes[0] and not asked.as_published
+        read_prompts(item, str(tmp_path), item.modes[0], tokenizer, CONFIG)
+    prompted = read_prompts(item, str(tmp_path), item.modes[0], tokenizer, CONFIG, other_counts=True)
+    assert "another version" in prompted.notes[0] and not prompted.as_published
     # ODinW's counts are those of the paper: other ones are noted, and the paper's numbers are of another version.
     item = write_set("odinw_aquarium", tmp_path)
-    asked = read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG)
-    assert "has 3 images, expected 63 images, as the paper reports" in asked.notes[0] and not asked.as_published
+    prompted = read_prompts(item, str(tmp_path), item.modes[0], tokenizer, CONFIG)
+    assert "has 3 images, expected 63 images, as the paper reports" in prompted.notes[0] and not prompted.as_published
 
 
 def test_boxes_that_cannot_be_scored_are_refused_before_the_detection(tmp_path, tokenizer):
@@ -164,7 +168,7 @@ def test_boxes_that_cannot_be_scored_are_refused_before_the_detection(tmp_path, 
     path.write_text(json.dumps({**content, "annotations": content["annotations"] * 2}))
     item = sets.own_set("mine", str(path), str(tmp_path / "coco/val2017"))
     with pytest.raises(sets.UserError, match="id 1 occurs twice in annotations"):
-        read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG)
+        read_prompts(item, str(tmp_path), item.modes[0], tokenizer, CONFIG)
 
 
 @pytest.mark.parametrize(("name", "change", "message"), [
@@ -179,44 +183,44 @@ def test_expressions_that_cannot_be_scored_are_refused_before_the_detection(tmp_
     change(content)
     path.write_text(json.dumps(content))
     with pytest.raises(sets.UserError, match=message):
-        read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG)
+        read_prompts(item, str(tmp_path), item.modes[0], tokenizer, CONFIG)
 
 
 def test_an_own_set_with_a_damaged_file_is_refused_when_it_is_read(tmp_path, tokenizer):
     (tmp_path / "half.json").write_text('{"images": [{"id": 1,')
     item = sets.own_set("mine", str(tmp_path / "half.json"), str(tmp_path))
     with pytest.raises(sets.UserError, match=r"half.json is not JSON"):
-        read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG)
+        read_prompts(item, str(tmp_path), item.modes[0], tokenizer, CONFIG)
 
 
-def test_coco_asks_all_names_in_the_order_of_ids(ask):
-    asked = ask("coco")
-    assert asked.counts == {"images": 3, "categories": 3, "boxes": 4, "prompts": 3}
-    first, last = asked.images[0], asked.images[-1]
+def test_coco_asks_all_names_in_the_order_of_ids(mode):
+    prompted = mode("coco")
+    assert prompted.counts == {"images": 3, "categories": 3, "boxes": 4, "prompts": 3}
+    first, last = prompted.images[0], prompted.images[-1]
     assert (first.id, first.file, first.height, first.width) == (11, "000000000011.jpg", 48, 64)
-    assert first.prompts[0].caption == "cat. dog. person" and first.questions[0].keys == (1, 2, 3)
-    assert [image.id for image in asked.images[1:]] == [13, 12] and last.questions[0].id == 12
-    (row, other) = answer_rows(
-        asked.item, first, [_found(([1, 2, 11, 22], 0.25, 2), ([0, 0, 5, 5], 0.5, 0), ([0, 0, 0, 0], 0, -1))]
+    assert first.prompts[0].caption == "cat. dog. person" and first.image_prompts[0].keys == (1, 2, 3)
+    assert [image.id for image in prompted.images[1:]] == [13, 12] and last.image_prompts[0].id == 12
+    (row, other) = prediction_rows(
+        prompted.item, first, [_found(([1, 2, 11, 22], 0.25, 2), ([0, 0, 5, 5], 0.5, 0), ([0, 0, 0, 0], 0, -1))]
     )
     assert row == {"image_id": 11, "category_id": 1, "bbox": [0, 0, 6, 6], "score": 0.5}
     assert (other["category_id"], other["bbox"]) == (3, [1, 2, 11, 21])  # w = x2 - x1 + 1
 
 
-def test_lvis_asks_chunks_and_minival_is_a_part_of_val(ask, tmp_path, tokenizer):
-    asked = ask("lvis_minival", asks=(sets.Ask("names", chunk=2, boxes=300),))
-    assert [image.id for image in asked.images] == [139, 632, 724] and asked.images[
+def test_lvis_asks_chunks_and_minival_is_a_part_of_val(mode, tmp_path, tokenizer):
+    prompted = mode("lvis_minival", modes=(sets.PromptMode("names", chunk=2, boxes=300),))
+    assert [image.id for image in prompted.images] == [139, 632, 724] and prompted.images[
         0
     ].file == "val2017/000000000139.jpg"
-    assert (asked.folder / asked.images[0].file).exists() and asked.counts["boxes"] == 4
-    assert [prompt.caption for prompt in asked.images[0].prompts] == ["aerosol can. cat", "bow . person"]
-    assert [image.id for image in ask("lvis_val").images] == [139, 285, 632, 724]
-    path = sets.scored_annotations(asked.item, str(tmp_path), "annotations", epath.Path(tmp_path / "derived"))
+    assert (prompted.folder / prompted.images[0].file).exists() and prompted.counts["boxes"] == 4
+    assert [prompt.caption for prompt in prompted.images[0].prompts] == ["aerosol can. cat", "bow . person"]
+    assert [image.id for image in mode("lvis_val").images] == [139, 285, 632, 724]
+    path = sets.scored_annotations(prompted.item, str(tmp_path), "annotations", epath.Path(tmp_path / "derived"))
     content = json.loads(path.read_text())
     assert [each["id"] for each in content["images"]] == [139, 632, 724] and len(content["categories"]) == 4
     assert len(content["annotations"]) == 4 and "segmentation" not in content["annotations"][0]
-    shuffled = read_questions(asked.item, str(tmp_path), asked.ask, tokenizer, CONFIG, order=3)
-    keys = [key for question in shuffled.images[0].questions for key in question.keys]
+    shuffled = read_prompts(prompted.item, str(tmp_path), prompted.mode, tokenizer, CONFIG, order=3)
+    keys = [key for image_prompt in shuffled.images[0].image_prompts for key in image_prompt.keys]
     assert sorted(keys) == [1, 2, 3, 4] != keys
     assert (
         sets.scored_annotations(SETS["lvis_val"], str(tmp_path), "annotations", epath.Path(tmp_path / "derived")).name
@@ -226,133 +230,149 @@ def test_lvis_asks_chunks_and_minival_is_a_part_of_val(ask, tmp_path, tokenizer)
 
 def test_an_image_list_with_another_hash_is_noted(tmp_path, tokenizer):
     item = dataclasses.replace(write_set("lvis_minival", tmp_path), counts={})
-    asked = read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG)
-    assert any("it is another image list" in note for note in asked.notes)
+    prompted = read_prompts(item, str(tmp_path), item.modes[0], tokenizer, CONFIG)
+    assert any("it is another image list" in note for note in prompted.notes)
     lines = "".join(f"{key:012d}\n" for key in (139, 632, 724))
     item = dataclasses.replace(item, stems_sha256=hashlib.sha256(lines.encode()).hexdigest())
-    assert not read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG).notes
+    assert not read_prompts(item, str(tmp_path), item.modes[0], tokenizer, CONFIG).notes
 
 
-def test_odinw_asks_names_and_hand_written_prompts(ask):
-    assert ask("odinw_northamericamushrooms").images[0].prompts[0].caption == "CoW. chanterelle"
-    asked = ask("odinw_northamericamushrooms", "prompts")
-    assert _phrases(asked.images[0].questions[0]) == ["flat mushroom", "yellow mushroom"]
-    (question,) = ask("odinw_packages", "prompts").images[0].questions
-    assert question.prompt.caption == "there is a package on the porch" and _phrases(question) == ["package"]
-    (question,) = ask("odinw_aquarium", "prompts").images[0].questions
-    assert question.prompt.caption.startswith(
+def test_odinw_asks_names_and_hand_written_prompts(mode):
+    assert mode("odinw_northamericamushrooms").images[0].prompts[0].caption == "CoW. chanterelle"
+    prompted = mode("odinw_northamericamushrooms", "prompts")
+    assert _phrases(prompted.images[0].image_prompts[0]) == ["flat mushroom", "yellow mushroom"]
+    (image_prompt,) = mode("odinw_packages", "prompts").images[0].image_prompts
+    assert image_prompt.prompt.caption == "there is a package on the porch" and _phrases(image_prompt) == ["package"]
+    (image_prompt,) = mode("odinw_aquarium", "prompts").images[0].image_prompts
+    assert image_prompt.prompt.caption.startswith(
         " fish. jellyfish. penguin , which is black and white. puffin with orange beaks . shark"
     )
-    assert question.keys == (1, 2, 3, 4, 5, 6, 7) and _phrases(question)[2:4] == ["penguin", "puffin"]
+    assert image_prompt.keys == (1, 2, 3, 4, 5, 6, 7) and _phrases(image_prompt)[2:4] == ["penguin", "puffin"]
 
 
-def test_rf100vl_leaves_out_the_unused_class_of_the_export_only(ask, tmp_path, tokenizer):
-    asked = ask("rf100vl_actions")
-    assert asked.images[0].questions[0].keys == (1, 2, 3) and "category 0, 'animals', is not asked" in asked.notes[0]
-    path = asked.annotations
+def test_rf100vl_leaves_out_the_unused_class_of_the_export_only(mode, tmp_path, tokenizer):
+    prompted = mode("rf100vl_actions")
+    assert (
+        prompted.images[0].image_prompts[0].keys == (1, 2, 3)
+        and "category 0, 'animals', is not asked" in prompted.notes[0]
+    )
+    path = prompted.annotations
     content = json.loads(path.read_text())
     content["annotations"][0]["category_id"] = 0  # a list that counts from 0
     path.write_text(json.dumps(content))
-    again = read_questions(asked.item, str(tmp_path), asked.ask, tokenizer, CONFIG)
-    assert again.images[0].questions[0].keys == (0, 1, 2, 3) and not again.notes
+    again = read_prompts(prompted.item, str(tmp_path), prompted.mode, tokenizer, CONFIG)
+    assert again.images[0].image_prompts[0].keys == (0, 1, 2, 3) and not again.notes
 
 
-def test_names_that_cannot_be_asked_are_said(ask, tmp_path, tokenizer):
-    asked = ask("odinw_bccd")
-    content = json.loads(asked.annotations.read_text())
+def test_names_that_cannot_be_asked_are_said(mode, tmp_path, tokenizer):
+    prompted = mode("odinw_bccd")
+    content = json.loads(prompted.annotations.read_text())
     content["categories"] += [{"id": 8, "name": "  "}, {"id": 9, "name": "cat " * 300}]
-    asked.annotations.write_text(json.dumps(content))
-    again = read_questions(asked.item, str(tmp_path), asked.ask, tokenizer, CONFIG)
-    assert again.images[0].questions[0].keys == (1, 2) and again.names.keys() == {1, 2, 8, 9}
+    prompted.annotations.write_text(json.dumps(content))
+    again = read_prompts(prompted.item, str(tmp_path), prompted.mode, tokenizer, CONFIG)
+    assert again.images[0].image_prompts[0].keys == (1, 2) and again.names.keys() == {1, 2, 8, 9}
     assert [note[:40] for note in again.notes] == ["1 of 4 are not asked and count as not fo"] * 2
 
 
 @pytest.mark.parametrize("source", ["captions", "release"])
-def test_flickr_asks_the_phrases_of_captions(source, ask, tmp_path, tokenizer):
-    asked = ask("flickr_test")
+def test_flickr_asks_the_phrases_of_captions(source, mode, tmp_path, tokenizer):
+    prompted = mode("flickr_test")
     if source == "release":
-        asked.item.path("captions", str(tmp_path)).unlink()
-        asked = read_questions(asked.item, str(tmp_path), asked.ask, tokenizer, CONFIG)
-    assert asked.counts["captions"] == 2 and asked.counts["phrases"] == 4 and asked.counts["images"] == 2
-    first, second = asked.images
-    (question,) = first.questions
-    assert (first.file, question.id, question.phrases) == ("1001.jpg", (1001, 0), 2)
-    assert _phrases(question) == ["The man", "a red hat"] and _phrases(second.questions[0]) == ["A hat", "a man"]
+        prompted.item.path("captions", str(tmp_path)).unlink()
+        prompted = read_prompts(prompted.item, str(tmp_path), prompted.mode, tokenizer, CONFIG)
+    assert prompted.counts["captions"] == 2 and prompted.counts["phrases"] == 4 and prompted.counts["images"] == 2
+    first, second = prompted.images
+    (image_prompt,) = first.image_prompts
+    assert (first.file, image_prompt.id, image_prompt.phrases) == ("1001.jpg", (1001, 0), 2)
+    assert _phrases(image_prompt) == ["The man", "a red hat"] and _phrases(second.image_prompts[0]) == [
+        "A hat",
+        "a man",
+    ]
     x, y, w, h = boxes_of(1)[0]
-    rows = answer_rows(asked.item, first, [_found(([x, y, x + w, y + h], 0.5, 0), ([0, 0, 1, 1], 0.9, 0))])
-    rows += answer_rows(asked.item, second, [_found()])
+    rows = prediction_rows(prompted.item, first, [_found(([x, y, x + w, y + h], 0.5, 0), ([0, 0, 1, 1], 0.9, 0))])
+    rows += prediction_rows(prompted.item, second, [_found()])
     assert rows[0]["boxes"] == [[[0, 0, 1, 1], [x, y, x + w, y + h], [0, 0, 0, 0]], [[0, 0, 0, 0]]]
-    (tmp_path / "found.json").write_text(json.dumps(join_rows(asked.item, rows)))
-    numbers = flickr.score(str(asked.annotations), str(tmp_path / "found.json"))
+    (tmp_path / "found.json").write_text(json.dumps(join_rows(prompted.item, rows)))
+    numbers = flickr.score(str(prompted.annotations), str(tmp_path / "found.json"))
     assert (numbers["any_box"]["1"]["all"], numbers["any_box"]["5"]["all"]) == (0, 0.25)
 
 
-def test_a_caption_beyond_the_budget_keeps_its_lists(ask, tmp_path, tokenizer):
-    asked = ask("flickr_test")
+def test_a_caption_beyond_the_budget_keeps_its_lists(mode, tmp_path, tokenizer):
+    prompted = mode("flickr_test")
     short = tiny_run.replace(CONFIG, "model", text=dataclasses.replace(CONFIG.model.text, max_tokens=6))
-    again = read_questions(asked.item, str(tmp_path), asked.ask, tokenizer, short)
-    assert again.images[0].questions[0].keys == (0,) and "phrases cannot be asked and count as missed" in again.notes[0]
-    rows = answer_rows(again.item, again.images[0], [_found()])
+    again = read_prompts(prompted.item, str(tmp_path), prompted.mode, tokenizer, short)
+    assert (
+        again.images[0].image_prompts[0].keys == (0,)
+        and "phrases cannot be asked and count as missed" in again.notes[0]
+    )
+    rows = prediction_rows(again.item, again.images[0], [_found()])
     assert len(rows[0]["boxes"]) == 2
 
 
-def test_expressions_are_one_phrase_and_share_their_image(ask, tmp_path, tokenizer):
-    asked = ask("refcoco+_testa")
-    assert [(image.file[-6:], len(image.questions)) for image in asked.images] == [("21.jpg", 2), ("22.jpg", 1)]
-    assert [prompt.caption for prompt in asked.images[0].prompts] == ["the red thing. ", "blue thing on the right."]
-    one, two = asked.images[0].questions
+def test_expressions_are_one_phrase_and_share_their_image(mode, tmp_path, tokenizer):
+    prompted = mode("refcoco+_testa")
+    assert [(image.file[-6:], len(image.image_prompts)) for image in prompted.images] == [("21.jpg", 2), ("22.jpg", 1)]
+    assert [prompt.caption for prompt in prompted.images[0].prompts] == ["the red thing. ", "blue thing on the right."]
+    one, two = prompted.images[0].image_prompts
     assert _phrases(one) == ["the red thing."] and (one.id, two.id, one.keys) == (0, 1, (0,))
     # All tokens of the caption, [CLS] and [SEP] excepted.
     tokens = tokenize(one.prompt, tokenizer, 32)
     assert tokens.phrase_map.sum() == tokens.mask.sum() - 2
-    config = ask_config(CONFIG, asked.ask)
+    config = mode_config(CONFIG, prompted.mode)
     assert (config.detection.token_scores, config.detection.max_detections) == ("max", 30)
-    rows = [row for image in asked.images for row in answer_rows(asked.item, image, [
-        _found(([x, y, x + w, y + h], 0.8, 0)) for x, y, w, h in [boxes_of(2)[question.id] for question in image.questions]])]  # fmt: skip
-    (tmp_path / "found.json").write_text(json.dumps(join_rows(asked.item, rows)))
-    assert refexp.score(str(asked.annotations), str(tmp_path / "found.json"))["refcoco+"] == [1, 1, 1]
+    rows = [row for image in prompted.images for row in prediction_rows(prompted.item, image, [
+        _found(([x, y, x + w, y + h], 0.8, 0)) for x, y, w, h in [boxes_of(2)[image_prompt.id] for image_prompt in image.image_prompts]])]  # fmt: skip
+    (tmp_path / "found.json").write_text(json.dumps(join_rows(prompted.item, rows)))
+    assert refexp.score(str(prompted.annotations), str(tmp_path / "found.json"))["refcoco+"] == [1, 1, 1]
 
 
-def test_expressions_without_target_are_asked_too(ask, tmp_path):
-    asked = ask("grefcoco_val")
-    assert asked.counts["expressions"] == 5 and asked.counts["expressions without target"] == 1
-    rows = [row for image in asked.images for row in answer_rows(asked.item, image, [_found()] * len(image.prompts))]
-    (tmp_path / "found.json").write_text(json.dumps(join_rows(asked.item, rows)))
-    assert grefcoco.score(str(asked.annotations), str(tmp_path / "found.json"))["N_acc"] == 1
+def test_expressions_without_target_are_asked_too(mode, tmp_path):
+    prompted = mode("grefcoco_val")
+    assert prompted.counts["expressions"] == 5 and prompted.counts["expressions without target"] == 1
+    rows = [
+        row
+        for image in prompted.images
+        for row in prediction_rows(prompted.item, image, [_found()] * len(image.prompts))
+    ]
+    (tmp_path / "found.json").write_text(json.dumps(join_rows(prompted.item, rows)))
+    assert grefcoco.score(str(prompted.annotations), str(tmp_path / "found.json"))["N_acc"] == 1
 
 
-def test_d3_asks_the_group_or_all(ask):
+def test_d3_asks_the_group_or_all(mode):
     def keys(name):
-        return [[question.keys for question in image.questions] for image in ask("d3", name).images]
+        return [[image_prompt.keys for image_prompt in image.image_prompts] for image in mode("d3", name).images]
 
     assert keys("intra_parallel") == [[(1,), (2,)]] * 2 + [[(3,), (4,)]] * 2
     assert keys("intra_concat") == [[(1, 2)]] * 2 + [[(3, 4)]] * 2
     assert keys("inter_parallel") == [[(1,), (2,), (3,), (4,)]] * 4 and keys("inter_concat") == [[(1, 2, 3, 4)]] * 4
-    asked = ask("d3", "intra_concat")
-    assert asked.images[2].prompts[0].caption == "the blue thing on the right of it. a dog"
-    assert asked.images[0].file == "scene/0.jpg" and asked.counts["groups"] == 2
+    prompted = mode("d3", "intra_concat")
+    assert prompted.images[2].prompts[0].caption == "the blue thing on the right of it. a dog"
+    assert prompted.images[0].file == "scene/0.jpg" and prompted.counts["groups"] == 2
 
 
-def test_omnilabel_asks_the_label_space_of_each_image(ask):
-    asked = ask("omnilabel")
-    assert [[question.keys for question in image.questions] for image in asked.images] == [
+def test_omnilabel_asks_the_label_space_of_each_image(mode):
+    prompted = mode("omnilabel")
+    assert [[image_prompt.keys for image_prompt in image.image_prompts] for image in prompted.images] == [
         [(30, 31, 21, 22)],
         [(30, 22)],
     ]
     assert (
-        asked.images[0].prompts[0].caption == "Person. Cat. the red thing that stands on the left. not the blue thing"
+        prompted.images[0].prompts[0].caption
+        == "Person. Cat. the red thing that stands on the left. not the blue thing"
     )
-    (row,) = answer_rows(asked.item, asked.images[1], [_found(([1, 2, 11, 22], 0.5, 1))])
+    (row,) = prediction_rows(prompted.item, prompted.images[1], [_found(([1, 2, 11, 22], 0.5, 1))])
     assert row == {"image_id": 9, "bbox": [1, 2, 10, 20], "description_ids": [22], "scores": [0.5]}
 
 
-def _true_boxes(asked, question, key):
+def _true_boxes(prompted, image_prompt, key):
     """The true boxes xywh of a key, in the files of the made sets."""
-    content = json.loads(asked.annotations.read_text()) if asked.item.layout != "flickr" else {}
+    content = json.loads(prompted.annotations.read_text()) if prompted.item.layout != "flickr" else {}
     own = [
-        each for each in content.get("annotations", ()) if each["image_id"] == question.id and not each.get("iscrowd")
+        each
+        for each in content.get("annotations", ())
+        if each["image_id"] == image_prompt.id and not each.get("iscrowd")
     ]
-    match asked.item.layout:
+    match prompted.item.layout:
         case "categories" | "d3":
             return [each["bbox"] for each in own if each["category_id"] == key]
         case "omnilabel":
@@ -360,35 +380,37 @@ def _true_boxes(asked, question, key):
         case "expressions":
             return [each["bbox"] for each in own if each["category_id"] == 1]
         case "flickr":
-            sentences = {(int(each.image), each.index): each for each in flickr.read_sentences(str(asked.annotations))}
-            return [(x1, y1, x2 - x1, y2 - y1) for x1, y1, x2, y2 in sentences[question.id].phrases[key].boxes]
-    raise AssertionError(asked.item.layout)
+            sentences = {
+                (int(each.image), each.index): each for each in flickr.read_sentences(str(prompted.annotations))
+            }
+            return [(x1, y1, x2 - x1, y2 - y1) for x1, y1, x2, y2 in sentences[image_prompt.id].phrases[key].boxes]
+    raise AssertionError(prompted.item.layout)
 
 
 @pytest.mark.parametrize(
     "name", ["coco", "lvis_minival", "flickr_val", "odinw_bccd", "refcocog_test", "grefcoco_testb", "d3", "omnilabel", "rf100vl_actions", "v3det"]
 )  # fmt: skip
-def test_perfect_answers_score_one_in_every_metric_of_the_table(name, ask, tmp_path):
-    for way in [each for each in SETS[name].asks if each.chunk != 1]:  # one sentence a prompt gives the same answers
-        asked, rows = ask(name, way.name), []
-        extra = 1 if asked.item.widths == "plus_one" else 0
-        for image in asked.images:
+def test_perfect_answers_score_one_in_every_metric_of_the_table(name, mode, tmp_path):
+    for way in [each for each in SETS[name].modes if each.chunk != 1]:  # one sentence a prompt gives the same answers
+        prompted, rows = mode(name, way.name), []
+        extra = 1 if prompted.item.widths == "plus_one" else 0
+        for image in prompted.images:
             found = [
-                _found(*(([x, y, x + w - extra, y + h - extra], 0.9, phrase) for phrase, key in enumerate(question.keys)
-                         for x, y, w, h in _true_boxes(asked, question, key)))
-                for question in image.questions
+                _found(*(([x, y, x + w - extra, y + h - extra], 0.9, phrase) for phrase, key in enumerate(image_prompt.keys)
+                         for x, y, w, h in _true_boxes(prompted, image_prompt, key)))
+                for image_prompt in image.image_prompts
             ]  # fmt: skip
-            rows += answer_rows(asked.item, image, found)
-        (tmp_path / "found.json").write_text(json.dumps(join_rows(asked.item, rows)))
-        scored = [metric for metric in asked.item.metrics if not metric.asks or way.name in metric.asks]
+            rows += prediction_rows(prompted.item, image, found)
+        (tmp_path / "found.json").write_text(json.dumps(join_rows(prompted.item, rows)))
+        scored = [metric for metric in prompted.item.metrics if not metric.modes or way.name in metric.modes]
         assert scored
         for metric in scored:
-            truth = sets.scored_annotations(asked.item, str(tmp_path), metric.file, epath.Path(tmp_path / "derived"))
+            truth = sets.scored_annotations(prompted.item, str(tmp_path), metric.file, epath.Path(tmp_path / "derived"))
             module = importlib.import_module(f"glip_jax.evaluation.metrics.{metric.module}")
             result = module.score(str(truth), str(tmp_path / "found.json"), **metric.options)
             keys = {
                 metric.main,
-                *(each.key for each in asked.item.published if (each.ask, each.metric) == (way.name, metric.label)),
+                *(each.key for each in prompted.item.published if (each.mode, each.metric) == (way.name, metric.label)),
             }
             numbers = {key: sets.number(result, key) for key in keys}
             # Of D3's boxes of all groups, one is not in the file of the groups that answers come from.
@@ -397,17 +419,21 @@ def test_perfect_answers_score_one_in_every_metric_of_the_table(name, ask, tmp_p
             assert all(sets._under(result, key) is not None for key in keys), (keys, result)
 
 
-def test_v3det_asks_only_retrieved_names(ask, tokenizer):
-    asked = ask("v3det", asks=(sets.Ask("names", chunk=1, boxes=300),))
-    assert asked.images[0].file == "images/a0001/000000000011.jpg" and asked.counts["prompts"] == 9
+def test_v3det_asks_only_retrieved_names(mode, tokenizer):
+    prompted = mode("v3det", modes=(sets.PromptMode("names", chunk=1, boxes=300),))
+    assert prompted.images[0].file == "images/a0001/000000000011.jpg" and prompted.counts["prompts"] == 9
     cheap = [_found(([0, 0, 1, 1], 0.1, 0)), _found(), _found(([0, 0, 1, 1], 0.3, 0), ([0, 0, 1, 1], 0.2, 0))]
-    assert retrieved(asked.images[0], cheap, 2) == [1, 3] and answer_arrays(asked.images[0], cheap)[0].tolist() == [
+    assert retrieved(prompted.images[0], cheap, 2) == [1, 3] and prediction_arrays(prompted.images[0], cheap)[
+        0
+    ].tolist() == [
         3,
         3,
         1,
     ]
-    few = narrowed(asked, lambda image: [1, 3] if image.id == 11 else [2], tokenizer, CONFIG)
-    assert [question.keys for question in few.images[0].questions] == [(1,), (3,)] and few.counts["prompts"] == 4
+    few = narrowed(prompted, lambda image: [1, 3] if image.id == 11 else [2], tokenizer, CONFIG)
+    assert [image_prompt.keys for image_prompt in few.images[0].image_prompts] == [(1,), (3,)] and few.counts[
+        "prompts"
+    ] == 4
     assert few.images[1].prompts[0].caption == "dog"
 
 
@@ -430,15 +456,15 @@ def test_bad_files_are_one_clear_message(name, change, message, tmp_path, tokeni
     change(content)
     path.write_text(json.dumps(content))
     with pytest.raises((sets.BenchmarkError, MetricError), match=message):
-        read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG)
+        read_prompts(item, str(tmp_path), item.modes[0], tokenizer, CONFIG)
 
 
-def test_images_of_a_set_that_was_downloaded_in_part(ask, tmp_path):
-    asked = ask("lvis_val")
-    assert missing_images(asked) == []
+def test_images_of_a_set_that_was_downloaded_in_part(mode, tmp_path):
+    prompted = mode("lvis_val")
+    assert missing_images(prompted) == []
     (tmp_path / "coco/val2017/000000000632.jpg").write_bytes(b"")
     shutil.rmtree(tmp_path / "coco/train2017")
-    assert sorted(missing_images(asked)) == ["train2017/000000000285.jpg", "val2017/000000000632.jpg"]
+    assert sorted(missing_images(prompted)) == ["train2017/000000000285.jpg", "val2017/000000000632.jpg"]
 
 
 def test_a_set_of_one_image_with_ids_as_text(tmp_path, tokenizer):
@@ -448,5 +474,5 @@ def test_a_set_of_one_image_with_ids_as_text(tmp_path, tokenizer):
     content["images"] = [content["images"][0] | {"id": "11", "height": "48"}]
     content["annotations"] = [each | {"image_id": "11"} for each in content["annotations"] if each["image_id"] == 11]
     path.write_text(json.dumps(content))
-    asked = read_questions(item, str(tmp_path), item.asks[0], tokenizer, CONFIG)
-    assert (len(asked.images), asked.images[0].id, asked.images[0].height) == (1, "11", 48)
+    prompted = read_prompts(item, str(tmp_path), item.modes[0], tokenizer, CONFIG)
+    assert (len(prompted.images), prompted.images[0].id, prompted.images[0].height) == (1, "11", 48)

@@ -33,15 +33,15 @@ def made(tmp_path, monkeypatch):
     return write_made(tmp_path)
 
 
-def ask(item, chunk):
-    return module.dataclasses.replace(item.asks[0], chunk=chunk)
+def mode(item, chunk):
+    return module.dataclasses.replace(item.modes[0], chunk=chunk)
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_a_job_that_stops_anywhere_ends_with_the_same_files(made, monkeypatch, chunk):
     """Nine prompts are written in parts, three in one file; it stops after each of the three blocks, and before a part is written."""
     item = own(made)
-    predict(run(made, "straight"), item, ask(item, chunk))
+    predict(run(made, "straight"), item, mode(item, chunk))
     straight = files(made / "straight")
     assert len(straight) == (9 if chunk == 1 else 1)
     assert not list((made / "straight").rglob("*.npz")), "the blocks are in the predictions"
@@ -56,24 +56,24 @@ def test_a_job_that_stops_anywhere_ends_with_the_same_files(made, monkeypatch, c
         monkeypatch.setattr(blocks_module.Blocks, where, stops)
         for _ in range(3):
             with pytest.raises(KeyboardInterrupt):
-                predict(run(made, "stopped"), item, ask(item, chunk))
+                predict(run(made, "stopped"), item, mode(item, chunk))
         monkeypatch.setattr(blocks_module.Blocks, where, original)
-    predict(run(made, "stopped"), item, ask(item, chunk))
+    predict(run(made, "stopped"), item, mode(item, chunk))
     assert files(made / "stopped") == straight
 
     calls = []
-    predict(run(made, "stopped", calls), item, ask(item, chunk))
+    predict(run(made, "stopped", calls), item, mode(item, chunk))
     assert calls == [], "nothing is detected twice"
 
 
 def test_processes_share_the_blocks(made):
     """Two processes write what one writes, whichever is first."""
     item = own(made)
-    predict(run(made, "one"), item, item.asks[0])
+    predict(run(made, "one"), item, item.modes[0])
     calls = {0: [], 1: []}
     shares = [OneOfTwo(0, 2), OneOfTwo(1, 2)]
-    predict(run(made, "two", calls[1], shares[1]), item, item.asks[0])
-    predict(run(made, "two", calls[0], shares[0]), item, item.asks[0])
+    predict(run(made, "two", calls[1], shares[1]), item, item.modes[0])
+    predict(run(made, "two", calls[0], shares[0]), item, item.modes[0])
     assert sum(calls[0]) == 4
     assert sum(calls[1]) == 3
     assert files(made / "two") == files(made / "one")
@@ -86,9 +86,9 @@ def test_the_numbers_do_not_depend_on_what_is_cut(made, monkeypatch):
         module.dataclasses.replace(metric, options={**metric.options, "top": 5 if metric.options["fixed"] else 4})
         for metric in item.metrics if metric.module == "lvis"
     ))  # fmt: skip
-    predict(run(made, "cut"), item, item.asks[0])
+    predict(run(made, "cut"), item, item.modes[0])
     monkeypatch.setattr(module, "_LVIS_CUT", Cut())
-    predict(run(made, "all"), item, item.asks[0])
+    predict(run(made, "all"), item, item.modes[0])
     assert not collect([item], epath.Path(made / "all"), str(made), print)[2]
     cut, whole = (
         collect([item], epath.Path(made / name), str(made), print)[0]["made"]["asks"]["names"]
@@ -105,15 +105,15 @@ def test_the_numbers_do_not_depend_on_what_is_cut(made, monkeypatch):
 
 def test_other_parameters_are_refused(made):
     item = own(made)
-    predict(run(made, "w"), item, item.asks[0])
+    predict(run(made, "w"), item, item.modes[0])
     with pytest.raises(BenchmarkError, match='another checkpoint.*parameters: "abc" -> "xyz"'):
-        predict(run(made, "w", parameters="xyz"), item, item.asks[0])
-    predict(run(made, "w", batch_size=1), item, item.asks[0])
+        predict(run(made, "w", parameters="xyz"), item, item.modes[0])
+    predict(run(made, "w", batch_size=1), item, item.modes[0])
 
 
 def test_the_first_images_are_scored_alone(made):
     item = own(made, "coco")
-    predict(run(made, "w", max_images=2), item, item.asks[0])
+    predict(run(made, "w", max_images=2), item, item.modes[0])
     sets_, checkpoint, failed = collect([item], epath.Path(made / "w"), str(made), print)
     assert not failed
     scored = sets_["made"]["asks"]["names"]
@@ -132,7 +132,7 @@ def test_ids_as_text_on_one_side_are_cut_alike(made):
         box["image_id"] = str(box["image_id"])
     (made / "truth.json").write_text(json.dumps(truth))
     item = own(made, "coco")
-    predict(run(made, "w", max_images=2), item, item.asks[0])
+    predict(run(made, "w", max_images=2), item, item.modes[0])
     sets_, _, _ = collect([item], epath.Path(made / "w"), str(made), print)
     assert sets_["made"]["asks"]["names"]["metrics"]["AP"]["numbers"]["counts"]["boxes"] == 2
 
@@ -140,7 +140,7 @@ def test_ids_as_text_on_one_side_are_cut_alike(made):
 def test_scoring_says_which_files_it_scored(made):
     """An annotation file that was corrected since, predictions that were cut off, records that were damaged."""
     item, folder = own(made, "coco"), epath.Path(made / "w")
-    predict(run(made, "w"), item, item.asks[0])
+    predict(run(made, "w"), item, item.modes[0])
     before = collect([item], folder, str(made), print)[0]["made"]["asks"]["names"]
     assert measured_rate(str(folder)) is not None
     truth = json.loads((made / "truth.json").read_text())
@@ -174,13 +174,13 @@ def test_images_that_do_not_fit_stop_the_set_and_not_the_blocks_before(made, spo
     item = own(made)
     spoil(made)
     with pytest.raises(BenchmarkError, match=message):
-        predict(run(made, "w"), item, item.asks[0])
+        predict(run(made, "w"), item, item.modes[0])
 
 
 def test_the_report_draws_the_worst_errors(made):
     """From predictions to HTML: numbers, protocol, published numbers, bars by name, cards."""
     item = own(made)
-    predict(run(made, "w"), item, item.asks[0])
+    predict(run(made, "w"), item, item.modes[0])
     folder = epath.Path(made / "w")
     found, checkpoint, _ = collect([item], folder, str(made), print)
     results = {
@@ -219,7 +219,7 @@ def test_every_set_from_official_files_to_the_report(tmp_path):
     """Made files of two to five images; counts of the real sets are left out."""
     items = [module.dataclasses.replace(write_set(name, tmp_path), counts={}) for name in EVERY]
     for item in items:
-        for each in item.asks:
+        for each in item.modes:
             predict(run(tmp_path, "w"), item, each)
     folder = epath.Path(tmp_path / "w")
     found, checkpoint, failed = collect(items, folder, str(tmp_path), print)
@@ -245,17 +245,17 @@ def test_every_set_from_official_files_to_the_report(tmp_path):
     assert all(f"\n{name} " in text for name in EVERY)
     # The annotation file of another version.
     with pytest.raises(BenchmarkError, match="3 images, 3 categories, expected 5,000 images, 80 categories"):
-        predict(run(tmp_path, "other"), SETS["coco"], SETS["coco"].asks[0])
+        predict(run(tmp_path, "other"), SETS["coco"], SETS["coco"].modes[0])
 
 
 @pytest.mark.slow
 def test_a_working_folder_in_a_bucket(made, running, monkeypatch):
     """The same predictions and numbers as in a local folder."""
     item = own(made)
-    predict(run(made, "local"), item, item.asks[0])
+    predict(run(made, "local"), item, item.modes[0])
     place = workdir_path(running.fresh(monkeypatch, made / "cache", timeout=5.0) + "/benchmark")
     remote = module.dataclasses.replace(run(made, "local"), workdir=place)
-    predict(remote, item, item.asks[0])
+    predict(remote, item, item.modes[0])
     paths = [path for path in (made / "local" / "made" / "names").iterdir() if path.is_file()]
     assert {path.name for path in (place / "made" / "names").iterdir()} == {path.name for path in paths}
     assert (place / "made" / "names" / "predictions.json").read_bytes() == (

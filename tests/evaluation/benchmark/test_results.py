@@ -21,7 +21,7 @@ COCO = SETS["coco"]
 
 def used(item=COCO, **changes):
     """The protocol of the set's first way of asking, with changes."""
-    return {**protocol(item, item.asks[0]), "images": "all", "counts": "as published", **changes}
+    return {**protocol(item, item.modes[0]), "images": "all", "counts": "as published", **changes}
 
 
 def asked(item, value, key="AP", label="AP", own=None):
@@ -45,8 +45,8 @@ def asked(item, value, key="AP", label="AP", own=None):
 def content(sets):
     """results.json of sets, by name their asks."""
     own = {
-        name: {"title": name, "licence": "", "notes": [], "overlap": {"unread": {}, "sources": 0}, "asks": asks}
-        for name, asks in sets.items()
+        name: {"title": name, "licence": "", "notes": [], "overlap": {"unread": {}, "sources": 0}, "asks": modes}
+        for name, modes in sets.items()
     }
     checkpoint = {"name": "tiny_run", "step": 7, "parameters": "ema"}
     return {"checkpoint": checkpoint, "sets": own, "groups": module.groups(own), "missing": {}, "failed": {}}
@@ -62,7 +62,7 @@ def test_a_published_number_needs_the_same_protocol():
     assert compared(glip, used(prompts_per_image=2), prompts=1)["differs"] == [
         "prompts_per_image: 2 here, published with 1"
     ]
-    usual = protocol(COCO, COCO.asks[0])
+    usual = protocol(COCO, COCO.modes[0])
     bare = dataclasses.replace(glip, protocol={})
     assert compared(bare, used(short_side=96), usual)["differs"] == ["short_side: 96 here, published with 800"]
     unknown = dataclasses.replace(glip, protocol={"protocol": "not stated"})
@@ -170,7 +170,7 @@ def made(tmp_path):
 
 def test_a_set_is_scored_by_all_its_metrics(made):
     found = score_set(
-        COCO, COCO.asks[0], used(), epath.Path(made / "found.json"), {"annotations": str(made / "truth.json")}
+        COCO, COCO.modes[0], used(), epath.Path(made / "found.json"), {"annotations": str(made / "truth.json")}
     )
     assert found["AP"]["numbers"]["AP50"] == pytest.approx(1.0)
     assert found["AP"]["evaluator"].startswith("glip_jax ")

@@ -33,5 +33,5 @@ if __name__ == "__main__":
             case "block":
                 patch.setattr(blocks, "write_atomic", _half_written)
             case "predictions":
-                patch.setattr(predict, "answer_rows", _killed)
+                patch.setattr(predict, "prediction_rows", _killed)
         sys.exit(main(["benchmark", *sys.argv[1:]]))

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glip_jax.evaluation.metrics import absence
-from glip_jax.evaluation.metrics.files import MetricError
+from glip_jax.evaluation.metrics import absence, files, lvis
+from glip_jax.evaluation.metrics.files import MetricError, objects
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "eval_parity"
 NAMES = ("cat", "dog", "cow", "owl")
@@ -174,7 +174,7 @@ def test_expressions_without_a_target(tmp_path):
     assert result["rates"]["0.25"]["threshold"] == pytest.approx(0.6, abs=1e-6) and "AP" not in result
 
 
-def test_official_numbers():
+def test_official_numbers(tmp_path, monkeypatch):
     """Of gRefCOCO's evaluator: N-acc is the share of expressions without a target that nothing is found for, T-acc the others'; LVIS's AP."""
     folder = FIXTURES / "grefcoco_made"
     result = absence.score(str(folder / "annotations.json"), str(folder / "predictions.json"))
@@ -184,9 +184,19 @@ def test_official_numbers():
         assert found["alarmed_pairs"] == pytest.approx(1 - numbers["N_acc"]) and found["found_pairs"] == pytest.approx(
             numbers["T_acc"]
         )
-    lvis = json.loads((FIXTURES / "lvis_fixed_ap_expected.json").read_text())["standard"]["300"]
+    official = json.loads((FIXTURES / "lvis_fixed_ap_expected.json").read_text())["standard"]["300"]
     boxes, made = (str(FIXTURES / f"lvis_v0.5_val_100_{name}.json") for name in ("boxes", "made_results"))
-    assert absence.score(boxes, made)["AP"] == lvis["AP"]
+    read = []
+    monkeypatch.setattr(files, "objects", lambda path, *rest: (read.append(str(path)), objects(path, *rest))[1])
+    result = absence.score(boxes, made)
+    assert result["AP"] == official["AP"] and read.count(made) == 1, "predictions of gigabytes are read once"
+    monkeypatch.undo()
+    threshold = result["rates"]["0.01"]["threshold"]
+    from_there = [row for row in json.loads(Path(made).read_text()) if row["score"] >= threshold]
+    (tmp_path / "found.json").write_text(json.dumps(from_there))
+    assert (
+        0 < len(from_there) and result["rates"]["0.01"]["AP"] == lvis.score(boxes, str(tmp_path / "found.json"))["AP"]
+    )
 
 
 @pytest.mark.parametrize(

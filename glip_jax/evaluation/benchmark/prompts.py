@@ -1,7 +1,7 @@
-"""What a set asks of its images: prompts, and the meaning of their phrases. Reads the official annotation files.
+"""From official annotation files to prompts: the prompts of each image, and the keys of their phrases.
 
-`read_questions` gives the prompts of each image, the detector returns one `Detections` per prompt, and `answer_rows` turns these
-into rows of the file of predictions. Questions hold no pixels; those of a set whose images are asked alike share their prompts.
+`read_prompts` gives the prompts of each image, the detector returns one `Detections` per prompt, and `prediction_rows` turns these
+into rows of the file of predictions. No pixels are held.
 """
 
 import dataclasses
@@ -20,18 +20,18 @@ from glip_jax.config import Config
 from glip_jax.data.importers.coco_json import ImagePaths
 from glip_jax.data.importers.entry import SourceError
 from glip_jax.data.importers.readers import as_integer, identity
-from glip_jax.evaluation.benchmark.asked import (
-    AskedImage,
+from glip_jax.evaluation.benchmark.prompted import (
     ImageEntry,
-    Question,
-    Questions,
-    SameQuestions,
-    answer_arrays,
+    ImagePrompt,
+    PromptedImage,
+    PromptedSet,
+    SharedPrompts,
+    prediction_arrays,
 )
 from glip_jax.evaluation.benchmark.sets import (
-    Ask,
     BenchmarkError,
     BenchmarkSet,
+    PromptMode,
     check_counts,
     in_val2017,
     version_notes,
@@ -46,7 +46,7 @@ from glip_jax.io import gcs
 from glip_jax.structures.batch import Detections, Prompt
 from glip_jax.structures.prompts import Tokenizer, clean_name, listed
 
-__all__ = ["ask_config", "missing_images", "narrowed", "read_questions", "retrieved"]
+__all__ = ["mode_config", "missing_images", "narrowed", "read_prompts", "retrieved"]
 
 _THREADS = 16
 
@@ -56,26 +56,26 @@ Parts = list[tuple[Prompt, tuple[Any, ...]]]
 """Prompts, each with the keys of its phrases."""
 
 
-def ask_config(config: Config, ask: Ask) -> Config:
-    """`config` with the input size, boxes kept, threshold, token scores and names per prompt of `ask`."""
+def mode_config(config: Config, mode: PromptMode) -> Config:
+    """`config` with the input size, boxes kept, threshold, token scores and names per prompt of `mode`."""
     detection = dataclasses.replace(
-        config.detection, threshold=ask.threshold, max_detections=ask.boxes, token_scores=ask.token_scores
+        config.detection, threshold=mode.threshold, max_detections=mode.boxes, token_scores=mode.token_scores
     )
     evaluation = dataclasses.replace(
-        config.evaluation, short_side=ask.short_side, long_side=ask.long_side, chunk=ask.chunk
+        config.evaluation, short_side=mode.short_side, long_side=mode.long_side, chunk=mode.chunk
     )
     return dataclasses.replace(config, detection=detection, evaluation=evaluation)
 
 
-def read_questions(
+def read_prompts(
     item: BenchmarkSet,
     data: str,
-    ask: Ask,
+    mode: PromptMode,
     tokenizer: Tokenizer,
     config: Config,
     order: Sequence[int] | int | None = None,
     other_counts: bool = False,
-) -> Questions:
+) -> PromptedSet:
     """Reads the annotation files of a set below `data`.
 
     `order`: order of the categories, or the seed of a shuffled order of categories, sentences or descriptions; None: by id. `other_counts`: files
@@ -85,7 +85,7 @@ def read_questions(
         MetricError: a file is missing, is not JSON or lacks a field, or ids are not unique.
         BenchmarkError: the counts are not those expected (another version of the file), no image or nothing to ask.
     """
-    reader = _Reader(item, data, ask, tokenizer, config, order, other_counts)
+    reader = _Reader(item, data, mode, tokenizer, config, order, other_counts)
     match item.layout:
         case "categories":
             return reader.categories()
@@ -99,14 +99,14 @@ def read_questions(
             return reader.descriptions()
 
 
-def missing_images(asked: Questions) -> list[str]:
+def missing_images(prompted: PromptedSet) -> list[str]:
     """The files of images that are missing or empty, by folder listings: a set that was downloaded in part."""
     folders = defaultdict[str, list[str]](list)
-    for image in asked.images:
+    for image in prompted.images:
         parent, _, name = image.file.rpartition("/")
         folders[parent].append(name)
     with ThreadPoolExecutor(_THREADS) as pool:
-        sizes = dict(zip(folders, pool.map(lambda parent: _sizes(asked.folder / parent), folders), strict=True))
+        sizes = dict(zip(folders, pool.map(lambda parent: _sizes(prompted.folder / parent), folders), strict=True))
     return [
         f"{parent}/{name}".lstrip("/")
         for parent, names in folders.items()
@@ -128,8 +128,8 @@ def _sizes(folder: epath.Path) -> dict[str, int]:
 class _Prompts:
     """Builds the prompts of many texts."""
 
-    def __init__(self, ask: Ask, tokenizer: Tokenizer, config: Config) -> None:
-        self.tokenizer, self.limit = tokenizer, ask.chunk
+    def __init__(self, mode: PromptMode, tokenizer: Tokenizer, config: Config) -> None:
+        self.tokenizer, self.limit = tokenizer, mode.chunk
         self.separator, self.budget = config.data.captions.separator, config.model.text.max_tokens
         self._lengths: dict[str, int] = {}
 
@@ -176,25 +176,25 @@ class _Prompts:
 
 
 class _Reader:
-    """Reads the questions of one set in one way of asking it."""
+    """Reads the prompts of one set in one prompt mode."""
 
     def __init__(
-        self, item: BenchmarkSet, data: str, ask: Ask, tokenizer: Tokenizer, config: Config, order: Sequence[int] | int | None,
+        self, item: BenchmarkSet, data: str, mode: PromptMode, tokenizer: Tokenizer, config: Config, order: Sequence[int] | int | None,
         other_counts: bool,
     ) -> None:  # fmt: skip
-        self.item, self.data, self.ask, self.order = item, data, ask, order
-        self.prompts = _Prompts(ask, tokenizer, config)
+        self.item, self.data, self.mode, self.order = item, data, mode, order
+        self.prompts = _Prompts(mode, tokenizer, config)
         self.annotations, self.folder = item.path("annotations", data), item.path("images", data)
         self.counts, self.notes = Counter[str](), list[str]()
         self._paths = ImagePaths(self.folder)
         self._by_url: bool | None = None
         self._other_counts = other_counts
 
-    def categories(self) -> Questions:
+    def categories(self) -> PromptedSet:
         """All categories are asked of all images."""
         entries = self._images()
         names, boxes = self._categories()
-        hand = self.item.prompts if self.ask.name == "prompts" else {}
+        hand = self.item.prompts if self.mode.name == "prompts" else {}
         texts = {key: hand.get(name, ("", clean_name(name), "")) for key, name in names.items()}
         if hand and not any(name in hand for name in names.values()):
             self.notes.append(
@@ -202,14 +202,14 @@ class _Reader:
             )
         parts = self._parts(texts, names)
         self.counts |= {"images": len(entries), "categories": len(names), "boxes": boxes}
-        return self._made(SameQuestions(entries, parts), names)
+        return self._made(SharedPrompts(entries, parts), names)
 
-    def captions(self) -> Questions:
+    def captions(self) -> PromptedSet:
         """The phrases of Flickr30k's captions that have a box; an image has about five captions."""
         every = [*flickr.read_sentences(str(self.annotations))]
         sentences = {(each.image, each.index): each for each in every if each.phrases}
         captions = self._mdetr_captions(sentences) if self._has("captions") else self._release_captions(sentences)
-        asked = defaultdict[str, list[Question]](list)
+        prompted = defaultdict[str, list[ImagePrompt]](list)
         sizes: dict[str, tuple[int | None, int | None]] = {}
         for (image, index), (file, size, caption, spans) in captions.items():
             self.counts |= {"captions": self.counts["captions"] + 1, "phrases": self.counts["phrases"] + len(spans)}
@@ -219,16 +219,16 @@ class _Reader:
             self.counts["phrases over budget or without token"] += len(fitted.over_budget) + len(fitted.without_token)
             number = as_integer(image)
             key = (image if number is None else number, index)
-            asked[file].append(Question(key, fitted.prompt, fitted.included, len(spans)))
+            prompted[file].append(ImagePrompt(key, fitted.prompt, fitted.included, len(spans)))
             sizes[file] = size
         self.counts["images"] = len({each.image for each in every})
         if left_out := self.counts["phrases over budget or without token"]:
             self.notes.append(f"{left_out} of {self.counts['phrases']} phrases cannot be asked and count as missed")
-        return self._made([AskedImage(file, file, *sizes[file], tuple(each)) for file, each in asked.items()], {})
+        return self._made([PromptedImage(file, file, *sizes[file], tuple(each)) for file, each in prompted.items()], {})
 
-    def expressions(self) -> Questions:
+    def expressions(self) -> PromptedSet:
         """Whole expressions; those of one image file are asked together."""
-        asked = defaultdict[str, list[Question]](list)
+        prompted = defaultdict[str, list[ImagePrompt]](list)
         sizes: dict[str, tuple[int | None, int | None]] = {}
         data_sets: dict[Any, str] = {}
         for entry, fields in self._entries():
@@ -239,7 +239,7 @@ class _Reader:
             caption = self._text(fields, "caption")
             caption = caption if caption.endswith(".") else f"{caption}. "
             prompt = self._fitting(caption, entry.id)
-            asked[entry.file].append(Question(entry.id, prompt, (entry.id,) if prompt else ()))
+            prompted[entry.file].append(ImagePrompt(entry.id, prompt, (entry.id,) if prompt else ()))
             sizes[entry.file] = entry.height, entry.width
             data_sets[entry.id] = str(fields.get("dataset_name") or "")
         ids = Ids(data_sets, "images", str(self.annotations))
@@ -249,22 +249,22 @@ class _Reader:
                 check_expression(str(self.annotations), key, data_sets[key], len(own))
         boxes, without = sum(map(len, targets)), sum(not len(own) for own in targets)
         self.counts |= {
-            "images": len(asked),
+            "images": len(prompted),
             "expressions": len(ids),
             "boxes": boxes,
             "expressions without target": without,
         }
-        return self._made([AskedImage(file, file, *sizes[file], tuple(each)) for file, each in asked.items()], {})
+        return self._made([PromptedImage(file, file, *sizes[file], tuple(each)) for file, each in prompted.items()], {})
 
-    def sentences(self) -> Questions:
+    def sentences(self) -> PromptedSet:
         """D3: the sentences of the image's group (intra), or all (inter)."""
         entries = self._images()
         names = {key: text for key, text, _ in self._listed_categories()}
         texts = {key: ("", text.strip().removesuffix("."), "") for key, text in names.items()}
         boxes = sum(1 for _ in objects(self.annotations, "annotations", "annotations"))
         self.counts |= {"images": len(entries), "categories": len(names), "boxes": boxes}
-        if self.ask.name.startswith("inter"):
-            return self._made(SameQuestions(entries, self._parts(texts, names)), names)
+        if self.mode.name.startswith("inter"):
+            return self._made(SharedPrompts(entries, self._parts(texts, names)), names)
         pickles = d3.read_pickles(str(self.item.path("pickles", self.data)))
         images, groups = pickles["images"], pickles["groups"]
         made: dict[Any, Parts] = {}
@@ -281,11 +281,13 @@ class _Reader:
                 made[group] = self._parts({key: texts[key] for key in keys}, names) if keys else []
             return made[group]
 
-        asked = [AskedImage(*entry, tuple(Question(entry.id, *part) for part in parts_of(entry))) for entry in entries]
+        prompted = [
+            PromptedImage(*entry, tuple(ImagePrompt(entry.id, *part) for part in parts_of(entry))) for entry in entries
+        ]
         self.counts["groups"] = len(made)
-        return self._made(asked, names)
+        return self._made(prompted, names)
 
-    def descriptions(self) -> Questions:
+    def descriptions(self) -> PromptedSet:
         """OmniLabel: the descriptions of the label space of each image."""
         entries = self._images()
         texts: dict[Any, str] = {}
@@ -308,17 +310,19 @@ class _Reader:
         pieces = {key: ("", text.strip().removesuffix("."), "") for key, text in texts.items()}
         left_out = self._unasked(pieces, texts)
 
-        def questions(entry: ImageEntry) -> tuple[Question, ...]:
+        def image_prompts(entry: ImageEntry) -> tuple[ImagePrompt, ...]:
             keys = [key for key in self._ordered(spaces.get(self._ids.find(entry.id), [])) if key not in left_out]
-            return tuple(Question(entry.id, *part) for part in self.prompts.grouped({key: pieces[key] for key in keys}))
+            return tuple(
+                ImagePrompt(entry.id, *part) for part in self.prompts.grouped({key: pieces[key] for key in keys})
+            )
 
-        return self._made([AskedImage(*entry, questions(entry)) for entry in entries], texts)
+        return self._made([PromptedImage(*entry, image_prompts(entry)) for entry in entries], texts)
 
     # The parts that the layouts share.
 
-    def _made(self, images: Sequence[AskedImage], names: Mapping[Any, str]) -> Questions:
+    def _made(self, images: Sequence[PromptedImage], names: Mapping[Any, str]) -> PromptedSet:
         self.counts["prompts"] = (
-            len(images) * len(images[0].prompts) if isinstance(images, SameQuestions) and images
+            len(images) * len(images[0].prompts) if isinstance(images, SharedPrompts) and images
             else sum(len(image.prompts) for image in images)
         )  # fmt: skip
         counts = dict(self.counts)
@@ -330,9 +334,9 @@ class _Reader:
                 f"{self.item.name}: {self.annotations} asks nothing of {len(images)} images: is it the published file?"
             )
         versions += self._other_list(images)
-        return Questions(
+        return PromptedSet(
             self.item,
-            self.ask,
+            self.mode,
             self.annotations,
             self.folder,
             images,
@@ -342,7 +346,7 @@ class _Reader:
             not versions,
         )
 
-    def _other_list(self, images: Sequence[AskedImage]) -> list[str]:
+    def _other_list(self, images: Sequence[PromptedImage]) -> list[str]:
         """A note on an image list whose hash is not the expected one. Whether the list ends in a line end is not published."""
         if not self.item.stems_sha256:
             return []
@@ -532,43 +536,43 @@ class _Reader:
         return found
 
 
-def retrieved(image: AskedImage, found: Sequence[Detections], count: int) -> list[Any]:
+def retrieved(image: PromptedImage, found: Sequence[Detections], count: int) -> list[Any]:
     """The `count` keys (names) with the highest best score in an image, in the order in which they are asked.
 
     `found`: of a cheap pass over all prompts, such as one at a small input size. Keys without a box come last, in order.
     """
-    keys, _, scores = answer_arrays(image, found)
+    keys, _, scores = prediction_arrays(image, found)
     best: dict[Any, float] = {}
     for key, score in zip(keys.tolist(), scores.tolist(), strict=True):
         best.setdefault(key, score)
-    asked = [key for question in image.questions for key in question.keys]
-    chosen = set(sorted(asked, key=lambda key: -best.get(key, 0.0))[:count])
-    return [key for key in asked if key in chosen]
+    prompted = [key for image_prompt in image.image_prompts for key in image_prompt.keys]
+    chosen = set(sorted(prompted, key=lambda key: -best.get(key, 0.0))[:count])
+    return [key for key in prompted if key in chosen]
 
 
 def narrowed(
-    asked: Questions, chosen: Callable[[AskedImage], Sequence[Any]], tokenizer: Tokenizer, config: Config
-) -> Questions:
-    """The same set with the names `chosen` for each image only (see `retrieved`), in prompts of `ask.chunk` names.
+    prompted: PromptedSet, chosen: Callable[[PromptedImage], Sequence[Any]], tokenizer: Tokenizer, config: Config
+) -> PromptedSet:
+    """The same set with the names `chosen` for each image only (see `retrieved`), in prompts of `mode.chunk` names.
 
     Raises BenchmarkError for a set whose images are not asked alike.
     """
-    if not isinstance(asked.images, SameQuestions):
+    if not isinstance(prompted.images, SharedPrompts):
         raise BenchmarkError(
-            f"{asked.item.name}: names are retrieved only for sets whose images are asked the same names"
+            f"{prompted.item.name}: names are retrieved only for sets whose images are asked the same names"
         )
-    prompts = _Prompts(asked.ask, tokenizer, config)
+    prompts = _Prompts(prompted.mode, tokenizer, config)
     texts = {
-        key: ("", question.prompt.caption[slice(*question.prompt.spans[i][0])], "")
-        for question in asked.images[0].questions if question.prompt is not None
-        for i, key in enumerate(question.keys)
+        key: ("", image_prompt.prompt.caption[slice(*image_prompt.prompt.spans[i][0])], "")
+        for image_prompt in prompted.images[0].image_prompts if image_prompt.prompt is not None
+        for i, key in enumerate(image_prompt.keys)
     }  # fmt: skip
 
-    def narrow(image: AskedImage) -> AskedImage:
+    def narrow(image: PromptedImage) -> PromptedImage:
         parts = prompts.grouped({key: texts[key] for key in chosen(image)})
-        return image._replace(questions=tuple(Question(image.id, *part) for part in parts))
+        return image._replace(image_prompts=tuple(ImagePrompt(image.id, *part) for part in parts))
 
-    images = [narrow(image) for image in asked.images]
-    counts = {**asked.counts, "prompts": sum(len(image.prompts) for image in images)}
-    note = f"asked {counts['prompts']:,} prompts of retrieved names instead of {asked.counts['prompts']:,}"
-    return dataclasses.replace(asked, images=images, counts=counts, notes=(*asked.notes, note))
+    images = [narrow(image) for image in prompted.images]
+    counts = {**prompted.counts, "prompts": sum(len(image.prompts) for image in images)}
+    note = f"asked {counts['prompts']:,} prompts of retrieved names instead of {prompted.counts['prompts']:,}"
+    return dataclasses.replace(prompted, images=images, counts=counts, notes=(*prompted.notes, note))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from glip_jax.cli.command_line import CommandLineError
-from glip_jax.cli.least_scores import carried_report, least_scores
+from glip_jax.cli.score_thresholds import carried_report, score_thresholds
 from glip_jax.config import Config
 from glip_jax.evaluation.thresholds import ThresholdError
 from glip_jax.io.provenance import score_settings
@@ -32,7 +32,7 @@ def checkpoint(tmp_path):
 
 
 def _chosen(checkpoint, phrases=("the cat", "dog"), alone=False, threshold=None, rate=None, report="", config=CONFIG):
-    return least_scores(threshold, rate, report, checkpoint, config, phrases, alone)
+    return score_thresholds(threshold, rate, report, checkpoint, config, phrases, alone)
 
 
 def test_the_report_of_the_checkpoint_gives_the_default(checkpoint, tmp_path):

@@ -1,4 +1,4 @@
-"""The lowest score of a detection that `predict` writes: given, or chosen by the report of an evaluation for a rate of false alarms."""
+"""The score threshold of `predict`: given, or chosen by the report of an evaluation for a rate of false alarms."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from glip_jax.io.provenance import score_settings
 if TYPE_CHECKING:
     from glip_jax.io.checkpoint import Checkpoint
 
-__all__ = ["RATE", "USUAL", "LeastScores", "carried_report", "least_scores"]
+__all__ = ["RATE", "USUAL", "ScoreThresholds", "carried_report", "score_thresholds"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ _SETTINGS = ("model.", "detection.", "evaluation.short_side", "evaluation.long_s
 """Settings that must be those of the report; not the chunk of names, because what is asked differs anyway."""
 
 
-class LeastScores(NamedTuple):
+class ScoreThresholds(NamedTuple):
     """Lowest scores at which detections are written."""
 
     threshold: float
@@ -49,9 +49,9 @@ class LeastScores(NamedTuple):
         )
 
 
-def least_scores(
+def score_thresholds(
     threshold: float | None, rate: float | None, report: str, checkpoint: "Checkpoint", config: Config, phrases: Sequence[str], alone: bool,
-) -> LeastScores:  # fmt: skip
+) -> ScoreThresholds:  # fmt: skip
     """The lowest score of each of `phrases`.
 
     `threshold`, `rate`, `report`: as the flags of `predict`. Without any, the report of the checkpoint at `RATE` if it measured absent
@@ -69,7 +69,7 @@ def least_scores(
     if rate is not None and not rate > 0:
         raise CommandLineError(f"--false-alarms={rate}: expected more than 0, such as {RATE}")
     usual = USUAL if threshold is None else threshold
-    fixed = LeastScores(usual, (usual,) * len(phrases), None)
+    fixed = ScoreThresholds(usual, (usual,) * len(phrases), None)
     asked = rate is not None or bool(report)
     if threshold is not None:
         return fixed
@@ -88,7 +88,7 @@ def least_scores(
         if not asked:
             return fixed
     of_phrases = tuple(float(value) for value in chosen.of(phrases))
-    return LeastScores(chosen.threshold, of_phrases, {"report": place, **chosen.summary()})
+    return ScoreThresholds(chosen.threshold, of_phrases, {"report": place, **chosen.summary()})
 
 
 def carried_report(checkpoint: "Checkpoint", config: Config) -> str:

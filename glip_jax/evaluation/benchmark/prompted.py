@@ -1,7 +1,7 @@
-"""Questions for the images of a set, and answers in the forms of the files of predictions.
+"""The prompts of a set by image, and rows of predictions files from the detections of these prompts.
 
-The detector returns one `Detections` per prompt of an image; `answer_rows` turns these into rows of the file. Questions hold no
-pixels; those of a set whose images are asked alike share their prompts.
+The detector returns one `Detections` per prompt of an image; `prediction_rows` turns these into rows of the file. No
+pixels are held; images that are all prompted alike share their prompts.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,62 +12,62 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float32, Shaped
 
-from glip_jax.evaluation.benchmark.sets import Ask, BenchmarkSet
+from glip_jax.evaluation.benchmark.sets import BenchmarkSet, PromptMode
 from glip_jax.structures.batch import Detections, Prompt
 
 __all__ = [
-    "AskedImage",
+    "PromptedImage",
     "ImageEntry",
-    "Question",
-    "Questions",
-    "SameQuestions",
-    "answer_arrays",
-    "answer_rows",
+    "ImagePrompt",
+    "PromptedSet",
+    "SharedPrompts",
+    "prediction_arrays",
+    "prediction_rows",
     "join_rows",
 ]
 
 
-class Question(NamedTuple):
+class ImagePrompt(NamedTuple):
     """A prompt for an image."""
 
     id: Any
-    """What the answer belongs to: the id of the image, of the expression, or (image id, sentence id) of Flickr30k."""
+    """What the detections belong to: the id of the image, of the expression, or (image id, sentence id) of Flickr30k."""
     prompt: Prompt | None
-    """None: nothing can be asked, because no phrase has a token within the budget. The answer is empty."""
+    """None: no phrase has a token within the budget, so nothing is detected."""
     keys: tuple[Any, ...]
     """Per phrase of the prompt: category id, index of the phrase of the caption, expression id, or description id."""
     phrases: int = 0
-    """Flickr30k: phrases of the caption, those that cannot be asked included."""
+    """Flickr30k: phrases of the caption, those without a token or over the budget included."""
 
 
-class AskedImage(NamedTuple):
-    """An image and its questions, without pixels."""
+class PromptedImage(NamedTuple):
+    """An image and its prompts, without pixels."""
 
     id: Any
-    """Unique within `Questions.images`: the image's id, or for captions and expressions its file."""
+    """Unique within `PromptedSet.images`: the image's id, or for captions and expressions its file."""
     file: str
-    """Path below `Questions.folder`."""
+    """Path below `PromptedSet.folder`."""
     height: int | None
     """As annotated; None: not listed."""
     width: int | None
-    questions: tuple[Question, ...]
+    image_prompts: tuple[ImagePrompt, ...]
 
     @property
     def prompts(self) -> list[Prompt]:
-        """The prompts that are asked, in order."""
-        return [question.prompt for question in self.questions if question.prompt is not None]
+        """The prompts of the detector, in order."""
+        return [image_prompt.prompt for image_prompt in self.image_prompts if image_prompt.prompt is not None]
 
 
 @dataclass(frozen=True)
-class Questions:
-    """The questions of a set in one way of asking it."""
+class PromptedSet:
+    """A set in one prompt mode: the prompts of all images."""
 
     item: BenchmarkSet
-    ask: Ask
+    mode: PromptMode
     annotations: epath.Path
     folder: epath.Path
     """Folder of the images."""
-    images: Sequence[AskedImage]
+    images: Sequence[PromptedImage]
     counts: Mapping[str, int]
     """images, prompts, and by layout categories, boxes, expressions, captions, phrases, descriptions."""
     names: Mapping[Any, str] = field(default_factory=dict)
@@ -87,8 +87,8 @@ class ImageEntry(NamedTuple):
     width: int | None
 
 
-class SameQuestions(Sequence[AskedImage]):
-    """Images that are all asked the same prompts; their questions are made when they are read."""
+class SharedPrompts(Sequence[PromptedImage]):
+    """Images that all have the same prompts; a `PromptedImage` is made when it is read."""
 
     def __init__(self, entries: Sequence[ImageEntry], parts: Sequence[tuple[Prompt, tuple[Any, ...]]]) -> None:
         self._entries, self._parts = entries, parts
@@ -98,30 +98,30 @@ class SameQuestions(Sequence[AskedImage]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return SameQuestions(self._entries[index], self._parts)
+            return SharedPrompts(self._entries[index], self._parts)
         entry = self._entries[index]
-        return AskedImage(
+        return PromptedImage(
             entry.id,
             entry.file,
             entry.height,
             entry.width,
-            tuple(Question(entry.id, prompt, keys) for prompt, keys in self._parts),
+            tuple(ImagePrompt(entry.id, prompt, keys) for prompt, keys in self._parts),
         )
 
 
-def answer_arrays(
-    image: AskedImage, found: Sequence[Detections]
+def prediction_arrays(
+    image: PromptedImage, found: Sequence[Detections]
 ) -> tuple[Shaped[np.ndarray, " N"], Float32[np.ndarray, "N 4"], Float32[np.ndarray, " N"]]:
     """Keys (objects), boxes xyxy and scores of an image over all its prompts, in order of descending score.
 
     `found`: one Detections per prompt of `image.prompts`.
     """
     keys, boxes, scores = [np.zeros(0, object)], [np.zeros((0, 4), np.float32)], [np.zeros(0, np.float32)]
-    asked = [question for question in image.questions if question.prompt is not None]
-    for question, each in zip(asked, found, strict=True):
+    prompted = [image_prompt for image_prompt in image.image_prompts if image_prompt.prompt is not None]
+    for image_prompt, each in zip(prompted, found, strict=True):
         phrases = np.asarray(each.phrases)
-        own = np.empty(len(question.keys), object)
-        own[:] = question.keys
+        own = np.empty(len(image_prompt.keys), object)
+        own[:] = image_prompt.keys
         keys.append(own[phrases[phrases >= 0]])
         boxes.append(np.asarray(each.boxes, np.float32)[phrases >= 0])
         scores.append(np.asarray(each.scores, np.float32)[phrases >= 0])
@@ -129,7 +129,7 @@ def answer_arrays(
     return np.concatenate(keys)[order], np.concatenate(boxes)[order], np.concatenate(scores)[order]
 
 
-def answer_rows(item: BenchmarkSet, image: AskedImage, found: Sequence[Detections]) -> list[dict[str, Any]]:
+def prediction_rows(item: BenchmarkSet, image: PromptedImage, found: Sequence[Detections]) -> list[dict[str, Any]]:
     """Rows of the file of predictions for one image; `found`: one Detections per prompt of `image.prompts`.
 
     coco: {"image_id", "category_id", "bbox" xywh, "score"}; flickr: {"image_id", "sentence_id", "boxes" xyxy per phrase}, with a
@@ -139,7 +139,7 @@ def answer_rows(item: BenchmarkSet, image: AskedImage, found: Sequence[Detection
     if item.form in ("coco", "omnilabel"):
         extra = 1.0 if item.widths == "plus_one" else 0.0
         rows = []
-        for key, box, score in zip(*answer_arrays(image, found), strict=True):
+        for key, box, score in zip(*prediction_arrays(image, found), strict=True):
             x1, y1, x2, y2 = (float(value) for value in box)
             bbox = [x1, y1, x2 - x1 + extra, y2 - y1 + extra]
             row = {"image_id": image.id, "category_id": key, "bbox": bbox, "score": float(score)}
@@ -148,11 +148,14 @@ def answer_rows(item: BenchmarkSet, image: AskedImage, found: Sequence[Detection
             rows.append(row)
         return rows
     remaining = iter(found)
-    answers = [(question, next(remaining) if question.prompt is not None else None) for question in image.questions]
-    return [_answer(item, question, each) for question, each in answers]
+    pairs = [
+        (image_prompt, next(remaining) if image_prompt.prompt is not None else None)
+        for image_prompt in image.image_prompts
+    ]
+    return [_prediction_row(item, image_prompt, each) for image_prompt, each in pairs]
 
 
-def _answer(item: BenchmarkSet, question: Question, found: Detections | None) -> dict[str, Any]:
+def _prediction_row(item: BenchmarkSet, image_prompt: ImagePrompt, found: Detections | None) -> dict[str, Any]:
     """The row of one caption or expression."""
     boxes, scores, phrases = np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32)
     if found is not None:
@@ -160,11 +163,11 @@ def _answer(item: BenchmarkSet, question: Question, found: Detections | None) ->
         order = order[np.asarray(found.phrases)[order] >= 0]
         boxes, scores, phrases = (np.asarray(each)[order] for each in (found.boxes, found.scores, found.phrases))
     if item.form == "expressions":
-        return {"id": question.id, "boxes": boxes.astype(float).tolist(), "scores": scores.astype(float).tolist()}
-    lists: list[list[list[float]]] = [[] for _ in range(question.phrases)]
-    for row, index in enumerate(question.keys):
+        return {"id": image_prompt.id, "boxes": boxes.astype(float).tolist(), "scores": scores.astype(float).tolist()}
+    lists: list[list[list[float]]] = [[] for _ in range(image_prompt.phrases)]
+    for row, index in enumerate(image_prompt.keys):
         lists[index] = boxes[phrases == row].astype(float).tolist()
-    image, sentence = question.id
+    image, sentence = image_prompt.id
     return {"image_id": image, "sentence_id": sentence, "boxes": [[*each, [0.0, 0.0, 0.0, 0.0]] for each in lists]}
 
 
