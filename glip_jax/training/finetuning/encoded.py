@@ -69,7 +69,8 @@ def objective_of_encoded(config: Config, canvas: tuple[int, int]) -> Objective:
     def forward(model: GLIP, batch: Batch) -> Predictions:
         images: EncodedImages = batch.image
         levels = model.pyramid(tuple(x.astype(jnp.float32) for x in images.maps), batch.extent)
-        text = model.encode_text(batch.tokens, batch.token_mask) if images.text is None else images.text
+        states = model.text(batch.tokens, batch.token_mask) if images.text is None else images.text
+        text = model.tuned_text(states, batch.tokens, batch.token_mask)
         return model.ground(levels, batch.extent, text, batch.token_mask)
 
     return glip_objective(config, forward=forward, canvas=canvas)
@@ -143,7 +144,12 @@ class EncodedMixture:
             return tuple(level.astype(jnp.float16) for level in maps)
 
         encode = jax.jit(maps_of)
-        text = jax.jit(lambda params, tokens, mask: model.apply({"params": params}, tokens, mask, method="encode_text"))
+
+        def text_of(params: Any, tokens: Any, mask: Any) -> Any:
+            # Of the encoder alone: tuned prompts come after it.
+            return model.apply({"params": params}, tokens, mask, method=lambda m, t, k: m.text(t, k))
+
+        text = jax.jit(text_of)
         always = {mirrored: dataclasses.replace(config, data=dataclasses.replace(config.data, flip=float(mirrored)))
                   for mirrored in (False, True)}  # fmt: skip
         examples = {key: Examples(each, self._mixture.shards, self._mixture.captioners) for key, each in always.items()}
