@@ -1,7 +1,7 @@
 """What a detector gets wrong on a set: threshold of the best F1 by name, kinds of errors, confused names, recall by size, worst images.
 
 A detection is right if it overlaps a true box of its name by one half that no better one has met. Of each name only the detections
-from its threshold on count, which is the one of the best F1 on the same set. Kinds of errors as in TIDE (arXiv 2008.08115), with its
+from its threshold on count: that of the best F1 on the same set, or on another one (`operating_points`). Kinds of errors as in TIDE (arXiv 2008.08115), with its
 overlaps of 0.5 and 0.1.
 """
 
@@ -19,7 +19,9 @@ from glip_jax.evaluation.benchmark.mistakes import Mistake
 from glip_jax.evaluation.metrics.per_category import AREAS
 from glip_jax.evaluation.recall import MIN_IOU, match, overlaps
 
-__all__ = ["KINDS", "SIZES", "DetectionErrors", "OperatingPoint", "detection_errors", "operating_point"]
+__all__ = [
+    "KINDS", "SIZES", "DetectionErrors", "OperatingPoint", "detection_errors", "operating_point", "operating_points",
+]  # fmt: skip
 
 KINDS = ("other name", "found twice", "badly placed", "background", "missed")
 """Kinds of errors: a true box of another name; a box that a better detection has met; a true box of the name that overlaps by 0.1 to
@@ -30,10 +32,9 @@ _NEAR = 0.1
 
 
 class OperatingPoint(NamedTuple):
-    """The score from which on the F1 of a set's detections is highest, and what they are worth from there on."""
+    """A score, and what the detections of a set are worth from there on."""
 
     threshold: float
-    """0.5 where no detection is right."""
     precision: float
     recall: float
     f1: float
@@ -44,7 +45,7 @@ class DetectionErrors:
     """The errors of a detector on a set. Names are `average_precision.labels`, in the order of the prompt."""
 
     points: dict[str, OperatingPoint]
-    """By name; those without a true box have recall 0."""
+    """By name; without a true box recall and F1 are 0."""
     kinds: dict[str, dict[str, int]]
     """By name: number of right detections ("right") and of each of `KINDS`."""
     confused: tuple[tuple[str, str, int], ...]
@@ -79,7 +80,10 @@ class _Image(NamedTuple):
 
 
 def operating_point(scores: Float[np.ndarray, " D"], right: Bool[np.ndarray, " D"], true: int) -> OperatingPoint:
-    """The point of the highest F1, the higher threshold of equals. `right`: whether each box met a true one, of which there are `true`."""
+    """The point of the highest F1, the higher threshold of equals; 0.5 where no detection is right.
+
+    `right`: whether each box met a true one, of which there are `true`.
+    """
     if not right.any():
         return OperatingPoint(0.5, 0.0, 0.0, 0.0)
     order = np.argsort(-scores, kind="stable")
@@ -93,27 +97,59 @@ def operating_point(scores: Float[np.ndarray, " D"], right: Bool[np.ndarray, " D
     )
 
 
-def detection_errors(truth: GroundTruth, results: Sequence[Mapping[str, Any]], count: int = 8) -> DetectionErrors:
-    """The errors of `results` (COCO's results format) on all images of `truth`.
+def operating_points(truth: GroundTruth, results: Sequence[Mapping[str, Any]]) -> dict[str, OperatingPoint]:
+    """Of each name the point of the highest F1 of `results` (COCO's results format).
 
-    `count`: the most images of `false_alarms` and of `misses`. Regions with iscrowd are neither found nor missed, and detections of their
-    name of which at least half lies in one are left out, as in COCO's protocol.
+    A name of which nothing is right has the threshold of all names together.
     """
-    names = labels(truth)
-    images = list(_images(truth, results))
+    return _points([*_images(truth, results)], labels(truth), None)
+
+
+def _points(
+    images: Sequence["_Image"], names: Sequence[str], thresholds: Mapping[str, float] | None
+) -> dict[str, OperatingPoint]:
+    """At the `thresholds`, or those of the highest F1."""
     numbers = np.concatenate([image.numbers for image in images])
     scores = np.concatenate([image.scores for image in images])
     right = np.concatenate([image.met for image in images]) >= 0
     true = np.bincount(np.concatenate([image.true_numbers for image in images]), minlength=len(names))
-    points = [operating_point(scores[numbers == k], right[numbers == k], int(n)) for k, n in enumerate(true)]
-    thresholds = np.array([point.threshold for point in points])
-    kinds = [dict.fromkeys(("right", *KINDS), 0) for _ in names]
+    every = operating_point(scores, right, int(true.sum())).threshold
+    result = {}
+    for k, name in enumerate(names):
+        own = numbers == k
+        point = operating_point(scores[own], right[own], int(true[k]))
+        if thresholds is not None or not point.recall:
+            least = every if thresholds is None else thresholds.get(name, every)
+            kept = own & (scores >= least)
+            hits, found = int(right[kept].sum()), int(kept.sum())
+            total = found + int(true[k])
+            point = OperatingPoint(least, hits / max(found, 1), hits / max(int(true[k]), 1), 2 * hits / max(total, 1))
+        result[name] = point
+    return result
+
+
+def detection_errors(
+    truth: GroundTruth,
+    results: Sequence[Mapping[str, Any]],
+    thresholds: Mapping[str, float] | None = None,
+    count: int = 8,
+) -> DetectionErrors:
+    """The errors of `results` (COCO's results format) on all images of `truth`.
+
+    `thresholds`: by name, from `operating_points` of a validation set; None: those of this set. `count`: the most images of `false_alarms` and of `misses`. Regions with iscrowd are neither found nor missed, and detections of their
+    name of which at least half lies in one are left out, as in COCO's protocol.
+    """
+    names = labels(truth)
+    images = list(_images(truth, results))
+    points = _points(images, names, thresholds)
+    limits = np.array([point.threshold for point in points.values()])
+    kinds: list[dict[str, int]] = [dict.fromkeys(("right", *KINDS), 0) for _ in names]
     confused: Counter[tuple[int, int]] = Counter()
     sizes = np.zeros((len(SIZES), 2), int)
     worst: list[tuple[float, int, Mistake]] = []
     missing: list[tuple[float, int, Mistake]] = []
     for place, image in enumerate(images):
-        kept = image.kept(image.scores >= thresholds[image.numbers])
+        kept = image.kept(image.scores >= limits[image.numbers])
         missed = np.ones(len(kept.true), bool)
         missed[kept.met[kept.met >= 0]] = False
         for row, kind, other in _errors(kept):
@@ -123,8 +159,8 @@ def detection_errors(truth: GroundTruth, results: Sequence[Mapping[str, Any]], c
         for number in kept.true_numbers[missed]:
             kinds[number]["missed"] += 1
         size = np.searchsorted([high for _, high in AREAS[1:-1]], kept.areas, side="left")
-        np.add.at(sizes, (size, 1), 1)
-        np.add.at(sizes, (size[~missed], 0), 1)
+        for column, each in enumerate((size[~missed], size)):
+            sizes[:, column] += np.bincount(each, minlength=len(SIZES))
         wrong = kept.scores[kept.met < 0]
         share = (kept.areas[missed] / kept.area).max(initial=0.0)
         for chosen, badness in ((worst, wrong.max(initial=0.0)), (missing, share)):
@@ -133,7 +169,7 @@ def detection_errors(truth: GroundTruth, results: Sequence[Mapping[str, Any]], c
             elif badness > 0 and count and badness > chosen[0][0]:
                 heapq.heapreplace(chosen, (float(badness), -place, _mistake(kept, missed, names)))
     return DetectionErrors(
-        dict(zip(names, points, strict=True)),
+        points,
         dict(zip(names, kinds, strict=True)),
         tuple((names[true], names[found], n) for (true, found), n in confused.most_common()),
         {name: (int(found), int(every)) for name, (found, every) in zip(SIZES, sizes.tolist(), strict=True)},
@@ -202,6 +238,6 @@ def _errors(image: _Image) -> Iterator[tuple[int, str, int]]:
 
 def _mistake(image: _Image, missed: Bool[np.ndarray, " N"], names: Sequence[str]) -> Mistake:
     return Mistake(
-        image.file, "", image.true, tuple(names[i] for i in image.true_numbers), image.found,
-        tuple(names[i] for i in image.numbers), tuple(image.scores.tolist()), tuple((image.met >= 0).tolist()), tuple(missed.tolist()),
+        image.file, "", image.true, tuple(names[int(i)] for i in image.true_numbers), image.found,
+        tuple(names[int(i)] for i in image.numbers), tuple(image.scores.tolist()), tuple((image.met >= 0).tolist()), tuple(missed.tolist()),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from glip_jax.evaluation.average_precision import AveragePrecision, GroundTruth, average_precision, labels
 
 __all__ = [
-    "CurvePoint", "Interpolated", "KeptSet", "SeedResult", "Spread", "SplitResult", "Transfer", "over_seeds", "split_result", "summary",
+    "MAIN", "CurvePoint", "Interpolated", "KeptSet", "SeedResult", "Spread", "SplitResult", "Transfer", "over_seeds", "split_result", "summary",
 ]  # fmt: skip
 
 MAIN = ("AP", "AP50")
@@ -103,6 +103,8 @@ class Transfer:
     curve: tuple[CurvePoint, ...] = ()
     kept: dict[str, KeptSet] = field(default_factory=dict)
     interpolation: tuple[Interpolated, ...] = ()
+    thresholds: dict[str, float] = field(default_factory=dict)
+    """By name: the score of the best F1 of the result on valid (`detection_errors.operating_points`)."""
     runs: tuple[SeedResult, ...] = ()
     """All runs, where there are several."""
     notes: tuple[str, ...] = ()
@@ -154,7 +156,7 @@ def summary(result: Transfer) -> dict[str, Any]:
     """The content of finetune.json.
 
     `zero_shot` and `tuned` are COCO's numbers of `split`; `valid` and `test` (null without one) hold those of each split, with its images
-    and boxes; `per_class` is of `split`. A number is null where the split has no boxes for it.
+    and boxes; `per_class` is of `split`, its `threshold` of valid. A number is null where the split has no boxes for it.
     """
     splits = {name: _split_numbers(own) for name, own in result.splits.items()}
     main = result.splits[result.split]
@@ -162,6 +164,7 @@ def summary(result: Transfer) -> dict[str, Any]:
         name: {
             "images": main.class_images[name], "boxes": main.class_boxes[name],
             "zero_shot": _of_class(main.zero_shot, name), "tuned": _of_class(main.tuned, name),
+            "threshold": result.thresholds.get(name),
         } for name in main.class_boxes
     }  # fmt: skip
     seeds = {

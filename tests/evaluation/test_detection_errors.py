@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from glip_jax.evaluation.average_precision import GroundTruth
-from glip_jax.evaluation.detection_errors import KINDS, detection_errors, operating_point
+from glip_jax.evaluation.detection_errors import KINDS, detection_errors, operating_point, operating_points
 
 
 def _row(image, category, bbox, score):
@@ -60,5 +60,17 @@ def test_every_kind_of_error_is_counted_and_the_worst_images_come_first(truth):
     assert found.sizes == {"small": (5, 5), "medium": (0, 1), "large": (1, 1)}
     assert [mistake.file for mistake in found.false_alarms] == ["c.jpg", "a.jpg", "b.jpg"]
     assert [(m.file, m.missed) for m in found.misses] == [("a.jpg", (False, True, False))]
-    assert [len(each) for each in (detection_errors(truth, []).misses, detection_errors(truth, [], 1).misses)] == [3, 1]
-    assert detection_errors(truth, [], 1).misses[0].file == "a.jpg", "the larger part of an image is missed there"
+    assert [
+        len(each) for each in (detection_errors(truth, []).misses, detection_errors(truth, [], count=1).misses)
+    ] == [3, 1]
+    assert detection_errors(truth, [], count=1).misses[0].file == "a.jpg", "the larger part of an image is missed there"
+
+
+def test_thresholds_of_another_set_are_applied(truth):
+    rows = [_row("a", 1, [0, 0, 20, 20], 0.9), _row("b", 2, [0, 0, 10, 10], 0.4), _row("c", 2, [50, 0, 9, 9], 0.6)]
+    found = detection_errors(truth, rows, {"cat": 0.95, "dog": 0.5})
+    assert found.points == {"cat": (0.95, 0, 0, 0), "dog": (0.5, 0, 0, 0)}
+    assert found.kinds["cat"]["missed"] == 5 and found.kinds["dog"]["background"] == 1
+    # Nothing called a dog is right: it takes the threshold of all names.
+    points = operating_points(truth, [rows[0], rows[2]])
+    assert points["dog"].threshold == points["cat"].threshold == 0.9
