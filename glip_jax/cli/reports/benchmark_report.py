@@ -18,6 +18,7 @@ from glip_jax.cli.reports.run_report import aligned
 from glip_jax.evaluation.benchmark.mistakes import Mistake, mistakes
 from glip_jax.evaluation.benchmark.results import release_of, rows, scored_paths
 from glip_jax.evaluation.benchmark.sets import BenchmarkSet
+from glip_jax.evaluation.chunking import chunking_lines
 from glip_jax.io.image_files import read_upright
 from glip_jax.io.paths import within
 from glip_jax.structures.prompts import listed
@@ -176,8 +177,12 @@ def _notes(own: Mapping[str, Any]) -> list[str]:
         f"{mode}: {line}"
         for mode, asked in own["asks"].items() for metric in asked["metrics"].values() for line in absence_lines(metric)
     ]  # fmt: skip
+    chunking = [
+        f"{mode}, {chunk}: {numbers}"
+        for mode, asked in own["asks"].items() for chunk, numbers in chunking_lines(asked.get("chunking", ()))
+    ]  # fmt: skip
     noted = [f"{mode}: {line}" for mode, asked in own["asks"].items() for line in asked["notes"]]
-    return [*overlap_lines(own["overlap"]), *absent, *noted, *own["notes"]]
+    return [*overlap_lines(own["overlap"]), *absent, *chunking, *noted, *own["notes"]]
 
 
 def _class_bars(own: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[tuple[str, float, str]]]]:
