@@ -17,7 +17,7 @@ from glip_jax.data.importers.layouts import Dataset, Split
 from glip_jax.data.records import content_hash
 from glip_jax.structures.prompts import PromptError, Tokenizer, check_names, clean_name, listed, words
 
-__all__ = ["MOST_BOXES", "Finding", "findings"]
+__all__ = ["MOST_BOXES", "Finding", "findings", "names_findings"]
 
 MOST_BOXES = 100
 """Boxes of an image that COCO's evaluation counts."""
@@ -64,7 +64,7 @@ def findings(
     """
     texts = {name: (rename or {}).get(name, name) for name in dataset.names}
     found = [finding for split in dataset.splits.values() for finding in _of_boxes(split)]
-    return [*found, *_of_splits(dataset), *_of_images(dataset), *_of_names(texts, tokenizer)]
+    return [*found, *_of_splits(dataset), *_of_images(dataset), *names_findings(texts, tokenizer)]
 
 
 def _of_boxes(split: Split) -> Iterator[Finding]:
@@ -145,8 +145,8 @@ def _of_images(dataset: Dataset) -> Iterator[Finding]:
             )
 
 
-def _of_names(texts: Mapping[str, str], tokenizer: Tokenizer | None) -> Iterator[Finding]:
-    """`texts`: text in the prompt by name in the files."""
+def names_findings(texts: Mapping[str, str], tokenizer: Tokenizer | None = None) -> Iterator[Finding]:
+    """What is wrong with names; `texts`: text in the prompt by name in the files."""
     advice = 'give them a text with --names, a JSON file like {"RBC": "red blood cell"}'
     if vague := [name for name, text in texts.items() if _is_vague(clean_name(text))]:
         yield Finding("names without meaning", f"{listed(vague)} may mean nothing to the text encoder: {advice}")
@@ -175,7 +175,10 @@ def _is_vague(text: str) -> bool:
     tokens = re.findall(r"[^\W_]+", text)
     plain = [token for token in tokens if not token.isdecimal()]
     return all(
-        len(token) == 1 or token.lower().rstrip("0123456789") in _GENERIC or _is_abbreviation(token) for token in plain
+        (len(token) == 1 and token.isascii())
+        or token.lower().rstrip("0123456789") in _GENERIC
+        or _is_abbreviation(token)
+        for token in plain
     )
 
 

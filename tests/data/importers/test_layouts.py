@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+from glip_jax.data.importers.checks import findings, names_findings
+from glip_jax.data.importers.entry import SourceError
 from glip_jax.data.importers.layouts import Dataset, LayoutError, carve, find
 from glip_jax.data.importers.shots import draw_shots, prepared_shots
+from glip_jax.structures.prompts import load_tokenizer
 from tests.data.conftest import write_image
 
 NAMES = ("cat", "dog")
@@ -143,3 +146,67 @@ def test_folders_that_are_refused_say_what_was_looked_for(tmp_path):
     save(coco(2), tmp_path / "annotations/train.json", tmp_path / "images")
     with pytest.raises(LayoutError, match="has 2 annotations of the train set"):
         find(tmp_path)
+
+
+@pytest.mark.parametrize("boxes_last", [False, True])
+def test_bad_data_is_refused_in_one_line(tmp_path, boxes_last):
+    data = coco(3)
+    data["annotations"] = []
+    if boxes_last:
+        data = dict(reversed(data.items()))
+    save(data, tmp_path / "a/_annotations.coco.json")
+    with pytest.raises(LayoutError, match="no image of the training set has a box"):
+        find(tmp_path)
+    save(coco(1), tmp_path / "a/_annotations.coco.json")
+    with pytest.raises(LayoutError, match=r"has 1 images, 1 with a box, and no validation set: expected at least 2"):
+        carve(find(tmp_path))
+    save(coco(2), tmp_path / "a/test.json")
+    (tmp_path / "a/_annotations.coco.json").unlink()
+    with pytest.raises(LayoutError, match=r"has no training set, but test \(test.json\)"):
+        find(tmp_path)
+
+
+def test_ids_that_count_from_another_number_than_the_boxes_are_refused(tmp_path):
+    data = coco(3, start=0)
+    for note in data["annotations"]:
+        note["category_id"] += 1
+    save(data, tmp_path / "_annotations.coco.json")
+    with pytest.raises(SourceError, match="names would be shifted by one"):
+        find(tmp_path)
+
+
+def test_findings(tmp_path):
+    names = ("left hand", "hand", "CoW", "2", "\u732b", "fish")
+    data, valid = coco(3, names=names), coco(1, 11, names=names)
+    data["annotations"] = [note for note in data["annotations"] if note["category_id"] != 6][:-5]
+    data["annotations"][0]["bbox"] = [2, 3, 1, 9]
+    data["annotations"][1]["bbox"] = [30, 3, 9, 9]
+    valid["annotations"] *= 400
+    save(data, tmp_path / "train/_annotations.coco.json")
+    save(valid, tmp_path / "valid/_annotations.coco.json")
+    (tmp_path / "valid/11.png").write_bytes((tmp_path / "train/2.png").read_bytes())
+    found = findings(find(tmp_path), {"fish": "small fish"}, load_tokenizer("tests/fixtures/vocab_tiny1.txt"))
+    said = {finding.check: finding.text for finding in found}
+    assert "train: 1 of 10 boxes" in said["boxes of at most one pixel"]
+    assert "train: 1 of 10 boxes" in said["boxes outside the image"]
+    assert "1 images have more than 100 boxes (image 11: 2400)" in said["many boxes in an image"]
+    assert "train: no box of 'fish'" in said["classes without a box"]
+    assert "train: 1 of 3 images have no box" in said["images without a box"]
+    assert "1 images (first: 2.png and 11.png) are in train and in valid" in said["same image in two splits"]
+    assert said["names without meaning"].startswith("'CoW', '2' may mean nothing")
+    assert "'hand in left hand'" in said["one name inside another"]
+    assert "'left hand' tell left from right" in said["left or right"]
+    assert "'\u732b'" in said["names the vocabulary lacks"]
+    assert [finding.check for finding in found if finding.no_flip] == ["left or right"]
+    assert [finding.check for finding in found if finding.error] == ["names the vocabulary lacks"]
+
+
+@pytest.mark.parametrize(
+    ("name", "vague", "side"),
+    [("0", True, False), ("class_3", True, False), ("RBC", True, False), ("CoW", True, False), ("A", True, False),
+     ("cat", False, False), ("CAR", False, False), ("tv", False, False), ("cat 2", False, False), ("object 1", True, False),
+     ("trafficLight-GreenLeft", False, True), ("myright", False, True), ("bright light", False, False)],
+)  # fmt: skip
+def test_names_that_say_nothing_or_a_side(name, vague, side):
+    checks = {finding.check for finding in names_findings({name: name})}
+    assert ("names without meaning" in checks, "left or right" in checks) == (vague, side)
