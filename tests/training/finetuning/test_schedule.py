@@ -83,6 +83,7 @@ def test_the_recipes_of_the_original():
         "1_200_8", "3_200_4", "5_200_2", "10_200_1", "0_200_1",
     ]  # fmt: skip
     assert read_shots("7_50_16") == Shots(7, 50, 16)
+    assert read_shots("5").steps_per_epoch(33) == 17, "the last batch is filled up"
     for text in ("2", "3_200", "3_0_4", "a_200_1"):
         with pytest.raises(ConfigError, match="expected SHOTS_EPOCHS_COPIES"):
             read_shots(text)
