@@ -55,16 +55,16 @@ class Finding:
 
 
 def findings(
-    dataset: Dataset, rename: Mapping[str, str] | None = None, tokenizer: Tokenizer | None = None
+    dataset: Dataset, rename: Mapping[str, str] | None = None, tokenizer: Tokenizer | None = None, max_tokens: int = 256
 ) -> list[Finding]:
     """What is wrong, or worth knowing, about a data set.
 
     `rename`: text in the prompt by name in the files, as `--names` has it. `tokenizer`: of the text encoder; without one the
-    characters of names are not checked.
+    characters and the number of names are not checked. `max_tokens`: tokens of a prompt.
     """
     texts = {name: (rename or {}).get(name, name) for name in dataset.names}
     found = [finding for split in dataset.splits.values() for finding in _of_boxes(split)]
-    return [*found, *_of_splits(dataset), *_of_images(dataset), *names_findings(texts, tokenizer)]
+    return [*found, *_of_splits(dataset), *_of_images(dataset), *names_findings(texts, tokenizer, max_tokens)]
 
 
 def _of_boxes(split: Split) -> Iterator[Finding]:
@@ -145,7 +145,9 @@ def _of_images(dataset: Dataset) -> Iterator[Finding]:
             )
 
 
-def names_findings(texts: Mapping[str, str], tokenizer: Tokenizer | None = None) -> Iterator[Finding]:
+def names_findings(
+    texts: Mapping[str, str], tokenizer: Tokenizer | None = None, max_tokens: int = 256
+) -> Iterator[Finding]:
     """What is wrong with names; `texts`: text in the prompt by name in the files."""
     advice = 'give them a text with --names, a JSON file like {"RBC": "red blood cell"}'
     if vague := [name for name, text in texts.items() if _is_vague(clean_name(text))]:
@@ -158,16 +160,26 @@ def names_findings(texts: Mapping[str, str], tokenizer: Tokenizer | None = None)
     inside = [f"{a} in {b}" for a in own for b in own if a != b and own[a] != own[b] and _contains(own[b], own[a])]
     if inside:
         yield Finding("one name inside another", f"a name is part of another, and is easily found in its place: {listed(inside)}")  # fmt: skip
-    if tokenizer is not None:
-        remedy = 'give them English text with --names, as in {"\u732b": "cat"}, or take a model of that language'
-        try:
-            notes = check_names(list(texts.values()), tokenizer, "names", remedy, "note")
-            for note in notes:
-                yield Finding("names the vocabulary lacks", f"{note}; what it lacks becomes [UNK], the same for all such names: {remedy}")  # fmt: skip
-        except PromptError as error:
-            yield Finding(
-                "names the vocabulary lacks", f"{error} (it becomes [UNK], the same for all such names)", True
-            )
+    if tokenizer is None:
+        return
+    remedy = 'give them English text with --names, as in {"\u732b": "cat"}, or take a model of that language'
+    effect = "what it lacks becomes [UNK], the same for all such names"
+    try:
+        notes = check_names(list(texts.values()), tokenizer, "names", remedy, "note")
+        for note in notes:
+            is_vocabulary = "vocabulary" in note
+            check = "names the vocabulary lacks" if is_vocabulary else "names that are the same to the model"
+            yield Finding(check, f"{note}; {effect}: {remedy}" if is_vocabulary else note, not is_vocabulary)
+    except PromptError as error:
+        yield Finding("names the vocabulary lacks", f"{error} ({effect})", True)
+    # A separator stands between names; [CLS] and [SEP], which `encode` adds to each, enclose the prompt.
+    tokens = 1 + sum(len(tokenizer.encode(clean_name(text)).ids) - 1 for text in texts.values())
+    if tokens > max_tokens:
+        yield Finding(
+            "many names",
+            f"{len(texts)} names have {tokens} tokens, and a prompt {max_tokens}: training draws names for each image, evaluation "
+            "prompts them in chunks, and scores of different chunks compare less well",
+        )
 
 
 def _is_vague(text: str) -> bool:

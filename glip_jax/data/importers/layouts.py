@@ -16,7 +16,7 @@ from etils import epath
 from glip_jax.data.importers import coco_folders, label_studio, labelme, odvg, voc, yolo
 from glip_jax.data.importers.categories import check_ids
 from glip_jax.data.importers.entry import Report, SourceError
-from glip_jax.data.importers.readers import as_integer
+from glip_jax.data.importers.readers import as_integer, identity
 from glip_jax.data.importers.sources import SPLITS, LayoutError, Source, folders_below, images_below, located
 from glip_jax.io import gcs
 
@@ -190,8 +190,7 @@ def read_split(
     `categories`: the list of the data set, which the source is to have; its own ids are replaced by those of the same names.
     """
     where = str(source.path)
-    coco = source.read(report)
-    _check_fields(coco, where)
+    coco = _checked(source.read(report), where)
     images, kept = _found_images(coco["images"], source, folder, report)
     annotations = _numbered(coco["annotations"], where, report)
     split = Split(source.split, {**coco, "images": kept, "annotations": annotations}, str(images), where)
@@ -203,13 +202,22 @@ def read_split(
     return _with_categories(split, categories)
 
 
-def _check_fields(coco: Mapping[str, Any], where: str) -> None:
+def _checked(coco: Mapping[str, Any], where: str) -> dict[str, list[dict[str, Any]]]:
+    """The lists with ids that are numbers or texts; SourceError for objects that lack a field, and for ids that occur twice."""
     for key, required in (
         ("images", ("id", "file_name")), ("annotations", ("image_id", "category_id", "bbox")), ("categories", ("id", "name"))
     ):  # fmt: skip
         for number, item in enumerate(coco[key]):
+            place = f"{where}: {key}[{number}]"
             if missing := [field for field in required if item.get(field) is None]:
-                raise SourceError(f"{where}: {key}[{number}] lacks {', '.join(missing)}")
+                raise SourceError(f"{place} lacks {', '.join(missing)}")
+            for field in required:
+                if field == "category_id" and not isinstance(item[field], int | float | str):
+                    item[field] = f"{item[field]!r:.40}"  # of no category: the reader counts it
+                elif field.endswith("id"):
+                    item[field] = identity(item, field, place)
+                elif field.endswith("name") and not isinstance(item[field], str | int):
+                    raise SourceError(f"{place} has the {field} {item[field]!r:.40}, expected text")
     if not coco["images"]:
         raise LayoutError(f"{where}: 'images' is empty: expected the images of the set")
     for key, field in (("images", "id"), ("categories", "id"), ("categories", "name")):
@@ -217,6 +225,7 @@ def _check_fields(coco: Mapping[str, Any], where: str) -> None:
         if twice:
             remedy = "give each its own name in the annotation tool" if field == "name" else "ids must be unique"
             raise LayoutError(f"{where}: the {field} {twice[0]!r} occurs twice in {key}: {remedy}")
+    return {key: coco[key] for key in ("images", "annotations", "categories")}
 
 
 def _found_images(
@@ -224,7 +233,7 @@ def _found_images(
 ) -> tuple[epath.Path, list[dict[str, Any]]]:
     """The folder of the images, and the images whose files exist in it, with their paths there."""
     sample = listed[:: max(1, len(listed) // _TRIED)]
-    counts = [len(located(sample, place)[0]) for place in source.images]
+    counts = [_count(sample, place) for place in source.images]
     if not max(counts):
         places = ", ".join(str(place.relative_to(folder)) if place != folder else "." for place in source.images[:6])
         raise LayoutError(
@@ -242,11 +251,21 @@ def _found_images(
     return best, kept
 
 
+def _count(images: list[dict[str, Any]], folder: epath.Path) -> int:
+    """How many of the images are in a folder; 0 if two of them would be read from one file there."""
+    try:
+        return len(located(images, folder)[0])
+    except SourceError:
+        return 0
+
+
 def _numbered(annotations: list[dict[str, Any]], where: str, report: Report) -> list[dict[str, Any]]:
     """The annotations, with ids from 1 if an id is missing, occurs twice, or is 0, which COCO's evaluation takes for none."""
     ids = [item.get("id") for item in annotations]
     twice = len({str(identity) for identity in ids}) < len(ids)
-    if not twice and not any(identity in (None, 0, "0") for identity in ids):
+    if not twice and all(
+        isinstance(one, int | str) and not isinstance(one, bool) and one not in (0, "0") for one in ids
+    ):
         return annotations
     what = "annotation: ids that are missing, 0 or not unique, all numbered anew"
     first = next((i for i, count in Counter(map(str, ids)).items() if count > 1), "0")
@@ -283,11 +302,9 @@ def _one_list(dataset: Dataset) -> Dataset:
     if not same or len(set(ids)) < len(ids):
         new = {name: number for number, name in enumerate(by_name, 1)}
         zero = {as_integer(identity) for identity in ids} == set(range(len(ids)))
-        said.append(
-            "category ids count from 0: numbered from 1"
-            if zero
-            else "category ids are not the same numbers from 1 in all splits: numbered from 1"
-        )
+        what = "count from 0" if zero else "are not the same numbers from 1 in all splits"
+        if dataset.layout == "coco":  # YOLO and ODVG count from 0
+            said.append(f"category ids {what}: numbered from 1")
     else:
         new = {name: category["id"] for name, category in by_name.items()}
     categories = [

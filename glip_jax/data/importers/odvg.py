@@ -110,7 +110,8 @@ class _Lines:
         if not isinstance(detection, dict):
             return None
         instances = detection.get("instances")
-        return [one for one in instances if isinstance(one, dict)] if isinstance(instances, list) else []
+        # The reader counts what is no object: it has no box.
+        return [one if isinstance(one, dict) else {} for one in instances] if isinstance(instances, list) else []
 
     @staticmethod
     def _caption(item: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -162,24 +163,25 @@ class _Lines:
         def annotations() -> Iterator[dict[str, Any]]:
             count = 0
             for number, item in self._items(Report()):
-                grounding = self._caption(item)
-                regions = None if grounding is None else grounding.get("regions")
-                for region in regions if isinstance(regions, list) else ():
+                grounding = self._caption(item) or {}
+                regions = grounding.get("regions")
+                for given in regions if isinstance(regions, list) else ():
+                    region = given if isinstance(given, dict) else {}
                     for box in _region_boxes(region):
                         count += 1
-                        spans = _spans(region, grounding["caption"]) if grounding is not None else None
+                        spans = _spans(region, grounding["caption"])
                         yield {"id": count, "image_id": number, "bbox": box, "tokens_positive": spans}
 
         return JsonLists(self.path, {"images": images, "annotations": annotations})
 
 
-def _region_boxes(region: Any) -> list[Any]:
+def _region_boxes(region: Mapping[str, Any]) -> list[Any]:
     """The boxes of a region: one, or a list of them."""
-    raw = region.get("bbox") if isinstance(region, dict) else None
+    raw = region.get("bbox")
     return raw if isinstance(raw, list) and raw and all(isinstance(box, list) for box in raw) else [raw]
 
 
-def _spans(region: Any, caption: str) -> Any:
+def _spans(region: Mapping[str, Any], caption: str) -> Any:
     """`tokens_positive` of a region, else the first place of its phrase in the caption, without case; None if it is not there."""
     spans = region.get("tokens_positive")
     if spans is not None:

@@ -27,6 +27,10 @@ _MOST = 200_000
 """Files of a folder that are looked at."""
 
 
+_FEW = 20
+"""Folders of no telling name in which images are looked for."""
+
+
 class LayoutError(SourceError):
     """A folder in which no data set is found, or several, or one that cannot be used."""
 
@@ -150,7 +154,8 @@ def image_folders(file: epath.Path, split: str, folder: epath.Path) -> tuple[epa
     of_split = [path for place in (*images, folder) for path in folders_below(place) if split_of(path.name) == split]
     inner = [path for place in of_split if split for path in folders_below(place) if path.name.lower() == "images"]
     beside = [] if file.parent.name.lower() == "annotations" else [file.parent]
-    ordered = [*beside, *inner, *(of_split if split else ()), *images, folder, *below, file.parent]
+    nested = [path for place in images for path in folders_below(place)[:_FEW]]
+    ordered = [*beside, *inner, *(of_split if split else ()), *images, folder, *below[:_FEW], *nested, file.parent]
     return tuple(dict.fromkeys(ordered))
 
 

@@ -1,6 +1,7 @@
 """Own data found in a folder: every layout as its owner writes it, what is mended, and what is refused."""
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ def save(data: Any, path: Path, images: Path | None = None) -> None:
     folder = images or path.parent
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(data["images"]):
-        write_image(folder / image["file_name"], 24, 32, hash((str(path), number)) % 1000)
+        write_image(
+            folder / image["file_name"], 24, 32, zlib.crc32(f"{path.parent.name} {path.name} {number}".encode())
+        )
 
 
 def sizes(dataset: Dataset) -> dict[str, tuple[int, int]]:
@@ -63,6 +66,7 @@ def test_roboflow_and_its_dummy_class(tmp_path):
         ("annotations/instances_{}.json", "images/{}"),
         ("{}_annotations_without_background.json", "."),
         ("annotations/{}.json", "{}/images"),
+        ("{}/annotations_without_background.json", "{}"),  # ODinW
     ],
 )
 def test_layouts_of_coco(tmp_path, file, images):
@@ -73,6 +77,29 @@ def test_layouts_of_coco(tmp_path, file, images):
     assert sizes(found) == {"train": (2, 4), "valid": (2, 4)} and found.notes == (f"the data set is in {tmp_path}/in",)
     folder = Path(found.splits["valid"].images)
     assert all((folder / image["file_name"]).exists() for image in found.splits["valid"].coco["images"])
+
+
+def test_exports_of_cvat_and_label_studio_as_coco(tmp_path):
+    for subset, folder in (("Train", "images/Train"), ("Validation", "images/Validation")):
+        save(coco(2), tmp_path / "subsets" / f"annotations/instances_{subset}.json", tmp_path / "subsets" / folder)
+    assert sizes(find(tmp_path / "subsets")) == {"train": (2, 4), "valid": (2, 4)}
+    save(coco(3), tmp_path / "cvat/annotations/instances_default.json", tmp_path / "cvat/images/default")
+    assert sizes(find(tmp_path / "cvat")) == {"train": (3, 6)}
+    save(coco(2), tmp_path / "studio/result.json", tmp_path / "studio/images")
+    data = coco(2)
+    for image in data["images"]:
+        image["file_name"] = f"../../label-studio/data/media/upload/3/{image['file_name']}"
+    (tmp_path / "studio/result.json").write_text(json.dumps(data))
+    found = find(tmp_path / "studio").splits["train"]
+    assert [image["file_name"] for image in found.coco["images"]] == ["1.png", "2.png"]
+
+
+def test_odinw_prefers_its_file_without_background_and_the_whole_valid(tmp_path):
+    for split, first in (("train", 1), ("valid", 11), ("mini_val", 11)):
+        save(coco(1 if split == "mini_val" else 2, first), tmp_path / split / "annotations_without_background.json")
+        save(coco(2, first, names=("x", "cat", "dog")), tmp_path / split / "_annotations.coco.json")
+    found = find(tmp_path)
+    assert sizes(found) == {"train": (2, 4), "valid": (2, 4)} and found.names == NAMES
 
 
 def test_category_ids_from_0_and_of_another_order_are_those_of_one_list(tmp_path):
@@ -199,6 +226,9 @@ def test_findings(tmp_path):
     assert "'\u732b'" in said["names the vocabulary lacks"]
     assert [finding.check for finding in found if finding.no_flip] == ["left or right"]
     assert [finding.check for finding in found if finding.error] == ["names the vocabulary lacks"]
+    many = {f"thing {i}": f"thing {i}" for i in range(500)}
+    texts = [one.text for one in names_findings(many, load_tokenizer("tests/fixtures/vocab_tiny1.txt"))]
+    assert any(text.startswith("500 names have ") and "and a prompt 256" in text for text in texts)
 
 
 @pytest.mark.parametrize(
