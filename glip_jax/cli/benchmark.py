@@ -1,7 +1,8 @@
 """The job `benchmark`: a checkpoint on the field's sets, from official files to tables.
 
-WORKDIR/SET/ASK/            detections of a set, asked in one way: blocks while they are made, then predictions in the form that
+WORKDIR/SET/MODE/           detections of a set in one prompt mode: blocks while they are made, then predictions in the form that
                             evaluators read (`glip_jax.evaluation.benchmark.blocks`)
+WORKDIR/SET/chunking/       the same with other numbers and orders of the names in a prompt (--chunk)
 WORKDIR/results.json        every number with its protocol, hashes, overlap with the training data, published numbers
 WORKDIR/results.csv         the same, a line a number
 WORKDIR/results.tex         rows of the paper's Tables 2 to 4
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from glip_jax.cli import checkpoint_argument
+from glip_jax.cli.chunk_arguments import ChunkArguments, checked_chunks
 from glip_jax.cli.command_line import CommandLineError, flags, split_settings
 from glip_jax.cli.processes import ProcessArguments, checkpoint_fingerprint, fingerprints, run_joined, share_of
 from glip_jax.config import Config, PathStr
@@ -53,7 +55,7 @@ another protocol."""
 
 
 @dataclass(frozen=True)
-class Benchmark(ProcessArguments):
+class Benchmark(ChunkArguments, ProcessArguments):
     """Evaluate a checkpoint on the benchmarks of the field.
 
     Detects every set that is asked for, writes predictions in the official forms, scores them, and writes tables, LaTeX rows and
@@ -115,6 +117,7 @@ def main(argv: Sequence[str]) -> int:
         raise CommandLineError(
             f"--workdir={job.workdir} is the working folder of a run: expected a folder of its own, such as {job.workdir}/benchmark"
         )
+    checked_chunks(job)
     if job.drawn < 0:
         raise CommandLineError(f"--drawn={job.drawn}: expected a number of images, or 0 for none")
     command = shlex.join(["python", "-m", "glip_jax", "benchmark", *argv])
@@ -202,7 +205,7 @@ def _detect(
     share: "Share",
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Detects all sets; returns what files are missing, by set, and the sets that cannot be used, with the reason."""
-    from glip_jax.evaluation.benchmark.predict import Run, predict
+    from glip_jax.evaluation.benchmark.predict import Run, compare_chunks, predict
     from glip_jax.evaluation.benchmark.results import earlier
     from glip_jax.io.checkpoint import fingerprint
 
@@ -214,7 +217,7 @@ def _detect(
     benchmark = Run(
         job.data, epath.Path(job.workdir), config, _Detectors(parameters).of, about, share, job.order, job.other_counts
     )
-    missing, failed = dict[str, list[str]](), dict[str, str]()
+    missing, failed, chunking = dict[str, list[str]](), dict[str, str](), checked_chunks(job)
     for item in items:
         lacking = next(filter(None, share.gather(benchmark_sets.missing(item, job.data))), [])
         if lacking:
@@ -222,7 +225,10 @@ def _detect(
             continue
         try:
             for mode in _modes(item, job.asks):
-                predict(benchmark, item, _with_given(mode, config, given))
+                mode = _with_given(mode, config, given)
+                predict(benchmark, item, mode)
+                if chunking is not None and mode.has_chunks:
+                    compare_chunks(benchmark, item, mode, chunking)
         except BenchmarkError as error:
             failed[item.name] = str(error).removeprefix(f"{item.name}: ")
             logger.error(f"left out: {item.name}: {failed[item.name]}")

@@ -115,9 +115,18 @@ def flags(
             near = difflib.get_close_matches(argv[0], commands, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(commands)}"
             raise CommandLineError(f"unknown format {argv[0]!r}; {hint}")
-    parsed = _parsed(kind, list(argv), job, example)
+    hints = {name: hint for part in parts for name, hint in typing.get_type_hints(part).items()}
+    parsed = _parsed(kind, [item for argument in argv for item in _integers(argument, hints)], job, example)
     check_paths(parsed, "--")
     return parsed
+
+
+def _integers(argument: str, hints: Mapping[str, Any]) -> list[str]:
+    """The argument as tyro expects it: `--chunk=20,40` of a tuple of integers in several."""
+    option, equals, value = argument.partition("=")
+    if equals and hints.get(option.removeprefix("--").replace("-", "_")) == tuple[int, ...]:
+        return [option, *_items(value)]
+    return [argument]
 
 
 def _new_name(argument: str, renamed: Mapping[str, str]) -> str:

@@ -21,12 +21,17 @@ from glip_jax.data.importers.coco import Coco, Lvis, Objects365, Odinw
 from glip_jax.data.importers.entry import SourceError
 from glip_jax.data.importers.finished import differences, options_of, read_report
 from glip_jax.data.importers.flickr30k import Flickr30k
+from glip_jax.data.importers.label_studio import LabelStudio
+from glip_jax.data.importers.labelme import Labelme
 from glip_jax.data.importers.mdetr import CocoCaptions, Mdetr
+from glip_jax.data.importers.odvg import Odvg
 from glip_jax.data.importers.openimages import Openimages
 from glip_jax.data.importers.options import BuildOptions
 from glip_jax.data.importers.tfds import Tfds
 from glip_jax.data.importers.tsv import Tsv
 from glip_jax.data.importers.visual_genome import VisualGenome
+from glip_jax.data.importers.voc import Voc
+from glip_jax.data.importers.yolo import Yolo
 from glip_jax.data.manifest import Manifest, ShardError
 from glip_jax.distributed import exit_codes
 from glip_jax.io.assets import AssetError, resolve
@@ -53,6 +58,11 @@ Format = (
     | Annotated[Sbu, tyro.conf.subcommand("sbu", prefix_name=False)]
     | Annotated[CocoCaptions, tyro.conf.subcommand("coco-captions", prefix_name=False)]
     | Annotated[Webdataset, tyro.conf.subcommand("webdataset", prefix_name=False)]
+    | Annotated[Voc, tyro.conf.subcommand("voc", prefix_name=False)]
+    | Annotated[Yolo, tyro.conf.subcommand("yolo", prefix_name=False)]
+    | Annotated[Odvg, tyro.conf.subcommand("odvg", prefix_name=False)]
+    | Annotated[Labelme, tyro.conf.subcommand("labelme", prefix_name=False)]
+    | Annotated[LabelStudio, tyro.conf.subcommand("label-studio", prefix_name=False)]
 )
 """Every format: boxes with category names, captions whose phrases have boxes, captions without boxes."""
 

@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from glip_jax.cli import checkpoint_argument
+from glip_jax.cli.chunk_arguments import ChunkArguments, checked_chunks
 from glip_jax.cli.command_line import Arguments, CommandLineError, parse
 from glip_jax.cli.processes import ProcessArguments, checkpoint_fingerprint, fingerprints, run_joined, share_of
 from glip_jax.config import Config, EvaluationSet, PathStr, first_names
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class EvaluateArguments(ProcessArguments, Arguments):
+class EvaluateArguments(ChunkArguments, ProcessArguments, Arguments):
     """Evaluate a checkpoint on the sets of config.evaluation.
 
     Prints a table and writes evaluation.json (numbers, and the settings and hashes that they depend on),
@@ -57,13 +58,6 @@ class EvaluateArguments(ProcessArguments, Arguments):
     """Step of the checkpoint of a WORKDIR; default: the newest complete one."""
     out: PathStr = ""
     """Folder for the report, local or gs://; default: the working folder."""
-    chunk: tuple[int, ...] = ()
-    """Names per prompt to compare, such as 20,40,80 (0: as many as fit): every detection set is evaluated again with each, in
-    the order of ids and shuffled, and the report says how AP50 changes. The first is the reference."""
-    chunk_seeds: tuple[int, ...] = (0, 1)
-    """Seeds of the shuffled orders of --chunk."""
-    chunk_images: int = 0
-    """Number of first images of each set that --chunk evaluates; 0: all that are evaluated."""
     measure_chunking: bool = False
     """--chunk with the usual prompts and with prompts half as long, in the order of ids and shuffled with seed 0."""
     alone: int = 1
@@ -233,21 +227,14 @@ def _add_numbers_at(
 
 def _chunking(arguments: EvaluateArguments) -> "Chunking | None":
     """What --chunk or --measure-chunking compare; without chunks for the latter, whose chunks depend on the set."""
-    for flag in ("chunk", "chunk_seeds"):
-        if any(value < 0 for value in getattr(arguments, flag)):
-            given = ",".join(map(str, getattr(arguments, flag)))
-            raise CommandLineError(f"--{flag.replace('_', '-')}={given}: expected numbers of at least 0")
-    if arguments.chunk_images < 0:
-        raise CommandLineError(f"--chunk-images={arguments.chunk_images}: expected at least 0")
-    if arguments.chunk and arguments.measure_chunking:
+    chunks = checked_chunks(arguments)
+    if not arguments.measure_chunking:
+        return chunks
+    if chunks is not None:
         raise CommandLineError("--chunk and --measure-chunking are two ways to say what is compared: leave one out")
-    if not arguments.chunk and not arguments.measure_chunking:
-        return None
     from glip_jax.evaluation.chunking import Chunking
 
-    if arguments.measure_chunking:
-        return Chunking((), (0,), arguments.chunk_images)
-    return Chunking(arguments.chunk, arguments.chunk_seeds, arguments.chunk_images)
+    return Chunking((), (0,), arguments.chunk_images)
 
 
 def _of_set(chunking: "Chunking", config: Config, chunks: Sequence[Sequence[str]]) -> "Chunking":

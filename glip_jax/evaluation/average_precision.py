@@ -23,7 +23,7 @@ from glip_jax.structures.batch import Detections
 
 __all__ = [
     "NUMBERS", "AveragePrecision", "GroundTruth", "GroundTruthError", "ListedNames", "average_precision", "coco_numbers", "coco_results",
-    "derangement", "load_ground_truth", "permuted_ap50", "setting_names",
+    "derangement", "labels", "load_ground_truth", "permuted_ap50", "setting_names",
 ]  # fmt: skip
 
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -187,8 +187,8 @@ def average_precision(
     precision = np.asarray(evaluation.eval["precision"], np.float64)[..., caps.index(top)]
     return AveragePrecision(
         coco_numbers(precision, np.asarray(evaluation.eval["recall"], np.float64), caps, top),
-        dict(zip(_labels(truth), _mean_precision(precision[..., 0]), strict=True)),
-        dict(zip(_labels(truth), _mean_precision(precision[:1, ..., 0]), strict=True)),
+        dict(zip(labels(truth), _mean_precision(precision[..., 0]), strict=True)),
+        dict(zip(labels(truth), _mean_precision(precision[:1, ..., 0]), strict=True)),
     )
 
 
@@ -294,8 +294,8 @@ def _results(dataset: Any, results: list[dict[str, Any]]) -> COCO:
     return _indexed({**dataset.dataset, "annotations": []})
 
 
-def _labels(truth: GroundTruth) -> list[str]:
-    """The names, with their id where two categories share one."""
+def labels(truth: GroundTruth) -> list[str]:
+    """The names of the categories, with their id where two share one: the keys of `AveragePrecision.per_class`."""
     return [
         name if truth.names.count(name) == 1 else f"{name} (id {number})"
         for name, number in zip(truth.names, truth.category_ids, strict=True)

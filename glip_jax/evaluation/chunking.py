@@ -16,7 +16,7 @@ from glip_jax.evaluation.shares import Share
 from glip_jax.inference import category_prompts
 from glip_jax.structures.prompts import Tokenizer
 
-__all__ = ["Chunking", "ChunkingResult", "chunking_effect", "chunking_lines", "prompt_chunks", "requested"]
+__all__ = ["Chunking", "ChunkingResult", "chunking_effect", "chunking_lines", "described", "prompt_chunks", "requested"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,12 @@ def requested(chunking: Chunking) -> list[tuple[int, int | None]]:
     return [(chunk, seed) for chunk in dict.fromkeys(chunking.chunks) for seed in seeds]
 
 
+def described(chunk: int, seed: int | None) -> str:
+    """The chunk and the order in words."""
+    asked = f"at most {chunk} names a prompt" if chunk else "as many names a prompt as fit"
+    return asked if seed is None else f"{asked}, shuffled with seed {seed}"
+
+
 def chunking_effect(
     make: Callable[[Config], CategoryDetector],
     config: Config,
@@ -83,8 +89,7 @@ def chunking_effect(
     for chunk, seed in requested(chunking):
         evaluation = dataclasses.replace(config.evaluation, chunk=chunk, max_images=images)
         changed = dataclasses.replace(config, evaluation=evaluation)
-        asked = f"at most {chunk} names a prompt" if chunk else "as many names a prompt as fit"
-        asked += "" if seed is None else f", shuffled with seed {seed}"
+        asked = described(chunk, seed)
         if (chunk, seed) == known:
             found = first
         else:
@@ -103,15 +108,18 @@ def chunking_effect(
 
 
 def chunking_lines(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """(what was asked, AP50) of every result, and mean and range over the orders of each chunk, as text.
+    """(chunk and order, number) of every result, and mean and range over the orders of each chunk, as text.
 
-    Results of earlier versions have `asked`, `AP50` and `difference` only.
+    Results of a benchmark have the number as `value`, named `metric`; others have AP50, those of earlier versions without a chunk.
     """
-    lines = [(one["asked"], f"AP50 {one['AP50']:.4f}, {one['difference']:+.4f}") for one in results]
-    for chunk in dict.fromkeys(one["chunk"] for one in results if "chunk" in one):
-        values = [one["AP50"] for one in results if one["chunk"] == chunk]
+    if not results:
+        return []
+    name, key = (results[0]["metric"], "value") if "metric" in results[0] else ("AP50", "AP50")
+    defined = [one for one in results if one[key] is not None]
+    lines = [(one["asked"], f"{name} {one[key]:.4f}, {one['difference']:+.4f}") for one in defined]
+    for chunk in dict.fromkeys(one["chunk"] for one in defined if "chunk" in one):
+        values = [one[key] for one in defined if one["chunk"] == chunk]
         if len(values) > 1:
-            asked = next(one["asked"] for one in results if one["chunk"] == chunk)
-            spread = f"mean AP50 {np.mean(values):.4f}, {min(values):.4f} to {max(values):.4f}"
-            lines.append((f"{asked}, {len(values)} orders", spread))
+            spread = f"mean {name} {np.mean(values):.4f}, {min(values):.4f} to {max(values):.4f}"
+            lines.append((f"{described(chunk, None)}, {len(values)} orders", spread))
     return lines

@@ -21,7 +21,7 @@ __all__ = ["IMPORT_FORMATS", "Format", "explain", "explain_bytes", "recognize", 
 
 IMPORT_FORMATS = (
     "coco", "lvis", "objects365", "odinw", "openimages", "visual-genome", "tfds", "mdetr", "flickr30k", "tsv", "caption-tsv",
-    "caption-lines", "sbu", "coco-captions", "webdataset",
+    "caption-lines", "sbu", "coco-captions", "webdataset", "voc", "yolo", "odvg", "labelme", "label-studio",
 )  # fmt: skip
 """Formats of the job `data`."""
 
@@ -198,7 +198,11 @@ def _text(head: bytes, name: str, file: IO[bytes]) -> Format | None:
     if len(lines) > 1 and len(text) == _HEAD:
         lines.pop()  # cut
     if all(re.fullmatch(r"\d+(?: +[\d.eE+-]+){4,}", line.strip()) for line in lines):
-        return Format("a label file of YOLO", advice=_CONVERT)
+        return Format(
+            "a label file of YOLO",
+            "yolo",
+            "give its data.yaml, or the folder of the labels with --images and --classes",
+        )
     if all(re.fullmatch(r"\S+(?: -?[\d.]+){14,15}", line.strip()) for line in lines):
         return Format("a label file of KITTI", advice=_CONVERT)
     if name.lower().endswith((".yaml", ".yml")):
@@ -220,13 +224,14 @@ class _Json(NamedTuple):
 
 
 _OBJECTS: tuple[tuple[Callable[[_Json], Any], Format], ...] = (
-    (lambda j: j.has("shapes") and ("imagePath" in j.keys or "imageData" in j.keys), Format("a file of LabelMe", advice=_CONVERT)),
+    (lambda j: j.has("shapes") and ("imagePath" in j.keys or "imageData" in j.keys), Format("a file of LabelMe", "labelme", "give the folder of these files")),
     (lambda j: j.has("_via_img_metadata") or j.has("_via_settings"), Format("a project of VIA", advice=_CONVERT)),
     (lambda j: {"regions", "file_attributes", "filename"} <= j.inner, Format("an export of VIA", advice=_CONVERT)),
     (lambda j: j.has("images", "annotations") and ("tokens_positive" in j.inner or "tokens" in j.inner), Format("captions with boxes in MDETR's format", "mdetr")),
     (lambda j: j.has("images", "annotations") and {"neg_category_ids", "not_exhaustive_category_ids"} & j.inner, Format("LVIS's JSON", "lvis")),
     (lambda j: j.has("images", "annotations") and "caption" in j.inner and "bbox" not in j.inner, Format("COCO's captions", "coco-captions")),
     (lambda j: j.has("images", "annotations") and "bbox" in j.inner, Format("COCO's JSON of boxes", "coco")),
+    (lambda j: j.has("images", "annotations", "categories"), Format("COCO's JSON of boxes", "coco")),
     (lambda j: j.has("image_urls", "captions"), Format("SBU's captions", "sbu")),
     (lambda j: j.has("classTitle") or {"classTitle", "points"} <= j.inner, Format("a file of Supervisely", advice=_CONVERT)),
     (lambda j: j.has("assets") and "regions" in j.inner, Format("an export of VoTT", advice=_CONVERT)),
@@ -236,7 +241,7 @@ _OBJECTS: tuple[tuple[Callable[[_Json], Any], Format], ...] = (
 )  # fmt: skip
 _LISTS: tuple[tuple[Callable[[_Json], Any], Format], ...] = (
     (lambda j: j.has("image_id", "category_id", "score"), Format("COCO's results (detections)", advice="label captions with it by `label --detections=FILE --categories=ANNOTATIONS`")),
-    (lambda j: j.has("data") and ("annotations" in j.keys or "completions" in j.keys), Format("an export of Label Studio", advice="export it from there as COCO")),
+    (lambda j: (j.has("data") and ("annotations" in j.keys or "completions" in j.keys)) or j.has("image", "annotator"), Format("an export of Label Studio", "label-studio")),
     (lambda j: j.has("annotations") and "coordinates" in j.inner, Format("a file of CreateML", advice=_CONVERT)),
     (lambda j: j.has("objects") and ("image_id" in j.keys or "id" in j.keys), Format("objects.json of Visual Genome", "visual-genome", "with --image-data=image_data.json")),
     (lambda j: j.has("url", "width", "height"), Format("image_data.json of Visual Genome", "visual-genome", "of objects.json, as --image-data")),
@@ -247,7 +252,7 @@ _LISTS: tuple[tuple[Callable[[_Json], Any], Format], ...] = (
     (lambda j: j.has("image", "caption"), Format("one JSON list of captions", advice="write an object a line, for `data caption-lines`")),
 )  # fmt: skip
 _LINES: tuple[tuple[Callable[[_Json], Any], Format], ...] = (
-    (lambda j: j.has("filename") and ("detection" in j.keys or "grounding" in j.keys), Format("ODVG (the JSON lines of Open-GroundingDino and MM-Grounding-DINO)", advice=_CONVERT)),
+    (lambda j: j.has("filename") and ("detection" in j.keys or "grounding" in j.keys), Format("ODVG (the JSON lines of Open-GroundingDino and MM-Grounding-DINO)", "odvg")),
     (lambda j: j.has("file_name", "objects"), Format("metadata.jsonl of a Hugging Face image folder with boxes", advice=_CONVERT)),
     (lambda j: j.has("file_name"), Format("metadata.jsonl of a Hugging Face image folder", "caption-lines", "with --image-key=file_name and --caption-key=KEY")),
     (lambda j: j.has("image", "caption"), Format("captions of JSON lines", "caption-lines")),
@@ -276,19 +281,22 @@ def _loaded(line: str) -> Any:
 
 
 def _json_keys(file: IO[bytes]) -> _Json:
-    """The keys of a JSON file, up to the first annotation, or as far as it is JSON."""
+    """The keys of a JSON file, up to the first annotation and image, or as far as it is JSON."""
     file.seek(0)
     if file.read(3) != b"\xef\xbb\xbf":
         file.seek(0)
     is_list, keys, inner, ended = False, set[str](), set[str](), False
+    first = set[str]()
     try:
         for count, (prefix, event, value) in enumerate(ijson.parse(file)):
             if (
                 count == _EVENTS
-                or (prefix == "annotations.item" and event == "end_map")
+                or first == {"annotations.item", "images.item"}  # whichever of the lists stands first
                 or (ended and prefix != "item")
             ):
                 break
+            if event == "end_map" and prefix in ("annotations.item", "images.item"):
+                first.add(prefix)
             is_list = is_list or (count == 0 and event == "start_array")
             ended = ended or (is_list and prefix == "item" and event == "end_map")
             if event == "map_key":
@@ -304,7 +312,7 @@ def _xml(text: str) -> Format | None:
     if "<annotations>" in text and "<image " in text:
         return Format("an export of CVAT (XML)", advice="export it from there as COCO")
     if "<annotation" in text and "<object" in text:
-        return Format("an annotation of Pascal VOC (XML)", advice=_CONVERT)
+        return Format("an annotation of Pascal VOC (XML)", "voc", "give the folder of these files")
     return None
 
 
@@ -318,7 +326,7 @@ def _yaml(text: str) -> Format | None:
     if {"img", "label"} <= set(fields):
         return Format("a TSV container of the original GLIP", "tsv")
     if "names" in fields or "nc" in fields:
-        return Format("data.yaml of YOLO", advice=_CONVERT)
+        return Format("data.yaml of YOLO", "yolo")
     return None
 
 
@@ -355,7 +363,7 @@ def _folder(path: epath.Path, depth: int = 1) -> Format | None:
     if {"Annotations", "Sentences"} <= folders:
         return Format("the release of Flickr30k Entities", "flickr30k")
     if ".xml" in ends or ("Annotations" in folders and _any_of(path / "Annotations", ".xml")):
-        return Format("a folder of Pascal VOC annotations (XML)", advice=_CONVERT)
+        return Format("a folder of Pascal VOC annotations (XML)", "voc")
     if "_annotations.coco.json" in names or "annotations_without_background.json" in names:
         return Format("a folder of ODinW or Roboflow", "odinw")
     if "features.json" in names:
@@ -363,7 +371,9 @@ def _folder(path: epath.Path, depth: int = 1) -> Format | None:
     if "metadata.jsonl" in names or "metadata.csv" in names:
         return Format("an image folder of Hugging Face", advice=_CONVERT)
     if {"data.yaml", "dataset.yaml"} & set(names) or "labels" in folders or (".txt" in ends and _all_yolo(entries)):
-        return Format("a folder of YOLO", advice=_CONVERT)
+        return Format(
+            "a folder of YOLO", "yolo", "give its data.yaml, or the folder of the labels with --images and --classes"
+        )
     if {".tar"} & ends:
         return Format("a folder of tar archives", "webdataset", "if they hold images with captions")
     if {".parquet", ".arrow"} & ends:
@@ -373,7 +383,7 @@ def _folder(path: epath.Path, depth: int = 1) -> Format | None:
     found = [entry for entry in entries if entry.suffix == ".json" and entry.name not in folders]
     first = recognize(found[0]) if found else None
     if first is not None and first.what == "a file of LabelMe":
-        return Format("a folder of LabelMe files", advice=_CONVERT)
+        return Format("a folder of LabelMe files", "labelme")
     if found:
         return Format(f"a folder, in which {found[0].name} lies", advice="give the file of annotations itself")
     if "annotations" in folders:
@@ -381,7 +391,7 @@ def _folder(path: epath.Path, depth: int = 1) -> Format | None:
         if below:
             return Format("a folder", advice=f"give one of the files in it, such as annotations/{below[0]}")
     if path.name == "images" and ((path.parent / "labels").is_dir() or (path.parent / "data.yaml").exists()):
-        return Format("the folder of images of a YOLO set", advice=_CONVERT)
+        return Format("the folder of images of a YOLO set", "yolo", "give its data.yaml")
     for name in sorted(folders)[:5] if depth else ():
         inner = _folder(path / name, depth - 1)
         if inner is not None and "image" not in inner.what and "empty" not in inner.what:

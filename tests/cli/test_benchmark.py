@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from glip_jax.distributed import exit_codes
-from tests.evaluation.benchmark.stand_in import files, stand_in, write_made
+from tests.evaluation.benchmark.stand_in import IMAGES, files, stand_in, write_made
 from tests.evaluation.official_layouts import write_set
 from tests.run_job import run_job
 
@@ -102,9 +102,42 @@ def test_what_the_command_changes_is_part_of_the_protocol(made, monkeypatch):
     assert protocol["long_side"] == 1333, "as the set says, not as the checkpoint was trained"
 
 
+@pytest.mark.long
+def test_other_sizes_and_orders_of_prompts_are_compared(made, monkeypatch, capsys):
+    calls = stand_in(monkeypatch)
+    command = [*arguments(made, like="coco"), "--chunk=2,0", "--chunk-seeds=3", "--chunk-images=4"]
+    assert run_job("benchmark", command) == exit_codes.DONE
+    assert sum(calls) == IMAGES + 4 * 4, "all images once, and the four with four kinds of prompts"
+    said = capsys.readouterr().out
+    asked = results(made)["sets"]["made"]["asks"]["names"]
+    found = asked["chunking"]
+    assert [(one["chunk"], one["seed"], one["images"]) for one in found] == [
+        (0, None, 4),
+        (0, 3, 4),
+        (2, None, 4),
+        (2, 3, 4),
+    ]
+    assert found[0]["difference"] == 0 and len({one["value"] for one in found}) > 1
+    assert found[3]["difference"] == found[3]["value"] - found[0]["value"]
+    line = f"names, at most 2 names a prompt, shuffled with seed 3: AP {found[3]['value']:.4f}"
+    assert line in said and line in (made / "out" / "report.html").read_text()
+    calls.clear()
+    assert run_job("benchmark", [*command[:-1], "--chunk-images=0"]) == exit_codes.BAD_INPUT
+    assert "holds detections of" in capsys.readouterr().err
+    assert run_job("benchmark", command) == exit_codes.DONE and not calls, "nothing is detected twice"
+    assert run_job("benchmark", ["--score-only", *arguments(made, like="coco")]) == exit_codes.DONE
+    assert results(made)["sets"]["made"]["asks"]["names"] == asked
+    # Of all images the predictions of the set are the reference.
+    assert run_job("benchmark", [*command[:-2], f"--workdir={made / 'whole'}", "--chunk-seeds="]) == exit_codes.DONE
+    whole = results(made, "whole")["sets"]["made"]["asks"]["names"]
+    assert [(one["chunk"], one["images"]) for one in whole["chunking"]] == [(0, "all"), (2, "all")]
+    assert whole["chunking"][0]["value"] == whole["metrics"]["AP"]["numbers"]["AP"] and sum(calls) == 2 * IMAGES
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        (["--chunk=20,-1"], "--chunk=20,-1: expected numbers of at least 0"),
         (["--workdir="], "expected --workdir=DIR"),
         (["--sets=coco"], "expected --data=DIR"),
         (["--drawn=-1"], "--drawn=-1: expected a number of images"),

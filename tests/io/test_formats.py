@@ -51,9 +51,9 @@ def _zip() -> bytes:
 
 
 FILES: dict[str, tuple[typing.Any, str]] = {
-    "0.xml": (_VOC, f"is an annotation of Pascal VOC (XML), {_NONE}"),
+    "0.xml": (_VOC, "import it with `data voc` (give the folder of these files)"),
     "cvat.xml": ('<annotations><image id="0"></image></annotations>', "export of CVAT"),
-    "data.yaml": ("train: images\nnames:\n  0: dog\n", f"is data.yaml of YOLO, {_NONE}"),
+    "data.yaml": ("train: images\nnames:\n  0: dog\n", "is data.yaml of YOLO: import it with `data yolo`"),
     "0.txt": ("0 0.18 0.21 0.31 0.31\n1 0.7 -0.5 0.4 0.6\n", "is a label file of YOLO"),
     "polygon.txt": ("0 0.18 0.21 0.31 0.31 0.4 0.5\n", "is a label file of YOLO"),
     "kitti.txt": ("Car 0.00 0 -1.57 599.4 156.4 629.7 189.2 2.85 2.63 12.3 0.47 1.49 69.44 -1.56\n", "KITTI"),

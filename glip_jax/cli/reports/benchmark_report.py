@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,17 @@ from glip_jax.cli.reports.run_report import aligned
 from glip_jax.evaluation.benchmark.mistakes import Mistake, mistakes
 from glip_jax.evaluation.benchmark.results import release_of, rows, scored_paths
 from glip_jax.evaluation.benchmark.sets import BenchmarkSet
+from glip_jax.evaluation.chunking import chunking_lines
 from glip_jax.io.image_files import read_upright
 from glip_jax.io.paths import within
 from glip_jax.structures.prompts import listed
 
-__all__ = ["absence_lines", "overlap_lines", "protocol_line", "render", "table"]
+__all__ = ["absence_lines", "mistake_card", "overlap_lines", "percent", "protocol_line", "render", "table"]
 
 logger = logging.getLogger(__name__)
+
+_DRAWN = 40
+"""Detections on an image whose errors are drawn."""
 
 
 def percent(value: float | None) -> str:
@@ -172,8 +177,12 @@ def _notes(own: Mapping[str, Any]) -> list[str]:
         f"{mode}: {line}"
         for mode, asked in own["asks"].items() for metric in asked["metrics"].values() for line in absence_lines(metric)
     ]  # fmt: skip
+    chunking = [
+        f"{mode}, {chunk}: {numbers}"
+        for mode, asked in own["asks"].items() for chunk, numbers in chunking_lines(asked.get("chunking", ()))
+    ]  # fmt: skip
     noted = [f"{mode}: {line}" for mode, asked in own["asks"].items() for line in asked["notes"]]
-    return [*overlap_lines(own["overlap"]), *absent, *noted, *own["notes"]]
+    return [*overlap_lines(own["overlap"]), *absent, *chunking, *noted, *own["notes"]]
 
 
 def _class_bars(own: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[tuple[str, float, str]]]]:
@@ -196,25 +205,39 @@ def _cards(item: BenchmarkSet, own: Mapping[str, Any], data: str, workdir: epath
         done = json.loads((folder / "done.json").read_text())
         annotations, predictions = scored_paths(item, data, folder, workdir, own["asks"][mode]["protocol"])
         worst = mistakes(item, annotations["annotations"], predictions, done["files"], drawn, release_of(item, data))
-        return [_card(each, item.path("images", data)) for each in worst if each.file]
+        return [mistake_card(each, item.path("images", data)) for each in worst if each.file]
     except (UserError, OSError, ValueError, KeyError) as error:
         logger.warning(f"{item.name}: the worst errors are not drawn: {error}")
         return []
 
 
-def _card(mistake: Mistake, folder: epath.Path) -> Card:
+def mistake_card(mistake: Mistake, folder: epath.Path) -> Card:
+    """The image of `mistake` below `folder` with its true boxes and detections, of these only those up to the worst one.
+
+    Where it is known which true boxes nothing has found, these carry their names, and of all detections the best 40 are drawn. Raises
+    OSError or UserError for an image that cannot be read.
+    """
     image, _ = read_upright(within(folder, mistake.file))
     size = (image.shape[0], image.shape[1])
     colors = {name: hex_color(i) for i, name in enumerate(dict.fromkeys([*mistake.true_names, *mistake.names]))}
     boxes, chips = [card_box(box, size) for box in mistake.true], []
     drawn = max(1, sum(1 for score in mistake.scores if np.isnan(score) or score >= mistake.badness))
+    missed = [name for name in mistake.true_names if name not in mistake.names[:drawn]]
+    if mistake.missed:
+        drawn = min(len(mistake.names), _DRAWN)
+        missed = [name for name, lost in zip(mistake.true_names, mistake.missed, strict=True) if lost]
+        boxes = [
+            replace(card_box(box, size, text=name), color=colors[name]) if lost else card_box(box, size)
+            for box, name, lost in zip(mistake.true, mistake.true_names, mistake.missed, strict=True)
+        ]
     for box, name, score, right in list(zip(mistake.found, mistake.names, mistake.scores, mistake.right, strict=True))[
         :drawn
     ]:
         boxes.insert(len(mistake.true), card_box(box, size, colors[name], name if right else f"✗ {name}"))
         text = "" if np.isnan(score) else f"{score:.2f}"
         chips.append(Chip(name or "box", colors[name], "right" if right else "wrong", text))
-    missed = [name for name in mistake.true_names if name not in mistake.names[:drawn]]
     chips += [Chip(name, state="missed") for name in dict.fromkeys(filter(None, missed))]
+    if mistake.missed and drawn < len(mistake.names):
+        chips.append(Chip(f"{len(mistake.names) - drawn} more detections"))
     uri, height = card_image(image)
     return Card(uri, height, tuple(boxes), text_pieces(mistake.text, (), ()), tuple(chips), mistake.file)

@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 
 from glip_jax.cli.reports.card import Box, Card, Chip, TextPiece, card_box, card_image, text_pieces
 from glip_jax.cli.reports.drawing import hex_color
+from glip_jax.evaluation.detection_errors import operating_point
 from glip_jax.evaluation.evaluate import Evaluated, Grounded, read_image
 from glip_jax.evaluation.recall import match
 from glip_jax.structures.batch import Detections
 
-__all__ = ["best_threshold", "cards"]
+__all__ = ["cards"]
 
 
 @dataclass(frozen=True)
@@ -30,32 +31,20 @@ class _View:
     found: Detections
 
 
-def best_threshold(scores: Float[np.ndarray, " D"], right: np.ndarray, true: int) -> float:
-    """The score from which on a set's found boxes have the highest F1; 0.5 where nothing is right.
-
-    `right` says of each box whether it met a true one, of which there are `true`.
-    """
-    if not right.any():
-        return 0.5
-    order = np.argsort(-scores, kind="stable")
-    hits = np.cumsum(right[order])
-    f1 = 2 * hits / (np.arange(1, len(hits) + 1) + true)
-    return float(scores[order][int(f1.argmax())])
-
-
 def cards(
     result: Evaluated | Grounded, folder: epath.Path, limit: int, threshold: float | None
 ) -> tuple[list[Card], float]:
     """Cards of the first `limit` pictures of a set, and the score from which detections are drawn.
 
-    `threshold` is that score; None takes `best_threshold` of the whole set. Of a phrase the best box is always drawn.
+    `threshold` is that score; None takes the one of the best F1 of the whole set. Of a phrase the best box is always drawn.
     Raises EvaluationError if a picture is gone or has changed its size.
     """
     views = _detection_views(result) if isinstance(result, Evaluated) else _grounding_views(result)
     met = [match(v.found.boxes, v.found.phrases, v.true, v.true_numbers) for v in views]
     if threshold is None:
         scores = np.concatenate([np.asarray(view.found.scores) for view in views])
-        threshold = best_threshold(scores, np.concatenate(met) >= 0, sum(len(view.true) for view in views))
+        true = sum(len(view.true) for view in views)
+        threshold = operating_point(scores, np.concatenate(met) >= 0, true).threshold
     drawn = []
     for view, own in list(zip(views, met, strict=True))[:limit]:
         image = read_image(folder, view.entry, result.orientation)

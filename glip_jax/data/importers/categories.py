@@ -8,7 +8,7 @@ from glip_jax.data.importers.entry import Report, SourceError
 from glip_jax.data.importers.readers import other_forms
 from glip_jax.structures.prompts import clean_name, equal_names, words
 
-__all__ = ["Categories", "categories", "check_names"]
+__all__ = ["Categories", "categories", "check_ids", "check_names"]
 
 _BACKGROUND = {"background", "bg"}
 
@@ -101,7 +101,7 @@ def categories(
     for identity in headings if set(named) - background - set(headings) else ():
         report.note("category: heading without boxes, left out", f"{file}, category {identity}, {named[identity]!r}")
         background.add(identity)
-    _check_ids(set(named), matched, file)
+    check_ids(set(named), matched, file)
     kept = {i: texts[i] for i in named if i not in background}
     if merge_names:
         kept |= {identity: kept[first] for identity, first in _alike(kept)}
@@ -143,7 +143,7 @@ def _by_number_then_text(item: tuple[Any, Any]) -> tuple[bool, Any]:
     return isinstance(item[0], str), item[0]
 
 
-def _check_ids(listed: set[Any], used: Counter[Any], file: str) -> None:
+def check_ids(listed: set[Any], used: Counter[Any], file: str) -> None:
     """Raises SourceError if the boxes use ids of another list, or ids that are shifted by one."""
     unlisted, boxes = sum(n for i, n in used.items() if i not in listed), sum(used.values())
     if not unlisted:

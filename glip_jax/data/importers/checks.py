@@ -17,7 +17,7 @@ from glip_jax.data.importers.layouts import Dataset, Split
 from glip_jax.data.records import content_hash
 from glip_jax.structures.prompts import PromptError, Tokenizer, check_names, clean_name, listed, words
 
-__all__ = ["MOST_BOXES", "Finding", "findings"]
+__all__ = ["MOST_BOXES", "Finding", "findings", "names_findings"]
 
 MOST_BOXES = 100
 """Boxes of an image that COCO's evaluation counts."""
@@ -55,16 +55,16 @@ class Finding:
 
 
 def findings(
-    dataset: Dataset, rename: Mapping[str, str] | None = None, tokenizer: Tokenizer | None = None
+    dataset: Dataset, rename: Mapping[str, str] | None = None, tokenizer: Tokenizer | None = None, max_tokens: int = 256
 ) -> list[Finding]:
     """What is wrong, or worth knowing, about a data set.
 
     `rename`: text in the prompt by name in the files, as `--names` has it. `tokenizer`: of the text encoder; without one the
-    characters of names are not checked.
+    characters and the number of names are not checked. `max_tokens`: tokens of a prompt.
     """
     texts = {name: (rename or {}).get(name, name) for name in dataset.names}
     found = [finding for split in dataset.splits.values() for finding in _of_boxes(split)]
-    return [*found, *_of_splits(dataset), *_of_images(dataset), *_of_names(texts, tokenizer)]
+    return [*found, *_of_splits(dataset), *_of_images(dataset), *names_findings(texts, tokenizer, max_tokens)]
 
 
 def _of_boxes(split: Split) -> Iterator[Finding]:
@@ -145,8 +145,10 @@ def _of_images(dataset: Dataset) -> Iterator[Finding]:
             )
 
 
-def _of_names(texts: Mapping[str, str], tokenizer: Tokenizer | None) -> Iterator[Finding]:
-    """`texts`: text in the prompt by name in the files."""
+def names_findings(
+    texts: Mapping[str, str], tokenizer: Tokenizer | None = None, max_tokens: int = 256
+) -> Iterator[Finding]:
+    """What is wrong with names; `texts`: text in the prompt by name in the files."""
     advice = 'give them a text with --names, a JSON file like {"RBC": "red blood cell"}'
     if vague := [name for name, text in texts.items() if _is_vague(clean_name(text))]:
         yield Finding("names without meaning", f"{listed(vague)} may mean nothing to the text encoder: {advice}")
@@ -158,16 +160,26 @@ def _of_names(texts: Mapping[str, str], tokenizer: Tokenizer | None) -> Iterator
     inside = [f"{a} in {b}" for a in own for b in own if a != b and own[a] != own[b] and _contains(own[b], own[a])]
     if inside:
         yield Finding("one name inside another", f"a name is part of another, and is easily found in its place: {listed(inside)}")  # fmt: skip
-    if tokenizer is not None:
-        remedy = 'give them English text with --names, as in {"\u732b": "cat"}, or take a model of that language'
-        try:
-            notes = check_names(list(texts.values()), tokenizer, "names", remedy, "note")
-            for note in notes:
-                yield Finding("names the vocabulary lacks", f"{note}; what it lacks becomes [UNK], the same for all such names: {remedy}")  # fmt: skip
-        except PromptError as error:
-            yield Finding(
-                "names the vocabulary lacks", f"{error} (it becomes [UNK], the same for all such names)", True
-            )
+    if tokenizer is None:
+        return
+    remedy = 'give them English text with --names, as in {"\u732b": "cat"}, or take a model of that language'
+    effect = "what it lacks becomes [UNK], the same for all such names"
+    try:
+        notes = check_names(list(texts.values()), tokenizer, "names", remedy, "note")
+        for note in notes:
+            is_vocabulary = "vocabulary" in note
+            check = "names the vocabulary lacks" if is_vocabulary else "names that are the same to the model"
+            yield Finding(check, f"{note}; {effect}: {remedy}" if is_vocabulary else note, not is_vocabulary)
+    except PromptError as error:
+        yield Finding("names the vocabulary lacks", f"{error} ({effect})", True)
+    # A separator stands between names; [CLS] and [SEP], which `encode` adds to each, enclose the prompt.
+    tokens = 1 + sum(len(tokenizer.encode(clean_name(text)).ids) - 1 for text in texts.values())
+    if tokens > max_tokens:
+        yield Finding(
+            "many names",
+            f"{len(texts)} names have {tokens} tokens, and a prompt {max_tokens}: training draws names for each image, evaluation "
+            "prompts them in chunks, and scores of different chunks compare less well",
+        )
 
 
 def _is_vague(text: str) -> bool:
@@ -175,7 +187,10 @@ def _is_vague(text: str) -> bool:
     tokens = re.findall(r"[^\W_]+", text)
     plain = [token for token in tokens if not token.isdecimal()]
     return all(
-        len(token) == 1 or token.lower().rstrip("0123456789") in _GENERIC or _is_abbreviation(token) for token in plain
+        (len(token) == 1 and token.isascii())
+        or token.lower().rstrip("0123456789") in _GENERIC
+        or _is_abbreviation(token)
+        for token in plain
     )
 
 

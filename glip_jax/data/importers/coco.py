@@ -10,8 +10,9 @@ in the image.
 (images/v1/patch8/x.jpg -> patch8/x.jpg -> x.jpg).
 """
 
+import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,17 @@ from typing import Any
 import tyro
 from etils import epath
 
-from glip_jax.data.importers.categories import Categories
 from glip_jax.data.importers.coco_json import BoxFormat, Crowds, DetectionFile, read_detections
 from glip_jax.data.importers.entry import Entry, ImportSource, Report, SourceError, from_xywh, image_folder
 from glip_jax.data.importers.options import BuildOptions, PathArgument
+from glip_jax.data.importers.readers import JsonLists
+from glip_jax.data.importers.sources import located
 from glip_jax.io import gcs, text_files
 
-__all__ = ["Coco", "DetectionOptions", "Lvis", "Objects365", "Odinw", "open_coco", "open_odinw", "rename_map"]
+__all__ = [
+    "Coco", "DetectionOptions", "Lvis", "NamedOptions", "Objects365", "Odinw", "detections", "open_coco", "open_converted",
+    "open_odinw", "rename_map",
+]  # fmt: skip
 
 
 def open_coco(
@@ -50,8 +55,34 @@ def open_coco(
     data = read_detections(
         annotations, images, report, rename=rename, merge_names=merge_names, boxes=boxes, crowds=crowds, scratch=scratch
     )
-    entries = _entries(data, data.categories, report)
-    return ImportSource(entries, folder, report, data.categories.names, data.count, (data.path,))
+    return ImportSource(detections(data, report), folder, report, data.categories.names, data.count, (data.path,))
+
+
+def open_converted(
+    read: Callable[[Report], Mapping[str, Any]],
+    path: epath.PathLike,
+    images: epath.PathLike,
+    *,
+    inputs: Sequence[epath.PathLike] = (),
+    rename: Mapping[str, str] | None = None,
+    merge_names: bool = False,
+    strict: bool = False,
+    scratch: Path | None = None,
+) -> ImportSource:
+    """Opens annotations of another format, which `read` returns in COCO's form.
+
+    `path`: file or folder of the annotations, for messages; `inputs`: the files that decide the result, default `path`. Other
+    options and errors as for `open_coco`. The annotations are held in memory.
+    """
+    folder, report = image_folder(images), Report(strict=strict)
+    coco = read(report)
+    found, missing = located(coco["images"], epath.Path(images))
+    lists = JsonLists(
+        path, {key: functools.partial(iter, items) for key, items in {**coco, "images": [*found, *missing]}.items()}
+    )
+    data = read_detections(lists, images, report, rename=rename, merge_names=merge_names, boxes="xywh", scratch=scratch)
+    used = tuple(map(epath.Path, inputs)) or (epath.Path(path),)
+    return ImportSource(detections(data, report), folder, report, data.categories.names, data.count, used)
 
 
 def open_odinw(folder: epath.PathLike, **options: Any) -> ImportSource:
@@ -75,8 +106,9 @@ def _annotation_file(root: epath.Path) -> epath.Path:
     return files[0]
 
 
-def _entries(data: DetectionFile, categories: Categories, report: Report) -> Iterator[Entry]:
+def detections(data: DetectionFile, report: Report) -> Iterator[Entry]:
     """Yields one entry per image."""
+    categories = data.categories
     for image in data.images:
         where = f"image {image.id}"
         boxes, labels, ids, crowds = [], [], [], []
@@ -103,14 +135,26 @@ def _entries(data: DetectionFile, categories: Categories, report: Report) -> Ite
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectionOptions(BuildOptions):
-    """Options of an import of boxes with category names in COCO's format."""
+class NamedOptions(BuildOptions):
+    """Options of an import of boxes with category names."""
 
     names: PathArgument | None = None
     """JSON object with prompt text for category names or ids, e.g. {"RBC": "red blood cell", "4": "mug"}; a text given to several
     of them makes these one name."""
     merge_names: bool = False
     """Take categories of one name as one, instead of refusing them."""
+
+    def naming(self, scratch: Path) -> dict[str, Any]:
+        """The keywords of `open_converted`."""
+        return {
+            "rename": rename_map(self.names), "merge_names": self.merge_names, "strict": self.strict, "scratch": scratch
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionOptions(NamedOptions):
+    """Options of an import of boxes with category names in COCO's format."""
+
     boxes: BoxFormat | None = None
     """Format of bbox; default: xywh, checked for plausibility."""
     crowds: Crowds | None = None
@@ -119,10 +163,7 @@ class DetectionOptions(BuildOptions):
 
     def options(self, scratch: Path) -> dict[str, Any]:
         """The keywords of `open_coco`."""
-        return {
-            "rename": rename_map(self.names), "merge_names": self.merge_names, "boxes": self.boxes, "crowds": self.crowds,
-            "strict": self.strict, "scratch": scratch,
-        }  # fmt: skip
+        return {**self.naming(scratch), "boxes": self.boxes, "crowds": self.crowds}
 
     @property
     def chosen_drops(self) -> frozenset[str]:

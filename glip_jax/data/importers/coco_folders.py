@@ -10,14 +10,14 @@ FILE.json                                                          one file of a
 import json
 from typing import Any
 
-import ijson
 from etils import epath
 
 from glip_jax.data.importers.entry import SourceError
-from glip_jax.data.importers.sources import Source, folders_below, one_per_split, split_of
+from glip_jax.data.importers.sources import Source, folders_below, image_folders, one_per_split, split_of
 from glip_jax.io import text_files
+from glip_jax.io.formats import recognize
 
-__all__ = ["json_kind", "read_coco", "read_json", "sources"]
+__all__ = ["read_coco", "read_json", "sources"]
 
 _BESIDE = {"annotations_without_background.json": 3, "_annotations.coco.json": 2}
 """File names of annotations that lie beside their images, with their rank: ODinW has both."""
@@ -47,38 +47,6 @@ def _annotations_of(folder: epath.Path) -> epath.Path | None:
     return next((below for below in folders_below(folder) if below.name.lower() == "annotations"), None)
 
 
-def json_kind(path: epath.Path) -> str:
-    """What a JSON file is, by its first keys: "coco" (boxes with categories), "labelme", "label-studio", "odvg", or ""."""
-    keys: set[str] = set()
-    top, image = "", False
-    try:
-        with path.open("rb") as file:
-            for prefix, event, value in ijson.parse(file, use_float=True, multiple_values=True):
-                top = top or event
-                if event == "map_key" and prefix == ("item" if top == "start_array" else ""):
-                    keys.add(value)
-                if prefix == "images.item" and value == "caption":
-                    return ""  # phrases of captions
-                image |= prefix in ("images.item", "images") and event in ("end_map", "end_array")
-                if (kind := _kind(keys, top)) and (image or kind != "coco"):
-                    return kind
-                if top not in ("start_map", "start_array") or (event == "end_map" and prefix in ("", "item")):
-                    return ""
-    except (ijson.JSONError, ValueError, OSError):
-        pass
-    return ""
-
-
-def _kind(keys: set[str], top: str) -> str:
-    if top == "start_array":
-        return "label-studio" if {"data", "annotations"} <= keys or {"image", "annotator"} <= keys else ""
-    if {"images", "annotations", "categories"} <= keys:
-        return "coco"
-    if "shapes" in keys and {"imagePath", "imageData"} & keys:
-        return "labelme"
-    return "odvg" if keys & {"filename", "file_name"} and keys & {"detection", "grounding"} else ""
-
-
 def read_json(path: epath.Path) -> Any:
     """The content of a JSON file; SourceError if it cannot be read."""
     try:
@@ -91,24 +59,14 @@ def read_json(path: epath.Path) -> Any:
 def _files(folder: epath.Path) -> list[epath.Path]:
     files = sorted((path for path in folder.iterdir() if path.suffix.lower() == ".json"), key=str)
     named = [file for file in files if not file.name.startswith(_OTHER) and not file.name.startswith(".")]
-    return [file for file in named if json_kind(file) == "coco"]
+    found = [(file, recognize(file)) for file in named]
+    return [file for file, form in found if form is not None and form.reader in ("coco", "lvis")]
 
 
 def _source(file: epath.Path, split: str, folder: epath.Path) -> Source:
     rank = max((r for name, r in _BESIDE.items() if file.name.endswith(name)), default=0)
     rank = rank or int(file.name.startswith("instances"))
-    return Source(split, file, _image_folders(file, split, folder), lambda _: read_coco(file), rank)
-
-
-def _image_folders(file: epath.Path, split: str, folder: epath.Path) -> tuple[epath.Path, ...]:
-    """Folders in which the images of an annotation file may be."""
-    below = [path for path in folders_below(folder) if path.name.lower() not in ("annotations", "labels")]
-    images = [path for path in below if path.name.lower() in ("images", "image", "imgs", "data", "jpegimages")]
-    of_split = [path for place in (*images, folder) for path in folders_below(place) if split_of(path.name) == split]
-    inner = [path for place in of_split if split for path in folders_below(place) if path.name.lower() == "images"]
-    beside = [] if file.parent.name.lower() == "annotations" else [file.parent]
-    ordered = [*beside, *inner, *(of_split if split else ()), *images, folder, *below, file.parent]
-    return tuple(dict.fromkeys(ordered))
+    return Source(split, file, image_folders(file, split, folder), lambda _: read_coco(file), rank=rank)
 
 
 def read_coco(file: epath.Path) -> dict[str, Any]:

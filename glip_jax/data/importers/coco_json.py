@@ -304,7 +304,7 @@ def joined(
 
 
 def read_detections(
-    annotations: epath.PathLike,
+    annotations: epath.PathLike | JsonFile,
     images: epath.PathLike,
     report: Report,
     *,
@@ -315,7 +315,8 @@ def read_detections(
     scratch: Path | None = None,
 ) -> DetectionFile:
     """Opens a COCO JSON of boxes with categories; see `glip_jax.data.importers.coco.open_coco` for options and errors."""
-    data, paths = JsonFile(annotations), ImagePaths(images)
+    data = annotations if isinstance(annotations, JsonFile) else JsonFile(annotations)
+    paths = ImagePaths(images)
     listed, used = listed_categories(data, report), Counter[Any]()
 
     def annotation(item: dict[str, Any], where: str) -> list[Any]:
@@ -369,7 +370,7 @@ def _images(
 
 
 def read_grounding(
-    annotations: epath.PathLike,
+    annotations: epath.PathLike | JsonFile,
     images: epath.PathLike,
     report: Report,
     *,
@@ -380,7 +381,8 @@ def read_grounding(
     fields: Callable[[dict[str, Any]], dict[str, Any]] = lambda item: {},  # noqa: ARG005
 ) -> GroundingFile:
     """Opens a JSON in MDETR's format; see `glip_jax.data.importers.mdetr.open_mdetr`. `fields`: what to keep of an image."""
-    data, paths = JsonFile(annotations), ImagePaths(images)
+    data = annotations if isinstance(annotations, JsonFile) else JsonFile(annotations)
+    paths = ImagePaths(images)
 
     def image(item: dict[str, Any], where: str) -> list[Any]:
         require_keys(item, ("caption",), where)

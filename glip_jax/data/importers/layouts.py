@@ -7,17 +7,17 @@ check them.
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from glip_jax.data.importers import coco_folders
-from glip_jax.data.importers.coco_json import ImagePaths
+from glip_jax.data.importers import coco_folders, label_studio, labelme, odvg, voc, yolo
+from glip_jax.data.importers.categories import check_ids
 from glip_jax.data.importers.entry import Report, SourceError
-from glip_jax.data.importers.readers import as_integer
-from glip_jax.data.importers.sources import SPLITS, LayoutError, Source, folders_below, images_below
+from glip_jax.data.importers.readers import as_integer, identity
+from glip_jax.data.importers.sources import SPLITS, LayoutError, Source, folders_below, images_below, located
 from glip_jax.io import gcs
 
 __all__ = ["LAYOUTS", "Dataset", "LayoutError", "Split", "carve", "find", "read_split"]
@@ -82,7 +82,12 @@ LAYOUTS: Mapping[str, _Layout] = {
         "images/, annotations_without_background.json",
         coco_folders.sources,
     ),
-}  # fmt: skip
+    "voc": _Layout("Pascal VOC: Annotations/*.xml beside JPEGImages/, or XML files beside the images", voc.sources),
+    "yolo": _Layout("YOLO: data.yaml, or labels/ with classes.txt beside images/", yolo.sources),
+    "odvg": _Layout("ODVG: JSON lines with a label map", odvg.sources),
+    "labelme": _Layout("LabelMe: a JSON file beside each image", labelme.sources),
+    "label-studio": _Layout("Label Studio: its export as JSON or JSON-MIN beside images/", label_studio.sources),
+}
 """Every layout that `find` knows."""
 
 
@@ -117,7 +122,20 @@ def find(folder: epath.PathLike, layout: str = "") -> Dataset:
         f"{what}: {count} (first: {report.first[what]})" for what, count in (report.dropped + report.noted).items()
     ]
     where = [] if place == root else [f"the data set is in {place}"]
-    return replace(dataset, notes=(*where, *mended, *dataset.notes))
+    said = [source.note for source in sources if source.note]
+    return replace(dataset, notes=(*where, *said, *mended, *_left_out(splits), *dataset.notes))
+
+
+def _left_out(splits: Iterable[Split]) -> Iterator[str]:
+    """Notes on images that lie in the folders of the images, and that no annotation lists."""
+    used: dict[str, set[str]] = {}
+    for split in splits:
+        used.setdefault(split.images, set()).update(image["file_name"] for image in split.coco["images"])
+    everything = {str(epath.Path(folder) / name) for folder, names in used.items() for name in names}
+    for folder in used:
+        others = [name for name in images_below(epath.Path(folder)) if str(epath.Path(folder) / name) not in everything]
+        if others:
+            yield f"{len(others)} images in {folder} have no annotations: left out (first: {others[0]})"
 
 
 def _located(root: epath.Path, wanted: Mapping[str, _Layout], depth: int) -> tuple[epath.Path, str, list[Source]]:
@@ -172,8 +190,7 @@ def read_split(
     `categories`: the list of the data set, which the source is to have; its own ids are replaced by those of the same names.
     """
     where = str(source.path)
-    coco = source.read(report)
-    _check_fields(coco, where)
+    coco = _checked(source.read(report), where)
     images, kept = _found_images(coco["images"], source, folder, report)
     annotations = _numbered(coco["annotations"], where, report)
     split = Split(source.split, {**coco, "images": kept, "annotations": annotations}, str(images), where)
@@ -185,13 +202,22 @@ def read_split(
     return _with_categories(split, categories)
 
 
-def _check_fields(coco: Mapping[str, Any], where: str) -> None:
+def _checked(coco: Mapping[str, Any], where: str) -> dict[str, list[dict[str, Any]]]:
+    """The lists with ids that are numbers or texts; SourceError for objects that lack a field, and for ids that occur twice."""
     for key, required in (
         ("images", ("id", "file_name")), ("annotations", ("image_id", "category_id", "bbox")), ("categories", ("id", "name"))
     ):  # fmt: skip
         for number, item in enumerate(coco[key]):
+            place = f"{where}: {key}[{number}]"
             if missing := [field for field in required if item.get(field) is None]:
-                raise SourceError(f"{where}: {key}[{number}] lacks {', '.join(missing)}")
+                raise SourceError(f"{place} lacks {', '.join(missing)}")
+            for field in required:
+                if field == "category_id" and not isinstance(item[field], int | float | str):
+                    item[field] = f"{item[field]!r:.40}"  # of no category: the reader counts it
+                elif field.endswith("id"):
+                    item[field] = identity(item, field, place)
+                elif field.endswith("name") and not isinstance(item[field], str | int):
+                    raise SourceError(f"{place} has the {field} {item[field]!r:.40}, expected text")
     if not coco["images"]:
         raise LayoutError(f"{where}: 'images' is empty: expected the images of the set")
     for key, field in (("images", "id"), ("categories", "id"), ("categories", "name")):
@@ -199,45 +225,47 @@ def _check_fields(coco: Mapping[str, Any], where: str) -> None:
         if twice:
             remedy = "give each its own name in the annotation tool" if field == "name" else "ids must be unique"
             raise LayoutError(f"{where}: the {field} {twice[0]!r} occurs twice in {key}: {remedy}")
+    return {key: coco[key] for key in ("images", "annotations", "categories")}
 
 
 def _found_images(
     listed: list[dict[str, Any]], source: Source, folder: epath.Path, report: Report
 ) -> tuple[epath.Path, list[dict[str, Any]]]:
     """The folder of the images, and the images whose files exist in it, with their paths there."""
-    tried = [str(image["file_name"]) for image in listed[:: max(1, len(listed) // _TRIED)]]
-    best, most = epath.Path(), 0
-    for place in source.images:
-        paths = ImagePaths(place)
-        count = sum((place / paths.find(name)).exists() for name in dict.fromkeys(tried))
-        if count > most:
-            best, most = place, count
-    if not most:
+    sample = listed[:: max(1, len(listed) // _TRIED)]
+    counts = [_count(sample, place) for place in source.images]
+    if not max(counts):
         places = ", ".join(str(place.relative_to(folder)) if place != folder else "." for place in source.images[:6])
         raise LayoutError(
-            f"{source.path} lists {len(listed)} images, and none of them is there (first: {tried[0]!r}; looked in {places} of "
-            f"{folder}): put the images beside the annotations, in images/ or in a folder of the split's name"
+            f"{source.path} lists {len(listed)} images, and none of them is there (first: {listed[0]['file_name']!r}; looked in "
+            f"{places} of {folder}): put the images beside the annotations, in images/ or in a folder of the split's name"
         )
-    paths, kept, missing = ImagePaths(best), [], []
-    for image in listed:
-        name = paths.find(str(image["file_name"]))
-        if (best / name).exists():
-            kept.append({**image, "file_name": name})
-        else:
-            missing.append(str(image["file_name"]))
+    best = source.images[counts.index(max(counts))]
+    kept, missing = located(listed, best)
+    first = f"{missing[0]['file_name']!r}" if missing else ""
     if 2 * len(missing) > len(listed):
         raise LayoutError(
-            f"{source.path} lists {len(listed)} images, and {len(missing)} of them are not in {best} (first: {missing[0]!r})"
+            f"{source.path} lists {len(listed)} images, and {len(missing)} of them are not in {best} (first: {first})"
         )
-    report.drop(f"image of {source.split}: file missing", f"{missing[0]!r}" if missing else "", len(missing))
+    report.drop(f"image of {source.split}: file missing", first, len(missing))
     return best, kept
+
+
+def _count(images: list[dict[str, Any]], folder: epath.Path) -> int:
+    """How many of the images are in a folder; 0 if two of them would be read from one file there."""
+    try:
+        return len(located(images, folder)[0])
+    except SourceError:
+        return 0
 
 
 def _numbered(annotations: list[dict[str, Any]], where: str, report: Report) -> list[dict[str, Any]]:
     """The annotations, with ids from 1 if an id is missing, occurs twice, or is 0, which COCO's evaluation takes for none."""
     ids = [item.get("id") for item in annotations]
     twice = len({str(identity) for identity in ids}) < len(ids)
-    if not twice and not any(identity in (None, 0, "0") for identity in ids):
+    if not twice and all(
+        isinstance(one, int | str) and not isinstance(one, bool) and one not in (0, "0") for one in ids
+    ):
         return annotations
     what = "annotation: ids that are missing, 0 or not unique, all numbered anew"
     first = next((i for i, count in Counter(map(str, ids)).items() if count > 1), "0")
@@ -248,31 +276,35 @@ def _numbered(annotations: list[dict[str, Any]], where: str, report: Report) -> 
 def _one_list(dataset: Dataset) -> Dataset:
     """The data set with one list of categories for all splits, whose ids are as in the files, or from 1 where these do not fit.
 
-    A dummy class is left out: class 0 without a box that is the supercategory of the others, as Roboflow writes it.
+    Dummies without a box are left out: the supercategory of others, and class 0 that alone has none, as Roboflow writes it.
     """
     splits = list(dataset.splits.values())
-    used = Counter(str(note["category_id"]) for split in splits for note in split.coco["annotations"])
-    by_name: dict[str, dict[str, Any]] = {}
-    notes = []
+    used, above = set(), set()
     for split in splits:
-        listed = split.coco["categories"]
-        above = {str(category.get("supercategory")) for category in listed}
-        for category in listed:
-            is_dummy = as_integer(category["id"]) == 0 and not used[str(category["id"])] and len(listed) > 1
-            if is_dummy and (str(category["name"]) in above or category.get("supercategory") in ("none", None, "")):
-                notes.append(f"category {category['id']}, {category['name']!r}, has no box: left out as a dummy class")
-            else:
-                by_name.setdefault(str(category["name"]), category)
+        listed, notes = split.coco["categories"], split.coco["annotations"]
+        known = {category["id"] for category in listed}
+        check_ids(known, Counter(note["category_id"] for note in notes), split.source)
+        own = {str(category["id"]): str(category["name"]) for category in listed}
+        used |= {own.get(str(note["category_id"])) for note in notes}
+        above |= {_above(category) for category in listed if _above(category) != str(category["name"])}
+    by_name: dict[str, dict[str, Any]] = {}
+    said = []
+    for category in (category for split in splits for category in split.coco["categories"]):
+        name = str(category["name"])
+        top = as_integer(category["id"]) == 0 and not _above(category)
+        if name not in used and (name in above or (top and _is_alone(category, splits))):
+            said.append(f"category {category['id']}, {name!r}, has no box: left out as a dummy class")
+        else:
+            plain = {key: value for key, value in category.items() if key != "supercategory"}
+            by_name.setdefault(name, plain | {"name": name})
     ids = [category["id"] for category in by_name.values()]
     same = all(_fits(by_name, category) for split in splits for category in split.coco["categories"])
     if not same or len(set(ids)) < len(ids):
         new = {name: number for number, name in enumerate(by_name, 1)}
         zero = {as_integer(identity) for identity in ids} == set(range(len(ids)))
-        notes.append(
-            "category ids count from 0: numbered from 1"
-            if zero
-            else "category ids are not the same numbers from 1 in all splits: numbered from 1"
-        )
+        what = "count from 0" if zero else "are not the same numbers from 1 in all splits"
+        if dataset.layout == "coco":  # YOLO and ODVG count from 0
+            said.append(f"category ids {what}: numbered from 1")
     else:
         new = {name: category["id"] for name, category in by_name.items()}
     categories = [
@@ -281,20 +313,33 @@ def _one_list(dataset: Dataset) -> Dataset:
     ]  # fmt: skip
     categories.sort(key=lambda category: category["id"])
     changed = {split.name: _with_categories(split, categories) for split in splits}
-    return replace(dataset, splits=changed, notes=(*dataset.notes, *dict.fromkeys(notes)))
+    return replace(dataset, splits=changed, notes=(*dataset.notes, *dict.fromkeys(said)))
 
 
 def _with_categories(split: Split, categories: list[dict[str, Any]]) -> Split:
     """The split with this list of categories; its annotations get the ids of the names that they have."""
     new = {category["name"]: category["id"] for category in categories}
     own = {str(category["id"]): new.get(str(category["name"])) for category in split.coco["categories"]}
+    moved = any(own.get(str(category["id"])) != category["id"] for category in split.coco["categories"])
     annotations = [
-        note
-        if (to := own.get(str(note["category_id"]))) in (None, note["category_id"])
-        else {**note, "category_id": to}
+        {**note, "category_id": own.get(str(note["category_id"])) or f"not listed: {note['category_id']}"}
+        if moved
+        else note
         for note in split.coco["annotations"]
     ]
     return replace(split, coco={**split.coco, "categories": categories, "annotations": annotations})
+
+
+def _above(category: Mapping[str, Any]) -> str:
+    """The supercategory; "" where there is none."""
+    name = str(category.get("supercategory") or "")
+    return "" if name.lower() == "none" else name
+
+
+def _is_alone(category: Mapping[str, Any], splits: Iterable[Split]) -> bool:
+    """Whether all other categories have a supercategory."""
+    others = [other for split in splits for other in split.coco["categories"] if other["name"] != category["name"]]
+    return bool(others) and all(map(_above, others))
 
 
 def _fits(by_name: Mapping[str, dict[str, Any]], category: Mapping[str, Any]) -> bool:

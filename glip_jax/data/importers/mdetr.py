@@ -22,7 +22,7 @@ from glip_jax.data.importers.entry import Entry, ImportSource, Report, SourceErr
 from glip_jax.data.importers.options import BuildOptions, PathArgument
 from glip_jax.data.importers.readers import Join, JsonFile, require_keys
 
-__all__ = ["CocoCaptions", "MIXED_FOLDERS", "Mdetr", "folders_of", "open_coco_captions", "open_mdetr"]
+__all__ = ["CocoCaptions", "MIXED_FOLDERS", "Mdetr", "folders_of", "groundings", "open_coco_captions", "open_mdetr"]
 
 MIXED_FOLDERS = {"coco": "coco/train2014", "vg": "gqa/images", "gqa": "gqa/images"}
 """Image folders of the mixed file as in the original GLIP: one for COCO, one for Visual Genome and GQA together."""
@@ -41,7 +41,7 @@ def open_mdetr(
     """
     reader, report = image_folder(images), Report(strict=strict)
     data = read_grounding(annotations, images, report, folders=folders, boxes=boxes, crowds=crowds, scratch=scratch)
-    return ImportSource(_grounding(data, report), reader, report, count=data.count, inputs=(data.path,))
+    return ImportSource(groundings(data, report), reader, report, count=data.count, inputs=(data.path,))
 
 
 def open_coco_captions(
@@ -72,7 +72,8 @@ def folders_of(text: str) -> dict[str, str] | None:
     return {source: folder for source, _, folder in pairs}
 
 
-def _grounding(data: GroundingFile, report: Report) -> Iterator[Entry]:
+def groundings(data: GroundingFile, report: Report) -> Iterator[Entry]:
+    """Yields one entry per caption."""
     for item in data.captions:
         boxes, spans, ids = [], [], []
         for phrase in item.boxes:

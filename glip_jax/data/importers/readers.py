@@ -12,7 +12,7 @@ import re
 import sqlite3
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +27,7 @@ from glip_jax.io.formats import explain
 __all__ = [
     "Join",
     "JsonFile",
+    "JsonLists",
     "as_integer",
     "identity",
     "integer_field",
@@ -153,6 +154,18 @@ class JsonFile:
         """What the file is, where it is of a known format, as the end of a message."""
         found = explain(self.path)
         return f"; it {found}" if found else ""
+
+
+class JsonLists(JsonFile):
+    """Lists of objects that a reader of another format made in the form of a JSON file."""
+
+    def __init__(self, path: epath.PathLike, lists: Mapping[str, Callable[[], Iterable[dict[str, Any]]]]) -> None:
+        """`path`: what they were made of, for messages; `lists`: makes the objects of each list anew."""
+        self.path, self._lists = epath.Path(path), lists
+
+    def objects(self, key: str = "", required: bool = True) -> Iterator[dict[str, Any]]:  # noqa: ARG002
+        """Yields the objects of a list."""
+        yield from self._lists[key]()
 
 
 class _ProgressFile:

@@ -6,7 +6,7 @@ from typing import Any
 from etils import epath
 
 from glip_jax.data.importers import coco_folders
-from glip_jax.data.importers.entry import Report
+from glip_jax.data.importers.entry import Report, as_numbers
 from glip_jax.data.importers.layouts import Dataset, Split, read_split
 from glip_jax.data.importers.sources import Source, folders_below
 
@@ -28,7 +28,8 @@ def draw_shots(coco: dict[str, Any], shots: int, seed: int = 0) -> dict[str, Any
     valid = set()
     for note in coco["annotations"]:
         held.setdefault(str(note["image_id"]), set()).add(str(note["category_id"]))
-        if all(float(side) > 1 for side in note["bbox"][2:4]):
+        box = as_numbers(note["bbox"], 4)
+        if box is not None and box[2] > 1 and box[3] > 1:
             valid.add(str(note["image_id"]))
     images = [image for image in coco["images"] if str(image["id"]) in valid]
     images.sort(key=lambda image: (isinstance(image["id"], str), image["id"]))

@@ -1,16 +1,20 @@
 """What the readers of own data share: the names of splits, the files that a layout finds, image files by their names."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from glip_jax import UserError
-from glip_jax.data.importers.entry import Report, SourceError, one_line
+from glip_jax.data.importers.coco_json import ImagePaths
+from glip_jax.data.importers.entry import Report, SourceError, as_numbers, one_line
 from glip_jax.io.image_files import ENDINGS
 
-__all__ = ["SPLITS", "LayoutError", "Source", "by_stem", "folders_below", "images_below", "one_per_split", "split_of"]
+__all__ = [
+    "SPLITS", "LayoutError", "Source", "by_stem", "coco_form", "folders_below", "image_folders", "images_below", "located",
+    "one_per_split", "split_of",
+]  # fmt: skip
 
 SPLITS = ("train", "valid", "test")
 
@@ -21,6 +25,10 @@ _WORDS = {
 
 _MOST = 200_000
 """Files of a folder that are looked at."""
+
+
+_FEW = 20
+"""Folders of no telling name in which images are looked for."""
 
 
 class LayoutError(SourceError):
@@ -40,7 +48,9 @@ class Source(NamedTuple):
     images: tuple[epath.Path, ...]
     """Folders in which the images may be, the likeliest first."""
     read: Callable[[Report], dict[str, Any]]
-    """Returns COCO's form: images, annotations, categories; raises SourceError. `file_name` is relative to a folder of `images`."""
+    """Returns COCO's form: images, annotations, categories; raises SourceError. `file_name` is relative to one of `images`."""
+    note: str = ""
+    """What the user should know of the layout, a sentence."""
     rank: int = 0
     """Of several sources of one split the highest rank is taken; several of that rank are refused."""
 
@@ -84,6 +94,69 @@ def by_stem(images: Iterable[str]) -> dict[str, str]:
         whole.setdefault(stem, path)
         alone.setdefault(stem.rpartition("/")[2], []).append(path)
     return {stem: paths[0] for stem, paths in alone.items() if len(paths) == 1} | whole
+
+
+def coco_form(
+    images: list[dict[str, Any]], annotations: list[dict[str, Any]], names: Mapping[int, str] | None = None
+) -> dict[str, Any]:
+    """COCO's form of annotations whose `category_id` is a name, or a key of `names`; ids count from 1, names in order.
+
+    Without `names` the categories are the names that occur, sorted.
+    """
+    if names is None:
+        ordered = sorted({note["category_id"] for note in annotations})
+        order = {name: number for number, name in enumerate(ordered, 1)}
+        categories = [{"id": number, "name": name} for name, number in order.items()]
+        annotations = [{**note, "category_id": order[note["category_id"]]} for note in annotations]
+    else:
+        categories = [{"id": number, "name": name} for number, name in names.items()]
+    numbered = [
+        {"id": number, "iscrowd": 0, "area": _area(note["bbox"]), **note} for number, note in enumerate(annotations, 1)
+    ]
+    return {"images": images, "annotations": numbered, "categories": categories}
+
+
+def _area(box: list[Any]) -> float:
+    values = as_numbers(box, 4)
+    return 0.0 if values is None else max(values[2], 0.0) * max(values[3], 0.0)
+
+
+def located(
+    images: Iterable[Mapping[str, Any]], folder: epath.Path
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The images whose files are in a folder, with their paths there as `file_name`, and those that are not.
+
+    `file_name` of an image is looked for as `ImagePaths` does. With the key `names`, which is removed, so are these; then each
+    without its ending, anywhere in the folder.
+    """
+    paths, stems = ImagePaths(folder), None
+    found, missing = [], []
+    for image in images:
+        others = image.get("names")
+        kept = {key: value for key, value in image.items() if key != "names"}
+        names = [str(kept["file_name"]), *(others or ())]
+        path = next((name for name in map(paths.find, names) if (folder / name).exists()), None)
+        if path is None and others is not None:
+            stems = by_stem(images_below(folder)) if stems is None else stems
+            tails = [name.replace("\\", "/").rpartition("/")[2] for name in names]
+            path = next((stems[stem] for tail in tails if (stem := tail.rpartition(".")[0] or tail) in stems), None)
+        if path is None:
+            missing.append(kept)
+        else:
+            found.append(kept | {"file_name": path})
+    return found, missing
+
+
+def image_folders(file: epath.Path, split: str, folder: epath.Path) -> tuple[epath.Path, ...]:
+    """Folders in which the images of an annotation file in `folder` may be, the likeliest first."""
+    below = [path for path in folders_below(folder) if path.name.lower() not in ("annotations", "labels")]
+    images = [path for path in below if path.name.lower() in ("images", "image", "imgs", "data", "jpegimages")]
+    of_split = [path for place in (*images, folder) for path in folders_below(place) if split_of(path.name) == split]
+    inner = [path for place in of_split if split for path in folders_below(place) if path.name.lower() == "images"]
+    beside = [] if file.parent.name.lower() == "annotations" else [file.parent]
+    nested = [path for place in images for path in folders_below(place)[:_FEW]]
+    ordered = [*beside, *inner, *(of_split if split else ()), *images, folder, *below[:_FEW], *nested, file.parent]
+    return tuple(dict.fromkeys(ordered))
 
 
 def one_per_split(sources: Iterable[Source], folder: epath.Path) -> list[Source]:

@@ -158,6 +158,12 @@ class Blocks:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self._path(block), stream.getvalue())
 
+    def rows(self) -> Iterator[Any]:
+        """Yields the detections of each block, of all parts. Raises BenchmarkError if a block is missing or damaged."""
+        for n in range(self.count):
+            with self._open(n) as block:
+                yield joined([block[f"part_{part}"] for part in range(self.parts)])
+
     def merge(
         self, order: Any, files: Sequence[str], ids: Mapping[str, str], write: Callable[[epath.Path, Any], None]
     ) -> dict[str, Any]:

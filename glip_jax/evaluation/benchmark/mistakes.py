@@ -39,6 +39,8 @@ class Mistake(NamedTuple):
     scores: tuple[float, ...]
     """NaN: not stored."""
     right: tuple[bool, ...]
+    missed: tuple[bool, ...] = ()
+    """Of each true box, whether nothing has found it; (): not known."""
 
     @property
     def badness(self) -> float:

@@ -20,9 +20,11 @@ from glip_jax.config import Config
 from glip_jax.evaluation.benchmark.blocks import Blocks, Cut, concatenated
 from glip_jax.evaluation.benchmark.prompted import PromptedImage, PromptedSet, SharedPrompts, prediction_rows
 from glip_jax.evaluation.benchmark.prompts import missing_images, mode_config, read_prompts
-from glip_jax.evaluation.benchmark.results import cut_path
+from glip_jax.evaluation.benchmark.results import CHUNKING, cut_path
+from glip_jax.evaluation.benchmark.retrieval import best_of_names, narrowed, retrieval_mode, retrieved_names
 from glip_jax.evaluation.benchmark.scoring import cut_annotations, file_hashes
 from glip_jax.evaluation.benchmark.sets import BenchmarkError, BenchmarkSet, PromptMode, protocol, scored_annotations
+from glip_jax.evaluation.chunking import Chunking, requested
 from glip_jax.evaluation.shares import Share
 from glip_jax.inference import pipelined
 from glip_jax.io import assets
@@ -33,7 +35,7 @@ from glip_jax.io.retry import StorageError
 from glip_jax.structures.batch import Detections, Prompt
 from glip_jax.structures.prompts import load_tokenizer
 
-__all__ = ["PromptDetector", "Run", "detect", "predict"]
+__all__ = ["PromptDetector", "Run", "compare_chunks", "detect", "predict"]
 
 logger = logging.getLogger(__name__)
 
@@ -93,17 +95,56 @@ class Run:
     """Annotation files of other versions are noted, not refused."""
 
 
-def predict(run: Run, item: BenchmarkSet, mode: PromptMode) -> None:
-    """Detects a set in one prompt mode, and writes WORKDIR/SET/ASK with its predictions; what is there is not made again.
+def predict(run: Run, item: BenchmarkSet, mode: PromptMode, folder: epath.Path | None = None) -> None:
+    """Detects a set in one prompt mode, and writes its predictions to `folder` (default: WORKDIR/SET/MODE); what is there is not made
+    again.
 
-    Every process detects its blocks, then process 0 merges them. Raises BenchmarkError, in all processes, for files that cannot be
-    used and for detections of another checkpoint.
+    Every process detects its blocks, then process 0 merges them. Of a mode with `retrieved` names the blocks of the cheap pass stay in
+    `folder`/retrieval. Raises BenchmarkError, in all processes, for files that cannot be used and for detections of another checkpoint.
+    """
+    folder = folder or run.workdir / item.name / mode.name
+    names = None
+    if mode.retrieved:
+        prompted, blocks = _detected(
+            run, item, retrieval_mode(mode), folder / "retrieval", cut=Cut(per_image=mode.retrieved)
+        )
+        names = retrieved_names(prompted, blocks.rows())
+    prompted, blocks = _detected(run, item, mode, folder, names)
+    if run.share.index == 0:
+        _write(run, prompted, blocks)
+
+
+def compare_chunks(run: Run, item: BenchmarkSet, mode: PromptMode, chunking: Chunking) -> None:
+    """Detects a set with its names in prompts of other sizes and orders, and writes predictions to WORKDIR/SET/chunking/MODE_CHUNK_ORDER.
+
+    The prompts of `mode` come first, as the reference; where the predictions of the set are of these prompts and images, they are
+    it. `results.collect` scores what is there. Raises as `predict`.
+    """
+    images = chunking.images or run.config.evaluation.max_images
+    evaluation = dataclasses.replace(run.config.evaluation, max_images=images)
+    for chunk, seed in dict.fromkeys([(mode.chunk, run.order), *requested(chunking)]):
+        if (chunk, seed, images) != (mode.chunk, run.order, run.config.evaluation.max_images):
+            other = dataclasses.replace(run, order=seed, config=dataclasses.replace(run.config, evaluation=evaluation))
+            order = "by_id" if seed is None else f"seed_{seed}"
+            folder = run.workdir / item.name / CHUNKING / f"{mode.name}_{chunk}_{order}"
+            predict(other, item, dataclasses.replace(mode, chunk=chunk), folder)
+
+
+def _detected(
+    run: Run, item: BenchmarkSet, mode: PromptMode, folder: epath.Path, names: Mapping[Any, Sequence[Any]] | None = None,
+    cut: Cut | None = None,
+) -> tuple[PromptedSet, Blocks]:  # fmt: skip
+    """A set whose detections are all in the blocks of `folder`. Raises BenchmarkError in all processes.
+
+    `names`: by id of the image, its names; None: those of the mode. `cut`: only the best detection of each name is kept, within this
+    cut; None: that of the set.
     """
     fault, prompted, blocks = "", None, None
     try:
-        prompted, blocks = _opened(run, item, mode)
+        prompted, blocks = _opened(run, item, mode, folder, names, cut)
         if blocks.done is None:
-            detect(run.detector(mode_config(run.config, mode)), prompted, blocks, run.share)
+            chosen = None if cut is None else best_of_names
+            detect(run.detector(mode_config(run.config, mode)), prompted, blocks, run.share, chosen=chosen)
     except StorageError:
         raise
     except UserError as error:
@@ -111,14 +152,15 @@ def predict(run: Run, item: BenchmarkSet, mode: PromptMode) -> None:
     # In all processes, or the others would wait for one that has gone on to the next set.
     if faults := [each for each in run.share.gather(fault) if each]:
         raise BenchmarkError(faults[0])
-    if run.share.index == 0:
-        assert prompted is not None
-        assert blocks is not None
-        _write(run, prompted, blocks)
+    assert prompted is not None
+    assert blocks is not None
+    return prompted, blocks
 
 
-def _opened(run: Run, item: BenchmarkSet, mode: PromptMode) -> tuple[PromptedSet, Blocks]:
-    """The prompts of a set, and its blocks in the working folder. Raises BenchmarkError or PromptError."""
+def _opened(
+    run: Run, item: BenchmarkSet, mode: PromptMode, folder: epath.Path, names: Mapping[Any, Sequence[Any]] | None, cut: Cut | None
+) -> tuple[PromptedSet, Blocks]:  # fmt: skip
+    """The prompts of a set, and its blocks in `folder`. Raises BenchmarkError or PromptError."""
     config = mode_config(run.config, mode)
     tokenizer = load_tokenizer(assets.resolve(config.model.text.vocabulary))
     prompted = read_prompts(item, run.data, mode, tokenizer, config, run.order, run.other_counts)
@@ -126,6 +168,8 @@ def _opened(run: Run, item: BenchmarkSet, mode: PromptMode) -> tuple[PromptedSet
         raise BenchmarkError(f"{prompted.annotations} lists no images: expected at least one")
     total, limit = len(prompted.images), config.evaluation.max_images or len(prompted.images)
     prompted = dataclasses.replace(prompted, images=prompted.images[:limit])
+    if names is not None:
+        prompted = narrowed(prompted, names, tokenizer, config)
     if absent := missing_images(prompted):
         raise BenchmarkError(
             f"{len(absent)} of {len(prompted.images)} images of {item.name} are missing or empty in {prompted.folder}, the first is "
@@ -146,6 +190,7 @@ def _opened(run: Run, item: BenchmarkSet, mode: PromptMode) -> tuple[PromptedSet
         "settings": settings,
         "files": {role: file["sha256"] for role, file in files.items()},
         "order": run.order,
+        **({"retrieved": [mode.retrieved, mode.retrieval_side]} if mode.retrieved else {}),
         "about": {
             "checkpoint": run.about, "protocol": used, "counts": dict(prompted.counts), "notes": list(prompted.notes), "files": files,
             "longest_prompt": max(len(q.keys) for image in prompted.images[:100] for q in image.image_prompts),
@@ -153,7 +198,7 @@ def _opened(run: Run, item: BenchmarkSet, mode: PromptMode) -> tuple[PromptedSet
             "processes": run.share.count,
         },
     }  # fmt: skip
-    blocks = _blocks(run.workdir / item.name / mode.name, prompted, plan)
+    blocks = _blocks(folder, prompted, plan) if cut is None else Blocks(folder, plan, len(prompted.images), 1, cut)
     if run.share.index == 0 and blocks.done is None:
         for note in prompted.notes:
             logger.info(f"note: {item.name}: {note}")
@@ -190,8 +235,11 @@ def detect(
     blocks: Blocks,
     share: Share,
     progress: bool = True,
+    chosen: Callable[[Any], Any] | None = None,
 ) -> None:
     """Detects the blocks of this process that are not there yet, and writes each when it is complete.
+
+    `chosen`: the rows of a block that are kept; None: all.
 
     Raises BenchmarkError for an image that is missing, damaged or of another size than annotated: numbers on the others would be
     those of another set.
@@ -209,7 +257,7 @@ def detect(
         prompts = [prompted.images[image].prompts for _, image in group]
         return detector.detect_async([image.pixels for image in images], prompts)
 
-    with tqdm(total=total, initial=total - left, desc=f"{prompted.item.name} {prompted.mode.name}", unit="image",
+    with tqdm(total=total, initial=total - left, desc=f"{prompted.item.name} {blocks.folder.name}", unit="image",
               disable=not progress, mininterval=interval, maxinterval=interval) as bar:  # fmt: skip
         for group, images, detections in pipelined(groups, read, start):
             block = group[0][0]
@@ -221,6 +269,7 @@ def detect(
             if all(image in digests for image in own):
                 rows = concatenated(iter(sorted(found.pop(block), key=lambda entry: entry[:2])))
                 end = time.monotonic()
+                rows = rows if chosen is None else chosen(rows)
                 blocks.write(block, rows, [digests.pop(image) for image in own], end - begin)
                 begin = end
             bar.update(len(group))

@@ -91,21 +91,22 @@ class SharedPrompts(Sequence[PromptedImage]):
     """Images that all have the same prompts; a `PromptedImage` is made when it is read."""
 
     def __init__(self, entries: Sequence[ImageEntry], parts: Sequence[tuple[Prompt, tuple[Any, ...]]]) -> None:
-        self._entries, self._parts = entries, parts
+        """`parts`: prompts, each with the keys of its phrases."""
+        self.entries, self.parts = entries, parts
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return SharedPrompts(self._entries[index], self._parts)
-        entry = self._entries[index]
+            return SharedPrompts(self.entries[index], self.parts)
+        entry = self.entries[index]
         return PromptedImage(
             entry.id,
             entry.file,
             entry.height,
             entry.width,
-            tuple(ImagePrompt(entry.id, prompt, keys) for prompt, keys in self._parts),
+            tuple(ImagePrompt(entry.id, prompt, keys) for prompt, keys in self.parts),
         )
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import Any
@@ -26,7 +26,6 @@ from glip_jax.evaluation.benchmark.prompted import (
     PromptedImage,
     PromptedSet,
     SharedPrompts,
-    prediction_arrays,
 )
 from glip_jax.evaluation.benchmark.sets import (
     BenchmarkError,
@@ -43,10 +42,10 @@ from glip_jax.evaluation.metrics.files import Ids, objects
 from glip_jax.evaluation.metrics.refexp import check_expression
 from glip_jax.evaluation.recall import CaptionedImage, Phrase, fit_caption
 from glip_jax.io import gcs
-from glip_jax.structures.batch import Detections, Prompt
+from glip_jax.structures.batch import Prompt
 from glip_jax.structures.prompts import Tokenizer, clean_name, listed
 
-__all__ = ["mode_config", "missing_images", "narrowed", "read_prompts", "retrieved"]
+__all__ = ["PromptBuilder", "missing_images", "mode_config", "read_prompts"]
 
 _THREADS = 16
 
@@ -125,7 +124,7 @@ def _sizes(folder: epath.Path) -> dict[str, int]:
         return {each.name: each.stat().st_size for each in found if each.is_file()}
 
 
-class _Prompts:
+class PromptBuilder:
     """Builds the prompts of many texts."""
 
     def __init__(self, mode: PromptMode, tokenizer: Tokenizer, config: Config) -> None:
@@ -183,7 +182,7 @@ class _Reader:
         other_counts: bool,
     ) -> None:  # fmt: skip
         self.item, self.data, self.mode, self.order = item, data, mode, order
-        self.prompts = _Prompts(mode, tokenizer, config)
+        self.prompts = PromptBuilder(mode, tokenizer, config)
         self.annotations, self.folder = item.path("annotations", data), item.path("images", data)
         self.counts, self.notes = Counter[str](), list[str]()
         self._paths = ImagePaths(self.folder)
@@ -534,45 +533,3 @@ class _Reader:
             file = self._paths.find(f"{image}.jpg")
             found[image, index] = (file, (None, None), sentence.caption, [(each.span,) for each in sentence.phrases])
         return found
-
-
-def retrieved(image: PromptedImage, found: Sequence[Detections], count: int) -> list[Any]:
-    """The `count` keys (names) with the highest best score in an image, in the order in which they are asked.
-
-    `found`: of a cheap pass over all prompts, such as one at a small input size. Keys without a box come last, in order.
-    """
-    keys, _, scores = prediction_arrays(image, found)
-    best: dict[Any, float] = {}
-    for key, score in zip(keys.tolist(), scores.tolist(), strict=True):
-        best.setdefault(key, score)
-    prompted = [key for image_prompt in image.image_prompts for key in image_prompt.keys]
-    chosen = set(sorted(prompted, key=lambda key: -best.get(key, 0.0))[:count])
-    return [key for key in prompted if key in chosen]
-
-
-def narrowed(
-    prompted: PromptedSet, chosen: Callable[[PromptedImage], Sequence[Any]], tokenizer: Tokenizer, config: Config
-) -> PromptedSet:
-    """The same set with the names `chosen` for each image only (see `retrieved`), in prompts of `mode.chunk` names.
-
-    Raises BenchmarkError for a set whose images are not asked alike.
-    """
-    if not isinstance(prompted.images, SharedPrompts):
-        raise BenchmarkError(
-            f"{prompted.item.name}: names are retrieved only for sets whose images are asked the same names"
-        )
-    prompts = _Prompts(prompted.mode, tokenizer, config)
-    texts = {
-        key: ("", image_prompt.prompt.caption[slice(*image_prompt.prompt.spans[i][0])], "")
-        for image_prompt in prompted.images[0].image_prompts if image_prompt.prompt is not None
-        for i, key in enumerate(image_prompt.keys)
-    }  # fmt: skip
-
-    def narrow(image: PromptedImage) -> PromptedImage:
-        parts = prompts.grouped({key: texts[key] for key in chosen(image)})
-        return image._replace(image_prompts=tuple(ImagePrompt(image.id, *part) for part in parts))
-
-    images = [narrow(image) for image in prompted.images]
-    counts = {**prompted.counts, "prompts": sum(len(image.prompts) for image in images)}
-    note = f"asked {counts['prompts']:,} prompts of retrieved names instead of {prompted.counts['prompts']:,}"
-    return dataclasses.replace(prompted, images=images, counts=counts, notes=(*prompted.notes, note))

@@ -3,7 +3,8 @@
 {"format", "command", "date", "checkpoint": {...},
  "sets": {SET: {"title", "licence", "notes", "overlap": {"images", "names"},
                 "asks": {ASK: {"protocol", "counts", "files", "detections", "seconds",
-                               "metrics": {LABEL: {"main", "module", "evaluator", "options", "numbers", "published"}}}}}},
+                               "metrics": {LABEL: {"main", "module", "evaluator", "options", "numbers", "published"}},
+                               "chunking": [{"asked", "chunk", "seed", "images", "metric", "value", "difference"}]}}}},
  "groups": {GROUP: {"ASK, LABEL": {"mean", "median", "sets", "missing"}}},
  "missing": {SET: [files]}, "failed": {SET: reason}}
 """
@@ -22,16 +23,20 @@ from etils import epath
 from glip_jax import UserError
 from glip_jax.evaluation.benchmark import blocks, overlap
 from glip_jax.evaluation.benchmark.scoring import file_hashes, group_numbers, leaves, score_set
-from glip_jax.evaluation.benchmark.sets import BenchmarkError, BenchmarkSet, number, scored_annotations
+from glip_jax.evaluation.benchmark.sets import BenchmarkError, BenchmarkSet, PromptMode, number, scored_annotations
 from glip_jax.evaluation.benchmark.table import GROUPS
+from glip_jax.evaluation.metrics.files import MetricError
 from glip_jax.io.retry import StorageError
 
 __all__ = [
-    "FORMAT", "Row", "collect", "csv_text", "cut_path", "earlier", "groups", "latex", "measured_rate", "predictions_in", "release_of",
+    "CHUNKING", "FORMAT", "Row", "collect", "csv_text", "cut_path", "earlier", "groups", "latex", "measured_rate", "predictions_in", "release_of",
     "rows", "scored_paths",
 ]  # fmt: skip
 
 FORMAT = 1
+
+CHUNKING = "chunking"
+"""Folder of a set for the predictions with other sizes and orders of prompts."""
 
 
 class Row(NamedTuple):
@@ -121,6 +126,13 @@ def collect(
             own["asks"][mode.name] = {
                 **{key: about[key] for key in shared}, "detections": done["detections"], "seconds": done["seconds"], "metrics": metrics,
             }  # fmt: skip
+            try:
+                compared = _chunking(item, mode, workdir, data, own["asks"][mode.name], report)
+            except MetricError as error:
+                failed[item.name] = f"{mode.name}, {CHUNKING}: {error}"
+                continue
+            if compared:
+                own["asks"][mode.name]["chunking"] = compared
         if item.name not in sets and item.name not in failed:
             failed[item.name] = f"{workdir / item.name} holds no finished predictions: run without --score-only"
     if len(checkpoints) > 1:
@@ -129,6 +141,62 @@ def collect(
             f"{workdir} holds predictions of {len(checkpoints)} checkpoints ({which}): give each its own --workdir"
         )
     return sets, next(iter(checkpoints.values()), {}), failed
+
+
+def _chunking(
+    item: BenchmarkSet, mode: PromptMode, workdir: epath.Path, data: str, entry: Mapping[str, Any], report: Callable[[str], None]
+) -> list[dict[str, Any]]:  # fmt: skip
+    """What `predict.compare_chunks` detected, scored by the main number of the set; the first is the reference. [] without.
+
+    Raises BenchmarkError for damaged records and MetricError as the metric.
+    """
+    from glip_jax.evaluation.chunking import described  # which loads jax
+
+    place = workdir / item.name / CHUNKING
+    found = []
+    label, main = next((label, metric) for label, metric in entry["metrics"].items() if metric["module"] != "absence")
+    for folder in predictions_in(place).values():
+        plan, _ = _records(folder)
+        used = plan["about"]["protocol"]
+        if used["ask"] != mode.name:
+            continue
+        report(f"scoring {item.name}, {CHUNKING}, {folder.name}")
+        annotations, predictions = scored_paths(item, data, folder, workdir, used)
+        metrics = score_set(item, mode, used, predictions, annotations, release_of(item, data))
+        found.append((used, metrics[label]["numbers"]))
+    if not found:
+        return []
+    images = {json.dumps(used["images"]) for used, _ in found}
+    if json.dumps(entry["protocol"]["images"]) in images:
+        found.append((entry["protocol"], main["numbers"]))
+    protocol = entry["protocol"]
+
+    def rank(each: Any) -> tuple[bool, bool, bool, int, int]:
+        used, _ = each
+        seed = _seed(used)
+        reference = (used["chunk"], used["order"]) == (protocol["chunk"], protocol["order"])
+        return (
+            used["chunk"] != protocol["chunk"],
+            not reference,
+            used["chunk"] == 0,
+            used["chunk"],
+            -1 if seed is None else seed,
+        )
+
+    results = list[dict[str, Any]]()
+    for used, numbers in sorted(found, key=rank):
+        value, seed = number(numbers, main["main"]), _seed(used)
+        first = results[0]["value"] if results else value
+        results.append({
+            "asked": described(used["chunk"], seed), "chunk": used["chunk"], "seed": seed, "images": used["images"], "metric": label,
+            "value": value, "difference": None if value is None or first is None else value - first,
+        })  # fmt: skip
+    return results
+
+
+def _seed(used: Mapping[str, Any]) -> int | None:
+    """The seed of the order of a protocol; None: by id."""
+    return None if used["order"] == "by id" else int(used["order"].removeprefix("seed "))
 
 
 def _changed_files(item: BenchmarkSet, data: str, files: Mapping[str, Any]) -> dict[str, dict[str, str]]:

@@ -34,7 +34,7 @@ Form = Literal["coco", "flickr", "expressions", "omnilabel"]
 """Form of a file of predictions; see `prompted.prediction_rows`."""
 
 PromptModeName = Literal[
-    "names", "names_parallel", "prompts", "caption", "expression", "intra_parallel", "intra_concat", "inter_parallel", "inter_concat", "descriptions"
+    "names", "names_parallel", "retrieved", "prompts", "caption", "expression", "intra_parallel", "intra_concat", "inter_parallel", "inter_concat", "descriptions"
 ]  # fmt: skip
 
 
@@ -60,7 +60,8 @@ class PromptMode:
     """How a set is prompted: one run of the detector and one file of predictions."""
 
     name: PromptModeName
-    """names: categories as the file names them; names_parallel: the same, one a prompt; prompts: with the hand-written prompts of
+    """names: categories as the file names them; names_parallel: the same, one a prompt; retrieved: those that a cheap pass finds in the
+    image; prompts: with the hand-written prompts of
     `BenchmarkSet.prompts`; intra, inter: the sentences of the image's group, or all; parallel, concat: one sentence a prompt, or as many
     as fit."""
     chunk: int = 0
@@ -77,8 +78,18 @@ class PromptMode:
     long_side: int = 1333
     prompts: int = 0
     """Expected prompts per image, for estimates of time; 0: not known."""
+    retrieved: int = 0
+    """Names of an image that a cheap pass over all names chooses; 0: all names are prompted."""
+    retrieval_side: int = 320
+    """Short side of the images of that pass; the long side in proportion."""
     default: bool = True
     """False: only where it is asked for."""
+
+    @property
+    def has_chunks(self) -> bool:
+        """Whether its prompts join names, of which they could have more or less. Not: one name a prompt, captions, expressions."""
+        joined = self.name in ("names", "prompts", "intra_concat", "inter_concat", "descriptions")
+        return joined and self.chunk != 1
 
 
 @dataclass(frozen=True)
@@ -343,6 +354,7 @@ def protocol(item: BenchmarkSet, mode: PromptMode, order: int | None = None) -> 
         each.name: getattr(mode, each.name)
         for each in dataclasses.fields(mode)
         if each.name not in ("name", "prompts", "default")
+        and (mode.retrieved or each.name not in ("retrieved", "retrieval_side"))
     }
     return {"ask": mode.name, **settings, "order": "by id" if order is None else f"seed {order}", "widths": item.widths}
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from glip_jax.config import Config, ConfigError
+from glip_jax.config import Config, ConfigError, PackingConfig
 from glip_jax.training.finetuning.schedule import Rules
 
 __all__ = ["COPIES", "RECIPES", "Recipe", "Shots", "as_glip", "glip_rules", "read_shots"]
@@ -97,7 +97,7 @@ def as_glip(config: Config, recipe: Recipe, shots: Shots, images: int) -> Config
         head_text_rate_factor=1.0, bias_rate_factor=2.0, decay=recipe.decay, bias_decay=0.0, decay_milestone_factor=1.0,
         beta1=0.9, beta2=0.999, epsilon=1e-8, warmup_steps=0, milestones=(), clip_norm=1.0, ema_decay=0.0, accumulate=1,
     )  # fmt: skip
-    captions = replace(config.data.captions, mode="all_names", separator=". ", shuffle=False)
+    captions = replace(config.data.captions, mode="all_names", separator=". ", shuffle=False, packing=PackingConfig())
     data = replace(config.data, captions=captions, short_sides=(800,), long_side=1333, flip=0.5, flip_captions="as_is")
     backbone = config.model.backbone
     stages = max(backbone.frozen_stages, recipe.frozen_stages)

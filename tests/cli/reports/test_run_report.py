@@ -8,7 +8,7 @@ from etils import epath
 from PIL import Image
 
 from glip_jax.cli.reports.card import text_pieces
-from glip_jax.cli.reports.run_cards import best_threshold, cards
+from glip_jax.cli.reports.run_cards import cards
 from glip_jax.cli.reports.run_report import render, table
 from glip_jax.evaluation.absent_names import absence
 from glip_jax.evaluation.average_precision import NUMBERS, AveragePrecision, ListedNames, load_ground_truth
@@ -79,14 +79,6 @@ def test_a_true_box_is_met_once_and_only_by_its_name():
     met = match(found, np.array([0, 0, 1, 0]), true, np.array([0, 0]))
     assert met.tolist() == [0, -1, -1, -1]
     assert match(found[2:], np.array([0, 0]), true, np.array([0, 0])).tolist() == [1, -1]
-
-
-def test_the_score_of_the_highest_f1():
-    scores, right = np.array([0.2, 0.9, 0.5, 0.7]), np.array([False, True, True, False])
-    # F1 from 0.9 on: 2 / 4, from 0.7: 2 / 5, from 0.5: 4 / 6, from 0.2: 4 / 7.
-    assert best_threshold(scores, right, 3) == 0.5
-    assert best_threshold(scores, np.zeros(4, bool), 3) == 0.5
-    assert best_threshold(np.array([0.9, 0.1]), np.array([True, False]), 1) == 0.9
 
 
 def test_a_card_says_what_is_right_wrong_and_missed(detection):

@@ -14,17 +14,22 @@ from glip_jax.data.importers.caption_files import open_caption_lines, open_capti
 from glip_jax.data.importers.coco import open_coco, open_odinw
 from glip_jax.data.importers.entry import ImportSource
 from glip_jax.data.importers.flickr30k import open_flickr30k
+from glip_jax.data.importers.label_studio import open_label_studio
+from glip_jax.data.importers.labelme import open_labelme
 from glip_jax.data.importers.mdetr import MIXED_FOLDERS, open_coco_captions, open_mdetr
+from glip_jax.data.importers.odvg import open_odvg
 from glip_jax.data.importers.openimages import open_openimages
 from glip_jax.data.importers.tfds import open_tfds
 from glip_jax.data.importers.tsv import open_tsv
 from glip_jax.data.importers.visual_genome import open_visual_genome
+from glip_jax.data.importers.voc import open_voc
+from glip_jax.data.importers.yolo import open_yolo
 from tests.data.conftest import coco_json, mdetr_json, write_image
 from tests.data.importers.prepared_set import prepare
 from tests.data.importers.test_flickr30k import SENTENCES, XML
 from tests.data.importers.test_tsv import DETECTION, V1, V2, container
 
-__all__ = ["LAYOUTS", "Layout"]
+__all__ = ["LABELME", "LAYOUTS", "REGIONS", "TASKS", "Layout"]
 
 SIZES = [(24, 32)] * 3
 
@@ -195,6 +200,59 @@ def _tfds(folder: Path) -> dict[str, str]:
     return {f"tiny/1.0.0/{name}": kinds.get(name, "bytes") for name in _prepared()}
 
 
+_VOC = """<annotation>
+  <folder>JPEGImages</folder><filename>img{i}.png</filename><size><width>32</width><height>24</height><depth>3</depth></size>
+  <object><name>dog</name><difficult>0</difficult><bndbox><xmin>3</xmin><ymin>4</ymin><xmax>12</xmax><ymax>15</ymax></bndbox></object>
+  <object><name>cat</name><difficult>1</difficult><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>32</xmax><ymax>24</ymax></bndbox></object>
+</annotation>
+"""
+_VOC_FILES = {f"Annotations/img{i}.xml": _VOC.replace("{i}", str(i)) for i in range(3)}
+_YAML = "path: elsewhere\ntrain: ../pictures\nval: pictures\nnc: 2\nnames: [dog, cat]\n"
+_YOLO_LABELS = "0 0.21875 0.375 0.3125 0.5\n1 0.25 0.25 0.5 0.25 0.5 0.5\n"
+_YOLO_FILES = {f"pictures/img{i}.txt": _YOLO_LABELS for i in range(3)}
+_DETECTION_LINE = {"detection": {"instances": [{"bbox": [2, 3, 12, 15], "label": 1, "category": "dog"}]}}
+_GROUNDING_LINE = {
+    "grounding": {
+        "caption": "a dog and two cats",
+        "regions": [
+            {"bbox": [2, 3, 12, 15], "phrase": "a dog", "tokens_positive": [[0, 5]]},
+            {"bbox": [[1, 1, 9, 9], [9, 9, 30, 20]], "phrase": "two cats"},
+        ],
+    },
+    "conversations": [{"from": "human", "value": "what is there?"}],
+}
+_ODVG_LINES = "\n".join(
+    json.dumps({"filename": f"img{i}.png", "height": 24, "width": 32, **line})
+    for i, line in enumerate([_DETECTION_LINE, _GROUNDING_LINE, _DETECTION_LINE | _GROUNDING_LINE])
+)
+LABELME = {
+    "version": "5.5.0", "flags": {}, "imageData": None, "imageHeight": 24, "imageWidth": 32,
+    "shapes": [
+        {"label": "dog", "points": [[12, 15], [2, 3]], "shape_type": "rectangle", "flags": {}},
+        {"label": "cat", "points": [[10, 4], [20, 8], [12, 20]], "shape_type": "polygon"},
+        {"label": "dog", "points": [[16, 12], [19, 16]], "shape_type": "circle"},
+    ],
+}  # fmt: skip
+_LABELME_FILES = {f"pictures/img{i}.json": json.dumps({**LABELME, "imagePath": f"img{i}.png"}) for i in range(3)}
+_REGION = {
+    "type": "rectanglelabels",
+    "original_width": 32,
+    "original_height": 24,
+    "image_rotation": 0,
+    "from_name": "label",
+}
+REGIONS = [
+    {**_REGION, "id": "a", "value": {"x": 6.25, "y": 12.5, "width": 31.25, "height": 50, "rotation": 0, "rectanglelabels": ["dog"]}},
+    {**_REGION, "id": "b", "value": {"x": 50, "y": 25, "width": 25, "height": 25, "rotation": 90, "rectanglelabels": ["cat"]}},
+    {**_REGION, "id": "c", "type": "polygonlabels", "value": {"points": [[25, 25], [50, 25], [50, 75]], "polygonlabels": ["cat"]}},
+    {"id": "e", "type": "choices", "value": {"choices": ["day"]}},
+]  # fmt: skip
+TASKS = [
+    {"id": i, "data": {"image": f"/data/upload/7/3f9a0c2{i}-img{i}.png"}, "annotations": [
+        {"id": 9, "was_cancelled": True, "result": []}, {"id": 10 + i, "was_cancelled": False, "result": REGIONS}]}
+    for i in range(3)
+]  # fmt: skip
+
 _SBU = {
     "SBU_captioned_photo_dataset_urls.txt": "".join(f"http://flickr.com/1/img{i}.png\n" for i in range(3)),
     "SBU_captioned_photo_dataset_captions.txt": "a dog\nthe cat\na bird \N{SNOWMAN}\n",
@@ -274,6 +332,25 @@ LAYOUTS: dict[str, Layout] = {
     "tsv-pseudo": Layout(
         _container([V1, V2, V1]), lambda p: open_tsv(p / "train.yaml", kind="pseudo", oversample=True),
         "tsv {p}/train.yaml --kind=pseudo --oversample",
+    ),
+    "voc": Layout(
+        _texts(_VOC_FILES), lambda p: open_voc(p / "Annotations", p / "pictures"),
+        "voc {p}/Annotations --images={p}/pictures",
+    ),
+    "yolo": Layout(
+        _texts({"data.yaml": _YAML, **_YOLO_FILES}), lambda p: open_yolo(p / "data.yaml"), "yolo {p}/data.yaml",
+    ),
+    "odvg": Layout(
+        _texts({"a.jsonl": _ODVG_LINES}, "jsonl"), lambda p: open_odvg(p / "a.jsonl", p / "pictures"),
+        "odvg {p}/a.jsonl --images={p}/pictures", records=4,
+    ),
+    "labelme": Layout(
+        _texts(_LABELME_FILES, "json"), lambda p: open_labelme(p / "pictures", p / "pictures"),
+        "labelme {p}/pictures --images={p}/pictures",
+    ),
+    "label-studio": Layout(
+        _json_file("a.json", TASKS), lambda p: open_label_studio(p / "a.json", p / "pictures"),
+        "label-studio {p}/a.json --images={p}/pictures",
     ),
 }  # fmt: skip
 """Layouts by name."""

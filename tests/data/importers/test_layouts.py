@@ -1,13 +1,17 @@
 """Own data found in a folder: every layout as its owner writes it, what is mended, and what is refused."""
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from glip_jax.data.importers.checks import findings, names_findings
+from glip_jax.data.importers.entry import SourceError
 from glip_jax.data.importers.layouts import Dataset, LayoutError, carve, find
 from glip_jax.data.importers.shots import draw_shots, prepared_shots
+from glip_jax.structures.prompts import load_tokenizer
 from tests.data.conftest import write_image
 
 NAMES = ("cat", "dog")
@@ -35,7 +39,9 @@ def save(data: Any, path: Path, images: Path | None = None) -> None:
     folder = images or path.parent
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(data["images"]):
-        write_image(folder / image["file_name"], 24, 32, hash((str(path), number)) % 1000)
+        write_image(
+            folder / image["file_name"], 24, 32, zlib.crc32(f"{path.parent.name} {path.name} {number}".encode())
+        )
 
 
 def sizes(dataset: Dataset) -> dict[str, tuple[int, int]]:
@@ -60,6 +66,7 @@ def test_roboflow_and_its_dummy_class(tmp_path):
         ("annotations/instances_{}.json", "images/{}"),
         ("{}_annotations_without_background.json", "."),
         ("annotations/{}.json", "{}/images"),
+        ("{}/annotations_without_background.json", "{}"),  # ODinW
     ],
 )
 def test_layouts_of_coco(tmp_path, file, images):
@@ -70,6 +77,29 @@ def test_layouts_of_coco(tmp_path, file, images):
     assert sizes(found) == {"train": (2, 4), "valid": (2, 4)} and found.notes == (f"the data set is in {tmp_path}/in",)
     folder = Path(found.splits["valid"].images)
     assert all((folder / image["file_name"]).exists() for image in found.splits["valid"].coco["images"])
+
+
+def test_exports_of_cvat_and_label_studio_as_coco(tmp_path):
+    for subset, folder in (("Train", "images/Train"), ("Validation", "images/Validation")):
+        save(coco(2), tmp_path / "subsets" / f"annotations/instances_{subset}.json", tmp_path / "subsets" / folder)
+    assert sizes(find(tmp_path / "subsets")) == {"train": (2, 4), "valid": (2, 4)}
+    save(coco(3), tmp_path / "cvat/annotations/instances_default.json", tmp_path / "cvat/images/default")
+    assert sizes(find(tmp_path / "cvat")) == {"train": (3, 6)}
+    save(coco(2), tmp_path / "studio/result.json", tmp_path / "studio/images")
+    data = coco(2)
+    for image in data["images"]:
+        image["file_name"] = f"../../label-studio/data/media/upload/3/{image['file_name']}"
+    (tmp_path / "studio/result.json").write_text(json.dumps(data))
+    found = find(tmp_path / "studio").splits["train"]
+    assert [image["file_name"] for image in found.coco["images"]] == ["1.png", "2.png"]
+
+
+def test_odinw_prefers_its_file_without_background_and_the_whole_valid(tmp_path):
+    for split, first in (("train", 1), ("valid", 11), ("mini_val", 11)):
+        save(coco(1 if split == "mini_val" else 2, first), tmp_path / split / "annotations_without_background.json")
+        save(coco(2, first, names=("x", "cat", "dog")), tmp_path / split / "_annotations.coco.json")
+    found = find(tmp_path)
+    assert sizes(found) == {"train": (2, 4), "valid": (2, 4)} and found.names == NAMES
 
 
 def test_category_ids_from_0_and_of_another_order_are_those_of_one_list(tmp_path):
@@ -143,3 +173,70 @@ def test_folders_that_are_refused_say_what_was_looked_for(tmp_path):
     save(coco(2), tmp_path / "annotations/train.json", tmp_path / "images")
     with pytest.raises(LayoutError, match="has 2 annotations of the train set"):
         find(tmp_path)
+
+
+@pytest.mark.parametrize("boxes_last", [False, True])
+def test_bad_data_is_refused_in_one_line(tmp_path, boxes_last):
+    data = coco(3)
+    data["annotations"] = []
+    if boxes_last:
+        data = dict(reversed(data.items()))
+    save(data, tmp_path / "a/_annotations.coco.json")
+    with pytest.raises(LayoutError, match="no image of the training set has a box"):
+        find(tmp_path)
+    save(coco(1), tmp_path / "a/_annotations.coco.json")
+    with pytest.raises(LayoutError, match=r"has 1 images, 1 with a box, and no validation set: expected at least 2"):
+        carve(find(tmp_path))
+    save(coco(2), tmp_path / "a/test.json")
+    (tmp_path / "a/_annotations.coco.json").unlink()
+    with pytest.raises(LayoutError, match=r"has no training set, but test \(test.json\)"):
+        find(tmp_path)
+
+
+def test_ids_that_count_from_another_number_than_the_boxes_are_refused(tmp_path):
+    data = coco(3, start=0)
+    for note in data["annotations"]:
+        note["category_id"] += 1
+    save(data, tmp_path / "_annotations.coco.json")
+    with pytest.raises(SourceError, match="names would be shifted by one"):
+        find(tmp_path)
+
+
+def test_findings(tmp_path):
+    names = ("left hand", "hand", "CoW", "2", "\u732b", "fish")
+    data, valid = coco(3, names=names), coco(1, 11, names=names)
+    data["annotations"] = [note for note in data["annotations"] if note["category_id"] != 6][:-5]
+    data["annotations"][0]["bbox"] = [2, 3, 1, 9]
+    data["annotations"][1]["bbox"] = [30, 3, 9, 9]
+    valid["annotations"] *= 400
+    save(data, tmp_path / "train/_annotations.coco.json")
+    save(valid, tmp_path / "valid/_annotations.coco.json")
+    (tmp_path / "valid/11.png").write_bytes((tmp_path / "train/2.png").read_bytes())
+    found = findings(find(tmp_path), {"fish": "small fish"}, load_tokenizer("tests/fixtures/vocab_tiny1.txt"))
+    said = {finding.check: finding.text for finding in found}
+    assert "train: 1 of 10 boxes" in said["boxes of at most one pixel"]
+    assert "train: 1 of 10 boxes" in said["boxes outside the image"]
+    assert "1 images have more than 100 boxes (image 11: 2400)" in said["many boxes in an image"]
+    assert "train: no box of 'fish'" in said["classes without a box"]
+    assert "train: 1 of 3 images have no box" in said["images without a box"]
+    assert "1 images (first: 2.png and 11.png) are in train and in valid" in said["same image in two splits"]
+    assert said["names without meaning"].startswith("'CoW', '2' may mean nothing")
+    assert "'hand in left hand'" in said["one name inside another"]
+    assert "'left hand' tell left from right" in said["left or right"]
+    assert "'\u732b'" in said["names the vocabulary lacks"]
+    assert [finding.check for finding in found if finding.no_flip] == ["left or right"]
+    assert [finding.check for finding in found if finding.error] == ["names the vocabulary lacks"]
+    many = {f"thing {i}": f"thing {i}" for i in range(500)}
+    texts = [one.text for one in names_findings(many, load_tokenizer("tests/fixtures/vocab_tiny1.txt"))]
+    assert any(text.startswith("500 names have ") and "and a prompt 256" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "vague", "side"),
+    [("0", True, False), ("class_3", True, False), ("RBC", True, False), ("CoW", True, False), ("A", True, False),
+     ("cat", False, False), ("CAR", False, False), ("tv", False, False), ("cat 2", False, False), ("object 1", True, False),
+     ("trafficLight-GreenLeft", False, True), ("myright", False, True), ("bright light", False, False)],
+)  # fmt: skip
+def test_names_that_say_nothing_or_a_side(name, vague, side):
+    checks = {finding.check for finding in names_findings({name: name})}
+    assert ("names without meaning" in checks, "left or right" in checks) == (vague, side)

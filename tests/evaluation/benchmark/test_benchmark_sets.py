@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from glip_jax.evaluation.benchmark import sets
-from glip_jax.evaluation.benchmark.prompted import join_rows, prediction_arrays, prediction_rows
-from glip_jax.evaluation.benchmark.prompts import missing_images, mode_config, narrowed, read_prompts, retrieved
+from glip_jax.evaluation.benchmark import blocks, sets
+from glip_jax.evaluation.benchmark.prompted import join_rows, prediction_rows
+from glip_jax.evaluation.benchmark.prompts import missing_images, mode_config, read_prompts
+from glip_jax.evaluation.benchmark.retrieval import best_of_names, narrowed, retrieved_names
 from glip_jax.evaluation.benchmark.table import GROUPS, SETS
 from glip_jax.evaluation.metrics import flickr, grefcoco, refexp
 from glip_jax.evaluation.metrics.files import MetricError
@@ -31,14 +32,14 @@ def tokenizer():
 
 
 @pytest.fixture
-def mode(tmp_path, tokenizer):
+def read(tmp_path, tokenizer):
     """Writes a set and reads its prompts, without the counts of the real one."""
 
-    def read(name, mode="", **changes):
+    def made(name, mode="", **changes):
         item = dataclasses.replace(write_set(name, tmp_path), counts={}, stems_sha256="", **changes)
         return read_prompts(item, str(tmp_path), item.mode(mode or item.modes[0].name), tokenizer, CONFIG)
 
-    return read
+    return made
 
 
 def _phrases(image_prompt):
@@ -193,8 +194,8 @@ def test_an_own_set_with_a_damaged_file_is_refused_when_it_is_read(tmp_path, tok
         read_prompts(item, str(tmp_path), item.modes[0], tokenizer, CONFIG)
 
 
-def test_coco_asks_all_names_in_the_order_of_ids(mode):
-    prompted = mode("coco")
+def test_coco_asks_all_names_in_the_order_of_ids(read):
+    prompted = read("coco")
     assert prompted.counts == {"images": 3, "categories": 3, "boxes": 4, "prompts": 3}
     first, last = prompted.images[0], prompted.images[-1]
     assert (first.id, first.file, first.height, first.width) == (11, "000000000011.jpg", 48, 64)
@@ -207,14 +208,14 @@ def test_coco_asks_all_names_in_the_order_of_ids(mode):
     assert (other["category_id"], other["bbox"]) == (3, [1, 2, 11, 21])  # w = x2 - x1 + 1
 
 
-def test_lvis_asks_chunks_and_minival_is_a_part_of_val(mode, tmp_path, tokenizer):
-    prompted = mode("lvis_minival", modes=(sets.PromptMode("names", chunk=2, boxes=300),))
+def test_lvis_asks_chunks_and_minival_is_a_part_of_val(read, tmp_path, tokenizer):
+    prompted = read("lvis_minival", modes=(sets.PromptMode("names", chunk=2, boxes=300),))
     assert [image.id for image in prompted.images] == [139, 632, 724] and prompted.images[
         0
     ].file == "val2017/000000000139.jpg"
     assert (prompted.folder / prompted.images[0].file).exists() and prompted.counts["boxes"] == 4
     assert [prompt.caption for prompt in prompted.images[0].prompts] == ["aerosol can. cat", "bow . person"]
-    assert [image.id for image in mode("lvis_val").images] == [139, 285, 632, 724]
+    assert [image.id for image in read("lvis_val").images] == [139, 285, 632, 724]
     path = sets.scored_annotations(prompted.item, str(tmp_path), "annotations", epath.Path(tmp_path / "derived"))
     content = json.loads(path.read_text())
     assert [each["id"] for each in content["images"]] == [139, 632, 724] and len(content["categories"]) == 4
@@ -237,21 +238,21 @@ def test_an_image_list_with_another_hash_is_noted(tmp_path, tokenizer):
     assert not read_prompts(item, str(tmp_path), item.modes[0], tokenizer, CONFIG).notes
 
 
-def test_odinw_asks_names_and_hand_written_prompts(mode):
-    assert mode("odinw_northamericamushrooms").images[0].prompts[0].caption == "CoW. chanterelle"
-    prompted = mode("odinw_northamericamushrooms", "prompts")
+def test_odinw_asks_names_and_hand_written_prompts(read):
+    assert read("odinw_northamericamushrooms").images[0].prompts[0].caption == "CoW. chanterelle"
+    prompted = read("odinw_northamericamushrooms", "prompts")
     assert _phrases(prompted.images[0].image_prompts[0]) == ["flat mushroom", "yellow mushroom"]
-    (image_prompt,) = mode("odinw_packages", "prompts").images[0].image_prompts
+    (image_prompt,) = read("odinw_packages", "prompts").images[0].image_prompts
     assert image_prompt.prompt.caption == "there is a package on the porch" and _phrases(image_prompt) == ["package"]
-    (image_prompt,) = mode("odinw_aquarium", "prompts").images[0].image_prompts
+    (image_prompt,) = read("odinw_aquarium", "prompts").images[0].image_prompts
     assert image_prompt.prompt.caption.startswith(
         " fish. jellyfish. penguin , which is black and white. puffin with orange beaks . shark"
     )
     assert image_prompt.keys == (1, 2, 3, 4, 5, 6, 7) and _phrases(image_prompt)[2:4] == ["penguin", "puffin"]
 
 
-def test_rf100vl_leaves_out_the_unused_class_of_the_export_only(mode, tmp_path, tokenizer):
-    prompted = mode("rf100vl_actions")
+def test_rf100vl_leaves_out_the_unused_class_of_the_export_only(read, tmp_path, tokenizer):
+    prompted = read("rf100vl_actions")
     assert (
         prompted.images[0].image_prompts[0].keys == (1, 2, 3)
         and "category 0, 'animals', is not asked" in prompted.notes[0]
@@ -264,8 +265,8 @@ def test_rf100vl_leaves_out_the_unused_class_of_the_export_only(mode, tmp_path, 
     assert again.images[0].image_prompts[0].keys == (0, 1, 2, 3) and not again.notes
 
 
-def test_names_that_cannot_be_asked_are_said(mode, tmp_path, tokenizer):
-    prompted = mode("odinw_bccd")
+def test_names_that_cannot_be_asked_are_said(read, tmp_path, tokenizer):
+    prompted = read("odinw_bccd")
     content = json.loads(prompted.annotations.read_text())
     content["categories"] += [{"id": 8, "name": "  "}, {"id": 9, "name": "cat " * 300}]
     prompted.annotations.write_text(json.dumps(content))
@@ -275,8 +276,8 @@ def test_names_that_cannot_be_asked_are_said(mode, tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("source", ["captions", "release"])
-def test_flickr_asks_the_phrases_of_captions(source, mode, tmp_path, tokenizer):
-    prompted = mode("flickr_test")
+def test_flickr_asks_the_phrases_of_captions(source, read, tmp_path, tokenizer):
+    prompted = read("flickr_test")
     if source == "release":
         prompted.item.path("captions", str(tmp_path)).unlink()
         prompted = read_prompts(prompted.item, str(tmp_path), prompted.mode, tokenizer, CONFIG)
@@ -297,8 +298,8 @@ def test_flickr_asks_the_phrases_of_captions(source, mode, tmp_path, tokenizer):
     assert (numbers["any_box"]["1"]["all"], numbers["any_box"]["5"]["all"]) == (0, 0.25)
 
 
-def test_a_caption_beyond_the_budget_keeps_its_lists(mode, tmp_path, tokenizer):
-    prompted = mode("flickr_test")
+def test_a_caption_beyond_the_budget_keeps_its_lists(read, tmp_path, tokenizer):
+    prompted = read("flickr_test")
     short = tiny_run.replace(CONFIG, "model", text=dataclasses.replace(CONFIG.model.text, max_tokens=6))
     again = read_prompts(prompted.item, str(tmp_path), prompted.mode, tokenizer, short)
     assert (
@@ -309,8 +310,8 @@ def test_a_caption_beyond_the_budget_keeps_its_lists(mode, tmp_path, tokenizer):
     assert len(rows[0]["boxes"]) == 2
 
 
-def test_expressions_are_one_phrase_and_share_their_image(mode, tmp_path, tokenizer):
-    prompted = mode("refcoco+_testa")
+def test_expressions_are_one_phrase_and_share_their_image(read, tmp_path, tokenizer):
+    prompted = read("refcoco+_testa")
     assert [(image.file[-6:], len(image.image_prompts)) for image in prompted.images] == [("21.jpg", 2), ("22.jpg", 1)]
     assert [prompt.caption for prompt in prompted.images[0].prompts] == ["the red thing. ", "blue thing on the right."]
     one, two = prompted.images[0].image_prompts
@@ -326,8 +327,8 @@ def test_expressions_are_one_phrase_and_share_their_image(mode, tmp_path, tokeni
     assert refexp.score(str(prompted.annotations), str(tmp_path / "found.json"))["refcoco+"] == [1, 1, 1]
 
 
-def test_expressions_without_target_are_asked_too(mode, tmp_path):
-    prompted = mode("grefcoco_val")
+def test_expressions_without_target_are_asked_too(read, tmp_path):
+    prompted = read("grefcoco_val")
     assert prompted.counts["expressions"] == 5 and prompted.counts["expressions without target"] == 1
     rows = [
         row
@@ -338,20 +339,20 @@ def test_expressions_without_target_are_asked_too(mode, tmp_path):
     assert grefcoco.score(str(prompted.annotations), str(tmp_path / "found.json"))["N_acc"] == 1
 
 
-def test_d3_asks_the_group_or_all(mode):
+def test_d3_asks_the_group_or_all(read):
     def keys(name):
-        return [[image_prompt.keys for image_prompt in image.image_prompts] for image in mode("d3", name).images]
+        return [[image_prompt.keys for image_prompt in image.image_prompts] for image in read("d3", name).images]
 
     assert keys("intra_parallel") == [[(1,), (2,)]] * 2 + [[(3,), (4,)]] * 2
     assert keys("intra_concat") == [[(1, 2)]] * 2 + [[(3, 4)]] * 2
     assert keys("inter_parallel") == [[(1,), (2,), (3,), (4,)]] * 4 and keys("inter_concat") == [[(1, 2, 3, 4)]] * 4
-    prompted = mode("d3", "intra_concat")
+    prompted = read("d3", "intra_concat")
     assert prompted.images[2].prompts[0].caption == "the blue thing on the right of it. a dog"
     assert prompted.images[0].file == "scene/0.jpg" and prompted.counts["groups"] == 2
 
 
-def test_omnilabel_asks_the_label_space_of_each_image(mode):
-    prompted = mode("omnilabel")
+def test_omnilabel_asks_the_label_space_of_each_image(read):
+    prompted = read("omnilabel")
     assert [[image_prompt.keys for image_prompt in image.image_prompts] for image in prompted.images] == [
         [(30, 31, 21, 22)],
         [(30, 22)],
@@ -390,9 +391,9 @@ def _true_boxes(prompted, image_prompt, key):
 @pytest.mark.parametrize(
     "name", ["coco", "lvis_minival", "flickr_val", "odinw_bccd", "refcocog_test", "grefcoco_testb", "d3", "omnilabel", "rf100vl_actions", "v3det"]
 )  # fmt: skip
-def test_perfect_answers_score_one_in_every_metric_of_the_table(name, mode, tmp_path):
+def test_perfect_answers_score_one_in_every_metric_of_the_table(name, read, tmp_path):
     for way in [each for each in SETS[name].modes if each.chunk != 1]:  # one sentence a prompt gives the same answers
-        prompted, rows = mode(name, way.name), []
+        prompted, rows = read(name, way.name), []
         extra = 1 if prompted.item.widths == "plus_one" else 0
         for image in prompted.images:
             found = [
@@ -419,22 +420,22 @@ def test_perfect_answers_score_one_in_every_metric_of_the_table(name, mode, tmp_
             assert all(sets._under(result, key) is not None for key in keys), (keys, result)
 
 
-def test_v3det_asks_only_retrieved_names(mode, tokenizer):
-    prompted = mode("v3det", modes=(sets.PromptMode("names", chunk=1, boxes=300),))
+def test_retrieved_names_are_prompted_alone(read, tokenizer):
+    """Keys are ids; the best detection of a name counts once, in whatever prompt it is."""
+    prompted = read("v3det", modes=(sets.PromptMode("retrieved", chunk=1, retrieved=2),))
     assert prompted.images[0].file == "images/a0001/000000000011.jpg" and prompted.counts["prompts"] == 9
-    cheap = [_found(([0, 0, 1, 1], 0.1, 0)), _found(), _found(([0, 0, 1, 1], 0.3, 0), ([0, 0, 1, 1], 0.2, 0))]
-    assert retrieved(prompted.images[0], cheap, 2) == [1, 3] and prediction_arrays(prompted.images[0], cheap)[
-        0
-    ].tolist() == [
-        3,
-        3,
-        1,
-    ]
-    few = narrowed(prompted, lambda image: [1, 3] if image.id == 11 else [2], tokenizer, CONFIG)
-    assert [image_prompt.keys for image_prompt in few.images[0].image_prompts] == [(1,), (3,)] and few.counts[
-        "prompts"
-    ] == 4
-    assert few.images[1].prompts[0].caption == "dog"
+    rows = np.zeros(5, blocks.ROW)
+    rows["image"], rows["prompt"], rows["score"] = [0, 0, 0, 2, 2], [2, 2, 0, 1, 1], [0.3, 0.2, 0.1, 0.5, 0.5]
+    best = best_of_names(rows)
+    assert best["score"].tolist() == pytest.approx([0.3, 0.1, 0.5])
+    names = retrieved_names(prompted, [best[:2], best[:0], best[2:]])
+    assert names == {11: [1, 3], 12: [2]}
+    few = narrowed(prompted, names, tokenizer, CONFIG)
+    assert [[each.keys for each in image.image_prompts] for image in few.images] == [[(1,), (3,)], [], [(2,)]]
+    assert few.counts["prompts"] == 3 and few.images[2].prompts[0].caption == "dog"
+    assert len(few.images[:2]) == 2 and few.images[:2][0] == few.images[0]
+    with pytest.raises(sets.BenchmarkError, match="only for sets whose images have the same prompts"):
+        narrowed(few, names, tokenizer, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -459,8 +460,8 @@ def test_bad_files_are_one_clear_message(name, change, message, tmp_path, tokeni
         read_prompts(item, str(tmp_path), item.modes[0], tokenizer, CONFIG)
 
 
-def test_images_of_a_set_that_was_downloaded_in_part(mode, tmp_path):
-    prompted = mode("lvis_val")
+def test_images_of_a_set_that_was_downloaded_in_part(read, tmp_path):
+    prompted = read("lvis_val")
     assert missing_images(prompted) == []
     (tmp_path / "coco/val2017/000000000632.jpg").write_bytes(b"")
     shutil.rmtree(tmp_path / "coco/train2017")

@@ -79,6 +79,42 @@ def test_processes_share_the_blocks(made):
     assert files(made / "two") == files(made / "one")
 
 
+def test_a_cheap_pass_chooses_the_names_of_each_image(made, monkeypatch):
+    """The best two of nine; the same files where the job stops after each block of both passes."""
+    item = own(made, "v3det")
+    mode = module.dataclasses.replace(item.mode("retrieved"), retrieved=2, chunk=1)
+    predict(run(made, "w"), item, mode)
+    predict(run(made, "all"), item, module.dataclasses.replace(item.mode("names"), chunk=0))
+    found, every = (
+        json.loads((made / path / "predictions.json").read_text()) for path in ("w/made/retrieved", "all/made/names")
+    )
+    for image in range(10, 10 + IMAGES):
+        best = dict[int, float]()
+        for row in every:
+            if row["image_id"] == image:
+                best[row["category_id"]] = max(row["score"], best.get(row["category_id"], 0.0))
+        chosen = {row["category_id"] for row in found if row["image_id"] == image}
+        assert sorted(best[name] for name in chosen) == sorted(best.values())[-2:]
+    plan = json.loads((made / "w/made/retrieved/plan.json").read_text())
+    assert plan["about"]["prompts"] == 2 * IMAGES and plan["about"]["protocol"]["retrieved"] == 2
+    assert not collect([item], epath.Path(made / "w"), str(made), print)[2]
+
+    write = blocks_module.Blocks.write
+
+    def stops(self, *arguments):
+        write(self, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(blocks_module.Blocks, "write", stops)
+    for _ in range(6):
+        with pytest.raises(KeyboardInterrupt):
+            predict(run(made, "stopped"), item, mode)
+    predict(run(made, "stopped"), item, mode)
+    assert files(made / "stopped") == files(made / "w")
+    with pytest.raises(BenchmarkError, match="retrieved"):
+        predict(run(made, "w"), item, module.dataclasses.replace(mode, retrieval_side=160))
+
+
 def test_the_numbers_do_not_depend_on_what_is_cut(made, monkeypatch):
     """Fixed AP of ten thousand a category, and standard AP, of cut predictions are those of all predictions."""
     item = own(made)

@@ -1,9 +1,11 @@
 """Early stop and plateau on made sequences of AP, with 0.0 and ties: the default rules, and the original's."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
+from glip_jax.cli.command_line import load_config
 from glip_jax.config import Config, ConfigError
 from glip_jax.training.finetuning.glip_recipes import RECIPES, Shots, as_glip, glip_rules, read_shots
 from glip_jax.training.finetuning.schedule import Plateau, Rules, Schedule
@@ -81,6 +83,7 @@ def test_the_recipes_of_the_original():
         "1_200_8", "3_200_4", "5_200_2", "10_200_1", "0_200_1",
     ]  # fmt: skip
     assert read_shots("7_50_16") == Shots(7, 50, 16)
+    assert read_shots("5").steps_per_epoch(33) == 17, "the last batch is filled up"
     for text in ("2", "3_200", "3_0_4", "a_200_1"):
         with pytest.raises(ConfigError, match="expected SHOTS_EPOCHS_COPIES"):
             read_shots(text)
@@ -97,3 +100,12 @@ def test_the_recipes_of_the_original():
     assert (optimizer.warmup_steps, optimizer.milestones, optimizer.ema_decay, optimizer.clip_norm) == (0, (), 0.0, 1.0)
     with pytest.raises(ConfigError, match="0 images with a box"):
         as_glip(Config(), RECIPES["full"], read_shots("0"), 0)
+
+
+@pytest.mark.parametrize("size", ["tiny", "large"])
+def test_the_written_configs_of_odinw_are_the_recipe(size):
+    written = load_config(f"configs/finetune/odinw_{size}.py")
+    made = as_glip(load_config(f"configs/glip_{size}.py"), RECIPES["full"], read_shots("0"), 448)
+    assert (written.optimizer, written.model, written.train.steps) == (made.optimizer, made.model, made.train.steps)
+    assert replace(written.data, sources={}) == replace(made.data, sources={})
+    assert written.train.evaluate_every == made.train.evaluate_every == 112
