@@ -108,6 +108,27 @@ def _narrow_convolution(
     return jax.lax.platform_dependent(x, kernel, cpu=shifted, default=whole)
 
 
+def _regular_convolution(
+    x: Float[Array, "B h w C"], kernel: Float[Array, "3 3 C O"], stride: int
+) -> Float[Array, "B H W O"]:
+    """A 3 x 3 convolution with padding 1, as one matrix product of the nine taps: on CPUs its gradients are several times as fast."""
+    kernel = kernel.astype(x.dtype)
+
+    def shifted(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        height, width = (-(-side // stride) for side in x.shape[1:3])
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        taps = [padded[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
+                for i in range(3) for j in range(3)]  # fmt: skip
+        return jnp.concatenate(taps, -1) @ kernel.reshape(-1, kernel.shape[-1])
+
+    def whole(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    return jax.lax.platform_dependent(x, kernel, cpu=shifted, default=whole)
+
+
 class _DynamicReLU(nn.Module):
     """max(a1 x + b1, a2 x + b2) with coefficients from the mean of each level."""
 
@@ -148,6 +169,7 @@ class DynamicConvolution(nn.Module):
         levels = [mask_padding(x, size) for x, size in zip(levels, sizes)]
         count, channels, shapes = len(levels), levels[0].shape[-1], [grid(x) for x in levels]
         fan_in = uniform(self.config.offset_scale * (9 * channels) ** -0.5)
+        fan_in = fan_in if self.config.deformable else nn.initializers.zeros
         offset = nn.Conv(
             27, (3, 3), padding=1, dtype=self.dtype, kernel_init=fan_in, bias_init=fan_in,
             conv_general_dilated=_narrow_convolution, name="offset",
@@ -158,12 +180,17 @@ class DynamicConvolution(nn.Module):
         def convolve(name: Term, sources: range, maps: list[Array], stride: int = 1) -> tuple[Array, Cells]:
             """Convolution `name` with its norm for the levels `sources`, each with an offset map; packed."""
             kernel, bias, norm = self._term(name, channels)
+            targets = [source + 1 if stride == 2 else source for source in sources]
+            cells = cells_of([shapes[i] for i in targets], [sizes[i] for i in targets])
+            if not self.config.deformable:
+                # Offsets of 0, at which the masks are 1/2.
+                return norm(
+                    pack([_regular_convolution(levels[i], kernel / 2, stride) + bias for i in sources]), cells
+                ), cells
             taps = [
                 Taps(source, stride, x[..., :_OFFSETS].reshape(*x.shape[:3], 9, 2), nn.sigmoid(x[..., _OFFSETS:]))
                 for source, x in zip(sources, maps)
             ]
-            targets = [source + 1 if stride == 2 else source for source in sources]
-            cells = cells_of([shapes[i] for i in targets], [sizes[i] for i in targets])
             out = deformable_convolution(rows, taps, kernel, bias, bound=self.config.offset_bound)
             return norm(pack(out), cells), cells
 
