@@ -18,6 +18,7 @@ from numpy import ndarray
 
 from glip_jax.config import Config, InitFromConfig, ModelConfig
 from glip_jax.io.checkpoint_steps import is_workdir
+from glip_jax.weights.delta import is_delta
 from glip_jax.weights.meaning import check_meaning, input_note, trained_in, vocabulary_of_folder
 from glip_jax.weights.names import WeightError, check_shapes
 from glip_jax.weights.readers import Weights, matches, read_backbone, read_network, read_text, read_workdir
@@ -122,7 +123,8 @@ def _read(config: Config) -> Iterator[tuple[str, Weights, ModelConfig, epath.Pat
         if weights is None:
             weights, found = read_network(init.model)
             model, inferred = model or found, model is None
-        vocabulary = None if is_workdir(init.model) else vocabulary_of_folder(init.model)
+        own = is_workdir(init.model) or is_delta(init.model)
+        vocabulary = None if own else vocabulary_of_folder(init.model)
         yield "model", weights, model or config.model, vocabulary, inferred
     if init.backbone:
         weights = read_backbone(init.backbone, config.model, init.backbone_channels)

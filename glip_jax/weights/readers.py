@@ -149,14 +149,15 @@ def open_export(path: str) -> Checkpoint:
 
 
 def read_workdir(name: str) -> Weights | None:
-    """The newest checkpoint of a working folder, averaged parameters where it has them; None if `name` is not one."""
-    if not is_workdir(name):
+    """The newest checkpoint of a working folder, averaged parameters where it has them, or a delta; None if `name` is neither."""
+    if not is_workdir(name) and not is_delta(name):
         return None
-    checkpoint = open_checkpoint(name)
+    checkpoint = open_checkpoint_or_export(name)
     parameters = checkpoint.parameters("ema")
     values = traverse_util.flatten_dict(parameters, sep="/")
     proof = {"step": checkpoint.step, "fingerprint": fingerprint(parameters)}
-    return Weights(name, "a working folder of glip_jax", dict(values), {}, proof)  # pyright: ignore[reportArgumentType]
+    layout = "a delta of glip_jax" if is_delta(name) else "a working folder of glip_jax"
+    return Weights(name, layout, dict(values), {}, proof)  # pyright: ignore[reportArgumentType]
 
 
 def read_backbone(name: str, model: ModelConfig, channels: Literal["as_stored", "reversed"]) -> Weights:

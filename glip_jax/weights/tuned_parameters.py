@@ -146,9 +146,8 @@ def interpolated(base: Mapping[str, Any], tuned: Mapping[str, Any], share: float
         if path not in start:
             return np.float32(share) * value if path.endswith(("_lora_b", "prompts/deltas")) else value
         origin = np.asarray(start[path])
-        return (
-            origin if share == 0 else ((1 - share) * np.float64(origin) + share * np.float64(value)).astype(value.dtype)
-        )
+        between = np.asarray((1 - share) * origin.astype(np.float64) + share * value.astype(np.float64))
+        return origin if share == 0 else between.astype(value.dtype)
 
     return _nested({path: one(path) for path in end})
 

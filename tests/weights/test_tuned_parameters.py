@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from glip_jax.config import FusionConfig, LoraConfig, TextConfig
 from glip_jax.io.checkpoint_reader import fingerprint
@@ -19,7 +18,6 @@ from glip_jax.structures.prompts import PromptError, load_tokenizer, prompt_from
 from glip_jax.training import optimizer as optim
 from glip_jax.training.finetuning.modes import tuned_config
 from glip_jax.weights.names import WeightError
-from glip_jax.weights.portable.tuned_prompts import TunedPrompts
 from glip_jax.weights.tuned_parameters import interpolated, merged, prompt_table
 from tests import tiny_run
 
@@ -40,20 +38,20 @@ PROMPTS = [
 ]  # fmt: skip
 
 
-def test_names_are_found_in_the_tokens_of_a_prompt_and_the_exported_network_finds_the_same():
+def prompts_of_table():
+    """(tokens, mask, row of each token) of `PROMPTS`, padded."""
     tokens, mask = np.zeros((len(PROMPTS), 10), np.int32), np.zeros((len(PROMPTS), 10), bool)
     wanted = np.full(tokens.shape, -1)
     for row, (ids, rows) in enumerate(PROMPTS):
         tokens[row, : len(ids)], mask[row, : len(ids)], wanted[row, : len(ids)] = ids, True, rows
+    return tokens, mask, wanted
+
+
+def test_names_are_found_in_the_tokens_of_a_prompt():
+    tokens, mask, wanted = prompts_of_table()
     row, column, covered = map(np.asarray, jax.jit(find_rows)(TABLE, tokens, mask))
     assert np.where(covered, row, -1).tolist() == wanted.tolist()
     assert (TABLE[row, column] == tokens)[covered].all() and not row[~covered].any() and not column[~covered].any()
-    portable = TunedPrompts(3, 4, 8)
-    portable.tokens = torch.from_numpy(TABLE).long()
-    for ours, theirs in zip(
-        (row, column, covered), portable.find_rows(torch.from_numpy(tokens), torch.from_numpy(mask))
-    ):
-        assert theirs.tolist() == ours.tolist()
 
 
 def _tokens(names, config):
