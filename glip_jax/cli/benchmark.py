@@ -68,7 +68,7 @@ class Benchmark(ChunkArguments, ProcessArguments):
     data: PathStr = ""
     """Folder that holds the files of the sets, local or gs://."""
     checkpoint: PathStr = ""
-    """WORKDIR of a run (its newest complete checkpoint), WORKDIR/checkpoints/STEP, or a folder that `export` wrote; local or gs://."""
+    """WORKDIR of a run (its newest complete checkpoint), WORKDIR/checkpoints/STEP, a folder that `export` wrote, or a delta; local or gs://."""
     step: int | None = None
     """Step of the checkpoint of a WORKDIR; default: the newest complete one."""
     workdir: PathStr = ""

@@ -17,7 +17,7 @@ __all__ = ["describe", "fitting_parameters", "open_named", "settings_of"]
 
 
 def open_named(checkpoint: str, workdir: str, step: int | None) -> "Checkpoint":
-    """Opens what --checkpoint names (WORKDIR, WORKDIR/checkpoints/STEP or an exported folder), or --workdir in its place.
+    """Opens what --checkpoint names (WORKDIR, WORKDIR/checkpoints/STEP, an exported folder or a delta), or --workdir in its place.
 
     Raises CommandLineError if both or neither are given, CheckpointError or WeightError for a checkpoint that cannot be read.
     """
@@ -27,7 +27,7 @@ def open_named(checkpoint: str, workdir: str, step: int | None) -> "Checkpoint":
         )
     if not checkpoint and not workdir:
         raise CommandLineError(
-            "no checkpoint: expected --checkpoint=WORKDIR of `train`, WORKDIR/checkpoints/STEP, or a folder of `export`"
+            "no checkpoint: expected --checkpoint=WORKDIR of `train`, WORKDIR/checkpoints/STEP, or a folder of `export` or a delta"
         )
     from glip_jax.weights.readers import open_checkpoint_or_export
 
@@ -35,8 +35,12 @@ def open_named(checkpoint: str, workdir: str, step: int | None) -> "Checkpoint":
 
 
 def describe(checkpoint: "Checkpoint") -> str:
-    """`WORKDIR: step STEP`, or the exported folder."""
-    return checkpoint.workdir + (": exported" if checkpoint.step is None else f": step {checkpoint.step}")
+    """`WORKDIR: step STEP`, or the folder of an export or a delta."""
+    from glip_jax.weights.delta import is_delta
+
+    if checkpoint.step is not None:
+        return f"{checkpoint.workdir}: step {checkpoint.step}"
+    return f"{checkpoint.workdir}: {'a delta on its base' if is_delta(checkpoint.workdir) else 'exported'}"
 
 
 def settings_of(checkpoint: "Checkpoint", arguments: Sequence[str], job: str) -> Config:

@@ -50,7 +50,7 @@ class EvaluateArguments(ChunkArguments, ProcessArguments, Arguments):
     """
 
     checkpoint: PathStr = ""
-    """The checkpoint to evaluate: WORKDIR of a run (its newest complete checkpoint), WORKDIR/checkpoints/STEP, or a folder that `export` wrote;
+    """The checkpoint to evaluate: WORKDIR of a run (its newest complete checkpoint), WORKDIR/checkpoints/STEP, a folder that `export` wrote, or a delta;
     local or gs://."""
     workdir: PathStr = ""
     """Folder of the run: its checkpoint is evaluated unless --checkpoint names another, and the report is written there."""

@@ -51,7 +51,7 @@ class Export:
     """
 
     checkpoint: PathStr = ""
-    """The checkpoint to export: WORKDIR of a run (its newest complete checkpoint), WORKDIR/checkpoints/STEP, or a folder that `export` wrote;
+    """The checkpoint to export: WORKDIR of a run (its newest complete checkpoint), WORKDIR/checkpoints/STEP, a folder that `export` wrote, or a delta;
     local or gs://."""
     workdir: PathStr = ""
     """The same as --checkpoint=WORKDIR."""
@@ -80,6 +80,7 @@ def export(job: Export, settings: Sequence[str] = ()) -> "Difference":
     ImageFileError, PromptError, WeightError or ExportError; nothing is left then.
     """
     from glip_jax.weights.export import needed, write
+    from glip_jax.weights.tuned_parameters import merged
     from glip_jax.weights.verification import sample_images
 
     if not job.out:
@@ -98,7 +99,7 @@ def export(job: Export, settings: Sequence[str] = ()) -> "Difference":
     params = checkpoint.parameters(which)
     logger.info(f"{checkpoint_argument.describe(checkpoint)}, parameters: {which}, {_size(params):,} values")
     with _staged(out) as local:
-        write(job.format, local, params, config)
+        write(job.format, local, *merged(params, config))
         found = _compared(job.format, local, params, config, images)
         logger.info(
             f"largest difference over {len(images)} images: logits {found.logits:.1e}, boxes {found.boxes:.4f} pixels"

@@ -63,7 +63,7 @@ class Label:
     """Folder to make: local, on a file system that all hosts see, or gs://; a finished one of the same settings is left as
     it is."""
     checkpoint: PathStr = ""
-    """The teacher: WORKDIR of a run (its newest complete checkpoint), WORKDIR/checkpoints/STEP, or a folder that `export` wrote;
+    """The teacher: WORKDIR of a run (its newest complete checkpoint), WORKDIR/checkpoints/STEP, a folder that `export` wrote, or a delta;
     local or gs://."""
     workdir: PathStr = ""
     """The same as --checkpoint=WORKDIR."""

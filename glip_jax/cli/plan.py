@@ -48,8 +48,8 @@ class PlanArguments(Arguments):
     """
 
     checkpoint: PathStr = ""
-    """Plan the run of this checkpoint: its settings stand where there is no --config=FILE.py. WORKDIR, WORKDIR/checkpoints/STEP, or a
-    folder that `export` wrote; local or gs://."""
+    """Plan the run of this checkpoint: its settings stand where there is no --config=FILE.py. WORKDIR, WORKDIR/checkpoints/STEP, a
+    folder that `export` wrote, or a delta; local or gs://."""
     topology: str = ""
     """v5e:8x16, v5litepod-64, v4-32, v5e:16x16*2 (two slices), h100:8, ..."""
     canvas: tuple[str, ...] = ()

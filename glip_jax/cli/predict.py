@@ -82,7 +82,7 @@ class Predict(ProcessArguments):
     images: Annotated[tyro.conf.Positional[tuple[PathStr, ...]], tyro.conf.arg(metavar="IMAGE ...")] = ()
     """Images, or folders of images (not the folders in them); local or gs://."""
     checkpoint: PathStr = ""
-    """WORKDIR of a run (its newest complete checkpoint), WORKDIR/checkpoints/STEP, or a folder that `export` wrote; local or
+    """WORKDIR of a run (its newest complete checkpoint), WORKDIR/checkpoints/STEP, a folder that `export` wrote, or a delta; local or
     gs://."""
     workdir: PathStr = ""
     """The same as --checkpoint=WORKDIR."""

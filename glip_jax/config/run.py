@@ -160,7 +160,7 @@ class InitFromConfig:
     """
 
     model: AssetStr = ""
-    """A whole network: .pth of GLIP or mmdetection, an exported Hugging Face folder, or a working folder of glip_jax."""
+    """A whole network: .pth of GLIP or mmdetection, an exported Hugging Face folder, or a working folder or delta of glip_jax."""
     backbone: AssetStr = ""
     """ImageNet weights: Swin in the format of its authors, timm or Hugging Face, or the .pth of EfficientNet-Lite0."""
     text: AssetStr = ""

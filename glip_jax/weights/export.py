@@ -62,7 +62,8 @@ def needed(form: Format) -> None:
 def write(form: Format, out: Path, params: Mapping[str, Any], config: Config) -> None:
     """Writes `params` as a file (glip-pth) or a new folder (huggingface, onnx).
 
-    Raises ExportError for a network that the format cannot represent, AssetError if the vocabulary does not exist.
+    Low-rank deltas must have been merged (`glip_jax.weights.tuned_parameters.merged`). Raises ExportError for a network that the
+    format cannot represent, AssetError if the vocabulary does not exist.
     """
     match form:
         case "glip-pth":
@@ -84,6 +85,8 @@ def network_settings(model: ModelConfig) -> dict[str, Any]:
         "head": ("blocks", "groups", "coarse_offsets", "offset_bound"),
         "anchors": ("sizes",),
     }
+    if model.prompts.names:
+        kept["prompts"] = ("names", "tokens")
     return {part: {field: sizes[part][field] for field in fields} for part, fields in kept.items()}
 
 
@@ -103,7 +106,10 @@ def _buffers(model: ModelConfig) -> dict[str, Shaped[np.ndarray, "..."]]:
 
 def full_state(params: Mapping[str, Any], model: ModelConfig) -> dict[str, Shaped[np.ndarray, "..."]]:
     """Every tensor of the PyTorch network, buffers included, under GLIP names; float32 and int64."""
-    state = {name: np.asarray(value, np.float32) for name, value in export_state(params, model).items()}
+    state = {
+        name: np.asarray(value, np.int64 if np.issubdtype(value.dtype, np.integer) else np.float32)
+        for name, value in export_state(params, model).items()
+    }
     # torch warns of the read-only arrays of jax.
     return {name: np.require(value, requirements=("C", "W")) for name, value in (state | _buffers(model)).items()}
 
@@ -118,6 +124,11 @@ def write_glip_pth(path: Path, params: Mapping[str, Any], model: ModelConfig) ->
         raise ExportError(
             f"glip-pth holds networks of microsoft/GLIP, whose backbone is a Swin; this one's is {model.backbone.kind!r}: "
             "use --format=huggingface or --format=onnx"
+        )
+    if model.prompts.names:
+        raise ExportError(
+            f"glip-pth: this network has tuned prompts for {model.prompts.names} names, which microsoft/GLIP can hold by token position "
+            "only, so that they would be wrong for names in another order: use --format=huggingface or --format=onnx, or export the base"
         )
     wrong = [
         f"{name} is {found}, GLIP's is {wanted}"
@@ -152,7 +163,7 @@ def write_huggingface(folder: Path, params: Mapping[str, Any], config: Config) -
     """
     folder.mkdir(parents=True)
     _write_tokenizer(folder, config)
-    for file in ("glip_network.py", "modeling_glip.py", "processing_glip.py", "pipeline_glip.py"):
+    for file in ("glip_network.py", "tuned_prompts.py", "modeling_glip.py", "processing_glip.py", "pipeline_glip.py"):
         shutil.copyfile(PORTABLE / file, folder / file)
     state = {f"{NETWORK_PREFIX}{name}": value for name, value in full_state(params, config.model).items()}
     safetensors.numpy.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

@@ -12,10 +12,10 @@ from etils import epath
 
 from glip_jax.config import Config, ModelConfig, TextConfig
 from glip_jax.io.assets import AssetError, resolve
-from glip_jax.io.checkpoint_reader import open_checkpoint
 from glip_jax.io.checkpoint_steps import is_workdir
+from glip_jax.weights.delta import is_delta
 from glip_jax.weights.names import WeightError
-from glip_jax.weights.readers import folder_config, open_export
+from glip_jax.weights.readers import folder_config, open_checkpoint_or_export, open_export
 from glip_jax.weights.sizes import variant
 
 __all__ = ["check_meaning", "input_note", "trained_in", "vocabulary_of_folder"]
@@ -45,9 +45,9 @@ _IMAGENET = {
 
 
 def trained_in(name: str) -> ModelConfig | None:
-    """The network that a working folder or a folder of `export` says it was trained in; None for other files."""
-    if is_workdir(name):
-        return open_checkpoint(name, verify=()).config.model
+    """The network that a working folder, a delta or a folder of `export` says it was trained in; None for other files."""
+    if is_workdir(name) or is_delta(name):
+        return open_checkpoint_or_export(name, verify=()).config.model
     path = resolve(name)
     return open_export(name).config.model if path.is_dir() and "glip_jax" in folder_config(path) else None
 

@@ -63,8 +63,8 @@ class Entry(NamedTuple):
     """Slash-separated path in the parameter tree."""
     index: int | None
     """Index along the leading axis of stacked layers; None if the parameter is not stacked."""
-    layout: Literal["same", "linear", "conv", "pointwise", "scalar"]
-    """Conversion from GLIP to glip_jax: none; [O I] -> [I O]; OIHW -> HWIO; [O I 1 1] -> [I O]; [1] -> []."""
+    layout: Literal["same", "linear", "conv", "pointwise", "scalar", "ids"]
+    """Conversion from GLIP to glip_jax: none; [O I] -> [I O]; OIHW -> HWIO; [O I 1 1] -> [I O]; [1] -> []; int64 -> int32."""
 
 
 class Gathered(NamedTuple):
@@ -86,6 +86,8 @@ def _from_torch(value: Shaped[np.ndarray, "..."], layout: str) -> Shaped[np.ndar
             return value[:, :, 0, 0].T
         case "scalar":
             return value.reshape(())
+        case "ids":
+            return value.astype(np.int32)
         case _:
             return value
 
@@ -255,6 +257,9 @@ def entries(config: ModelConfig) -> list[Entry]:
         Entry(f"{head}.bias_lang", "head/bias_text", None, "same"),
     ]
     table += [Entry(f"{head}.scales.{i}.scale", "head/scales", i, "scalar") for i in range(len(config.pyramid.strides))]
+    if config.prompts.names:  # in exports of glip_jax only
+        table += [Entry("prompts.tokens", "prompts/tokens", None, "ids")]
+        table += [Entry(f"prompts.{name}", f"prompts/{name}", None, "same") for name in ("embeddings", "deltas")]
     return table
 
 

@@ -18,15 +18,26 @@ from numpy import ndarray
 
 from glip_jax.config import Config, InitFromConfig, ModelConfig
 from glip_jax.io.checkpoint_steps import is_workdir
+from glip_jax.weights.delta import is_delta
 from glip_jax.weights.meaning import check_meaning, input_note, trained_in, vocabulary_of_folder
 from glip_jax.weights.names import WeightError, check_shapes
 from glip_jax.weights.readers import Weights, matches, read_backbone, read_network, read_text, read_workdir
+from glip_jax.weights.tuned_parameters import ADDED
 
 __all__ = ["counts", "initialize", "table"]
 
 logger = logging.getLogger(__name__)
 
-_PARTS = ("backbone", "pyramid", "text", "head/tower/fusion", "head/tower/text", "head/tower/convolution", "head")
+_PARTS = (
+    "backbone",
+    "pyramid",
+    "text",
+    "prompts",
+    "head/tower/fusion",
+    "head/tower/text",
+    "head/tower/convolution",
+    "head",
+)
 _SCOPES = {"model": "", "backbone": "backbone/", "text": "text/"}
 
 
@@ -112,7 +123,8 @@ def _read(config: Config) -> Iterator[tuple[str, Weights, ModelConfig, epath.Pat
         if weights is None:
             weights, found = read_network(init.model)
             model, inferred = model or found, model is None
-        vocabulary = None if is_workdir(init.model) else vocabulary_of_folder(init.model)
+        own = is_workdir(init.model) or is_delta(init.model)
+        vocabulary = None if own else vocabulary_of_folder(init.model)
         yield "model", weights, model or config.model, vocabulary, inferred
     if init.backbone:
         weights = read_backbone(init.backbone, config.model, init.backbone_channels)
@@ -128,11 +140,14 @@ def _check(
     weights: Weights,
     rules: InitFromConfig,
 ) -> None:
-    """Raises WeightError unless `offered` is exactly what the rules choose, in the shapes of the network."""
+    """Raises WeightError unless `offered` is exactly what the rules choose, in the shapes of the network.
+
+    What fine-tuning adds to a network may be missing.
+    """
     wanted = {
         path
         for path in leaves
-        if path.startswith(_SCOPES[setting]) and _chosen(path, rules) and not matches(path, weights.never)
+        if path.startswith(_SCOPES[setting]) and _chosen(path, rules) and not matches(path, (*weights.never, *ADDED))
     }
     expected = {path: leaf for path, leaf in leaves.items() if path in wanted or path in offered}
     try:

@@ -25,6 +25,7 @@ from glip_jax.io.formats import explain_bytes
 from glip_jax.io.retry import StorageError
 from glip_jax.io.workdir import CheckpointError, workdir_path
 from glip_jax.weights import dialects, names
+from glip_jax.weights.delta import is_delta, open_delta
 from glip_jax.weights.names import WeightError
 from glip_jax.weights.sizes import infer_model, infer_swin, variant
 from glip_jax.weights.torch_files import load_arrays, sha256
@@ -105,16 +106,18 @@ def read_network(name: str, parameters: Literal["model", "model_ema"] = "model")
 def open_checkpoint_or_export(
     path: str, step: int | None = None, *, verify: Sequence[str] = ("params", "ema")
 ) -> Checkpoint:
-    """Opens what `--checkpoint` names: WORKDIR, WORKDIR/checkpoints/STEP, or a Hugging Face folder that `export` wrote.
+    """Opens what `--checkpoint` names: WORKDIR, WORKDIR/checkpoints/STEP, a Hugging Face folder of `export`, or a delta.
 
     `step`, `verify`: see `glip_jax.io.checkpoint_reader.open_checkpoint`. Raises CheckpointError or, for an export, WeightError.
     """
-    folder = workdir_path(path)
-    if not (folder / "config.json").exists() or is_workdir(path):
+    delta = is_delta(path)
+    if not delta and (not (workdir_path(path) / "config.json").exists() or is_workdir(path)):
         return open_checkpoint(path, step, verify=verify)
     if step is not None:
-        raise CheckpointError(f"{path} is an exported folder, which has no steps: leave --step out")
-    return open_export(path)
+        raise CheckpointError(
+            f"{path} is {'a delta' if delta else 'an exported folder'}, which has no steps: leave --step out"
+        )
+    return open_delta(path, open_checkpoint_or_export) if delta else open_export(path)
 
 
 def open_export(path: str) -> Checkpoint:
@@ -146,14 +149,15 @@ def open_export(path: str) -> Checkpoint:
 
 
 def read_workdir(name: str) -> Weights | None:
-    """The newest checkpoint of a working folder, averaged parameters where it has them; None if `name` is not one."""
-    if not is_workdir(name):
+    """The newest checkpoint of a working folder, averaged parameters where it has them, or a delta; None if `name` is neither."""
+    if not is_workdir(name) and not is_delta(name):
         return None
-    checkpoint = open_checkpoint(name)
+    checkpoint = open_checkpoint_or_export(name)
     parameters = checkpoint.parameters("ema")
     values = traverse_util.flatten_dict(parameters, sep="/")
     proof = {"step": checkpoint.step, "fingerprint": fingerprint(parameters)}
-    return Weights(name, "a working folder of glip_jax", dict(values), {}, proof)  # pyright: ignore[reportArgumentType]
+    layout = "a delta of glip_jax" if is_delta(name) else "a working folder of glip_jax"
+    return Weights(name, layout, dict(values), {}, proof)  # pyright: ignore[reportArgumentType]
 
 
 def read_backbone(name: str, model: ModelConfig, channels: Literal["as_stored", "reversed"]) -> Weights:

@@ -16,15 +16,18 @@ from glip_jax.config import (
     FusionConfig,
     HeadConfig,
     ModelConfig,
+    PromptsConfig,
     PyramidConfig,
     TextConfig,
 )
+from glip_jax.models.tuned_prompts import SPECIAL_ROWS
 from glip_jax.weights.names import WeightError
 
 __all__ = ["infer_model", "infer_swin", "variant"]
 
 _TEXT = "language_backbone.body.model."
 _TOWER = "rpn.head.dyhead_tower."
+_PROMPTS = "prompts.tokens"
 _LARGE = 192
 """Minimum width of a Swin that is trained as that of GLIP-L: stem and first stage frozen, drop path 0.4, gamma 1/8."""
 
@@ -58,6 +61,9 @@ def infer_model(state: Mapping[str, Any], origin: str = "the state dict") -> Mod
         else FusionConfig(enabled=False),
         head=HeadConfig(blocks=sizes.count(rf"{re.escape(_TOWER)}(\d+)\.DyConv\."), coarse_offsets="flat"),
         anchors=AnchorConfig(tuple(8 * stride for stride in strides)),
+        prompts=PromptsConfig(sizes.of(_PROMPTS, 0) - SPECIAL_ROWS, sizes.of(_PROMPTS, 1))
+        if sizes.has(_PROMPTS)
+        else PromptsConfig(),
     )
 
 

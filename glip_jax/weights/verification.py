@@ -21,6 +21,7 @@ from glip_jax.data.scenes.backgrounds import background
 from glip_jax.inference import category_prompts
 from glip_jax.io import assets
 from glip_jax.models.glip import GLIP, normalize
+from glip_jax.models.tuned_prompts import NONE, SEPARATOR, SPECIAL_ROWS
 from glip_jax.structures import boxes as box
 from glip_jax.structures import prompts
 from glip_jax.structures.canvas import pad_to_canvas, resize, target_size
@@ -90,7 +91,9 @@ def differences(
 ) -> Difference:
     """Largest differences between `exported` and the reference network with `params` on the images."""
     logits = boxes = 0.0
-    samples = [_sample(image, config) for image in images]
+    tuned = _tuned_names(params, config)
+    names = (*tuned, *(name for name in NAMES if name not in tuned))
+    samples = [_sample(image, config, names) for image in images]
     for sample, size, reference in zip(samples, _sizes(images, config), _reference(params, config, images, samples)):
         outputs = exported(sample)
         if outputs.logits.shape != reference.logits.shape or outputs.boxes.shape != reference.boxes.shape:
@@ -118,7 +121,7 @@ def _extent(size: tuple[int, int], config: Config) -> tuple[int, int]:
     return -(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple
 
 
-def _sample(image: UInt8[np.ndarray, "H W 3"], config: Config) -> Sample:
+def _sample(image: UInt8[np.ndarray, "H W 3"], config: Config, names: Sequence[str]) -> Sample:
     ((height, width),) = _sizes([image], config)
     canvas = _extent((height, width), config)
     pixels = normalize(
@@ -126,19 +129,33 @@ def _sample(image: UInt8[np.ndarray, "H W 3"], config: Config) -> Sample:
         jnp.asarray([[height, width]]),
         config.model.input,
     )
-    return Sample(image, *_prompt(config), np.array(pixels).transpose(0, 3, 1, 2))
+    return Sample(image, *_prompt(config, names), np.array(pixels).transpose(0, 3, 1, 2))
 
 
-def _prompt(config: Config) -> tuple[tuple[str, ...], Int[np.ndarray, "1 T"]]:
-    """Those of NAMES that fit into a prompt, and its token ids; any ids if the vocabulary does not exist on this machine."""
+def _tuned_names(params: Mapping[str, Any], config: Config, most: int = 2) -> list[str]:
+    """The first names with tuned prompts, read from the tokens of the table; none where the vocabulary does not exist here."""
+    if not config.model.prompts.names:
+        return []
+    try:
+        tokenizer: Any = prompts.load_tokenizer(assets.resolve(config.model.text.vocabulary))
+    except assets.AssetError:
+        return []
+    table = np.asarray(params["prompts"]["tokens"])
+    separator = int((table[SEPARATOR - SPECIAL_ROWS] != NONE).sum())
+    rows = [[token for token in row.tolist() if token != NONE] for row in table[:-SPECIAL_ROWS][:most]]
+    return [tokenizer.decode(row[: len(row) - separator]) for row in rows]
+
+
+def _prompt(config: Config, names: Sequence[str]) -> tuple[tuple[str, ...], Int[np.ndarray, "1 T"]]:
+    """Those of `names` that fit into a prompt, and its token ids; any ids if the vocabulary does not exist on this machine."""
     text = config.model.text
     try:
         tokenizer = prompts.load_tokenizer(assets.resolve(text.vocabulary))
     except assets.AssetError:
         count = min(15, text.max_tokens, text.vocabulary_size - 1)
         return NAMES, np.arange(1, 1 + count, dtype=np.int64)[None]
-    prompt, fitting = category_prompts(NAMES, tokenizer, config)[0]
-    return tuple(NAMES[index] for index in fitting), np.asarray(tokenizer.encode(prompt.caption).ids, np.int64)[None]
+    prompt, fitting = category_prompts(names, tokenizer, config)[0]
+    return tuple(names[index] for index in fitting), np.asarray(tokenizer.encode(prompt.caption).ids, np.int64)[None]
 
 
 def _reference(

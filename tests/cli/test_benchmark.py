@@ -1,4 +1,4 @@
-"""The job `benchmark` with a stand-in for checkpoint and detector: files, exit codes, bad input, kill -9, two processes."""
+"""The job `benchmark` with a stand-in for checkpoint and detector: files, exit codes, bad input, kill -9; two processes with a network."""
 
 import json
 import os
@@ -9,10 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from glip_jax.distributed import exit_codes
-from tests.evaluation.benchmark.stand_in import IMAGES, files, stand_in, write_made
+from glip_jax.io.checkpoint import Checkpoints, Saved
+from tests import tiny_run
+from tests.evaluation.benchmark.stand_in import IMAGES, files, small, stand_in, write_made
 from tests.evaluation.official_layouts import write_set
 from tests.run_job import run_job
 
@@ -216,8 +219,9 @@ def test_list_says_what_is_missing(made, capsys):
     assert "5,000 images" in said
 
 
-def process(*own, kill=""):
-    environment = {**os.environ, "KILL": kill, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+def process(*own, kill="", network=False):
+    flags = re.sub(r"(device_count)=\d+", r"\1=2", os.environ["XLA_FLAGS"])
+    environment = {**os.environ, "KILL": kill, "NETWORK": "yes" * network, "XLA_FLAGS": flags}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.evaluation.benchmark.worker", *own], env=environment, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
@@ -243,19 +247,28 @@ def test_kill_and_the_same_command_give_the_same_numbers(made, monkeypatch, kill
 @pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_give_the_numbers_of_one(made, monkeypatch):
-    """Also where a set cannot be used: both end with the exit code of a missing set."""
-    stand_in(monkeypatch)
-    assert run_job("benchmark", arguments(made, "straight")) == exit_codes.DONE
+    """With a network. Also where a set cannot be used: both end with the exit code of a missing set."""
+    small(monkeypatch)
+    config = tiny_run.config(dropout=0.0)
+    with Checkpoints(str(made / "network"), keep=1) as checkpoints:
+        checkpoints.save(7, Saved(tiny_run.parameters(config.model), {"count": np.zeros(1, np.float32)}, None), config)
+    settings = [
+        f"--checkpoint={made / 'network'}", "--config.evaluation.parameters=raw", "--config.evaluation.batch-size=1",
+        "--config.evaluation.short-side=64", "--config.evaluation.long-side=64", "--config.detection.threshold=0.0",
+        "--config.detection.max-detections=5", "--drawn=0", "--sets=coco", f"--data={made}",
+    ]  # fmt: skip
+    assert run_job("benchmark", [*arguments(made, "straight")[1:], *settings]) == exit_codes.BAD_INPUT
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
     both = [
-        process(*arguments(made), "--sets=coco", f"--data={made}", where, "--processes=2", f"--index={index}")
+        process(*arguments(made)[1:], *settings, where, "--processes=2", f"--index={index}", network=True)
         for index in range(2)
     ]
     said = [each.communicate(timeout=300)[0] for each in both]
     assert [each.returncode for each in both] == [exit_codes.BAD_INPUT] * 2, said
-    assert files(made / "out") == files(made / "straight")
+    found = files(made / "out")
+    assert found == files(made / "straight") and len(json.loads(next(iter(found.values())))) > 20
     assert (
         results(made)["sets"]["made"]["asks"]["names"]["metrics"]
         == results(made, "straight")["sets"]["made"]["asks"]["names"]["metrics"]

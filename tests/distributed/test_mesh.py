@@ -12,9 +12,11 @@ from glip_jax.config import (
     BackboneConfig,
     Config,
     FusionConfig,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    PromptsConfig,
     TextConfig,
     TrainConfig,
 )
@@ -63,7 +65,9 @@ MODELS = {
     "GLIP-A": ModelConfig(fusion=FusionConfig(enabled=False)),
     "GLIP-L": ModelConfig(backbone=BackboneConfig(width=192, depths=(2, 2, 18, 2), heads=(6, 12, 24, 48), window=12)),
     "odd depths": ModelConfig(backbone=BackboneConfig(depths=(1, 2, 3, 1))),
-    "EfficientNet-Lite0": ModelConfig(backbone=BackboneConfig(kind="efficientnet_lite0")),
+    "EfficientNet-Lite0, fine-tuned": ModelConfig(
+        backbone=BackboneConfig(kind="efficientnet_lite0"), lora=LoraConfig(8), prompts=PromptsConfig(4, 8)
+    ),
 }
 
 
@@ -93,6 +97,7 @@ def test_every_parameter_has_one_rule_and_its_dimensions_divide(shapes, name):
     for path, leaf in flat.items():
         wide = re.match(r"(text/layers|head/tower/text)/|backbone/.*/mlp_(in|out)/", path) and path.endswith("/kernel")
         wide = wide or re.search(r"/(query|key|value|intermediate|mlp_in)/bias$", path)
+        wide = wide or re.search(r"/(query|key|value)_lora_b$|/attention_output_lora_a$", path)
         assert ("tensor" in specs[path].spec) == bool(wide), f"{path}: BERT's and MLPs' widths alone"
         if re.match(r"text/layers|head/tower|backbone/stage\d/pairs", path):
             assert leaf.shape[0] == specs[path].shard_shape(leaf.shape)[0], f"{path}: the layer axis is never split"

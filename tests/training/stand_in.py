@@ -3,6 +3,7 @@
 Its parameters have paths of GLIP, so the rules of parameter groups and of the mesh apply to them.
 """
 
+import fnmatch
 from typing import Any
 
 import jax
@@ -31,7 +32,11 @@ def parameters(config: Config, key: Any, bert: bool = False) -> dict[str, Any]:
     table: Any = {"embeddings": {"word": normal(text.vocabulary_size, WIDTH)}}
     if bert:
         tokens = jnp.zeros((1, text.max_tokens), jnp.int32)
-        table = Bert(text).init(next(keys), tokens, tokens == 0)["params"]
+        table = Bert(text, lora=config.model.lora).init(next(keys), tokens, tokens == 0)["params"]
+        for name in fnmatch.filter(table["layers"], "*_lora_b"):  # zero at the start
+            table["layers"][name] = 0.3 * jax.random.normal(
+                jax.random.fold_in(key, len(name)), table["layers"][name].shape
+            )
     return {
         "backbone": {"patch_norm": {"scale": normal(3)}},
         "head": {
@@ -64,7 +69,7 @@ def objective(config: Config, train: bool = True, bert: bool = False) -> Objecti
         x = x * bernoulli(key, 1 - rate, x.shape)
         if bert:
             rngs = {"dropout": jax.random.fold_in(key, 1)}
-            text = Bert(config.model.text, train, remat=config.model.remat).apply(
+            text = Bert(config.model.text, train, remat=config.model.remat, lora=config.model.lora).apply(
                 {"params": params["text"]}, batch.tokens, batch.token_mask, rngs=rngs
             )
         else:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glip_jax.config import MeshConfig, TextConfig
+from glip_jax.config import LoraConfig, MeshConfig, TextConfig
 from glip_jax.data.mixture import Mixture
 from glip_jax.distributed.mesh import abstract, make_mesh, parameter_specs, place_batch, shardings
 from glip_jax.planning.compile import compile_step
@@ -175,8 +175,8 @@ def test_eight_devices_equal_one(sources, mesh):
 
 @pytest.mark.slow
 def test_layers_split_over_tensor_with_remat_and_micro_batches(sources):
-    """On a mesh where only tensor has several devices."""
-    config = tiny_run.config(sources, dropout=0.0)
+    """On a mesh where only tensor has several devices, with low-rank deltas of the projections."""
+    config = tiny_run.replace(tiny_run.config(sources, dropout=0.0), "model", lora=LoraConfig(2))
     parts = tiny_run.replace(tiny_run.replace(config, "model", remat="blocks"), "optimizer", accumulate=2)
     params = stand_in.parameters(config, jax.random.key(1), bert=True)
     batches = _batches(config, 3)

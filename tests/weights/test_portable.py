@@ -17,6 +17,7 @@ from glip_jax.inference import chunk
 from glip_jax.inference.postprocess import detect
 from glip_jax.io.image_files import upright
 from glip_jax.models.glip import GLIP, normalize
+from glip_jax.models.tuned_prompts import find_rows
 from glip_jax.structures import boxes as box
 from glip_jax.structures import prompts
 from glip_jax.structures.batch import Predictions
@@ -31,9 +32,11 @@ from glip_jax.weights.portable.processing_glip import (
     best_detections,
     to_rgb,
 )
+from glip_jax.weights.portable.tuned_prompts import TunedPrompts
 from tests import tiny_run
 from tests.io.test_image_files import CASES, RGB, encoded
 from tests.parity.check_torch import main as check_torch
+from tests.weights.test_tuned_parameters import TABLE, prompts_of_table
 
 pytestmark = pytest.mark.compiles
 
@@ -407,3 +410,12 @@ class _Tokenizer:
 
     def decode(self, ids):
         return self._own.decode(list(map(int, ids)))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_tuned_names_are_found_as_in_the_network():
+    tokens, mask, _ = prompts_of_table()
+    portable = TunedPrompts(len(TABLE) - 3, TABLE.shape[1], 8)
+    portable.tokens = torch.from_numpy(TABLE).long()
+    theirs = portable.find_rows(torch.from_numpy(tokens), torch.from_numpy(mask))
+    for one, other in zip(jax.jit(find_rows)(TABLE, tokens, mask), theirs):
+        assert np.asarray(one).tolist() == other.tolist()

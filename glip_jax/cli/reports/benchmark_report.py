@@ -16,7 +16,7 @@ from glip_jax.cli.reports.drawing import hex_color
 from glip_jax.cli.reports.html import render_template
 from glip_jax.cli.reports.run_report import aligned
 from glip_jax.evaluation.benchmark.mistakes import Mistake, mistakes
-from glip_jax.evaluation.benchmark.results import release_of, rows, scored_paths
+from glip_jax.evaluation.benchmark.results import release_of, rows, scored_counts, scored_paths
 from glip_jax.evaluation.benchmark.sets import BenchmarkSet
 from glip_jax.evaluation.chunking import chunking_lines
 from glip_jax.io.image_files import read_upright
@@ -41,9 +41,16 @@ def table(results: Mapping[str, Any]) -> str:
     parts = []
     for name, own in results["sets"].items():
         every = [*rows({"sets": {name: own}})]
-        lines = [["", "asked as", "%", "published"]]
+        sizes = {mode: scored_counts(asked) for mode, asked in own["asks"].items()}
+        lines = [["", "prompts", "%", "images", "boxes", "published"]]
         lines += [
-            [f"{name} {row.label}", row.mode, percent(row.value), _published(row.published)]
+            [
+                f"{name} {row.label}",
+                row.mode,
+                percent(row.value),
+                *(_count(sizes[row.mode].get(what)) for what in ("images", "boxes")),
+                _published(row.published),
+            ]
             for row in every
             if row.main
         ]
@@ -62,6 +69,10 @@ def table(results: Mapping[str, Any]) -> str:
             mean, median = percent(own["mean"]), percent(own["median"])
             parts.append(f"{name}, {column}: mean {mean}, median {median} of {own['sets']} sets{absent}{published}")
     return "\n\n".join(parts)
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
 
 
 def _published(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -84,6 +95,7 @@ def protocol_line(results: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
         + (f", {protocol['boxes_per_image']} an image" if protocol["boxes_per_image"] else ""),
         f"threshold {protocol['threshold']:g}, {protocol['token_scores']} of tokens",
         f"images: {protocol['images']}"
+        + "".join(f", {count:,} {what}" for what, count in scored_counts(asked).items())
         + ("" if protocol["counts"] == "as published" else ", other counts than published"),
         *dict.fromkeys(metric["evaluator"] for metric in asked["metrics"].values()),
         *(f"{role} {file['sha256'][:16]}{_known(file)}" for role, file in asked["files"].items()),

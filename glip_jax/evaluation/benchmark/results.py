@@ -30,7 +30,7 @@ from glip_jax.io.retry import StorageError
 
 __all__ = [
     "CHUNKING", "FORMAT", "Row", "collect", "csv_text", "cut_path", "earlier", "groups", "latex", "measured_rate", "predictions_in", "release_of",
-    "rows", "scored_paths",
+    "rows", "scored_counts", "scored_paths",
 ]  # fmt: skip
 
 FORMAT = 1
@@ -311,6 +311,21 @@ def _beside(metric: Mapping[str, Any]) -> list[str]:
     parent = main.rpartition(".")[0]
     keys = [key for key, _ in leaves(metric["numbers"]) if key.rpartition(".")[0] == parent]
     return [key for key in keys if key != "kept" and number(metric["numbers"], key) is not None][:13]
+
+
+def scored_counts(asked: Mapping[str, Any]) -> dict[str, int]:
+    """Numbers of images, boxes, expressions, phrases or descriptions that an entry of `asks` was scored on, where they are known.
+
+    With few images an AP moves by tens of points with one box (ODinW has sets of three).
+    """
+    found = {name: count for name, count in asked["counts"].items() if name in _SIZES}
+    if asked["protocol"]["images"] != "all":
+        found = {"images": asked["protocol"]["images"]}
+    counts = next(iter(asked["metrics"].values()))["numbers"].get("counts", {})
+    return found | {name: counts[name] for name in ("images", "boxes") if isinstance(counts.get(name), int)}
+
+
+_SIZES = ("images", "boxes", "captions", "phrases", "expressions", "descriptions")
 
 
 def csv_text(results: Mapping[str, Any]) -> str:

@@ -149,7 +149,7 @@ class BenchmarkSet:
     counts: Mapping[str, int] = field(default_factory=dict)
     """Expected counts, as `PromptedSet.counts` names them; only those that are known. Another count is another version."""
     reported: Mapping[str, int] = field(default_factory=dict)
-    """Counts that a paper reports, which the released files may not have; another count is only noted."""
+    """Counts that a paper or a catalog reports, which the released files may not have; another count is only noted."""
     prompt_rule: str = ""
     """The prompt in words."""
     widths: Literal["plus_one", "plain"] = "plain"
@@ -229,7 +229,7 @@ def version_notes(item: BenchmarkSet, counts: Mapping[str, int], path: str) -> l
     """Notes, which name both, if the annotation file at `path` has other counts than expected, or than a paper reports."""
     expected, reported = _differences(item.counts, counts), _differences(item.reported, counts)
     notes = [f"{path} {expected}: it is an annotation file of another version"] if expected else []
-    return notes + [f"{path} {reported}, as the paper reports: its number is of another version"] * bool(reported)
+    return notes + [f"{path} {reported}, as reported: the published numbers are of another version"] * bool(reported)
 
 
 def _differences(expected: Mapping[str, int], counts: Mapping[str, int]) -> str:
@@ -432,8 +432,9 @@ def _listed_images(item: BenchmarkSet, data: str) -> int:
 
 
 def _time(item: BenchmarkSet, data: str, rate: float | None) -> str:
-    images = {**item.counts, **item.reported}.get("images", 0) or _listed_images(item, data)
-    # An entry of `images` is one expression there.
+    # Of referring expressions an entry of `images` is one expression.
+    known = 0 if item.layout == "expressions" else {**item.counts, **item.reported}.get("images", 0)
+    images = known or _listed_images(item, data)
     per_image = [1 if item.layout == "expressions" else mode.prompts for mode in item.modes if mode.default]
     prompts = [images * each for each in per_image]
     if not all(prompts):

@@ -182,6 +182,8 @@ _REFEXP = {
     "refcocog": ("RefCOCOg", ("val", "test"), {
         "GLIP-T (O365, GoldG)": "65.58 66.08", "GLIP-T": "66.09 66.89", "Grounding DINO-T": "67.46 67.13"}),
 }  # fmt: skip
+_REFEXP_IMAGES = {"refcoco": (1500, 750, 750), "refcoco+": (1500, 750, 750), "refcocog": (1300, 2600)}
+"""Images of the splits above (unc; of RefCOCOg umd), by the catalog of TensorFlow Datasets, ref_coco."""
 _EXPRESSION = PromptMode("expression", boxes=30, token_scores="max")
 _SEEN = "its images are of COCO train2014: GoldG's mixed data and COCO train hold them unless they were removed"
 
@@ -203,6 +205,7 @@ def _refexp(name: str, split: str) -> BenchmarkSet:
         metrics=(Metric("P@1 (GIoU)", "refexp", f"{name}.0", {"overlap": "giou"}), Metric("P@1 (IoU)", "refexp", f"{name}.0", {"overlap": "iou"})),
         licence="not known: see the page of the refer data sets; " + _COCO_LICENCE,
         prompt_rule="the expression and a full stop; a box has the highest score of the tokens", notes=(_SEEN,),
+        reported={"images": _REFEXP_IMAGES[name][splits.index(split)]},
         published=(
             *(Published(model, "expression", "P@1 (GIoU)", f"{name}.0", float(values.split()[splits.index(split)]), f"{_GDINO}, Table 5", _NOT_STATED)
               for model, values in rows.items()),
@@ -305,7 +308,8 @@ def _omnilabel() -> BenchmarkSet:
             SetFile("images", ("omnilabel/images", "omnilabel", ".")),
         ),
         modes=(PromptMode("descriptions", chunk=20),), metrics=(Metric("AP", "omnilabel", final),),
-        licence="omnilabeltools MIT; photographs as of COCO, Objects365 and Open Images", prompt_rule="20 descriptions a prompt without the full stop at their end, joined by \". \"",
+        licence="omnilabeltools MIT; photographs as of COCO, Objects365 and Open Images",
+        notes=("some 28,000 descriptions and 25,000 images (README of omnilabeltools)",), prompt_rule="20 descriptions a prompt without the full stop at their end, joined by \". \"",
         published=_rows("descriptions", "AP", keys, {
             "GLIP-T": "19.3 23.6 16.4 25.8 29.4 14.8 8.2", "GLIP-L": "25.8 32.9 21.2 33.2 37.7 18.9 10.8",
             "FIBER-B": "25.7 30.3 22.3 34.8 38.6 19.5 12.4", "Detic": "8.0 15.6 5.4 8.0 5.7 5.4 6.2",
@@ -385,7 +389,8 @@ def _rf100vl(name: str, values: Mapping[str, Any]) -> BenchmarkSet:
         metrics=(Metric("AP", "coco", "AP", {"top": 100}), Metric("AP (500 boxes)", "coco", "AP", {"top": 500})),
         licence="Apache-2.0 (repository); sets mostly MIT or CC, each its own", domain=values["domain"],
         prompt_rule="all names in the order of their ids, without the unused class of the export",
-        notes=("the download gives the latest version of each set: compare the hashes of the annotation files",),
+        notes=("the download gives the latest version of each set: compare the hashes of the annotation files; all 100 sets together have "
+               "14,237 test images (card of LibreYOLO/rf100-vl)",),
     )  # fmt: skip
 
 

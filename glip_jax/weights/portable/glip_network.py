@@ -554,6 +554,10 @@ class GlipNetwork(nn.Module):
             cell = torch.tensor([[middle - reach] * 2 + [middle + reach] * 2])
             anchors.cell_anchors.register_buffer(str(level), cell)
         self.rpn = nn.ModuleDict({"head": Head(settings), "anchor_generator": anchors})
+        if "prompts" in settings:  # text states of names that were tuned
+            from .tuned_prompts import TunedPrompts
+
+            self.prompts = TunedPrompts(**settings["prompts"], width=text["width"])
 
     def encode_image(self, pixels: Tensor) -> list[Tensor]:
         """Normalized pixels [B 3 H W], without padding, to pyramid levels."""
@@ -562,7 +566,8 @@ class GlipNetwork(nn.Module):
     def encode_text(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Token ids and mask [B T] to states [B T D]."""
         body: Any = self.language_backbone["body"]
-        return body["model"](tokens, mask.bool())
+        states = body["model"](tokens, mask.bool())
+        return self.prompts(states, tokens, mask) if hasattr(self, "prompts") else states
 
     def ground(self, levels: Sequence[Tensor], text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pyramid levels and text states to logits [B A T], deltas [B A 4] and centerness [B A]."""

@@ -159,7 +159,7 @@ def test_another_version_of_a_file_is_refused_with_both_counts(tmp_path, tokeniz
     # ODinW's counts are those of the paper: other ones are noted, and the paper's numbers are of another version.
     item = write_set("odinw_aquarium", tmp_path)
     prompted = read_prompts(item, str(tmp_path), item.modes[0], tokenizer, CONFIG)
-    assert "has 3 images, expected 63 images, as the paper reports" in prompted.notes[0] and not prompted.as_published
+    assert "has 3 images, expected 63 images, as reported" in prompted.notes[0] and not prompted.as_published
 
 
 def test_boxes_that_cannot_be_scored_are_refused_before_the_detection(tmp_path, tokenizer):

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -33,11 +34,11 @@ def asked(item, value, key="AP", label="AP", own=None):
         "module": "coco",
         "evaluator": "coco 1",
         "options": {},
-        "numbers": {key: value, "AP50": 0.5},
+        "numbers": {key: value, "AP50": 0.5, "counts": {"images": 63, "boxes": 1584}},
         "published": published,
     }
     return {
-        "protocol": own, "counts": {}, "files": {"annotations": {"path": "a.json", "sha256": "f" * 64, "known": ""}}, "notes": [],
+        "protocol": own, "counts": {"images": 5000, "prompts": 5000}, "files": {"annotations": {"path": "a.json", "sha256": "f" * 64, "known": ""}}, "notes": [],
         "prompts": 5, "longest_prompt": 80, "detections": 9, "seconds": 1.0, "metrics": {label: metric},
     }  # fmt: skip
 
@@ -79,6 +80,7 @@ def test_every_number_has_its_protocol():
     for part in (
         "step 7, ema",
         "800 to 1333",
+        "images: all, 63 images, 1,584 boxes",
         "longest 80",
         "order by id",
         "100 a prompt",
@@ -89,11 +91,12 @@ def test_every_number_has_its_protocol():
         assert part in line
     rows = list(csv.DictReader(io.StringIO(module.csv_text(results))))
     first = rows[0]
-    assert len(rows) == 2
+    assert len(rows) == 4
     assert (first["set"], first["key"], float(first["value"]), first["step"], first["chunk"], first["widths"]) == (
         "coco", "AP", 0.463, "7", "0", "plus_one",
     )  # fmt: skip
     assert "GLIP-T 46.3" in first["published"]
+    assert re.search(r"^coco AP +names +46.3 +63 +1,584 +GLIP", table(results), re.MULTILINE)
 
 
 def test_a_group_has_mean_and_median_of_the_sets_that_have_numbers():

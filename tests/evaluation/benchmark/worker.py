@@ -1,4 +1,4 @@
-"""The job `benchmark` with the stand-in for checkpoint and detector, in a process of its own.
+"""The job `benchmark` in a process of its own, with the stand-in for checkpoint and detector, or with NETWORK=yes with a network.
 
 KILL=block or KILL=predictions: it kills itself while it writes the second block, or the predictions.
 """
@@ -11,7 +11,7 @@ import pytest
 
 from glip_jax.__main__ import main
 from glip_jax.evaluation.benchmark import blocks, predict
-from tests.evaluation.benchmark.stand_in import stand_in
+from tests.evaluation.benchmark.stand_in import small, stand_in
 
 
 def _killed(*_):
@@ -28,7 +28,7 @@ def _half_written(path, content):
 if __name__ == "__main__":
     blocks_write = blocks.write_atomic
     with pytest.MonkeyPatch.context() as patch:
-        stand_in(patch)
+        small(patch) if os.environ.get("NETWORK") else stand_in(patch)
         match os.environ.get("KILL"):
             case "block":
                 patch.setattr(blocks, "write_atomic", _half_written)
