@@ -55,9 +55,11 @@ def tuned_config(
     Raises PromptError for `prompt` without names, or with a name that has no token.
     """
     model = replace(config.model, trainable=MODES[mode].trainable)
-    if mode == "full":
-        return replace(config, model=model)
     frozen_stages = _STAGES[model.backbone.kind]
+    if mode == "full":
+        # The norms behind a backbone that the base froze as a whole stay, too, so that its maps can be computed once.
+        whole = config.model.backbone.frozen_stages < frozen_stages
+        return replace(config, model=model if whole else replace(model, trainable=("pyramid/*", "text/*", "head/*")))
     model = replace(
         model,
         backbone=replace(model.backbone, frozen_stages=frozen_stages, drop_path=0.0),

@@ -11,7 +11,7 @@ import numpy as np
 
 from glip_jax.config import CaptionConfig, CheckpointConfig, Config, SourceConfig
 
-__all__ = ["METRIC", "canvas", "every_steps", "fitted", "rate_factor", "with_steps"]
+__all__ = ["METRIC", "canvas", "every_steps", "fitted", "rate_factor", "with_rates", "with_steps"]
 
 METRIC = "evaluation/valid/AP"
 """What best checkpoint, early stop and cuts of the rate are decided by."""
@@ -23,6 +23,9 @@ _SLOTS = 16
 """Box slots are a multiple of this."""
 _FLAT = 0.3
 """Share of the steps in which the learning rate stays as it is, before it falls along a cosine."""
+_RATES = {"full": 0.5, "head": 0.5, "linear": 5.0, "prompt": 20.0, "text": 0.1, "lora": 2.0}
+"""Learning rate by mode, relative to that of the base's pretraining."""
+_WARMUP = 20
 
 
 def canvas(sizes: Sequence[tuple[int, int]], pixels: int, multiple: int = 32) -> tuple[int, int, float]:
@@ -69,6 +72,16 @@ def fitted(
         model=dataclasses.replace(config.model, text=dataclasses.replace(config.model.text, max_tokens=length)),
         data=data,
         evaluation=dataclasses.replace(config.evaluation, short_side=short, long_side=long),
+    )
+
+
+def with_rates(config: Config, mode: str) -> Config:
+    """`config` of a base with the learning rates of a mode: those of the base, times a factor. No warmup is left out."""
+    optimizer = config.optimizer
+    rate = optimizer.rate * _RATES[mode]
+    text = rate if mode in ("text", "lora") else optimizer.text_rate
+    return dataclasses.replace(
+        config, optimizer=dataclasses.replace(optimizer, rate=rate, text_rate=text, warmup_steps=_WARMUP)
     )
 
 
