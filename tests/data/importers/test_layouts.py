@@ -160,7 +160,7 @@ def test_prepared_shots_are_read(tmp_path):
 
 
 def test_folders_that_are_refused_say_what_was_looked_for(tmp_path):
-    with pytest.raises(LayoutError, match=r"has no data set.*it has nothing \(0 images\); looked for: .*_annotations"):
+    with pytest.raises(LayoutError, match=r"has no data set.*it has nothing \(0 images\).*; looked for: .*_annotations"):
         find(tmp_path)
     with pytest.raises(LayoutError, match="does not exist: expected the folder"):
         find(tmp_path / "absent")
@@ -240,3 +240,21 @@ def test_findings(tmp_path):
 def test_names_that_say_nothing_or_a_side(name, vague, side):
     checks = {finding.check for finding in names_findings({name: name})}
     assert ("names without meaning" in checks, "left or right" in checks) == (vague, side)
+
+
+def test_masks_as_crowds_are_single_objects(tmp_path):
+    data = coco(2)
+    for note in data["annotations"][:3]:
+        note["iscrowd"] = 1
+    save(data, tmp_path / "_annotations.coco.json")
+    found = find(tmp_path)
+    assert [note["iscrowd"] for note in found.splits["train"].coco["annotations"]] == [0, 0, 0, 0]
+    assert "most are (the masks of CVAT and SAM): 3" in found.notes[0]
+
+
+def test_a_folder_of_something_else_is_named(tmp_path):
+    (tmp_path / "annotations.xml").write_text('<annotations><image id="0"></image></annotations>')
+    with pytest.raises(LayoutError, match=r"annotations.xml is an export of CVAT \(XML\).*; looked for"):
+        find(tmp_path)
+    with pytest.raises(LayoutError, match=r"is a file \(its folder is "):
+        find(tmp_path / "annotations.xml")
