@@ -160,7 +160,9 @@ def test_prepared_shots_are_read(tmp_path):
 
 
 def test_folders_that_are_refused_say_what_was_looked_for(tmp_path):
-    with pytest.raises(LayoutError, match=r"has no data set.*it has nothing \(0 images\).*; looked for: .*_annotations"):
+    with pytest.raises(
+        LayoutError, match=r"has no data set.*it has nothing \(0 images\).*; looked for: .*_annotations"
+    ):
         find(tmp_path)
     with pytest.raises(LayoutError, match="does not exist: expected the folder"):
         find(tmp_path / "absent")
