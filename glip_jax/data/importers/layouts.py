@@ -221,8 +221,12 @@ def read_split(
     """
     where = str(source.path)
     coco = _checked(source.read(report), where)
-    images, kept = _found_images(coco["images"], source, folder, report)
-    annotations = _numbered(coco["annotations"], where, report)
+    images, kept, missing = _found_images(coco["images"], source, folder, report)
+    lost = [note for note in coco["annotations"] if note["image_id"] in missing]
+    report.drop(
+        f"box of {source.split}: image file missing", f"annotation {lost[0].get('id')}" if lost else "", len(lost)
+    )
+    annotations = _numbered([note for note in coco["annotations"] if note["image_id"] not in missing], where, report)
     split = Split(source.split, {**coco, "images": kept, "annotations": annotations}, str(images), where)
     if categories is None:
         return split
@@ -260,8 +264,8 @@ def _checked(coco: Mapping[str, Any], where: str) -> dict[str, list[dict[str, An
 
 def _found_images(
     listed: list[dict[str, Any]], source: Source, folder: epath.Path, report: Report
-) -> tuple[epath.Path, list[dict[str, Any]]]:
-    """The folder of the images, and the images whose files exist in it, with their paths there."""
+) -> tuple[epath.Path, list[dict[str, Any]], set[Any]]:
+    """The folder of the images, the images whose files exist in it, with their paths there, and the ids of the others."""
     sample = listed[:: max(1, len(listed) // _TRIED)]
     counts = [_count(sample, place) for place in source.images]
     if not max(counts):
@@ -278,7 +282,7 @@ def _found_images(
             f"{source.path} lists {len(listed)} images, and {len(missing)} of them are not in {best} (first: {first})"
         )
     report.drop(f"image of {source.split}: file missing", first, len(missing))
-    return best, kept
+    return best, kept, {image["id"] for image in missing}
 
 
 def _count(images: list[dict[str, Any]], folder: epath.Path) -> int:
