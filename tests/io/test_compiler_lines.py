@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 ALARM = (
     "2026-01-01 00:00:00.1: E external/xla/xla/service/slow_operation_alarm.cc:73] \n\n" + "*" * 32 + "\n"
     "[Compiling module jit_step] Very slow compile? If you want to file a bug, run with envvar XLA_FLAGS=--xla_dump_to=/tmp/foo "
@@ -26,7 +28,6 @@ os.write(2, b"after\\n")
 """
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize(("end", "last"), [("ends", "after"), ("dies", "last words")])
 def test_only_the_alarms_are_dropped(end: str, last: str) -> None:
     command = [sys.executable, "-c", PROGRAM, ALARM, end]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 _PARENT = """
 import multiprocessing, sys, time
 from glip_jax.io.processes import end_with_parent, stop_signals_blocked
@@ -33,7 +35,6 @@ def _state(pid):
         return ""
 
 
-@pytest.mark.processes
 def test_a_worker_gets_no_signal_of_the_group_and_ends_with_its_parent(tmp_path):
     (tmp_path / "parent.py").write_text(_PARENT)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -17,6 +17,8 @@ from glip_jax.io import gcs
 from glip_jax.labeling.work_queue import TaskError, WorkQueue, sweep
 from tests.io.faulty_storage import FAULTS
 
+pytestmark = pytest.mark.processes
+
 NAMES = ["a", "b", "c"]
 UPLOADS = "ifGenerationMatch"
 """In the URL of a request that creates, takes over or renews."""

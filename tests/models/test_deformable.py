@@ -10,6 +10,8 @@ import pytest
 from glip_jax.models import deformable
 from glip_jax.models.deformable import Taps, deformable_convolution, rows_of
 
+pytestmark = pytest.mark.compiles
+
 
 def _by_loops(x: np.ndarray, offsets: np.ndarray, mask: np.ndarray, kernel: np.ndarray, stride: int) -> np.ndarray:
     """The definition (glip-reference 2.7) in float64."""
@@ -67,7 +69,6 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     return "gather"
 
 
-@pytest.mark.compiles
 @pytest.mark.parametrize("implementation", ["gather", "parts", "loop", "window"], indirect=True)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_equals_the_definition(implementation: str, stride: int) -> None:
@@ -77,7 +78,6 @@ def test_equals_the_definition(implementation: str, stride: int) -> None:
     np.testing.assert_allclose(found, _by_loops(x, offsets, mask, kernel, stride) + 1, atol=2e-5)
 
 
-@pytest.mark.compiles
 @pytest.mark.parametrize("implementation", ["gather", "parts", "loop", "window"], indirect=True)
 @pytest.mark.parametrize("stride", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_gradient_equals_finite_differences_of_the_definition(implementation: str, stride: int) -> None:
@@ -104,7 +104,6 @@ def test_gradient_equals_finite_differences_of_the_definition(implementation: st
             )
 
 
-@pytest.mark.compiles
 def test_nan_positions_count_as_zero() -> None:
     x, offsets, mask, kernel = (jnp.asarray(a, jnp.float32) for a in _inputs(1))
     for implementation in ("gather", "loop", "window"):

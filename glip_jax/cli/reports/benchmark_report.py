@@ -28,7 +28,7 @@ __all__ = ["absence_lines", "mistake_card", "overlap_lines", "percent", "protoco
 logger = logging.getLogger(__name__)
 
 _DRAWN = 40
-"""Detections on an image whose errors are drawn."""
+"""Detections, and names of missed boxes, on an image whose errors are drawn."""
 
 
 def percent(value: float | None) -> str:
@@ -226,8 +226,8 @@ def _cards(item: BenchmarkSet, own: Mapping[str, Any], data: str, workdir: epath
 def mistake_card(mistake: Mistake, folder: epath.Path) -> Card:
     """The image of `mistake` below `folder` with its true boxes and detections, of these only those up to the worst one.
 
-    Where it is known which true boxes nothing has found, these carry their names, and of all detections the best 40 are drawn. Raises
-    OSError or UserError for an image that cannot be read.
+    Where it is known which true boxes nothing has found, the 40 largest of these carry their names, and of all detections the best 40
+    are drawn. Raises OSError or UserError for an image that cannot be read.
     """
     image, _ = read_upright(within(folder, mistake.file))
     size = (image.shape[0], image.shape[1])
@@ -238,10 +238,10 @@ def mistake_card(mistake: Mistake, folder: epath.Path) -> Card:
     if mistake.missed:
         drawn = min(len(mistake.names), _DRAWN)
         missed = [name for name, lost in zip(mistake.true_names, mistake.missed, strict=True) if lost]
-        boxes = [
-            replace(card_box(box, size, text=name), color=colors[name]) if lost else card_box(box, size)
-            for box, name, lost in zip(mistake.true, mistake.true_names, mistake.missed, strict=True)
-        ]
+        areas = np.where(mistake.missed, np.prod(mistake.true[:, 2:] - mistake.true[:, :2], axis=1), -1.0)
+        for row in np.argsort(-areas, kind="stable")[: min(_DRAWN, sum(mistake.missed))]:
+            name = mistake.true_names[row]
+            boxes[row] = replace(card_box(mistake.true[row], size, text=name), color=colors[name])
     for box, name, score, right in list(zip(mistake.found, mistake.names, mistake.scores, mistake.right, strict=True))[
         :drawn
     ]:

@@ -124,18 +124,25 @@ def _of_splits(dataset: Dataset) -> Iterator[Finding]:
 
 def _of_images(dataset: Dataset) -> Iterator[Finding]:
     """Images of the same content in two splits, or twice in one."""
+    files = [
+        (name, split, image["file_name"]) for name, split in dataset.splits.items() for image in split.coco["images"]
+    ]
+    paths = [epath.Path(split.images) / file for _, split, file in files]
     seen: dict[int, tuple[str, str]] = {}
     pairs: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    with ThreadPoolExecutor(4) as pool:
-        for name, split in dataset.splits.items():
-            files = [image["file_name"] for image in split.coco["images"]]
-            paths = [epath.Path(split.images) / file for file in files]
-            for file, digest in zip(files, pool.map(lambda path: content_hash(path.read_bytes()), paths)):
-                other, earlier = seen.setdefault(digest, (name, file))
-                if (other, earlier) != (name, file):
-                    pairs.setdefault((other, name), []).append((earlier, file))
-    for (one, other), files in pairs.items():
-        said = f"{len(files)} images (first: {files[0][0]} and {files[0][1]})"
+    with ThreadPoolExecutor(8) as pool:
+        lengths = list(pool.map(lambda path: path.stat().length, paths))
+        several = {length for length, count in Counter(lengths).items() if count > 1}
+        chosen = [index for index, length in enumerate(lengths) if length in several]
+        for index, digest in zip(chosen, pool.map(lambda index: content_hash(paths[index].read_bytes()), chosen)):
+            name, _, file = files[index]
+            if digest in seen:
+                other, earlier = seen[digest]
+                pairs.setdefault((other, name), []).append((earlier, file))
+            else:
+                seen[digest] = name, file
+    for (one, other), same in pairs.items():
+        said = f"{len(same)} images (first: {same[0][0]} and {same[0][1]})"
         if one == other:
             yield Finding("same image twice", f"{one}: {said} are there twice")
         else:

@@ -60,6 +60,10 @@ def read_labelme(files: Iterable[epath.Path], report: Report) -> dict[str, Any]:
         listed.append({"id": number, "file_name": name, "names": [f"{file.stem}{epath.Path(name).suffix}"], **size})
         for label, box in _boxes(data["shapes"], file.name, report):
             notes.append({"image_id": number, "category_id": label, "bbox": box})
+    if not listed:
+        raise SourceError(
+            f"none of the JSON files is of LabelMe (first: {next(iter(report.first.values()), 'no file')})"
+        )
     return coco_form(listed, notes)
 
 

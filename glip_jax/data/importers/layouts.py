@@ -19,6 +19,7 @@ from glip_jax.data.importers.entry import Report, SourceError
 from glip_jax.data.importers.readers import as_integer, identity
 from glip_jax.data.importers.sources import SPLITS, LayoutError, Source, folders_below, images_below, located
 from glip_jax.io import gcs
+from glip_jax.io.formats import explain
 
 __all__ = ["LAYOUTS", "Dataset", "LayoutError", "Split", "carve", "find", "read_split"]
 
@@ -27,6 +28,14 @@ _DEPTH = 3
 
 _FOLDERS = 200
 """Folders of one depth that are looked into."""
+
+_FILES = 20
+"""Files that are looked at to say what a folder holds instead of a data set."""
+
+_TEXTS = (".json", ".jsonl", ".xml", ".csv", ".txt", ".yaml", ".parquet", ".zip", ".tar")
+
+_CROWDS = 0.5
+"""Share of boxes with `iscrowd` above which they are single objects, as the masks of CVAT and SAM."""
 
 _TRIED = 50
 """Images of a split that are looked for in each folder that could be theirs."""
@@ -102,7 +111,7 @@ def find(folder: epath.PathLike, layout: str = "") -> Dataset:
         raise LayoutError(f"there is no layout {layout!r}; there are {', '.join(LAYOUTS)}")
     kind = gcs.kind(root)
     if kind != "folder":
-        found = "is a file" if kind else "does not exist"
+        found = f"is a file (its folder is {root.parent})" if kind else "does not exist"
         raise LayoutError(f"{root} {found}: expected the folder of a data set, with its annotations and its images")
     wanted = {name: LAYOUTS[name] for name in ([layout] if layout else LAYOUTS)}
     place, name, sources = _located(root, wanted, _DEPTH)
@@ -112,7 +121,7 @@ def find(folder: epath.PathLike, layout: str = "") -> Dataset:
         raise LayoutError(
             f"{place} has no training set, but {there}: expected annotations of a name with 'train' in it"
         )
-    splits = [read_split(source, place, report) for source in sources]
+    splits = _without_crowds([read_split(source, place, report) for source in sources], report)
     dataset = _one_list(Dataset(name, str(place), {split.name: split for split in splits}))
     if not dataset.splits["train"].boxes:
         raise LayoutError(
@@ -124,6 +133,18 @@ def find(folder: epath.PathLike, layout: str = "") -> Dataset:
     where = [] if place == root else [f"the data set is in {place}"]
     said = [source.note for source in sources if source.note]
     return replace(dataset, notes=(*where, *said, *mended, *_left_out(splits), *dataset.notes))
+
+
+def _without_crowds(splits: list[Split], report: Report) -> list[Split]:
+    """The splits with crowds as single objects, noted, if most boxes are crowds."""
+    notes = [note for split in splits for note in split.coco["annotations"]]
+    crowds = [note for note in notes if note.get("iscrowd") in (1, True, "1")]
+    if len(crowds) <= _CROWDS * len(notes):
+        return splits
+    what = "box: crowd, kept as one object, as most are (the masks of CVAT and SAM)"
+    report.note(what, f"annotation {crowds[0].get('id')}", len(crowds))
+    singles = [[{**note, "iscrowd": 0} for note in split.coco["annotations"]] for split in splits]
+    return [replace(split, coco={**split.coco, "annotations": own}) for split, own in zip(splits, singles)]
 
 
 def _left_out(splits: Iterable[Split]) -> Iterator[str]:
@@ -163,8 +184,17 @@ def _located(root: epath.Path, wanted: Mapping[str, _Layout], depth: int) -> tup
     titles = "; ".join(layout.title for layout in wanted.values())
     has = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
     raise LayoutError(
-        f"{root} has no data set that can be read; it has {has} ({len(images_below(root))} images); looked for: {titles}"
+        f"{root} has no data set that can be read; it has {has} ({len(images_below(root))} images){_hint(root)}; looked for: {titles}"
     )
+
+
+def _hint(root: epath.Path) -> str:
+    """What lies in a folder instead of a data set, where that is known."""
+    files = [path for path in sorted(root.iterdir(), key=str) if path.suffix.lower() in _TEXTS and not path.is_dir()]
+    for path in (*files[:_FILES], root):
+        if (found := explain(path)) and "image" not in found and "such as" not in found:
+            return f"; {path.name} {found}"
+    return ""
 
 
 def _matches(place: epath.Path, wanted: Mapping[str, _Layout]) -> list[tuple[str, list[Source]]]:
@@ -191,8 +221,12 @@ def read_split(
     """
     where = str(source.path)
     coco = _checked(source.read(report), where)
-    images, kept = _found_images(coco["images"], source, folder, report)
-    annotations = _numbered(coco["annotations"], where, report)
+    images, kept, missing = _found_images(coco["images"], source, folder, report)
+    lost = [note for note in coco["annotations"] if note["image_id"] in missing]
+    report.drop(
+        f"box of {source.split}: image file missing", f"annotation {lost[0].get('id')}" if lost else "", len(lost)
+    )
+    annotations = _numbered([note for note in coco["annotations"] if note["image_id"] not in missing], where, report)
     split = Split(source.split, {**coco, "images": kept, "annotations": annotations}, str(images), where)
     if categories is None:
         return split
@@ -230,8 +264,8 @@ def _checked(coco: Mapping[str, Any], where: str) -> dict[str, list[dict[str, An
 
 def _found_images(
     listed: list[dict[str, Any]], source: Source, folder: epath.Path, report: Report
-) -> tuple[epath.Path, list[dict[str, Any]]]:
-    """The folder of the images, and the images whose files exist in it, with their paths there."""
+) -> tuple[epath.Path, list[dict[str, Any]], set[Any]]:
+    """The folder of the images, the images whose files exist in it, with their paths there, and the ids of the others."""
     sample = listed[:: max(1, len(listed) // _TRIED)]
     counts = [_count(sample, place) for place in source.images]
     if not max(counts):
@@ -248,7 +282,7 @@ def _found_images(
             f"{source.path} lists {len(listed)} images, and {len(missing)} of them are not in {best} (first: {first})"
         )
     report.drop(f"image of {source.split}: file missing", first, len(missing))
-    return best, kept
+    return best, kept, {image["id"] for image in missing}
 
 
 def _count(images: list[dict[str, Any]], folder: epath.Path) -> int:

@@ -80,6 +80,10 @@ def read_voc(files: Iterable[epath.Path], report: Report) -> dict[str, Any]:
         size = {side: as_integer((root.findtext(f"size/{side}") or "").strip()) for side in ("height", "width")}
         listed.append({"id": number, "file_name": f"{file.stem}{ending}", "names": [name] if name else [], **size})
         boxes += [(number, *found) for found in _objects(root, file, report)]
+    if not listed:
+        raise SourceError(
+            f"none of the XML files is of Pascal VOC (first: {next(iter(report.first.values()), 'no file')})"
+        )
     from_zero = any(value is not None and value < 1 for _, _, (xmin, ymin, _, _) in boxes for value in (xmin, ymin))
     report.note(
         "box: pixels counted from 0, not from 1 as in VOC", boxes[0][1] if boxes else "", from_zero * len(boxes)

@@ -7,13 +7,14 @@ is not finite stops the run (there it is set to 0), and bfloat16 or float32 stan
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from glip_jax.config import Config, ConfigError, PackingConfig
 from glip_jax.training.finetuning.schedule import Rules
 
-__all__ = ["COPIES", "RECIPES", "Recipe", "Shots", "as_glip", "glip_rules", "read_shots"]
+__all__ = ["COPIES", "RECIPES", "Recipe", "Shots", "as_glip", "glip_rules", "read_shots", "without_empty_images"]
 
 COPIES = {1: 8, 3: 4, 5: 2, 10: 1, 0: 1}
 """Copies of the training set in an epoch, by number of shots (0: all data), in the README's commands."""
@@ -77,6 +78,19 @@ def glip_rules(shots: int, metric: str) -> Rules:
     """When the original stops and cuts: after 8 evaluations and at the 4th without a better one; with all data 4 and 3."""
     patience, plateau = (8, 3) if shots else (4, 2)
     return Rules(metric, patience=patience, plateau=plateau, factor=0.1, floor=1e-6, ties=True)
+
+
+def without_empty_images(coco: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """A training set in COCO's form without the images that the original leaves out, and their number.
+
+    These have no box, or only boxes at most one pixel wide or high (`has_valid_annotation` in its data/datasets/coco.py).
+    """
+    valid = {entry["image_id"] for entry in coco["annotations"] if min(entry["bbox"][2:]) > 1}
+    kept = {
+        "images": [entry for entry in coco["images"] if entry["id"] in valid],
+        "annotations": [entry for entry in coco["annotations"] if entry["image_id"] in valid],
+    }
+    return {**coco, **kept}, len(coco["images"]) - len(kept["images"])
 
 
 def as_glip(config: Config, recipe: Recipe, shots: Shots, images: int) -> Config:

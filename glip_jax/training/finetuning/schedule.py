@@ -94,7 +94,11 @@ class Schedule:
         cut = self._plateau.add(value)
         factor = rules.factor**self._plateau.cuts
         stop = bool(rules.patience) and self._bad >= rules.patience
-        note = f"{rules.metric} did not rise: the learning rates are multiplied by {factor:g}" if cut else ""
+        note = (
+            f"{rules.metric} did not rise: the learning rates are cut to {factor:g} of those of the schedule"
+            if cut
+            else ""
+        )
         if stop:
             since = f"since step {self.best_step}" if self.best_step else "over the one before training"
             note = f"stops early: no better {rules.metric} {since} ({self.best:.4f}) in {self._bad} evaluations"

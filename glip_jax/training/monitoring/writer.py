@@ -24,10 +24,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-
 from glip_jax.config import Config, ConfigError
 from glip_jax.io import gcs
 from glip_jax.io.workdir import flat_settings, workdir_path
@@ -69,6 +65,10 @@ class Writer:
         self._lines = cut_back(workdir, step, also)
         self._local = Path(tempfile.mkdtemp() if self._remote else workdir) / "tensorboard"
         self._local.mkdir(parents=True, exist_ok=True)
+        # Here, because tensorboardX imports torch where it is installed, which takes seconds that other jobs do not need.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+
         # The names of event files hold whole seconds: without the suffix a second start in the same second overwrites the file.
         # Not tensorboardX's SummaryWriter: a full disk ends its thread, and then the next event waits for ever.
         self._events = EventsWriter(str(self._local / "events"), f".{time.time_ns()}")
@@ -180,6 +180,9 @@ class Writer:
                 with (self._folder / "metrics.jsonl").open("a") as file:
                     file.write(text)
                 self._written(1)
+            from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+            from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
             values = [Summary.Value(tag=name, simple_value=value) for name, value in content.items()]
             self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
             self._events.flush()

@@ -127,9 +127,18 @@ def test_a_validation_set_is_carved_by_image_and_seed(tmp_path):
     found = find(tmp_path)
     one, other = carve(found, seed=1), carve(found, seed=2)
     assert sizes(one) == {"train": (18, 36), "valid": (2, 4)}
-    assert carve(found, seed=1) == one != other and carve(one) is one
+    assert carve(found, seed=1) == one and carve(one) is one
+    assert one.splits["valid"].coco != other.splits["valid"].coco
     ids = [{image["id"] for image in split.coco["images"]} for split in one.splits.values()]
     assert not ids[0] & ids[1] and "2 of the 20 training images, drawn with seed 1" in one.notes[-1]
+
+
+def test_a_carved_validation_set_has_its_share_of_images_with_and_without_boxes(tmp_path):
+    data = coco(40)
+    data["annotations"] = [note for note in data["annotations"] if note["image_id"] % 10 == 1]
+    save(data, tmp_path / "_annotations.coco.json")
+    for seed in range(4):
+        assert sizes(carve(find(tmp_path), seed=seed)) == {"train": (35, 6), "valid": (5, 2)}
 
 
 def test_shots_are_images_that_hold_the_class():
@@ -160,15 +169,21 @@ def test_prepared_shots_are_read(tmp_path):
 
 
 def test_folders_that_are_refused_say_what_was_looked_for(tmp_path):
-    with pytest.raises(LayoutError, match=r"has no data set.*it has nothing \(0 images\); looked for: .*_annotations"):
+    with pytest.raises(
+        LayoutError, match=r"has no data set.*it has nothing \(0 images\).*; looked for: .*_annotations"
+    ):
         find(tmp_path)
     with pytest.raises(LayoutError, match="does not exist: expected the folder"):
         find(tmp_path / "absent")
-    save(coco(2), tmp_path / "train/_annotations.coco.json")
-    (tmp_path / "train/1.png").rename(tmp_path / "1.png")
-    (tmp_path / "train/2.png").unlink()
-    with pytest.raises(LayoutError, match=r"lists 2 images, and none of them is there|and 1 of them are not in"):
-        find(tmp_path / "train")
+    save(coco(3), tmp_path / "train/_annotations.coco.json")
+    for left, said in ((2, None), (1, "lists 3 images, and 2 of them are not in"), (0, "and none of them is there")):
+        (tmp_path / f"train/{left + 1}.png").unlink()
+        if said is None:
+            found = find(tmp_path / "train")
+            assert sizes(found) == {"train": (2, 4)} and "file missing: 1 (first: '3.png')" in found.notes[0]
+            continue
+        with pytest.raises(LayoutError, match=said):
+            find(tmp_path / "train")
     save(coco(2), tmp_path / "train/_annotations.coco.json")
     save(coco(2), tmp_path / "annotations/train.json", tmp_path / "images")
     with pytest.raises(LayoutError, match="has 2 annotations of the train set"):
@@ -190,6 +205,15 @@ def test_bad_data_is_refused_in_one_line(tmp_path, boxes_last):
     save(coco(2), tmp_path / "a/test.json")
     (tmp_path / "a/_annotations.coco.json").unlink()
     with pytest.raises(LayoutError, match=r"has no training set, but test \(test.json\)"):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize(("key", "field"), [("images", "id"), ("categories", "id"), ("categories", "name")])
+def test_what_must_be_unique_and_is_not(tmp_path, key, field):
+    data = coco(2)
+    data[key][1][field] = data[key][0][field]
+    save(data, tmp_path / "_annotations.coco.json")
+    with pytest.raises(LayoutError, match=f"the {field} .* occurs twice in {key}"):
         find(tmp_path)
 
 
@@ -240,3 +264,21 @@ def test_findings(tmp_path):
 def test_names_that_say_nothing_or_a_side(name, vague, side):
     checks = {finding.check for finding in names_findings({name: name})}
     assert ("names without meaning" in checks, "left or right" in checks) == (vague, side)
+
+
+def test_masks_as_crowds_are_single_objects(tmp_path):
+    data = coco(2)
+    for note in data["annotations"][:3]:
+        note["iscrowd"] = 1
+    save(data, tmp_path / "_annotations.coco.json")
+    found = find(tmp_path)
+    assert [note["iscrowd"] for note in found.splits["train"].coco["annotations"]] == [0, 0, 0, 0]
+    assert "most are (the masks of CVAT and SAM): 3" in found.notes[0]
+
+
+def test_a_folder_of_something_else_is_named(tmp_path):
+    (tmp_path / "annotations.xml").write_text('<annotations><image id="0"></image></annotations>')
+    with pytest.raises(LayoutError, match=r"annotations.xml is an export of CVAT \(XML\).*; looked for"):
+        find(tmp_path)
+    with pytest.raises(LayoutError, match=r"is a file \(its folder is "):
+        find(tmp_path / "annotations.xml")

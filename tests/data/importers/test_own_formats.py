@@ -81,6 +81,8 @@ def test_voc_splits_by_its_lists_and_by_folders(tmp_path):
         (folder / f"ImageSets/Main/{name}.txt").parent.mkdir(parents=True, exist_ok=True)
         (folder / f"ImageSets/Main/{name}.txt").write_text(lines)
     assert sizes(find(tmp_path)) == {"train": (2, 4), "valid": (1, 2)}  # as in VOCdevkit/VOC2012
+    (folder / "ImageSets/Main/train.txt").rename(folder / "ImageSets/Main/trainval.txt")
+    assert sizes(find(tmp_path)) == {"train": (2, 4), "valid": (1, 2)}
     for split, number in (("train", 0), ("valid", 1), ("test", 2)):
         place = tmp_path / "b" / split
         place.mkdir(parents=True)
@@ -166,7 +168,7 @@ def test_odvg_without_classes_is_for_pretraining(tmp_path):
 def test_labelme_and_label_studio_count_what_is_no_box(tmp_path):
     folder = made("labelme", tmp_path)
     point: dict[str, Any] = {"label": "cat", "points": [[1, 1]], "shape_type": "point"}
-    data = {**LABELME, "imagePath": "..\\photographs\\img0.png", "shapes": [point, *LABELME["shapes"]]}
+    data = {**LABELME, "imagePath": "..\\photographs\\before.png", "shapes": [point, *LABELME["shapes"]]}
     (folder / "pictures/img0.json").write_text(json.dumps(data))
     opened = open_labelme(folder / "pictures", folder / "pictures")
     assert boxes(opened)[0] == DOG and opened.report.dropped == {"box: a point has no area": 1}
@@ -187,3 +189,13 @@ def test_two_layouts_in_one_folder_are_refused_unless_one_is_named(tmp_path):
     assert find(folder, layout="yolo").layout == "yolo"
     with pytest.raises(LayoutError, match="there is no layout 'tar'; there are coco, voc"):
         find(folder, layout="tar")
+
+
+@pytest.mark.parametrize(("name", "text"), [("voc", "<a/>"), ("labelme", "[]"), ("label-studio", "{}"), ("odvg", "{}")])
+def test_files_of_another_kind_are_refused(tmp_path, name, text):
+    folder = made(name, tmp_path)
+    for path in folder.rglob("*"):
+        if path.suffix in (".xml", ".json", ".jsonl"):
+            path.write_text(text)
+    with pytest.raises(SourceError, match=r"none of the|no list of objects|no line with"):
+        LAYOUTS[name].open(folder)

@@ -15,7 +15,7 @@ from glip_jax.labeling.phrases.finders import PhraseFinder, SpacyPhraseFinder, f
 from glip_jax.labeling.phrases.rules import VERSION
 from tests.labeling.phrases.finders import finder, phrases
 
-both = pytest.mark.parametrize("name", ["lexicon", "spacy"])
+both = pytest.mark.parametrize("name", ["lexicon", pytest.param("spacy", marks=pytest.mark.long)])
 
 
 @both
@@ -119,6 +119,7 @@ def test_lexicon_spans_are_ordered_disjoint_and_inside_the_text(caption):
     _check("lexicon", caption)
 
 
+@pytest.mark.long
 @given(text)
 @example(" -")
 def test_spacy_spans_are_ordered_disjoint_and_inside_the_text(caption):
@@ -193,6 +194,7 @@ def test_missing_spacy_names_what_to_install(monkeypatch):
         phrase_finder("spacy")
 
 
+@pytest.mark.long
 def test_missing_spacy_model_names_what_to_install(monkeypatch):
     finder("spacy")
     monkeypatch.setattr(phrases_module, "SPACY_MODEL", "en_core_web_sm_nowhere")
@@ -200,6 +202,7 @@ def test_missing_spacy_model_names_what_to_install(monkeypatch):
         phrase_finder("spacy")
 
 
+@pytest.mark.long
 def test_spacy_loads_only_what_noun_chunks_need():
     own = finder("spacy")
     assert isinstance(own, SpacyPhraseFinder)
@@ -228,9 +231,9 @@ def annotated_captions(file):
     ("name", "file", "precision", "recall", "heads"),
     [
         ("lexicon", "captions.txt", 0.925, 0.92, 0.935),
-        ("spacy", "captions.txt", 0.95, 0.935, 0.95),
+        pytest.param("spacy", "captions.txt", 0.95, 0.935, 0.95, marks=pytest.mark.long),
         ("lexicon", "captions_unseen.txt", 0.88, 0.88, 0.925),
-        ("spacy", "captions_unseen.txt", 0.935, 0.94, 0.955),
+        pytest.param("spacy", "captions_unseen.txt", 0.935, 0.94, 0.955, marks=pytest.mark.long),
     ],
 )
 def test_precision_and_recall_on_annotated_captions(name, file, precision, recall, heads, capsys):

@@ -90,7 +90,7 @@ KEPT = [
     ("a cup of tea", ["a cup", "tea"]),
 ]
 
-both = pytest.mark.parametrize("name", ["lexicon", "spacy"])
+both = pytest.mark.parametrize("name", ["lexicon", pytest.param("spacy", marks=pytest.mark.long)])
 
 
 @both

@@ -7,7 +7,14 @@ import pytest
 
 from glip_jax.cli.command_line import load_config
 from glip_jax.config import Config, ConfigError
-from glip_jax.training.finetuning.glip_recipes import RECIPES, Shots, as_glip, glip_rules, read_shots
+from glip_jax.training.finetuning.glip_recipes import (
+    RECIPES,
+    Shots,
+    as_glip,
+    glip_rules,
+    read_shots,
+    without_empty_images,
+)
 from glip_jax.training.finetuning.schedule import Plateau, Rules, Schedule
 
 METRIC = "evaluation/valid/AP"
@@ -109,3 +116,18 @@ def test_the_written_configs_of_odinw_are_the_recipe(size):
     assert (written.optimizer, written.model, written.train.steps) == (made.optimizer, made.model, made.train.steps)
     assert replace(written.data, sources={}) == replace(made.data, sources={})
     assert written.train.evaluate_every == made.train.evaluate_every == 112
+
+
+def test_images_without_a_box_of_more_than_a_pixel_are_left_out():
+    boxes = [(1, [0, 0, 2, 2]), (1, [0, 0, 1, 9]), (2, [0, 0, 1, 9]), (2, [0, 0, 9, 1])]
+    coco = {
+        "images": [{"id": i} for i in (1, 2, 3)], "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [{"image_id": image, "bbox": box} for image, box in boxes],
+    }  # fmt: skip
+    kept, dropped = without_empty_images(coco)
+    assert (kept["images"], len(kept["annotations"]), kept["categories"], dropped) == (
+        [{"id": 1}],
+        2,
+        coco["categories"],
+        2,
+    )

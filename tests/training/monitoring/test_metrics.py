@@ -6,12 +6,9 @@ import time
 from typing import Any
 
 import pytest
-from tensorboardX.proto import event_pb2
 
 from glip_jax.training.monitoring.metrics import Progress, Window, cut_back, read
 from glip_jax.training.monitoring.writer import Writer
-
-EVENT: Any = getattr(event_pb2, "Event")  # noqa: B009 (made at run time; the checker does not see it)
 
 
 def _metrics(loss: float, examples: int = 4, of_a: int = 4) -> dict[str, int | float]:
@@ -72,12 +69,15 @@ def test_values_that_are_not_finite_stay_json(tmp_path):
 
 
 def _events(folder) -> list[Any]:
+    from tensorboardX.proto import event_pb2  # which loads torch
+
+    kind: Any = getattr(event_pb2, "Event")  # noqa: B009 (made at run time; the checker does not see it)
     events = []
     for path in sorted(folder.iterdir()):
         data = path.read_bytes()
         while data:  # TFRecord: length (8), its checksum (4), message, its checksum (4)
             length = int.from_bytes(data[:8], "little")
-            events.append(EVENT.FromString(data[12 : 12 + length]))
+            events.append(kind.FromString(data[12 : 12 + length]))
             data = data[16 + length :]
     return events
 
