@@ -1,6 +1,7 @@
 """The detector over the prompts of a set: blocks of images, resumable, shared by several processes; then the predictions file."""
 
 import dataclasses
+import functools
 import json
 import logging
 import sys
@@ -201,9 +202,15 @@ def _opened(
     blocks = _blocks(folder, prompted, plan) if cut is None else Blocks(folder, plan, len(prompted.images), 1, cut)
     if run.share.index == 0 and blocks.done is None:
         for note in prompted.notes:
-            logger.info(f"note: {item.name}: {note}")
+            _note(f"note: {item.name}: {note}")
         blocks.begin()
     return prompted, blocks
+
+
+@functools.lru_cache(maxsize=1024)
+def _note(text: str) -> None:
+    """Logs a note, the same one once in a process: several prompt modes read the same files."""
+    logger.info(text)
 
 
 def _prompts(images: Sequence[PromptedImage]) -> int:

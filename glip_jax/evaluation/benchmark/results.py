@@ -11,6 +11,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import functools
 import io
 import json
@@ -152,9 +153,9 @@ def _chunking(
     """
     from glip_jax.evaluation.chunking import described  # which loads jax
 
-    place = workdir / item.name / CHUNKING
-    found = []
     label, main = next((label, metric) for label, metric in entry["metrics"].items() if metric["module"] != "absence")
+    place, found = workdir / item.name / CHUNKING, []
+    item = dataclasses.replace(item, metrics=tuple(metric for metric in item.metrics if metric.label == label))
     for folder in predictions_in(place).values():
         plan, _ = _records(folder)
         used = plan["about"]["protocol"]
