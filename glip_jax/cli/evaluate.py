@@ -137,10 +137,10 @@ def evaluate_checkpoint(
     """
     from glip_jax.cli.report import write_report
     from glip_jax.cli.reports.run_report import table
-    from glip_jax.evaluation.alone import asked_alone
     from glip_jax.evaluation.chunking import chunking_effect, chunking_lines
     from glip_jax.evaluation.evaluate import Evaluated, check_set, evaluate_set
     from glip_jax.evaluation.shares import Share
+    from glip_jax.evaluation.single_names import single_name_absence
     from glip_jax.inference import Detector
     from glip_jax.io.workdir import check_network, on_first_process, prepare, write_atomic
 
@@ -169,7 +169,7 @@ def evaluate_checkpoint(
     for name, dataset in config.evaluation.sets.items():
         result = evaluate_set(detector, config, dataset, name=name, report=log, share=share, rates=rates)
         if isinstance(result, Evaluated) and result.absence is not None and absent.alone:
-            result.absence["alone"] = asked_alone(
+            result.absence["alone"] = single_name_absence(
                 detector, config, dataset, result, absent.alone, name, share=share, rates=rates
             )
         results[name], content[name] = result, _entry(result, dataset, detector, config)

@@ -42,7 +42,7 @@ from glip_jax.structures.batch import Detections, Prompt
 from glip_jax.structures.prompts import PromptError, Tokenizer, check_names, listed, load_tokenizer, unread_names
 
 __all__ = [
-    "CategoryDetector", "DetectorProtocol", "Evaluated", "EvaluationError", "Grounded", "PhraseDetector", "check_set", "detect_alone", "evaluate",
+    "CategoryDetector", "DetectorProtocol", "Evaluated", "EvaluationError", "Grounded", "PhraseDetector", "check_set", "detect_single_names", "evaluate",
     "evaluate_detection", "evaluate_grounding", "evaluate_set", "hash_pictures", "read_image", "saved_set", "scalars",
 ]  # fmt: skip
 
@@ -310,7 +310,7 @@ def evaluate_detection(
     return Evaluated(truth, names, image_ids, detections, precision, permuted, pictures, dataset.orientation, absent)
 
 
-def detect_alone(
+def detect_single_names(
     detector: PhraseDetector,
     config: Config,
     dataset: EvaluationSet,

@@ -9,10 +9,10 @@ from PIL import Image
 
 from glip_jax.config import Config, EvaluationConfig, EvaluationSet, ModelConfig, TextConfig
 from glip_jax.evaluation.absent_names import scalar_names
-from glip_jax.evaluation.alone import asked_alone
 from glip_jax.evaluation.at_start import metric_names
 from glip_jax.evaluation.average_precision import load_ground_truth
 from glip_jax.evaluation.evaluate import evaluate_detection, scalars
+from glip_jax.evaluation.single_names import single_name_absence
 from glip_jax.evaluation.thresholds import ThresholdError, choose, numbers_at, read_thresholds
 from glip_jax.structures import prompts
 from glip_jax.structures.batch import Detections
@@ -101,7 +101,7 @@ def test_an_evaluation_measures_absent_names(dataset):
 def test_names_asked_alone(dataset):
     detector = Prone()
     result = evaluate_detection(detector, CONFIG, dataset, progress=False)
-    alone = asked_alone(detector, CONFIG, dataset, result, 1, progress=False)
+    alone = single_name_absence(detector, CONFIG, dataset, result, 1, progress=False)
     assert detector.alone["a red"] == 20 and detector.alone["cat"] == 2 and 18 <= detector.alone["dog"] <= 20
     assert alone["absent_pairs"] == 20 == alone["present_pairs"] and alone["look_alikes"]["absent_pairs"] == 2
     half = alone["thresholds"]["0.5"]

@@ -14,14 +14,14 @@ from jaxtyping import Int64
 
 from glip_jax.config import Config, EvaluationSet
 from glip_jax.evaluation.absent_names import found_in, pairs_of
-from glip_jax.evaluation.evaluate import Evaluated, PhraseDetector, detect_alone
+from glip_jax.evaluation.evaluate import Evaluated, PhraseDetector, detect_single_names
 from glip_jax.evaluation.metrics.absence import RATES, Pairs, measure
 from glip_jax.evaluation.shares import Share
 
-__all__ = ["asked_alone"]
+__all__ = ["single_name_absence"]
 
 
-def asked_alone(
+def single_name_absence(
     detector: PhraseDetector,
     config: Config,
     dataset: EvaluationSet,
@@ -49,7 +49,7 @@ def asked_alone(
     asked: defaultdict[Any, list[int]] = defaultdict(list)
     for pair in np.unique(np.concatenate([absent, present, alike])).tolist():
         asked[result.image_ids[pair // count]].append(pair % count)
-    detections = detect_alone(
+    detections = detect_single_names(
         detector, config, dataset, result.truth, asked, name=f"{name} (one name a prompt)".strip(), progress=progress, share=share
     )  # fmt: skip
     found = found_in(result.truth, detections, result.image_ids)
