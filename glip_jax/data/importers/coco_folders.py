@@ -13,7 +13,15 @@ from typing import Any
 from etils import epath
 
 from glip_jax.data.importers.entry import SourceError
-from glip_jax.data.importers.sources import Source, folders_below, image_folders, one_per_split, split_of
+from glip_jax.data.importers.sources import (
+    ANNOTATIONS,
+    Source,
+    files_with,
+    folders_below,
+    image_folders,
+    one_per_split,
+    split_of,
+)
 from glip_jax.io import text_files
 from glip_jax.io.formats import recognize
 
@@ -28,8 +36,13 @@ _OTHER = ("captions", "fewshot", "image_info", "panoptic", "person_keypoints", "
 
 def sources(folder: epath.Path) -> list[Source]:
     """The annotation files in a folder by split; empty if there is none. Raises LayoutError if a split has several."""
-    places = [(below, split) for below in folders_below(folder) if (split := split_of(below.name))]
-    places += [(place, "") for place in (folder, _annotations_of(folder)) if place is not None]
+    below = folders_below(folder)
+    places = [(folder, ""), *((place, "") for place in below if place.name.lower() in ANNOTATIONS)]
+    for place in below:
+        if split := split_of(place.name):
+            places += [(place, split)] + [
+                (one, split) for one in folders_below(place) if one.name.lower() in ANNOTATIONS
+            ]
     found = []
     for place, split in places:
         here = [_source(file, split or split_of(file.stem), folder) for file in _files(place)]
@@ -43,10 +56,6 @@ def sources(folder: epath.Path) -> list[Source]:
     return one_per_split(found, folder)
 
 
-def _annotations_of(folder: epath.Path) -> epath.Path | None:
-    return next((below for below in folders_below(folder) if below.name.lower() == "annotations"), None)
-
-
 def read_json(path: epath.Path) -> Any:
     """The content of a JSON file; SourceError if it cannot be read."""
     try:
@@ -57,15 +66,13 @@ def read_json(path: epath.Path) -> Any:
 
 
 def _files(folder: epath.Path) -> list[epath.Path]:
-    files = sorted((path for path in folder.iterdir() if path.suffix.lower() == ".json"), key=str)
-    named = [file for file in files if not file.name.startswith(_OTHER) and not file.name.startswith(".")]
+    named = [file for file in files_with(folder, ".json") if not file.name.startswith(_OTHER)]
     found = [(file, recognize(file)) for file in named]
     return [file for file, form in found if form is not None and form.reader in ("coco", "lvis")]
 
 
 def _source(file: epath.Path, split: str, folder: epath.Path) -> Source:
     rank = max((r for name, r in _BESIDE.items() if file.name.endswith(name)), default=0)
-    rank = rank or int(file.name.startswith("instances"))
     return Source(split, file, image_folders(file, split, folder), lambda _: read_coco(file), rank=rank)
 
 

@@ -25,7 +25,16 @@ from glip_jax.data.importers.coco_folders import read_json
 from glip_jax.data.importers.entry import ImportSource, Report, SourceError, as_numbers
 from glip_jax.data.importers.options import PathArgument
 from glip_jax.data.importers.readers import as_integer, require_file
-from glip_jax.data.importers.sources import Source, coco_form, folders_below, image_folders, one_per_split, split_of
+from glip_jax.data.importers.sources import (
+    ANNOTATIONS,
+    Source,
+    coco_form,
+    files_with,
+    folders_below,
+    image_folders,
+    one_per_split,
+    split_of,
+)
 from glip_jax.io.formats import recognize
 from glip_jax.io.image_files import ENDINGS
 
@@ -170,8 +179,8 @@ def _points(value: Mapping[str, Any], size: tuple[float, ...]) -> list[tuple[flo
 def sources(folder: epath.Path) -> list[Source]:
     """The exports of Label Studio in a folder, by the splits that their names say."""
     found = []
-    for place in (folder, *(below for below in folders_below(folder) if below.name.lower() == "annotations")):
-        for file in sorted((path for path in place.iterdir() if path.suffix.lower() == ".json"), key=str):
+    for place in (folder, *(below for below in folders_below(folder) if below.name.lower() in ANNOTATIONS)):
+        for file in files_with(place, ".json"):
             form = recognize(file)
             if form is not None and form.reader == "label-studio":
                 found.append(_source(file, split_of(file.stem), folder))

@@ -19,7 +19,15 @@ from glip_jax.data.importers.coco import NamedOptions, open_converted
 from glip_jax.data.importers.coco_folders import read_json
 from glip_jax.data.importers.entry import ImportSource, Report, SourceError, as_numbers
 from glip_jax.data.importers.options import PathArgument
-from glip_jax.data.importers.sources import Source, coco_form, folders_below, image_folders, split_of
+from glip_jax.data.importers.sources import (
+    ANNOTATIONS,
+    Source,
+    coco_form,
+    files_with,
+    folders_below,
+    image_folders,
+    split_of,
+)
 from glip_jax.io import gcs
 from glip_jax.io.formats import recognize
 
@@ -36,7 +44,7 @@ def json_files(folder: epath.Path) -> list[epath.Path]:
     """The JSON files in a folder; SourceError if there is none."""
     if gcs.kind(folder) != "folder":
         raise SourceError(f"{folder} is no folder: expected the folder of LabelMe's JSON files")
-    files = sorted((path for path in folder.iterdir() if path.suffix.lower() == ".json"), key=str)
+    files = files_with(folder, ".json")
     if not files:
         raise SourceError(f"{folder} has no JSON file: expected one for each image")
     return files
@@ -98,17 +106,15 @@ def _boxes(shapes: list[Any], file: str, report: Report) -> Iterator[tuple[str, 
 def sources(folder: epath.Path) -> list[Source]:
     """The splits of a folder of LabelMe: JSON files in folders of their names, or in one folder, which is no split."""
     splits = [(below, split) for below in folders_below(folder) if (split := split_of(below.name))]
-    others = [
-        below for below in folders_below(folder) if below.name.lower() in ("annotations", "labels", "json", "jsons")
-    ]
+    others = [below for below in folders_below(folder) if below.name.lower() in ANNOTATIONS]
     inner = [(place, split_of(place.name)) for below in others for place in folders_below(below)]
     found = [_source(place, split, folder) for place, split in (*splits, *inner) if split and _is_labelme(place)]
     return found or [_source(place, "", folder) for place in (folder, *others) if _is_labelme(place)][:1]
 
 
 def _is_labelme(folder: epath.Path) -> bool:
-    first = next((path for path in sorted(folder.iterdir(), key=str) if path.suffix.lower() == ".json"), None)
-    form = None if first is None else recognize(first)
+    files = files_with(folder, ".json")
+    form = recognize(files[0]) if files else None
     return form is not None and form.reader == "labelme"
 
 

@@ -17,7 +17,16 @@ from glip_jax.data.importers import coco_folders, label_studio, labelme, odvg, v
 from glip_jax.data.importers.categories import check_ids
 from glip_jax.data.importers.entry import Report, SourceError
 from glip_jax.data.importers.readers import as_integer, identity
-from glip_jax.data.importers.sources import SPLITS, LayoutError, Source, folders_below, images_below, located
+from glip_jax.data.importers.sources import (
+    SPLITS,
+    LayoutError,
+    Source,
+    entries,
+    files_with,
+    folders_below,
+    images_below,
+    located,
+)
 from glip_jax.io import gcs
 from glip_jax.io.formats import explain
 
@@ -152,9 +161,9 @@ def _left_out(splits: Iterable[Split]) -> Iterator[str]:
     used: dict[str, set[str]] = {}
     for split in splits:
         used.setdefault(split.images, set()).update(image["file_name"] for image in split.coco["images"])
-    everything = {str(epath.Path(folder) / name) for folder, names in used.items() for name in names}
+    everything = {f"{folder}/{name}" for folder, names in used.items() for name in names}
     for folder in used:
-        others = [name for name in images_below(epath.Path(folder)) if str(epath.Path(folder) / name) not in everything]
+        others = [name for name in images_below(epath.Path(folder)) if f"{folder}/{name}" not in everything]
         if others:
             yield f"{len(others)} images in {folder} have no annotations: left out (first: {others[0]})"
 
@@ -182,7 +191,7 @@ def _located(root: epath.Path, wanted: Mapping[str, _Layout], depth: int) -> tup
             )
         level = [below for place in level for below in folders_below(place)][:_FOLDERS]
     titles = "; ".join(layout.title for layout in wanted.values())
-    has = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
+    has = ", ".join(sorted(name for names in entries(root) for name in names)[:8]) or "nothing"
     raise LayoutError(
         f"{root} has no data set that can be read; it has {has} ({len(images_below(root))} images){_hint(root)}; looked for: {titles}"
     )
@@ -190,7 +199,7 @@ def _located(root: epath.Path, wanted: Mapping[str, _Layout], depth: int) -> tup
 
 def _hint(root: epath.Path) -> str:
     """What lies in a folder instead of a data set, where that is known."""
-    files = [path for path in sorted(root.iterdir(), key=str) if path.suffix.lower() in _TEXTS and not path.is_dir()]
+    files = files_with(root, *_TEXTS)
     for path in (*files[:_FILES], root):
         if (found := explain(path)) and "image" not in found and "such as" not in found:
             return f"; {path.name} {found}"

@@ -24,7 +24,15 @@ from glip_jax.data.importers.entry import ImportSource, Report, SourceError, as_
 from glip_jax.data.importers.mdetr import groundings
 from glip_jax.data.importers.options import PathArgument
 from glip_jax.data.importers.readers import JsonLists, as_integer, numbered_lines, parse_json, require_file
-from glip_jax.data.importers.sources import Source, folders_below, image_folders, one_per_split, split_of
+from glip_jax.data.importers.sources import (
+    ANNOTATIONS,
+    Source,
+    files_with,
+    folders_below,
+    image_folders,
+    one_per_split,
+    split_of,
+)
 from glip_jax.io.formats import recognize
 
 __all__ = ["Odvg", "open_odvg", "read_odvg", "sources"]
@@ -207,8 +215,8 @@ def _label_map(file: epath.Path) -> dict[int, str]:
 def sources(folder: epath.Path) -> list[Source]:
     """The files of ODVG in a folder, by the splits that their names say, with the label map beside them."""
     found = []
-    for place in (folder, *(below for below in folders_below(folder) if below.name.lower() == "annotations")):
-        files = sorted((path for path in place.iterdir() if path.suffix.lower() in (".jsonl", ".json")), key=str)
+    for place in (folder, *(below for below in folders_below(folder) if below.name.lower() in ANNOTATIONS)):
+        files = files_with(place, ".jsonl", ".json")
         maps = [file for file in files if "label_map" in file.name.lower()]
         for file in files:
             form = None if file in maps else recognize(file)

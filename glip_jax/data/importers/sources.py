@@ -1,5 +1,6 @@
 """What the readers of own data share: the names of splits, the files that a layout finds, image files by their names."""
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -9,12 +10,16 @@ from etils import epath
 from glip_jax import UserError
 from glip_jax.data.importers.coco_json import ImagePaths
 from glip_jax.data.importers.entry import Report, SourceError, as_numbers, one_line
+from glip_jax.io import gcs
 from glip_jax.io.image_files import ENDINGS
 
 __all__ = [
-    "SPLITS", "LayoutError", "Source", "by_stem", "coco_form", "folders_below", "image_folders", "images_below", "located",
+    "ANNOTATIONS", "SPLITS", "LayoutError", "Source", "by_stem", "coco_form", "entries", "files_with", "folders_below", "image_folders", "images_below", "located",
     "one_per_split", "split_of",
 ]  # fmt: skip
+
+ANNOTATIONS = ("annotation", "annotations", "annots", "anns", "json", "jsons", "labels")
+"""Names of folders of annotation files."""
 
 SPLITS = ("train", "valid", "test")
 
@@ -60,28 +65,41 @@ def split_of(name: str) -> str:
 
     A name says it as a word, with a year or without one: `train`, `instances_val2017`, `Validation`, `mini_val`.
     """
-    words = re.findall(r"[a-z]+", re.sub(r"mini[_-]?val", "minival", name.lower()))
+    words = re.findall(r"[a-z]+", name.lower())
     found = {_WORDS[word] for word in words if word in _WORDS}
     return found.pop() if len(found) == 1 else ""
 
 
+def entries(folder: epath.Path) -> tuple[list[str], list[str]]:
+    """The names of the files and of the folders in a folder, sorted, without hidden ones."""
+    if gcs.is_remote(folder):
+        found = [(path.name, path.is_dir()) for path in folder.iterdir()]
+    else:
+        with os.scandir(folder) as listing:  # iterdir makes a path of each of maybe 100,000 images
+            found = [(entry.name, entry.is_dir()) for entry in listing]
+    shown = sorted(pair for pair in found if not pair[0].startswith((".", "__MACOSX")))
+    return [name for name, is_folder in shown if not is_folder], [name for name, is_folder in shown if is_folder]
+
+
 def folders_below(folder: epath.Path) -> list[epath.Path]:
     """The folders in a folder, in order of their names, without hidden ones."""
-    return sorted((path for path in folder.iterdir() if path.is_dir() and not _is_hidden(path)), key=str)
+    return [folder / name for name in entries(folder)[1]]
+
+
+def files_with(folder: epath.Path, *endings: str) -> list[epath.Path]:
+    """The files in a folder whose names end so, in order, without hidden ones."""
+    return [folder / name for name in entries(folder)[0] if name.lower().endswith(endings)]
 
 
 def images_below(folder: epath.Path) -> list[str]:
     """Paths of the image files in a folder and below it, relative to it, in order."""
     found: list[str] = []
-    queue = [folder]
+    queue = [""]
     while queue and len(found) < _MOST:
-        for path in sorted(queue.pop(0).iterdir(), key=str):
-            if _is_hidden(path):
-                continue
-            if path.suffix.lower() in ENDINGS:
-                found.append(str(path.relative_to(folder)))
-            elif not path.suffix and path.is_dir():
-                queue.append(path)
+        place = queue.pop(0)
+        files, folders = entries(folder / place)
+        found += [place + name for name in files if name.lower().endswith(ENDINGS)]
+        queue += [f"{place}{name}/" for name in folders]
     return sorted(found)
 
 
@@ -135,7 +153,7 @@ def located(
         others = image.get("names")
         kept = {key: value for key, value in image.items() if key != "names"}
         names = [str(kept["file_name"]), *(others or ())]
-        path = next((name for name in map(paths.find, names) if (folder / name).exists()), None)
+        path = next((name for name in map(paths.find, names) if _exists(folder, name)), None)
         if path is None and others is not None:
             stems = by_stem(images_below(folder)) if stems is None else stems
             tails = [name.replace("\\", "/").rpartition("/")[2] for name in names]
@@ -149,14 +167,18 @@ def located(
 
 def image_folders(file: epath.Path, split: str, folder: epath.Path) -> tuple[epath.Path, ...]:
     """Folders in which the images of an annotation file in `folder` may be, the likeliest first."""
-    below = [path for path in folders_below(folder) if path.name.lower() not in ("annotations", "labels")]
+    below = [path for path in folders_below(folder) if path.name.lower() not in ANNOTATIONS]
     images = [path for path in below if path.name.lower() in ("images", "image", "imgs", "data", "jpegimages")]
     of_split = [path for place in (*images, folder) for path in folders_below(place) if split_of(path.name) == split]
     inner = [path for place in of_split if split for path in folders_below(place) if path.name.lower() == "images"]
-    beside = [] if file.parent.name.lower() == "annotations" else [file.parent]
+    beside = [] if file.parent.name.lower() in ANNOTATIONS else [file.parent]
     nested = [path for place in images for path in folders_below(place)[:_FEW]]
     ordered = [*beside, *inner, *(of_split if split else ()), *images, folder, *below[:_FEW], *nested, file.parent]
     return tuple(dict.fromkeys(ordered))
+
+
+def _exists(folder: epath.Path, name: str) -> bool:
+    return (folder / name).exists() if gcs.is_remote(folder) else os.path.exists(f"{folder}/{name}")
 
 
 def one_per_split(sources: Iterable[Source], folder: epath.Path) -> list[Source]:
@@ -175,7 +197,3 @@ def one_per_split(sources: Iterable[Source], folder: epath.Path) -> list[Source]
             )
         chosen += best
     return chosen
-
-
-def _is_hidden(path: epath.Path) -> bool:
-    return path.name.startswith((".", "__MACOSX"))

@@ -23,14 +23,13 @@ from glip_jax.data.importers.coco import NamedOptions, open_converted
 from glip_jax.data.importers.entry import ImportSource, Report, SourceError
 from glip_jax.data.importers.options import PathArgument
 from glip_jax.data.importers.readers import as_integer
-from glip_jax.data.importers.sources import Source, coco_form, folders_below, split_of
+from glip_jax.data.importers.sources import Source, coco_form, files_with, folders_below, one_per_split, split_of
 from glip_jax.io import gcs, text_files
 from glip_jax.io.image_files import ENDINGS
 
 __all__ = ["Voc", "open_voc", "read_voc", "sources"]
 
 _IMAGES = ("jpegimages", "images", "image", "imgs", "img")
-_ANNOTATIONS = ("annotations", "annotation", "xml", "xmls", "labels")
 
 
 def open_voc(
@@ -52,7 +51,7 @@ def open_voc(
 
 def xml_files(folder: epath.Path, names: Sequence[str] | None = None) -> list[epath.Path]:
     """The XML files in a folder, or those of the given names; SourceError if there is none, or one of the names has none."""
-    files = {path.stem: path for path in sorted(folder.iterdir(), key=str) if path.suffix.lower() == ".xml"}
+    files = {path.stem: path for path in files_with(folder, ".xml")}
     if not files:
         raise SourceError(f"{folder} has no XML file: expected one for each image")
     if names is None:
@@ -151,23 +150,24 @@ def _names(file: epath.Path) -> list[str]:
 
 def sources(folder: epath.Path) -> list[Source]:
     """The splits of a folder of VOC: by ImageSets/Main, by folders of their names, or one without a name."""
-    annotations = _below(folder, _ANNOTATIONS) or [folder]
-    for place in annotations:
-        if _has_xml(place):
-            images = (*_below(folder, _IMAGES), folder)
-            return _by_lists(folder, place, images) or [_source("", place, images)]
-        split_folders = [below for below in folders_below(place) if split_of(below.name)]
-        found = []
-        for below in split_folders:
-            own = next((inner for inner in (below, *_below(below, _ANNOTATIONS)) if _has_xml(inner)), None)
+    below = folders_below(folder)
+    images = (*_below(folder, _IMAGES), folder)
+    found = []
+    for place in (folder, *below):
+        split = split_of(place.name) if place != folder else ""
+        if not split and _has_xml(place):
+            found += _by_lists(folder, place, images) or [_source("", place, (*images, place))]
+            continue
+        inner = [] if place == folder else folders_below(place)
+        if split:  # train/*.xml, or train/Annotations/*.xml
+            own = next((path for path in (place, *inner) if _has_xml(path)), None)
             if own is not None:
-                split = split_of(below.name)
-                beside = [path for images in _below(folder, _IMAGES) for path in folders_below(images)]
-                same = [path for path in beside if split_of(path.name) == split]
-                found.append(_source(split, own, (*same, *_below(below, _IMAGES), below, *_below(folder, _IMAGES))))
-        if found:
-            return found
-    return []
+                found.append(_source(split, own, (*_below(place, _IMAGES), place, *images)))
+        else:  # Annotations/train/*.xml beside images/train
+            for own in (path for path in inner if split_of(path.name) and _has_xml(path)):
+                beside = [path for other in below for path in folders_below(other) if path.name == own.name]
+                found.append(_source(split_of(own.name), own, (*beside, *images)))
+    return one_per_split(found, folder)
 
 
 def _below(folder: epath.Path, names: Sequence[str]) -> list[epath.Path]:
@@ -175,8 +175,8 @@ def _below(folder: epath.Path, names: Sequence[str]) -> list[epath.Path]:
 
 
 def _has_xml(folder: epath.Path) -> bool:
-    file = next((path for path in sorted(folder.iterdir(), key=str) if path.suffix.lower() == ".xml"), None)
-    return file is not None and re.search(rb"<annotation[\s>]", file.read_bytes()[:4096]) is not None
+    files = files_with(folder, ".xml")
+    return bool(files) and re.search(rb"<annotation[\s>]", files[0].read_bytes()[:4096]) is not None
 
 
 def _by_lists(folder: epath.Path, place: epath.Path, images: tuple[epath.Path, ...]) -> list[Source]:
@@ -184,7 +184,7 @@ def _by_lists(folder: epath.Path, place: epath.Path, images: tuple[epath.Path, .
     lists = folder / "ImageSets" / "Main"
     if not lists.is_dir():
         return []
-    files = {path.stem.lower(): path for path in lists.iterdir() if path.suffix == ".txt"}
+    files = {path.stem.lower(): path for path in files_with(lists, ".txt")}
     named = {split_of(stem): file for stem, file in files.items() if split_of(stem) and "_" not in stem}
     if "train" not in named and "trainval" in files:
         named["train"] = files["trainval"]

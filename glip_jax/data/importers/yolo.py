@@ -24,7 +24,7 @@ from glip_jax.data.importers.coco import NamedOptions, open_converted
 from glip_jax.data.importers.entry import ImportSource, Report, SourceError
 from glip_jax.data.importers.options import PathArgument
 from glip_jax.data.importers.readers import as_integer, require_file
-from glip_jax.data.importers.sources import Source, coco_form, folders_below, images_below, split_of
+from glip_jax.data.importers.sources import Source, coco_form, files_with, folders_below, images_below, split_of
 from glip_jax.io import gcs, text_files
 from glip_jax.io.image_files import ImageFileError, measured
 
@@ -247,8 +247,7 @@ def _boxes(
 
 def sources(folder: epath.Path) -> list[Source]:
     """The splits of the data.yaml in a folder; without one, `labels` beside `images` with a list of class names."""
-    files = [path for path in sorted(folder.iterdir(), key=str) if path.suffix.lower() in (".yaml", ".yml")]
-    for file in files:
+    for file in files_with(folder, ".yaml", ".yml"):
         fields = _fields_or_none(file)
         if fields and "names" in fields and any(fields.get(key) for keys in _SPLITS.values() for key in keys):
             return _of_yaml(file, fields)

@@ -160,7 +160,7 @@ def test_shots_are_images_that_hold_the_class():
 
 def test_prepared_shots_are_read(tmp_path):
     save(coco(3, start=0), tmp_path / "train/_annotations.coco.json")
-    (tmp_path / "train/fewshot_train_shot1_seed30.json").write_text(json.dumps(coco(1, 2)))
+    (tmp_path / "train/fewshot_train_shot1_seed30.json").write_text(json.dumps(coco(1, 2, start=0)))
     found = find(tmp_path)
     shots = prepared_shots(found, 1, 30)
     assert shots is not None and [image["id"] for image in shots.coco["images"]] == [2]

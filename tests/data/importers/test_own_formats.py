@@ -91,6 +91,12 @@ def test_voc_splits_by_its_lists_and_by_folders(tmp_path):
     assert sizes(find(tmp_path / "b")) == {"train": (1, 2), "valid": (1, 2), "test": (1, 2)}
 
 
+def test_voc_in_a_folder_of_another_name(tmp_path):
+    folder = made("voc", tmp_path, "images")
+    (folder / "Annotations").rename(folder / "annots")
+    assert sizes(find(folder)) == {"train": (3, 6)}
+
+
 def _yolo(folder: Path, yaml: str, *splits: str) -> Path:
     for number, split in enumerate(splits):
         for kind in ("images", "labels"):
