@@ -106,6 +106,8 @@ def parameters(model: ModelConfig, seed: int = 5) -> dict[str, Any]:
         deviation = 0.15 if len(shape.shape) > 1 else 0.3
         mean = 1.0 if name in ("scale", "scales") else -2.0 if name == "bias0" else 0.0
         values[path] = (mean + deviation * rng.normal(size=shape.shape)).astype(np.float32)
+        if np.issubdtype(shape.dtype, np.integer):  # ids of a table of tuned prompts that holds no name
+            values[path] = np.full(shape.shape, -1, np.int32)
     return flax.traverse_util.unflatten_dict(values, sep="/")
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from glip_jax.config import BackboneConfig, Config, HeadConfig, InputConfig
 from glip_jax.inference import chunk
 from glip_jax.inference.postprocess import detect
+from glip_jax.io.checkpoint_reader import fingerprint
 from glip_jax.io.image_files import upright
 from glip_jax.models.glip import GLIP, normalize
 from glip_jax.models.tuned_prompts import find_rows
@@ -22,7 +23,9 @@ from glip_jax.structures import boxes as box
 from glip_jax.structures import prompts
 from glip_jax.structures.batch import Predictions
 from glip_jax.structures.canvas import resize, target_size
-from glip_jax.weights.export import full_state, network_settings, write_huggingface
+from glip_jax.training.finetuning.modes import tuned_config
+from glip_jax.weights import verification
+from glip_jax.weights.export import ExportError, full_state, network_settings, write, write_huggingface
 from glip_jax.weights.names import export_state, parameter_shapes
 from glip_jax.weights.portable.glip_network import GlipNetwork, deformable_convolution
 from glip_jax.weights.portable.modeling_glip import GlipConfig, GlipForZeroShotObjectDetection
@@ -33,6 +36,9 @@ from glip_jax.weights.portable.processing_glip import (
     to_rgb,
 )
 from glip_jax.weights.portable.tuned_prompts import TunedPrompts
+from glip_jax.weights.readers import open_export
+from glip_jax.weights.tuned_parameters import starting_parameters
+from glip_jax.weights.verification import differences, reader, sample_images
 from tests import tiny_run
 from tests.io.test_image_files import CASES, RGB, encoded
 from tests.parity.check_torch import main as check_torch
@@ -419,3 +425,45 @@ def test_tuned_names_are_found_as_in_the_network():
     theirs = portable.find_rows(torch.from_numpy(tokens), torch.from_numpy(mask))
     for one, other in zip(jax.jit(find_rows)(TABLE, tokens, mask), theirs):
         assert np.asarray(one).tolist() == other.tolist()
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    """(settings, parameters) of a network with tuned prompts for the names of the tiny run."""
+    base = tiny_run.config(dropout=0.0)
+    config = tuned_config(base, "prompt", tiny_run.NAMES)
+    params = starting_parameters(tiny_run.parameters(config.model), random_params(base.model), config, tiny_run.NAMES)
+    shape = params["prompts"]["deltas"].shape
+    params["prompts"]["deltas"] = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    return config, params
+
+
+def test_tuned_prompts_have_no_place_in_the_original(tuned, tmp_path):
+    with pytest.raises(
+        ExportError, match="tuned prompts for 3 names, which microsoft/GLIP can hold by token position only"
+    ):
+        write(
+            "glip-pth", tmp_path / "x.pth", tuned[1], dataclasses.replace(tuned[0], model=_as_original(tuned[0].model))
+        )
+
+
+def _as_original(model):
+    head = dataclasses.replace(model.head, coarse_offsets="flat")
+    return dataclasses.replace(
+        model, head=head, pyramid=dataclasses.replace(model.pyramid, strides=(8, 16, 32, 64, 128))
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["huggingface", "onnx"])
+def test_tuned_prompts_are_exported(tuned, tmp_path, form):
+    config, params = tuned
+    config = tiny_run.replace(config, "evaluation", short_side=64, long_side=96)
+    write(form, tmp_path / "model", params, config)
+    found = differences(params, config, sample_images(1), reader(form, tmp_path / "model", config))
+    found.check(form)
+    assert verification._tuned_names(params, config) == ["cat", "dog"], "they are in the prompt that was compared"
+    if form == "huggingface":
+        opened = open_export(str(tmp_path / "model"))
+        assert opened.config.model.prompts == config.model.prompts
+        assert fingerprint(opened.parameters()) == fingerprint(params)

@@ -88,6 +88,7 @@ def test_tuned_prompts_are_the_base_without_deltas_and_stay_with_their_names():
         here, there = other[0] == row[0], prompt[0] == row[0]
         assert here.sum() == there.sum() == 1
         np.testing.assert_array_equal(turned[here], before[there], err_msg=name)
+    np.testing.assert_array_equal(turned[0, 0], before[0, 0], err_msg="[CLS]")
     # Beside a name that was not tuned, BERT gives its states, and those of [CLS] and [SEP].
     mixed = _tokens(("cat", "red"), config)
     found, expected = np.asarray(encode(tuned, *mixed))[0], np.asarray(of_base(base, *mixed))[0]

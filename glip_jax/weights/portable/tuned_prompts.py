@@ -71,6 +71,6 @@ class TunedPrompts(nn.Module):
         row = torch.where(
             is_cls, torch.full_like(row, count), torch.where(is_sep, torch.full_like(row, count + 1), row)
         )
-        covered = torch.where(ends, complete.expand_as(ends), covered)
+        covered = (covered & ~ends) | (complete & ends)
         zero = torch.zeros_like(row)
         return torch.where(covered, row, zero), torch.where(covered & ~ends, column, zero), covered

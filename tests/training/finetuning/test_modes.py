@@ -94,8 +94,6 @@ def test_a_step_changes_what_the_mode_trains_and_nothing_else(mode):
         record=np.zeros(2, np.int32), dropped=np.zeros((2, len(DROPS)), np.int32),
     )  # fmt: skip
     params = tiny_run.parameters(config.model)
-    if mode == "prompt":
-        params["prompts"]["tokens"] = np.ones_like(params["prompts"]["tokens"], np.int32)
     assert _changed(config, params, batch, _sum_of_squares()) == wanted(mode, set(optim.flat(params)))
 
 
@@ -113,7 +111,7 @@ def test_a_step_of_the_network_changes_every_delta(tmp_path):
     tokenizer = load_tokenizer(tiny_run.VOCABULARY)
     first, *cat, last = tokenizer.encode("cat").ids
     (dot,) = tokenizer.encode(".").ids[1:-1]
-    table = params["prompts"]["tokens"] = np.full(params["prompts"]["tokens"].shape, -1, np.int32)
+    table = params["prompts"]["tokens"]
     table[0, : len(cat) + 1], table[-3:, 0] = [*cat, dot], [first, last, dot]
     batches: Any = Mixture(config).batches()
     batch = next(batches)
