@@ -91,7 +91,7 @@ def _evaluate(arguments: EvaluateArguments, chunking: "Chunking | None", share: 
     checkpoint = checkpoint_argument.open_named(arguments.checkpoint, workdir, arguments.step)
     out = arguments.out or arguments.workdir
     if not out and checkpoint.step is None:
-        raise CommandLineError("no folder for the report: expected --out=DIR with an exported --checkpoint")
+        raise CommandLineError("no folder for the report: expected --out=DIR with an exported --checkpoint or a delta")
     out = out or checkpoint.workdir
     # All processes look, as all read the checkpoint together, and do the same then.
     if arguments.unless_done and all(share.gather(_done(arguments, checkpoint, out))):
