@@ -133,6 +133,24 @@ def test_predictions_of_another_image_list(tmp_path, capsys, metric):
 
 
 @pytest.mark.parametrize("metric", OF_IMAGES)
+def test_one_image_with_and_without_a_detection(tmp_path, capsys, metric):
+    truth, found = (json.loads(path.read_text()) for path in FILES[metric])
+    first = str(truth["annotations"][0]["image_id"])
+    truth["images"] = [image for image in truth["images"] if str(image["id"]) == first]
+    truth["annotations"] = [box for box in truth["annotations"] if str(box["image_id"]) == first]
+    own, none = [], []
+    if isinstance(found, dict):
+        own, none = {first: found[first]}, {first: {"boxes": [], "scores": []}}
+    else:
+        own = [row for row in found if str(row["image_id"]) == first]
+    for rows in (own, none):
+        for name, content in (("true", truth), ("found", rows)):
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        assert _score(metric, tmp_path / "true.json", tmp_path / "found.json") == 0
+        assert json.loads(capsys.readouterr().out)["protocol"]["metric"] == metric
+
+
+@pytest.mark.parametrize("metric", OF_IMAGES)
 def test_ids_that_occur_twice(tmp_path, capsys, metric):
     annotations, predictions = FILES[metric]
     twice = _changed(tmp_path, annotations, lambda content: content["images"].append(content["images"][0]))
