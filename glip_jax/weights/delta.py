@@ -28,7 +28,7 @@ __all__ = ["FORMAT", "is_delta", "open_delta", "save_delta"]
 
 FORMAT = "glip_jax delta 1"
 _SETTINGS, _ARRAYS = "delta.json", "delta.safetensors"
-_OWN = ("model.lora.", "model.prompts.", "model.text.vocabulary", "model.dtype")
+_OWN = ("model.lora.", "model.prompts.", "model.text.vocabulary", "model.text.max_tokens", "model.dtype")
 """Settings of the network in which a delta may differ from its base."""
 
 

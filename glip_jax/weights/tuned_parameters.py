@@ -99,7 +99,7 @@ def prompt_table(config: Config, params: Mapping[str, Any], names: Sequence[str]
                 f"names have other tokens in the prompt {prompt.caption!r:.200} than alone: give them texts without marks at their ends"
             )
         encoded = encode(ids)
-        # Where the token budget is used up, the separator of another name stands for that of the last one.
+        # Where the token budget is used up, the state of [SEP] stands for the separator of the last name.
         behind = encode(longer)[-1 - len(separator) : -1] if len(longer) <= config.model.text.max_tokens else []
         along, begin = [*encoded[:-1], *(behind if len(behind) else encoded[-1:])], 1
         for index in indices:
