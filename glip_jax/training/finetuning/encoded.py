@@ -126,8 +126,9 @@ class EncodedMixture:
         config, digest = self._config, hashlib.sha256()
         frozen = {key: params[key] for key in ("backbone", "text") if key in params}
         manifests = [dataclasses.asdict(shards.manifest) for shards in self._mixture.shards]
-        settings = [dataclasses.asdict(config.model), dataclasses.asdict(config.data), config.train.seed]
-        for part in (self._keys, manifests, settings):
+        model = config.model
+        settings = [dataclasses.asdict(part) for part in (model.input, model.backbone, model.text, config.data)]
+        for part in (self._keys, manifests, settings, config.train.seed):
             digest.update(json.dumps(part, sort_keys=True, default=str).encode())
         digest.update(fingerprint(frozen).encode())
         return digest.hexdigest()[:16]
