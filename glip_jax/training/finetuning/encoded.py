@@ -90,7 +90,7 @@ class EncodedMixture:
         (self.canvas,) = mixture.canvases
         self._host, self._hosts = host, hosts
         steps = range(start, self._config.train.steps)
-        self._keys = sorted({key for step in steps for key in self._keys_of(step)})
+        self._keys = sorted({key for step in steps for key in self.keys_of(step)})
         self._rows = {key: row for row, key in enumerate(self._keys)}
         self._folder = epath.Path(folder) / f"{self._digest(params)}"
         if not (self._folder / "examples.npz").exists():
@@ -106,12 +106,12 @@ class EncodedMixture:
         if (host, hosts) != (self._host, self._hosts):
             raise ValueError(f"host {host} of {hosts}: the examples of host {self._host} of {self._hosts} were encoded")
         for step in range(start, self._config.train.steps):
-            rows = np.array([self._rows[key] for key in self._keys_of(step)])
+            rows = np.array([self._rows[key] for key in self.keys_of(step)])
             text = None if self._texts is None else self._texts[self._captions[rows]]
             images = EncodedImages(tuple(np.asarray(level[rows]) for level in self._maps), text)
             yield jax.tree.map(lambda array: array[rows], self._examples)._replace(image=images)  # noqa: B023
 
-    def _keys_of(self, step: int) -> list[tuple[int, int, bool, int]]:
+    def keys_of(self, step: int) -> list[tuple[int, int, bool, int]]:
         """(source, record, mirrored, number of the caption) of the examples of a step on this host."""
         config, per_host = self._config, self._config.train.batch_size // self._hosts
         begin, keys = self._host * per_host, []

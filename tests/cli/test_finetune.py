@@ -1,0 +1,145 @@
+"""The job finetune, from a folder of drawn images and the checkpoint of the minute run."""
+
+import json
+import shutil
+
+import jax
+import pytest
+from PIL import Image, ImageDraw
+
+from glip_jax.__main__ import main
+from glip_jax.cli import finetune
+from glip_jax.distributed import mesh
+from glip_jax.distributed.mesh import make_mesh
+from glip_jax.training import loop
+from tests.tiny_run import COLORS
+
+NAMES = ("red square", "blue square")
+
+
+def write_data(folder, splits=("train", "valid", "test"), names=NAMES, images=4):
+    """Roboflow's layout: squares on gray."""
+    for split in splits:
+        (folder / split).mkdir(parents=True)
+        coco = {"images": [], "annotations": [], "categories": [{"id": i + 1, "name": n} for i, n in enumerate(names)]}
+        for i in range(images):
+            label, corner = i % len(names), 8 + 4 * i + sum(map(ord, split)) % 17
+            image = Image.new("RGB", (96, 96), (200, 200, 200))
+            ImageDraw.Draw(image).rectangle((corner, corner, corner + 30, corner + 30), fill=COLORS[label])
+            image.save(folder / split / f"{split}{i}.png")
+            coco["images"].append({"id": i, "file_name": f"{split}{i}.png", "height": 96, "width": 96})
+            coco["annotations"].append(
+                {"id": i + 1, "image_id": i, "category_id": label + 1, "bbox": [corner, corner, 31, 31]}
+            )
+        (folder / split / "_annotations.coco.json").write_text(json.dumps(coco))
+    return folder
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def said(capsys, monkeypatch):
+    """The lines of a command that ends with a code; it runs on one device, for which less is compiled."""
+    for module in (mesh, loop):
+        monkeypatch.setattr(module, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+    def run(*argv, code=2):
+        assert main(["finetune", *map(str, argv)]) == code
+        return capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.compiles
+def test_from_a_folder_to_a_table(trained, tmp_path, said):
+    """Two steps of the head, with a kept set and mixtures of the weights; then the same command and another one."""
+    data, workdir = write_data(tmp_path / "data"), tmp_path / "run"
+    before = contents(data)
+    command = (
+        f"--data={data}", f"--checkpoint={trained.workdir}", f"--workdir={workdir}", "--tune=head", "--steps=2", "--keep=scenes",
+        "--interpolate=0,1",
+    )  # fmt: skip
+    out = said(*command, code=0).out
+    assert contents(data) == before
+    result = json.loads((workdir / "finetune.json").read_text())
+    assert result["split"] == "test" and result["tune"] == "head" and set(result["per_class"]) == set(NAMES)
+    for numbers in (result["zero_shot"], result["tuned"], result["valid"]["tuned"], result["test"]["zero_shot"]):
+        assert 0 <= numbers["AP"] <= numbers["AP50"] <= 1
+    ends = {point["share"]: point for point in result["interpolation"]}
+    assert ends[0.0]["kept"]["scenes"] == result["kept"]["scenes"]["before"]
+    assert ends[1.0]["kept"]["scenes"] == result["kept"]["scenes"]["after"]
+    assert ends[0.0]["new"] == result["valid"]["zero_shot"]["AP"] and ends[1.0]["new"] == result["valid"]["tuned"]["AP"]
+    assert [point["step"] for point in result["curve"]] == [2]
+    assert "red square" in out and "<html" in (workdir / "report.html").read_text()
+    # The result is a delta on the base, and the large checkpoints are gone.
+    assert json.loads((workdir / "run" / "delta" / "delta.json").read_text())["mode"] == "head"
+    assert not (workdir / "run" / "checkpoints").exists()
+    assert "is finished" in said(*command, code=0).out
+    assert "steps: 2 -> 3" in said(*command[:4], "--steps=3", *command[5:]).err
+
+
+@pytest.mark.compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("tune", ["prompt", "lora", "full"])
+def test_modes_with_shots_and_replay(trained, tmp_path, said, tune):
+    """Each mode of a delta and the whole network; few-shot runs with two seeds; earlier shards are mixed in."""
+    data, workdir = write_data(tmp_path / "data", images=6), tmp_path / "run"
+    replay = [f"--replay={trained.scenes}/shards/detection:0.25"] if tune == "full" else []
+    said(f"--data={data}", f"--checkpoint={trained.workdir}", f"--workdir={workdir}", f"--tune={tune}", "--steps=2", "--shots=1",
+         "--seeds=3,30", *replay, code=0)  # fmt: skip
+    result = json.loads((workdir / "finetune.json").read_text())
+    assert [(run["seed"], run["shots"], run["images"]) for run in result["runs"]] == [(3, 1, 2), (30, 1, 2)]
+    assert result["seeds"]["1"]["AP"]["tuned"]["count"] == 2
+    assert (workdir / "shots1_seed3" / "delta").exists() == (tune != "full")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no --data"),
+        (["--data=DATA"], "no --workdir"),
+        (["--data=DATA", "--workdir=DATA/run"], "nothing is written"),
+        (["--data=EMPTY", "--workdir=RUN"], "no data set"),
+        (["--data=NONE", "--workdir=RUN"], "does not exist"),
+        (["--data=DATA", "--workdir=RUN", "--tune=prompt"], "give a --checkpoint"),
+        (["--data=DATA", "--workdir=RUN", "--minutes=0"], "expected minutes above 0"),
+        (["--data=DATA", "--workdir=RUN", "--replay=shards"], "expected SHARDS:SHARE"),
+        (["--data=DATA", "--workdir=RUN", "--shots=0"], "at least 1"),
+        (["--data=DATA", "--workdir=RUN", "--seeds=3,3"], "twice"),
+        (["--data=DATA", "--workdir=RUN", "--mode=lora"], "unknown option --mode"),
+        (["--data=DATA", "--workdir=RUN", "--checkpoint=NONE"], "NONE"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, said, arguments, message):
+    places = {
+        "DATA": write_data(tmp_path / "DATA"),
+        "EMPTY": tmp_path / "EMPTY",
+        "NONE": tmp_path / "NONE",
+        "RUN": tmp_path / "RUN",
+    }
+    places["EMPTY"].mkdir()
+    for name, place in places.items():
+        arguments = [each.replace(f"={name}", f"={place}") for each in arguments]
+    shown = said(*arguments)
+    assert message in shown.err and "Traceback" not in shown.err and shown.err.count("\n") == 1
+    assert not list((tmp_path / "DATA").glob("run*"))
+
+
+def test_a_corrected_command_goes_on_in_the_same_folder(tmp_path, said, monkeypatch):
+    """What was refused is not remembered; what began is: other options, and other data."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    data, workdir = write_data(tmp_path / "data"), tmp_path / "run"
+    assert "does not exist" in said("--data=nowhere", f"--workdir={workdir}").err
+    monkeypatch.setattr(finetune.FinetuneJob, "_train", stop)
+    said(f"--data={data}", f"--workdir={workdir}", code=130)
+    assert json.loads((workdir / "data" / "train.json").read_text())["images"]
+    assert "minutes: 10.0 -> 5.0" in said(f"--data={data}", f"--workdir={workdir}", "--minutes=5").err
+    shutil.rmtree(data)
+    write_data(data, images=3)
+    assert "the data changed" in said(f"--data={data}", f"--workdir={workdir}").err
