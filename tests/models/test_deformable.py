@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glip_jax.config import HeadConfig
 from glip_jax.models import deformable
 from glip_jax.models.deformable import Taps, deformable_convolution, rows_of
+from glip_jax.models.dynamic_head import DynamicConvolution
 
 pytestmark = pytest.mark.compiles
 
@@ -110,3 +112,23 @@ def test_nan_positions_count_as_zero() -> None:
         found = _run(x, offsets.at[0, 0, 0].set(jnp.nan), mask, kernel, jnp.zeros(4), 1, implementation)
         assert np.isfinite(found).all()
         assert not np.asarray(found[0, 0, 0]).any()
+
+
+@pytest.mark.slow
+def test_regular_convolutions_are_those_with_offsets_of_zero() -> None:
+    """Two levels, one image smaller than the canvas; the parameters of the offsets are 0."""
+    levels = [jax.random.normal(jax.random.key(i), (2, 12 // n, 8 // n, 8)) for i, n in enumerate((1, 2))]
+    sizes = [jnp.array([[12, 8], [8, 6]]) // n for n in (1, 2)]
+    regular, general = (
+        DynamicConvolution(HeadConfig(groups=2, deformable=kind), jnp.float32) for kind in (False, True)
+    )
+    params = regular.init(jax.random.key(9), levels, sizes)
+    assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(params["params"]["offset"]))
+
+    def loss(module: DynamicConvolution) -> Any:
+        return jax.jit(jax.grad(lambda params: sum(jnp.sum(jnp.sin(x)) for x in module.apply(params, levels, sizes))))
+
+    expected, found = (loss(module)(params)["params"] for module in (general, regular))
+    assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(found.pop("offset")))
+    expected.pop("offset")
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5), expected, found)
