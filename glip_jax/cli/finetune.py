@@ -15,6 +15,7 @@ import itertools
 import json
 import logging
 import shlex
+import shutil
 import statistics
 import time
 from collections import Counter
@@ -372,6 +373,7 @@ class FinetuneJob:
 
     def _feed(self, config: Config, mixture: "Mixture", state: "State") -> Any:
         """Encoded examples where the encoders are frozen, else images."""
+        from glip_jax.io import gcs
         from glip_jax.training import optimizer as optim
         from glip_jax.training.finetuning import encoded
         from glip_jax.training.finetuning.recipe import rate_factor
@@ -379,8 +381,16 @@ class FinetuneJob:
         from glip_jax.training.step import glip_objective
 
         rate = None if self.arguments.as_glip else functools.partial(rate_factor, steps=config.train.steps)
-        if not encoded.encodes_images(config, list(optim.flat(state.params))):
-            return Feed(mixture.batches, glip_objective(config), rate)
+        images = Feed(mixture.batches, glip_objective(config), rate)
+        if not encoded.encodes_images(config, list(optim.flat(state.params))) or gcs.is_remote(str(self.folder)):
+            return images
+        needed, free = encoded.bytes_needed(mixture, state.params), shutil.disk_usage(self.folder).free
+        if needed > free / 2:
+            logger.info(
+                f"note: features of the frozen backbone would take {needed / 1e9:.1f} GB, free are {free / 1e9:.1f} GB: each step encodes "
+                "its images instead"
+            )
+            return images
         examples = encoded.EncodedMixture(mixture, state.params, self.folder / "features", int(state.step))
         return Feed(examples.batches, encoded.objective_of_encoded(config, examples.canvas), rate)
 

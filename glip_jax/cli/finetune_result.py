@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import shlex
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -80,8 +79,8 @@ def finish(job: "FinetuneJob", done: Sequence[Done]) -> None:
     write_atomic(job.folder / "report.html", finetune_report.render(transfer, errors, job.own.sets[split].images))
     write_atomic(job.folder / "finetune.json", json.dumps(summary(transfer), indent=1))
     for each in done if job.tune in _DELTAS and job.base is not None else ():
-        shutil.rmtree(job.folder / each.run.name / "checkpoints", ignore_errors=True)
-    shutil.rmtree(job.folder / "features", ignore_errors=True)
+        (job.folder / each.run.name / "checkpoints").rmtree(missing_ok=True)
+    (job.folder / "features").rmtree(missing_ok=True)
     logger.info(finetune_report.table(transfer))
     logger.info(f"numbers: {job.folder / 'finetune.json'}; report: {job.folder / 'report.html'}")
 

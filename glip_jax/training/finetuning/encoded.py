@@ -30,10 +30,12 @@ from glip_jax.structures.batch import Batch, Predictions
 from glip_jax.training import optimizer as optim
 from glip_jax.training.step import Objective, glip_objective
 
-__all__ = ["EncodedImages", "EncodedMixture", "encodes_images", "encodes_text", "objective_of_encoded"]
+__all__ = ["EncodedImages", "EncodedMixture", "bytes_needed", "encodes_images", "encodes_text", "objective_of_encoded"]
 
 _CAPTIONS = 4
 """Captions of an example where they are sampled: different names that its image does not show."""
+_KEPT_CAPTIONS = 128
+"""Captions whose states are kept; where there are more, the step encodes them."""
 _MIRRORS = 0x6D697272
 """Sets the generator of mirroring apart from that of captions, which has the same seed and element."""
 
@@ -76,21 +78,33 @@ def objective_of_encoded(config: Config, canvas: tuple[int, int]) -> Objective:
     return glip_objective(config, forward=forward, canvas=canvas)
 
 
+def bytes_needed(mixture: Mixture, params: Any) -> int:
+    """Bytes of the maps of all records of a mixture with one canvas, and of their mirrors."""
+    (canvas,) = mixture.canvases
+    image, extent = jax.ShapeDtypeStruct((1, *canvas, 3), jnp.float32), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    model = GLIP(mixture.config.model)
+    maps: Any = jax.eval_shape(
+        lambda params, x, e: model.apply({"params": params}, x, e, method=lambda m, x, e: m.backbone(x, e)), params, image, extent
+    )  # fmt: skip
+    mirrors = 2 if mixture.config.data.flip else 1
+    return 2 * sum(level.size for level in maps) * sum(mixture.records) * mirrors
+
+
 class EncodedMixture:
     """The batches of a `Mixture` with encoded images, for a given number of steps."""
 
     def __init__(
         self, mixture: Mixture, params: Any, folder: epath.PathLike, start: int = 0, host: int = 0, hosts: int = 1
     ) -> None:
-        """Encodes the examples that this host reads in the steps after `start`, unless they lie in `folder`.
+        """Encodes the examples, unless they lie in `folder`: all of them, whatever the seed, or where captions are sampled those that this
+        host reads in the steps after `start`.
 
         `params`: of the network, on the devices. Features take 2 bytes a value: 0.3 MB an image of 288 x 384 pixels with EfficientNet-Lite0.
         """
         self._mixture, self._config = mixture, mixture.config
         (self.canvas,) = mixture.canvases
         self._host, self._hosts = host, hosts
-        steps = range(start, self._config.train.steps)
-        self._keys = sorted({key for step in steps for key in self.keys_of(step)})
+        self._keys = self._needed(start)
         self._rows = {key: row for row, key in enumerate(self._keys)}
         self._folder = epath.Path(folder) / f"{self._digest(params)}"
         if not (self._folder / "examples.npz").exists():
@@ -111,6 +125,19 @@ class EncodedMixture:
             images = EncodedImages(tuple(np.asarray(level[rows]) for level in self._maps), text)
             yield jax.tree.map(lambda array: array[rows], self._examples)._replace(image=images)  # noqa: B023
 
+    def _needed(self, start: int) -> list[tuple[int, int, bool, int]]:
+        """The examples that are encoded."""
+        data, records = self._config.data, self._mixture.records
+        if data.captions.mode == "all_names" and self._hosts == 1:
+            mirrors = (False, True) if data.flip else (False,)
+            return [
+                (source, i, mirror, 0)
+                for source, count in enumerate(records)
+                for i in range(count)
+                for mirror in mirrors
+            ]
+        return sorted({key for step in range(start, self._config.train.steps) for key in self.keys_of(step)})
+
     def keys_of(self, step: int) -> list[tuple[int, int, bool, int]]:
         """(source, record, mirrored, number of the caption) of the examples of a step on this host."""
         config, per_host = self._config, self._config.train.batch_size // self._hosts
@@ -128,7 +155,8 @@ class EncodedMixture:
         manifests = [dataclasses.asdict(shards.manifest) for shards in self._mixture.shards]
         model = config.model
         settings = [dataclasses.asdict(part) for part in (model.input, model.backbone, model.text, config.data)]
-        for part in (self._keys, manifests, settings, config.train.seed):
+        seed = None if config.data.captions.mode == "all_names" else config.train.seed
+        for part in (self._keys, manifests, settings, seed):
             digest.update(json.dumps(part, sort_keys=True, default=str).encode())
         digest.update(fingerprint(frozen).encode())
         return digest.hexdigest()[:16]
@@ -186,7 +214,7 @@ class EncodedMixture:
         captions, numbers = np.unique(whole.tokens, axis=0, return_inverse=True)
         saved = {name: value for name, value in whole._asdict().items() if name != "image"}
         saved["captions"] = numbers.reshape(-1).astype(np.int32)
-        if encodes_text(config, list(optim.flat(params))):
+        if encodes_text(config, list(optim.flat(params))) and len(captions) <= _KEPT_CAPTIONS:
             masks = np.stack([whole.token_mask[np.argmax(numbers.reshape(-1) == n)] for n in range(len(captions))])
             saved["texts"] = np.concatenate(
                 [np.asarray(text(params, c[None], m[None])) for c, m in zip(captions, masks)]

@@ -71,6 +71,18 @@ def test_a_resumed_run_sees_the_same_batches(config, params, examples, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, next(later.batches(4)), next(again.batches(4)))
 
 
+def test_where_all_names_are_asked_seeds_share_what_is_encoded(config, params, tmp_path):
+    """All examples and their mirrors, each once."""
+    captions = dataclasses.replace(config.data.captions, mode="all_names", shuffle=False)
+    data = dataclasses.replace(config.data, captions=captions)
+    for seed in (0, 1):
+        own = dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, seed=seed))
+        batches = list(encoded.EncodedMixture(Mixture(own), params, tmp_path).batches(0))
+        assert len(batches) == 6 and batches[0].image.text is not None
+    (folder,) = tmp_path.iterdir()
+    assert len(np.load(folder / "maps0.npy", mmap_mode="r")) == 2 * 16
+
+
 def test_only_frozen_encoders_are_encoded(config, params):
     paths = list(optim.flat(params))
     assert encoded.encodes_images(config, paths) and encoded.encodes_text(config, paths)
