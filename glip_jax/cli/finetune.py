@@ -46,7 +46,7 @@ _ENCODERS = "configs/own_data.py"
 _MEASURED = 8
 """Steps whose median time --minutes is divided by."""
 Tune = Literal["full", "head", "linear", "prompt", "text", "lora"]
-Recipe = Literal["", "full", "linear_prob", "language_prompt_v2"]
+Recipe = Literal["full", "linear_prob", "language_prompt_v2"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class FinetuneArguments(Arguments):
     """Sets that are measured before and after: names of the checkpoint's evaluation sets, or ANNOTATIONS.json:IMAGES."""
     interpolate: tuple[float, ...] = ()
     """Shares of the tuned weights, such as 0,0.25,0.5,0.75,1: mixtures with those of the base, measured at the end."""
-    as_glip: Recipe = ""
+    as_glip: Recipe | None = None
     """A mode of the original code with its recipe: epochs, copies, plateau and patience. It chooses the steps; see --shots."""
 
 
