@@ -36,6 +36,11 @@ from tests.run_job import run_job
 from tests.training import stand_in
 
 
+def written(folder):
+    """Everything below a folder but the bytecode of a config file that was loaded there."""
+    return [path for path in sorted(folder.rglob("*")) if "__pycache__" not in path.parts]
+
+
 def run(capture, *argv):
     """Exit code and the line on stderr, or what was printed where all went well."""
     capture.readouterr()
@@ -144,12 +149,12 @@ def _a_file(place):
 def test_train_finds_it_before_anything_is_made(place, capsys, spoil, options, messages):
     if spoil is not None:
         spoil(place)
-    before = sorted(place.rglob("*"))
+    before = written(place)
     code, line = run(capsys, "train", f"--config={place / 'tiny.py'}", f"--workdir={place / 'run'}", *options)
     assert code == exit_codes.BAD_INPUT
     for message in messages:
         assert message in line
-    assert sorted(place.rglob("*")) == before
+    assert written(place) == before
 
 
 def test_a_workdir_below_a_file_or_on_a_system_that_forbids_it(training, place, capsys, monkeypatch):
@@ -420,7 +425,7 @@ def test_a_worker_that_its_pool_ends_says_nothing(capsys, monkeypatch):
 
 
 def test_an_import_onto_a_full_disk(imported, tmp_path, capsys):
-    before = sorted(tmp_path.rglob("*"))
+    before = written(tmp_path)
     with _files_up_to(1500):
         code, line = run(capsys, *imported)
     assert code == exit_codes.NOT_WRITTEN and "out): make room, then give the same command again" in line

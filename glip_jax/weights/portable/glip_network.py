@@ -554,7 +554,7 @@ class GlipNetwork(nn.Module):
             cell = torch.tensor([[middle - reach] * 2 + [middle + reach] * 2])
             anchors.cell_anchors.register_buffer(str(level), cell)
         self.rpn = nn.ModuleDict({"head": Head(settings), "anchor_generator": anchors})
-        if "prompts" in settings:  # text states of names that were tuned
+        if settings.get("prompts", {}).get("names"):  # text states of names that were tuned
             from .tuned_prompts import TunedPrompts
 
             self.prompts = TunedPrompts(**settings["prompts"], width=text["width"])
