@@ -204,7 +204,8 @@ class Mixture:
         """(source, record) of every example of a step, in the order of the batch."""
         size, aspect = self.config.train.batch_size, self.schedule.aspect(step)
         begin, mixed = self.schedule.occurrence(step) * size, self._mixes[aspect]
-        return [mixed[element] for element in range(begin, begin + size)]
+        # An element of grain may be None; these never are.
+        return [mixed[element] for element in range(begin, begin + size)]  # pyright: ignore[reportReturnType]
 
     def describe(self, source: int, record: int) -> str:
         """Description of an example for messages: source, record and, if readable, id and provenance."""

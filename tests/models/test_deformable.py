@@ -126,7 +126,11 @@ def test_regular_convolutions_are_those_with_offsets_of_zero() -> None:
     assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(params["params"]["offset"]))
 
     def loss(module: DynamicConvolution) -> Any:
-        return jax.jit(jax.grad(lambda params: sum(jnp.sum(jnp.sin(x)) for x in module.apply(params, levels, sizes))))
+        def total(params: Any) -> Any:
+            outputs: Any = module.apply(params, levels, sizes)
+            return sum(jnp.sum(jnp.sin(x)) for x in outputs)
+
+        return jax.jit(jax.grad(total))
 
     expected, found = (loss(module)(params)["params"] for module in (general, regular))
     assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(found.pop("offset")))
