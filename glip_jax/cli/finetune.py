@@ -189,6 +189,7 @@ class FinetuneJob:
         from glip_jax.cli.finetune_data import kept_set, read_own_data
         from glip_jax.cli.finetune_result import finish
         from glip_jax.distributed.runtime import enable_compilation_cache
+        from glip_jax.io.workdir import write_atomic
         from glip_jax.training.finetuning.glip_recipes import RECIPES
         from glip_jax.weights.readers import open_checkpoint_or_export
 
@@ -205,7 +206,7 @@ class FinetuneJob:
         given, text = self.arguments, self.arguments.config.model.text
         self.own = read_own_data(given.data, given.layout, given.names, self.folder / "data", text)
         # Options are kept from here on: a command that was refused can be corrected.
-        (self.folder / "command.json").write_text(json.dumps(self._asked(), indent=1))
+        write_atomic(self.folder / "command.json", json.dumps(self._asked(), indent=1))
         finish(self, [self._train(run) for run in self.own.runs(given.shots, given.seeds, bool(given.as_glip))])
 
     def _asked(self) -> dict[str, Any]:
@@ -228,6 +229,7 @@ class FinetuneJob:
         from glip_jax.data.shards import Shards
         from glip_jax.io.assets import resolve
         from glip_jax.structures.prompts import load_tokenizer, prompt_from_categories
+        from glip_jax.training.finetuning.glip_recipes import RECIPES, as_glip, read_shots
         from glip_jax.training.finetuning.modes import tuned_config
         from glip_jax.training.finetuning.recipe import fitted, with_rates
 
@@ -250,9 +252,7 @@ class FinetuneJob:
         )  # fmt: skip
         config = dataclasses.replace(
             config,
-            name=self.arguments.config.name
-            if self.base is None
-            else f"{base.name} on {epath.Path(self.arguments.data).name}",
+            name=f"{base.name} on {epath.Path(self.arguments.data).name}",
             train=dataclasses.replace(config.train, seed=run.seed, batch_size=_batch_size(config)),
             evaluation=dataclasses.replace(config.evaluation, sets={"valid": self.own.sets["valid"]}),
         )
@@ -261,7 +261,11 @@ class FinetuneJob:
             config = dataclasses.replace(
                 with_rates(config, self.tune), init_from=InitFromConfig(model=self.arguments.checkpoint)
             )
-        return parse(self.changes, Arguments, "finetune", settings=config).config
+        if self.arguments.as_glip:
+            # Before anything is measured: the recipe says at which size.
+            images = len(run.train.coco["images"])
+            config = as_glip(config, RECIPES[self.arguments.as_glip], read_shots(str(run.shots)), images)
+        return self._changed(config)
 
     def _start(self, config: Config) -> dict[str, Any]:
         """The parameters before training, on the host: the step donates its own."""
@@ -358,18 +362,22 @@ class FinetuneJob:
 
     def _with_length(self, run: "Run", config: Config, start: Any) -> "tuple[Config, Rules]":
         """The settings with the number of steps, and the rules by which the run stops."""
-        from glip_jax.training.finetuning.glip_recipes import RECIPES, as_glip, glip_rules, read_shots
-        from glip_jax.training.finetuning.recipe import METRIC, with_steps
+        from glip_jax.training.finetuning.glip_recipes import glip_rules
+        from glip_jax.training.finetuning.recipe import METRIC, every_steps, with_steps
         from glip_jax.training.finetuning.schedule import Rules
 
-        records = len(run.train.coco["images"])
+        train = config.train
         if self.arguments.as_glip:
-            shots = read_shots(str(run.shots))
-            config = as_glip(config, RECIPES[self.arguments.as_glip], shots, records)
-            steps, every = config.train.steps, config.train.evaluate_every
-            return with_steps(config, steps, every), glip_rules(run.shots, METRIC)
-        # The rates fall along their own schedule, without cuts.
-        return with_steps(config, self._steps(config, start), records), Rules(METRIC, factor=1.0)
+            config, rules = with_steps(config, train.steps, train.evaluate_every), glip_rules(run.shots, METRIC)
+        else:
+            every = every_steps(len(run.train.coco["images"]), train.batch_size)
+            # The rates fall along their own schedule, without cuts.
+            config, rules = with_steps(config, self._steps(config, start), every), Rules(METRIC, factor=1.0)
+        return self._changed(config), rules
+
+    def _changed(self, config: Config) -> Config:
+        """`config` with the settings of the command line, which have the last word."""
+        return parse(self.changes, Arguments, "finetune", settings=config).config
 
     def _feed(self, config: Config, mixture: "Mixture", state: "State") -> Any:
         """Encoded examples where the encoders are frozen, else images."""
@@ -426,10 +434,8 @@ class FinetuneJob:
         state = jax.device_put(state, shardings(state, mesh))
         feed = self._feed(config, mixture, state)
         step = make_step(config, mesh, feed.objective, state, tuple(mixture.source_names), True)
-        batch, scale = (
-            place_batch(next(iter(feed.batches(0, 0, 1))), mesh),
-            Decisions(None, mesh, logger.info).scale(0.0),
-        )
+        batch = place_batch(next(iter(feed.batches(0, 0, 1))), mesh)
+        scale = Decisions(None, mesh, logger.info).scale(0.0)
         height, width = mixture.canvas(0)
         logger.info(f"compiling 1 of 1 ({height}x{width})")
         times = []

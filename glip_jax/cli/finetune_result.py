@@ -147,7 +147,9 @@ def _all_runs(job: "FinetuneJob", done: Sequence[Done], truth: Any, split: str) 
 
 
 def _commands(job: "FinetuneJob", result: str) -> tuple[tuple[str, str], ...]:
-    """What one does next with the result."""
+    """What one does next with the result; nothing where new parts learned nothing."""
+    if not result:
+        return ()
     names = ",".join(
         f'"{name}"' if "," in name else name
         for name in (job.own.rename.get(name, name) for name in job.own.dataset.names)

@@ -82,6 +82,29 @@ def test_from_a_folder_to_a_table(trained, tmp_path, said):
 
 
 @pytest.mark.compiles
+def test_the_recipe_of_the_original_and_the_last_word_of_the_command(trained, tmp_path, monkeypatch):
+    """The settings that a run has: measured before and after at the recipe's size, evaluated every epoch; 6 images are 2 steps."""
+    seen = []
+    monkeypatch.setattr(finetune.FinetuneJob, "_start", lambda self, config: seen.append(config))
+    monkeypatch.setattr(finetune.FinetuneJob, "measured", lambda self, config, *_: seen.append(config) or {"valid": []})
+
+    def stop(config, *_, **__):
+        seen.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train", stop)
+    data = write_data(tmp_path / "data", images=6)
+    command = (f"--data={data}", f"--checkpoint={trained.workdir}", f"--workdir={tmp_path / 'run'}", "--as-glip=full")
+    assert main(["finetune", *command, "--config.optimizer.rate=0.5", "--config.train.log-every=7"]) == 130
+    (before, trains) = seen[1], seen[2]
+    assert (
+        before.evaluation == trains.evaluation and trains.evaluation.short_side == 800 and trains.train.batch_size == 4
+    )
+    assert (trains.train.steps, trains.train.evaluate_every) == (400, 2)
+    assert trains.optimizer.rate == 0.5 and trains.train.log_every == 7
+
+
+@pytest.mark.compiles
 @pytest.mark.slow
 def test_shots_and_seeds_of_tuned_prompts(trained, tmp_path, said):
     """Two few-shot runs; each saves what differs from the base."""

@@ -90,9 +90,9 @@ def every_steps(records: int, batch_size: int) -> int:
     return max(50, math.ceil(records / batch_size))
 
 
-def with_steps(config: Config, steps: int, records: int) -> Config:
-    """`config` with the length of the run, and an evaluation, with its checkpoint, every epoch."""
-    every = min(steps, every_steps(records, config.train.batch_size))
+def with_steps(config: Config, steps: int, every: int) -> Config:
+    """`config` with the length of the run, and an evaluation, with its checkpoint, after `every` steps."""
+    every = min(steps, every)
     return dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, steps=steps, evaluate_every=every),
