@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +71,7 @@ def finish(job: "FinetuneJob", done: Sequence[Done]) -> None:
         best_step=first.best_step, steps=first.steps, minutes=_minutes(str(job.folder / first.run.name)),
         curve=_curve(str(job.folder / first.run.name)), kept=_kept(job, first), interpolation=_interpolation(job, first),
         thresholds=thresholds, runs=_all_runs(job, done, truths[split], split) if len(done) > 1 else (), notes=tuple(job.own.notes),
-        commands=_commands(job, results[0]), settings=_provenance(job, first),
+        commands=_commands(job, results[0], thresholds), settings=_provenance(job, first),
     )  # fmt: skip
     errors = finetune_report.Errors(
         detection_errors(truths[split], before[split]), detection_errors(truths[split], after[split], thresholds)
@@ -146,33 +146,23 @@ def _all_runs(job: "FinetuneJob", done: Sequence[Done], truth: Any, split: str) 
     return tuple(results)
 
 
-def _commands(job: "FinetuneJob", result: str) -> tuple[tuple[str, str], ...]:
-    """What one does next with the result; nothing where new parts learned nothing."""
+def _commands(job: "FinetuneJob", result: str, thresholds: Mapping[str, float]) -> tuple[tuple[str, str], ...]:
+    """What one does next with the result; nothing where new parts learned nothing.
+
+    `thresholds`: of the best F1 by name. `predict` takes one for all: the smallest.
+    """
     if not result:
         return ()
-    names = ",".join(
-        f'"{name}"' if "," in name else name
-        for name in (job.own.rename.get(name, name) for name in job.own.dataset.names)
-    )
-    command = ["python", "-m", "glip_jax"]
+    texts = [job.own.rename.get(name, name) for name in job.own.dataset.names]
+    names = ",".join(f'"{text}"' if "," in text else text for text in texts)
+    least = min((value for value in thresholds.values() if value > 0), default=0.3)
+    command, images = ["python", "-m", "glip_jax"], job.own.dataset.splits["valid"].images
     predict = [
-        *command,
-        "predict",
-        job.own.dataset.splits["valid"].images,
-        f"--checkpoint={result}",
-        f"--names={names}",
-    ]
-    export = [
-        *command,
-        "export",
-        f"--checkpoint={result}",
-        "--format=huggingface",
-        f"--out={job.folder / 'export'}",
-    ]
-    return (
-        ("detect in images", shlex.join([*predict, f"--out={job.folder / 'predictions'}"])),
-        ("export to PyTorch", shlex.join(export)),
-    )
+        *command, "predict", images, f"--checkpoint={result}", f"--names={names}", f"--threshold={least:.2f}",
+        f"--out={job.folder / 'predictions'}",
+    ]  # fmt: skip
+    export = [*command, "export", f"--checkpoint={result}", "--format=huggingface", f"--out={job.folder / 'export'}"]
+    return ("detect in images", shlex.join(predict)), ("export to PyTorch", shlex.join(export))
 
 
 def _provenance(job: "FinetuneJob", done: Done) -> dict[str, str]:
