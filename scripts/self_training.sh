@@ -2,7 +2,7 @@
 # Self-training on synthetic scenes: a teacher is trained on boxes and on captions with boxes, labels captions without boxes, and
 # a student is trained on all three. Ends with a table and an HTML report that compare the two.
 #   scripts/self_training.sh            about 32 minutes on two CPU cores; all files are in runs/self_training
-#   scripts/self_training.sh --short    the same with tens of scenes and 20 steps, to check that everything works
+#   scripts/self_training.sh --short    the same with tens of scenes and 8 steps, to check that everything works
 # The same command resumes an interrupted run. Ctrl-C is safe.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,7 +13,7 @@ scenes=(--count=8000 --captions=4000)
 case "${1:-}" in
 "") ;;
 --short)
-    # All scores are low after 20 steps: with a higher threshold no caption would be labelled.
+    # All scores are low after 8 steps: with a higher threshold no caption would be labelled.
     folder=runs/self_training-short form=_short threshold=0
     scenes=(--count=40 --captions=16 --validation=8)
     ;;

@@ -23,8 +23,6 @@ case "${1:-}" in
     exit 0
     ;;
 esac
-# Without bytecode each process rewrites the assertions of all test files again, 10 s of CPU.
-unset PYTHONDONTWRITEBYTECODE
 environment requirements-test.txt requirements-export.txt requirements-tfds.txt requirements-spacy.txt
 if [ "${1:-}" = --tpu ]; then
     shift

@@ -11,5 +11,5 @@ __all__ = ["get_config"]
 
 def get_config() -> Config:
     base = dataclasses.replace(teacher_short.get_config(), name="student-short")
-    # All scores are low after 20 steps.
+    # All scores are low after 8 steps.
     return with_pseudo(base, "runs/self_training-short/pseudo", threshold=0.0)

@@ -8,9 +8,11 @@ import pytest
 from PIL import Image, ImageDraw
 
 from glip_jax.__main__ import main
-from glip_jax.cli import finetune
+from glip_jax.cli import finetune, finetune_data
+from glip_jax.cli.reports import finetune_report
 from glip_jax.distributed import mesh
 from glip_jax.distributed.mesh import make_mesh
+from glip_jax.evaluation import average_precision
 from glip_jax.training import loop
 from tests.tiny_run import COLORS
 
@@ -54,16 +56,31 @@ def said(capsys, monkeypatch):
 
 
 @pytest.mark.compiles
-def test_from_a_folder_to_a_table(trained, tmp_path, said):
-    """Two steps of the head, with earlier shards, a kept set and mixtures of the weights; then the same command and another one."""
+def test_from_a_folder_to_a_table(trained, tmp_path, said, monkeypatch):
+    """Two steps of the head, with earlier shards, a kept set and mixtures of the weights; Ctrl-C in each phase before; then the same
+    command again, and another one.
+    """
     data, workdir = write_data(tmp_path / "data"), tmp_path / "run"
     before = contents(data)
     command = (
         f"--data={data}", f"--checkpoint={trained.workdir}", f"--workdir={workdir}", "--tune=head", "--steps=2", "--keep=scenes",
         "--interpolate=0,1", f"--replay={trained.scenes}/shards/detection:0.25",
     )  # fmt: skip
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    phases = (
+        (finetune_data, "findings"), (average_precision, "load_ground_truth"), (loop, "train"), (finetune_report, "render"),
+    )  # fmt: skip
+    for phase in phases:
+        with monkeypatch.context() as patch:
+            patch.setattr(*phase, stop)
+            said(*command, code=130)
+    measured = contents(workdir / "evaluations")
     out = said(*command, code=0).out
     assert contents(data) == before
+    assert measured and measured.items() <= contents(workdir / "evaluations").items(), "nothing is measured again"
     result = json.loads((workdir / "finetune.json").read_text())
     assert result["split"] == "test" and result["tune"] == "head" and set(result["per_class"]) == set(NAMES)
     for numbers in (result["zero_shot"], result["tuned"], result["valid"]["tuned"], result["test"]["zero_shot"]):

@@ -156,23 +156,17 @@ def test_a_failing_compiler_gives_a_one_line_error(monkeypatch, tmp_path):
 
 
 @pytest.mark.tpu
-def test_compiled_for_a_tpu(tmp_path):
-    """The same step compiled by libtpu."""
-    found = compile_step(CONFIG, CHIPS, CANVAS, "tpu", tmp_path, lambda _: None)
-    assert (
-        found.needed is None and found.compiler.startswith("libtpu") and found.trip_counts_known and found.code is None
-    )
-    assert found.arguments >= sum(state().values()), "tiles pad"
-    assert 0 < found.padding < found.bytes and 0 < (found.activations or 0) < found.temporaries
-    assert jax.default_backend() == "cpu"
-
-
-@pytest.mark.tpu
-def test_tpu_slices_exchange_only_gradient_sums(tmp_path):
-    """The traffic of fsdp stays inside a slice; only all-reduces over data cross the data centre network."""
+def test_compiled_for_tpu_slices_which_exchange_only_gradient_sums(tmp_path):
+    """The step compiled by libtpu. The traffic of fsdp stays inside a slice; only all-reduces over data cross the data centre network."""
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2, fsdp=4))
     chips = topology("v5e:2x2*2")
     found = compile_step(config, chips, CANVAS, "tpu", tmp_path, lambda _: None)
+    assert (
+        found.needed is None and found.compiler.startswith("libtpu") and found.trip_counts_known and found.code is None
+    )
+    assert found.arguments >= sum(state(config, chips).values()), "tiles pad"
+    assert 0 < found.padding < found.bytes and 0 < (found.activations or 0) < found.temporaries
+    assert jax.default_backend() == "cpu"
     outer = [each for each in found.collectives if each.outer]
     assert outer and {each.axes for each in outer} <= {("data",), ("data", "fsdp")}, found.collectives
     assert {each.kind for each in outer} <= {"all-reduce", "all-gather"}, outer

@@ -1,9 +1,9 @@
 """Training on features of frozen encoders: every example is encoded once, and a step runs only what is trained.
 
 On two cores a frozen EfficientNet takes longer than the head that is trained behind it. So the maps of the backbone are computed
-once for every example, mirrored ones too, and kept in files that are mapped into memory; the states of a frozen text encoder
-once for every caption. Order, mirroring and weights of the examples are those of a `Mixture` without crops and jitter. An
-example keeps the captions that it was encoded with, where the `Mixture` makes new ones in each epoch.
+once for every example, and kept in files that are mapped into memory; the states of a frozen text encoder once for every caption.
+Order and weights of the examples are those of a `Mixture`. An image has a few variants, mirrored ones among them, each with its
+own crop, colors and caption, where the `Mixture` makes new ones in each epoch.
 """
 
 import dataclasses
@@ -32,12 +32,14 @@ from glip_jax.training.step import Objective, glip_objective
 
 __all__ = ["EncodedImages", "EncodedMixture", "bytes_needed", "encodes_images", "encodes_text", "objective_of_encoded"]
 
-_CAPTIONS = 4
-"""Captions of an example where they are sampled: different names that its image does not show."""
+_VARIANTS = (4, 8)
+"""Fewest and most variants of an image whose crop, colors or caption are random; an even number."""
+_ENCODED = 2048
+"""Examples that the variants of a small set add up to: encoding them takes about a minute on two cores."""
 _KEPT_CAPTIONS = 128
 """Captions whose states are kept; where there are more, the step encodes them."""
-_MIRRORS = 0x6D697272
-"""Sets the generator of mirroring apart from that of captions, which has the same seed and element."""
+_DRAWN = 0x6D697272
+"""Sets the generator that draws variants apart from that which makes them."""
 
 
 class EncodedImages(NamedTuple):
@@ -50,12 +52,12 @@ class EncodedImages(NamedTuple):
 
 
 def encodes_images(config: Config, paths: Sequence[str]) -> bool:
-    """Whether the images can be encoded once: no parameter of the backbone is trained, and each image has one canvas and no random
-    crop or color. `paths`: those of all parameters.
+    """Whether the images can be encoded once: no parameter of the backbone is trained, and each image has one canvas. `paths`: those of
+    all parameters.
     """
-    data = config.data
-    fixed = len(data.short_sides) == 1 and not data.crop.probability and not data.jitter.probability
-    return fixed and all(optim.frozen(path, config.model) for path in paths if path.startswith("backbone/"))
+    return len(config.data.short_sides) == 1 and all(
+        optim.frozen(path, config.model) for path in paths if path.startswith("backbone/")
+    )
 
 
 def encodes_text(config: Config, paths: Sequence[str]) -> bool:
@@ -78,16 +80,25 @@ def objective_of_encoded(config: Config, canvas: tuple[int, int]) -> Objective:
     return glip_objective(config, forward=forward, canvas=canvas)
 
 
+def variants(config: Config, records: int) -> int:
+    """Number of variants of each of `records` images."""
+    data = config.data
+    if not data.crop.probability and not data.jitter.probability and data.captions.mode == "all_names":
+        return 2 if data.flip else 1
+    fewest, most = _VARIANTS
+    return max(fewest, min(most, _ENCODED // records // 2 * 2))
+
+
 def bytes_needed(mixture: Mixture, params: Any) -> int:
-    """Bytes of the maps of all records of a mixture with one canvas, and of their mirrors."""
+    """Bytes of the maps of all variants of all records of a mixture with one canvas."""
     (canvas,) = mixture.canvases
     image, extent = jax.ShapeDtypeStruct((1, *canvas, 3), jnp.float32), jax.ShapeDtypeStruct((1, 2), jnp.int32)
     model = GLIP(mixture.config.model)
     maps: Any = jax.eval_shape(
         lambda params, x, e: model.apply({"params": params}, x, e, method=lambda m, x, e: m.backbone(x, e)), params, image, extent
     )  # fmt: skip
-    mirrors = 2 if mixture.config.data.flip else 1
-    return 2 * sum(level.size for level in maps) * sum(mixture.records) * mirrors
+    records = sum(mixture.records)
+    return 2 * sum(level.size for level in maps) * records * variants(mixture.config, records)
 
 
 class EncodedMixture:
@@ -104,6 +115,7 @@ class EncodedMixture:
         self._mixture, self._config = mixture, mixture.config
         (self.canvas,) = mixture.canvases
         self._host, self._hosts = host, hosts
+        self._variants = variants(self._config, sum(mixture.records))
         self._keys = self._needed(start)
         self._rows = {key: row for row, key in enumerate(self._keys)}
         self._folder = epath.Path(folder) / f"{self._digest(params)}"
@@ -125,28 +137,33 @@ class EncodedMixture:
             images = EncodedImages(tuple(np.asarray(level[rows]) for level in self._maps), text)
             yield jax.tree.map(lambda array: array[rows], self._examples)._replace(image=images)  # noqa: B023
 
-    def _needed(self, start: int) -> list[tuple[int, int, bool, int]]:
+    def _needed(self, start: int) -> list[tuple[int, int, int]]:
         """The examples that are encoded."""
-        data, records = self._config.data, self._mixture.records
-        if data.captions.mode == "all_names" and self._hosts == 1:
-            mirrors = (False, True) if data.flip else (False,)
+        if self._config.data.captions.mode == "all_names" and self._hosts == 1:
             return [
-                (source, i, mirror, 0)
-                for source, count in enumerate(records)
-                for i in range(count)
-                for mirror in mirrors
+                (source, record, variant)
+                for source, count in enumerate(self._mixture.records)
+                for record in range(count)
+                for variant in range(self._variants)
             ]
         return sorted({key for step in range(start, self._config.train.steps) for key in self.keys_of(step)})
 
-    def keys_of(self, step: int) -> list[tuple[int, int, bool, int]]:
-        """(source, record, mirrored, number of the caption) of the examples of a step on this host."""
+    def keys_of(self, step: int) -> list[tuple[int, int, int]]:
+        """(source, record, variant) of the examples of a step on this host. Odd variants are mirrored, where images are."""
         config, per_host = self._config, self._config.train.batch_size // self._hosts
         begin, keys = self._host * per_host, []
         for position, (source, record) in enumerate(self._mixture.slots(step)[begin : begin + per_host], begin):
-            rng = rng_of(config.train.seed ^ _MIRRORS, step * config.train.batch_size + position)
-            mirrored, caption = bool(rng.random() < config.data.flip), int(rng.integers(_CAPTIONS))
-            keys.append((source, record, mirrored, 0 if config.data.captions.mode == "all_names" else caption))
+            rng = rng_of(config.train.seed ^ _DRAWN, step * config.train.batch_size + position)
+            mirrored, variant = rng.random() < config.data.flip, int(rng.integers(self._variants))
+            keys.append((source, record, variant // 2 * 2 + int(mirrored) if config.data.flip else variant))
         return keys
+
+    def example(self, examples: Examples, key: tuple[int, int, int]) -> Batch:
+        """The batch of one example, with its pixels. Where all names are asked the seed of the run changes nothing."""
+        config, (source, record, variant) = self._config, key
+        seed = 0 if config.data.captions.mode == "all_names" else config.train.seed
+        number = (sum(self._mixture.records[:source]) + record) * _VARIANTS[1] + variant
+        return examples.batch([(source, record)], config.data.short_sides[0], self.canvas, [rng_of(seed, number)])
 
     def _digest(self, params: Any) -> str:
         """Hash of all that the encoded examples depend on."""
@@ -184,13 +201,11 @@ class EncodedMixture:
         examples = {key: Examples(each, self._mixture.shards, self._mixture.captioners) for key, each in always.items()}
         files: list[Any] = []
         fields: list[Batch] = []
-        short_side, canvas = config.data.short_sides[0], self.canvas
 
         def batch(begin: int) -> Batch:
             # The last group is filled up, so that one program encodes all.
             keys = [self._keys[min(row, len(self._keys) - 1)] for row in range(begin, begin + size)]
-            made = [examples[mirrored].batch([(source, record)], short_side, canvas, [rng_of(config.train.seed, number)])
-                    for source, record, mirrored, number in keys]  # fmt: skip
+            made = [self.example(examples[bool(config.data.flip) and key[2] % 2 == 1], key) for key in keys]
             return jax.tree.map(lambda *parts: np.concatenate(parts), *made)
 
         starts = range(0, len(self._keys), size)
