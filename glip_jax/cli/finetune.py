@@ -273,17 +273,17 @@ class FinetuneJob:
 
         from glip_jax.data.shards import Shards
         from glip_jax.distributed.mesh import make_mesh
-        from glip_jax.training.state import fresh_parameters
+        from glip_jax.training.state import abstract_state, fresh_parameters
         from glip_jax.weights.pretrained import initialize
         from glip_jax.weights.tuned_parameters import starting_parameters
 
-        fresh = fresh_parameters(config, make_mesh(config.mesh))
+        mesh = make_mesh(config.mesh)
         if self.base is None:
-            params = initialize(fresh, config)[0]
-        else:
-            names = Shards(config.data.sources["own"].path).manifest.names
-            params = starting_parameters(fresh, self.base.parameters("ema"), config, names)
-        return jax.device_get(params)
+            return jax.device_get(initialize(fresh_parameters(config, mesh), config)[0])
+        names = Shards(config.data.sources["own"].path).manifest.names
+        # Only low-rank deltas have initial values: without them shapes are enough, and nothing is compiled.
+        fresh = fresh_parameters(config, mesh) if config.model.lora.rank else abstract_state(config, mesh).params
+        return jax.device_get(starting_parameters(fresh, self.base.parameters("ema"), config, names))
 
     def measured(
         self, config: Config, params: Any, name: str, sets: Mapping[str, EvaluationSet]

@@ -33,7 +33,7 @@ def test_equals_the_original(name: str) -> None:
         found = list(check.report(_cases()[name], lambda case: check.check_case(case, vocabulary)))
     assert not [line for line in found if line.startswith("FAIL")]
     compared = [line.split()[2] for line in found if line.startswith("ok")]
-    assert len(compared) > 50
+    assert len(compared) >= 50
     if name == "full_caption_t":
         assert sum(name.startswith("train.grad_norm.") for name in compared) > 100
         assert {"train.loss.total", "train.atss.labels0"} <= set(compared)

@@ -85,7 +85,7 @@ class Watchdog:
         self._end = threading.Event()
         self._remote = gcs.is_remote(folder)
         self._file: IO[str] | None = None
-        self._requested = 0
+        self._requested, self._empty = 0, False
 
     def __enter__(self) -> "Watchdog":
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -191,5 +191,9 @@ class Watchdog:
         path = self._folder / "profile"
         if path.exists():
             text = path.read_text().strip()
+            if not text and not self._empty:
+                self._empty = True  # someone may be about to write the number: the next poll takes it
+                return
             path.unlink()
+            self._empty = False
             self._requested = int(text) if text.isdigit() and int(text) else _PROFILED_STEPS
