@@ -14,6 +14,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 import shlex
 import shutil
 import statistics
@@ -247,7 +248,7 @@ class FinetuneJob:
             f"replay{i}": SourceConfig(path, weight=share) for i, (path, share) in enumerate(replayed)
         }
         config = fitted(
-            base, list(zip(shards.height.tolist(), shards.width.tolist())), max(boxes.values()),
+            base, list(zip(shards.height.tolist(), shards.width.tolist())), _box_sides(run), max(boxes.values()),
             len(tokenizer.encode(prompt.caption).ids), sources, self.own.mirrored,
         )  # fmt: skip
         config = dataclasses.replace(
@@ -447,6 +448,16 @@ class FinetuneJob:
             times.append(time.perf_counter() - begin)
         logger.info(f"compiled in {times[0]:.0f} s")
         return statistics.median(times[1:])
+
+
+def _box_sides(run: "Run") -> list[float]:
+    """Sides of the boxes of a run, relative to the long side of their image: of a square of the same area."""
+    coco = run.train.coco
+    longest = {image["id"]: max(image["height"], image["width"]) for image in coco["images"]}
+    return [
+        math.sqrt(max(0.0, note["bbox"][2] * note["bbox"][3])) / longest[note["image_id"]]
+        for note in coco["annotations"]
+    ]
 
 
 def _batch_size(config: Config) -> int:

@@ -19,6 +19,10 @@ _LARGEST = 0.98
 """Share of the images that the canvas holds at the full long side; the others are made smaller."""
 _ENLARGED = 1.5
 """Images are not enlarged beyond this: there is nothing to be seen."""
+_BOX = 42.0
+"""Side of the median box, pixels, below which the canvas is made larger: anchors begin at 32 pixels."""
+_LONGER = math.sqrt(2)
+"""The canvas of small boxes is at most so much longer: it has twice the pixels, and a step takes twice the time."""
 _SLOTS = 16
 """Box slots are a multiple of this."""
 _FLAT = 0.3
@@ -28,34 +32,43 @@ _RATES = {"full": 0.5, "head": 0.5, "linear": 5.0, "prompt": 20.0, "text": 0.1, 
 _WARMUP = 20
 
 
-def canvas(sizes: Sequence[tuple[int, int]], pixels: int, multiple: int = 32) -> tuple[int, int, float]:
+def canvas(
+    sizes: Sequence[tuple[int, int]], boxes: Sequence[float], pixels: int, multiple: int = 32
+) -> tuple[int, int, float]:
     """(short side, long side, aspect) of the one canvas of a set, for images of `sizes` (height, width).
 
     All images get the long side of the canvas, so that a set of upright and lying images has a square one. It has about `pixels`
-    pixels; the long side is a multiple of `multiple`.
+    pixels, and more where the boxes are small; the long side is a multiple of `multiple`.
+
+    Args:
+        boxes: sides of the boxes (of a square of the same area), relative to the long side of their image.
     """
     shapes = np.asarray(sizes, float)
     share = np.quantile(shapes / shapes.max(1, keepdims=True), _LARGEST, axis=0)
     longest = _ENLARGED * float(np.median(shapes.max(1)))
-    side = min(math.sqrt(pixels / (share[0] * share[1])), longest)
+    side = math.sqrt(pixels / (share[0] * share[1]))
+    longer = _BOX / max(side * float(np.median(boxes)), 1.0) if len(boxes) else 1.0
+    side = min(side * min(max(longer, 1.0), _LONGER), longest)
     long_side = max(multiple, round(side / multiple) * multiple)
     height, width = (max(multiple, math.ceil(long_side * part / multiple - 1e-3) * multiple) for part in share)
     return min(height, width), max(height, width), height / width
 
 
 def fitted(
-    config: Config, sizes: Sequence[tuple[int, int]], most_boxes: int, tokens: int, sources: dict[str, SourceConfig], mirrored: bool
+    config: Config, sizes: Sequence[tuple[int, int]], boxes: Sequence[float], most_boxes: int, tokens: int, sources: dict[str, SourceConfig],
+    mirrored: bool,
 ) -> Config:  # fmt: skip
     """`config` with what the data decide.
 
     Args:
         sizes: (height, width) of the training images.
+        boxes: sides of their boxes; see `canvas`.
         most_boxes: largest number of boxes of a training image.
         tokens: length of the prompt with all names; where it exceeds the budget, names are sampled.
         sources: the own data, and what is replayed.
         mirrored: whether images may be mirrored; not if names say left or right.
     """
-    short, long, aspect = canvas(sizes, config.evaluation.short_side * config.evaluation.long_side)
+    short, long, aspect = canvas(sizes, boxes, config.evaluation.short_side * config.evaluation.long_side)
     whole = tokens <= config.model.text.max_tokens and len(sources) == 1
     captions = CaptionConfig(mode="all_names", shuffle=False) if whole else dataclasses.replace(config.data.captions)
     data = dataclasses.replace(
