@@ -58,6 +58,7 @@ def test_killed_in_the_middle_the_same_command_goes_on(folder, target, running, 
             time.sleep(0.02)
         child.kill()
         child.wait()
+    time.sleep(1.6)  # the storage holds back what was on its way, which ends later
     there = gcs.list_files(target)
     assert 2 <= len(there) < 8 and "manifest.json" not in there
     assert main(["verify", target]) == 2
