@@ -65,7 +65,8 @@ def _params(module: Fusion) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(x + 0.3 * rng.normal(size=x.shape), jnp.float32), shapes)
 
 
-@pytest.mark.parametrize("one_by_one", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("one_by_one", [False, True])
 def test_folded_equals_plain_forward_and_backward(monkeypatch: pytest.MonkeyPatch, one_by_one: bool) -> None:
     if one_by_one:
         monkeypatch.setattr(fusion, "_MAX_LOGITS_BYTES", 0)

@@ -195,6 +195,7 @@ def test_a_run_with_another_optimizer_resumes_with_the_same_bits(
         train(tiny_run.replace(config, "optimizer", name="adamw", arguments={}), workdir)
 
 
+@pytest.mark.slow
 def test_a_run_begun_without_the_ramp_resumes_without_it_and_what_the_averages_are_is_said(
     config, workdir, tmp_path, capsys
 ):

@@ -40,6 +40,7 @@ def examples(config, params, tmp_path_factory):
     return encoded.EncodedMixture(Mixture(config), params, tmp_path_factory.mktemp("features"))
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_the_images(config, params, examples):
     """Each row is compared with the image that it was made of, which float16 of the maps changes a little."""
     batch = next(examples.batches(2))
