@@ -4,7 +4,7 @@
 # Steps allocate gigabytes at a time: with huge pages GLIP-T's took 15 % less time on a CPU (glibc only).
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
-# Python compiles a module when it is first imported, and keeps that: compiling all 30,000 files at once took a minute.
+# Python compiles a module when it is first imported, and keeps that: compiling all 20,000 files at once took a minute.
 unset PYTHONDONTWRITEBYTECODE
 
 # Prints the Python that makes .venv: $PYTHON if it is set, else the first of 3.11 or newer that can make a virtual environment. One

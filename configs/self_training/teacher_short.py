@@ -20,5 +20,6 @@ def get_config() -> Config:
         base,
         name="teacher-short",
         train=dataclasses.replace(base.train, steps=8, log_every=4),
+        checkpoint=dataclasses.replace(base.checkpoint, every=4),
         evaluation=dataclasses.replace(base.evaluation, sets=sets),
     )
