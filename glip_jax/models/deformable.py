@@ -24,13 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from glip_jax.models.deformable_tiles import limits
 from glip_jax.models.deformable_window import window_backward, window_forward
+from glip_jax.models.kernels import is_possible, open_batch_axes, per_device
 from glip_jax.models.remat import save_activation
-from glip_jax.structures.batch import BATCH_AXES
 
 __all__ = ["Rows", "Taps", "clamp_offsets", "deformable_convolution", "exceeds_bound", "rows_of"]
 
@@ -356,10 +355,7 @@ def _plain(settings: _Settings) -> tuple[Any, Any]:
 
 def _windowed(settings: _Settings, interpret: bool) -> tuple[Any, Any]:
     """Forward and backward pass of `window`: each device convolves its own images."""
-    # Within a jax.shard_map over these axes the images are already those of this device.
-    axes = tuple(
-        axis for axis in BATCH_AXES if axis in settings.mesh.axis_names and axis not in settings.mesh.manual_axes
-    )
+    axes = open_batch_axes(settings.mesh)
     arguments = (settings.stride, settings.bound, interpret)
 
     def forward(maps: Any, offsets: Any, masks: Any, kernel: Any) -> list[Array]:
@@ -375,23 +371,8 @@ def _windowed(settings: _Settings, interpret: bool) -> tuple[Any, Any]:
         gradients = tuple(dmaps), tuple(doffsets), tuple(dmasks), dkernel
         return jax.tree.map(lambda x, like: x.astype(like.dtype), gradients, (maps, offsets, masks, kernel))
 
-    if not axes:
-        return forward, backward
-    split, replicated = PartitionSpec(axes), PartitionSpec()
-    options = {"mesh": settings.mesh, "check_vma": False}
-    specs = (split, split, split, replicated)
-    return (
-        jax.shard_map(forward, in_specs=specs, out_specs=split, **options),
-        jax.shard_map(backward, in_specs=(*specs, split), out_specs=specs, **options),
-    )
-
-
-def _window_is_possible(settings: _Settings, images: int) -> bool:
-    """Whether `auto` may use the kernel on a TPU: a program for several devices must define how its images are sharded."""
-    if not settings.mesh.empty and settings.mesh.manual_axes:
-        return len(settings.mesh.manual_axes) == len(settings.mesh.axis_names)
-    shards = int(np.prod([settings.mesh.shape.get(axis, 1) for axis in BATCH_AXES]))
-    return jax.device_count() == 1 if settings.mesh.empty else images % shards == 0
+    read = (0, 0, 0, None)
+    return per_device(forward, settings.mesh, read, 0), per_device(backward, settings.mesh, (*read, 0), read)
 
 
 def _run(settings: _Settings, which: int, *arrays: Any) -> Any:
@@ -401,7 +382,7 @@ def _run(settings: _Settings, which: int, *arrays: Any) -> Any:
         case "window":
             kernel, interpreted = _windowed(settings, False)[which], _windowed(settings, True)[which]
             return lax.platform_dependent(*arrays, tpu=kernel, default=interpreted)
-        case "auto" if _window_is_possible(settings, images):
+        case "auto" if is_possible(settings.mesh, images):
             return lax.platform_dependent(
                 *arrays, tpu=_windowed(settings, False)[which], default=_plain(settings)[which]
             )

@@ -25,19 +25,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from glip_jax.models.deformable_tiles import CELLS, COLUMNS, ROWS, TAPS, Tiling, limits, tiling_of
+from glip_jax.models.kernels import LANES, padded_bytes, product
 
 __all__ = ["window_backward", "window_forward"]
 
-_LANES = 128
-
 # --- the kernels -----------------------------------------------------------------------------------------------------
-
-
-def _dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:
-    """Matrix product over one dimension of each factor, summed in float32; float32 factors are not rounded to bfloat16."""
-    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, dimensions, precision=exact, preferred_element_type=jnp.float32)
 
 
 def _tile_info(tiling: Tiling, table: Any, tile: Any) -> list[Any]:
@@ -76,7 +68,7 @@ class _Matrix:
     """Hat functions of the samples of one row of taps, [3 O, 128] per group of 128 cells of the window."""
 
     def __init__(self, samples: _Samples, tap_row: int, tiling: Tiling) -> None:
-        lane = lax.broadcasted_iota(jnp.int32, (1, _LANES), 1)
+        lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
         row, column = (lane // COLUMNS).astype(jnp.float32), (lane % COLUMNS).astype(jnp.float32)
         y, x, mask, self._inside = samples.of(tap_row)
         y, self._mask = y - float(tiling.first(tap_row)), mask * self._inside
@@ -101,7 +93,7 @@ class _Matrix:
         rows = columns = masks = 0.0
         slopes = [self._slope(d) for d in self._across]
         for n, hat in enumerate(self.rows):
-            part = slice(n * _LANES, (n + 1) * _LANES)
+            part = slice(n * LANES, (n + 1) * LANES)
             along = left[:, part] * self.columns[0] + right[:, part] * self.columns[1]
             rows += along * self._slope(self._down[n])
             masks += along * hat
@@ -129,10 +121,10 @@ def _forward_kernel(tiling: Tiling, table: Any, *refs: Any) -> None:
     total: Any = jnp.zeros(out.shape[1:], jnp.float32)
     for tap_row in range(3):
         matrix, part = _Matrix(samples, tap_row, tiling), _part(tiling, tap_row)
-        halves = [_dot(matrix.of(side, window.dtype), window[side, part], (1, 0)) for side in range(2)]
+        halves = [product(matrix.of(side, window.dtype), window[side, part], (1, 0)) for side in range(2)]
         sampled = (halves[0] + halves[1]).astype(window.dtype)
         for k in range(3):
-            total += _dot(sampled[k * outputs : (k + 1) * outputs], kernel[3 * tap_row + k], (1, 0))
+            total += product(sampled[k * outputs : (k + 1) * outputs], kernel[3 * tap_row + k], (1, 0))
     out[0] = total.astype(out.dtype)
 
 
@@ -152,13 +144,13 @@ def _backward_kernel(tiling: Tiling, table: Any, *refs: Any) -> None:
         matrix, part = _Matrix(samples, tap_row, tiling), _part(tiling, tap_row)
         halves = [matrix.of(side, window.dtype) for side in range(2)]
         cells = [window[side, part] for side in range(2)]
-        sampled = (_dot(halves[0], cells[0], (1, 0)) + _dot(halves[1], cells[1], (1, 0))).astype(window.dtype)
+        sampled = (product(halves[0], cells[0], (1, 0)) + product(halves[1], cells[1], (1, 0))).astype(window.dtype)
         for k in range(3):
-            dkernel[3 * tap_row + k] += _dot(sampled[k * outputs : (k + 1) * outputs], g, (0, 0))
-        dsampled = jnp.concatenate([_dot(g, kernel[3 * tap_row + k], (1, 1)) for k in range(3)]).astype(window.dtype)
+            dkernel[3 * tap_row + k] += product(sampled[k * outputs : (k + 1) * outputs], g, (0, 0))
+        dsampled = jnp.concatenate([product(g, kernel[3 * tap_row + k], (1, 1)) for k in range(3)]).astype(window.dtype)
         for side in range(2):
-            dwindow[side, part] += _dot(halves[side], dsampled, (0, 0))
-        left, right = (_dot(dsampled, x, (1, 1)) for x in cells)
+            dwindow[side, part] += product(halves[side], dsampled, (0, 0))
+        left, right = (product(dsampled, x, (1, 1)) for x in cells)
         for kind, values in enumerate(matrix.gradients(left, right)):
             for k in range(3):
                 tap = 3 * tap_row + k
@@ -184,14 +176,6 @@ def _sum_blocks(tiling: Tiling, info: list[Any], dwindow: Any, ring: Any, dblock
 # --- calls -----------------------------------------------------------------------------------------------------------
 
 
-def _padded_bytes(shape: Sequence[int], dtype: Any) -> int:
-    """Bytes of a block in the layout of a TPU: tiles of 8 x 128 four-byte words."""
-    width = jnp.dtype(dtype).itemsize
-    rows = 8 * 4 // width
-    *rest, second, last = shape
-    return int(np.prod(rest, dtype=np.int64)) * -(-second // rows) * rows * -(-last // _LANES) * _LANES * width
-
-
 def _traffic(table: Int[np.ndarray, "T columns"], specs: Sequence[pl.BlockSpec], dtypes: Sequence[Any]) -> int:
     """Bytes that the grid copies between HBM and VMEM: each block of an operand whose index differs from the previous one."""
     flat, total = table.reshape(-1), 0
@@ -200,7 +184,7 @@ def _traffic(table: Int[np.ndarray, "T columns"], specs: Sequence[pl.BlockSpec],
         assert spec.block_shape is not None
         visited = [tuple(int(i) for i in spec.index_map(t, flat)) for t in range(len(table))]
         copies = 1 + sum(now != before for before, now in zip(visited, visited[1:]))
-        total += copies * _padded_bytes([int(side) for side in spec.block_shape], dtype)  # pyright: ignore[reportArgumentType]
+        total += copies * padded_bytes([int(side) for side in spec.block_shape], dtype)  # pyright: ignore[reportArgumentType]
     return total
 
 
@@ -224,8 +208,8 @@ def _call(
     table = tiling.table()
     specs = [spec for _, spec in operands] + [spec for *_, spec in results]
     dtypes = [array.dtype for array, _ in operands] + [dtype for _, dtype, _ in results]
-    blocks = sum(_padded_bytes(spec.block_shape, dtype) for spec, dtype in zip(specs, dtypes))  # pyright: ignore[reportArgumentType]
-    scratch_bytes = sum(_padded_bytes(shape, dtype) for shape, dtype in scratch)
+    blocks = sum(padded_bytes(spec.block_shape, dtype) for spec, dtype in zip(specs, dtypes))  # pyright: ignore[reportArgumentType]
+    scratch_bytes = sum(padded_bytes(shape, dtype) for shape, dtype in scratch)
     # Blocks are double-buffered; intermediate results of the products take the rest.
     limit = 2 * blocks + scratch_bytes + 16 * 2**20
     return pl.pallas_call(

@@ -8,6 +8,8 @@ reads the result. In a fusion block threefry took three fifths of the cycles tha
 (`benchmarks/fusion_cycles.py`).
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from glip_jax.structures.batch import BATCH_AXES
 
-__all__ = ["Dropout", "bernoulli", "example_keys", "hashed_bits"]
+__all__ = ["Dropout", "bernoulli", "example_keys", "hashed_bits", "mixed_bits", "words_of"]
 
 
 def example_keys(key: jax.Array, examples: int) -> jax.Array:
@@ -30,23 +32,33 @@ def example_keys(key: jax.Array, examples: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(examples))
 
 
-def hashed_bits(key: jax.Array, shape: tuple[int, ...], begin: Int32[Array, ""] | int = 0) -> UInt32[Array, "..."]:
-    """32 random bits for each element of `shape` (at most 2^32 elements), equal on all platforms.
+def words_of(key: jax.Array) -> UInt32[Array, "2"]:
+    """The two words of a key that `hashed_bits` needs."""
+    return jax.random.bits(key, (2,), jnp.uint32)
+
+
+def mixed_bits(x: Any, middle: Any) -> Any:
+    """The finalizer `triple32` (C. Wellons, "Prospecting for hash functions", 2018) of uint32 numbers.
+
+    `middle` is added half way, so that the sequences of two keys do not overlap.
+    """
+    x = (x ^ (x >> 17)) * jnp.uint32(0xED5AD4BB)
+    x = ((x ^ (x >> 11)) + middle) * jnp.uint32(0xAC4C1B51)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x31848BAB)
+    return x ^ (x >> 14)
+
+
+def hashed_bits(
+    words: UInt32[Array, "2"], shape: tuple[int, ...], begin: Int32[Array, ""] | int = 0
+) -> UInt32[Array, "..."]:
+    """32 random bits for each element of `shape` (at most 2^32 elements), equal on all platforms: its index plus a word, mixed.
 
     `begin`: offset along the first axis if this is a part of a larger array; the bits are those of the larger array.
-
-    The finalizer `triple32` (C. Wellons, "Prospecting for hash functions", 2018) of the element's index plus one word of the
-    key; the other word is added half way, so that the sequences of two keys do not overlap.
     """
-    first, second = jax.random.bits(key, (2,), jnp.uint32)
     index = jnp.full(shape, begin).astype(jnp.uint32)
     for axis, size in enumerate(shape):
         index = index * jnp.uint32(size if axis else 1) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    x = index + first
-    x = (x ^ (x >> 17)) * jnp.uint32(0xED5AD4BB)
-    x = ((x ^ (x >> 11)) + second) * jnp.uint32(0xAC4C1B51)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x31848BAB)
-    return x ^ (x >> 14)
+    return mixed_bits(index + words[0], words[1])
 
 
 def bernoulli(
@@ -59,7 +71,7 @@ def bernoulli(
 
     def of_example(example_key: jax.Array) -> Bool[Array, "..."]:
         # A float32 in [0, 1) has 24 bits.
-        return (hashed_bits(example_key, shape[1:], begin) >> 8).astype(jnp.float32) * 2.0**-24 < probability
+        return (hashed_bits(words_of(example_key), shape[1:], begin) >> 8).astype(jnp.float32) * 2.0**-24 < probability
 
     return jax.vmap(of_example)(example_keys(key, shape[0]))
 

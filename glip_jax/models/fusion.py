@@ -2,33 +2,38 @@
 
 Parameters are those of the original (glip-reference 2.5), the order of the products is not. The query projection is folded into
 the text keys, the visual output projection into the text values, and the visual value projection is applied after the attention of
-the text. This leaves three products over the A locations of the image instead of six dense layers. The logits [A, T] of one
-attention head at a time are in memory, and the backward pass recomputes them. If the logits of several images are large, images
-are processed one after the other, so that on a TPU the intermediate results stay in on-chip memory.
+the text. This leaves three products over the A locations of the image instead of six dense layers. The backward pass recomputes the
+logits. On a TPU they are never in memory (`fusion_kernel`); elsewhere those [A, T] of one attention head at a time are, and images with
+large ones are processed one after the other.
 
 Softmax over the text excludes padding tokens; softmax over the image excludes locations beyond the extent.
 """
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, UInt32
 
 from glip_jax.config import FusionConfig, LoraConfig
 from glip_jax.models.bert import clamped
-from glip_jax.models.dropout import example_keys, hashed_bits
+from glip_jax.models.dropout import example_keys, hashed_bits, words_of
+from glip_jax.models.fusion_kernel import Read, attention_backward, attention_forward
 from glip_jax.models.initializers import xavier_uniform
+from glip_jax.models.kernels import LANES, is_possible, per_device
 from glip_jax.models.lora import with_low_rank_delta
 from glip_jax.models.remat import images_at_once, save_activation
 
-__all__ = ["Fusion"]
+__all__ = ["Attended", "Fusion", "Implementation", "Operands", "attend"]
+
+Implementation = Literal["auto", "scan", "kernel"]
 
 _MASKED = -1e30
 _MAX_LOGITS_BYTES = 32 * 2**20
-"""Maximum bytes of logits of several images at once: the on-chip memory of a TPU (128 MB on v5e) holds a few such arrays. One
-image of 800 x 1344 with 256 tokens has 23 MB."""
+"""Maximum bytes of logits of several images at once. One image of 800 x 1344 with 256 tokens has 23 MB."""
 
 
 class _Dense(NamedTuple):
@@ -36,8 +41,8 @@ class _Dense(NamedTuple):
     bias: Array
 
 
-class _Operands(NamedTuple):
-    """Folded text operands of the attention (leading axis: heads)."""
+class Operands(NamedTuple):
+    """Text operands of the attention, the dense layers of the image folded into them (leading axis: heads)."""
 
     keys: Float[Array, "heads B T C"]
     key_bias: Float[Array, "heads B T"]
@@ -49,15 +54,15 @@ def _dropped(kept: Bool[Array, "B A T"] | None, weights: Float[Array, "B A T"], 
 
 
 def _kept(
-    keys: jax.Array | None, shape: tuple[int, ...], rate: float
+    words: UInt32[Array, "B 2"] | None, shape: tuple[int, ...], rate: float
 ) -> tuple[Bool[Array, "B A T"] | None, Bool[Array, "B A T"] | None]:
-    """Which attention weights dropout keeps, over text and over image; `keys`: one per image.
+    """Which attention weights dropout keeps, over text and over image; `words`: those of a key per image.
 
     Each direction uses 16 of 32 random bits.
     """
-    if keys is None:
+    if words is None:
         return None, None
-    bits = jax.vmap(lambda key: hashed_bits(key, shape[1:]))(keys)
+    bits = jax.vmap(lambda own: hashed_bits(own, shape[1:]))(words)
     threshold = round(rate * 65536)
     return (bits >> 16) >= threshold, (bits & 0xFFFF) >= threshold
 
@@ -107,7 +112,7 @@ class Fusion(nn.Module):
         by_head = (*text.shape[:2], heads, depth)
         keys = (jnp.matmul(text32, key.kernel, precision=exact) + key.bias).reshape(by_head) * depth**-0.5
         values = (jnp.matmul(text32, text_value.kernel, precision=exact) + text_value.bias).reshape(by_head)
-        operands = _Operands(
+        operands = Operands(
             jnp.einsum("bthd,chd->hbtc", keys, query.kernel.reshape(channels, heads, depth), precision=exact).astype(
                 self.dtype
             ),
@@ -117,11 +122,11 @@ class Fusion(nn.Module):
             ),
         )
         rate = config.dropout if self.train else 0.0
-        keys_of_images = None
+        words = None
         if rate > 0:
             keys_of_heads = jax.random.split(self.make_rng("dropout"), heads)
-            keys_of_images = jax.vmap(lambda key: example_keys(key, len(visual)))(keys_of_heads)
-        for_image, for_text, weight_sum = _attend(visual, operands, valid, mask, keys_of_images, rate)
+            words = jax.vmap(lambda key: jax.vmap(words_of)(example_keys(key, len(visual))))(keys_of_heads)
+        for_image, for_text, weight_sum = attend(visual, operands, valid, mask, words, rate)
 
         # With dropout the attention weights over the image sum to `weight_sum`, not to 1; so the bias is scaled by it.
         read = jnp.einsum("hbtc,chd->bthd", for_text, value.kernel.reshape(channels, heads, depth), precision=exact)
@@ -131,25 +136,112 @@ class Fusion(nn.Module):
         return visual, text + (text_gamma * new_text).astype(self.dtype)
 
 
-class _Attended(NamedTuple):
+class Attended(NamedTuple):
     """Results of both directions of the attention."""
 
     for_image: Float[Array, "B A C"]
-    """Text values read by the image, summed over heads, float32."""
+    """Text values read by the image, summed over heads, in the type of the image's features."""
     for_text: Float[Array, "heads B T C"]
-    """Visual features read by the text."""
+    """Visual features read by the text, float32."""
     weight_sum: Float[Array, "heads B T"]
     """Sum of the attention weights of each token over the image."""
 
 
-def _attend(
-    visual: Float[Array, "B A C"], operands: _Operands, valid: Bool[Array, "B A"], mask: Bool[Array, "B T"], keys: Any, rate: float
-) -> _Attended:  # fmt: skip
-    """Both directions, for as many images at once as `_MAX_LOGITS_BYTES` allows. `keys`: dropout keys [heads B], or None."""
+class _Settings(NamedTuple):
+    """Static settings of the attention."""
+
+    rate: float
+    implementation: Implementation
+    mesh: Any
+    """The mesh of the enclosing program, whose BATCH_AXES split the images; empty if none is set."""
+
+
+def attend(
+    visual: Float[Array, "B A C"], operands: Operands, valid: Bool[Array, "B A"], mask: Bool[Array, "B T"],
+    words: UInt32[Array, "heads B 2"] | None, rate: float, implementation: Implementation = "auto",
+) -> Attended:  # fmt: skip
+    """Both directions of the attention.
+
+    Args:
+        words: `dropout.words_of` a key for each head and image; None with a `rate` of 0.
+        implementation: `kernel` is the one for TPUs (`fusion_kernel`), and runs elsewhere, but slowly; `scan` runs everywhere; `auto` selects
+            by the platform. The kernel does not clamp logits.
+    """
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    return _attend(visual, operands, valid, mask, words, _Settings(rate, implementation, mesh))
+
+
+def _run(settings: _Settings, scan: Any, kernel: Any, arrays: tuple[Any, ...], inputs: Any, outputs: Any) -> Any:
+    """The selected implementation of a pass. `inputs`, `outputs`: dimension of the images, see `kernels.per_device`."""
+
+    def on_each(interpret: bool) -> Any:
+        return per_device(partial(kernel, interpret=interpret), settings.mesh, inputs, outputs)
+
+    match settings.implementation:
+        case "kernel":
+            return jax.lax.platform_dependent(*arrays, tpu=on_each(False), default=on_each(True))
+        case "auto" if is_possible(settings.mesh, len(arrays[0])) and arrays[0].shape[-1] % LANES == 0:
+            return jax.lax.platform_dependent(*arrays, tpu=on_each(False), default=scan)
+        case _:
+            return scan(*arrays)
+
+
+_INPUTS = (0, Operands(1, 1, 1), 0, 0, 1)  # pyright: ignore[reportArgumentType]
+_OUTPUTS = (Attended(0, 1, 1), 1)  # pyright: ignore[reportArgumentType]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(visual: Array, operands: Operands, valid: Array, mask: Array, words: Any, settings: _Settings) -> Attended:
+    return _attend_forward(visual, operands, valid, mask, words, settings)[0]
+
+
+def _attend_forward(
+    visual: Array, operands: Operands, valid: Array, mask: Array, words: Any, settings: _Settings
+) -> tuple[Attended, Any]:
+    def scan(*arrays: Any) -> Any:
+        # The scan computes its sums again; the kernel keeps their logarithms.
+        return _scan(*arrays, settings.rate), jnp.zeros(operands.key_bias.shape, jnp.float32)
+
+    def kernel(visual: Array, operands: Operands, valid: Array, mask: Array, words: Any, interpret: bool) -> Any:
+        for_image, read = attention_forward(visual, *operands, valid, mask, words, settings.rate, interpret)
+        return Attended(for_image, read.features, read.weight), read.log_sum
+
+    arrays = (visual, operands, valid, mask, words)
+    found, log_sum = save_activation(_run(settings, scan, kernel, arrays, _INPUTS, _OUTPUTS))
+    return found, (*arrays, (found.for_text, found.weight_sum, log_sum))
+
+
+def _attend_backward(settings: _Settings, saved: Any, gradients: Attended) -> tuple[Any, ...]:
+    def scan(
+        visual: Array, operands: Operands, valid: Array, mask: Array, words: Any, _: Any, gradients: Attended
+    ) -> Any:
+        return jax.vjp(lambda *x: _scan(*x, valid, mask, words, settings.rate), visual, operands)[1](gradients)
+
+    def kernel(
+        visual: Array, operands: Operands, valid: Array, mask: Array, words: Any, read: Any, gradients: Attended, interpret: bool
+    ) -> Any:  # fmt: skip
+        dvisual, *rest = attention_backward(
+            visual, *operands, valid, mask, words, settings.rate, Read(*read), tuple(gradients), interpret
+        )
+        return dvisual, Operands(*rest)
+
+    inputs = (*_INPUTS, (1, 1, 1), _OUTPUTS[0])
+    dvisual, doperands = _run(settings, scan, kernel, (*saved, gradients), inputs, _INPUTS[:2])
+    # Integers have no gradient; JAX represents it as zeros of type float0.
+    return dvisual, doperands, *(jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), x) for x in saved[2:5])
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _scan(
+    visual: Float[Array, "B A C"], operands: Operands, valid: Bool[Array, "B A"], mask: Bool[Array, "B T"], words: Any, rate: float
+) -> Attended:  # fmt: skip
+    """Both directions, for as many images at once as `_MAX_LOGITS_BYTES` allows."""
     images = len(visual)
     group = images_at_once(images, 4 * visual.shape[1] * mask.shape[1], _MAX_LOGITS_BYTES)
     if group == images:
-        return save_activation(_attend_at_once(visual, operands, valid, mask, keys, rate))
+        return _attend_at_once(visual, operands, valid, mask, words, rate)
 
     def grouped(x: Array) -> Array:
         return x.reshape(-1, group, *x.shape[1:])
@@ -162,31 +254,30 @@ def _attend(
 
     parts = (
         grouped(visual), jax.tree.map(grouped_after_heads, operands), grouped(valid), grouped(mask),
-        jax.tree.map(grouped_after_heads, keys),
+        jax.tree.map(grouped_after_heads, words),
     )  # fmt: skip
     results = jax.lax.map(lambda part: _attend_at_once(*part, rate=rate), parts)
-    whole = _Attended(
+    return Attended(
         results.for_image.reshape(visual.shape),
         ungrouped_after_heads(results.for_text),
         ungrouped_after_heads(results.weight_sum),
     )
-    return save_activation(whole)
 
 
 def _attend_at_once(
-    visual: Float[Array, "B A C"], operands: _Operands, valid: Bool[Array, "B A"], mask: Bool[Array, "B T"], keys: Any, rate: float
-) -> _Attended:  # fmt: skip
+    visual: Float[Array, "B A C"], operands: Operands, valid: Bool[Array, "B A"], mask: Bool[Array, "B T"], words: Any, rate: float
+) -> Attended:  # fmt: skip
     """Both directions, as a scan over attention heads."""
 
     @jax.checkpoint
     def head(
-        for_image: Float[Array, "B A C"], item: tuple[_Operands, Any]
+        for_image: Float[Array, "B A C"], item: tuple[Operands, Any]
     ) -> tuple[Float[Array, "B A C"], tuple[Float[Array, "B T C"], Float[Array, "B T"]]]:
-        text, head_keys = item
+        text, head_words = item
         logits = jnp.einsum("bac,btc->bat", visual, text.keys, preferred_element_type=jnp.float32)
         logits = clamped(logits + text.key_bias[:, None, :])
         over_text = jax.nn.softmax(jnp.where(mask[:, None, :], logits, _MASKED), axis=2)
-        kept_of_text, kept_of_image = _kept(head_keys, logits.shape, rate)
+        kept_of_text, kept_of_image = _kept(head_words, logits.shape, rate)
         over_text = _dropped(kept_of_text, over_text, rate).astype(visual.dtype)
         for_image += jnp.einsum("bat,btc->bac", over_text, text.values, preferred_element_type=jnp.float32)
         over_image = jax.nn.softmax(jnp.where(valid[:, :, None], logits, _MASKED), axis=1)
@@ -195,5 +286,5 @@ def _attend_at_once(
         return for_image, (read, over_image.sum(1))
 
     start = jnp.zeros(visual.shape, jnp.float32)
-    for_image, (for_text, weight_sum) = jax.lax.scan(head, start, (operands, keys))
-    return _Attended(for_image, for_text, weight_sum)
+    for_image, (for_text, weight_sum) = jax.lax.scan(head, start, (operands, words))
+    return Attended(for_image.astype(visual.dtype), for_text, weight_sum)

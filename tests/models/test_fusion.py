@@ -10,6 +10,7 @@ import pytest
 
 from glip_jax.config import FusionConfig
 from glip_jax.models import fusion
+from glip_jax.models.dropout import words_of
 from glip_jax.models.fusion import Fusion
 
 pytestmark = pytest.mark.compiles
@@ -101,8 +102,9 @@ def test_folded_equals_plain_under_dropout(monkeypatch: pytest.MonkeyPatch, one_
     # The module makes a key per head and image; these replacements use their indices instead.
     monkeypatch.setattr(fusion.jax.random, "split", lambda *_: jnp.arange(CONFIG.heads))
     monkeypatch.setattr(fusion, "example_keys", lambda head, images: IMAGES * head + jnp.arange(images))
+    monkeypatch.setattr(fusion, "words_of", lambda key: jnp.stack([key, key]).astype(jnp.uint32))
     table = jnp.asarray(factors, bool).swapaxes(1, 2).reshape(-1, 2, LOCATIONS, TOKENS)
-    monkeypatch.setattr(fusion, "_kept", lambda keys, shape, rate: (table[keys, 0], table[keys, 1]))
+    monkeypatch.setattr(fusion, "_kept", lambda words, shape, rate: (table[words[:, 0], 0], table[words[:, 0], 1]))
     if one_by_one:
         monkeypatch.setattr(fusion, "_MAX_LOGITS_BYTES", 0)
     found: Any = module.apply({"params": params}, *inputs, rngs={"dropout": jax.random.key(0)})
@@ -114,7 +116,7 @@ def test_folded_equals_plain_under_dropout(monkeypatch: pytest.MonkeyPatch, one_
 
 def test_dropout_keeps_the_mean() -> None:
     weights = jnp.ones((4, 100, 100))
-    both = fusion._kept(jax.random.split(jax.random.key(0), 4), weights.shape, 0.1)
+    both = fusion._kept(jax.vmap(words_of)(jax.random.split(jax.random.key(0), 4)), weights.shape, 0.1)
     for kept in both:
         dropped = fusion._dropped(kept, weights, 0.1)
         assert abs(float(dropped.mean()) - 1) < 0.01
