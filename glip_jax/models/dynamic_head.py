@@ -1,37 +1,26 @@
 """Dynamic head (DyConv, arXiv 2106.08322) as in GLIP (glip-reference 2.7).
 
 A block applies deformable convolutions to every level and its neighbor levels. They share one offset map per level. The two or
-three results per level are weighted by pooled attention, averaged, and passed through a dynamic ReLU (arXiv 2003.10027).
+three results per level are normalized, weighted by pooled attention, averaged, and passed through a dynamic ReLU (arXiv 2003.10027):
+one pass over the results for their statistics, and one for everything else.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from glip_jax.config import HeadConfig
 from glip_jax.models.deformable import Taps, clamp_offsets, deformable_convolution, exceeds_bound, rows_of
-from glip_jax.models.extents import (
-    Cells,
-    broadcast_levels,
-    cells_of,
-    grid,
-    level_mean,
-    mask_padding,
-    pack,
-    resize_bilinear,
-    unpack,
-    valid_mask,
-)  # fmt: skip
+from glip_jax.models.extents import grid, mask_padding, resize_bilinear, valid_mask
 from glip_jax.models.initializers import small_normal, torch_dense, uniform
 
 __all__ = ["DynamicConvolution", "GroupNorm", "reread_flat"]
 
-Term = Literal["coarse", "same", "fine"]
+Kind = Literal["coarse", "same", "fine"]
 """The three convolutions of a block: of the coarser, the same and the finer level."""
 
 _OFFSETS = 18
@@ -42,27 +31,48 @@ def _hard_sigmoid(x: jax.Array) -> jax.Array:
     return nn.relu6(x + 3.0) / 6.0
 
 
+class _Affine(NamedTuple):
+    """scale * x + shift, by channel: what a norm does to a map once its statistics are known."""
+
+    scale: Float[Array, "B C"]
+    shift: Float[Array, "B C"]
+
+
+class _Moments(NamedTuple):
+    """Mean and variance of each channel of a map over the valid cells of each image, float32."""
+
+    mean: Float[Array, "B C"]
+    variance: Float[Array, "B C"]
+
+
+def _moments(x: Float[Array, "B h w C"], size: Int[Array, "B 2"]) -> _Moments:
+    """From the sums of one pass over the map, relative to its first cell: a large mean must not cancel the variance."""
+    first = jax.lax.stop_gradient(x[:, 0, 0]).astype(jnp.float32)
+    centered = jnp.where(valid_mask(size, *grid(x)), x.astype(jnp.float32) - first[:, None, None], 0.0)
+    count = size.prod(-1).astype(jnp.float32)[:, None]
+    mean = centered.sum((1, 2)) / count
+    return _Moments(first + mean, jnp.square(centered).sum((1, 2)) / count - jnp.square(mean))
+
+
 class GroupNorm(nn.Module):
-    """Group normalization (arXiv 1803.08494) per level of a packed pyramid, over the valid cells of each image."""
+    """Group normalization (arXiv 1803.08494) over the valid cells of each image, as an affine map of its channels."""
 
     groups: int
-    dtype: Any
 
     @nn.compact
-    def __call__(self, packed: Float[Array, "B A C"], cells: Cells) -> Float[Array, "B A C"]:
-        """Statistics and products in float32."""
-        channels = packed.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
+    def __call__(self, moments: _Moments) -> _Affine:
+        """The map's statistics to scale and shift, float32."""
+        mean, variance = moments
+        scale = self.param("scale", nn.initializers.ones, mean.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, mean.shape[-1:])
 
-        def by_group(mean: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
+        def by_group(x: Float[Array, "B C"]) -> Float[Array, "B C"]:
             # All channels have equally many cells, so the mean of a group is the mean over its channels.
-            mean = mean.reshape(*mean.shape[:2], self.groups, -1).mean(-1)
-            return jnp.repeat(mean, channels // self.groups, 2)
+            return jnp.repeat(x.reshape(len(x), self.groups, -1).mean(-1), x.shape[-1] // self.groups, 1)
 
-        centered = packed.astype(jnp.float32) - broadcast_levels(by_group(level_mean(packed, cells)), cells)
-        variance = by_group(level_mean(jnp.square(centered), cells))
-        return (centered * broadcast_levels(jax.lax.rsqrt(variance + 1e-5) * scale, cells) + bias).astype(self.dtype)
+        center = by_group(mean)
+        factor = jax.lax.rsqrt(by_group(variance + jnp.square(mean - center)) + 1e-5) * scale
+        return _Affine(factor, bias - center * factor)
 
 
 def reread_flat(
@@ -130,19 +140,24 @@ def _regular_convolution(
 
 
 class _DynamicReLU(nn.Module):
-    """max(a1 x + b1, a2 x + b2) with coefficients from the mean of each level."""
-
-    dtype: Any
+    """Coefficients of max(a1 x + b1, a2 x + b2) from the mean of x over the valid cells."""
 
     @nn.compact
-    def __call__(self, packed: Float[Array, "B A C"], cells: Cells) -> Float[Array, "B A C"]:
-        channels = packed.shape[-1]
-        pooled = level_mean(packed, cells)
-        hidden = nn.relu(torch_dense(channels // 4, channels, jnp.float32, "squeeze")(pooled))
+    def __call__(self, mean: Float[Array, "B C"]) -> tuple[_Affine, _Affine]:
+        channels = mean.shape[-1]
+        hidden = nn.relu(torch_dense(channels // 4, channels, jnp.float32, "squeeze")(mean))
         theta = _hard_sigmoid(torch_dense(4 * channels, channels // 4, jnp.float32, "expand")(hidden)) - 0.5
         a1, b1, a2, b2 = jnp.split(theta, 4, -1)
-        a1, b1, a2, b2 = (broadcast_levels(x, cells) for x in (a1 * 2.0 + 1.0, b1, a2 * 2.0, b2))
-        return jnp.maximum(packed * a1 + b1, packed * a2 + b2).astype(self.dtype)
+        return _Affine(a1 * 2.0 + 1.0, b1), _Affine(a2 * 2.0, b2)
+
+
+class _Term(NamedTuple):
+    """A convolution of a level, before its norm."""
+
+    map: Float[Array, "B h w C"]
+    norm: _Affine
+    mean: Float[Array, "B C"]
+    """Of the map over the valid cells."""
 
 
 class DynamicConvolution(nn.Module):
@@ -150,13 +165,6 @@ class DynamicConvolution(nn.Module):
 
     config: HeadConfig
     dtype: Any
-
-    def _term(self, name: str, channels: int) -> tuple[Array, Array, GroupNorm]:
-        """Kernel, bias and norm of one of the three deformable convolutions."""
-        start = uniform((9 * channels) ** -0.5)
-        kernel = self.param(f"{name}_kernel", start, (3, 3, channels, channels))
-        bias = self.param(f"{name}_bias", nn.initializers.zeros, (channels,))
-        return kernel, bias, GroupNorm(self.config.groups, self.dtype, name=f"{name}_norm")
 
     @nn.compact
     def __call__(
@@ -175,46 +183,63 @@ class DynamicConvolution(nn.Module):
             conv_general_dilated=_narrow_convolution, name="offset",
         )  # fmt: skip
         attention = nn.Dense(1, dtype=jnp.float32, kernel_init=small_normal, name="attention")
-        rows = rows_of(levels)
+        relu, rows = _DynamicReLU(name="relu"), rows_of(levels)
 
-        def convolve(name: Term, sources: range, maps: list[Array], stride: int = 1) -> tuple[Array, Cells]:
-            """Convolution `name` with its norm for the levels `sources`, each with an offset map; packed."""
-            kernel, bias, norm = self._term(name, channels)
-            targets = [source + 1 if stride == 2 else source for source in sources]
-            cells = cells_of([shapes[i] for i in targets], [sizes[i] for i in targets])
-            if not self.config.deformable:
+        def convolve(
+            name: Kind, sources: range, maps: list[Array], stride: int = 1
+        ) -> list[tuple[Float[Array, "B h w C"], _Moments, _Affine]]:
+            """Convolution `name` of the levels `sources`, each with an offset map; moments and norm of each result."""
+            kernel = self.param(f"{name}_kernel", uniform((9 * channels) ** -0.5), (3, 3, channels, channels))
+            bias = self.param(f"{name}_bias", nn.initializers.zeros, (channels,))
+            norm = GroupNorm(self.config.groups, name=f"{name}_norm")
+            if self.config.deformable:
+                taps = [
+                    Taps(source, stride, x[..., :_OFFSETS].reshape(*x.shape[:3], 9, 2), nn.sigmoid(x[..., _OFFSETS:]))
+                    for source, x in zip(sources, maps)
+                ]
+                out = deformable_convolution(rows, taps, kernel, bias, bound=self.config.offset_bound)
+            else:
                 # Offsets of 0, at which the masks are 1/2.
-                return norm(
-                    pack([_regular_convolution(levels[i], kernel / 2, stride) + bias for i in sources]), cells
-                ), cells
-            taps = [
-                Taps(source, stride, x[..., :_OFFSETS].reshape(*x.shape[:3], 9, 2), nn.sigmoid(x[..., _OFFSETS:]))
-                for source, x in zip(sources, maps)
-            ]
-            out = deformable_convolution(rows, taps, kernel, bias, bound=self.config.offset_bound)
-            return norm(pack(out), cells), cells
-
-        def weighted(term: Array, cells: Cells) -> Array:
-            weight = _hard_sigmoid(nn.relu(attention(level_mean(term, cells))))
-            return term.astype(jnp.float32) * broadcast_levels(weight, cells)
+                out = [_regular_convolution(levels[i], kernel / 2, stride) + bias for i in sources]
+            targets = [source + 1 if stride == 2 else source for source in sources]
+            moments = [_moments(x, sizes[i]) for x, i in zip(out, targets)]
+            return [(x, own, norm(own)) for x, own in zip(out, moments)]
 
         maps = self._bounded([offset(x).astype(jnp.float32) for x in levels], sizes)
         for_coarser = [self._coarser(maps[i], sizes[i], sizes[i + 1], shapes[i + 1]) for i in range(count - 1)]
-        same, cells = convolve("same", range(count), maps)
-        fine, below = convolve("fine", range(count - 1), maps[1:], stride=2)
-        coarse, _ = convolve("coarse", range(1, count), for_coarser)
-        resized = [
-            resize_bilinear(mask_padding(term, sizes[i + 1]), sizes[i + 1], sizes[i], shapes[i])
-            for i, term in enumerate(unpack(coarse, shapes[1:]))
-        ]
-        above = cells_of(shapes[:-1], sizes[:-1])
-        # The finest level has no finer neighbor, the coarsest no coarser one.
-        missing, last = (int(np.prod(shape)) for shape in (shapes[0], shapes[-1]))
-        total = weighted(same, cells)
-        total += jnp.pad(weighted(fine, below), ((0, 0), (missing, 0), (0, 0)))
-        total += jnp.pad(weighted(pack(resized), above), ((0, 0), (0, last), (0, 0)))
-        terms = np.repeat([2.0, *[3.0] * (count - 2), 2.0], [h * w for h, w in shapes]).astype(np.float32)
-        return tuple(unpack(_DynamicReLU(self.dtype, name="relu")(total / terms[:, None], cells), shapes))
+        same = convolve("same", range(count), maps)
+        fine = convolve("fine", range(count - 1), maps[1:], stride=2)
+        coarse = convolve("coarse", range(1, count), for_coarser)
+        new = []
+        for i, size in enumerate(sizes):
+            terms = [_Term(x, norm, own.mean) for x, own, norm in (same[i], *fine[i - 1 : i])]
+            # The finest level has no finer neighbor, the coarsest no coarser one.
+            for x, _, norm in coarse[i : i + 1]:
+                # A norm and a resize commute: the weights of a resize have the sum 1.
+                resized = resize_bilinear(mask_padding(x, sizes[i + 1]), sizes[i + 1], size, shapes[i])
+                terms.append(_Term(resized, norm, _moments(resized, size).mean))
+            new.append(self._combined(terms, attention, relu))
+        return tuple(new)
+
+    def _combined(self, terms: Sequence[_Term], attention: nn.Dense, relu: _DynamicReLU) -> Float[Array, "B h w C"]:
+        """Weighted mean of the terms of a level after their norms, and the dynamic ReLU, in one pass over the maps.
+
+        All but the maximum is affine by channel. So are the means that the weights and the coefficients depend on: they follow from
+        those of the terms.
+        """
+        means = [term.mean * term.norm.scale + term.norm.shift for term in terms]
+        weights = [_hard_sigmoid(nn.relu(attention(mean))) / len(terms) for mean in means]
+        scales = [term.norm.scale * weight for term, weight in zip(terms, weights)]
+        shift = sum(term.norm.shift * weight for term, weight in zip(terms, weights))
+        first, second = relu(sum(mean * weight for mean, weight in zip(means, weights)))
+
+        def over_cells(x: Array) -> Float[Array, "B 1 1 C"]:
+            return x[:, None, None]
+
+        total = sum(term.map.astype(jnp.float32) * over_cells(scale) for term, scale in zip(terms, scales))
+        total += over_cells(shift)
+        branches = [total * over_cells(x.scale) + over_cells(x.shift) for x in (first, second)]
+        return jnp.maximum(*branches).astype(self.dtype)
 
     def _bounded(self, maps: list[Array], sizes: Sequence[Int[Array, "B 2"]]) -> list[Array]:
         """The offset maps with offsets clamped to the bound; clamped offsets are counted over the valid cells.

@@ -1,16 +1,11 @@
 """Masked operations on feature maps: each image is restricted to its own extent inside the shared canvas.
 
 A feature map holds the cells of an image in its upper left corner; cells beyond the extent of the image are padding. Layers that
-mix positions read zeros there (`mask_padding`), exclude them from statistics (`level_mean`) and resize by the ratio of each image
-(`resize_nearest`, `resize_bilinear`).
-
-A pyramid can be packed as [B A C]: the cells of its levels one after the other, row-major. `Cells` assigns cells to levels.
-Statistics of all levels are then one matrix product (`level_mean`, `broadcast_levels`) instead of small operations per level, which
-would take as long to compile as the rest of the head.
+mix positions read zeros there (`mask_padding`), exclude them from statistics (`valid_mask`) and resize by the ratio of each image
+(`resize_nearest`, `resize_bilinear`). A pyramid can be packed as [B A C]: the cells of its levels one after the other, row-major.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 __all__ = [
-    "Cells", "cells_of", "grid", "valid_mask", "level_mean", "level_size", "pack", "resize_bilinear", "resize_nearest",
-    "broadcast_levels", "unpack", "mask_padding",
+    "grid", "level_size", "mask_padding", "pack", "resize_bilinear", "resize_nearest", "unpack", "valid_mask",
 ]  # fmt: skip
 
 
@@ -45,25 +39,6 @@ def mask_padding(x: Float[Array, "B h w C"], size: Int[Array, "B 2"]) -> Float[A
     return jnp.where(valid_mask(size, x.shape[1], x.shape[2]), x, 0)
 
 
-class Cells(NamedTuple):
-    """Assignment of the cells of a packed pyramid to levels."""
-
-    valid: Float[Array, "B A L"]
-    """1 for a cell of level l inside the image, otherwise 0."""
-    level: Float[Array, "A L"]
-    """1 for a cell of level l, padding included, otherwise 0."""
-    count: Float[Array, "B L"]
-    """Number of cells of each image per level."""
-
-
-def cells_of(shapes: Sequence[tuple[int, int]], sizes: Sequence[Int[Array, "B 2"]]) -> Cells:
-    """Cells of levels with `shapes` (height, width) of the canvas and `sizes` of the images."""
-    parts = [valid_mask(size, *shape).reshape(size.shape[0], -1) for shape, size in zip(shapes, sizes)]
-    level = np.repeat(np.eye(len(shapes), dtype=np.float32), [h * w for h, w in shapes], axis=0)
-    valid = jnp.concatenate(parts, 1)[:, :, None] * level
-    return Cells(valid, jnp.asarray(level), jnp.stack([jnp.prod(size, -1) for size in sizes], 1).astype(jnp.float32))
-
-
 def pack(levels: Sequence[Float[Array, "B _ _ C"]]) -> Float[Array, "B A C"]:
     """Packs levels into one array of cells."""
     return jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in levels], 1)
@@ -74,18 +49,6 @@ def unpack(packed: Float[Array, "B A C"], shapes: Sequence[tuple[int, int]]) -> 
     ends = np.cumsum([h * w for h, w in shapes])[:-1].tolist()
     parts = jnp.split(packed, ends, 1)
     return [part.reshape(part.shape[0], *shape, -1) for part, shape in zip(parts, shapes)]
-
-
-def level_mean(packed: Float[Array, "B A C"], cells: Cells) -> Float[Array, "B L C"]:
-    """Mean over the valid cells of each image and level, float32."""
-    # Padding is multiplied by zero, so it must be finite.
-    total = jnp.einsum("bac,bal->blc", packed.astype(jnp.float32), cells.valid, precision=jax.lax.Precision.HIGHEST)
-    return total / cells.count[..., None]
-
-
-def broadcast_levels(values: Float[Array, "B L C"], cells: Cells) -> Float[Array, "B A C"]:
-    """The values of each level at all of its cells, float32."""
-    return jnp.einsum("blc,al->bac", values, cells.level, precision=jax.lax.Precision.HIGHEST)
 
 
 def _nearest_weights(

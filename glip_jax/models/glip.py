@@ -18,7 +18,7 @@ from glip_jax.config import HeadConfig, InputConfig, ModelConfig
 from glip_jax.models.bert import Bert, BertLayer, clamped
 from glip_jax.models.dynamic_head import DynamicConvolution
 from glip_jax.models.efficientnet import EfficientNetLite0
-from glip_jax.models.extents import cells_of, grid, level_size, pack, unpack, valid_mask
+from glip_jax.models.extents import grid, level_size, pack, unpack, valid_mask
 from glip_jax.models.fusion import Fusion
 from glip_jax.models.initializers import small_normal, torch_dense
 from glip_jax.models.pyramid import Pyramid
@@ -57,7 +57,7 @@ class _Block(nn.Module):
         levels, text = state
         if self.config.fusion.enabled and text is not None and mask is not None:
             shapes = [grid(x) for x in levels]
-            valid = cells_of(shapes, sizes).valid.any(-1)
+            valid = pack([valid_mask(size, *shape) for size, shape in zip(sizes, shapes)])[..., 0]
             fusion = Fusion(self.config.fusion, self.train, self.dtype, self.config.lora, name="fusion")
             visual, text = fusion(pack(levels), text, valid, mask)
             layer = BertLayer(self.config.text, self.train, self.dtype, True, "torch", self.config.lora, name="text")
