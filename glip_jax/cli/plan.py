@@ -68,7 +68,7 @@ class PlanArguments(Arguments):
     search: bool = False
     """Try images per chip, remat, fsdp and tensor, and rank what fits. The same command again goes on where it stopped."""
     search_images: tuple[int, ...] = (1, 2, 4, 8)
-    search_remat: tuple[str, ...] = ("none", "elementwise", "blocks")
+    search_remat: tuple[str, ...] = ("none", "elementwise", "kernels", "blocks")
     search_fsdp: tuple[int, ...] = (1, 16)
     search_tensor: tuple[int, ...] = ()
     """Default: the config's own."""

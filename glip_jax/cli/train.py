@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from glip_jax import UserError
 from glip_jax.cli.command_line import Arguments, CommandLineError, parse
@@ -27,6 +28,7 @@ from glip_jax.io.assets import resolve
 from glip_jax.io.checkpoint import NotSavedError, complete_steps, recovery_hint
 from glip_jax.io.errors import full_disk
 from glip_jax.structures.batch import Batch
+from glip_jax.structures.canvas import pixels_of
 from glip_jax.training.loop import train
 from glip_jax.training.monitoring.evaluations import Evaluate, Meet
 from glip_jax.training.state import State
@@ -114,7 +116,11 @@ def _drawer(config: Config) -> Any:
 
     def draw(batch: Batch) -> bytes:
         vocabulary = resolve(config.model.text.vocabulary).read_text().split("\n")
-        return drawing.png(drawing.draw_batch(batch, vocabulary))
+        image = np.asarray(batch.image)
+        if image.shape[-1] != 3:
+            image = pixels_of(image)
+            image = image[..., ::-1] if config.model.input.order == "bgr" else image
+        return drawing.png(drawing.draw_batch(batch._replace(image=image), vocabulary))
 
     return draw
 

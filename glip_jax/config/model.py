@@ -15,7 +15,7 @@ __all__ = [
 _Blocks = Annotated[int, Range(1, 1000)]
 _Level = Annotated[float, Range(0, 255)]
 _Spread = Annotated[float, Range(0.001, 1000)]
-Remat = Literal["none", "elementwise", "blocks"]
+Remat = Literal["none", "elementwise", "kernels", "blocks"]
 """What the backward pass recomputes of Swin blocks, BERT layers and head blocks (rematerialization)."""
 
 
@@ -171,12 +171,18 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations. Parameters, statistics, boxes and losses are float32."""
     remat: Remat = "none"
-    """Recomputation in the backward pass: `elementwise` recomputes norms, activations and dropout, `blocks` everything but the inputs of a block."""
+    """Recomputation in the backward pass: `elementwise` recomputes norms, activations and dropout; `blocks` everything but the inputs of a block;
+    `kernels` the same, but keeps what the attention of the fusion and the deformable convolutions give, which are costly."""
     trainable: tuple[str, ...] = ("*",)
     """Patterns of the paths of parameters that are trained; * matches any characters, slashes included. All others are frozen, as are
     `backbone.frozen_stages` and, with `text.frozen`, the text encoder."""
     lora: LoraConfig = LoraConfig()
     prompts: PromptsConfig = PromptsConfig()
+
+    @property
+    def patches(self) -> bool:
+        """Whether training batches hold patches (`structures.canvas.patches_of`), which Swin begins with."""
+        return self.backbone.kind == "swin" and self.input.extent_multiple % 4 == 0
 
 
 def model_checks(model: ModelConfig) -> list[tuple[bool, str]]:

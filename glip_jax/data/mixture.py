@@ -133,13 +133,14 @@ class _MakeBatch:
 
     examples: Examples
     slice: _Slice
+    patches: bool
 
     def __call__(self, index: int, slots: Sequence[tuple[int, int]]) -> Batch:
         """Batch `index` of the stream of this host, on the canvas of its step."""
         config = self.examples.config
         positions = [self.slice.step(index * len(slots) + k) for k in range(len(slots))]
         rngs = [rng_of(config.train.seed, step * self.slice.batch_size + position) for step, position in positions]
-        return self.examples.batch(slots, *_bucket(config, self.slice.schedule, positions[0][0]), rngs)
+        return self.examples.batch(slots, *_bucket(config, self.slice.schedule, positions[0][0]), rngs, self.patches)
 
 
 class Mixture:
@@ -217,10 +218,11 @@ class Mixture:
             return f"{name} (corrupt: {error})"
         return f"{name} (image {example.id}, {example.provenance})"
 
-    def batches(self, start_step: int = 0, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
+    def batches(self, start_step: int = 0, host: int = 0, hosts: int = 1, patches: bool = False) -> Iterator[Batch]:
         """Endless iterator over the slice of this host of the batches of steps start_step, start_step + 1, ...
 
-        Host h of n has the positions h * B / n to (h + 1) * B / n - 1 of each batch. Closing the iterator ends its threads and
+        Host h of n has the positions h * B / n to (h + 1) * B / n - 1 of each batch. `patches`: images as patches, see `Batch.image`; without,
+        as pixels. Closing the iterator ends its threads and
         processes. Raises ConfigError if the batch size is not a multiple of `hosts`.
         """
         size, data = self.config.train.batch_size, self.config.data
@@ -232,7 +234,7 @@ class Mixture:
         stream = grain.MapDataset.select_from_datasets(self._mixes, part)
         # Batched before decoding, so that every image is resized directly into its batch.
         stream = stream.batch(size // hosts, drop_remainder=True, batch_fn=list)
-        stream = stream.map_with_index(_MakeBatch(self._examples, part))
+        stream = stream.map_with_index(_MakeBatch(self._examples, part, patches))
         processes = max(data.workers, 1)
         ahead = -(-data.prefetch // processes)
         loader = stream.to_iter_dataset(

@@ -26,18 +26,29 @@ from glip_jax.models.remat import rematerialized
 from glip_jax.models.swin import Swin
 from glip_jax.models.tuned_prompts import TunedPrompts
 from glip_jax.structures.batch import Predictions
+from glip_jax.structures.canvas import PATCH
 
 __all__ = ["GLIP", "normalize"]
 
 
 def normalize(
-    image: UInt8[Array, "B H W 3"], size: Int[Array, "B 2"], config: InputConfig
-) -> Float32[Array, "B H W 3"]:
-    """Input of the network from RGB bytes: channel order, mean and standard deviation; zero beyond `size` of each image."""
-    x = image.astype(jnp.float32)
-    x = x[..., ::-1] if config.order == "bgr" else x
-    x = (x - jnp.asarray(config.mean)) / jnp.asarray(config.std)
-    return jnp.where(valid_mask(size, *image.shape[1:3]), x, 0.0)
+    image: UInt8[Array, "B H W values"], size: Int[Array, "B 2"], config: InputConfig
+) -> Float32[Array, "B H W values"]:
+    """Input of the network from bytes: channel order, mean and standard deviation; zero beyond `size` of each image.
+
+    `image`: RGB pixels, or patches whose channels are in the order of the network (`Batch.image`).
+    """
+    x, values = image.astype(jnp.float32), image.shape[-1]
+    mean, std = (jnp.tile(jnp.asarray(x), values // 3) for x in (config.mean, config.std))
+    if values == 3:
+        x = x[..., ::-1] if config.order == "bgr" else x
+        inside = valid_mask(size, *image.shape[1:3])
+    else:
+        place = np.arange(values) // 3
+        rows = PATCH * jnp.arange(image.shape[1])[:, None] + place // PATCH
+        columns = PATCH * jnp.arange(image.shape[2])[:, None] + place % PATCH
+        inside = (rows < size[:, :1, None])[:, :, None] & (columns < size[:, 1:, None])[:, None]
+    return jnp.where(inside, (x - mean) / std, 0.0)
 
 
 class _Block(nn.Module):
@@ -140,9 +151,9 @@ class GLIP(nn.Module):
         self.head = _Head(config, self.train, dtype)
 
     def encode_image(
-        self, image: Float[Array, "B H W 3"], extent: Int[Array, "B 2"]
+        self, image: Float[Array, "B H W values"], extent: Int[Array, "B 2"]
     ) -> tuple[Float[Array, "B _ _ C"], ...]:
-        """Pyramid levels of normalized images, zero beyond the extent of each image."""
+        """Pyramid levels of normalized images (pixels or patches), zero beyond the extent of each image."""
         return self.pyramid(self.backbone(image, extent), extent)
 
     def encode_text(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T D"]:

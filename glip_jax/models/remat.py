@@ -14,7 +14,7 @@ _SAVED = "save_activation"
 
 
 def save_activation(x: Any) -> Any:
-    """Marks the result of an expensive operation other than a matrix product, so that `remat="elementwise"` stores it."""
+    """Marks the result of an expensive operation other than a matrix product, so that "elementwise" and "kernels" store it."""
     return checkpoint_name(x, _SAVED)
 
 
@@ -22,17 +22,18 @@ def rematerialized(block: type[nn.Module], remat: Remat) -> type[nn.Module]:
     """The class of a block with the policy `remat`.
 
     "none" stores everything. "elementwise" stores matrix products and what is marked with `save_activation`, and recomputes norms,
-    activations and dropout. "blocks" stores only the inputs of a block.
+    activations and dropout. "kernels" stores the inputs of a block and what is marked. "blocks" stores only the inputs of a block.
     """
+    policies = jax.checkpoint_policies
+    marked = policies.save_only_these_names(_SAVED)
     match remat:
         case "none":
             return block
         case "elementwise":
-            policies = jax.checkpoint_policies
-            policy = policies.save_from_both_policies(
-                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(_SAVED)
-            )
+            policy = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, marked)
             return nn.remat(block, prevent_cse=False, policy=policy)
+        case "kernels":
+            return nn.remat(block, prevent_cse=False, policy=marked)
         case "blocks":
             return nn.remat(block, prevent_cse=False)
 

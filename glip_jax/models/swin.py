@@ -23,6 +23,7 @@ from glip_jax.models.extents import level_size, mask_padding
 from glip_jax.models.initializers import torch_dense
 from glip_jax.models.remat import images_at_once, rematerialized
 from glip_jax.models.tensor_parallel import column_parallel_input, row_parallel_dot_general, tensor_shards
+from glip_jax.structures.canvas import PATCH
 
 __all__ = ["Swin", "relative_position_index"]
 
@@ -220,6 +221,24 @@ class _Merge(nn.Module):
         return nn.Dense(2 * x.shape[-1], use_bias=False, dtype=self.dtype, kernel_init=start, name="reduction")(y)
 
 
+class _PatchEmbedding(nn.Module):
+    """A convolution of 4 x 4 with stride 4; of patches a product."""
+
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "B H W values"]) -> Float[Array, "B h w C"]:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (PATCH, PATCH, 3, self.width)).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)
+        image = image.astype(self.dtype)
+        if image.shape[-1] != 3:
+            return image @ kernel.reshape(-1, self.width) + bias
+        image = jnp.pad(image, ((0, 0), (0, -image.shape[1] % PATCH), (0, -image.shape[2] % PATCH), (0, 0)))
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(image, kernel, (PATCH, PATCH), "VALID", dimension_numbers=dimensions) + bias
+
+
 class Swin(nn.Module):
     """The Swin backbone."""
 
@@ -230,12 +249,11 @@ class Swin(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "B H W 3"], extent: Int[Array, "B 2"]
+        self, image: Float[Array, "B H W values"], extent: Int[Array, "B 2"]
     ) -> tuple[Float[Array, "B h8 w8 C8"], Float[Array, "B h16 w16 C16"], Float[Array, "B h32 w32 C32"]]:
-        """Maps of strides 8, 16, 32, zero beyond the extent, of normalized images that are zero beyond their size."""
+        """Maps of strides 8, 16, 32, zero beyond the extent, of normalized images (pixels or patches) that are zero beyond their size."""
         config = self.config
-        image = jnp.pad(image, ((0, 0), (0, -image.shape[1] % 4), (0, -image.shape[2] % 4), (0, 0)))
-        x = nn.Conv(config.width, (4, 4), (4, 4), padding="VALID", dtype=self.dtype, name="patch_embedding")(image)
+        x = _PatchEmbedding(config.width, self.dtype, name="patch_embedding")(image)
         x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name="patch_norm")(x)
         rates = jnp.asarray(np.linspace(0, config.drop_path, sum(config.depths)), jnp.float32)
         outputs = []

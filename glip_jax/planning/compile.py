@@ -39,6 +39,7 @@ from glip_jax.planning.hlo import collectives
 from glip_jax.planning.statistics import CollectiveTraffic, CompileMode, CompileStatistics, TopOperation
 from glip_jax.planning.xla_dump import activation_bytes, compile_until_assignment, dump_options
 from glip_jax.structures.batch import DROPS, Batch
+from glip_jax.structures.canvas import PATCH
 from glip_jax.training.monitoring.chips import Topology
 from glip_jax.training.state import State, abstract_state
 from glip_jax.training.step import glip_objective, make_step
@@ -53,9 +54,10 @@ class PlanError(UserError, ValueError):
 def abstract_batch(config: Config, canvas: tuple[int, int], mesh: Mesh) -> Batch:
     """Shapes and shardings of a global batch of `config.train.batch_size` images on a canvas (height, width)."""
     tokens, slots = config.model.text.max_tokens, config.data.max_boxes
+    image = (canvas[0] // PATCH, canvas[1] // PATCH, 3 * PATCH**2) if config.model.patches else (*canvas, 3)
     integer, real, flag = jnp.int32, jnp.float32, jnp.bool_
     kinds: dict[str, tuple[tuple[int, ...], Any]] = {
-        "image": ((*canvas, 3), jnp.uint8), "size": ((2,), integer), "extent": ((2,), integer),
+        "image": (image, jnp.uint8), "size": ((2,), integer), "extent": ((2,), integer),
         "tokens": ((tokens,), integer), "token_mask": ((tokens,), flag), "boxes": ((slots, 4), real),
         "box_mask": ((slots,), flag), "box_weight": ((slots,), real), "positive_map": ((slots, tokens), flag),
         "token_loss_mask": ((tokens,), flag), "valid": ((), flag), "source": ((), integer), "record": ((), integer),

@@ -144,12 +144,13 @@ def roofline(
 def hardware_flops(config: Config, flops: Flops) -> float:
     """Executed FLOPs of one image by formula: training plus recomputation in the backward pass.
 
-    The attention of the fusion is always recomputed; with model.remat=blocks, the blocks of all parts are recomputed too.
+    The attention of the fusion is always recomputed; with model.remat=blocks, the blocks of all parts are recomputed too, with kernels
+    without fusion and deformable convolutions.
     """
     recomputed = flops.parts["fusion"]
-    if config.model.remat == "blocks":
-        blocks = ("text", "fusion", "head_text", "dynamic")
-        recomputed += sum(flops.parts[part] for part in blocks)
+    blocks = {"blocks": ("text", "fusion", "head_text", "dynamic"), "kernels": ("text", "head_text")}
+    if config.model.remat in blocks:
+        recomputed += sum(flops.parts[part] for part in blocks[config.model.remat])
         recomputed += flops.parts["backbone"] if config.model.backbone.kind == "swin" else 0.0
     return flops.training + recomputed
 

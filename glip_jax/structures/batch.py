@@ -12,6 +12,8 @@ level from fine to coarse, row-major in the grid of ceil(H / stride) x ceil(W / 
 
 from typing import Any, NamedTuple
 
+from glip_jax.structures.canvas import PATCH
+
 __all__ = ["BATCH_AXES", "DROPS", "Batch", "Detections", "Predictions", "Prompt", "Targets", "TokenizedPrompt"]
 
 BATCH_AXES = ("data", "fsdp")
@@ -28,7 +30,8 @@ class Batch(NamedTuple):
     """Training examples. Fields are numpy arrays on the host and jax arrays in the step, with the leading axis B."""
 
     image: Any
-    """UInt8[B H W 3], RGB, zeros beyond `size`."""
+    """UInt8[B H W 3], RGB, zeros beyond `size`; or, for a network that begins with patches, UInt8[B H/4 W/4 48] (`canvas.patches_of`) with
+    the channels in the order of the network."""
     size: Any
     """Int32[B 2]: height, width of the resized image."""
     extent: Any
@@ -55,6 +58,13 @@ class Batch(NamedTuple):
     """Int32[B]: index of the record inside its source."""
     dropped: Any
     """Int32[B len(DROPS)]: what was dropped from the example."""
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """Height and width of the images, pixels."""
+        height, width, channels = self.image.shape[-3:]
+        side = 1 if channels == 3 else PATCH
+        return height * side, width * side
 
 
 class Prompt(NamedTuple):

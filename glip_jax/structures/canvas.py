@@ -2,12 +2,26 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Num, UInt8
 from PIL import Image
 
-__all__ = ["target_size", "canvas_size", "nearest_aspect", "fit", "resize", "pad_to_canvas"]
+__all__ = [
+    "PATCH",
+    "canvas_size",
+    "fit",
+    "nearest_aspect",
+    "pad_to_canvas",
+    "patches_of",
+    "pixels_of",
+    "resize",
+    "target_size",
+]
+
+PATCH = 4
+"""Side of the patches that a Swin network begins with, pixels."""
 
 
 def target_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
@@ -55,6 +69,20 @@ def fit(height: int, width: int, short_side: int, long_side: int, canvas: tuple[
     if scale >= 1:
         return h, w
     return min(canvas[0], max(1, round(h * scale))), min(canvas[1], max(1, round(w * scale)))
+
+
+def patches_of(images: Num[Any, "B H W 3"]) -> Num[Any, "B h w 48"]:
+    """Images as patches of 4 x 4 pixels, row-major with the channels last; numpy or jax. Sides are multiples of 4."""
+    count, height, width, channels = images.shape
+    x = images.reshape(count, height // PATCH, PATCH, width // PATCH, PATCH * channels).swapaxes(2, 3)
+    return x.reshape(count, height // PATCH, width // PATCH, PATCH * PATCH * channels)
+
+
+def pixels_of(patches: Num[Any, "B h w 48"]) -> Num[Any, "B H W 3"]:
+    """Inverse of `patches_of`."""
+    count, height, width, values = patches.shape
+    x = patches.reshape(count, height, width, PATCH, values // PATCH).swapaxes(2, 3)
+    return x.reshape(count, height * PATCH, width * PATCH, values // PATCH**2)
 
 
 def resize(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "H2 W2 3"]:

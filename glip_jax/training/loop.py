@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -148,7 +149,11 @@ def train(
             # them. (`cli.train.run` has entered it too, for errors before this line.)
             stack.enter_context(cluster)
         if mixture is not None and not decisions.stop:
-            fed = feed(mixture, state) if feed is not None else Feed(mixture.batches, glip_objective(config))
+            fed = (
+                feed(mixture, state)
+                if feed is not None
+                else Feed(partial(mixture.batches, patches=config.model.patches), glip_objective(config))
+            )
             state = _train_steps(run, state, start, mixture, fed, draw)
         elif evaluations.missing(start):
             with signals:

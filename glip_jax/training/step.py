@@ -90,9 +90,7 @@ def glip_objective(
         return model(image, batch.extent, batch.tokens, batch.token_mask)
 
     def targets(batch: Batch) -> Targets:
-        return assign(
-            batch.boxes, batch.box_mask, batch.extent, canvas or batch.image.shape[1:3], config.model, config.loss
-        )
+        return assign(batch.boxes, batch.box_mask, batch.extent, canvas or batch.canvas, config.model, config.loss)
 
     def sums(params: Any, batch: Batch, targets: Targets, key: Array) -> LossSums:
         counted = ["intermediates"] if config.model.head.offset_bound else False
@@ -100,7 +98,7 @@ def glip_objective(
             {"params": params}, batch, rngs={"dropout": key} if train else None, mutable=counted, method=forward or of_pixels
         )  # fmt: skip
         predictions, sown = outputs if counted else (outputs, {})
-        result = loss_sums(predictions, targets, batch, canvas or batch.image.shape[1:3], config)
+        result = loss_sums(predictions, targets, batch, canvas or batch.canvas, config)
         # The network sows one array only, of blocks x images.
         shares = [share.mean(0) for share in jax.tree.leaves(sown)]
         return result._replace(offsets_clamped=shares[0]) if counted else result

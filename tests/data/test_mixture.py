@@ -33,6 +33,7 @@ from glip_jax.config import (
 from glip_jax.data.mixture import DataWorkerError, Mixture, schedule
 from glip_jax.data.shards import Shards
 from glip_jax.structures.batch import DROPS, Batch
+from glip_jax.structures.canvas import pixels_of
 
 VOCABULARY = str(Path(__file__).parents[1] / "fixtures" / "vocab_tiny1.txt")
 STEPS = 7
@@ -119,6 +120,21 @@ def test_workers_outlast_the_signals_of_a_group_and_their_death_is_one_line(sour
 def test_batches_depend_on_the_seed_and_do_not_repeat(sources: dict[str, SourceConfig], expected: list[str]) -> None:
     other = [digest(batch) for batch in draw(Mixture(config(sources, seed=1)), STEPS)]
     assert len({*expected, *other}) == 2 * STEPS
+
+
+def test_batches_of_patches_hold_the_same_pixels(sources: dict[str, SourceConfig]) -> None:
+    """With the channels in the order of the network."""
+    pixels = draw(Mixture(config(sources)), 4)
+    made = Mixture(config(sources)).batches(patches=True)
+    for one, other in zip(pixels, itertools.islice(made, 4), strict=True):
+        count, height, width, _ = one.image.shape
+        assert other.image.shape == (count, height // 4, width // 4, 48)
+        assert other.canvas == one.canvas == (height, width)
+        # The second pixel of the third row of a patch; its channels are blue, green, red.
+        np.testing.assert_array_equal(other.image[:, 3, 2, 27:30], one.image[:, 3 * 4 + 2, 2 * 4 + 1, ::-1])
+        np.testing.assert_array_equal(pixels_of(other.image), one.image[..., ::-1])
+        np.testing.assert_array_equal(other.boxes, one.boxes)
+    made.close()  # type: ignore[attr-defined]
 
 
 def test_shapes_contents_and_canvases(sources: dict[str, SourceConfig]) -> None:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from glip_jax.config import MeshConfig
+from glip_jax.config import FusionConfig, MeshConfig, Remat
 from glip_jax.distributed.mesh import batch_axes, batch_sharding, make_mesh
-from glip_jax.models import fusion_kernel
-from glip_jax.models.fusion import Implementation, Operands, attend
+from glip_jax.models import fusion, fusion_kernel
+from glip_jax.models.fusion import Fusion, Implementation, Operands, attend
+from glip_jax.models.remat import rematerialized
 
 pytestmark = pytest.mark.compiles
 
@@ -128,6 +129,24 @@ def test_each_device_attends_to_its_own_images() -> None:
         lowered: Any = jax.jit(_both, static_argnums=(2, 3)).lower(given, gradients, 0.1, "kernel").compile()
     _close(jax.tree.map(lambda x: np.asarray(x, np.float32), lowered(given, gradients)), wanted, 5e-6)
     assert not [line for line in lowered.as_text().splitlines() if "all-gather(" in line or "all-to-all(" in line]
+
+
+@pytest.mark.parametrize(("remat", "times"), [("none", 1), ("kernels", 1), ("blocks", 2)])
+def test_remat_of_kernels_does_not_run_them_again(monkeypatch: pytest.MonkeyPatch, remat: Remat, times: int) -> None:
+    monkeypatch.setattr(fusion, "is_possible", lambda *_: True)
+    monkeypatch.setattr(fusion, "LANES", 1)
+    block = rematerialized(Fusion, remat)(FusionConfig(width=16, heads=2, dropout=0.1), train=True, dtype=jnp.float32)
+    shapes: Any = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 140, 32), (1, 24, 12))]
+    shapes += [jax.ShapeDtypeStruct(shape, bool) for shape in ((1, 140), (1, 24))]
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    params: Any = jax.eval_shape(lambda *given: block.init(keys, *given), *shapes)
+
+    def loss(params: Any, *given: Any) -> Any:
+        visual, text = block.apply(params, *given, rngs={"dropout": keys["dropout"]})
+        return visual.sum() + text.sum()
+
+    program = str(jax.make_jaxpr(jax.grad(loss))(params, *shapes))
+    assert [program.count(f"name={kernel}_fusion") for kernel in ("forward", "backward")] == [times, 1]
 
 
 @pytest.mark.tpu

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glip_jax.config import BackboneConfig
+from glip_jax.config import BackboneConfig, InputConfig
 from glip_jax.models import swin
+from glip_jax.models.glip import normalize
 from glip_jax.models.remat import images_at_once
+from glip_jax.structures.canvas import patches_of, pixels_of
 
 CONFIG = BackboneConfig(width=8, depths=(2, 1, 1, 1), heads=(1, 2, 2, 4), window=3, drop_path=0.0)
 
@@ -52,6 +54,21 @@ def test_rows_of_windows_equal_all_windows(monkeypatch: pytest.MonkeyPatch, row:
     assert loops == at_once[1] + sum(CONFIG.depths), "one loop per block"
     for one, other in zip(jax.tree.leaves(by_rows), jax.tree.leaves(at_once[0]), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4 * max(1.0, float(jnp.abs(other).max())))
+
+
+def test_patches_equal_pixels() -> None:
+    """The input exactly, with pixels beyond the image at any place of a patch; the maps but for rounding."""
+    rng = np.random.default_rng(0)
+    image = jnp.asarray(rng.integers(0, 256, size=(2, 64, 96, 3)), jnp.uint8)
+    size, extent = jnp.asarray([[61, 90], [30, 95]]), jnp.asarray([[64, 96], [32, 96]])
+    pixels = normalize(image, size, InputConfig())
+    patches = normalize(patches_of(image[..., ::-1]), size, InputConfig())
+    np.testing.assert_array_equal(pixels_of(patches), pixels)
+    module = swin.Swin(CONFIG)
+    params = jax.jit(module.init)(jax.random.key(0), pixels, extent)
+    run = jax.jit(module.apply)
+    for one, other in zip(run(params, patches, extent), run(params, pixels, extent), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.abs(other).max()))
 
 
 def test_images_at_once() -> None:

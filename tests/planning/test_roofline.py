@@ -133,6 +133,9 @@ def test_recomputed_flops(config):
     assert hardware_flops(config, flops) == flops.training + flops.parts["fusion"]
     more = hardware_flops(blocks, flops) - hardware_flops(config, flops)
     assert more == pytest.approx(flops.forward - flops.parts["pyramid"] - flops.parts["outputs"])
+    kernels = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="kernels"))
+    kept = hardware_flops(blocks, flops) - hardware_flops(kernels, flops)
+    assert kept == pytest.approx(flops.parts["fusion"] + flops.parts["dynamic"])
 
 
 def test_mean_flops_over_canvases(config):
