@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 __all__ = [
     "grid", "level_size", "mask_padding", "pack", "resize_bilinear", "resize_nearest", "unpack", "valid_mask",
@@ -39,7 +39,7 @@ def mask_padding(x: Float[Array, "B h w C"], size: Int[Array, "B 2"]) -> Float[A
     return jnp.where(valid_mask(size, x.shape[1], x.shape[2]), x, 0)
 
 
-def pack(levels: Sequence[Float[Array, "B _ _ C"]]) -> Float[Array, "B A C"]:
+def pack(levels: Sequence[Shaped[Array, "B _ _ C"]]) -> Shaped[Array, "B A C"]:
     """Packs levels into one array of cells."""
     return jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in levels], 1)
 

@@ -34,7 +34,7 @@ from glip_jax.config import Config, flatten
 from glip_jax.distributed.mesh import MeshError, batch_sharding, check_fits, make_mesh
 from glip_jax.distributed.runtime import libtpu_arguments
 from glip_jax.io.processes import end_with_parent
-from glip_jax.planning import cost
+from glip_jax.planning import cost, machine_code
 from glip_jax.planning.hlo import collectives
 from glip_jax.planning.statistics import CollectiveTraffic, CompileMode, CompileStatistics, TopOperation
 from glip_jax.planning.xla_dump import activation_bytes, compile_until_assignment, dump_options
@@ -125,6 +125,9 @@ def compile_step(
     with tempfile.TemporaryDirectory(prefix="glip_jax_plan", ignore_cleanup_errors=True) as scratch:
         before = dict(os.environ)
         os.environ.update(environment(topology, mode))
+        if mode == "tpu-whole":
+            dumps = machine_code.dump_arguments(Path(scratch) / "code")
+            os.environ["LIBTPU_INIT_ARGS"] = " ".join([os.environ["LIBTPU_INIT_ARGS"], *dumps])
         try:
             child = context.Process(
                 target=_run_child, args=(sender, config, topology, canvas, mode, str(program_path or ""), scratch)
@@ -202,6 +205,7 @@ def _key(config: Config, topology: Topology, canvas: tuple[int, int], mode: Comp
         "planning/compile.py",
         "planning/cost.py",
         "planning/hlo.py",
+        "planning/machine_code.py",
         "planning/statistics.py",
         "planning/xla_dump.py",
     )
@@ -362,6 +366,13 @@ def _statistics(
         }
     sizes["activations"] = activation_bytes(scratch / "dump")
     program = cost.program_cost(text)
+    parts: dict[str, float] = {}
+    if mode == "tpu-whole" and topology.chip.clock:
+        pipe.send(("stage", "counting cycles in machine code"))
+        parts = machine_code.cycles_by_part(
+            program.operations, scratch / "code", topology.chip.flops / topology.chip.clock,
+            topology.chip.bandwidth / topology.chip.clock,
+        )  # fmt: skip
     return CompileStatistics(
         mode,
         _compiler(mode),
@@ -372,6 +383,7 @@ def _statistics(
         padding=program.padding,
         # Most operations have no estimate before code generation.
         cycles=0.0 if mode == "tpu" else program.cycles,
+        machine_cycles=parts,
         trip_counts_known=program.trip_counts_known,
         undeclared_kernels=program.undeclared_kernels,
         collectives=_collective_traffic(text, mesh, topology),

@@ -52,6 +52,8 @@ class Operation(NamedTuple):
     """Executions per run of the program."""
     origin: str
     """JAX name stack of the operation."""
+    windows: int
+    """Windows in which a TPU works on its result, per execution; 0 if the program does not say."""
 
 
 class ProgramCost(NamedTuple):
@@ -155,6 +157,7 @@ class _CostReader:
         if opcode == "custom-call" and "AllocateBuffer" in rest:
             moved = _ZERO
         cycles = re.search(r'"estimated_cycles":"(\d+)"', rest)
+        windows = re.search(r'"iteration_bounds":\[([^\]]*)\]', rest)
         origin = re.search(r'\bop_name="((?:[^"\\]|\\.)*)"', rest)
         whole = sum((size for size in _sizes(rest)), start=_ZERO)
         return Operation(
@@ -168,6 +171,7 @@ class _CostReader:
             int(cycles[1]) if cycles and int(cycles[1]) != _NO_CYCLES else 0,
             times,
             origin[1] if origin else "",
+            math.prod(int(n) for n in re.findall(r"\d+", windows[1])) if windows else 0,
         )
 
     def _written_size(self, rest: str, opcode: str, computation: Computation) -> _Size:

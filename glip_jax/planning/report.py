@@ -149,18 +149,25 @@ def _time(
     rows.append(f"  {'step, no overlap':28} {roofline.step_seconds:9.4f}")
     if roofline.compiler_seconds is not None:
         rows.append(f"  {'compiler estimate, no network':28} {roofline.compiler_seconds:9.4f}  (estimated cycles)")
-    elif statistics is not None and statistics.cycles:
+    if roofline.code_seconds is not None and statistics is not None:
+        rows.append(
+            f"  {'machine code, no network':28} {roofline.code_seconds:9.4f}  (at least, by bundles, products and bytes of each operation)"
+        )
+        total = sum(statistics.machine_cycles.values())
+        rows += [f"    {part:26} {part_cycles / total:9.0%}" for part, part_cycles in statistics.machine_cycles.items()]
+    elif statistics is not None and statistics.cycles and roofline.compiler_seconds is None:
         rows.append(
             f"  the compiler estimates {statistics.cycles:.3g} cycles; the clock of {chips.family} is not published"
         )
     elif statistics is not None and statistics.mode == "tpu" and statistics.needed is None:
         rows.append(
             "  not included: vector units (exponentials, norms, dropout), whose peak is not published and which may be the bound;\n"
-            "  --compile=tpu-whole adds the compiler's estimate of the time"
+            "  --compile=tpu-whole counts them in machine code"
         )
     rows += [
         f"at most {roofline.images_per_second:.1f} images/s, {roofline.images_per_second / chips.devices:.2f} a chip; "
-        f"MFU {roofline.mfu:.1%} (useful FLOPs over peak)",
+        f"MFU {roofline.mfu:.1%} (useful FLOPs over peak)"
+        + (f", {roofline.code_mfu:.1%} by machine code" if roofline.code_mfu is not None else ""),
         f"{config.train.steps:,} steps: {roofline.hours:.1f} h on this canvas; {roofline.mean_hours:.1f} h and "
         f"{roofline.chip_hours:,.0f} chip-hours with all canvases of the config, aspects equally frequent",
     ]

@@ -69,6 +69,10 @@ class Roofline:
     """Model FLOPs utilization: useful FLOPs divided by the peak FLOPs of the step's time."""
     compiler_seconds: float | None
     """The compiler's estimate of the step without network; None without an estimate or a published clock."""
+    code_seconds: float | None
+    """What the machine code of the step takes at least, without network (`machine_code.cycles_by_part`); None without machine code."""
+    code_mfu: float | None
+    """Useful FLOPs divided by the peak FLOPs of that time and the network's."""
     hours: float
     """Hours of the whole schedule, if every step had this canvas size."""
     mean_hours: float
@@ -108,6 +112,8 @@ def roofline(
     seconds["input"] = host.pop("images") / host["images/s prepared"]
     device = max(seconds["compute"], seconds.get("memory", 0.0)) + seconds["network"]
     step = max(device, seconds["input"])
+    cycles = sum(statistics.machine_cycles.values()) if statistics and compiled else 0.0
+    code = cycles / chip.clock if cycles else None
     host = {"images/s wanted": images / chips.hosts / device, **host}
     host["bytes/s read"] = images / chips.hosts / step * JPEG_BYTES
     host["bytes/s to chips"] = images / chips.hosts / step * math.prod(canvas) * 3
@@ -134,6 +140,8 @@ def roofline(
         images_per_second=images / step,
         mfu=flops.training * images_per_chip / (step * chip.flops),
         compiler_seconds=statistics.cycles / chip.clock if statistics and statistics.cycles and chip.clock else None,
+        code_seconds=code,
+        code_mfu=flops.training * images_per_chip / ((code + seconds["network"]) * chip.flops) if code else None,
         hours=hours,
         mean_hours=mean,
         chip_hours=mean * devices,

@@ -72,6 +72,8 @@ class CompileStatistics:
     """The part of `bytes` that is padding."""
     cycles: float = 0.0
     """The compiler's estimate; 0 if it gives none."""
+    machine_cycles: dict[str, float] = field(default_factory=dict)
+    """Cycles counted in machine code, by part of the network (`machine_code.cycles_by_part`); empty if none was generated."""
     trip_counts_known: bool = True
     """Whether all trip counts of loops are known; loops without one count once."""
     undeclared_kernels: int = 0

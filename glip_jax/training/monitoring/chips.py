@@ -43,14 +43,14 @@ class Chip(NamedTuple):
     dimensions: int
     """Dimensions of the torus of chips; 1: a switch within the host."""
     clock: float = 0.0
-    """Cycles a second, derived from the peak and the sizes of the matrix units (v4, v5e, v5p); else 0."""
+    """Cycles a second of a TPU, derived from the peak and the sizes of the matrix units; of GPUs 0."""
 
 
 CHIPS: dict[str, Chip] = {
     "v4": Chip(("TPU v4",), 275e12, 32.0 * 2**30, 1200e9, 300e9, 12.5e9, 4, 407e9, 240, 3, 1.05e9),
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16.0 * 2**30, 819e9, 200e9, 12.5e9, 4, 192e9, 112, 2, 1.5e9),
     "v5p": Chip(("TPU v5p", "TPU v5"), 459e12, 95.0 * 2**30, 2765e9, 600e9, 25e9, 4, 448e9, 208, 3, 1.75e9),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32.0 * 2**30, 1638e9, 400e9, 50e9, 4, 720e9, 180, 2),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32.0 * 2**30, 1638e9, 400e9, 50e9, 4, 720e9, 180, 2, 1.75e9),
     "a100": Chip(("NVIDIA A100",), 312e12, 80e9, 2039e9, 300e9, 200e9, 8, 2e12, 256, 1),
     "h100": Chip(("NVIDIA H100",), 989e12, 80e9, 3350e9, 450e9, 400e9, 8, 2e12, 224, 1),
     "h200": Chip(("NVIDIA H200",), 989e12, 141e9, 4800e9, 450e9, 400e9, 8, 2e12, 224, 1),
