@@ -1,7 +1,7 @@
 """Cycles of the training step on a TPU that is not there, counted in machine code, whole and by part of the network.
 
-libtpu from PyPI compiles the step of one chip to the end, on a CPU (ten to twenty minutes on one core); `--kernels` compiles the kernels of
-the fusion for one image alone, in seconds:
+libtpu from PyPI compiles the step of one chip to the end, on a CPU (ten to twenty minutes on one core); `--kernels` compiles only the kernels
+of a block of the head for one image, in seconds:
 
     PYTHONPATH=.cache/libtpu python -m benchmarks.tpu_step --chip=v5e --network=GLIP-T --images=1 --bound=4
     PYTHONPATH=.cache/libtpu python -m benchmarks.tpu_step --chip=v6e --kernels
@@ -12,8 +12,10 @@ Counted is, for each operation and kernel, the longest of its bundles, its produ
 
 import argparse
 import dataclasses
+import itertools
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +57,14 @@ def table(config: Config, chips: Topology, statistics: CompileStatistics) -> str
     return "\n".join(rows)
 
 
-def kernels(chips: Topology, locations: int, tokens: int = 256, channels: int = 256, heads: int = 8) -> str:
-    """Cycles of the two kernels of a fusion block for one image, with dropout."""
+def kernels(chips: Topology, canvas: tuple[int, int], bounds: Sequence[int]) -> Iterator[str]:
+    """Cycles of the kernels of one block of the head for one image, forward and backward."""
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
     from jax.sharding import Mesh, SingleDeviceSharding
 
+    from glip_jax.models.deformable_window import window_backward, window_forward
     from glip_jax.models.fusion_kernel import Read, attention_backward, attention_forward
 
     jax.config.update("jax_platforms", "cpu")
@@ -69,9 +72,16 @@ def kernels(chips: Topology, locations: int, tokens: int = 256, channels: int = 
     family = f"{chips.family}:{'2x2' if chips.chip.dimensions == 2 else '2x2x1'}"
     device = topologies.get_topology_desc(family, "tpu").devices[0]
     place = SingleDeviceSharding(device)
+    model = glip_tiny.get_config().model
+    heads, tokens, channels = model.fusion.heads, model.text.max_tokens, model.pyramid.channels
+    maps = [(-(-canvas[0] // stride), -(-canvas[1] // stride)) for stride in model.pyramid.strides]
+    locations = sum(height * width for height, width in maps)
 
     def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    def images(shapes: Sequence[tuple[int, int]], *last: int, dtype: Any = jnp.float32) -> list[jax.ShapeDtypeStruct]:
+        return [array(1, *shape, *last, dtype=dtype) for shape in shapes]
 
     wide, row = (heads, 1, tokens, channels), (heads, 1, tokens)
     given = (
@@ -80,11 +90,24 @@ def kernels(chips: Topology, locations: int, tokens: int = 256, channels: int = 
         array(heads, 1, 2, dtype=jnp.uint32),
     )  # fmt: skip
     read, gradients = Read(array(*wide), array(*row), array(*row)), (given[0], array(*wide), array(*row))
-    programs = {
-        "forward": (lambda *given: attention_forward(*given, 0.1), given),
-        "backward": (lambda read, g, *given: attention_backward(*given, 0.1, read, g), (read, gradients, *given)),
+    programs: dict[str, tuple[Any, Any]] = {
+        "fusion, forward": (lambda *given: attention_forward(*given, 0.1), given),
+        "fusion, backward": (
+            lambda read, g, *given: attention_backward(*given, 0.1, read, g),
+            (read, gradients, *given),
+        ),
     }
-    rows, folder = [], Path(os.environ["GLIP_JAX_CODE"])
+    for bound, stride in itertools.product(bounds, (1, 2)):
+        sources = maps if stride == 1 else maps[:-1]
+        results = [(-(-height // stride), -(-width // stride)) for height, width in sources]
+        kernel = array(3, 3, channels, channels)
+        taps = (images(sources, channels, dtype=jnp.bfloat16), images(results, 9, 2), images(results, 9), kernel)
+        name = f"deformable, stride {stride}, bound {bound}"
+        programs[f"{name}, forward"] = (lambda *taps, s=stride, b=bound: window_forward(*taps, s, b), taps)
+        programs[f"{name}, backward"] = (
+            lambda *taps, s=stride, b=bound: window_backward(*taps, s, b), (*taps, images(results, channels, dtype=jnp.bfloat16)),
+        )  # fmt: skip
+    folder = Path(os.environ["GLIP_JAX_CODE"])
     for name, (function, arrays) in programs.items():
         with jax.set_mesh(Mesh([device], ("data",))):
             text = jax.jit(function).lower(*arrays).compile().as_text() or ""
@@ -95,10 +118,11 @@ def kernels(chips: Topology, locations: int, tokens: int = 256, channels: int = 
         }
         (kernel,) = [cycles for each, cycles in found.items() if each.opcode == "custom-call" and each.flops]
         others = sum(each.times * cycles.least for each, cycles in found.items()) - kernel.least
-        rows.append(
-            f"fusion, {name:9} {kernel.least / 1e6:8.3f} M cycles (products alone {kernel.products / 1e6:.3f}), around it {others / 1e6:.3f}"
+        yield (
+            f"{name:38} {kernel.least / 1e6:8.3f} M cycles (products alone {kernel.products / 1e6:.3f}), around it {others / 1e6:.3f}"
         )
-    return "\n".join(rows)
+        for path in files.values():
+            path.unlink()
 
 
 def main() -> None:
@@ -111,8 +135,9 @@ def main() -> None:
     parser.add_argument("--remat", default="", help="model.remat, if not the config's")
     parser.add_argument("--cache", type=Path, default=Path("runs/tpu_step"))
     parser.add_argument("--text", type=Path, help="file to write the compiled program into")
-    parser.add_argument("--kernels", action="store_true", help="the kernels of the fusion alone")
-    parser.add_argument("--locations", type=int, default=22400, help="of the image, with --kernels")
+    parser.add_argument("--kernels", action="store_true", help="the kernels of a block of the head alone")
+    parser.add_argument("--height", type=int, default=CANVAS[0], help="of the image, with --kernels")
+    parser.add_argument("--width", type=int, default=CANVAS[1], help="of the image, with --kernels")
     arguments = parser.parse_args()
     chips = topology(f"{arguments.chip}:{'1x1' if arguments.chip in ('v5e', 'v6e') else '1x1x1'}")
     if arguments.kernels:
@@ -121,8 +146,11 @@ def main() -> None:
             os.environ.update(environment(chips, "tpu"))
             os.environ["LIBTPU_INIT_ARGS"] += " " + " ".join(machine_code.dump_arguments(Path(folder)))
             os.environ["GLIP_JAX_CODE"] = folder
-            print(f"{arguments.chip}, one image, {arguments.locations} locations, 256 tokens, bfloat16, dropout 0.1")
-            print(kernels(chips, arguments.locations))
+            print(
+                f"{arguments.chip}, one image of {arguments.height} x {arguments.width}, 256 tokens, bfloat16, dropout 0.1"
+            )
+            for line in kernels(chips, (arguments.height, arguments.width), (arguments.bound, 3)):
+                print(line, flush=True)
         return
     config = settings(arguments, chips)
     print(

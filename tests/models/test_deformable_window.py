@@ -68,9 +68,10 @@ def _close(found: Any, wanted: Any, tolerance: float) -> None:
 @pytest.mark.compiles
 @pytest.mark.parametrize(
     "stride, bound, dtype, tolerance",
-    # Bounds with two and with three rows of blocks; rows of taps that share window rows, and that do not.
+    # Bounds with two and with three rows of blocks, of 8 columns and of 16; rows of taps that share window rows, and that do not.
     [
         (1, 4, jnp.float32, 3e-6),
+        (1, 3, jnp.float32, 3e-6),
         pytest.param(2, 3, jnp.float32, 3e-6, marks=pytest.mark.slow),
         pytest.param(1, 1, jnp.bfloat16, 0.02, marks=pytest.mark.slow),
     ],
@@ -147,14 +148,15 @@ def _declared(images: int, stride: int, bound: int, shape: tuple[int, int]) -> A
 
 
 def test_declared_bytes_and_flops() -> None:
-    # A block of 128 cells or outputs: 128 rows of 128 lanes of 4 bytes. Samples: 27 rows (32). The kernel: 9 x 8 x 128.
-    block, samples, kernel = 128 * 128 * 4, 32 * 128 * 4, 9 * 8 * 128 * 4
-    # One tile: four blocks (one of the map, three of zeros), samples, their positions, outputs.
-    assert _declared(1, 1, 1, (6, 14)).bytes_accessed == 4 * block + samples + block + kernel + block
+    # 128 outputs: 128 rows of 128 lanes of 4 bytes. A block has 64 cells. Samples: 27 rows (32). The kernel: 9 x 8 x 128.
+    tile, samples, kernel = 128 * 128 * 4, 32 * 128 * 4, 9 * 8 * 128 * 4
+    # One tile: six blocks (two of the map, four of zeros), samples, their positions, outputs.
+    assert _declared(1, 1, 1, (6, 14)).bytes_accessed == 6 * tile // 2 + samples + tile + kernel + tile
     # Two images are two tiles. Zeros, positions and the kernel are copied once.
-    assert _declared(2, 1, 1, (6, 14)).bytes_accessed == (2 + 3) * block + 2 * samples + block + kernel + 2 * block
-    # Per tap 128 outputs from twice 2 x 8 x 16 cells of 4 channels, then 4 x 5 products.
-    assert _declared(1, 1, 1, (6, 14)).flops == 9 * 2 * 128 * (2 * 256 * 4 + 4 * 5)
+    assert _declared(2, 1, 1, (6, 14)).bytes_accessed == 8 * tile // 2 + 2 * samples + tile + kernel + 2 * tile
+    # Per tap 128 outputs from a window of 16 x 16 cells of 4 channels, then 4 x 5 products; with a larger bound two such groups.
+    assert _declared(1, 1, 1, (6, 14)).flops == 9 * 2 * 128 * (256 * 4 + 4 * 5)
+    assert _declared(1, 1, 4, (3, 11)).flops == 9 * 2 * 128 * (2 * 256 * 4 + 4 * 5)
 
 
 @pytest.mark.parametrize(
