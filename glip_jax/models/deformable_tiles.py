@@ -1,11 +1,12 @@
 """Tiling of maps, offsets and outputs for the windowed deformable convolution (`deformable_window`).
 
-Maps are divided into blocks of 8 x 16 cells, or of 8 x 8 where the bound of the offsets is at most `NARROW_BOUND`, shifted by 1 + the bound.
-A tile has 8 x 16 outputs at stride 1 and 4 x 8 at stride 2. It consists of as many parts as a block is narrower than 16 cells: one or two.
-The part of block (i, j) reads the blocks (i ... i + rows - 1, j ... j + 1): the block itself and its neighbors below and to the right. All
-maps and images of a convolution form one sequence of tiles, whose parts are adjacent.
+Maps are divided into blocks of 8 x 16 cells, or of 8 x 8 at stride 1 with offsets of at most `NARROW_BOUND`, shifted by 1 + the bound.
+A tile has 8 x 16 outputs at stride 1 and 4 x 32 at stride 2: 128, the lanes of a register. Its parts are as wide as a block. The part above
+block (i, j) reads the blocks (i ... i + rows - 1, j ... j + 1): the block itself and its neighbors below and to the right. All maps and
+images of a convolution form one sequence of tiles.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,10 +15,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-__all__ = ["COLUMNS", "GROUP", "MAX_BOUND", "ROWS", "TAPS", "Tiling", "limits", "tiling_of"]
+from glip_jax.models.kernels import LANES
+
+__all__ = ["COLUMNS", "GROUP", "LANES", "MAX_BOUND", "ROWS", "TAPS", "Tiling", "limits", "tiling_of"]
 
 ROWS, COLUMNS = 8, 16
-"""Cells of the map below a tile."""
+"""Rows of a block, and columns of a wide one."""
 GROUP = ROWS * COLUMNS
 """Cells of a group: 8 rows of 16 columns of a window. In bfloat16, 16 cells fill the sublanes of a register, 128 its lanes."""
 TAPS = 9
@@ -50,22 +53,32 @@ class Tiling:
     @property
     def tile(self) -> tuple[int, int]:
         """(rows, columns) of outputs in a tile."""
-        return ROWS // self.stride, COLUMNS // self.stride
+        return ROWS // self.stride, self.width // self.stride
+
+    @property
+    def width(self) -> int:
+        """Columns of cells below a tile."""
+        return COLUMNS * self.stride**2
+
+    @property
+    def narrow(self) -> bool:
+        """Whether blocks have 8 columns; at stride 2 a part would have too few outputs."""
+        return self.bound <= NARROW_BOUND and self.stride == 1
 
     @property
     def block(self) -> tuple[int, int]:
         """(rows, columns) of cells in a block."""
-        return ROWS, COLUMNS // self.parts
+        return ROWS, COLUMNS // 2 if self.narrow else COLUMNS
 
     @property
     def parts(self) -> int:
         """Parts of a tile, each with a window of its own."""
-        return 2 if self.bound <= NARROW_BOUND else 1
+        return self.width // self.block[1]
 
     @property
     def sides(self) -> int:
         """Groups of 16 columns next to each other in a window, which is two blocks wide."""
-        return 2 // self.parts
+        return 1 if self.narrow else 2
 
     @property
     def rows(self) -> int:
@@ -78,7 +91,7 @@ class Tiling:
         return -(-(ROWS + 2 * self.bound) // ROWS)
 
     def first(self, tap_row: int) -> int:
-        """The first window row of those groups; 0 with parts, whose windows have no other rows."""
+        """The first window row of those groups."""
         return min(tap_row, ROWS * (self.rows - self.chunks))
 
     @property
@@ -86,7 +99,7 @@ class Tiling:
         """(down, across) tiles of each map, enough for all cells of the map and all outputs."""
         (down, across), shift = self.tile, 1 + self.bound
         return tuple(
-            (max(-(-(h + shift) // ROWS), -(-oh // down)), max(-(-(w + shift) // COLUMNS), -(-ow // across)))
+            (max(-(-(h + shift) // ROWS), -(-oh // down)), max(-(-(w + shift) // self.width), -(-ow // across)))
             for (h, w), (oh, ow) in zip(self.maps, self.outputs)
         )
 
@@ -143,13 +156,36 @@ class Tiling:
         """Inverse of `pieces`."""
         return self._joined(pieces.swapaxes(1, 2), self._part, 0, self.outputs)
 
-    def columns(self, samples: Sequence[Float[Array, "B _ _ K"]]) -> Float[Array, "T K S"]:
-        """Values of few channels per output, by tile: channels as rows, outputs as columns, which fill the lanes of a TPU."""
-        return _stacked([self._cut(x, grid, self._part, 0, True) for x, grid in zip(samples, self.grids)])
+    @property
+    def groups(self) -> list[range]:
+        """Taps whose samples for a part fill the 128 lanes of a register; they reach the same cells."""
+        count = min(LANES // math.prod(self._part), TAPS if self.rows == self.chunks else 3)
+        return [range(tap, min(tap + count, TAPS)) for tap in range(0, TAPS, count)]
 
-    def from_columns(self, columns: Float[Array, "T K S"]) -> list[Float[Array, "B _ _ K"]]:
+    def lanes(self, part: int, group: int) -> slice:
+        """Where the samples of a group of taps are in the arrays of `columns`."""
+        first = (part * len(self.groups) + group) * LANES
+        return slice(first, first + LANES)
+
+    def columns(self, samples: Sequence[Float[Array, "B _ _ K 9"]]) -> Float[Array, "T K lanes"]:
+        """Values of the taps, by tile: outputs in lanes, one after the other for the taps of a group, and groups for the parts."""
+        count, kinds, size = len(self.groups[0]), samples[0].shape[-2], math.prod(self._part)
+        spare = len(self.groups) * count - TAPS
+        flat = [jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, 0), (0, spare))).reshape(*x.shape[:3], -1) for x in samples]
+        x = _stacked([self._cut(x, grid, self._part, 0, True) for x, grid in zip(flat, self.grids)])
+        x = x.reshape(self.tiles, kinds, len(self.groups), count, self.parts, size).transpose(0, 1, 4, 2, 3, 5)
+        x = x.reshape(self.tiles, kinds, self.parts, len(self.groups), count * size)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, 0), (0, LANES - count * size)))
+        return x.reshape(self.tiles, kinds, -1)
+
+    def from_columns(self, columns: Float[Array, "T K lanes"]) -> list[Float[Array, "B _ _ K 9"]]:
         """Inverse of `columns`."""
-        return self._joined(columns, self._part, 0, self.outputs)
+        count, kinds, size = len(self.groups[0]), columns.shape[1], math.prod(self._part)
+        x = columns.reshape(self.tiles, kinds, self.parts, len(self.groups), LANES)[..., : count * size]
+        x = x.reshape(self.tiles, kinds, self.parts, len(self.groups), count, size).transpose(0, 1, 3, 4, 2, 5)
+        x = x.reshape(self.tiles, kinds, -1, self.parts * size)[:, :, :TAPS].reshape(self.tiles, kinds * TAPS, -1)
+        joined = self._joined(x, self._part, 0, self.outputs)
+        return [x.reshape(*x.shape[:3], kinds, TAPS) for x in joined]
 
     def _cut(
         self, x: Float[Array, "B h w C"], grid: tuple[int, int], size: tuple[int, int], shift: int, transposed: bool = False
@@ -181,13 +217,15 @@ class Tiling:
             begin = end
         return maps
 
-    def positions(self) -> Float[np.ndarray, "S 27"]:
-        """Per output of a tile: (row, column) of its nine taps in the window of its part, without offsets, then nine zeros."""
-        (down, across), tap = self._part, np.arange(TAPS)
-        row, column = np.divmod(np.arange(down * across)[:, None], across)
-        rows, columns = (x * self.stride + self.bound for x in (row, column))
-        positions = np.stack([rows + tap // 3, columns + tap % 3], -1).reshape(down * across, -1)
-        return np.tile(np.pad(positions, ((0, 0), (0, TAPS))), (self.parts, 1)).astype(np.float32)
+    def positions(self) -> Float[np.ndarray, "2 lanes"]:
+        """(row, column) of the samples in the window of their part, without offsets, in the order of `columns`."""
+        (down, across), found = self._part, np.zeros((2, self.parts, len(self.groups), LANES), np.float32)
+        row, column = np.divmod(np.arange(down * across), across)
+        for group, taps in enumerate(self.groups):
+            for k, tap in enumerate(taps):
+                own = found[:, :, group, k * down * across : (k + 1) * down * across]
+                own[:] = (np.stack([row, column]) * self.stride + self.bound + [[tap // 3], [tap % 3]])[:, None]
+        return found.reshape(2, -1)
 
 
 def _stacked(parts: Sequence[Float[Array, "_ S C"]]) -> Float[Array, "_ S C"]:

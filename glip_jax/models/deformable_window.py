@@ -12,9 +12,10 @@ order, row by row, so the gradient of a block is accumulated in a ring buffer of
 once, when the tile of the block is done.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,80 +39,89 @@ def _tile_info(tiling: Tiling, table: Any, tile: Any) -> list[Any]:
     return [table[tile * width + width - k] for k in (4, 3, 2, 1)]
 
 
-class _Samples:
-    """Positions of the samples of a tile in the windows of its parts: [O, 27], (row, column) of 9 taps, then their masks."""
+class _Samples(NamedTuple):
+    """Samples of one group of taps and one part of a tile, [8, 128]: all sublanes are equal."""
 
-    def __init__(self, taps: Any, positions: Any, info: list[Any], tiling: Tiling) -> None:
-        i, j, height, width = info
-        lane = lax.broadcasted_iota(jnp.int32, (1, 3 * TAPS), 1)
-        row, mask, shift = lane % 2 == 0, lane >= 2 * TAPS, 1 + tiling.bound
-        relative = jnp.clip(taps, *limits(tiling.bound)) + positions
-        self._outputs = taps.shape[0] // tiling.parts
-        part = lax.broadcasted_iota(jnp.int32, (taps.shape[0], 1), 0) // self._outputs
-        column = j * COLUMNS + part * tiling.block[1] - shift
-        absolute = relative + jnp.where(row, i * ROWS - shift, column).astype(jnp.float32)
-        inside = (absolute > -1.0) & (absolute < jnp.where(row, height, width).astype(jnp.float32))
+    row: Any
+    """Position in the window."""
+    column: Any
+    mask: Any
+    """Zero outside of the map."""
+    inside: Any
+
+
+def _samples(taps: Any, positions: Any, info: list[Any], tiling: Tiling) -> Callable[[int, int], _Samples]:
+    """The samples of (part, group)."""
+    i, j, height, width = info
+
+    def axis(kind: int, first: Any, end: Any) -> tuple[Any, Any]:
+        """Positions in the window, and whether they are inside the map, along rows (0) or columns (1)."""
+        relative = jnp.clip(taps[0, kind : kind + 1], *limits(tiling.bound)) + positions[kind : kind + 1]
+        absolute = relative + first.astype(jnp.float32)
+        inside = (absolute > -1.0) & (absolute < end.astype(jnp.float32))
         # NaN is not inside; its position must still be a number.
-        self._positions = jnp.where(mask, taps, jnp.where(inside, relative, 0.0))
-        self._inside = inside.astype(jnp.float32)
+        return jnp.where(inside, relative, 0.0), inside.astype(jnp.float32)
 
-    def of(self, taps: Sequence[int], part: int) -> tuple[Any, Any, Any, Any]:
-        """Rows, columns, masks and whether they are inside the map, of some taps, for a part: [taps O, 1]."""
-        own = slice(part * self._outputs, (part + 1) * self._outputs)
+    lane, shift = lax.broadcasted_iota(jnp.int32, (1, positions.shape[1]), 1), 1 + tiling.bound
+    part = lane // (positions.shape[1] // tiling.parts)
+    rows, inside = axis(0, i * ROWS - shift, height)
+    columns, inside_columns = axis(1, j * tiling.width + part * tiling.block[1] - shift, width)
+    inside *= inside_columns
+    values = (rows, columns, taps[0, 2:3] * inside, inside)
 
-        def stacked(values: Any, columns: Sequence[int]) -> Any:
-            return jnp.concatenate([values[own, k : k + 1] for k in columns])
+    def of(part: int, group: int) -> _Samples:
+        lanes = tiling.lanes(part, group)
+        return _Samples(*(jnp.broadcast_to(x[:, lanes], (8, LANES)) for x in values))
 
-        down, across, masks = ([first + step * tap for tap in taps] for first, step in ((0, 2), (1, 2), (2 * TAPS, 1)))
-        inside = stacked(self._inside, down) * stacked(self._inside, across)
-        return (*(stacked(self._positions, columns) for columns in (down, across, masks)), inside)
+    return of
 
 
-class _Matrix:
-    """Hat functions of the samples of some taps and one part, [taps O, 128] per group of 128 cells of the window."""
+def _slope(distance: Any) -> Any:
+    """Derivatives of the hat functions by the position; at a cell the right-hand one, as with floor(position)."""
+    rising = ((distance > 0.0) & (distance <= 1.0)).astype(jnp.float32)
+    return rising - ((distance > -1.0) & (distance <= 0.0)).astype(jnp.float32)
 
-    def __init__(self, samples: _Samples, taps: Sequence[int], part: int, tiling: Tiling) -> None:
-        lane, width = lax.broadcasted_iota(jnp.int32, (1, LANES), 1), tiling.block[1]
-        # A group is one block of 16 columns, or two of 8 one after the other.
-        inner = lane % (ROWS * width)
-        row, column = inner // width, lane // (ROWS * width) * width + inner % width
-        y, x, mask, self._inside = samples.of(taps, part)
-        y, self._mask = y - float(tiling.first(taps[0] // 3)), mask * self._inside
-        self._down = [row.astype(jnp.float32) + float(ROWS * n) - y for n in range(tiling.chunks)]
-        self._across = [column.astype(jnp.float32) + float(COLUMNS * side) - x for side in range(tiling.sides)]
-        self.rows = [jnp.maximum(0.0, 1.0 - jnp.abs(d)) for d in self._down]
-        self.columns = [jnp.maximum(0.0, 1.0 - jnp.abs(d)) for d in self._across]
 
-    def of(self, side: int, dtype: Any) -> Any:
-        """Sampling matrix of a side of the window, multiplied with the mask: [taps O, 128 chunks]."""
-        across = self.columns[side] * self._mask
-        return jnp.concatenate([(rows * across).astype(dtype) for rows in self.rows], 1)
+class _Hats:
+    """Hat functions of the samples of a group on the cells of a side of a window: products of one of rows and one of columns.
 
-    @staticmethod
-    def _slope(distance: Any) -> Any:
-        """Derivatives of the hat functions by the position; at a cell the right-hand one, as with floor(position)."""
-        rising = ((distance > 0.0) & (distance <= 1.0)).astype(jnp.float32)
-        return rising - ((distance > -1.0) & (distance <= 0.0)).astype(jnp.float32)
+    Cells are in sublanes, 8 of a row, and leading dimensions, samples in lanes. So rows and columns have few values each.
+    """
 
-    def gradients(self, sides: Sequence[Any]) -> tuple[Any, Any, Any]:
-        """Gradients [taps O, 1] of rows, columns and masks from those of the sides of the sampling matrix."""
-        rows = columns = masks = 0.0
-        slopes = [self._slope(d) for d in self._across]
-        for n, hat in enumerate(self.rows):
-            group = [x[:, n * LANES : (n + 1) * LANES] for x in sides]
-            along = sum(x * column for x, column in zip(group, self.columns))
-            rows += along * self._slope(self._down[n])
-            masks += along * hat
-            columns += sum(x * slope for x, slope in zip(group, slopes)) * hat
-        rows, columns, masks = (jnp.sum(x, 1, keepdims=True) for x in (rows, columns, masks))
-        return rows * self._mask, columns * self._mask, masks * self._inside
+    def __init__(self, samples: _Samples, tiling: Tiling, tap: int, side: int) -> None:
+        def number(shape: tuple[int, ...], axis: int) -> Any:
+            return lax.broadcasted_iota(jnp.int32, (*shape, 8, LANES), axis)
+
+        if tiling.narrow:  # two blocks of 8 x 8 side by side, above others
+            rows = number((tiling.chunks, 1, ROWS), 0) * ROWS + number((tiling.chunks, 1, ROWS), 2)
+            columns = number((1, 2, 1), 1) * 8 + number((1, 2, 1), 3)
+        else:  # rows of 16 cells
+            rows = number((tiling.chunks * ROWS, 1), 0)
+            columns = number((1, 2), 1) * 8 + number((1, 2), 2)
+        self._samples, self._all = samples, (0, 1, 2, 3) if tiling.narrow else (0, 1, 2)
+        self._down = (rows + tiling.first(tap // 3)).astype(jnp.float32) - samples.row
+        self._across = (columns + COLUMNS * side).astype(jnp.float32) - samples.column
+        self._rows = jnp.maximum(0.0, 1.0 - jnp.abs(self._down))
+        self._columns = jnp.maximum(0.0, 1.0 - jnp.abs(self._across))
+
+    def matrix(self, dtype: Any) -> Any:
+        """The sampling matrix, multiplied with the mask: [cells, 128 samples]."""
+        return (self._rows * (self._columns * self._samples.mask)).reshape(-1, LANES).astype(dtype)
+
+    def gradients(self, matrix: Any) -> list[Any]:
+        """Gradients [1, 128] of rows, columns and masks from that of the matrix."""
+        by_cell = matrix.reshape(*self._rows.shape[:1], 2, *self._rows.shape[2:])
+        along = by_cell * self._columns
+        found = (along * _slope(self._down), by_cell * _slope(self._across) * self._rows, along * self._rows)
+        rows, columns, masks = (jnp.sum(x, self._all, keepdims=True).reshape(1, LANES) for x in found)
+        mask, inside = self._samples.mask[:1], self._samples.inside[:1]
+        return [rows * mask, columns * mask, masks * inside]
 
 
 def _places(tiling: Tiling, column: int) -> list[tuple[int, int]]:
     """Where the windows of a tile hold a column of blocks: (index of the window's side, first cell of its group)."""
-    if tiling.parts == 1:
-        return [(column, 0)]
-    return [(part, (column - part) * GROUP // 2) for part in range(tiling.parts) if 0 <= column - part <= 1]
+    found = [(part, column - part) for part in range(tiling.parts) if 0 <= column - part <= 1]
+    return [(part, side * GROUP // 2) if tiling.narrow else (2 * part + side, 0) for part, side in found]
 
 
 def _fill(window: Any, blocks: Sequence[Any], tiling: Tiling) -> None:
@@ -121,40 +131,60 @@ def _fill(window: Any, blocks: Sequence[Any], tiling: Tiling) -> None:
             window[side, pl.ds(row * GROUP + first, block.shape[1])] = block[0]
 
 
-def _reached(tiling: Tiling, count: int = 3) -> list[tuple[range, Any]]:
-    """`count` taps each that reach the same cells of a window's sides, and these cells."""
-    size = tiling.chunks * GROUP
-    return [(range(k, k + count), pl.ds(tiling.first(k // 3) * COLUMNS, size)) for k in range(0, TAPS, count)]
+def _reached(tiling: Tiling, tap: int) -> Any:
+    """The cells of a side of a window that a group of taps reaches, which begins with `tap`."""
+    return pl.ds(tiling.first(tap // 3) * COLUMNS, tiling.chunks * GROUP)
 
 
-def _by_tap(parts: Sequence[Any], taps: range) -> list[Any]:
-    """Rows of each tap, [O, C], from those of the parts, [taps O, C]."""
-    outputs = parts[0].shape[0] // len(taps)
-    return [jnp.concatenate([x[k * outputs : (k + 1) * outputs] for x in parts]) for k in range(len(taps))]
+def _of_part(values: Any, part: int, size: int) -> Any:
+    """The columns of a part in an array of all outputs of a tile."""
+    return values[:, part * size : (part + 1) * size]
+
+
+class _Sampler:
+    """Samples the windows of a tile by groups of taps."""
+
+    def __init__(self, tiling: Tiling, samples: Callable[[int, int], _Samples], window: Any, sampled: Any) -> None:
+        self._tiling, self._samples, self._window, self._sampled = tiling, samples, window, sampled
+        self._transposed: dict[tuple[int, int], Any] = {}
+
+    def _cells(self, side: int, tap: int) -> Any:
+        """The cells of a side that a group reaches, [C, cells]; transposed once for all groups that reach the same."""
+        key = (side, self._tiling.first(tap // 3))
+        if key not in self._transposed:
+            self._transposed[key] = self._window[side, _reached(self._tiling, tap)].T
+        return self._transposed[key]
+
+    def sample(self, part: int, group: int) -> tuple[list[_Hats], list[Any]]:
+        """Writes the samples of a group of taps for a part to `sampled` [9, C, outputs]. Returns hat functions and matrices of its sides."""
+        tiling, sampled = self._tiling, self._sampled
+        taps, size = tiling.groups[group], sampled.shape[2] // tiling.parts
+        hats = [_Hats(self._samples(part, group), tiling, taps[0], side) for side in range(tiling.sides)]
+        matrices = [each.matrix(sampled.dtype) for each in hats]
+        read = [product(self._cells(part * tiling.sides + side, taps[0]), x, (1, 0)) for side, x in enumerate(matrices)]
+        total = sum(read[1:], start=read[0]).astype(sampled.dtype)
+        for k, tap in enumerate(taps):
+            sampled[tap, :, part * size : (part + 1) * size] = total[:, k * size : (k + 1) * size]
+        return hats, matrices
 
 
 def _forward_kernel(tiling: Tiling, table: Any, *refs: Any) -> None:
-    *blocks, taps, positions, kernel, out, window = refs
-    samples = _Samples(taps[0].T, positions[...], _tile_info(tiling, table, pl.program_id(0)), tiling)
+    *blocks, taps, positions, kernel, out, window, sampled = refs
+    samples = _samples(taps, positions, _tile_info(tiling, table, pl.program_id(0)), tiling)
     _fill(window, blocks, tiling)
-    total: Any = jnp.zeros(out.shape[1:], jnp.float32)
-    for group, cells in _reached(tiling):
-        sampled, sides = [], range(tiling.sides)
-        for part in range(tiling.parts):
-            matrix = _Matrix(samples, group, part, tiling)
-            read = [product(matrix.of(side, window.dtype), window[part + side, cells], (1, 0)) for side in sides]
-            sampled.append(sum(read[1:], start=read[0]).astype(window.dtype))
-        for tap, values in zip(group, _by_tap(sampled, group)):
-            total += product(values, kernel[tap], (1, 0))
-    out[0] = total.astype(out.dtype)
+    sampler = _Sampler(tiling, samples, window, sampled)
+    for part, group in itertools.product(range(tiling.parts), range(len(tiling.groups))):
+        sampler.sample(part, group)
+    parts = [product(kernel[tap], sampled[tap], (1, 0)) for tap in range(TAPS)]
+    out[0] = sum(parts[1:], start=parts[0]).T.astype(out.dtype)
 
 
 def _backward_kernel(tiling: Tiling, table: Any, *refs: Any) -> None:
-    *blocks, taps, positions, kernel, gradient, dblock, dtaps, dkernel, window, dwindow, ring, dpositions = refs
+    *blocks, taps, positions, kernel, gradient, dblock, dtaps, dkernel, window, dwindow, ring, sampled, dsampled = refs
     g, tile = gradient[0], pl.program_id(0)
-    outputs = g.shape[0] // tiling.parts
+    size = g.shape[0] // tiling.parts
     info = _tile_info(tiling, table, tile)
-    samples = _Samples(taps[0].T, positions[...], info, tiling)
+    samples = _samples(taps, positions, info, tiling)
 
     @pl.when(tile == 0)
     def _() -> None:
@@ -162,25 +192,23 @@ def _backward_kernel(tiling: Tiling, table: Any, *refs: Any) -> None:
 
     _fill(window, blocks, tiling)
     dwindow[...] = jnp.zeros(dwindow.shape, dwindow.dtype)
-    # Where all rows of taps reach the same cells, they are one product each; the forward pass would spill its registers.
-    for group, reached in _reached(tiling, TAPS if tiling.rows == tiling.chunks else 3):
-        sampled, dsampled = [], [product(g, kernel[tap], (1, 1)).astype(window.dtype) for tap in group]
-        for part in range(tiling.parts):
-            matrix, own = _Matrix(samples, group, part, tiling), slice(part * outputs, (part + 1) * outputs)
-            hats = [matrix.of(side, window.dtype) for side in range(tiling.sides)]
-            cells = [window[part + side, reached] for side in range(tiling.sides)]
-            read = [product(hat, x, (1, 0)) for hat, x in zip(hats, cells)]
-            sampled.append(sum(read[1:], start=read[0]).astype(window.dtype))
-            dread = jnp.concatenate([x[own] for x in dsampled])
-            for side, hat in enumerate(hats):
-                dwindow[part + side, reached] += product(hat, dread, (0, 0))
-            for kind, values in enumerate(matrix.gradients([product(dread, x, (1, 1)) for x in cells])):
-                for k, tap in enumerate(group):
-                    column = 2 * tap + kind if kind < 2 else 2 * TAPS + tap
-                    dpositions[own, column : column + 1] = values[k * outputs : (k + 1) * outputs]
-        for tap, values in zip(group, _by_tap(sampled, group)):
-            dkernel[tap] += product(values, g, (0, 0))
-    dtaps[0] = dpositions[...].T
+    transposed = g.T
+    for tap in range(TAPS):
+        dsampled[tap] = product(kernel[tap], transposed, (1, 0)).astype(dsampled.dtype)
+    sampler = _Sampler(tiling, samples, window, sampled)
+    for part, (group, own) in itertools.product(range(tiling.parts), enumerate(tiling.groups)):
+        hats, matrices = sampler.sample(part, group)
+        dread = [_of_part(dsampled[tap], part, size) for tap in own]
+        if len(own) * size < LANES:
+            dread.append(jnp.zeros((dsampled.shape[1], LANES - len(own) * size), dsampled.dtype))
+        dread, cells, kinds = jnp.concatenate(dread, 1), _reached(tiling, own[0]), []
+        for side, (hat, matrix) in enumerate(zip(hats, matrices)):
+            own_side = part * tiling.sides + side
+            dwindow[own_side, cells] += product(matrix, dread, (1, 1))
+            kinds.append(hat.gradients(product(window[own_side, cells], dread, (1, 0))))
+        dtaps[0, :, tiling.lanes(part, group)] = jnp.concatenate([sum(x[1:], start=x[0]) for x in zip(*kinds)])
+    for tap in range(TAPS):
+        dkernel[tap] += product(sampled[tap], g, (1, 0))
     _sum_blocks(tiling, info, dwindow, ring, dblock)
 
 
@@ -273,15 +301,14 @@ def _whole_array(shape: tuple[int, ...]) -> pl.BlockSpec:
 def _operands(
     maps: Sequence[Array], offsets: Sequence[Array], masks: Sequence[Array], kernel: Array, tiling: Tiling
 ) -> list[tuple[Array, pl.BlockSpec]]:
-    """Operands that both kernels read."""
-    channels = maps[0].shape[-1]
+    """Operands that both kernels read. `kernel`: a matrix per tap."""
     # Float32 for any type of the network: at 30 cells, bfloat16 does not resolve a quarter of a cell.
     samples = [
-        jnp.concatenate([offset.reshape(*mask.shape[:3], -1).astype(jnp.float32), mask.astype(jnp.float32)], -1)
+        jnp.concatenate([offset.astype(jnp.float32).swapaxes(3, 4), mask.astype(jnp.float32)[..., None, :]], 3)
         for offset, mask in zip(offsets, masks)
     ]
     taps, positions = tiling.columns(samples), jnp.asarray(tiling.positions())
-    blocks, kernel = tiling.blocks(maps), kernel.reshape(TAPS, channels, -1).astype(maps[0].dtype)
+    blocks, kernel = tiling.blocks(maps), kernel.astype(maps[0].dtype)
     operands = [(blocks, _block_of_window(tiling, k, blocks.shape[1:])) for k in range(len(tiling.window))]
     return operands + [
         (taps, _piece_of_tile(taps.shape[1:])),
@@ -305,13 +332,15 @@ def window_forward(
     or bound.
     """
     tiling = tiling_of(maps, masks, stride, bound)
-    operands = _operands(maps, offsets, masks, kernel, tiling)
     channels, results, dtype = maps[0].shape[-1], kernel.shape[-1], maps[0].dtype
+    by_tap = kernel.reshape(TAPS, channels, results).swapaxes(1, 2)
+    operands = _operands(maps, offsets, masks, by_tap, tiling)
     tile = (tiling.tile[0] * tiling.tile[1], results)
-    window = (2, tiling.rows * GROUP, channels)
+    window = (tiling.parts * tiling.sides, tiling.rows * GROUP, channels)
     flops = _flops(tiling, channels, results, 1, 1)
     shape = ((tiling.tiles, *tile), dtype, _piece_of_tile(tile))
-    (out,) = _call(_forward_kernel, tiling, operands, [shape], [(window, dtype)], flops, interpret)
+    scratch = [(window, dtype), ((TAPS, channels, tile[0]), dtype)]
+    (out,) = _call(_forward_kernel, tiling, operands, [shape], scratch, flops, interpret)
     return tiling.from_pieces(out)
 
 
@@ -335,23 +364,24 @@ def window_backward(
     The gradient of a clamped offset is that of the sample at the bound.
     """
     tiling = tiling_of(maps, masks, stride, bound)
-    operands = _operands(maps, offsets, masks, kernel, tiling)
     channels, results, dtype = maps[0].shape[-1], kernel.shape[-1], maps[0].dtype
+    operands = _operands(maps, offsets, masks, kernel.reshape(TAPS, channels, results), tiling)
     outputs = tiling.tile[0] * tiling.tile[1]
     operands += [(tiling.pieces([g.astype(dtype) for g in gradients]), _piece_of_tile((outputs, results)))]
-    cells, parts = tiling.block[0] * tiling.block[1], tiling.parts
+    cells, parts, lanes = tiling.block[0] * tiling.block[1], tiling.parts, tiling.positions().shape[1]
     blocks = pl.BlockSpec((parts, cells, channels), lambda tile, _: (tile, 0, 0))
     shapes = [
         ((parts * tiling.tiles, cells, channels), dtype, blocks),
-        ((tiling.tiles, 3 * TAPS, outputs), jnp.float32, _piece_of_tile((3 * TAPS, outputs))),
+        ((tiling.tiles, 3, lanes), jnp.float32, _piece_of_tile((3, lanes))),
         ((TAPS, channels, results), jnp.float32, _whole_array((TAPS, channels, results))),
     ]
-    window = (2, tiling.rows * GROUP, channels)
+    window = (tiling.parts * tiling.sides, tiling.rows * GROUP, channels)
     across = parts * max(across for _, across in tiling.grids) + 1
     ring = (tiling.rows, across, cells, channels)
-    scratch = [(window, dtype), (window, jnp.float32), (ring, jnp.float32), ((outputs, 3 * TAPS), jnp.float32)]
+    by_tap = (TAPS, channels, outputs)
+    scratch = [(window, dtype), (window, jnp.float32), (ring, jnp.float32), (by_tap, dtype), (by_tap, dtype)]
     flops = _flops(tiling, channels, results, 3, 2)
     dblocks, dtaps, dkernel = _call(_backward_kernel, tiling, operands, shapes, scratch, flops, interpret)
     dmaps, parts = tiling.from_blocks(dblocks), tiling.from_columns(dtaps)
-    doffsets = [x[..., : 2 * TAPS].reshape(*x.shape[:3], TAPS, 2) for x in parts]
-    return dmaps, doffsets, [x[..., 2 * TAPS :] for x in parts], dkernel.reshape(kernel.shape)
+    doffsets = [x[..., :2, :].swapaxes(3, 4) for x in parts]
+    return dmaps, doffsets, [x[..., 2, :] for x in parts], dkernel.reshape(kernel.shape)

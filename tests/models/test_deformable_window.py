@@ -148,12 +148,13 @@ def _declared(images: int, stride: int, bound: int, shape: tuple[int, int]) -> A
 
 
 def test_declared_bytes_and_flops() -> None:
-    # 128 outputs: 128 rows of 128 lanes of 4 bytes. A block has 64 cells. Samples: 27 rows (32). The kernel: 9 x 8 x 128.
-    tile, samples, kernel = 128 * 128 * 4, 32 * 128 * 4, 9 * 8 * 128 * 4
+    # 128 outputs: 128 rows of 128 lanes of 4 bytes. A block has 64 cells. Samples, and their positions: three rows, and two (8 each),
+    # of five pairs of taps for two parts. The kernel: 9 x 8 x 128.
+    tile, samples, kernel = 128 * 128 * 4, 8 * 2 * 5 * 128 * 4, 9 * 8 * 128 * 4
     # One tile: six blocks (two of the map, four of zeros), samples, their positions, outputs.
-    assert _declared(1, 1, 1, (6, 14)).bytes_accessed == 6 * tile // 2 + samples + tile + kernel + tile
+    assert _declared(1, 1, 1, (6, 14)).bytes_accessed == 6 * tile // 2 + 2 * samples + kernel + tile
     # Two images are two tiles. Zeros, positions and the kernel are copied once.
-    assert _declared(2, 1, 1, (6, 14)).bytes_accessed == 8 * tile // 2 + 2 * samples + tile + kernel + 2 * tile
+    assert _declared(2, 1, 1, (6, 14)).bytes_accessed == 8 * tile // 2 + 3 * samples + kernel + 2 * tile
     # Per tap 128 outputs from a window of 16 x 16 cells of 4 channels, then 4 x 5 products; with a larger bound two such groups.
     assert _declared(1, 1, 1, (6, 14)).flops == 9 * 2 * 128 * (256 * 4 + 4 * 5)
     assert _declared(1, 1, 4, (3, 11)).flops == 9 * 2 * 128 * (2 * 256 * 4 + 4 * 5)
