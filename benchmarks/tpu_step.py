@@ -16,6 +16,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,8 @@ def kernels(chips: Topology, canvas: tuple[int, int], bounds: Sequence[int]) -> 
     from jax.experimental import topologies
     from jax.sharding import Mesh, SingleDeviceSharding
 
-    from glip_jax.models.deformable_window import window_backward, window_forward
-    from glip_jax.models.fusion_kernel import Read, attention_backward, attention_forward
+    from glip_jax.models.kernels.attention import Read, attention_backward, attention_forward
+    from glip_jax.models.kernels.deformable import window_backward, window_forward
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
@@ -77,10 +78,10 @@ def kernels(chips: Topology, canvas: tuple[int, int], bounds: Sequence[int]) -> 
     maps = [(-(-canvas[0] // stride), -(-canvas[1] // stride)) for stride in model.pyramid.strides]
     locations = sum(height * width for height, width in maps)
 
-    def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    def array(*shape: int, dtype: Any = jnp.float32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    def images(shapes: Sequence[tuple[int, int]], *last: int, dtype: Any = jnp.float32) -> list[jax.ShapeDtypeStruct]:
+    def images(shapes: Sequence[tuple[int, int]], *last: int, dtype: Any = jnp.float32) -> list[Any]:
         return [array(1, *shape, *last, dtype=dtype) for shape in shapes]
 
     wide, row = (heads, 1, tokens, channels), (heads, 1, tokens)
@@ -90,10 +91,11 @@ def kernels(chips: Topology, canvas: tuple[int, int], bounds: Sequence[int]) -> 
         array(heads, 1, 2, dtype=jnp.uint32),
     )  # fmt: skip
     read, gradients = Read(array(*wide), array(*row), array(*row)), (given[0], array(*wide), array(*row))
+    backward: Any = attention_backward
     programs: dict[str, tuple[Any, Any]] = {
-        "fusion, forward": (lambda *given: attention_forward(*given, 0.1), given),
+        "fusion, forward": (partial(attention_forward, rate=0.1), given),
         "fusion, backward": (
-            lambda read, g, *given: attention_backward(*given, 0.1, read, g),
+            lambda read, g, *given: backward(*given, 0.1, read, g),
             (read, gradients, *given),
         ),
     }
@@ -103,9 +105,9 @@ def kernels(chips: Topology, canvas: tuple[int, int], bounds: Sequence[int]) -> 
         kernel = array(3, 3, channels, channels)
         taps = (images(sources, channels, dtype=jnp.bfloat16), images(results, 9, 2), images(results, 9), kernel)
         name = f"deformable, stride {stride}, bound {bound}"
-        programs[f"{name}, forward"] = (lambda *taps, s=stride, b=bound: window_forward(*taps, s, b), taps)
+        programs[f"{name}, forward"] = (partial(window_forward, stride=stride, bound=bound), taps)
         programs[f"{name}, backward"] = (
-            lambda *taps, s=stride, b=bound: window_backward(*taps, s, b), (*taps, images(results, channels, dtype=jnp.bfloat16)),
+            partial(window_backward, stride=stride, bound=bound), (*taps, images(results, channels, dtype=jnp.bfloat16)),
         )  # fmt: skip
     folder = Path(os.environ["GLIP_JAX_CODE"])
     for name, (function, arrays) in programs.items():

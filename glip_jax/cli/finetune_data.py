@@ -10,12 +10,14 @@ from typing import Any
 
 from etils import epath
 
+from glip_jax import UserError
 from glip_jax.cli.command_line import CommandLineError
 from glip_jax.config import Config, EvaluationSet, TextConfig
 from glip_jax.data.importers.checks import findings
 from glip_jax.data.importers.coco import rename_map
 from glip_jax.data.importers.layouts import Dataset, LayoutError, Split, carve, find
 from glip_jax.data.importers.shots import draw_shots, prepared_shots
+from glip_jax.evaluation.evaluate import check_set
 from glip_jax.io.assets import resolve
 from glip_jax.io.workdir import write_atomic
 from glip_jax.structures.prompts import listed, load_tokenizer
@@ -137,13 +139,18 @@ def read_own_data(data: str, layout: str, names: str, folder: epath.Path, text: 
 
 
 def kept_set(name: str, config: Config) -> EvaluationSet:
-    """A set that --keep names. Raises CommandLineError."""
+    """A set that --keep names; it is only evaluated after training, so what it lacks is said now. Raises CommandLineError, UserError."""
     known = {key: own for key, own in config.evaluation.sets.items() if own.kind == "detection"}
-    if name in known:
-        return known[name]
     annotations, colon, images = name.rpartition(":")
-    if not colon or not annotations.endswith(".json"):
+    if name not in known and (not colon or not annotations.endswith(".json")):
         raise CommandLineError(
             f"--keep={name}: expected ANNOTATIONS.json:IMAGES, or a detection set of the checkpoint ({', '.join(known) or 'it has none'})"
         )
-    return EvaluationSet(annotations, images)
+    kept = known[name] if name in known else EvaluationSet(annotations, images)
+    try:
+        notes = check_set(name, kept, config)
+    except UserError as fault:
+        raise CommandLineError(f"--keep={name}: {fault}") from None
+    for note in notes:
+        logger.info(f"--keep={name}: {note}")
+    return kept

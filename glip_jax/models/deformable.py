@@ -13,7 +13,7 @@ Three implementations of the same sum, with custom backward passes that sample a
   the other: the samples of four images of 800 x 1344 at once would take gigabytes.
 * `loop`: for a single CPU device. One loop over samples reads and adds whole rows in place, for few outputs at a time, so that
   they stay in the cache. XLA's scatter takes ten times as long there.
-* `window`: matrix products instead of gathers, for bounded offsets (`deformable_window`). For TPUs.
+* `window`: matrix products instead of gathers, for bounded offsets (`kernels.deformable`). For TPUs.
 """
 
 from collections.abc import Sequence
@@ -26,9 +26,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from glip_jax.models.deformable_tiles import limits
-from glip_jax.models.deformable_window import window_backward, window_forward
-from glip_jax.models.kernels import is_possible, open_batch_axes, per_device
+from glip_jax.models.kernels.blocks import is_possible, open_batch_axes, per_device
+from glip_jax.models.kernels.deformable import window_backward, window_forward
+from glip_jax.models.kernels.tiling import limits
 from glip_jax.models.remat import save_activation
 
 __all__ = ["Rows", "Taps", "clamp_offsets", "deformable_convolution", "exceeds_bound", "rows_of"]

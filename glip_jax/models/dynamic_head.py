@@ -151,6 +151,10 @@ class _DynamicReLU(nn.Module):
         return _Affine(a1 * 2.0 + 1.0, b1), _Affine(a2 * 2.0, b2)
 
 
+def _sum(terms: Sequence[Array]) -> Array:
+    return sum(terms[1:], start=terms[0])
+
+
 class _Term(NamedTuple):
     """A convolution of a level, before its norm."""
 
@@ -230,13 +234,13 @@ class DynamicConvolution(nn.Module):
         means = [term.mean * term.norm.scale + term.norm.shift for term in terms]
         weights = [_hard_sigmoid(nn.relu(attention(mean))) / len(terms) for mean in means]
         scales = [term.norm.scale * weight for term, weight in zip(terms, weights)]
-        shift = sum(term.norm.shift * weight for term, weight in zip(terms, weights))
-        first, second = relu(sum(mean * weight for mean, weight in zip(means, weights)))
+        shift = _sum([term.norm.shift * weight for term, weight in zip(terms, weights)])
+        first, second = relu(_sum([mean * weight for mean, weight in zip(means, weights)]))
 
         def over_cells(x: Array) -> Float[Array, "B 1 1 C"]:
             return x[:, None, None]
 
-        total = sum(term.map.astype(jnp.float32) * over_cells(scale) for term, scale in zip(terms, scales))
+        total = _sum([term.map.astype(jnp.float32) * over_cells(scale) for term, scale in zip(terms, scales)])
         total += over_cells(shift)
         branches = [total * over_cells(x.scale) + over_cells(x.shift) for x in (first, second)]
         return jnp.maximum(*branches).astype(self.dtype)

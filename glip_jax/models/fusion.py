@@ -3,7 +3,7 @@
 Parameters are those of the original (glip-reference 2.5), the order of the products is not. The query projection is folded into
 the text keys, the visual output projection into the text values, and the visual value projection is applied after the attention of
 the text. This leaves three products over the A locations of the image instead of six dense layers. The backward pass recomputes the
-logits. On a TPU they are never in memory (`fusion_kernel`); elsewhere those [A, T] of one attention head at a time are, and images with
+logits. On a TPU they are never in memory (`kernels.attention`); elsewhere those [A, T] of one attention head at a time are, and images with
 large ones are processed one after the other.
 
 Softmax over the text excludes padding tokens; softmax over the image excludes locations beyond the extent.
@@ -21,9 +21,9 @@ from jaxtyping import Array, Bool, Float, UInt32
 from glip_jax.config import FusionConfig, LoraConfig
 from glip_jax.models.bert import clamped
 from glip_jax.models.dropout import example_keys, hashed_bits, words_of
-from glip_jax.models.fusion_kernel import Read, attention_backward, attention_forward
 from glip_jax.models.initializers import xavier_uniform
-from glip_jax.models.kernels import LANES, is_possible, per_device
+from glip_jax.models.kernels.attention import Read, attention_backward, attention_forward
+from glip_jax.models.kernels.blocks import LANES, is_possible, per_device
 from glip_jax.models.lora import with_low_rank_delta
 from glip_jax.models.remat import images_at_once, save_activation
 
@@ -164,7 +164,7 @@ def attend(
 
     Args:
         words: `dropout.words_of` a key for each head and image; None with a `rate` of 0.
-        implementation: `kernel` is the one for TPUs (`fusion_kernel`), and runs elsewhere, but slowly; `scan` runs everywhere; `auto` selects
+        implementation: `kernel` is the one for TPUs (`kernels.attention`), and runs elsewhere, but slowly; `scan` runs everywhere; `auto` selects
             by the platform. The kernel does not clamp logits.
     """
     mesh: Any = jax.sharding.get_abstract_mesh()
@@ -200,7 +200,7 @@ def _attend_forward(
 ) -> tuple[Attended, Any]:
     def scan(*arrays: Any) -> Any:
         # The scan computes its sums again; the kernel keeps their logarithms.
-        return _scan(*arrays, settings.rate), jnp.zeros(operands.key_bias.shape, jnp.float32)
+        return _scan(*arrays, rate=settings.rate), jnp.zeros(operands.key_bias.shape, jnp.float32)
 
     def kernel(visual: Array, operands: Operands, valid: Array, mask: Array, words: Any, interpret: bool) -> Any:
         for_image, read = attention_forward(visual, *operands, valid, mask, words, settings.rate, interpret)
@@ -215,13 +215,14 @@ def _attend_backward(settings: _Settings, saved: Any, gradients: Attended) -> tu
     def scan(
         visual: Array, operands: Operands, valid: Array, mask: Array, words: Any, _: Any, gradients: Attended
     ) -> Any:
-        return jax.vjp(lambda *x: _scan(*x, valid, mask, words, settings.rate), visual, operands)[1](gradients)
+        run: Any = partial(_scan, valid=valid, mask=mask, words=words, rate=settings.rate)
+        return jax.vjp(run, visual, operands)[1](gradients)
 
     def kernel(
         visual: Array, operands: Operands, valid: Array, mask: Array, words: Any, read: Any, gradients: Attended, interpret: bool
     ) -> Any:  # fmt: skip
         dvisual, *rest = attention_backward(
-            visual, *operands, valid, mask, words, settings.rate, Read(*read), tuple(gradients), interpret
+            visual, *operands, valid, mask, words, settings.rate, Read(*read), gradients, interpret
         )
         return dvisual, Operands(*rest)
 
@@ -235,7 +236,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _scan(
-    visual: Float[Array, "B A C"], operands: Operands, valid: Bool[Array, "B A"], mask: Bool[Array, "B T"], words: Any, rate: float
+    visual: Float[Array, "B A C"], operands: Operands, valid: Bool[Array, "B A"], mask: Bool[Array, "B T"], words: Any, *, rate: float
 ) -> Attended:  # fmt: skip
     """Both directions, for as many images at once as `_MAX_LOGITS_BYTES` allows."""
     images = len(visual)

@@ -200,7 +200,7 @@ def _key(config: Config, topology: Topology, canvas: tuple[int, int], mode: Comp
     settings = [[section, *pair] for section, part in parts.items() for pair in flatten(part)]
     code = hashlib.sha256()
     root = Path(glip_jax.__file__).parent
-    packages = ("models/*.py", "structures/*.py", "training/*.py", "distributed/mesh.py")
+    packages = ("models/**/*.py", "structures/*.py", "training/*.py", "distributed/mesh.py")
     planning = (
         "planning/compile.py",
         "planning/cost.py",

@@ -9,7 +9,10 @@ from PIL import Image, ImageDraw
 
 from glip_jax.__main__ import main
 from glip_jax.cli import finetune, finetune_data
+from glip_jax.cli.command_line import CommandLineError
+from glip_jax.cli.finetune_data import kept_set
 from glip_jax.cli.reports import finetune_report
+from glip_jax.config import Config, EvaluationConfig, EvaluationSet
 from glip_jax.distributed import mesh
 from glip_jax.distributed.mesh import make_mesh
 from glip_jax.evaluation import average_precision
@@ -164,6 +167,19 @@ def test_what_does_not_fit_is_refused(tmp_path, said, arguments, message):
     shown = said(*arguments)
     assert message in shown.err and "Traceback" not in shown.err and shown.err.count("\n") == 1
     assert not list((tmp_path / "DATA").glob("run*"))
+
+
+def test_a_kept_set_without_its_files_is_refused_before_training(tmp_path):
+    """It is measured only at the end."""
+    missing = EvaluationSet(str(tmp_path / "missing.json"), str(tmp_path))
+    config = Config(evaluation=EvaluationConfig(sets={"scenes": missing}))
+    for name in ("scenes", f"{tmp_path}/missing.json:{tmp_path}"):
+        with pytest.raises(CommandLineError, match=rf"--keep={name}: .*missing\.json does not exist"):
+            kept_set(name, config)
+    with pytest.raises(
+        CommandLineError, match="expected ANNOTATIONS.json:IMAGES, or a detection set of the checkpoint"
+    ):
+        kept_set("houses", config)
 
 
 def test_a_corrected_command_goes_on_in_the_same_folder(tmp_path, said, monkeypatch):

@@ -46,7 +46,7 @@ def state(config=CONFIG, chips=CHIPS):
 
 def test_the_abstract_batch_matches_a_training_batch(tmp_path):
     config = tiny_run.config(tiny_run.write_sources(tmp_path))
-    real = next(iter(Mixture(config).batches()))
+    real = next(iter(Mixture(config).batches(patches=config.model.patches)))
     abstract = abstract_batch(config, CANVAS, abstract_mesh(config, CHIPS))
     assert [(x.shape, x.dtype) for x in abstract] == [(x.shape, x.dtype) for x in real]
 

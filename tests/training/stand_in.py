@@ -14,6 +14,7 @@ from glip_jax.distributed.mesh import make_mesh
 from glip_jax.models.bert import Bert
 from glip_jax.models.dropout import bernoulli
 from glip_jax.structures.batch import Batch, Predictions, Targets
+from glip_jax.structures.canvas import pixels_of
 from glip_jax.training import loop, state
 from glip_jax.training.losses import LossSums, loss_sums
 from glip_jax.training.step import Objective, glip_objective, make_step
@@ -56,7 +57,9 @@ def objective(config: Config, train: bool = True, bert: bool = False) -> Objecti
     rate = config.model.text.dropout if train else 0.0
 
     def sums(params: Any, batch: Batch, targets: Targets, key: Any) -> LossSums:
-        image = batch.image.astype(jnp.float32) / 255 * params["backbone"]["patch_norm"]["scale"]
+        # The channels of patches are in the order of the network; this one treats all alike.
+        pixels = batch.image if batch.image.shape[-1] == 3 else pixels_of(batch.image)
+        image = pixels.astype(jnp.float32) / 255 * params["backbone"]["patch_norm"]["scale"]
         b, height, width, _ = image.shape
         cells = [
             image.reshape(b, height // s, s, width // s, s, 3).mean((2, 4)).reshape(b, -1, 3)

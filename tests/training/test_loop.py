@@ -63,7 +63,7 @@ def test_a_run_leaves_its_records(config, workdir, tmp_path, capsys):
     assert f"fingerprint: {fingerprint(state.params)}" in out and "starting at step 0 from random values" in out
     assert int(state.step) == 6 and latest_step(workdir) == 6
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["4", "6"], "keep = 2"
-    assert list(_losses(workdir)) == [2, 4, 6] and drawn == [(8, 64, 64, 3)]
+    assert list(_losses(workdir)) == [2, 4, 6] and drawn == [(8, 16, 16, 48)]
     assert (tmp_path / "run" / "first_batch.png").read_bytes() == b"png"
     averages = float(np.sum(state.ema["head"]["box"]["kernel"]))
     assert [step for step, _ in evaluated] == [4, 6] and evaluated[-1][1] == pytest.approx(averages)
@@ -307,8 +307,8 @@ def test_too_many_corrupt_records_stop_the_run(config, workdir, monkeypatch):
     """All of one source from step 3 on, as when a mount disappears: the checkpoint of step 2 stays."""
     real = Mixture.batches
 
-    def corrupt(self, *arguments):
-        for number, batch in enumerate(real(self, *arguments), 1):
+    def corrupt(self, *arguments, **options):
+        for number, batch in enumerate(real(self, *arguments, **options), 1):
             yield batch._replace(valid=batch.valid & ((batch.source == 0) | (number < 3)))
 
     monkeypatch.setattr(Mixture, "batches", corrupt)

@@ -1,9 +1,5 @@
-"""Windowed deformable convolution: equal to `gather`, forward and backward; bounds; declared cost; compilation for TPUs."""
+"""Windowed deformable convolution: equal to `gather`, forward and backward; bounds; declared cost."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,10 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from glip_jax.config import Config, ConfigError, HeadConfig, MeshConfig, ModelConfig, validate
 from glip_jax.distributed.mesh import batch_sharding, make_mesh
 from glip_jax.models.deformable import Taps, clamp_offsets, deformable_convolution, exceeds_bound, rows_of
-from glip_jax.models.deformable_window import window_forward
 from glip_jax.models.dynamic_head import DynamicConvolution
-
-ROOT = Path(__file__).resolve().parents[2]
+from glip_jax.models.kernels.deformable import window_forward
 
 
 def _inputs(images: int, stride: int, bound: int, dtype: Any, shapes: Any = ((9, 18), (3, 5))) -> Any:
@@ -189,24 +183,3 @@ def test_limits_of_the_setting() -> None:
         else:
             with pytest.raises(ConfigError, match=f"model.head.offset_bound is {bound}"):
                 validate(config)
-
-
-@pytest.mark.tpu
-@pytest.mark.parametrize("chip, stride", [("v5e", 1), ("v6e", 2)])
-def test_compiles_for_a_tpu(chip: str, stride: int) -> None:
-    """Compiles in a separate process, where libtpu is configured for a TPU that is absent."""
-    sizes = ["--images=1", "--height=64", "--width=64", "--channels=128", f"--stride={stride}"]
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.deformable_window",
-        f"--topology={chip}:2x2",
-        "--implementations",
-        "window",
-        *sizes,
-    ]
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
-    environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "window  forward + backward" in done.stdout

@@ -7,7 +7,7 @@ the map. Sampling is then the product of the cells of the window with a matrix o
 
 which exists in VMEM only. The products with the 3 x 3 kernel follow directly, summed in float32.
 
-All maps and images of a call are one grid of tiles (`deformable_tiles`). The backward pass recomputes the matrices. Tiles run in
+All maps and images of a call are one grid of tiles (`tiling`). The backward pass recomputes the matrices. Tiles run in
 order, row by row, so the gradient of a block is accumulated in a ring buffer of block rows in VMEM; it is complete, and written
 once, when the tile of the block is done.
 """
@@ -25,8 +25,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from glip_jax.models.deformable_tiles import COLUMNS, GROUP, ROWS, TAPS, Tiling, limits, tiling_of
-from glip_jax.models.kernels import LANES, padded_bytes, product
+from glip_jax.models.kernels.blocks import LANES, padded_bytes, product
+from glip_jax.models.kernels.tiling import COLUMNS, GROUP, ROWS, TAPS, Tiling, limits, tiling_of
 
 __all__ = ["window_backward", "window_forward"]
 
@@ -74,6 +74,10 @@ def _samples(taps: Any, positions: Any, info: list[Any], tiling: Tiling) -> Call
         return _Samples(*(jnp.broadcast_to(x[:, lanes], (8, LANES)) for x in values))
 
     return of
+
+
+def _sum(terms: Sequence[Any]) -> Any:
+    return sum(terms[1:], start=terms[0])
 
 
 def _slope(distance: Any) -> Any:
@@ -162,7 +166,7 @@ class _Sampler:
         hats = [_Hats(self._samples(part, group), tiling, taps[0], side) for side in range(tiling.sides)]
         matrices = [each.matrix(sampled.dtype) for each in hats]
         read = [product(self._cells(part * tiling.sides + side, taps[0]), x, (1, 0)) for side, x in enumerate(matrices)]
-        total = sum(read[1:], start=read[0]).astype(sampled.dtype)
+        total = _sum(read).astype(sampled.dtype)
         for k, tap in enumerate(taps):
             sampled[tap, :, part * size : (part + 1) * size] = total[:, k * size : (k + 1) * size]
         return hats, matrices
@@ -176,7 +180,7 @@ def _forward_kernel(tiling: Tiling, table: Any, *refs: Any) -> None:
     for part, group in itertools.product(range(tiling.parts), range(len(tiling.groups))):
         sampler.sample(part, group)
     parts = [product(kernel[tap], sampled[tap], (1, 0)) for tap in range(TAPS)]
-    out[0] = sum(parts[1:], start=parts[0]).T.astype(out.dtype)
+    out[0] = _sum(parts).T.astype(out.dtype)
 
 
 def _backward_kernel(tiling: Tiling, table: Any, *refs: Any) -> None:
@@ -206,7 +210,7 @@ def _backward_kernel(tiling: Tiling, table: Any, *refs: Any) -> None:
             own_side = part * tiling.sides + side
             dwindow[own_side, cells] += product(matrix, dread, (1, 1))
             kinds.append(hat.gradients(product(window[own_side, cells], dread, (1, 0))))
-        dtaps[0, :, tiling.lanes(part, group)] = jnp.concatenate([sum(x[1:], start=x[0]) for x in zip(*kinds)])
+        dtaps[0, :, tiling.lanes(part, group)] = jnp.concatenate([_sum(x) for x in zip(*kinds)])
     for tap in range(TAPS):
         dkernel[tap] += product(sampled[tap], g, (1, 0))
     _sum_blocks(tiling, info, dwindow, ring, dblock)
@@ -221,7 +225,7 @@ def _sum_blocks(tiling: Tiling, info: list[Any], dwindow: Any, ring: Any, dblock
         # The first tile that reaches a block overwrites an older block, or uninitialized memory, in the ring.
         first = ((i == 0) | (below == tiling.rows - 1)) & ((j == 0) | (column > 0))
         new = [dwindow[side, pl.ds(below * GROUP + begin, cells)] for side, begin in _places(tiling, column)]
-        ring[slot, place] = jnp.where(first, 0.0, ring[slot, place]) + sum(new[1:], start=new[0])
+        ring[slot, place] = jnp.where(first, 0.0, ring[slot, place]) + _sum(new)
     for part in range(tiling.parts):
         dblock[part] = ring[lax.rem(i, tiling.rows), tiling.parts * j + part].astype(dblock.dtype)
 

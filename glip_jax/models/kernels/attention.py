@@ -25,7 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, UInt32
 
 from glip_jax.models.dropout import mixed_bits
-from glip_jax.models.kernels import LANES, padded_bytes, product
+from glip_jax.models.kernels.blocks import LANES, padded_bytes, product
 
 __all__ = ["Read", "attention_backward", "attention_forward"]
 

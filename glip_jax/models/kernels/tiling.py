@@ -1,4 +1,4 @@
-"""Tiling of maps, offsets and outputs for the windowed deformable convolution (`deformable_window`).
+"""Tiling of maps, offsets and outputs for the windowed deformable convolution (`kernels.deformable`).
 
 Maps are divided into blocks of 8 x 16 cells, or of 8 x 8 at stride 1 with offsets of at most `NARROW_BOUND`, shifted by 1 + the bound.
 A tile has 8 x 16 outputs at stride 1 and 4 x 32 at stride 2: 128, the lanes of a register. Its parts are as wide as a block. The part above
@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from glip_jax.models.kernels import LANES
+from glip_jax.models.kernels.blocks import LANES
 
 __all__ = ["COLUMNS", "GROUP", "LANES", "MAX_BOUND", "ROWS", "TAPS", "Tiling", "limits", "tiling_of"]
 

@@ -15,13 +15,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from glip_jax.config import FusionConfig, MeshConfig, Remat
 from glip_jax.distributed.mesh import batch_axes, batch_sharding, make_mesh
-from glip_jax.models import fusion, fusion_kernel
+from glip_jax.models import fusion
 from glip_jax.models.fusion import Fusion, Implementation, Operands, attend
+from glip_jax.models.kernels import attention
 from glip_jax.models.remat import rematerialized
 
 pytestmark = pytest.mark.compiles
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HEADS = 2
 NAMES = ("for_image", "for_text", "weight_sum", "visual", "keys", "key_bias", "values")
 
@@ -29,8 +30,8 @@ NAMES = ("for_image", "for_text", "weight_sum", "visual", "keys", "key_bias", "v
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks already for a few hundred locations."""
-    monkeypatch.setattr(fusion_kernel, "_ROWS", 128)
-    monkeypatch.setattr(fusion_kernel, "_STEP", 16)
+    monkeypatch.setattr(attention, "_ROWS", 128)
+    monkeypatch.setattr(attention, "_STEP", 16)
 
 
 def _inputs(images: int, locations: int, tokens: int, channels: int = 32, dtype: Any = jnp.float32) -> Any:
@@ -89,13 +90,13 @@ def _close(found: Any, wanted: Any, tolerance: float) -> None:
 def test_results_and_gradients_equal_the_scan(
     images: int, locations: int, tokens: int, rate: float, dtype: Any, tolerance: float
 ) -> None:
-    given = _inputs(images, locations, tokens, dtype=dtype)
-    found = _run(*given, rate, "kernel")
-    _close(found, _run(*given, rate, "scan"), tolerance)
+    given, gradients = _inputs(images, locations, tokens, dtype=dtype)
+    found = _run(given, gradients, rate, "kernel")
+    _close(found, _run(given, gradients, rate, "scan"), tolerance)
     # What dropout keeps is the same, place by place: another word changes the results by far more than the tolerance.
     if rate:
-        (visual, operands, valid, mask, words), gradients = given
-        other = _run((visual, operands, valid, mask, words + jnp.uint32(1)), gradients, rate, "kernel")
+        *rest, words = given
+        other = _run((*rest, words + jnp.uint32(1)), gradients, rate, "kernel")
         assert np.abs(other["for_image"] - found["for_image"]).max() > 10 * tolerance * np.abs(found["for_image"]).max()
 
 
@@ -124,7 +125,8 @@ def test_each_device_attends_to_its_own_images() -> None:
     given, gradients = _inputs(8, 140, 16)
     wanted = _run(given, gradients, 0.1, "scan")
     first, second = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec(None, batch_axes(mesh)))
-    given = jax.device_put(given, (first, Operands(*[second] * 3), first, first, second))
+    text: Any = second
+    given = jax.device_put(given, (first, Operands(text, text, text), first, first, second))
     gradients = jax.device_put(gradients, (first, second, second))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered: Any = jax.jit(_both, static_argnums=(2, 3)).lower(given, gradients, 0.1, "kernel").compile()
@@ -142,8 +144,10 @@ def test_remat_of_kernels_does_not_run_them_again(monkeypatch: pytest.MonkeyPatc
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     params: Any = jax.eval_shape(lambda *given: block.init(keys, *given), *shapes)
 
+    apply: Any = block.apply
+
     def loss(params: Any, *given: Any) -> Any:
-        visual, text = block.apply(params, *given, rngs={"dropout": keys["dropout"]})
+        visual, text = apply(params, *given, rngs={"dropout": keys["dropout"]})
         return visual.sum() + text.sum()
 
     program = str(jax.make_jaxpr(jax.grad(loss))(params, *shapes))
