@@ -4,8 +4,7 @@ A batch can therefore be sharded over any number of devices: each device generat
 
 Keys come from threefry, JAX's generator. The bits of single elements are a hash of the element's index and two words of a key:
 some fifteen operations instead of a hundred for threefry, which matters because XLA may recompute them in every operation that
-reads the result. In a fusion block threefry took three fifths of the cycles that the TPU compiler estimates
-(`benchmarks/fusion_cycles.py`).
+reads the result. In a fusion block threefry took three fifths of the cycles that the TPU compiler estimates (benchmarks/RESULTS.md).
 """
 
 from typing import Any

@@ -197,7 +197,7 @@ class GLIP(nn.Module):
 
     def __call__(
         self,
-        image: Float[Array, "B H W 3"],
+        image: Float[Array, "B H W values"],
         extent: Int[Array, "B 2"],
         tokens: Int[Array, "B T"],
         token_mask: Bool[Array, "B T"],

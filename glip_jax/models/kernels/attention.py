@@ -25,7 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, UInt32
 
 from glip_jax.models.dropout import mixed_bits
-from glip_jax.models.kernels.blocks import LANES, padded_bytes, product
+from glip_jax.models.kernels.blocks import LANES, has_small_memory, padded_bytes, product
 
 __all__ = ["Read", "attention_backward", "attention_forward"]
 
@@ -204,7 +204,7 @@ def _backward_kernel(rate: float, tokens: int, beyond: int, *refs: Any) -> None:
 
 def _rows_of_block(locations: int) -> int:
     """Locations of a block: multiples of 128, equal blocks of at most `_ROWS`."""
-    blocks = -(-locations // _ROWS)
+    blocks = -(-locations // (_ROWS // 4 if has_small_memory() else _ROWS))
     unit = LANES if blocks == 1 else _STEP
     return -(-locations // (blocks * unit)) * unit
 
@@ -272,7 +272,8 @@ def _call(
             return pl.BlockSpec((1, rows, x.shape[2]), lambda image, i: (image, i, 0))
         if valid:
             return pl.BlockSpec((1, 1, *x.shape[2:]), lambda image, i: (image, i, 0, 0))
-        return pl.BlockSpec((1, *x.shape[1:]), lambda image, _: (image, 0, 0, 0))
+        # One buffer: it changes with the image only.
+        return pl.BlockSpec((1, *x.shape[1:]), lambda image, _: (image, 0, 0, 0), pipeline_mode=pl.Buffered(1))
 
     arrays = [*operands, *results]
     specs = [block(x, k == _VALID) for k, x in enumerate(arrays)]

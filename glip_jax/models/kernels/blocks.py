@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
 from glip_jax.structures.batch import BATCH_AXES
 
-__all__ = ["LANES", "is_possible", "open_batch_axes", "padded_bytes", "per_device", "product"]
+__all__ = ["LANES", "has_small_memory", "is_possible", "open_batch_axes", "padded_bytes", "per_device", "product"]
 
 LANES = 128
 
@@ -21,6 +22,17 @@ def product(a: Any, b: Any, contract: tuple[int, int]) -> Any:
     exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=exact, preferred_element_type=jnp.float32)
+
+
+def has_small_memory() -> bool:
+    """Whether the on-chip memory of the TPU that a kernel is lowered for is less than 32 MiB: on a v4 (16 MiB), not on later ones.
+
+    The chip is that of the present mesh or of this process; on other platforms False.
+    """
+    try:
+        return pltpu.get_tpu_info().vmem_capacity_bytes < 32 * 2**20
+    except (ValueError, NotImplementedError):  # no TPU
+        return False
 
 
 def padded_bytes(shape: Sequence[int], dtype: Any) -> int:

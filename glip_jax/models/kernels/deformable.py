@@ -298,8 +298,8 @@ def _block_of_window(tiling: Tiling, which: int, shape: Sequence[int]) -> pl.Blo
 
 
 def _whole_array(shape: tuple[int, ...]) -> pl.BlockSpec:
-    """The whole array, for every tile."""
-    return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
+    """The whole array, for every tile, so that one buffer is enough."""
+    return pl.BlockSpec(shape, lambda *_: (0,) * len(shape), pipeline_mode=pl.Buffered(1))
 
 
 def _operands(

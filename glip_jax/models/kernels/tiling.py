@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from glip_jax.models.kernels.blocks import LANES
+from glip_jax.models.kernels.blocks import LANES, has_small_memory
 
 __all__ = ["COLUMNS", "GROUP", "LANES", "MAX_BOUND", "ROWS", "TAPS", "Tiling", "limits", "tiling_of"]
 
@@ -49,16 +49,13 @@ class Tiling:
     bound: int
     maps: tuple[tuple[int, int], ...]
     outputs: tuple[tuple[int, int], ...]
+    width: int
+    """Columns of cells below a tile."""
 
     @property
     def tile(self) -> tuple[int, int]:
         """(rows, columns) of outputs in a tile."""
         return ROWS // self.stride, self.width // self.stride
-
-    @property
-    def width(self) -> int:
-        """Columns of cells below a tile."""
-        return COLUMNS * self.stride**2
 
     @property
     def narrow(self) -> bool:
@@ -244,4 +241,6 @@ def tiling_of(maps: Sequence[Array], masks: Sequence[Array], stride: int, bound:
             f"{MAX_BOUND} cells; use the implementation 'gather' for others"
         )
     inputs, outputs = (tuple((x.shape[1], x.shape[2]) for x in arrays) for arrays in (maps, masks))
-    return Tiling(maps[0].shape[0], stride, bound, inputs, outputs)
+    # At stride 2 four times as many cells have 128 outputs; the gradients of their windows do not fit into the memory of a v4.
+    width = COLUMNS * stride * (1 if has_small_memory() else stride)
+    return Tiling(maps[0].shape[0], stride, bound, inputs, outputs, width)
