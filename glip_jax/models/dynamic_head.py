@@ -2,7 +2,7 @@
 
 A block applies deformable convolutions to every level and its neighbor levels. They share one offset map per level. The two or
 three results per level are normalized, weighted by pooled attention, averaged, and passed through a dynamic ReLU (arXiv 2003.10027):
-one pass over the results for their statistics, and one for everything else.
+two passes over the results for their statistics, and one for everything else.
 """
 
 from collections.abc import Sequence
@@ -46,12 +46,11 @@ class _Moments(NamedTuple):
 
 
 def _moments(x: Float[Array, "B h w C"], size: Int[Array, "B 2"]) -> _Moments:
-    """From the sums of one pass over the map, relative to its first cell: a large mean must not cancel the variance."""
-    first = jax.lax.stop_gradient(x[:, 0, 0]).astype(jnp.float32)
-    centered = jnp.where(valid_mask(size, *grid(x)), x.astype(jnp.float32) - first[:, None, None], 0.0)
-    count = size.prod(-1).astype(jnp.float32)[:, None]
-    mean = centered.sum((1, 2)) / count
-    return _Moments(first + mean, jnp.square(centered).sum((1, 2)) / count - jnp.square(mean))
+    """In two passes over the map: in one, a large mean would cancel the variance."""
+    valid, count = valid_mask(size, *grid(x)), size.prod(-1).astype(jnp.float32)[:, None]
+    x = x.astype(jnp.float32)
+    mean = jnp.where(valid, x, 0.0).sum((1, 2)) / count
+    return _Moments(mean, jnp.where(valid, jnp.square(x - mean[:, None, None]), 0.0).sum((1, 2)) / count)
 
 
 class GroupNorm(nn.Module):

@@ -135,7 +135,7 @@ def _trained(sources, workdir, mesh):
 @pytest.mark.slow
 def test_two_processes_equal_one(file, sources, straight, tmp_path, monkeypatch):
     _alone(sources, tmp_path / "one", monkeypatch, MeshConfig(data=1), 1)
-    batches = Mixture(tiny_run.config(sources)).batches()
+    batches = Mixture(tiny_run.config(sources)).batches(patches=True)
     expected = [rows(next(batches)) for _ in range(6)]
     batches.close()  # pyright: ignore[reportAttributeAccessIssue]
     assert _hashes(*straight[1]) == expected
