@@ -155,10 +155,6 @@ def _time(
         )
         total = sum(statistics.machine_cycles.values())
         rows += [f"    {part:26} {part_cycles / total:9.0%}" for part, part_cycles in statistics.machine_cycles.items()]
-    elif statistics is not None and statistics.cycles and roofline.compiler_seconds is None:
-        rows.append(
-            f"  the compiler estimates {statistics.cycles:.3g} cycles; the clock of {chips.family} is not published"
-        )
     elif statistics is not None and statistics.mode == "tpu" and statistics.needed is None:
         rows.append(
             "  not included: vector units (exponentials, norms, dropout), whose peak is not published and which may be the bound;\n"

@@ -9,16 +9,8 @@ from jaxtyping import Int, Num, UInt8
 from PIL import Image
 
 __all__ = [
-    "PATCH",
-    "canvas_size",
-    "fit",
-    "nearest_aspect",
-    "pad_to_canvas",
-    "patches_of",
-    "pixels_of",
-    "resize",
-    "target_size",
-]
+    "PATCH", "canvas_size", "fit", "nearest_aspect", "pad_to_canvas", "patches_of", "pixels_of", "resize", "target_size",
+]  # fmt: skip
 
 PATCH = 4
 """Side of the patches that a Swin network begins with, pixels."""
@@ -71,15 +63,21 @@ def fit(height: int, width: int, short_side: int, long_side: int, canvas: tuple[
     return min(canvas[0], max(1, round(h * scale))), min(canvas[1], max(1, round(w * scale)))
 
 
-def patches_of(images: Num[Any, "B H W 3"]) -> Num[Any, "B h w 48"]:
-    """Images as patches of 4 x 4 pixels, row-major with the channels last; numpy or jax. Sides are multiples of 4."""
-    count, height, width, channels = images.shape
-    x = images.reshape(count, height // PATCH, PATCH, width // PATCH, PATCH * channels).swapaxes(2, 3)
-    return x.reshape(count, height // PATCH, width // PATCH, PATCH * PATCH * channels)
+def patches_of(
+    images: UInt8[np.ndarray, "B H W 3"], out: UInt8[np.ndarray, "B h w 48"] | None = None
+) -> UInt8[np.ndarray, "B h w 48"]:
+    """Images as patches of 4 x 4 pixels, row-major with the channels last, written to `out`. Sides are multiples of 4."""
+    count, height, width, _ = images.shape
+    grid = (count, height // PATCH, width // PATCH)
+    out = np.empty((*grid, 3 * PATCH**2), np.uint8) if out is None else out
+    # A row of a patch is 12 bytes: three words are copied faster than as many bytes.
+    rows = np.ascontiguousarray(images).reshape(-1).view(np.uint32).reshape(count, grid[1], PATCH, grid[2], 3)
+    out.view(np.uint32).reshape(*grid, PATCH, 3)[:] = rows.swapaxes(2, 3)
+    return out
 
 
 def pixels_of(patches: Num[Any, "B h w 48"]) -> Num[Any, "B H W 3"]:
-    """Inverse of `patches_of`."""
+    """Inverse of `patches_of`; numpy or jax."""
     count, height, width, values = patches.shape
     x = patches.reshape(count, height, width, PATCH, values // PATCH).swapaxes(2, 3)
     return x.reshape(count, height * PATCH, width * PATCH, values // PATCH**2)

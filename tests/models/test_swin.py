@@ -59,10 +59,10 @@ def test_rows_of_windows_equal_all_windows(monkeypatch: pytest.MonkeyPatch, row:
 def test_patches_equal_pixels() -> None:
     """The input exactly, with pixels beyond the image at any place of a patch; the maps but for rounding."""
     rng = np.random.default_rng(0)
-    image = jnp.asarray(rng.integers(0, 256, size=(2, 64, 96, 3)), jnp.uint8)
+    image = rng.integers(0, 256, size=(2, 64, 96, 3), dtype=np.uint8)
     size, extent = jnp.asarray([[61, 90], [30, 95]]), jnp.asarray([[64, 96], [32, 96]])
-    pixels = normalize(image, size, InputConfig())
-    patches = normalize(patches_of(image[..., ::-1]), size, InputConfig())
+    pixels = normalize(jnp.asarray(image), size, InputConfig())
+    patches = normalize(jnp.asarray(patches_of(image[..., ::-1])), size, InputConfig())
     np.testing.assert_array_equal(pixels_of(patches), pixels)
     module = swin.Swin(CONFIG)
     params = jax.jit(module.init)(jax.random.key(0), pixels, extent)

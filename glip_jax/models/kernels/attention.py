@@ -258,6 +258,11 @@ def _of_text(x: Float[Array, "B heads C padded"], tokens: int) -> Float[Array, "
     return jnp.moveaxis(x[..., :tokens].swapaxes(2, 3), 1, 0)
 
 
+def _results(visual: Array, *text: tuple[int, ...]) -> list[jax.ShapeDtypeStruct]:
+    """An array as `visual`, and float32 ones of the shapes `text`."""
+    return [jax.ShapeDtypeStruct(visual.shape, visual.dtype), *(jax.ShapeDtypeStruct(x, jnp.float32) for x in text)]
+
+
 def _call(
     body: Callable[..., None], rate: float, tokens: int, rows: int, operands: Sequence[Array], results: Sequence[jax.ShapeDtypeStruct],
     scratch: Sequence[tuple[tuple[int, ...], Any]], products: int, interpret: bool,
@@ -321,10 +326,7 @@ def attention_forward(
     given = _operands(visual, keys, key_bias, values, valid, mask, words, rows)
     images, heads, width, channels = given.keys.shape
     wide, row = (images, heads, channels, width), (images, heads, 1, width)
-    results = [
-        jax.ShapeDtypeStruct(visual.shape, visual.dtype),
-        *(jax.ShapeDtypeStruct(x, jnp.float32) for x in (wide, row, row)),
-    ]
+    results = _results(visual, wide, row, row)
     scratch = [
         ((rows, channels), visual.dtype), ((channels, rows), visual.dtype), ((rows, LANES), jnp.float32), ((rows, channels), jnp.float32),
         (wide[1:], jnp.float32), *[(row[1:], jnp.float32)] * 3, ((rows, width), jnp.uint32),
@@ -367,10 +369,7 @@ def attention_backward(
         jnp.moveaxis(_padded(keys, 2), 0, 1), row_of(read.log_sum), dvisual.astype(dtype),
         jnp.moveaxis(_padded(dfeatures.astype(dtype), 2), 0, 1), row_of(dweight), row_of(mean),
     ]  # fmt: skip
-    results = [
-        jax.ShapeDtypeStruct(visual.shape, dtype),
-        *(jax.ShapeDtypeStruct(x, jnp.float32) for x in (wide, row, wide)),
-    ]
+    results = _results(visual, wide, row, wide)
     scratch = [
         *[((rows, channels), dtype), ((channels, rows), dtype)] * 2, ((rows, LANES), jnp.float32), ((rows, channels), jnp.float32),
         ((rows, width), jnp.uint32),
