@@ -12,6 +12,7 @@ Counted is, for each operation and kernel, the longest of its bundles, its produ
 
 import argparse
 import dataclasses
+import importlib.util
 import itertools
 import os
 import tempfile
@@ -141,6 +142,10 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=CANVAS[0], help="of the image, with --kernels")
     parser.add_argument("--width", type=int, default=CANVAS[1], help="of the image, with --kernels")
     arguments = parser.parse_args()
+    if importlib.util.find_spec("libtpu") is None:
+        parser.error(
+            "libtpu is not installed: pip install -r requirements-benchmarks.txt, or PYTHONPATH=.cache/libtpu after scripts/test.sh --tpu"
+        )
     chips = topology(f"{arguments.chip}:{'1x1' if arguments.chip in ('v5e', 'v6e') else '1x1x1'}")
     if arguments.kernels:
         with tempfile.TemporaryDirectory(prefix="glip_jax_code") as folder:
