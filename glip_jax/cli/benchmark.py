@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from glip_jax.cli import checkpoint_argument
-from glip_jax.cli.chunk_arguments import ChunkArguments, checked_chunks
+from glip_jax.cli.chunk_arguments import ChunkArguments, chunking_of
 from glip_jax.cli.command_line import CommandLineError, flags, split_settings
 from glip_jax.cli.processes import ProcessArguments, checkpoint_fingerprint, fingerprints, run_joined, share_of
 from glip_jax.config import Config, PathStr
+from glip_jax.config.ranges import Limit
 from glip_jax.distributed import exit_codes
 from glip_jax.evaluation.benchmark import sets as benchmark_sets
 from glip_jax.evaluation.benchmark.sets import BenchmarkError, BenchmarkSet, PromptMode
@@ -69,7 +70,7 @@ class Benchmark(ChunkArguments, ProcessArguments):
     """Folder that holds the files of the sets, local or gs://."""
     checkpoint: PathStr = ""
     """WORKDIR of a run (its newest complete checkpoint), WORKDIR/checkpoints/STEP, a folder that `export` wrote, or a delta; local or gs://."""
-    step: int | None = None
+    step: Limit | None = None
     """Step of the checkpoint of a WORKDIR; default: the newest complete one."""
     workdir: PathStr = ""
     """Folder for predictions, numbers and report, local or gs://; made if it is not there."""
@@ -83,12 +84,12 @@ class Benchmark(ChunkArguments, ProcessArguments):
     asks: str = ""
     """Prompt modes with commas between them (names, prompts, inter_parallel, ...); default: those that --list does not show as on
     request."""
-    order: int | None = None
+    order: Limit | None = None
     """Seed of a shuffled order of the category names; default: by id, as published."""
     other_counts: bool = False
     """Note annotation files whose counts are not the published ones, instead of refusing them; published numbers are then of another
     protocol."""
-    drawn: int = 12
+    drawn: Limit = 12
     """Images with the worst errors that the report draws of each set."""
 
 
@@ -117,9 +118,6 @@ def main(argv: Sequence[str]) -> int:
         raise CommandLineError(
             f"--workdir={job.workdir} is the working folder of a run: expected a folder of its own, such as {job.workdir}/benchmark"
         )
-    checked_chunks(job)
-    if job.drawn < 0:
-        raise CommandLineError(f"--drawn={job.drawn}: expected a number of images, or 0 for none")
     command = shlex.join(["python", "-m", "glip_jax", "benchmark", *argv])
     if job.score_only:
         missing = {item.name: lacking for item in items if (lacking := benchmark_sets.missing(item, job.data))}
@@ -217,7 +215,7 @@ def _detect(
     benchmark = Run(
         job.data, epath.Path(job.workdir), config, _Detectors(parameters).of, about, share, job.order, job.other_counts
     )
-    missing, failed, chunking = dict[str, list[str]](), dict[str, str](), checked_chunks(job)
+    missing, failed, chunking = dict[str, list[str]](), dict[str, str](), chunking_of(job)
     for item in items:
         lacking = next(filter(None, share.gather(benchmark_sets.missing(item, job.data))), [])
         if lacking:

@@ -26,6 +26,7 @@ import tyro
 
 from glip_jax import UserError
 from glip_jax.config import Config, ConfigError, PathStr, current_name, flatten, renamed_hint, validate
+from glip_jax.config.ranges import faults
 from glip_jax.distributed import exit_codes
 from glip_jax.io.assets import bundled
 from glip_jax.io.paths import check_paths, checked
@@ -80,6 +81,7 @@ def parse(
     example = example or "--config=configs/demo.py --config.train.steps=1000 --workdir=runs/demo"
     parsed = _parsed(kind, rest, job, example, default=kind(config=config))
     validate(parsed.config)
+    _check_ranges(parsed)
     check_paths(parsed, "--")
     return parsed
 
@@ -117,8 +119,18 @@ def flags(
             raise CommandLineError(f"unknown format {argv[0]!r}; {hint}")
     hints = {name: hint for part in parts for name, hint in typing.get_type_hints(part).items()}
     parsed = _parsed(kind, [item for argument in argv for item in _integers(argument, hints)], job, example)
+    _check_ranges(parsed)
     check_paths(parsed, "--")
     return parsed
+
+
+def _check_ranges(parsed: Any) -> None:
+    """CommandLineError for the first number that is out of the range beside its flag; settings are `validate`'s."""
+    for name, hint in typing.get_type_hints(type(parsed), include_extras=True).items():
+        for fault in () if name == "config" else faults(getattr(parsed, name), hint, name):
+            place, _, found = fault.partition(" is ")
+            option = re.sub(r"\[\d+\]$", "", place).replace("_", "-")
+            raise CommandLineError(f"--{option}={found}")
 
 
 def _integers(argument: str, hints: Mapping[str, Any]) -> list[str]:

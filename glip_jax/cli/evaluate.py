@@ -19,10 +19,11 @@ import numpy as np
 from etils import epath
 
 from glip_jax.cli import checkpoint_argument
-from glip_jax.cli.chunk_arguments import ChunkArguments, checked_chunks
+from glip_jax.cli.chunk_arguments import ChunkArguments, chunking_of
 from glip_jax.cli.command_line import Arguments, CommandLineError, parse
 from glip_jax.cli.processes import ProcessArguments, checkpoint_fingerprint, fingerprints, run_joined, share_of
 from glip_jax.config import Config, EvaluationSet, PathStr, first_names
+from glip_jax.config.ranges import FalseAlarms, Limit
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.structures.batch import Detections
@@ -54,16 +55,16 @@ class EvaluateArguments(ChunkArguments, ProcessArguments, Arguments):
     local or gs://."""
     workdir: PathStr = ""
     """Folder of the run: its checkpoint is evaluated unless --checkpoint names another, and the report is written there."""
-    step: int | None = None
+    step: Limit | None = None
     """Step of the checkpoint of a WORKDIR; default: the newest complete one."""
     out: PathStr = ""
     """Folder for the report, local or gs://; default: the working folder."""
     measure_chunking: bool = False
     """--chunk with the usual prompts and with prompts half as long, in the order of ids and shuffled with seed 0."""
-    alone: int = 1
+    alone: Limit = 1
     """Of a set that lists absent names: that many times the number of its images are pairs of an image and an absent name asked again, one
     name a prompt; as many pairs of names that are there, and of look-alikes. 0: none."""
-    false_alarms: float | None = None
+    false_alarms: FalseAlarms | None = None
     """Also report the numbers of every set from the threshold on that leaves at most this many false alarms per image and absent name;
     names with enough pairs have their own threshold."""
     report: PathStr = ""
@@ -113,10 +114,6 @@ class AbsentNames(NamedTuple):
 def _absent_names(arguments: EvaluateArguments) -> AbsentNames:
     """The flags, checked."""
     rate = arguments.false_alarms
-    if rate is not None and not rate > 0:
-        raise CommandLineError(f"--false-alarms={rate}: expected more than 0, such as 0.05")
-    if arguments.alone < 0:
-        raise CommandLineError(f"--alone={arguments.alone}: expected a number of pairs per image, or 0 for none")
     if arguments.report and rate is None:
         raise CommandLineError(f"--report={arguments.report} gives thresholds for --false-alarms, which is not given")
     return AbsentNames(arguments.alone, rate, arguments.report)
@@ -227,7 +224,7 @@ def _add_numbers_at(
 
 def _chunking(arguments: EvaluateArguments) -> "Chunking | None":
     """What --chunk or --measure-chunking compare; without chunks for the latter, whose chunks depend on the set."""
-    chunks = checked_chunks(arguments)
+    chunks = chunking_of(arguments)
     if not arguments.measure_chunking:
         return chunks
     if chunks is not None:

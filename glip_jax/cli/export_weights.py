@@ -23,6 +23,7 @@ from glip_jax.cli import checkpoint_argument
 from glip_jax.cli.command_line import CommandLineError, flags, split_settings
 from glip_jax.cli.score_thresholds import carried_report
 from glip_jax.config import Config, PathStr
+from glip_jax.config.ranges import Limit
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.io.errors import full_disk
@@ -61,7 +62,7 @@ class Export:
     """glip-pth: microsoft/GLIP's format; huggingface: transformers' Auto classes; onnx: a graph for onnxruntime."""
     images: PathStr = ""
     """Folder of photographs, or one photograph, to compare on (the first four); default: synthetic images."""
-    step: int | None = None
+    step: Limit | None = None
     """Step of the checkpoint of a WORKDIR; default: the newest complete one."""
 
 

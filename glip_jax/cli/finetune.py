@@ -22,12 +22,13 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from etils import epath
 
 from glip_jax.cli.command_line import Arguments, CommandLineError, load_config, parse, split_settings
 from glip_jax.config import Config, EvaluationSet, InitFromConfig, PathStr, SourceConfig
+from glip_jax.config.ranges import Count, Fraction, Limit, Range
 from glip_jax.distributed import exit_codes
 
 if TYPE_CHECKING:
@@ -72,20 +73,20 @@ class FinetuneArguments(Arguments):
     tune: Tune = "full"
     """What is trained: full (what the base trained), head (pyramid and head), linear (the output layers), prompt (text states of the
     names), text (the text encoder), lora (low-rank deltas of attention). All but full save what differs from the base, which stays as it is."""
-    minutes: float = 10.0
+    minutes: Annotated[float, Range(0, 1e6, "minutes", above=True)] = 10.0
     """Time of training, without compilation and evaluations: it gives the number of steps, by the measured time of a step."""
-    steps: int = 0
+    steps: Limit = 0
     """Number of steps, instead of --minutes."""
-    shots: tuple[int, ...] = ()
+    shots: tuple[Count, ...] = ()
     """Few-shot runs, such as 1,3,5,10: a shot is an image that holds the name. Prepared files fewshot_train_shot{k}_seed{s}.json
     are read where the data have them. Default: all training images."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Limit, ...] = (0,)
     """A run for each, such as 3,30,300; of several the mean and the deviation are reported."""
     replay: tuple[str, ...] = ()
     """Shards of earlier data that are mixed in against forgetting, and their share of the examples: SHARDS:0.25."""
     keep: tuple[str, ...] = ()
     """Sets that are measured before and after: names of the checkpoint's evaluation sets, or ANNOTATIONS.json:IMAGES."""
-    interpolate: tuple[float, ...] = ()
+    interpolate: tuple[Fraction, ...] = ()
     """Shares of the tuned weights, such as 0,0.25,0.5,0.75,1: mixtures with those of the base, measured at the end."""
     as_glip: Recipe | None = None
     """A mode of the original code with its recipe: epochs, copies, plateau and patience. It chooses the steps; see --shots."""
@@ -131,15 +132,9 @@ def _check(arguments: FinetuneArguments) -> None:
     wrong = [
         (data == workdir or data in workdir.parents,
          f"--workdir={arguments.workdir} lies in --data={arguments.data}, where nothing is written: name another folder"),
-        (arguments.minutes <= 0 or arguments.steps < 0,
-         f"--minutes={arguments.minutes:g} --steps={arguments.steps}: expected minutes above 0, or a number of steps"),
-        (any(k < 1 for k in arguments.shots), f"--shots={_listed(arguments.shots)}: expected numbers of at least 1"),
-        (any(seed < 0 for seed in arguments.seeds) or not arguments.seeds,
-         f"--seeds={_listed(arguments.seeds)}: expected numbers of at least 0"),
+        (not arguments.seeds, "--seeds is empty: expected at least one"),
         (len({*arguments.seeds}) < len(arguments.seeds) or len({*arguments.shots}) < len(arguments.shots),
          f"--seeds={_listed(arguments.seeds)} --shots={_listed(arguments.shots)}: a number is there twice"),
-        (any(not 0 <= share <= 1 for share in arguments.interpolate),
-         f"--interpolate={_listed(arguments.interpolate)}: expected shares of the tuned weights between 0 and 1"),
         (sum(shares) >= 1, f"--replay takes {sum(shares):g} of the examples: expected less than 1, for the own data"),
         (not arguments.checkpoint and arguments.tune != "full",
          f"--tune={arguments.tune} without --checkpoint: pyramid and head are new then and are trained as a whole; give a --checkpoint"),

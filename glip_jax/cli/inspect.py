@@ -19,6 +19,7 @@ from glip_jax.cli.reports.drawing import draw_histogram, svg_uri
 from glip_jax.cli.reports.html import render_template
 from glip_jax.cli.reports.inspect_cards import Counts, add_drops, count_records, example_cards, record_cards
 from glip_jax.config import Config, PathStr, SourceConfig
+from glip_jax.config.ranges import Count, Limit
 from glip_jax.data.mixture import Mixture
 from glip_jax.data.shards import Shards
 from glip_jax.distributed import exit_codes
@@ -39,11 +40,11 @@ class _Options:
 
     out: PathStr = "inspect.html"
     """HTML file to write; local or gs://."""
-    records: int = 12
+    records: Count = 12
     """Records drawn of each source."""
-    examples: int = 16
+    examples: Limit = 16
     """Training examples drawn; only with --config."""
-    limit: int = 2000
+    limit: Limit = 2000
     """Records that are counted of each source, evenly spread; 0: all."""
 
 
@@ -71,10 +72,6 @@ def main(argv: Sequence[str]) -> int:
     config = parse(settings, InspectArguments, "inspect", _EXAMPLE).config if settings else None
     if not job.shards and config is None:
         raise CommandLineError("nothing to inspect: expected a folder of shards or --config=FILE.py")
-    if job.records < 1 or job.examples < 0 or job.limit < 0:
-        raise CommandLineError(
-            f"--records={job.records} --examples={job.examples} --limit={job.limit}: expected 1, 0 and 0 or more"
-        )
     logger.info(f"HTML report: {_write(job, config)}")
     return exit_codes.DONE
 

@@ -23,6 +23,7 @@ import tyro
 from glip_jax.cli import checkpoint_argument
 from glip_jax.cli.command_line import CommandLineError, flags, split_settings
 from glip_jax.config import PathStr
+from glip_jax.config.ranges import BelowOne, Count, Limit, Pixels, Range
 from glip_jax.data import shards
 from glip_jax.data.manifest import read_file
 from glip_jax.distributed import exit_codes
@@ -67,27 +68,27 @@ class Label:
     local or gs://."""
     workdir: PathStr = ""
     """The same as --checkpoint=WORKDIR."""
-    step: int | None = None
+    step: Limit | None = None
     """Step of the checkpoint of a WORKDIR; default: the newest complete one."""
     ema: bool = True
     """Use the averaged parameters, where the run kept them; --no-ema: those of the last step."""
-    threshold: float = 0.5
+    threshold: BelowOne = 0.5
     """Boxes with a higher score are kept."""
     threshold_for: tyro.conf.UseAppendAction[tuple[str, ...]] = field(default_factory=tuple)
     """SOURCE=0.4: another threshold for one source, by the name in its manifest; may be given several times."""
-    max_boxes: int = 10
+    max_boxes: Count = 10
     """Maximum number of boxes of a phrase."""
-    nms: float | None = None
+    nms: Annotated[float, Range(0, 1, above=True)] | None = None
     """Of two boxes of a phrase that overlap by more, the better one stays; default: config.detection.nms_iou."""
     finder: Literal["lexicon", "spacy"] = "lexicon"
     """How phrases are found; spacy needs requirements-spacy.txt."""
-    max_phrases: int = MAX_PHRASES
+    max_phrases: Count = MAX_PHRASES
     """Maximum number of phrases of a caption."""
     flip: bool = False
     """Detect in the mirrored image too, unless the caption contains left or right, and average."""
-    scales: tuple[int, ...] = ()
+    scales: tuple[Pixels, ...] = ()
     """Short sides in pixels to detect at and average over; default: config.evaluation.short_side alone."""
-    batch_size: int = 0
+    batch_size: Limit = 0
     """Images of a step on each device; 0: config.evaluation.batch_size. Scores do not depend on it."""
     detections: PathStr = ""
     """COCO results file of another detector: a list of image_id, category_id, bbox, score."""
@@ -98,9 +99,9 @@ class Label:
     the image ids alone; name: by file name, whatever its folder. What is uncertain is left out and counted."""
     name: str = ""
     """Name of the source that is made; default: the name of OUT."""
-    threads: int = 4
+    threads: Annotated[int, Range(1, 1024)] = 4
     """Threads that read, decode and find phrases ahead."""
-    lease: float = LEASE
+    lease: Annotated[float, Range(1, 1e9, "seconds")] = LEASE
     """Seconds without a sign of life after which another process takes over a shard; a process that was killed on this
     host is noticed at once."""
 
@@ -209,20 +210,9 @@ def _checked(job: Label) -> dict[str, float]:
             thresholds[source] = float(value)
         except ValueError:
             raise CommandLineError(f"--threshold-for={pair}: expected SOURCE=0.4") from None
-    for name, value in {
-        "--threshold": job.threshold,
-        **{f"--threshold-for={s}": t for s, t in thresholds.items()},
-    }.items():
+    for source, value in thresholds.items():
         if not 0 <= value < 1:
-            raise CommandLineError(f"{name}={value}: expected 0 <= threshold < 1")
-    if job.nms is not None and not 0 < job.nms <= 1:
-        raise CommandLineError(f"--nms={job.nms}: expected an overlap above 0, at most 1")
-    positive = {"max-boxes": job.max_boxes, "max-phrases": job.max_phrases, "threads": job.threads, "lease": job.lease}
-    for name, number in [*positive.items(), *(("scales", side) for side in job.scales)]:
-        if not number >= 1:
-            raise CommandLineError(f"--{name}={number}: expected 1 or more")
-    if job.batch_size < 0:
-        raise CommandLineError(f"--batch-size={job.batch_size}: expected 1 or more, or 0 for the setting's")
+            raise CommandLineError(f"--threshold-for={source}={value}: expected 0 <= threshold < 1")
     return thresholds
 
 

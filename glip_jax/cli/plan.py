@@ -5,20 +5,20 @@ import errno
 import importlib.util
 import json
 import logging
-import math
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 from tqdm import tqdm
 
 from glip_jax.cli.command_line import Arguments, CommandLineError, parse, value_of
 from glip_jax.config import Config, PathStr, Remat
+from glip_jax.config.ranges import Count, Limit, Range
 from glip_jax.distributed import exit_codes
 from glip_jax.planning import report
 from glip_jax.planning.compile import PlanError, abstract_batch, abstract_mesh, compile_step, state_bytes
@@ -54,7 +54,7 @@ class PlanArguments(Arguments):
     """v5e:8x16, v5litepod-64, v4-32, v5e:16x16*2 (two slices), h100:8, ..."""
     canvas: tuple[str, ...] = ()
     """Height x width of the images, such as 800x1344, or several with commas; default: the config's largest."""
-    images_per_chip: int = 0
+    images_per_chip: Limit = 0
     """Sets train.batch_size to so many for every chip (and micro-batch), and train.steps so that as many images are seen. With
     mesh.tensor, chips that share an image's work have theirs together. Default: the config's batch, or 1 where that does not split."""
     compile: Literal["auto", "tpu", "tpu-whole", "fake", "local", "none"] = "auto"
@@ -63,16 +63,16 @@ class PlanArguments(Arguments):
     where libtpu is not installed; for GPUs none."""
     out: PathStr = ""
     """JSON file to write."""
-    operations: int = 0
+    operations: Limit = 0
     """List so many kinds of operations that touch most memory."""
     search: bool = False
     """Try images per chip, remat, fsdp and tensor, and rank what fits. The same command again goes on where it stopped."""
-    search_images: tuple[int, ...] = (1, 2, 4, 8)
+    search_images: tuple[Count, ...] = (1, 2, 4, 8)
     search_remat: tuple[str, ...] = ("none", "elementwise", "kernels", "blocks")
-    search_fsdp: tuple[int, ...] = (1, 16)
-    search_tensor: tuple[int, ...] = ()
+    search_fsdp: tuple[Count, ...] = (1, 16)
+    search_tensor: tuple[Count, ...] = ()
     """Default: the config's own."""
-    images_per_core: float = IMAGES_PER_CORE
+    images_per_core: Annotated[float, Range(0, 1e9, "images a second", above=True)] = IMAGES_PER_CORE
     """What a core of a host prepares in a second, JPEG to batch; `python -m benchmarks.data` measures it."""
     cache: PathStr = ""
     """Folder of what was compiled; default: ~/.cache/glip_jax/plans."""
@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
         raise CommandLineError("no chips: expected --topology=v5e:8x16 (or v5litepod-64, v4-32, h100:8, ...)")
     chips = topology(arguments.topology)
     canvases = [_canvas(text, arguments.config) for text in arguments.canvas] or [_largest(arguments.config)]
-    _check_numbers(arguments)
+    _check_search(arguments)
     how = _how(arguments.compile, chips)
     out = _checked(arguments.out)
     plans = _search(arguments, chips, canvases[0], how) if arguments.search else _plans(arguments, chips, canvases, how)
@@ -104,14 +104,8 @@ def _settings(argv: Sequence[str]) -> Config | None:
     return open_checkpoint_or_export(checkpoint, verify=()).config if checkpoint else None
 
 
-def _check_numbers(arguments: PlanArguments) -> None:
-    """CommandLineError for numbers that make no plan."""
-    bounded = {"images-per-chip": arguments.images_per_chip, "operations": arguments.operations}
-    for name, number in bounded.items():
-        if number < 0:
-            raise CommandLineError(f"--{name}={number}: expected 0 or more")
-    if not 0 < arguments.images_per_core < math.inf:
-        raise CommandLineError(f"--images-per-core={arguments.images_per_core}: expected images a second, above 0")
+def _check_search(arguments: PlanArguments) -> None:
+    """CommandLineError for a search that is none."""
     if arguments.search and len(arguments.canvas) > 1:
         raise CommandLineError(f"--search takes one --canvas, found {len(arguments.canvas)}: search for each by itself")
 
@@ -174,11 +168,10 @@ def _search(
         )
     unknown = [remat for remat in arguments.search_remat if remat not in get_args(Remat)]
     tensor = arguments.search_tensor or (arguments.config.mesh.tensor,)
-    if unknown or min((*arguments.search_images, *arguments.search_fsdp, *tensor), default=0) < 1:
+    if unknown or not (arguments.search_remat and arguments.search_images and arguments.search_fsdp):
         raise CommandLineError(
             f"--search-remat={','.join(arguments.search_remat)} --search-images={arguments.search_images} "
-            f"--search-fsdp={arguments.search_fsdp} --search-tensor={tensor}: expected {', '.join(get_args(Remat))}, and "
-            "numbers of at least 1"
+            f"--search-fsdp={arguments.search_fsdp}: expected {', '.join(get_args(Remat))}, and numbers"
         )
     remats: Any = arguments.search_remat
     meshes = (arguments.search_fsdp, tensor)

@@ -34,6 +34,7 @@ from glip_jax.cli.query import Query, read_query
 from glip_jax.cli.reports import drawing
 from glip_jax.cli.score_thresholds import score_thresholds
 from glip_jax.config import Config, PathStr
+from glip_jax.config.ranges import BelowOne, FalseAlarms, Limit
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.evaluation.shares import Share
@@ -94,15 +95,15 @@ class Predict(ProcessArguments):
     """File with a name on each line, asked as it is there; empty lines are skipped."""
     out: PathStr = "predictions"
     """Folder to write into; made if it is not there."""
-    threshold: float | None = None
+    threshold: BelowOne | None = None
     """Lowest score of a detection that is written and drawn; default: the one of --false-alarms=0.05 if `evaluate` has measured absent names
     with this checkpoint, else 0.3."""
-    false_alarms: float | None = None
+    false_alarms: FalseAlarms | None = None
     """Take the threshold at which the report of `evaluate` has at most this many false alarms per image and absent name: 0.01, 0.05, 0.25
     or what `evaluate --false-alarms` was given. Names of which it saw enough have their own."""
     report: PathStr = ""
     """The evaluation.json with the thresholds; default: the one in the folder of the checkpoint."""
-    step: int | None = None
+    step: Limit | None = None
     """Step of the checkpoint of a WORKDIR; default: the newest complete one."""
 
 

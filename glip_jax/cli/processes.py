@@ -8,11 +8,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from glip_jax import UserError
 from glip_jax.cli import errors, log
 from glip_jax.config import Config, flatten
+from glip_jax.config.ranges import Limit, Range
 from glip_jax.evaluation.shares import Share
 from glip_jax.io import provenance
 
@@ -30,11 +31,11 @@ class ProcessArguments:
     """Join the other hosts of a pod or cluster first, as a TPU pod or srun announces them."""
     coordinator: str = ""
     """Elsewhere: HOST:PORT of process 0, the same for all; with --processes and --index."""
-    processes: int = 0
+    processes: Limit = 0
     """How many processes there are."""
-    index: int = -1
+    index: Annotated[int, Range(0, 1_000_000, also=(-1,))] = -1
     """Which of them this is, from 0."""
-    patience: int = 300
+    patience: Annotated[int, Range(1, 1_000_000, "seconds")] = 300
     """Seconds to wait for the other processes."""
 
 

@@ -15,6 +15,7 @@ from glip_jax import UserError
 from glip_jax.cli.command_line import flags
 from glip_jax.cli.reports.run_report import Curve, render
 from glip_jax.config import PathStr, current_names
+from glip_jax.config.ranges import Fraction, Limit
 from glip_jax.distributed import exit_codes
 from glip_jax.evaluation.average_precision import (
     NUMBERS,
@@ -49,9 +50,9 @@ class Report:
     """Folder of the run, local or gs://."""
     out: PathStr = ""
     """Folder with evaluation.json, where report.html goes; default: the working folder."""
-    scenes: int = 12
+    scenes: Limit = 12
     """Images shown of each evaluated set."""
-    threshold: float | None = None
+    threshold: Fraction | None = None
     """Score from which detections are drawn; default: where F1 over the set is highest."""
 
 

@@ -15,10 +15,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from etils import epath
 
 from glip_jax.cli.command_line import flags
+from glip_jax.config.ranges import Count, Limit, Processes, Range
 from glip_jax.data import shards
 from glip_jax.data.importers.build import BuildPlan, build
 from glip_jax.data.importers.coco import open_coco
@@ -45,13 +47,13 @@ _LICENCE = (
 class Names:
     """How many names of each split are used, evenly spread over all there are; 0: all."""
 
-    detection: int = 120
+    detection: Limit = 120
     """Names that detection scenes show, and all other training scenes too."""
-    grounding: int = 40
+    grounding: Limit = 40
     """Names that only grounding and caption scenes show."""
-    captions: int = 40
+    captions: Limit = 40
     """Names that only caption scenes show."""
-    unseen: int = 40
+    unseen: Limit = 40
     """Names that no training scene shows."""
 
 
@@ -61,21 +63,21 @@ class Scenes:
 
     out: Path
     """Folder to fill."""
-    count: int = 8000
+    count: Annotated[int, Range(2, 1_000_000_000, "scenes")] = 8000
     """Training scenes with boxes, half of them detection data and half grounding data (the odd one: detection)."""
-    captions: int | None = None
+    captions: Limit | None = None
     """Scenes with captions and without boxes; 0: none, default: an eighth of count."""
-    validation: int = 200
+    validation: Count = 200
     """Scenes of each validation set."""
     names: Names = field(default_factory=Names)
     styles: tuple[str, ...] = ("fluent",)
     """Styles of the pictures that training and most validation scenes show: fluent, noto, twemoji."""
     held_out: str = "noto"
     """Style that only validation_style shows."""
-    size: int = 256
+    size: Annotated[int, Range(64, 16384, "pixels")] = 256
     """Height and width, pixels; pictures are a sixth to two fifths of it."""
-    seed: int = 0
-    processes: int = 0
+    seed: Limit = 0
+    processes: Processes = 0
     """Processes that draw; 0: one a core. The scenes are the same for any number."""
     pictures: Path = _BUNDLED
     """Folder with names.json (code -> name, split) and STYLE/CODE.webp."""

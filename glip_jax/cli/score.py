@@ -14,6 +14,7 @@ import tyro
 
 from glip_jax.cli.command_line import CommandLineError, flags
 from glip_jax.config import PathStr
+from glip_jax.config.ranges import Count, Range
 from glip_jax.distributed import exit_codes
 
 __all__ = ["METRICS", "Score", "main"]
@@ -76,9 +77,9 @@ class Score:
     forms."""
     overlap: Literal["giou", "iou"] | None = None
     """refexp, grefcoco: measure of overlap, of which 0.5 is a hit; none: giou, as in the official evaluators."""
-    threshold: float | None = None
+    threshold: Annotated[float, Range(-1e9, 1e9)] | None = None
     """grefcoco: least score of a box that is kept, none: 0.7; absence: a threshold beside the fixed ones."""
-    top: int | None = None
+    top: Count | None = None
     """coco, d3: most boxes per image and category, none: 100; lvis: per image, none: 300; lvis-fixed: per category, none: 10,000."""
     inter: bool = False
     """d3: the predictions are of the inter-scenario; gives the numbers against all descriptions of the boxes too, from d3_pkl."""

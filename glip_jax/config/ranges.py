@@ -1,12 +1,13 @@
-"""Types of settings with the range of their numbers, declared beside each field, and the one check of all fields."""
+"""Types of settings and flags with the range of their numbers, declared beside each field, and the one check of all fields."""
 
 import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["Channels", "Count", "Factor", "Fraction", "Limit", "Pixels", "Range", "BelowOne", "Seconds", "Size", "Steps", "faults"]  # fmt: skip
+__all__ = ["BelowOne", "Channels", "Count", "Factor", "FalseAlarms", "Fraction", "Limit", "Pixels", "Processes", "Range", "Seconds", "Size", "Steps", "faults"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ Count = Annotated[int, Range(1, 1_000_000_000)]
 Limit = Annotated[int, Range(0, 1_000_000_000)]
 """As `Count`; 0 has a meaning of its own."""
 Steps = Annotated[int, Range(1, 1_000_000_000, "steps")]
+Processes = Annotated[int, Range(0, 1024)]
+"""Processes or threads of this machine."""
+FalseAlarms = Annotated[float, Range(0, 1e6, "an image and name", above=True)]
 
 
 _hints = functools.cache(functools.partial(get_type_hints, include_extras=True))
@@ -64,6 +68,11 @@ def faults(value: Any, hint: Any, name: str = "") -> Iterator[str]:
             yield f"{name} is {value!r}: expected {'an integer' if inside[0] is int else 'a number'}, {range_}"
         elif value not in range_:
             yield f"{name} is {value}: expected {range_}"
+    elif origin in (Union, UnionType):
+        # None, or a value of the other type.
+        found = [list(faults(value, each, name)) for each in inside if each is not NoneType]
+        if not (value is None and NoneType in inside) and all(found):
+            yield from found[0]
     elif origin is dict and isinstance(value, dict):
         for key, item in value.items():
             yield from faults(item, inside[1], f"{name}.{key}")

@@ -140,10 +140,10 @@ def test_other_sizes_and_orders_of_prompts_are_compared(made, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--chunk=20,-1"], "--chunk=20,-1: expected numbers of at least 0"),
+        (["--chunk=20,-1"], "--chunk=-1: expected 0 to"),
         (["--workdir="], "expected --workdir=DIR"),
         (["--sets=coco"], "expected --data=DIR"),
-        (["--drawn=-1"], "--drawn=-1: expected a number of images"),
+        (["--drawn=-1"], "--drawn=-1: expected 0 to"),
         (["--workdir=run"], "--workdir=run is the working folder of a run"),
         (["--own="], "expected NAME,ANNOTATIONS,IMAGES"),
         (["--own=made,a.json,b", "c.json,d"], "expected NAME,ANNOTATIONS,IMAGES"),

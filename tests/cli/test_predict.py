@@ -229,7 +229,7 @@ def test_saved_settings_come_back_through_json():
         (["--text=" + " . ".join(tiny_run.NAMES) + " . " + "red dog " * 8], "the first phrase beyond is 'red dog"),
         (["--text=they are running"], "no noun phrase found"),
         (["--names-file=/nowhere/names.txt"], "--names-file=/nowhere/names.txt cannot be read"),
-        (["--names=cat", "--threshold=2"], "expected 0 <= threshold < 1"),
+        (["--names=cat", "--threshold=2"], "expected 0 to less than 1"),
         (["--names=cat", "--threshold=much"], "--threshold=much: expected a number"),
         (["--names=cat", "--treshold=0.1"], "did you mean --threshold"),
         (["--names=cat", "--step=7"], "holds no checkpoint of step 7; there are: [3]"),

@@ -78,14 +78,10 @@ def test_what_is_finished_stays_and_what_is_missing_is_made(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--count=1"], "count is 1"),
         (["--names.unseen=9999"], "expected 9999"),
-        (["--names.unseen=-1"], "expected -1"),
         (["--pictures=/nowhere/at/all"], "names.json does not exist"),
-        (["--size=50"], "size is 50"),
         (["--styles", "flaunt"], "available styles: fluent, noto, twemoji"),
         (["--styles", "fluent", "noto"], "the held-out one is noto"),
-        (["--processes=-2"], "processes is -2"),
     ],
 )
 def test_bad_settings_give_one_line_and_write_nothing(tmp_path, capsys, more, message):

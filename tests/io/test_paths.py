@@ -12,29 +12,13 @@ import pytest
 from etils import epath
 
 from glip_jax import __main__
-from glip_jax.cli import (
-    compare,
-    evaluate,
-    export_weights,
-    import_weights,
-    label,
-    plan,
-    predict,
-    report,
-    scenes,
-    score,
-    train,
-    upload,
-    verify,
-)
-from glip_jax.cli import inspect as inspect_job
 from glip_jax.cli.command_line import Arguments
-from glip_jax.cli.data import Format
 from glip_jax.config import Config, EvaluationSet, SourceConfig
 from glip_jax.data.importers.entry import ImageFolder
 from glip_jax.data.shards import Shards
 from glip_jax.io import assets, gcs, paths, workdir
 from tests.data.conftest import coco_json, write_image
+from tests.jobs import FORMATS, JOBS
 from tests.run_job import run_job
 
 ADDRESSES = {
@@ -42,17 +26,6 @@ ADDRESSES = {
     "hf://a/b": "hf:// is not read", "gcs://bucket/a": "write gs://bucket/a", "GS://bucket/a": "write gs://bucket/a",
     "C:\\data\\a": "a path of Windows", "C:/data": "a path of Windows", "\\\\host\\share": "a path of Windows",
     "me@host:/a": "an address of another host", "~/a": "~ is not replaced", "a\0b": "null character",
-}  # fmt: skip
-
-JOBS: dict[str, type] = {
-    "compare": compare.Compare, "evaluate": evaluate.EvaluateArguments, "export": export_weights.Export,
-    "import": import_weights.Import, "label": label.Label, "plan": plan.PlanArguments, "predict": predict.Predict,
-    "report": report.Report, "scenes": scenes.Scenes, "train": train.TrainArguments, "upload": upload.Upload,
-    "verify": verify.Verify, "inspect": inspect_job.InspectShards, "score": score.Score,
-}  # fmt: skip
-_FORMATS = {
-    re.sub(r"(?<!^)(?=[A-Z])", "-", kind.__name__).lower(): kind
-    for part in typing.get_args(Format) for kind in (typing.get_args(part)[0],)
 }  # fmt: skip
 
 
@@ -84,10 +57,7 @@ def is_path(kind: type, name: str) -> bool:
 EVERY = [(job, kind, name) for job, kind in JOBS.items() for name in flags_of(kind) if is_path(kind, name)]
 # Of the formats those of their own: they share the others.
 _OWN = {
-    name: (f"data {job}", kind, name)
-    for job, kind in _FORMATS.items()
-    for name in flags_of(kind)
-    if is_path(kind, name)
+    name: (f"data {job}", kind, name) for job, kind in FORMATS.items() for name in flags_of(kind) if is_path(kind, name)
 }
 EVERY += _OWN.values()
 
@@ -115,7 +85,7 @@ def test_every_flag_of_every_job(job: str, kind: type, name: str, capsys: pytest
     assert "https://example.org/a: https:// is not read" in error and error.count("\n") == 1, error
 
 
-@pytest.mark.parametrize(("job", "kind"), [*JOBS.items(), *_FORMATS.items()])
+@pytest.mark.parametrize(("job", "kind"), [*JOBS.items(), *FORMATS.items()])
 def test_texts_that_speak_of_files_are_paths(job: str, kind: type) -> None:
     """A flag that names a file or folder and is not marked as a path would not be checked."""
     names = {
@@ -130,6 +100,7 @@ def test_texts_that_speak_of_files_are_paths(job: str, kind: type) -> None:
         "columns",
         "split",
         "licence",
+        "layout",
     }
     for name, text in documents(kind).items():
         if name in flags_of(kind) and re.search(r"\b([Ff]older|[Ff]ile|path|local or gs)", text.split(";")[0]):

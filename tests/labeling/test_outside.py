@@ -72,6 +72,16 @@ def test_boxes_are_assigned_to_the_phrase_of_their_category(tmp_path):
         assert result.skipped == {1: "names no category of the detections"} and not result.skip_reason
 
 
+def test_boxes_of_two_categories_of_the_same_words_belong_to_the_phrase_of_either(tmp_path):
+    rows = [row(9, 3, [10, 5, 20, 30], 0.7), row(9, 8, [40, 5, 20, 30], 0.9)]
+    names = [{"id": 3, "name": "teddy bear"}, {"id": 8, "name": "Teddy Bears"}]
+    teacher = open_detections(*files(tmp_path, rows, categories=names), 0.5)
+    result = detect(teacher, "val/000000000009.jpg", "a teddy bear on a sofa", "a teddy bear")
+    assert result.detections[0].scores.tolist() == pytest.approx([0.9, 0.7])
+    (note,) = teacher.notes
+    assert note.startswith("1 categories of the name of another, taken together (first: ") and "8" in note
+
+
 def test_two_phrases_of_one_category_stay_unlabelled(tmp_path):
     teacher = open_detections(*files(tmp_path, [row(9, 5, [0, 0, 9, 9], 0.9)]), 0.5)
     result = detect(teacher, "9#1", "a black dog and a white dog", "a black dog", "a white dog")

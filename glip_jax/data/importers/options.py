@@ -9,6 +9,7 @@ import tyro
 from etils import epath
 
 from glip_jax.config import Orientation
+from glip_jax.config.ranges import Count, Processes
 from glip_jax.data.importers.entry import ImportSource
 from glip_jax.io import gcs
 
@@ -37,9 +38,9 @@ class BuildOptions(ABC):
     """Name of the source; default: the name of `out`."""
     licence: str = "unknown"
     """Licence of the data, recorded in the manifest; default: that of the published data set, if it is one."""
-    shards: int | None = None
+    shards: Count | None = None
     """Number of shard files; default: one per 4,096 images or captions."""
-    processes: int = 0
+    processes: Processes = 0
     """Processes that read the images; 0: one per core. The result does not depend on it."""
     strict: bool = False
     """Stop at the first item that would be dropped."""

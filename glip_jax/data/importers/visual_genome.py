@@ -14,6 +14,7 @@ from typing import Any
 import tyro
 from etils import epath
 
+from glip_jax.config.ranges import Count
 from glip_jax.data.importers.coco_json import ImagePaths, image_size
 from glip_jax.data.importers.entry import Entry, ImportSource, Report, SourceError, from_xywh, image_folder
 from glip_jax.data.importers.options import BuildOptions, PathArgument
@@ -170,7 +171,7 @@ class VisualGenome(BuildOptions):
     """Folder of the images, with VG_100K and VG_100K_2, or with all images in it."""
     vocabulary: PathArgument | None = None
     """Text file with a name per line and synonyms after commas; default: the names in the annotations."""
-    min_boxes: int = 1
+    min_boxes: Count = 1
     """Without a vocabulary: minimum number of boxes of a name."""
     without_coco: bool = False
     """Exclude images that are also in COCO."""
