@@ -39,6 +39,16 @@ JOBS = {
     "export": "write a checkpoint for PyTorch, Hugging Face or ONNX, and verify the result",
     "doctor": "check Python, libraries, devices, caches and disks of this machine",
 }
+
+
+class _Terminated(SystemExit):
+    """SIGTERM came; its line is written."""
+
+
+_SIGNALS: dict[type[BaseException], int] = {KeyboardInterrupt: signal.SIGINT, _Terminated: signal.SIGTERM}
+"""Exceptions of signals."""
+_AGAIN_SECONDS = 0.05
+"""Until a signal comes again that was raised where no exception is heard."""
 _EXIT_SECONDS = 2.0
 """Time for a process whose job has failed to end by itself."""
 
@@ -53,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]
     log.install(debug)
+    if alone:
+        sys.unraisablehook = _heard_again
     listed = "\n".join(f"  {job:10} {what}" for job, what in JOBS.items())
     usage = (
         f"usage: python -m glip_jax JOB [options]\n\njobs:\n{listed}\n\n"
@@ -112,10 +124,32 @@ def _run(job: str, argv: list[str]) -> int:
                 return importlib.import_module(f"glip_jax.cli.{_MODULES.get(job, job)}").main(argv)
             finally:
                 sys.stdout.flush()  # here, where an error is handled
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as raised:
+        error = _signal_in(raised) or raised
+        if isinstance(error, _Terminated):
+            raise error from None
         if errors.exit_code_of(error) == exit_codes.UNEXPECTED:
             raise
         return errors.report(job, error)
+
+
+def _signal_in(error: BaseException | None) -> BaseException | None:
+    """The exception of a signal that a library took for a fault of its own and raised another for."""
+    while error is not None and type(error) not in _SIGNALS:
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _heard_again(fault: "sys.UnraisableHookArgs") -> None:
+    """What a signal raises in a callback of the garbage collector goes no further: the signal has to come once more."""
+    number = _SIGNALS.get(fault.exc_type)
+    if number is not None:
+        again = threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+    # Parts of a checkpoint that end after its event loop, which failed or was left: many tracebacks without information.
+    elif str(fault.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(fault)
 
 
 @contextlib.contextmanager
@@ -132,7 +166,7 @@ def _sigterm_exits(job: str) -> Iterator[None]:
             os.kill(os.getpid(), number)
             return
         logger.error(f"{job}: stopped by SIGTERM; nothing is half-made, give the same command again")
-        raise SystemExit(exit_codes.PREEMPTED)
+        raise _Terminated(exit_codes.PREEMPTED)
 
     try:
         previous = signal.signal(signal.SIGTERM, leave)

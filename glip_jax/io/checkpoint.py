@@ -10,7 +10,6 @@ checkpoint without the mesh and the model.
 """
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -111,9 +110,6 @@ class Checkpoints:
         """Files without which the checkpoint that is being written is incomplete."""
 
     def __enter__(self) -> "Checkpoints":
-        # Parts of a failed write that end after its event loop call this hook: many tracebacks without information.
-        self._hook, hook = sys.unraisablehook, sys.unraisablehook
-        sys.unraisablehook = lambda fault: None if str(fault.exc_value) == "Event loop is closed" else hook(fault)
         return self
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
@@ -125,7 +121,6 @@ class Checkpoints:
         finally:
             if self._failed:
                 self._clear()
-            sys.unraisablehook = self._hook
 
     def _clear(self) -> None:
         """Removes the half-written folder; the other parts of a checkpoint may still be writing into it for a moment."""

@@ -468,6 +468,45 @@ sys.exit(__main__.main())
     assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == exit_codes.NOT_WRITTEN
 
 
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [
+        ("SIGINT", exit_codes.CANCELLED, "doctor: stopped by Ctrl-C; nothing is half-made, the same command goes on"),
+        ("SIGTERM", exit_codes.PREEMPTED, "doctor: stopped by SIGTERM; nothing is half-made, give the same command again"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["collector", "library"])
+def test_a_signal_is_heard_wherever_it_comes(number: str, code: int, line: str, place: str) -> None:
+    """In a callback of the garbage collector, as jax has one, no exception goes on; Orbax raises others in its place."""
+    script = f"""
+import gc, os, signal, sys, time
+from glip_jax import __main__
+from glip_jax.cli import doctor
+
+def signalled(*_):
+    gc.callbacks.clear()
+    os.kill(os.getpid(), signal.{number})
+    time.sleep(1)
+
+def in_collector(argv):
+    gc.callbacks.append(signalled)
+    gc.collect()
+    time.sleep(60)
+
+def in_library(argv):
+    try:
+        signalled()
+    except BaseException as error:
+        raise Exception("while reading") from error
+
+doctor.main, sys.argv = in_{place}, ["glip-jax", "doctor"]
+sys.exit(__main__.main())
+"""
+    done = subprocess.run([sys.executable, "-c", script], timeout=120, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, {*done.stderr.splitlines()}) == (code, {line})
+
+
 def test_a_full_disk_is_known_by_number_and_by_words():
     def raised(error, cause=None):
         error.__cause__ = cause
