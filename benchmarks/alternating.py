@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, get_args
 
 from glip_jax.config import Remat
 
-__all__ = ["Device", "Runs", "Settings", "Side", "main"]
+__all__ = ["Device", "Runs", "Settings", "Side", "Worker", "main", "work"]
 
 Device = Literal["cpu", "gpu"]
 
@@ -35,8 +35,8 @@ class Settings(NamedTuple):
     """Arguments of the benchmark itself."""
 
 
-Runs = dict[str, Callable[[], None]]
-"""For each mode a function that does one timed run; it returns when the result is available."""
+Runs = Mapping[str, Callable[[], int | None]]
+"""For each mode a function that does one timed run; it returns when the result is available, on a GPU with the peak bytes of its memory."""
 Side = Callable[[Settings], Runs]
 
 
@@ -46,8 +46,8 @@ def _peak_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def _work(side: str, runs: Runs) -> None:
-    """For each line `mode` on stdin prints the seconds of a run and the peak memory since the first runs of the mode."""
+def work(side: str, runs: Runs) -> None:
+    """For each line `mode` on stdin prints the seconds of a run and the peak memory since the first runs of the mode, or the error."""
     warm: set[str] = set()
     print("ready", flush=True)
     for line in sys.stdin:
@@ -58,17 +58,21 @@ def _work(side: str, runs: Runs) -> None:
         if mode not in warm:
             first = runs.get(f"warm {mode}", runs[mode])
             start = time.perf_counter()
-            first()
+            try:
+                first()
+            except (RuntimeError, ValueError) as error:  # memory of a GPU; a kernel that it does not have
+                print(json.dumps({"error": (str(error).splitlines() or [type(error).__name__])[0][:200]}), flush=True)
+                continue
             print(f"{side}: first {mode} (with compilation) {time.perf_counter() - start:.1f} s", file=sys.stderr)
             first()
             Path("/proc/self/clear_refs").write_text("5")
             warm.add(mode)
         start = time.perf_counter()
-        runs[mode]()
-        print(json.dumps({"seconds": time.perf_counter() - start, "peak": _peak_bytes()}), flush=True)
+        peak = runs[mode]()
+        print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak or _peak_bytes()}), flush=True)
 
 
-class _Worker:
+class Worker:
     """A side in its own process, pinned to the first `threads` cores."""
 
     def __init__(self, module: str, side: str, settings: Settings) -> None:
@@ -97,8 +101,14 @@ class _Worker:
             raise SystemExit(f"a worker ended with code {self.process.wait()}; its error stands above")
         return line
 
+    def close(self) -> None:
+        """Ends the process."""
+        if self.process.stdin:
+            self.process.stdin.close()
+        self.process.wait()
+
     def measure(self, mode: str) -> dict | None:
-        """One run after the uncounted first ones; None if the side does not have the mode."""
+        """One run after the uncounted first ones, or its `error`; None if the side does not have the mode."""
         assert self.process.stdin is not None
         print(mode, file=self.process.stdin, flush=True)
         return json.loads(self._answer())
@@ -106,12 +116,14 @@ class _Worker:
 
 def _compare(module: str, sides: list[str], settings: Settings, rounds: int, modes: list[str]) -> None:
     """Prints a table of medians for one number of threads; ratios are relative to the last side."""
-    workers = {side: _Worker(module, side, settings) for side in sides}
+    workers = {side: Worker(module, side, settings) for side in sides}
     for mode in modes:
         results: dict[str, list[dict]] = {side: [] for side in sides}
         for _ in range(rounds):
             for side in sides:
                 if (found := workers[side].measure(mode)) is not None:
+                    if "error" in found:
+                        raise SystemExit(f"{side}, {mode}: {found['error']}")
                     results[side].append(found)
         having = [side for side in sides if results[side]]
         medians = {side: statistics.median(r["seconds"] for r in results[side]) for side in having}
@@ -124,9 +136,7 @@ def _compare(module: str, sides: list[str], settings: Settings, rounds: int, mod
                 flush=True,
             )
     for worker in workers.values():
-        if worker.process.stdin:
-            worker.process.stdin.close()
-        worker.process.wait()
+        worker.close()
 
 
 def main(
@@ -150,7 +160,7 @@ def main(
         parser.error(f"unrecognized arguments: {' '.join(own)}")
     settings = [Settings(threads, arguments.remat, arguments.device, tuple(own)) for threads in arguments.threads]
     if arguments.worker:
-        _work(arguments.worker, sides[arguments.worker](settings[0]))
+        work(arguments.worker, sides[arguments.worker](settings[0]))
         return
     if before is not None:
         before(own)

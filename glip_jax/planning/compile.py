@@ -298,7 +298,7 @@ def _devices(topology: Topology, mode: CompileMode) -> list[Any]:
 
     # The smallest slice is a host of four chips; for fewer chips its first ones are used.
     name = topology.compiler_name
-    if topology.devices < 4:
+    if topology.devices < 4 * topology.chip.parts:
         name = f"{topology.family}:{'2x2' if topology.chip.dimensions == 2 else '2x2x1'}"
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if topology.family == "v4":
@@ -307,7 +307,7 @@ def _devices(topology: Topology, mode: CompileMode) -> list[Any]:
         description = topologies.get_topology_desc(name, "tpu", **options)
     except Exception as fault:
         raise PlanError(
-            f"{topology.name}: libtpu has no such slice: {str(fault).strip().splitlines()[0][:200]}"
+            f"{topology.name}: {_compiler(mode)} has no such slice: {str(fault).strip().splitlines()[0][:200]}"
         ) from None
     return list(description.devices)[: topology.devices]
 

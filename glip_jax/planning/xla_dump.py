@@ -16,6 +16,8 @@ __all__ = [
 
 _LAST = "after_optimizations_after_buffer_assignment.txt"
 """The last file that is written before code generation."""
+_ALLOCATION = r"allocation \d+: size (\d+), (?:page \d+, )?"
+"""The start of a buffer's line; newer compilers name the page (libtpu 0.0.52)."""
 
 
 class Memory(NamedTuple):
@@ -80,9 +82,9 @@ def _only(folder: Path, ending: str) -> str:
 
 
 def read_memory(text: str) -> Memory:
-    """Sums XLA's buffer assignment, without on-chip memory (`color`) and thread-local buffers."""
+    """Sums XLA's buffer assignment, without on-chip memory (`color`) and thread-local buffers. RuntimeError for another form of it."""
     arguments = temporaries = others = 0.0
-    for size, kind in re.findall(r"^allocation \d+: size (\d+), (.*)$", text, re.MULTILINE):
+    for size, kind in re.findall(rf"^{_ALLOCATION}(.*)$", text, re.MULTILINE):
         if "color" in kind or kind.startswith("thread-local"):
             continue
         if kind.startswith("parameter"):
@@ -91,6 +93,10 @@ def read_memory(text: str) -> Memory:
             temporaries += float(size)
         else:
             others += float(size)
+    if not arguments:
+        raise RuntimeError(
+            "the compiler's buffer assignment names no parameters: its form is another; use --compile=tpu-whole"
+        )
     return Memory(arguments, temporaries, others)
 
 
@@ -120,15 +126,13 @@ def read_activations(assignment: str, ranges: str, text: str) -> float | None:
         name: (int(begin), int(end))
         for name, begin, end in re.findall(r"^    (\S+):(\d+)-(\d+)$", ranges, re.MULTILINE)
     }
-    temporary = re.search(
-        r"^allocation \d+: size \d+, preallocated-temp:\n((?: value:.*\n?)*)", assignment, re.MULTILINE
-    )
+    temporary = re.search(rf"^{_ALLOCATION}preallocated-temp:\n(?P<values>(?: value:.*\n?)*)", assignment, re.MULTILINE)
     if not (forward and backward and lives and temporary):
         return None
     boundary = _pass_boundary(sorted(forward), sorted(backward))
     kept = []
     for name, index, size, offset in re.findall(
-        r"^ value: <\d+ (\S+?)(\{[\d,]*\})? @\d+> \(size=(\d+),offset=(\d+)\)", temporary[1], re.MULTILINE
+        r"^ value: <\d+ (\S+?)(\{[\d,]*\})? @\d+> \(size=(\d+),offset=(\d+)\)", temporary["values"], re.MULTILINE
     ):
         begin, end = lives.get(name + (index or "{}"), (0, 0))
         if begin < boundary <= end:

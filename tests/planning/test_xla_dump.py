@@ -1,6 +1,7 @@
 """Reading XLA's dumps: small ones written by hand, and those of real compilations."""
 
 import random
+import re
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ allocation 5: size 65536, preallocated-temp:
 allocation 6: size 1048576, color 1, preallocated-temp:
  value: <8 kept @1> (size=512,offset=0): f32[8]{0}
 """
+# As libtpu 0.0.52 writes it.
+PAGED = re.sub(r"(size \d+,|color \d+,) (?=param|maybe|const|prealloc|thread)", r"\1 page 0, ", ASSIGNMENT)
 RANGES = """HloLiveRange (max 8):
   InstructionSequence:
     0:constant.1
@@ -58,7 +61,15 @@ ENTRY main {
 
 
 def test_buffer_assignments_are_summed():
-    assert read_memory(ASSIGNMENT) == (4096 + 1024, 65536, 512 + 2048)
+    assert "page 0, parameter" in PAGED and "color 1, page 0" in PAGED
+    for text in (ASSIGNMENT, PAGED):
+        assert read_memory(text) == (4096 + 1024, 65536, 512 + 2048)
+        assert read_activations(text, RANGES, TEXT) == 512 + 1024
+
+
+def test_an_assignment_of_another_form_is_no_plan_without_memory():
+    with pytest.raises(RuntimeError, match="names no parameters: its form is another; use --compile=tpu-whole"):
+        read_memory(ASSIGNMENT.replace("allocation", "buffer"))
 
 
 def test_activations_are_buffers_live_between_the_passes():

@@ -1,7 +1,7 @@
 """Published peaks of accelerators, and topologies by name, such as v5e:8x16 or h100:8.
 
 Looked up in Google's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" of the Cloud TPU documentation: peaks, memory and its
-bandwidth, and the links of all but v4. Not compared with a source, but written from memory: the links of v4, the cores,
+bandwidth, and the links of all but v4; of "TPU7x" too, halved, because jax sees a chip's two halves as devices. Not compared with a source, but written from memory: the links of v4, the cores,
 memory and network of hosts (four chips a TPU VM in slices of several hosts), and all numbers of GPUs, as NVIDIA's data sheets of
 A100, H100 and H200 (SXM, dense bfloat16) and DGX machines of eight give them. Rates are in one direction; Google's
 "bidirectional" figures are halved.
@@ -21,7 +21,7 @@ class TopologyError(UserError, ValueError):
 
 
 class Chip(NamedTuple):
-    """One accelerator and its share of the machine around it. Bytes, bytes/s, FLOP/s."""
+    """One accelerator, as jax sees it, and its share of the machine around it. Bytes, bytes/s, FLOP/s."""
 
     kinds: tuple[str, ...]
     """Prefixes of its `device_kind` in jax."""
@@ -43,7 +43,9 @@ class Chip(NamedTuple):
     dimensions: int
     """Dimensions of the torus of chips; 1: a switch within the host."""
     clock: float = 0.0
-    """Cycles a second of a TPU, derived from the peak and the sizes of the matrix units; of GPUs 0."""
+    """Cycles a second of a TPU, derived from the peak and the sizes of the matrix units; 0 where it is not known, as of GPUs."""
+    parts: int = 1
+    """Devices of jax that one chip is; all numbers above, and the word chip elsewhere, are of one of them."""
 
 
 CHIPS: dict[str, Chip] = {
@@ -51,6 +53,7 @@ CHIPS: dict[str, Chip] = {
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16.0 * 2**30, 819e9, 200e9, 12.5e9, 4, 192e9, 112, 2, 1.5e9),
     "v5p": Chip(("TPU v5p", "TPU v5"), 459e12, 95.0 * 2**30, 2765e9, 600e9, 25e9, 4, 448e9, 208, 3, 1.75e9),
     "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32.0 * 2**30, 1638e9, 400e9, 50e9, 4, 720e9, 180, 2, 1.75e9),
+    "tpu7x": Chip(("TPU7x", "TPU 7x"), 1153.5e12, 96.0 * 2**30, 3690e9, 300e9, 12.5e9, 8, 960e9, 224, 3, parts=2),
     "a100": Chip(("NVIDIA A100",), 312e12, 80e9, 2039e9, 300e9, 200e9, 8, 2e12, 256, 1),
     "h100": Chip(("NVIDIA H100",), 989e12, 80e9, 3350e9, 450e9, 400e9, 8, 2e12, 224, 1),
     "h200": Chip(("NVIDIA H200",), 989e12, 141e9, 4800e9, 450e9, 400e9, 8, 2e12, 224, 1),
@@ -73,7 +76,7 @@ class Topology(NamedTuple):
     family: str
     """Key of `CHIPS`."""
     shape: tuple[int, ...]
-    """Chips along each dimension of one slice; (n,) of GPUs."""
+    """Chips along each dimension of one slice, of tpu7x whole ones; (n,) of GPUs."""
     slices: int
     """Number of slices, connected by the network of the data center only."""
 
@@ -84,13 +87,17 @@ class Topology(NamedTuple):
 
     @property
     def devices(self) -> int:
-        """Chips of all slices."""
-        return self.slices * math.prod(self.shape)
+        """Devices of all slices."""
+        return self.slices * self._slice
+
+    @property
+    def _slice(self) -> int:
+        return math.prod(self.shape) * self.chip.parts
 
     @property
     def hosts(self) -> int:
         """Hosts of all slices."""
-        return self.slices * math.ceil(math.prod(self.shape) / self.chip.chips)
+        return self.slices * math.ceil(self._slice / self.chip.chips)
 
     @property
     def tpu(self) -> bool:
@@ -120,22 +127,22 @@ class Topology(NamedTuple):
     @property
     def outer_link(self) -> float:
         """Bytes/s that a chip sends out of its slice, or a GPU out of its host: its share of the host's network."""
-        return self.chip.network / min(self.chip.chips, math.prod(self.shape))
+        return self.chip.network / min(self.chip.chips, self._slice)
 
 
-_EXAMPLES = "v4:2x2x4, v5e:8x8, v5e:16x16, v5p:2x2x4, v6e:8x8, v5e:16x16*2 (two slices), h100:8, a100:16"
-_ACCELERATOR = re.compile(r"(v4|v5p|v5e|v5litepod|v6e)-(\d+)")
+_EXAMPLES = "v4:2x2x4, v5e:8x8, v5e:16x16, v5p:2x2x4, v6e:8x8, tpu7x:4x4x4, v5e:16x16*2 (two slices), h100:8, a100:16"
+_ACCELERATOR = re.compile(r"(v4|v5p|v5e|v5litepod|v6e|tpu7x)-(\d+)")
 
 
 def topology(name: str) -> Topology:
     """The topology called `name`: FAMILY:AxB[xC][*SLICES], GPU:COUNT, or a Cloud TPU type such as v5litepod-64.
 
-    Types of v4 and v5p count two cores a chip. Raises TopologyError with the known names.
+    Types of v4, v5p and tpu7x count two cores a chip. Raises TopologyError with the known names.
     """
     text = name.strip().lower()
     if found := _ACCELERATOR.fullmatch(text):
         family = "v5e" if found[1] == "v5litepod" else found[1]
-        chips = int(found[2]) // (2 if family in ("v4", "v5p") else 1)
+        chips = int(found[2]) // (2 if family in ("v4", "v5p", "tpu7x") else 1)
         return Topology(name, family, _default_shape(name, family, chips), 1)
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", text)
     if not found or found[1] not in CHIPS:

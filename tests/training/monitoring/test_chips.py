@@ -16,6 +16,8 @@ from glip_jax.training.monitoring.chips import CHIPS, TopologyError, chip_of, to
         ("v6e:4x4*3", (4, 4), 48, 12),
         ("v5e:1x1", (1, 1), 1, 1),
         ("h100:12", (12,), 12, 2),
+        ("tpu7x:2x2x1", (2, 2, 1), 8, 1),  # as jax counts: "8 devices" of libtpu 0.0.52
+        ("tpu7x-128", (4, 4, 4), 128, 16),
     ],
 )
 def test_names(name, shape, devices, hosts):
@@ -26,7 +28,7 @@ def test_names(name, shape, devices, hosts):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v7:2x2", "topology 'v7:2x2': expected one of v4, v5e, v5p, v6e, a100, h100, h200 with a shape"),
+        ("v7:2x2", "topology 'v7:2x2': expected one of v4, v5e, v5p, v6e, tpu7x, a100, h100, h200 with a shape"),
         ("v5e:8", r"has the shape \(8,\), 1 times: v5e has 2 dimensions of at least 1"),
         ("h100:0", "h100 has 1 dimension of at least 1"),
         ("v5e:4x4*0", "0 times"),
@@ -61,6 +63,7 @@ def test_links():
         ("TPU v5p", "v5p"),
         ("TPU v6 lite", "v6e"),
         ("TPU v4", "v4"),
+        ("TPU7x", "tpu7x"),
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA A100-SXM4-80GB", "a100"),
     ],
