@@ -67,7 +67,9 @@ def kernels(chips: Topology, canvas: tuple[int, int], bounds: Sequence[int]) -> 
     from jax.sharding import Mesh, SingleDeviceSharding
 
     from glip_jax.models.kernels.attention import Read, attention_backward, attention_forward
+    from glip_jax.models.kernels.blocks import LANES
     from glip_jax.models.kernels.deformable import window_backward, window_forward
+    from glip_jax.models.kernels.windows import grouping, window_attention_backward, window_attention_forward
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
@@ -110,6 +112,21 @@ def kernels(chips: Topology, canvas: tuple[int, int], bounds: Sequence[int]) -> 
         programs[f"{name}, backward"] = (
             partial(window_backward, stride=stride, bound=bound), (*taps, images(results, channels, dtype=jnp.bfloat16)),
         )  # fmt: skip
+    backbone = model.backbone
+    for stage, stage_heads in enumerate(backbone.heads):
+        sides = [-(-side // (4 * 2**stage)) for side in canvas]
+        shape = (1, *(-(-side // backbone.window) * backbone.window for side in sides))
+        layout = grouping(stage_heads, backbone.width * 2**stage // stage_heads, backbone.window)
+        assert layout is not None
+        cells = backbone.window**2
+        taps = (
+            array(*shape, 3 * LANES * layout.groups, dtype=jnp.bfloat16), array(stage_heads, cells, cells),
+            array(*shape, LANES * layout.groups, dtype=jnp.bfloat16),
+        )  # fmt: skip
+        settings: Any = {"layout": layout, "window": backbone.window}
+        name = f"Swin's windows, stage {stage + 1}"
+        programs[f"{name}, forward"] = (partial(window_attention_forward, **settings), taps[:2])
+        programs[f"{name}, backward"] = (partial(window_attention_backward, **settings), taps)
     folder = Path(os.environ["GLIP_JAX_CODE"])
     for name, (function, arrays) in programs.items():
         with jax.set_mesh(Mesh([device], ("data",))):

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from glip_jax.config import LoraConfig, Remat, TextConfig
 from glip_jax.models.dropout import Dropout
+from glip_jax.models.gelu import gelu
 from glip_jax.models.initializers import torch_dense
 from glip_jax.models.lora import low_rank_product
 from glip_jax.models.remat import rematerialized
@@ -77,7 +78,7 @@ class BertLayer(nn.Module):
         attended = self._projection(context, width, "attention_output", "rows")
         x = self._norm("attention_norm")(drop(attended) + x)
         hidden = clip(self._dense(hidden_width // shards, width, "intermediate")(column_parallel_input(x)))
-        hidden = clip(nn.gelu(hidden, approximate=False))
+        hidden = clip(gelu(hidden))
         out = self._dense(width, hidden_width, "output", dot_general=row_parallel_dot_general)(hidden)
         out = clip(drop(out))
         return clip(self._norm("output_norm")(out + x)), None

@@ -6,9 +6,10 @@ Cells beyond the whole windows of an image are masked with -1e30, so the result 
 joins are masked with -100, as in the original.
 
 The logits of large maps are never stored whole: rows of windows are processed one after the other, and the backward pass
-recomputes a row. On a TPU the logits of a row, padded to three times their size, fit into on-chip memory.
+recomputes a row. On a TPU a kernel (`kernels.windows`) keeps them in on-chip memory.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -20,7 +21,10 @@ from jaxtyping import Array, Bool, Float, Int
 from glip_jax.config import BackboneConfig, Remat
 from glip_jax.models.dropout import bernoulli
 from glip_jax.models.extents import level_size, mask_padding
-from glip_jax.models.initializers import torch_dense
+from glip_jax.models.gelu import gelu
+from glip_jax.models.initializers import torch_dense, uniform
+from glip_jax.models.kernels.blocks import has_small_memory, is_possible, on_chip_bytes
+from glip_jax.models.kernels.windows import Grouping, grouping, labelled, window_attention
 from glip_jax.models.remat import images_at_once, rematerialized
 from glip_jax.models.tensor_parallel import column_parallel_input, row_parallel_dot_general, tensor_shards
 from glip_jax.structures.canvas import PATCH
@@ -85,6 +89,55 @@ def _attention_mask(regions: _Regions, window: int) -> Float[Array, "B windows n
     return jnp.where(beyond[..., :, None] != beyond[..., None, :], _MASKED, mask)
 
 
+class _Dense(nn.Module):
+    """Kernel and bias of a dense layer, with the initial values of torch.nn.Linear, in the type of its product."""
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, inputs: int) -> tuple[Float[Array, "C D"], Float[Array, " D"]]:
+        start = uniform(1 / math.sqrt(inputs))
+        kernel = self.param("kernel", start, (inputs, self.features))
+        return kernel.astype(self.dtype), self.param("bias", start, (self.features,)).astype(self.dtype)
+
+
+def _layout_of_kernel(images: int, heads: int, depth: int, window: int) -> Grouping | None:
+    """The layout for the kernel; None where attention by rows runs: not on a TPU, or on one with little on-chip memory."""
+    chosen = on_chip_bytes() and not has_small_memory() and is_possible(jax.sharding.get_abstract_mesh(), images)
+    return grouping(heads, depth, window) if chosen else None
+
+
+def _attend_by_rows(
+    qkv: Float[Array, "B h w D"], bias: Float[Array, "heads n n"], regions: _Regions | None, window: int
+) -> Float[Array, "B h w C"]:
+    """Attention in all windows at once, or in rows of windows one after the other where the logits are large."""
+    b, height, width, channels = *qkv.shape[:3], qkv.shape[3] // 3
+    heads = len(bias)
+
+    def attended(qkv: Float[Array, "B rows w D"], regions: _Regions | None) -> Float[Array, "B rows w C"]:
+        windows = _partition(qkv, window)
+        query, key, value = jnp.moveaxis(windows.reshape(*windows.shape[:3], 3, heads, -1), 3, 0)
+        query = query * (channels // heads) ** -0.5
+        logits = jnp.einsum("bwqhd,bwkhd->bwhqk", query, key, preferred_element_type=jnp.float32) + bias
+        if regions is not None:
+            logits += _attention_mask(regions, window)[:, :, None]
+        weights = jax.nn.softmax(logits, axis=-1).astype(qkv.dtype)
+        read = jnp.einsum("bwhqk,bwkhd->bwqhd", weights, value).reshape(*windows.shape[:3], channels)
+        return _merge_windows(read, qkv.shape[1], window)
+
+    if 4 * b * height * width * window**2 * heads <= _MAX_LOGITS_BYTES:
+        return attended(qkv, regions)
+    group = images_at_once(b, 4 * width * window**3 * heads, _MAX_ROW_BYTES)
+
+    def by_row(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(b, -1, window, *x.shape[2:]), 1, 0).reshape(-1, group, window, *x.shape[2:])
+
+    rows = jax.lax.map(jax.checkpoint(lambda row: attended(*row)), jax.tree.map(by_row, (qkv, regions)))
+    rows = rows.reshape(-1, b, *rows.shape[2:])
+    return jnp.moveaxis(rows, 0, 1).reshape(b, height, width, channels)
+
+
 def _drop_path(module: nn.Module, x: jax.Array, rate: jax.Array, train: bool) -> jax.Array:
     """Stochastic depth (arXiv 1603.09382): drops a residual branch for whole images. `rate` may be traced."""
     if not train:
@@ -106,39 +159,20 @@ class _Block(nn.Module):
         b, h, w, channels = x.shape
         window, shift, heads = self.window, self.window // 2, self.heads
         x = jnp.pad(x, ((0, 0), (0, -h % window), (0, -w % window), (0, 0)))
-        height, width = x.shape[1:3]
         if self.shifted:
             x = jnp.roll(x, (-shift, -shift), (1, 2))
-        qkv = torch_dense(3 * channels, channels, self.dtype, "qkv")(x)
+        kernel, offset = _Dense(3 * channels, self.dtype, name="qkv")(channels)
+        out_kernel, out_offset = _Dense(channels, self.dtype, name="projection")(channels)
         table = self.param("bias_table", nn.initializers.truncated_normal(0.02), ((2 * window - 1) ** 2, heads))
         bias = jnp.moveaxis(table[relative_position_index(window)], -1, 0)
-        regions = _label_regions(size, height, width, window) if self.shifted else None
-
-        def attended(qkv: Float[Array, "B rows w D"], regions: _Regions | None) -> Float[Array, "B rows w C"]:
-            windows = _partition(qkv, window)
-            query, key, value = jnp.moveaxis(windows.reshape(*windows.shape[:3], 3, heads, -1), 3, 0)
-            query = query * (channels // heads) ** -0.5
-            logits = jnp.einsum("bwqhd,bwkhd->bwhqk", query, key, preferred_element_type=jnp.float32) + bias
-            if regions is not None:
-                logits += _attention_mask(regions, window)[:, :, None]
-            weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-            read = jnp.einsum("bwhqk,bwkhd->bwqhd", weights, value).reshape(*windows.shape[:3], channels)
-            return _merge_windows(read, qkv.shape[1], window)
-
-        if 4 * b * height * width * window**2 * heads <= _MAX_LOGITS_BYTES:
-            x = attended(qkv, regions)
+        regions = _label_regions(size, *x.shape[1:3], window) if self.shifted else None
+        if layout := _layout_of_kernel(b, heads, channels // heads, window):
+            qkv = x @ layout.spread(kernel) + layout.spread(offset)
+            qkv = qkv if regions is None else labelled(qkv, *regions, layout)
+            read = window_attention(qkv, bias, layout, window, jax.sharding.get_abstract_mesh())
+            x = read @ layout.spread_rows(out_kernel) + out_offset
         else:
-            group = images_at_once(b, 4 * width * window**3 * heads, _MAX_ROW_BYTES)
-
-            def by_row(x: jax.Array) -> jax.Array:
-                return jnp.moveaxis(x.reshape(b, -1, window, *x.shape[2:]), 1, 0).reshape(
-                    -1, group, window, *x.shape[2:]
-                )
-
-            rows = jax.lax.map(jax.checkpoint(lambda row: attended(*row)), jax.tree.map(by_row, (qkv, regions)))
-            rows = rows.reshape(-1, b, *rows.shape[2:])
-            x = jnp.moveaxis(rows, 0, 1).reshape(b, height, width, channels)
-        x = torch_dense(channels, channels, self.dtype, "projection")(x)
+            x = _attend_by_rows(x @ kernel + offset, bias, regions, window) @ out_kernel + out_offset
         if self.shifted:
             x = jnp.roll(x, (shift, shift), (1, 2))
         return x[:, :h, :w]
@@ -152,7 +186,7 @@ class _Block(nn.Module):
         x = x + _drop_path(self, self._attend(mask_padding(y, size), size), rate, self.train)
         y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name="norm2")(x)
         y = torch_dense(4 * channels // tensor_shards(), channels, self.dtype, "mlp_in")(column_parallel_input(y))
-        y = nn.gelu(y, approximate=False)
+        y = gelu(y)
         y = torch_dense(channels, 4 * channels, self.dtype, "mlp_out", dot_general=row_parallel_dot_general)(y)
         return x + _drop_path(self, y, rate, self.train)
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from glip_jax.structures.batch import BATCH_AXES
 
-__all__ = ["LANES", "has_small_memory", "is_possible", "open_batch_axes", "padded_bytes", "per_device", "product"]
+__all__ = ["LANES", "has_small_memory", "is_possible", "on_chip_bytes", "open_batch_axes", "padded_bytes", "per_device", "product"]  # fmt: skip
 
 LANES = 128
 
@@ -24,15 +24,17 @@ def product(a: Any, b: Any, contract: tuple[int, int]) -> Any:
     return lax.dot_general(a, b, dimensions, precision=exact, preferred_element_type=jnp.float32)
 
 
-def has_small_memory() -> bool:
-    """Whether the on-chip memory of the TPU that a kernel is lowered for is less than 32 MiB: on a v4 (16 MiB), not on later ones.
-
-    The chip is that of the present mesh or of this process; on other platforms False.
-    """
+def on_chip_bytes() -> int:
+    """The on-chip memory of the TPU that a program is traced for, that of the present mesh or of this process; 0 on other platforms."""
     try:
-        return pltpu.get_tpu_info().vmem_capacity_bytes < 32 * 2**20
+        return pltpu.get_tpu_info().vmem_capacity_bytes
     except ValueError:  # no TPU
-        return False
+        return 0
+
+
+def has_small_memory() -> bool:
+    """Whether the on-chip memory of that TPU is less than 32 MiB: on a v4 (16 MiB), not on later ones; on other platforms False."""
+    return 0 < on_chip_bytes() < 32 * 2**20
 
 
 def padded_bytes(shape: Sequence[int], dtype: Any) -> int:

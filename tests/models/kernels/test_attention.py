@@ -164,5 +164,6 @@ def test_compiles_for_a_tpu(chip: str) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     found = dict(re.findall(r"^(.+?)\s+([\d.]+) M cycles", done.stdout, re.MULTILINE))
-    assert set(found) >= {"fusion, forward", "fusion, backward", "deformable, stride 2, bound 3, backward"}
+    wanted = {"fusion, backward", "deformable, stride 2, bound 3, backward", "Swin's windows, stage 4, backward"}
+    assert set(found) >= wanted
     assert all(float(cycles) > 0 for cycles in found.values())
