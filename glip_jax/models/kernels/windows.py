@@ -41,7 +41,7 @@ _KEYS = 64
 """Rows of a head's keys: 8 pieces."""
 _GROUP = 16
 """Windows whose columns one product moves: their columns, 16 times the window, begin at multiples of a tile."""
-_TOGETHER = 2
+_TOGETHER = 3
 """Windows whose operations overlap."""
 
 
