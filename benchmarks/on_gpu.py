@@ -134,9 +134,8 @@ def glip_runs(settings: Settings) -> Runs:
             own.kernels.write_text(json.dumps(kernels(Path(folder), 5)))
         return 0
 
-    pairs = itertools.product(("forward", "step"), own.images)
     runs: dict[str, Callable[[], int | None]] = {
-        f"{kind} {n}": lambda k=kind, n=n: run(f"{k} {n}", n) for kind, n in pairs
+        f"{kind} {n}": functools.partial(run, f"{kind} {n}", n) for kind in ("forward", "step") for n in own.images
     }
     return (
         runs
@@ -225,7 +224,7 @@ def exported_runs(settings: Settings) -> Runs:
             optimizer.zero_grad()
             with torch.autocast(device, torch.bfloat16):
                 outputs = network(pixels, ids, mask)
-            sum((x.float() * w).sum() for x, w in zip(outputs, weights)).backward()
+            torch.stack([(x.float() * w).sum() for x, w in zip(outputs, weights)]).sum().backward()
             optimizer.step()
 
         return forward, step
@@ -244,14 +243,19 @@ def peer_runs(settings: Settings) -> Runs:
     torch.manual_seed(0)
     small: Any = {"depths": [1, 1, 1, 1], "embed_dim": 24} if own.tiny else {"depths": [2, 2, 6, 2], "embed_dim": 96}
     backbone = transformers.SwinConfig(
-        **small, num_heads=[3, 6, 12, 24], window_size=7, image_size=224, out_indices=[2, 3, 4], drop_path_rate=0.2
+        **small,
+        num_heads=[3, 6, 12, 24],
+        window_size=7,
+        image_size=224,
+        out_indices=[2, 3, 4],  # pyright: ignore[reportCallIssue]
+        drop_path_rate=0.2,
     )
     few: Any = {"encoder_layers": 1, "decoder_layers": 1, "num_queries": 50} if own.tiny else {}
     config = transformers.MMGroundingDinoConfig(
         backbone_config=backbone, text_config=transformers.BertConfig(), max_text_len=TOKENS, **few
     )
     # Of its own accord it takes SDPA for the parts that have it.
-    model = transformers.MMGroundingDinoForObjectDetection(config)
+    model: Any = transformers.MMGroundingDinoForObjectDetection(config)
     model = model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     # [CLS] name . name . ... [SEP]: 127 phrases fill 256 tokens; 1012 is the full stop.
@@ -332,8 +336,8 @@ def check() -> dict[str, Any]:
         params = jax.device_get(fresh_parameters(config, Mesh(np.reshape(devices[:1], (1, 1, 1)), AXES)))
         for device in devices:
             mesh = Mesh(np.reshape([device], (1, 1, 1)), AXES)
-            given = jax.device_put((params, batch), device)
-            results.append(jax.device_get(first_gradients(*given, config, mesh, glip_objective(config))))
+            placed, images = jax.device_put((params, batch), device)
+            results.append(jax.device_get(first_gradients(placed, images, config, mesh, glip_objective(config))))
         theirs, ours = results
         differences = {
             name: float(np.abs(ours[name] - theirs[name]).max() / max(1e-12, np.abs(theirs[name]).max()))

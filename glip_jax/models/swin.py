@@ -165,11 +165,11 @@ class _Block(nn.Module):
         out_kernel, out_offset = _Dense(channels, self.dtype, name="projection")(channels)
         table = self.param("bias_table", nn.initializers.truncated_normal(0.02), ((2 * window - 1) ** 2, heads))
         bias = jnp.moveaxis(table[relative_position_index(window)], -1, 0)
-        regions = _label_regions(size, *x.shape[1:3], window) if self.shifted else None
+        regions = _label_regions(size, x.shape[1], x.shape[2], window) if self.shifted else None
         if layout := _layout_of_kernel(b, heads, channels // heads, window):
             qkv = x @ layout.spread(kernel) + layout.spread(offset)
-            qkv = qkv if regions is None else labelled(qkv, *regions, layout)
-            read = window_attention(qkv, bias, layout, window, jax.sharding.get_abstract_mesh())
+            qkv = qkv if regions is None else labelled(qkv, regions.shifted, regions.beyond, layout)
+            read: Any = window_attention(qkv, bias, layout, window, jax.sharding.get_abstract_mesh())
             x = read @ layout.spread_rows(out_kernel) + out_offset
         else:
             x = _attend_by_rows(x @ kernel + offset, bias, regions, window) @ out_kernel + out_offset

@@ -62,7 +62,6 @@ def test_names_that_the_vocabulary_does_not_know_are_said(
         (["coco", "{}/boxes.json", "--images={}/absent", "--out={}/out"], "image folder"),
         (["coco", "{}/boxes.json", "--images={}/pictures", "--out={}/pictures"], "not empty, without a manifest"),
         (["coco", "{}/boxes.json", "--images={}/pictures", "--out={}/out", "--names={}/boxes.json"], "--names"),
-        (["coco", "{}/boxes.json", "--images={}/pictures", "--out={}/out", "--shards=0"], "shards is 0"),
         (["mdetr", "{}/boxes.json", "--images={}/pictures", "--out={}/out"], "lacks caption"),
     ],
 )
