@@ -250,7 +250,7 @@ def peer_runs(settings: Settings) -> Runs:
         out_indices=[2, 3, 4],  # pyright: ignore[reportCallIssue]
         drop_path_rate=0.2,
     )
-    few: Any = {"encoder_layers": 1, "decoder_layers": 1, "num_queries": 50} if own.tiny else {}
+    few: Any = {"encoder_layers": 1, "decoder_layers": 2, "num_queries": 50} if own.tiny else {}
     config = transformers.MMGroundingDinoConfig(
         backbone_config=backbone, text_config=transformers.BertConfig(), max_text_len=TOKENS, **few
     )
@@ -400,6 +400,23 @@ def _markdown(row: dict[str, Any]) -> str:
     )
 
 
+def _started(side: str, settings: Settings) -> Worker | None:
+    """The process of a side; None if it ends with an error, which does not end the others."""
+    try:
+        return Worker("benchmarks.on_gpu", side, settings)
+    except SystemExit as error:
+        print(f"{side}: {error}", file=sys.stderr)
+        return None
+
+
+def _answered(worker: Worker, mode: str) -> dict[str, Any] | None:
+    """A run of a side, or the error with which its process ended."""
+    try:
+        return worker.measure(mode)
+    except (SystemExit, BrokenPipeError) as error:
+        return {"error": str(error)}
+
+
 def measure(arguments: argparse.Namespace, result: dict[str, Any], ends: float) -> None:
     """Fills `result`, written after every number; what would begin after `ends` is left out and named."""
     file, table = arguments.out / "on_gpu.json", arguments.out / "kernels.json"
@@ -415,8 +432,9 @@ def measure(arguments: argparse.Namespace, result: dict[str, Any], ends: float) 
     kind_of_device = "cpu" if device.lower() == "cpu" else "gpu"
     settings = Settings(len(os.sched_getaffinity(0)), arguments.remat, kind_of_device, tuple(own))
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        started = pool.map(lambda side: Worker("benchmarks.on_gpu", side, settings), arguments.sides)
-        workers = dict(zip(arguments.sides, started))
+        started = pool.map(lambda side: _started(side, settings), arguments.sides)
+        workers = {side: worker for side, worker in zip(arguments.sides, started) if worker is not None}
+    result["not_started"] = [side for side in arguments.sides if side not in workers]
     print("| images | mode | side | median ms | range ms | images/s | MFU | peak GiB |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for images, kind in itertools.product(arguments.images, ("forward", "step")):
@@ -427,7 +445,7 @@ def measure(arguments: argparse.Namespace, result: dict[str, Any], ends: float) 
                 continue
             if time.monotonic() > ends:
                 errors[side] = "not run: no time was left"
-            elif one := worker.measure(f"{kind} {images}"):
+            elif one := _answered(worker, f"{kind} {images}"):
                 if "error" in one:
                     errors[side] = one["error"]
                 else:
@@ -443,8 +461,11 @@ def measure(arguments: argparse.Namespace, result: dict[str, Any], ends: float) 
         for row in result["rows"]
         if row["side"] == "glip_jax" and row["mode"] == "step" and row["seconds"]
     ]
-    if done and time.monotonic() < ends:
-        workers["glip_jax"].measure(f"profile {max(done)}")
+    if (
+        done
+        and time.monotonic() < ends
+        and "error" not in (_answered(workers["glip_jax"], f"profile {max(done)}") or {})
+    ):
         result["kernels"] = json.loads(table.read_text())
         table.unlink()
         save()
