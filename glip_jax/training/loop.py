@@ -28,7 +28,6 @@ from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.io.checkpoint import Checkpoints, Saved, complete_steps, fingerprint
 from glip_jax.io.checkpoint_reader import note_on_averages
 from glip_jax.io.claims import Owned, owned_workdir
-from glip_jax.io.compiler_lines import without_slow_compile_alarms
 from glip_jax.io.workdir import (
     check_config,
     check_shared,
@@ -51,12 +50,16 @@ from glip_jax.training.monitoring.throughput import Throughput
 from glip_jax.training.monitoring.watchdog import Watchdog
 from glip_jax.training.monitoring.writer import Writer, wandb_module, wandb_run
 from glip_jax.training.optimizer import make_optimizer
+from glip_jax.training.programs import Programs
 from glip_jax.training.state import State, abstract_state, fresh_parameters, initial_state
 from glip_jax.training.step import Objective, glip_objective, make_step
 
 __all__ = ["Feed", "InitialParameters", "NonFiniteLossError", "train"]
 
 logger = logging.getLogger(__name__)
+
+_STEPS_AHEAD = 1000
+"""Steps whose canvases are compiled ahead: all of a schedule, but for the end of a run."""
 
 InitialParameters = Callable[[dict[str, Any], Config], tuple[dict[str, Any], dict[str, Any]]]
 """(parameters, config) to parameters read from the files of `config.init_from`, and a record of what was read:
@@ -322,15 +325,19 @@ def _train_steps(
     cuts = run.decisions.made or feed.rate is not None
     step_function = make_step(config, mesh, feed.objective, state, tuple(mixture.source_names), cuts)
     batches = iter(feed.batches(start, jax.process_index(), jax.process_count()))
-    compiled: set[tuple[int, ...]] = set()
+    programs = Programs(step_function, map(mixture.canvas, range(start, min(settings.steps, start + _STEPS_AHEAD))))
+    seen: set[tuple[int, ...]] = set()
 
     def dispatch(state: State, batch: Batch, step: int) -> tuple[State, dict[str, Any]]:
         canvas = mixture.canvas(step - 1)
-        name = f"canvas {len(compiled) + 1} of {len(mixture.canvases)} ({canvas[0]}x{canvas[1]})"
-        with contextlib.nullcontext() if canvas in compiled else _compiling(run, throughput, watchdog, name):
+        name = f"canvas {len(seen) + 1} of {len(mixture.canvases)} ({canvas[0]}x{canvas[1]})"
+        waits = programs.waits(canvas)
+        if not waits and canvas not in seen:
+            run.progress.log(f"{name}: compiled beside the training")
+        with _compiling(run, throughput, watchdog, name) if waits else contextlib.nullcontext():
             cut = (run.decisions.scale(feed.rate(step - 1) if feed.rate is not None else 1.0),) if cuts else ()
-            result = step_function(state, place_batch(batch, mesh), *cut)
-        compiled.add(canvas)
+            result = programs(canvas, state, place_batch(batch, mesh), *cut)
+        seen.add(canvas)
         throughput.step(canvas, batch.tokens.shape[-1])
         return result
 
@@ -366,6 +373,7 @@ def _train_steps(
     with run.signals, contextlib.ExitStack() as stack:
         stack.callback(getattr(batches, "close", lambda: None))  # Grain's threads end before the process does
         stack.enter_context(watchdog)
+        stack.enter_context(programs)
         if run.evaluations.missing(start):
             evaluation(_Dispatched(start, state, False, 0))
         for step in range(start + 1, settings.steps + 1):
@@ -398,7 +406,7 @@ def _compiling(run: _Run, throughput: Throughput, watchdog: Watchdog, canvas: st
     """Around the first step on a canvas."""
     begin = time.perf_counter()
     run.progress.log(f"compiling {canvas}")
-    with throughput.exclude("compile"), watchdog.compiling(), without_slow_compile_alarms():
+    with throughput.exclude("compile"), watchdog.compiling():
         yield
     run.progress.log(f"{canvas}: step ready in {time.perf_counter() - begin:.1f} s")
 

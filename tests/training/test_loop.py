@@ -19,7 +19,7 @@ from glip_jax.io.checkpoint import CheckpointError, Checkpoints, Saved, complete
 from glip_jax.io.checkpoint_reader import open_checkpoint
 from glip_jax.io.claims import owned_workdir
 from glip_jax.io.workdir import started_from
-from glip_jax.training import loop
+from glip_jax.training import loop, programs
 from glip_jax.training.finetuning.schedule import Rules, Schedule
 from glip_jax.training.loop import NonFiniteLossError, train
 from glip_jax.training.monitoring import metrics
@@ -79,6 +79,18 @@ def test_a_run_leaves_its_records(config, workdir, tmp_path, capsys):
     assert "checkpoint_seconds" in metrics.read(workdir)[1]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["name"] == "tiny"
     assert "head/projection/kernel" in (tmp_path / "run" / "parameters.txt").read_text()
+
+
+@pytest.mark.slow
+def test_canvases_compiled_beside_the_training_give_the_same_bits(config, tmp_path, monkeypatch, capsys):
+    config = tiny_run.replace(tiny_run.replace(config, "data", short_sides=(64, 128), long_side=128), "train", steps=8)
+    found = {}
+    for cores in (1_000_000, 1):
+        monkeypatch.setattr(programs, "_CORES", cores)
+        found[cores] = fingerprint(train(config, str(tmp_path / str(cores))).params)
+        lines = capsys.readouterr().out
+        assert lines.count("step ready in") + lines.count("compiled beside the training") == 2, lines
+    assert found[1] == found[1_000_000]
 
 
 @pytest.mark.parametrize(
