@@ -5,7 +5,7 @@
 
 Draws scenes of names of the split "unseen" into WORKDIR/data (200 training, 100 validation and 200 test images), and runs the job
 `finetune` on them: each of `--shots` with the first seed, and the largest number with every seed; then each of `--modes` with the largest
-number, without and with a quarter of earlier scenes. The latter measure the demo's own set `scenes` (120 names) before and after, and
+number, without and with a quarter of earlier scenes (`--replay`). The latter measure the demo's own set `scenes` (120 names) before and after, and
 mixtures of the weights. Runs that are finished are not made again, one that was stopped goes on. Prints the table: AP50 of the new names
 on test, AP of the set `scenes`, and both AP of the mixtures, on valid.
 """
@@ -89,19 +89,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", required=True, type=Path)
     parser.add_argument("--minutes", type=float, default=3.0, help="of training, for each run")
     parser.add_argument("--shots", type=int, nargs="*", default=[1, 3, 5, 10])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[3, 30, 300])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[3, 30, 300], help="none: the modes alone")
     parser.add_argument("--modes", nargs="*", default=["full", "head", "lora", "linear", "prompt"])
     parser.add_argument("--modes-seeds", type=int, nargs="+", default=[3], help="seeds of the comparison of modes")
+    parser.add_argument(
+        "--replay", type=float, nargs="+", default=[0, 0.25], help="shares of earlier scenes, of each mode"
+    )
     arguments = parser.parse_args(argv)
     draw(arguments.workdir / "data")
     rows, most = [], max(arguments.shots)
-    for shots in sorted(arguments.shots):
+    for shots in sorted(arguments.shots) if arguments.seeds else ():
         seeds = arguments.seeds if shots == most else arguments.seeds[:1]
         results = [finetune(arguments, f"shots{shots}_{seed}", f"--shots={shots}", f"--seeds={seed}") for seed in seeds]
         rows.append(["full", "", str(shots), str(len(seeds)), *row(results)])
     shares = ",".join(map(str, SHARES))
     for mode in arguments.modes:
-        for share in (0, 0.25)[: 1 if mode in WITHOUT_REPLAY else 2]:
+        for share in [0.0] if mode in WITHOUT_REPLAY else arguments.replay:
             replay = [f"--replay={arguments.checkpoint}/scenes/shards/detection:{share}"] if share else []
             options = [f"--tune={mode}", f"--shots={most}", f"--keep={KEPT}", f"--interpolate={shares}", *replay]
             results = [
