@@ -15,6 +15,7 @@ import dataclasses
 import importlib.util
 import itertools
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -59,8 +60,8 @@ def table(config: Config, chips: Topology, statistics: CompileStatistics) -> str
     return "\n".join(rows)
 
 
-def kernels(chips: Topology, canvas: tuple[int, int], bounds: Sequence[int]) -> Iterator[str]:
-    """Cycles of the kernels of one block of the head for one image, forward and backward."""
+def kernels(chips: Topology, canvas: tuple[int, int], bounds: Sequence[int], only: str) -> Iterator[str]:
+    """Cycles of the kernels of one block of the head for one image, forward and backward; of those whose names match `only`."""
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
@@ -128,7 +129,10 @@ def kernels(chips: Topology, canvas: tuple[int, int], bounds: Sequence[int]) -> 
         programs[f"{name}, forward"] = (partial(window_attention_forward, **settings), taps[:2])
         programs[f"{name}, backward"] = (partial(window_attention_backward, **settings), taps)
     folder = Path(os.environ["GLIP_JAX_CODE"])
-    for name, (function, arrays) in programs.items():
+    chosen = {name: program for name, program in programs.items() if re.search(only, name)}
+    if not chosen:
+        raise SystemExit(f"no kernel matches --only={only}; there are: {'; '.join(programs)}")
+    for name, (function, arrays) in chosen.items():
         with jax.set_mesh(Mesh([device], ("data",))):
             text = jax.jit(function).lower(*arrays).compile().as_text() or ""
         flops, size = (peak / chips.chip.clock for peak in (chips.chip.flops, chips.chip.bandwidth))
@@ -156,6 +160,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/tpu_step"))
     parser.add_argument("--text", type=Path, help="file to write the compiled program into")
     parser.add_argument("--kernels", action="store_true", help="the kernels of a block of the head alone")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="kernels whose names match, with --kernels")
     parser.add_argument("--height", type=int, default=CANVAS[0], help="of the image, with --kernels")
     parser.add_argument("--width", type=int, default=CANVAS[1], help="of the image, with --kernels")
     arguments = parser.parse_args()
@@ -173,7 +178,7 @@ def main() -> None:
             print(
                 f"{arguments.chip}, one image of {arguments.height} x {arguments.width}, 256 tokens, bfloat16, dropout 0.1"
             )
-            for line in kernels(chips, (arguments.height, arguments.width), (arguments.bound, 3)):
+            for line in kernels(chips, (arguments.height, arguments.width), (arguments.bound, 3), arguments.only):
                 print(line, flush=True)
         return
     config = settings(arguments, chips)

@@ -57,7 +57,7 @@ def test_initial_scales_are_the_settings() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("remat", "unroll"), [("blocks", 2), ("elementwise", 1), ("kernels", 1)])
+@pytest.mark.parametrize(("remat", "unroll"), [("blocks", 2), ("kernels", 1)])
 def test_remat_and_unrolling_change_nothing(
     remat: Any, unroll: int, params: Any, plain: tuple[Predictions, Any]
 ) -> None:
