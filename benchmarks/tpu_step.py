@@ -46,9 +46,11 @@ def settings(arguments: argparse.Namespace, chips: Topology) -> Config:
 def table(config: Config, chips: Topology, statistics: CompileStatistics) -> str:
     """Cycles an image by part, and what share of the peak the useful FLOPs are."""
     images, parts = config.train.batch_size, statistics.machine_cycles
-    total = sum(parts.values())
+    total, moved = sum(parts.values()), statistics.bytes / (chips.chip.bandwidth / chips.chip.clock)
     rows = [f"{'M cycles an image':26} {total / images / 1e6:9.2f}   {total / images / chips.chip.clock * 1e3:.1f} ms"]
     rows += [f"  {name:24} {cycles / images / 1e6:9.2f}   {cycles / total:4.0%}" for name, cycles in parts.items()]
+    rows.append(f"{'all bytes at the bandwidth':26} {moved / images / 1e6:9.2f}")
+    total = max(total, moved)
     useful = flops_per_image(config.model, *CANVAS).training * images
     rows.append(f"MFU at most, by machine code {useful / chips.chip.flops / (total / chips.chip.clock):8.1%}")
     rows.append(

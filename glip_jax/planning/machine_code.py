@@ -2,8 +2,8 @@
 
 A bundle is what a core issues in a cycle. Counted are the bundles of a file, those of a loop as often as it turns. Stalls of the matrix
 unit and waits for copies are not in the bundles, so an operation takes at least the longest of its bundles, its products at the peak of
-the matrix unit and its bytes at the bandwidth of the memory. Waits between operations and for collectives are not counted either: the sum
-is less than what a chip takes, but counts the vector units, which a roofline leaves out.
+the matrix unit and its bytes at the bandwidth of the memory. Waits between operations, for collectives and for copies that run beside other operations are
+not counted either: the sum is less than what a chip takes, but counts the vector units, which a roofline leaves out.
 """
 
 import re
@@ -98,6 +98,8 @@ _PARTS = (
 )  # fmt: skip
 """(part, pattern of the JAX name stack); the first that matches counts."""
 OTHERS = "losses, optimizer, the rest"
+_BESIDE = "copy-start"
+"""A copy between HBM and on-chip memory that the compiler runs beside other operations. Its bytes count in the bound by bandwidth of the whole."""
 
 
 def part_of(origin: str) -> str:
@@ -108,9 +110,11 @@ def part_of(origin: str) -> str:
 def cycles_by_part(
     operations: Sequence[Operation], folder: Path, flops_per_cycle: float, bytes_per_cycle: float
 ) -> dict[str, float]:
-    """Cycles of one run of a program, at least, by part: the sum over its operations, one after the other; `folder`: the dumps."""
+    """Cycles of one run of a program, at least, by part: the sum over its operations, one after the other, copies beside them left out; `folder`: the dumps."""
     files, sums = bundle_files(folder), dict.fromkeys([*(part for part, _ in _PARTS), OTHERS], 0.0)
     for each in operations:
+        if each.opcode == _BESIDE:
+            continue
         cycles = operation_cycles(each, files, flops_per_cycle, bytes_per_cycle)
         sums[part_of(each.origin)] += each.times * cycles.least
     return sums

@@ -54,6 +54,8 @@ def test_cycles_are_the_longest_of_bundles_products_and_bytes(tmp_path: Path) ->
         operation("fusion.2", 4000.0, 100.0, 3, "jit(step)/transpose(jvp(GLIP))/backbone/stage1/dot"),
         operation("fusion.3", 10.0, 9000.0, 1, "jit(step)/adamw"),
     ]
+    # It runs beside the others.
+    operations.append(operation("copy-start.1", 4e6, 0.0, 1, "jit(step)/adamw")._replace(opcode="copy-start"))
     found = cycles_by_part(operations, tmp_path, flops_per_cycle=10.0, bytes_per_cycle=4.0)
     assert {part: cycles for part, cycles in found.items() if cycles} == {
         "fusion": 2 * (3 + 22 * 29.0), "backbone": 3 * 1000.0, OTHERS: 900.0,

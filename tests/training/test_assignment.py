@@ -1,12 +1,14 @@
 """ATSS equals a loop over boxes and levels, on random boxes of which several have the same positive anchors."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from glip_jax.config import AnchorConfig, LossConfig, ModelConfig, PyramidConfig
 from glip_jax.structures import boxes as box
 from glip_jax.structures.batch import Targets
+from glip_jax.training import assignment
 from glip_jax.training.assignment import assign
 
 STRIDES, SIZES = (8, 16, 32, 64), (24, 48, 96, 192)
@@ -68,6 +70,14 @@ def test_equals_the_loop(seed: int) -> None:
             np.minimum(left, right) / np.maximum(left, right) * np.minimum(top, bottom) / np.maximum(top, bottom)
         )
     np.testing.assert_allclose(np.asarray(targets.centerness[0])[positive], wanted[positive], atol=1e-4)
+
+
+def test_the_nearest_one_by_one_are_those_of_the_sort() -> None:
+    """With many ties, and rows in which fewer than asked are inside the extent."""
+    distance = jnp.asarray(np.random.default_rng(0).integers(0, 40, (20, 300)), jnp.float32)
+    distance = distance.at[:3, 5:].set(assignment._OUTSIDE)
+    found = jax.jit(assignment._smallest_one_by_one, static_argnums=1)(distance, 9)
+    np.testing.assert_array_equal(found, jax.lax.top_k(-distance, 9)[1])
 
 
 def test_without_boxes_nothing_is_positive() -> None:
