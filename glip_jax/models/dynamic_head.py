@@ -84,8 +84,9 @@ def reread_flat(
     Per image, the memory of [K, h, w] of the size of the image is read as if it were [K, H, W] of the size `coarse`
     (glip-reference 2.7, quirk 1). Released weights depend on it. Cells beyond `coarse` are any of the values.
     """
-    both = {"tpu": partial(_reread_rows, shape=shape), "default": partial(_reread_cells, shape=shape)}
-    return jax.lax.platform_dependent(x, size, coarse, **both)
+    return jax.lax.platform_dependent(
+        x, size, coarse, tpu=partial(_reread_rows, shape=shape), default=partial(_reread_cells, shape=shape)
+    )
 
 
 def _reread_cells(x: Array, size: Array, coarse: Array, shape: tuple[int, int]) -> Array:

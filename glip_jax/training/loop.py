@@ -59,7 +59,7 @@ __all__ = ["Feed", "InitialParameters", "NonFiniteLossError", "train"]
 logger = logging.getLogger(__name__)
 
 _STEPS_AHEAD = 1000
-"""Steps whose canvases are compiled ahead: all of a schedule, but for the end of a run."""
+"""Steps whose canvases are compiled ahead: enough to meet each canvas of a schedule."""
 
 InitialParameters = Callable[[dict[str, Any], Config], tuple[dict[str, Any], dict[str, Any]]]
 """(parameters, config) to parameters read from the files of `config.init_from`, and a record of what was read:

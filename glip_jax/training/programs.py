@@ -24,7 +24,7 @@ Canvas = tuple[int, int]
 _MOST = 8
 """Compilations at once: each takes gigabytes of memory."""
 _CORES = 4
-"""Of a compilation: with fewer, two at once take as long as one after the other, and the first step waits longer."""
+"""For each thread: XLA keeps several cores busy, and on few of them the first step would wait longer for the others' sake."""
 
 
 class Programs:
