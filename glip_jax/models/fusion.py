@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from glip_jax.config import FusionConfig, LoraConfig
 from glip_jax.models.bert import clamped
@@ -32,8 +32,11 @@ __all__ = ["Attended", "Fusion", "Implementation", "Operands", "attend"]
 Implementation = Literal["auto", "scan", "kernel"]
 
 _MASKED = -1e30
+_OUTSIDE = -2e30
 _MAX_LOGITS_BYTES = 32 * 2**20
-"""Maximum bytes of logits of several images at once. One image of 800 x 1344 with 256 tokens has 23 MB."""
+"""Maximum bytes of logits of a head at once, of a block of an image and of several images. One image of 800 x 1344 with 256 tokens has 23 MB."""
+_CACHED_LOGITS_BYTES = 1310720
+"""Maximum bytes of logits of a block on a CPU: so many stay in the cache."""
 
 
 class _Dense(NamedTuple):
@@ -49,20 +52,20 @@ class Operands(NamedTuple):
     values: Float[Array, "heads B T C"]
 
 
-def _dropped(kept: Bool[Array, "B A T"] | None, weights: Float[Array, "B A T"], rate: float) -> Float[Array, "B A T"]:
+def _dropped(kept: Bool[Array, "B a T"] | None, weights: Float[Array, "B a T"], rate: float) -> Float[Array, "B a T"]:
     return weights if kept is None else jnp.where(kept, weights / (1.0 - rate), 0.0)
 
 
 def _kept(
-    words: UInt32[Array, "B 2"] | None, shape: tuple[int, ...], rate: float
-) -> tuple[Bool[Array, "B A T"] | None, Bool[Array, "B A T"] | None]:
-    """Which attention weights dropout keeps, over text and over image; `words`: those of a key per image.
+    words: UInt32[Array, "B 2"] | None, shape: tuple[int, ...], rate: float, begin: Int[Array, ""] | int = 0
+) -> tuple[Bool[Array, "B a T"] | None, Bool[Array, "B a T"] | None]:
+    """Which attention weights dropout keeps, over text and over image, of the locations from `begin`; `words`: those of a key per image.
 
     Each direction uses 16 of 32 random bits.
     """
     if words is None:
         return None, None
-    bits = jax.vmap(lambda own: hashed_bits(own, shape[1:]))(words)
+    bits = jax.vmap(lambda own: hashed_bits(own, shape[1:], begin))(words)
     threshold = round(rate * 65536)
     return (bits >> 16) >= threshold, (bits & 0xFFFF) >= threshold
 
@@ -177,13 +180,39 @@ def _run(settings: _Settings, scan: Any, kernel: Any, arrays: tuple[Any, ...], i
     def on_each(interpret: bool) -> Any:
         return per_device(partial(kernel, interpret=interpret), settings.mesh, inputs, outputs)
 
+    def blockwise(logits_bytes: int) -> Any:
+        images, locations, tokens = *arrays[0].shape[:2], arrays[3].shape[1]
+        group = images_at_once(images, min(4 * locations * tokens, logits_bytes), _MAX_LOGITS_BYTES)
+        return _in_groups(partial(scan, logits_bytes=logits_bytes), images // group, inputs, outputs)
+
+    plain = {"cpu": blockwise(_CACHED_LOGITS_BYTES), "default": blockwise(_MAX_LOGITS_BYTES)}
     match settings.implementation:
         case "kernel":
             return jax.lax.platform_dependent(*arrays, tpu=on_each(False), default=on_each(True))
         case "auto" if is_possible(settings.mesh, len(arrays[0])) and arrays[0].shape[-1] % LANES == 0:
-            return jax.lax.platform_dependent(*arrays, tpu=on_each(False), default=scan)
+            return jax.lax.platform_dependent(*arrays, tpu=on_each(False), **plain)
         case _:
-            return scan(*arrays)
+            return jax.lax.platform_dependent(*arrays, **plain)
+
+
+def _in_groups(run: Any, groups: int, inputs: Any, outputs: Any) -> Any:
+    """`run` for one group of images after the other. `inputs`, `outputs`: dimension of the images."""
+
+    def split(axis: int, tree: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :]), axis, 0), tree
+        )
+
+    def join(axis: int, tree: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jnp.moveaxis(x, 0, axis).reshape(*x.shape[1 : axis + 1], -1, *x.shape[axis + 2 :]), tree
+        )
+
+    def on_all(*arrays: Any) -> Any:
+        results = jax.lax.map(lambda part: run(*part), jax.tree.map(split, inputs, arrays))
+        return jax.tree.map(join, outputs, results)
+
+    return run if groups == 1 else on_all
 
 
 _INPUTS = (0, Operands(1, 1, 1), 0, 0, 1)  # pyright: ignore[reportArgumentType]
@@ -198,26 +227,17 @@ def _attend(visual: Array, operands: Operands, valid: Array, mask: Array, words:
 def _attend_forward(
     visual: Array, operands: Operands, valid: Array, mask: Array, words: Any, settings: _Settings
 ) -> tuple[Attended, Any]:
-    def scan(*arrays: Any) -> Any:
-        # The scan computes its sums again; the kernel keeps their logarithms.
-        return _scan(*arrays, rate=settings.rate), jnp.zeros(operands.key_bias.shape, jnp.float32)
-
     def kernel(visual: Array, operands: Operands, valid: Array, mask: Array, words: Any, interpret: bool) -> Any:
         for_image, read = attention_forward(visual, *operands, valid, mask, words, settings.rate, interpret)
         return Attended(for_image, read.features, read.weight), read.log_sum
 
     arrays = (visual, operands, valid, mask, words)
-    found, log_sum = save_activation(_run(settings, scan, kernel, arrays, _INPUTS, _OUTPUTS))
+    plain = partial(_forward, rate=settings.rate)
+    found, log_sum = save_activation(_run(settings, plain, kernel, arrays, _INPUTS, _OUTPUTS))
     return found, (*arrays, (found.for_text, found.weight_sum, log_sum))
 
 
 def _attend_backward(settings: _Settings, saved: Any, gradients: Attended) -> tuple[Any, ...]:
-    def scan(
-        visual: Array, operands: Operands, valid: Array, mask: Array, words: Any, _: Any, gradients: Attended
-    ) -> Any:
-        run: Any = partial(_scan, valid=valid, mask=mask, words=words, rate=settings.rate)
-        return jax.vjp(run, visual, operands)[1](gradients)
-
     def kernel(
         visual: Array, operands: Operands, valid: Array, mask: Array, words: Any, read: Any, gradients: Attended, interpret: bool
     ) -> Any:  # fmt: skip
@@ -227,7 +247,9 @@ def _attend_backward(settings: _Settings, saved: Any, gradients: Attended) -> tu
         return dvisual, Operands(*rest)
 
     inputs = (*_INPUTS, (1, 1, 1), _OUTPUTS[0])
-    dvisual, doperands = _run(settings, scan, kernel, (*saved, gradients), inputs, _INPUTS[:2])
+    dvisual, doperands = _run(
+        settings, partial(_backward, rate=settings.rate), kernel, (*saved, gradients), inputs, _INPUTS[:2]
+    )
     # Integers have no gradient; JAX represents it as zeros of type float0.
     return dvisual, doperands, *(jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), x) for x in saved[2:5])
 
@@ -235,57 +257,124 @@ def _attend_backward(settings: _Settings, saved: Any, gradients: Attended) -> tu
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _scan(
-    visual: Float[Array, "B A C"], operands: Operands, valid: Bool[Array, "B A"], mask: Bool[Array, "B T"], words: Any, *, rate: float
-) -> Attended:  # fmt: skip
-    """Both directions, for as many images at once as `_MAX_LOGITS_BYTES` allows."""
-    images = len(visual)
-    group = images_at_once(images, 4 * visual.shape[1] * mask.shape[1], _MAX_LOGITS_BYTES)
-    if group == images:
-        return _attend_at_once(visual, operands, valid, mask, words, rate)
-
-    def grouped(x: Array) -> Array:
-        return x.reshape(-1, group, *x.shape[1:])
-
-    def grouped_after_heads(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(len(x), -1, group, *x.shape[2:]), 1, 0)
-
-    def ungrouped_after_heads(x: Array) -> Array:
-        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], images, *x.shape[3:])
-
-    parts = (
-        grouped(visual), jax.tree.map(grouped_after_heads, operands), grouped(valid), grouped(mask),
-        jax.tree.map(grouped_after_heads, words),
-    )  # fmt: skip
-    results = jax.lax.map(lambda part: _attend_at_once(*part, rate=rate), parts)
-    return Attended(
-        results.for_image.reshape(visual.shape),
-        ungrouped_after_heads(results.for_text),
-        ungrouped_after_heads(results.weight_sum),
-    )
+# --- the plain form --------------------------------------------------------------------------------------------------
 
 
-def _attend_at_once(
-    visual: Float[Array, "B A C"], operands: Operands, valid: Bool[Array, "B A"], mask: Bool[Array, "B T"], words: Any, rate: float
-) -> Attended:  # fmt: skip
-    """Both directions, as a scan over attention heads."""
+class _Block(NamedTuple):
+    """Locations whose logits are in memory together."""
 
-    @jax.checkpoint
-    def head(
-        for_image: Float[Array, "B A C"], item: tuple[Operands, Any]
-    ) -> tuple[Float[Array, "B A C"], tuple[Float[Array, "B T C"], Float[Array, "B T"]]]:
-        text, head_words = item
-        logits = jnp.einsum("bac,btc->bat", visual, text.keys, preferred_element_type=jnp.float32)
-        logits = clamped(logits + text.key_bias[:, None, :])
-        over_text = jax.nn.softmax(jnp.where(mask[:, None, :], logits, _MASKED), axis=2)
-        kept_of_text, kept_of_image = _kept(head_words, logits.shape, rate)
-        over_text = _dropped(kept_of_text, over_text, rate).astype(visual.dtype)
-        for_image += jnp.einsum("bat,btc->bac", over_text, text.values, preferred_element_type=jnp.float32)
-        over_image = jax.nn.softmax(jnp.where(valid[:, :, None], logits, _MASKED), axis=1)
-        over_image = _dropped(kept_of_image, over_image, rate)
-        read = jnp.einsum("bat,bac->btc", over_image.astype(visual.dtype), visual, preferred_element_type=jnp.float32)
-        return for_image, (read, over_image.sum(1))
+    rows: Float[Array, "B a C"]
+    penalty: Float[Array, "B a"]
+    """Added to logits over the image: 0, `_MASKED`, or `_OUTSIDE` in rows that fill the last block."""
+    begin: Int[Array, ""]
+    """Index of the first location."""
 
-    start = jnp.zeros(visual.shape, jnp.float32)
-    for_image, (for_text, weight_sum) = jax.lax.scan(head, start, (operands, words))
-    return Attended(for_image.astype(visual.dtype), for_text, weight_sum)
+
+def _in_blocks(x: Float[Array, "B A ..."], size: int, fill: float = 0.0) -> Float[Array, "blocks B a ..."]:
+    spare = -x.shape[1] % size
+    x = jnp.pad(x, ((0, 0), (0, spare), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
+    return jnp.moveaxis(x.reshape(len(x), -1, size, *x.shape[2:]), 1, 0)
+
+
+def _blocks(visual: Float[Array, "B A C"], valid: Bool[Array, "B A"], tokens: int, logits_bytes: int) -> _Block:
+    """All locations, in blocks of equal size along a new first axis."""
+    locations = visual.shape[1]
+    count = -(-4 * tokens * locations // logits_bytes)
+    size = -(-locations // count)
+    penalty = _in_blocks(jnp.where(valid, 0.0, _MASKED), size, _OUTSIDE)
+    return _Block(_in_blocks(visual, size), penalty, size * jnp.arange(len(penalty)))
+
+
+def _joined(blocks: Float[Array, "blocks B a C"], shape: tuple[int, ...]) -> Float[Array, "B A C"]:
+    return jnp.moveaxis(blocks, 0, 1).reshape(shape[0], -1, shape[2])[:, : shape[1]]
+
+
+def _product(over: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(over, a, b, preferred_element_type=jnp.float32)
+
+
+def _over_text(logits: Float[Array, "B a T"], mask: Bool[Array, "B T"]) -> Float[Array, "B a T"]:
+    return jax.nn.softmax(jnp.where(mask[:, None], logits, _MASKED), axis=2)
+
+
+def _forward(
+    visual: Float[Array, "B A C"], operands: Operands, valid: Bool[Array, "B A"], mask: Bool[Array, "B T"], words: Any, *, rate: float,
+    logits_bytes: int,
+) -> tuple[Attended, Float[Array, "heads B T"]]:  # fmt: skip
+    """Both directions, and the logarithm of each token's sum of exponentials over the image (online softmax, arXiv 1805.02867)."""
+    shape = operands.keys.shape
+    zeros = jnp.zeros(shape[:3], jnp.float32)
+    nothing = (zeros + _OUTSIDE, zeros, zeros, jnp.zeros(shape, jnp.float32))
+
+    def block(read: tuple[Array, ...], own: _Block) -> tuple[tuple[Array, ...], Array]:
+        def head(out: Array, item: tuple[Operands, Any, tuple[Array, ...]]) -> tuple[Array, tuple[Array, ...]]:
+            text, head_words, (peak, total, weight, features) = item
+            logits = clamped(_product("bac,btc->bat", own.rows, text.keys) + text.key_bias[:, None])
+            kept_of_text, kept_of_image = _kept(head_words, logits.shape, rate, own.begin)
+            over_text = _dropped(kept_of_text, _over_text(logits, mask), rate).astype(visual.dtype)
+            out += _product("bat,btc->bac", over_text, text.values)
+            over_image = logits + own.penalty[..., None]
+            highest = jnp.maximum(peak, over_image.max(1))
+            powers, factor = jnp.exp(over_image - highest[:, None]), jnp.exp(peak - highest)
+            kept = _dropped(kept_of_image, powers, rate)
+            features = features * factor[..., None] + _product("bat,bac->btc", kept.astype(visual.dtype), own.rows)
+            return out, (highest, total * factor + powers.sum(1), weight * factor + kept.sum(1), features)
+
+        out, read = jax.lax.scan(head, jnp.zeros(own.rows.shape, jnp.float32), (operands, words, read))
+        return read, out.astype(visual.dtype)
+
+    read, for_image = jax.lax.scan(block, nothing, _blocks(visual, valid, mask.shape[1], logits_bytes))
+    peak, total, weight, features = read
+    attended = Attended(_joined(for_image, visual.shape), features / total[..., None], weight / total)
+    return attended, peak + jnp.log(total)
+
+
+def _backward(
+    visual: Float[Array, "B A C"], operands: Operands, valid: Bool[Array, "B A"], mask: Bool[Array, "B T"], words: Any,
+    read: tuple[Float[Array, "heads B T C"], Float[Array, "heads B T"], Float[Array, "heads B T"]], gradients: Attended, *, rate: float,
+    logits_bytes: int,
+) -> tuple[Float[Array, "B A C"], Operands]:  # fmt: skip
+    """Gradients of `visual` and `operands`; `read`: `for_text`, `weight_sum` and the logarithms of `_forward`.
+
+    Logits are computed again, block by block. The sum over the image of weight times gradient follows from what was read.
+    """
+    for_text, weight_sum, log_sum = read
+    blocks, tokens = _blocks(visual, valid, mask.shape[1], logits_bytes), mask.shape[1]
+    mean = (for_text * gradients.for_text).sum(-1) + weight_sum * gradients.weight_sum
+    # Products with both are one.
+    keys = jnp.concatenate([operands.keys, gradients.for_text.astype(visual.dtype)], 2)
+    of_heads = (operands, keys, words, gradients.weight_sum, mean, log_sum)
+    zeros = jnp.zeros(operands.keys.shape, jnp.float32)
+
+    def block(sums: Operands, part: tuple[_Block, Array]) -> tuple[Operands, Array]:
+        own, dfor_image = part
+
+        def head(dvisual: Array, item: tuple[Any, Operands]) -> tuple[Array, Operands]:
+            (text, keys, head_words, dweight, own_mean, own_log_sum), sums = item
+            product = _product("bac,btc->bat", own.rows, keys)
+            raw, dpowers = product[..., :tokens] + text.key_bias[:, None], product[..., tokens:] + dweight[:, None]
+            logits = clamped(raw)
+            over_text = _over_text(logits, mask)
+            over_image = jnp.exp(logits + own.penalty[..., None] - own_log_sum[:, None])
+            kept_of_text, kept_of_image = _kept(head_words, logits.shape, rate, own.begin)
+            dover_text = _dropped(kept_of_text, _product("bac,btc->bat", dfor_image, text.values), rate)
+            dover_text = over_text * (dover_text - (over_text * dover_text).sum(2, keepdims=True))
+            dover_image = over_image * (_dropped(kept_of_image, dpowers, rate) - own_mean[:, None])
+            dlogits = jnp.where(logits == raw, dover_text + dover_image, 0.0)
+            over_text, over_image, narrow = (
+                x.astype(visual.dtype)
+                for x in (_dropped(kept_of_text, over_text, rate), _dropped(kept_of_image, over_image, rate), dlogits)
+            )
+            dvisual += _product("bat,btc->bac", jnp.concatenate([narrow, over_image], 2), keys)
+            return dvisual, Operands(
+                sums.keys + _product("bat,bac->btc", narrow, own.rows),
+                sums.key_bias + dlogits.sum(1),
+                sums.values + _product("bat,bac->btc", over_text, dfor_image),
+            )
+
+        dvisual, sums = jax.lax.scan(head, jnp.zeros(own.rows.shape, jnp.float32), (of_heads, sums))
+        return sums, dvisual.astype(visual.dtype)
+
+    parts = (blocks, _in_blocks(gradients.for_image, blocks.rows.shape[2]))
+    doperands, dvisual = jax.lax.scan(block, Operands(zeros, zeros[..., 0], zeros), parts)
+    return _joined(dvisual, visual.shape), jax.tree.map(lambda x, like: x.astype(like.dtype), doperands, operands)

@@ -66,11 +66,17 @@ def _params(module: Fusion) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(x + 0.3 * rng.normal(size=x.shape), jnp.float32), shapes)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("one_by_one", [False, True])
-def test_folded_equals_plain_forward_and_backward(monkeypatch: pytest.MonkeyPatch, one_by_one: bool) -> None:
-    if one_by_one:
+def _set_sizes(monkeypatch: pytest.MonkeyPatch, parts: str) -> None:
+    if parts == "blocks":  # of 14 locations; two rows fill the last one
+        monkeypatch.setattr(fusion, "_CACHED_LOGITS_BYTES", 4 * TOKENS * 14)
+    if parts == "images":
         monkeypatch.setattr(fusion, "_MAX_LOGITS_BYTES", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", ["whole", "images", "blocks"])
+def test_folded_equals_plain_forward_and_backward(monkeypatch: pytest.MonkeyPatch, parts: str) -> None:
+    _set_sizes(monkeypatch, parts)
     module = Fusion(CONFIG, train=False, dtype=jnp.float32)
     params, inputs = _params(module), _inputs()
     ones = (jnp.ones(()), jnp.ones(()))
@@ -92,9 +98,10 @@ def test_folded_equals_plain_forward_and_backward(monkeypatch: pytest.MonkeyPatc
         np.testing.assert_allclose(a, b, atol=3e-5 * max(1.0, float(jnp.abs(b).max())))
 
 
-@pytest.mark.parametrize("one_by_one", [False, True])
-def test_folded_equals_plain_under_dropout(monkeypatch: pytest.MonkeyPatch, one_by_one: bool) -> None:
-    """With the same weights dropped, which tests the scaling of the bias of the value."""
+@pytest.mark.parametrize("parts", ["whole", "images", "blocks"])
+def test_folded_equals_plain_under_dropout(monkeypatch: pytest.MonkeyPatch, parts: str) -> None:
+    """With the same weights dropped, which tests the scaling of the bias of the value; with gradients, whose formulas are written out."""
+    _set_sizes(monkeypatch, parts)
     rng = np.random.default_rng(3)
     factors = (rng.uniform(size=(CONFIG.heads, 2, IMAGES, LOCATIONS, TOKENS)) > 0.25) / 0.75
     module = Fusion(CONFIG, train=True, dtype=jnp.float32)
@@ -104,14 +111,28 @@ def test_folded_equals_plain_under_dropout(monkeypatch: pytest.MonkeyPatch, one_
     monkeypatch.setattr(fusion, "example_keys", lambda head, images: IMAGES * head + jnp.arange(images))
     monkeypatch.setattr(fusion, "words_of", lambda key: jnp.stack([key, key]).astype(jnp.uint32))
     table = jnp.asarray(factors, bool).swapaxes(1, 2).reshape(-1, 2, LOCATIONS, TOKENS)
-    monkeypatch.setattr(fusion, "_kept", lambda words, shape, rate: (table[words[:, 0], 0], table[words[:, 0], 1]))
-    if one_by_one:
-        monkeypatch.setattr(fusion, "_MAX_LOGITS_BYTES", 0)
-    found: Any = module.apply({"params": params}, *inputs, rngs={"dropout": jax.random.key(0)})
-    per_image = factors.transpose(1, 2, 0, 3, 4)
-    wanted = _plain(params, *inputs, (jnp.asarray(per_image[0]), jnp.asarray(per_image[1])))
+    table = jnp.pad(table, ((0, 0), (0, 0), (0, LOCATIONS), (0, 0)))
+
+    def kept(words: Any, shape: Any, rate: float, begin: Any) -> Any:
+        rows = jax.lax.dynamic_slice_in_dim(table[words[:, 0]], begin, shape[1], axis=2)
+        return rows[:, 0], rows[:, 1]
+
+    monkeypatch.setattr(fusion, "_kept", kept)
+    per_image = jnp.asarray(factors.transpose(1, 2, 0, 3, 4))
+    weights = [rng.normal(size=x.shape) for x in inputs[:2]]
+
+    def folded(params: Any, visual: Any, text: Any) -> Any:
+        return module.apply({"params": params}, visual, text, *inputs[2:], rngs={"dropout": jax.random.key(0)})
+
+    def plain(params: Any, visual: Any, text: Any) -> Any:
+        return _plain(params, visual, text, *inputs[2:], per_image)
+
+    (found, backward), (wanted, plain_backward) = (jax.vjp(f, params, *inputs[:2]) for f in (folded, plain))
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=3e-5)
+    gradients = (jax.tree.leaves(f(tuple(map(jnp.float32, weights)))) for f in (backward, plain_backward))
+    for a, b in zip(*gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-5 * max(1.0, float(jnp.abs(b).max())))
 
 
 def test_dropout_keeps_the_mean() -> None:
