@@ -75,7 +75,7 @@ def get_config() -> Config:
             # Required by the released weights: the offsets of the coarser level are re-read as a flat array.
             head=HeadConfig(blocks=6, groups=16, coarse_offsets="flat"),
             dtype="bfloat16",
-            remat="blocks",
+            remat="kernels",
         ),
         loss=LossConfig(box_weight=2.0, focal_alpha=0.25, focal_gamma=2.0, atss_candidates=9),
         data=DataConfig(

@@ -52,9 +52,12 @@ def _by_loops(
         level = []
         for anchor, phrase in np.ndindex(end - begin, PHRASES):
             anchor += begin
-            p = 1 / (1 + np.exp(-found.logits[0, anchor, phrase_map[phrase]].astype(np.float64)))
-            alignment = p.max() if config.token_scores == "max" else p.mean()
-            if alignment > config.threshold:
+            p = 1 / (1 + np.exp(-found.logits[0, anchor].astype(np.float64)))
+            rule = np.max if config.token_scores == "max" else np.mean
+            alignments = [rule(p[tokens]) for tokens in phrase_map]
+            nothing = max(p[len(p) - config.sinks :], default=0)
+            alignment = alignments[phrase]
+            if alignment > config.threshold and max(alignments) >= nothing:
                 center = 1 / (1 + np.exp(-float(found.centerness[0, anchor])))
                 decoded = box.clip(box.decode(found.deltas[0, anchor], ANCHORS[anchor]), np.array(size, np.float32))
                 level.append((np.sqrt(alignment * center), phrase, decoded))
@@ -72,6 +75,7 @@ _CONFIGS = {
     "default": DetectionConfig(),
     "tight": DetectionConfig(threshold=0.3, candidates_per_level=20, nms_iou=0.3, max_detections=7),
     "max": DetectionConfig(threshold=0.5, token_scores="max", max_detections=20),
+    "sinks": DetectionConfig(threshold=0.3, sinks=1),
 }
 
 
@@ -80,7 +84,7 @@ _CONFIGS = {
     [
         pytest.param(seed, config, id=f"{name}-{seed}")
         for name, config in _CONFIGS.items()
-        for seed in range(1 if name == "max" else 4)
+        for seed in range(1 if name in ("max", "sinks") else 4)
     ],
 )
 def test_equals_the_loop(seed: int, config: DetectionConfig) -> None:
@@ -263,7 +267,7 @@ def test_the_latest_texts_are_cached(params: Any, monkeypatch: pytest.MonkeyPatc
     detector = _detector(_config(1), params)
     for name in NAMES[:3]:
         detector.text(prompts.prompt_from_categories([name]))
-    assert [caption for caption, _ in detector._texts] == NAMES[1:3]
+    assert [caption for caption, *_ in detector._texts] == NAMES[1:3]
 
 
 def test_detections_are_in_image_pixels_and_batch_invariant(params: Any) -> None:

@@ -58,6 +58,14 @@ class DetectionConfig:
     nms_iou: Fraction = 0.6
     max_detections: Size = 100
     """Maximum number of detections per image and prompt."""
+    sinks: Annotated[int, Range(0, 64, "tokens")] = 0
+    """Tokens without a meaning behind those of every prompt, so that attention can choose nothing; a location that fits one of them better
+    than every phrase gives no detection. For networks with fusion, also trained ones. Where one or few absent names are asked: fewer
+    false alarms."""
+    sink_start: str = "random"
+    """States of the sinks before fusion: `random` numbers in the range of the text encoder's states, or the mean state of any other text."""
+    sink_seed: Limit = 0
+    """Which random numbers. `python -m benchmarks.sinks` compares seeds and texts on a few images."""
 
 
 @dataclass(frozen=True)
@@ -294,6 +302,10 @@ def validate(config: Config) -> Config:
          or all(getattr(config.optimizer, name) == getattr(OptimizerConfig, name) for name in ("beta1", "beta2", "epsilon")),
          f"optimizer.beta1, beta2 and epsilon are of adamw, optimizer.name is {config.optimizer.name!r}: give optimizer.arguments"),
         *data_checks(config.data),
+        (not config.detection.sinks or config.model.fusion.enabled,
+         f"detection.sinks is {config.detection.sinks}, and the network has no fusion: its image features read no text, so sinks change nothing"),
+        (bool(config.detection.sink_start.strip()),
+         f"detection.sink_start is {config.detection.sink_start!r}: expected random or a text"),
     ]  # fmt: skip
     for name, dataset in config.evaluation.sets.items():
         checks.append(

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float32, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
 from PIL import Image
 
 from glip_jax.config import Config
 from glip_jax.inference.pipeline import pipelined
 from glip_jax.inference.programs import ROWS, STEPS, WHOLE, programs
 from glip_jax.inference.queries import category_prompts, check_query, phrases_of
+from glip_jax.inference.sinks import sink_states
 from glip_jax.io import assets
 from glip_jax.io.compiler_lines import without_slow_compile_alarms
 from glip_jax.io.cores import available_cores
@@ -136,7 +137,7 @@ class Detector:
         self.devices = tuple(jax.local_devices() if devices is None else devices)
         self.tokenizer = prompts.load_tokenizer(assets.resolve(config.model.text.vocabulary))
         self._read_caption = read_caption or phrases_of
-        self._texts: OrderedDict[tuple[str, int], Array] = OrderedDict() if texts_of is None else texts_of._texts
+        self._texts: OrderedDict[tuple[Any, ...], Array] = OrderedDict() if texts_of is None else texts_of._texts
         self._tokenized: OrderedDict[str, TokenizedPrompt] = OrderedDict()
         self._chunks: tuple[tuple[str, ...], list[tuple[Prompt, tuple[int, ...]]]] = ((), [])
         self._most_texts = _CACHED_TEXTS
@@ -228,16 +229,26 @@ class Detector:
     def text(self, prompt: Prompt, length: int | None = None) -> tuple[TokenizedPrompt, Array]:
         """Tokens of a prompt and the encoded states of its caption, Float[T D], padded to `length` tokens (default: as for it alone).
 
-        Raises PromptError if the prompt exceeds the token budget.
+        `detection.sinks` stand behind those. Raises PromptError if the prompt exceeds the token budget, which the sinks are no part of.
         """
         length = length or self._padding([prompt])[0]
         tokens, mask, phrase_map = (array[..., :length] for array in self._tokenize(prompt))
 
         def encode() -> Array:
-            return self._programs.encode_text(self.params, tokens, mask)
+            return self._with_sinks(self._programs.encode_text(self.params, tokens, mask))
 
-        states = _cached(self._texts, (prompt.caption, length), encode, self._most_texts)
-        return TokenizedPrompt(tokens, mask, phrase_map), states
+        detection = self.config.detection
+        sinks = (detection.sinks, detection.sink_start, detection.sink_seed)
+        states = _cached(self._texts, (prompt.caption, length, sinks), encode, self._most_texts)
+        behind = (0, detection.sinks)
+        phrase_map = np.pad(phrase_map, ((0, 0), behind))
+        return TokenizedPrompt(np.pad(tokens, behind), np.pad(mask, behind, constant_values=True), phrase_map), states
+
+    def _with_sinks(self, states: Float[Array, "T D"]) -> Float[Array, "T_and_sinks D"]:
+        if not self.config.detection.sinks:
+            return states
+        sinks = sink_states(self.params, self.config, self.tokenizer)
+        return jnp.concatenate([states, sinks.astype(states.dtype)])
 
     def _tokenize(self, prompt: Prompt) -> TokenizedPrompt:
         """The prompt at the length of the whole token budget."""
@@ -384,7 +395,7 @@ class Detector:
         canvas: tuple[int, int], mesh: Mesh,
     ) -> tuple[Detections, list[tuple[int, int]]]:  # fmt: skip
         """Dispatches one call of each device. Returns the detections, and the step and row of each request."""
-        length, slots = padding
+        length, slots = padding[0] + self.config.detection.sinks, padding[1]
         cells: list[tuple[int, int]] = []
         steps = np.zeros(mesh.size, np.int32)
         # A row that is not in use runs the image that lies there.
@@ -396,7 +407,7 @@ class Detector:
         for device, part in enumerate(parts):
             # Prompts by identity; a device without requests holds any.
             asked = {id(request.prompt): request.prompt for request in part or next(filter(None, parts))}
-            texts = [self.text(prompt, length) for prompt in asked.values()]
+            texts = [self.text(prompt, padding[0]) for prompt in asked.values()]
             for number, (tokenized, _) in enumerate(texts):
                 masks[device, number] = tokenized.mask
                 maps[device, number, : len(tokenized.phrase_map)] = tokenized.phrase_map

@@ -49,7 +49,8 @@ def detect(
     """Detections of fixed shape from predictions: scores, decoding, clipping, suppression (glip-reference 2.10).
 
     The alignment of a phrase at a location is the mean or maximum probability of its tokens (`config.token_scores`), the score
-    the square root of alignment times centerness. Boxes: pixels of the resized image, clipped to `size`; unused: phrase -1.
+    the square root of alignment times centerness. The last `config.sinks` tokens belong to no phrase; locations that they fit better
+    than every phrase are left out. Boxes: pixels of the resized image, clipped to `size`; unused: phrase -1.
     """
     anchors = box.anchors(canvas, model.pyramid.strides, model.anchors.sizes)
     weights = phrase_map / jnp.maximum(phrase_map.sum(-1, keepdims=True), 1)
@@ -66,6 +67,8 @@ def detect(
             else:  # phrase by phrase, for the memory
                 aligned = jax.lax.map(lambda own, tokens=tokens: jnp.where(own > 0, tokens, 0.0).max(-1), weights).T
             candidate = (aligned > config.threshold) & valid[:, None]
+            if config.sinks:
+                candidate &= aligned.max(1, keepdims=True) >= tokens[:, -config.sinks :].max(1, keepdims=True)
             score = aligned * jax.nn.sigmoid(part.centerness[begin:end, None])
             score = jnp.where(candidate, score, 0.0).reshape(-1)
             best, index = jax.lax.top_k(score, min(config.candidates_per_level, score.shape[0]))

@@ -19,6 +19,7 @@ from glip_jax.config import HeadConfig
 from glip_jax.models.deformable import Taps, clamp_offsets, deformable_convolution, exceeds_bound, rows_of
 from glip_jax.models.extents import grid, mask_padding, resize_bilinear, valid_mask
 from glip_jax.models.initializers import small_normal, torch_dense, uniform
+from glip_jax.models.remat import save_activation
 
 __all__ = ["DynamicConvolution", "GroupNorm", "reread_flat"]
 
@@ -246,7 +247,7 @@ class DynamicConvolution(nn.Module):
             moments = [_moments(x, sizes[i]) for x, i in zip(out, targets)]
             return [(x, own, norm(own)) for x, own in zip(out, moments)]
 
-        maps = self._bounded([offset(x).astype(jnp.float32) for x in levels], sizes)
+        maps = self._bounded([save_activation(offset(x).astype(jnp.float32)) for x in levels], sizes)
         for_coarser = [self._coarser(maps[i], sizes[i], sizes[i + 1], shapes[i + 1]) for i in range(count - 1)]
         same = convolve("same", range(count), maps)
         fine = convolve("fine", range(count - 1), maps[1:], stride=2)

@@ -22,9 +22,11 @@ from tokenizers.implementations import BertWordPieceTokenizer
 
 from glip_jax import UserError
 from glip_jax.config import Config, ModelConfig, flatten
+from glip_jax.inference.sinks import RANDOM, sink_tokens
 from glip_jax.io.assets import resolve
 from glip_jax.models.swin import relative_position_index
 from glip_jax.structures.boxes import anchors
+from glip_jax.structures.prompts import load_tokenizer
 from glip_jax.weights.names import export_state
 
 __all__ = [
@@ -67,6 +69,11 @@ def write(form: Format, out: Path, params: Mapping[str, Any], config: Config) ->
     """
     match form:
         case "glip-pth":
+            if config.detection.sinks:
+                raise ExportError(
+                    f"glip-pth: detection.sinks is {config.detection.sinks}, and microsoft/GLIP has no sinks: use --format=huggingface or "
+                    "--format=onnx, or export with --config.detection.sinks=0"
+                )
             write_glip_pth(out, params, config.model)
         case "huggingface":
             write_huggingface(out, params, config)
@@ -88,6 +95,21 @@ def network_settings(model: ModelConfig) -> dict[str, Any]:
     if model.prompts.names:
         kept["prompts"] = ("names", "tokens")
     return {part: {field: sizes[part][field] for field in fields} for part, fields in kept.items()}
+
+
+def _with_sinks(config: Config) -> dict[str, Any]:
+    """`network_settings`, and the sinks if there are any. Raises PromptError for a `sink_start` that the vocabulary does not know."""
+    detection = config.detection
+    start: dict[str, Any] = {"seed": detection.sink_seed}
+    if detection.sinks and detection.sink_start != RANDOM:
+        start = {"tokens": sink_tokens(config, load_tokenizer(resolve(config.model.text.vocabulary)))}
+    sinks = {"sinks": {"number": detection.sinks, **start}} if detection.sinks else {}
+    return network_settings(config.model) | sinks
+
+
+def _detection_settings(config: Config) -> dict[str, Any]:
+    """Arguments of `portable.processing_glip.best_detections`; what the sinks say is of the network."""
+    return {name: value for name, value in dataclasses.asdict(config.detection).items() if not name.startswith("sink_")}
 
 
 def _buffers(model: ModelConfig) -> dict[str, Shaped[np.ndarray, "..."]]:
@@ -163,13 +185,20 @@ def write_huggingface(folder: Path, params: Mapping[str, Any], config: Config) -
     """
     folder.mkdir(parents=True)
     _write_tokenizer(folder, config)
-    for file in ("glip_network.py", "tuned_prompts.py", "modeling_glip.py", "processing_glip.py", "pipeline_glip.py"):
+    for file in (
+        "glip_network.py",
+        "tuned_prompts.py",
+        "sinks.py",
+        "modeling_glip.py",
+        "processing_glip.py",
+        "pipeline_glip.py",
+    ):
         shutil.copyfile(PORTABLE / file, folder / file)
     state = {f"{NETWORK_PREFIX}{name}": value for name, value in full_state(params, config.model).items()}
     safetensors.numpy.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     # safetensors makes the file readable by its owner only.
     (folder / "model.safetensors").chmod((folder / "vocab.txt").stat().st_mode)
-    processing, detection = "processing_glip.GlipProcessor", dataclasses.asdict(config.detection)
+    processing, detection = "processing_glip.GlipProcessor", _detection_settings(config)
     _write_json(folder / "preprocessor_config.json", {
         "image_processor_type": "GlipImageProcessor", "processor_class": "GlipProcessor",
         "auto_map": {"AutoImageProcessor": "processing_glip.GlipImageProcessor", "AutoProcessor": processing},
@@ -188,7 +217,7 @@ def write_huggingface(folder: Path, params: Mapping[str, Any], config: Config) -
                      "AutoModelForZeroShotObjectDetection": "modeling_glip.GlipForZeroShotObjectDetection"},
         "custom_pipelines": {"zero-shot-object-detection": {
             "impl": "pipeline_glip.GlipPipeline", "pt": ["AutoModelForZeroShotObjectDetection"], "type": "multimodal"}},
-        "network": network_settings(config.model), "extent": config.model.input.extent,
+        "network": _with_sinks(config), "extent": config.model.input.extent,
         "extent_multiple": config.model.input.extent_multiple, "glip_jax": dict(flatten(config)),
     })  # fmt: skip
 
@@ -197,14 +226,14 @@ def write_onnx(folder: Path, params: Mapping[str, Any], config: Config) -> None:
     """A folder with model.onnx, vocab.txt and settings.json.
 
     The graph takes pixel_values [B 3 H W] (normalized, sides multiples of 32), input_ids and attention_mask [B T], and
-    gives boxes [B A 4] (x1, y1, x2, y2 in its pixels), centerness [B A] and logits [B A T]; B, H, W and T are free. Every
-    image of a batch has its full size as extent.
+    gives boxes [B A 4] (x1, y1, x2, y2 in its pixels), centerness [B A] and logits [B A T], with sinks of those behind the tokens;
+    B, H, W and T are free. Every image of a batch has its full size as extent.
     """
     import torch
 
     from glip_jax.weights.portable.glip_network import GlipNetwork
 
-    network = GlipNetwork(network_settings(config.model))
+    network = GlipNetwork(_with_sinks(config))
     state = {name: torch.from_numpy(value) for name, value in full_state(params, config.model).items()}
     network.load_state_dict(state, assign=True)
 
@@ -222,7 +251,8 @@ def write_onnx(folder: Path, params: Mapping[str, Any], config: Config) -> None:
     tokens = torch.arange(1, 8)[None].expand(2, -1) % config.model.text.vocabulary_size
     free = {"pixel_values": {0: "batch", 2: "height", 3: "width"}, "input_ids": {0: "batch", 1: "tokens"},
             "attention_mask": {0: "batch", 1: "tokens"}, "boxes": {0: "batch", 1: "anchors"},
-            "centerness": {0: "batch", 1: "anchors"}, "logits": {0: "batch", 1: "anchors", 2: "tokens"}}  # fmt: skip
+            "centerness": {0: "batch", 1: "anchors"},
+            "logits": {0: "batch", 1: "anchors", 2: "tokens_and_sinks" if config.detection.sinks else "tokens"}}  # fmt: skip
     with warnings.catch_warnings(), torch.inference_mode():
         # Warnings that the older exporter is deprecated (the newer one takes 220 s instead of 5 s for a network of two
         # blocks with free sides), and about traced sizes, which do follow the input: the verification runs other sizes.
@@ -234,7 +264,7 @@ def write_onnx(folder: Path, params: Mapping[str, Any], config: Config) -> None:
     _write_json(folder / "settings.json", {
         "format": "glip_jax onnx 1", **_input_settings(config), "separator": config.data.captions.separator,
         "max_tokens": config.model.text.max_tokens, "strides": config.model.pyramid.strides,
-        "detection": dataclasses.asdict(config.detection),
+        "detection": _detection_settings(config),
     })  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 from glip_jax.config import Config
 from glip_jax.data.scenes.backgrounds import background
 from glip_jax.inference import category_prompts
+from glip_jax.inference.sinks import sink_states
 from glip_jax.io import assets
 from glip_jax.models.glip import GLIP, normalize
 from glip_jax.models.tuned_prompts import NONE, SEPARATOR, SPECIAL_ROWS
@@ -168,10 +169,21 @@ def _reference(
     canvas = (max(height for height, _ in extents), max(width for _, width in extents))
     anchors = box.anchors(canvas, model.pyramid.strides, model.anchors.sizes)
 
+    exact = dataclasses.replace(config, model=model)
+    sinks = None
+    if config.detection.sinks:
+        sinks = sink_states(params, exact, prompts.load_tokenizer(assets.resolve(model.text.vocabulary)))
+
     @jax.jit
     def run(params: Any, image: Any, size: Any, extent: Any, tokens: Any) -> Any:
-        pixels = normalize(image, size, model.input)
-        return GLIP(model).apply({"params": params}, pixels, extent, tokens, jnp.ones(tokens.shape, bool))
+        pixels, mask = normalize(image, size, model.input), jnp.ones(tokens.shape, bool)
+        network, variables = GLIP(model), {"params": params}
+        if sinks is None:
+            return network.apply(variables, pixels, extent, tokens, mask)
+        text: Any = network.apply(variables, tokens, mask, method="encode_text")
+        text, mask = jnp.concatenate([text, sinks[None]], 1), jnp.ones((1, text.shape[1] + len(sinks)), bool)
+        levels = network.apply(variables, pixels, extent, method="encode_image")
+        return network.apply(variables, levels, extent, text, mask, method="ground")
 
     for image, size, extent, sample in zip(images, sizes, extents, samples):
         with jax.default_matmul_precision("highest"):

@@ -114,8 +114,11 @@ print(json.dumps([{"scores": f["scores"].tolist(), "boxes": f["boxes"].tolist(),
 
 
 @pytest.mark.slow
-def test_transformers_finds_the_same_boxes_without_us(workdir, exported, tmp_path):
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_transformers_finds_the_same_boxes_without_us(workdir, exported, tmp_path, sinks):
     """In a process of its own, offline, elsewhere; two images of different extents in one batch."""
+    folder = tmp_path / "model" if sinks else exported("huggingface")
+    assert not sinks or run(workdir, folder, "huggingface", "--config.detection.sinks=4") == exit_codes.DONE
     pictures = verification.sample_images()
     paths = []
     for number, picture in enumerate(pictures):
@@ -123,11 +126,13 @@ def test_transformers_finds_the_same_boxes_without_us(workdir, exported, tmp_pat
         Image.fromarray(picture).save(paths[-1])
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     clean |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-c", _USER, str(exported("huggingface")), ",".join(NAMES), *map(str, paths)]
+    command = [sys.executable, "-c", _USER, str(folder), ",".join(NAMES), *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, env=clean, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    detector = Detector(open_checkpoint(str(workdir)).config, open_checkpoint(str(workdir)).parameters(), batch_size=2)
+    config = open_checkpoint(str(workdir)).config
+    config = dataclasses.replace(config, detection=dataclasses.replace(config.detection, sinks=sinks))
+    detector = Detector(config, open_checkpoint(str(workdir)).parameters(), batch_size=2)
     for theirs, ours in zip(found, detector.categories(pictures, NAMES), strict=True):
         assert len(theirs["scores"]) == len(ours.scores) > 3
         np.testing.assert_allclose(theirs["scores"], ours.scores, atol=1e-4)
@@ -163,6 +168,14 @@ def test_onnx_takes_other_sizes_and_batches(exported):
     assert sorted(path.name for path in exported("onnx").iterdir()) == [
         "model.onnx", "settings.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_sinks_that_say_a_text_are_in_the_graph(workdir, tmp_path):
+    """The job itself compares the logits, those of the sinks among them."""
+    given = ["--config.detection.sinks=3", "--config.detection.sink-start=red ball"]
+    assert run(workdir, tmp_path / "x", "onnx", *given) == exit_codes.DONE
+    assert json.loads((tmp_path / "x" / "settings.json").read_text())["detection"]["sinks"] == 3
 
 
 @pytest.mark.slow
@@ -211,6 +224,8 @@ def test_ctrl_c_leaves_nothing_and_a_killed_export_is_cleared_away(workdir, tmp_
         (["--workdir={run}", "--out={tmp}/x", "--format=hugingface"], "Expected one of"),
         (["--workdir={tmp}/none", "--out={tmp}/x"], "holds no complete checkpoint"),
         (["--workdir={run}", "--out={tmp}/x", "--step=3"], "no checkpoint of step 3"),
+        (["--workdir={run}", "--out={tmp}/x.pth", "--format=glip-pth", "--config.detection.sinks=2"], "microsoft/GLIP has no sinks"),
+        (["--workdir={run}", "--out={tmp}/x", "--config.detection.sinks=2", "--config.detection.sink-start=斑马"], "sink_start"),
         (["--workdir={run}", "--out={tmp}/x", "--config.model.text.vocabulary={tmp}/vocab.txt"], "vocab.txt does not exist"),
         (["--workdir={run}", "--out={tmp}/x", "--format=onnx", "--images={tmp}"], "has no images"),
         (["--workdir={run}", "--out={tmp}/x", "--config.model.head.blocks=3"], "another network"),

@@ -558,6 +558,11 @@ class GlipNetwork(nn.Module):
             from .tuned_prompts import TunedPrompts
 
             self.prompts = TunedPrompts(**settings["prompts"], width=text["width"])
+        self.sinks: Any = None
+        if "sinks" in settings:
+            from .sinks import Sinks
+
+            self.sinks = Sinks(**settings["sinks"])
 
     def encode_image(self, pixels: Tensor) -> list[Tensor]:
         """Normalized pixels [B 3 H W], without padding, to pyramid levels."""
@@ -570,8 +575,11 @@ class GlipNetwork(nn.Module):
         return self.prompts(states, tokens, mask) if hasattr(self, "prompts") else states
 
     def ground(self, levels: Sequence[Tensor], text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pyramid levels and text states to logits [B A T], deltas [B A 4] and centerness [B A]."""
-        return self.rpn["head"](levels, text, mask.bool())
+        """Levels and text states to logits [B A T], with sinks [B A T + N], deltas [B A 4] and centerness [B A]."""
+        mask = mask.bool()
+        if self.sinks is not None:
+            text, mask = self.sinks.behind(text, mask, self)
+        return self.rpn["head"](levels, text, mask)
 
     def forward(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, deltas and centerness; anchors are ordered by level from fine to coarse, then row by row."""

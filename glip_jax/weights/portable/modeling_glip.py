@@ -42,7 +42,7 @@ class GlipConfig(PretrainedConfig):
 class GlipOutput(ModelOutput):
     """Outputs for every anchor; anchors are ordered by level from fine to coarse, then row by row.
 
-    logits [B A T]: alignment with each token. pred_boxes [B A 4]: x1, y1, x2, y2 in pixels of the processed images.
+    logits [B A T]: alignment with each token, then with each sink. pred_boxes [B A 4]: x1, y1, x2, y2 in pixels of the processed images.
     centerness [B A]: logits. image_sizes [B 2]: height and width of the processed images. level_sizes [L]: anchors of
     each level. phrase_map [B P T]: as given. Anchors beyond the extent of an image have the lowest finite logit.
     """

@@ -385,18 +385,24 @@ def best_detections(
     nms_iou: float = 0.6,
     max_detections: int = 100,
     token_scores: str = "mean",
+    sinks: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes [D 4], scores [D] and phrases [D] of one image, best first, selected as in microsoft/GLIP.
 
     logits [A T], boxes [A 4], centerness [A] (logits), phrase_map [P T] (1 for the tokens of the phrase), size (height,
     width) of the image. The alignment of a phrase at an anchor is the mean probability of its tokens, or with `token_scores`
     "max" the highest; a candidate has more than `threshold`; boxes are x2 - x1 + 1 wide; non-maximum suppression at `nms_iou`
-    is per phrase.
+    is per phrase. The last `sinks` logits are of tokens without a meaning; anchors that fit one of them better than every phrase
+    are left out.
     """
     share = phrase_map / phrase_map.sum(-1, keepdim=True).clamp(min=1)
-    aligned = logits.sigmoid() @ share.T
+    tokens = logits.sigmoid()
+    tokens, nothing = tokens[:, : tokens.shape[1] - sinks], tokens[:, tokens.shape[1] - sinks :]
+    aligned = tokens @ share.T
     if token_scores == "max":
-        aligned = torch.stack([(logits.sigmoid() * own).amax(-1) for own in phrase_map], -1)
+        aligned = torch.stack([(tokens * own).amax(-1) for own in phrase_map], -1)
+    if sinks:
+        aligned = torch.where(aligned.amax(1, True) >= nothing.amax(1, True), aligned, torch.zeros_like(aligned))
     scores = torch.where(aligned > threshold, aligned * centerness.sigmoid()[:, None], torch.zeros_like(aligned))
     kept, begin = [], 0
     for count in level_sizes:
