@@ -83,6 +83,10 @@ class CaptionConfig:
     drop_positive_probability: Fraction = 0.0
     """Probability of keeping a random subset of the positive names (uniform size, at least 1) and only their boxes. The
     original code has this option but accepts only 0."""
+    empty_probability: Fraction = 0.0
+    """Probability of a prompt that names nothing of the image: negatives alone, without a box. Without it a network never sees that nothing
+    is there. Grounding and pseudo records take the names that they know to be absent (`known_absent`) and the `negatives` of their source;
+    those without any keep their caption, as do detection records without a negative."""
     hard_share: Fraction = 0.0
     """Fraction of hard negatives: names or packed phrases that share words or letters with the positives."""
     shuffle: bool = True
@@ -160,6 +164,8 @@ def data_checks(data: DataConfig) -> list[tuple[bool, str]]:
     captions = data.captions
     total = captions.full_probability + captions.one_negative_probability + captions.one_positive_probability
     checks = [
+        (not captions.empty_probability or captions.mode == "sampled",
+         f"data.captions.empty_probability is {captions.empty_probability}, and mode all_names puts every name into every prompt: leave one out"),
         *((bool(getattr(data, name)), f"data.{name} is empty: expected at least one number") for name in ("short_sides", "aspects")),
         (total <= 1 + 1e-9,
          f"data.captions: full_probability {captions.full_probability}, one_negative_probability {captions.one_negative_probability} "

@@ -99,6 +99,8 @@ class FusionConfig:
     """Width of queries, keys and values over all attention heads."""
     heads: Channels = 8
     dropout: BelowOne = 0.1
+    drop_path: BelowOne = 0.0
+    """Stochastic depth rate of both directions. Grounding DINO trains with 0.1, a width of 1024, 4 heads and no dropout."""
     gamma: Annotated[float, Range(-100, 100)] = 1 / 6
     """Initial value of both residual scales."""
 

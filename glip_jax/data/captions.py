@@ -21,7 +21,16 @@ from glip_jax.config import CaptionConfig
 from glip_jax.data.negatives import Likeness, choose, number_of_names, number_of_texts, pack
 from glip_jax.data.records import Record, RecordError
 from glip_jax.structures.batch import Prompt, TokenizedPrompt
-from glip_jax.structures.prompts import JoinedNames, Tokenizer, Truncation, clean_name, positive_map, tokenize, words
+from glip_jax.structures.prompts import (
+    JoinedNames,
+    Tokenizer,
+    Truncation,
+    clean_name,
+    positive_map,
+    prompt_from_categories,
+    tokenize,
+    words,
+)  # fmt: skip
 
 __all__ = ["Captioned", "Captioner", "CropResult", "RecordSequence", "rng_of", "says_side"]
 
@@ -135,19 +144,21 @@ class Captioner:
         return says_side(record.caption) or any(says_side(self.names[label]) for label in set(record.categories))
 
     def sample(
-        self, positives: Sequence[int], absent: Sequence[str] | None, rng: np.random.Generator, unlabelled: Sequence[int] = ()
+        self, positives: Sequence[int], absent: Sequence[str] | None, rng: np.random.Generator, unlabelled: Sequence[int] = (),
+        empty: bool = False,
     ) -> tuple[list[int], int]:  # fmt: skip
         """Categories of a caption in their order, and the number of `positives` that did not fit.
 
         `absent` restricts negatives among the names of the source to these; None: no restriction. `unlabelled` labels are in
-        the image without a box, so they are neither positive nor negative. Positives are shuffled and kept while their
-        tokens fit into max_tokens - 2; negatives while at least one token of it remains.
+        the image without a box, so they are neither positive nor negative. `empty`: negatives alone, at least one. Positives are
+        shuffled and kept while their tokens fit into max_tokens - 2; negatives while at least one token of it remains.
         """
         config, budget = self.config, self.max_tokens - 2
         kept: list[int] = []
         order = rng.permutation(np.array(sorted(set(positives)), np.int64)).tolist()
         if config.drop_positive_probability and order and rng.random() < config.drop_positive_probability:
             order = order[: int(rng.integers(1, len(order), endpoint=True))]
+        order = [] if empty else order
         for label in order:
             if self._costs[label] > budget:
                 break
@@ -158,10 +169,14 @@ class Captioner:
         if absent is not None:
             known = [self._index[name] for name in absent if name in self._index]
             pool = np.asarray(list(dict.fromkeys([*known, *range(len(self.names), len(self._all))])), np.int64)
-        count = number_of_names(len(pool), config, rng)
+        taken = {_normalized(self.names[label]) for label in (*positives, *unlabelled)}
+        if empty:
+            pool = np.asarray(
+                [label for label in pool.tolist() if _normalized(self._all[label]) not in taken], np.int64
+            )
+        count = max(number_of_names(len(pool), config, rng), int(empty and len(pool) > 0))
         if count:
-            taken = {_normalized(self.names[label]) for label in (*positives, *unlabelled)}
-            likeness = self._likeness_of(kept, pool, taken) if config.hard_share else None
+            likeness = self._likeness_of(positives if empty else kept, pool, taken) if config.hard_share else None
             for label in pool[choose(likeness, len(pool), count, config.hard_share, rng)].tolist():
                 if _normalized(self._all[label]) in taken:
                     continue
@@ -194,7 +209,11 @@ class Captioner:
             if record.known_absent is not None:
                 unlabelled |= set(order) - positives - {self._index[n] for n in record.known_absent if n in self._index}
         else:
-            order, over = self.sample(sorted(positives), record.known_absent, rng, sorted(removed | unlabelled))
+            given = sorted(positives), record.known_absent, rng, sorted(removed | unlabelled)
+            empty = self._names_nothing(rng)
+            order, over = self.sample(*given, empty)
+            if empty and not order:  # no name is known to be absent
+                order, over = self.sample(*given)
         phrase_of = {label: phrase for phrase, label in enumerate(order)}
         texts = self._joined.tokenize(order, self.max_tokens)
         phrases = [phrase_of.get(label, -1) if kept else -1 for label, kept in zip(labels.tolist(), crop.kept)]
@@ -202,6 +221,8 @@ class Captioner:
         return self._finish(*texts, phrases, without_loss, over, len(set(order) - positives))
 
     def _grounding(self, record: Record, rng: np.random.Generator, crop: CropResult) -> Captioned:
+        if self._names_nothing(rng) and (absent := self._known_absent(record)):
+            return self._only_absent(absent, len(record.boxes), rng)
         caption, begin, packed = record.caption, 0, 0
         if record.kind in self.config.packing.kinds:
             texts = self._texts(record, number_of_texts(self.config.packing, rng), rng)
@@ -226,6 +247,31 @@ class Captioner:
             result = result._replace(token_loss_mask=result.token_loss_mask & ~without_box)
         return result
 
+    def _names_nothing(self, rng: np.random.Generator) -> bool:
+        """Whether the prompt is one of those without a positive."""
+        return self.config.empty_probability > 0 and rng.random() < self.config.empty_probability
+
+    def _known_absent(self, record: Record) -> list[str]:
+        """Names that a record with a caption knows to be absent, and that its caption does not hold."""
+        names = (clean_name(name) for name in (*(record.known_absent or ()), *self.more_negatives))
+        return list(
+            dict.fromkeys(name for name in names if name.strip() and name.lower() not in record.caption.lower())
+        )
+
+    def _only_absent(self, absent: Sequence[str], boxes: int, rng: np.random.Generator) -> Captioned:
+        """A prompt of some of the names `absent`, as many as fit; none of the record's `boxes` is kept."""
+        count, budget = max(1, number_of_names(len(absent), self.config, rng)), self.max_tokens - 2
+        names: list[str] = []
+        for index in rng.permutation(len(absent))[:count].tolist():
+            name = absent[int(index)]
+            budget -= len(self.tokenizer.encode(name + self.config.separator).ids) - 2
+            if names and budget < 0:
+                break
+            names.append(name)
+        prompt = prompt_from_categories(names, self.config.separator)
+        texts = tokenize(prompt, self.tokenizer, self.max_tokens, truncate=True)
+        return self._finish(prompt, *texts, [-1] * boxes, [], 0, len(names))
+
     def _texts(self, record: Record, count: int, rng: np.random.Generator) -> list[str]:
         """Candidates of negative texts for a caption, in order; none of them is part of the caption."""
         if not count:
@@ -235,7 +281,7 @@ class Captioner:
             captions = [other.caption for other in self._sampled(count, rng)]
             return [text for text in captions if text.strip() and text.lower() != caption]
         if self.config.packing.take == "names":
-            pool = [clean_name(name) for name in (*(record.known_absent or ()), *self.more_negatives)]
+            pool = self._known_absent(record)
         else:
             pool = [
                 " ".join(other.caption[b:e] for b, e in spans)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from glip_jax.structures.batch import BATCH_AXES
 
-__all__ = ["Dropout", "bernoulli", "example_keys", "hashed_bits", "mixed_bits", "words_of"]
+__all__ = ["Dropout", "bernoulli", "drop_path", "example_keys", "hashed_bits", "mixed_bits", "words_of"]
 
 
 def example_keys(key: jax.Array, examples: int) -> jax.Array:
@@ -73,6 +73,19 @@ def bernoulli(
         return (hashed_bits(words_of(example_key), shape[1:], begin) >> 8).astype(jnp.float32) * 2.0**-24 < probability
 
     return jax.vmap(of_example)(example_keys(key, shape[0]))
+
+
+def drop_path(
+    module: nn.Module, x: Float[Array, "B ..."], rate: Float[Array, ""] | float, train: bool
+) -> Float[Array, "B ..."]:
+    """Stochastic depth (arXiv 1603.09382) of a residual branch: zero for an example with probability `rate`, else divided by 1 - rate.
+
+    In training only; keys are those of the rng collection "dropout" of `module`.
+    """
+    if not train:
+        return x
+    keep = bernoulli(module.make_rng("dropout"), 1.0 - rate, (x.shape[0], *(1,) * (x.ndim - 1)))
+    return (x * keep / (1.0 - rate)).astype(x.dtype)
 
 
 class Dropout(nn.Module):

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from glip_jax.config import BackboneConfig, Remat
-from glip_jax.models.dropout import bernoulli
+from glip_jax.models.dropout import drop_path
 from glip_jax.models.extents import level_size, mask_padding
 from glip_jax.models.gelu import gelu
 from glip_jax.models.initializers import torch_dense, uniform
@@ -138,14 +138,6 @@ def _attend_by_rows(
     return jnp.moveaxis(rows, 0, 1).reshape(b, height, width, channels)
 
 
-def _drop_path(module: nn.Module, x: jax.Array, rate: jax.Array, train: bool) -> jax.Array:
-    """Stochastic depth (arXiv 1603.09382): drops a residual branch for whole images. `rate` may be traced."""
-    if not train:
-        return x
-    keep = bernoulli(module.make_rng("dropout"), 1.0 - rate, (x.shape[0], 1, 1, 1))
-    return (x * keep / (1.0 - rate)).astype(x.dtype)
-
-
 class _Block(nn.Module):
     """Window attention and MLP, both pre-norm residual branches."""
 
@@ -183,12 +175,12 @@ class _Block(nn.Module):
     ) -> Float[Array, "B h w C"]:
         channels = x.shape[-1]
         y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name="norm1")(x)
-        x = x + _drop_path(self, self._attend(mask_padding(y, size), size), rate, self.train)
+        x = x + drop_path(self, self._attend(mask_padding(y, size), size), rate, self.train)
         y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name="norm2")(x)
         y = torch_dense(4 * channels // tensor_shards(), channels, self.dtype, "mlp_in")(column_parallel_input(y))
         y = gelu(y)
         y = torch_dense(channels, 4 * channels, self.dtype, "mlp_out", dot_general=row_parallel_dot_general)(y)
-        return x + _drop_path(self, y, rate, self.train)
+        return x + drop_path(self, y, rate, self.train)
 
 
 class _Pair(nn.Module):

@@ -275,3 +275,54 @@ def test_left_and_right_in_records() -> None:
     make = Captioner(("left shoe", "hat"), TOKENIZER, CaptionConfig(), 64)
     assert make.says_side(detection([0])) and not make.says_side(detection([1]))
     assert make.says_side(grounding("the dog on the left", "dog"))
+
+
+# Prompts that name nothing of the image.
+
+
+def test_an_empty_prompt_has_negatives_alone_and_no_box() -> None:
+    make = captioner(empty_probability=1.0, one_positive_probability=1.0, full_probability=0.0)
+    for i in range(20):
+        result = make(detection([0, 1, 2, 2]), rng_of(0, i))
+        assert not result.keep.any() and not result.positive_map.any()
+        assert result.token_loss_mask.all() and result.over_budget == 0
+        names = result.prompt.caption.split(". ")
+        assert result.negatives == len(names) == 1, "the settings ask for none; one is the least"
+        assert not {*names} & {NAMES[0], NAMES[1], NAMES[2]}
+    partly = captioner(empty_probability=0.3)
+    drawn = [partly(detection([0, 1]), rng_of(0, i)).keep.any() for i in range(600)]
+    assert sum(drawn) / 600 == pytest.approx(0.7, abs=0.06)
+
+
+def test_hard_negatives_of_an_empty_prompt_are_like_the_names_of_the_image() -> None:
+    make = captioner(empty_probability=1.0, hard_share=1.0, max_negatives=1, full_probability=1.0)
+    assert {make(detection([2]), rng_of(0, i)).prompt.caption for i in range(10)} == {"traffic sign"}
+
+
+def test_what_is_unknown_is_in_no_empty_prompt() -> None:
+    make = captioner(empty_probability=1.0)
+    # All names but one are unknown; where all are, the prompt is the usual one.
+    only = make(detection([0], known_absent=("table",)), rng_of(0, 0))
+    assert only.prompt.caption == "table" and not only.keep.any()
+    nothing_known = make(detection([0], known_absent=()), rng_of(0, 0))
+    assert nothing_known.prompt.caption == NAMES[0] and nothing_known.keep.all()
+    record = grounding("a man with a phone", "man", kind="grounding", known_absent=("red", "man", "cell_phone"))
+    for i in range(10):
+        found = make(record, rng_of(0, i))
+        names = found.prompt.caption.split(". ")
+        assert {*names} <= {"red", "cell phone"} and found.negatives == len(names) > 0
+        assert not found.keep.any() and found.token_loss_mask.all()
+    assert make(grounding("a man", "man", kind="grounding"), rng_of(0, 0)).keep.all()
+    budget = captioner(8, tuple(f"red table {n}" for n in "abcdefgh"), empty_probability=1.0)
+    tight = budget(grounding("a man", "man"), rng_of(0, 0))
+    assert tight.mask.sum() <= 8 and tight.over_budget == 0 and tight.negatives == len(tight.prompt.spans) == 1
+
+
+def test_without_empty_prompts_the_random_numbers_are_those_of_before() -> None:
+    make = captioner()
+    for record in (detection([0, 1, 2]), grounding("a man with a phone", "man")):
+        rng, other = rng_of(0, 1), rng_of(0, 1)
+        make(record, rng)
+        if record.kind == "detection":
+            make.sample([0, 1, 2], None, other)
+        assert rng.random() == other.random()

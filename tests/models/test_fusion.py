@@ -1,5 +1,6 @@
 """The folded fusion equals the plain one, with dropout as well, and never stores the whole attention map."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ from glip_jax.config import FusionConfig
 from glip_jax.models import fusion
 from glip_jax.models.dropout import words_of
 from glip_jax.models.fusion import Fusion
+from glip_jax.models.kernels import blockwise
 
 pytestmark = pytest.mark.compiles
 
@@ -117,7 +119,7 @@ def test_folded_equals_plain_under_dropout(monkeypatch: pytest.MonkeyPatch, part
         rows = jax.lax.dynamic_slice_in_dim(table[words[:, 0]], begin, shape[1], axis=2)
         return rows[:, 0], rows[:, 1]
 
-    monkeypatch.setattr(fusion, "_kept", kept)
+    monkeypatch.setattr(blockwise, "_kept", kept)
     per_image = jnp.asarray(factors.transpose(1, 2, 0, 3, 4))
     weights = [rng.normal(size=x.shape) for x in inputs[:2]]
 
@@ -137,9 +139,9 @@ def test_folded_equals_plain_under_dropout(monkeypatch: pytest.MonkeyPatch, part
 
 def test_dropout_keeps_the_mean() -> None:
     weights = jnp.ones((4, 100, 100))
-    both = fusion._kept(jax.vmap(words_of)(jax.random.split(jax.random.key(0), 4)), weights.shape, 0.1)
+    both = blockwise._kept(jax.vmap(words_of)(jax.random.split(jax.random.key(0), 4)), weights.shape, 0.1)
     for kept in both:
-        dropped = fusion._dropped(kept, weights, 0.1)
+        dropped = blockwise._dropped(kept, weights, 0.1)
         assert abs(float(dropped.mean()) - 1) < 0.01
         assert abs(float((dropped == 0).mean()) - 0.1) < 0.01
     # The directions drop independently: both keep 0.9 x 0.9.
@@ -173,3 +175,22 @@ def test_peak_memory_is_of_one_head_not_of_all() -> None:
     maps_of_one_head = locations * tokens * 4
     assert memory.temp_size_in_bytes < 0.8 * maps_of_all_layers
     assert memory.temp_size_in_bytes > maps_of_one_head  # the bound is about something
+
+
+def test_drop_path_keeps_whole_examples_or_nothing() -> None:
+    config = dataclasses.replace(CONFIG, dropout=0.0, drop_path=0.5)
+    params, (visual, text, valid, mask) = _params(Fusion(CONFIG, train=False, dtype=jnp.float32)), _inputs()
+    visual, text, valid, mask = (jnp.concatenate([x[:1]] * 16) for x in (visual, text, valid, mask))
+
+    def run(train: bool, config: FusionConfig) -> Any:
+        module = Fusion(config, train=train, dtype=jnp.float32)
+        return module.apply({"params": params}, visual, text, valid, mask, rngs={"dropout": jax.random.key(3)})
+
+    plain: Any = run(False, config)
+    np.testing.assert_array_equal(plain[0], run(False, CONFIG)[0])
+    for found, whole, norm, x in zip(run(True, config), plain, ("visual_norm", "text_norm"), (visual, text)):
+        start = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False).apply({"params": params[norm]}, x)
+        change, wanted = np.asarray(found - start), np.asarray(whole - start)
+        kept = np.abs(change).max((1, 2)) > 0
+        assert 2 < kept.sum() < 14
+        np.testing.assert_allclose(change[kept], 2 * wanted[kept], atol=1e-5)

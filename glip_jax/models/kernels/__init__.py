@@ -1,1 +1,1 @@
-"""Kernels for TPUs (Pallas): the same results as the plain code of `models`, which selects them by the platform."""
+"""Sums written for a platform: Pallas kernels for TPUs, and blocks for the caches of CPUs. The code of `models` selects by the platform."""
