@@ -22,7 +22,7 @@ _SCORE = ("model.", "detection.", "data.captions.separator", "evaluation.paramet
           "evaluation.long_side", "evaluation.max_images", "evaluation.chunk", "evaluation.batch_size")  # fmt: skip
 _TRAINING_ONLY = ("model.remat", "model.text.frozen", "model.backbone.frozen_stages", "model.pyramid.drop_block",
                   "model.backbone.drop_path", "model.head.offset_scale", "model.head.log_scale", "model.head.box_scale",
-                  "model.fusion.gamma", "model.head.unroll", "model.trainable")  # fmt: skip
+                  "model.fusion.gamma", "model.fusion.drop_path", "model.head.unroll", "model.trainable")  # fmt: skip
 
 
 def score_settings(config: Config) -> dict[str, Any]:

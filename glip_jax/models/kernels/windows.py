@@ -95,7 +95,7 @@ def labelled(
         jnp.pad(x, [*free, (layout.channels, LANES - layout.channels - x.shape[-1])])
         for x in (query, key, jnp.zeros_like(key))
     ]
-    return qkv + jnp.tile(jnp.concatenate(lanes, -1), layout.groups)
+    return qkv + jnp.concatenate(lanes * layout.groups, -1)
 
 
 # --- the kernels -----------------------------------------------------------------------------------------------------
