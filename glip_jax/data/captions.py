@@ -30,7 +30,7 @@ from glip_jax.structures.prompts import (
     prompt_from_categories,
     tokenize,
     words,
-)  # fmt: skip
+)
 
 __all__ = ["Captioned", "Captioner", "CropResult", "RecordSequence", "rng_of", "says_side"]
 
