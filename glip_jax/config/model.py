@@ -88,6 +88,11 @@ class TextConfig:
     """Length of every prompt after padding, [CLS] and [SEP] included."""
     frozen: bool = False
     """The text encoder gets no gradient and runs without dropout."""
+    mask: Literal["padding", "phrase"] = "padding"
+    """Tokens that a token attends to, here and in the BERT layers of the head: `padding`, all of the prompt, as released weights; `phrase`, those of its own
+    name, [CLS] and [SEP], as in Grounding DINO (arXiv 2303.05499, 3.4). Then the states of a name depend on no other name of the prompt before fusion."""
+    separators: tuple[int, ...] = (101, 102, 1012)
+    """For `mask` phrase: ids of [CLS], of [SEP], and of the tokens between names (the full stop), in the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +202,8 @@ def model_checks(model: ModelConfig) -> list[tuple[bool, str]]:
          f"model.pyramid.strides is {strides}: expected consecutive powers of two from 8 or 16 to 32 or more"),
         (model.pyramid.channels % model.head.groups == 0,
          f"model.pyramid.channels {model.pyramid.channels} is not a multiple of model.head.groups {model.head.groups}"),
+        (text.mask == "padding" or len(text.separators) > 2,
+         f"model.text.separators is {text.separators}: mask phrase needs the ids of [CLS], of [SEP] and of at least one token between names"),
         (text.width % text.heads == 0, f"model.text.width {text.width} is not a multiple of model.text.heads {text.heads}"),
         (model.fusion.width % model.fusion.heads == 0,
          f"model.fusion.width {model.fusion.width} is not a multiple of model.fusion.heads {model.fusion.heads}"),

@@ -338,6 +338,8 @@ def _tokenizer(config: Config) -> prompts.Tokenizer:
     text = config.model.text
     try:
         tokenizer = prompts.load_tokenizer(str(resolve(text.vocabulary)))
+        if text.mask == "phrase":
+            prompts.check_separators(tokenizer, text.separators, config.data.captions.separator)
     except (AssetError, prompts.PromptError) as error:
         raise ConfigError(str(error)) from None
     if tokenizer.get_vocab_size() > text.vocabulary_size:

@@ -22,6 +22,7 @@ from glip_jax.config import Config
 from glip_jax.inference.pipeline import pipelined
 from glip_jax.inference.programs import ROWS, STEPS, WHOLE, programs
 from glip_jax.inference.queries import category_prompts, check_query, phrases_of
+from glip_jax.inference.segments import SegmentStates
 from glip_jax.inference.sinks import sink_states
 from glip_jax.io import assets
 from glip_jax.io.compiler_lines import without_slow_compile_alarms
@@ -136,8 +137,14 @@ class Detector:
         self.config, self.batch_size = config, batch_size or config.evaluation.batch_size
         self.devices = tuple(jax.local_devices() if devices is None else devices)
         self.tokenizer = prompts.load_tokenizer(assets.resolve(config.model.text.vocabulary))
+        if config.model.text.mask == "phrase":
+            prompts.check_separators(self.tokenizer, config.model.text.separators, config.data.captions.separator)
         self._read_caption = read_caption or phrases_of
         self._texts: OrderedDict[tuple[Any, ...], Array] = OrderedDict() if texts_of is None else texts_of._texts
+        # A tuned prompt (`models.tuned_prompts`) belongs to a name with the separator behind it.
+        alone = config.model.text.mask == "phrase" and not config.model.prompts.names
+        own = SegmentStates(config.model.text) if alone else None
+        self._segments = own if texts_of is None else texts_of._segments
         self._tokenized: OrderedDict[str, TokenizedPrompt] = OrderedDict()
         self._chunks: tuple[tuple[str, ...], list[tuple[Prompt, tuple[int, ...]]]] = ((), [])
         self._most_texts = _CACHED_TEXTS
@@ -166,6 +173,8 @@ class Detector:
         Nothing is compiled again. Captions are encoded again, also for the detectors that share their cache.
         """
         self._texts.clear()
+        if self._segments is not None:
+            self._segments.clear()
         self._parameters.use(params)
 
     @property
@@ -235,7 +244,10 @@ class Detector:
         tokens, mask, phrase_map = (array[..., :length] for array in self._tokenize(prompt))
 
         def encode() -> Array:
-            return self._with_sinks(self._programs.encode_text(self.params, tokens, mask))
+            encoder = functools.partial(self._programs.encode_text, self.params)
+            if self._segments is not None:
+                return self._with_sinks(jnp.asarray(self._segments(tokens, mask, encoder)))
+            return self._with_sinks(encoder(tokens[None], mask[None])[0])
 
         detection = self.config.detection
         sinks = (detection.sinks, detection.sink_start, detection.sink_seed)
@@ -401,7 +413,9 @@ class Detector:
         # A row that is not in use runs the image that lies there.
         rows = np.tile(np.arange(self.batch_size, dtype=np.int32), (_STEPS, mesh.size))
         which = np.zeros_like(rows)
-        masks, maps = np.zeros((mesh.size, _STEPS, length), bool), np.zeros((mesh.size, _STEPS, slots, length), bool)
+        rule = self.config.model.text
+        kind = np.int32 if rule.mask == "phrase" else bool
+        masks, maps = np.zeros((mesh.size, _STEPS, length), kind), np.zeros((mesh.size, _STEPS, slots, length), bool)
         states: list[Array] = []
         stacks: dict[tuple[int, ...], Array] = {}
         for device, part in enumerate(parts):
@@ -409,7 +423,8 @@ class Detector:
             asked = {id(request.prompt): request.prompt for request in part or next(filter(None, parts))}
             texts = [self.text(prompt, padding[0]) for prompt in asked.values()]
             for number, (tokenized, _) in enumerate(texts):
-                masks[device, number] = tokenized.mask
+                ids = (tokenized.tokens, tokenized.mask, rule.separators)
+                masks[device, number] = prompts.segment_ids(*ids) if rule.mask == "phrase" else tokenized.mask
                 maps[device, number, : len(tokenized.phrase_map)] = tokenized.phrase_map
             if tuple(asked) not in stacks:
                 stacks[tuple(asked)] = jnp.stack([own for _, own in texts] + [texts[0][1]] * (_STEPS - len(texts)))

@@ -55,7 +55,7 @@ class Programs:
 
     def _encode_text(self, params: Any, tokens: Array, mask: Array) -> Any:
         self.traced["text"] += 1
-        return self.network.apply({"params": params}, tokens[None], mask[None], method="encode_text")[0]
+        return self.network.apply({"params": params}, tokens, mask, method="encode_text")
 
     def _ground(
         self, params: Any, images: tuple[Any, Array, Array], texts: tuple[Array, Array, Array], rows: Array, prompts: Array,
@@ -66,7 +66,7 @@ class Programs:
 
         Args:
             images: levels [B h w C] of `encode_image`, sizes and extents [B 2].
-            texts: states [K T C], masks [K T] and phrase maps [K P T] of the K different prompts of each device.
+            texts: states [K T C], masks (`bert.TextMask`) [K T] and phrase maps [K P T] of the K different prompts of each device.
             rows: Int32[S B]: the image of each request, as its row among those of the same device.
             prompts: Int32[S B]: its prompt, as an index of the `texts` of the same device.
             steps: Int32[devices]: number of steps in use. The rest have phrase -1.

@@ -45,5 +45,5 @@ def sink_states(params: Mapping[str, Any], config: Config, tokenizer: Tokenizer)
         return jnp.asarray(numbers) * jnp.asarray(norm["scale"][-1]) + jnp.asarray(norm["bias"][-1])
     tokens = np.asarray(sink_tokens(config, tokenizer), np.int32)
     encode = programs(config.model, detection).encode_text
-    states = encode(params, tokens, np.ones(len(tokens), bool))[1:-1]
+    states = encode(params, tokens[None], np.ones((1, len(tokens)), bool))[0, 1:-1]
     return jnp.tile(states.astype(jnp.float32).mean(0), (detection.sinks, 1))

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
 from glip_jax.config import HeadConfig, InputConfig, ModelConfig
-from glip_jax.models.bert import Bert, BertLayer, clamped
+from glip_jax.models.bert import Bert, BertLayer, TextMask, clamped, text_mask
 from glip_jax.models.dynamic_head import DynamicConvolution
 from glip_jax.models.efficientnet import EfficientNetLite0
 from glip_jax.models.extents import grid, level_size, pack, unpack, valid_mask
@@ -63,14 +63,14 @@ class _Block(nn.Module):
         self,
         state: tuple[tuple[Float[Array, "B _ _ C"], ...], Float[Array, "B T D"] | None],
         sizes: tuple[Int[Array, "B 2"], ...],
-        mask: Bool[Array, "B T"] | None,
+        mask: TextMask | None,
     ) -> tuple[tuple[tuple[Float[Array, "B _ _ C"], ...], Float[Array, "B T D"] | None], None]:
         levels, text = state
         if self.config.fusion.enabled and text is not None and mask is not None:
             shapes = [grid(x) for x in levels]
             valid = pack([valid_mask(size, *shape) for size, shape in zip(sizes, shapes)])[..., 0]
             fusion = Fusion(self.config.fusion, self.train, self.dtype, self.config.lora, name="fusion")
-            visual, text = fusion(pack(levels), text, valid, mask)
+            visual, text = fusion(pack(levels), text, valid, mask != 0)
             layer = BertLayer(self.config.text, self.train, self.dtype, True, "torch", self.config.lora, name="text")
             text, _ = layer(text, mask)
             levels = tuple(unpack(visual, shapes))
@@ -100,7 +100,7 @@ class _Head(nn.Module):
     @nn.compact
     def __call__(
         self, levels: tuple[Float[Array, "B _ _ C"], ...], extent: Int[Array, "B 2"], text: Float[Array, "B T D"] | None = None,
-        mask: Bool[Array, "B T"] | None = None, refined: bool = False,
+        mask: TextMask | None = None, refined: bool = False,
     ) -> tuple[Predictions | None, tuple[Float[Array, "B _ _ C"], ...]]:  # fmt: skip
         """Predictions (None without text) and the levels after the blocks; `refined`: `levels` are those already."""
         config, channels, levels, fused = self.config, self.config.pyramid.channels, tuple(levels), text
@@ -109,7 +109,7 @@ class _Head(nn.Module):
             (levels, fused), _ = self._blocks(config.head)((levels, text), sizes, mask)
         if text is None or mask is None or fused is None:
             return None, levels
-        embedding = fused if config.fusion.enabled else text * mask[..., None]
+        embedding = fused if config.fusion.enabled else text * (mask != 0)[..., None]
         embedding = embedding.astype(jnp.float32)
         norm = jnp.sqrt(jnp.maximum(jnp.square(embedding).sum(-1, keepdims=True), 1e-24))
         embedding = embedding / norm
@@ -189,9 +189,9 @@ class GLIP(nn.Module):
 
     def ground(
         self, levels: tuple[Float[Array, "B _ _ C"], ...], extent: Int[Array, "B 2"], text: Float[Array, "B T D"],
-        mask: Bool[Array, "B T"], refined: bool = False,
+        mask: TextMask, refined: bool = False,
     ) -> Predictions:  # fmt: skip
-        """Predictions for every anchor from levels (of the pyramid, or `refined` by `refine`) and text states."""
+        """Predictions for every anchor from levels (of the pyramid, or `refined` by `refine`), text states and their `bert.text_mask`."""
         predictions: Any = self.head(levels, extent, text, mask, refined)[0]
         return predictions
 
@@ -204,4 +204,5 @@ class GLIP(nn.Module):
     ) -> Predictions:
         """Predictions for every anchor from normalized images (zero beyond their size), their extents, and tokens."""
         levels = self.encode_image(image, extent)
-        return self.ground(levels, extent, self.encode_text(tokens, token_mask), token_mask)
+        text = self.encode_text(tokens, token_mask)
+        return self.ground(levels, extent, text, text_mask(tokens, token_mask, self.config.text))

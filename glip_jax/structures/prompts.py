@@ -19,8 +19,8 @@ from glip_jax import UserError
 from glip_jax.structures.batch import Prompt, TokenizedPrompt
 
 __all__ = [
-    "JoinedNames", "Truncation", "PromptError", "Tokenizer", "check_names", "clean_name", "equal_names", "listed",
-    "load_tokenizer", "positive_map", "prompt_from_categories", "tokenize", "unread_names", "words",
+    "JoinedNames", "Truncation", "PromptError", "Tokenizer", "check_names", "check_separators", "clean_name", "equal_names", "listed",
+    "load_tokenizer", "positive_map", "prompt_from_categories", "segment_ids", "tokenize", "unread_names", "words",
 ]  # fmt: skip
 
 Spans = Sequence[tuple[int, int]]
@@ -166,6 +166,37 @@ def load_tokenizer(vocabulary_path: str | os.PathLike[str], lowercase: bool = Tr
         local.write(text)
         local.flush()
         return BertWordPieceTokenizer(local.name, lowercase=lowercase)
+
+
+def segment_ids(tokens: Any, mask: Any, separators: Sequence[int]) -> Any:
+    """Int32[... T]: the segment of each token, for the mask `phrase`: 0 for padding, 1 for [CLS] and [SEP], from 2 on names and separators.
+
+    `tokens`, `mask`: Int32, Bool[... T], arrays of numpy or jax. `separators`: `TextConfig.separators`. A name ends at each of these ids, so a
+    sentence between two full stops is one segment.
+    """
+    xp = tokens.__array_namespace__()
+    first, last, *between = separators
+    ends = (tokens == first) | (tokens == last)
+    alone = ends
+    for token in between:
+        alone = alone | (tokens == token)
+    after = xp.concat([xp.zeros_like(alone[..., :1]), alone[..., :-1]], axis=-1)
+    number = (alone | after).cumsum(-1) + 2
+    return xp.where(mask, xp.where(ends, 1, number), 0).astype(xp.int32)
+
+
+def check_separators(tokenizer: Tokenizer, separators: Sequence[int], text: str) -> None:
+    """Raises PromptError unless `separators` (`TextConfig.separators`) are those of the vocabulary, for names that `text` separates."""
+    first, *between, last = tokenizer.encode(text).ids
+    if not between:
+        raise PromptError(
+            f"data.captions.separator is {text!r}, of which the vocabulary has no token: model.text.mask phrase needs one between two names"
+        )
+    if [first, last] != list(separators[:2]) or not set(between) <= set(separators[2:]):
+        raise PromptError(
+            f"model.text.separators is {tuple(separators)}, and in this vocabulary [CLS], [SEP] and data.captions.separator {text!r} are "
+            f"{(first, last, *between)}: set it so"
+        )
 
 
 def positive_map(offsets: Int32[np.ndarray, "T 2"], spans: Sequence[Spans]) -> Bool[np.ndarray, "P T"]:

@@ -92,6 +92,8 @@ def network_settings(model: ModelConfig) -> dict[str, Any]:
         "head": ("blocks", "groups", "coarse_offsets", "offset_bound"),
         "anchors": ("sizes",),
     }
+    if model.text.mask != "padding":
+        kept["text"] += ("mask", "separators")
     if model.prompts.names:
         kept["prompts"] = ("names", "tokens")
     return {part: {field: sizes[part][field] for field in fields} for part, fields in kept.items()}
@@ -160,6 +162,7 @@ def write_glip_pth(path: Path, params: Mapping[str, Any], model: ModelConfig) ->
             # microsoft/GLIP has no bound on offsets, and would sample where this network does not.
             ("model.head.offset_bound", model.head.offset_bound, 0),
             ("model.input.order", model.input.order, "bgr"),
+            ("model.text.mask", model.text.mask, "padding"),
         )
         if found != wanted
     ]
@@ -189,6 +192,7 @@ def write_huggingface(folder: Path, params: Mapping[str, Any], config: Config) -
         "glip_network.py",
         "tuned_prompts.py",
         "sinks.py",
+        "phrase_mask.py",
         "modeling_glip.py",
         "processing_glip.py",
         "pipeline_glip.py",

@@ -25,6 +25,7 @@ _PARTS = {
     "input.mean": ("backbone/*",),
     "input.std": ("backbone/*",),
     "text.vocabulary": ("text/*",),
+    "text.mask": ("text/*", "head/tower/text/*"),
     "text.heads": ("text/*", "head/tower/text/*"),
     "fusion.heads": ("head/tower/fusion/*",),
     "head.groups": ("head/tower/convolution/*",),

@@ -21,6 +21,7 @@ from glip_jax.data.scenes.backgrounds import background
 from glip_jax.inference import category_prompts
 from glip_jax.inference.sinks import sink_states
 from glip_jax.io import assets
+from glip_jax.models.bert import text_mask
 from glip_jax.models.glip import GLIP, normalize
 from glip_jax.models.tuned_prompts import NONE, SEPARATOR, SPECIAL_ROWS
 from glip_jax.structures import boxes as box
@@ -181,7 +182,8 @@ def _reference(
         if sinks is None:
             return network.apply(variables, pixels, extent, tokens, mask)
         text: Any = network.apply(variables, tokens, mask, method="encode_text")
-        text, mask = jnp.concatenate([text, sinks[None]], 1), jnp.ones((1, text.shape[1] + len(sinks)), bool)
+        text, behind = jnp.concatenate([text, sinks[None]], 1), ((0, 0), (0, len(sinks)))
+        mask = text_mask(jnp.pad(tokens, behind), jnp.pad(mask, behind, constant_values=True), model.text)
         levels = network.apply(variables, pixels, extent, method="encode_image")
         return network.apply(variables, levels, extent, text, mask, method="ground")
 

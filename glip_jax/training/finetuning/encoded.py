@@ -25,6 +25,7 @@ from glip_jax.data.captions import rng_of
 from glip_jax.data.examples import Examples
 from glip_jax.data.mixture import Mixture
 from glip_jax.io.checkpoint_reader import fingerprint
+from glip_jax.models.bert import text_mask
 from glip_jax.models.glip import GLIP, normalize
 from glip_jax.structures.batch import Batch, Predictions
 from glip_jax.training import optimizer as optim
@@ -75,7 +76,7 @@ def objective_of_encoded(config: Config, canvas: tuple[int, int]) -> Objective:
         levels = model.pyramid(tuple(x.astype(jnp.float32) for x in images.maps), batch.extent)
         states = model.text(batch.tokens, batch.token_mask) if images.text is None else images.text
         text = model.tuned_text(states, batch.tokens, batch.token_mask)
-        return model.ground(levels, batch.extent, text, batch.token_mask)
+        return model.ground(levels, batch.extent, text, text_mask(batch.tokens, batch.token_mask, config.model.text))
 
     return glip_objective(config, forward=forward, canvas=canvas)
 

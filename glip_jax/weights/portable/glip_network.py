@@ -1,9 +1,8 @@
-"""GLIP (Grounded Language-Image Pre-training, arXiv 2112.03857) in plain PyTorch: one file, torch's own operators.
+"""GLIP (Grounded Language-Image Pre-training, arXiv 2112.03857) in plain PyTorch, with torch's own operators, in evaluation mode.
 
-Modules have the names of microsoft/GLIP's checkpoints, so such a state dict loads as it is (without the `module.` prefix
-and the unused `cls_logits`). Maps are [B C h w]. All of `pixels` counts as image, as in microsoft/GLIP, where scores
-depend on the size that images are padded to. For scores that do not depend on the batch, run each image padded to its own
-multiple of 32 (`modeling_glip.py` does so). There is no dropout: this is the network in evaluation mode.
+Modules have the names of microsoft/GLIP's checkpoints, so such a state dict loads as it is (without the `module.` prefix and the unused
+`cls_logits`). Maps are [B C h w]. All of `pixels` counts as image, as in microsoft/GLIP, where scores depend on the size that images are padded
+to; `modeling_glip.py` runs each image padded to its own multiple of 32.
 """
 
 import math
@@ -13,6 +12,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .phrase_mask import places, readable, segments
+from .sinks import Sinks
+from .tuned_prompts import TunedPrompts
 
 __all__ = ["GlipNetwork", "deformable_convolution"]
 
@@ -289,13 +292,13 @@ class BertLayer(nn.Module):
         self.output = _dense_and_norm(hidden, width)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """`x`: [B T C]; `mask`: [B T], True where a token is real."""
+        """`x`: [B T C]; `mask`: [B T], see `readable`."""
         projections: Any = self.attention["self"]
         q, k, v = (
             projections[name](x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in ("query", "key", "value")
         )
         logits = self.clip(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5)
-        logits = logits.masked_fill(~mask[:, None, None, :], torch.finfo(logits.dtype).min)
+        logits = logits.masked_fill(~readable(mask)[:, None], torch.finfo(logits.dtype).min)
         attended: Any = self.attention["output"]
         x = attended["LayerNorm"](attended["dense"]((logits.softmax(-1) @ v).transpose(1, 2).flatten(2)) + x)
         hidden = self.clip(F.gelu(self.clip(self.intermediate["dense"](x))))
@@ -317,8 +320,7 @@ class Bert(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         parts = self.embeddings
-        position = torch.arange(tokens.shape[1], device=tokens.device)
-        x = parts["word_embeddings"](tokens) + parts["position_embeddings"](position)
+        x = parts["word_embeddings"](tokens) + parts["position_embeddings"](places(mask))
         x = parts["LayerNorm"](x + parts["token_type_embeddings"](torch.zeros_like(tokens)))
         for layer in cast(nn.ModuleList, self.encoder["layer"]):
             x = layer(x, mask)
@@ -510,16 +512,16 @@ class Head(nn.Module):
         self.bias0 = nn.Parameter(torch.full((1,), -math.log(99)))
 
     def forward(self, levels: Sequence[Tensor], text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pyramid levels, text states [B T D] and mask [B T] to logits [B A T], deltas [B A 4], centerness [B A]."""
+        """Pyramid levels, text states [B T D] and `GlipNetwork.text_mask` to logits [B A T], deltas [B A 4], centerness [B A]."""
         for part in self.dyhead_tower:
             match part:
                 case Fusion():
-                    levels, text = part(levels, text, mask)
+                    levels, text = part(levels, text, mask != 0)
                 case BertLayer():
                     text = part(text, mask)
                 case _:
                     levels = part(levels)
-        embedding = F.normalize(text if self.fused else text * mask[..., None], dim=-1)
+        embedding = F.normalize(text if self.fused else text * (mask != 0)[..., None], dim=-1)
         tokens = self.dot_product_projection_text(embedding / 2)
         token_bias = embedding @ self.bias_lang + self.bias0
 
@@ -545,8 +547,8 @@ class GlipNetwork(nn.Module):
             body = EfficientNetLite0()
         fpn = Pyramid(body.channels, pyramid["channels"], self.strides)
         self.backbone = nn.ModuleDict({"body": body, "fpn": fpn})
-        sizes = [text[k] for k in ("vocabulary_size", "width", "layers", "heads", "hidden", "positions")]
-        self.language_backbone = nn.ModuleDict({"body": nn.ModuleDict({"model": Bert(*sizes)})})
+        bert = Bert(*(text[k] for k in ("vocabulary_size", "width", "layers", "heads", "hidden", "positions")))
+        self.language_backbone = nn.ModuleDict({"body": nn.ModuleDict({"model": bert})})
         anchors = nn.Module()
         anchors.cell_anchors = nn.Module()
         for level, (stride, size) in enumerate(zip(self.strides, settings["anchors"]["sizes"])):
@@ -555,35 +557,33 @@ class GlipNetwork(nn.Module):
             anchors.cell_anchors.register_buffer(str(level), cell)
         self.rpn = nn.ModuleDict({"head": Head(settings), "anchor_generator": anchors})
         if settings.get("prompts", {}).get("names"):  # text states of names that were tuned
-            from .tuned_prompts import TunedPrompts
-
             self.prompts = TunedPrompts(**settings["prompts"], width=text["width"])
-        self.sinks: Any = None
-        if "sinks" in settings:
-            from .sinks import Sinks
-
-            self.sinks = Sinks(**settings["sinks"])
+        self.sinks = Sinks(**settings["sinks"]) if "sinks" in settings else None
+        self.separators = text["separators"] if text.get("mask") == "phrase" else None
 
     def encode_image(self, pixels: Tensor) -> list[Tensor]:
         """Normalized pixels [B 3 H W], without padding, to pyramid levels."""
         return self.backbone["fpn"](self.backbone["body"](pixels))
 
+    def text_mask(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Token ids and mask [B T] to what tokens read of one another, see `readable`."""
+        return mask.bool() if self.separators is None else segments(tokens, mask, self.separators)
+
     def encode_text(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Token ids and mask [B T] to states [B T D]."""
         body: Any = self.language_backbone["body"]
-        states = body["model"](tokens, mask.bool())
+        states = body["model"](tokens, self.text_mask(tokens, mask))
         return self.prompts(states, tokens, mask) if hasattr(self, "prompts") else states
 
     def ground(self, levels: Sequence[Tensor], text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Levels and text states to logits [B A T], with sinks [B A T + N], deltas [B A 4] and centerness [B A]."""
-        mask = mask.bool()
+        """Levels, text states and `text_mask` to logits [B A T], with sinks [B A T + N], deltas [B A 4] and centerness [B A]."""
         if self.sinks is not None:
             text, mask = self.sinks.behind(text, mask, self)
         return self.rpn["head"](levels, text, mask)
 
     def forward(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, deltas and centerness; anchors are ordered by level from fine to coarse, then row by row."""
-        return self.ground(self.encode_image(pixels), self.encode_text(tokens, mask), mask)
+        return self.ground(self.encode_image(pixels), self.encode_text(tokens, mask), self.text_mask(tokens, mask))
 
     def boxes(self, deltas: Tensor, height: Side, width: Side) -> Tensor:
         """Corners (x1, y1, x2, y2) [B A 4] in pixels of an image of that size; a box is x2 - x1 + 1 wide."""

@@ -93,6 +93,7 @@ class GlipForZeroShotObjectDetection(PreTrainedModel):
         multiple = self.config.extent_multiple
         extents = -(-sizes // multiple) * multiple if self.config.extent == "image" else sizes.amax(0).expand_as(sizes)
         text = self.network.encode_text(input_ids, attention_mask)
+        mask = self.network.text_mask(input_ids, attention_mask)
         groups: dict[tuple[int, int], list[int]] = {}
         for row, (h, w) in enumerate(extents.tolist()):
             groups.setdefault((min(h, height), min(w, width)), []).append(row)
@@ -100,7 +101,7 @@ class GlipForZeroShotObjectDetection(PreTrainedModel):
         parts: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * b
         for extent, rows in groups.items():
             levels = self.network.encode_image(pixel_values[rows, :, : extent[0], : extent[1]])
-            logits, deltas, center = self.network.ground(levels, text[rows], attention_mask[rows])
+            logits, deltas, center = self.network.ground(levels, text[rows], mask[rows])
             boxes = self.network.boxes(deltas, *extent)
             lowest = torch.finfo(logits.dtype).min
             padded = [self._pad_levels(x, extent, shapes, fill) for x, fill in

@@ -29,4 +29,6 @@ class Sinks:
     def behind(self, text: Tensor, mask: Tensor, network: Any) -> tuple[Tensor, Tensor]:
         """Text states [B T D] and mask [B T] with the sinks behind them."""
         sinks = self.states(network).to(text.dtype)[None].expand(text.shape[0], -1, -1)
-        return torch.cat([text, sinks], 1), torch.cat([mask, mask.new_ones(sinks.shape[:2])], 1)
+        # In a mask by segments they are one of their own.
+        new = torch.ones_like(mask[:, :1]) if mask.dtype == torch.bool else mask.amax(1, keepdim=True) + 1
+        return torch.cat([text, sinks], 1), torch.cat([mask, new.expand(-1, self.number)], 1)
