@@ -1,5 +1,6 @@
 """Post-processing against a plain loop, and the Detector: chunks, compiled programs, caches, batch invariance."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -101,6 +102,22 @@ def test_equals_the_loop(seed: int, config: DetectionConfig) -> None:
     parts = np.asarray(detections.alignment[0]) * np.asarray(detections.centerness[0])
     np.testing.assert_allclose(parts, np.asarray(detections.scores[0]) ** 2, rtol=1e-5)
     assert not np.asarray(detections.scores[0][~real]).any()
+
+
+def test_presence_is_a_factor_of_the_alignment() -> None:
+    """The mean logit of the tokens of a phrase, as a probability."""
+    found, extent = _predictions(1), np.array([CANVAS], np.int32)
+    phrase_map = np.array([[[0, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0]]], bool)
+    present = found._replace(presence=np.array([[9, 3, -1, 30, -30, 9]], np.float32))
+    model = dataclasses.replace(MODEL, head=dataclasses.replace(MODEL.head, presence=True))
+    config = DetectionConfig(threshold=0.0, nms_iou=1.0, max_detections=len(ANCHORS) * PHRASES)
+    run = jax.jit(detect, static_argnums=(4, 5, 6))
+    without = run(found, phrase_map, extent, extent, CANVAS, MODEL, config)
+    having = run(present, phrase_map, extent, extent, CANVAS, model, config)
+    factors = 1 / (1 + np.exp(-np.array([1.0, 30.0, -30.0])))
+    for phrase, factor in enumerate(factors):
+        own, plain = (np.asarray(d.alignment[0])[np.asarray(d.phrases[0]) == phrase] for d in (having, without))
+        np.testing.assert_allclose(np.sort(own), np.sort(plain) * factor, rtol=1e-4)
 
 
 def test_a_phrase_without_tokens_is_never_found() -> None:

@@ -128,6 +128,9 @@ class HeadConfig:
     deformable: bool = True
     """False: offsets stay 0, so that DyConv is made of regular convolutions. The parameters of the offsets are there, and are 0. A training
     step on a CPU takes a third of the time."""
+    presence: bool = False
+    """Whether the image shows a phrase at all: one logit a token, from its state after the last block, pooled over the tokens of a phrase. Trained by a
+    loss of its own (`loss.presence_weight`); its probability is a factor of the phrase's alignment. For networks with fusion."""
     log_scale: Annotated[float, Range(-20, 20)] = 0.0
     """Initial log scale of the alignment logits, which are divided by exp(log_scale)."""
     box_scale: Annotated[float, Range(0, 1000, above=True)] = 1.0
@@ -204,6 +207,8 @@ def model_checks(model: ModelConfig) -> list[tuple[bool, str]]:
          f"model.pyramid.channels {model.pyramid.channels} is not a multiple of model.head.groups {model.head.groups}"),
         (text.mask == "padding" or len(text.separators) > 2,
          f"model.text.separators is {text.separators}: mask phrase needs the ids of [CLS], of [SEP] and of at least one token between names"),
+        (model.fusion.enabled or not model.head.presence,
+         "model.head.presence is true, and model.fusion.enabled false: only with fusion do the states of the text know the image"),
         (text.width % text.heads == 0, f"model.text.width {text.width} is not a multiple of model.text.heads {text.heads}"),
         (model.fusion.width % model.fusion.heads == 0,
          f"model.fusion.width {model.fusion.width} is not a multiple of model.fusion.heads {model.fusion.heads}"),

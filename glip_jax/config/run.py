@@ -41,6 +41,8 @@ class LossConfig:
     """Nearest anchors per level and box that ATSS considers."""
     positives_floor: Annotated[float, Range(0, 1e9, above=True)] = 1.0
     """Minimum denominator of token and centerness loss (the original uses its number of GPUs)."""
+    presence_weight: Factor = 1.0
+    """Weight of the loss of `model.head.presence`."""
     last_token_negative: bool = True
     """False: the target of unmatched anchors is 1 at the last token slot, as in the original."""
 

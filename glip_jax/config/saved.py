@@ -40,7 +40,7 @@ _ADDED_KEYS = {
     "detection.token_scores": "mean", "model.trainable": ["*"], "model.lora.rank": 0, "model.lora.scale": 1.0,
     "model.prompts.names": 0, "model.prompts.tokens": 0, "model.head.deformable": True, "detection.sinks": 0,
     "detection.sink_start": "random", "detection.sink_seed": 0, "model.fusion.drop_path": 0.0, "data.captions.empty_probability": 0.0,
-    "model.text.mask": "padding", "model.text.separators": [101, 102, 1012],
+    "model.head.presence": False, "loss.presence_weight": 1.0, "model.text.mask": "padding", "model.text.separators": [101, 102, 1012],
 }  # fmt: skip
 """Settings that saved runs may lack, with the value that describes what earlier versions did."""
 
@@ -48,7 +48,7 @@ _ADDED_AFTER_HASHES = (
     "optimizer.name", "optimizer.ema_ramp", "init_from.accept", "detection.token_scores", "model.trainable", "model.lora.rank",
     "model.lora.scale", "model.prompts.names", "model.prompts.tokens", "model.head.deformable", "detection.sinks",
     "detection.sink_start", "detection.sink_seed", "model.fusion.drop_path", "data.captions.empty_probability",
-    "model.text.mask", "model.text.separators",
+    "model.head.presence", "loss.presence_weight", "model.text.mask", "model.text.separators",
 )  # fmt: skip
 """Those of them that earlier versions did not hash."""
 

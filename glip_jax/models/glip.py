@@ -127,7 +127,11 @@ class _Head(nn.Module):
         deltas = box(visual) * per_anchor[:, None]
         aligned = jnp.einsum("bac,btc->bat", visual, tokens.astype(visual.dtype), preferred_element_type=jnp.float32)
         logits = clamped(aligned / jnp.exp(log_scale) + (embedding @ bias_text + bias)[:, None, :])
-        return Predictions(logits, deltas, center(visual)[..., 0]), levels
+        found = Predictions(logits, deltas, center(visual)[..., 0])
+        if config.head.presence:
+            shows = nn.Dense(1, dtype=jnp.float32, kernel_init=small_normal, name="presence")
+            found = found._replace(presence=shows(fused.astype(jnp.float32))[..., 0])
+        return found, levels
 
 
 class GLIP(nn.Module):

@@ -95,6 +95,8 @@ class Predictions(NamedTuple):
     """Float32[B A 4]: encoded boxes (dx, dy, dw, dh)."""
     centerness: Any
     """Float32[B A]: logits."""
+    presence: Any = ()
+    """Float32[B T]: logits that the image shows what the token's phrase names; () without `head.presence`."""
 
 
 class Targets(NamedTuple):

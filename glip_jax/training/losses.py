@@ -26,6 +26,8 @@ class LossSums(NamedTuple):
     centerness: Float[Array, " B"]
     offsets_clamped: Any = ()
     """Share of each image's deformable offsets that were beyond `head.offset_bound`, mean over blocks; () without a bound."""
+    presence: Any = ()
+    """Cross-entropy of the presence of each token, sum over the tokens; () without `head.presence`."""
 
 
 class Denominators(NamedTuple):
@@ -95,17 +97,27 @@ def loss_sums(
     boxes = jnp.where(targets.positive, distance * targets.centerness * weight, 0.0).sum(1)
     cross_entropy = jax.nn.softplus(predictions.centerness) - predictions.centerness * targets.centerness
     centerness = jnp.where(targets.positive, cross_entropy * weight, 0.0).sum(1)
-    return LossSums(*(jnp.where(batch.valid, part, 0.0) for part in (token, boxes, centerness)))
+    sums = LossSums(token, boxes, centerness)
+    if model.head.presence:
+        shown = jnp.any(batch.positive_map & batch.box_mask[:, :, None], 1)
+        counted = batch.token_mask & (batch.token_loss_mask | shown)
+        absence = jax.nn.softplus(jnp.where(shown, -predictions.presence, predictions.presence))
+        sums = sums._replace(presence=jnp.where(counted, absence, 0.0).sum(1))
+    return jax.tree.map(lambda part: jnp.where(batch.valid, part, 0.0), sums)
 
 
 def total_loss(
     sums: LossSums, over: Denominators, config: LossConfig
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The loss and its parts: `token`, `box` (times `loss.box_weight`), `centerness`. If the sum of the centerness targets is 0, so is the box loss."""
+    """The loss and its parts: `token`, `box` and `presence` (times their weights), `centerness`. If the sum of the centerness targets is 0, so is the box loss."""
     inverse = jnp.where(over.centerness > 0, 1.0 / jnp.where(over.centerness > 0, over.centerness, 1.0), 0.0)
     parts = {
         "token": sums.token.sum() / over.positives,
         "box": config.box_weight * sums.box.sum() * inverse,
         "centerness": sums.centerness.sum() / over.positives,
     }
-    return parts["token"] + parts["box"] + parts["centerness"], parts
+    total = parts["token"] + parts["box"] + parts["centerness"]
+    for part in jax.tree.leaves(sums.presence):
+        parts["presence"] = config.presence_weight * part.sum() / over.positives
+        total += parts["presence"]
+    return total, parts

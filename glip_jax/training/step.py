@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from glip_jax.config import Config
+from glip_jax.config import Config, HeadConfig
 from glip_jax.distributed.mesh import (
     batch_axes,
     batch_sharding,
@@ -177,7 +177,7 @@ def _gradients(
         gradients, counts, images = _local_gradients(params, batch, key, config, mesh, objective)
         return reduce_gradients(gradients, trainable_specs, mesh), counts, _gathered_images(images, mesh)
 
-    outputs = (trainable_specs, Denominators(whole, whole), _image_specs(whole, config.model.head.offset_bound))
+    outputs = (trainable_specs, Denominators(whole, whole), _image_specs(whole, config.model.head))
     gradients, counts, images = per_shard(local, mesh, (specs, examples, whole), outputs)(params, batch, key)
     return gradients, _metrics(images, counts, config, names)
 
@@ -228,9 +228,10 @@ def _over_devices(collective: Callable[[Any, tuple[str, ...]], Any], tree: Any, 
     return collective(tree, axes) if axes else tree
 
 
-def _image_specs(spec: Any, bound: Any) -> _Images:
-    """`spec` for every field; with a `bound` on offsets there is one field more."""
-    return _Images(LossSums(spec, spec, spec, spec if bound else ()), ImageWeights(spec, spec), *(spec,) * 6)
+def _image_specs(spec: Any, head: HeadConfig) -> _Images:
+    """`spec` for every field that there is."""
+    sums = LossSums(spec, spec, spec, spec if head.offset_bound else (), spec if head.presence else ())
+    return _Images(sums, ImageWeights(spec, spec), *(spec,) * 6)
 
 
 def _gathered_images(images: _Images, mesh: Mesh) -> _Images:

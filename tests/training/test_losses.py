@@ -1,5 +1,7 @@
 """The three losses against their formulas, and their weights."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -37,8 +39,10 @@ def _case(seed: int = 0) -> tuple[Predictions, Targets, Batch]:
     return predictions, Targets(positive, index, target, centerness), batch
 
 
-def _sums(predictions: Predictions, targets: Targets, batch: Batch, loss: LossConfig | None = None) -> LossSums:
-    config = Config(model=MODEL, loss=loss or LossConfig())
+def _sums(
+    predictions: Predictions, targets: Targets, batch: Batch, loss: LossConfig | None = None, model: ModelConfig = MODEL
+) -> LossSums:
+    config = Config(model=model, loss=loss or LossConfig())
     found, wanted, given = jax.tree.map(jax.numpy.asarray, (predictions, targets, batch))
     return jax.tree.map(np.asarray, loss_sums(found, wanted, given, CANVAS, config))
 
@@ -108,6 +112,23 @@ def test_box_and_centerness_losses_by_hand() -> None:
         wanted_center -= t * np.log(p) + (1 - t) * np.log(1 - p)
     np.testing.assert_allclose(found.box, [wanted_box, 0], rtol=1e-4)
     np.testing.assert_allclose(found.centerness, [wanted_center, 0], rtol=1e-4)
+
+
+def test_presence_is_the_cross_entropy_of_what_the_image_shows() -> None:
+    predictions, targets, batch = _case()
+    logits = np.random.default_rng(4).normal(size=(2, TOKENS)).astype(np.float32)
+    known = np.array([[1, 0, 1, 0, 1], [1, 1, 1, 1, 1]], bool)
+    batch = batch._replace(token_loss_mask=known, box_mask=np.array([[True, False], [False, False]]))
+    batch.positive_map[0, 0] = [1, 1, 0, 0, 0]
+    model = dataclasses.replace(MODEL, head=dataclasses.replace(MODEL.head, presence=True))
+    found = _sums(predictions._replace(presence=logits), targets, batch, model=model)
+    p = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    # Of image 0: tokens 0 and 1 have a box, the second though it is unlabelled; 2 is absent, 3 unknown, 4 padding. Of image 1 all three are absent.
+    wanted = [-np.log(p[0, :2]).sum() - np.log(1 - p[0, 2]), -np.log(1 - p[1, :3]).sum()]
+    np.testing.assert_allclose(found.presence, wanted, rtol=1e-5)
+    found, counted = jax.tree.map(jax.numpy.asarray, (found, Denominators(np.float32(4), np.float32(1))))
+    totals = [total_loss(found, counted, LossConfig(presence_weight=weight))[0] for weight in (0.0, 0.5)]
+    np.testing.assert_allclose(totals[1] - totals[0], 0.5 * sum(wanted) / 4, rtol=1e-4)
 
 
 def test_an_invalid_example_changes_nothing() -> None:
