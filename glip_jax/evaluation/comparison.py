@@ -16,6 +16,9 @@ __all__ = [
 _CHANCE = "AP50_permuted"
 _DETECTION_METRICS = ("AP50", "AP", _CHANCE)
 _RECALL = "recall@1"
+_RATES = ("0.01", "0.05")
+_ALARM = "0.3"
+_SHARES = {"absent_found": "alarmed_pairs", "present_found": "found_pairs"}
 
 
 class ComparisonError(UserError, ValueError):
@@ -90,11 +93,23 @@ def run_of(path: str, summary: Mapping[str, Any]) -> Run:
             numbers |= {
                 f"{name}/{metric}": float(measured[metric]) for metric in _DETECTION_METRICS if measured[metric] >= 0
             }
+            numbers |= {f"{name}/{metric}": value for metric, value in _of_absence(entry.get("absence") or {}).items()}
         else:
             kinds = [f"{kind}/{_RECALL}" if kind else _RECALL for kind in entry["phrases"]]
             numbers |= {f"{name}/{metric}": float(measured[metric]) for metric in kinds}
     summary = {**summary, "settings": current_names(summary["settings"])}
     return Run(path, str(summary["name"]), int(summary["seed"]), summary, numbers)
+
+
+def _of_absence(measured: Mapping[str, Any]) -> dict[str, float]:
+    """Of `metrics.absence`: AP from the threshold of a rate of false alarms on, and shares of pairs with a box of `_ALARM` or more."""
+    if not measured:
+        return {}
+    found = {f"AP_at_{rate}": measured["rates"][rate]["AP"] for rate in _RATES}
+    for kind, own in (("", measured), ("alone/", measured.get("alone"))):
+        if own:
+            found |= {f"{kind}{short}": own["thresholds"][_ALARM][key] for short, key in _SHARES.items()}
+    return {name: float(value) for name, value in found.items() if value is not None}
 
 
 def headlines(metrics: Iterable[str]) -> list[str]:

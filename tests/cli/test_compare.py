@@ -64,6 +64,25 @@ def test_seeds_are_replicas_and_steps_are_taken_seed_by_seed(runs, tmp_path, cap
     assert not list((tmp_path / "out").glob("*.unfinished"))
 
 
+def test_absent_names_are_compared(tmp_path, capsys):
+    def found(share, **more):
+        thresholds = {"0.3": {"alarmed_pairs": share, "found_pairs": 0.9}}
+        return {"thresholds": thresholds, "rates": {rate: {"AP": share / 2} for rate in ("0.01", "0.05")}, **more}
+
+    folders = []
+    for seed, share in ((0, 0.2), (1, 0.4)):
+        folder = evaluation(tmp_path, "a", seed, 0.5)
+        path = tmp_path / f"a-{seed}" / "evaluation.json"
+        summary = json.loads(path.read_text())
+        summary["sets"]["cells"]["absence"] = found(share, alone=found(share + 0.2))
+        path.write_text(json.dumps(summary))
+        folders.append(folder)
+    assert run_job("compare", [*folders, f"--out={tmp_path / 'out'}"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for row in ("absent, found 0.3000 ±0.1414", "AP at 0.05 0.1500 ±0.0707", "alone absent, found 0.5000 ±0.1414"):
+        assert row in lines
+
+
 def test_the_page_needs_no_other_file_and_escapes(tmp_path):
     runs = [evaluation(tmp_path, "<b>", 0, 0.5), evaluation(tmp_path, "a", 0, 0.4)]
     assert run_job("compare", [*runs, f"--out={tmp_path / 'out'}"]) == 0
