@@ -15,6 +15,10 @@ refers to ("a dog" beside two dogs) is not annotated: such phrases are listed se
 phrases that name no class, two phrases of a caption that name the same class, and phrases whose class has a crowd box in the image.
 Recall is over captions that have a record. `--classes=0.5` lists precision by class above 0.5.
 
+`--before=FOLDER` sets beside the labels those of the same captions without the verifier (`label --verifier`), at the same thresholds, and
+the precision that they have where a higher threshold alone leaves them the recall of the verified ones: a veto that only cuts low scores
+gains nothing there. The captions of FOLDER are judged in both.
+
 `--names=ANNOTATIONS.json` (COCO's format) lists phrases that contain one of its names separately, such as names that the teacher
 never saw.
 """
@@ -40,7 +44,7 @@ from glip_jax.evaluation.recall import CaptionedImage, Phrase, load_grounding
 from glip_jax.labeling.outside import category_of, category_words
 from glip_jax.labeling.phrases.finders import head, head_word
 
-__all__ = ["Judged", "by_class", "judge", "measured", "named_truth"]
+__all__ = ["Judged", "by_class", "compared", "judge", "measured", "named_truth"]
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8)
 _APART = "these names"
@@ -61,6 +65,13 @@ class Judged:
         kept: Any = np.asarray(self.scores) > threshold
         right = int(np.asarray(self.right, bool)[kept].sum())
         return int(kept.sum()), right / int(kept.sum()) if kept.any() else math.nan, right / max(self.true, 1)
+
+    def precision_at_recall(self, recall: float) -> float:
+        """Precision of the best-scored boxes, as few as reach `recall`; nan if they never do, or for a recall of 0."""
+        order = np.argsort(-np.asarray(self.scores), kind="stable")
+        right: Any = np.cumsum(np.asarray(self.right, bool)[order])
+        reached = np.flatnonzero(right / max(self.true, 1) >= recall - 1e-9)
+        return float(right[reached[0]] / (reached[0] + 1)) if len(reached) and recall > 0 else math.nan
 
 
 def judge(
@@ -211,6 +222,24 @@ def measured(judged: Mapping[str, Judged]) -> str:
     return "\n".join(lines)
 
 
+def compared(before: Judged, after: Judged) -> str:
+    """A Markdown table with a row per threshold: labels without and with a verifier, and those without at the recall of those with."""
+    head = [
+        "score above",
+        *(f"{what} {which}" for which in ("without", "with") for what in ("captions", "boxes", "precision", "recall")),
+    ]
+    lines = ["| " + " | ".join([*head, "precision without, at that recall"]) + " |", "|---" * (len(head) + 1) + "|"]
+    for threshold in _thresholds(before):
+        cells, recall = [f"{threshold:.2f}"], 0.0
+        for judged in (before, after):
+            kept = {caption for caption, score in zip(judged.captions, judged.scores) if score > threshold}
+            count, precision, recall = judged.at(threshold)
+            cells += [f"{len(kept):,}", f"{count:,}", f"{precision:.3f}" if count else "-", f"{recall:.3f}"]
+        equal = before.precision_at_recall(recall)
+        lines.append("| " + " | ".join([*cells, "-" if math.isnan(equal) else f"{equal:.3f}"]) + " |")
+    return "\n".join(lines)
+
+
 def _thresholds(judged: Judged) -> list[float]:
     """The thresholds of the table; below that of the labelling nothing is known."""
     min_score = min(judged.scores, default=0.0)
@@ -249,14 +278,25 @@ def main() -> None:
     parser.add_argument(
         "truth", nargs="+", help="MDETR's JSON for the same captions, or COCO's annotations of the images"
     )
+    parser.add_argument(
+        "--before", default="", help="folder of pseudo records of the same captions, labelled without a verifier"
+    )
     parser.add_argument("--names", default="", help="COCO annotations with the names to show apart")
     parser.add_argument(
         "--classes", type=float, help="with COCO's annotations: list precision by class above this score"
     )
     parser.add_argument("--plot", type=Path, help="PNG to write")
     arguments = parser.parse_args()
-    shards = Shards(arguments.shards)
-    records = [shards[index] for index in range(len(shards))]
+    records, *others = [
+        [shards[index] for index in range(len(shards))]
+        for shards in map(Shards, filter(None, (arguments.shards, arguments.before)))
+    ]
+    # Captions that lost every box have a record there only.
+    every_record = others[0] if others else records
+    if missing := {record.id for record in records} - {record.id for record in every_record}:
+        parser.error(
+            f"--before={arguments.before} lacks {min(missing)} of {arguments.shards}: expected labels of the same captions"
+        )
     content = [json.loads(Path(path).read_text()) for path in arguments.truth]
     counts: Counter[str] = Counter()
     names: dict[int, str] = {}
@@ -264,7 +304,7 @@ def main() -> None:
         images = [image for path in arguments.truth for image in load_grounding(path).images]
     else:
         names = {item["id"]: item["name"] for file in content for item in file["categories"]}
-        images, counts = named_truth(records, names, (note for file in content for note in file["annotations"]))
+        images, counts = named_truth(every_record, names, (note for file in content for note in file["annotations"]))
     kinds = sorted({phrase.kind for image in images for phrase in image.phrases} - {""})
     groups: dict[str, Any] = {"all": lambda words, kind: True}  # noqa: ARG005
     groups |= {kind: lambda words, group, kind=kind: group == kind for kind in kinds}  # noqa: ARG005
@@ -276,6 +316,10 @@ def main() -> None:
     for what, count in (counts + not_judged).items():
         print(f"{what}: {count:,}")
     print(measured(judged))
+    if others:
+        without, _ = judge(others[0], images, groups)
+        for name, group in judged.items():
+            print(f"{name}, without and with the verifier:\n{compared(without[name], group)}")
     if arguments.classes is not None:
         print(_classes(by_class(records, images, list(names.values())), arguments.classes))
     if arguments.plot:

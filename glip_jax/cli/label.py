@@ -23,9 +23,10 @@ import tyro
 from glip_jax.cli import checkpoint_argument
 from glip_jax.cli.command_line import CommandLineError, flags, split_settings
 from glip_jax.config import PathStr
-from glip_jax.config.ranges import BelowOne, Count, Limit, Pixels, Range
+from glip_jax.config.ranges import BelowOne, Count, Fraction, Limit, Pixels, Range
 from glip_jax.data import shards
 from glip_jax.data.manifest import read_file
+from glip_jax.data.records import RecordError
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.io import gcs
@@ -33,9 +34,11 @@ from glip_jax.labeling.phrases.finders import MAX_PHRASES, PhraseFinder, phrase_
 from glip_jax.labeling.work_queue import LEASE, TaskError, differences, sweep
 
 if TYPE_CHECKING:
+    from glip_jax.labeling.outside import OutsideTeacher
     from glip_jax.labeling.pseudo import Rules
     from glip_jax.labeling.run import Input
     from glip_jax.labeling.teacher import Teacher
+    from glip_jax.labeling.verifier import Verifier
 
 __all__ = ["Label", "label", "main"]
 
@@ -56,6 +59,8 @@ class Label:
     round, with the student as the teacher, is the same command with its --checkpoint.
 
     Another teacher: --detections=FILE.json, a COCO results file that any detector wrote, with --categories.
+
+    A second judge: --verifier, another checkpoint or results file. Phrases that it does not find in the image become unknown.
     """
 
     shards: Annotated[tyro.conf.Positional[tuple[PathStr, ...]], tyro.conf.arg(metavar="SHARDS ...")] = ()
@@ -95,8 +100,21 @@ class Label:
     categories: PathStr = ""
     """Annotation file that names its categories and lists its images."""
     match: Literal["", "id", "name"] = ""
-    """How captions are matched with the images of --detections; default: by path, or by id where one side has no paths; id: by
+    """How captions are matched with the images of --detections or a --verifier file; default: by path, or by id where one side has no paths; id: by
     the image ids alone; name: by file name, whatever its folder. What is uncertain is left out and counted."""
+    verifier: PathStr = ""
+    """A second judge of the phrases that got boxes: a checkpoint as --checkpoint names one, with its own settings, or a COCO results
+    file FILE.json as --detections. A phrase for which it has no box above its threshold becomes unknown; one that it cannot judge
+    keeps its boxes. Both are counted."""
+    verifier_categories: PathStr = ""
+    """Annotation file that names the categories of a --verifier file and lists its images."""
+    verifier_threshold: BelowOne | None = None
+    """A phrase is in the image if the verifier has a box with a higher score; default: 0.3."""
+    verifier_iou: Fraction = 0.0
+    """Boxes that no such box of the verifier overlaps by at least this IoU are dropped too; 0: only existence counts."""
+    verifier_asks: Literal["", "phrase", "caption"] = ""
+    """What a prompt of a --verifier checkpoint holds; default: phrase, each alone, whose score depends on nothing else; caption: the
+    whole caption, as the teacher reads it, which costs as much as the teacher does, however many phrases there are."""
     name: str = ""
     """Name of the source that is made; default: the name of OUT."""
     threads: Annotated[int, Range(1, 1024)] = 4
@@ -138,9 +156,11 @@ def label(job: Label, settings: Sequence[str], command: str) -> None:
     begin = time.monotonic()
     finder = phrase_finder(job.finder, job.max_phrases)
     teacher, rules, about = _teacher(job, settings, thresholds, [given.shards.manifest.name for given in inputs])
+    verifier, about_verifier = _verifier(job, inputs, about["teacher"])
     labeling = LabelingJob(
         out=out, name=job.name or out.rpartition("/")[2], inputs=inputs, teacher=teacher, finder=finder, rules=rules,
-        about=about | _finder_record(finder, job), command=command, code=_code(), threads=job.threads, lease=job.lease,
+        about=about | about_verifier | _finder_record(finder, job), command=command, code=_code(), threads=job.threads,
+        lease=job.lease, verifier=verifier,
     )  # fmt: skip
     if existing is not None and before is not None:
         if lines := differences(before, json.loads(json.dumps(labeling.settings()))):
@@ -194,7 +214,7 @@ def _checked(job: Label) -> dict[str, float]:
             "--detections hold numbers only: give the file that names them, --categories=ANNOTATIONS.json"
         )
     unused = {"--no-ema": not job.ema, "--step": job.step is not None} if job.detections else {
-        "--categories": bool(job.categories), "--match": bool(job.match)
+        "--categories": bool(job.categories), "--match": bool(job.match) and not _is_file(job.verifier)
     }  # fmt: skip
     for option in (option for option, given in unused.items() if given):
         teacher = "--detections" if job.detections else "--checkpoint"
@@ -203,6 +223,7 @@ def _checked(job: Label) -> dict[str, float]:
         raise CommandLineError(
             "--flip and --scales change how images are detected in, which --detections does not do: leave them out"
         )
+    _check_verifier(job)
     thresholds = {}
     for pair in job.threshold_for:
         source, _, value = pair.rpartition("=")
@@ -214,6 +235,33 @@ def _checked(job: Label) -> dict[str, float]:
         if not 0 <= value < 1:
             raise CommandLineError(f"--threshold-for={source}={value}: expected 0 <= threshold < 1")
     return thresholds
+
+
+def _is_file(verifier: str) -> bool:
+    """Whether --verifier names a results file, not a checkpoint."""
+    return verifier.endswith(".json")
+
+
+def _check_verifier(job: Label) -> None:
+    """CommandLineError for options of a verifier that make no sense."""
+    given = {
+        "--verifier-categories": bool(job.verifier_categories), "--verifier-threshold": job.verifier_threshold is not None,
+        "--verifier-iou": job.verifier_iou > 0, "--verifier-asks": bool(job.verifier_asks),
+    }  # fmt: skip
+    if not job.verifier:
+        for option in (option for option, used in given.items() if used):
+            raise CommandLineError(f"{option} has no meaning without --verifier: give one, or leave it out")
+    elif _is_file(job.verifier):
+        if not job.verifier_categories:
+            raise CommandLineError(
+                f"--verifier={job.verifier} holds numbers only: give the file that names them, --verifier-categories=ANNOTATIONS.json"
+            )
+        if job.verifier_asks:
+            raise CommandLineError(
+                f"--verifier-asks has no meaning with the file --verifier={job.verifier}: leave it out"
+            )
+    elif job.verifier_categories:
+        raise CommandLineError("--verifier-categories has no meaning with a checkpoint as --verifier: leave it out")
 
 
 def _inputs(paths: Sequence[str]) -> "list[Input]":
@@ -275,6 +323,72 @@ def _teacher(
     if len(views) > 1:
         about["views"] = f"{'flip ' if job.flip else ''}{','.join(map(str, job.scales))}".strip()
     return DetectorTeacher(views, rules.nms_iou, threshold), rules, about
+
+
+def _verifier(job: Label, inputs: "Sequence[Input]", teacher: str) -> "tuple[Verifier | None, dict[str, Any]]":
+    """The second judge, if any, and what is recorded of it; `teacher`: what is recorded of the teacher."""
+    from glip_jax.io import provenance
+    from glip_jax.io.checkpoint import fingerprint
+    from glip_jax.labeling.outside import open_detections
+    from glip_jax.labeling.teacher import DetectorTeacher, detector_views
+    from glip_jax.labeling.verifier import PhraseTeacher, Verifier
+
+    if not job.verifier:
+        return None, {}
+    threshold = 0.3 if job.verifier_threshold is None else job.verifier_threshold
+    about = {"verifier_threshold": threshold} | ({"verifier_iou": job.verifier_iou} if job.verifier_iou else {})
+    if _is_file(job.verifier):
+        outside = open_detections(job.verifier, job.verifier_categories, threshold, job.match, shared=True)
+        _check_images(job, inputs, outside)
+        about |= {
+            "verifier": f"detections {provenance.file_hash(job.verifier)[:16]}",
+            "verifier_config": f"categories {provenance.file_hash(job.verifier_categories)[:16]}",
+        } | ({"match": job.match} if job.match else {})  # fmt: skip
+        logger.info(", ".join([f"{job.verifier}: the verifier, above {threshold}", *outside.notes]))
+        judge: Teacher = outside
+    else:
+        checkpoint = checkpoint_argument.open_named(job.verifier, "", None)
+        config, asks = checkpoint.config, job.verifier_asks or "phrase"
+        enable_compilation_cache()
+        params = checkpoint.parameters(config.evaluation.parameters)
+        nms = config.detection.nms_iou
+        network = DetectorTeacher(
+            detector_views(config, params, threshold, nms, False, (), job.batch_size or None), nms, threshold
+        )
+        judge = network if asks == "caption" else PhraseTeacher(network)
+        about |= {
+            "verifier": fingerprint(params)[:16], "verifier_config": provenance.config_hash(config)[:16], "verifier_asks": asks,
+        }  # fmt: skip
+        what = f"{config.evaluation.parameters} parameters, above {threshold}, a prompt for each {asks}"
+        logger.info(f"{checkpoint_argument.describe(checkpoint)}: the verifier, {what}")
+    if about["verifier"] == teacher:
+        logger.warning(
+            f"note: --verifier={job.verifier} is the teacher itself, which repeats its own mistakes: another model tells more"
+        )
+    return Verifier(judge, threshold, job.verifier_iou), about
+
+
+_TRIED = 64
+"""Records of a source that are looked up in the file of a verifier before the work begins."""
+
+
+def _check_images(job: Label, inputs: "Sequence[Input]", outside: "OutsideTeacher") -> None:
+    """CommandLineError if a verifier's file knows no image of a source: nothing would be judged."""
+    for path, source in inputs:
+        tried = sorted({len(source) * k // _TRIED for k in range(_TRIED)})
+        reasons = []
+        for index in tried:
+            with contextlib.suppress(RecordError):  # counted when it is labelled
+                record = source[index]
+                image, reason = outside.find(record.id, record.file, record.image_id, (record.height, record.width))
+                if image is not None:
+                    break
+                reasons.append(f"{record.id}: {reason}")
+        else:
+            raise CommandLineError(
+                f"--verifier={job.verifier} knows none of {len(tried)} images tried of {path} (first: {reasons[0] if reasons else 'none can be read'}): "
+                "expected detections of the images of the captions, or another --match"
+            )
 
 
 def _finder_record(finder: PhraseFinder, job: Label) -> dict[str, Any]:

@@ -42,12 +42,15 @@ class OutsideTeacher:
 
     def __init__(
         self, names: Mapping[tuple[str, ...], Any], detections: Mapping[str, _ImageDetections], images: ListedImages,
-        sizes: Mapping[str, tuple[int, int]], notes: Sequence[str] = (),
+        sizes: Mapping[str, tuple[int, int]], notes: Sequence[str] = (), shared: bool = False,
     ) -> None:  # fmt: skip
-        """`names`: category by the words of its name; `detections` and `sizes` (height, width) by image id."""
+        """`names`: category by the words of its name; `detections` and `sizes` (height, width) by image id; `shared`: phrases
+        of one category all have its boxes, for a verifier, which asks whether the thing exists.
+        """
         self.notes = tuple(notes)
         """What was left out or taken together while the files were read."""
         self._names, self._detections, self._images, self._sizes = names, detections, images, sizes
+        self._shared = shared
 
     @property
     def group_size(self) -> int:
@@ -68,19 +71,24 @@ class OutsideTeacher:
         """See `Teacher`; the lookup happens when the returned function is called."""
         return lambda: [[self._result(query, image.pixels.shape[:2]) for query in image.queries] for image in images]
 
+    def find(self, key: str, file: str, image_id: str, size: tuple[int, ...]) -> tuple[str | None, str]:
+        """The id of the image of `size` (height, width) that a record shows, or None and the reason; see `ListedImages.find`."""
+        image, reason = self._images.find(key, file, image_id)
+        if image is not None and self._sizes.get(image, size) != tuple(size):
+            return None, "image: size differs from the one that was detected in"
+        return image, reason
+
     def _result(self, query: Query, size: tuple[int, ...]) -> QueryResult:
         empty = [PhraseDetections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))] * len(query.spans)
-        image, reason = self._images.find(query.key, query.file, query.image_id)
+        image, reason = self.find(query.key, query.file, query.image_id, size)
         if image is None:
             return QueryResult(empty, {}, reason)
-        if self._sizes.get(image, size) != tuple(size):
-            return QueryResult(empty, {}, "image: size differs from the one that was detected in")
         categories = [category_of(query.caption, span, self._names) for span in query.spans]
         skipped: dict[int, str] = {}
         for phrase, category in enumerate(categories):
             if category is None:
                 skipped[phrase] = "names no category of the detections"
-            elif categories.count(category) > 1:
+            elif not self._shared and categories.count(category) > 1:
                 skipped[phrase] = "shares its category with another phrase"
         listed = self._detections.get(image, _ImageDetections([], [], []))
         corners = box.from_coco_xywh(np.asarray(listed.boxes, np.float32).reshape(-1, 4))
@@ -121,12 +129,12 @@ def category_words(name: str) -> tuple[str, ...]:
 
 
 def open_detections(
-    detections: epath.PathLike, categories: epath.PathLike, threshold: float, match: Match = ""
+    detections: epath.PathLike, categories: epath.PathLike, threshold: float, match: Match = "", shared: bool = False
 ) -> OutsideTeacher:
     """Reads a COCO results file (a list of image_id, category_id, bbox, score) and the annotation file of its categories.
 
     Boxes with a score above `threshold` are kept. If the annotation file lists `images`, their file names and sizes are used.
-    `match`: how records are matched with images, see `ListedImages`. Categories whose names are equal in the singular count as
+    `match`: how records are matched with images, see `ListedImages`; `shared`: see `OutsideTeacher`. Categories whose names are equal in the singular count as
     one. All boxes are held in memory, about 300 bytes each. Raises SourceError for a malformed file.
     """
     annotations, report = JsonFile(categories), Report()
@@ -169,7 +177,7 @@ def open_detections(
             found.categories.append(known)
     format_check.raise_if_wrong(source.path, "expected bbox to be x, y, width, height")
     notes = [f"{count} {what} (first: {report.first[what]})" for what, count in report.noted.items()]
-    return OutsideTeacher(names, by_image, images, sizes, notes)
+    return OutsideTeacher(names, by_image, images, sizes, notes, shared)
 
 
 def _listed_images(data: JsonFile, match: Match) -> tuple[ListedImages, dict[str, tuple[int, int]]]:

@@ -24,7 +24,8 @@ from glip_jax.inference import pipelined
 from glip_jax.labeling.phrases.finders import PhraseFinder, head_word
 from glip_jax.labeling.phrases.language import OTHER_SCRIPT, language_doubt
 from glip_jax.labeling.statistics import LabelStatistics
-from glip_jax.labeling.teacher import ImageQueries, Query, QueryResult, Span, Teacher, select_boxes
+from glip_jax.labeling.teacher import ImageQueries, PhraseDetections, Query, QueryResult, Span, Teacher, select_boxes
+from glip_jax.labeling.verifier import Verdict, Verifier
 
 __all__ = ["Labeler", "Rules", "pseudo_record"]
 
@@ -71,15 +72,28 @@ class _Prepared(NamedTuple):
     """Why the caption may not be English; empty if it seems to be."""
 
 
+class _Detected(NamedTuple):
+    """Records that share an image, and what the teacher found for each."""
+
+    items: list[_Prepared]
+    image: ImageQueries
+    results: list[QueryResult]
+
+
 class Labeler:
     """Labels ranges of records."""
 
     def __init__(
-        self, teacher: Teacher, finder: PhraseFinder, rules: Rules, about: Mapping[str, Any], code: str, threads: int
+        self, teacher: Teacher, finder: PhraseFinder, rules: Rules, about: Mapping[str, Any], code: str, threads: int,
+        verifier: Verifier | None = None,
     ) -> None:  # fmt: skip
-        """`about`: provenance written into every record, beside threshold and code; `threads`: how many read ahead."""
+        """`about`: provenance written into every record, beside threshold and code; `threads`: how many read ahead; `verifier`:
+        judges the phrases for which the teacher has boxes.
+        """
         self._teacher, self._finder, self._rules, self._about = teacher, finder, rules, about
-        self._code, self._threads = code, threads
+        self._code, self._threads, self._verifier = code, threads, verifier
+        # An outside teacher takes single images, which a network beside it should not.
+        self._group_size = max(teacher.group_size, verifier.group_size if verifier else 1)
         self._finder_lock = threading.Lock()
 
     def label(
@@ -98,23 +112,42 @@ class Labeler:
             """For each image of a group the records that share it."""
             waiting: defaultdict[Any, dict[int, list[_Prepared]]] = defaultdict(dict)
             with ThreadPoolExecutor(self._threads) as pool:
-                depth = 2 * self._threads + 2 * self._teacher.group_size
+                depth = 2 * self._threads + 2 * self._group_size
                 for item in _prefetch(pool, lambda index: self._prepare(shards, index), range(begin, end), depth):
                     key = self._count(item, source, statistics)
                     if key is None:
                         progress(1)
                         continue
                     images = waiting[key]
-                    if item.image not in images and len(images) >= self._teacher.group_size:
+                    if item.image not in images and len(images) >= self._group_size:
                         yield list(images.values())
                         images.clear()
                     images.setdefault(item.image, []).append(item)
                 for images in waiting.values():
                     yield list(images.values())
 
-        for group, _, results in pipelined(groups(), _queries, lambda _, images: self._teacher.detect_async(images)):
-            self._write(group, results, source, statistics, write, progress)
+        detected = pipelined(groups(), _queries, lambda _, images: self._teacher.detect_async(images))
+        for group, results, verdicts in self._verified(detected, self._rules.threshold_of(source)):
+            self._write(group, results, verdicts, source, statistics, write, progress)
         return statistics
+
+    def _verified(
+        self, detected: Iterable[tuple[Sequence[list[_Prepared]], list[ImageQueries], list[list[QueryResult]]]], threshold: float
+    ) -> Iterator[tuple[Sequence[list[_Prepared]], list[list[QueryResult]], list[list[Verdict | None]]]]:  # fmt: skip
+        """Each group with its results and verdicts. The teacher's next groups are on the device while the verifier judges one."""
+        verifier = self._verifier
+        if verifier is None:
+            for group, _, results in detected:
+                yield group, results, [[None] * len(items) for items in group]
+            return
+
+        def start(_: Any, images: list[_Detected]) -> Callable[[], list[list[Verdict]]]:
+            asked = [[_above(result, threshold) for result in own.results] for own in images]
+            return verifier.verify_async([own.image for own in images], asked)
+
+        groups = ([_Detected(*own) for own in zip(*group, strict=True)] for group in detected)
+        for group, _, verdicts in pipelined(groups, lambda own: own, start):
+            yield [own.items for own in group], [own.results for own in group], [[*own] for own in verdicts]
 
     def _prepare(self, shards: Shards, index: int) -> _Prepared:
         """Runs in a thread: everything that precedes the teacher."""
@@ -157,21 +190,24 @@ class Labeler:
         if len(item.query.plan.prompts) > 1:
             example = f"{item.record.id}: {len(item.query.plan.prompts)} prompts"
             statistics.report.note("caption: longer than the teacher's text limit, split into several prompts", example)
-        return self._teacher.batch_key(item.record.height, item.record.width)
+        size = item.record.height, item.record.width
+        own = self._teacher.batch_key(*size)
+        return own if self._verifier is None else (own, self._verifier.batch_key(*size))
 
     def _write(
-        self, group: Sequence[list[_Prepared]], results_of: list[list[QueryResult]], source: str, statistics: LabelStatistics,
-        write: Callable[[Record], Any], progress: Callable[[int], Any],
+        self, group: Sequence[list[_Prepared]], results_of: list[list[QueryResult]], verdicts_of: list[list[Verdict | None]],
+        source: str, statistics: LabelStatistics, write: Callable[[Record], Any], progress: Callable[[int], Any],
     ) -> None:  # fmt: skip
         """Selects the boxes of a group and writes the records."""
         provenance = {**self._about, "threshold": self._rules.threshold_of(source), "code": self._code}
         text = json.dumps(provenance, ensure_ascii=False, separators=(",", ":"))
-        for items, results in zip(group, results_of, strict=True):
-            for item, result in zip(items, results, strict=True):
+        for items, results, verdicts in zip(group, results_of, verdicts_of, strict=True):
+            for item, result, verdict in zip(items, results, verdicts, strict=True):
                 assert item.record is not None
                 assert item.query is not None
+                judge = None if self._verifier is None or verdict is None else (self._verifier, verdict)
                 record = pseudo_record(
-                    item.record, item.query, result, self._rules, source, text, statistics, item.surplus
+                    item.record, item.query, result, self._rules, source, text, statistics, item.surplus, judge
                 )
                 if record is not None:
                     write(record)
@@ -187,12 +223,12 @@ def _queries(items: list[_Prepared]) -> ImageQueries:
 
 def pseudo_record(
     record: Record, query: Query, result: QueryResult, rules: Rules, source: str, provenance: str, statistics: LabelStatistics,
-    surplus: Sequence[Span] = (),
+    surplus: Sequence[Span] = (), judge: tuple[Verifier, Verdict] | None = None,
 ) -> Record | None:  # fmt: skip
     """Builds the pseudo record of a caption; returns None, and counts the reason, if no box was selected.
 
-    Phrases without a box, phrases that the teacher skipped and `surplus` phrases become `unknown` (unlabelled), not absent:
-    a missed detection is no evidence that the object is not in the image.
+    Phrases without a box, phrases that the teacher skipped, those that `judge` vetoes and `surplus` phrases become `unknown`
+    (unlabelled), not absent: a missed detection is no evidence that the object is not in the image.
     """
     report: Report = statistics.report
     where = f"{record.id}: {record.caption!r:.80}"
@@ -203,7 +239,7 @@ def pseudo_record(
         report.note(
             "caption: detector reached its maximum number of boxes, boxes of lower scores may be missing", where
         )
-    boxes, spans, scores, unknown = [], [], [], []
+    boxes, spans, scores, unknown, vetoed_boxes = [], [], [], [], 0
     limit = np.array([record.width, record.height] * 2, np.float32) - 1
     for number, span in enumerate(query.spans):
         words = record.caption[slice(*span)]
@@ -220,6 +256,9 @@ def pseudo_record(
             rules.threshold_of(source), rules.nms_iou, rules.max_boxes,
         )  # fmt: skip
         report.drop("box: more than the maximum of a phrase", f"{record.id}: {words!r:.80}", surplus_boxes)
+        if judge is not None and len(selected.scores):
+            before, selected = selected, _judged(selected, number, *judge, f"{record.id}: {words!r:.80}", statistics)
+            vetoed_boxes += len(before.scores) - len(selected.scores)
         statistics.phrase(words, head_word(record.caption, span), best, len(selected.scores))
         if not len(selected.scores):
             unknown.append((span,))
@@ -229,7 +268,10 @@ def pseudo_record(
         scores += phrase_scores
         statistics.box(phrase_scores)
     if not boxes:
-        report.drop("caption: no box above the threshold", where)
+        report.drop(
+            "caption: every box vetoed by the verifier" if vetoed_boxes else "caption: no box above the threshold",
+            where,
+        )
         return None
     statistics.kept += 1
     statistics.source(source, kept=1, boxes=len(boxes))
@@ -237,6 +279,31 @@ def pseudo_record(
         record, kind="pseudo", boxes=np.asarray(boxes, np.float32).reshape(-1, 4), spans=tuple(spans),
         scores=tuple(scores), unknown=(*unknown, *((span,) for span in surplus)), provenance=provenance,
     )  # fmt: skip
+
+
+def _above(result: QueryResult, threshold: float) -> list[int]:
+    """The phrases that have a box with a score above the threshold."""
+    return [number for number, own in enumerate(result.detections) if (own.scores > threshold).any()]
+
+
+def _judged(
+    selected: PhraseDetections, number: int, verifier: Verifier, verdict: Verdict, where: str, statistics: LabelStatistics
+) -> PhraseDetections:  # fmt: skip
+    """The boxes of a phrase that the verifier leaves; counts what it says."""
+    report = statistics.report
+    if number in verdict.not_judged:
+        statistics.not_judged += 1
+        report.note(f"phrase: not judged by the verifier, {verdict.not_judged[number]}", where)
+        return selected
+    found = verdict.found[number]
+    stays = verifier.confirmed(selected.boxes, found)
+    statistics.judged += 1
+    statistics.vetoed += not stays.any()
+    report.note("phrase: vetoed by the verifier, which finds it nowhere", where, int(not len(found.scores)))
+    elsewhere = bool(len(found.scores)) and not stays.any()
+    report.note("phrase: vetoed by the verifier, which finds it elsewhere", where, int(elsewhere))
+    report.drop("box: vetoed by the verifier", where, int((~stays).sum()))
+    return PhraseDetections(selected.boxes[stays], selected.scores[stays])
 
 
 def _prefetch(

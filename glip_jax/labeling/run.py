@@ -18,6 +18,7 @@ from glip_jax.labeling.phrases.finders import PhraseFinder
 from glip_jax.labeling.pseudo import Labeler, Rules
 from glip_jax.labeling.statistics import LabelStatistics, summary
 from glip_jax.labeling.teacher import Teacher
+from glip_jax.labeling.verifier import Verifier
 from glip_jax.labeling.work_queue import WorkQueue
 
 __all__ = ["FORMAT", "Input", "LabelingJob", "run"]
@@ -65,6 +66,7 @@ class LabelingJob:
     code: str
     threads: int
     lease: float
+    verifier: Verifier | None = None
 
     def settings(self) -> dict[str, Any]:
         """Everything that determines the labels except the code, whose version each record states."""
@@ -91,7 +93,7 @@ def run(job: LabelingJob) -> None:
     """
     work = _tasks(job.inputs)
     queue = WorkQueue(job.out, list(work), job.settings(), job.lease)
-    labeler = Labeler(job.teacher, job.finder, job.rules, job.about, job.code, job.threads)
+    labeler = Labeler(job.teacher, job.finder, job.rules, job.about, job.code, job.threads, job.verifier)
     total = sum(task.end - task.begin for task in work.values())
     labeled, begin = 0, time.monotonic()
     # A terminal shows a moving bar, a log file gets a line every 30 s.
@@ -202,6 +204,9 @@ def _table(counts: Mapping[str, Any]) -> str:
         ("boxes", f"{counts['boxes']}", f"{counts['boxes_per_phrase_with_boxes']:.2f} for a phrase with any"),
         ("concepts", f"{counts['concepts']}", f"{counts['concepts_with_boxes']} with a box"),
     ]
+    judged, not_judged = counts["phrases_judged"], counts["phrases_not_judged"]
+    if judged or not_judged:
+        rows.append(("judged", f"{judged}", f"{counts['phrases_vetoed']} vetoed; not judged {not_judged}"))
     for kind, label in (("notes", "noted"), ("drops", "dropped")):
         rows += [(f"{label} {reason}", f"{n['count']}", f"first: {n['first']}") for reason, n in counts[kind].items()]
     width = max(len(row[0]) for row in rows)

@@ -46,6 +46,12 @@ class LabelStatistics:
     """Phrases of the captions that were given to the teacher."""
     phrases_with_boxes: int = 0
     boxes: int = 0
+    judged: int = 0
+    """Phrases with boxes of the teacher that a verifier judged."""
+    vetoed: int = 0
+    """Those of them that lost all their boxes."""
+    not_judged: int = 0
+    """Phrases with boxes of the teacher that the verifier could not judge; they keep them."""
     report: Report = field(default_factory=Report)
     """Dropped captions, phrases and boxes, and notes, by reason."""
     best: list[int] = field(default_factory=_bins)
@@ -92,7 +98,18 @@ class LabelStatistics:
 
     def add(self, other: "LabelStatistics") -> None:
         """Adds the statistics of another part."""
-        for name in ("captions", "kept", "phrases", "phrases_with_boxes", "boxes", "seconds", "texts_forgotten"):
+        added = (
+            "captions",
+            "kept",
+            "phrases",
+            "phrases_with_boxes",
+            "boxes",
+            "judged",
+            "vetoed",
+            "not_judged",
+            "seconds",
+        )
+        for name in (*added, "texts_forgotten"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.report.merge(other.report)
         self.best = [a + b for a, b in zip(self.best, other.best, strict=True)]
@@ -158,6 +175,9 @@ def summary(statistics: LabelStatistics, listed: int = 40) -> dict[str, Any]:
         "phrases": statistics.phrases,
         "phrases_with_boxes": statistics.phrases_with_boxes,
         "boxes": statistics.boxes,
+        "phrases_judged": statistics.judged,
+        "phrases_vetoed": statistics.vetoed,
+        "phrases_not_judged": statistics.not_judged,
         "boxes_per_phrase": statistics.boxes / max(statistics.phrases, 1),
         "boxes_per_phrase_with_boxes": statistics.boxes / max(statistics.phrases_with_boxes, 1),
         "phrases_by_boxes": {str(number): statistics.boxes_of[number] for number in sorted(statistics.boxes_of)},

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from benchmarks.pseudo_labels import _saying, by_class, judge, measured, named_truth
+from benchmarks.absent_captions import mixed_captions
+from benchmarks.pseudo_labels import Judged, _saying, by_class, compared, judge, measured, named_truth
 from glip_jax.data.records import Record
 from glip_jax.evaluation.recall import CaptionedImage, Phrase
 
@@ -49,6 +50,28 @@ def test_precision_and_recall_by_threshold():
     assert left_out["boxes of phrases that touch no true phrase"] == 1
     assert "| 0.55 | 1 | 4 | 0.500 | 0.667 | 1 | 1.000 | 1.000 |" in measured(judged)
     assert "| 0.50 |" not in measured(judged), "no box is that low: nothing is known of what lies there"
+
+
+def test_labels_are_compared_with_those_without_a_verifier_at_equal_thresholds_and_at_equal_recall():
+    before = Judged(4, [0.95, 0.9, 0.8, 0.7, 0.6], [True, False, True, False, True], list("aabbc"))
+    after = Judged(4, [0.95, 0.8, 0.7], [True, True, False], list("abb"))
+    lines = compared(before, after).splitlines()
+    # The recall of 0.5 takes three boxes without the verifier, of which two are right.
+    assert "| 0.60 | 2 | 4 | 0.500 | 0.500 | 2 | 3 | 0.667 | 0.500 | 0.667 |" in lines
+    assert "| 0.55 | 3 | 5 | 0.600 | 0.750 | 2 | 3 | 0.667 | 0.500 | 0.667 |" in lines
+    assert "| 0.80 | 1 | 2 | 0.500 | 0.250 | 1 | 1 | 1.000 | 0.250 | 1.000 |" in lines
+    assert np.isnan(before.precision_at_recall(0.9)) and np.isnan(before.precision_at_recall(0.0))
+
+
+def test_captions_hold_names_that_are_not_there():
+    boxes = [{"image_id": 1, "category_id": c} for c in (1, 7)] + [{"image_id": 2, "category_id": 9}]
+    names = [{"id": number, "name": name} for number, name in NAMES.items()]
+    images = [{"id": 1}, {"id": 2, "known_absent": ["cup"]}, {"id": 3}]
+    made = mixed_captions({"images": images, "annotations": boxes, "categories": names}, 1, 2, seed=0)
+    one, two = (note["caption"] for note in made["annotations"])
+    assert [note["image_id"] for note in made["annotations"]] == [1, 2], "nothing is known of the third"
+    assert "a teddy bear" in one and one.count("a ") == 2 == two.count("a ") + two.count("an ")
+    assert {"a teddy bear", "a cup"} == set(two.split(" and "))
 
 
 def test_captions_are_matched_by_text_and_equal_ones_by_id():

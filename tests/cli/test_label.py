@@ -227,6 +227,100 @@ def test_detections_of_a_file(many):
     assert shards.verify(whole) and source.is_dir()
 
 
+def second(run, folder, category=1, images=range(0, 60, 2)):
+    """Flags of a verifier's file of the same images that finds a category, the cat, in every second one."""
+    folder.mkdir(exist_ok=True)
+    rows = [{"image_id": i, "category_id": category, "bbox": [1, 1, 30, 30], "score": 0.9} for i in images]
+    (folder / "judge.json").write_text(json.dumps(rows))
+    (folder / "judge_names.json").write_text((run / "names.json").read_text())
+    return [f"--verifier={folder / 'judge.json'}", f"--verifier-categories={folder / 'judge_names.json'}"]
+
+
+def test_a_verifier_vetoes_phrases_and_belongs_to_the_settings(run, many, tmp_path, capsys):
+    source, whole = many
+    judge = second(run, tmp_path)
+    assert run_job("label", outside(run, source, tmp_path / "out", *judge)) == 0
+    before, made = shards.Shards(whole), shards.Shards(tmp_path / "out")
+    kept = {made[i].id: made[i] for i in range(len(made))}
+    lost = 0
+    for record in (before[i] for i in range(len(before))):
+        own, spans = kept.get(record.id), {s for s in record.spans if "cat" in record.caption[slice(*s[0])]}
+        left = spans if int(record.id) % 2 == 0 else set()  # no dog is found anywhere
+        lost += len(record.spans) - len(left)
+        assert set(own.spans if own else ()) == left
+        assert own is None or {*own.unknown, *own.spans} == {*record.unknown, *record.spans}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert made.manifest.drops["box: vetoed by the verifier"] == lost > 0
+    assert report["summary"]["phrases_judged"] == before.manifest.boxes, "a box a phrase, all of known names"
+    about = json.loads(made[0].provenance)
+    assert about["verifier"].startswith("detections ") and about["verifier_threshold"] == 0.3
+    assert "judged phrases" in (tmp_path / "out" / "report.html").read_text()
+    assert "vetoed; not judged 0" in capsys.readouterr().out
+    # Another verifier, another threshold and none at all are other settings; the same command is not.
+    for other in (
+        second(run, tmp_path / "other", 2),
+        [*judge, "--verifier-threshold=0.4"],
+        [*judge, "--verifier-iou=0.5"],
+        [],
+    ):
+        assert run_job("label", outside(run, source, tmp_path / "out", *other)) == exit_codes.BAD_INPUT
+        assert re.search("is finished, with other settings .*verifier", capsys.readouterr().err)
+    assert run_job("label", outside(run, source, tmp_path / "out", *judge)) == 0
+
+
+@pytest.mark.processes
+def test_killed_and_resumed_with_another_verifier(run, many, tmp_path, capsys):
+    source, _ = many
+    judge = second(run, tmp_path)
+    child = slow_label.start(outside(run, source, tmp_path / "out", "--lease=5", *judge), tmp_path / "said")
+    wait_for(lambda: list((tmp_path / "out").glob("records*")))
+    child.kill()
+    child.join()
+    other = second(run, tmp_path / "other", 2)
+    assert run_job("label", outside(run, source, tmp_path / "out", *other)) == exit_codes.BAD_INPUT
+    assert re.search("was begun with other settings .*verifier: ", capsys.readouterr().err)
+    assert run_job("label", outside(run, source, tmp_path / "out", *judge)) == 0
+    assert run_job("label", outside(run, source, tmp_path / "straight", *judge)) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--verifier={run}/found.json"], "--verifier-categories=ANNOTATIONS.json"),
+        (["--verifier={run}/none.json", "--verifier-categories={run}/names.json"], "none.json"),
+        (["--verifier={run}/found.json", "--verifier-categories={run}/none.json"], "none.json"),
+        (["--verifier={run}/nothing"], "{run}/nothing"),
+        (["--verifier={run}/run", "--verifier-categories={run}/names.json"], "no meaning with a checkpoint"),
+        (["--verifier={run}/run", "--verifier-threshold=1.5"], "--verifier-threshold=1.5: expected 0 to less than 1"),
+        (["--verifier={run}/run", "--verifier-iou=2"], "--verifier-iou=2"),
+        (["--verifier-threshold=0.4"], "--verifier-threshold has no meaning without --verifier"),
+        (["--verifier={run}/found.json", "--verifier-categories={run}/names.json", "--verifier-asks=caption"], "--verifier-asks has"),
+        (["--verifier={tmp}/judge.json", "--verifier-categories={tmp}/judge_names.json"], "knows none of 60 images tried of"),
+    ],
+)  # fmt: skip
+def test_a_verifier_that_cannot_be_used_gives_one_line(run, many, tmp_path, capsys, flags, message):
+    second(run, tmp_path, images=range(77, 78))
+    names = json.loads((tmp_path / "judge_names.json").read_text())
+    (tmp_path / "judge_names.json").write_text(json.dumps({"categories": names["categories"]}))
+    given = [flag.format(run=run, tmp=tmp_path) for flag in flags]
+    assert run_job("label", outside(run, many[0], tmp_path / "out", *given)) == exit_codes.BAD_INPUT
+    error = capsys.readouterr().err
+    assert message.format(run=run) in error and error.startswith("label: ") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_teacher_as_its_own_verifier_is_taken_but_said(run, tmp_path, capsys):
+    command = [str(run / "captions"), f"--workdir={run / 'run'}", f"--out={tmp_path / 'out'}", "--threshold=0.02"]
+    assert run_job("label", [*command, f"--verifier={run / 'run'}", "--verifier-threshold=0.01"]) == 0
+    printed = capsys.readouterr()
+    assert "is the teacher itself, which repeats its own mistakes" in printed.out + printed.err
+    about = json.loads(shards.Shards(tmp_path / "out")[0].provenance)
+    assert about["verifier"] == about["teacher"] and about["verifier_asks"] == "phrase"
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["summary"]["phrases_judged"] > 0
+
+
 def slow(run, source, out, said):
     return slow_label.start(outside(run, source, out, "--lease=5"), said)
 

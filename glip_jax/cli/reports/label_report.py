@@ -39,6 +39,10 @@ def render(out: str, samples: int = 24) -> str:
         ("boxes", f"{counts['boxes']:,}", f"{counts['boxes_per_phrase_with_boxes']:.2f} for a phrase with any"),
         ("concepts", f"{counts['concepts_with_boxes']:,}", f"with a box, of {counts['concepts']:,} queried, by head noun"),
     ]  # fmt: skip
+    if "verifier" in settings:
+        judged = counts["phrases_judged"]
+        text = f"{counts['phrases_vetoed']:,} of {judged:,} judged phrases; {counts['phrases_not_judged']:,} not judged"
+        tiles.append(("vetoed", f"{counts['phrases_vetoed'] / max(judged, 1):.1%}", text))
     forgotten = counts["phrases_forgotten"]
     concepts = (
         f"{counts['concepts']:,} head nouns, of which {counts['concepts_never_found']:,} have no box anywhere; "
