@@ -377,6 +377,7 @@ class FinetuneJob:
 
     def _feed(self, config: Config, mixture: "Mixture", state: "State") -> Any:
         """Encoded examples where the encoders are frozen, else images."""
+        from glip_jax.cli.name_vectors import give_vectors
         from glip_jax.io import gcs
         from glip_jax.training import optimizer as optim
         from glip_jax.training.finetuning import encoded
@@ -384,6 +385,7 @@ class FinetuneJob:
         from glip_jax.training.loop import Feed
         from glip_jax.training.step import glip_objective
 
+        give_vectors(mixture, state.params, self.folder)
         rate = None if self.arguments.as_glip else functools.partial(rate_factor, steps=config.train.steps)
         images = Feed(mixture.batches, glip_objective(config), rate)
         if not encoded.encodes_images(config, list(optim.flat(state.params))) or gcs.is_remote(str(self.folder)):

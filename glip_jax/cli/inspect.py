@@ -81,6 +81,12 @@ def _write(job: InspectShards, config: Config | None) -> epath.Path:
     if config is not None and job.shards:
         named = {name: SourceConfig(path) for name, path in _names(job.shards).items()}
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=named))
+    if config is not None and config.data.captions.hard_by == "meaning":
+        logger.info(
+            "note: data.captions.hard_by is meaning: here, without parameters, hard negatives are those by letters"
+        )
+        captions = dataclasses.replace(config.data.captions, hard_by="letters")
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, captions=captions))
     mixture = Mixture(config) if config is not None else None
     if mixture is not None:
         mixture.notes += reduced_records(mixture)

@@ -2,10 +2,11 @@
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,10 +15,12 @@ import numpy as np
 
 from glip_jax import UserError
 from glip_jax.cli.command_line import Arguments, CommandLineError, parse
+from glip_jax.cli.name_vectors import give_vectors
 from glip_jax.cli.processes import ProcessArguments, fingerprints, run_joined
 from glip_jax.cli.reports import drawing
 from glip_jax.config import Config, ConfigError
 from glip_jax.data.manifest import ShardError, finished
+from glip_jax.data.mixture import Mixture
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.cluster import Cluster
 from glip_jax.evaluation.at_start import metric_names
@@ -27,11 +30,13 @@ from glip_jax.inference import Detector
 from glip_jax.io.assets import resolve
 from glip_jax.io.checkpoint import NotSavedError, complete_steps, recovery_hint
 from glip_jax.io.errors import full_disk
+from glip_jax.io.workdir import workdir_path
 from glip_jax.structures.batch import Batch
 from glip_jax.structures.canvas import pixels_of
-from glip_jax.training.loop import train
+from glip_jax.training.loop import Feed, train
 from glip_jax.training.monitoring.evaluations import Evaluate, Meet
 from glip_jax.training.state import State
+from glip_jax.training.step import glip_objective
 from glip_jax.weights import pretrained
 
 __all__ = ["TrainArguments", "main", "run"]
@@ -101,6 +106,7 @@ def run(config: Config, workdir: str, resume_with_changes: bool = False, cluster
                 initial_parameters=pretrained.initialize,
                 resume_with_changes=resume_with_changes,
                 cluster=cluster,
+                feed=_by_meaning(config, workdir) if config.data.captions.hard_by == "meaning" else None,
             )
         except OSError as error:
             full = "" if isinstance(error, UserError) else full_disk(error)
@@ -109,6 +115,21 @@ def run(config: Config, workdir: str, resume_with_changes: bool = False, cluster
             raise NotSavedError(
                 f"{error.filename or workdir} cannot be written ({full}); checkpoints: {recovery_hint(workdir, full)}"
             ) from error
+
+
+def _by_meaning(config: Config, workdir: str) -> Callable[[Mixture, State], Feed]:
+    """Returns what feeds the loop with the batches of a mixture that knows the meaning of names."""
+    init = config.init_from
+    if not (init.text or init.model) and not complete_steps(workdir):
+        logger.info(
+            "note: data.captions.hard_by is meaning, and init_from names no text encoder: vectors of a random one say little of meaning"
+        )
+
+    def feed(mixture: Mixture, state: State) -> Feed:
+        give_vectors(mixture, state.params, workdir_path(workdir))
+        return Feed(functools.partial(mixture.batches, patches=config.model.patches), glip_objective(config))
+
+    return feed
 
 
 def _drawer(config: Config) -> Any:

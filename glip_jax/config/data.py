@@ -42,6 +42,10 @@ class SourceConfig:
     negatives: tuple[str, ...] = ()
     """Additional names to sample as negatives. The user guarantees that they are absent from every image of the source.
     Names of the source's own categories and phrases of the image are never sampled."""
+    complete: Literal["own", "all"] = "own"
+    """How complete the labels are for names of other sources (`captions.dictionary`). `own`: nothing is known of them, so they are never
+    negatives. `all`: the user guarantees that whatever an image shows and a name of the dictionary names has a box or a phrase; records that list what is
+    absent (`known_absent`) say it themselves."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,20 @@ class CaptionConfig:
     is there. Grounding and pseudo records take the names that they know to be absent (`known_absent`) and the `negatives` of their source;
     those without any keep their caption, as do detection records without a negative."""
     hard_share: Fraction = 0.0
-    """Fraction of hard negatives: names or packed phrases that share words or letters with the positives."""
+    """Fraction of hard negatives: names or packed phrases that are most like the positives."""
+    hard_by: Literal["letters", "meaning"] = "letters"
+    """What likeness is: `letters`, shared words and letters; `meaning`, the cosine of states of the text encoder as it is before training
+    (mean over the tokens of a name, without the mean of all names)."""
+    dictionary: Fraction = 0.0
+    """Share of the negatives that come from the names of all sources, by frequency, where they are known to be absent: a source's own names,
+    its `negatives`, `known_absent` of a record, and all others where the source has `complete="all"`. Names with the words of a positive,
+    more or fewer, are left out. Captions take them in empty prompts and with `packing.take="names"`."""
+    synonym_cosine: Fraction = 0.5
+    """With `hard_by="meaning"`: cosine to a positive above which a name of another source counts as a synonym and is no negative."""
+    look_alikes: Fraction = 0.0
+    """Probability that a caption gets a second, negative text: one of its phrases with another color, material, size or side ("a yellow apple" for "a red
+    apple"). It is negative at the boxes of the caption; elsewhere it gives no loss, unless the source has `complete="all"` and color or
+    material was changed. Sides are changed only where images are neither mirrored (`flip_captions="safe"` or no flip) nor cropped."""
     shuffle: bool = True
     """Shuffle the names of a caption."""
     words_without_box: Literal["negative", "unknown"] = "negative"
@@ -166,6 +183,13 @@ def data_checks(data: DataConfig) -> list[tuple[bool, str]]:
     checks = [
         (not captions.empty_probability or captions.mode == "sampled",
          f"data.captions.empty_probability is {captions.empty_probability}, and mode all_names puts every name into every prompt: leave one out"),
+        (not captions.dictionary or captions.mode == "sampled",
+         f"data.captions.dictionary is {captions.dictionary}, and mode all_names puts every name into every prompt: leave one out"),
+        (captions.hard_by == "letters" or captions.mode == "sampled",
+         f"data.captions.hard_by is {captions.hard_by}, and mode all_names draws no negatives: leave one out"),
+        (captions.hard_by == "letters" or bool(captions.hard_share or captions.dictionary),
+         f"data.captions.hard_by is {captions.hard_by}, hard_share {captions.hard_share} and dictionary {captions.dictionary}: nothing uses it; "
+         "expected one of them above 0"),
         *((bool(getattr(data, name)), f"data.{name} is empty: expected at least one number") for name in ("short_sides", "aspects")),
         (total <= 1 + 1e-9,
          f"data.captions: full_probability {captions.full_probability}, one_negative_probability {captions.one_negative_probability} "

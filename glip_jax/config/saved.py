@@ -41,6 +41,7 @@ _ADDED_KEYS = {
     "model.prompts.names": 0, "model.prompts.tokens": 0, "model.head.deformable": True, "detection.sinks": 0,
     "detection.sink_start": "random", "detection.sink_seed": 0, "model.fusion.drop_path": 0.0, "data.captions.empty_probability": 0.0,
     "model.head.presence": False, "loss.presence_weight": 1.0, "model.text.mask": "padding", "model.text.separators": [101, 102, 1012],
+    "data.captions.hard_by": "letters", "data.captions.dictionary": 0.0, "data.captions.synonym_cosine": 0.5, "data.captions.look_alikes": 0.0,
 }  # fmt: skip
 """Settings that saved runs may lack, with the value that describes what earlier versions did."""
 
@@ -49,11 +50,15 @@ _ADDED_AFTER_HASHES = (
     "model.lora.scale", "model.prompts.names", "model.prompts.tokens", "model.head.deformable", "detection.sinks",
     "detection.sink_start", "detection.sink_seed", "model.fusion.drop_path", "data.captions.empty_probability",
     "model.head.presence", "loss.presence_weight", "model.text.mask", "model.text.separators",
+    "data.captions.hard_by", "data.captions.dictionary", "data.captions.synonym_cosine", "data.captions.look_alikes",
 )  # fmt: skip
 """Those of them that earlier versions did not hash."""
 
 _ADDED_TO_SETS = {"merge_names": False, "boxes": "", "crowds": "", "folders": "", "allow_drops": False, "orientation": "auto"}  # fmt: skip
 """Settings of `evaluation.sets.*` that earlier versions did not hash, with what these did."""
+
+_ADDED_TO_SOURCES = {"complete": "own"}
+"""The same of `data.sources.*`."""
 
 
 def current_name(name: str) -> str:
@@ -74,6 +79,7 @@ def first_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     inverse = {new: old for old, new in RENAMED_KEYS.items()}
     added = {name: _ADDED_KEYS[name] for name in _ADDED_AFTER_HASHES}
     added |= {n: _ADDED_TO_SETS.get(n.rpartition(".")[2]) for n in settings if n.startswith("evaluation.sets.")}
+    added |= {n: value for n in settings if (value := _added_to_source(n)) is not None}
     return {
         _renamed(name, inverse): value
         for name, value in settings.items()
@@ -101,7 +107,10 @@ def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
     for name in sorted(set(saved) - runtime | set(new)):
         if name.startswith(("evaluation.", "mesh.")):
             continue
-        old_value, new_value = _as_json(saved.get(name, "(absent)")), _as_json(new.get(name, "(absent)"))
+        old_value, new_value = (
+            _as_json(saved.get(name, _added_to_source(name) or "(absent)")),
+            _as_json(new.get(name, "(absent)")),
+        )
         if old_value != new_value:
             lines.append(f"{name}: {old_value} -> {new_value}")
     return lines
@@ -160,6 +169,11 @@ def unflatten(saved: Mapping[str, Any]) -> Config:
     if unknown:
         raise ConfigError(f"has settings that this version of glip_jax does not know ({', '.join(unknown)})")
     return config
+
+
+def _added_to_source(name: str) -> Any:
+    """What versions without the setting `name` of a source did; None for other settings."""
+    return _ADDED_TO_SOURCES.get(name.rpartition(".")[2]) if name.startswith("data.sources.") else None
 
 
 def _as_json(value: Any) -> Any:

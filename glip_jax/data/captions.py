@@ -9,7 +9,7 @@ unlabelled phrases (`Captioned.token_loss_mask` False), anchors without a box gi
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -18,9 +18,20 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Int32
 
 from glip_jax.config import CaptionConfig
-from glip_jax.data.negatives import Likeness, choose, number_of_names, number_of_texts, pack
+from glip_jax.data.dictionary import Dictionary
+from glip_jax.data.look_alikes import LookAlike, look_alike
+from glip_jax.data.negatives import (
+    Likeness,
+    LikenessOfMeaning,
+    NameVectors,
+    choose,
+    number_of_names,
+    number_of_texts,
+    pack,
+)
 from glip_jax.data.records import Record, RecordError
 from glip_jax.structures.batch import Prompt, TokenizedPrompt
+from glip_jax.structures.boxes import pairwise_iou
 from glip_jax.structures.prompts import (
     JoinedNames,
     Tokenizer,
@@ -36,6 +47,8 @@ __all__ = ["Captioned", "Captioner", "CropResult", "RecordSequence", "rng_of", "
 
 _SIDE = re.compile(r"\b(?:left|right)(?:most|wards?|hand(?:ed|er|ers)?)?\b", re.IGNORECASE)
 _WORD = re.compile(r"\w+")
+_SAME_BOX = 0.5
+"""IoU from which two boxes may be of one object."""
 
 
 class Captioned(NamedTuple):
@@ -105,12 +118,44 @@ class Captioner:
     """`SourceConfig.negatives`."""
     others: RecordSequence | None = None
     """Records of the source, for packed captions and phrases."""
+    dictionary: Dictionary | None = None
+    """The names of all sources, for `CaptionConfig.dictionary`."""
+    complete: bool = False
+    """Whether `SourceConfig.complete` is "all"."""
+    vectors: NameVectors | None = None
+    """For likeness by meaning; None: by letters."""
+    sides: bool = False
+    """Whether look-alikes may change left and right: images are neither mirrored nor cropped."""
 
     @cached_property
-    def _all(self) -> tuple[str, ...]:
+    def _guaranteed(self) -> tuple[str, ...]:
         """Names of the source, then further negatives that are not among them."""
         taken = {_normalized(name) for name in self.names}
         return self.names + tuple(dict.fromkeys(n for n in self.more_negatives if _normalized(n) not in taken))
+
+    @cached_property
+    def _all(self) -> tuple[str, ...]:
+        """`_guaranteed`, then those of the dictionary that are not among them."""
+        taken = {_normalized(name) for name in self._guaranteed}
+        listed = self.dictionary.names if self.dictionary is not None else ()
+        return self._guaranteed + tuple(name for name in listed if _normalized(name) not in taken)
+
+    @cached_property
+    def _labels_of(self) -> dict[tuple[str, ...], list[int]]:
+        """Labels in `_all` by what a text encoder reads of their names."""
+        found: dict[tuple[str, ...], list[int]] = {}
+        for label, name in enumerate(self._all):
+            found.setdefault(_normalized(name), []).append(label)
+        return found
+
+    @cached_property
+    def _listed(self) -> tuple[Int[np.ndarray, " D"], Float[np.ndarray, " A"]]:
+        """The label in `_all` of each name of the dictionary, and the weight of every label."""
+        labels, weights = np.zeros(0, np.int64), np.zeros(len(self._all))
+        if self.dictionary is not None:
+            labels = np.array([self._labels_of[_normalized(name)][0] for name in self.dictionary.names], np.int64)
+            weights[labels] = self.dictionary.weights
+        return labels, weights
 
     @cached_property
     def _costs(self) -> list[int]:
@@ -126,8 +171,11 @@ class Captioner:
         return {name: index for index, name in enumerate(self._all)}
 
     @cached_property
-    def _likeness(self) -> Likeness:
-        return Likeness(tuple(clean_name(name) for name in self._all))
+    def _likeness(self) -> Callable[[Sequence[str]], Float[np.ndarray, " A"]]:
+        return self._likeness_to(tuple(clean_name(name) for name in self._all))
+
+    def _likeness_to(self, names: tuple[str, ...]) -> Callable[[Sequence[str]], Float[np.ndarray, " P"]]:
+        return Likeness(names) if self.vectors is None else LikenessOfMeaning(names, self.vectors)
 
     def __call__(self, record: Record, rng: np.random.Generator, crop: CropResult | None = None) -> Captioned:
         """Prompt, tokens and positive map of `record`; names and their order are sampled with `rng`.
@@ -165,19 +213,23 @@ class Captioner:
             budget -= self._costs[label]
             kept.append(label)
         over = len(order) - len(kept)
-        pool = np.arange(len(self._all))
+        guaranteed = len(self._guaranteed)
+        pool = np.arange(guaranteed)
         if absent is not None:
-            known = [self._index[name] for name in absent if name in self._index]
-            pool = np.asarray(list(dict.fromkeys([*known, *range(len(self.names), len(self._all))])), np.int64)
-        taken = {_normalized(self.names[label]) for label in (*positives, *unlabelled)}
+            known = [self._index[name] for name in absent if self._index.get(name, guaranteed) < guaranteed]
+            pool = np.asarray(list(dict.fromkeys([*known, *range(len(self.names), guaranteed)])), np.int64)
+        taken = {_normalized(self._all[label]) for label in (*positives, *unlabelled)}
         if empty:
             pool = np.asarray(
                 [label for label in pool.tolist() if _normalized(self._all[label]) not in taken], np.int64
             )
-        count = max(number_of_names(len(pool), config, rng), int(empty and len(pool) > 0))
+        shown = [self._all[label] for label in (*positives, *unlabelled)]
+        listed = self._absent_in_dictionary(absent, shown, named=True) if self.dictionary is not None else pool[:0]
+        available = len(pool) + int((~np.isin(listed, pool)).sum() if len(listed) else 0)
+        count = max(number_of_names(available, config, rng), int(empty and available > 0))
         if count:
-            likeness = self._likeness_of(positives if empty else kept, pool, taken) if config.hard_share else None
-            for label in pool[choose(likeness, len(pool), count, config.hard_share, rng)].tolist():
+            likeness = self._likeness_of(positives if empty else kept, taken) if config.hard_share else None
+            for label in self._draw(pool, listed, count, likeness, rng):
                 if _normalized(self._all[label]) in taken:
                     continue
                 budget -= self._costs[label]
@@ -186,12 +238,52 @@ class Captioner:
                 kept.append(label)
         return (rng.permutation(kept).astype(int).tolist() if config.shuffle else sorted(kept)), over
 
-    def _likeness_of(
-        self, positives: Sequence[int], pool: Int[np.ndarray, " P"], taken: set[tuple[str, ...]]
-    ) -> Float[np.ndarray, " P"]:
-        """Likeness of the names in `pool` to the positives; 0 for names in `taken`, which are never negatives."""
-        likeness = self._likeness([clean_name(self.names[label]) for label in positives])[pool]
-        return np.where([_normalized(self._all[label]) in taken for label in pool.tolist()], 0, likeness)
+    def _draw(
+        self, pool: Int[np.ndarray, " P"], listed: Int[np.ndarray, " L"], count: int, likeness: Float[np.ndarray, " A"] | None,
+        rng: np.random.Generator,
+    ) -> list[int]:  # fmt: skip
+        """At most `count` labels: the share `config.dictionary` of them from `listed`, by frequency, the others from `pool`."""
+        hard = self.config.hard_share
+        if not len(listed):
+            own = None if likeness is None else likeness[pool]
+            return pool[choose(own, len(pool), count, hard, rng)].tolist()
+        number = min(len(listed), max(int(rng.binomial(count, self.config.dictionary)), count - len(pool)))
+        own = None if likeness is None else likeness[listed]
+        chosen = listed[choose(own, len(listed), number, hard, rng, self._listed[1][listed])]
+        rest = pool[~np.isin(pool, chosen)]
+        own = None if likeness is None else likeness[rest]
+        rest = rest[choose(own, len(rest), count - len(chosen), hard, rng)]
+        return rng.permutation(np.concatenate([chosen, rest])).tolist()
+
+    def _absent_in_dictionary(
+        self, absent: Sequence[str] | None, shown: Sequence[str], named: bool
+    ) -> Int[np.ndarray, " L"]:
+        """Labels of those names of the dictionary that are known to be absent from an image that shows what `shown` names.
+
+        These are the names of a source with exhaustive labels (`named`), its `negatives`, what the record lists as absent, and, if the
+        source's labels are complete, all others. A name that may be true of what is shown is left out: one with the same words, more or
+        fewer; of another source also one whose meaning is as close as that of a synonym.
+        """
+        assert self.dictionary is not None
+        labels, guaranteed = self._listed[0], len(self._guaranteed)
+        known, stated = np.zeros(len(self._all), bool), np.zeros(len(self._all), bool)
+        stated[[label for name in absent or () for label in self._labels_of.get(_normalized(name), ())]] = True
+        known[: len(self.names)] = named and absent is None
+        known[guaranteed:] = self.complete and absent is None
+        stated[len(self.names) : guaranteed] = True
+        fits = (known | stated)[labels] & ~self.dictionary.alike(shown)
+        if self.vectors is not None and shown:
+            synonyms = self._likeness(shown) > self.config.synonym_cosine
+            synonyms[:guaranteed] = False
+            fits &= ~(synonyms & ~stated)[labels]
+        return labels[fits]
+
+    def _likeness_of(self, positives: Sequence[int], taken: set[tuple[str, ...]]) -> Float[np.ndarray, " A"]:
+        """Likeness of all names to the positives; 0 for names in `taken`, which are never negatives."""
+        likeness = self._likeness([clean_name(self.names[label]) for label in positives])
+        likeness = likeness.copy()
+        likeness[[label for key in taken for label in self._labels_of[key]]] = 0
+        return likeness
 
     def _detection(self, record: Record, rng: np.random.Generator, crop: CropResult) -> Captioned:
         labels = np.asarray(record.categories, np.int64)
@@ -221,11 +313,15 @@ class Captioner:
         return self._finish(*texts, phrases, without_loss, over, len(set(order) - positives))
 
     def _grounding(self, record: Record, rng: np.random.Generator, crop: CropResult) -> Captioned:
-        if self._names_nothing(rng) and (absent := self._known_absent(record)):
+        if self._names_nothing(rng) and (absent := self._known_absent(record, rng)):
             return self._only_absent(absent, len(record.boxes), rng)
-        caption, begin, packed = record.caption, 0, 0
+        caption, begin, packed, texts = record.caption, 0, 0, []
         if record.kind in self.config.packing.kinds:
             texts = self._texts(record, number_of_texts(self.config.packing, rng), rng)
+        changed = self._look_alike(record, crop, rng)
+        if changed is not None:
+            texts = [changed.text, *texts]
+        if texts:
             caption, begin, packed = pack(caption, texts, self.tokenizer, self.max_tokens, rng)
         shifted = [tuple((b + begin, e + begin) for b, e in spans) for spans in (*record.spans, *record.unknown)]
         phrases = tuple(dict.fromkeys(shifted))
@@ -245,18 +341,48 @@ class Captioner:
         if self.config.words_without_box == "unknown":
             without_box = self._words_without_box(caption, (begin, begin + len(record.caption)), phrases)
             result = result._replace(token_loss_mask=result.token_loss_mask & ~without_box)
+        if changed is not None and not (self.complete and changed.everywhere):
+            # Boxes of the caption do not show it; whether anything else does is unknown.
+            around = ((0, begin), (begin + len(record.caption), len(caption)))
+            for start in (place for part in around if (place := caption.find(changed.text, *part)) >= 0):
+                part = (start, start + len(changed.text))
+                unknown = self._words_without_box(caption, part, [])
+                result = result._replace(token_loss_mask=result.token_loss_mask & ~unknown)
         return result
+
+    def _look_alike(self, record: Record, crop: CropResult, rng: np.random.Generator) -> LookAlike | None:
+        """A phrase of the caption with another attribute, with the probability of `look_alikes`."""
+        if not self.config.look_alikes or rng.random() >= self.config.look_alikes:
+            return None
+        spans = tuple(dict.fromkeys((*record.spans, *record.unknown)))
+        phrase_of_box = np.array([spans.index(own) for own in record.spans], np.int64)
+        phrases = [" ".join(record.caption[begin:end] for begin, end in own) for own in spans]
+        same = pairwise_iou(record.boxes, record.boxes) >= _SAME_BOX
+        beside = [
+            [phrases[other] for other in set(phrase_of_box[same[phrase_of_box == phrase].any(0)].tolist()) - {phrase}]
+            for phrase in range(len(phrases))
+        ]
+        boxed = phrase_of_box[crop.kept].tolist()
+        return look_alike(record.caption, (*phrases, *record.not_exhaustive), boxed, beside, self.sides, rng)
 
     def _names_nothing(self, rng: np.random.Generator) -> bool:
         """Whether the prompt is one of those without a positive."""
         return self.config.empty_probability > 0 and rng.random() < self.config.empty_probability
 
-    def _known_absent(self, record: Record) -> list[str]:
-        """Names that a record with a caption knows to be absent, and that its caption does not hold."""
-        names = (clean_name(name) for name in (*(record.known_absent or ()), *self.more_negatives))
-        return list(
-            dict.fromkeys(name for name in names if name.strip() and name.lower() not in record.caption.lower())
-        )
+    def _known_absent(self, record: Record, rng: np.random.Generator) -> list[str]:
+        """Names that a record with a caption knows to be absent, and that its caption does not hold; with a dictionary its share of it."""
+        given = (clean_name(name) for name in (*(record.known_absent or ()), *self.more_negatives))
+        names = [name for name in dict.fromkeys(given) if name.strip() and name.lower() not in record.caption.lower()]
+        if self.dictionary is None:
+            return names
+        phrases = [" ".join(record.caption[b:e] for b, e in spans) for spans in (*record.spans, *record.unknown)]
+        shown = [record.caption, *phrases, *record.not_exhaustive]
+        labels, share = self._absent_in_dictionary(record.known_absent, shown, named=False), self.config.dictionary
+        if share == 1 and len(labels):
+            names = []
+        number = round(len(names) * share / (1 - share)) if names else self.config.max_negatives
+        chosen = labels[choose(None, len(labels), number, 0.0, rng, self._listed[1][labels])].tolist()
+        return list(dict.fromkeys([*names, *(clean_name(self._all[label]) for label in chosen)]))
 
     def _only_absent(self, absent: Sequence[str], boxes: int, rng: np.random.Generator) -> Captioned:
         """A prompt of some of the names `absent`, as many as fit; none of the record's `boxes` is kept."""
@@ -281,7 +407,7 @@ class Captioner:
             captions = [other.caption for other in self._sampled(count, rng)]
             return [text for text in captions if text.strip() and text.lower() != caption]
         if self.config.packing.take == "names":
-            pool = self._known_absent(record)
+            pool = self._known_absent(record, rng)
         else:
             pool = [
                 " ".join(other.caption[b:e] for b, e in spans)
@@ -289,7 +415,9 @@ class Captioner:
                 for spans in dict.fromkeys(other.spans)
             ]
         pool = list(dict.fromkeys(text for text in pool if text.strip() and text.lower() not in caption))
-        likeness = Likeness(tuple(pool))([record.caption]) if self.config.hard_share and pool else None
+        phrases = [" ".join(record.caption[b:e] for b, e in spans) for spans in record.spans]
+        like = [record.caption] if self.vectors is None else phrases
+        likeness = self._likeness_to(tuple(pool))(like) if self.config.hard_share and pool else None
         return [pool[i] for i in choose(likeness, len(pool), count, self.config.hard_share, rng)]
 
     def _sampled(self, count: int, rng: np.random.Generator) -> list[Record]:

@@ -12,19 +12,21 @@ per aspect, the sources are mixed by weight.
 import functools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 from grain.transforms import DatasetSelectionMap
-from jaxtyping import Int32
+from jaxtyping import Float32, Int32
 
 from glip_jax import UserError
 from glip_jax.config import Config, ConfigError, SourceConfig
 from glip_jax.data.captions import Captioner, rng_of
+from glip_jax.data.dictionary import dictionary
 from glip_jax.data.examples import Examples
+from glip_jax.data.negatives import NameVectors
 from glip_jax.data.records import RecordError, decode_image
 from glip_jax.data.shards import ShardError, Shards
 from glip_jax.io.assets import AssetError, resolve
@@ -159,15 +161,33 @@ class Mixture:
         self.source_names = tuple(sorted(config.data.sources))
         tokenizer = _tokenizer(config)
         self.shards = tuple(_open(name, config.data.sources[name]) for name in self.source_names)
-        text = config.model.text
+        text, data, captions = config.model.text, config.data, config.data.captions
+        listed = (
+            dictionary(self.shards, tokenizer, captions.separator, text.max_tokens)
+            if captions.dictionary or captions.hard_by == "meaning"
+            else None
+        )
         sources = [config.data.sources[name] for name in self.source_names]
         self.captioners = tuple(
-            Captioner(s.manifest.names, tokenizer, config.data.captions, text.max_tokens, source.negatives, s)
+            Captioner(
+                s.manifest.names, tokenizer, captions, text.max_tokens, source.negatives, s, listed if captions.dictionary else None,
+                source.complete == "all", sides=(not data.flip or data.flip_captions == "safe") and not data.crop.probability,
+            )
             for source, s in zip(sources, self.shards)
+        )  # fmt: skip
+        own = (
+            prompts.clean_name(name)
+            for captioner in self.captioners
+            for name in (*captioner.names, *captioner.more_negatives)
         )
+        self.texts = tuple(dict.fromkeys([*listed.names, *own])) if listed and captions.hard_by == "meaning" else ()
+        """Names whose vectors `use_vectors` takes; none where likeness is by letters."""
         self._examples = Examples(config, self.shards, self.captioners)
         self.notes: list[str] = []
         """What to tell the user of the sources."""
+        if listed is not None:
+            own = f"{len(listed.names):,} names; left out as no names or too long: {listed.left_out:,}"
+            self.notes.append(f"the dictionary of {len(self.shards)} sources has {own}")
         for name, opened in zip(self.source_names, self.shards):
             self.notes += _check_kinds(name, opened) + _check_names(name, opened.manifest.names, tokenizer, config)
         if not any(opened.manifest.boxes for opened in self.shards):
@@ -187,6 +207,12 @@ class Mixture:
         """Per source: fraction of all examples."""
         self.records = tuple(len(s) for s in self.shards)
         self.schedule = schedule(self._weights.sum(0).tolist())
+
+    def use_vectors(self, states: Float32[np.ndarray, "N C"]) -> None:
+        """Takes the state of the text encoder for each of `texts`; must be called before `batches` where there are `texts`."""
+        vectors = NameVectors.of(self.texts, states)
+        self.captioners = tuple(replace(captioner, vectors=vectors) for captioner in self.captioners)
+        self._examples = Examples(self.config, self.shards, self.captioners)
 
     def canvas(self, step: int) -> tuple[int, int]:
         """Canvas (height, width) of a step, pixels."""
@@ -226,6 +252,10 @@ class Mixture:
         processes. Raises ConfigError if the batch size is not a multiple of `hosts`.
         """
         size, data = self.config.train.batch_size, self.config.data
+        if self.texts and self.captioners[0].vectors is None:
+            raise ConfigError(
+                "data.captions.hard_by is meaning, and this caller gave no vectors of names: set it to letters"
+            )
         if size % hosts:
             raise ConfigError(f"train.batch_size {size} is not a multiple of the {hosts} hosts")
         if not 0 <= host < hosts or start_step < 0:

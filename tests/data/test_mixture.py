@@ -286,9 +286,10 @@ def test_augmentation_and_packing_are_functions_of_the_step(sources: dict[str, S
         "crop": CropConfig(0.5),
         "jitter": JitterConfig(0.5),
         "captions": dataclasses.replace(
-            DataConfig().captions, hard_share=0.5, packing=PackingConfig(2, kinds=("grounding", "pseudo"))
+            DataConfig().captions, hard_share=0.5, packing=PackingConfig(2, kinds=("grounding", "pseudo")), dictionary=0.5, look_alikes=0.5
         ),
-    }
+    }  # fmt: skip
+    sources = {name: dataclasses.replace(source, complete="all") for name, source in sources.items()}
     whole = [digest(batch) for batch in draw(Mixture(config(sources, **loud)), 4)]
     parts = [draw(Mixture(config(sources, workers=1, **loud)), 2, 2, host, 2) for host in range(2)]
     joined = [Batch(*(np.concatenate(field) for field in zip(*pair))) for pair in zip(*parts)]
