@@ -40,6 +40,8 @@ _ADDED_KEYS = {
     "detection.token_scores": "mean", "model.trainable": ["*"], "model.lora.rank": 0, "model.lora.scale": 1.0,
     "model.prompts.names": 0, "model.prompts.tokens": 0, "model.head.deformable": True, "detection.sinks": 0,
     "detection.sink_start": "random", "detection.sink_seed": 0, "model.fusion.drop_path": 0.0, "data.captions.empty_probability": 0.0,
+    "data.captions.descriptions.file": "", "data.captions.descriptions.use": "none", "data.captions.descriptions.probability": 0.5,
+    "loss.description_weight": 0.0,
 }  # fmt: skip
 """Settings that saved runs may lack, with the value that describes what earlier versions did."""
 
@@ -47,6 +49,7 @@ _ADDED_AFTER_HASHES = (
     "optimizer.name", "optimizer.ema_ramp", "init_from.accept", "detection.token_scores", "model.trainable", "model.lora.rank",
     "model.lora.scale", "model.prompts.names", "model.prompts.tokens", "model.head.deformable", "detection.sinks",
     "detection.sink_start", "detection.sink_seed", "model.fusion.drop_path", "data.captions.empty_probability",
+    "data.captions.descriptions.file", "data.captions.descriptions.use", "data.captions.descriptions.probability", "loss.description_weight",
 )  # fmt: skip
 """Those of them that earlier versions did not hash."""
 

@@ -28,9 +28,11 @@ from glip_jax.io.compiler_lines import without_slow_compile_alarms
 from glip_jax.io.cores import available_cores
 from glip_jax.io.image_files import read_upright, upright
 from glip_jax.io.paths import checked
+from glip_jax.models.descriptions import averaged, description_table
 from glip_jax.structures import prompts
 from glip_jax.structures.batch import Detections, Prompt, TokenizedPrompt
 from glip_jax.structures.canvas import canvas_size, pad_to_canvas, resize, target_size
+from glip_jax.structures.descriptions import DescriptionTable, read_descriptions
 
 __all__ = ["Detector", "ImageDetections", "bucket"]
 
@@ -138,6 +140,7 @@ class Detector:
         self.tokenizer = prompts.load_tokenizer(assets.resolve(config.model.text.vocabulary))
         self._read_caption = read_caption or phrases_of
         self._texts: OrderedDict[tuple[Any, ...], Array] = OrderedDict() if texts_of is None else texts_of._texts
+        self._tables: dict[str, DescriptionTable] = {} if texts_of is None else texts_of._tables
         self._tokenized: OrderedDict[str, TokenizedPrompt] = OrderedDict()
         self._chunks: tuple[tuple[str, ...], list[tuple[Prompt, tuple[int, ...]]]] = ((), [])
         self._most_texts = _CACHED_TEXTS
@@ -166,6 +169,7 @@ class Detector:
         Nothing is compiled again. Captions are encoded again, also for the detectors that share their cache.
         """
         self._texts.clear()
+        self._tables.clear()
         self._parameters.use(params)
 
     @property
@@ -235,14 +239,32 @@ class Detector:
         tokens, mask, phrase_map = (array[..., :length] for array in self._tokenize(prompt))
 
         def encode() -> Array:
-            return self._with_sinks(self._programs.encode_text(self.params, tokens, mask))
+            states = self._programs.encode_text(self.params, tokens, mask)
+            return self._with_sinks(self._with_descriptions(states, prompt, TokenizedPrompt(tokens, mask, phrase_map)))
 
         detection = self.config.detection
         sinks = (detection.sinks, detection.sink_start, detection.sink_seed)
-        states = _cached(self._texts, (prompt.caption, length, sinks), encode, self._most_texts)
+        described = self.config.data.captions.descriptions
+        # With descriptions the states depend on what the phrases are.
+        mixed = (described.file, repr(prompt.spans)) if described.use == "mean" else ()
+        states = _cached(self._texts, (prompt.caption, length, sinks, mixed), encode, self._most_texts)
         behind = (0, detection.sinks)
         phrase_map = np.pad(phrase_map, ((0, 0), behind))
         return TokenizedPrompt(np.pad(tokens, behind), np.pad(mask, behind, constant_values=True), phrase_map), states
+
+    def _with_descriptions(
+        self, states: Float[Array, "T D"], prompt: Prompt, tokenized: TokenizedPrompt
+    ) -> Float[Array, "T D"]:
+        """With `data.captions.descriptions.use` of `mean`: the states of described names averaged with those of their descriptions."""
+        settings = self.config.data.captions.descriptions
+        if settings.use != "mean":
+            return states
+        descriptions = read_descriptions(str(assets.resolve(settings.file)))
+        if settings.file not in self._tables:
+            self._tables[settings.file] = description_table(
+                self.params, self.config.model, descriptions, self.tokenizer
+            )
+        return averaged(states[None], descriptions.token_rows(prompt, tokenized)[None], self._tables[settings.file])[0]
 
     def _with_sinks(self, states: Float[Array, "T D"]) -> Float[Array, "T_and_sinks D"]:
         if not self.config.detection.sinks:

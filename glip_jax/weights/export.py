@@ -67,6 +67,11 @@ def write(form: Format, out: Path, params: Mapping[str, Any], config: Config) ->
     Low-rank deltas must have been merged (`glip_jax.weights.tuned_parameters.merged`). Raises ExportError for a network that the
     format cannot represent, AssetError if the vocabulary does not exist.
     """
+    if (described := config.data.captions.descriptions.use) != "none":
+        raise ExportError(
+            f"--format={form}: data.captions.descriptions.use is {described!r}, and exports hold no descriptions: export with "
+            "--config.data.captions.descriptions.use=none, and write descriptions into the prompts yourself"
+        )
     match form:
         case "glip-pth":
             if config.detection.sinks:
