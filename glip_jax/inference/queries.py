@@ -107,9 +107,10 @@ def chunk(
             continue
         alone = count([index])
         if alone > max_tokens:
+            described = bool(descriptions and descriptions[index])
             raise prompts.PromptError(
-                f"category {index} ({name!r}) alone takes {alone} tokens with [CLS] and [SEP], the budget is "
-                f"{max_tokens}: shorten the name or raise model.text.max_tokens"
+                f"category {index} ({name!r}) {'with its description' if described else 'alone'} takes {alone} tokens with [CLS] and [SEP], "
+                f"the budget is {max_tokens}: shorten {'the description' if described else 'the name'} or raise model.text.max_tokens"
             )
         chunks.append([index])
     return chunks

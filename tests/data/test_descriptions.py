@@ -82,7 +82,9 @@ def _config(folder: Path, texts: dict[str, str], use: str = "prompt") -> Config:
 def test_names_that_no_source_has_and_bare_names_are_said(tmp_path: Path) -> None:
     notes = Mixture(_config(tmp_path, {"cat": "a car", "zebra": "a car", "tree": "a car"})).notes
     assert "data.sources.boxes: 2 of 3 names have no description and are used bare: 'dog', 'person'" in notes
-    assert [note for note in notes if note.startswith("data.captions.descriptions.file: 2 of its 3 names are of no source")]
+    assert [
+        note for note in notes if note.startswith("data.captions.descriptions.file: 2 of its 3 names are of no source")
+    ]
 
 
 def test_a_bad_file_or_a_long_text_is_one_error(tmp_path: Path) -> None:
@@ -90,6 +92,8 @@ def test_a_bad_file_or_a_long_text_is_one_error(tmp_path: Path) -> None:
         Mixture(_config(tmp_path, {}))
     with pytest.raises(ConfigError, match="'cat' with its description takes .* model.text.max_tokens is 16"):
         Mixture(_config(tmp_path / "long", {"cat": "a red car " * 6}))
-    config = tiny_run.replace(tiny_run.config(), "data", captions=CaptionConfig(descriptions=DescriptionsConfig("", "mean")))
+    config = tiny_run.replace(
+        tiny_run.config(), "data", captions=CaptionConfig(descriptions=DescriptionsConfig("", "mean"))
+    )
     with pytest.raises(ConfigError, match="use is 'mean', and data.captions.descriptions.file is empty"):
         validate(config)

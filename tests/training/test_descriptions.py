@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,11 @@ def _table(params: Any, config: Config) -> DescriptionTable:
 
 def test_a_vector_is_the_mean_of_the_texts_own_tokens() -> None:
     config = tiny_run.config(dropout=0.0)
-    params = tiny_run.parameters(config.model)
+    params = jax.tree.map(jnp.asarray, tiny_run.parameters(config.model))
     table = description_table(params, config.model, Descriptions({**TEXTS, "tree": ["a car"] * 3}), TOKENIZER)
 
     def mean(text: str) -> Any:
-        ids = np.array([TOKENIZER.encode(text).ids])
+        ids = jnp.array([TOKENIZER.encode(text).ids])
         states: Any = GLIP(config.model).apply({"params": params}, ids, ids >= 0, method="encode_text")
         return states[0, 1:-1].mean(0)
 
@@ -69,20 +70,26 @@ def test_a_vector_is_the_mean_of_the_texts_own_tokens() -> None:
     np.testing.assert_allclose(table.vectors, np.stack(wanted), atol=2e-6)
     states = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 16)), jnp.float32)
     found = averaged(states, np.array([[0, 1, 2]]), table)
-    wanted = [states[0, 0], (states[0, 1] + mean("a red car") + mean("a small cup")) / 3, (states[0, 2] + wanted[2]) / 2]
+    wanted = [
+        states[0, 0],
+        (states[0, 1] + mean("a red car") + mean("a small cup")) / 3,
+        (states[0, 2] + wanted[2]) / 2,
+    ]
     np.testing.assert_allclose(found[0], np.stack(wanted), atol=2e-6)
 
 
 def test_the_side_loss_is_one_minus_the_cosine_at_described_positives(described: Config) -> None:
     batch: Any = next(iter(Mixture(described).batches()))
-    targets: Any = jax.tree.map(np.array, glip_objective(described, descriptions=_blank()).targets(batch))
+    targets: Any = jax.tree.map(
+        jnp.array, glip_objective(described, descriptions=_blank()).targets(jax.tree.map(jnp.asarray, batch))
+    )
     rng = np.random.default_rng(0)
     visual = rng.normal(size=(*targets.positive.shape, 16)).astype(np.float32)
     kernel, vectors = rng.normal(size=(16, 16)).astype(np.float32), rng.normal(size=(3, 16)).astype(np.float32)
     batch = batch._replace(box_weight=np.where(batch.box_mask, 0.5, 0).astype(np.float32), valid=np.arange(8) != 7)
     names = {"cat": 1, "dog": 2, "person": 0}
     wanted, counted = np.zeros(8), 0
-    for image, anchor in zip(*np.nonzero(targets.positive)):
+    for image, anchor in zip(*np.nonzero(np.asarray(targets.positive))):
         ids = batch.tokens[image][batch.positive_map[image, targets.box_index[image, anchor]]]
         row = names[TOKENIZER.decode(ids.tolist())]  # type: ignore[attr-defined]
         if row and image != 7:
@@ -114,7 +121,16 @@ def test_its_gradient_reaches_its_head_and_the_visual_tower_alone(described: Con
     assert "head/description/kernel" in reached
     for part in ("backbone/", "pyramid/", "head/tower/convolution/", "head/tower/fusion/"):
         assert any(path.startswith(part) for path in reached), part
-    beside = ("text/", "head/tower/text/", "head/box", "head/centerness", "head/projection", "head/bias", "head/log_scale", "head/scales")
+    beside = (
+        "text/",
+        "head/tower/text/",
+        "head/box",
+        "head/centerness",
+        "head/projection",
+        "head/bias",
+        "head/log_scale",
+        "head/scales",
+    )
     assert not [path for path in reached if path.startswith(beside)]
     np.testing.assert_allclose(
         heavier["loss"] - with_loss["loss"], 2 * _side_loss(described, mesh, params, batch), rtol=1e-4
@@ -132,22 +148,21 @@ def _side_loss(config: Config, mesh: Any, params: Any, batch: Any) -> float:
 
 def test_training_averages_the_text_states_of_described_names(described: Config) -> None:
     config = tiny_run.replace(_averaging(described), "loss", description_weight=0.0)
-    params = tiny_run.parameters(config.model)
+    params = jax.tree.map(jnp.asarray, tiny_run.parameters(config.model))
     table, mixture = _table(params, config), Mixture(config)
     batch: Any = jax.tree.map(jnp.asarray, next(iter(mixture.batches())))
     objective = glip_objective(config, train=False, descriptions=table)
     targets = objective.targets(batch)
     sums = jax.jit(lambda batch: objective.sums(params, batch, targets, jax.random.key(0)))
     found, bare = sums(batch), sums(batch._replace(described=jnp.zeros_like(batch.described)))
-    plain = glip_objective(tiny_run.replace(described, "data", captions=CaptionConfig()), train=False) if False else None
-    assert plain is None and np.abs(found.token - bare.token).max() > 1e-3
+    assert np.abs(found.token - bare.token).max() > 1e-3
     # Evaluation of the same prompt has the same states.
     prompt = prompt_from_categories(["dog", "cat", "person"])
     _, states = Detector(config, params).text(prompt, 16)
     tokenized = tokenize(prompt, TOKENIZER, 16)
     rows = mixture.descriptions.token_rows(prompt, tokenized) if mixture.descriptions else None
     encoded: Any = GLIP(config.model).apply(
-        {"params": params}, tokenized.tokens[None], tokenized.mask[None], method="encode_text"
+        {"params": params}, jnp.asarray(tokenized.tokens[None]), jnp.asarray(tokenized.mask[None]), method="encode_text"
     )
     assert rows is not None and set(rows.tolist()) == {0, 1, 2}
     np.testing.assert_allclose(states, averaged(encoded, rows[None], table)[0], atol=1e-5)
@@ -156,14 +171,13 @@ def test_training_averages_the_text_states_of_described_names(described: Config)
 
 
 @pytest.mark.slow
-def test_a_run_with_both_resumes_to_the_same_bits_and_is_read_without_the_head(described: Config, tmp_path: Path) -> None:
+def test_a_run_with_both_resumes_to_the_same_bits_and_is_read_without_the_head(
+    described: Config, tmp_path: Path
+) -> None:
     config = _averaging(described)
     whole = train(config, str(tmp_path / "whole"))
-    train(tiny_run.replace(config, "train", steps=4), str(tmp_path / "parts"))
-    half = tiny_run.replace(config, "checkpoint", every=2)
-    assert half.checkpoint.every == 2
-    for step in (4,):
-        __import__("shutil").rmtree(tmp_path / "parts" / "checkpoints" / str(step))
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "4")
     resumed = train(config, str(tmp_path / "parts"))
     for path, leaf in flat(whole.params).items():
         np.testing.assert_array_equal(leaf, flat(resumed.params)[path], path)
@@ -174,11 +188,15 @@ def test_a_run_with_both_resumes_to_the_same_bits_and_is_read_without_the_head(d
 def test_what_cannot_be_trained_is_refused(described: Config) -> None:
     with pytest.raises(ConfigError, match="loss.description_weight is 1.0, and model.text.frozen is False"):
         validate(tiny_run.replace(described, "model", text=dataclasses.replace(described.model.text, frozen=False)))
-    with pytest.raises(ConfigError, match="loss.description_weight is 1.0, and data.captions.descriptions.file is empty"):
+    with pytest.raises(
+        ConfigError, match="loss.description_weight is 1.0, and data.captions.descriptions.file is empty"
+    ):
         validate(tiny_run.replace(described, "data", captions=CaptionConfig()))
     with pytest.raises(ConfigError, match="are for the job `train`"):
         glip_objective(described)
     thawed = dataclasses.replace(described.model.text, frozen=False)
-    config = tiny_run.replace(tiny_run.replace(_averaging(described), "loss", description_weight=0.0), "model", text=thawed)
+    config = tiny_run.replace(
+        tiny_run.replace(_averaging(described), "loss", description_weight=0.0), "model", text=thawed
+    )
     with pytest.raises(ConfigError, match="mean with model.text.frozen"):
         glip_objective(config, descriptions=_blank())
