@@ -19,6 +19,12 @@ setup(
     package_data={
         "glip_jax.cli.reports": ["templates/*"],
         "glip_jax.evaluation.benchmark": ["*.json"],
-        f"{BUNDLED}.gcs": ["manifests/*.json", "sample/names.txt", "sample/pictures/**/*"],
+        f"{BUNDLED}.gcs": [
+            "manifests/*.json",
+            "sample/names.txt",
+            "sample/descriptions.json",
+            "sample/LICENSE-unicode.txt",
+            "sample/pictures/**/*",
+        ],
     },
 )

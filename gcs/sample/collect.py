@@ -1,9 +1,9 @@
-"""Creates gcs/sample/pictures: the pictures listed in names.txt in three styles, reduced, with names.json.
+"""Creates gcs/sample/pictures: the pictures listed in names.txt in three styles, reduced, with names.json; and descriptions.json.
 
     python gcs/sample/collect.py --packages=DIR
 
-DIR has the three npm packages (`npm pack` downloads missing ones, 150 MB in total; their hashes are checked). The files depend only on
-the packages and the version of Pillow. The licences in gcs/sample/pictures are maintained manually.
+DIR has the four npm packages (`npm pack` downloads missing ones, 157 MB in total; their hashes are checked). The files depend only on
+the packages and the version of Pillow. The licences in gcs/sample are maintained manually. --descriptions makes descriptions.json alone.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import unicodedata
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +53,12 @@ STYLES = {
     ),
 }  # fmt: skip
 
+KEYWORDS = ("cldr-annotations-full@48.2.0", "cldr-annotations-full-48.2.0.tgz",
+            "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1", "package/annotations/en/annotations.json")  # fmt: skip
+"""Unicode's keywords of emoji: package, tarball, its hash, and the file in it."""
+_WORDS = 4
+"""Most keywords of a description."""
+
 # Assigned in the order of names.txt, where neighbours are similar: five of eight names to detection, one to each other split.
 SPLITS = ("detection", "detection", "grounding", "detection", "captions", "detection", "unseen", "detection")
 
@@ -83,15 +90,15 @@ def chosen(listing: Path) -> dict[str, dict[str, str]]:
     return entries
 
 
-def fetched(packages: Path, style: Style) -> Path:
+def fetched(packages: Path, package: str, file: str, sha256: str) -> Path:
     """The package's tarball in `packages`, downloaded by npm if missing; SystemExit if its hash differs."""
-    path = packages / style.file
+    path = packages / file
     if not path.exists():
-        subprocess.run(["npm", "pack", "--silent", style.package], cwd=packages, check=True)
+        subprocess.run(["npm", "pack", "--silent", package], cwd=packages, check=True)
     with path.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != style.sha256:
-        raise SystemExit(f"{path} has sha256 {found}, expected {style.sha256}: delete it and run again")
+    if found != sha256:
+        raise SystemExit(f"{path} has sha256 {found}, expected {sha256}: delete it and run again")
     return path
 
 
@@ -121,7 +128,7 @@ def collect(packages: Path, out: Path) -> dict[str, dict[str, str]]:
     entries = chosen(HERE / "names.txt")
     packages.mkdir(parents=True, exist_ok=True)
     for name, style in STYLES.items():
-        tarball = fetched(packages, style)
+        tarball = fetched(packages, style.package, style.file, style.sha256)
         shutil.rmtree(out / name, ignore_errors=True)
         (out / name).mkdir(parents=True)
         reduce(tarball, style, list(entries), out / name)
@@ -129,12 +136,45 @@ def collect(packages: Path, out: Path) -> dict[str, dict[str, str]]:
     return entries
 
 
+def descriptions(tarball: Path, entries: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Name -> at most four of Unicode's keywords, those first that most of the names have; without words of the name itself.
+
+    Names whose keywords say nothing more are left out. Words that many names share are those that a never-seen name can be known by.
+    """
+    with tarfile.open(tarball) as archive:
+        stream = archive.extractfile(KEYWORDS[3])
+        assert stream is not None, f"{tarball} has no {KEYWORDS[3]}"
+        listed = json.loads(stream.read())["annotations"]["annotations"]
+    keywords = {}
+    for code, entry in entries.items():
+        own = set(entry["name"].lower().replace("-", " ").split())
+        words = (word.lower().replace("’", "'") for word in listed[chr(int(code, 16))]["default"])
+        keywords[entry["name"]] = [
+            word for word in words if not set(word.replace("-", " ").split()) & (own | {f"{w}s" for w in own})
+        ]
+    number = Counter(word for words in keywords.values() for word in words)
+    ordered = {name: sorted(words, key=lambda word: (-number[word], word))[:_WORDS] for name, words in keywords.items()}
+    return {name: " ".join(words) for name, words in ordered.items() if words}
+
+
+def write_descriptions(packages: Path) -> None:
+    """Creates gcs/sample/descriptions.json."""
+    packages.mkdir(parents=True, exist_ok=True)
+    texts = descriptions(fetched(packages, *KEYWORDS[:3]), chosen(HERE / "names.txt"))
+    (HERE / "descriptions.json").write_text(json.dumps(texts, indent=1, ensure_ascii=False) + "\n")
+    print(f"{len(texts)} descriptions in {HERE / 'descriptions.json'}", file=sys.stderr)
+
+
 def main() -> None:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", type=Path, required=True, help="folder for the npm packages")
     parser.add_argument("--out", type=Path, default=HERE / "pictures", help="folder to write")
+    parser.add_argument("--descriptions", action="store_true", help="descriptions.json alone")
     arguments = parser.parse_args()
+    write_descriptions(arguments.packages)
+    if arguments.descriptions:
+        return
     entries = collect(arguments.packages, arguments.out)
     size = sum(file.stat().st_size for file in arguments.out.rglob("*.webp")) / 1e6
     print(f"{len(entries)} names in {len(STYLES)} styles in {arguments.out}, {size:.1f} MB", file=sys.stderr)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from glip_jax.config.ranges import BelowOne, Count, Fraction, Limit, Pixels, Range
 
 __all__ = [
-    "ASSET", "PATH", "AssetStr", "CaptionConfig", "Codec", "CropConfig", "DataConfig", "JitterConfig", "PackingConfig", "PathStr", "SourceConfig",
+    "ASSET", "PATH", "AssetStr", "CaptionConfig", "Codec", "CropConfig", "DataConfig", "DescriptionsConfig", "JitterConfig", "PackingConfig", "PathStr", "SourceConfig",
 ]  # fmt: skip
 
 PATH, ASSET = "path", "path or package:"
@@ -68,6 +68,21 @@ class PackingConfig:
 
 
 @dataclass(frozen=True)
+class DescriptionsConfig:
+    """Descriptions of names, which help with names that were never seen in training: their words were."""
+
+    file: AssetStr = ""
+    """JSON of a text, or a list of texts, by name: {"zebra": "striped animal"}. Local, gs://, or package:glip_jax/gcs/sample/descriptions.json,
+    which has the names of the synthetic scenes. Needed for `use` and `loss.description_weight`."""
+    use: Literal["none", "prompt", "mean"] = "none"
+    """`prompt`: a name of a detection prompt is followed by its first description, as in "zebra, striped animal. "; its span is the name
+    alone, and fewer names fit the token budget. `mean`: before fusion the text states of a name are averaged with those of its
+    descriptions, each encoded alone and pooled; trains only with `model.text.frozen`. Captions keep their text."""
+    probability: Fraction = 0.5
+    """Share of the training prompts with descriptions (`prompt`), so that bare names are learned too. Evaluation and prediction always have them."""
+
+
+@dataclass(frozen=True)
 class CaptionConfig:
     """How the caption of a record is built. Defaults are those of the original code (glip-reference 1.7 and 4.2).
 
@@ -112,6 +127,7 @@ class CaptionConfig:
     """Words of grounding and pseudo captions that belong to no phrase with a box: `negative` at every anchor, as in the
     original, or `unknown`, which removes their loss at anchors without a box."""
     packing: PackingConfig = PackingConfig()
+    descriptions: DescriptionsConfig = DescriptionsConfig()
 
 
 @dataclass(frozen=True)
@@ -190,6 +206,8 @@ def data_checks(data: DataConfig) -> list[tuple[bool, str]]:
         (captions.hard_by == "letters" or bool(captions.hard_share or captions.dictionary),
          f"data.captions.hard_by is {captions.hard_by}, hard_share {captions.hard_share} and dictionary {captions.dictionary}: nothing uses it; "
          "expected one of them above 0"),
+        (captions.descriptions.use == "none" or bool(captions.descriptions.file),
+         f"data.captions.descriptions.use is {captions.descriptions.use!r}, and data.captions.descriptions.file is empty: name the JSON of descriptions"),
         *((bool(getattr(data, name)), f"data.{name} is empty: expected at least one number") for name in ("short_sides", "aspects")),
         (total <= 1 + 1e-9,
          f"data.captions: full_probability {captions.full_probability}, one_negative_probability {captions.one_negative_probability} "

@@ -45,6 +45,9 @@ class LossConfig:
     """Weight of the loss of `model.head.presence`."""
     last_token_negative: bool = True
     """False: the target of unmatched anchors is 1 at the last token slot, as in the original."""
+    description_weight: Factor = 0.0
+    """Weight of the side loss on descriptions (`data.captions.descriptions.file`): at the anchors of a described name, 1 - cosine of its
+    description's vector and of a linear head on the visual features. The head is for training only, and left out of every export."""
 
 
 @dataclass(frozen=True)
@@ -268,6 +271,11 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata={"affects_results": False})
     mesh: MeshConfig = MeshConfig()
 
+    @property
+    def reads_descriptions(self) -> bool:
+        """Whether a training step reads the vectors of descriptions."""
+        return self.loss.description_weight > 0 or self.data.captions.descriptions.use == "mean"
+
 
 def flatten(config: Any, prefix: str = "", affects_results: bool | None = None) -> Iterator[tuple[str, Any]]:
     """Yields (dotted name, value) of every leaf field; `affects_results` keeps only fields of that class."""
@@ -304,6 +312,11 @@ def validate(config: Config) -> Config:
          or all(getattr(config.optimizer, name) == getattr(OptimizerConfig, name) for name in ("beta1", "beta2", "epsilon")),
          f"optimizer.beta1, beta2 and epsilon are of adamw, optimizer.name is {config.optimizer.name!r}: give optimizer.arguments"),
         *data_checks(config.data),
+        (not config.loss.description_weight or bool(config.data.captions.descriptions.file),
+         f"loss.description_weight is {config.loss.description_weight}, and data.captions.descriptions.file is empty: name the JSON of descriptions"),
+        (not config.loss.description_weight or config.model.text.frozen,
+         f"loss.description_weight is {config.loss.description_weight}, and model.text.frozen is False: the vectors that it predicts are those of "
+         "a text encoder that does not change; set model.text.frozen=True"),
         (not config.detection.sinks or config.model.fusion.enabled,
          f"detection.sinks is {config.detection.sinks}, and the network has no fusion: its image features read no text, so sinks change nothing"),
         (bool(config.detection.sink_start.strip()),

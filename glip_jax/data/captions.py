@@ -10,7 +10,7 @@ unlabelled phrases (`Captioned.token_loss_mask` False), anchors without a box gi
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -32,6 +32,7 @@ from glip_jax.data.negatives import (
 from glip_jax.data.records import Record, RecordError
 from glip_jax.structures.batch import Prompt, TokenizedPrompt
 from glip_jax.structures.boxes import pairwise_iou
+from glip_jax.structures.descriptions import Descriptions
 from glip_jax.structures.prompts import (
     JoinedNames,
     Tokenizer,
@@ -70,6 +71,8 @@ class Captioned(NamedTuple):
     """Number of phrases without a token."""
     negatives: int
     """Number of negative names or packed texts in the prompt."""
+    described: Int32[np.ndarray, " T"] | None = None
+    """`Batch.described`; None without descriptions."""
 
 
 class CropResult(NamedTuple):
@@ -126,6 +129,7 @@ class Captioner:
     """For likeness by meaning; None: by letters."""
     sides: bool = False
     """Whether look-alikes may change left and right: images are neither mirrored nor cropped."""
+    descriptions: Descriptions | None = None
 
     @cached_property
     def _guaranteed(self) -> tuple[str, ...]:
@@ -158,13 +162,37 @@ class Captioner:
         return labels, weights
 
     @cached_property
+    def _described(self) -> "Captioner":
+        """The captioner of prompts with descriptions."""
+        return replace(
+            self, config=replace(self.config, descriptions=replace(self.config.descriptions, probability=1.0))
+        )
+
+    def _texts_behind(self, names: Sequence[str]) -> list[str]:
+        """The descriptions that follow `names` in a prompt; "" where there is none."""
+        always = self.config.descriptions.use == "prompt" and self.config.descriptions.probability == 1
+        return [self.descriptions.in_prompt(name) if always and self.descriptions else "" for name in names]
+
+    def described_costs(self) -> dict[str, int]:
+        """Number of tokens of each name with its description and separator; {} where prompts have no descriptions."""
+        return (
+            {name: self._described._cost(name) for name in self._all}
+            if self.config.descriptions.use == "prompt"
+            else {}
+        )
+
+    def _cost(self, name: str) -> int:
+        """Number of tokens of a name with its description and separator."""
+        text = prompt_from_categories([name], descriptions=self._texts_behind([name])).caption
+        return len(self.tokenizer.encode(text + self.config.separator).ids) - 2
+
+    @cached_property
     def _costs(self) -> list[int]:
-        """Number of tokens of each name with its separator."""
-        return [len(self.tokenizer.encode(clean_name(n) + self.config.separator).ids) - 2 for n in self._all]
+        return [self._cost(name) for name in self._all]
 
     @cached_property
     def _joined(self) -> JoinedNames:
-        return JoinedNames(self._all, self.tokenizer, self.config.separator)
+        return JoinedNames(self._all, self.tokenizer, self.config.separator, self._texts_behind(self._all))
 
     @cached_property
     def _index(self) -> dict[str, int]:
@@ -183,6 +211,9 @@ class Captioner:
         `crop`: boxes that a crop keeps; None: all. Phrases that lost their last box, or a box that is partly visible, become
         unlabelled.
         """
+        texts = self.config.descriptions
+        if texts.use == "prompt" and texts.probability < 1 and rng.random() < texts.probability:
+            return self._described(record, rng, crop)
         every = np.ones(len(record.boxes), bool)
         crop = crop or CropResult(every, ~every)
         return (self._detection if record.kind == "detection" else self._grounding)(record, rng, crop)
@@ -390,11 +421,11 @@ class Captioner:
         names: list[str] = []
         for index in rng.permutation(len(absent))[:count].tolist():
             name = absent[int(index)]
-            budget -= len(self.tokenizer.encode(name + self.config.separator).ids) - 2
+            budget -= self._cost(name)
             if names and budget < 0:
                 break
             names.append(name)
-        prompt = prompt_from_categories(names, self.config.separator)
+        prompt = prompt_from_categories(names, self.config.separator, self._texts_behind(names))
         texts = tokenize(prompt, self.tokenizer, self.max_tokens, truncate=True)
         return self._finish(prompt, *texts, [-1] * boxes, [], 0, len(names))
 
@@ -460,5 +491,6 @@ class Captioner:
         rows[keep] = tokenized.phrase_map[index[keep]]
         loss_mask = ~tokenized.phrase_map[unlabelled].any(0)
         return Captioned(
-            prompt, tokenized.tokens, tokenized.mask, keep, rows, loss_mask, over + losses.cut, losses.without_token, negatives
+            prompt, tokenized.tokens, tokenized.mask, keep, rows, loss_mask, over + losses.cut, losses.without_token, negatives,
+            None if self.descriptions is None else self.descriptions.token_rows(prompt, tokenized),
         )  # fmt: skip

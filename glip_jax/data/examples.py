@@ -61,9 +61,9 @@ class Examples:
             self(*slot, short_side, image, rng) for slot, image, rng in zip(slots, pixels, generators, strict=True)
         ]
         fields = Batch(*zip(*examples))
-        return Batch(*map(np.stack, fields._replace(image=fields.size)))._replace(
-            image=self._patches(pixels) if patches else pixels
-        )
+        whole = Batch(*map(np.stack, fields._replace(image=fields.size)))
+        described = whole.described if self.config.reads_descriptions else ()
+        return whole._replace(image=self._patches(pixels) if patches else pixels, described=described)
 
     def _patches(self, pixels: UInt8[np.ndarray, "B H W 3"]) -> UInt8[np.ndarray, "B h w 48"]:
         """Patches with the channels in the order of the network; changes `pixels`."""
@@ -128,6 +128,7 @@ class Examples:
             source=np.int32(source),
             record=np.int32(index),
             dropped=np.array([dropped.get(name, 0) for name in DROPS], np.int32),
+            described=() if text.described is None else text.described,
         )
 
     def _source(self, source: int) -> SourceConfig:
@@ -171,6 +172,7 @@ class Examples:
             source=np.int32(source),
             record=np.int32(index),
             dropped=np.array([name == "corrupt_records" for name in DROPS], np.int32),
+            described=() if self.captioners[source].descriptions is None else np.zeros(length, np.int32),
         )
 
 

@@ -34,6 +34,7 @@ from glip_jax.io.processes import end_with_parent, stop_signals_blocked
 from glip_jax.structures import prompts
 from glip_jax.structures.batch import Batch
 from glip_jax.structures.canvas import canvas_size, nearest_aspect
+from glip_jax.structures.descriptions import Descriptions, read_descriptions
 
 __all__ = ["DataWorkerError", "Mixture", "Schedule", "schedule"]
 
@@ -159,7 +160,9 @@ class Mixture:
             )
         self.config = config
         self.source_names = tuple(sorted(config.data.sources))
-        tokenizer = _tokenizer(config)
+        self.tokenizer = tokenizer = _tokenizer(config)
+        self.descriptions = _descriptions(config)
+        """Of the names; None where no setting uses them."""
         self.shards = tuple(_open(name, config.data.sources[name]) for name in self.source_names)
         text, data, captions = config.model.text, config.data, config.data.captions
         listed = (
@@ -171,7 +174,7 @@ class Mixture:
         self.captioners = tuple(
             Captioner(
                 s.manifest.names, tokenizer, captions, text.max_tokens, source.negatives, s, listed if captions.dictionary else None,
-                source.complete == "all", sides=(not data.flip or data.flip_captions == "safe") and not data.crop.probability,
+                source.complete == "all", sides=(not data.flip or data.flip_captions == "safe") and not data.crop.probability, descriptions=self.descriptions,
             )
             for source, s in zip(sources, self.shards)
         )  # fmt: skip
@@ -190,6 +193,7 @@ class Mixture:
             self.notes.append(f"the dictionary of {len(self.shards)} sources has {own}")
         for name, opened in zip(self.source_names, self.shards):
             self.notes += _check_kinds(name, opened) + _check_names(name, opened.manifest.names, tokenizer, config)
+        self.notes += _description_notes(self.descriptions, self.captioners, self.source_names, text.max_tokens)
         if not any(opened.manifest.boxes for opened in self.shards):
             raise ConfigError(f"{'; '.join(self.notes)}: expected boxes; read what the imports dropped")
         aspects = config.data.aspects
@@ -360,6 +364,39 @@ def _check_names(source: str, names: Sequence[str], tokenizer: prompts.Tokenizer
                 f"data.sources.{source}: its {len(names)} names take {tokens} tokens with [CLS] and [SEP], "
                 f"model.text.max_tokens is {budget}: data.captions.mode all_names uses all of them; set it to sampled"
             )
+    return notes
+
+
+def _descriptions(config: Config) -> Descriptions | None:
+    """The descriptions that a setting uses. Raises ConfigError for a file that is missing or holds something else."""
+    if not (config.reads_descriptions or config.data.captions.descriptions.use == "prompt"):
+        return None
+    try:
+        return read_descriptions(str(resolve(config.data.captions.descriptions.file)))
+    except (AssetError, prompts.PromptError) as error:
+        raise ConfigError(f"data.captions.descriptions.file: {error}") from None
+
+
+def _description_notes(
+    descriptions: Descriptions | None, captioners: Sequence[Captioner], sources: Sequence[str], budget: int
+) -> list[str]:
+    """Names without a description, and descriptions without a name. Raises ConfigError for one that exceeds the token budget with its name."""
+    if descriptions is None:
+        return []
+    notes, known = [], [name for each in captioners for name in (*each.names, *each.more_negatives)]
+    for source, each in zip(sources, captioners):
+        notes += descriptions.notes(f"data.sources.{source}", each.names)
+        for name, cost in each.described_costs().items():
+            if cost + 2 > budget:
+                raise ConfigError(
+                    f"data.sources.{source}: {name!r} with its description takes {cost + 2} tokens with [CLS], separator and [SEP], "
+                    f"model.text.max_tokens is {budget}: shorten the description in data.captions.descriptions.file"
+                )
+    if unknown := descriptions.unknown(known):
+        notes.append(
+            f"data.captions.descriptions.file: {len(unknown)} of its {len(descriptions.names)} names are of no source, and can be asked in "
+            f"evaluation only: {prompts.listed(unknown)}"
+        )
     return notes
 
 

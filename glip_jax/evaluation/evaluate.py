@@ -39,6 +39,7 @@ from glip_jax.io.image_files import ImageFileError, read_annotated
 from glip_jax.io.paths import OutsideError, check_paths, within
 from glip_jax.io.provenance import file_hash
 from glip_jax.structures.batch import Detections, Prompt
+from glip_jax.structures.descriptions import read_descriptions
 from glip_jax.structures.prompts import PromptError, Tokenizer, check_names, listed, load_tokenizer, unread_names
 
 __all__ = [
@@ -222,6 +223,8 @@ def _check_names(where: str, truth: GroundTruth, config: Config) -> list[str]:
         names, tokenizer = truth.prompts, _tokenizer(config)
         notes = check_names(names, tokenizer, f"{where}, {truth.path}", remedy, "refuse_plain")
         category_prompts(names, tokenizer, config)  # raises for a name beyond the token budget
+        if (described := config.data.captions.descriptions).use != "none":
+            notes += read_descriptions(str(assets.resolve(described.file))).notes(where, names)
     except PromptError as error:
         raise EvaluationError(str(error)) from None
     return notes

@@ -29,9 +29,11 @@ from glip_jax.io.compiler_lines import without_slow_compile_alarms
 from glip_jax.io.cores import available_cores
 from glip_jax.io.image_files import read_upright, upright
 from glip_jax.io.paths import checked
+from glip_jax.models.descriptions import averaged, description_table
 from glip_jax.structures import prompts
 from glip_jax.structures.batch import Detections, Prompt, TokenizedPrompt
 from glip_jax.structures.canvas import canvas_size, pad_to_canvas, resize, target_size
+from glip_jax.structures.descriptions import DescriptionTable, read_descriptions
 
 __all__ = ["Detector", "ImageDetections", "bucket"]
 
@@ -145,6 +147,7 @@ class Detector:
         alone = config.model.text.mask == "phrase" and not config.model.prompts.names
         own = SegmentStates(config.model.text) if alone else None
         self._segments = own if texts_of is None else texts_of._segments
+        self._tables: dict[str, DescriptionTable] = {} if texts_of is None else texts_of._tables
         self._tokenized: OrderedDict[str, TokenizedPrompt] = OrderedDict()
         self._chunks: tuple[tuple[str, ...], list[tuple[Prompt, tuple[int, ...]]]] = ((), [])
         self._most_texts = _CACHED_TEXTS
@@ -175,6 +178,7 @@ class Detector:
         self._texts.clear()
         if self._segments is not None:
             self._segments.clear()
+        self._tables.clear()
         self._parameters.use(params)
 
     @property
@@ -245,16 +249,35 @@ class Detector:
 
         def encode() -> Array:
             encoder = functools.partial(self._programs.encode_text, self.params)
-            if self._segments is not None:
-                return self._with_sinks(jnp.asarray(self._segments(tokens, mask, encoder)))
-            return self._with_sinks(encoder(tokens[None], mask[None])[0])
+            if self._segments is None:
+                states = encoder(tokens[None], mask[None])[0]
+            else:
+                states = jnp.asarray(self._segments(tokens, mask, encoder))
+            return self._with_sinks(self._with_descriptions(states, prompt, TokenizedPrompt(tokens, mask, phrase_map)))
 
         detection = self.config.detection
         sinks = (detection.sinks, detection.sink_start, detection.sink_seed)
-        states = _cached(self._texts, (prompt.caption, length, sinks), encode, self._most_texts)
+        described = self.config.data.captions.descriptions
+        # With descriptions the states depend on what the phrases are.
+        mixed = (described.file, repr(prompt.spans)) if described.use == "mean" else ()
+        states = _cached(self._texts, (prompt.caption, length, sinks, mixed), encode, self._most_texts)
         behind = (0, detection.sinks)
         phrase_map = np.pad(phrase_map, ((0, 0), behind))
         return TokenizedPrompt(np.pad(tokens, behind), np.pad(mask, behind, constant_values=True), phrase_map), states
+
+    def _with_descriptions(
+        self, states: Float[Array, "T D"], prompt: Prompt, tokenized: TokenizedPrompt
+    ) -> Float[Array, "T D"]:
+        """With `data.captions.descriptions.use` of `mean`: the states of described names averaged with those of their descriptions."""
+        settings = self.config.data.captions.descriptions
+        if settings.use != "mean":
+            return states
+        descriptions = read_descriptions(str(assets.resolve(settings.file)))
+        if settings.file not in self._tables:
+            self._tables[settings.file] = description_table(
+                self.params, self.config.model, descriptions, self.tokenizer
+            )
+        return averaged(states[None], descriptions.token_rows(prompt, tokenized)[None], self._tables[settings.file])[0]
 
     def _with_sinks(self, states: Float[Array, "T D"]) -> Float[Array, "T_and_sinks D"]:
         if not self.config.detection.sinks:

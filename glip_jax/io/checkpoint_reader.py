@@ -72,11 +72,15 @@ class Checkpoint:
             raise ConfigError(f"checkpoint {self.path} {error}: give a file that fits it, --config=FILE.py") from error
 
     def parameters(self, which: Which = "ema") -> dict[str, Any]:
-        """Parameters as a nested dict of numpy arrays, read now; nothing of them is kept here.
+        """Parameters of the network as a nested dict of numpy arrays, read now; nothing of them is kept here.
 
-        Raises CheckpointError for files that are damaged or were removed since, and for values that are not finite.
+        The head of the side loss on descriptions, which only training reads, is left out. Raises CheckpointError for files that are damaged or were removed since, and for values that are not finite.
         """
         parameters = self._read(which)
+        if "description" in parameters.get("head", {}):
+            parameters = parameters | {
+                "head": {name: part for name, part in parameters["head"].items() if name != "description"}
+            }
         if which == "ema" and self.step is not None and (self.path / "ema").exists():
             self._note_on_averages(self.step)
         bad = [path for path, leaf in jax.tree_util.tree_leaves_with_path(parameters) if not np.isfinite(leaf).all()]

@@ -18,11 +18,12 @@ __all__ = ["code", "config_hash", "file_hash", "score_settings", "source_hash", 
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "pillow", "tokenizers", "pycocotools", "orbax-checkpoint", "etils")
-_SCORE = ("model.", "detection.", "data.captions.separator", "evaluation.parameters", "evaluation.short_side",
+_SCORE = ("model.", "detection.", "data.captions.separator", "data.captions.descriptions.", "evaluation.parameters", "evaluation.short_side",
           "evaluation.long_side", "evaluation.max_images", "evaluation.chunk", "evaluation.batch_size")  # fmt: skip
 _TRAINING_ONLY = ("model.remat", "model.text.frozen", "model.backbone.frozen_stages", "model.pyramid.drop_block",
                   "model.backbone.drop_path", "model.head.offset_scale", "model.head.log_scale", "model.head.box_scale",
-                  "model.fusion.gamma", "model.fusion.drop_path", "model.head.unroll", "model.trainable")  # fmt: skip
+                  "model.fusion.gamma", "model.fusion.drop_path", "model.head.unroll", "model.trainable",
+                  "data.captions.descriptions.probability")  # fmt: skip
 
 
 def score_settings(config: Config) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from glip_jax.planning.statistics import CollectiveTraffic, CompileMode, Compile
 from glip_jax.planning.xla_dump import activation_bytes, compile_until_assignment, dump_options
 from glip_jax.structures.batch import DROPS, Batch
 from glip_jax.structures.canvas import PATCH
+from glip_jax.structures.descriptions import DescriptionTable
 from glip_jax.training.monitoring.chips import Topology
 from glip_jax.training.state import State, abstract_state
 from glip_jax.training.step import glip_objective, make_step
@@ -63,6 +64,7 @@ def abstract_batch(config: Config, canvas: tuple[int, int], mesh: Mesh) -> Batch
         "token_loss_mask": ((tokens,), flag), "valid": ((), flag), "source": ((), integer), "record": ((), integer),
         "dropped": ((len(DROPS),), integer),
     }  # fmt: skip
+    kinds |= {"described": ((tokens,), integer)} if config.reads_descriptions else {}
     size, sharding = config.train.batch_size, batch_sharding(mesh)
     return Batch(
         **{n: jax.ShapeDtypeStruct((size, *shape), kind, sharding=sharding) for n, (shape, kind) in kinds.items()}
@@ -328,7 +330,11 @@ def _statistics(
     mesh = make_mesh(config.mesh, _devices(topology, mode))
     check_fits(config, mesh)
     state, batch = abstract_state(config, mesh), abstract_batch(config, canvas, mesh)
-    step: Any = make_step(config, mesh, glip_objective(config), state, tuple(sorted(config.data.sources)))
+    # The file is where the run will be; the number of its names changes little.
+    table = DescriptionTable(np.zeros((2, config.model.text.width), np.float32), np.zeros(2, np.float32))
+    step: Any = make_step(
+        config, mesh, glip_objective(config, descriptions=table), state, tuple(sorted(config.data.sources))
+    )
     pipe.send(("stage", f"tracing the step for {topology.devices} chips"))
     begin = time.monotonic()
     with jax.set_mesh(mesh):  # Pallas kernels for TPUs look up the chip

@@ -58,6 +58,8 @@ class Batch(NamedTuple):
     """Int32[B]: index of the record inside its source."""
     dropped: Any
     """Int32[B len(DROPS)]: what was dropped from the example."""
+    described: Any = ()
+    """Int32[B T]: at tokens of a described name its row in the table of description vectors, else 0; () where no setting needs it."""
 
     @property
     def canvas(self) -> tuple[int, int]:

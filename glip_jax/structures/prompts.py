@@ -65,8 +65,11 @@ def clean_name(name: str) -> str:
     return name.replace("_", " ").replace("  ", " ")
 
 
-def prompt_from_categories(names: Sequence[str], separator: str = ". ") -> Prompt:
+def prompt_from_categories(names: Sequence[str], separator: str = ". ", descriptions: Sequence[str] = ()) -> Prompt:
     """The caption "name. name. name" of the cleaned `names`; phrase i is names[i].
+
+    `descriptions`: per name the text that follows it, as in "name, text. name. name", "" for none. The phrase stays the name: words that
+    several descriptions share are evidence for none of them alone. So are the suffixes in the prompts of the original.
 
     Raises PromptError for a name that is empty after cleaning.
     """
@@ -78,8 +81,9 @@ def prompt_from_categories(names: Sequence[str], separator: str = ". ") -> Promp
                 f"category {index} is named {name!r}, which is empty after cleaning (text in parentheses is removed, underscores "
                 "become spaces): expected a name with letters"
             )
-        pieces.append(piece)
         spans.append(((begin, begin + len(piece)),))
+        piece += f", {descriptions[index]}" if descriptions and descriptions[index] else ""
+        pieces.append(piece)
         begin += len(piece) + len(separator)
     return Prompt(separator.join(pieces), tuple(spans))
 
@@ -285,9 +289,9 @@ class _Piece(NamedTuple):
     """The tokens of one name at any position of a caption."""
 
     ids: tuple[int, ...]
-    """Token ids of the name and the separator after it."""
+    """Token ids of the name, its description and the separator after it."""
     length: int
-    """Number of tokens of the name alone."""
+    """Number of tokens without the separator."""
     begin: int
     end: int
     """The span of the name covers its tokens `begin` to `end` - 1; equal if it has none."""
@@ -301,8 +305,11 @@ class JoinedNames:
     depend on its neighbors. This is verified for every name, on a caption that repeats it three times.
     """
 
-    def __init__(self, names: Sequence[str], tokenizer: Tokenizer, separator: str = ". ") -> None:
+    def __init__(
+        self, names: Sequence[str], tokenizer: Tokenizer, separator: str = ". ", descriptions: Sequence[str] = ()
+    ) -> None:
         self._names, self._tokenizer, self._separator = names, tokenizer, separator
+        self._descriptions = descriptions or [""] * len(names)
         self._independent = separator[-1:].isspace()
         self._first, self._last = tokenizer.encode("").ids
         self._pieces: dict[int, _Piece | None] = {}
@@ -312,7 +319,7 @@ class JoinedNames:
 
         Raises PromptError for a name that is empty after cleaning.
         """
-        prompt = prompt_from_categories([self._names[index] for index in order], self._separator)
+        prompt = self._prompt(order)
         pieces = [self._piece(index) for index in order]
         known = [piece for piece in pieces if piece is not None]
         ids, begins, ends = [self._first], [], []
@@ -334,13 +341,17 @@ class JoinedNames:
     def _piece(self, index: int) -> _Piece | None:
         """The tokens of name `index`; None if they depend on its neighbors."""
         if index not in self._pieces:
-            self._pieces[index] = self._encode(self._names[index]) if self._independent else None
+            self._pieces[index] = self._encode(index) if self._independent else None
         return self._pieces[index]
 
-    def _encode(self, name: str) -> _Piece | None:
-        thrice = prompt_from_categories([name] * 3, self._separator)
+    def _prompt(self, order: Sequence[int]) -> Prompt:
+        names, descriptions = ([own[index] for index in order] for own in (self._names, self._descriptions))
+        return prompt_from_categories(names, self._separator, descriptions)
+
+    def _encode(self, index: int) -> _Piece | None:
+        thrice = self._prompt([index] * 3)
         encoding = self._tokenizer.encode(thrice.caption)
-        alone = self._tokenizer.encode(clean_name(name)).ids[1:-1]
+        alone = self._tokenizer.encode(self._prompt([index]).caption).ids[1:-1]
         ids = encoding.ids[1:-1]
         size = (len(ids) - len(alone)) // 2
         rows = positive_map(np.asarray(encoding.offsets, np.int32).reshape(-1, 2), thrice.spans)[:, 1:-1]

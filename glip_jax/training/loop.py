@@ -23,7 +23,7 @@ from glip_jax.config import Config, ConfigError, resumed, validate
 from glip_jax.data.mixture import Mixture
 from glip_jax.distributed.cluster import Cluster
 from glip_jax.distributed.exit_codes import CANCELLED, PREEMPTED
-from glip_jax.distributed.mesh import check_fits, make_mesh, place_batch, shardings
+from glip_jax.distributed.mesh import check_fits, make_mesh, place_batch, replicated, shardings
 from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.io.checkpoint import Checkpoints, Saved, complete_steps, fingerprint
 from glip_jax.io.checkpoint_reader import note_on_averages
@@ -38,7 +38,9 @@ from glip_jax.io.workdir import (
     write_config,
     write_started_from,
 )
+from glip_jax.models.descriptions import description_table
 from glip_jax.structures.batch import Batch
+from glip_jax.structures.prompts import PromptError
 from glip_jax.training.monitoring.decisions import Decide, Decisions
 from glip_jax.training.monitoring.evaluations import Evaluate, Evaluations
 from glip_jax.training.monitoring.metrics import Progress, read
@@ -155,7 +157,9 @@ def train(
             fed = (
                 feed(mixture, state)
                 if feed is not None
-                else Feed(partial(mixture.batches, patches=config.model.patches), glip_objective(config))
+                else Feed(
+                    partial(mixture.batches, patches=config.model.patches), _objective(config, mixture, state, mesh)
+                )
             )
             state = _train_steps(run, state, start, mixture, fed, draw)
         elif evaluations.missing(start):
@@ -166,6 +170,23 @@ def train(
         if first:
             progress.log(f"fingerprint: {digest}")
     return state
+
+
+def _objective(config: Config, mixture: Mixture, state: State, mesh: Mesh) -> Objective:
+    """`glip_objective`, with the vectors of the descriptions where a setting uses them: the text encoder is frozen, so a resumed run makes the same.
+
+    Raises ConfigError for a description beyond the token budget.
+    """
+    if not config.reads_descriptions or mixture.descriptions is None:
+        return glip_objective(config)
+    text = jax.jit(lambda params: params, out_shardings=replicated(mesh))(state.params["text"])
+    try:
+        table = description_table(
+            {"text": jax.tree.map(np.asarray, text)}, config.model, mixture.descriptions, mixture.tokenizer
+        )
+    except PromptError as error:
+        raise ConfigError(f"data.captions.descriptions.file: {error}") from None
+    return glip_objective(config, descriptions=table)
 
 
 def _start(

@@ -15,7 +15,16 @@ from glip_jax.structures import boxes as box
 from glip_jax.structures.batch import Batch, Predictions, Targets
 from glip_jax.training.assignment import anchors_inside
 
-__all__ = ["Denominators", "ImageWeights", "LossSums", "denominators", "image_weights", "loss_sums", "total_loss"]
+__all__ = [
+    "Denominators",
+    "ImageWeights",
+    "LossSums",
+    "denominators",
+    "description_sums",
+    "image_weights",
+    "loss_sums",
+    "total_loss",
+]
 
 
 class LossSums(NamedTuple):
@@ -28,6 +37,8 @@ class LossSums(NamedTuple):
     """Share of each image's deformable offsets that were beyond `head.offset_bound`, mean over blocks; () without a bound."""
     presence: Any = ()
     """Cross-entropy of the presence of each token, sum over the tokens; () without `head.presence`."""
+    description: Any = ()
+    """Side loss on descriptions; () without."""
 
 
 class Denominators(NamedTuple):
@@ -106,18 +117,45 @@ def loss_sums(
     return jax.tree.map(lambda part: jnp.where(batch.valid, part, 0.0), sums)
 
 
+def description_sums(
+    visual: Float[Array, "B A C"],
+    kernel: Float[Array, "C D"],
+    vectors: Float[Array, "R D"],
+    targets: Targets,
+    batch: Batch,
+) -> Float[Array, " B"]:
+    """Sum over the positive anchors of described names of 1 - cosine(visual kernel, vector of the name), with the weight of their box.
+
+    The products are taken per image feature, so that nothing of anchors x D is stored: x W v = x (W v), |x W|^2 = x (W W^T) x.
+    """
+    exact = jax.lax.Precision.HIGHEST
+    rows = jnp.where(batch.positive_map, batch.described[:, None], 0).max(2)
+    length = jnp.linalg.norm(vectors, axis=1, keepdims=True)
+    wanted = jnp.einsum("rd,cd->rc", vectors / jnp.maximum(length, 1e-6), kernel, precision=exact)[rows]
+    wanted = jnp.take_along_axis(wanted, targets.box_index[:, :, None], axis=1)
+    features, gram = visual.astype(jnp.float32), jnp.dot(kernel, kernel.T, precision=exact)
+    square = jnp.einsum("bac,cd,bad->ba", features, gram, features, precision=exact)
+    cosine = jnp.sum(features * wanted, axis=2) * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
+    weight = jnp.where(
+        jnp.take_along_axis(rows, targets.box_index, axis=1) > 0, _anchor_weights(targets, batch.box_weight), 0.0
+    )
+    return jnp.where(batch.valid, jnp.sum(weight * (1.0 - cosine), axis=1), 0.0)
+
+
 def total_loss(
     sums: LossSums, over: Denominators, config: LossConfig
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The loss and its parts: `token`, `box` and `presence` (times their weights), `centerness`. If the sum of the centerness targets is 0, so is the box loss."""
+    """The loss and its parts: `token`, `centerness`, and times their weights `box`, `presence` and `description`. If the sum of the centerness targets is 0, so is the
+    box loss.
+    """
     inverse = jnp.where(over.centerness > 0, 1.0 / jnp.where(over.centerness > 0, over.centerness, 1.0), 0.0)
     parts = {
         "token": sums.token.sum() / over.positives,
         "box": config.box_weight * sums.box.sum() * inverse,
         "centerness": sums.centerness.sum() / over.positives,
     }
-    total = parts["token"] + parts["box"] + parts["centerness"]
-    for part in jax.tree.leaves(sums.presence):
-        parts["presence"] = config.presence_weight * part.sum() / over.positives
-        total += parts["presence"]
-    return total, parts
+    if jax.tree.leaves(sums.presence):
+        parts["presence"] = config.presence_weight * sums.presence.sum() / over.positives
+    if config.description_weight:
+        parts["description"] = config.description_weight * sums.description.sum() / over.positives
+    return sum(parts.values(), jnp.float32(0)), parts

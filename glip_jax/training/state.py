@@ -45,7 +45,13 @@ def _initializer(config: Config) -> tuple[dict[str, Any], Callable[[jax.Array], 
     )
 
     def init(key: jax.Array) -> dict[str, Any]:
-        return model.init(key, *inputs)["params"]  # pyright: ignore[reportReturnType]
+        params: Any = model.init(key, *inputs)["params"]
+        if config.loss.description_weight:
+            # Beside the network, which has no such layer: its parameters are the same without.
+            shape = (config.model.pyramid.channels, config.model.text.width)
+            kernel = jax.nn.initializers.lecun_normal()(jax.random.fold_in(key, 1), shape)
+            params = params | {"head": params["head"] | {"description": {"kernel": kernel}}}
+        return params
 
     return jax.eval_shape(init, jax.random.key(0)), init
 

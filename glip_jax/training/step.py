@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from glip_jax.config import Config, HeadConfig
+from glip_jax.config import Config, ConfigError
 from glip_jax.distributed.mesh import (
     batch_axes,
     batch_sharding,
@@ -30,8 +30,10 @@ from glip_jax.distributed.mesh import (
     replicated,
     shardings,
 )  # fmt: skip
+from glip_jax.models.descriptions import with_described_names
 from glip_jax.models.glip import GLIP, normalize
 from glip_jax.structures.batch import BATCH_AXES, DROPS, Batch, Predictions, Targets
+from glip_jax.structures.descriptions import DescriptionTable
 from glip_jax.training import optimizer as optim
 from glip_jax.training.assignment import assign
 from glip_jax.training.losses import (
@@ -39,6 +41,7 @@ from glip_jax.training.losses import (
     ImageWeights,
     LossSums,
     denominators,
+    description_sums,
     image_weights,
     loss_sums,
     total_loss,
@@ -77,31 +80,46 @@ class _Images(NamedTuple):
 
 
 def glip_objective(
-    config: Config, train: bool = True, forward: Forward | None = None, canvas: tuple[int, int] | None = None
-) -> Objective:
+    config: Config, train: bool = True, forward: Forward | None = None, canvas: tuple[int, int] | None = None,
+    descriptions: DescriptionTable | None = None,
+) -> Objective:  # fmt: skip
     """The losses of GLIP; `train` False turns off every dropout.
 
-    `forward` and `canvas` (height, width): the network on a batch whose `image` holds something else than pixels, and their canvas.
+    `descriptions`: where the settings use their vectors; ConfigError without. `forward` and `canvas` (height, width): the network on a batch whose `image` holds something else than pixels, and their canvas.
     """
-    model = GLIP(config.model, train=train)
+    model, averages = GLIP(config.model, train=train), config.data.captions.descriptions.use == "mean"
+    if config.reads_descriptions and (descriptions is None or (averages and (forward or not config.model.text.frozen))):
+        raise ConfigError(
+            "data.captions.descriptions.use=mean and loss.description_weight are for the job `train`, mean with model.text.frozen: set them to "
+            "none and 0 (evaluation and prediction may use mean)"
+        )
 
     def of_pixels(model: GLIP, batch: Batch) -> Predictions:
         image = normalize(batch.image, batch.size, config.model.input)
+        if averages and descriptions is not None:
+            return with_described_names(model, image, batch, descriptions)
         return model(image, batch.extent, batch.tokens, batch.token_mask)
 
     def targets(batch: Batch) -> Targets:
         return assign(batch.boxes, batch.box_mask, batch.extent, canvas or batch.canvas, config.model, config.loss)
 
     def sums(params: Any, batch: Batch, targets: Targets, key: Array) -> LossSums:
-        counted = ["intermediates"] if config.model.head.offset_bound else False
+        counted = ["intermediates"] * bool(config.model.head.offset_bound) + ["visual"] * bool(
+            config.loss.description_weight
+        )
         outputs: Any = model.apply(
-            {"params": params}, batch, rngs={"dropout": key} if train else None, mutable=counted, method=forward or of_pixels
+            {"params": params}, batch, rngs={"dropout": key} if train else None, mutable=counted or False, method=forward or of_pixels
         )  # fmt: skip
         predictions, sown = outputs if counted else (outputs, {})
         result = loss_sums(predictions, targets, batch, canvas or batch.canvas, config)
         # The network sows one array only, of blocks x images.
-        shares = [share.mean(0) for share in jax.tree.leaves(sown)]
-        return result._replace(offsets_clamped=shares[0]) if counted else result
+        shares = [share.mean(0) for share in jax.tree.leaves(sown.get("intermediates", {}))]
+        if descriptions is not None and "visual" in sown:
+            (visual,), kernel = jax.tree.leaves(sown["visual"]), params["head"]["description"]["kernel"]
+            result = result._replace(
+                description=description_sums(visual, kernel, jnp.asarray(descriptions.vectors), targets, batch)
+            )
+        return result._replace(offsets_clamped=shares[0]) if shares else result
 
     return Objective(targets, sums)
 
@@ -177,7 +195,7 @@ def _gradients(
         gradients, counts, images = _local_gradients(params, batch, key, config, mesh, objective)
         return reduce_gradients(gradients, trainable_specs, mesh), counts, _gathered_images(images, mesh)
 
-    outputs = (trainable_specs, Denominators(whole, whole), _image_specs(whole, config.model.head))
+    outputs = (trainable_specs, Denominators(whole, whole), _image_specs(whole, config))
     gradients, counts, images = per_shard(local, mesh, (specs, examples, whole), outputs)(params, batch, key)
     return gradients, _metrics(images, counts, config, names)
 
@@ -228,10 +246,11 @@ def _over_devices(collective: Callable[[Any, tuple[str, ...]], Any], tree: Any, 
     return collective(tree, axes) if axes else tree
 
 
-def _image_specs(spec: Any, head: HeadConfig) -> _Images:
+def _image_specs(spec: Any, config: Config) -> _Images:
     """`spec` for every field that there is."""
-    sums = LossSums(spec, spec, spec, spec if head.offset_bound else (), spec if head.presence else ())
-    return _Images(sums, ImageWeights(spec, spec), *(spec,) * 6)
+    head = config.model.head
+    more = [spec if there else () for there in (head.offset_bound, head.presence, config.loss.description_weight)]
+    return _Images(LossSums(spec, spec, spec, *more), ImageWeights(spec, spec), *(spec,) * 6)
 
 
 def _gathered_images(images: _Images, mesh: Mesh) -> _Images:

@@ -72,6 +72,11 @@ def write(form: Format, out: Path, params: Mapping[str, Any], config: Config) ->
             "model.head.presence is true: no exported format holds the presence of a phrase, and without it scores would differ; "
             "train with presence=False to export"
         )
+    if (described := config.data.captions.descriptions.use) != "none":
+        raise ExportError(
+            f"--format={form}: data.captions.descriptions.use is {described!r}, and exports hold no descriptions: export with "
+            "--config.data.captions.descriptions.use=none, and write descriptions into the prompts yourself"
+        )
     match form:
         case "glip-pth":
             if config.detection.sinks:

@@ -20,8 +20,8 @@ from glip_jax.weights.names import WeightError
 
 __all__ = ["ADDED", "PromptTable", "interpolated", "merged", "prompt_table", "starting_parameters"]
 
-ADDED = ("*_lora_a", "*_lora_b", "prompts/*")
-"""Patterns of parameters that fine-tuning adds to a network."""
+ADDED = ("*_lora_a", "*_lora_b", "prompts/*", "head/description/*")
+"""Patterns of parameters that fine-tuning, or a side loss of training, adds to a network."""
 
 
 class PromptTable(NamedTuple):

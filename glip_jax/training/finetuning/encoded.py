@@ -123,7 +123,7 @@ class EncodedMixture:
         if not (self._folder / "examples.npz").exists():
             self._encode(params)
         with np.load(self._folder / "examples.npz") as saved:
-            fields = {name: saved[name] for name in Batch._fields if name != "image"}
+            fields = {name: saved[name] for name in Batch._fields if name not in ("image", "described")}
             self._captions, self._texts = saved["captions"], saved.get("texts")
         maps = tuple(np.load(self._folder / f"maps{level}.npy", mmap_mode="r") for level in range(3))
         self._examples, self._maps = Batch(image=np.zeros(len(self._keys)), **fields), maps
@@ -228,7 +228,7 @@ class EncodedMixture:
             file.flush()
         whole = Batch(*(np.concatenate(column) for column in zip(*fields)))
         captions, numbers = np.unique(whole.tokens, axis=0, return_inverse=True)
-        saved = {name: value for name, value in whole._asdict().items() if name != "image"}
+        saved = {name: value for name, value in whole._asdict().items() if name not in ("image", "described")}
         saved["captions"] = numbers.reshape(-1).astype(np.int32)
         if encodes_text(config, list(optim.flat(params))) and len(captions) <= _KEPT_CAPTIONS:
             masks = np.stack([whole.token_mask[np.argmax(numbers.reshape(-1) == n)] for n in range(len(captions))])
