@@ -29,7 +29,7 @@ LAYERS = {
 # What a training run never needs.
 ASIDE = (
     "data/importers", "data/scenes", "labeling/phrases", "cli/reports", "training/monitoring", "training/finetuning", "weights/portable",
-    "models/kernels",
+    "models/kernels", "data/negatives",
 )  # fmt: skip
 # What exports carry: its files import one another as they will lie there, and the network is one file to read.
 CARRIED = PACKAGE / "weights" / "portable"
@@ -103,11 +103,11 @@ def test_the_top_has_few_entries():
 
 def test_the_core_is_small_and_imports_nothing_aside():
     lines = {path: len(path.read_text().splitlines()) for path in core()}
-    assert len(lines) <= 48 and sum(lines.values()) <= 8800, (len(lines), sum(lines.values()))
+    assert len(lines) <= 48 and sum(lines.values()) <= 9300, (len(lines), sum(lines.values()))
     aside = [
         f"glip_jax.{folder.replace('/', '.')}"
         for folder in ASIDE
-        if folder not in ("training/monitoring", "models/kernels")
+        if folder not in ("training/monitoring", "models/kernels", "data/negatives")
     ]
     assert not [(str(p), m) for p in lines for m, _ in imports(p) if any(m.startswith(name) for name in aside)]
 

@@ -13,6 +13,7 @@ __all__ = [
 
 
 _Blocks = Annotated[int, Range(1, 1000)]
+_Token = Annotated[int, Range(0, 10_000_000)]
 _Level = Annotated[float, Range(0, 255)]
 _Spread = Annotated[float, Range(0.001, 1000)]
 Remat = Literal["none", "elementwise", "kernels", "blocks"]
@@ -91,7 +92,7 @@ class TextConfig:
     mask: Literal["padding", "phrase"] = "padding"
     """Tokens that a token attends to, here and in the BERT layers of the head: `padding`, all of the prompt, as released weights; `phrase`, those of its own
     name, [CLS] and [SEP], as in Grounding DINO (arXiv 2303.05499, 3.4). Then the states of a name depend on no other name of the prompt before fusion."""
-    separators: tuple[int, ...] = (101, 102, 1012)
+    separators: tuple[_Token, ...] = (101, 102, 1012)
     """For `mask` phrase: ids of [CLS], of [SEP], and of the tokens between names (the full stop), in the vocabulary."""
 
 

@@ -18,9 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Int32
 
 from glip_jax.config import CaptionConfig
-from glip_jax.data.dictionary import Dictionary
-from glip_jax.data.look_alikes import LookAlike, look_alike
-from glip_jax.data.negatives import (
+from glip_jax.data.negatives.choice import (
     Likeness,
     LikenessOfMeaning,
     NameVectors,
@@ -29,6 +27,8 @@ from glip_jax.data.negatives import (
     number_of_texts,
     pack,
 )
+from glip_jax.data.negatives.dictionary import Dictionary
+from glip_jax.data.negatives.look_alikes import LookAlike, look_alike
 from glip_jax.data.records import Record, RecordError
 from glip_jax.structures.batch import Prompt, TokenizedPrompt
 from glip_jax.structures.boxes import pairwise_iou

@@ -24,9 +24,9 @@ from jaxtyping import Float32, Int32
 from glip_jax import UserError
 from glip_jax.config import Config, ConfigError, SourceConfig
 from glip_jax.data.captions import Captioner, rng_of
-from glip_jax.data.dictionary import dictionary
 from glip_jax.data.examples import Examples
-from glip_jax.data.negatives import NameVectors
+from glip_jax.data.negatives.choice import NameVectors
+from glip_jax.data.negatives.dictionary import dictionary
 from glip_jax.data.records import RecordError, decode_image
 from glip_jax.data.shards import ShardError, Shards
 from glip_jax.io.assets import AssetError, resolve

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -62,7 +63,7 @@ def draw(mixture: Mixture, count: int, start: int = 0, host: int = 0, hosts: int
 
 def digest(batch: Batch) -> str:
     content = hashlib.sha256()
-    for field in batch:
+    for field in jax.tree.leaves(batch):
         content.update(f"{field.dtype}{field.shape}".encode() + np.ascontiguousarray(field).tobytes())
     return content.hexdigest()
 
@@ -78,7 +79,7 @@ def test_hosts_read_slices_of_the_same_batches(
 ) -> None:
     mixture = Mixture(config(sources))
     slices = [draw(mixture, 3, start, host, hosts) for host in range(hosts)]
-    joined = [Batch(*(np.concatenate(field) for field in zip(*parts))) for parts in zip(*slices)]
+    joined = [jax.tree.map(lambda *rows: np.concatenate(rows), *parts) for parts in zip(*slices)]
     assert [digest(batch) for batch in joined] == expected[start : start + 3]
 
 
@@ -292,7 +293,7 @@ def test_augmentation_and_packing_are_functions_of_the_step(sources: dict[str, S
     sources = {name: dataclasses.replace(source, complete="all") for name, source in sources.items()}
     whole = [digest(batch) for batch in draw(Mixture(config(sources, **loud)), 4)]
     parts = [draw(Mixture(config(sources, workers=1, **loud)), 2, 2, host, 2) for host in range(2)]
-    joined = [Batch(*(np.concatenate(field) for field in zip(*pair))) for pair in zip(*parts)]
+    joined = [jax.tree.map(lambda *rows: np.concatenate(rows), *pair) for pair in zip(*parts)]
     assert [digest(batch) for batch in joined] == whole[2:]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int
 
 from glip_jax.config import CaptionConfig, PackingConfig
-from glip_jax.data.dictionary import stems
+from glip_jax.data.negatives.dictionary import stems
 from glip_jax.structures.prompts import Tokenizer
 
 __all__ = ["Likeness", "LikenessOfMeaning", "NameVectors", "choose", "number_of_names", "number_of_texts", "pack"]

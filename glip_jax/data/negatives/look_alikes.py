@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from glip_jax.data.dictionary import stems
+from glip_jax.data.negatives.dictionary import stems
 
 __all__ = ["LookAlike", "look_alike"]
 

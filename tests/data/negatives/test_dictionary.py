@@ -11,12 +11,12 @@ import pytest
 from glip_jax.config import CaptionConfig, ConfigError, SourceConfig, validate
 from glip_jax.data import shards
 from glip_jax.data.captions import Captioner, rng_of
-from glip_jax.data.dictionary import Dictionary, dictionary, stems
 from glip_jax.data.mixture import Mixture
-from glip_jax.data.negatives import LikenessOfMeaning, NameVectors
+from glip_jax.data.negatives.choice import LikenessOfMeaning, NameVectors
+from glip_jax.data.negatives.dictionary import Dictionary, dictionary, stems
 from glip_jax.data.shards import Shards
+from tests.data.negatives.test_choice import NAMES, TOKENIZER, detection, grounding
 from tests.data.test_mixture import config, draw
-from tests.data.test_negatives import NAMES, TOKENIZER, detection, grounding
 
 FOREIGN = ("zebra", "red dog", "persons", "old table", "bus", "two zebra9")
 

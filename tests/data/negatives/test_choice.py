@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from glip_jax.config import CaptionConfig, PackingConfig
 from glip_jax.data.captions import Captioner, CropResult, rng_of, says_side
-from glip_jax.data.negatives import Likeness, choose, number_of_names, number_of_texts, pack
+from glip_jax.data.negatives.choice import Likeness, choose, number_of_names, number_of_texts, pack
 from glip_jax.data.records import Record, boxes_array
 from glip_jax.structures.prompts import load_tokenizer
 

@@ -8,8 +8,8 @@ import pytest
 
 from glip_jax.config import CaptionConfig
 from glip_jax.data.captions import Captioner, rng_of
-from glip_jax.data.look_alikes import look_alike
-from tests.data.test_negatives import TOKENIZER, grounding, ids, unknown_words
+from glip_jax.data.negatives.look_alikes import look_alike
+from tests.data.negatives.test_choice import TOKENIZER, grounding, ids, unknown_words
 
 
 def changed(caption: str, *phrases: str, sides: bool = True, beside: Any = None, times: int = 60) -> set[str]:
