@@ -36,7 +36,6 @@ from glip_jax.structures.canvas import pixels_of
 from glip_jax.training.loop import Feed, train
 from glip_jax.training.monitoring.evaluations import Evaluate, Meet
 from glip_jax.training.state import State
-from glip_jax.training.step import glip_objective
 from glip_jax.weights import pretrained
 
 __all__ = ["TrainArguments", "main", "run"]
@@ -127,7 +126,7 @@ def _by_meaning(config: Config, workdir: str) -> Callable[[Mixture, State], Feed
 
     def feed(mixture: Mixture, state: State) -> Feed:
         give_vectors(mixture, state.params, workdir_path(workdir))
-        return Feed(functools.partial(mixture.batches, patches=config.model.patches), glip_objective(config))
+        return Feed(functools.partial(mixture.batches, patches=config.model.patches))
 
     return feed
 

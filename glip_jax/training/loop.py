@@ -73,8 +73,8 @@ class Feed(NamedTuple):
 
     batches: Callable[[int, int, int], Iterator[Batch]]
     """(first step, host, hosts) to the batches, as `Mixture.batches`."""
-    objective: Objective
-    """What reads them."""
+    objective: Objective | None = None
+    """What reads them; None: the network on pixels or patches."""
     rate: Callable[[int], float] | None = None
     """Factor on the learning rates of the 0-based step, beside the schedule of `optimizer`: one that is no part of the compiled step."""
 
@@ -154,13 +154,7 @@ def train(
             # them. (`cli.train.run` has entered it too, for errors before this line.)
             stack.enter_context(cluster)
         if mixture is not None and not decisions.stop:
-            fed = (
-                feed(mixture, state)
-                if feed is not None
-                else Feed(
-                    partial(mixture.batches, patches=config.model.patches), _objective(config, mixture, state, mesh)
-                )
-            )
+            fed = feed(mixture, state) if feed else Feed(partial(mixture.batches, patches=config.model.patches))
             state = _train_steps(run, state, start, mixture, fed, draw)
         elif evaluations.missing(start):
             with signals:
@@ -344,7 +338,8 @@ def _train_steps(
     watchdog = Watchdog(run.folder, settings.hang_multiple, settings.hang_min, settings.hang_first, file, start)
     profiler = Profiler(run.folder, settings.profile, file, run.progress.log)
     cuts = run.decisions.made or feed.rate is not None
-    step_function = make_step(config, mesh, feed.objective, state, tuple(mixture.source_names), cuts)
+    objective = feed.objective or _objective(config, mixture, state, mesh)
+    step_function = make_step(config, mesh, objective, state, tuple(mixture.source_names), cuts)
     batches = iter(feed.batches(start, jax.process_index(), jax.process_count()))
     programs = Programs(step_function, map(mixture.canvas, range(start, min(settings.steps, start + _STEPS_AHEAD))))
     seen: set[tuple[int, ...]] = set()

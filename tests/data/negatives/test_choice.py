@@ -15,7 +15,7 @@ from glip_jax.data.negatives.choice import Likeness, choose, number_of_names, nu
 from glip_jax.data.records import Record, boxes_array
 from glip_jax.structures.prompts import load_tokenizer
 
-TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "fixtures" / "vocab_tiny1.txt")
+TOKENIZER = load_tokenizer(Path(__file__).parents[2] / "fixtures" / "vocab_tiny1.txt")
 NAMES = ("person", "dog", "traffic light", "cell phone", "table", "dog house", "red", "traffic sign")
 CAPTIONS = ("a red dog", "two cell phones on a table.", "a person", "the traffic light and a man", "old red table")
 
