@@ -98,7 +98,8 @@ def test_the_side_loss_is_one_minus_the_cosine_at_described_positives(described:
             wanted[image] += 0.5 * (1 - cosine)
             counted += 1
     assert 3 < counted < targets.positive.sum()
-    found = description_sums(*map(jnp.asarray, (visual, kernel, vectors)), targets, jax.tree.map(jnp.asarray, batch))
+    given = jax.tree.map(jnp.asarray, batch)
+    found = description_sums(jnp.asarray(visual), jnp.asarray(kernel), jnp.asarray(vectors), targets, given)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
