@@ -43,8 +43,8 @@ def settings(arguments: argparse.Namespace, chips: Topology) -> Config:
     return dataclasses.replace(with_images_per_chip(base, arguments.images, chips), model=model)
 
 
-def table(config: Config, chips: Topology, statistics: CompileStatistics) -> str:
-    """Cycles an image by part, and what share of the peak the useful FLOPs are."""
+def table(config: Config, chips: Topology, statistics: CompileStatistics, top: int) -> str:
+    """Cycles an image by part, what share of the peak the useful FLOPs are, and the `top` operations with the most cycles."""
     images, parts = config.train.batch_size, statistics.machine_cycles
     total, moved = sum(parts.values()), statistics.bytes / (chips.chip.bandwidth / chips.chip.clock)
     rows = [f"{'M cycles an image':26} {total / images / 1e6:9.2f}   {total / images / chips.chip.clock * 1e3:.1f} ms"]
@@ -59,6 +59,11 @@ def table(config: Config, chips: Topology, statistics: CompileStatistics) -> str
     rows.append(
         f"the compiler's own estimate, without kernels: {statistics.cycles / images / 1e6:.1f} M cycles an image"
     )
+    slowest = sorted(statistics.top_operations, key=lambda each: -each.machine_cycles)[:top]
+    rows += [
+        f"  {each.machine_cycles / images / 1e6:7.3f}  {each.times:4} x {each.opcode} {each.type[:70]}  {each.origin[-80:]}"
+        for each in slowest
+    ]
     return "\n".join(rows)
 
 
@@ -162,6 +167,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/tpu_step"))
     parser.add_argument("--text", type=Path, help="file to write the compiled program into")
     parser.add_argument("--kernels", action="store_true", help="the kernels of a block of the head alone")
+    parser.add_argument("--top", type=int, default=20, help="operations with the most cycles to list")
     parser.add_argument("--only", default="", metavar="PATTERN", help="kernels whose names match, with --kernels")
     parser.add_argument("--height", type=int, default=CANVAS[0], help="of the image, with --kernels")
     parser.add_argument("--width", type=int, default=CANVAS[1], help="of the image, with --kernels")
@@ -196,7 +202,7 @@ def main() -> None:
         raise SystemExit(
             f"does not fit: {statistics.needed / 2**30:.2f} GiB of {(statistics.available or 0) / 2**30:.2f}"
         )
-    print(table(config, chips, statistics))
+    print(table(config, chips, statistics, arguments.top))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -373,12 +374,14 @@ def _statistics(
     sizes["activations"] = activation_bytes(scratch / "dump")
     program = cost.program_cost(text)
     parts: dict[str, float] = {}
+    counted = [0.0] * len(program.operations)
     if mode == "tpu-whole" and topology.chip.clock:
         pipe.send(("stage", "counting cycles in machine code"))
-        parts = machine_code.cycles_by_part(
+        counted = machine_code.cycles_of(
             program.operations, scratch / "code", topology.chip.flops / topology.chip.clock,
             topology.chip.bandwidth / topology.chip.clock,
         )  # fmt: skip
+        parts = machine_code.cycles_by_part(program.operations, counted)
     return CompileStatistics(
         mode,
         _compiler(mode),
@@ -393,7 +396,7 @@ def _statistics(
         trip_counts_known=program.trip_counts_known,
         undeclared_kernels=program.undeclared_kernels,
         collectives=_collective_traffic(text, mesh, topology),
-        top_operations=_top_operations(program),
+        top_operations=_top_operations(program, counted),
         seconds=seconds,
     )
 
@@ -430,11 +433,14 @@ def _collective_traffic(text: str, mesh: Mesh, topology: Topology) -> tuple[Coll
     )
 
 
-def _top_operations(program: cost.ProgramCost, count: int = 40) -> tuple[TopOperation, ...]:
-    """The operations with the most memory traffic and the largest results; equal ones are summed."""
+def _top_operations(program: cost.ProgramCost, counted: Sequence[float], count: int = 40) -> tuple[TopOperation, ...]:
+    """The operations with the most memory traffic, the largest results and the most cycles by machine code (`counted`); equal ones are summed."""
     groups: dict[tuple[str, str, str], list[cost.Operation]] = {}
-    for each in program.operations:
-        groups.setdefault((each.opcode, each.type[:200], each.origin), []).append(each)
+    machine: Counter[tuple[str, str, str]] = Counter()
+    for each, cycles in zip(program.operations, counted, strict=True):
+        key = (each.opcode, each.type[:200], each.origin)
+        groups.setdefault(key, []).append(each)
+        machine[key] += cycles  # pyright: ignore[reportArgumentType]
     operations = [
         TopOperation(
             opcode,
@@ -446,9 +452,13 @@ def _top_operations(program: cost.ProgramCost, count: int = 40) -> tuple[TopOper
             sum(each.flops * each.times for each in group),
             float(sum(each.cycles * each.times for each in group)),
             sum(each.times for each in group),
+            machine[opcode, kind, origin],
         )
         for (opcode, kind, origin), group in groups.items()
     ]
     by_bytes = sorted(operations, key=lambda each: -each.bytes)[:count]
     largest = sorted(operations, key=lambda each: -each.result_bytes)[: count // 2]
-    return tuple(dict.fromkeys([*by_bytes, *largest]))
+    slowest = sorted((each for each in operations if each.machine_cycles), key=lambda each: -each.machine_cycles)[
+        :count
+    ]
+    return tuple(dict.fromkeys([*by_bytes, *largest, *slowest]))

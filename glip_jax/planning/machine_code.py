@@ -14,7 +14,7 @@ from typing import NamedTuple
 from glip_jax.planning.cost import Operation
 
 __all__ = [
-    "OTHERS", "Cycles", "bundle_files", "count_bundles", "cycles_by_part", "dump_arguments", "operation_cycles", "part_of",
+    "OTHERS", "Cycles", "bundle_files", "count_bundles", "cycles_by_part", "cycles_of", "dump_arguments", "operation_cycles", "part_of",
 ]  # fmt: skip
 
 _FILE = re.compile(r"\d+-(.+)-\d+-final_bundles\.txt")
@@ -107,16 +107,24 @@ def part_of(origin: str) -> str:
     return next((part for part, pattern in _PARTS if re.search(pattern, origin)), OTHERS)
 
 
-def cycles_by_part(
+def cycles_of(
     operations: Sequence[Operation], folder: Path, flops_per_cycle: float, bytes_per_cycle: float
-) -> dict[str, float]:
-    """Cycles of one run of a program, at least, by part: the sum over its operations, one after the other, copies beside them left out; `folder`: the dumps."""
-    files, sums = bundle_files(folder), dict.fromkeys([*(part for part, _ in _PARTS), OTHERS], 0.0)
-    for each in operations:
-        if each.opcode == _BESIDE:
-            continue
-        cycles = operation_cycles(each, files, flops_per_cycle, bytes_per_cycle)
-        sums[part_of(each.origin)] += each.times * cycles.least
+) -> list[float]:
+    """Cycles of each operation in one run of a program, at least; 0 for copies beside others. `folder`: the dumps."""
+    files = bundle_files(folder)
+    return [
+        0.0
+        if each.opcode == _BESIDE
+        else each.times * operation_cycles(each, files, flops_per_cycle, bytes_per_cycle).least
+        for each in operations
+    ]
+
+
+def cycles_by_part(operations: Sequence[Operation], cycles: Sequence[float]) -> dict[str, float]:
+    """The sum of the operations' `cycles_of`, one after the other, by part of the network."""
+    sums = dict.fromkeys([*(part for part, _ in _PARTS), OTHERS], 0.0)
+    for each, own in zip(operations, cycles, strict=True):
+        sums[part_of(each.origin)] += own
     return sums
 
 

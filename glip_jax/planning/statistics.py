@@ -38,6 +38,8 @@ class TopOperation:
     flops: float
     cycles: float
     times: int
+    machine_cycles: float = 0.0
+    """By machine code, at least; 0 where it was not counted."""
 
 
 @dataclass(frozen=True)

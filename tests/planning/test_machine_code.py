@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from glip_jax.planning.cost import Operation
-from glip_jax.planning.machine_code import OTHERS, count_bundles, cycles_by_part, part_of
+from glip_jax.planning.machine_code import OTHERS, count_bundles, cycles_by_part, cycles_of, part_of
 
 # As libtpu 0.0.42 writes them: a grid of 22 blocks, in each 8 turns of a loop over heads, whose last bundle is scheduled among those around it.
 KERNEL = """\
@@ -56,7 +56,7 @@ def test_cycles_are_the_longest_of_bundles_products_and_bytes(tmp_path: Path) ->
     ]
     # It runs beside the others.
     operations.append(operation("copy-start.1", 4e6, 0.0, 1, "jit(step)/adamw")._replace(opcode="copy-start"))
-    found = cycles_by_part(operations, tmp_path, flops_per_cycle=10.0, bytes_per_cycle=4.0)
+    found = cycles_by_part(operations, cycles_of(operations, tmp_path, flops_per_cycle=10.0, bytes_per_cycle=4.0))
     assert {part: cycles for part, cycles in found.items() if cycles} == {
         "fusion": 2 * (3 + 22 * 29.0), "backbone": 3 * 1000.0, OTHERS: 900.0,
     }  # fmt: skip
