@@ -132,6 +132,9 @@ class HeadConfig:
     presence: bool = False
     """Whether the image shows a phrase at all: one logit a token, from its state after the last block, pooled over the tokens of a phrase. Trained by a
     loss of its own (`loss.presence_weight`); its probability is a factor of the phrase's alignment. For networks with fusion."""
+    positions: bool = False
+    """A linear map of each cell's place in its image is added to the pyramid before the first block. Without it the finest level hardly knows where
+    a cell is, and "left of" cannot be answered."""
     log_scale: Annotated[float, Range(-20, 20)] = 0.0
     """Initial log scale of the alignment logits, which are divided by exp(log_scale)."""
     box_scale: Annotated[float, Range(0, 1000, above=True)] = 1.0

@@ -40,7 +40,7 @@ _ADDED_KEYS = {
     "detection.token_scores": "mean", "model.trainable": ["*"], "model.lora.rank": 0, "model.lora.scale": 1.0,
     "model.prompts.names": 0, "model.prompts.tokens": 0, "model.head.deformable": True, "detection.sinks": 0,
     "detection.sink_start": "random", "detection.sink_seed": 0, "model.fusion.drop_path": 0.0, "data.captions.empty_probability": 0.0,
-    "model.head.presence": False, "loss.presence_weight": 1.0, "model.text.mask": "padding", "model.text.separators": [101, 102, 1012],
+    "model.head.presence": False, "model.head.positions": False, "loss.presence_weight": 1.0, "model.text.mask": "padding", "model.text.separators": [101, 102, 1012],
     "data.captions.hard_by": "letters", "data.captions.dictionary": 0.0, "data.captions.synonym_cosine": 0.5, "data.captions.look_alikes": 0.0,
     "data.captions.descriptions.file": "", "data.captions.descriptions.use": "none", "data.captions.descriptions.probability": 0.5,
     "loss.description_weight": 0.0,
@@ -51,7 +51,7 @@ _ADDED_AFTER_HASHES = (
     "optimizer.name", "optimizer.ema_ramp", "init_from.accept", "detection.token_scores", "model.trainable", "model.lora.rank",
     "model.lora.scale", "model.prompts.names", "model.prompts.tokens", "model.head.deformable", "detection.sinks",
     "detection.sink_start", "detection.sink_seed", "model.fusion.drop_path", "data.captions.empty_probability",
-    "model.head.presence", "loss.presence_weight", "model.text.mask", "model.text.separators",
+    "model.head.presence", "model.head.positions", "loss.presence_weight", "model.text.mask", "model.text.separators",
     "data.captions.hard_by", "data.captions.dictionary", "data.captions.synonym_cosine", "data.captions.look_alikes",
     "data.captions.descriptions.file", "data.captions.descriptions.use", "data.captions.descriptions.probability", "loss.description_weight",
 )  # fmt: skip

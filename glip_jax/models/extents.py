@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 __all__ = [
-    "grid", "level_size", "mask_padding", "pack", "resize_bilinear", "resize_nearest", "unpack", "valid_mask",
+    "grid", "level_size", "mask_padding", "pack", "place_features", "resize_bilinear", "resize_nearest", "unpack", "valid_mask",
 ]  # fmt: skip
 
 
@@ -37,6 +37,20 @@ def valid_mask(size: Int[Array, "B 2"], height: int, width: int) -> Bool[Array, 
 def mask_padding(x: Float[Array, "B h w C"], size: Int[Array, "B 2"]) -> Float[Array, "B h w C"]:
     """`x` with zeros in the cells beyond `size` of each image."""
     return jnp.where(valid_mask(size, x.shape[1], x.shape[2]), x, 0)
+
+
+_WAVES = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""Waves across an image."""
+
+
+def place_features(size: Int[Array, "B 2"], height: int, width: int) -> Float[Array, "B h w F"]:
+    """Where each cell of a map lies in its image: both coordinates from -1 to 1, and their sines and cosines, as in transformers (arXiv 1706.03762, 3.5)."""
+    middles = [2 * (jnp.arange(count) + 0.5) / size[:, axis, None] - 1 for axis, count in ((0, height), (1, width))]
+    rows, columns = middles[0][:, :, None], middles[1][:, None, :]
+    shape = (len(size), height, width)
+    turns = [place * np.pi * wave for place in (rows, columns) for wave in _WAVES]
+    features = [rows, columns, *map(jnp.sin, turns), *map(jnp.cos, turns)]
+    return jnp.stack([jnp.broadcast_to(each, shape) for each in features], -1)
 
 
 def pack(levels: Sequence[Shaped[Array, "B _ _ C"]]) -> Shaped[Array, "B A C"]:

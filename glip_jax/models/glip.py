@@ -18,7 +18,7 @@ from glip_jax.config import HeadConfig, InputConfig, ModelConfig
 from glip_jax.models.bert import Bert, BertLayer, TextMask, clamped, text_mask
 from glip_jax.models.dynamic_head import DynamicConvolution
 from glip_jax.models.efficientnet import EfficientNetLite0
-from glip_jax.models.extents import grid, level_size, pack, unpack, valid_mask
+from glip_jax.models.extents import grid, level_size, pack, place_features, unpack, valid_mask
 from glip_jax.models.fusion import Fusion
 from glip_jax.models.initializers import small_normal, torch_dense
 from glip_jax.models.pyramid import Pyramid
@@ -106,6 +106,11 @@ class _Head(nn.Module):
         config, channels, levels, fused = self.config, self.config.pyramid.channels, tuple(levels), text
         if not refined:
             sizes = tuple(level_size(extent, stride) for stride in config.pyramid.strides)
+            if config.head.positions:
+                places = nn.Dense(
+                    channels, use_bias=False, dtype=self.dtype, kernel_init=small_normal, name="positions"
+                )
+                levels = tuple(x + places(place_features(size, *grid(x))) for x, size in zip(levels, sizes))
             (levels, fused), _ = self._blocks(config.head)((levels, text), sizes, mask)
         if text is None or mask is None or fused is None:
             return None, levels

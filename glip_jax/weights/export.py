@@ -67,11 +67,11 @@ def write(form: Format, out: Path, params: Mapping[str, Any], config: Config) ->
     Low-rank deltas must have been merged (`glip_jax.weights.tuned_parameters.merged`). Raises ExportError for a network that the
     format cannot represent, AssetError if the vocabulary does not exist.
     """
-    if config.model.head.presence:
-        raise ExportError(
-            "model.head.presence is true: no exported format holds the presence of a phrase, and without it scores would differ; "
-            "train with presence=False to export"
-        )
+    for name in ("presence", "positions"):
+        if getattr(config.model.head, name):
+            raise ExportError(
+                f"model.head.{name} is true: no exported format holds it, and without it scores would differ; train with {name}=False to export"
+            )
     if (described := config.data.captions.descriptions.use) != "none":
         raise ExportError(
             f"--format={form}: data.captions.descriptions.use is {described!r}, and exports hold no descriptions: export with "

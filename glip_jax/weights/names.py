@@ -250,8 +250,10 @@ def entries(config: ModelConfig) -> list[Entry]:
         table += _block(config, block)
     table += _layer(f"{head}.bbox_pred", "head/box", None, "pointwise")
     table += _layer(f"{head}.centerness", "head/centerness", None, "pointwise")
-    if config.head.presence:  # in exports of glip_jax only
+    if config.head.presence:  # in exports of glip_jax only, as the next
         table += _layer(f"{head}.presence", "head/presence", None)
+    if config.head.positions:
+        table += [Entry(f"{head}.positions.weight", "head/positions/kernel", None, "linear")]
     table += _layer(f"{head}.dot_product_projection_text", "head/projection", None)
     table += [
         Entry(f"{head}.log_scale", "head/log_scale", None, "same"),

@@ -36,14 +36,24 @@ Coarse = Literal["flat", "resized"]
 
 
 def _config(coarse: Coarse) -> Config:
+    """`flat`: a network as GLIP's; `resized`: one with all that GLIP's has not."""
+    new = coarse == "resized"
     model = ModelConfig(
         backbone=BackboneConfig(width=8, depths=(2, 2, 1, 1), heads=(1, 1, 2, 2), window=3),
         pyramid=PyramidConfig(channels=16),
         text=TextConfig(
-            vocabulary_size=64, width=16, layers=1, heads=2, hidden=32, positions=TOKENS, max_tokens=TOKENS
+            vocabulary_size=64,
+            width=16,
+            layers=1,
+            heads=2,
+            hidden=32,
+            positions=TOKENS,
+            max_tokens=TOKENS,
+            mask="phrase" if new else "padding",
+            separators=(1, 2, 3),
         ),
         fusion=FusionConfig(width=16, heads=2),
-        head=HeadConfig(blocks=2, groups=4, coarse_offsets=coarse),
+        head=HeadConfig(blocks=2, groups=4, coarse_offsets=coarse, presence=new, positions=new),
         anchors=AnchorConfig((16, 32, 64, 128, 256)),
     )
     # All candidates are kept, so that no tie decides which of them is the last.
@@ -122,8 +132,10 @@ def _results(coarse: Coarse, examples: list[dict[str, Any]], row: int, canvas: t
     found, sums, detections = jax.tree.map(np.asarray, _run(coarse, _params(coarse), image, batch))
     example = examples[row]
     result = {
-        name: _valid(value[row], example["extent"], canvas) for name, value in found._asdict().items()
+        name: _valid(value[row], example["extent"], canvas) for name, value in found._asdict().items() if name != "presence"
     }  # fmt: skip
+    if len(found.presence):
+        result["presence"] = found.presence[row][: len(example["tokens"])]
     result["logits"] = result["logits"][:, : len(example["tokens"])]
     # The fraction of clamped offsets is empty in a network without a bound.
     result |= {f"loss {name}": value[row] for name, value in sums._asdict().items() if len(value)}
