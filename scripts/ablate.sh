@@ -1,23 +1,53 @@
 #!/usr/bin/env bash
 # The paper's ablation on synthetic scenes: A (detection without fusion), B (A with fusion), C (B with grounding), T (C with captions
 # that C labelled), each with every seed and the same number of training images. Ends with a table, a plot and an HTML report.
-#   scripts/ablate.sh              seeds 0, 1 and 2: about three hours on two CPU cores; all files are in runs/ablations
-#   scripts/ablate.sh 0 1          these seeds
+#   scripts/ablate.sh                      seeds 0, 1 and 2: about three hours on two CPU cores; all files are in runs/ablations
+#   scripts/ablate.sh 0 1                  these seeds
+#   scripts/ablate.sh --absence [SEED...]  a second table: what has been shown to pay since, each setting alone with the first seed, C and
+#                                          D (all that paid) with every seed: false alarms, AP at their rates, never-seen names, relations
+#   scripts/ablate.sh --short              the second table of C and D with tens of scenes and 8 steps, to check that everything works
 # The same command resumes an interrupted run, and adds further seeds. Ctrl-C is safe.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 
+folder=runs/ablations table=paper alone=() short=()
+scenes=(--count=8000 --captions=4000)
 case "${1:-}" in
 -h | --help)
-    sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0
+    ;;
+--absence)
+    table=absence
+    alone=(empty negatives presence phrase_mask light_fusion descriptions positions)
+    shift
+    ;;
+--short)
+    folder=runs/ablations-short table=absence
+    scenes=(--count=40 --captions=0 --validation=8)
+    short=(--config.train.steps=8 --config.train.batch-size=4 --config.checkpoint.every=8)
+    # The configs name the scenes of the long form.
+    for source in detection grounding; do
+        short+=("--config.data.sources.$source.path=$folder/scenes/shards/$source")
+    done
+    for part in scenes style grounding_names caption_names unseen absent phrases; do
+        set=$folder/scenes/validation_$part
+        [ "$part" != scenes ] || set=$folder/scenes/validation
+        short+=("--config.evaluation.sets.$part.annotations=$set/annotations.json" "--config.evaluation.sets.$part.images=$set/images")
+    done
+    shift
+    if [ $# -gt 0 ]; then
+        echo "ablate.sh: expected nothing behind --short, found: $*" >&2
+        exit 2
+    fi
+    set -- 0
     ;;
 esac
 [ $# -gt 0 ] || set -- 0 1 2
 for seed in "$@"; do
     if ! [[ $seed =~ ^[0-9]+$ ]]; then
-        echo "ablate.sh: expected seeds, such as 0 1 2, found: $*" >&2
+        echo "ablate.sh: expected --absence, --short or seeds, such as 0 1 2, found: $*" >&2
         exit 2
     fi
 done
@@ -25,38 +55,55 @@ done
 trap 'echo "stopped; the same command resumes from here" >&2; exit 130' INT
 environment requirements.txt
 
-folder=runs/ablations
 job() {
     .venv/bin/python -m glip_jax "$@"
 }
-# run LETTER SEED [SETTING...]: trains and evaluates a run unless it is complete.
+# run NAME SEED [SETTING...]: trains and evaluates a run unless it is complete. Its sources are in the folder of the ablation.
 run() {
-    local letter=$1 seed=$2
-    local settings=(--config="configs/ablations/scenes_$letter.py" --workdir="$folder/$letter-$seed" --config.train.seed="$seed" "${@:3}")
+    local name=$1 seed=$2
+    local settings=(--config="configs/ablations/scenes_$name.py" --workdir="$folder/$name-$seed" --config.train.seed="$seed" "${short[@]}" "${@:3}")
     job train "${settings[@]}"
     job evaluate "${settings[@]}" --unless-done
 }
 
-job scenes --out="$folder/scenes" --count=8000 --captions=4000
-job data coco-captions "$folder/scenes/captions/annotations.json" --images="$folder/scenes/captions/images" \
-    --out="$folder/scenes/shards/captions" --shards=8 --licence="as the scenes': gcs/sample/pictures/LICENSES.md"
+job scenes --out="$folder/scenes" "${scenes[@]}"
 runs=()
-for seed in "$@"; do
-    for letter in a b c; do
-        run "$letter" "$seed"
+if [ "$table" = paper ]; then
+    job data coco-captions "$folder/scenes/captions/annotations.json" --images="$folder/scenes/captions/images" \
+        --out="$folder/scenes/shards/captions" --shards=8 --licence="as the scenes': gcs/sample/pictures/LICENSES.md"
+    for seed in "$@"; do
+        for letter in a b c; do
+            run "$letter" "$seed"
+        done
+        # Each student has a teacher of the same seed. Labels with a threshold of 0.3; training uses those above 0.45.
+        pseudo=$folder/pseudo-$seed
+        job label "$folder/scenes/shards/captions" --workdir="$folder/c-$seed" --out="$pseudo" --threshold=0.3
+        .venv/bin/python -m benchmarks.pseudo_labels "$pseudo" "$folder/scenes/captions/truth.json" \
+            --names="$folder/scenes/validation_caption_names/annotations.json" --plot="$pseudo/quality.png"
+        run t "$seed" --config.data.sources.pseudo.path="$pseudo"
+        for letter in a b c t; do
+            runs+=("$folder/$letter-$seed")
+        done
     done
-    # Each student has a teacher of the same seed. Labels with a threshold of 0.3; training uses those above 0.45.
-    pseudo=$folder/pseudo-$seed
-    job label "$folder/scenes/shards/captions" --workdir="$folder/c-$seed" --out="$pseudo" --threshold=0.3
-    .venv/bin/python -m benchmarks.pseudo_labels "$pseudo" "$folder/scenes/captions/truth.json" \
-        --names="$folder/scenes/validation_caption_names/annotations.json" --plot="$pseudo/quality.png"
-    run t "$seed" --config.data.sources.pseudo.path="$pseudo"
-    for letter in a b c t; do
-        runs+=("$folder/$letter-$seed")
+    everywhere=unseen/AP50,style/AP50,phrases/recall@1
+    job compare "${runs[@]}" --out="$folder" --steps \
+        "B/A=phrases/relational/recall@1,scenes/AP,scenes/AP50,$everywhere" \
+        "C/B=grounding_names/AP50,scenes/AP50,$everywhere" \
+        "T/C=caption_names/AP50,scenes/AP50,$everywhere"
+else
+    for name in "${alone[@]}"; do
+        run "$name" "$1"
+        runs+=("$folder/$name-$1")
     done
-done
-everywhere=unseen/AP50,style/AP50,phrases/recall@1
-job compare "${runs[@]}" --out="$folder" --steps \
-    "B/A=phrases/relational/recall@1,scenes/AP,scenes/AP50,$everywhere" \
-    "C/B=grounding_names/AP50,scenes/AP50,$everywhere" \
-    "T/C=caption_names/AP50,scenes/AP50,$everywhere"
+    for seed in "$@"; do
+        for name in c absence; do
+            run "$name" "$seed"
+            runs+=("$folder/$name-$seed")
+        done
+    done
+    # Sinks belong to inference: C with them.
+    .venv/bin/python -m benchmarks.sinks --checkpoint="$folder/c-$1" --set=absent --images=64 --seeds 0
+    numbers=scenes/AP50,scenes/AP_at_0.01,scenes/AP_at_0.05,scenes/absent_found,scenes/present_found,scenes/alone/absent_found
+    numbers+=,scenes/alone/present_found,style/AP50,caption_names/AP50,unseen/AP50,phrases/relational/recall@1
+    job compare "${runs[@]}" --out="$folder/absence" --steps "D/C=$numbers"
+fi
