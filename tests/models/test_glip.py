@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from glip_jax.config import InputConfig, ModelConfig
+from glip_jax.models.extents import place_features
 from glip_jax.models.glip import GLIP, normalize
 from glip_jax.structures.batch import Predictions
 from tests import tiny_run
@@ -104,3 +105,31 @@ def test_without_fusion_the_blocks_of_the_head_run_once_for_all_prompts() -> Non
         once = head(outputs, refined, extent, text, mask, method="ground", refined=True)
         for a, b in zip(once, whole, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_positions_tell_cells_apart_by_their_place_in_the_image() -> None:
+    """Of the image, not of the canvas: the batch-invariance test has them too."""
+    small, large = (
+        np.asarray(place_features(jnp.array([[2, 4]]), height, width)) for height, width in ((2, 4), (3, 7))
+    )
+    np.testing.assert_allclose(small, large[:, :2, :4], atol=1e-6)
+    np.testing.assert_allclose(small[0, :, 0, 0], [-0.5, 0.5])
+    assert len(np.unique(small.reshape(8, -1).round(4), axis=0)) == 8
+    placed = dataclasses.replace(MODEL, head=dataclasses.replace(MODEL.head, positions=True))
+    params: Any = jax.device_put(tiny_run.parameters(placed))
+    text, rng = jnp.ones((1, 8, 16)), np.random.default_rng(0)
+    levels = tuple(jnp.asarray(rng.normal(size=(1, n, n, 16)), jnp.float32) for n in (4, 2, 1))
+    given: Any = (levels, jnp.array([[64, 64]]), text, jnp.ones((1, 8), bool))
+
+    def logits(model: ModelConfig, head: Any) -> np.ndarray:
+        found: Any = jax.jit(GLIP(model).apply, static_argnames="method")(
+            {"params": {"head": head}}, *given, method="ground"
+        )
+        return np.asarray(found.logits)
+
+    kernel = params["head"].pop("positions")["kernel"]
+    without = logits(MODEL, params["head"])
+    np.testing.assert_allclose(
+        logits(placed, params["head"] | {"positions": {"kernel": 0 * kernel}}), without, atol=1e-5
+    )
+    assert np.abs(logits(placed, params["head"] | {"positions": {"kernel": kernel}}) - without).max() > 1e-3
