@@ -20,7 +20,7 @@ def get_config() -> Config:
     captions = dataclasses.replace(config.data.captions, descriptions=DescriptionsConfig(DESCRIPTIONS, use="mean"))
     return dataclasses.replace(
         config,
-        name="C_descriptions",
+        name="descriptions",
         data=dataclasses.replace(config.data, captions=captions),
         loss=dataclasses.replace(config.loss, description_weight=0.5),
     )

@@ -11,4 +11,4 @@ __all__ = ["get_config"]
 def get_config() -> Config:
     base = scenes_c.get_config()
     captions = dataclasses.replace(base.data.captions, empty_probability=0.15)
-    return dataclasses.replace(base, name="C, empty prompts", data=dataclasses.replace(base.data, captions=captions))
+    return dataclasses.replace(base, name="empty prompts", data=dataclasses.replace(base.data, captions=captions))

@@ -11,4 +11,4 @@ __all__ = ["get_config"]
 def get_config() -> Config:
     base = scenes_c.get_config()
     fusion = dataclasses.replace(base.model.fusion, width=128, heads=2, drop_path=0.1)
-    return dataclasses.replace(base, name="C, light fusion", model=dataclasses.replace(base.model, fusion=fusion))
+    return dataclasses.replace(base, name="light fusion", model=dataclasses.replace(base.model, fusion=fusion))

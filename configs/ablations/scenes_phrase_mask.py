@@ -11,4 +11,4 @@ __all__ = ["get_config"]
 def get_config() -> Config:
     base = scenes_c.get_config()
     text = dataclasses.replace(base.model.text, mask="phrase")
-    return dataclasses.replace(base, name="C, phrase mask", model=dataclasses.replace(base.model, text=text))
+    return dataclasses.replace(base, name="phrase mask", model=dataclasses.replace(base.model, text=text))

@@ -11,4 +11,4 @@ __all__ = ["get_config"]
 def get_config() -> Config:
     base = scenes_c.get_config()
     head = dataclasses.replace(base.model.head, presence=True)
-    return dataclasses.replace(base, name="C, presence", model=dataclasses.replace(base.model, head=head))
+    return dataclasses.replace(base, name="presence", model=dataclasses.replace(base.model, head=head))
