@@ -19,6 +19,8 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from etils import epath
+
 from glip_jax import UserError
 from glip_jax.cli import checkpoint_argument
 from glip_jax.cli.command_line import flags, split_settings
@@ -119,8 +121,10 @@ def load(job: Serve, settings: Sequence[str] = ()) -> "Service":
     config = checkpoint_argument.settings_of(checkpoint, settings, "serve")
     which = config.evaluation.parameters
     least = score_thresholds(job.threshold, job.false_alarms, job.report, checkpoint, config, [], False)
-    name = checkpoint_argument.describe(checkpoint)
-    logger.info(f"{name}, {which} parameters; threshold {least.threshold:.3g}")
+    described = checkpoint_argument.describe(checkpoint)
+    # Clients are told no paths of this machine.
+    name = described.replace(checkpoint.workdir, epath.Path(checkpoint.workdir).name, 1)
+    logger.info(f"{described}, {which} parameters; threshold {least.threshold:.3g}")
     enable_compilation_cache()
     sha256 = checkpoint.fingerprint(which)
     model = Model(name, sha256, round(least.threshold, 4), about(name, checkpoint.step, sha256))

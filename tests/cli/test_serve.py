@@ -1,6 +1,7 @@
 """The server as its clients meet it: a tiny run behind a real socket; good, bad, hostile and impatient requests."""
 
 import base64
+import dataclasses
 import io
 import json
 import os
@@ -304,7 +305,7 @@ def test_a_full_queue_a_late_answer_and_a_client_that_goes_away(client, server, 
     while service.batcher.waiting and time.monotonic() < deadline:
         time.sleep(0.05)
     assert service.batcher.waiting == 0 and sum(each.asked for each in slow) - before < 10
-    monkeypatch.setattr(service, "limits", __import__("dataclasses").replace(LIMITS, seconds=0.2))
+    monkeypatch.setattr(service, "limits", dataclasses.replace(LIMITS, seconds=0.2))
     late = Running(service_without_thread(service))
     try:
         with httpx.Client(base_url=late.address, timeout=30) as other:
@@ -320,17 +321,12 @@ def service_without_thread(service):
     return copy
 
 
-def test_a_fault_of_the_detector_is_500_for_those_of_its_batch_alone(client, service, monkeypatch):
-    monkeypatch.setattr(service.batcher, "single", Slow(None, 0))
-    monkeypatch.setattr(service.batcher, "detector", Broken(service.batcher.detector))
-    assert ask(client, png(), names="cat").status_code == 500
+def test_a_fault_of_the_detector_is_500_for_its_batch_alone(client, service, monkeypatch, caplog):
+    monkeypatch.setattr(service.batcher.single, "queries_async", lambda *_: 1 / 0)
+    refused(ask(client, png(), names="cat"), 500, "a fault of the server, whose log has the traceback")
+    assert "ZeroDivisionError" in caplog.text
     monkeypatch.undo()
     assert ask(client, png(), names="cat").status_code == 200
-
-
-class Broken(Slow):
-    def __init__(self, detector):
-        super().__init__(detector, 0)
 
 
 def test_a_token_is_asked_for(service):
@@ -346,3 +342,140 @@ def test_a_token_is_asked_for(service):
                 assert ask(client, png(), names="cat").status_code == 200
     finally:
         guarded.stop()
+
+
+INTERFACE = """<View><Image name="img" value="$image"/>
+<RectangleLabels name="box" toName="img"><Label value="cat"/><Label value="red car"/></RectangleLabels>
+<TextArea name="prompt" toName="img"/></View>"""
+
+
+def predict(client, *addresses, interface=INTERFACE, **more):
+    tasks = [{"id": number, "data": {"image": address}} for number, address in enumerate(addresses, 1)]
+    return client.post("/predict", json={"tasks": tasks, "label_config": interface, "project": "7.1", **more})
+
+
+def typed(text):
+    return {"context": {"result": [{"from_name": "prompt", "type": "textarea", "value": {"text": [text]}}]}}
+
+
+def test_label_studio_gets_regions_in_percent_for_several_tasks(client):
+    version = client.post("/setup", json={"project": "7.1", "schema": INTERFACE, "hostname": "x", "access_token": "y"}).json()["model_version"]
+    assert version == "tiny 000000000000" and client.get("/health").json()["status"] == "UP"
+    low = INTERFACE.replace('toName="img">', 'toName="img" model_score_threshold="0.01">', 1)
+    carried = "data:image/png;base64," + base64.b64encode(png(1, 40, 60)).decode()
+    answer = predict(client, carried, "/data/upload/one.png", "/data/local-files/?d=upload%2Fone.png", interface=low).json()
+    assert answer["model_version"] == version and len(answer["results"]) == 3
+    assert answer["results"][1]["result"] == answer["results"][2]["result"] != []
+    (first, *_), whole = answer["results"][0]["result"], ask(client, png(1, 40, 60), names="cat,red car", threshold="0.01").json()
+    assert len(answer["results"][0]["result"]) == len(whole["detections"])
+    x1, y1, x2, y2 = whole["detections"][0]["box"]
+    assert [first["value"][side] for side in ("x", "y", "width", "height")] == pytest.approx(
+        [x1 / 0.6, y1 / 0.4, (x2 - x1) / 0.6, (y2 - y1) / 0.4], abs=1e-6
+    )
+    assert first["value"]["rectanglelabels"] == [whole["detections"][0]["name"]] and first["score"] == whole["detections"][0]["score"]
+    assert (first["from_name"], first["to_name"], first["type"]) == ("box", "img", "rectanglelabels")
+    assert (first["original_width"], first["original_height"]) == (60, 40)
+    # A typed text is asked instead, and kept for the project.
+    labels = [{label for region in predict(client, carried, interface=low, **more).json()["results"][0]["result"] for label in region["value"]["rectanglelabels"]}
+              for more in ({"params": typed("a red car . a cat")}, {})]  # fmt: skip
+    assert labels[0] == labels[1] <= {"cat", "red car"} and labels[0]
+    refused(predict(client, carried, params=typed("two dogs")), 422, "the text's phrase 'two dogs' is none of the 2 labels")
+    predict(client, carried, interface=low, params=typed("a cat"))
+
+
+@pytest.mark.parametrize(
+    ("address", "status", "text"),
+    [
+        ("http://10.0.0.1/secret.png", 422, "task 1: image is an address of another host or storage, which is never fetched"),
+        ("s3://bucket/a.png", 422, "never fetched"),
+        ("file:///etc/passwd", 422, "never fetched"),
+        ("//host/a.png", 422, "never fetched"),
+        ("/data/upload/../../etc/passwd", 422, "names no file below the folder"),
+        ("/data/local-files/?d=%2Fetc%2Fpasswd", 422, "names no file below the folder"),
+        ("link.png", 422, "names no file below the folder"),
+        ("upload/one.png\0", 422, "names no file below the folder"),
+        ("", 422, "is not there"),
+        (7, 422, "is not there"),
+        ("data:image/png;base64,!!!", 422, "whose base64 is damaged"),
+        ("data:image/png;base64,aGVsbG8=", 415, "is no image that can be read"),
+    ],
+)  # fmt: skip
+def test_label_studio_images_are_carried_or_below_the_folder(client, address, status, text):
+    refused(predict(client, address, project="other"), status, text)
+
+
+def test_label_studio_interfaces_that_draw_no_boxes_are_refused(client, service):
+    bomb = '<!DOCTYPE a [<!ENTITY b "bb"><!ENTITY c "&b;&b;">]><View>&c;</View>'
+    for interface, text in ((bomb, "is no XML"), ("<View", "is no XML"), ("<View/>", "has no <RectangleLabels>"),
+                            (INTERFACE.replace('toName="img"', 'toName="x"'), "names no <Image>"),
+                            (INTERFACE.replace('toName="img">', 'toName="img" model_score_threshold="high">', 1), "expected 0 <= threshold < 1")):  # fmt: skip
+        refused(client.post("/validate", json={"config": interface}), 422, text)
+        refused(predict(client, "upload/one.png", interface=interface, project="o"), 422, text)
+    bare = INTERFACE.replace('<Label value="cat"/><Label value="red car"/>', "")
+    refused(predict(client, "upload/one.png", interface=bare, project="o"), 422, "has no <Label> to ask for")
+    refused(client.post("/predict", json={"tasks": []}), 422, "label_config: Field required")
+    assert client.post("/validate", json={"config": INTERFACE}).status_code == 200
+    without = Running(service_without_thread(service))
+    try:
+        with httpx.Client(base_url=without.address) as other:
+            refused(predict(other, "upload/one.png"), 422, "this server reads no files: start it with --label-studio-files=DIR")
+    finally:
+        without.stop()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A working folder with a checkpoint of the tiny network."""
+    workdir = str(tmp_path_factory.mktemp("run"))
+    with Checkpoints(workdir, keep=1) as checkpoints:
+        checkpoints.save(3, Saved(PARAMS, {"count": np.zeros(1)}, {}), CONFIG)
+    write_config(workdir, CONFIG)
+    return workdir
+
+
+def test_a_job_that_cannot_start_says_why_in_a_line(run, tmp_path, capsys):
+    short = tmp_path / "token"
+    short.write_text("short\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for flags, line in (
+            ((f"--checkpoint={run}", f"--port={port}"), f"--port={port} of 127.0.0.1 is in use: give another --port, or --port=0 for a free one"),
+            ((f"--checkpoint={tmp_path}", "--port=0"), f"{tmp_path}/checkpoints holds no complete checkpoint: expected a --workdir that `train` wrote"),
+            (("--port=0",), "no checkpoint: expected --checkpoint=WORKDIR"),
+            (("--host=0.0.0.0",), "--host=0.0.0.0 lets other machines ask: give --token-file=FILE"),
+            (("--host=no.such.host.invalid", f"--token-file={tmp_path / 'none'}"), f"--token-file={tmp_path / 'none'} cannot be read"),
+            ((f"--token-file={short}",), f"--token-file={short}: its first line has 5 characters: expected a token of at least 16"),
+            (("--label-studio-files=/no/such",), "--label-studio-files=/no/such is no local folder"),
+            (("--host=256.0.0.1.1", f"--token-file={tmp_path / 'long'}"), "--host=256.0.0.1.1 is no address of this machine"),
+        ):  # fmt: skip
+            (tmp_path / "long").write_text("a-long-enough-token\n")
+            assert run_job("serve", flags) == 2
+            error = capsys.readouterr().err
+            assert error.startswith(f"serve: {line}") and error.count("\n") == 1, error
+
+
+@pytest.mark.processes
+def test_sigterm_answers_what_runs_and_leaves(run, tmp_path):
+    environment = os.environ | {"XLA_FLAGS": re.sub(r"(device_count)=\d+", r"\1=1", os.environ["XLA_FLAGS"])}
+    with (tmp_path / "log").open("w+") as log:
+        command = [sys.executable, "-m", "glip_jax", "serve", f"--checkpoint={run}", "--port=0", "--max-names=100"]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
+        try:
+            deadline = time.monotonic() + 120
+            while not (found := re.search(r"listening at (http\S+)/ without", (tmp_path / "log").read_text())):
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.1)
+            with httpx.Client(base_url=found[1], timeout=60) as client, ThreadPoolExecutor(8) as pool:
+                assert ask(client, png(), names="cat").status_code == 200
+                names = ",".join(f"thing {number}" for number in range(60))
+                asked = [pool.submit(ask, client, *[png(number)] * 8, names=names) for number in range(6)]
+                while client.get("/health").json()["waiting"] < 20:
+                    assert not all(each.done() for each in asked)
+                process.send_signal(signal.SIGTERM)
+                answers = [each.result() for each in asked]
+            assert [answer.status_code for answer in answers] == [200] * 6 and len(answers[0].json()) == 8
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    output = (tmp_path / "log").read_text()
+    assert "compiled, or read from the cache" in output and output.splitlines()[-1].startswith("stopped: 49 images answered in")

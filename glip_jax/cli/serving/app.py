@@ -1,7 +1,6 @@
 """The HTTP server's paths: `/` the page, `/detect`, `/labels`, `/health`, `/openapi.json`, and those of Label Studio."""
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
@@ -153,7 +152,3 @@ def _say_errors(app: FastAPI) -> None:
             status = 413 if error.kind == "large" else 415 if error.reason.startswith("is no image") else 422
         return JSONResponse({"error": " ".join(str(error).split())}, status, {"retry-after": "1"} if status == 429 else None)
 
-
-def page_examples() -> list[dict[str, Any]]:
-    """The bundled examples: file, names that are asked, and whose pictures they show."""
-    return json.loads((PAGE / "examples" / "examples.json").read_text())
