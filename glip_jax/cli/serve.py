@@ -1,10 +1,10 @@
 """The job `serve`: an HTTP server that detects, with a page to try it.
 
-    /           a page: drop an image, type phrases, see boxes
-    /detect     images and names or a text in, boxes out
-    /labels     keeps a list of names
-    /health     whether it can answer, and what it is
-    /predict    with /setup, /validate and /versions: a Label Studio ML backend
+/           a page: drop an image, type phrases, see boxes
+/detect     images and names or a text in, boxes out
+/labels     keeps a list of names
+/health     whether it can answer, and what it is
+/predict    with /setup, /validate and /versions: a Label Studio ML backend
 """
 
 import errno
@@ -107,15 +107,23 @@ def main(argv: Sequence[str]) -> int:
     token, files = _token(job.token_file), _folder(job.label_studio_files)
     loopback = _is_loopback(job.host)
     if not loopback and not token:
-        raise ServeError(f"--host={job.host} lets other machines ask: give --token-file=FILE with a token that they must send, or leave --host out")
+        raise ServeError(
+            f"--host={job.host} lets other machines ask: give --token-file=FILE with a token that they must send, or leave --host out"
+        )
     with open_socket(job.host, job.port) as listening, checkpoint_argument.fitting_parameters():
-        _serve(load(job, settings), listening, token, ("127.0.0.1", "localhost", "::1", job.host) if loopback and not token else (), files)
+        _serve(
+            load(job, settings),
+            listening,
+            token,
+            ("127.0.0.1", "localhost", "::1", job.host) if loopback and not token else (),
+            files,
+        )
     return exit_codes.DONE
 
 
 def load(job: Serve, settings: Sequence[str] = ()) -> "Service":
     """The detectors of the checkpoint, compiled."""
-    from glip_jax.cli.serving.service import Limits, Model, Service, about, serving_config
+    from glip_jax.cli.serving.service import Model, Service, about, serving_config
 
     checkpoint = checkpoint_argument.open_named(job.checkpoint, job.workdir, job.step)
     config = checkpoint_argument.settings_of(checkpoint, settings, "serve")
@@ -136,9 +144,13 @@ def load(job: Serve, settings: Sequence[str] = ()) -> "Service":
 def open_socket(host: str, port: int) -> socket.socket:
     """A socket bound to an address. Raises ServeError for one that is in use or not of this machine."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
     except (socket.gaierror, UnicodeError):
-        raise ServeError(f"--host={host} is no address of this machine: expected such as 127.0.0.1 or 0.0.0.0") from None
+        raise ServeError(
+            f"--host={host} is no address of this machine: expected such as 127.0.0.1 or 0.0.0.0"
+        ) from None
     opened = socket.socket(family, kind, protocol)
     try:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -163,7 +175,9 @@ def _serve(service: "Service", listening: socket.socket, token: str, hosts: Sequ
     )  # fmt: skip
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    logger.info(f"listening at http://{shown}:{port}/ {'with a token' if token else 'without a token'}; Ctrl-C or SIGTERM ends")
+    logger.info(
+        f"listening at http://{shown}:{port}/ {'with a token' if token else 'without a token'}; Ctrl-C or SIGTERM ends"
+    )
     # uvicorn gives the signal on after it has stopped; a server that was told to end has done what it should.
     before = [(number, signal.signal(number, lambda *_: None)) for number in (signal.SIGTERM, signal.SIGINT)]
     try:
@@ -177,7 +191,9 @@ def _serve(service: "Service", listening: socket.socket, token: str, hosts: Sequ
 def _limits(job: Serve) -> "Limits":
     from glip_jax.cli.serving.service import Limits
 
-    return Limits(job.max_images, job.max_names, round(job.max_megabytes * 1e6), job.body_seconds, job.seconds, job.queue)
+    return Limits(
+        job.max_images, job.max_names, round(job.max_megabytes * 1e6), job.body_seconds, job.seconds, job.queue
+    )
 
 
 def _is_loopback(host: str) -> bool:
@@ -194,7 +210,9 @@ def _token(file: str) -> str:
     try:
         token = Path(file).read_text().partition("\n")[0].strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ServeError(f"--token-file={file} cannot be read ({getattr(error, 'strerror', error)}): expected a text file with a token") from None
+        raise ServeError(
+            f"--token-file={file} cannot be read ({getattr(error, 'strerror', error)}): expected a text file with a token"
+        ) from None
     if len(token) < _TOKEN or not token.isascii() or not token.isprintable() or " " in token:
         raise ServeError(
             f"--token-file={file}: its first line has {len(token)} characters: expected a token of at least {_TOKEN} printable ASCII "
@@ -205,5 +223,7 @@ def _token(file: str) -> str:
 
 def _folder(name: str) -> str:
     if name and not Path(name).is_dir():
-        raise ServeError(f"--label-studio-files={name} is no local folder: expected the one that Label Studio serves files from")
+        raise ServeError(
+            f"--label-studio-files={name} is no local folder: expected the one that Label Studio serves files from"
+        )
     return name

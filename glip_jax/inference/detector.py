@@ -302,7 +302,9 @@ class Detector:
         if self._fixed is not None:
             most = max(len(prompt.spans) for prompt in asked)
             if most > self._fixed[1]:
-                raise prompts.PromptError(f"a prompt has {most} phrases, this detector takes at most {self._fixed[1]} in one: split it")
+                raise prompts.PromptError(
+                    f"a prompt has {most} phrases, this detector takes at most {self._fixed[1]} in one: split it"
+                )
             return self._fixed
         longest = max(int(self._tokenize(prompt).mask.sum()) for prompt in asked)
         unit = 32 if longest <= 64 else 16

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,7 +31,7 @@ from tests.run_job import run_job
 httpx = pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn")
 
-from glip_jax.cli.serving.app import PAGE, create_app  # noqa: E402
+from glip_jax.cli.serving.app import create_app  # noqa: E402
 from glip_jax.cli.serving.service import Model, Service, about, serving_config  # noqa: E402
 
 pytestmark = pytest.mark.compiles
@@ -56,8 +57,10 @@ class Running:
 
     def __init__(self, service, **options):
         listening = open_socket("127.0.0.1", 0)
-        self.address = "http://127.0.0.1:{}".format(listening.getsockname()[1])
-        config = uvicorn.Config(create_app(service, **options), log_config=None, lifespan="on", timeout_graceful_shutdown=30)
+        self.address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        config = uvicorn.Config(
+            create_app(service, **options), log_config=None, lifespan="on", timeout_graceful_shutdown=30
+        )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listening]})
         self.thread.start()
@@ -104,7 +107,9 @@ def npy(array):
 
 
 def ask(client, *images, **fields):
-    return client.post("/detect", files=[("image", ("a.png", data)) for data in images], data={"threshold": "0", **fields})
+    return client.post(
+        "/detect", files=[("image", ("a.png", data)) for data in images], data={"threshold": "0", **fields}
+    )
 
 
 def refused(answer, status, text):
@@ -125,7 +130,9 @@ def test_detections_are_those_of_the_detector_and_say_who_answers(client, servic
     assert answer["versions"]["jax"] == jax.__version__ and answer["seconds"] > 0
     middle = answer["detections"][2]["score"]
     kept = ask(client, png(1, 60, 50), names="cat,dog", threshold=str(middle)).json()["detections"]
-    assert kept == [found for found in answer["detections"] if found["score"] >= middle] and 0 < len(kept) < len(answer["detections"])
+    assert kept == [found for found in answer["detections"] if found["score"] >= middle] and 0 < len(kept) < len(
+        answer["detections"]
+    )
     assert ask(client, png(1, 60, 50), names="cat,dog", threshold="").json()["threshold"] == 0.3
 
 
@@ -147,13 +154,19 @@ def test_several_images_give_a_list_and_an_array_is_an_image(client):
 def test_requests_of_many_clients_share_batches_and_get_their_own_answers(client, service):
     service.batcher.ratio = 1.0  # a full batch is taken wherever two images wait
     names = ("cat", "dog", "person", "cat,dog")
-    alone = {(seed, each): ask(client, png(seed), names=each).json()["detections"] for seed in range(2) for each in names}
+    alone = {
+        (seed, each): ask(client, png(seed), names=each).json()["detections"] for seed in range(2) for each in names
+    }
     images, batches = service.batcher.images, service.batcher.batches
     with ThreadPoolExecutor(8) as pool:
-        together = dict(zip(alone, pool.map(lambda key: ask(client, png(key[0]), names=key[1]).json()["detections"], alone)))
+        together = dict(
+            zip(alone, pool.map(lambda key: ask(client, png(key[0]), names=key[1]).json()["detections"], alone))
+        )
     for key, expected in alone.items():
         assert [found["name"] for found in together[key]] == [found["name"] for found in expected]
-        np.testing.assert_allclose([found["score"] for found in together[key]], [found["score"] for found in expected], atol=2e-4)
+        np.testing.assert_allclose(
+            [found["score"] for found in together[key]], [found["score"] for found in expected], atol=2e-4
+        )
     assert service.batcher.images - images == 8 and service.batcher.batches - batches < 8
 
 
@@ -229,14 +242,29 @@ def test_what_is_no_query_is_refused(client, fields, status, text):
 def test_too_much_is_refused_and_what_is_no_form(client):
     refused(ask(client, *[png()] * 4, names="cat"), 413, "4 images: expected at most 3")
     refused(ask(client, b"0" * 1_100_000, names="cat"), 413, r"the body has 110\d+ bytes: expected at most 1,000,000")
-    chunks = (b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n' * (not number) + b"0" * 100_000 for number in range(30))
-    refused(client.post("/detect", content=chunks, headers={"content-type": "multipart/form-data; boundary=x"}), 413, "more than 1,000,000 bytes")
+    chunks = (
+        b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n' * (not number) + b"0" * 100_000
+        for number in range(30)
+    )
+    refused(
+        client.post("/detect", content=chunks, headers={"content-type": "multipart/form-data; boundary=x"}),
+        413,
+        "more than 1,000,000 bytes",
+    )
     refused(client.post("/detect", json={"names": "cat"}), 422, "^image: Field required$")
     refused(client.post("/detect", content=b"--y", headers={"content-type": "multipart/form-data"}), 400, "boundary")
-    refused(client.post("/labels", content=b"[" * 100_000, headers={"content-type": "application/json"}), 400, "parsing the body")
+    refused(
+        client.post("/labels", content=b"[" * 100_000, headers={"content-type": "application/json"}),
+        400,
+        "parsing the body",
+    )
     refused(client.get("/detect"), 405, "Method Not Allowed")
     refused(client.get("/page/../app.py"), 404, "Not Found")
-    refused(client.get("/health", headers={"host": "attacker.example"}), 400, "the Host 'attacker.example' is not this server's")
+    refused(
+        client.get("/health", headers={"host": "attacker.example"}),
+        400,
+        "the Host 'attacker.example' is not this server's",
+    )
 
 
 def test_a_body_that_never_ends_and_a_client_that_leaves(client, server, service):
@@ -286,7 +314,11 @@ def test_a_full_queue_a_late_answer_and_a_client_that_goes_away(client, server, 
         answers = list(pool.map(lambda _: ask(client, png(), png(), png(), names="cat"), range(8)))
     statuses = sorted(answer.status_code for answer in answers)
     assert statuses[:4] == [200] * 4 and statuses[-1] == 429, statuses
-    refused(next(answer for answer in answers if answer.status_code == 429), 429, "the queue is full: 12 of 12 images wait, 3 more do not fit")
+    refused(
+        next(answer for answer in answers if answer.status_code == 429),
+        429,
+        "the queue is full: 12 of 12 images wait, 3 more do not fit",
+    )
     assert next(answer for answer in answers if answer.status_code == 429).headers["retry-after"] == "1"
     assert service.batcher.waiting == 0
     # Those who have gone are not computed.
@@ -315,7 +347,7 @@ def test_a_full_queue_a_late_answer_and_a_client_that_goes_away(client, server, 
 
 
 def service_without_thread(service):
-    """The service, whose thread another server starts and stops."""
+    """The service, whose thread the fixture `server` starts and stops."""
     copy = object.__new__(Service)
     copy.__dict__ |= vars(service) | {"start": lambda: None, "stop": lambda: None}
     return copy
@@ -329,15 +361,28 @@ def test_a_fault_of_the_detector_is_500_for_its_batch_alone(client, service, mon
     assert ask(client, png(), names="cat").status_code == 200
 
 
-def test_a_token_is_asked_for(service):
+def test_a_token_is_asked_for(server, service):
     guarded = Running(service_without_thread(service), token="a-long-enough-token")
     try:
         with httpx.Client(base_url=guarded.address, timeout=60) as client:
-            for header in ({}, {"Authorization": "Bearer other"}, {"Authorization": "Basic !"}, {"Authorization": "Bearer"}):
+            for header in (
+                {},
+                {"Authorization": "Bearer other"},
+                {"Authorization": "Basic !"},
+                {"Authorization": "Bearer"},
+            ):
                 client.headers = header
                 refused(ask(client, png(), names="cat"), 401, "expected the header Authorization: Bearer TOKEN")
-            assert client.get("/health").status_code == client.get("/").status_code == client.get("/page/page.js").status_code == 200
-            for header in ("Bearer a-long-enough-token", "Basic " + base64.b64encode(b"user:a-long-enough-token").decode()):
+            assert (
+                client.get("/health").status_code
+                == client.get("/").status_code
+                == client.get("/page/page.js").status_code
+                == 200
+            )
+            for header in (
+                "Bearer a-long-enough-token",
+                "Basic " + base64.b64encode(b"user:a-long-enough-token").decode(),
+            ):
                 client.headers = {"Authorization": header}
                 assert ask(client, png(), names="cat").status_code == 200
     finally:
@@ -359,27 +404,39 @@ def typed(text):
 
 
 def test_label_studio_gets_regions_in_percent_for_several_tasks(client):
-    version = client.post("/setup", json={"project": "7.1", "schema": INTERFACE, "hostname": "x", "access_token": "y"}).json()["model_version"]
+    version = client.post(
+        "/setup", json={"project": "7.1", "schema": INTERFACE, "hostname": "x", "access_token": "y"}
+    ).json()["model_version"]
     assert version == "tiny 000000000000" and client.get("/health").json()["status"] == "UP"
     low = INTERFACE.replace('toName="img">', 'toName="img" model_score_threshold="0.01">', 1)
     carried = "data:image/png;base64," + base64.b64encode(png(1, 40, 60)).decode()
-    answer = predict(client, carried, "/data/upload/one.png", "/data/local-files/?d=upload%2Fone.png", interface=low).json()
+    answer = predict(
+        client, carried, "/data/upload/one.png", "/data/local-files/?d=upload%2Fone.png", interface=low
+    ).json()
     assert answer["model_version"] == version and len(answer["results"]) == 3
     assert answer["results"][1]["result"] == answer["results"][2]["result"] != []
-    (first, *_), whole = answer["results"][0]["result"], ask(client, png(1, 40, 60), names="cat,red car", threshold="0.01").json()
+    (first, *_), whole = (
+        answer["results"][0]["result"],
+        ask(client, png(1, 40, 60), names="cat,red car", threshold="0.01").json(),
+    )
     assert len(answer["results"][0]["result"]) == len(whole["detections"])
     x1, y1, x2, y2 = whole["detections"][0]["box"]
     assert [first["value"][side] for side in ("x", "y", "width", "height")] == pytest.approx(
         [x1 / 0.6, y1 / 0.4, (x2 - x1) / 0.6, (y2 - y1) / 0.4], abs=1e-6
     )
-    assert first["value"]["rectanglelabels"] == [whole["detections"][0]["name"]] and first["score"] == whole["detections"][0]["score"]
+    assert (
+        first["value"]["rectanglelabels"] == [whole["detections"][0]["name"]]
+        and first["score"] == whole["detections"][0]["score"]
+    )
     assert (first["from_name"], first["to_name"], first["type"]) == ("box", "img", "rectanglelabels")
     assert (first["original_width"], first["original_height"]) == (60, 40)
     # A typed text is asked instead, and kept for the project.
     labels = [{label for region in predict(client, carried, interface=low, **more).json()["results"][0]["result"] for label in region["value"]["rectanglelabels"]}
               for more in ({"params": typed("a red car . a cat")}, {})]  # fmt: skip
     assert labels[0] == labels[1] <= {"cat", "red car"} and labels[0]
-    refused(predict(client, carried, params=typed("two dogs")), 422, "the text's phrase 'two dogs' is none of the 2 labels")
+    refused(
+        predict(client, carried, params=typed("two dogs")), 422, "the text's phrase 'two dogs' is none of the 2 labels"
+    )
     predict(client, carried, interface=low, params=typed("a cat"))
 
 
@@ -418,7 +475,11 @@ def test_label_studio_interfaces_that_draw_no_boxes_are_refused(client, service)
     without = Running(service_without_thread(service))
     try:
         with httpx.Client(base_url=without.address) as other:
-            refused(predict(other, "upload/one.png"), 422, "this server reads no files: start it with --label-studio-files=DIR")
+            refused(
+                predict(other, "upload/one.png"),
+                422,
+                "this server reads no files: start it with --label-studio-files=DIR",
+            )
     finally:
         without.stop()
 
@@ -478,4 +539,54 @@ def test_sigterm_answers_what_runs_and_leaves(run, tmp_path):
         finally:
             process.kill()
     output = (tmp_path / "log").read_text()
-    assert "compiled, or read from the cache" in output and output.splitlines()[-1].startswith("stopped: 49 images answered in")
+    assert "compiled, or read from the cache" in output and output.splitlines()[-1].startswith(
+        "stopped: 49 images answered in"
+    )
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on this machine")
+def test_the_calls_of_the_guide_run(server, service, tmp_path):
+    """Those of docs/guides/serving.md, against servers of the tiny network."""
+    guide = (ROOT / "docs" / "guides" / "serving.md").read_text()
+    calls = [
+        line
+        for block in re.findall(r"```bash\n(.*?)```", guide, re.DOTALL)
+        for line in block.splitlines()
+        if line.startswith("curl")
+    ]
+    assert len(calls) == 8
+    (tmp_path / "upload" / "1").mkdir(parents=True)
+    for name in ("scene.jpg", "other.jpg", "upload/1/scene.jpg"):
+        Image.fromarray(pixels(1)).save(tmp_path / name)
+    (tmp_path / "token").write_text("a-long-enough-token\n")
+    plain = Running(service_without_thread(service), hosts=("127.0.0.1",), files=str(tmp_path))
+    guarded = Running(service_without_thread(service), token="a-long-enough-token")
+    try:
+        answers = []
+        for call in calls:
+            address = guarded.address if "token" in call else plain.address
+            command = call.replace("curl ", "curl --silent --show-error --fail-with-body ", 1).replace(
+                "http://127.0.0.1:8000", address
+            )
+            done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, (call, done.stdout, done.stderr)
+            answers.append(json.loads(done.stdout))
+    finally:
+        plain.stop()
+        guarded.stop()
+    assert answers[0]["phrases"] == ["owl", "grapes", "snail"] and answers[1]["phrases"] == [
+        "an owl",
+        "grapes",
+    ]
+    assert answers[1]["threshold"] == 0.2 and len(answers[2]) == 2 and answers[3]["names"] == ["owl", "grapes", "snail"]
+    assert answers[4]["status"] == "UP" and {"/detect", "/labels", "/predict", "/setup"} <= set(answers[5]["paths"])
+    assert answers[6]["phrases"] == ["owl"] and len(answers[7]["results"]) == 1
+    # The example of an answer has the fields of one.
+    (example,) = re.findall(r"```json\n(.*?)```", guide, re.DOTALL)
+    shown = json.loads(example)
+    assert (
+        set(shown) == set(answers[0])
+        and set(shown["checkpoint"]) == set(answers[0]["checkpoint"])
+        and set(shown["versions"]) < set(answers[0]["versions"])
+    )

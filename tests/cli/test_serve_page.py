@@ -37,7 +37,12 @@ def page(browser, server):  # noqa: F811
     opened = context.new_page()
     addresses, faults = [], []
     opened.on("request", lambda request: addresses.append(request.url))
-    opened.on("console", lambda message: faults.append(message.text) if message.type == "error" and "status of 4" not in message.text else None)
+    opened.on(
+        "console",
+        lambda message: (
+            faults.append(message.text) if message.type == "error" and "status of 4" not in message.text else None
+        ),
+    )
     opened.on("pageerror", lambda error: faults.append(str(error)))
     opened.goto(server.address)
     opened.wait_for_selector("#examples button:nth-child(3)")
@@ -58,7 +63,10 @@ def type_names(page, *names):
 
 
 def lower(page, score=0.05):
-    page.evaluate("s => { const t = document.getElementById('threshold'); t.value = s; t.dispatchEvent(new Event('input')); }", score)
+    page.evaluate(
+        "s => { const t = document.getElementById('threshold'); t.value = s; t.dispatchEvent(new Event('input')); }",
+        score,
+    )
 
 
 def shot(page, selector):
@@ -74,7 +82,9 @@ def test_boxes_lie_where_the_json_says_and_the_slider_asks_nothing(page):
     sync_api.expect(page.locator("#status")).to_contain_text("boxes")
     # The tiny network is sure of nothing: at 0.3 nothing is found, and that is said.
     assert page.locator(".box").count() == 0
-    assert "Not found: cat, dog" in page.text_content("#status") and "cat: not found (best 0." in page.text_content("#chips")
+    assert "Not found: cat, dog" in page.text_content("#status") and "cat: not found (best 0." in page.text_content(
+        "#chips"
+    )
     asked = []
     page.on("request", lambda request: asked.append(request.url))
     lower(page)
@@ -83,19 +93,24 @@ def test_boxes_lie_where_the_json_says_and_the_slider_asks_nothing(page):
     scale = image["width"] / 64
     assert image["height"] == pytest.approx(48 * scale, abs=1)
     shown = sorted(
-        [round((box[side] - image[side]) / scale, 1) for side in ("x", "y")] + [round(box[side] / scale, 1) for side in ("width", "height")]
+        [round((box[side] - image[side]) / scale, 1) for side in ("x", "y")]
+        + [round(box[side] / scale, 1) for side in ("width", "height")]
         for box in (each.bounding_box() for each in page.locator(".box").all())
     )
     expected = sorted([x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in (found["box"] for found in answer["detections"]))
     np.testing.assert_allclose(shown, expected, atol=0.15)
     # Pixels of one box alone: what changes when it is drawn lies on its border, and reaches it on all sides.
-    page.evaluate("[...document.querySelectorAll('.box')].slice(0, -1).forEach((box) => box.remove()); document.querySelector('.box span').remove()")
+    page.evaluate(
+        "[...document.querySelectorAll('.box')].slice(0, -1).forEach((box) => box.remove()); document.querySelector('.box span').remove()"
+    )
     with_box = shot(page, "#view")
     left, top = (page.locator(".box").bounding_box()[side] - image[side] for side in ("x", "y"))
     width, height = (page.locator(".box").bounding_box()[side] for side in ("width", "height"))
     page.evaluate("document.querySelector('.box').remove()")
     rows, columns = np.nonzero(np.abs(with_box - shot(page, "#view")).max(2) > 30)
-    assert [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] == pytest.approx([left, top, left + width, top + height], abs=2)
+    assert [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] == pytest.approx(
+        [left, top, left + width, top + height], abs=2
+    )
     inner = (columns > left + 4) & (columns < left + width - 4) & (rows > top + 4) & (rows < top + height - 4)
     assert not inner.any()
 
@@ -118,7 +133,11 @@ def test_hover_chips_keys_and_downloads(page):
     with page.expect_download() as saved:
         page.click("#save_json")
     content = json.loads(saved.value.path().read_text())
-    assert saved.value.suggested_filename == "photo.json" and len(content["detections"]) == 6 and content["checkpoint"]["name"] == "tiny"
+    assert (
+        saved.value.suggested_filename == "photo.json"
+        and len(content["detections"]) == 6
+        and content["checkpoint"]["name"] == "tiny"
+    )
     with page.expect_download() as saved:
         page.click("#save_picture")
     assert Image.open(saved.value.path()).size == (64, 64)
@@ -138,7 +157,9 @@ def test_errors_are_shown_and_go_away(page):
     upload(page, png(3))
     type_names(page, *(f"thing {number}" for number in range(8)))
     page.wait_for_selector("#error:not([hidden])")
-    assert "9 names: expected at most 8" in page.text_content("#error") and page.get_attribute("#error", "role") == "alert"
+    assert (
+        "9 names: expected at most 8" in page.text_content("#error") and page.get_attribute("#error", "role") == "alert"
+    )
     page.locator("#chips .remove").last.click()
     sync_api.expect(page.locator("#status")).to_contain_text("box")
     assert not page.is_visible("#error")
@@ -158,12 +179,14 @@ def test_two_pages_at_once_get_their_own_boxes(browser, page, client):  # noqa: 
         sync_api.expect(each.locator("#status")).to_contain_text("boxes")
         lower(each)
         shown = sorted(float(box.get_attribute("data-score")) for box in each.locator(".box").all())
-        expected = client.post("/detect", files={"image": png(seed)}, data={"names": name, "threshold": "0.05"}).json()["detections"]
+        expected = client.post("/detect", files={"image": png(seed)}, data={"names": name, "threshold": "0.05"}).json()[
+            "detections"
+        ]
         assert shown == pytest.approx(sorted(found["score"] for found in expected), abs=2e-4) and shown
     other.context.close()
 
 
-def test_the_page_asks_for_the_token_where_there_is_one(browser, service):  # noqa: F811
+def test_the_page_asks_for_the_token_where_there_is_one(browser, server, service):  # noqa: F811
     from tests.cli.test_serve import Running, service_without_thread
 
     with ThreadPoolExecutor(1) as pool:  # playwright's loop runs in this thread

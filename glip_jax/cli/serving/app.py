@@ -72,10 +72,18 @@ def _add_paths(app: FastAPI, service: Service) -> None:
                 **model.about}  # fmt: skip
 
     @app.post("/labels", summary="Keep a list of names, to be asked by its identifier")
-    async def labels(names: Annotated[str | list[str], Body(embed=True, description="names with commas between, or a list")]) -> dict[str, Any]:
+    async def labels(
+        names: Annotated[str | list[str], Body(embed=True, description="names with commas between, or a list")],
+    ) -> dict[str, Any]:
         begin = time.monotonic()
         identifier, query = await asyncio.to_thread(service.keep, names)
-        return {"labels": identifier, "names": list(query.names), "prompts": len(query.prompts), "notes": _notes(query), **_about(service, begin)}
+        return {
+            "labels": identifier,
+            "names": list(query.names),
+            "prompts": len(query.prompts),
+            "notes": _notes(query),
+            **_about(service, begin),
+        }
 
     @app.post("/detect", summary="Detect what names or a text describe", response_model=None)
     async def detect(
@@ -91,8 +99,15 @@ def _add_paths(app: FastAPI, service: Service) -> None:
             raise HTTPException(413, f"{len(image)} images: expected at most {limits.images}; send several requests")
         query = await asyncio.to_thread(service.query, names, text, labels)
         least = model.threshold if threshold is None else threshold
-        called = [f"image {number} of {len(image)} ({each.filename or 'without a name'!s:.80})" for number, each in enumerate(image, 1)]
-        found = await _answered(request, limits.seconds, service.detect([(name, each.file.read) for name, each in zip(called, image)], query, least))
+        called = [
+            f"image {number} of {len(image)} ({each.filename or 'without a name'!s:.80})"
+            for number, each in enumerate(image, 1)
+        ]
+        found = await _answered(
+            request,
+            limits.seconds,
+            service.detect([(name, each.file.read) for name, each in zip(called, image)], query, least),
+        )
         answers = [_content(service, query, each, least, begin) for each in found]
         return answers[0] if len(answers) == 1 else answers
 
@@ -126,7 +141,9 @@ async def _answered(request: Request, seconds: float, work: Awaitable[_Result]) 
             return task.result()
         if watch in done:
             raise HTTPException(_GONE, "the client went away")
-        raise HTTPException(504, f"no answer within {seconds:g} s: the server is busy; try again later, or with fewer images and names")
+        raise HTTPException(
+            504, f"no answer within {seconds:g} s: the server is busy; try again later, or with fewer images and names"
+        )
     finally:
         for each in (task, watch):
             each.cancel()
@@ -150,5 +167,6 @@ def _say_errors(app: FastAPI) -> None:
         status = statuses.get(type(error), 422)
         if isinstance(error, ImageFileError):
             status = 413 if error.kind == "large" else 415 if error.reason.startswith("is no image") else 422
-        return JSONResponse({"error": " ".join(str(error).split())}, status, {"retry-after": "1"} if status == 429 else None)
-
+        return JSONResponse(
+            {"error": " ".join(str(error).split())}, status, {"retry-after": "1"} if status == 429 else None
+        )

@@ -58,8 +58,8 @@ class _Batch(NamedTuple):
 class Batcher:
     """Runs `detector` in a thread of its own; all other threads hand in images and get futures.
 
-    `single`: a detector of the same parameters for one image at a time. It runs where `ratio`, the seconds of a full batch divided by those of one image,
-    is at least the number of images that wait.
+    `single`: a detector of the same parameters for one image at a time. It runs where at most `ratio` images wait: what a full batch takes, in
+    times of one image.
     """
 
     def __init__(self, detector: Detector, single: Detector, ratio: float = 1.0, limit: int = 64) -> None:
@@ -94,7 +94,9 @@ class Batcher:
         """Within it, `count` places of the queue are taken. Raises QueueFullError if there are not as many."""
         with self._changed:
             if self._reserved + count > self.limit:
-                raise QueueFullError(f"the queue is full: {self._reserved} of {self.limit} images wait, {count} more do not fit; try again later")
+                raise QueueFullError(
+                    f"the queue is full: {self._reserved} of {self.limit} images wait, {count} more do not fit; try again later"
+                )
             self._reserved += count
         try:
             yield
@@ -108,7 +110,9 @@ class Batcher:
         with self._changed:
             pixels_waiting = sum(other.pixels.shape[0] * other.pixels.shape[1] for other in self._waiting)
             if self._waiting and pixels_waiting + pixels.shape[0] * pixels.shape[1] > _PIXELS:
-                raise QueueFullError(f"the queue is full: images of {pixels_waiting / 1e6:.0f} megapixels wait; try again later")
+                raise QueueFullError(
+                    f"the queue is full: images of {pixels_waiting / 1e6:.0f} megapixels wait; try again later"
+                )
             if self._stopped:
                 raise QueueFullError("the server is stopping: try another one, or later")
             self._waiting.append(work)
@@ -120,8 +124,10 @@ class Batcher:
         while works := self._take(wait=not pending):
             if works is not _NOTHING:
                 pending += self._start(works)
-            if pending and (works is _NOTHING or len(pending) >= _PENDING):
+            while pending and (works is _NOTHING or len(pending) >= _PENDING):
                 self._finish(pending.popleft())
+                if works is _NOTHING:
+                    break
 
     def _take(self, wait: bool) -> list[_Work] | tuple[()] | None:
         """The images of the next batch; `_NOTHING` if there are none and `wait` is False; None when all is done and the thread ends."""
@@ -146,14 +152,19 @@ class Batcher:
         works = [work for work in works if work.future.set_running_or_notify_cancel()]
         if not works:
             return []
-        detector = self.single if len(works) <= self.ratio else self.detector
-        try:
-            finish = detector.queries_async([work.pixels for work in works], [work.query for work in works])
-        except Exception as error:
-            _failed(works, error)
-            return []
-        self.batches, self.images = self.batches + 1, self.images + len(works)
-        return [_Batch(works, finish)]
+        # One by one, each is answered as soon as it is computed.
+        alone = len(works) <= self.ratio
+        detector = self.single if alone else self.detector
+        batches = []
+        for part in [[work] for work in works] if alone else [works]:
+            try:
+                finish = detector.queries_async([work.pixels for work in part], [work.query for work in part])
+            except Exception as error:
+                _failed(part, error)
+                continue
+            batches.append(_Batch(part, finish))
+            self.batches, self.images = self.batches + 1, self.images + len(part)
+        return batches
 
     def _finish(self, batch: _Batch) -> None:
         try:

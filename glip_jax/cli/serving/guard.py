@@ -80,7 +80,9 @@ class Guard:
             logger.exception(f"{scope['method']} {scope['path']}: a fault of the server")
             if started:
                 raise
-            await JSONResponse({"error": "a fault of the server, whose log has the traceback"}, 500)(scope, receive, send_guarded)
+            await JSONResponse({"error": "a fault of the server, whose log has the traceback"}, 500)(
+                scope, receive, send_guarded
+            )
         finally:
             self.requests -= has_body
 
@@ -95,7 +97,10 @@ class Guard:
                 return 400, f"the Host {host!r:.60} is not this server's: expected {' or '.join(self.hosts)}"
         if self.token and path not in _OPEN and not path.startswith("/page/"):
             if not hmac.compare_digest(_token_of(headers.get("authorization", "")).encode(), self.token.encode()):
-                return 401, "no token, or another one: expected the header Authorization: Bearer TOKEN, of the server's --token-file"
+                return (
+                    401,
+                    "no token, or another one: expected the header Authorization: Bearer TOKEN, of the server's --token-file",
+                )
         return None
 
     def _limited(self, receive: Receive) -> Receive:
@@ -110,7 +115,9 @@ class Guard:
                 message = await asyncio.wait_for(receive(), max(0.0, closing - time.monotonic()))
             except TimeoutError:
                 ended = True
-                raise HTTPException(408, f"the body did not end within {self.limits.body_seconds:g} s: {size:,} bytes came") from None
+                raise HTTPException(
+                    408, f"the body did not end within {self.limits.body_seconds:g} s: {size:,} bytes came"
+                ) from None
             size += len(message.get("body", b""))
             ended = not message.get("more_body", False)
             if size > self.limits.bytes_:

@@ -42,7 +42,9 @@ def _array(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
         if kind != np.uint8 or len(shape) != 3 or shape[2] != 3:
             raise ImageFileError(f"is an array {kind}{list(shape)}: expected uint8[H W 3], RGB")
         if shape[0] * shape[1] > PIXEL_LIMIT:
-            raise ImageFileError(f"is huge: {shape[1]} x {shape[0]} pixels, at most {PIXEL_LIMIT:,} are read", kind="large")
+            raise ImageFileError(
+                f"is huge: {shape[1]} x {shape[0]} pixels, at most {PIXEL_LIMIT:,} are read", kind="large"
+            )
         # A header may promise more than there is, and numpy would make room for it first.
         if not shape[0] or not shape[1] or shape[0] * shape[1] * 3 != size:
             raise ImageFileError(f"is an array of {list(shape)} with {size} bytes of values: it is cut, or empty")
@@ -76,9 +78,15 @@ def within(folder: str, address: str) -> Path:
             "is an address of another host or storage, which is never fetched: expected data:image/...;base64,... or a file below --label-studio-files"
         )
     if not folder:
-        raise ImageFileError("is a path, and this server reads no files: start it with --label-studio-files=DIR, or send data:image/...;base64,...")
+        raise ImageFileError(
+            "is a path, and this server reads no files: start it with --label-studio-files=DIR, or send data:image/...;base64,..."
+        )
     parts = urllib.parse.urlsplit(address)
-    asked = urllib.parse.parse_qs(parts.query).get("d", [""])[0] if parts.path.startswith("/data/local-files") else urllib.parse.unquote(parts.path)
+    asked = (
+        urllib.parse.parse_qs(parts.query).get("d", [""])[0]
+        if parts.path.startswith("/data/local-files")
+        else urllib.parse.unquote(parts.path)
+    )
     asked = asked.removeprefix("/data/").lstrip("/")
     root = Path(folder).resolve()
     try:

@@ -53,18 +53,28 @@ def read_interface(xml: str) -> Interface:
     try:
         tree = fromstring(xml, forbid_dtd=True)
     except (ParseError, DefusedXmlException, ValueError, TypeError) as error:
-        raise InterfaceError(f"label_config is no XML that can be read ({type(error).__name__}): expected Label Studio's labeling interface") from None
+        raise InterfaceError(
+            f"label_config is no XML that can be read ({type(error).__name__}): expected Label Studio's labeling interface"
+        ) from None
     images = {tag.get("name"): tag.get("value", "") for tag in tree.iter("Image")}
     controls = [tag for kind in _CONTROLS for tag in tree.iter(kind)]
     if not controls or not images:
-        raise InterfaceError("label_config has no <RectangleLabels> with an <Image>: expected an interface that draws boxes on images")
+        raise InterfaceError(
+            "label_config has no <RectangleLabels> with an <Image>: expected an interface that draws boxes on images"
+        )
     control = controls[0]
-    named = control if control.tag == "RectangleLabels" else next((tag for tag in tree.iter("Labels") if tag.get("toName") == control.get("toName")), control)
+    named = (
+        control
+        if control.tag == "RectangleLabels"
+        else next((tag for tag in tree.iter("Labels") if tag.get("toName") == control.get("toName")), control)
+    )
     labels = tuple(dict.fromkeys(value for tag in named.iter("Label") if (value := (tag.get("value") or "").strip())))
     to_name = control.get("toName") or ""
     if to_name not in images or not images[to_name].startswith("$"):
         raise InterfaceError(f"label_config: toName={to_name!r} names no <Image> with a value such as $image")
-    return Interface(named.get("name") or "", to_name, _CONTROLS[control.tag], images[to_name][1:], labels, _threshold(control))
+    return Interface(
+        named.get("name") or "", to_name, _CONTROLS[control.tag], images[to_name][1:], labels, _threshold(control)
+    )
 
 
 def _threshold(control: Element) -> float | None:
@@ -78,7 +88,9 @@ def _threshold(control: Element) -> float | None:
     return value
 
 
-def add_paths(app: FastAPI, service: Service, files: str, answered: Callable[[Request, float, Awaitable[Any]], Awaitable[Any]]) -> None:
+def add_paths(
+    app: FastAPI, service: Service, files: str, answered: Callable[[Request, float, Awaitable[Any]], Awaitable[Any]]
+) -> None:
     """Adds the paths. `files`: folder below which images of tasks may lie, "" for none; `answered`: waits for work as `/detect` does."""
     version = f"{service.model.name} {service.model.sha256[:12]}"
     texts: OrderedDict[str, str] = OrderedDict()
@@ -94,7 +106,7 @@ def add_paths(app: FastAPI, service: Service, files: str, answered: Callable[[Re
             return texts.get(project, "")
 
     @app.post("/setup", summary="Label Studio: a project connects")
-    async def setup(interface: Annotated[str, Body(alias="schema")] = "", project: Annotated[Any, Body()] = "") -> dict[str, Any]:  # noqa: ARG001
+    async def setup(interface: Annotated[str, Body(alias="schema", embed=True)] = "") -> dict[str, Any]:
         if interface:
             read_interface(interface)
         return {"model_version": version}
@@ -118,19 +130,34 @@ def add_paths(app: FastAPI, service: Service, files: str, answered: Callable[[Re
     ) -> dict[str, Any]:
         begin = time.monotonic()
         if not 0 < len(tasks) <= service.limits.images:
-            raise HTTPException(413, f"{len(tasks)} tasks: expected 1 to {service.limits.images}; send several requests, or start the server with --max-images")
+            raise HTTPException(
+                413,
+                f"{len(tasks)} tasks: expected 1 to {service.limits.images}; send several requests, or start the server with --max-images",
+            )
         interface = read_interface(label_config)
         text = text_of(str(project).partition(".")[0], _typed((params or {}).get("context")))
         query = service.query(text=text) if text else service.query(_labels(interface))
         names = _labels_of(query, interface)
         least = service.model.threshold if interface.threshold is None else interface.threshold
-        images = [(f"task {task.get('id', number)}: {interface.image}", _reader(task, interface, files)) for number, task in enumerate(tasks, 1)]
+        images = [
+            (f"task {task.get('id', number)}: {interface.image}", _reader(task, interface, files))
+            for number, task in enumerate(tasks, 1)
+        ]
         found = await answered(request, service.limits.seconds, service.detect(images, query, least))
         results = [
-            {"result": regions, "score": max((region["score"] for region in regions), default=0.0), "model_version": version}
+            {
+                "result": regions,
+                "score": max((region["score"] for region in regions), default=0.0),
+                "model_version": version,
+            }
             for regions in (_regions(answer, interface, names) for answer in found)
         ]
-        return {"results": results, "model_version": version, **service.model.about, "seconds": round(time.monotonic() - begin, 4)}
+        return {
+            "results": results,
+            "model_version": version,
+            **service.model.about,
+            "seconds": round(time.monotonic() - begin, 4),
+        }
 
 
 def _labels(interface: Interface) -> Sequence[str]:
@@ -163,7 +190,9 @@ def _labels_of(query: Query, interface: Interface) -> list[str]:
         bare = words.partition(" ")[2] if words.partition(" ")[0] in ("a", "an", "the") else words
         label = known.get(words) or known.get(bare)
         if label is None and len(known) != 1:
-            raise InterfaceError(f"the text's phrase {phrase.text!r:.80} is none of the {len(known)} labels: name labels, or have one label for all that is typed")
+            raise InterfaceError(
+                f"the text's phrase {phrase.text!r:.80} is none of the {len(known)} labels: name labels, or have one label for all that is typed"
+            )
         labels.append(label or interface.labels[0])
     return labels
 
