@@ -302,8 +302,8 @@ class Slow:
 
 @pytest.fixture
 def slow(service, monkeypatch):
-    """Both detectors take 0.6 s longer."""
-    single, detector = Slow(service.batcher.single, 0.6), Slow(service.batcher.detector, 0.6)
+    """Both detectors take 0.8 s longer."""
+    single, detector = Slow(service.batcher.single, 0.8), Slow(service.batcher.detector, 0.8)
     monkeypatch.setattr(service.batcher, "single", single)
     monkeypatch.setattr(service.batcher, "detector", detector)
     return single, detector
@@ -337,6 +337,7 @@ def test_a_full_queue_a_late_answer_and_a_client_that_goes_away(client, server, 
     while service.batcher.waiting and time.monotonic() < deadline:
         time.sleep(0.05)
     assert service.batcher.waiting == 0 and sum(each.asked for each in slow) - before < 10
+    assert ask(client, png(), names="cat").status_code == 200
     monkeypatch.setattr(service, "limits", dataclasses.replace(LIMITS, seconds=0.2))
     late = Running(service_without_thread(service))
     try:

@@ -65,7 +65,7 @@ class Guard:
             refused = 429, f"the server is busy: {self.requests} requests at a time; try again later"
         if refused is None and has_body:
             length = headers.get("content-length", "0")
-            if not length.isdigit() or int(length) > self.limits.bytes_:
+            if not length.isdecimal() or int(length) > self.limits.bytes_:
                 await self._discard(receive)
                 refused = 413, f"the body has {length:.20} bytes: expected at most {self.limits.bytes_:,}"
         if refused is not None:
