@@ -18,6 +18,7 @@ setup(
     package_dir={f"{BUNDLED}.gcs": "gcs", f"{BUNDLED}.configs": "configs"},
     package_data={
         "glip_jax.cli.reports": ["templates/*"],
+        "glip_jax.cli.serving": ["page/*", "page/examples/*"],
         "glip_jax.evaluation.benchmark": ["*.json"],
         f"{BUNDLED}.gcs": [
             "manifests/*.json",

@@ -32,6 +32,7 @@ JOBS = {
     "score": "score predictions of any detector as the official evaluators of the benchmarks do",
     "benchmark": "a checkpoint on the field's benchmarks: predictions, numbers with their protocol, tables",
     "predict": "detect in images what a text or a list of names describes",
+    "serve": "answer over HTTP what is where in images, with a page to try it",
     "report": "write the HTML report of a run again from what the run recorded",
     "compare": "compare evaluated runs, seeds as replicas, in a table and a plot",
     "scenes": "make the synthetic scenes of the demo",

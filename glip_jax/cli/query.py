@@ -1,4 +1,4 @@
-"""The query of `predict`: names, phrases or a sentence become prompts whose phrases are numbered."""
+"""The query of `predict` and `serve`: names, phrases or a sentence become prompts whose phrases are numbered."""
 
 import csv
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from glip_jax.labeling.phrases.finders import LexiconPhraseFinder, PhraseFinder
 from glip_jax.structures import prompts
 from glip_jax.structures.batch import Prompt
 
-__all__ = ["Phrase", "Query", "QueryError", "read_query"]
+__all__ = ["Phrase", "Query", "QueryError", "names_between_commas", "query_of_names", "query_of_text", "read_query"]
 
 
 class QueryError(UserError, ValueError):
@@ -54,24 +54,47 @@ def read_query(text: str, names: str, names_file: str, config: Config, finder: P
     Raises QueryError: not exactly one is given, nothing to find in it, names that are equal or empty, characters or
     words that the model cannot read, more tokens than it reads; PromptError for a name beyond the budget.
     """
-    from glip_jax.inference import category_prompts, check_characters, check_query, phrase_spans  # jax: not for --help
-
     given = [option for option, value in
              (("--text", text), ("--names", names), ("--names-file", names_file)) if value.strip()]  # fmt: skip
     if len(given) != 1:
         found = " and ".join(given) if given else "none of them"
         raise QueryError(f"no query or several: expected one of --text, --names, --names-file, found {found}")
-    tokenizer = prompts.load_tokenizer(assets.resolve(config.model.text.vocabulary))
+    if text.strip():
+        return query_of_text(text, config, "--text", "--names", finder)
+    entries = _names_of_file(names_file) if names_file else names_between_commas(names, "--names", "--names-file")
+    return query_of_names(entries, config, given[0])
+
+
+def query_of_names(
+    entries: Sequence[str], config: Config, where: str, tokenizer: prompts.Tokenizer | None = None
+) -> Query:
+    """The query of a list of names; `where` is what messages call the list. Raises QueryError as `read_query`."""
+    from glip_jax.inference import category_prompts, check_query  # jax: not for --help
+
+    tokenizer = tokenizer or prompts.load_tokenizer(assets.resolve(config.model.text.vocabulary))
     try:
-        if not text.strip():
-            check_characters("--names", names)
-            entries = _names_of_file(names_file) if names_file else _between_commas(names)
-            notes = check_query(entries, tokenizer, given[0])
-            return _of_names(entries, category_prompts(entries, tokenizer, config), notes)
-        check_characters("--text", text, allowed="\t\n\r")
+        notes = check_query(entries, tokenizer, where)
+        return _of_names(entries, category_prompts(entries, tokenizer, config), notes)
+    except prompts.PromptError as error:
+        raise QueryError(str(error)) from None
+
+
+def query_of_text(
+    text: str, config: Config, where: str, lists: str, finder: PhraseFinder | None = None,
+    tokenizer: prompts.Tokenizer | None = None,
+) -> Query:  # fmt: skip
+    """The query of phrases with " . " between, or of a sentence. `where` and `lists` are what messages call the text and a list of names.
+
+    Raises QueryError as `read_query`.
+    """
+    from glip_jax.inference import check_characters, check_query, phrase_spans  # jax: not for --help
+
+    tokenizer = tokenizer or prompts.load_tokenizer(assets.resolve(config.model.text.vocabulary))
+    try:
+        check_characters(where, text, allowed="\t\n\r")
         spans, kind, found_by, notes = phrase_spans(text), "phrases", "", []
         if spans:
-            notes = check_query([text[begin:end] for begin, end in spans], tokenizer, "--text", str, "phrase")
+            notes = check_query([text[begin:end] for begin, end in spans], tokenizer, where, str, "phrase")
         else:
             finder = finder or LexiconPhraseFinder()
             found = finder.find(text)
@@ -82,16 +105,16 @@ def read_query(text: str, names: str, names_file: str, config: Config, finder: P
                 notes.append(f"left out of the sentence's phrases: {counts}")
             if not spans:
                 raise QueryError(
-                    f"--text={prompts.listed([text])}: no noun phrase found in it that names a thing; separate what you look for "
-                    "with ' . ' (\"a dog . a red cup\") or give --names"
+                    f"{where}={prompts.listed([text])}: no noun phrase found in it that names a thing; separate what you look for "
+                    f"with ' . ' (\"a dog . a red cup\") or give {lists}"
                 )
             phrase_texts = [text[begin:end] for begin, end in spans]
             # A sentence may name a thing twice.
             distinct = list(dict.fromkeys(prompts.words(phrase) for phrase in phrase_texts))
             first = {prompts.words(phrase): phrase for phrase in reversed(phrase_texts)}
-            notes += check_query([first[key] for key in distinct], tokenizer, "--text", str, "phrase")
+            notes += check_query([first[key] for key in distinct], tokenizer, where, str, "phrase")
         prompt = Prompt(text, tuple((span,) for span in spans))
-        _check_budget(prompt, tokenizer, config.model.text.max_tokens)
+        _check_budget(prompt, tokenizer, config.model.text.max_tokens, where, lists)
     except prompts.PromptError as error:
         raise QueryError(str(error)) from None
     phrases = tuple(_phrase(prompt, 0, row) for row in range(len(spans)))
@@ -115,20 +138,29 @@ def _asked(phrases: Sequence[Phrase], prompts_: int) -> str:
     return f"asked: {what} {where}: {prompts.listed([phrase.text.strip() for phrase in phrases], 10)}"
 
 
-def _between_commas(names: str) -> list[str]:
-    """The names of --names; one with a comma in it stands in double quotes. Raises QueryError for a comma in parentheses."""
+def names_between_commas(names: str, where: str, file: str = "") -> list[str]:
+    """The names of a list with commas; one with a comma in it stands in double quotes.
+
+    `where` is what messages call the list, `file` the flag that takes a file instead. Raises QueryError for a control character and for a comma in parentheses.
+    """
+    from glip_jax.inference import check_characters  # jax: not for --help
+
+    otherwise = f", or give {file}" if file else ""
     try:
+        check_characters(where, names)
         (entries,) = csv.reader([names], skipinitialspace=True, strict=True)
+    except prompts.PromptError as error:
+        raise QueryError(str(error)) from None
     except csv.Error as error:
         raise QueryError(
-            f"--names={prompts.listed([names])}: {error}; double quotes stand around a whole name: "
-            "'\"salt, pepper\",cup'; or give --names-file"
+            f"{where}={prompts.listed([names])}: {error}; double quotes stand around a whole name: "
+            f"'\"salt, pepper\",cup'{otherwise.replace(',', ';')}"
         ) from None
     for entry in entries:
         if entry.count("(") != entry.count(")") and names.count("(") == names.count(")"):
             raise QueryError(
-                f"--names: a comma in parentheses splits a name, {entry.strip()!r} is a part of it: put double quotes around "
-                "the name, or give --names-file"
+                f"{where}: a comma in parentheses splits a name, {entry.strip()!r} is a part of it: put double quotes around "
+                f"the name{otherwise}"
             )
     return [entry.strip() for entry in entries]
 
@@ -154,15 +186,15 @@ def _names_of_file(file: str) -> list[str]:
     return names
 
 
-def _check_budget(prompt: Prompt, tokenizer: prompts.Tokenizer, budget: int) -> None:
+def _check_budget(prompt: Prompt, tokenizer: prompts.Tokenizer, budget: int, where: str, lists: str) -> None:
     """QueryError for more tokens than the model reads; it names the first phrase beyond."""
     encoding = tokenizer.encode(prompt.caption)
     if len(encoding.ids) > budget:
-        where = prompts.positive_map(np.asarray(encoding.offsets, np.int32).reshape(-1, 2), prompt.spans)
+        held = prompts.positive_map(np.asarray(encoding.offsets, np.int32).reshape(-1, 2), prompt.spans)
         texts = [prompt.caption[begin:end] for ((begin, end),) in prompt.spans]
-        cut = next((text for text, row in zip(texts, where) if row[budget - 1 :].any()), texts[-1])
+        cut = next((text for text, row in zip(texts, held) if row[budget - 1 :].any()), texts[-1])
         raise QueryError(
-            f"--text takes {len(encoding.ids)} tokens, the model reads {budget} with [CLS] and [SEP]; the first phrase "
-            f"beyond is {prompts.listed([cut])}: shorten it, or give --names, which are queried in several prompts"
+            f"{where} takes {len(encoding.ids)} tokens, the model reads {budget} with [CLS] and [SEP]; the first phrase "
+            f"beyond is {prompts.listed([cut])}: shorten it, or give {lists}, which are queried in several prompts"
         )
     prompts.tokenize(prompt, tokenizer, budget)

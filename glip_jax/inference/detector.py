@@ -123,7 +123,7 @@ class Detector:
 
     def __init__(
         self, config: Config, params: Any, batch_size: int | None = None, texts_of: "Detector | None" = None,
-        read_caption: Callable[[str], Prompt] | None = None, devices: Sequence[Any] | None = None,
+        read_caption: Callable[[str], Prompt] | None = None, devices: Sequence[Any] | None = None, padding: tuple[int, int] | None = None,
     ) -> None:  # fmt: skip
         """Moves `params` (parameters of `GLIP`, nested dict) to the first device; nothing is compiled yet.
 
@@ -135,13 +135,15 @@ class Detector:
             texts_of: another detector, whose parameters and cache of encoded captions are shared, also after `use`.
             read_caption: converts a caption that the detector is called with to a prompt; default: phrases with " . " between.
             devices: devices of this process; default: all of them.
+            padding: token length and phrase slots of every prompt, so that a canvas has one program whatever is asked; default: few
+                different ones, as short as the prompts of an image allow.
         """
         self.config, self.batch_size = config, batch_size or config.evaluation.batch_size
         self.devices = tuple(jax.local_devices() if devices is None else devices)
         self.tokenizer = prompts.load_tokenizer(assets.resolve(config.model.text.vocabulary))
         if config.model.text.mask == "phrase":
             prompts.check_separators(self.tokenizer, config.model.text.separators, config.data.captions.separator)
-        self._read_caption = read_caption or phrases_of
+        self._read_caption, self._fixed = read_caption or phrases_of, padding
         self._texts: OrderedDict[tuple[Any, ...], Array] = OrderedDict() if texts_of is None else texts_of._texts
         # A tuned prompt (`models.tuned_prompts`) belongs to a name with the separator behind it.
         alone = config.model.text.mask == "phrase" and not config.model.prompts.names
@@ -295,7 +297,15 @@ class Detector:
         """Token length and phrase slots of the program for the prompts of an image: few different ones, so few programs.
 
         They depend on nothing else. Results of an image are the same to the last bit in other batches and after other calls.
+        Raises PromptError for a prompt with more phrases than a fixed padding has slots.
         """
+        if self._fixed is not None:
+            most = max(len(prompt.spans) for prompt in asked)
+            if most > self._fixed[1]:
+                raise prompts.PromptError(
+                    f"a prompt has {most} phrases, this detector takes at most {self._fixed[1]} in one: split it"
+                )
+            return self._fixed
         longest = max(int(self._tokenize(prompt).mask.sum()) for prompt in asked)
         unit = 32 if longest <= 64 else 16
         length = min(-(-longest // unit) * unit, self.config.model.text.max_tokens)
@@ -316,7 +326,17 @@ class Detector:
         if self._chunks[0] != tuple(names):
             self._chunks = tuple(names), category_prompts(names, self.tokenizer, self.config)
         chunks = [(prompt, np.asarray(indices)) for prompt, indices in self._chunks[1]]
-        finish = self._dispatch(images, [chunks] * len(images))
+        return self.queries_async(images, [chunks] * len(images))
+
+    def queries_async(
+        self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], queries: Sequence[Sequence[tuple[Prompt, Any]]]
+    ) -> Callable[[], list[Detections]]:
+        """Starts images that are asked for different things, as `detect_async` does; one entry per image.
+
+        `queries`: per image its prompts, each with the indices (numpy, integers) that its phrases get in the result. Prompts that are the
+        same object are encoded once.
+        """
+        finish = self._dispatch(images, queries)
         return lambda: [_merge(parts) for parts in finish()]
 
     def caption(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], prompts_: Sequence[Prompt]) -> list[Detections]:
