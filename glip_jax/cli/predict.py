@@ -3,6 +3,7 @@
 OUT/predictions.json     the query's phrases (text, prompt, span), per image its detections by index of the phrase, and the
                          images that were left out, each with its reason
 OUT/pictures/NAME.png    each image with its boxes
+FILE, FILE_annotations   with --coco=FILE.json: the detections in COCO's results format, see `glip_jax.cli.coco_files`
 OUT/unfinished/          the same two while the job runs, of the images that are done; left by a job that was stopped, and
                          continued by the same command. Process N of several has its own file there, predictions_N.json
 
@@ -27,7 +28,7 @@ from jaxtyping import Float32, UInt8
 from tqdm import tqdm
 
 from glip_jax import UserError
-from glip_jax.cli import checkpoint_argument
+from glip_jax.cli import checkpoint_argument, coco_files
 from glip_jax.cli.command_line import CommandLineError, flags, split_settings
 from glip_jax.cli.processes import ProcessArguments, checkpoint_fingerprint, fingerprints, run_joined, share_of
 from glip_jax.cli.query import Query, read_query
@@ -105,6 +106,9 @@ class Predict(ProcessArguments):
     """The evaluation.json with the thresholds; default: the one in the folder of the checkpoint."""
     step: Limit | None = None
     """Step of the checkpoint of a WORKDIR; default: the newest complete one."""
+    coco: PathStr = ""
+    """FILE.json: write the detections in COCO's results format too, and FILE_annotations.json with images, categories and boxes;
+    local or gs://. Detections of other images are not overwritten."""
 
 
 class Picture(NamedTuple):
@@ -168,6 +172,9 @@ def predict(job: Predict, settings: Sequence[str], command: str, share: Share | 
     texts, alone = [phrase.text for phrase in query.phrases], len(query.prompts) == len(query.phrases)
     least = score_thresholds(job.threshold, job.false_alarms, job.report, checkpoint, config, texts, alone)
     pictures, left_out = _pictures(job.images, config, share.first)
+    if job.coco:
+        folder = _folder(pictures)
+        coco_files.check_target(job.coco, folder, [_file_name(picture.path, folder) for picture in pictures])
     for note in query.notes if share.first else ():
         logger.info(note)
     if share.first:
@@ -197,6 +204,8 @@ def predict(job: Predict, settings: Sequence[str], command: str, share: Share | 
             return content
         logger.info(_table(content))
         seconds = time.monotonic() - begin
+    if job.coco:
+        _write_coco(job.coco, content, _folder(pictures))
     shapes = len({bucket(picture.height, picture.width, config)[1] for picture in pictures})
     logger.info(
         f"images {len(content['images'])}, shapes {shapes}, prompts {len(query.prompts)}, programs compiled or read from the "
@@ -501,6 +510,30 @@ def _draw(image: UInt8[np.ndarray, "H W 3"], entry: dict[str, Any], query: Query
     ]
     scale = max(1.0, min(4.0, 640 / max(image.shape[:2])))
     (folder / entry["drawn"]).write_bytes(drawing.png(drawing.draw_boxes(image, marks, scale)))
+
+
+def _folder(pictures: Sequence[Picture]) -> str:
+    """The folder that all images lie in; "" if there are several."""
+    folders = {str(picture.path.parent) for picture in pictures}
+    return folders.pop() if len(folders) == 1 else ""
+
+
+def _file_name(path: epath.Path, folder: str) -> str:
+    return path.name if folder else str(path)
+
+
+def _write_coco(path: str, content: dict[str, Any], folder: str) -> None:
+    """Writes the content of predictions.json as COCO's results; a category is a phrase, phrases of the same text are one."""
+    texts = [phrase["text"] for phrase in content["phrases"]]
+    ids = {text: number for number, text in enumerate(dict.fromkeys(texts), 1)}
+    images = []
+    for number, entry in enumerate(content["images"], 1):
+        found, name = entry["detections"], _file_name(epath.Path(entry["file"]), folder)
+        about = {"id": number, "file_name": name, "height": entry["height"], "width": entry["width"]}
+        boxes, scores = np.array([d["box"] for d in found]).reshape(-1, 4), [d["score"] for d in found]
+        rows = coco_files.result_rows(number, boxes, scores, [ids[texts[d["phrase"]]] for d in found])
+        images.append(coco_files.DetectedImage(about, rows))
+    coco_files.write(path, folder, [{"id": number, "name": text} for text, number in ids.items()], images)
 
 
 def _table(content: dict[str, Any], images: int = 8, rows: int = 10) -> str:
