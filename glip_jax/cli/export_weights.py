@@ -2,7 +2,7 @@
 
 --format=glip-pth      OUT is a `.pth` with the tensors of microsoft/GLIP's files
 --format=huggingface   OUT is a folder for transformers' Auto classes, PyTorch network included
---format=onnx          OUT is a folder with model.onnx, its vocabulary and settings
+--format=onnx          OUT is a folder with model.onnx, its vocabulary and settings, and run_onnx.py, which runs it with NumPy
 """
 
 import contextlib

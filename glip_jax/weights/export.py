@@ -237,7 +237,7 @@ def write_huggingface(folder: Path, params: Mapping[str, Any], config: Config) -
 
 
 def write_onnx(folder: Path, params: Mapping[str, Any], config: Config) -> None:
-    """A folder with model.onnx, vocab.txt and settings.json.
+    """A folder with model.onnx, vocab.txt, settings.json, and run_onnx.py, which runs it with NumPy and onnxruntime.
 
     The graph takes pixel_values [B 3 H W] (normalized, sides multiples of 32), input_ids and attention_mask [B T], and
     gives boxes [B A 4] (x1, y1, x2, y2 in its pixels), centerness [B A] and logits [B A T], with sinks of those behind the tokens;
@@ -278,8 +278,9 @@ def write_onnx(folder: Path, params: Mapping[str, Any], config: Config) -> None:
     _write_json(folder / "settings.json", {
         "format": "glip_jax onnx 1", **_input_settings(config), "separator": config.data.captions.separator,
         "max_tokens": config.model.text.max_tokens, "strides": config.model.pyramid.strides,
-        "detection": _detection_settings(config),
+        "names_per_prompt": config.evaluation.chunk, "detection": _detection_settings(config),
     })  # fmt: skip
+    shutil.copyfile(PORTABLE / "run_onnx.py", folder / "run_onnx.py")
 
 
 def _input_settings(config: Config) -> dict[str, Any]:
