@@ -3,6 +3,7 @@
 OUT/evaluation.json             numbers of every set; settings, prompts and hashes that they depend on
 OUT/detections_SET.json         detections: COCO's results format, or with `phrase` (its number) for `category_id`
 OUT/report.html                 the HTML report of the run
+FILE, FILE_annotations.json     with --coco=FILE.json: the detections of the set with boxes, see `glip_jax.cli.coco_files`
 
 OUT is the working folder unless --out names another. evaluation.json is written after the detections, each file aside
 and renamed, so an interrupted job leaves the earlier report as it was.
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from glip_jax.cli import checkpoint_argument
+from glip_jax.cli import checkpoint_argument, coco_files
 from glip_jax.cli.chunk_arguments import ChunkArguments, chunking_of
 from glip_jax.cli.command_line import Arguments, CommandLineError, parse
 from glip_jax.cli.processes import ProcessArguments, checkpoint_fingerprint, fingerprints, run_joined, share_of
@@ -70,6 +71,9 @@ class EvaluateArguments(ChunkArguments, ProcessArguments, Arguments):
     report: PathStr = ""
     """evaluation.json from which --false-alarms takes the thresholds; default: this evaluation if one of its sets lists absent names,
     else the one in the folder of the checkpoint."""
+    coco: PathStr = ""
+    """FILE.json: write the detections in COCO's results format there too, with the ids of the annotations, and FILE_annotations.json
+    with the images, the categories and the detections as boxes. Of several sets with categories: FILE_SET.json each."""
     unless_done: bool = False
     """Keep an evaluation.json that was made with the same checkpoint, settings, code, versions, annotations and images."""
 
@@ -95,11 +99,14 @@ def _evaluate(arguments: EvaluateArguments, chunking: "Chunking | None", share: 
         raise CommandLineError("no folder for the report: expected --out=DIR with an exported --checkpoint or a delta")
     out = out or checkpoint.workdir
     # All processes look, as all read the checkpoint together, and do the same then.
+    for name, path in _coco_targets(arguments.config, arguments.coco).items():
+        coco_files.check_target(path, arguments.config.evaluation.sets[name].images)
     if arguments.unless_done and all(share.gather(_done(arguments, checkpoint, out))):
         logger.info(f"{out} is evaluated; nothing is measured twice")
         return exit_codes.DONE
     with checkpoint_argument.fitting_parameters():
-        evaluate_checkpoint(arguments.config, checkpoint, out, chunking, share, _absent_names(arguments))
+        absent = _absent_names(arguments)
+        evaluate_checkpoint(arguments.config, checkpoint, out, chunking, share, absent, arguments.coco)
     return exit_codes.DONE
 
 
@@ -121,12 +128,12 @@ def _absent_names(arguments: EvaluateArguments) -> AbsentNames:
 
 def evaluate_checkpoint(
     config: Config, checkpoint: "Checkpoint", out: str, chunking: "Chunking | None" = None, share: "Share | None" = None,
-    absent: AbsentNames | None = None,
+    absent: AbsentNames | None = None, coco: str = "",
 ) -> "dict[str, Evaluated | Grounded]":  # fmt: skip
     """Evaluates a checkpoint on all sets, logs the table, writes the files named above to `out`; returns the evaluations.
 
     `share`: the part of this process where several evaluate together; the first logs and writes. `absent`: what is measured of names
-    that are known to be absent.
+    that are known to be absent. `coco`: of `EvaluateArguments`, whose target was checked.
 
     Raises CommandLineError if the config names no set, CheckpointError for a checkpoint of another network or where `out`
     cannot be written, EvaluationError or GroundTruthError for a set that cannot be evaluated; annotations are read before
@@ -181,6 +188,8 @@ def evaluate_checkpoint(
     for name, result in results.items():
         write_atomic(folder / f"detections_{name}.json", json.dumps(_rows(result)))
     write_atomic(folder / "evaluation.json", json.dumps(summary, indent=1))
+    for name, path in _coco_targets(config, coco).items():
+        _write_coco(path, results[name], config.evaluation.sets[name].images)
     logger.info(table(results))
     for name, entry in content.items():
         for asked, numbers in chunking_lines(entry.get("chunking", ())):
@@ -194,6 +203,31 @@ def evaluate_checkpoint(
     logger.info(f"numbers, settings and hashes: {folder / 'evaluation.json'}")
     logger.info(f"HTML report: {write_report(workdir, out=str(folder))}")
     return results
+
+
+def _coco_targets(config: Config, coco: str) -> dict[str, str]:
+    """The file of --coco by set with categories; CommandLineError if there is no such set."""
+    if not coco:
+        return {}
+    names = [name for name, dataset in config.evaluation.sets.items() if dataset.kind == "detection"]
+    if not names:
+        kinds = ", ".join(f"{name} ({dataset.kind})" for name, dataset in config.evaluation.sets.items()) or "no sets"
+        raise CommandLineError(
+            f"--coco={coco}: results have categories, expected a set of kind detection, found {kinds}"
+        )
+    path = epath.Path(coco)
+    several = {name: str(path.parent / f"{path.stem}_{name}{path.suffix}") for name in names}
+    return several if len(names) > 1 else {names[0]: coco}
+
+
+def _write_coco(path: str, result: Any, folder: str) -> None:
+    """Writes the detections of a set as COCO's results, for the images that were evaluated."""
+    rows: dict[Any, list[dict[str, Any]]] = {image: [] for image in result.image_ids}
+    for row in _rows(result):
+        rows[row["image_id"]].append(row)
+    entries = [entry for entry in result.truth.content["images"] if entry["id"] in rows]
+    images = (coco_files.DetectedImage(entry, rows[entry["id"]]) for entry in entries)
+    coco_files.write(path, folder, result.truth.content["categories"], images)
 
 
 def _given_thresholds(config: Config, absent: AbsentNames, workdir: str) -> "Thresholds | None":
@@ -301,7 +335,8 @@ def _done(arguments: EvaluateArguments, checkpoint: "Checkpoint", out: str) -> b
             same = same and _is_compared(_chunking(arguments), config, entry)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    return same and (folder / "report.html").exists()
+    written = all(epath.Path(path).exists() for path in _coco_targets(config, arguments.coco).values())
+    return same and written and (folder / "report.html").exists()
 
 
 def _rows(result: "Evaluated | Grounded") -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """The job `export`: a checkpoint as a file or folder for other programs, compared with the checkpoint before it is kept.
 
 --format=glip-pth      OUT is a `.pth` with the tensors of microsoft/GLIP's files
---format=huggingface   OUT is a folder for transformers' Auto classes, PyTorch network included
---format=onnx          OUT is a folder with model.onnx, its vocabulary and settings
+--format=huggingface   OUT is a folder for transformers' Auto classes, PyTorch network included; --space: and a page to try it
+--format=onnx          OUT is a folder with model.onnx, its vocabulary and settings, and run_onnx.py, which runs it with NumPy
 """
 
 import contextlib
@@ -64,6 +64,8 @@ class Export:
     """Folder of photographs, or one photograph, to compare on (the first four); default: synthetic images."""
     step: Limit | None = None
     """Step of the checkpoint of a WORKDIR; default: the newest complete one."""
+    space: bool = False
+    """huggingface: also write app.py, requirements.txt and the head of README.md that make the folder a Space: a page to try it."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -80,7 +82,7 @@ def export(job: Export, settings: Sequence[str] = ()) -> "Difference":
     instead of their averages. Raises CommandLineError, ConfigError, CheckpointError, AssetError,
     ImageFileError, PromptError, WeightError or ExportError; nothing is left then.
     """
-    from glip_jax.weights.export import needed, write
+    from glip_jax.weights.export import needed, write, write_space
     from glip_jax.weights.tuned_parameters import merged
     from glip_jax.weights.verification import sample_images
 
@@ -91,6 +93,10 @@ def export(job: Export, settings: Sequence[str] = ()) -> "Difference":
         raise CommandLineError(f"--out={job.out} is there already: give another name, or remove it first")
     if job.format == "glip-pth" and out.suffix != ".pth":
         raise CommandLineError(f"--out={job.out}: --format=glip-pth writes one file, expected a name that ends in .pth")
+    if job.space and job.format != "huggingface":
+        raise CommandLineError(
+            f"--space makes a page for --format=huggingface, found --format={job.format}: leave one out"
+        )
     needed(job.format)
     checkpoint = checkpoint_argument.open_named(job.checkpoint, job.workdir, job.step)
     config = checkpoint_argument.settings_of(checkpoint, settings, "export")
@@ -101,6 +107,8 @@ def export(job: Export, settings: Sequence[str] = ()) -> "Difference":
     logger.info(f"{checkpoint_argument.describe(checkpoint)}, parameters: {which}, {_size(params):,} values")
     with _staged(out) as local:
         write(job.format, local, *merged(params, config))
+        if job.space:
+            write_space(local, config)
         found = _compared(job.format, local, params, config, images)
         logger.info(
             f"largest difference over {len(images)} images: logits {found.logits:.1e}, boxes {found.boxes:.4f} pixels"

@@ -4,6 +4,7 @@ OUT/records-*.array_record   pseudo records, a file for each file of the caption
 OUT/report.json              what was kept, detected and dropped, and all that it depends on
 OUT/report.html              the same as an HTML report, with drawn samples
 OUT/manifest.json            written last except for the report: the folder is finished
+FILE, FILE_annotations.json  with --coco=FILE.json: the boxes in COCO's results format, see `glip_jax.cli.coco_files`
 
 The same command on several hosts, or several times on one, shares the work: see `glip_jax.labeling.work_queue`.
 """
@@ -13,24 +14,25 @@ import json
 import logging
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from glip_jax.cli import checkpoint_argument
+from glip_jax.cli import checkpoint_argument, coco_files
 from glip_jax.cli.command_line import CommandLineError, flags, split_settings
 from glip_jax.config import PathStr
 from glip_jax.config.ranges import BelowOne, Count, Fraction, Limit, Pixels, Range
 from glip_jax.data import shards
 from glip_jax.data.manifest import read_file
-from glip_jax.data.records import RecordError
+from glip_jax.data.negatives.dictionary import DETERMINERS
+from glip_jax.data.records import Record, RecordError
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.io import gcs
-from glip_jax.labeling.phrases.finders import MAX_PHRASES, PhraseFinder, phrase_finder
+from glip_jax.labeling.phrases.finders import MAX_PHRASES, PhraseFinder, head, phrase_finder
 from glip_jax.labeling.work_queue import LEASE, TaskError, differences, sweep
 
 if TYPE_CHECKING:
@@ -115,6 +117,9 @@ class Label:
     verifier_asks: Literal["", "phrase", "caption"] = ""
     """What a prompt of a --verifier checkpoint holds; default: phrase, each alone, whose score depends on nothing else; caption: the
     whole caption, as the teacher reads it, which costs as much as the teacher does, however many phrases there are."""
+    coco: PathStr = ""
+    """FILE.json: when OUT is finished, write its boxes in COCO's results format too, and FILE_annotations.json with images, categories
+    and boxes. A category is a phrase up to its head noun, without article and in the singular."""
     name: str = ""
     """Name of the source that is made; default: the name of OUT."""
     threads: Annotated[int, Range(1, 1024)] = 4
@@ -146,6 +151,8 @@ def label(job: Label, settings: Sequence[str], command: str) -> None:
 
     thresholds = _checked(job)
     out = gcs.address(job.out) if gcs.is_remote(job.out) else str(Path(job.out).absolute())
+    if job.coco:
+        coco_files.check_target(job.coco, out)
     existing = shards.finished(out)
     before = None if existing is None else _finished_settings(out, job, existing.command)
     inputs = _inputs(job.shards)
@@ -173,13 +180,65 @@ def label(job: Label, settings: Sequence[str], command: str) -> None:
         )
         if not gcs.kind(f"{out}/report.html"):
             logger.info(f"HTML report: {write_report(out)}")
+        if job.coco:
+            _write_coco(job.coco, out)
         return
     run(labeling)
     if not gcs.kind(f"{out}/report.html"):
         write_report(out)
+    if job.coco:
+        _write_coco(job.coco, out)
     logger.info(
         f"{job.out}: finished, this process worked {time.monotonic() - begin:.0f} s; HTML report: {out}/report.html"
     )
+
+
+def _write_coco(path: str, out: str) -> None:
+    """Writes the boxes of a finished folder as COCO's results; records of one image are one image there.
+
+    Ids of images are those of the captions' source where it numbers all images, else 1, 2, ... in the order of the records.
+    """
+    made, ids = shards.Shards(out), dict[str, int]()
+    given = {(_image(record), record.image_id) for record in _records(made)}
+    numbered = all(number.isdecimal() for _, number in given)
+    numbered = numbered and len({file for file, _ in given}) == len({number for _, number in given}) == len(given)
+    numbers = {file: int(number) if numbered else index for index, (file, number) in enumerate(sorted(given), 1)}
+    categories: list[dict[str, Any]] = []
+
+    def images() -> Iterator[coco_files.DetectedImage]:
+        seen = set[str]()
+        for record in _records(made):
+            file = _image(record)
+            names = [_category(record.caption, spans[0]) for spans in record.spans]
+            for name in names:
+                if name not in ids:
+                    ids[name] = len(ids) + 1
+                    categories.append({"id": ids[name], "name": name})
+            about = {"id": numbers[file], "file_name": file, "height": record.height, "width": record.width}
+            rows = coco_files.result_rows(numbers[file], record.boxes, record.scores, [ids[name] for name in names])
+            yield coco_files.DetectedImage(None if file in seen else about, rows)
+            seen.add(file)
+
+    coco_files.write(path, out, categories, images())
+
+
+def _records(made: shards.Shards) -> Iterator[Record]:
+    return (made[index] for index in range(len(made)))
+
+
+def _image(record: Record) -> str:
+    """What the records of one image have in common: its path, else its id."""
+    return record.file or record.image_id or record.id
+
+
+def _category(caption: str, span: tuple[int, int]) -> str:
+    """The category of a phrase, with which `label --detections` finds it again: "brown teddy bear" of "the two brown teddy bears"."""
+    from glip_jax.labeling.outside import category_words
+
+    words = list(category_words(caption[span[0] : head(caption, span)[1]]))
+    while len(words) > 1 and words[0] in DETERMINERS:
+        del words[0]
+    return " ".join(words)
 
 
 def _finished_settings(out: str, job: Label, command: str) -> dict[str, Any]:

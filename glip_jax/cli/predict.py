@@ -3,6 +3,7 @@
 OUT/predictions.json     the query's phrases (text, prompt, span), per image its detections by index of the phrase, and the
                          images that were left out, each with its reason
 OUT/pictures/NAME.png    each image with its boxes
+FILE, FILE_annotations   with --coco=FILE.json: the detections in COCO's results format, see `glip_jax.cli.coco_files`
 OUT/unfinished/          the same two while the job runs, of the images that are done; left by a job that was stopped, and
                          continued by the same command. Process N of several has its own file there, predictions_N.json
 
@@ -18,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import tyro
@@ -26,21 +27,21 @@ from etils import epath
 from jaxtyping import Float32, UInt8
 from tqdm import tqdm
 
-from glip_jax import UserError
-from glip_jax.cli import checkpoint_argument
+from glip_jax.cli import checkpoint_argument, coco_files
 from glip_jax.cli.command_line import CommandLineError, flags, split_settings
+from glip_jax.cli.pictures import Picture, PredictError, ReadPicture, file_stamp, find_pictures, leave_out, read_picture
 from glip_jax.cli.processes import ProcessArguments, checkpoint_fingerprint, fingerprints, run_joined, share_of
 from glip_jax.cli.query import Query, read_query
 from glip_jax.cli.reports import drawing
 from glip_jax.cli.score_thresholds import score_thresholds
-from glip_jax.config import Config, PathStr
+from glip_jax.config import PathStr
 from glip_jax.config.ranges import BelowOne, FalseAlarms, Limit
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.evaluation.shares import Share
 from glip_jax.io.claims import owned_workdir
 from glip_jax.io.errors import full_disk
-from glip_jax.io.image_files import ImageFileError, listed, measured, read_upright
+from glip_jax.io.image_files import ImageFileError
 from glip_jax.io.workdir import write_atomic
 from glip_jax.structures.batch import Detections
 
@@ -57,13 +58,9 @@ _SAVE_SHARE = 0.05
 _EXAMPLE = 'photo.jpg pictures/ --checkpoint=runs/demo --text="a green book . two red apples" --out=found'
 
 
-class PredictError(UserError, ValueError):
-    """An image, a folder or a setting that prediction cannot work with."""
-
-
 @dataclass(frozen=True)
 class Predict(ProcessArguments):
-    """Detect what a text or a list of names describes in IMAGES (files, or folders of them).
+    """Detect what a text or a list of names describes in IMAGES (files, videos, or folders of images).
 
     One of three queries:
       --text="a green book . two red apples"      phrases with " . " between them
@@ -81,7 +78,7 @@ class Predict(ProcessArguments):
     """
 
     images: Annotated[tyro.conf.Positional[tuple[PathStr, ...]], tyro.conf.arg(metavar="IMAGE ...")] = ()
-    """Images, or folders of images (not the folders in them); local or gs://."""
+    """Images, videos, or folders of images (not the folders in them, nor videos); local or gs://. Videos need requirements-video.txt."""
     checkpoint: PathStr = ""
     """WORKDIR of a run (its newest complete checkpoint), WORKDIR/checkpoints/STEP, a folder that `export` wrote, or a delta; local or
     gs://."""
@@ -105,20 +102,11 @@ class Predict(ProcessArguments):
     """The evaluation.json with the thresholds; default: the one in the folder of the checkpoint."""
     step: Limit | None = None
     """Step of the checkpoint of a WORKDIR; default: the newest complete one."""
-
-
-class Picture(NamedTuple):
-    """An image file whose header was read."""
-
-    path: epath.Path
-    height: int
-    width: int
-    exif_rotated: bool
-    """Its EXIF orientation rotates or mirrors the stored pixels; height and width are those after that."""
-    alone: bool
-    """It was named itself, not by a folder."""
-    drawn: str
-    """Name of the file with its detections drawn."""
+    every: Limit = 0
+    """Of a video every n-th frame is detected in, from the first on; 0: one a second. A frame has its number and its time in the output."""
+    coco: PathStr = ""
+    """FILE.json: write the detections in COCO's results format too, and FILE_annotations.json with images, categories and boxes;
+    local or gs://. Detections of other images are not overwritten."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -167,7 +155,11 @@ def predict(job: Predict, settings: Sequence[str], command: str, share: Share | 
     query = read_query(job.text, job.names, job.names_file, config)
     texts, alone = [phrase.text for phrase in query.phrases], len(query.prompts) == len(query.phrases)
     least = score_thresholds(job.threshold, job.false_alarms, job.report, checkpoint, config, texts, alone)
-    pictures, left_out = _pictures(job.images, config, share.first)
+    pictures, left_out = find_pictures(job.images, config, share.first, job.every)
+    if job.coco:
+        folder = _folder(pictures)
+        names = [_file_name(picture.path, picture.drawn if picture.video else "", folder) for picture in pictures]
+        coco_files.check_target(job.coco, folder, names)
     for note in query.notes if share.first else ():
         logger.info(note)
     if share.first:
@@ -197,6 +189,8 @@ def predict(job: Predict, settings: Sequence[str], command: str, share: Share | 
             return content
         logger.info(_table(content))
         seconds = time.monotonic() - begin
+    if job.coco:
+        _write_coco(job.coco, content, _folder(pictures))
     shapes = len({bucket(picture.height, picture.width, config)[1] for picture in pictures})
     logger.info(
         f"images {len(content['images'])}, shapes {shapes}, prompts {len(query.prompts)}, programs compiled or read from the "
@@ -210,67 +204,6 @@ def predict(job: Predict, settings: Sequence[str], command: str, share: Share | 
         total = len(content["images"]) + len(left_out)
         logger.warning(f"left out {len(left_out)} of {total} images, each with its reason in predictions.json")
     return content
-
-
-def _pictures(given: Sequence[str], config: Config, log: bool) -> tuple[list[Picture], list[dict[str, str]]]:
-    """The images of files and folders, their sizes read from their headers, and those of folders that are left out, which `log` names.
-
-    Files that are named themselves are decoded here. Raises ImageFileError or PredictError for those that cannot be used, and
-    if no image is left.
-    """
-    paths: list[tuple[epath.Path, bool]] = []
-    for name in given:
-        images, skipped = listed(epath.Path(name))
-        if skipped and log:
-            logger.info(f"{name}: images {len(images)}, files with other endings skipped {skipped}")
-        paths += [(path, len(images) == 1 and str(path) == name) for path in images]
-    pictures, taken = [], set[str]()
-    left_out: list[dict[str, str]] = []
-    refused: list[UserError] = []
-    for path, alone in paths:
-        try:
-            if alone and len(paths) > 1:
-                read_upright(path)
-            height, width, exif_rotated = _usable(path, config)
-        except (ImageFileError, PredictError) as error:
-            if alone:
-                refused.append(error)
-            else:
-                _leave_out(left_out, path, error, log)
-            continue
-        names = (f"{path.stem}{f'_{number}' if number else ''}.png" for number in range(len(paths) + 1))
-        drawn = next(name for name in names if name.casefold() not in taken)
-        taken.add(drawn.casefold())
-        pictures.append(Picture(path, height, width, exif_rotated, alone, drawn))
-    if len(refused) > 1:
-        raise PredictError(f"{len(refused)} of the images cannot be used: {'; '.join(map(str, refused))}")
-    if refused:
-        raise refused[0]
-    if not pictures:
-        raise PredictError(f"none of the {len(paths)} images can be used; the first: {' '.join(left_out[0].values())}")
-    return pictures, left_out
-
-
-def _usable(path: epath.Path, config: Config) -> tuple[int, int, bool]:
-    """`measured`; PredictError for an image that is too long and narrow."""
-    from glip_jax.inference import bucket
-
-    height, width, exif_rotated = measured(path)
-    longest = max(bucket(height, width, config)[1])
-    if longest > 2 * config.evaluation.long_side:
-        raise PredictError(
-            f"{path} has {width} x {height} pixels: too long and narrow, it would be resized to a side of "
-            f"{longest} pixels where evaluation.long_side is {config.evaluation.long_side}; cut it into pieces"
-        )
-    return height, width, exif_rotated
-
-
-def _leave_out(left_out: list[dict[str, str]], path: epath.Path, error: UserError, log: bool = True) -> None:
-    """Names an image that is not used, and adds it to `left_out`."""
-    reason = str(error).removeprefix(f"{path} ")
-    left_out.append({"file": str(path), "reason": reason})
-    if log:
-        logger.warning(f"left out: {path} {reason}")
 
 
 class _Results:
@@ -313,7 +246,7 @@ class _Results:
                 )
             for picture in self._pictures:
                 entry, stamp = done.get(f"pictures/{picture.drawn}"), stamps.get(picture.drawn)
-                if entry is not None and entry["file"] == str(picture.path) and stamp == _stamp(picture.path):
+                if entry is not None and entry["file"] == str(picture.path) and stamp == file_stamp(picture.path):
                     self.add(picture, entry, stamp)
         if self._done:
             logger.info(f"{self.folder}: going on after {len(self._done)} of {self.total} images")
@@ -350,12 +283,6 @@ class _Results:
         content = self.content() | {"complete": complete} | ({} if complete else {"stamps": self._stamps})
         text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
         write_atomic(self.folder / self._file, text)
-
-
-def _stamp(path: epath.Path) -> list[int]:
-    """Size and time of a file, which tell whether it has changed."""
-    found = path.stat()
-    return [int(found.length), int(found.mtime)]
 
 
 @contextlib.contextmanager
@@ -426,8 +353,8 @@ def _detect(
     ))  # fmt: skip
     own = sum(map(len, groups))
 
-    def start(_: Sequence[Picture], read: list[_Read | ImageFileError]) -> Callable[[], list[Detections]]:
-        images = [each.pixels for each in read if isinstance(each, _Read)]
+    def start(_: Sequence[Picture], read: list[ReadPicture | ImageFileError]) -> Callable[[], list[Detections]]:
+        images = [each.pixels for each in read if isinstance(each, ReadPicture)]
         if query.kind == "names":
             return detector.categories_async(images, query.names)
         finish = detector.detect_async(images, [[query.prompts[0]]] * len(images))
@@ -437,40 +364,20 @@ def _detect(
     with tqdm(total=done + own, initial=done, desc="predict", unit="image",
               disable=not results.share.first or len(pictures) <= detector.batch_size,
               mininterval=0.2 if sys.stderr.isatty() else 30.0) as progress:  # fmt: skip
-        for group, read, found in pipelined(groups, _read, start):
+        for group, read, found in pipelined(groups, read_picture, start):
             of_images = iter(found)
             for picture, each in zip(group, read, strict=True):
                 if isinstance(each, ImageFileError):
-                    _leave_out(results.left_out, picture.path, each)
+                    leave_out(results.left_out, picture.path, each)
                     continue
-                entry = _entry(picture, next(of_images), least, each.notes)
+                entry = _entry(picture, next(of_images), least, each)
                 _draw(each.pixels, entry, query, results.folder)
                 results.add(picture, entry, each.stamp)
             results.save()
             progress.update(len(group))
 
 
-class _Read(NamedTuple):
-    """An image file that was decoded."""
-
-    stamp: list[int]
-    pixels: UInt8[np.ndarray, "H W 3"]
-    notes: tuple[str, ...]
-
-
-def _read(picture: Picture) -> _Read | ImageFileError:
-    """The image, or why it is left out. Raises ImageFileError for one that was named itself."""
-    try:
-        return _Read(_stamp(picture.path), *read_upright(picture.path))
-    except (ImageFileError, FileNotFoundError) as error:
-        if picture.alone:
-            raise
-        return ImageFileError(str(error))
-
-
-def _entry(
-    picture: Picture, found: Detections, least: Float32[np.ndarray, " n"], notes: Sequence[str]
-) -> dict[str, Any]:
+def _entry(picture: Picture, found: Detections, least: Float32[np.ndarray, " n"], read: ReadPicture) -> dict[str, Any]:
     """The entry of an image in predictions.json."""
     detections = [
         {
@@ -484,11 +391,12 @@ def _entry(
     ]
     return {
         "file": str(picture.path),
+        **({"frame": picture.frame, "seconds": read.seconds} if picture.video else {}),
         "height": picture.height,
         "width": picture.width,
         "turned": picture.exif_rotated,
         "drawn": f"pictures/{picture.drawn}",
-        **({"notes": list(notes)} if notes else {}),
+        **({"notes": list(read.notes)} if read.notes else {}),
         "detections": detections,
     }
 
@@ -503,6 +411,36 @@ def _draw(image: UInt8[np.ndarray, "H W 3"], entry: dict[str, Any], query: Query
     (folder / entry["drawn"]).write_bytes(drawing.png(drawing.draw_boxes(image, marks, scale)))
 
 
+def _folder(pictures: Sequence[Picture]) -> str:
+    """The folder that all images lie in; "" if there are several."""
+    folders = {str(picture.path.parent) for picture in pictures}
+    return folders.pop() if len(folders) == 1 else ""
+
+
+def _file_name(path: epath.Path, frame: str, folder: str) -> str:
+    """The name of an image in COCO's files; a frame has that of its drawn image."""
+    own = path.parent / frame if frame else path
+    return own.name if folder else str(own)
+
+
+def _write_coco(path: str, content: dict[str, Any], folder: str) -> None:
+    """Writes the content of predictions.json as COCO's results; a category is a phrase, phrases of the same text are one."""
+    texts = [phrase["text"] for phrase in content["phrases"]]
+    ids = {text: number for number, text in enumerate(dict.fromkeys(texts), 1)}
+    images = []
+    for number, entry in enumerate(content["images"], 1):
+        found, frame = entry["detections"], epath.Path(entry["drawn"]).name if "frame" in entry else ""
+        name = _file_name(epath.Path(entry["file"]), frame, folder)
+        about = {"id": number, "file_name": name, "height": entry["height"], "width": entry["width"]}
+        about |= {key: entry[key] for key in ("frame", "seconds") if key in entry} | (
+            {"video": entry["file"]} if frame else {}
+        )
+        boxes, scores = np.array([d["box"] for d in found]).reshape(-1, 4), [d["score"] for d in found]
+        rows = coco_files.result_rows(number, boxes, scores, [ids[texts[d["phrase"]]] for d in found])
+        images.append(coco_files.DetectedImage(about, rows))
+    coco_files.write(path, folder, [{"id": number, "name": text} for text, number in ids.items()], images)
+
+
 def _table(content: dict[str, Any], images: int = 8, rows: int = 10) -> str:
     """The detections as text: of few images each detection, of many a line for each phrase."""
     texts = [phrase["text"] for phrase in content["phrases"]]
@@ -511,7 +449,8 @@ def _table(content: dict[str, Any], images: int = 8, rows: int = 10) -> str:
     if len(content["images"]) <= images:
         for entry in content["images"]:
             found = entry["detections"]
-            lines.append(f"{entry['file']} ({entry['width']} x {entry['height']}): {len(found)} found")
+            at = f" at {entry['seconds']:.2f} s" if "seconds" in entry else ""
+            lines.append(f"{entry['file']}{at} ({entry['width']} x {entry['height']}): {len(found)} found")
             lines += [
                 f"  {texts[d['phrase']]:{width}}  {d['score']:.2f} = sqrt({d['alignment']:.2f} x {d['centerness']:.2f})"
                 f"  at {', '.join(f'{value:.0f}' for value in d['box'])}"

@@ -31,7 +31,7 @@ from glip_jax.weights.names import export_state
 
 __all__ = [
     "FORMATS", "ExportError", "Format", "full_state", "needed", "network_settings", "write", "write_glip_pth",
-    "write_huggingface", "write_onnx",
+    "write_huggingface", "write_onnx", "write_space",
 ]  # fmt: skip
 
 Format = Literal["glip-pth", "huggingface", "onnx"]
@@ -236,8 +236,17 @@ def write_huggingface(folder: Path, params: Mapping[str, Any], config: Config) -
     })  # fmt: skip
 
 
+def write_space(folder: Path, config: Config) -> None:
+    """Makes a folder of `write_huggingface` a Space of Hugging Face: app.py, requirements.txt, and the Space's head in README.md."""
+    shutil.copyfile(PORTABLE / "app.py", folder / "app.py")
+    (folder / "requirements.txt").write_text(_SPACE_REQUIREMENTS)
+    card = (folder / "README.md").read_text()
+    text = card.split("---\n", 2)[2]
+    (folder / "README.md").write_text(_SPACE_HEAD.format(name=json.dumps(config.name)) + text)
+
+
 def write_onnx(folder: Path, params: Mapping[str, Any], config: Config) -> None:
-    """A folder with model.onnx, vocab.txt and settings.json.
+    """A folder with model.onnx, vocab.txt, settings.json, and run_onnx.py, which runs it with NumPy and onnxruntime.
 
     The graph takes pixel_values [B 3 H W] (normalized, sides multiples of 32), input_ids and attention_mask [B T], and
     gives boxes [B A 4] (x1, y1, x2, y2 in its pixels), centerness [B A] and logits [B A T], with sinks of those behind the tokens;
@@ -278,8 +287,9 @@ def write_onnx(folder: Path, params: Mapping[str, Any], config: Config) -> None:
     _write_json(folder / "settings.json", {
         "format": "glip_jax onnx 1", **_input_settings(config), "separator": config.data.captions.separator,
         "max_tokens": config.model.text.max_tokens, "strides": config.model.pyramid.strides,
-        "detection": _detection_settings(config),
+        "names_per_prompt": config.evaluation.chunk, "detection": _detection_settings(config),
     })  # fmt: skip
+    shutil.copyfile(PORTABLE / "run_onnx.py", folder / "run_onnx.py")
 
 
 def _input_settings(config: Config) -> dict[str, Any]:
@@ -306,6 +316,25 @@ def _write_tokenizer(folder: Path, config: Config) -> None:
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
+
+_SPACE_REQUIREMENTS = """# The Space itself installs gradio, of the version that README.md says; elsewhere: pip install gradio
+torch>=2.6
+transformers>=5.0,<6
+pillow>=11
+numpy>=2.0,<3
+"""
+
+_SPACE_HEAD = """---
+title: {name}
+emoji: 🔎
+colorFrom: blue
+colorTo: green
+sdk: gradio
+sdk_version: 6.31.0
+app_file: app.py
+short_description: Finds whatever a text names
+---
+"""
 
 _CARD = """---
 library_name: transformers

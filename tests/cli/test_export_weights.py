@@ -166,7 +166,7 @@ def test_onnx_takes_other_sizes_and_batches(exported):
     np.testing.assert_allclose(found["centerness"], center, atol=1e-4)
     np.testing.assert_allclose(found["boxes"], boxes, atol=0.05)
     assert sorted(path.name for path in exported("onnx").iterdir()) == [
-        "model.onnx", "settings.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
+        "model.onnx", "run_onnx.py", "settings.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
     ]  # fmt: skip
 
 

@@ -242,6 +242,7 @@ class TestProcessor:
         for data in (*(case[0] for case in CASES), *(encoded(RGB, exif=exif) for exif[0x0112] in range(1, 9))):
             with Image.open(io.BytesIO(data)) as image:
                 np.testing.assert_array_equal(np.asarray(to_rgb(image)), upright(image))
+                np.testing.assert_array_equal(np.asarray(to_rgb(to_rgb(image))), upright(image), "as the pipeline does")
 
     def test_sizes_of_an_image_that_was_turned_are_refused(self):
         class Outputs:

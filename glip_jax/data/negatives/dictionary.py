@@ -16,7 +16,7 @@ from glip_jax.data.records import Record, RecordError
 from glip_jax.data.shards import Shards
 from glip_jax.structures.prompts import Tokenizer, clean_name, unread_names, words
 
-__all__ = ["Dictionary", "dictionary", "stems"]
+__all__ = ["DETERMINERS", "Dictionary", "dictionary", "stems"]
 
 _SAMPLED = 1024
 """Records of a source whose boxes are counted, evenly spaced: reading all would take as long as an epoch."""
@@ -26,11 +26,12 @@ _MOST_WORDS = 3
 _POWER = 0.5
 """Weight of a name: its number of boxes among the sampled records, plus one, to this power. 1: by frequency, 0: uniform."""
 
-_DETERMINERS = frozenset((
+DETERMINERS = frozenset((
     "a", "an", "the", "this", "that", "these", "those", "some", "any", "each", "every", "both", "all", "several", "many", "few", "more",
     "most", "other", "another", "such", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "his", "her", "its",
     "their", "my", "your", "our",
 ))  # fmt: skip
+"""Words at the begin of a phrase that are no part of the thing's name, numbers among them."""
 _PRONOUNS = frozenset((
     "it", "they", "them", "he", "him", "she", "i", "me", "we", "us", "you", "who", "whom", "which", "what", "where", "there", "here",
     "everyone", "everything", "someone", "something", "anyone", "anything", "nobody", "nothing", "none", "himself", "herself", "itself",
@@ -46,7 +47,7 @@ _SINGULAR = {
 @lru_cache(65536)
 def stems(text: str) -> frozenset[str]:
     """The words of a text without determiners and numbers, a plural as its singular: "Two red apples" and "the red apple" are equal."""
-    return frozenset(_stem(word) for word in words(clean_name(text)) if word.isalnum() and word not in _DETERMINERS)
+    return frozenset(_stem(word) for word in words(clean_name(text)) if word.isalnum() and word not in DETERMINERS)
 
 
 def _stem(word: str) -> str:
@@ -140,8 +141,8 @@ def _phrases(record: Record) -> list[str]:
 def _name(phrase: str) -> str:
     """A phrase as a name: in lower case, without the determiners at its begin; "" if it is none."""
     parts = clean_name(phrase).lower().split()
-    while parts and parts[0] in _DETERMINERS:
+    while parts and parts[0] in DETERMINERS:
         del parts[0]
-    if len(parts) > _MOST_WORDS or any(part in _PRONOUNS or part in _DETERMINERS for part in parts):
+    if len(parts) > _MOST_WORDS or any(part in _PRONOUNS or part in DETERMINERS for part in parts):
         return ""
     return " ".join(parts) if stems(" ".join(parts)) else ""

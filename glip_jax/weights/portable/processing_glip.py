@@ -367,6 +367,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         rgb = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
     else:
         rgb = image.convert("RGB")
+    rgb.info = {}  # the orientation, which would turn it again where it is given here once more
     turns = Image.Transpose
     order = (turns.FLIP_LEFT_RIGHT, turns.ROTATE_180, turns.FLIP_TOP_BOTTOM, turns.TRANSPOSE, turns.ROTATE_270,
              turns.TRANSVERSE, turns.ROTATE_90)  # fmt: skip
