@@ -136,12 +136,13 @@ def test_detections_are_those_of_the_detector_and_say_who_answers(client, servic
     assert ask(client, png(1, 60, 50), names="cat,dog", threshold="").json()["threshold"] == 0.3
 
 
-def test_nothing_is_compiled_after_the_start(client, service):
+def test_nothing_is_compiled_after_the_start(client, service, monkeypatch):
+    monkeypatch.setattr(service.batcher, "ratio", 1.0)  # a full batch is taken wherever two images wait
     before = dict(service.batcher.detector.compiled)
     for fields in ({"names": "cat"}, {"names": "cat,dog,person,bottle,cup,tree,a red cup,red car"}, {"text": "a red cup . two dogs"},
                    {"text": "a view of a red cup near a dog"}):  # fmt: skip
         for shape in ((64, 64), (500, 40), (30, 200)):
-            assert ask(client, png(2, *shape), **fields).status_code == 200
+            assert ask(client, *[png(2, *shape)] * 3, **fields).status_code == 200
     assert dict(service.batcher.detector.compiled) == before
 
 
