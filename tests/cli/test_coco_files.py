@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def listing(**images):
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 2, "name": "Schaf, groß"}]
 
 
-def read(path):
+def read(path) -> Any:
     """The results as pycocotools reads them, with the annotation file beside them."""
     with contextlib.redirect_stdout(io.StringIO()):
         return COCO(str(coco_files.annotation_file(str(path)))).loadRes(str(path))

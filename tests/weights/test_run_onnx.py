@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_the_selection_is_that_of_the_other_exports(runner, rule, sinks):
     import torch
 
     rng, made = np.random.default_rng(7), runner.Detector.__new__(runner.Detector)
-    settings = {
+    settings: dict[str, Any] = {
         "threshold": 0.3,
         "candidates_per_level": 40,
         "nms_iou": 0.5,
@@ -80,9 +81,8 @@ def test_the_selection_is_that_of_the_other_exports(runner, rule, sinks):
     phrases = np.zeros((3, 9), np.float32)
     phrases[0, 1:3] = phrases[1, 4] = phrases[2, 5:8] = 1
     found = made._best(boxes, centerness, logits, phrases, (60, 90), canvas)
-    wanted = best_detections(
-        *map(torch.from_numpy, (logits, boxes, centerness, phrases)), torch.tensor([60, 90]), [24, 6], **settings
-    )
+    given = [torch.from_numpy(array) for array in (logits, boxes, centerness, phrases)]
+    wanted = best_detections(given[0], given[1], given[2], given[3], torch.tensor([60, 90]), [24, 6], **settings)
     assert len(found[0]) > 10
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other.numpy(), atol=1e-6)

@@ -95,7 +95,7 @@ def test_what_cannot_be_asked_is_said(app, size, names, message):
 @pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed: pip install gradio")
 def test_the_page_is_built_and_its_functions_answer(app):
     """Without a server: the events' functions, and an error as a message of the page."""
-    import gradio
+    import gradio  # pyright: ignore[reportMissingImports]
 
     blocks = app.page()
     search, _, slide = (event.fn for event in blocks.fns.values())

@@ -62,7 +62,7 @@ def above(found: Found | None, threshold: float) -> tuple[tuple[Image.Image, lis
 
 def page() -> Any:
     """The page as a gradio.Blocks, which `launch` serves."""
-    import gradio
+    import gradio  # pyright: ignore[reportMissingImports]
 
     def search(image: Image.Image | None, names: str, threshold: float) -> tuple[Any, ...]:
         try:
