@@ -27,7 +27,8 @@ def test_the_wheel_holds_the_code_its_data_and_the_bundled_files(distribution, t
     command.ensure_finalized()
     held = {Path(file).relative_to(tmp_path).as_posix() for file in command.get_outputs(include_bytecode=False)}
     wanted = [path for path in (ROOT / "glip_jax").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    wanted += [ROOT / "gcs" / "sample" / "names.txt", *(ROOT / "gcs" / "manifests").iterdir()]
+    wanted += [ROOT / "gcs" / "sample" / name for name in ("names.txt", "descriptions.json", "LICENSE-unicode.txt")]
+    wanted += (ROOT / "gcs" / "manifests").iterdir()
     wanted += [path for path in (ROOT / "gcs" / "sample" / "pictures").rglob("*") if path.is_file()]
     wanted += (ROOT / "configs").rglob("*.py")
     names = {path.relative_to(ROOT).as_posix() for path in wanted}
