@@ -110,13 +110,15 @@ def test_presence_is_a_factor_of_the_alignment() -> None:
     phrase_map = np.array([[[0, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0]]], bool)
     present = found._replace(presence=np.array([[9, 3, -1, 30, -30, 9]], np.float32))
     model = dataclasses.replace(MODEL, head=dataclasses.replace(MODEL.head, presence=True))
-    config = DetectionConfig(threshold=0.0, nms_iou=1.0, max_detections=len(ANCHORS) * PHRASES)
+    # The threshold is one of the alignment without it, so the third phrase keeps its boxes, in their order.
+    config = DetectionConfig(threshold=0.2, nms_iou=1.0, max_detections=len(ANCHORS) * PHRASES)
     run = jax.jit(detect, static_argnums=(4, 5, 6))
     without = run(found, phrase_map, extent, extent, CANVAS, MODEL, config)
     having = run(present, phrase_map, extent, extent, CANVAS, model, config)
     factors = 1 / (1 + np.exp(-np.array([1.0, 30.0, -30.0])))
     for phrase, factor in enumerate(factors):
         own, plain = (np.asarray(d.alignment[0])[np.asarray(d.phrases[0]) == phrase] for d in (having, without))
+        assert len(own) > 3
         np.testing.assert_allclose(np.sort(own), np.sort(plain) * factor, rtol=1e-4)
 
 

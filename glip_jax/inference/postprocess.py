@@ -50,8 +50,8 @@ def detect(
 
     The alignment of a phrase at a location is the mean or maximum probability of its tokens (`config.token_scores`), the score
     the square root of alignment times centerness. The last `config.sinks` tokens belong to no phrase; locations that they fit better
-    than every phrase are left out. With `head.presence` the alignment has the probability that the image shows the phrase as a factor. Boxes: pixels
-    of the resized image, clipped to `size`; unused: phrase -1.
+    than every phrase are left out. With `head.presence` the alignment has the probability that the image shows the phrase as a factor, which
+    `threshold` does not see. Boxes: pixels of the resized image, clipped to `size`; unused: phrase -1.
     """
     anchors = box.anchors(canvas, model.pyramid.strides, model.anchors.sizes)
     weights = phrase_map / jnp.maximum(phrase_map.sum(-1, keepdims=True), 1)
@@ -68,11 +68,11 @@ def detect(
                 aligned = jnp.matmul(tokens, weights.T, precision=jax.lax.Precision.HIGHEST)
             else:  # phrase by phrase, for the memory
                 aligned = jax.lax.map(lambda own, tokens=tokens: jnp.where(own > 0, tokens, 0.0).max(-1), weights).T
-            candidate = valid[:, None]
+            candidate = (aligned > config.threshold) & valid[:, None]
             if config.sinks:
                 candidate &= aligned.max(1, keepdims=True) >= tokens[:, -config.sinks :].max(1, keepdims=True)
+            # After the threshold: a name that is nowhere likely keeps the order of its boxes.
             aligned = aligned if shown is None else aligned * shown
-            candidate &= aligned > config.threshold
             score = aligned * jax.nn.sigmoid(part.centerness[begin:end, None])
             score = jnp.where(candidate, score, 0.0).reshape(-1)
             best, index = jax.lax.top_k(score, min(config.candidates_per_level, score.shape[0]))
