@@ -38,6 +38,8 @@ pytestmark = pytest.mark.compiles
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = tiny_run.replace(tiny_run.config(), "evaluation", short_side=64, long_side=64, batch_size=2)
 CONFIG = tiny_run.replace(CONFIG, "detection", threshold=0.0, max_detections=6)
+# Prompts of several lengths.
+CONFIG = tiny_run.replace(CONFIG, "model", text=dataclasses.replace(CONFIG.model.text, max_tokens=96, positions=96))
 PARAMS = tiny_run.parameters(CONFIG.model)
 LIMITS = _limits(Serve(max_images=3, max_names=8, max_megabytes=1, body_seconds=2, seconds=20, queue=12))
 
@@ -139,7 +141,7 @@ def test_detections_are_those_of_the_detector_and_say_who_answers(client, servic
 def test_nothing_is_compiled_after_the_start(client, service, monkeypatch):
     monkeypatch.setattr(service.batcher, "ratio", 1.0)  # a full batch is taken wherever two images wait
     before = dict(service.batcher.detector.compiled)
-    for fields in ({"names": "cat"}, {"names": "cat,dog,person,bottle,cup,tree,a red cup,red car"}, {"text": "a red cup . two dogs"},
+    for fields in ({"names": "cat"}, {"names": ",".join(f"red traffic light number {n}" for n in range(8))}, {"text": "a red cup . two dogs"},
                    {"text": "a view of a red cup near a dog"}):  # fmt: skip
         for shape in ((64, 64), (500, 40), (30, 200)):
             assert ask(client, *[png(2, *shape)] * 3, **fields).status_code == 200
@@ -152,8 +154,8 @@ def test_several_images_give_a_list_and_an_array_is_an_image(client):
     assert first["detections"] == second["detections"] != third["detections"] and third["height"] == 40
 
 
-def test_requests_of_many_clients_share_batches_and_get_their_own_answers(client, service):
-    service.batcher.ratio = 1.0  # a full batch is taken wherever two images wait
+def test_requests_of_many_clients_share_batches_and_get_their_own_answers(client, service, monkeypatch):
+    monkeypatch.setattr(service.batcher, "ratio", 1.0)
     names = ("cat", "dog", "person", "cat,dog")
     alone = {
         (seed, each): ask(client, png(seed), names=each).json()["detections"] for seed in range(2) for each in names
@@ -417,19 +419,16 @@ def test_label_studio_gets_regions_in_percent_for_several_tasks(client):
     ).json()
     assert answer["model_version"] == version and len(answer["results"]) == 3
     assert answer["results"][1]["result"] == answer["results"][2]["result"] != []
-    (first, *_), whole = (
+    regions, whole = (
         answer["results"][0]["result"],
         ask(client, png(1, 40, 60), names="cat,red car", threshold="0.01").json(),
     )
-    assert len(answer["results"][0]["result"]) == len(whole["detections"])
-    x1, y1, x2, y2 = whole["detections"][0]["box"]
-    assert [first["value"][side] for side in ("x", "y", "width", "height")] == pytest.approx(
-        [x1 / 0.6, y1 / 0.4, (x2 - x1) / 0.6, (y2 - y1) / 0.4], abs=1e-6
-    )
-    assert (
-        first["value"]["rectanglelabels"] == [whole["detections"][0]["name"]]
-        and first["score"] == whole["detections"][0]["score"]
-    )
+    for region, found in zip(regions, whole["detections"], strict=True):
+        x1, y1, x2, y2 = found["box"]
+        sides = [region["value"][side] for side in ("x", "y", "width", "height")]
+        assert sides == pytest.approx([x1 / 0.6, y1 / 0.4, (x2 - x1) / 0.6, (y2 - y1) / 0.4], abs=1e-6)
+        assert (region["value"]["rectanglelabels"], region["score"]) == ([found["name"]], found["score"])
+    first = regions[0]
     assert (first["from_name"], first["to_name"], first["type"]) == ("box", "img", "rectanglelabels")
     assert (first["original_width"], first["original_height"]) == (60, 40)
     # A typed text is asked instead, and kept for the project.
