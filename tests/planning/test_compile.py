@@ -48,7 +48,9 @@ def test_the_abstract_batch_matches_a_training_batch(tmp_path):
     config = tiny_run.config(tiny_run.write_sources(tmp_path))
     real = next(iter(Mixture(config).batches(patches=config.model.patches)))
     abstract = abstract_batch(config, CANVAS, abstract_mesh(config, CHIPS))
-    assert [(x.shape, x.dtype) for x in jax.tree.leaves(abstract)] == [(x.shape, x.dtype) for x in jax.tree.leaves(real)]
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(abstract)] == [
+        (x.shape, x.dtype) for x in jax.tree.leaves(real)
+    ]
 
 
 @pytest.mark.slow
