@@ -128,9 +128,8 @@ class _Head(nn.Module):
         center = nn.Dense(1, dtype=jnp.float32, kernel_init=small_normal, precision=exact, name="centerness")
 
         visual = pack(levels)
-        self.sow(
-            "visual", "features", visual
-        )  # kept only where that collection is mutable: for the side loss on descriptions
+        # Kept only where that collection is mutable: for the side loss on descriptions.
+        self.sow("visual", "features", visual)
         per_anchor = jnp.repeat(scales, np.array([h * w for h, w in map(grid, levels)]))
         deltas = box(visual) * per_anchor[:, None]
         aligned = jnp.einsum("bac,btc->bat", visual, tokens.astype(visual.dtype), preferred_element_type=jnp.float32)
