@@ -21,7 +21,7 @@ _MOST = 16384
 
 class SegmentStates:
     """Encoded segments (`prompts.segment_ids`). A segment is encoded in a row of its own between [CLS] and [SEP], so its states do not depend on what
-    was asked with it or before, to the last bit.
+    was asked with it or before, but for rounding: rows are as long as the longest segment of a call.
     """
 
     def __init__(self, config: TextConfig) -> None:
