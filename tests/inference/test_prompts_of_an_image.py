@@ -73,7 +73,7 @@ def test_scores_do_not_depend_on_the_padding() -> None:
     short, long = _prompt(3), _prompt(40)
     ((alone,),) = detector.captions(images, [[short]])
     ((beside, _),) = detector.captions(images, [[short, long]])
-    assert {length for _, length, _ in detector._texts} == {32, 64} and len(alone.scores) > 20
+    assert {length for _, length, *_ in detector._texts} == {32, 64} and len(alone.scores) > 20
     np.testing.assert_allclose(beside.scores, alone.scores, rtol=1e-4)
     np.testing.assert_array_equal(beside.phrases[:10], alone.phrases[:10])
     # Images of one batch with prompts of two lengths: to the bit what each is alone.

@@ -1,5 +1,7 @@
 """Videos for tests, made with PyAV itself: gray frames whose brightness is their number, with a red corner at the top left."""
 
+from typing import Any
+
 import numpy as np
 
 STEP = 10
@@ -7,11 +9,11 @@ STEP = 10
 
 def write_video(path, frames=12, size=(64, 96), rate=4, codec="mpeg4", sound=False):
     """`size`: height and width; with `sound` a file of sound alone."""
-    import av  # pyright: ignore[reportMissingImports]
+    import av
 
     with av.open(str(path), "w") as out:
         if sound:
-            stream = out.add_stream("aac", rate=8000, layout="mono")
+            stream: Any = out.add_stream("aac", rate=8000, layout="mono")
             sample = av.AudioFrame.from_ndarray(np.zeros((1, 8192), np.float32), format="fltp", layout="mono")
             sample.sample_rate = 8000
             out.mux([*stream.encode(sample), *stream.encode()])

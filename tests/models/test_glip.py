@@ -36,7 +36,7 @@ def params() -> Any:
 def _gradients(model: ModelConfig, params: Any) -> tuple[Predictions, Any]:
     def loss(params: Any, inputs: Any) -> Any:
         found: Any = GLIP(model, train=True).apply({"params": params}, *inputs, rngs={"dropout": jax.random.key(0)})
-        return sum(jnp.sin(x).sum() for x in found), found
+        return sum(jnp.sin(x).sum() for x in jax.tree.leaves(found)), found
 
     gradients, found = jax.jit(jax.grad(loss, has_aux=True))(params, _inputs())
     return found, gradients

@@ -126,7 +126,8 @@ def test_presence_is_the_cross_entropy_of_what_the_image_shows() -> None:
     # Of image 0: tokens 0 and 1 have a box, the second though it is unlabelled; 2 is absent, 3 unknown, 4 padding. Of image 1 all three are absent.
     wanted = [-np.log(p[0, :2]).sum() - np.log(1 - p[0, 2]), -np.log(1 - p[1, :3]).sum()]
     np.testing.assert_allclose(found.presence, wanted, rtol=1e-5)
-    found, counted = jax.tree.map(jax.numpy.asarray, (found, Denominators(np.float32(4), np.float32(1))))
+    found = jax.tree.map(jax.numpy.asarray, found)
+    counted = Denominators(jax.numpy.asarray(4.0), jax.numpy.asarray(1.0))
     totals = [total_loss(found, counted, LossConfig(presence_weight=weight))[0] for weight in (0.0, 0.5)]
     np.testing.assert_allclose(totals[1] - totals[0], 0.5 * sum(wanted) / 4, rtol=1e-4)
 
