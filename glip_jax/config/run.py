@@ -71,6 +71,14 @@ class DetectionConfig:
     """States of the sinks before fusion: `random` numbers in the range of the text encoder's states, or the mean state of any other text."""
     sink_seed: Limit = 0
     """Which random numbers. `python -m benchmarks.sinks` compares seeds and texts on a few images."""
+    name_decay: Factor = 0.0
+    """How much a box of a list of names gives way to one of another name in its place that has a higher score: its score is multiplied by
+    (own / higher) to this power, a Soft-NMS between names. 0: names do not compete, as in the original. Phrases of captions never do."""
+    name_decay_iou: Fraction = 0.7
+    """IoU above which two boxes are in one place for `name_decay`."""
+    rivals: tuple[str, ...] = ()
+    """Names that are asked beside those of every list, and whose boxes are dropped: what they take by `name_decay` is not found under
+    a name that is not there. Costs their prompts."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ _ADDED_KEYS = {
     "model.head.presence": False, "model.head.positions": False, "loss.presence_weight": 1.0, "model.text.mask": "padding", "model.text.separators": [101, 102, 1012],
     "data.captions.hard_by": "letters", "data.captions.dictionary": 0.0, "data.captions.synonym_cosine": 0.5, "data.captions.look_alikes": 0.0,
     "data.captions.descriptions.file": "", "data.captions.descriptions.use": "none", "data.captions.descriptions.probability": 0.5,
-    "loss.description_weight": 0.0,
+    "loss.description_weight": 0.0, "detection.name_decay": 0.0, "detection.name_decay_iou": 0.7, "detection.rivals": [],
 }  # fmt: skip
 """Settings that saved runs may lack, with the value that describes what earlier versions did."""
 
@@ -54,6 +54,7 @@ _ADDED_AFTER_HASHES = (
     "model.head.presence", "model.head.positions", "loss.presence_weight", "model.text.mask", "model.text.separators",
     "data.captions.hard_by", "data.captions.dictionary", "data.captions.synonym_cosine", "data.captions.look_alikes",
     "data.captions.descriptions.file", "data.captions.descriptions.use", "data.captions.descriptions.probability", "loss.description_weight",
+    "detection.name_decay", "detection.name_decay_iou", "detection.rivals",
 )  # fmt: skip
 """Those of them that earlier versions did not hash."""
 

@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -33,7 +33,7 @@ from glip_jax.evaluation.recall import (
     phrase_recall,
 )
 from glip_jax.evaluation.shares import Share
-from glip_jax.inference import Detector, bucket, category_prompts, pipelined
+from glip_jax.inference import Detector, bucket, category_prompts, compete, pipelined
 from glip_jax.io import assets
 from glip_jax.io.image_files import ImageFileError, read_annotated
 from glip_jax.io.paths import OutsideError, check_paths, within
@@ -324,19 +324,23 @@ def detect_single_names(
     progress: bool = True,
     share: Share | None = None,
 ) -> dict[Any, Detections]:
-    """Detections of names each of which is the only one of its prompt.
+    """Detections of names each of which is asked alone: the only one of its prompt, but for `detection.rivals`.
 
     `asked`: by image id, indices into `truth.prompts`, which the phrases of the result are too. Otherwise as `evaluate_detection`.
     """
     entries = [entry for entry in truth.content["images"] if asked.get(entry["id"])]
     numbers = sorted({number for own in asked.values() for number in own})
-    prompts = {n: category_prompts([truth.prompts[n]], detector.tokenizer, config)[0][0] for n in numbers}
+    prompts = {n: category_prompts([truth.prompts[n]], detector.tokenizer, config) for n in numbers}
+
+    def each_name(numbers: Sequence[int], found: Iterator[Detections]) -> Iterator[Detections]:
+        for n in numbers:
+            parts = [_renumbered(next(found), np.where(np.array(indices) < 0, -1, n)) for _, indices in prompts[n]]
+            yield compete(_joined(parts), config.detection)
 
     def start(group: Sequence[dict[str, Any]], images: list[Any]) -> Callable[[], list[Detections]]:
         own = [asked[entry["id"]] for entry in group]
-        finish = detector.detect_async(images, [[prompts[n] for n in each] for each in own])
-        return lambda: [_joined([_renumbered(one, np.array([n])) for n, one in zip(each, found, strict=True)])
-                        for each, found in zip(own, finish(), strict=True)]  # fmt: skip
+        finish = detector.detect_async(images, [[prompt for n in each for prompt, _ in prompts[n]] for each in own])
+        return lambda: [_joined(list(each_name(each, iter(found)))) for each, found in zip(own, finish(), strict=True)]
 
     return _run(entries, detector, config, dataset, name, progress, start, None, share or Share())[0]
 

@@ -13,6 +13,7 @@ detections are those of one device. `pipelined` reads the next images meanwhile.
 
 from glip_jax.inference.detector import Detector, ImageDetections, bucket
 from glip_jax.inference.pipeline import pipelined
+from glip_jax.inference.postprocess import compete
 from glip_jax.inference.queries import (
     category_prompts,
     check_characters,
@@ -23,6 +24,6 @@ from glip_jax.inference.queries import (
 )
 
 __all__ = [
-    "Detector", "ImageDetections", "bucket", "category_prompts", "check_characters", "check_query", "chunk", "phrase_spans",
-    "pipelined", "sentence_spans",
+    "Detector", "ImageDetections", "bucket", "category_prompts", "check_characters", "check_query", "chunk", "compete",
+    "phrase_spans", "pipelined", "sentence_spans",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from PIL import Image
 
 from glip_jax.config import Config
 from glip_jax.inference.pipeline import pipelined
+from glip_jax.inference.postprocess import compete
 from glip_jax.inference.programs import ROWS, STEPS, WHOLE, programs
 from glip_jax.inference.queries import category_prompts, check_query, phrases_of
 from glip_jax.inference.segments import SegmentStates
@@ -315,7 +316,7 @@ class Detector:
         """Detections of category names, one entry per image; `phrases` are indices into `names`.
 
         Names that exceed the token budget of one prompt are split into several; each of these adds at most
-        `config.detection.max_detections` detections. Raises PromptError as `category_prompts`.
+        `config.detection.max_detections` detections. Names compete as `config.detection` says. Raises PromptError as `category_prompts`.
         """
         return self.categories_async(images, names)()
 
@@ -334,10 +335,10 @@ class Detector:
         """Starts images that are asked for different things, as `detect_async` does; one entry per image.
 
         `queries`: per image its prompts, each with the indices (numpy, integers) that its phrases get in the result. Prompts that are the
-        same object are encoded once.
+        same object are encoded once. A phrase with the index -1 is a rival: names compete with it (`compete`), its boxes are dropped.
         """
         finish = self._dispatch(images, queries)
-        return lambda: [_merge(parts) for parts in finish()]
+        return lambda: [compete(_joined(parts), self.config.detection) for parts in finish()]
 
     def caption(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], prompts_: Sequence[Prompt]) -> list[Detections]:
         """Detections of one prompt per image; `phrases` are indices into the phrases of that prompt.
@@ -544,8 +545,6 @@ def _cached(cache: OrderedDict[Any, Any], key: Any, make: Callable[[], Any], mos
     return cache[key]
 
 
-def _merge(parts: list[Detections]) -> Detections:
-    """Concatenated detections of several prompts, in order of descending score."""
-    whole = Detections(*(np.concatenate(fields) for fields in zip(*parts)))
-    order = np.argsort(-whole.scores, kind="stable")
-    return Detections(*(field[order] for field in whole))
+def _joined(parts: list[Detections]) -> Detections:
+    """The detections of several prompts, one prompt after the other."""
+    return Detections(*(np.concatenate(fields) for fields in zip(*parts)))

@@ -29,7 +29,7 @@ def category_prompts(
     """Prompts for `names`: each with the indices in `names` of its phrases.
 
     A prompt holds as many consecutive names, with their descriptions where `data.captions.descriptions.use` is `prompt`, as
-    `config.evaluation.chunk` and the token budget allow. Raises PromptError for a name that is empty after cleaning or exceeds the
+    `config.evaluation.chunk` and the token budget allow. `config.detection.rivals` that are no names follow, with the index -1. Raises PromptError for a name that is empty after cleaning or exceeds the
     budget alone, for an empty list and for a bad file of descriptions, AssetError where that is missing.
     """
     if not names:
@@ -37,12 +37,20 @@ def category_prompts(
     separator, budget = config.data.captions.separator, config.model.text.max_tokens
     settings = config.data.captions.descriptions
     found = read_descriptions(str(resolve(settings.file))) if settings.use == "prompt" else None
-    texts = ["" if found is None else found.in_prompt(name) for name in names]
-    chunks = chunk(names, tokenizer, budget, separator, config.evaluation.chunk, texts)
-    return [
-        (prompts.prompt_from_categories([names[i] for i in part], separator, [texts[i] for i in part]), tuple(part))
-        for part in chunks
+    if config.detection.rivals:
+        check_query(config.detection.rivals, tokenizer, "detection.rivals")
+    read = {tuple(tokenizer.encode(prompts.clean_name(name)).ids) for name in names}
+    rivals = [
+        name for name in config.detection.rivals if tuple(tokenizer.encode(prompts.clean_name(name)).ids) not in read
     ]
+    asked = [*names, *rivals]
+    texts = ["" if found is None else found.in_prompt(name) for name in asked]
+    chunks = chunk(asked, tokenizer, budget, separator, config.evaluation.chunk, texts)
+    return [
+        (prompts.prompt_from_categories([asked[i] for i in part], separator, [texts[i] for i in part]),
+         tuple(i if i < len(names) else -1 for i in part))
+        for part in chunks
+    ]  # fmt: skip
 
 
 def check_query(

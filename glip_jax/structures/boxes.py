@@ -26,13 +26,13 @@ def area(boxes: Float[Any, "*#n 4"], plus_one: bool = True) -> Float[Any, "*_"]:
     return (boxes[..., 2] - boxes[..., 0] + extra) * (boxes[..., 3] - boxes[..., 1] + extra)
 
 
-def iou(a: Float[Any, "*#n 4"], b: Float[Any, "*#n 4"]) -> Float[Any, "*_"]:
-    """Intersection over union of boxes with broadcastable shapes, inclusive corners."""
+def iou(a: Float[Any, "*#n 4"], b: Float[Any, "*#n 4"], plus_one: bool = True) -> Float[Any, "*_"]:
+    """Intersection over union of boxes with broadcastable shapes, inclusive corners; exclusive ones without `plus_one`."""
     xp = a.__array_namespace__()
-    sides = xp.minimum(a[..., 2:], b[..., 2:]) - xp.maximum(a[..., :2], b[..., :2]) + 1
+    sides = xp.minimum(a[..., 2:], b[..., 2:]) - xp.maximum(a[..., :2], b[..., :2]) + (1 if plus_one else 0)
     sides = xp.maximum(sides, xp.zeros_like(sides))
     overlap = sides[..., 0] * sides[..., 1]
-    return overlap / (area(a) + area(b) - overlap)
+    return overlap / (area(a, plus_one) + area(b, plus_one) - overlap)
 
 
 def pairwise_iou(a: Float[Any, "n 4"], b: Float[Any, "m 4"]) -> Float[Any, "n m"]:

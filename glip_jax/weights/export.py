@@ -120,8 +120,9 @@ def _with_sinks(config: Config) -> dict[str, Any]:
 
 
 def _detection_settings(config: Config) -> dict[str, Any]:
-    """Arguments of `portable.processing_glip.best_detections`; what the sinks say is of the network."""
-    return {name: value for name, value in dataclasses.asdict(config.detection).items() if not name.startswith("sink_")}
+    """Arguments of `portable.processing_glip.best_detections`; what the sinks say is of the network, rivals are asked by the caller."""
+    given = dataclasses.asdict(config.detection).items()
+    return {name: value for name, value in given if not name.startswith("sink_") and name != "rivals"}
 
 
 def _buffers(model: ModelConfig) -> dict[str, Shaped[np.ndarray, "..."]]:

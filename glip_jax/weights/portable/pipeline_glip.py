@@ -77,12 +77,19 @@ class GlipPipeline(ZeroShotObjectDetectionPipeline):
     ) -> list[dict[str, Any]]:
         """Detections of an image, best first: score, label (as it was given), box (xmin, ymin, xmax, ymax)."""
         processor: Any = self.processor
-        results = []
+        names, found = list[str](), list[dict[str, Any]]()
         for part in model_outputs:
-            (found,) = processor.post_process_grounded_object_detection(
-                part["outputs"], threshold=threshold, target_sizes=part["target_size"], text_labels=[part["names"]]
+            # Names compete over all prompts, by their scores of before.
+            (each,) = processor.post_process_grounded_object_detection(
+                part["outputs"], threshold=0.0, target_sizes=part["target_size"], name_decay=0.0
             )
-            for score, label, box in zip(found["scores"].tolist(), found["text_labels"], found["boxes"]):
-                results.append({"score": score, "label": label, "box": self._get_bounding_box(box)})
-        results.sort(key=lambda result: -result["score"])
+            found.append(each | {"labels": each["labels"] + len(names)})
+            names += part["names"]
+        boxes, scores, labels = (torch.cat([each[field] for each in found]) for field in ("boxes", "scores", "labels"))
+        boxes, scores, labels = processor.compete(boxes, scores, labels)
+        results = [
+            {"score": score, "label": names[label], "box": self._get_bounding_box(box)}
+            for box, score, label in zip(boxes, scores.tolist(), labels.tolist())
+            if score > threshold
+        ]
         return results[:top_k] if top_k else results

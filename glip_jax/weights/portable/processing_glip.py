@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     # transformers copies what a module imports where it saves the module: the pipeline goes with its processor.
     from .pipeline_glip import GlipPipeline  # noqa: F401
 
-__all__ = ["GlipImageProcessor", "GlipProcessor", "best_detections"]
+__all__ = ["GlipImageProcessor", "GlipProcessor", "best_detections", "compete"]
 
 
 class GlipImageProcessor(BaseImageProcessor):
@@ -272,12 +272,14 @@ class GlipProcessor(ProcessorMixin):
         text_threshold: float | None = None,  # noqa: ARG002
         target_sizes: Any = None,
         text_labels: Sequence[Sequence[str]] | None = None,
+        name_decay: float | None = None,
     ) -> list[dict[str, Any]]:
         """Detections of each image, best first: scores [D], boxes [D 4], labels [D] (phrase numbers), text_labels.
 
         A score is the square root of alignment times centerness; only those above `threshold` are returned. Boxes are x1,
         y1, x2, y2 in pixels of `target_sizes` (height, width) if given, else of the processed image. `text_labels` replace
-        the texts of the phrases; `text_threshold` is not used, since the tokens of a phrase are known.
+        the texts of the phrases; `text_threshold` is not used, since the tokens of a phrase are known. `name_decay`: of
+        `compete`, as it was exported by default; 0 for captions, whose phrases may be of one object.
         """
         results = []
         levels = outputs.level_sizes.tolist()
@@ -291,7 +293,8 @@ class GlipProcessor(ProcessorMixin):
                 outputs.image_sizes[row],
             )
             target = None if target_sizes is None else target_sizes[row]
-            found = _detections(fields, levels, self.detection, threshold, target)
+            settings = self.detection if name_decay is None else {**self.detection, "name_decay": name_decay}
+            found = _detections(fields, levels, settings, threshold, target)
             if text_labels is not None:
                 words = list(text_labels[row])
             else:
@@ -299,6 +302,10 @@ class GlipProcessor(ProcessorMixin):
                 words = [self.tokenizer.decode(ids[phrase > 0]) for phrase in share]
             results.append(found | {"text_labels": [words[label] for label in found["labels"].tolist()]})
         return results
+
+    def compete(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`compete` by the exported settings, for detections of several prompts whose `labels` are those of all names."""
+        return compete(boxes, scores, labels, **{k: v for k, v in self.detection.items() if k.startswith("name_decay")})
 
 
 _ALONE = re.compile(r"(?<!\S)\.(?!\S)")
@@ -322,8 +329,9 @@ def _detections(
 
     Boxes are in pixels of `target` (height, width) if given.
     """
-    size = fields[-1]
-    boxes, scores, labels = best_detections(*fields, level_sizes=levels, **settings)
+    size, settings = fields[-1], dict(settings)
+    decay = settings.pop("name_decay", 0.0), settings.pop("name_decay_iou", 0.7)
+    boxes, scores, labels = compete(*best_detections(*fields, level_sizes=levels, **settings), *decay)
     keep = scores > threshold
     boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
     if target is not None:
@@ -428,3 +436,21 @@ def best_detections(
         alive[best] = False
     order = torch.tensor(result, dtype=torch.long, device=boxes.device)
     return box[order], score[order], phrase[order]
+
+
+def compete(
+    boxes: Tensor, scores: Tensor, labels: Tensor, name_decay: float = 0.0, name_decay_iou: float = 0.7
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes [D 4], scores [D] and labels [D], best first, after the names have competed.
+
+    A score is multiplied by (own / highest)^name_decay: the highest of the boxes of other names whose IoU with it is above
+    `name_decay_iou`, if that is higher.
+    """
+    if name_decay and len(scores):
+        sides = torch.minimum(boxes[:, None, 2:], boxes[:, 2:]) - torch.maximum(boxes[:, None, :2], boxes[:, :2])
+        overlap, area = sides.clamp(min=0).prod(-1), (boxes[:, 2:] - boxes[:, :2]).prod(-1)
+        near = (overlap / (area[:, None] + area - overlap) > name_decay_iou) & (labels[:, None] != labels)
+        highest = torch.maximum(torch.where(near, scores, torch.zeros_like(scores)).amax(1), scores)
+        scores = torch.where(highest > 0, scores * (scores / highest) ** name_decay, scores)
+    order = scores.argsort(descending=True, stable=True)
+    return boxes[order], scores[order], labels[order]

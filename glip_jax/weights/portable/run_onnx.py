@@ -52,6 +52,7 @@ class Detector:
             )
             found.append((*best[:2], np.array(part)[best[2]]))
         boxes, scores, labels = map(np.concatenate, zip(*found))
+        scores = self._competed(boxes, scores, labels)
         order = np.argsort(-scores, kind="stable")
         order = order[scores[order] > threshold]
         scale = np.array([image.width / size[1], image.height / size[0]] * 2, np.float32)
@@ -149,6 +150,15 @@ class Detector:
             alive &= (overlap / (area + area[best] - overlap) <= s["nms_iou"]) | (labels != labels[best])
             alive[best] = False
         return boxes[result], np.sqrt(scores.flat[chosen[result]]).astype(np.float32), labels[result]
+
+    def _competed(self, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Scores times (own / highest)^name_decay: the highest of the boxes of other names in the same place, if that is higher."""
+        s = self.settings["detection"]
+        sides = np.minimum(boxes[:, None, 2:], boxes[:, 2:]) - np.maximum(boxes[:, None, :2], boxes[:, :2])
+        overlap, area = np.maximum(sides, 0).prod(2), (boxes[:, 2:] - boxes[:, :2]).prod(1)
+        near = (overlap > s["name_decay_iou"] * (area[:, None] + area - overlap)) & (labels[:, None] != labels)
+        highest = np.maximum(np.where(near, scores, 0).max(1, initial=0), np.maximum(scores, 1e-9))
+        return (scores * (scores / highest) ** s["name_decay"]).astype(np.float32)
 
 
 def clean(name: str) -> str:
