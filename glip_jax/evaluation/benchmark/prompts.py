@@ -56,10 +56,13 @@ Parts = list[tuple[Prompt, tuple[Any, ...]]]
 
 
 def mode_config(config: Config, mode: PromptMode) -> Config:
-    """`config` with the input size, boxes kept, threshold, token scores and names per prompt of `mode`."""
+    """`config` with the input size, boxes kept, threshold, token scores and names per prompt of `mode`.
+
+    Names do not compete (`detection.name_decay`), as in the published numbers.
+    """
     detection = dataclasses.replace(
-        config.detection, threshold=mode.threshold, max_detections=mode.boxes, token_scores=mode.token_scores
-    )
+        config.detection, threshold=mode.threshold, max_detections=mode.boxes, token_scores=mode.token_scores, name_decay=0.0, rivals=()
+    )  # fmt: skip
     evaluation = dataclasses.replace(
         config.evaluation, short_side=mode.short_side, long_side=mode.long_side, chunk=mode.chunk
     )
