@@ -115,9 +115,9 @@ def write(path: str, folder: str, categories: Sequence[dict[str, Any]], images: 
                 comma, count = "," if count else "", count + 1
                 area = round(row["bbox"][2] * row["bbox"][3], 2)
                 results.write(f"{comma}\n{json.dumps(row, allow_nan=False)}")
-                annotations.write(
-                    f"{comma}\n{json.dumps({'id': count, **row, 'area': area, 'iscrowd': 0}, allow_nan=False)}"
-                )
+                # CVAT's reader takes no annotation without a segmentation.
+                full = {"id": count, **row, "segmentation": [], "area": area, "iscrowd": 0}
+                annotations.write(f"{comma}\n{json.dumps(full, allow_nan=False)}")
         results.write("]\n")
         annotations.write("]")
         about = {"description": "detections by glip_jax, not made by people", "image_folder": folder}

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import http.client
 import io
 import json
 import os
@@ -81,6 +82,8 @@ def server(service, tmp_path_factory):
     (files / "upload").mkdir()
     Image.fromarray(pixels(1)).save(files / "upload" / "one.png")
     (files / "link.png").symlink_to("/etc/hostname")
+    (files / ".env").write_text("SECRET_KEY=abc")
+    (files / "large.png").write_bytes(bytes(LIMITS.bytes_ + 1))
     running = Running(service, hosts=("127.0.0.1",), files=str(files))
     yield running
     running.stop()
@@ -262,11 +265,60 @@ def test_too_much_is_refused_and_what_is_no_form(client):
         "parsing the body",
     )
     refused(client.get("/detect"), 405, "Method Not Allowed")
-    refused(client.get("/page/../app.py"), 404, "Not Found")
+    values = b'{"names": [' + b"0," * 300_000 + b"0]}"
+    refused(
+        client.post("/labels", content=values, headers={"content-type": "application/json"}),
+        413,
+        "the body has more than 200,000 values",
+    )
+
+
+def test_no_file_beside_those_of_the_page_is_served(server):
+    host, port = server.address.removeprefix("http://").split(":")
+    for path in (
+        "../app.py",
+        "..%2fapp.py",
+        "%2e%2e/app.py",
+        "..%5capp.py",
+        "/etc/hostname",
+        "%2fetc%2fhostname",
+        "%00",
+        "examples",
+    ):
+        connection = http.client.HTTPConnection(host, int(port), timeout=20)  # httpx would make the path plain
+        connection.request("GET", f"/page/{path}")
+        answer = connection.getresponse()
+        assert (answer.status, answer.read()) == (404, b'{"error":"Not Found"}'), path
+        connection.close()
+
+
+def test_a_page_of_another_site_cannot_use_the_server(client, server):
+    """Neither under a name of its own, whose answers it could read, nor under the server's, as a form that asks without reading."""
     refused(
         client.get("/health", headers={"host": "attacker.example"}),
         400,
         "the Host 'attacker.example' is not this server's",
+    )
+    form = {"files": {"image": png()}, "data": {"names": "cat"}}
+    for origin in ("http://attacker.example", "null", "http://127.0.0.1:1", "http://127.0.0.1", server.address.replace("http:", "https:"),
+                   server.address + ".attacker.example"):  # fmt: skip
+        answer = client.post("/detect", headers={"origin": origin}, **form)
+        refused(
+            answer,
+            403,
+            f"a page of '{re.escape(origin)[:20]}.* may not ask this server: expected the Origin {server.address}, or none",
+        )
+        assert (
+            answer.headers["cross-origin-resource-policy"] == "same-origin"
+            and "access-control-allow-origin" not in answer.headers
+        )
+    assert client.post("/detect", headers={"origin": server.address}, **form).status_code == 200
+    refused(
+        client.options(
+            "/detect", headers={"origin": "http://attacker.example", "access-control-request-method": "POST"}
+        ),
+        403,
+        "may not ask",
     )
 
 
@@ -360,7 +412,7 @@ def service_without_thread(service):
 def test_a_fault_of_the_detector_is_500_for_its_batch_alone(client, service, monkeypatch, caplog):
     monkeypatch.setattr(service.batcher.single, "queries_async", lambda *_: 1 / 0)
     refused(ask(client, png(), names="cat"), 500, "a fault of the server, whose log has the traceback")
-    assert "ZeroDivisionError" in caplog.text
+    assert "ZeroDivisionError" in caplog.text and "POST '/detect'" in caplog.text
     monkeypatch.undo()
     assert ask(client, png(), names="cat").status_code == 200
 
@@ -391,98 +443,6 @@ def test_a_token_is_asked_for(server, service):
                 assert ask(client, png(), names="cat").status_code == 200
     finally:
         guarded.stop()
-
-
-INTERFACE = """<View><Image name="img" value="$image"/>
-<RectangleLabels name="box" toName="img"><Label value="cat"/><Label value="red car"/></RectangleLabels>
-<TextArea name="prompt" toName="img"/></View>"""
-
-
-def predict(client, *addresses, interface=INTERFACE, **more):
-    tasks = [{"id": number, "data": {"image": address}} for number, address in enumerate(addresses, 1)]
-    return client.post("/predict", json={"tasks": tasks, "label_config": interface, "project": "7.1", **more})
-
-
-def typed(text):
-    return {"context": {"result": [{"from_name": "prompt", "type": "textarea", "value": {"text": [text]}}]}}
-
-
-def test_label_studio_gets_regions_in_percent_for_several_tasks(client):
-    version = client.post(
-        "/setup", json={"project": "7.1", "schema": INTERFACE, "hostname": "x", "access_token": "y"}
-    ).json()["model_version"]
-    assert version == "tiny 000000000000" and client.get("/health").json()["status"] == "UP"
-    low = INTERFACE.replace('toName="img">', 'toName="img" model_score_threshold="0.01">', 1)
-    carried = "data:image/png;base64," + base64.b64encode(png(1, 40, 60)).decode()
-    answer = predict(
-        client, carried, "/data/upload/one.png", "/data/local-files/?d=upload%2Fone.png", interface=low
-    ).json()
-    assert answer["model_version"] == version and len(answer["results"]) == 3
-    assert answer["results"][1]["result"] == answer["results"][2]["result"] != []
-    regions, whole = (
-        answer["results"][0]["result"],
-        ask(client, png(1, 40, 60), names="cat,red car", threshold="0.01").json(),
-    )
-    for region, found in zip(regions, whole["detections"], strict=True):
-        x1, y1, x2, y2 = found["box"]
-        sides = [region["value"][side] for side in ("x", "y", "width", "height")]
-        assert sides == pytest.approx([x1 / 0.6, y1 / 0.4, (x2 - x1) / 0.6, (y2 - y1) / 0.4], abs=1e-6)
-        assert (region["value"]["rectanglelabels"], region["score"]) == ([found["name"]], found["score"])
-    first = regions[0]
-    assert (first["from_name"], first["to_name"], first["type"]) == ("box", "img", "rectanglelabels")
-    assert (first["original_width"], first["original_height"]) == (60, 40)
-    # A typed text is asked instead, and kept for the project.
-    labels = [{label for region in predict(client, carried, interface=low, **more).json()["results"][0]["result"] for label in region["value"]["rectanglelabels"]}
-              for more in ({"params": typed("a red car . a cat")}, {})]  # fmt: skip
-    assert labels[0] == labels[1] <= {"cat", "red car"} and labels[0]
-    refused(
-        predict(client, carried, params=typed("two dogs")), 422, "the text's phrase 'two dogs' is none of the 2 labels"
-    )
-    predict(client, carried, interface=low, params=typed("a cat"))
-
-
-@pytest.mark.parametrize(
-    ("address", "status", "text"),
-    [
-        ("http://10.0.0.1/secret.png", 422, "task 1: image is an address of another host or storage, which is never fetched"),
-        ("s3://bucket/a.png", 422, "never fetched"),
-        ("file:///etc/passwd", 422, "never fetched"),
-        ("//host/a.png", 422, "never fetched"),
-        ("/data/upload/../../etc/passwd", 422, "names no file below the folder"),
-        ("/data/local-files/?d=%2Fetc%2Fpasswd", 422, "names no file below the folder"),
-        ("link.png", 422, "names no file below the folder"),
-        ("upload/one.png\0", 422, "names no file below the folder"),
-        ("", 422, "is not there"),
-        (7, 422, "is not there"),
-        ("data:image/png;base64,!!!", 422, "whose base64 is damaged"),
-        ("data:image/png;base64,aGVsbG8=", 415, "is no image that can be read"),
-    ],
-)  # fmt: skip
-def test_label_studio_images_are_carried_or_below_the_folder(client, address, status, text):
-    refused(predict(client, address, project="other"), status, text)
-
-
-def test_label_studio_interfaces_that_draw_no_boxes_are_refused(client, service):
-    bomb = '<!DOCTYPE a [<!ENTITY b "bb"><!ENTITY c "&b;&b;">]><View>&c;</View>'
-    for interface, text in ((bomb, "is no XML"), ("<View", "is no XML"), ("<View/>", "has no <RectangleLabels>"),
-                            (INTERFACE.replace('toName="img"', 'toName="x"'), "names no <Image>"),
-                            (INTERFACE.replace('toName="img">', 'toName="img" model_score_threshold="high">', 1), "expected 0 <= threshold < 1")):  # fmt: skip
-        refused(client.post("/validate", json={"config": interface}), 422, text)
-        refused(predict(client, "upload/one.png", interface=interface, project="o"), 422, text)
-    bare = INTERFACE.replace('<Label value="cat"/><Label value="red car"/>', "")
-    refused(predict(client, "upload/one.png", interface=bare, project="o"), 422, "has no <Label> to ask for")
-    refused(client.post("/predict", json={"tasks": []}), 422, "label_config: Field required")
-    assert client.post("/validate", json={"config": INTERFACE}).status_code == 200
-    without = Running(service_without_thread(service))
-    try:
-        with httpx.Client(base_url=without.address) as other:
-            refused(
-                predict(other, "upload/one.png"),
-                422,
-                "this server reads no files: start it with --label-studio-files=DIR",
-            )
-    finally:
-        without.stop()
 
 
 @pytest.fixture(scope="module")

@@ -149,6 +149,25 @@ def test_hover_chips_keys_and_downloads(page):
     assert chips.count() == 1 and "dog" in chips.text_content()
 
 
+def test_an_image_is_dropped_pasted_or_taken_from_the_examples(page):
+    hand_in = """([data, kind]) => {
+      const transfer = new DataTransfer();
+      transfer.items.add(new File([new Uint8Array(data)], `${kind}.png`, { type: "image/png" }));
+      document.dispatchEvent(kind === "drop" ? new DragEvent(kind, { dataTransfer: transfer, cancelable: true })
+        : new ClipboardEvent(kind, { clipboardData: transfer }));
+    }"""
+    type_names(page, "cat")
+    for kind, seed in (("drop", 6), ("paste", 7)):
+        with page.expect_response("**/detect") as answered:
+            page.evaluate(hand_in, [list(png(seed)), kind])
+        sync_api.expect(page.locator("#picture")).to_have_attribute("alt", f"{kind}.png")
+        assert answered.value.status == 200 and answered.value.json()["phrases"] == ["cat"]
+    with page.expect_response("**/detect") as answered:
+        page.click("#examples button")
+    assert answered.value.json()["phrases"] == ["owl", "grapes", "bowling pins", "snail"]
+    sync_api.expect(page.locator("#chips li")).to_have_count(4)
+
+
 def test_errors_are_shown_and_go_away(page):
     type_names(page, "cat")
     upload(page, b"no image at all")

@@ -1,6 +1,14 @@
-"""`export --space`: the folder alone serves a page; app.py runs without the page being launched."""
+"""`export --space`: the folder alone serves a page; its functions, and, where gradio and a chromium are, `python app.py` in a browser."""
 
+import contextlib
 import importlib.util
+import io
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -92,7 +100,13 @@ def test_what_cannot_be_asked_is_said(app, size, names, message):
         app.detect(size and Image.new("L", size), names)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed: pip install gradio")
+WITH_GRADIO = pytest.mark.skipif(
+    importlib.util.find_spec("gradio") is None, reason="gradio is not installed: pip install gradio"
+)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@WITH_GRADIO
 def test_the_page_is_built_and_its_functions_answer(app):
     """Without a server: the events' functions, and an error as a message of the page."""
     import gradio  # pyright: ignore[reportMissingImports]
@@ -106,6 +120,77 @@ def test_the_page_is_built_and_its_functions_answer(app):
     )
     with pytest.raises(gradio.Error, match="nothing to look for"):
         search(image, "", 0.1)
+
+
+@contextlib.contextmanager
+def served(folder, log):
+    """The address of `python app.py` of the folder, in a process of its own, without the network."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {
+        "GRADIO_SERVER_PORT": address.rpartition(":")[2],
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "HF_HUB_OFFLINE": "1",
+    }
+    deadline = time.monotonic() + 240
+    with log.open("w") as stream, contextlib.ExitStack() as ended:
+        while "public link" not in log.read_text():
+            process = subprocess.Popen(
+                [sys.executable, "app.py"], cwd=folder, env=environment, stdout=stream, stderr=subprocess.STDOUT
+            )
+            ended.callback(process.wait)
+            ended.callback(process.terminate)
+            while process.poll() is None and "public link" not in log.read_text():
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+            # On a busy machine gradio gives up after three seconds without an answer of its own.
+            assert process.poll() is None or "localhost is not accessible" in log.read_text(), log.read_text()
+        yield address
+
+
+@WITH_GRADIO
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium")
+def test_the_page_in_a_browser(folder, app, tmp_path):
+    """`python app.py` as the Space runs it: an image and names in, boxes where the pipeline finds them, the slider, an error."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: requirements-test.txt")
+    pixels = np.random.default_rng(1).integers(0, 256, (64, 96, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    detections = app.model()(str(tmp_path / "photo.png"), candidate_labels=["cat", "dog"], threshold=app.LOWEST)
+    scores = sorted(each["score"] for each in detections)
+    least = round((scores[-3] + scores[-4]) / 2, 2)
+    kept = [each for each in detections if each["score"] >= least]
+    assert 0 < len(kept) < len(detections)
+    with served(folder, tmp_path / "log") as address, sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page.goto(address, timeout=120_000)
+        page.get_by_role("button", name="search").click()
+        sync_api.expect(page.get_by_text("no image: drop one")).to_be_visible(timeout=120_000)
+        page.set_input_files("input[type=file]", str(tmp_path / "photo.png"))
+        sync_api.expect(page.get_by_test_id("image").locator("img")).to_be_visible(timeout=120_000)
+        page.get_by_label("look for").fill("cat, dog")
+        page.get_by_label("look for").press("Enter")
+        sync_api.expect(page.get_by_text("nothing found with a score of 0.3 or more")).to_be_visible(timeout=120_000)
+        number = page.get_by_label("number input for lowest score")
+        number.fill(str(least))
+        number.press("Enter")
+        text = app.above((None, detections), least)[1]
+        sync_api.expect(page.get_by_text(text, exact=True)).to_be_visible(timeout=120_000)
+        masks = [
+            np.asarray(Image.open(io.BytesIO(page.request.get(mask.get_attribute("src")).body())).convert("RGBA"))[
+                ..., 3
+            ]
+            for mask in page.locator("img.mask").all()
+        ]
+        browser.close()
+    for mask, found in zip(masks, kept, strict=True):
+        rows, columns = np.nonzero(mask)
+        drawn = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert mask.shape == (64, 96) and drawn == pytest.approx(
+            [found["box"][side] for side in ("xmin", "ymin", "xmax", "ymax")], abs=1
+        )
 
 
 def test_another_format_has_no_page(workdir, tmp_path, capsys):

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -153,20 +153,22 @@ def _say_errors(app: FastAPI) -> None:
     """One field `error` for every error."""
     statuses: dict[type[UserError], int] = {UnknownLabelsError: 404, QueueFullError: 429}
 
+    def said(text: str, status: int, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        # What a client sent may hold halves of characters, which no encoding of the answer has.
+        return JSONResponse({"error": text.encode(errors="backslashreplace").decode()}, status, headers)
+
     @app.exception_handler(StarletteHTTPException)
     async def refused(_: Request, error: StarletteHTTPException) -> JSONResponse:
-        return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
+        return said(str(error.detail), error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         faults = [f"{'.'.join(map(str, each['loc'][1:])) or 'body'}: {each['msg']}" for each in error.errors()]
-        return JSONResponse({"error": "; ".join(faults[:5])}, 422)
+        return said("; ".join(faults[:5]), 422)
 
     @app.exception_handler(UserError)
     async def user_error(_: Request, error: UserError) -> JSONResponse:
         status = statuses.get(type(error), 422)
         if isinstance(error, ImageFileError):
             status = 413 if error.kind == "large" else 415 if error.reason.startswith("is no image") else 422
-        return JSONResponse(
-            {"error": " ".join(str(error).split())}, status, {"retry-after": "1"} if status == 429 else None
-        )
+        return said(" ".join(str(error).split()), status, {"retry-after": "1"} if status == 429 else None)

@@ -21,8 +21,11 @@ logger = logging.getLogger(__name__)
 
 _OPEN = ("/", "/health", "/openapi.json")
 """Paths without a token, beside those of the page: they tell nothing that is secret."""
+_VALUES = 200_000
+"""Values of a body in JSON, which is parsed while nothing else is answered: 32 MB of short ones take half a minute."""
 _HEADERS = (
     (b"content-security-policy", b"default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"),
+    (b"cross-origin-resource-policy", b"same-origin"),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 )  # fmt: skip
@@ -31,13 +34,16 @@ _HEADERS = (
 class Guard:
     """ASGI middleware.
 
-    401 without the token, 500 for a fault of the application, 400 for a foreign Host, 429 for more requests at a time than the queue has places, 413 for a body that is too large, 408 for one
-    that does not end.
+    400 for a foreign Host, 403 for a request that a page of another site makes, 401 without the token, 429 for more requests at a time than the queue
+    has places, 413 for a body that is too large, 408 for one that does not end, 500 for a fault of the application.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, token: str = "", hosts: Sequence[str] = ()) -> None:
-        """`token`: "" for none. `hosts`: names that the server answers to; () for any. A page of another site can make a browser ask a server on
-        loopback under a name of its own ("DNS rebinding"), and would read the answer.
+        """`token`: "" for none. `hosts`: names that the server answers to; () for any.
+
+        A page of another site can make a browser ask a server on loopback: under a name of its own ("DNS rebinding"), and would read the answer; or
+        under the server's name, and would use it without reading the answer. So with `hosts` the Host must be one of them, and the Origin, where a
+        browser sends one, the server's own. A token makes both needless: such a page does not have it.
         """
         self.app, self.limits, self.token, self.hosts = app, limits, token, hosts
         self.requests = 0
@@ -75,9 +81,11 @@ class Guard:
             return
         self.requests += has_body
         try:
-            await self.app(scope, self._limited(receive) if has_body else receive, send_guarded)
+            json = "json" in headers.get("content-type", "").lower()
+            await self.app(scope, self._limited(receive, json) if has_body else receive, send_guarded)
         except Exception:
-            logger.exception(f"{scope['method']} {scope['path']}: a fault of the server")
+            # The path may have line ends, which would make lines of the log.
+            logger.exception(f"{scope['method']} {scope['path']!r:.200}: a fault of the server")
             if started:
                 raise
             await JSONResponse({"error": "a fault of the server, whose log has the traceback"}, 500)(
@@ -95,6 +103,9 @@ class Guard:
                 host = None
             if host not in self.hosts:
                 return 400, f"the Host {host!r:.60} is not this server's: expected {' or '.join(self.hosts)}"
+            origin, own = headers.get("origin"), f"http://{headers['host']}"
+            if origin not in (None, own):
+                return 403, f"a page of {origin!r:.60} may not ask this server: expected the Origin {own}, or none"
         if self.token and path not in _OPEN and not path.startswith("/page/"):
             if not hmac.compare_digest(_token_of(headers.get("authorization", "")).encode(), self.token.encode()):
                 return (
@@ -103,12 +114,12 @@ class Guard:
                 )
         return None
 
-    def _limited(self, receive: Receive) -> Receive:
+    def _limited(self, receive: Receive, json: bool) -> Receive:
         """`receive` until the body is there or too large or too late; then as it is, for the end of the connection."""
-        size, ended, closing = 0, False, time.monotonic() + self.limits.body_seconds
+        size, values, ended, closing = 0, 0, False, time.monotonic() + self.limits.body_seconds
 
         async def limited() -> Message:
-            nonlocal size, ended
+            nonlocal size, values, ended
             if ended:
                 return await receive()
             try:
@@ -118,13 +129,17 @@ class Guard:
                 raise HTTPException(
                     408, f"the body did not end within {self.limits.body_seconds:g} s: {size:,} bytes came"
                 ) from None
-            size += len(message.get("body", b""))
+            body = message.get("body", b"")
+            size += len(body)
+            values += sum(map(body.count, (b",", b"[", b"{"))) if json else 0
             ended = not message.get("more_body", False)
-            if size > self.limits.bytes_:
+            large = [f"{most:,} {what}" for found, most, what in
+                     ((size, self.limits.bytes_, "bytes"), (values, _VALUES, "values")) if found > most]  # fmt: skip
+            if large:
                 if not ended:
                     await self._discard(receive)
                 ended = True
-                raise HTTPException(413, f"the body has more than {self.limits.bytes_:,} bytes, the most that is read")
+                raise HTTPException(413, f"the body has more than {large[0]}, the most that is read")
             return message
 
         return limited

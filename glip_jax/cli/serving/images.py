@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from glip_jax.io.image_files import PIXEL_LIMIT, ImageFileError, decode, turn
+from glip_jax.io.image_files import ENDINGS, PIXEL_LIMIT, ImageFileError, decode, turn
 
-__all__ = ["data_of_address", "pixels_of", "within"]
+__all__ = ["data_of_address", "data_of_file", "pixels_of", "within"]
 
 _NPY = b"\x93NUMPY"
 
@@ -71,7 +71,8 @@ def data_of_address(address: str) -> bytes | None:
 def within(folder: str, address: str) -> Path:
     """The file below `folder` that an address of Label Studio names: /data/local-files/?d=PATH, /data/PATH, or a relative path.
 
-    Raises ImageFileError for an address of another host, a path that leaves the folder, also by a link, and a file that is not there.
+    Raises ImageFileError for an address of another host, a path that leaves the folder, also by a link, and a file that is not there or does not end
+    as images do: what is said of a file that is no image tells how it begins, and Label Studio's folder has its secrets in a text.
     """
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:|//", address):
         raise ImageFileError(
@@ -91,9 +92,21 @@ def within(folder: str, address: str) -> Path:
     root = Path(folder).resolve()
     try:
         place = (root / asked).resolve()
-        found = bool(asked) and place.is_relative_to(root) and place.is_file()
+        found = place.is_relative_to(root) and place.suffix.lower() in (*ENDINGS, ".npy") and place.is_file()
     except (OSError, ValueError):  # a null character, a name that is too long
         found = False
     if not found:
-        raise ImageFileError("names no file below the folder of --label-studio-files")
+        raise ImageFileError("names no file below the folder of --label-studio-files that ends as images do")
     return place
+
+
+def data_of_file(place: Path, most: int) -> bytes:
+    """The bytes of a file. Raises ImageFileError for one that cannot be read, or has more than `most`."""
+    try:
+        with place.open("rb") as stream:
+            data = stream.read(most + 1)
+    except OSError as error:
+        raise ImageFileError(f"cannot be read ({error.strerror})") from None
+    if len(data) > most:
+        raise ImageFileError(f"has more than {most:,} bytes, the most that is read: see --max-megabytes", kind="large")
+    return data

@@ -5,6 +5,7 @@ rectangles, or, where an annotator typed a text into a TextArea, that text; it i
 https://labelstud.io/guide/ml_create
 """
 
+import asyncio
 import threading
 import time
 from collections import OrderedDict
@@ -18,7 +19,7 @@ from fastapi import Body, FastAPI, HTTPException, Request
 
 from glip_jax import UserError
 from glip_jax.cli.query import Query
-from glip_jax.cli.serving.images import data_of_address, within
+from glip_jax.cli.serving.images import data_of_address, data_of_file, within
 from glip_jax.cli.serving.service import Answer, Service
 from glip_jax.io.image_files import ImageFileError
 
@@ -26,8 +27,12 @@ __all__ = ["Interface", "InterfaceError", "add_paths", "read_interface"]
 
 _PROJECTS = 256
 """Projects whose text is kept."""
+_INTERFACE = 1_000_000
+"""Characters of a labeling interface."""
+_NAME = 200
+"""Characters of the name of a tag, which every region repeats, and of a project."""
 _CONTROLS = {"RectangleLabels": "rectanglelabels", "Rectangle": "labels"}
-"""Tags that draw boxes, and the field of a region that has its labels. A `Rectangle` has those of a `Labels` beside it."""
+"""Tags that draw boxes, and the type of a region that has its labels, in a field of the same name. A `Rectangle` has those of a `Labels` beside it."""
 
 
 class InterfaceError(UserError, ValueError):
@@ -40,7 +45,9 @@ class Interface(NamedTuple):
     from_name: str
     to_name: str
     kind: str
-    """Field of a region that has its labels, which is also its type: `rectanglelabels`, or `labels` of a type `rectangle`."""
+    """Type of a region that has a label, and the field that it is in: `rectanglelabels` or `labels`."""
+    rectangle: str
+    """Name of the `Rectangle` tag, which a region of its own stands for; "" for a `RectangleLabels`."""
     image: str
     """Field of a task that has the image's address."""
     labels: tuple[str, ...]
@@ -49,7 +56,9 @@ class Interface(NamedTuple):
 
 
 def read_interface(xml: str) -> Interface:
-    """The first rectangles of a labeling interface. Raises InterfaceError for one without, or that is no XML."""
+    """The first rectangles of a labeling interface. Raises InterfaceError for one without, that is no XML, or too long."""
+    if len(xml) > _INTERFACE:
+        raise InterfaceError(f"label_config has {len(xml)} characters: expected at most {_INTERFACE}")
     try:
         tree = fromstring(xml, forbid_dtd=True)
     except (ParseError, DefusedXmlException, ValueError, TypeError) as error:
@@ -72,8 +81,12 @@ def read_interface(xml: str) -> Interface:
     to_name = control.get("toName") or ""
     if to_name not in images or not images[to_name].startswith("$"):
         raise InterfaceError(f"label_config: toName={to_name!r} names no <Image> with a value such as $image")
+    from_name = named.get("name") or ""
+    rectangle = "" if control is named else control.get("name") or ""
+    if max(map(len, (from_name, to_name, rectangle))) > _NAME:
+        raise InterfaceError(f"label_config: a tag has a name of more than {_NAME} characters: shorten it")
     return Interface(
-        named.get("name") or "", to_name, _CONTROLS[control.tag], images[to_name][1:], labels, _threshold(control)
+        from_name, to_name, _CONTROLS[control.tag], rectangle, images[to_name][1:], labels, _threshold(control)
     )
 
 
@@ -96,24 +109,29 @@ def add_paths(
     texts: OrderedDict[str, str] = OrderedDict()
     lock = threading.Lock()
 
-    def text_of(project: str, given: str) -> str:
-        """The text that is given, or was last for the project; "" for none."""
+    def asked(xml: str, project: str, typed: str) -> tuple[Interface, Query, list[str]]:
+        """The interface, what is asked, and the label of each phrase. A text is kept for its project when it can be asked."""
+        interface = read_interface(xml)
         with lock:
-            if given:
-                texts[project] = given
+            text = typed or texts.get(project, "")
+        query = service.query(text=text) if text else service.query(_labels(interface))
+        labels = _labels_of(query, interface)
+        if typed:
+            with lock:
+                texts[project] = typed
                 while len(texts) > _PROJECTS:
                     texts.popitem(last=False)
-            return texts.get(project, "")
+        return interface, query, labels
 
     @app.post("/setup", summary="Label Studio: a project connects")
     async def setup(interface: Annotated[str, Body(alias="schema", embed=True)] = "") -> dict[str, Any]:
         if interface:
-            read_interface(interface)
+            await asyncio.to_thread(read_interface, interface)
         return {"model_version": version}
 
     @app.post("/validate", summary="Label Studio: whether boxes can be written for an interface")
     async def validate(config: Annotated[str, Body(embed=True)]) -> dict[str, Any]:
-        read_interface(config)
+        await asyncio.to_thread(read_interface, config)
         return {"status": "ok"}
 
     @app.get("/versions", summary="Label Studio: the model's version")
@@ -125,7 +143,7 @@ def add_paths(
         request: Request,
         tasks: Annotated[list[dict[str, Any]], Body()],
         label_config: Annotated[str, Body()],
-        project: Annotated[Any, Body()] = "",
+        project: Annotated[str | int | float | None, Body()] = "",
         params: Annotated[dict[str, Any] | None, Body()] = None,
     ) -> dict[str, Any]:
         begin = time.monotonic()
@@ -134,13 +152,17 @@ def add_paths(
                 413,
                 f"{len(tasks)} tasks: expected 1 to {service.limits.images}; send several requests, or start the server with --max-images",
             )
-        interface = read_interface(label_config)
-        text = text_of(str(project).partition(".")[0], _typed((params or {}).get("context")))
-        query = service.query(text=text) if text else service.query(_labels(interface))
-        names = _labels_of(query, interface)
+        # "ID.TIME_OF_CREATION"
+        own = str(project).partition(".")[0][:_NAME]
+        interface, query, names = await asyncio.to_thread(
+            asked, label_config, own, _typed((params or {}).get("context"))
+        )
         least = service.model.threshold if interface.threshold is None else interface.threshold
         images = [
-            (f"task {task.get('id', number)}: {interface.image}", _reader(task, interface, files))
+            (
+                f"task {task.get('id', number)!r:.40}: {interface.image:.40}",
+                _reader(task, interface, files, service.limits.bytes_),
+            )
             for number, task in enumerate(tasks, 1)
         ]
         found = await answered(request, service.limits.seconds, service.detect(images, query, least))
@@ -197,8 +219,8 @@ def _labels_of(query: Query, interface: Interface) -> list[str]:
     return labels
 
 
-def _reader(task: dict[str, Any], interface: Interface, files: str) -> Callable[[], bytes]:
-    """Reads the image of a task: what the request carries, or a file below `files`."""
+def _reader(task: dict[str, Any], interface: Interface, files: str, most: int) -> Callable[[], bytes]:
+    """Reads the image of a task: what the request carries, or a file of at most `most` bytes below `files`."""
 
     def read() -> bytes:
         data = task.get("data")
@@ -206,19 +228,22 @@ def _reader(task: dict[str, Any], interface: Interface, files: str) -> Callable[
         if not isinstance(address, str) or not address:
             raise ImageFileError("is not there: expected an address in the task's data")
         carried = data_of_address(address)
-        return within(files, address).read_bytes() if carried is None else carried
+        return data_of_file(within(files, address), most) if carried is None else carried
 
     return read
 
 
 def _regions(answer: Answer, interface: Interface, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """The regions of an image, as Label Studio writes them."""
+    """The regions of an image, as Label Studio writes them: a box of a `Rectangle` with `Labels` is two regions of one identifier."""
     regions = []
     for number, found in enumerate(answer.detections):
         x1, y1, x2, y2 = found["box"]
-        value = {"x": 100 * x1 / answer.width, "y": 100 * y1 / answer.height, "width": 100 * (x2 - x1) / answer.width,
-                 "height": 100 * (y2 - y1) / answer.height, "rotation": 0, interface.kind: [labels[found["phrase"]]]}  # fmt: skip
-        regions.append({"id": f"glip{number}", "from_name": interface.from_name, "to_name": interface.to_name, "type": interface.kind,
-                        "original_width": answer.width, "original_height": answer.height, "image_rotation": 0, "value": value,
-                        "score": found["score"]})  # fmt: skip
+        sides = {"x": 100 * x1 / answer.width, "y": 100 * y1 / answer.height, "width": 100 * (x2 - x1) / answer.width,
+                 "height": 100 * (y2 - y1) / answer.height, "rotation": 0}  # fmt: skip
+        box = {"id": f"glip{number}", "to_name": interface.to_name, "original_width": answer.width, "original_height": answer.height,
+               "image_rotation": 0, "score": found["score"]}  # fmt: skip
+        if interface.rectangle:
+            regions.append({**box, "from_name": interface.rectangle, "type": "rectangle", "value": sides})
+        label = {interface.kind: [labels[found["phrase"]]]}
+        regions.append({**box, "from_name": interface.from_name, "type": interface.kind, "value": sides | label})
     return regions

@@ -34,7 +34,7 @@ def model() -> Any:
 def detect(image: Image.Image | None, names: str) -> Found:
     """The upright image, and its detections: score, label, box. Raises ValueError for what cannot be asked."""
     if image is None:
-        raise ValueError("no image: drop one, or take one of the examples")
+        raise ValueError("no image: drop one, or choose a file")
     if image.width * image.height > PIXELS:
         raise ValueError(f"the image has {image.width} x {image.height} pixels: at most {PIXELS:,} are taken")
     labels = [name.strip() for name in names.split(",") if name.strip()]
@@ -53,9 +53,7 @@ def above(found: Found | None, threshold: float) -> tuple[tuple[Image.Image, lis
     counts: dict[str, int] = {}
     for each in kept:
         counts[each["label"]] = counts.get(each["label"], 0) + 1
-    boxes = [
-        (tuple(each["box"][side] for side in ("xmin", "ymin", "xmax", "ymax")), f"{each['label']}") for each in kept
-    ]
+    boxes = [(tuple(each["box"][side] for side in ("xmin", "ymin", "xmax", "ymax")), each["label"]) for each in kept]
     text = ", ".join(f"{count} {name}" for name, count in counts.items())
     return (image, boxes), f"found: {text}" if text else f"nothing found with a score of {threshold:g} or more"
 
