@@ -160,7 +160,7 @@ def evaluate_checkpoint(
     given = _given_thresholds(config, absent, workdir)
     folder = epath.Path(out)
     on_first_process(lambda: prepare(str(folder)))
-    enable_compilation_cache()
+    enable_compilation_cache(workdir)
     log(f"{checkpoint_argument.describe(checkpoint)}, parameters: {config.evaluation.parameters}")
     parameters = checkpoint.parameters(config.evaluation.parameters)
     detector = Detector(config, parameters)

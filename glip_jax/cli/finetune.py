@@ -189,7 +189,7 @@ class FinetuneJob:
         from glip_jax.training.finetuning.glip_recipes import RECIPES
         from glip_jax.weights.readers import open_checkpoint_or_export
 
-        enable_compilation_cache()
+        enable_compilation_cache(str(self.folder))
         self._check_same_command()
         if (self.folder / "finetune.json").exists():
             logger.info(f"{self.folder} is finished: {self.folder / 'finetune.json'}, {self.folder / 'report.html'}")

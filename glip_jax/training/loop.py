@@ -41,8 +41,10 @@ from glip_jax.io.workdir import (
 from glip_jax.models.descriptions import description_table
 from glip_jax.structures.batch import Batch
 from glip_jax.structures.prompts import PromptError
+from glip_jax.training.monitoring.cached_programs import program_counts
 from glip_jax.training.monitoring.decisions import Decide, Decisions
 from glip_jax.training.monitoring.evaluations import Evaluate, Evaluations
+from glip_jax.training.monitoring.goodput import StartTimes
 from glip_jax.training.monitoring.metrics import Progress, read
 from glip_jax.training.monitoring.pending import NonFiniteLossError, PendingMetrics
 from glip_jax.training.monitoring.profiler import Profiler
@@ -111,8 +113,11 @@ def train(
         SystemExit: after a signal, when the step was saved; with exit_codes.PREEMPTED or CANCELLED.
     """
     validate(config)
-    enable_compilation_cache()
+    times = StartTimes()
+    program_counts()
+    enable_compilation_cache(workdir)
     mesh = make_mesh(config.mesh)
+    times.initialized()
     check_fits(config, mesh)
     make_optimizer({}, config.train.steps, config.optimizer)  # raises for an unknown optimizer
     # A run that has finished needs no data.
@@ -129,7 +134,8 @@ def train(
         checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint.keep, config.checkpoint))
         if (saved := checkpoints.latest()) is not None:
             config = resumed(checkpoints.run(saved), config)
-        state = _start(config, workdir, mesh, checkpoints, initial_parameters, resume_with_changes)
+        with times.restoring() if saved is not None else contextlib.nullcontext():
+            state = _start(config, workdir, mesh, checkpoints, initial_parameters, resume_with_changes)
         start = int(state.step)
         if mixture is None and start < config.train.steps:  # the last checkpoint is damaged
             mixture = Mixture(config)
@@ -155,6 +161,8 @@ def train(
             stack.enter_context(cluster)
         if mixture is not None and not decisions.stop:
             fed = feed(mixture, state) if feed else Feed(partial(mixture.batches, patches=config.model.patches))
+            if writer is not None:
+                writer.times(start, "start", times.line())
             state = _train_steps(run, state, start, mixture, fed, draw)
         elif evaluations.missing(start):
             with signals:
@@ -362,6 +370,10 @@ def _train_steps(
         with throughput.exclude("checkpoint"):
             run.save(now.step, now.state)
 
+    def stop(now: _Dispatched) -> None:
+        with throughput.exclude("checkpoint"):
+            run.stop(now.step, now.signal)
+
     def evaluation(now: _Dispatched) -> None:
         with throughput.exclude("evaluation"), watchdog.paused():
             run.evaluation(now.step, now.state)
@@ -380,13 +392,14 @@ def _train_steps(
         _Hook(saves, save),
         _Hook(
             lambda now: now.signal != 0 and (not now.last or run.evaluations.due(now.step)),
-            lambda now: run.stop(now.step, now.signal),
+            stop,
         ),
         _Hook(lambda now: run.evaluations.due(now.step), evaluation),
         _Hook(lambda now: profiler.ends(now.step, now.last or run.decisions.stop), end_profile),
     ]
 
     with run.signals, contextlib.ExitStack() as stack:
+        stack.callback(pending.end)
         stack.callback(getattr(batches, "close", lambda: None))  # Grain's threads end before the process does
         stack.enter_context(watchdog)
         stack.enter_context(programs)
@@ -414,6 +427,8 @@ def _train_steps(
                     pending.drain()
                     hook.action(now)
             watchdog.heartbeat(step)
+        with throughput.exclude("checkpoint"):
+            run.checkpoints.wait()
     return state
 
 
@@ -424,7 +439,10 @@ def _compiling(run: _Run, throughput: Throughput, watchdog: Watchdog, canvas: st
     run.progress.log(f"compiling {canvas}")
     with throughput.exclude("compile"), watchdog.compiling():
         yield
-    run.progress.log(f"{canvas}: step ready in {time.perf_counter() - begin:.1f} s")
+    counts = program_counts()
+    run.progress.log(
+        f"{canvas}: step ready in {time.perf_counter() - begin:.1f} s; programs so far: {counts.compiled} compiled, {counts.cached} from the cache"
+    )
 
 
 def _stop(received: int, step: int, cluster: Cluster | None) -> int:

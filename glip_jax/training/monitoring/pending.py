@@ -1,5 +1,6 @@
 """The metrics of the newest step, which are read while the devices work on the next one, and the lines that are made of them."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,7 @@ class PendingMetrics:
         lines = read(workdir) if start else []
         self._counts.resume(lines, mixture.shares, start * config.train.batch_size)
         self._newest: tuple[int, dict[str, Any], float] | None = None
+        self._step = start
 
     def push(self, step: int, metrics: dict[str, Any], wait: float) -> None:
         """Drains, then keeps the metrics of `step`, whose batch took `wait` seconds to come."""
@@ -66,7 +68,7 @@ class PendingMetrics:
         if self._newest is None:
             return
         (step, metrics, wait), self._newest = self._newest, None
-        metrics = jax.device_get(metrics)
+        metrics, self._step = jax.device_get(metrics), step
         if not metrics["finite"]:
             raise NonFiniteLossError(self._not_finite(step, metrics))
         self._counts.add(metrics["source"], metrics["record"], metrics["invalid"])
@@ -85,6 +87,13 @@ class PendingMetrics:
         self._progress.window(step, metrics, self._names)
         if self._writer is not None:
             self._writer.write(step, metrics)
+
+    def end(self) -> None:
+        """Writes where the time since the last line went, of which no line of steps follows."""
+        seconds = self._window.take()["seconds"]
+        if self._writer is not None:
+            with contextlib.suppress(OSError):  # which the writer raises when it is left
+                self._writer.times(self._step, "end", {"seconds": seconds, **self._throughput.take_excluded()})
 
     def _not_finite(self, step: int, metrics: dict[str, Any]) -> str:
         parts = {name: float(value) for name, value in metrics.items() if name == "loss" or name.startswith("loss/")}
