@@ -46,7 +46,16 @@ from glip_jax.training.monitoring.chips import Topology
 from glip_jax.training.state import State, abstract_state
 from glip_jax.training.step import glip_objective, make_step
 
-__all__ = ["PlanError", "abstract_batch", "abstract_mesh", "cached", "compile_step", "devices_of", "environment", "state_bytes"]
+__all__ = [
+    "PlanError",
+    "abstract_batch",
+    "abstract_mesh",
+    "cached",
+    "compile_step",
+    "devices_of",
+    "environment",
+    "state_bytes",
+]
 
 
 class PlanError(UserError, ValueError):

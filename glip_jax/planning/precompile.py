@@ -135,7 +135,9 @@ class _Compiler:
         except jax.errors.JaxRuntimeError as fault:
             line = " ".join(str(fault).split())[:300]
             raise PlanError(f"canvas {canvas[0]}x{canvas[1]}: the compiler refuses the step ({line})") from None
-        return Precompiled(canvas, time.perf_counter() - begin, bool(program_counts(of_this_thread=True).since(before).cached))
+        return Precompiled(
+            canvas, time.perf_counter() - begin, bool(program_counts(of_this_thread=True).since(before).cached)
+        )
 
 
 _compiler: _Compiler | None = None

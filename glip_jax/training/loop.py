@@ -25,6 +25,7 @@ from glip_jax.distributed.cluster import Cluster
 from glip_jax.distributed.exit_codes import CANCELLED, PREEMPTED
 from glip_jax.distributed.mesh import check_fits, make_mesh, place_batch, replicated, shardings
 from glip_jax.distributed.runtime import enable_compilation_cache
+from glip_jax.io import fsspec_gcs
 from glip_jax.io.checkpoint import Checkpoints, Saved, complete_steps, fingerprint
 from glip_jax.io.checkpoint_reader import note_on_averages
 from glip_jax.io.claims import Owned, owned_workdir
@@ -114,8 +115,7 @@ def train(
     """
     validate(config)
     times = StartTimes()
-    program_counts()
-    enable_compilation_cache(workdir)
+    fsspec_gcs.do_without(enable_compilation_cache(workdir))
     mesh = make_mesh(config.mesh)
     times.initialized()
     check_fits(config, mesh)
@@ -152,7 +152,7 @@ def train(
         evaluations = Evaluations(config, workdir, evaluate, writer, progress.log, cluster, signals)
         decisions = Decisions(decide, mesh, progress.log)
         run = _Run(
-            config, epath.Path(workdir), mesh, checkpoints, writer, progress, evaluations, decisions, cluster, signals, owned
+            config, epath.Path(workdir), mesh, checkpoints, writer, progress, evaluations, decisions, cluster, signals, owned, times
         )  # fmt: skip
         run.read_scores(start, lines)
         if cluster is not None:
@@ -161,8 +161,6 @@ def train(
             stack.enter_context(cluster)
         if mixture is not None and not decisions.stop:
             fed = feed(mixture, state) if feed else Feed(partial(mixture.batches, patches=config.model.patches))
-            if writer is not None:
-                writer.times(start, "start", times.line())
             state = _train_steps(run, state, start, mixture, fed, draw)
         elif evaluations.missing(start):
             with signals:
@@ -261,6 +259,7 @@ class _Run:
     signals: StopSignals
     owned: list[Owned]
     """The working folder, on the first process."""
+    times: StartTimes
 
     def draw_first_batch(self, batch: Batch, draw: Callable[[Batch], bytes] | None) -> None:
         """Writes WORKDIR/first_batch.png, if it is asked for."""
@@ -341,7 +340,7 @@ def _train_steps(
     file = run.writer.file if run.writer is not None else None
     throughput = Throughput(config, mesh)
     pending = PendingMetrics(
-        config, str(run.folder), start, mixture, throughput, run.progress, run.writer, run.checkpoints.latest
+        config, str(run.folder), start, mixture, throughput, run.progress, run.writer, run.checkpoints, run.times
     )
     watchdog = Watchdog(run.folder, settings.hang_multiple, settings.hang_min, settings.hang_first, file, start)
     profiler = Profiler(run.folder, settings.profile, file, run.progress.log)
@@ -370,10 +369,6 @@ def _train_steps(
         with throughput.exclude("checkpoint"):
             run.save(now.step, now.state)
 
-    def stop(now: _Dispatched) -> None:
-        with throughput.exclude("checkpoint"):
-            run.stop(now.step, now.signal)
-
     def evaluation(now: _Dispatched) -> None:
         with throughput.exclude("evaluation"), watchdog.paused():
             run.evaluation(now.step, now.state)
@@ -392,14 +387,13 @@ def _train_steps(
         _Hook(saves, save),
         _Hook(
             lambda now: now.signal != 0 and (not now.last or run.evaluations.due(now.step)),
-            stop,
+            lambda now: run.stop(now.step, now.signal),
         ),
         _Hook(lambda now: run.evaluations.due(now.step), evaluation),
         _Hook(lambda now: profiler.ends(now.step, now.last or run.decisions.stop), end_profile),
     ]
 
-    with run.signals, contextlib.ExitStack() as stack:
-        stack.callback(pending.end)
+    with run.signals, pending, contextlib.ExitStack() as stack:
         stack.callback(getattr(batches, "close", lambda: None))  # Grain's threads end before the process does
         stack.enter_context(watchdog)
         stack.enter_context(programs)
@@ -427,8 +421,6 @@ def _train_steps(
                     pending.drain()
                     hook.action(now)
             watchdog.heartbeat(step)
-        with throughput.exclude("checkpoint"):
-            run.checkpoints.wait()
     return state
 
 

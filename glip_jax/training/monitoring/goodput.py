@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from glip_jax.distributed import runtime
+from glip_jax.training.monitoring.cached_programs import program_counts
 
 __all__ = ["BUCKETS", "Goodput", "StartTimes", "goodput", "lost", "step_seconds"]
 
@@ -65,7 +66,9 @@ class Goodput(NamedTuple):
         """In one line, largest first."""
         hours, rest = divmod(round(self.seconds), 3600)
         parts = sorted((item for item in self.buckets.items() if item[0] != _PRODUCTIVE), key=lambda item: -item[1])
-        listed = ", ".join(f"{name} {value / self.seconds:.1%}" for name, value in parts if value / self.seconds >= 5e-4)
+        listed = ", ".join(
+            f"{name} {value / self.seconds:.1%}" for name, value in parts if value / self.seconds >= 5e-4
+        )
         return (
             f"goodput {self.share:.1%} of {hours} h {rest // 60:02d} min {rest % 60:02d} s in {self.starts} start{'s' if self.starts > 1 else ''}"
             f"{f'; badput: {listed}' if listed else ''}"
@@ -76,6 +79,7 @@ class StartTimes:
     """The times of one start, from the begin of the job (of this object, outside of one) to the first step."""
 
     def __init__(self) -> None:
+        program_counts()  # begins to count
         self._began, runtime.job_began = runtime.job_began or time.time(), None
         self._initialized = self._began
         self._restore = 0.0
@@ -92,7 +96,7 @@ class StartTimes:
         self._restore = time.perf_counter() - begin
 
     def line(self) -> dict[str, float]:
-        """For `Writer.times`, when the first step comes next."""
+        """For the line `start`, when the first step comes next."""
         return {
             "began": round(self._began, 3),
             "initialization_seconds": round(self._initialized - self._began, 4),
