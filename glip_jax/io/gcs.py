@@ -382,6 +382,11 @@ _clients = threading.local()
 def _client() -> Any:
     key = (os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST"))
     if getattr(_clients, "key", None) != key:
-        module = importlib.import_module("google.cloud.storage")
+        try:
+            module = importlib.import_module("google.cloud.storage")
+        except ImportError as error:
+            raise StorageError(
+                errno.ENOPKG, f"gs:// needs google-cloud-storage ({error}): pip install -r requirements.txt"
+            ) from None
         _clients.key, _clients.client = key, module.Client(project=None)  # a bucket is found by its name alone
     return _clients.client

@@ -83,27 +83,24 @@ def with_retries(place: str, attempt: Callable[[], _T]) -> _T:
         StorageError: the storage refuses, or GLIP_JAX_STORAGE_RETRY_SECONDS are over.
         Exception: any other error of `attempt` that does not come from the storage.
     """
-    try:
-        from google.api_core import exceptions, retry  # only now: most jobs ask no bucket
-    except ImportError as error:
-        raise StorageError(
-            errno.ENOPKG, f"gs:// needs google-cloud-storage ({error}): pip install -r requirements.txt"
-        ) from None
-    faults: list[Exception] = []
-    policy = retry.Retry(_is_transient, _FIRST_PAUSE, _MAX_PAUSE, timeout=retry_seconds(), on_error=faults.append)
     first: list[Exception] = []
+    try:
+        return attempt()
+    except StorageError:
+        raise
+    except Exception as error:
+        first.append(error)
+    from google.api_core import exceptions, retry  # only now: most requests succeed
 
     def again() -> _T:
         if first:
             raise first.pop()
         return attempt()
 
+    faults: list[Exception] = []
+    # Made only now: the time for retries begins with the first error, however long that attempt took.
+    policy = retry.Retry(_is_transient, _FIRST_PAUSE, _MAX_PAUSE, timeout=retry_seconds(), on_error=faults.append)
     try:
-        try:
-            return attempt()
-        except Exception as error:
-            first.append(error)
-        # Only now: the time for retries begins with the first error, however long that attempt took.
         return policy(again)()
     except exceptions.RetryError as error:
         raise StorageError(

@@ -88,10 +88,6 @@ def _again() -> None:
     jax.clear_caches()
 
 
-def _compile_seconds(workdir) -> float:
-    return sum(line.get("compile_seconds", 0.0) for line in metrics.read(workdir))
-
-
 def test_a_second_start_compiles_nothing_from_the_cache_in_the_bucket(config, place, cache, running, capsys):
     first = fingerprint(train(config, place).params)
     assert [name for name in gcs.list_files(cache) if name.startswith("jit_step-")]
@@ -101,10 +97,10 @@ def test_a_second_start_compiles_nothing_from_the_cache_in_the_bucket(config, pl
     assert fingerprint(train(config, f"{place}-again").params) == first
     found = program_counts().since(before)
     assert found.compiled == 0 and found.cached > 10, found
-    assert _compile_seconds(f"{place}-again") < 0.5 * _compile_seconds(place)
     assert "from the cache" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_cache_of_another_jax_is_missed_and_does_not_fail(config, place, cache, recwarn):
     first = fingerprint(train(config, place).params)
     names = list(gcs.list_files(cache))
@@ -122,6 +118,7 @@ def test_a_cache_of_another_jax_is_missed_and_does_not_fail(config, place, cache
     assert len(said) == 1 and "'jit_step'" in said[0]
 
 
+@pytest.mark.slow
 def test_a_cache_that_does_not_answer_any_more_is_done_without(config, place, cache, running, monkeypatch, capsys):
     first = fingerprint(train(config, place).params)
     _again()
