@@ -8,11 +8,12 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 from glip_jax.cli import environment, errors, log
-from glip_jax.distributed import exit_codes
+from glip_jax.distributed import exit_codes, runtime
 from glip_jax.distributed.runtime import libtpu_arguments
 
 __all__ = ["JOBS", "main"]
@@ -26,6 +27,7 @@ JOBS = {
     "label": "label captions with boxes for their noun phrases (self-training)",
     "inspect": "write an HTML report of the records in shards and of the training examples made of them",
     "plan": "compile the training step for absent chips: whether it fits, what bounds it, how long training takes",
+    "precompile": "compile the training step for every canvas ahead, into the cache that `train` reads",
     "train": "train, or resume training, in a working folder",
     "finetune": "fine-tune a detector on a folder of own data, with a table of before and after",
     "evaluate": "evaluate a checkpoint on COCO-style sets",
@@ -115,6 +117,7 @@ def _end_soon(code: int) -> None:
 
 def _run(job: str, argv: list[str]) -> int:
     """The job's exit code. The one handler of errors: jobs raise, and `errors.report` says why they end."""
+    runtime.job_began = time.time()
     try:
         if not {"-h", "--help"}.intersection(argv):  # help needs no storage, whose libraries take time to load
             from glip_jax.io import fsspec_gcs
@@ -132,6 +135,8 @@ def _run(job: str, argv: list[str]) -> int:
         if errors.exit_code_of(error) == exit_codes.UNEXPECTED:
             raise
         return errors.report(job, error)
+    finally:
+        runtime.job_began = None
 
 
 def _signal_in(error: BaseException | None) -> BaseException | None:

@@ -14,6 +14,7 @@ from glip_jax.cli import (
     import_weights,
     label,
     plan,
+    precompile,
     predict,
     report,
     scenes,
@@ -29,7 +30,7 @@ from glip_jax.cli.data import Format
 JOBS: dict[str, type] = {
     "benchmark": benchmark.Benchmark, "compare": compare.Compare, "doctor": doctor.Doctor, "evaluate": evaluate.EvaluateArguments,
     "export": export_weights.Export, "finetune": finetune.FinetuneArguments, "import": import_weights.Import,
-    "inspect": inspect_job.InspectShards, "label": label.Label, "plan": plan.PlanArguments, "predict": predict.Predict,
+    "inspect": inspect_job.InspectShards, "label": label.Label, "plan": plan.PlanArguments, "precompile": precompile.PrecompileArguments, "predict": predict.Predict,
     "report": report.Report, "scenes": scenes.Scenes, "score": score.Score, "serve": serve.Serve, "train": train.TrainArguments,
     "upload": upload.Upload, "verify": verify.Verify,
 }  # fmt: skip

@@ -146,6 +146,7 @@ def evaluate_checkpoint(
     from glip_jax.evaluation.shares import Share
     from glip_jax.evaluation.single_names import single_name_absence
     from glip_jax.inference import Detector
+    from glip_jax.io import fsspec_gcs
     from glip_jax.io.workdir import check_network, on_first_process, prepare, write_atomic
 
     share, absent = share or Share(), absent or AbsentNames()
@@ -160,7 +161,7 @@ def evaluate_checkpoint(
     given = _given_thresholds(config, absent, workdir)
     folder = epath.Path(out)
     on_first_process(lambda: prepare(str(folder)))
-    enable_compilation_cache()
+    fsspec_gcs.do_without(enable_compilation_cache(out))
     log(f"{checkpoint_argument.describe(checkpoint)}, parameters: {config.evaluation.parameters}")
     parameters = checkpoint.parameters(config.evaluation.parameters)
     detector = Detector(config, parameters)

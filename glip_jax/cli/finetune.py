@@ -185,11 +185,12 @@ class FinetuneJob:
         from glip_jax.cli.finetune_data import kept_set, read_own_data
         from glip_jax.cli.finetune_result import finish
         from glip_jax.distributed.runtime import enable_compilation_cache
+        from glip_jax.io import fsspec_gcs
         from glip_jax.io.workdir import write_atomic
         from glip_jax.training.finetuning.glip_recipes import RECIPES
         from glip_jax.weights.readers import open_checkpoint_or_export
 
-        enable_compilation_cache()
+        fsspec_gcs.do_without(enable_compilation_cache(str(self.folder)))
         self._check_same_command()
         if (self.folder / "finetune.json").exists():
             logger.info(f"{self.folder} is finished: {self.folder / 'finetune.json'}, {self.folder / 'report.html'}")

@@ -22,10 +22,10 @@ from glip_jax.config.ranges import Count, Limit, Range
 from glip_jax.distributed import exit_codes
 from glip_jax.planning import report
 from glip_jax.planning.compile import PlanError, abstract_batch, abstract_mesh, compile_step, state_bytes
+from glip_jax.planning.precompile import canvases
 from glip_jax.planning.roofline import IMAGES_PER_CORE, Roofline, roofline, scaling
 from glip_jax.planning.search import candidates, search, table, with_images_per_chip
 from glip_jax.planning.statistics import CompileMode, CompileStatistics
-from glip_jax.structures.canvas import canvas_size
 from glip_jax.training.monitoring.chips import Topology, topology
 from glip_jax.training.state import abstract_state
 from glip_jax.weights.readers import open_checkpoint_or_export
@@ -87,11 +87,11 @@ def main(argv: Sequence[str]) -> int:
     if not arguments.topology:
         raise CommandLineError("no chips: expected --topology=v5e:8x16 (or v5litepod-64, v4-32, h100:8, ...)")
     chips = topology(arguments.topology)
-    canvases = [_canvas(text, arguments.config) for text in arguments.canvas] or [_largest(arguments.config)]
+    sizes = [_canvas(text, arguments.config) for text in arguments.canvas] or canvases(arguments.config)[:1]
     _check_search(arguments)
     how = _how(arguments.compile, chips)
     out = _checked(arguments.out)
-    plans = _search(arguments, chips, canvases[0], how) if arguments.search else _plans(arguments, chips, canvases, how)
+    plans = _search(arguments, chips, sizes[0], how) if arguments.search else _plans(arguments, chips, sizes, how)
     if out is not None:
         out.write_text(json.dumps(plans, indent=1) + "\n")
         logger.info(f"written: {out}")
@@ -132,13 +132,13 @@ def plan(
 
 
 def _plans(
-    arguments: PlanArguments, chips: Topology, canvases: list[tuple[int, int]], how: CompileMode | None
+    arguments: PlanArguments, chips: Topology, sizes: list[tuple[int, int]], how: CompileMode | None
 ) -> list[dict[str, Any]]:
     config = arguments.config
     if arguments.images_per_chip or not _splits(config, chips):
         config = with_images_per_chip(config, arguments.images_per_chip or 1, chips)
     plans = []
-    for canvas in canvases:
+    for canvas in sizes:
         found, statistics = plan(config, chips, canvas, how, _cache(arguments), _progress, arguments.images_per_core)
         scaled = scaling(chips, found)
         logger.info("\n".join(report.lines(config, chips, canvas, found, statistics, scaled, arguments.operations)))
@@ -222,15 +222,6 @@ def _canvas(text: str, config: Config) -> tuple[int, int]:
             f"--canvas={text}: expected HEIGHTxWIDTH in multiples of {multiple} pixels, such as 800x1344"
         )
     return sides
-
-
-def _largest(config: Config) -> tuple[int, int]:
-    """The largest canvas that the config's steps can have."""
-    data, multiple = config.data, config.model.input.extent_multiple
-    sizes = {
-        canvas_size(side, aspect, data.long_side, multiple) for side in data.short_sides for aspect in data.aspects
-    }
-    return max(sizes, key=lambda size: (size[0] * size[1], size[1]))
 
 
 def _how(wanted: str, chips: Topology) -> CompileMode | None:

@@ -28,6 +28,7 @@ from glip_jax.evaluation.recall import Recall, load_grounding
 from glip_jax.io.provenance import file_hash
 from glip_jax.io.workdir import write_atomic
 from glip_jax.structures.batch import Detections
+from glip_jax.training.monitoring.goodput import goodput
 from glip_jax.training.monitoring.metrics import read
 
 __all__ = ["FORMAT", "Report", "ReportError", "main", "write_report"]
@@ -73,7 +74,7 @@ def write_report(workdir: str, scenes: int = 12, threshold: float | None = None,
         GroundTruthError, EvaluationError: annotations or pictures of an evaluated set are gone or changed.
     """
     folder = epath.Path(out or workdir)
-    lines = read(workdir)
+    lines = read(workdir, times=True)
     recorded = folder / "evaluation.json"
     if not lines and not recorded.exists():
         raise ReportError(
@@ -97,7 +98,10 @@ def write_report(workdir: str, scenes: int = 12, threshold: float | None = None,
         raise ReportError(f"{recorded} or its detections cannot be read ({error!r}): run `evaluate` again") from error
     path = folder / "report.html"
     title = f"glip_jax: {PurePath(workdir).name}"
-    text = render(title, evaluated, _curves(lines), notes, scenes, threshold, summary)
+    wall = goodput(lines)
+    if wall is not None:
+        logger.info(wall.line())
+    text = render(title, evaluated, _curves(lines), notes, scenes, threshold, summary, wall)
     write_atomic(path, text)
     return path
 

@@ -7,6 +7,7 @@ changed since. `install` replaces it. Arrays of checkpoints go through TensorSto
 """
 
 import io
+import logging
 import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,9 @@ from fsspec.spec import AbstractFileSystem
 
 from glip_jax.io import gcs, retry
 
-__all__ = ["BucketFiles", "install"]
+__all__ = ["BucketFiles", "do_without", "install"]
+
+logger = logging.getLogger(__name__)
 
 _AT_A_TIME = 16
 """Files that are removed or copied at the same time."""
@@ -32,6 +35,30 @@ def install() -> None:
     # for this long counts as dead.
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(max(1, round(retry.timeout()))))
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
+
+
+_spare: dict[str, bool] = {}
+"""Folders that a run can do without, and whether it does."""
+
+
+def do_without(folder: str) -> str:
+    """Marks a folder, and returns it: after a request in it has failed in spite of retries, one warning says so, and from then on it counts as empty,
+    and what is written there is dropped. For the compilation cache: each program would wait for as long again.
+    """
+    if gcs.is_remote(folder):
+        _spare[gcs.address(folder)] = False
+    return folder
+
+
+def _is_given_up(place: str, fault: gcs.StorageError | None = None) -> bool:
+    """Whether the run does without the folder of `place`, or from this fault on."""
+    folder = place.rpartition("/")[0]
+    if folder not in _spare:
+        return False
+    if fault is not None and not _spare[folder]:
+        _spare[folder] = True
+        logger.warning(f"{folder} is not used any more: {gcs.describe(fault)}")
+    return _spare[folder]
 
 
 class BucketFiles(AbstractFileSystem):
@@ -70,7 +97,13 @@ class BucketFiles(AbstractFileSystem):
 
     def exists(self, path: str, **_: Any) -> bool:
         """Whether a file or a folder exists; a storage that does not answer is an error, not an absence."""
-        return bool(gcs.kind(_place(path)))
+        place = _place(path)
+        try:
+            return not _is_given_up(place) and bool(gcs.kind(place))
+        except gcs.StorageError as fault:
+            if _is_given_up(place, fault):
+                return False
+            raise
 
     def isdir(self, path: str) -> bool:
         """Whether the path is a folder."""
@@ -167,8 +200,11 @@ class _UploadOnClose(io.FileIO):
             return
         super().close()
         try:
-            if self._place:
+            if self._place and not _is_given_up(self._place):
                 gcs.upload_file(Path(self._local), self._place)
+        except gcs.StorageError as fault:
+            if not _is_given_up(self._place, fault):
+                raise
         finally:
             os.unlink(self._local)
 

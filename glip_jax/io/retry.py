@@ -11,8 +11,6 @@ import contextlib
 import errno
 import http.client
 import os
-import random
-import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -40,8 +38,8 @@ _TRANSIENT_ERRORS = {
 }
 """Base classes of transient errors, by package and name; their modules are not imported for this."""
 
-_MAX_PAUSE = 30.0
-"""Seconds between two attempts, at most."""
+_FIRST_PAUSE, _MAX_PAUSE = 0.1, 30.0
+"""Seconds between two attempts, at most: after the first one, and ever."""
 
 
 class StorageError(UserError, OSError):
@@ -78,39 +76,61 @@ def environment_number(name: str, default: float) -> float:
 def with_retries(place: str, attempt: Callable[[], _T]) -> _T:
     """Calls `attempt` until it succeeds, and returns its result; `place` is the file or folder, for messages.
 
-    Pauses grow from 0.1 to 30 s and are randomised, so that many hosts do not ask at the same moment.
+    Pauses (google.api_core.retry) grow to 30 s and are randomised, so that many hosts do not ask at the same moment.
 
     Raises:
         FileNotFoundError: the storage answered that the file does not exist.
         StorageError: the storage refuses, or GLIP_JAX_STORAGE_RETRY_SECONDS are over.
         Exception: any other error of `attempt` that does not come from the storage.
     """
-    pause, attempts, deadline = 0.1, 0, 0.0
-    while True:
-        attempts += 1
-        try:
-            return attempt()
-        except StorageError:
-            raise
-        except Exception as error:
-            _raise_unless_transient(error, place)
-            now = time.monotonic()
-            deadline = deadline or now + retry_seconds()
-            if now + pause > deadline:
-                raise StorageError(
-                    errno.ETIMEDOUT,
-                    f"the storage failed {attempts} times in a row, then the time for retries was over (last: {_line(error)}); "
-                    "give the same command again when it answers, or raise GLIP_JAX_STORAGE_RETRY_SECONDS",
-                    place,
-                ) from error
-        time.sleep(pause * random.uniform(0.5, 1))  # affects no result
-        pause = min(pause * 2, _MAX_PAUSE)
+    first: list[Exception] = []
+    try:
+        return attempt()
+    except StorageError:
+        raise
+    except Exception as error:
+        first.append(error)
+    from google.api_core import exceptions, retry  # only now: most requests succeed
+
+    def again() -> _T:
+        if first:
+            raise first.pop()
+        return attempt()
+
+    faults: list[Exception] = []
+    # Made only now: the time for retries begins with the first error, however long that attempt took.
+    policy = retry.Retry(_is_transient, _FIRST_PAUSE, _MAX_PAUSE, timeout=retry_seconds(), on_error=faults.append)
+    try:
+        return policy(again)()
+    except exceptions.RetryError as error:
+        raise StorageError(
+            errno.ETIMEDOUT,
+            f"the storage failed {len(faults)} times in a row, then the time for retries was over (last: {_line(faults[-1])}); "
+            "give the same command again when it answers, or raise GLIP_JAX_STORAGE_RETRY_SECONDS",
+            place,
+        ) from error
+    except StorageError:
+        raise
+    except Exception as error:
+        _raise_named(error, place)
+        raise
 
 
-def _raise_unless_transient(error: Exception, place: str) -> None:
-    """Raises what a retry cannot mend."""
-    code = getattr(error, "code", None)
-    kinds = {kind.__module__.partition(".")[0] + "." + kind.__name__ for kind in type(error).__mro__}
+def _is_transient(error: Exception) -> bool:
+    """Whether another attempt may mend it."""
+    if isinstance(error, StorageError):
+        return False
+    transient = (ConnectionError, TimeoutError, http.client.HTTPException)
+    return (
+        isinstance(error, transient)
+        or getattr(error, "code", None) in _TRANSIENT_CODES
+        or bool(_kinds(error) & _TRANSIENT_ERRORS)
+    )
+
+
+def _raise_named(error: Exception, place: str) -> None:
+    """Raises what no retry can mend under the name of the file, if it comes from the storage."""
+    code, kinds = getattr(error, "code", None), _kinds(error)
     if code == 404:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), place) from None
     if code in (401, 403):
@@ -120,12 +140,13 @@ def _raise_unless_transient(error: Exception, place: str) -> None:
             "no credentials of Google were found: `gcloud auth application-default login`, or a machine with an account"
         )
         raise StorageError(errno.EACCES, reason, place) from error
-    transient = (ConnectionError, TimeoutError, http.client.HTTPException)
-    if isinstance(error, transient) or code in _TRANSIENT_CODES or kinds & _TRANSIENT_ERRORS:
-        return
     if isinstance(code, int) or isinstance(error, OSError) or "google.GoogleAPIError" in kinds:
         raise StorageError(getattr(error, "errno", None) or errno.EIO, _line(error), place) from error
-    raise error
+
+
+def _kinds(error: Exception) -> set[str]:
+    """The classes of an error, by package and name."""
+    return {kind.__module__.partition(".")[0] + "." + kind.__name__ for kind in type(error).__mro__}
 
 
 def _line(error: BaseException) -> str:

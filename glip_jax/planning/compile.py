@@ -46,7 +46,16 @@ from glip_jax.training.monitoring.chips import Topology
 from glip_jax.training.state import State, abstract_state
 from glip_jax.training.step import glip_objective, make_step
 
-__all__ = ["PlanError", "abstract_batch", "abstract_mesh", "cached", "compile_step", "environment", "state_bytes"]
+__all__ = [
+    "PlanError",
+    "abstract_batch",
+    "abstract_mesh",
+    "cached",
+    "compile_step",
+    "devices_of",
+    "environment",
+    "state_bytes",
+]
 
 
 class PlanError(UserError, ValueError):
@@ -286,7 +295,8 @@ def _run_child(
         pipe.send(("failed", f"{topology.name}: {type(fault).__name__}: {str(fault).strip().splitlines()[0][:300]}"))
 
 
-def _devices(topology: Topology, mode: CompileMode) -> list[Any]:
+def devices_of(topology: Topology, mode: CompileMode) -> list[Any]:
+    """The devices to compile for; PlanError where this machine or this compiler has none such."""
     if mode not in ("tpu", "tpu-whole"):
         devices = jax.devices()
         if mode == "local" and devices[0].platform != "gpu":
@@ -328,7 +338,7 @@ def _statistics(
     jax.config.update("jax_enable_compilation_cache", False)
     if mode != "local":
         jax.config.update("jax_platforms", "cpu")
-    mesh = make_mesh(config.mesh, _devices(topology, mode))
+    mesh = make_mesh(config.mesh, devices_of(topology, mode))
     check_fits(config, mesh)
     state, batch = abstract_state(config, mesh), abstract_batch(config, canvas, mesh)
     # The file is where the run will be; the number of its names changes little.

@@ -25,6 +25,7 @@ from glip_jax.distributed.cluster import Cluster
 from glip_jax.distributed.exit_codes import CANCELLED, PREEMPTED
 from glip_jax.distributed.mesh import check_fits, make_mesh, place_batch, replicated, shardings
 from glip_jax.distributed.runtime import enable_compilation_cache
+from glip_jax.io import fsspec_gcs
 from glip_jax.io.checkpoint import Checkpoints, Saved, complete_steps, fingerprint
 from glip_jax.io.checkpoint_reader import note_on_averages
 from glip_jax.io.claims import Owned, owned_workdir
@@ -41,8 +42,10 @@ from glip_jax.io.workdir import (
 from glip_jax.models.descriptions import description_table
 from glip_jax.structures.batch import Batch
 from glip_jax.structures.prompts import PromptError
+from glip_jax.training.monitoring.cached_programs import program_counts
 from glip_jax.training.monitoring.decisions import Decide, Decisions
 from glip_jax.training.monitoring.evaluations import Evaluate, Evaluations
+from glip_jax.training.monitoring.goodput import StartTimes
 from glip_jax.training.monitoring.metrics import Progress, read
 from glip_jax.training.monitoring.pending import NonFiniteLossError, PendingMetrics
 from glip_jax.training.monitoring.profiler import Profiler
@@ -111,8 +114,10 @@ def train(
         SystemExit: after a signal, when the step was saved; with exit_codes.PREEMPTED or CANCELLED.
     """
     validate(config)
-    enable_compilation_cache()
+    times = StartTimes()
+    fsspec_gcs.do_without(enable_compilation_cache(workdir))
     mesh = make_mesh(config.mesh)
+    times.initialized()
     check_fits(config, mesh)
     make_optimizer({}, config.train.steps, config.optimizer)  # raises for an unknown optimizer
     # A run that has finished needs no data.
@@ -129,7 +134,8 @@ def train(
         checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint.keep, config.checkpoint))
         if (saved := checkpoints.latest()) is not None:
             config = resumed(checkpoints.run(saved), config)
-        state = _start(config, workdir, mesh, checkpoints, initial_parameters, resume_with_changes)
+        with times.restoring() if saved is not None else contextlib.nullcontext():
+            state = _start(config, workdir, mesh, checkpoints, initial_parameters, resume_with_changes)
         start = int(state.step)
         if mixture is None and start < config.train.steps:  # the last checkpoint is damaged
             mixture = Mixture(config)
@@ -146,7 +152,7 @@ def train(
         evaluations = Evaluations(config, workdir, evaluate, writer, progress.log, cluster, signals)
         decisions = Decisions(decide, mesh, progress.log)
         run = _Run(
-            config, epath.Path(workdir), mesh, checkpoints, writer, progress, evaluations, decisions, cluster, signals, owned
+            config, epath.Path(workdir), mesh, checkpoints, writer, progress, evaluations, decisions, cluster, signals, owned, times
         )  # fmt: skip
         run.read_scores(start, lines)
         if cluster is not None:
@@ -253,6 +259,7 @@ class _Run:
     signals: StopSignals
     owned: list[Owned]
     """The working folder, on the first process."""
+    times: StartTimes
 
     def draw_first_batch(self, batch: Batch, draw: Callable[[Batch], bytes] | None) -> None:
         """Writes WORKDIR/first_batch.png, if it is asked for."""
@@ -333,7 +340,7 @@ def _train_steps(
     file = run.writer.file if run.writer is not None else None
     throughput = Throughput(config, mesh)
     pending = PendingMetrics(
-        config, str(run.folder), start, mixture, throughput, run.progress, run.writer, run.checkpoints.latest
+        config, str(run.folder), start, mixture, throughput, run.progress, run.writer, run.checkpoints, run.times
     )
     watchdog = Watchdog(run.folder, settings.hang_multiple, settings.hang_min, settings.hang_first, file, start)
     profiler = Profiler(run.folder, settings.profile, file, run.progress.log)
@@ -386,7 +393,7 @@ def _train_steps(
         _Hook(lambda now: profiler.ends(now.step, now.last or run.decisions.stop), end_profile),
     ]
 
-    with run.signals, contextlib.ExitStack() as stack:
+    with run.signals, pending, contextlib.ExitStack() as stack:
         stack.callback(getattr(batches, "close", lambda: None))  # Grain's threads end before the process does
         stack.enter_context(watchdog)
         stack.enter_context(programs)
@@ -424,7 +431,10 @@ def _compiling(run: _Run, throughput: Throughput, watchdog: Watchdog, canvas: st
     run.progress.log(f"compiling {canvas}")
     with throughput.exclude("compile"), watchdog.compiling():
         yield
-    run.progress.log(f"{canvas}: step ready in {time.perf_counter() - begin:.1f} s")
+    counts = program_counts()
+    run.progress.log(
+        f"{canvas}: step ready in {time.perf_counter() - begin:.1f} s; programs so far: {counts.compiled} compiled, {counts.cached} from the cache"
+    )
 
 
 def _stop(received: int, step: int, cluster: Cluster | None) -> int:

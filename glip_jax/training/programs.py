@@ -17,7 +17,7 @@ from glip_jax.io.compiler_lines import without_slow_compile_alarms
 from glip_jax.structures.batch import Batch
 from glip_jax.training.step import StepFunction
 
-__all__ = ["Programs"]
+__all__ = ["Programs", "default_workers"]
 
 Canvas = tuple[int, int]
 
@@ -25,6 +25,11 @@ _MOST = 8
 """Compilations at once: each takes gigabytes of memory."""
 _CORES = 4
 """For each thread: XLA keeps several cores busy, and on few of them the first step would wait longer for the others' sake."""
+
+
+def default_workers() -> int:
+    """How many programs this machine compiles beside one another; 0 on fewer than four cores."""
+    return min(_MOST, (os.cpu_count() or 1) // _CORES)
 
 
 class Programs:
@@ -40,7 +45,7 @@ class Programs:
 
     def __init__(self, step: StepFunction, canvases: Iterable[Canvas], workers: int | None = None) -> None:
         self._step, self._canvases = step, list(dict.fromkeys(canvases))
-        self._workers = min(_MOST, (os.cpu_count() or 1) // _CORES) if workers is None else workers
+        self._workers = default_workers() if workers is None else workers
         self._ahead: dict[Canvas, Future[StepFunction]] = {}
         self._used: dict[Canvas, StepFunction] = {}
         self._threads: ThreadPoolExecutor | None = None

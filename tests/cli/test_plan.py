@@ -184,7 +184,7 @@ def test_a_search_goes_on_after_a_compiler_that_died(config, capsys, monkeypatch
 
 def test_the_largest_canvas_is_the_default():
     data = tiny_run.replace(tiny_run.config(), "data", short_sides=(64, 128), long_side=256, aspects=(1.0, 0.5, 2.0))
-    assert plan._largest(data) == (128, 256)
+    assert plan.canvases(data)[0] == (128, 256)
 
 
 def test_a_config_that_is_wrong_is_no_plan(config, capsys):

@@ -131,7 +131,7 @@ def test_a_batch_that_does_not_divide_is_refused_before_compiling():
 
 def test_too_few_devices_are_named():
     with pytest.raises(PlanError, match=r"v5e:64x64: found \d+ devices, expected 4096"):
-        compile._devices(topology("v5e:64x64"), "fake")
+        compile.devices_of(topology("v5e:64x64"), "fake")
 
 
 @pytest.mark.parametrize(

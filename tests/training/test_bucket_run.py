@@ -9,13 +9,16 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
 
 from glip_jax.config import Config
+from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.io import checksums, fsspec_gcs, gcs
 from glip_jax.io.assets import resolve
 from glip_jax.io.checkpoint import (
@@ -32,6 +35,7 @@ from glip_jax.io.workdir import prepare
 from glip_jax.structures.prompts import PromptError, load_tokenizer
 from glip_jax.training.loop import train
 from glip_jax.training.monitoring import metrics, writer
+from glip_jax.training.monitoring.cached_programs import program_counts
 from tests import tiny_run
 from tests.io.test_checkpoint import _equal, _saved
 from tests.training import stand_in
@@ -61,6 +65,74 @@ def test_the_vocabulary_can_be_in_the_bucket(config, place):
     here, there = (load_tokenizer(resolve(path)) for path in (config.model.text.vocabulary, vocabulary))
     assert here.encode("A cat beside two dogs.").ids == there.encode("A cat beside two dogs.").ids
     assert here.get_vocab_size() == there.get_vocab_size()
+
+
+@pytest.fixture
+def cache(place, monkeypatch) -> Iterator[str]:
+    """The compilation cache lies where the working folder does, and keeps what compiles quickly too."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    fsspec_gcs.install()
+    least = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    stand_in._STEPS.clear()
+    jax.clear_caches()
+    yield place.removesuffix("/runs/one") + "/compilation_cache"
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+    monkeypatch.undo()
+    enable_compilation_cache()
+
+
+def _again() -> None:
+    """What the process has compiled is gone, as after a restart."""
+    stand_in._STEPS.clear()
+    jax.clear_caches()
+
+
+def test_a_second_start_compiles_nothing_from_the_cache_in_the_bucket(config, place, cache, running, capsys):
+    first = fingerprint(train(config, place).params)
+    assert [name for name in gcs.list_files(cache) if name.startswith("jit_step-")]
+    # A run of another name in the same bucket reads the same programs.
+    _again()
+    before = program_counts()
+    assert fingerprint(train(config, f"{place}-again").params) == first
+    found = program_counts().since(before)
+    assert found.compiled == 0 and found.cached > 10, found
+    assert "from the cache" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_cache_of_another_jax_is_missed_and_does_not_fail(config, place, cache, recwarn):
+    first = fingerprint(train(config, place).params)
+    names = list(gcs.list_files(cache))
+    for name in names:
+        value = gcs.read(f"{cache}/{name}")
+        gcs.remove(f"{cache}/{name}")
+        # Keys of other versions are other keys; and once the same one, as of another compressor.
+        other = name if name.startswith("jit_step-") else name.replace("-cache", "0-cache")
+        gcs.put(f"{cache}/{other}", b"another format" + value)
+    _again()
+    before = program_counts()
+    assert fingerprint(train(config, f"{place}-again").params) == first
+    assert program_counts().since(before).cached == 0
+    said = [str(warning.message) for warning in recwarn if "persistent compilation cache" in str(warning.message)]
+    assert len(said) == 1 and "'jit_step'" in said[0]
+
+
+@pytest.mark.slow
+def test_a_cache_that_does_not_answer_any_more_is_done_without(config, place, cache, running, monkeypatch, capsys):
+    first = fingerprint(train(config, place).params)
+    _again()
+    monkeypatch.setenv("GLIP_JAX_STORAGE_RETRY_SECONDS", "0.5")
+    with running.arm("503", share=1.0, only="compilation_cache") as injected:
+        assert fingerprint(train(config, f"{place}-again").params) == first
+    captured = capsys.readouterr()
+    assert captured.err.count(f"{cache} is not used any more: ") == 1 and captured.err.count("\n") == 1, captured.err
+    assert injected["503"] < 12, "one request was tried for half a second; later programs ask for nothing"
+    # The next start asks again.
+    _again()
+    before = program_counts()
+    train(config, f"{place}-third")
+    assert program_counts().since(before).compiled == 0
 
 
 def _losses(workdir):

@@ -14,7 +14,7 @@ from glip_jax.structures.batch import Batch
 
 __all__ = [
     "Mark", "color", "contact_sheet", "draw_batch", "draw_boxes",
-    "draw_counts", "draw_curves", "draw_groups", "draw_histogram", "hex_color", "phrase_text", "png", "svg_uri",
+    "draw_counts", "draw_curves", "draw_groups", "draw_histogram", "draw_shares", "hex_color", "phrase_text", "png", "svg_uri",
 ]  # fmt: skip
 
 
@@ -311,6 +311,27 @@ def draw_counts(
         axes.margins(x=0.02)
         if len(series) > 1:
             axes.legend(fontsize=7.5, frameon=False)
+        stream = io.BytesIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    return stream.getvalue()
+
+
+def draw_shares(shares: Mapping[str, float], label: str) -> bytes:
+    """A picture (SVG) of named shares in per cent: a bar each with its number, in the given order from the top."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "glip_jax", "svg.fonttype": "path", "font.size": 9}):
+        figure = Figure(figsize=(5.6, 0.6 + 0.22 * len(shares)), layout="constrained")
+        axes = figure.add_subplot()
+        shades = [tuple(channel / 255 for channel in color(index * 2)) for index in range(len(shares))]
+        bars = axes.barh(list(shares), list(shares.values()), color=shades, height=0.7)
+        axes.bar_label(bars, [f"{value:.1f}" for value in shares.values()], padding=3, fontsize=7.5)
+        axes.invert_yaxis()
+        axes.set_xlabel(label)
+        axes.tick_params(axis="y", labelsize=7.5, length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.margins(x=0.1)
         stream = io.BytesIO()
         figure.savefig(stream, format="svg", metadata={"Date": None})
     return stream.getvalue()

@@ -8,13 +8,14 @@ from etils import epath
 
 from glip_jax.cli.reports.absence_rows import SHOWN, alarm_rows, threshold_rows
 from glip_jax.cli.reports.card import Card
-from glip_jax.cli.reports.drawing import draw_curves, svg_uri
+from glip_jax.cli.reports.drawing import draw_curves, draw_shares, svg_uri
 from glip_jax.cli.reports.html import number, render_template
 from glip_jax.cli.reports.run_cards import cards
 from glip_jax.evaluation.average_precision import NUMBERS
 from glip_jax.evaluation.chunking import chunking_lines
 from glip_jax.evaluation.evaluate import Evaluated, Grounded
 from glip_jax.evaluation.recall import PROTOCOLS, RANKS
+from glip_jax.training.monitoring.goodput import Goodput
 
 __all__ = ["Curve", "aligned", "render", "table"]
 
@@ -65,15 +66,19 @@ def render(
     scenes: int = 12,
     threshold: float | None = None,
     summary: Mapping[str, Any] | None = None,
+    goodput: Goodput | None = None,
 ) -> str:
     """The report as HTML text; images are inside it as data URIs, and all text is escaped.
 
     `evaluated`: per set its evaluation and the folder of its pictures; `curves`: per panel its named curves;
     `scenes`: how many pictures of each set are shown, `threshold`: the score from which detections are drawn (None: where
-    F1 over the set is highest); `summary`: evaluation.json, for settings, hashes and prompts.
+    F1 over the set is highest); `summary`: evaluation.json, for settings, hashes and prompts; `goodput`: where the wall time of the run went.
     """
     sets = [_shown(name, result, folder, scenes, threshold) for name, (result, folder) in evaluated.items()]
     panels = [(name, svg_uri(draw_curves(lines, name, "svg"))) for name, lines in curves.items() if lines]
+    wall = (
+        {name: 100 * value / goodput.seconds for name, value in goodput.buckets.items()} if goodput is not None else {}
+    )
     recorded = summary or {}
     measured = _measured({name: result for name, (result, _) in evaluated.items()})
     facts, network = _settings_and_hashes(recorded)
@@ -84,6 +89,7 @@ def render(
         numbers=[name for name in NUMBERS if name not in ("AP", "AP50")], prompts=chunked,
         absent=[alarm_rows(measured), threshold_rows(measured)],
         separator=recorded.get("settings", {}).get("data.captions.separator", ". "),
+        goodput=(goodput.line(), svg_uri(draw_shares(wall, "% of the wall time"))) if goodput is not None else None,
         detection=[s for s in sets if not s.grounding], grounding=[s for s in sets if s.grounding],
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from glip_jax.config import current_names
 from glip_jax.io.workdir import workdir_path, write_atomic
+from glip_jax.training.monitoring.goodput import lost
 
 __all__ = ["Progress", "Window", "cut_back", "read"]
 
@@ -73,20 +74,22 @@ class Window:
         return result
 
 
-def read(workdir: str) -> list[dict[str, Any]]:
+def read(workdir: str, times: bool = False) -> list[dict[str, Any]]:
     """The complete lines of a run's metrics.jsonl under today's names; a last line that a kill cut off is left out.
 
-    So are damaged lines, as a loss of power leaves them: a warning names them.
+    So are damaged lines, as a loss of power leaves them: a warning names them. `times`: also the lines that hold times alone
+    (`glip_jax.training.monitoring.goodput`).
     """
     lines, damaged = _read(workdir)
     if damaged:
         logger.warning("%s: %s: left out", workdir_path(workdir) / "metrics.jsonl", _named(damaged))
-    return lines
+    return [line for line in lines if times or "goodput" not in line]
 
 
 def cut_back(workdir: str, step: int, also: Sequence[str] = ()) -> list[str]:
     """Removes the lines after `step` from metrics.jsonl, adds the lines of `also` that it lacks, and returns all lines.
 
+    The times of what is removed stay, at `step`: the run took them.
     A local file is written under another name and renamed; an object in a bucket is replaced as a whole. Damaged lines are set
     aside in metrics.jsonl.damaged; a warning names them.
     """
@@ -98,8 +101,9 @@ def cut_back(workdir: str, step: int, also: Sequence[str] = ()) -> list[str]:
         aside.write_bytes(before + b"".join(line + b"\n" for line in damaged.values()))
         logger.warning("%s: %s: set aside in %s", path, _named(damaged), aside)
     lines += [line for text in also if (line := current_names(json.loads(text))) not in lines]
-    lines.sort(key=lambda line: line["step"])
-    kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
+    lines = [line if line["step"] <= step else lost(line, step) for line in lines]
+    lines = sorted((line for line in lines if line is not None), key=lambda line: line["step"])
+    kept = [json.dumps(line) + "\n" for line in lines]
     if path.exists() or kept:
         write_atomic(path, "".join(kept))
     return kept

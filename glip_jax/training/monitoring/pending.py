@@ -1,6 +1,6 @@
 """The metrics of the newest step, which are read while the devices work on the next one, and the lines that are made of them."""
 
-from collections.abc import Callable
+import contextlib
 from typing import Any
 
 import jax
@@ -10,6 +10,8 @@ from glip_jax import UserError
 from glip_jax.config import Config
 from glip_jax.data.mixture import Mixture
 from glip_jax.distributed.exit_codes import NOT_FINITE
+from glip_jax.io.checkpoint import Checkpoints
+from glip_jax.training.monitoring.goodput import StartTimes
 from glip_jax.training.monitoring.metrics import Progress, Window, read
 from glip_jax.training.monitoring.source_counts import SourceCounts
 from glip_jax.training.monitoring.throughput import Throughput
@@ -42,16 +44,42 @@ class PendingMetrics:
         throughput: Throughput,
         progress: Progress,
         writer: Writer | None,
-        latest: Callable[[], int | None],
+        checkpoints: Checkpoints,
+        times: StartTimes,
     ) -> None:
-        """`latest` gives the step of the newest checkpoint, for messages."""
-        self._log_every, self._progress, self._writer, self._latest = config.train.log_every, progress, writer, latest
+        """`times`: those of this start, of which the first line is made."""
+        self._log_every, self._progress, self._writer, self._checkpoints = (
+            config.train.log_every,
+            progress,
+            writer,
+            checkpoints,
+        )
+        if writer is not None:
+            writer.times(start, "start", times.line())
         self._throughput, self._window = throughput, Window()
         self._names, self._describe = tuple(mixture.source_names), mixture.describe
         self._counts = SourceCounts(self._names, mixture.records, config.data, mixture.describe)
         lines = read(workdir) if start else []
         self._counts.resume(lines, mixture.shares, start * config.train.batch_size)
         self._newest: tuple[int, dict[str, Any], float] | None = None
+        self._step = start
+
+    def __enter__(self) -> "PendingMetrics":
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        """Waits for the last checkpoint, and writes where the time since the last line went."""
+        if kind is None:
+            self._checkpoints.wait()
+        excluded, steps = self._throughput.take_excluded(), self._window.steps
+        seconds = self._window.take()["seconds"]
+        if not steps:  # nothing else is waited for after the last line
+            excluded["checkpoint_seconds"] = round(
+                seconds - sum(excluded.values()) + excluded.get("checkpoint_seconds", 0), 4
+            )
+        if self._writer is not None:
+            with contextlib.suppress(OSError):  # which the writer raises when it is left
+                self._writer.times(self._step, "end", {"seconds": seconds, **excluded})
 
     def push(self, step: int, metrics: dict[str, Any], wait: float) -> None:
         """Drains, then keeps the metrics of `step`, whose batch took `wait` seconds to come."""
@@ -66,7 +94,7 @@ class PendingMetrics:
         if self._newest is None:
             return
         (step, metrics, wait), self._newest = self._newest, None
-        metrics = jax.device_get(metrics)
+        metrics, self._step = jax.device_get(metrics), step
         if not metrics["finite"]:
             raise NonFiniteLossError(self._not_finite(step, metrics))
         self._counts.add(metrics["source"], metrics["record"], metrics["invalid"])
@@ -94,7 +122,7 @@ class PendingMetrics:
         which = "examples with a non-finite loss" if bad.any() else "no single example's loss is; the batch was"
         chosen = np.flatnonzero(bad) if bad.any() else np.arange(len(bad))
         examples = "; ".join(self._describe(int(metrics["source"][i]), int(metrics["record"][i])) for i in chosen)
-        latest = self._latest()
+        latest = self._checkpoints.latest()
         return (
             f"step {step}: loss or gradient is not finite: {listed}\n{which}: {examples}\n"
             f"Newest checkpoint: {'none' if latest is None else f'step {latest}'}. Nothing was skipped or saved; look at "

@@ -60,10 +60,14 @@ class Throughput:
         }
         if self._peak:
             result["mfu"] = self._flops / stepping / self._peak
-        result |= {f"{what}_seconds": round(seconds, 4) for what, seconds in self._excluded.items()}
-        self._excluded.clear()
         self._flops = 0.0
-        return result | _memory()
+        return result | self.take_excluded() | _memory()
+
+    def take_excluded(self) -> dict[str, int | float]:
+        """The seconds of `exclude` since the last line."""
+        result = {f"{what}_seconds": round(seconds, 4) for what, seconds in self._excluded.items()}
+        self._excluded.clear()
+        return result
 
 
 def _memory() -> dict[str, int | float]:

@@ -1,6 +1,6 @@
 """Writes the metrics and files of a run in a thread, so that no step waits for a disk or a bucket.
 
-    WORKDIR/metrics.jsonl     one JSON object a line, {"step": 120, "loss": 1.2, ...}; steps never go back
+    WORKDIR/metrics.jsonl     one JSON object a line, {"step": 120, "time": 1767225600.1, "loss": 1.2, ...}; steps never go back
     WORKDIR/tensorboard/      the same scalars as event files (written without TensorFlow)
 
 On resume both are cut back to the restored step, so the records of a run that was killed look like those of one that was not. An
@@ -111,8 +111,13 @@ class Writer:
         Never waits. Raises the OSError of an earlier line that the disk refused.
         """
         plain = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
-        line = json.dumps({"step": step, **plain}) + "\n"
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **plain}) + "\n"
         self._add((step, line, dict(metrics)))
+
+    def times(self, step: int, kind: str, seconds: Mapping[str, float]) -> None:
+        """Queues a line of times alone (`glip_jax.training.monitoring.goodput`), of which there are no events. As `write`."""
+        line = json.dumps({"step": step, "goodput": kind, "time": round(time.time(), 3), **seconds}) + "\n"
+        self._add((step, line, {}))
 
     def file(self, name: str, data: bytes) -> None:
         """Queues a file of the working folder, as `write`; a later one of the same name replaces it."""
@@ -180,6 +185,8 @@ class Writer:
                 with (self._folder / "metrics.jsonl").open("a") as file:
                     file.write(text)
                 self._written(1)
+            if not content:  # times alone
+                continue
             from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
             from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 

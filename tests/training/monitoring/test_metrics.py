@@ -44,7 +44,9 @@ def test_lines_are_cut_back_and_a_torn_line_is_dropped(tmp_path):
     with Writer(str(tmp_path), 4) as writer:
         writer.write(5, {"loss": 0.2})
     assert [line["step"] for line in read(str(tmp_path))] == [2, 4, 5]
-    assert len(cut_back(str(tmp_path), 0)) == 0 and read(str(tmp_path)) == []
+    kept = [json.loads(line) for line in cut_back(str(tmp_path), 0)]
+    assert read(str(tmp_path)) == [] and [line["goodput"] for line in kept] == ["lost"] * 4
+    assert not [line for line in kept if "loss" in line or line["step"]], "their times stay, at the step of the resume"
 
 
 def test_damaged_lines_are_named_and_set_aside(tmp_path, caplog):
@@ -65,7 +67,8 @@ def test_damaged_lines_are_named_and_set_aside(tmp_path, caplog):
 def test_values_that_are_not_finite_stay_json(tmp_path):
     with Writer(str(tmp_path), 0) as writer:
         writer.write(1, {"loss": math.nan})
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": "nan"}
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line == {"step": 1, "time": line["time"], "loss": "nan"}
 
 
 def _events(folder) -> list[Any]:
