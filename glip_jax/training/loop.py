@@ -142,7 +142,7 @@ def train(
         note = note_on_averages(config.train.steps, config.optimizer) if config.evaluation.parameters == "ema" else ""
         if note and first:
             logger.warning(note)
-        signals = StopSignals()
+        signals = StopSignals(None if cluster is None else cluster.asked)
         evaluations = Evaluations(config, workdir, evaluate, writer, progress.log, cluster, signals)
         decisions = Decisions(decide, mesh, progress.log)
         run = _Run(
@@ -150,8 +150,7 @@ def train(
         )  # fmt: skip
         run.read_scores(start, lines)
         if cluster is not None:
-            # Entered last, it is the first context that an error leaves: the other processes hear of it before anything waits for
-            # them. (`cli.train.run` has entered it too, for errors before this line.)
+            # Entered last, it is the first context that an error leaves: nothing that follows waits for long for processes that are gone.
             stack.enter_context(cluster)
         if mixture is not None and not decisions.stop:
             fed = feed(mixture, state) if feed else Feed(partial(mixture.batches, patches=config.model.patches))
@@ -407,7 +406,7 @@ def _train_steps(
             run.checkpoints.check()
             for each in run.owned:
                 each.check()
-            now = _Dispatched(step, state, step == settings.steps, _stop(run.signals.number, step, run.cluster))
+            now = _Dispatched(step, state, step == settings.steps, _stop(run.signals.number, run.cluster))
             for hook in hooks:
                 if hook.due(now):
                     # Before the action: a state that is not finite is never saved.
@@ -427,6 +426,6 @@ def _compiling(run: _Run, throughput: Throughput, watchdog: Watchdog, canvas: st
     run.progress.log(f"{canvas}: step ready in {time.perf_counter() - begin:.1f} s")
 
 
-def _stop(received: int, step: int, cluster: Cluster | None) -> int:
+def _stop(received: int, cluster: Cluster | None) -> int:
     """The signal that stops the run after this step, 0 for none; the same in all processes."""
-    return received if cluster is None else cluster.agreed(received, step)
+    return received if cluster is None else cluster.agreed(received)
