@@ -196,7 +196,7 @@ class Cluster:
 
     def _advance(self) -> None:
         self._count += 1
-        self._asked = multihost_utils.reached_preemption_sync_point(self._count) or self._asked
+        self._asked = multihost_utils.reached_preemption_sync_point(self._count)
 
     def met(self, received: int) -> int:
         """Waits until all processes have called it. The signal to stop for, the same in all processes, if one of them was `asked`; else 0.

@@ -64,6 +64,7 @@ def test_of_several_processes_any_signal_is_passed_on_as_sigterm_and_one_to_anot
             noticed.append(True)
             time.sleep(0.2)
             noticed.clear()
+        came.append("the end of what is held")
         noticed.append(True)
         time.sleep(10)
         raise AssertionError("not left")
@@ -76,6 +77,7 @@ def test_of_several_processes_any_signal_is_passed_on_as_sigterm_and_one_to_anot
                 time.sleep(0.2)
             with pytest.raises(EvaluationLeft), received.leaving():
                 notice(received)
+            assert came[-1] == "the end of what is held"
             with pytest.raises(EvaluationLeft), received.leaving():
                 raise AssertionError("not left")
     finally:
