@@ -175,14 +175,11 @@ class Cluster:
         self._count, self._asked, self._signal = 0, False, 0
         self._since, self._base = time.monotonic(), 0
 
-    def agreed(self, received: int) -> int:
-        """The signal to stop for after this step, the same step in all processes; 0 for none. To be called after each step's dispatch.
-
-        `received`: what this process got other than SIGTERM and passed on as SIGTERM, 0 for none.
-        """
+    def agreed(self) -> bool:
+        """Whether to stop after this step, the same step in all processes. To be called after each step's dispatch; without communication."""
         self._advance()
         self._since, self._base = time.monotonic(), self._count
-        return self.met(received) if self._asked else 0
+        return self._asked
 
     def asked(self) -> bool:
         """Whether any process received a signal. To be called about once a second by each process within what they do at their own pace.
@@ -199,12 +196,16 @@ class Cluster:
         self._asked = multihost_utils.reached_preemption_sync_point(self._count)
 
     def met(self, received: int) -> int:
-        """Waits until all processes have called it. The signal to stop for, the same in all processes, if one of them was `asked`; else 0.
+        """Waits until all processes have called it, with no program of theirs in flight: it is a collective. Returns the signal to stop for,
+        the same in all processes, if one of them was `asked` or has `agreed` to stop; else 0.
 
-        `received`: as for `agreed`. After a signal all have agreed to stop where they are: it returns the same at once.
+        `received`: what this process got other than SIGTERM and passed on as SIGTERM, 0 for none. After a signal all have agreed to
+        stop where they are: it returns the same at once.
         """
         if not self._signal:
-            rows = np.asarray(multihost_utils.process_allgather(np.int32([self._asked, self._count, received])))
+            rows = np.asarray(
+                multihost_utils.process_allgather(np.array([self._asked, self._count, received], np.int32))
+            )
             if rows[:, 0].any():
                 kinds = (kind for kind in (signal.SIGINT, signal.SIGHUP) if kind in rows[:, 2])
                 self._signal = int(next(kinds, signal.SIGTERM))

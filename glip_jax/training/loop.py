@@ -267,19 +267,20 @@ class _Run:
             self.writer.flush()
         self.checkpoints.save(step, Saved(state.params, state.optimizer, state.ema), self.config, lines)
 
-    def stop(self, step: int, signal_number: int) -> None:
+    def stop(self, step: int) -> None:
         """Ends the process after a signal, as soon as the checkpoint of `step` is complete."""
         self.checkpoints.wait()
-        code = CANCELLED if signal_number == signal.SIGINT else PREEMPTED
-        name = signal.Signals(signal_number).name
+        number = self.signals.number if self.cluster is None else self.cluster.met(self.signals.number)
+        code = CANCELLED if number == signal.SIGINT else PREEMPTED
+        name = signal.Signals(number).name
         self.progress.log(f"{name}: saved step {step}; the same command goes on from there (exit code {code})")
         raise SystemExit(code)
 
     def evaluation(self, step: int, state: State) -> None:
         """Evaluates `step`, which is saved. A signal ends that and the run at once; the evaluation is made after the resume."""
-        metrics, score, signal_number = self.evaluations.make(step, state)
-        if signal_number:
-            self.stop(step, signal_number)
+        metrics, score, left = self.evaluations.make(step, state)
+        if left:
+            self.stop(step)
         if not self.decisions.made:
             self.score(step, {self.config.checkpoint.best_by: score})
         elif self.decisions.make(step, metrics).best:
@@ -313,8 +314,8 @@ class _Dispatched(NamedTuple):
     """After the step."""
     last: bool
     """Whether it is the last one of the run."""
-    signal: int
-    """Number of the signal that stops the run after this step, 0 for none."""
+    stops: bool
+    """Whether a signal stops the run after this step; the same in all processes."""
 
 
 class _Hook(NamedTuple):
@@ -371,15 +372,15 @@ def _train_steps(
 
     def saves(now: _Dispatched) -> bool:
         every = config.checkpoint.every
-        return now.last or now.signal != 0 or (every > 0 and now.step % every == 0) or run.evaluations.due(now.step)
+        return now.last or now.stops or (every > 0 and now.step % every == 0) or run.evaluations.due(now.step)
 
     # In this order: what is evaluated was saved, also where a signal or a kill ends the evaluation, which is then made after the
     # resume; and a run that a signal stops evaluates nothing.
     hooks = [
         _Hook(saves, save),
         _Hook(
-            lambda now: now.signal != 0 and (not now.last or run.evaluations.due(now.step)),
-            lambda now: run.stop(now.step, now.signal),
+            lambda now: now.stops and (not now.last or run.evaluations.due(now.step)),
+            lambda now: run.stop(now.step),
         ),
         _Hook(lambda now: run.evaluations.due(now.step), evaluation),
         _Hook(lambda now: profiler.ends(now.step, now.last or run.decisions.stop), end_profile),
@@ -390,7 +391,7 @@ def _train_steps(
         stack.enter_context(watchdog)
         stack.enter_context(programs)
         if run.evaluations.missing(start):
-            evaluation(_Dispatched(start, state, False, 0))
+            evaluation(_Dispatched(start, state, False, False))
         for step in range(start + 1, settings.steps + 1):
             if run.decisions.stop:
                 break
@@ -406,7 +407,8 @@ def _train_steps(
             run.checkpoints.check()
             for each in run.owned:
                 each.check()
-            now = _Dispatched(step, state, step == settings.steps, _stop(run.signals.number, run.cluster))
+            stops = run.signals.number != 0 if run.cluster is None else run.cluster.agreed()
+            now = _Dispatched(step, state, step == settings.steps, stops)
             for hook in hooks:
                 if hook.due(now):
                     # Before the action: a state that is not finite is never saved.
@@ -424,8 +426,3 @@ def _compiling(run: _Run, throughput: Throughput, watchdog: Watchdog, canvas: st
     with throughput.exclude("compile"), watchdog.compiling():
         yield
     run.progress.log(f"{canvas}: step ready in {time.perf_counter() - begin:.1f} s")
-
-
-def _stop(received: int, cluster: Cluster | None) -> int:
-    """The signal that stops the run after this step, 0 for none; the same in all processes."""
-    return received if cluster is None else cluster.agreed(received)

@@ -35,8 +35,8 @@ def _stop(where, number):
 def _steps(cluster, signals, count):
     for step in range(1, count + 1):
         time.sleep(0.01 * (1 + jax.process_index()))
-        if number := cluster.agreed(signals.number):
-            _stop(f"after step {step}", number)
+        if cluster.agreed():
+            _stop(f"after step {step}", cluster.met(signals.number))
 
 
 def steps(cluster):
@@ -60,7 +60,8 @@ def evaluation(cluster):
         config = tiny_run.replace(Config(), "evaluation", parameters="raw")
         evaluations = Evaluations(config, "", evaluate, None, print, cluster, signals)
         state = SimpleNamespace(params=np.ones(()), ema=np.ones(()))
-        _stop("in the evaluation", evaluations.make(3, state)[2])  # pyright: ignore[reportArgumentType]
+        assert evaluations.make(3, state)[2]  # pyright: ignore[reportArgumentType]
+        _stop("in the evaluation", cluster.met(signals.number))
 
 
 def waiting(cluster):

@@ -470,7 +470,7 @@ def test_all_stop_at_one_count_also_where_evaluations_count_seconds(noticed_at, 
         if index == 0:
             threading.Timer(noticed_at, service.notice).start()
         for step in range(1, 200):
-            if joined.agreed(0):
+            if joined.agreed():
                 return step, "step"
             end = time.monotonic() + 0.3 * (index + 1) * (step == 3)
             joined._since -= index  # as if it had begun so many seconds before process 0
@@ -491,10 +491,15 @@ def test_all_stop_at_one_count_also_where_evaluations_count_seconds(noticed_at, 
 def test_a_signal_is_that_of_whom_it_came_to(monkeypatch):
     service = _Service(3, monkeypatch)
     service.sync = 2
+
+    def work(index, joined):
+        kind = kinds[index]
+        return [joined.agreed(), joined.met(kind), joined.agreed(), joined.met(kind), joined.met(0)]
+
     kinds = [0, signal.SIGINT, signal.SIGHUP]
-    assert service.run(lambda index, joined: [joined.agreed(kinds[index]) for _ in range(2)]) == [[0, 2]] * 3
+    assert service.run(work) == [[False, 0, True, signal.SIGINT, signal.SIGINT]] * 3
     kinds = [0, 0, 0]
-    assert service.run(lambda index, joined: [joined.agreed(kinds[index]) for _ in range(2)]) == [[0, 15]] * 3
+    assert service.run(work) == [[False, 0, True, signal.SIGTERM, signal.SIGTERM]] * 3
 
 
 def test_processes_that_differ_are_named():
