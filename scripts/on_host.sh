@@ -11,7 +11,7 @@ set -euo pipefail
 code=$HOME/glip_jax state=$HOME/glip_jax.state
 # Seconds that `stop` waits: writing a checkpoint to a bucket may take minutes.
 stop_seconds=${GLIP_JAX_STOP_SECONDS:-300}
-# Seconds to wait after 69 or 76: the other hosts must detect it too, and an unavailable bucket needs time.
+# Seconds to wait after 69, 76 or a signal: the other hosts must detect it too (--heartbeat), and an unavailable bucket needs time.
 pause=${GLIP_JAX_RESTART_SECONDS:-60}
 export LC_ALL=C
 
@@ -119,8 +119,9 @@ supervise() {
         case $code in
         75) tries=0 ;;
         69 | 76 | 132 | 134 | 135 | 136 | 137 | 139 | 143)
-            # An unavailable bucket, or a process that died on another host or on this one (by a signal: out of memory, a
-            # driver error, SIGTERM while it started) may be transient; an error that repeats at the same step is not.
+            # An unavailable bucket, or a process that died on another host (76, or 134 by jax's heartbeat) or on this one (by a
+            # signal: out of memory, a driver error, SIGTERM while it started) may be transient; an error that repeats at the
+            # same step is not.
             reached=$(last_step)
             [ "$reached" = "$step" ] || tries=0
             step=$reached

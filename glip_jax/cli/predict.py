@@ -122,7 +122,7 @@ def main(argv: Sequence[str]) -> int:
     command = shlex.join(["python", "-m", "glip_jax", "predict", *argv])
 
     def facts() -> dict[str, str]:
-        own = {name: value for name, value in asdict(job).items() if name not in ("index", "patience")}
+        own = {name: value for name, value in asdict(job).items() if name not in ("index", "patience", "heartbeat")}
         asked = {f"--{name.replace('_', '-')}": repr(value) for name, value in own.items()} | {
             "settings": repr(settings)
         }

@@ -3,10 +3,10 @@
 jax is imported by the functions, so that a job's --help is quick.
 """
 
-import contextlib
+import logging
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
+import socket
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from glip_jax.distributed.cluster import Cluster
 
 __all__ = ["ProcessArguments", "checkpoint_fingerprint", "fingerprints", "run_joined", "share_of"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class ProcessArguments:
     """Which of them this is, from 0."""
     patience: Annotated[int, Range(1, 1_000_000, "seconds")] = 300
     """Seconds to wait for the other processes."""
+    heartbeat: Annotated[int, Range(2, 1_000_000, "seconds")] = 30
+    """Seconds of silence after which a process is taken for dead, and the others end, to be started again."""
 
 
 def run_joined(
@@ -44,42 +48,41 @@ def run_joined(
     arguments: ProcessArguments,
     facts: Callable[[], Mapping[str, str]],
     work: "Callable[[Cluster | None], int]",
+    saves: bool = False,
 ) -> int:
     """The exit code of `work`, after this process has joined the others; without the flags it works alone, with None.
 
     `facts`: what all processes must have alike, name to value, asked for after joining. To be called before anything else of
-    jax is used. Where several processes work, this one ends here with its exit code, so that it waits for none that is gone.
+    jax is used. `saves`: the work stops by `Cluster.agreed` after SIGTERM, which does not end the process otherwise. Where several
+    processes work, one that fails ends here, so that it waits for none that is gone.
 
     Raises ProcessError if the processes do not come together or differ, and what `work` raises if it works alone.
     """
-    from glip_jax.distributed.cluster import Cluster, ProcessError, ProcessGroup, join
+    from glip_jax.distributed.cluster import Cluster, Member, ProcessGroup, check_alike, join, leave
 
     explicit = bool(arguments.coordinator) or arguments.processes > 0 or arguments.index >= 0
     if not arguments.distributed and not explicit:
         _check_alone()
         return work(None)
-    group = ProcessGroup(arguments.coordinator, arguments.processes, arguments.index, arguments.patience, job)
-    join(group)
+    where = (arguments.coordinator, arguments.processes, arguments.index)
+    join(ProcessGroup(*where, arguments.patience, arguments.heartbeat, job, saves))
     import jax
 
     if jax.process_count() == 1:
         return work(None)
-    log.set_process(jax.process_index())
-    try:
-        cluster = Cluster(facts(), errors.exit_code_of, arguments.patience, job=job)
-    except ProcessError as error:
-        code = errors.report(job, error)
-        sys.stderr.flush()
-        # At a normal end jax would wait for the processes that did not come.
-        os._exit(code)
+    index = jax.process_index()
+    log.set_process(index)
+    cluster = Cluster(errors.exit_code_of, job)
     try:
         with cluster:
-            code = work(cluster)
-        return cluster.finish(code)
-    except SystemExit as stop:
-        raise SystemExit(cluster.finish(errors.exit_code_of(stop))) from None
+            member = Member(index, socket.gethostname(), os.getpid(), facts())
+            logger.info(str(member))  # jax names a process that died by its index alone
+            check_alike(share_of(cluster).gather(member))
+            return work(cluster)
     except BaseException as error:
-        return cluster.finish(errors.report(job, error))
+        if cluster.together(error):
+            raise
+        leave(errors.exit_code_of(error) if isinstance(error, SystemExit) else errors.report(job, error))
 
 
 def share_of(cluster: "Cluster | None") -> Share:
@@ -88,12 +91,7 @@ def share_of(cluster: "Cluster | None") -> Share:
         return Share()
     import jax
 
-    @contextlib.contextmanager
-    def meet() -> Iterator[None]:
-        cluster.met()
-        yield
-
-    return Share(jax.process_index(), jax.process_count(), meet)
+    return Share(jax.process_index(), jax.process_count())
 
 
 def fingerprints(config: Config | None) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """The job `train`: settings and flags to `glip_jax.training.loop.train`."""
 
-import contextlib
 import difflib
 import functools
 import hashlib
@@ -58,13 +57,17 @@ class TrainArguments(ProcessArguments, Arguments):
 def main(argv: Sequence[str]) -> int:
     """Runs the job; raises what ends it. After SIGTERM or Ctrl-C it raises SystemExit, the step saved.
 
-    Where several processes train, this one ends here with its exit code, so that it waits for none that is gone.
+    Where several processes train, one that fails ends here, so that it waits for none that is gone.
     """
     arguments = parse(argv, TrainArguments, "train")
     if not arguments.workdir:
         raise CommandLineError("no working folder: expected --workdir=DIR (made if it is not there)")
     return run_joined(
-        "train", arguments, lambda: _fingerprints(arguments.config), lambda cluster: _train(arguments, cluster)
+        "train",
+        arguments,
+        lambda: _fingerprints(arguments.config),
+        lambda cluster: _train(arguments, cluster),
+        saves=True,
     )
 
 
@@ -93,27 +96,26 @@ def run(config: Config, workdir: str, resume_with_changes: bool = False, cluster
 
     Raises NotSavedError where the disk is full, and what `glip_jax.training.loop.train` raises.
     """
-    with cluster or contextlib.nullcontext():
-        try:
-            return train(
-                config,
-                workdir,
-                evaluate=_evaluator(config, workdir)
-                if config.evaluation.sets and config.train.evaluate_every >= 0
-                else None,
-                draw=_drawer(config),
-                initial_parameters=pretrained.initialize,
-                resume_with_changes=resume_with_changes,
-                cluster=cluster,
-                feed=_by_meaning(config, workdir) if config.data.captions.hard_by == "meaning" else None,
-            )
-        except OSError as error:
-            full = "" if isinstance(error, UserError) else full_disk(error)
-            if not full:
-                raise
-            raise NotSavedError(
-                f"{error.filename or workdir} cannot be written ({full}); checkpoints: {recovery_hint(workdir, full)}"
-            ) from error
+    try:
+        return train(
+            config,
+            workdir,
+            evaluate=_evaluator(config, workdir)
+            if config.evaluation.sets and config.train.evaluate_every >= 0
+            else None,
+            draw=_drawer(config),
+            initial_parameters=pretrained.initialize,
+            resume_with_changes=resume_with_changes,
+            cluster=cluster,
+            feed=_by_meaning(config, workdir) if config.data.captions.hard_by == "meaning" else None,
+        )
+    except OSError as error:
+        full = "" if isinstance(error, UserError) else full_disk(error)
+        if not full:
+            raise
+        raise NotSavedError(
+            f"{error.filename or workdir} cannot be written ({full}); checkpoints: {recovery_hint(workdir, full)}"
+        ) from error
 
 
 def _by_meaning(config: Config, workdir: str) -> Callable[[Mixture, State], Feed]:

@@ -1,34 +1,28 @@
 """Several processes that work as one: joining, checking that they agree, stopping together, noticing that one died.
 
-jax.distributed carries the arrays. Beside it each process has one connection to process 0 (`Cluster`) for messages: process
-0 compares the settings of all processes, forwards signals to stop, and reports whose connection broke. The kernel closes
-the connection of a process that dies for any reason; a host that does not answer is noticed after half a minute.
+jax.distributed does it. Its coordination service has a heartbeat of every process, and ends the others with SIGABRT when one falls
+silent. Its preemption service tells all processes that one received SIGTERM, and names the step after which all stop.
 """
 
 import contextlib
-import json
 import os
 import re
-import secrets
-import socket
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from glip_jax import UserError
-from glip_jax.distributed.exit_codes import BAD_INPUT, CANCELLED, DONE, PEER_LOST, PREEMPTED, UNEXPECTED
+from glip_jax.distributed.exit_codes import BAD_INPUT, PEER_LOST, UNEXPECTED
 
-__all__ = ["ProcessGroup", "Cluster", "ProcessError", "announced", "join"]
-
-_HANDSHAKE_BYTES = 1024
-"""Bytes of the message that process 0 sends to all through jax: its address and a secret."""
+__all__ = ["Cluster", "Member", "ProcessError", "ProcessGroup", "announced", "check_alike", "join", "leave"]
 
 _ANNOUNCERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES")
 """Variables by which SLURM, Open MPI and TPU hosts announce several processes."""
@@ -38,8 +32,14 @@ _RESUME_HINT = "What was saved is intact: the same command on all hosts goes on 
 _UNWIND_SECONDS = 20.0
 """Time for a process that fails to unwind."""
 
-_BLAME_SECONDS = 3.0
-"""Time that a process whose collective failed waits for the message that another one died, which is the true reason."""
+_LEAVE_SECONDS = 5.0
+"""Time that a process that fails waits for the others, which may fail in the same way."""
+
+_SHUTDOWN_SECONDS = 24 * 3600
+"""Time that a process which is done waits for the others: process 0 may still write. A death ends the wait."""
+
+_BROKEN = re.compile(r"Gloo|NCCL|CoordinationService|coordination service")
+"""In the errors of what the processes do together, where one of them is gone: collectives on CPU and GPU, barriers."""
 
 
 class ProcessError(UserError, RuntimeError):
@@ -56,7 +56,11 @@ class ProcessGroup:
     index: int = -1
     timeout: int = 300
     """Seconds to wait for the other processes."""
+    heartbeat: int = 30
+    """Seconds of silence after which a process is taken for dead, and the others end."""
     job: str = "train"
+    saves: bool = False
+    """Whether the job stops by `Cluster.agreed`: SIGTERM is then left to jax's preemption service, and no longer ends the process."""
 
 
 def announced(environment: Mapping[str, str]) -> tuple[int, str]:
@@ -89,8 +93,8 @@ def join(group: ProcessGroup) -> None:
     if explicit and not re.fullmatch(r".+:\d+", group.coordinator):
         raise ProcessError(f"--coordinator={group.coordinator}: expected HOST:PORT of process 0")
     expected, by = (group.processes, "--processes") if explicit else announced(os.environ)
-    # Its own handler of SIGTERM would replace that of the job; the cluster agrees by itself.
-    jax.config.update("jax_enable_preemption_service", False)
+    # It replaces the job's handler of SIGTERM by its own.
+    jax.config.update("jax_enable_preemption_service", group.saves)
     where: dict[str, Any] = {}
     mend = "start it on all hosts of a TPU pod or under srun, or give --coordinator, --processes and --index"
     if explicit:
@@ -106,7 +110,12 @@ def join(group: ProcessGroup) -> None:
     last.daemon = True
     last.start()
     try:
-        jax.distributed.initialize(**where, initialization_timeout=group.timeout + 60)
+        jax.distributed.initialize(
+            **where,
+            initialization_timeout=group.timeout + 60,
+            heartbeat_timeout_seconds=group.heartbeat,
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+        )
     except Exception as error:
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         raise ProcessError(f"{who} ({reason}): {mend}") from None
@@ -116,331 +125,135 @@ def join(group: ProcessGroup) -> None:
         raise ProcessError(
             f"{by} announces {expected} processes, but jax found {jax.process_count()}: start all of them"
         )
+    if jax.process_count() == 1 and group.saves:  # nobody asks the preemption service then
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
-class _Member(NamedTuple):
-    """A process of the cluster."""
+class Member(NamedTuple):
+    """A process, and what all must have alike."""
 
     index: int
     host: str
     pid: int
+    facts: Mapping[str, str]
+    """Name to value."""
 
     def __str__(self) -> str:
         return f"process {self.index} on {self.host} (pid {self.pid})"
 
 
-class _Connection:
-    """A connection that carries JSON, a line each."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        connection.settimeout(None)
-        # A host without power closes nothing: after 10 s of silence it is asked three times.
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
-            if hasattr(socket, name):
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        self._connection, self._file, self._lock = connection, connection.makefile("r"), threading.Lock()
-
-    def send(self, **message: Any) -> None:
-        """Sends a message; one that nobody can receive any more is lost, as the reader's side finds out."""
-        with self._lock, contextlib.suppress(OSError):
-            self._connection.sendall((json.dumps(message) + "\n").encode())
-
-    def receive(self) -> dict[str, Any] | None:
-        """The next message; None when the connection is at its end or broken."""
-        try:
-            line = self._file.readline()
-            return json.loads(line) if line.endswith("\n") else None
-        except (OSError, ValueError):
-            return None
-
-    def close(self) -> None:
-        """Ends it for both sides."""
-        with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
-        self._connection.close()
-
-
-class _Coordinator:
-    """What process 0 does for all, itself included."""
-
-    def __init__(self, count: int, timeout: float) -> None:
-        self.secret, self._count, self._timeout = secrets.token_hex(16), count, timeout
-        self._listener = socket.create_server(("", 0), backlog=count)
-        self.port = self._listener.getsockname()[1]
-        self._connections: dict[int, _Connection] = {}
-        self._members: dict[int, _Member] = {}
-        self._facts: dict[int, dict[str, str]] = {}
-        self._at: dict[int, int] = {}
-        self._signal, self._stop_at, self._over = 0, None, False
-        self._left: set[int] = set()
-        self._met, self._leaving = dict.fromkeys(range(count), 0), (0, 0)
-        self._change = threading.Condition()
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        refused = self._accept_all()
-        self._send_all(refused=refused, members=[list(member) for member in self._members.values()])
-        for index, connection in self._connections.items():
-            threading.Thread(target=self._listen, args=(index, connection), daemon=True).start()
-
-    def _accept_all(self) -> str:
-        """Waits for everybody; what keeps them from working together, or ""."""
-        end = time.monotonic() + self._timeout
-        while len(self._connections) < self._count and (left := end - time.monotonic()) > 0:
-            self._listener.settimeout(left)
-            try:
-                accepted, _ = self._listener.accept()
-                connection = _Connection(accepted)
-                accepted.settimeout(5)  # a stranger may say nothing
-                hello = connection.receive()
-                accepted.settimeout(None)
-            except OSError:
-                continue
-            if not hello or not secrets.compare_digest(str(hello.get("secret", "")), self.secret):
-                connection.close()
-                continue
-            index = hello["index"]
-            self._connections[index], self._facts[index] = connection, hello["facts"]
-            self._members[index] = _Member(index, hello["host"], hello["pid"])
-        self._listener.close()
-        missing = sorted(set(range(self._count)) - set(self._connections))
-        if missing:
-            return f"process {', '.join(map(str, missing))} of {self._count} did not report in {self._timeout:g} s"
-        first, lines = self._members[0], []
-        for index in range(1, self._count):
-            local, remote = self._facts[0], self._facts[index]
-            names = [name for name in sorted({*local, *remote}) if local.get(name) != remote.get(name)]
-            shown = [f"{name} is {remote.get(name, 'absent')}, not {local.get(name, 'absent')}" for name in names]
-            more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
-            if names:
-                lines.append(f"{self._members[index]}: {'; '.join(shown[:6])}{more}")
-        if not lines:
-            return ""
+def check_alike(members: Sequence[Member]) -> None:
+    """Raises ProcessError if the facts of a process differ from those of the first; the message names both and the differing values."""
+    first, lines = members[0], []
+    for member in members[1:]:
+        own, others = first.facts, member.facts
+        names = [name for name in sorted({*own, *others}) if own.get(name) != others.get(name)]
+        shown = [f"{name} is {others.get(name, 'absent')}, not {own.get(name, 'absent')}" for name in names]
+        more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
+        if names:
+            lines.append(f"{member}: {'; '.join(shown[:6])}{more}")
+    if lines:
         listed = " | ".join(lines[:4]) + (f" | and {len(lines) - 4} more processes" if len(lines) > 4 else "")
-        return f"the processes differ from {first}: {listed}; give all hosts the same command, code and data"
-
-    def _listen(self, index: int, connection: _Connection) -> None:
-        while (message := connection.receive()) is not None:
-            with self._change:
-                if "stop" in message and not self._signal:
-                    self._signal = message["stop"]
-                    self._send_all(stop=self._signal)
-                if "met" in message:
-                    self._met[index] = message["met"]
-                    if message["left_for"] and not self._leaving[0]:
-                        self._leaving = (message["left_for"], message["met"])
-                    self._send_all(met=min(self._met.values()), leaving=self._leaving)
-                if "at" in message:
-                    self._at[index] = message["at"]
-                    if len(self._at) == self._count:
-                        self._stop_at = max(self._at.values()) + 1
-                        self._send_all(stop_at=self._stop_at)
-                if "code" in message:
-                    self._left.add(index)
-                    together = self._stop_at is not None and message["code"] in (PREEMPTED, CANCELLED)
-                    if message["code"] != DONE and not together:
-                        self._blame(f"{self._members[index]} ended: {message['text']}", message["code"])
-                    self._change.notify_all()
-        with self._change:
-            if index not in self._left:
-                self._left.add(index)
-                self._blame(f"{self._members[index]} died; its own log says why. {_RESUME_HINT}", PEER_LOST)
-            self._change.notify_all()
-
-    def _blame(self, text: str, code: int) -> None:
-        """Ends everybody who is there, with the first reason only."""
-        if not self._over:
-            self._over = True
-            self._send_all(gone=text, code=code)
-
-    def _send_all(self, **message: Any) -> None:
-        # This process last: what it hears may end it, and this thread with it.
-        for index in sorted(self._connections, reverse=True):
-            self._connections[index].send(**message)
-
-    def close(self, timeout: float) -> None:
-        """Waits until all have left, then ends the connections."""
-        with self._change:
-            self._change.wait_for(lambda: len(self._left) >= len(self._connections), timeout)
-        self._send_all(closed=True)
+        raise ProcessError(
+            f"the processes differ from {first}: {listed}; give all hosts the same command, code and data"
+        )
 
 
 class Cluster:
-    """The processes of this job, as one of them sees them. Made once, after `join`, by all of them.
+    """The processes of this job, as one of them sees them: how they stop together. Made once, after `join`, by all of them.
 
-    Use as a context manager: an exception that leaves it ends all processes with its exit code; a process that dies
-    ends the others, within a second, with its name and exit code PEER_LOST.
+    All count the same: steps, and within evaluations seconds, which each counts at its own pace until they meet. jax's preemption
+    service names the count at which all stop.
+
+    Use as a context manager: a process that an exception leaves ends within 20 s, whatever waits for the others; one that finds
+    another gone ends at once, with one line and exit code PEER_LOST.
     """
 
-    def __init__(
-        self,
-        facts: Mapping[str, str],
-        code_of: Callable[[BaseException], int] = lambda _: UNEXPECTED,
-        timeout: float = 60.0,
-        place: tuple[int, int] | None = None,
-        share: Callable[[bytes], bytes] | None = None,
-        job: str = "train",
-    ) -> None:
-        """Meets the others. Raises ProcessError, everywhere, if one does not come or has other `facts` (name to value).
-
-        `code_of`: the exit code that an exception will end this process with. `place` (index, number of processes) and
-        `share`, which gives process 0's bytes to all, are jax's own by default.
-        """
-        self.index, self._count = (jax.process_index(), jax.process_count()) if place is None else place
+    def __init__(self, code_of: Callable[[BaseException], int] = lambda _: UNEXPECTED, job: str = "train") -> None:
+        """`code_of`: the exit code that an exception will end this process with."""
         self._code_of, self._job = code_of, job
-        self._coordinator = _Coordinator(self._count, timeout) if self.index == 0 else None
-        own = self._coordinator
-        handshake = json.dumps([own.port, own.secret, *_addresses()]).encode() if own else b""
-        port, secret, *addresses = json.loads((share or _broadcast)(handshake))
-        self._connection = _Connection(_connect(addresses, port))
-        self._connection.send(
-            secret=secret, index=self.index, host=socket.gethostname(), pid=os.getpid(), facts=dict(facts)
-        )
-        answer = self._connection.receive()
-        if answer is None or answer["refused"]:
-            raise ProcessError(answer["refused"] if answer else f"process 0 at {addresses[0]} ended before all had met")
-        self._first = next(_Member(*member) for member in answer["members"] if member[0] == 0)
-        self._change = threading.Condition()
-        self._step, self._signal, self._stop_at = -1, 0, None
-        self._signal_sent = self._left = False
-        self._meetings, self._met = 0, 0
-        self._leaving = (0, 0)  # a signal, and the meeting before which one left for it
-        self.on_stop: Callable[[int], None] = lambda _: None
-        """Takes the number of the first signal that any process received, in another thread."""
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._count, self._asked, self._signal = 0, False, 0
+        self._since, self._base = time.monotonic(), 0
 
-    def agreed(self, received: int, step: int) -> int:
-        """The signal to stop for after `step`, the same step in all processes; 0 for none.
+    def agreed(self) -> bool:
+        """Whether to stop after this step, the same step in all processes. To be called after each step's dispatch; without communication."""
+        self._advance()
+        self._since, self._base = time.monotonic(), self._count
+        return self._asked
 
-        `received`: the signal that this process got, 0 for none. To be called after each step's dispatch.
+    def asked(self) -> bool:
+        """Whether any process received a signal. To be called about once a second by each process within what they do at their own pace.
+
+        Without communication. Once it is true it stays so, and the processes are to meet next.
         """
-        with self._change:
-            if received and not self._signal_sent:
-                self._signal_sent = True
-                self._connection.send(stop=received)
-            # Between the question where everybody is and its answer nobody moves on.
-            self._change.wait_for(lambda: not self._signal or self._stop_at is not None)
-            self._step = step
-            return self._signal if self._stop_at is not None and step >= self._stop_at else 0
+        # No count is left out: the service names one of them.
+        while not self._asked and self._count < self._base + int(time.monotonic() - self._since):
+            self._advance()
+        return self._asked
 
-    def met(self, left_for: int = 0, received: Callable[[], int] = lambda: 0) -> int:
-        """Waits until all processes have called it as often as this one, or one has left what they do together for a signal.
+    def _advance(self) -> None:
+        self._count += 1
+        self._asked = multihost_utils.reached_preemption_sync_point(self._count)
 
-        `left_for`: the signal for which this process has left it, 0 for none. `received`: the signal that this process got by
-        now; it interrupts the others (`on_stop`). If a signal is returned all processes have agreed to stop where they are.
+    def met(self, received: int) -> int:
+        """Waits until all processes have called it, with no program of theirs in flight: it is a collective. Returns the signal to stop for,
+        the same in all processes, if one of them was `asked` or has `agreed` to stop; else 0.
+
+        `received`: what this process got other than SIGTERM and passed on as SIGTERM, 0 for none. After a signal all have agreed to
+        stop where they are: it returns the same at once.
         """
-        with self._change:
-            self._meetings += 1
-            self._connection.send(met=self._meetings, left_for=left_for)
-            while self._stop_at is None if self._left_for() else self._met < self._meetings:
-                number = received() or self._left_for()
-                if number and not self._signal_sent:
-                    self._signal_sent = True
-                    self._connection.send(stop=number)
-                self._change.wait(0.2)  # the main thread handles signals between two waits
-            return self._left_for()
+        if not self._signal:
+            rows = np.asarray(
+                multihost_utils.process_allgather(np.array([self._asked, self._count, received], np.int32))
+            )
+            if rows[:, 0].any():
+                kinds = (kind for kind in (signal.SIGINT, signal.SIGHUP) if kind in rows[:, 2])
+                self._signal = int(next(kinds, signal.SIGTERM))
+            self._count = self._base = int(rows[:, 1].max())
+            self._since = time.monotonic()
+        return self._signal
 
-    def _left_for(self) -> int:
-        """The signal for which one has left before this meeting; one that has not seen yet that the meeting before took place goes on."""
-        return self._leaving[0] if self._leaving[1] <= self._meetings else 0
-
-    def _listen(self) -> None:
-        while (message := self._connection.receive()) is not None and "closed" not in message:
-            with self._change:
-                if "stop" in message:
-                    self._signal = message["stop"]
-                    self._connection.send(at=self._step)
-                    self.on_stop(self._signal)
-                if "met" in message:
-                    self._met, self._leaving = message["met"], message["leaving"]
-                if "stop_at" in message:
-                    self._stop_at = message["stop_at"]
-                if "gone" in message and not self._left:
-                    _end(f"{self._job}: {message['gone']}", message["code"])
-                self._change.notify_all()
-        if message is None and not self._left:
-            _end(f"{self._job}: {self._first} died; its own log says why. {_RESUME_HINT}", PEER_LOST)
+    def together(self, error: BaseException | None) -> bool:
+        """Whether all processes leave so: done, or stopped after the same step."""
+        return error is None or (isinstance(error, SystemExit) and self._signal != 0)
 
     def __enter__(self) -> "Cluster":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if not self._left:
-            code = DONE if error is None else self._code(error)
-            reason = f"{kind and kind.__name__}: {str(error).partition(chr(10))[0]}"[:300]
-            self._leave(code, "stopped" if isinstance(error, SystemExit) else reason)
-
-    def _code(self, error: BaseException) -> int:
-        if isinstance(error, SystemExit):
-            return error.code if isinstance(error.code, int) else UNEXPECTED
-        return CANCELLED if isinstance(error, KeyboardInterrupt) else self._code_of(error)
-
-    def _leave(self, code: int, text: str) -> None:
-        """Tells the others that this process ends with the exit code `code`, and why."""
-        if code == UNEXPECTED:
-            # A collective fails where its partner died: then the news is on its way, and ends this process.
-            time.sleep(_BLAME_SECONDS)
-        with self._change:
-            self._left = True
-        self._connection.send(code=code, text=text)
-        if self._coordinator is not None:
-            self._coordinator.close(60.0 if code == DONE else 5.0)
-        if not self._together(code):
-            # What is left to unwind may wait for processes that are gone.
-            last = threading.Timer(_UNWIND_SECONDS, os._exit, (code,))
-            last.daemon = True
-            last.start()
-
-    def _together(self, code: int) -> bool:
-        """Whether all processes leave so, at the same step."""
-        return code == DONE or (self._stop_at is not None and code in (PREEMPTED, CANCELLED))
-
-    def finish(self, code: int) -> int:
-        """To be called last, with the exit code; returns it. Where others are gone it ends this process at once:
-        jax takes its leave of all others, and would wait for these.
-        """
-        if not self._together(code):
-            sys.stderr.flush()
-            sys.stdout.flush()
-            os._exit(code)
-        return code
+        if error is None or self.together(error):
+            return
+        code = self._code_of(error)
+        if code == UNEXPECTED and _BROKEN.search(str(error)):
+            reason = str(error).partition("\n")[0][:300]
+            _end(
+                f"{self._job}: another process died or left: its own log says why ({reason}). {_RESUME_HINT}", PEER_LOST
+            )
+        # What is left to unwind may wait for processes that are gone.
+        _end_after(_UNWIND_SECONDS, code)
 
 
-def _broadcast(handshake: bytes) -> bytes:
-    """Process 0's `handshake`, in all processes, by jax."""
-    padded = np.zeros(_HANDSHAKE_BYTES, np.uint8)
-    padded[: len(handshake)] = np.frombuffer(handshake, np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8).tobytes().rstrip(b"\0")
+def leave(code: int) -> NoReturn:
+    """Ends this process, which failed, with the exit code `code`: at once where all processes fail, else after some seconds.
+
+    The others lose its heartbeat then, or, if it is process 0, the service.
+    """
+    _end_after(_LEAVE_SECONDS, code)
+    with contextlib.suppress(Exception):
+        jax.distributed.shutdown()  # waits for the others: the service ends whom it was not told of
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(code)
 
 
-def _addresses() -> Iterator[str]:
-    """Where others may find this host, likeliest first."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # of a range that is nobody's; nothing is sent, but the route is looked up
-        yield probe.getsockname()[0]
-    with contextlib.suppress(OSError):
-        yield from dict.fromkeys(
-            str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)
-        )
-    yield "127.0.0.1"
+def _end_after(seconds: float, code: int) -> None:
+    last = threading.Timer(seconds, os._exit, (code,))
+    last.daemon = True
+    last.start()
 
 
-def _connect(addresses: list[str], port: int) -> socket.socket:
-    """A connection to process 0."""
-    fault = ""
-    for address in addresses:
-        try:
-            return socket.create_connection((address, port), timeout=10)
-        except OSError as error:
-            fault = error.strerror or str(error)
-    raise ProcessError(
-        f"process 0 is not reached at {', '.join(addresses)}, port {port} ({fault}): let the hosts' ports through"
-    )
-
-
-def _end(text: str, code: int) -> None:
-    """Ends this process at once: its main thread may wait for a device, which waits for the process that is gone."""
+def _end(text: str, code: int) -> NoReturn:
+    """Ends this process at once: what unwinds, and jax at a normal end, would wait for processes that are gone."""
     # No logger: the main thread may hold its lock.
     print(text, file=sys.stderr, flush=True)
     sys.stdout.flush()

@@ -8,6 +8,7 @@
     74   what the job writes could not be written (disk full, quota): the newest checkpoint is intact; make room
     75   stopped by SIGTERM, state saved: give the same command again
     76   another process of the job (or a worker of data.workers) died: the newest checkpoint is intact; the same command resumes
+    134  the same (SIGABRT), noticed by jax's heartbeat
     130  stopped by Ctrl-C, state saved as well: the same command resumes
     141  what reads the output has ended, as in `| head`: nothing is printed
 
@@ -47,6 +48,6 @@ OUTPUT_CLOSED = 141
 
 SHORT = (
     "exit codes: 0 done, 2 bad input, 3 loss not finite, 69 storage does not answer, 74 cannot write (disk full), "
-    "75 stopped by SIGTERM (saved: run again), 76 another process died (run all again), 130 stopped by Ctrl-C (saved), 141 output not read (| head), 1 unexpected"
+    "75 stopped by SIGTERM (saved: run again), 76 (or 134, SIGABRT) another process died (run all again), 130 stopped by Ctrl-C (saved), 141 output not read (| head), 1 unexpected"
 )
 """The table in one line, for --help."""

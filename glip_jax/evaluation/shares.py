@@ -26,8 +26,7 @@ class Share:
     """Of `jax.process_index`. Process 0 writes files and prints tables."""
     count: int = 1
     meet: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-    """Entered before a collective: waits, without one, until all processes are there, so that none waits for ever for one that
-    failed or was stopped."""
+    """Makes the context of a collective: within training it raises in all processes if a signal came to one."""
 
     @property
     def first(self) -> bool:

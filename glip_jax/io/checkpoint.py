@@ -251,12 +251,21 @@ def recovery_hint(workdir: str, full: str) -> str:
     return f"the one of step {left} is complete and untouched: {mend}, then the same command goes on from it"
 
 
+class _Manager(ocp.CheckpointManager):
+    """Leaves jax's preemption service to the loop. Orbax asks it for steps that were saved, also in a thread, when the loop has asked
+    for later ones; the service would take the processes to be there, and name a step that some have passed.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 def _manager(folder: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     # Orbax logs every step of its own work, and prints tracebacks of errors that it raises too.
     logging.set_verbosity(logging.FATAL)
     arrays = ("params", "optimizer", "ema")
     handlers = {name: ocp.StandardCheckpointHandler() for name in arrays} | {"run": ocp.JsonCheckpointHandler()}
-    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+    return _Manager(folder, options=options, item_handlers=handlers)
 
 
 def _part(metadata: Any, name: str) -> Any:

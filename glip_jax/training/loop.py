@@ -148,7 +148,7 @@ def train(
         note = note_on_averages(config.train.steps, config.optimizer) if config.evaluation.parameters == "ema" else ""
         if note and first:
             logger.warning(note)
-        signals = StopSignals()
+        signals = StopSignals(None if cluster is None else cluster.asked)
         evaluations = Evaluations(config, workdir, evaluate, writer, progress.log, cluster, signals)
         decisions = Decisions(decide, mesh, progress.log)
         run = _Run(
@@ -156,8 +156,7 @@ def train(
         )  # fmt: skip
         run.read_scores(start, lines)
         if cluster is not None:
-            # Entered last, it is the first context that an error leaves: the other processes hear of it before anything waits for
-            # them. (`cli.train.run` has entered it too, for errors before this line.)
+            # Entered last, it is the first context that an error leaves: nothing that follows waits for long for processes that are gone.
             stack.enter_context(cluster)
         if mixture is not None and not decisions.stop:
             fed = feed(mixture, state) if feed else Feed(partial(mixture.batches, patches=config.model.patches))
@@ -275,19 +274,20 @@ class _Run:
             self.writer.flush()
         self.checkpoints.save(step, Saved(state.params, state.optimizer, state.ema), self.config, lines)
 
-    def stop(self, step: int, signal_number: int) -> None:
+    def stop(self, step: int) -> None:
         """Ends the process after a signal, as soon as the checkpoint of `step` is complete."""
         self.checkpoints.wait()
-        code = CANCELLED if signal_number == signal.SIGINT else PREEMPTED
-        name = signal.Signals(signal_number).name
+        number = self.signals.number if self.cluster is None else self.cluster.met(self.signals.number)
+        code = CANCELLED if number == signal.SIGINT else PREEMPTED
+        name = signal.Signals(number).name
         self.progress.log(f"{name}: saved step {step}; the same command goes on from there (exit code {code})")
         raise SystemExit(code)
 
     def evaluation(self, step: int, state: State) -> None:
         """Evaluates `step`, which is saved. A signal ends that and the run at once; the evaluation is made after the resume."""
-        metrics, score, signal_number = self.evaluations.make(step, state)
-        if signal_number:
-            self.stop(step, signal_number)
+        metrics, score, left = self.evaluations.make(step, state)
+        if left:
+            self.stop(step)
         if not self.decisions.made:
             self.score(step, {self.config.checkpoint.best_by: score})
         elif self.decisions.make(step, metrics).best:
@@ -321,8 +321,8 @@ class _Dispatched(NamedTuple):
     """After the step."""
     last: bool
     """Whether it is the last one of the run."""
-    signal: int
-    """Number of the signal that stops the run after this step, 0 for none."""
+    stops: bool
+    """Whether a signal stops the run after this step; the same in all processes."""
 
 
 class _Hook(NamedTuple):
@@ -379,15 +379,15 @@ def _train_steps(
 
     def saves(now: _Dispatched) -> bool:
         every = config.checkpoint.every
-        return now.last or now.signal != 0 or (every > 0 and now.step % every == 0) or run.evaluations.due(now.step)
+        return now.last or now.stops or (every > 0 and now.step % every == 0) or run.evaluations.due(now.step)
 
     # In this order: what is evaluated was saved, also where a signal or a kill ends the evaluation, which is then made after the
     # resume; and a run that a signal stops evaluates nothing.
     hooks = [
         _Hook(saves, save),
         _Hook(
-            lambda now: now.signal != 0 and (not now.last or run.evaluations.due(now.step)),
-            lambda now: run.stop(now.step, now.signal),
+            lambda now: now.stops and (not now.last or run.evaluations.due(now.step)),
+            lambda now: run.stop(now.step),
         ),
         _Hook(lambda now: run.evaluations.due(now.step), evaluation),
         _Hook(lambda now: profiler.ends(now.step, now.last or run.decisions.stop), end_profile),
@@ -398,7 +398,7 @@ def _train_steps(
         stack.enter_context(watchdog)
         stack.enter_context(programs)
         if run.evaluations.missing(start):
-            evaluation(_Dispatched(start, state, False, 0))
+            evaluation(_Dispatched(start, state, False, False))
         for step in range(start + 1, settings.steps + 1):
             if run.decisions.stop:
                 break
@@ -414,7 +414,8 @@ def _train_steps(
             run.checkpoints.check()
             for each in run.owned:
                 each.check()
-            now = _Dispatched(step, state, step == settings.steps, _stop(run.signals.number, step, run.cluster))
+            stops = run.signals.number != 0 if run.cluster is None else run.cluster.agreed()
+            now = _Dispatched(step, state, step == settings.steps, stops)
             for hook in hooks:
                 if hook.due(now):
                     # Before the action: a state that is not finite is never saved.
@@ -435,8 +436,3 @@ def _compiling(run: _Run, throughput: Throughput, watchdog: Watchdog, canvas: st
     run.progress.log(
         f"{canvas}: step ready in {time.perf_counter() - begin:.1f} s; programs so far: {counts.compiled} compiled, {counts.cached} from the cache"
     )
-
-
-def _stop(received: int, step: int, cluster: Cluster | None) -> int:
-    """The signal that stops the run after this step, 0 for none; the same in all processes."""
-    return received if cluster is None else cluster.agreed(received, step)

@@ -1,6 +1,7 @@
 """Several processes on loopback train as one: same batches, same parameters, a common stop, and the report of a death.
 
-In all but two tests the network is the stand-in, which compiles in a second; data, loop, checkpoints and exits are the real ones.
+The network is the stand-in, which compiles in a second; data, loop, checkpoints and exits are the real ones. What needs no training
+runs in `tests.distributed.joined`.
 """
 
 import contextlib
@@ -15,17 +16,16 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
-from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from PIL import Image
 
 from glip_jax.config import MeshConfig
 from glip_jax.data.mixture import Mixture
-from glip_jax.distributed import exit_codes
-from glip_jax.distributed.cluster import Cluster, ProcessError, ProcessGroup, _Coordinator, announced, join
+from glip_jax.distributed import cluster, exit_codes
+from glip_jax.distributed.cluster import Cluster, Member, ProcessError, ProcessGroup, announced, check_alike, join
 from glip_jax.distributed.mesh import MeshError, make_mesh
 from glip_jax.io import checksums
 from glip_jax.io.checkpoint import complete_steps, latest_step, open_checkpoint
@@ -39,6 +39,12 @@ from tests.training.same_path import same_path
 
 TIMEOUT = 900
 """Seconds for a job to end, on a loaded machine."""
+HEARTBEAT = 10
+"""Seconds, where a death is awaited; elsewhere the default, for a machine under load."""
+NOTICED = 2.5
+"""Seconds until all processes know that one received SIGTERM, of which jax's service looks once a second."""
+LOST = (exit_codes.PEER_LOST, -signal.SIGABRT)
+"""How a process ends that finds another one gone: by a collective that fails, or by jax's service."""
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +63,15 @@ def _port():
         return free.getsockname()[1]
 
 
-class _Job:
+class _Processes:
     """Processes of one job, each with its own options and environment."""
 
-    def __init__(self, file, workdir, number, devices, options=(), own=(), environment=()):
+    def __init__(self, module, arguments, number, devices, own=(), environment=()):
         where, own, environment = f"127.0.0.1:{_port()}", dict(own), dict(environment)
         self.processes, self.lines = [], [[] for _ in range(number)]
         for index in range(number):
-            command = [sys.executable, "-m", "tests.distributed.worker", f"--config={file}", f"--workdir={workdir}",
-                       "--config.train.log_every=1", f"--coordinator={where}", f"--processes={number}",
-                       f"--index={index}", f"--patience={TIMEOUT}", *options, *own.get(index, ())]  # fmt: skip
+            command = [sys.executable, "-m", module, *arguments, f"--coordinator={where}", f"--processes={number}",
+                       f"--index={index}", f"--patience={TIMEOUT}", *own.get(index, ())]  # fmt: skip
             flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
             more = {"XLA_FLAGS": flags, **environment.get(index, {})}
             self.processes.append(
@@ -99,6 +104,29 @@ class _Job:
         for thread in self._threads:
             thread.join(10)
         return codes, ["\n".join(lines) for lines in self.lines]
+
+
+class _Job(_Processes):
+    """Training."""
+
+    def __init__(self, file, workdir, number, devices, options=(), own=(), environment=()):
+        arguments = [f"--config={file}", f"--workdir={workdir}", "--config.train.log_every=1"]
+        own = {
+            index: [*options, *dict(own).get(index, ())] for index in range(number)
+        }  # the last of several flags counts
+        super().__init__("tests.distributed.worker", arguments, number, devices, own, environment)
+
+
+class _Joined(_Processes):
+    """Work without training, in processes of one device that are all at work."""
+
+    def __init__(self, work, number, *options):
+        super().__init__("tests.distributed.joined", [work, *options], number, 1)
+
+    def signal(self, index, number):
+        for each in range(len(self.processes)):
+            self.wait_for(each, "ready")
+        self.processes[index].send_signal(number)
 
 
 def _hashes(*texts):
@@ -205,6 +233,7 @@ def test_sigterm_to_one_stops_all_at_one_step_and_the_same_bits_follow(file, sou
     job = _Job(file, tmp_path / "run", 2, 4, mesh, environment={1: {"PAUSE": f"3:{go}"}})
     job.wait_for(1, "paused")
     job.processes[1].send_signal(signal.SIGTERM)
+    time.sleep(NOTICED)
     go.touch()
     codes, logs = job.finish()
     assert codes == [exit_codes.PREEMPTED] * 2, logs
@@ -223,7 +252,7 @@ def test_sigterm_to_one_stops_all_at_one_step_and_the_same_bits_follow(file, sou
 
 @pytest.mark.slow
 def test_sigterm_to_one_leaves_the_evaluation_which_is_made_after_the_resume(file, tmp_path):
-    """To one that has finished its share and waits for the other; the rest is `test_a_signal_to_one_ends_the_evaluation_of_all`'s."""
+    """To one that has finished its share and waits for the other; the rest is `test_a_signal_to_one_leaves_the_evaluation_of_all`'s."""
     options = ("--config.train.evaluate_every=3",)
     job = _Job(file, tmp_path / "run", 2, 1, options, environment={0: {"WAIT": str(tmp_path / "never")}})
     job.wait_for(0, "evaluating step 3")
@@ -250,6 +279,7 @@ def test_ctrl_c_on_one_host_stops_all(file, tmp_path):
     job = _Job(file, tmp_path / "run", 2, 1, environment={0: {"PAUSE": f"2:{go}"}})
     job.wait_for(0, "paused")
     job.processes[0].send_signal(signal.SIGINT)
+    time.sleep(NOTICED)
     go.touch()
     codes, logs = job.finish()
     assert codes == [exit_codes.CANCELLED] * 2, logs
@@ -258,17 +288,17 @@ def test_ctrl_c_on_one_host_stops_all(file, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_dies_ends_the_job_with_its_name(file, tmp_path, victim):
-    """The survivor waits inside a collective for the one that is killed."""
-    job = _Job(file, tmp_path / "run", 2, 1, environment={victim: {"PAUSE": f"3:{tmp_path / 'never'}"}})
+def test_a_process_that_dies_ends_the_job(file, tmp_path, victim):
+    """The survivor waits inside a collective of a step for the one that is killed."""
+    pause = {victim: {"PAUSE": f"3:{tmp_path / 'never'}"}}
+    job = _Job(file, tmp_path / "run", 2, 1, (f"--heartbeat={HEARTBEAT}",), environment=pause)
     job.wait_for(victim, "paused")
-    pid = job.processes[victim].pid
     job.processes[victim].kill()
     begin = time.monotonic()
     codes, logs = job.finish()
-    assert codes[1 - victim] == exit_codes.PEER_LOST, logs
+    assert codes[1 - victim] in LOST, logs
     assert time.monotonic() - begin < 60, "long before jax's own 100 s of silence"
-    assert f"train: process {victim} on {socket.gethostname()} (pid {pid}) died" in logs[1 - victim]
+    assert "train: another process died" in logs[1 - victim] or "another task died" in logs[1 - victim]
     assert "Traceback" not in logs[1 - victim]
 
 
@@ -289,17 +319,6 @@ def test_hosts_that_differ_are_refused_with_the_difference(file, sources, tmp_pa
         assert "the package's code is ffffffffffff, not " in line
         assert re.search(r"data.sources.boxes is 8 records, \w{12}, not 8 records, \w{12}", line)
     assert not (tmp_path / "run").exists(), "refused before anything was written"
-
-
-def test_process_0_is_sent_messages_last():
-    """A message may end it, before its thread has sent it to the others."""
-    heard: list[int] = []
-    coordinator: Any = object.__new__(_Coordinator)
-    coordinator._connections = {
-        index: SimpleNamespace(send=lambda index=index, **_: heard.append(index)) for index in (0, 2, 1)
-    }
-    coordinator._send_all(refused="")
-    assert heard == [2, 1, 0]
 
 
 @pytest.mark.processes
@@ -336,86 +355,166 @@ def test_a_half_given_process_group_is_refused(group, message):
         join(group)
 
 
-def _clusters(count, facts=None, timeout=60.0):
-    """Clusters of `count` members in threads of this process, or the error of each."""
-    handshake: list[bytes] = []
-    ready = threading.Event()
-
-    def share(message):
-        if message:
-            handshake.append(message)
-            ready.set()
-        assert ready.wait(60)
-        return handshake[0]
-
-    found: list = [None] * count
-
-    def meet(index):
-        try:
-            found[index] = Cluster(
-                (facts or {}).get(index, {"a": "1"}), timeout=timeout, place=(index, count), share=share
-            )
-        except ProcessError as fault:
-            found[index] = fault
-
-    threads = [threading.Thread(target=meet, args=(index,)) for index in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return found
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("number", "kind", "code"),
+    [(2, "SIGTERM", exit_codes.PREEMPTED), pytest.param(4, "SIGINT", exit_codes.CANCELLED, marks=pytest.mark.slow)],
+)
+def test_a_signal_to_one_stops_all_after_the_same_step(number, kind, code):
+    """Each works at a speed of its own, without waiting for another."""
+    job = _Joined("steps", number)
+    job.signal(number - 1, signal.Signals[kind])
+    codes, logs = job.finish()
+    assert codes == [code] * number, logs
+    (stopped,) = {re.findall(r"^stopped after step (\d+) (\w+)$", text, re.MULTILINE)[0] for text in logs}
+    assert stopped[1] == kind
 
 
-def test_a_cluster_agrees_on_the_step_after_the_farthest():
-    """Also if one is busy when another gets the signal, and continues only later."""
-    clusters = _clusters(3)
-    for cluster, steps in zip(clusters, (5, 6, 5)):
-        assert [cluster.agreed(0, step) for step in range(1, steps + 1)] == [0] * steps
-    assert clusters[2].agreed(signal.SIGTERM, 6) == 0
-    deadline = time.monotonic() + 30
-    while any(cluster._stop_at is None for cluster in clusters) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert [clusters[0].agreed(0, step) for step in (6, 7)] == [0, signal.SIGTERM]
-    assert clusters[1].agreed(0, 7) == clusters[2].agreed(0, 7) == signal.SIGTERM
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("number", "came_to", "kind", "code"),
+    [
+        (2, 1, "SIGTERM", exit_codes.PREEMPTED),
+        pytest.param(4, 0, "SIGHUP", exit_codes.PREEMPTED, marks=pytest.mark.slow),
+        pytest.param(4, 0, "SIGINT", exit_codes.CANCELLED, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_one_leaves_the_evaluation_of_all(number, came_to, kind, code):
+    """Process 0 never ends its share; the others wait for it."""
+    job = _Joined("evaluation", number)
+    job.signal(came_to, signal.Signals[kind])
+    codes, logs = job.finish()
+    assert codes == [code] * number, logs
+    assert all(f"stopped in the evaluation {kind}" in text for text in logs)
 
 
-@pytest.mark.parametrize("came_to", [None, 0, 2])
-def test_a_signal_to_one_ends_the_evaluation_of_all(came_to):
-    """Process 0 works longer than the others, which wait; whoever waits passes on the signal that comes to it."""
-    clusters, heard = _clusters(3), threading.Event()
-    clusters[0].on_stop = lambda number: heard.set()
-    for cluster in clusters:
-        assert cluster.agreed(0, 7) == 0
-    found: list[Any] = [None] * 3
-
-    def evaluate(index):
-        sets = [clusters[index].met() for _ in range(2)]
-        if index == 0 and came_to == 2:
-            assert heard.wait(30), "it hears of it while it works"
-        left = signal.SIGTERM if index == 0 and came_to is not None else 0
-        received = signal.SIGTERM if index == came_to or left else 0
-        found[index] = [*sets, clusters[index].met(left, lambda: received)]
-
-    threads = [threading.Thread(target=evaluate, args=(index,)) for index in (1, 2, 0)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert found == [[0, 0, 0 if came_to is None else signal.SIGTERM]] * 3
-    assert [cluster._together(exit_codes.PREEMPTED) for cluster in clusters] == [came_to is not None] * 3
+@pytest.mark.slow
+@pytest.mark.parametrize(("victim", "kind"), [(0, "SIGKILL"), (1, "SIGKILL"), (1, "SIGSTOP")])
+def test_a_process_that_is_gone_or_silent_ends_those_that_sleep_or_wait(victim, kind):
+    job = _Joined("waiting", 3, f"--heartbeat={HEARTBEAT}")
+    job.signal(victim, signal.Signals[kind])
+    begin = time.monotonic()
+    others = [index for index in range(3) if index != victim]
+    assert {job.processes[index].wait(TIMEOUT) for index in others} <= {*LOST}
+    assert time.monotonic() - begin < 3 * HEARTBEAT
+    job.processes[victim].kill()
+    _, logs = job.finish()
+    for index in others:
+        assert "train: another process died" in logs[index] or "another task died" in logs[index]
+        assert "Traceback" not in logs[index]
+    assert f"process {victim} on {socket.gethostname()} (pid {job.processes[victim].pid})" in logs[victim]
 
 
-def test_who_has_not_seen_yet_that_all_met_goes_on_although_one_has_left_before_the_next_time():
-    slow = _clusters(2)[1]
-    slow._met, slow._leaving = 1, (signal.SIGTERM, 2)
-    assert slow.met() == 0
+@pytest.mark.slow
+def test_a_process_that_fails_keeps_its_code_and_ends_the_others():
+    codes, logs = _Joined("one_fails", 3, f"--heartbeat={HEARTBEAT}").finish()
+    assert codes[1] == exit_codes.BAD_INPUT and codes[0] in LOST and codes[2] in LOST, logs
+    assert "train: a file is missing here" in logs[1] and "Traceback" not in "".join(logs)
 
 
-def test_a_cluster_names_the_process_that_differs():
-    found = _clusters(3, {1: {"a": "2"}, 2: {"a": "1", "b": "x"}})
-    assert all(isinstance(each, ProcessError) for each in found)
-    (text,) = {str(each) for each in found}
-    assert re.search(r"process 1 on \S+ \(pid \d+\): a is 2, not 1 \| process 2 on .*: b is x, not absent;", text)
+@pytest.mark.slow
+def test_processes_that_fail_alike_all_end_with_the_code():
+    codes, logs = _Joined("all_fail", 3).finish()
+    assert codes == [exit_codes.BAD_INPUT] * 3, logs
+    assert all(text.splitlines()[-1] == "train: a file is missing everywhere" for text in logs)
+
+
+class _Service:
+    """jax's preemption service and collectives for threads of this process: what `Cluster` sees of them."""
+
+    def __init__(self, number, monkeypatch):
+        self._counts, self.sync = [0] * number, 0
+        self._own, self._lock, self._rows = threading.local(), threading.Lock(), [np.zeros(3, np.int32)] * number
+        self._barrier = threading.Barrier(number)
+        monkeypatch.setattr(cluster.multihost_utils, "reached_preemption_sync_point", self._reached)
+        monkeypatch.setattr(cluster.multihost_utils, "process_allgather", self._gather)
+
+    def notice(self):
+        with self._lock:
+            self.sync = max(self._counts) + 1
+
+    def _reached(self, count):
+        with self._lock:
+            self._counts[self._own.index] = count
+            return count == self.sync
+
+    def _gather(self, row):
+        self._rows[self._own.index] = row
+        self._barrier.wait(30)
+        rows = np.stack(self._rows)
+        self._barrier.wait(30)
+        return rows
+
+    def run(self, work):
+        """What `work` of (index, cluster) returns in each."""
+        found: list = [None] * len(self._rows)
+
+        def start(index):
+            self._own.index = index
+            found[index] = work(index, Cluster())
+
+        threads = [threading.Thread(target=start, args=(index,)) for index in range(len(found))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        return found
+
+
+@pytest.mark.parametrize("noticed_at", [0.0, 0.1, 0.4, 0.99, 1.5])
+def test_all_stop_at_one_count_also_where_evaluations_count_seconds(noticed_at, monkeypatch):
+    """A notice while processes evaluate, some of which have counted further, or as they end, stops all there or after the next step."""
+    service = _Service(3, monkeypatch)
+
+    def work(index, joined):
+        if index == 0:
+            threading.Timer(noticed_at, service.notice).start()
+        for step in range(1, 200):
+            if joined.agreed():
+                return step, "step"
+            end = time.monotonic() + 0.3 * (index + 1) * (step == 3)
+            joined._since -= index  # as if it had begun so many seconds before process 0
+            if index == 2 and step == 3:  # as if a batch had taken ten seconds
+                time.sleep(0.25)
+                joined._since -= 10
+            while time.monotonic() < end and not joined.asked():
+                time.sleep(0.01)
+            if joined.met(signal.SIGINT * (index == 1)):
+                return step, "evaluation"
+            time.sleep(0.005)
+        return "never"
+
+    found = service.run(work)
+    assert found[0] != "never" and len(set(found)) == 1, found
+
+
+def test_a_signal_is_that_of_whom_it_came_to(monkeypatch):
+    service = _Service(3, monkeypatch)
+    service.sync = 2
+
+    def work(index, joined):
+        kind = kinds[index]
+        return [joined.agreed(), joined.met(kind), joined.agreed(), joined.met(kind), joined.met(0)]
+
+    kinds = [0, signal.SIGINT, signal.SIGHUP]
+    assert service.run(work) == [[False, 0, True, signal.SIGINT, signal.SIGINT]] * 3
+    kinds = [0, 0, 0]
+    assert service.run(work) == [[False, 0, True, signal.SIGTERM, signal.SIGTERM]] * 3
+
+
+def test_processes_that_differ_are_named():
+    members = [
+        Member(index, "host", 7 + index, facts)
+        for index, facts in enumerate([{"a": "1"}, {"a": "2"}, {"a": "1", "b": "x"}, {"a": "1"}])
+    ]
+    check_alike([members[0], members[3]])
+    with pytest.raises(ProcessError) as fault:
+        check_alike(members)
+    assert (
+        str(fault.value)
+        == "the processes differ from process 0 on host (pid 7): process 1 on host (pid 8): a is 2, not 1 | "
+        "process 2 on host (pid 9): b is x, not absent; give all hosts the same command, code and data"
+    )
 
 
 def test_slices_are_rows_of_data():

@@ -78,6 +78,16 @@ def test_the_newest_are_kept_and_read_without_a_model(workdir):
     assert open_checkpoint(workdir).settings["train.steps"] == Config().train.steps
 
 
+def test_a_save_asks_nothing_of_the_preemption_service(tmp_path, monkeypatch):
+    """Whose answer is the loop's alone, see `checkpoint._Manager`; Orbax asked three times a save, once in another thread."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    with Checkpoints(str(tmp_path), keep=1) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, _saved(step), Config())
+    assert latest_step(str(tmp_path)) == 2 and not asked
+
+
 def test_without_an_average(tmp_path):
     with Checkpoints(str(tmp_path), keep=2) as checkpoints:
         checkpoints.save(5, _saved(5)._replace(ema={}), Config())

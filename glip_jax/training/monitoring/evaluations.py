@@ -41,8 +41,6 @@ class Evaluations:
         """`writer`: None on all processes but the first."""
         self._config, self._workdir, self._evaluate = config, workdir, evaluate
         self._writer, self._log, self._cluster, self._signals = writer, log, cluster, signals
-        if cluster is not None:
-            cluster.on_stop = signals.forward
 
     def due(self, step: int) -> bool:
         """Whether an evaluation follows `step`."""
@@ -59,28 +57,29 @@ class Evaluations:
         missing = not names or not all(any(name.startswith(each) for name in names) for each in sets)
         return bool(multihost_utils.broadcast_one_to_all(np.int32(missing))) if jax.process_count() > 1 else missing
 
-    def make(self, step: int, state: State) -> tuple[dict[str, float], float, int]:
-        """Evaluates the parameters of `state` and records the metrics. Returns (metrics, score, signal), the same in all processes.
+    def make(self, step: int, state: State) -> tuple[dict[str, float], float, bool]:
+        """Evaluates the parameters of `state` and records the metrics. Returns (metrics, score, left), the same in all processes.
 
         The score is the metric `checkpoint.best_by`, NaN where that is empty. A signal, to whichever process, ends the evaluation
-        at once, without a record: then its number is returned, else 0. The processes have agreed to stop where they are.
+        at once, of several processes within seconds, without a record: then `left` is true, and the processes have agreed to stop
+        where they are.
 
         Raises ConfigError if the metrics do not hold `checkpoint.best_by`.
         """
         parameters, several = evaluation_parameters(state, self._config), jax.process_count() > 1
         if several:
             parameters = multihost_utils.process_allgather(parameters, tiled=True)
-        score, left = np.nan, 0
+        score, left = np.nan, False
         metrics: dict[str, float] = {}
         assert self._evaluate is not None
         try:
             with self._signals.leaving():
                 metrics = self._evaluate(parameters, step, self._meeting)
         except EvaluationLeft:
-            left = self._signals.number
+            left = True
         if self._cluster is not None:
             # Processes wait for one another here, not in the next step, which would seem to hang.
-            left = self._cluster.met(left, lambda: self._signals.number)
+            left = self._cluster.met(self._signals.number) != 0
         if not left:
             score = self._recorded(metrics, step)
             if several:
@@ -90,9 +89,9 @@ class Evaluations:
 
     @contextlib.contextmanager
     def _meeting(self) -> Iterator[None]:
-        """The context of a collective: entered when all processes are there. Raises EvaluationLeft in all if a signal came to one."""
+        """The context of a collective: entered when all processes are there. Raises EvaluationLeft in all if one left for a signal."""
         with self._signals.held():
-            if self._cluster is not None and self._cluster.met(0, lambda: self._signals.number):
+            if self._cluster is not None and self._cluster.met(self._signals.number):
                 raise EvaluationLeft
             yield
 

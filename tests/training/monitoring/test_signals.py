@@ -2,7 +2,7 @@
 
 import os
 import signal
-import threading
+import time
 
 import pytest
 
@@ -22,17 +22,6 @@ def test_the_first_signal_is_collected_and_a_later_one_acts_as_usual(monkeypatch
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def _signal(how, received):
-    assert how != "before"
-    if how == "within":
-        os.kill(os.getpid(), signal.SIGTERM)
-    else:
-        thread = threading.Thread(target=received.forward, args=(signal.SIGTERM,))
-        thread.start()
-        thread.join()
-    raise AssertionError("not left")
-
-
 def test_a_closed_terminal_stops_a_run_unless_nohup_ignores_it():
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup themselves
     try:
@@ -47,16 +36,53 @@ def test_a_closed_terminal_stops_a_run_unless_nohup_ignores_it():
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("how", ["within", "before", "of another process"])
+def _signal(how):
+    assert how != "before"
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise AssertionError("not left")
+
+
+@pytest.mark.parametrize("how", ["within", "before"])
 def test_a_signal_leaves_an_evaluation(how):
     with StopSignals() as received:
-        received.forward(signal.SIGTERM)
-        assert not received.number, "it is not this process that it came to, and nothing is evaluated"
         if how == "before":
             os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(EvaluationLeft), received.leaving():
-            _signal(how, received)
+            _signal(how)
         assert received.number == signal.SIGTERM
+
+
+def test_of_several_processes_any_signal_is_passed_on_as_sigterm_and_one_to_another_leaves_an_evaluation(monkeypatch):
+    """Ctrl-C alone ends nothing here: all leave together."""
+    monkeypatch.setattr(signals, "_LOOK_SECONDS", 0.05)
+    noticed, came = [], []
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))  # as jax's preemption service has one
+    alarm = signal.getsignal(signal.SIGALRM)
+
+    def notice(received):
+        with received.held():
+            noticed.append(True)
+            time.sleep(0.2)
+            noticed.clear()
+        came.append("the end of what is held")
+        noticed.append(True)
+        time.sleep(10)
+        raise AssertionError("not left")
+
+    try:
+        with StopSignals(lambda: bool(noticed)) as received:
+            with received.leaving():
+                os.kill(os.getpid(), signal.SIGINT)
+                assert received.number == signal.SIGINT and came == [signal.SIGTERM]
+                time.sleep(0.2)
+            with pytest.raises(EvaluationLeft), received.leaving():
+                notice(received)
+            assert came[-1] == "the end of what is held"
+            with pytest.raises(EvaluationLeft), received.leaving():
+                raise AssertionError("not left")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert signal.getsignal(signal.SIGALRM) == alarm and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_a_signal_waits_for_the_end_of_what_all_processes_do_together():
