@@ -90,7 +90,7 @@ def label_runs(_: Settings) -> Runs:
     threshold = float(np.median([np.sort(found.scores)[-3] for found in answer.detections]))
     plan = LabelingJob(
         out=str(folder), name="made", inputs=[Input(str(source.path), source)], teacher=teacher, finder=finder,
-        rules=Rules(threshold), about={"teacher": "random"}, command="", code="benchmark", threads=4, lease=120.0,
+        rules=Rules(threshold), about={"teacher": "random"}, command="", code="benchmark", threads=4,
     )  # fmt: skip
 
     def once() -> None:

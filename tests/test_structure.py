@@ -29,7 +29,7 @@ LAYERS = {
 # What a training run never needs.
 ASIDE = (
     "data/importers", "data/scenes", "labeling/phrases", "cli/reports", "training/monitoring", "training/finetuning", "weights/portable",
-    "models/kernels", "data/negatives",
+    "models/kernels", "data/negatives", "distributed/ray_tasks",
 )  # fmt: skip
 # What exports carry: its files import one another as they will lie there, and the network is one file to read.
 CARRIED = PACKAGE / "weights" / "portable"

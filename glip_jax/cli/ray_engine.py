@@ -1,0 +1,48 @@
+"""The workers of a Ray cluster as what does the tasks of a job: `label` and `data`."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from glip_jax import UserError
+from glip_jax.distributed.ray_tasks import run_tasks
+from glip_jax.distributed.runtime import libtpu_arguments
+from glip_jax.io import fsspec_gcs, provenance
+from glip_jax.io.sharing import Engine, SharingFlags
+
+__all__ = ["ray_engine"]
+
+
+class CodeError(UserError, RuntimeError):
+    """A machine of the cluster has another version of this package."""
+
+
+def ray_engine(
+    flags: SharingFlags, resources: Mapping[str, float], make: Callable[[], Callable[[Any], Any]], by_core: bool = False
+) -> Engine:
+    """Does tasks on the cluster that `flags` name; see `run_tasks`. Workers with other code than this process are refused (CodeError)."""
+    made = partial(_made, make, provenance.code()["files"], os.getcwd())
+
+    def engine(names: Sequence[str], payload: Callable[[str], Any]) -> Iterator[str]:
+        return run_tasks(
+            flags.ray, made, names, payload, workers=flags.ray_workers, resources=resources, by_core=by_core
+        )
+
+    return engine
+
+
+def _made(make: Callable[[], Callable[[Any], Any]], files: str, folder: str) -> Callable[[Any], Any]:
+    """What does the tasks on a worker, set up as `glip_jax.__main__` does it."""
+    here = provenance.code()["files"]
+    if here != files:
+        raise CodeError(
+            f"{os.uname().nodename} has another glip_jax (files {here[:12]}) than the process that began the job ({files[:12]}): install the "
+            "same version on all machines of the cluster"
+        )
+    with contextlib.suppress(OSError):  # without it, relative paths name nothing here, and an error says so
+        os.chdir(folder)
+    os.environ["LIBTPU_INIT_ARGS"] = libtpu_arguments(os.environ.get("LIBTPU_INIT_ARGS", ""))
+    fsspec_gcs.install()
+    return make()
