@@ -158,10 +158,12 @@ def label(job: Label, settings: Sequence[str], command: str) -> None:
     if job.ray:
         import jax
 
-        jax.config.update("jax_platforms", "cpu")  # the accelerators of this machine are for its worker, which is another process
+        jax.config.update(
+            "jax_platforms", "cpu"
+        )  # the accelerators of this machine are for its worker, which is another process
     begin, code = time.monotonic(), _code()
+    engine = ray_engine(job, resources) if job.ray else None
     labeling = _job(job, settings, command, code)
-    engine = ray_engine(job, resources, partial(_worker, job, settings, command, code)) if job.ray else None
     if existing is not None and before is not None:
         if lines := differences(before, json.loads(json.dumps(labeling.settings()))):
             raise TaskError(
@@ -176,7 +178,7 @@ def label(job: Label, settings: Sequence[str], command: str) -> None:
         if job.coco:
             _write_coco(job.coco, out)
         return
-    if not run(labeling, part, engine):
+    if not run(labeling, part, engine, partial(_worker, job, settings, command, code)):
         return
     if not gcs.kind(f"{out}/report.html"):
         write_report(out)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from glip_jax import UserError
-from glip_jax.distributed.ray_tasks import run_tasks
+from glip_jax.distributed.ray_tasks import check_cluster, run_tasks
 from glip_jax.distributed.runtime import libtpu_arguments
 from glip_jax.io import fsspec_gcs, provenance
 from glip_jax.io.sharing import Engine, SharingFlags
@@ -19,13 +19,18 @@ class CodeError(UserError, RuntimeError):
     """A machine of the cluster has another version of this package."""
 
 
-def ray_engine(
-    flags: SharingFlags, resources: Mapping[str, float], make: Callable[[], Callable[[Any], Any]], by_core: bool = False
-) -> Engine:
-    """Does tasks on the cluster that `flags` name; see `run_tasks`. Workers with other code than this process are refused (CodeError)."""
-    made = partial(_made, make, provenance.code()["files"], os.getcwd())
+def ray_engine(flags: SharingFlags, resources: Mapping[str, float], by_core: bool = False) -> Engine:
+    """Does tasks on the cluster that `flags` name; see `run_tasks`. Workers with other code than this process are refused (CodeError).
 
-    def engine(names: Sequence[str], payload: Callable[[str], Any]) -> Iterator[str]:
+    Raises RayError at once without ray, or where no cluster answers.
+    """
+    check_cluster(flags.ray)
+    files, folder = provenance.code()["files"], os.getcwd()
+
+    def engine(
+        make: Callable[[], Callable[[Any], Any]], names: Sequence[str], payload: Callable[[str], Any]
+    ) -> Iterator[str]:
+        made = partial(_made, make, files, folder)
         return run_tasks(
             flags.ray, made, names, payload, workers=flags.ray_workers, resources=resources, by_core=by_core
         )
@@ -38,8 +43,8 @@ def _made(make: Callable[[], Callable[[Any], Any]], files: str, folder: str) -> 
     here = provenance.code()["files"]
     if here != files:
         raise CodeError(
-            f"{os.uname().nodename} has another glip_jax (files {here[:12]}) than the process that began the job ({files[:12]}): install the "
-            "same version on all machines of the cluster"
+            f"another glip_jax is installed (files {here[:12]}) than where the job was begun ({files[:12]}): install the same version on all machines "
+            "of the cluster"
         )
     with contextlib.suppress(OSError):  # without it, relative paths name nothing here, and an error says so
         os.chdir(folder)

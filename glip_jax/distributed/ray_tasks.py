@@ -9,6 +9,7 @@ This is the only module that imports ray.
 import contextlib
 import importlib.util
 import logging
+import os
 import signal
 import socket
 import time
@@ -19,7 +20,7 @@ from typing import Any
 from glip_jax import UserError
 from glip_jax.distributed import exit_codes
 
-__all__ = ["RayError", "WorkerLostError", "run_tasks"]
+__all__ = ["RayError", "WorkerLostError", "check_cluster", "run_tasks"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ _PATIENCE_SECONDS = 1800.0
 """Time without any worker after which the job ends."""
 
 _CONNECT_SECONDS = 10.0
+_WANTED = "expected auto or HOST:PORT of a running cluster (`ray start --head` prints it, `ray status` shows it)"
 
 
 class RayError(UserError, RuntimeError):
@@ -57,8 +59,7 @@ def run_tasks(
 
     Raises RayError without ray, cluster, or resources, WorkerLostError after three deaths at one task, and what a task raises.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise RayError("--ray needs ray, which is not installed: pip install -r requirements-ray.txt")
+    address = check_cluster(address)
     handler = signal.getsignal(signal.SIGTERM)
     import ray
 
@@ -75,22 +76,29 @@ def run_tasks(
         ray.shutdown()  # ends the workers too
 
 
-def _connect(ray: Any, address: str) -> None:
-    """Joins the cluster; RayError if there is none."""
-    wanted = "expected auto or HOST:PORT of a running cluster (`ray start --head` prints it, `ray status` shows it)"
-    if address != "auto":
-        host, _, port = address.rpartition(":")
+def check_cluster(address: str) -> str:
+    """The address, or that in RAY_ADDRESS for auto; RayError without ray, or where nothing answers."""
+    if importlib.util.find_spec("ray") is None:
+        raise RayError("--ray needs ray, which is not installed: pip install -r requirements-ray.txt")
+    found = (os.environ.get("RAY_ADDRESS") or address) if address == "auto" else address
+    if found != "auto":
+        host, _, port = found.rpartition(":")
         if not host or not port.isdecimal():
-            raise RayError(f"--ray={address}: {wanted}")
+            raise RayError(f"--ray={found}: {_WANTED}")
         try:  # ray itself waits for many minutes
             socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
         except (OSError, OverflowError) as error:
-            raise RayError(f"--ray={address}: no cluster answers there ({error}); {wanted}") from None
+            raise RayError(f"--ray={found}: no cluster answers there ({error}); {_WANTED}") from None
+    return found
+
+
+def _connect(ray: Any, address: str) -> None:
+    """Joins the cluster; RayError if there is none."""
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise RayError(f"--ray={address}: the cluster cannot be joined ({reason}); {wanted}") from None
+        raise RayError(f"--ray={address}: the cluster cannot be joined ({reason}); {_WANTED}") from None
 
 
 def _workers(
@@ -120,7 +128,9 @@ def _workers(
 
 
 def _words(resources: Mapping[str, float]) -> str:
-    shown = {name: n for name, n in resources.items() if not name.startswith(("node:", "accelerator_type:", "object_store"))}
+    shown = {
+        name: n for name, n in resources.items() if not name.startswith(("node:", "accelerator_type:", "object_store"))
+    }
     return ", ".join(f"{name} {n:g}" for name, n in sorted(shown.items()) if name != "memory" or len(shown) == 1)
 
 
@@ -135,9 +145,13 @@ class _Worker:
 
     def do(self, task: Any) -> None:
         """Does a task; the first call makes what does it."""
-        if self._do is None:
-            self._do = self._make()
-        self._do(task)
+        try:
+            if self._do is None:
+                self._do = self._make()
+            self._do(task)
+        except UserError as error:
+            error.args = (f"{error} (on the machine {socket.gethostname()})",)
+            raise
 
 
 def _start(ray: Any, resources: Mapping[str, float], make: Callable[[], Callable[[Any], Any]]) -> Any:
@@ -152,7 +166,9 @@ def _start(ray: Any, resources: Mapping[str, float], make: Callable[[], Callable
 
 def _work(ray: Any, actors: Sequence[Any], names: Sequence[str], payload: Callable[[str], Any]) -> Iterator[str]:
     todo, deaths, idle = deque(names), Counter[str](), list[Any]()
-    running: dict[Any, tuple[Any, str]] = {}  # a call: its worker and task, "" for the question whether the worker is there
+    running: dict[
+        Any, tuple[Any, str]
+    ] = {}  # a call: its worker and task, "" for the question whether the worker is there
     since = time.monotonic()
 
     def ask(actor: Any) -> None:
@@ -176,8 +192,6 @@ def _work(ray: Any, actors: Sequence[Any], names: Sequence[str], payload: Callab
         try:
             ray.get(finished[0])
         except ray.exceptions.RayTaskError as error:  # of the task
-            if isinstance(error.cause, UserError):
-                error.cause.args = (f"{error.cause} (on {error.ip})",)
             raise error.cause from None
         except (ray.exceptions.RayActorError, ray.exceptions.RaySystemError, ray.exceptions.OutOfMemoryError) as error:
             _count_death(name, deaths, error)
@@ -199,7 +213,9 @@ def _count_death(name: str, deaths: Counter[str], error: Exception) -> None:
             f"{deaths[name]} workers died at {name or 'their start'} (killed, or out of memory: reserve more of a machine with --ray-resources; last: "
             f"{reason}); what is done is kept, the same command continues"
         )
-    logger.warning(f"{name or 'a worker'}: its worker died ({reason}); another one does it, time {deaths[name] + 1} of {_DEATHS}")
+    logger.warning(
+        f"{name or 'a worker'}: its worker died ({reason}); another one does it, time {deaths[name] + 1} of {_DEATHS}"
+    )
 
 
 def _say_waiting(seconds: float) -> None:
@@ -208,4 +224,6 @@ def _say_waiting(seconds: float) -> None:
             f"no machine of the cluster had room for a worker for {seconds / 60:.0f} minutes (`ray status` shows what is missing); what is "
             "done is kept, the same command continues"
         )
-    logger.warning(f"no worker has a place for {seconds:.0f} s: waiting for a machine (`ray status` shows what is missing)")
+    logger.warning(
+        f"no worker has a place for {seconds:.0f} s: waiting for a machine (`ray status` shows what is missing)"
+    )

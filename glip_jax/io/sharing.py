@@ -11,8 +11,9 @@ from glip_jax.config.ranges import Limit
 
 __all__ = ["Engine", "Part", "SharingError", "SharingFlags", "without_sharing"]
 
-Engine = Callable[[Sequence[str], Callable[[str], Any]], Iterator[str]]
-"""Does tasks elsewhere: takes their names and a function that gives the argument of each, and yields the names as they are done."""
+Engine = Callable[[Callable[[], Callable[[Any], Any]], Sequence[str], Callable[[str], Any]], Iterator[str]]
+"""Does tasks elsewhere. Takes what makes a worker, the names of the tasks, and a function that gives a worker's argument for each; yields the
+names as they are done."""
 
 
 class SharingError(UserError, ValueError):

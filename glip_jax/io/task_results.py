@@ -153,8 +153,13 @@ class TaskResults:
         self._store.remove_folder()
 
     def clear(self) -> None:
-        """Removes the work folder."""
+        """Removes the work folder, and what this process has on its machine."""
         self._store.clear()
+        self.close()
+
+    def close(self) -> None:
+        """Removes what this process has on its machine."""
+        self._store.close()
 
     def _rename_result(self, name: str, result: str) -> None:
         """Renames the result to its final name; does nothing if another process has done so."""
@@ -271,7 +276,9 @@ class _LocalStore:
         with local.open("rb+") as file:
             os.fsync(file.fileno())
         target = self._folder / name
-        if local.stat().st_dev != target.parent.stat().st_dev:  # a rename would not be atomic: first to the same file system
+        if (
+            local.stat().st_dev != target.parent.stat().st_dev
+        ):  # a rename would not be atomic: first to the same file system
             local = Path(shutil.move(local, self._work / f"{uuid.uuid4().hex[:12]}.temporary"))
         local.replace(target)
 
@@ -288,9 +295,12 @@ class _LocalStore:
         (self._folder / name).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Removes _WORK, the plan first, and the scratch folder of this process."""
+        """Removes _WORK, the plan first."""
         self.remove(f"{_WORK}/plan.json")
         shutil.rmtree(self._work, ignore_errors=True)
+
+    def close(self) -> None:
+        """Removes the scratch folder of this process."""
 
     def remove_folder(self) -> None:
         """Removes the folder itself if it is empty."""
@@ -365,6 +375,8 @@ class _BucketStore:
             left = self.work() - {"plan.json"}  # again, for files that were created before the plan was removed
         with ThreadPoolExecutor(_REMOVALS) as pool:
             list(pool.map(self.remove, (f"{_WORK}/{name}" for name in left)))
+
+    def close(self) -> None:
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
 

@@ -116,10 +116,13 @@ class LabelingWorker:
                 raise
 
 
-def run(job: LabelingJob, part: Part | None = None, engine: Engine | None = None) -> bool:
+def run(
+    job: LabelingJob, part: Part | None = None, engine: Engine | None = None,
+    make: Callable[[], LabelingWorker] | None = None,
+) -> bool:  # fmt: skip
     """Labels the shards that are missing, of `part` or all, and completes the output folder if none is missing then.
 
-    `engine` has the shards labelled by the `LabelingWorker`s of a cluster instead of here. Returns whether the folder is complete.
+    `engine` has the shards labelled by workers of a cluster, which `make` makes, instead of here. Returns whether the folder is complete.
 
     Raises TaskError if the folder holds the work of another job, ShardError if no caption got a box (the folder is then
     removed), and OSError for failures of the file system or the storage.
@@ -148,11 +151,12 @@ def run(job: LabelingJob, part: Part | None = None, engine: Engine | None = None
         if worker is not None:
             for name in mine:
                 worker(name, progress)
-        elif engine is not None and mine:
-            for name in engine(mine, lambda name: name):
+        elif engine is not None and make is not None and mine:
+            for name in engine(make, mine, lambda name: name):
                 progress(work[name].end - work[name].begin)
     results.refresh()
     if results.missing:
+        results.close()
         logger.info(
             f"{job.out}: part {part} is done; {len(results.missing)} of {len(work)} files are missing (first: {results.missing[0]}): the part "
             "that ends last completes the folder; so does the same command without --part"

@@ -496,10 +496,16 @@ def test_a_full_disk_ends_in_a_line_and_the_same_command_goes_on(run, many, tmp_
         ),
         (["{run}/captions", "--out=x", "--detections={run}/names.json", "--categories={run}/names.json"], "names.json"),
         (["{run}/captions", "--out=x", "--workdir={run}/run", "--treshold=0.4"], "did you mean --threshold"),
-        (["{run}/captions", "--out=x", "--workdir={run}/run", "--part=17/16"], "--part=17/16: expected I/N with I from 1 to N"),
+        (
+            ["{run}/captions", "--out=x", "--workdir={run}/run", "--part=17/16"],
+            "--part=17/16: expected I/N with I from 1 to N",
+        ),
         (["{run}/captions", "--out=x", "--workdir={run}/run", "--part=0/16"], "to an index that counts from 0 add 1"),
         (["{run}/captions", "--out=x", "--workdir={run}/run", "--part=1/2", "--ray=auto"], "give one of them"),
-        (["{run}/captions", "--out=x", "--workdir={run}/run", "--ray-workers=4"], "--ray-workers=4 has no meaning without --ray"),
+        (
+            ["{run}/captions", "--out=x", "--workdir={run}/run", "--ray-workers=4"],
+            "--ray-workers=4 has no meaning without --ray",
+        ),
         (
             ["{run}/captions", "--out=x", "--workdir={run}/run", "--ray=auto", "--ray-resources=TPU"],
             "'TPU' is not NAME=NUMBER",
