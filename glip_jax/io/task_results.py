@@ -96,11 +96,9 @@ class TaskResults:
         return name in self._seen
 
     def refresh(self) -> None:
-        """Updates what is known to be done, with one request."""
+        """Updates what is known to be done, with two requests."""
         existing = self._store.work()
-        self._seen.update(name for name in self.names if f"{name}.json" in existing)
-        if "plan.json" not in existing and self.finished:
-            self._seen.update(self.names)
+        self._seen.update(self.names if self.finished else (name for name in self.names if f"{name}.json" in existing))
 
     def writing(self, name: str) -> Path:
         """The local file for the result of a task; whoever does not publish it removes it."""
