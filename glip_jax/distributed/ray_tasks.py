@@ -10,17 +10,20 @@ import contextlib
 import importlib.util
 import logging
 import os
+import pickle
 import signal
 import socket
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from glip_jax import UserError
 from glip_jax.distributed import exit_codes
 
-__all__ = ["RayError", "WorkerLostError", "check_cluster", "run_tasks"]
+__all__ = ["RayError", "Run", "WorkerLostError", "check_cluster", "ray_workers"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,17 +50,23 @@ class WorkerLostError(UserError, RuntimeError):
     exit_code = exit_codes.PEER_LOST
 
 
-def run_tasks(
-    address: str, make: Callable[[], Callable[[Any], Any]], names: Sequence[str], payload: Callable[[str], Any],
-    *, workers: int = 0, resources: Mapping[str, float] | None = None, by_core: bool = False,
-) -> Iterator[str]:  # fmt: skip
-    """Does the tasks `names` on the cluster at `address`, and yields their names as they are done, in any order.
+Run = Callable[[Sequence[str], Callable[[str], Any]], Iterator[str]]
+"""Does tasks, given by name: a worker gets what the second argument makes of the name. Yields the names as the tasks are done, in any order."""
 
-    `make`, which is pickled, makes on each worker the function that does a task; it gets `payload(name)`, which is asked for here when a
-    worker is free. `workers` 0: as many as the machines offer now; `resources` of one worker, such as {"TPU": 1}; empty: one TPU or GPU
-    where a machine has any, else a core (`by_core`) or a machine.
 
-    Raises RayError without ray, cluster, or resources, WorkerLostError after three deaths at one task, and what a task raises.
+@contextlib.contextmanager
+def ray_workers(
+    address: str, make: Callable[[], Callable[[Any], Any]], *,
+    count: int = 0, most: int = 1_000_000, resources: Mapping[str, float] | None = None, by_core: bool = False,
+) -> Iterator[Run]:  # fmt: skip
+    """Workers on the cluster at `address`, and the function that has them do tasks; they end with the context.
+
+    `make`, which is pickled, makes on each worker the function that does a task. `count` 0: as many as the machines offer now, at most
+    `most`; `resources` of one worker, such as {"TPU": 1}; empty: one TPU or GPU where a machine has any, else a core (`by_core`) or a
+    machine.
+
+    Raises RayError without ray, cluster, or resources; the function raises WorkerLostError after three deaths at one task, and what a task
+    raises.
     """
     address = check_cluster(address)
     handler = signal.getsignal(signal.SIGTERM)
@@ -68,10 +77,11 @@ def run_tasks(
     _connect(ray, address)
     try:
         nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-        wanted = _workers(nodes, workers, dict(resources or {}), by_core)[: len(names)]
+        wanted = _workers(nodes, count, dict(resources or {}), by_core)[:most]
         counts = ", ".join(f"{n} with {what}" for what, n in Counter(map(_words, wanted)).items())
         logger.info(f"Ray at {address}: {len(nodes)} machines; workers: {counts}")
-        yield from _work(ray, [_start(ray, each, make) for each in wanted], names, payload)
+        actors = [_start(ray, each, make) for each in wanted]
+        yield lambda names, payload: _work(ray, actors, names, payload)
     finally:
         ray.shutdown()  # ends the workers too
 
@@ -134,34 +144,31 @@ def _words(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {n:g}" for name, n in sorted(shown.items()) if name != "memory" or len(shown) == 1)
 
 
-class _Worker:
-    """The actor."""
-
-    def __init__(self, make: Callable[[], Callable[[Any], Any]]) -> None:
-        self._make, self._do = make, None
-
-    def ready(self) -> None:
-        """Answers once the worker is placed, or has been started again."""
-
-    def do(self, task: Any) -> None:
-        """Does a task; the first call makes what does it."""
-        try:
-            if self._do is None:
-                self._do = self._make()
-            self._do(task)
-        except UserError as error:
-            error.args = (f"{error} (on the machine {socket.gethostname()})",)
-            raise
-
-
 def _start(ray: Any, resources: Mapping[str, float], make: Callable[[], Callable[[Any], Any]]) -> Any:
+    made, path = ray.cloudpickle.dumps(make), str(Path(__file__).resolve().parents[2])
+
+    class Worker:
+        """The actor. Ray sends it as it stands here, so that it can say that this package is not where it works."""
+
+        do_task = None
+
+        def ready(self) -> None:
+            """Answers once the worker is placed, or has been started again."""
+
+        def do(self, task: Any) -> None:
+            """Does a task; the first call makes what does it."""
+            if self.do_task is None:
+                sys.path.append(path)  # where all machines see the folder of a checkout
+                self.do_task = pickle.loads(made)()
+            self.do_task(task)
+
     others = {name: each for name, each in resources.items() if name not in ("CPU", "GPU", "memory")}
     # A call in flight is not repeated by Ray, which would send it to the same worker, perhaps one without a machine.
     actor = ray.remote(
         num_cpus=resources.get("CPU", 0), num_gpus=resources.get("GPU", 0), memory=resources.get("memory"), resources=others,
         max_restarts=-1, max_task_retries=0,
-    )(_Worker)  # fmt: skip
-    return actor.remote(make)
+    )(Worker)  # fmt: skip
+    return actor.remote()
 
 
 def _work(ray: Any, actors: Sequence[Any], names: Sequence[str], payload: Callable[[str], Any]) -> Iterator[str]:
@@ -192,7 +199,12 @@ def _work(ray: Any, actors: Sequence[Any], names: Sequence[str], payload: Callab
         try:
             ray.get(finished[0])
         except ray.exceptions.RayTaskError as error:  # of the task
-            raise error.cause from None
+            cause = error.cause
+            if isinstance(cause, ModuleNotFoundError):
+                raise RayError(
+                    f"a machine of the cluster cannot import {cause.name}: install the same glip_jax and its requirements on all of them"
+                ) from error
+            raise cause from None
         except (ray.exceptions.RayActorError, ray.exceptions.RaySystemError, ray.exceptions.OutOfMemoryError) as error:
             _count_death(name, deaths, error)
             if name:

@@ -14,8 +14,8 @@ import pytest
 from glip_jax.cli import label
 from glip_jax.data import shards
 from glip_jax.distributed import exit_codes
-from glip_jax.distributed.ray_tasks import WorkerLostError, run_tasks
-from tests import ray_workers
+from glip_jax.distributed.ray_tasks import RayError, WorkerLostError, ray_workers
+from tests import ray_worker
 from tests.cli.test_label import captions
 from tests.data.conftest import coco_json, write_image
 from tests.run_job import run_job
@@ -75,7 +75,7 @@ def slow(tmp_path, monkeypatch):
     """Slow workers; the folder of their process ids."""
     pids = tmp_path / "pids"
     pids.mkdir()
-    monkeypatch.setattr(label, "_worker", functools.partial(ray_workers.slow_labels, str(pids), label._worker))
+    monkeypatch.setattr(label, "_worker", functools.partial(ray_worker.slow_labels, str(pids), label._worker))
     return pids
 
 
@@ -138,19 +138,19 @@ def test_the_tasks_of_a_lost_node_are_done_by_others(cluster, tmp_path):
     thread = threading.Thread(target=lose)
     thread.start()
     names = [f"t{i}" for i in range(8)]
-    make = functools.partial(ray_workers.by_node, str(tmp_path), node.node_id)
-    done = list(run_tasks(cluster.address, make, names, lambda name: (name, f"{name} of here")))
+    make = functools.partial(ray_worker.by_node, str(tmp_path), node.node_id)
+    with ray_workers(cluster.address, make) as run:
+        done = list(run(names, lambda name: (name, f"{name} of here")))
     thread.join()
     assert sorted(done) == names and all((tmp_path / name).read_text() == f"{name} of here" for name in names)
 
 
 def test_a_task_at_which_workers_die_ends_the_job(cluster, tmp_path, caplog):
     names = [f"t{i}" for i in range(6)]
-    make = functools.partial(ray_workers.by_node, str(tmp_path), dies="t3")
-    with pytest.raises(
-        WorkerLostError, match="3 workers died at t3 .killed, or out of memory.*the same command"
-    ) as caught:
-        list(run_tasks(cluster.address, make, names, lambda name: (name, ""), by_core=True))
+    make = functools.partial(ray_worker.by_node, str(tmp_path), dies="t3")
+    words = "3 workers died at t3 .killed, or out of memory.*the same command"
+    with ray_workers(cluster.address, make, by_core=True) as run, pytest.raises(WorkerLostError, match=words) as caught:
+        list(run(names, lambda name: (name, "")))
     assert caught.value.exit_code == exit_codes.PEER_LOST and not (tmp_path / "t3").exists()
     assert caplog.text.count("t3: its worker died") == 2
 
@@ -168,6 +168,19 @@ def test_what_a_cluster_refuses(cluster, inputs, tmp_path, capsys, flags, messag
     assert run_job("label", command(inputs, out, f"--ray={cluster.address}", *flags)) == exit_codes.BAD_INPUT
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("label: ") and re.search(message, error)
+
+
+class _Absent:
+    """Pickled as what is imported from a module that is not there."""
+
+    def __reduce__(self):
+        return __import__, ("glip_absent",)
+
+
+def test_a_machine_without_the_package_is_said(cluster):
+    with ray_workers(cluster.address, _Absent()) as run, pytest.raises(RayError) as caught:
+        list(run(["a"], str))
+    assert "a machine of the cluster cannot import glip_absent: install the same glip_jax" in str(caught.value)
 
 
 def _other_code(*_):
