@@ -43,21 +43,12 @@ def _captions() -> list[str]:
     return [f"{' near '.join(rng.sample(WORDS, rng.randint(3, 5)))} at number {i}" for i in range(CAPTIONS)]
 
 
-def _setting(folder: Path) -> tuple[Any, Any, Any]:
-    """Shards of captions, a teacher and a finder."""
-    import jax
-
+def write_captions(folder: Path, files: int = 1) -> None:
+    """Writes the shards `captions` in `folder`."""
     from benchmarks.data import pictures
-    from benchmarks.sample import abstract_params
-    from configs.demo import get_config
     from glip_jax.data import shards
     from glip_jax.data.records import Record, boxes_array
-    from glip_jax.labeling.phrases.finders import phrase_finder
-    from glip_jax.labeling.teacher import DetectorTeacher, detector_views
 
-    config = get_config()
-    init, _ = abstract_params(config)
-    params = jax.block_until_ready(jax.jit(init)(jax.random.key(0)))
     images = pictures()
     records = []
     for number, caption in enumerate(_captions()):
@@ -66,31 +57,55 @@ def _setting(folder: Path) -> tuple[Any, Any, Any]:
         data += number.to_bytes(4, "little")
         height, width = ((480, 640), (480, 640), (640, 480))[number % len(images) % 3]
         records.append(Record(str(number), "caption", data, height, width, boxes_array(()), caption=caption))
-    shards.write(iter(records), folder / "captions", name="captions")
+    shards.write(iter(records), folder / "captions", name="captions", shards=files)
+
+
+def teacher_and_finder() -> tuple[Any, Any]:
+    """The demo's network with random parameters, and a finder."""
+    import jax
+
+    from benchmarks.sample import abstract_params
+    from configs.demo import get_config
+    from glip_jax.labeling.phrases.finders import phrase_finder
+    from glip_jax.labeling.teacher import DetectorTeacher, detector_views
+
+    config = get_config()
+    init, _ = abstract_params(config)
+    params = jax.block_until_ready(jax.jit(init)(jax.random.key(0)))
     views = detector_views(config, params, THRESHOLD, config.detection.nms_iou, False, (), BATCH)
-    return (
-        shards.Shards(folder / "captions"),
-        DetectorTeacher(views, config.detection.nms_iou, THRESHOLD),
-        phrase_finder("lexicon"),
-    )
+    return DetectorTeacher(views, config.detection.nms_iou, THRESHOLD), phrase_finder("lexicon")
+
+
+def threshold_of(source: Any, teacher: Any, finder: Any) -> float:
+    """The score that leaves two boxes of a phrase, by the first image."""
+    from glip_jax.data.records import decode_image
+    from glip_jax.labeling.teacher import ImageQueries
+
+    record = source[0]
+    query = teacher.make_query(record.id, record.caption, finder.find(record.caption).spans)
+    ((answer,),) = teacher.detect_async([ImageQueries(decode_image(record), [query])])()
+    return float(np.median([np.sort(found.scores)[-3] for found in answer.detections]))
+
+
+def _setting(folder: Path) -> tuple[Any, Any, Any]:
+    """Shards of captions, a teacher and a finder."""
+    from glip_jax.data import shards
+
+    write_captions(folder)
+    return shards.Shards(folder / "captions"), *teacher_and_finder()
 
 
 def label_runs(_: Settings) -> Runs:
     """Labels into a new folder in each run."""
-    from glip_jax.data.records import decode_image
     from glip_jax.labeling.pseudo import Rules
     from glip_jax.labeling.run import Input, LabelingJob, run
-    from glip_jax.labeling.teacher import ImageQueries
 
     folder = Path(tempfile.mkdtemp(prefix="glip_jax_label_"))
     source, teacher, finder = _setting(folder)
-    record = source[0]
-    query = teacher.make_query(record.id, record.caption, finder.find(record.caption).spans)
-    ((answer,),) = teacher.detect_async([ImageQueries(decode_image(record), [query])])()
-    threshold = float(np.median([np.sort(found.scores)[-3] for found in answer.detections]))
+    threshold = threshold_of(source, teacher, finder)
     plan = LabelingJob(
         out=str(folder), name="made", inputs=[Input(str(source.path), source)], teacher=teacher, finder=finder,
-        rules=Rules(threshold), about={"teacher": "random"}, command="", code="benchmark", threads=4, lease=120.0,
+        rules=Rules(threshold), about={"teacher": "random"}, command="", code="benchmark", threads=4,
     )  # fmt: skip
 
     def once() -> None:

@@ -4,9 +4,9 @@
 #   scripts/label.sh SHARDS --detections=FILE.json --categories=ANNOTATIONS.json --out=DIR [...]
 # e.g. scripts/label.sh shards/cc3m --workdir=runs/teacher --out=shards/cc3m_labelled
 # Arguments are passed to `python -m glip_jax label`; `scripts/label.sh --help` lists them. Creates the environment first.
-# The same command resumes an interrupted job. Given on several hosts with a shared folder, or once per accelerator of a host
-# (CUDA_VISIBLE_DEVICES=0, 1, ...), it shares the work. GLIP_JAX_REQUIREMENTS=requirements-gpu.txt or requirements-tpu.txt selects
-# the requirements of the machine; before several processes start at once, create the environment once (--help does).
+# The same command resumes an interrupted job. Several machines share the work by --part=I/N or --ray (docs/guides/ray.md).
+# GLIP_JAX_REQUIREMENTS=requirements-gpu.txt or requirements-tpu.txt selects the requirements of the machine; before several processes
+# start at once, create the environment once (--help does).
 set -euo pipefail
 here=$PWD
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

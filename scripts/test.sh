@@ -23,7 +23,7 @@ case "${1:-}" in
     exit 0
     ;;
 esac
-environment requirements-test.txt requirements-export.txt requirements-tfds.txt requirements-spacy.txt requirements-serve.txt requirements-video.txt
+environment requirements-test.txt requirements-export.txt requirements-tfds.txt requirements-spacy.txt requirements-serve.txt requirements-video.txt requirements-ray.txt
 if [ "${1:-}" = --tpu ]; then
     shift
     # jax's own choice of it, and beside the environment: where it is installed, jax looks for a TPU.

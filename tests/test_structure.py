@@ -29,7 +29,7 @@ LAYERS = {
 # What a training run never needs.
 ASIDE = (
     "data/importers", "data/scenes", "labeling/phrases", "cli/reports", "training/monitoring", "training/finetuning", "weights/portable",
-    "models/kernels", "data/negatives",
+    "models/kernels", "data/negatives", "distributed/ray_tasks",
 )  # fmt: skip
 # What exports carry: its files import one another as they will lie there, and the network is one file to read.
 CARRIED = PACKAGE / "weights" / "portable"
@@ -116,7 +116,17 @@ def test_data_and_words_know_no_jax():
     # boxes serves numpy and jax arrays alike through the array's own namespace; batch only names types.
     wanted = [p for p in MODULES if package(p) in ("config", "data", "structures")]
     # What those use of files, buckets and exit codes.
-    beside = ("assets", "checkpoint_steps", "checksums", "errors", "fsspec_gcs", "gcs", "retry")
+    beside = (
+        "assets",
+        "checkpoint_steps",
+        "checksums",
+        "errors",
+        "fsspec_gcs",
+        "gcs",
+        "retry",
+        "sharing",
+        "task_results",
+    )
     wanted += [PACKAGE / "io" / f"{name}.py" for name in beside]
     wanted += [PACKAGE / "distributed" / "exit_codes.py", PACKAGE / "training" / "monitoring" / "chips.py"]
     accelerated = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")

@@ -13,6 +13,7 @@ import tyro
 
 from glip_jax import UserError
 from glip_jax.cli.command_line import flags
+from glip_jax.cli.ray_engine import ray_engine
 from glip_jax.config import TextConfig
 from glip_jax.data import shards
 from glip_jax.data.importers.build import BuildPlan, build
@@ -27,6 +28,7 @@ from glip_jax.data.importers.mdetr import CocoCaptions, Mdetr
 from glip_jax.data.importers.odvg import Odvg
 from glip_jax.data.importers.openimages import Openimages
 from glip_jax.data.importers.options import BuildOptions
+from glip_jax.data.importers.shared_build import build_shared
 from glip_jax.data.importers.tfds import Tfds
 from glip_jax.data.importers.tsv import Tsv
 from glip_jax.data.importers.visual_genome import VisualGenome
@@ -36,6 +38,8 @@ from glip_jax.data.manifest import Manifest, ShardError
 from glip_jax.distributed import exit_codes
 from glip_jax.io.assets import AssetError, resolve
 from glip_jax.io.formats import explain
+from glip_jax.io.sharing import without_sharing
+from glip_jax.io.task_results import is_begun, sweep
 from glip_jax.structures.prompts import PromptError, check_names, load_tokenizer
 
 __all__ = ["Format", "main", "vocabulary_notes"]
@@ -72,9 +76,10 @@ _EXAMPLE = "coco annotations.json --images=pictures --out=shards/mine (then `dat
 def main(argv: Sequence[str]) -> int:
     """Runs `data FORMAT ...`. Raises CommandLineError, SourceError, ShardError, RecordError, or OSError for a file.
 
-    A build that is stopped leaves nothing but `.NAME.partial`, with which the same command goes on.
+    A build that is stopped leaves nothing but `.NAME.partial`, with which the same command goes on; one that is shared, OUT/.partial.
     """
     job: BuildOptions = flags(argv, Format, "data", _EXAMPLE)
+    part, resources = job.static_part(), job.resources()
     done = shards.finished(job.out)
     if done is not None:
         if lines := differences(job, done, read_report(job.out), _earlier(job, done)):
@@ -82,17 +87,25 @@ def main(argv: Sequence[str]) -> int:
                 f"{job.out} is finished, of something else (existing -> given: {'; '.join(lines)}): name another --out, or remove "
                 "that folder to import again"
             )
+        sweep(job.out)
         logger.info(f"{job.out} is finished ({done.records} records, made by: {done.command}); nothing is made twice")
         return exit_codes.DONE
     try:
         plan = BuildPlan(
             job.out, str(job.source), name=job.name, licence=job.licence, shards=job.shards, processes=job.processes,
-            command=shlex.join(["python", "-m", "glip_jax", "data", *_deciding(argv)]), strict=job.strict,
+            command=shlex.join(["python", "-m", "glip_jax", "data", *without_sharing(argv, ("--processes",))]), strict=job.strict,
             exclude=job.exclude, orientation=job.orientation, published=job.published, settings=options_of(job),
             allow_drops=job.allow_drops,
             chosen_drops=tuple(sorted(job.chosen_drops)),
         )  # fmt: skip
-        manifest, report = build(plan, job.open)
+        if part is not None or job.ray or is_begun(job.out):
+            engine = ray_engine(job, resources, by_core=True) if job.ray else None
+            made = build_shared(plan, job.open, part, engine)
+            if made is None:
+                return exit_codes.DONE
+            manifest, report = made
+        else:
+            manifest, report = build(plan, job.open)
     except (SourceError, ShardError) as error:
         found = explain(job.source, _name_of(job))
         if not found or found in str(error):
@@ -141,16 +154,3 @@ def vocabulary_notes(names: Sequence[str]) -> list[str]:
         return check_names(names, tokenizer, f"read with {vocabulary}", remedy, "note")
     except PromptError as error:
         return [str(error)]
-
-
-def _deciding(argv: Sequence[str]) -> list[str]:
-    """The arguments that decide the result: all but the number of processes."""
-    kept, skip = [], False
-    for argument in argv:
-        if not skip and not argument.startswith("--processes="):
-            skip = argument == "--processes"
-            if not skip:
-                kept.append(argument)
-        else:
-            skip = False
-    return kept

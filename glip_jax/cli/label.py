@@ -6,7 +6,7 @@ OUT/report.html              the same as an HTML report, with drawn samples
 OUT/manifest.json            written last except for the report: the folder is finished
 FILE, FILE_annotations.json  with --coco=FILE.json: the boxes in COCO's results format, see `glip_jax.cli.coco_files`
 
-The same command on several hosts, or several times on one, shares the work: see `glip_jax.labeling.work_queue`.
+Several machines share the work by --ray or --part: see `glip_jax.io.sharing`.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,6 +24,7 @@ import tyro
 
 from glip_jax.cli import checkpoint_argument, coco_files
 from glip_jax.cli.command_line import CommandLineError, flags, split_settings
+from glip_jax.cli.ray_engine import ray_engine
 from glip_jax.config import PathStr
 from glip_jax.config.ranges import BelowOne, Count, Fraction, Limit, Pixels, Range
 from glip_jax.data import shards
@@ -32,13 +34,14 @@ from glip_jax.data.records import Record, RecordError
 from glip_jax.distributed import exit_codes
 from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.io import gcs
+from glip_jax.io.sharing import SharingFlags, without_sharing
+from glip_jax.io.task_results import TaskError, differences, sweep
 from glip_jax.labeling.phrases.finders import MAX_PHRASES, PhraseFinder, head, phrase_finder
-from glip_jax.labeling.work_queue import LEASE, TaskError, differences, sweep
 
 if TYPE_CHECKING:
     from glip_jax.labeling.outside import OutsideTeacher
     from glip_jax.labeling.pseudo import Rules
-    from glip_jax.labeling.run import Input
+    from glip_jax.labeling.run import Input, LabelingJob, LabelingWorker
     from glip_jax.labeling.teacher import Teacher
     from glip_jax.labeling.verifier import Verifier
 
@@ -51,14 +54,13 @@ _RENAMED = {"--most-boxes": "--max-boxes", "--most-phrases": "--max-phrases"}
 
 
 @dataclass(frozen=True)
-class Label:
+class Label(SharingFlags):
     """Label captions with boxes for their noun phrases, which a teacher detects in the images.
 
     SHARDS are folders that `python -m glip_jax data caption-tsv` and the like made. OUT becomes a folder of shards for
     training: each phrase has the boxes with a score above the threshold; phrases without one are marked as unknown.
-    The score is sqrt(alignment x centerness), as in `predict`. The same command resumes after a stop; given on
-    several hosts (or once for each accelerator of one) with a folder that all of them see, it shares the work. A second
-    round, with the student as the teacher, is the same command with its --checkpoint.
+    The score is sqrt(alignment x centerness), as in `predict`. The same command resumes after a stop. Several
+    machines share the work by --ray or by --part. A second round, with the student as the teacher, is the same command with its --checkpoint.
 
     Another teacher: --detections=FILE.json, a COCO results file that any detector wrote, with --categories.
 
@@ -124,9 +126,6 @@ class Label:
     """Name of the source that is made; default: the name of OUT."""
     threads: Annotated[int, Range(1, 1024)] = 4
     """Threads that read, decode and find phrases ahead."""
-    lease: Annotated[float, Range(1, 1e9, "seconds")] = LEASE
-    """Seconds without a sign of life after which another process takes over a shard; a process that was killed on this
-    host is noticed at once."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -136,39 +135,35 @@ def main(argv: Sequence[str]) -> int:
     own = [part for argument in own for part in _split_tuple(argument)]
     job = flags(own, Label, "label", _EXAMPLE, _RENAMED)
     with checkpoint_argument.fitting_parameters():
-        label(job, settings, shlex.join(["python", "-m", "glip_jax", "label", *argv]))
+        label(job, settings, shlex.join(["python", "-m", "glip_jax", "label", *without_sharing(argv)]))
     return exit_codes.DONE
 
 
 def label(job: Label, settings: Sequence[str], command: str) -> None:
-    """Labels, alone or with other processes, until the folder is finished, and writes its HTML report.
+    """Labels what is missing, or a part of it, and writes the HTML report of a folder that is finished then.
 
     `settings`: the --config arguments. Raises CommandLineError, CheckpointError, ConfigError, SourceError, ShardError or
     TaskError for what cannot be done; OSError for what the system or the storage refuses: then the same command goes on.
     """
     from glip_jax.cli.reports.label_report import write_report
-    from glip_jax.labeling.run import LabelingJob, run
+    from glip_jax.labeling.run import run
 
-    thresholds = _checked(job)
-    out = gcs.address(job.out) if gcs.is_remote(job.out) else str(Path(job.out).absolute())
+    _checked(job)
+    part, resources = job.static_part(), job.resources()
+    out = _address(job)
     if job.coco:
         coco_files.check_target(job.coco, out)
     existing = shards.finished(out)
     before = None if existing is None else _finished_settings(out, job, existing.command)
-    inputs = _inputs(job.shards)
-    unknown = sorted(set(thresholds) - {given.shards.manifest.name for given in inputs})
-    if unknown:
-        known = ", ".join(given.shards.manifest.name for given in inputs)
-        raise CommandLineError(f"--threshold-for={unknown[0]}=...: there is no such source; there are: {known}")
-    begin = time.monotonic()
-    finder = phrase_finder(job.finder, job.max_phrases)
-    teacher, rules, about = _teacher(job, settings, thresholds, [given.shards.manifest.name for given in inputs])
-    verifier, about_verifier = _verifier(job, inputs, about["teacher"])
-    labeling = LabelingJob(
-        out=out, name=job.name or out.rpartition("/")[2], inputs=inputs, teacher=teacher, finder=finder, rules=rules,
-        about=about | about_verifier | _finder_record(finder, job), command=command, code=_code(), threads=job.threads,
-        lease=job.lease, verifier=verifier,
-    )  # fmt: skip
+    if job.ray:
+        import jax
+
+        jax.config.update(
+            "jax_platforms", "cpu"
+        )  # the accelerators of this machine are for its worker, which is another process
+    begin, code = time.monotonic(), _code()
+    engine = ray_engine(job, resources) if job.ray else None
+    labeling = _job(job, settings, command, code)
     if existing is not None and before is not None:
         if lines := differences(before, json.loads(json.dumps(labeling.settings()))):
             raise TaskError(
@@ -183,7 +178,8 @@ def label(job: Label, settings: Sequence[str], command: str) -> None:
         if job.coco:
             _write_coco(job.coco, out)
         return
-    run(labeling)
+    if not run(labeling, part, engine, partial(_worker, job, settings, command, code)):
+        return
     if not gcs.kind(f"{out}/report.html"):
         write_report(out)
     if job.coco:
@@ -191,6 +187,37 @@ def label(job: Label, settings: Sequence[str], command: str) -> None:
     logger.info(
         f"{job.out}: finished, this process worked {time.monotonic() - begin:.0f} s; HTML report: {out}/report.html"
     )
+
+
+def _address(job: Label) -> str:
+    return gcs.address(job.out) if gcs.is_remote(job.out) else str(Path(job.out).absolute())
+
+
+def _job(job: Label, settings: Sequence[str], command: str, code: str) -> "LabelingJob":
+    """The job that the flags describe, with what it reads opened."""
+    from glip_jax.labeling.run import LabelingJob
+
+    thresholds, out, inputs = _checked(job), _address(job), _inputs(job.shards)
+    unknown = sorted(set(thresholds) - {given.shards.manifest.name for given in inputs})
+    if unknown:
+        known = ", ".join(given.shards.manifest.name for given in inputs)
+        raise CommandLineError(f"--threshold-for={unknown[0]}=...: there is no such source; there are: {known}")
+    finder = phrase_finder(job.finder, job.max_phrases)
+    teacher, rules, about = _teacher(job, settings, thresholds, [given.shards.manifest.name for given in inputs])
+    verifier, about_verifier = _verifier(job, inputs, about["teacher"])
+    return LabelingJob(
+        out=out, name=job.name or out.rpartition("/")[2], inputs=inputs, teacher=teacher, finder=finder, rules=rules,
+        about=about | about_verifier | _finder_record(finder, job), command=command, code=code, threads=job.threads,
+        verifier=verifier,
+    )  # fmt: skip
+
+
+def _worker(job: Label, settings: Sequence[str], command: str, code: str) -> "LabelingWorker":
+    """What labels on a worker of a cluster; the records name the code of the process that began the job."""
+    from glip_jax.labeling.run import LabelingWorker
+
+    with checkpoint_argument.fitting_parameters():
+        return LabelingWorker(_job(job, settings, command, code))
 
 
 def _write_coco(path: str, out: str) -> None:

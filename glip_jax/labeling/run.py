@@ -1,6 +1,5 @@
-"""Runs a labelling job: labels shard after shard, shared with other processes, and completes the output folder."""
+"""Runs a labelling job: labels shard after shard, here or on the workers of a cluster, and completes the output folder."""
 
-import contextlib
 import json
 import logging
 import sys
@@ -13,15 +12,17 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from glip_jax.data import shards
+from glip_jax.data.shard_cache import cache_folder
 from glip_jax.io import provenance
+from glip_jax.io.sharing import Engine, Part
+from glip_jax.io.task_results import TaskResults
 from glip_jax.labeling.phrases.finders import PhraseFinder
 from glip_jax.labeling.pseudo import Labeler, Rules
 from glip_jax.labeling.statistics import LabelStatistics, summary
 from glip_jax.labeling.teacher import Teacher
 from glip_jax.labeling.verifier import Verifier
-from glip_jax.labeling.work_queue import WorkQueue
 
-__all__ = ["FORMAT", "Input", "LabelingJob", "run"]
+__all__ = ["FORMAT", "Input", "LabelingJob", "LabelingWorker", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,6 @@ class LabelingJob:
     command: str
     code: str
     threads: int
-    lease: float
     verifier: Verifier | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -85,49 +85,91 @@ class LabelingJob:
         }
 
 
-def run(job: LabelingJob) -> None:
-    """Labels until all shards are done, by this process or others, and completes the output folder.
+class LabelingWorker:
+    """Labels shard files of a job, one a call."""
+
+    def __init__(self, job: LabelingJob, join: bool = True) -> None:
+        """`join`: another process has begun the job. Raises TaskError if its settings, or its folder, are others than here."""
+        self._work = _tasks(job.inputs)
+        self.results = TaskResults(job.out, list(self._work), job.settings(), cache_folder() / "labelling", join)
+        self._labeler = Labeler(job.teacher, job.finder, job.rules, job.about, job.code, job.threads, job.verifier)
+
+    def __call__(self, name: str, progress: Callable[[int], None] = lambda _: None) -> None:
+        """Labels one shard file; the result is discarded if another process has finished it first."""
+        begin, task, results = time.monotonic(), self._work[name], self.results
+        if results.done(name):
+            return
+        try:
+            writer = shards.ShardWriter(results.writing(name), 0)
+            try:
+                statistics = self._labeler.label(task.shards, task.begin, task.end, writer.add, progress)
+                written = asdict(writer.close()) | {"file": name}
+            except BaseException:
+                writer.abandon()
+                results.writing(name).unlink(missing_ok=True)
+                raise
+            statistics.seconds = time.monotonic() - begin
+            device = provenance.versions()["device"]
+            results.publish(name, {"written": written, "tally": statistics.as_json(), "device": device})
+        except OSError:
+            if not results.finished:  # otherwise the work folder was removed: other processes completed the job
+                raise
+
+
+def run(
+    job: LabelingJob, part: Part | None = None, engine: Engine | None = None,
+    make: Callable[[], LabelingWorker] | None = None,
+) -> bool:  # fmt: skip
+    """Labels the shards that are missing, of `part` or all, and completes the output folder if none is missing then.
+
+    `engine` has the shards labelled by workers of a cluster, which `make` makes, instead of here. Returns whether the folder is complete.
 
     Raises TaskError if the folder holds the work of another job, ShardError if no caption got a box (the folder is then
     removed), and OSError for failures of the file system or the storage.
     """
     work = _tasks(job.inputs)
-    queue = WorkQueue(job.out, list(work), job.settings(), job.lease)
-    labeler = Labeler(job.teacher, job.finder, job.rules, job.about, job.code, job.threads, job.verifier)
-    total = sum(task.end - task.begin for task in work.values())
+    if engine is None:
+        worker = LabelingWorker(job, join=False)
+        results = worker.results
+    else:
+        worker = None
+        results = TaskResults(job.out, list(work), job.settings(), cache_folder() / "labelling")
+    mine = [name for name in (part.of(results.names) if part else results.names) if name in results.missing]
+    total, todo = (sum(work[name].end - work[name].begin for name in names) for names in (work, mine))
     labeled, begin = 0, time.monotonic()
     # A terminal shows a moving bar, a log file gets a line every 30 s.
     interval = 0.5 if sys.stderr.isatty() else 30.0
-    with tqdm(desc="label", total=total, initial=_done(queue, work), unit="image", mininterval=interval,
-              maxinterval=interval) as bar:  # fmt: skip
+    with tqdm(desc=f"label part {part}" if part else "label", total=todo if part else total, initial=0 if part else total - todo, unit="image",
+              mininterval=interval, maxinterval=interval) as bar:  # fmt: skip
 
         def progress(count: int) -> None:
             nonlocal labeled
             labeled += count
-            bar.set_postfix_str(f"this process {labeled / (time.monotonic() - begin):.1f} images/s", refresh=False)
+            bar.set_postfix_str(f"{labeled / (time.monotonic() - begin):.1f} images/s", refresh=False)
             bar.update(count)
 
-        def add_others() -> None:
-            """Counts what other processes have done, for the estimate of the time left."""
-            bar.update(max(0, _done(queue, work) - int(bar.n)))
-
-        with contextlib.closing(queue.claim_tasks(add_others)) as claimed_tasks:
-            for name in claimed_tasks:
-                add_others()
-                _label(queue, name, work[name], labeler, progress)
-    pause = 0.2
-    while not queue.finished:
-        with queue.claim("end") as claimed:
-            if claimed and not queue.finished:
-                try:
-                    _finish(job, queue, work)
-                except FileNotFoundError:
-                    if not queue.finished:  # otherwise another process completed it: this one exceeded its lease
-                        raise
-        if not queue.finished:  # another process is completing it
-            time.sleep(pause)
-            pause = min(2 * pause, 5.0)
-    queue.clear()  # in every process: a late one may have created the work folder again
+        if worker is not None:
+            for name in mine:
+                worker(name, progress)
+        elif engine is not None and make is not None and mine:
+            for name in engine(make, mine, lambda name: name):
+                progress(work[name].end - work[name].begin)
+    results.refresh()
+    if results.missing:
+        results.close()
+        logger.info(
+            f"{job.out}: part {part} is done; {len(results.missing)} of {len(work)} files are missing (first: {results.missing[0]}): the part "
+            "that ends last completes the folder; so does the same command without --part"
+        )
+        return False
+    try:
+        if not results.finished:
+            _finish(job, results, work)
+    except FileNotFoundError:
+        if not results.finished:  # otherwise another process has completed it, and removed the work folder
+            raise
+    results.clear()  # in every process: a late one may have created the work folder again
+    return True
 
 
 def _tasks(inputs: Sequence[Input]) -> dict[str, _Task]:
@@ -141,57 +183,36 @@ def _tasks(inputs: Sequence[Input]) -> dict[str, _Task]:
     return dict(zip(shards.shard_files(len(ranges)), ranges, strict=True))
 
 
-def _done(queue: WorkQueue, work: Mapping[str, _Task]) -> int:
-    return sum(work[name].end - work[name].begin for name in queue.seen)
-
-
-def _label(queue: WorkQueue, name: str, task: _Task, labeler: Labeler, progress: Callable[[int], None]) -> None:
-    """Labels one shard file; the result is discarded if another process finished it first."""
-    begin = time.monotonic()
-    try:
-        writer = shards.ShardWriter(queue.writing(name), 0)
-        try:
-            statistics = labeler.label(task.shards, task.begin, task.end, writer.add, progress)
-            written = asdict(writer.close()) | {"file": name}
-        except BaseException:
-            writer.abandon()
-            raise
-        statistics.seconds = time.monotonic() - begin
-        queue.publish(name, {"written": written, "tally": statistics.as_json()})
-    except OSError:
-        if not queue.finished:  # otherwise the work folder was removed: other processes completed the job
-            raise
-
-
-def _finish(job: LabelingJob, queue: WorkQueue, work: Mapping[str, _Task]) -> None:
+def _finish(job: LabelingJob, results: TaskResults, work: Mapping[str, _Task]) -> None:
     """Adds up the statistics of all shards and writes columns, report and manifest."""
-    total, written = LabelStatistics(), []
+    total, written, devices = LabelStatistics(), [], set[str]()
     with ThreadPoolExecutor(_READS) as pool:
-        infos = list(pool.map(queue.result_info, work))
+        infos = list(pool.map(results.result_info, work))
     for info in infos:
         total.add(LabelStatistics.from_json(info["tally"]))
+        devices.add(info.get("device", ""))
         part = info["written"]
         part |= {"labels": {int(label): n for label, n in part["labels"].items()}, "columns": tuple(part["columns"])}
         written.append(shards.Written(**part))
     reasons = total.report.dropped
     if not any(part.records for part in written):
-        queue.abandon()
+        results.abandon()
         drops = ", ".join(f"{reason} {n} (first: {total.report.first[reason]})" for reason, n in reasons.most_common(5))
         raise shards.ShardError(f"nothing to write to {job.out}: of {total.captions} captions none got a box; {drops}")
     licences = dict.fromkeys(source.shards.manifest.licence for source in job.inputs)
-    scratch = queue.scratch("end")
+    scratch = results.scratch("end")
     manifest = shards.complete(
         scratch, written, name=job.name, names=(), licence="; ".join(licences),
         source="; ".join(source.path for source in job.inputs), command=job.command, drops=dict(sorted(reasons.items())),
     )  # fmt: skip
     report = {
         "format": FORMAT, "name": job.name, "command": job.command, "licence": manifest.licence,
-        "inputs": [source.path for source in job.inputs], "settings": job.settings(), "summary": summary(total), "versions": provenance.versions(),
+        "inputs": [source.path for source in job.inputs], "settings": job.settings(), "summary": summary(total), "versions": provenance.versions() | {"device": "; ".join(filter(None, sorted(devices)))},
     }  # fmt: skip
     (scratch / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False))
     for file in (manifest.columns["file"], "report.json"):
-        queue.put(scratch / file, file)
-    queue.finish((scratch / "manifest.json").read_text())
+        results.put(scratch / file, file)
+    results.finish((scratch / "manifest.json").read_text())
     logger.info(_table(report["summary"]))
 
 

@@ -1,6 +1,5 @@
-"""The job `label`: with a random network of a few thousand parameters, with detections of a file, killed, and by three at once, in a bucket too."""
+"""The job `label`: with a random network of a few thousand parameters, with detections of a file, killed, and in three parts at once, in a bucket too."""
 
-import contextlib
 import dataclasses
 import json
 import re
@@ -272,7 +271,7 @@ def test_a_verifier_vetoes_phrases_and_belongs_to_the_settings(run, many, tmp_pa
 def test_killed_and_resumed_with_another_verifier(run, many, tmp_path, capsys):
     source, _ = many
     judge = second(run, tmp_path)
-    child = slow_label.start(outside(run, source, tmp_path / "out", "--lease=5", *judge), tmp_path / "said")
+    child = slow_label.start(outside(run, source, tmp_path / "out", *judge), tmp_path / "said")
     wait_for(lambda: list((tmp_path / "out").glob("records*")))
     child.kill()
     child.join()
@@ -321,8 +320,8 @@ def test_the_teacher_as_its_own_verifier_is_taken_but_said(run, tmp_path, capsys
     assert json.loads((tmp_path / "out" / "report.json").read_text())["summary"]["phrases_judged"] > 0
 
 
-def slow(run, source, out, said):
-    return slow_label.start(outside(run, source, out, "--lease=5"), said)
+def slow(run, source, out, said, *more):
+    return slow_label.start(outside(run, source, out, *more), said)
 
 
 def wait_for(what, seconds=60):
@@ -338,7 +337,7 @@ def test_killed_then_other_settings_then_run_again(run, many, tmp_path, capsys):
     source, whole = many
     out = tmp_path / "out"
     child = slow(run, source, out, tmp_path / "said")
-    wait_for(lambda: len(list(out.glob("records*"))) >= 2 and list((out / ".partial").glob("*.claim")))
+    wait_for(lambda: len(list(out.glob("records*"))) >= 2 and list((out / ".partial").glob("*.writing")))
     child.kill()
     child.join()
     there = {path.name: path.stat().st_ino for path in out.glob("records*")}
@@ -354,26 +353,45 @@ def test_killed_then_other_settings_then_run_again(run, many, tmp_path, capsys):
     assert there.items() <= now.items(), "what was finished is not made again"
 
 
+PARTS = ("1/3", "2/3", "3/3")
+
+
 def ended(started, said):
-    """What each of them printed; all have ended, one killed."""
+    """Both that were not killed have done their part, and see that the folder is not complete."""
     for process in started:
         process.join(120)
     texts = [path.read_text() for path in said]
-    assert sorted(process.exitcode for process in started) == [-9, 0, 0], texts
-    assert sum("captions  " in text for text in texts) == 1, "one of them sums up"
-    return texts
+    assert [process.exitcode for process in started] == [-9, 0, 0], texts
+    assert all(re.search("part ./3 is done; . of 6 files are missing", text) for text in texts[1:]), texts
+
+
+def test_parts_do_what_is_theirs_and_the_last_completes(run, many, tmp_path, capsys):
+    source, whole = many
+    out = tmp_path / "out"
+    for part, files, missing in (("2/3", (1, 4), 4), ("3/3", (1, 2, 4, 5), 2)):
+        assert run_job("label", outside(run, source, out, f"--part={part}")) == 0
+        assert f"part {part} is done; {missing} of 6 files are missing (first: records-00000" in capsys.readouterr().out
+        assert sorted(int(path.name[8:13]) for path in out.glob("records*")) == [*files]
+        assert not (out / "manifest.json").exists()
+    assert run_job("label", outside(run, source, out, "--part", "1/3", "--threshold=0.6")) == exit_codes.BAD_INPUT
+    assert 'thresholds: {"many": 0.5} -> {"many": 0.6}' in capsys.readouterr().err
+    assert run_job("label", outside(run, source, out, "--part", "1/3")) == 0
+    assert "finished" in capsys.readouterr().out and contents(out) == contents(whole)
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+    assert "--part" not in shards.Shards(out).manifest.command
+    assert run_job("label", outside(run, source, out, "--part=3/3")) == 0
+    assert "nothing is made twice" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_three_at_once_and_one_is_killed(run, many, tmp_path):
+def test_three_parts_at_once_and_one_is_killed(run, many, tmp_path):
     source, whole = many
     out, said = tmp_path / "out", [tmp_path / f"said{i}" for i in range(3)]
-    started = [slow(run, source, out, path) for path in said]
-    wait_for(lambda: list((out / ".partial").glob("*.claim")))
-    killed = next(json.loads(path.read_text())["pid"] for path in (out / ".partial").glob("*.claim"))
-    (one,) = [process for process in started if process.pid == killed]
-    one.kill()
+    started = [slow(run, source, out, path, f"--part={part}") for path, part in zip(said, PARTS)]
+    wait_for(lambda: len(list((out / ".partial").glob("*.writing"))) >= 3)
+    started[0].kill()
     ended(started, said)
+    assert run_job("label", outside(run, source, out, "--part=1/3")) == 0
     assert contents(out) == contents(whole)
     assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
 
@@ -384,7 +402,7 @@ def out_in_a_bucket(running, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_three_at_once_on_a_bucket_that_loses_answers_and_one_is_killed(
+def test_three_parts_at_once_on_a_bucket_that_loses_answers_and_one_is_killed(
     run, many, tmp_path, out_in_a_bucket, capsys, monkeypatch
 ):
     (source, whole), (running, out) = many, out_in_a_bucket
@@ -395,22 +413,14 @@ def test_three_at_once_on_a_bucket_that_loses_answers_and_one_is_killed(
             (tmp_path / name / file).write_bytes(gcs.read(f"{out}/{file}"))
         return tmp_path / name
 
-    def at_work():
-        """The processes that say that they do a task, once one is done."""
-        names = gcs.list_files(f"{out}/.partial") if gcs.list_files(out) else ()
-        claims = [name for name in names if name.startswith("records") and name.endswith(".claim")]
-        with contextlib.suppress(FileNotFoundError):  # given back meanwhile
-            return [json.loads(gcs.read(f"{out}/.partial/{name}"))["pid"] for name in claims]
-        return []
-
     said = [tmp_path / f"said{i}" for i in range(3)]
     with running.arm("lost", "late", share=0.4, only="ifGenerationMatch") as came:
-        started = [slow(run, source, out, path) for path in said]
-        killed, *_ = wait_for(at_work)
-        (one,) = [process for process in started if process.pid == killed]
-        one.kill()
+        started = [slow(run, source, out, path, f"--part={part}") for path, part in zip(said, PARTS)]
+        wait_for(lambda: gcs.list_files(out) and any(name.startswith("records") for name in gcs.list_files(out)))
+        started[0].kill()
         there = {name: gcs.stat(f"{out}/{name}") for name in gcs.list_files(out)}
         ended(started, said)
+        assert run_job("label", outside(run, source, out)) == 0
     assert came.total() > 5
     assert contents(fetched("copy")) == contents(whole) and shards.verify(out)
     assert set(gcs.list_files(out)) == {path.name for path in whole.iterdir()}
@@ -443,9 +453,7 @@ def test_a_full_disk_ends_in_a_line_and_the_same_command_goes_on(run, many, tmp_
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == exit_codes.NOT_WRITTEN and "give the same command again" in capsys.readouterr().err
-    assert {path.name for path in (out / ".partial").iterdir()} <= {"plan.json"} | {
-        path.name for path in (out / ".partial").glob("*.clock")
-    }
+    assert {path.name for path in (out / ".partial").iterdir()} <= {"plan.json"}
     assert run_job("label", outside(run, source, out)) == 0 and contents(out) == contents(whole)
 
 
@@ -488,7 +496,20 @@ def test_a_full_disk_ends_in_a_line_and_the_same_command_goes_on(run, many, tmp_
         ),
         (["{run}/captions", "--out=x", "--detections={run}/names.json", "--categories={run}/names.json"], "names.json"),
         (["{run}/captions", "--out=x", "--workdir={run}/run", "--treshold=0.4"], "did you mean --threshold"),
-        (["{run}/captions", "--out=x", "--workdir={run}/run", "--lease=nan"], "--lease=nan: expected 1 to"),
+        (
+            ["{run}/captions", "--out=x", "--workdir={run}/run", "--part=17/16"],
+            "--part=17/16: expected I/N with I from 1 to N",
+        ),
+        (["{run}/captions", "--out=x", "--workdir={run}/run", "--part=0/16"], "to an index that counts from 0 add 1"),
+        (["{run}/captions", "--out=x", "--workdir={run}/run", "--part=1/2", "--ray=auto"], "give one of them"),
+        (
+            ["{run}/captions", "--out=x", "--workdir={run}/run", "--ray-workers=4"],
+            "--ray-workers=4 has no meaning without --ray",
+        ),
+        (
+            ["{run}/captions", "--out=x", "--workdir={run}/run", "--ray=auto", "--ray-resources=TPU"],
+            "'TPU' is not NAME=NUMBER",
+        ),
         (["{run}/captions", "--out=x", "--workdir=y", "--categories=z"], "--categories has no meaning"),
         (["{run}/captions", "--out=x", "--detections=y", "--categories=z", "--step=3"], "--step has no meaning"),
         (["{run}/captions", "--out=x", "--detections=y", "--categories=z", "--no-ema"], "--no-ema has no meaning"),

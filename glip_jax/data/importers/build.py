@@ -8,6 +8,8 @@
 After an interruption the same command reuses the existing index and shards if settings and inputs are unchanged. The result
 is identical, byte for byte, to that of an uninterrupted build with any number of processes. Changes of image files in between
 are not detected. For a folder in a bucket, `.NAME.partial` is in `shard_cache.cache_folder` until everything is uploaded.
+
+Several machines: see `glip_jax.data.importers.shared_build`.
 """
 
 import contextlib
@@ -43,7 +45,10 @@ from glip_jax.data.records import RecordError
 from glip_jax.data.shards import Manifest, ShardError
 from glip_jax.io import gcs, text_files
 
-__all__ = ["BuildPlan", "build", "excluded_hashes", "file_digest"]
+__all__ = [
+    "BuildPlan", "Index", "build", "build_lock", "excluded_hashes", "file_digest", "merge", "name_output_in_errors", "open_index", "settings_of",
+    "tasks_of",
+]  # fmt: skip
 
 PER_SHARD = 4096
 """Entries per shard if the number of shards is not given: some hundred megabytes of photographs."""
@@ -90,7 +95,9 @@ class BuildPlan:
     """Other settings that determine the entries, as JSON."""
 
 
-class _Index(NamedTuple):
+class Index(NamedTuple):
+    """The entries of a source, in a file, and what else is known of them."""
+
     path: Path
     count: int
     boxes: int
@@ -115,29 +122,50 @@ def build(plan: BuildPlan, open_source: Callable[[Path], ImportSource]) -> tuple
         shards.shard_files(plan.shards)
     if plan.processes < 0:
         raise ShardError(f"processes is {plan.processes}: expected at least 1, or 0 for one per core")
-    known = published.find(plan.source, plan.published)
+    published.find(plan.source, plan.published)  # refuses an unknown name
     excluded, origins = excluded_hashes(plan.exclude)
     partial = out.parent / f".{out.name}.partial"
     try:
-        with _build_lock(partial, plan.out), _name_output_in_errors(plan.out):
+        with build_lock(partial, plan.out), name_output_in_errors(plan.out):
             shards.writable(plan.out)  # another build may have completed while this one waited for the lock
             for stale in partial.glob("*.writing"):  # left by a killed build
                 stale.unlink()
-            settings = _settings(plan, origins)
-            index = _existing_index(partial, settings) or _make_index(partial, settings, open_source)
-            refuse_losses(index.report, index.count, index.boxes, plan.source, plan.chosen_drops, plan.allow_drops)
-            if known is None and index.published:
-                known = published.find(plan.source, index.published)
+            settings = settings_of(plan, origins)
+            index = open_index(plan, partial, settings, open_source)
             np.save(partial / "excluded.npy", np.array(sorted(excluded), np.uint64))
-            files = shards.shard_files(plan.shards or max(1, -(-index.count // PER_SHARD)))
-            bounds = [i * index.count // len(files) for i in range(len(files) + 1)]
-            job = Job(partial, index.path, index.images, len(index.names), plan.strict, plan.orientation)
-            tasks = [Task(file, *bounds[i : i + 2]) for i, file in enumerate(files)]
-            run(job, tasks, plan.processes)
-            return _merge(plan, partial, index, files, origins, known)
+            tasks = tasks_of(plan, index)
+            run(
+                Job(partial, index.path, index.images, len(index.names), plan.strict, plan.orientation),
+                tasks,
+                plan.processes,
+            )
+            files = [task.file for task in tasks]
+            made = merge(plan, partial, index, origins, [read_shard_info(partial, file) for file in files])
+            temporary = [
+                *(partial / f"{file}.json" for file in files),
+                partial / "excluded.npy",
+                partial / "lock",
+                index.path,
+            ]
+            shards.publish(partial, plan.out, temporary)
+            return made
     except (SourceError, ShardError, RecordError):
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def open_index(plan: BuildPlan, partial: Path, settings: str, open_source: Callable[[Path], ImportSource]) -> Index:
+    """The index in `partial`, of an interrupted build or made now; SourceError if too much of the source would be lost."""
+    index = _existing_index(partial, settings) or _make_index(partial, settings, open_source)
+    refuse_losses(index.report, index.count, index.boxes, plan.source, plan.chosen_drops, plan.allow_drops)
+    return index
+
+
+def tasks_of(plan: BuildPlan, index: Index) -> list[Task]:
+    """The shards and their ranges of entries."""
+    files = shards.shard_files(plan.shards or max(1, -(-index.count // PER_SHARD)))
+    bounds = [i * index.count // len(files) for i in range(len(files) + 1)]
+    return [Task(file, *bounds[i : i + 2]) for i, file in enumerate(files)]
 
 
 def excluded_hashes(files: Sequence[epath.PathLike]) -> tuple[frozenset[int], list[dict[str, Any]]]:
@@ -184,7 +212,7 @@ def _hashes_in(path: str) -> set[int]:
 
 
 @contextlib.contextmanager
-def _build_lock(partial: Path, out: epath.PathLike) -> Iterator[None]:
+def build_lock(partial: Path, out: epath.PathLike) -> Iterator[None]:
     """Holds the lock of the build; waits until no process of another, or of a killed, build works in the folder."""
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / "lock").open("a") as file:
@@ -202,7 +230,7 @@ def _build_lock(partial: Path, out: epath.PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _name_output_in_errors(out: epath.PathLike) -> Iterator[None]:
+def name_output_in_errors(out: epath.PathLike) -> Iterator[None]:
     """Makes errors of the system name the output folder instead of the temporary one."""
     try:
         yield
@@ -222,14 +250,14 @@ def _name_output_in_errors(out: epath.PathLike) -> Iterator[None]:
         raise
 
 
-def _settings(plan: BuildPlan, origins: list[dict[str, Any]]) -> str:
+def settings_of(plan: BuildPlan, origins: list[dict[str, Any]]) -> str:
     """Everything that determines the result besides the content of the inputs, as JSON."""
     fields = asdict(replace(plan, out=str(plan.out))) | {"exclude": origins, "format": _FORMAT}
     del fields["processes"]
     return json.dumps(fields, sort_keys=True, default=str)
 
 
-def _make_index(partial: Path, settings: str, open_source: Callable[[Path], ImportSource]) -> _Index:
+def _make_index(partial: Path, settings: str, open_source: Callable[[Path], ImportSource]) -> Index:
     """Streams all entries into `index.sqlite`, after removing the files of a build with other settings."""
     for path in partial.iterdir():
         if path.name != "lock":
@@ -255,7 +283,7 @@ def _make_index(partial: Path, settings: str, open_source: Callable[[Path], Impo
         bar: tqdm[Entry] = tqdm(source.entries, "index", source.count, unit="entry", disable=None)
         base.executemany("INSERT INTO entries (line) VALUES (?)", lines())
         (count,) = base.execute("SELECT count(*) FROM entries").fetchone()
-        index = _Index(
+        index = Index(
             path,
             count,
             boxes,
@@ -272,7 +300,7 @@ def _make_index(partial: Path, settings: str, open_source: Callable[[Path], Impo
     return index
 
 
-def _existing_index(partial: Path, settings: str) -> _Index | None:
+def _existing_index(partial: Path, settings: str) -> Index | None:
     """The index of an interrupted build, if it has the same settings and inputs."""
     path = partial / "index.sqlite"
     if not path.exists():
@@ -288,7 +316,7 @@ def _existing_index(partial: Path, settings: str) -> _Index | None:
     return index
 
 
-def _index_as_json(settings: str, index: _Index) -> str:
+def _index_as_json(settings: str, index: Index) -> str:
     """What the index holds beside its entries. JSON, because others may write into the folder, and a pickle runs code."""
     match index.images:
         case ImageFolder() | TfdsImages():
@@ -300,13 +328,13 @@ def _index_as_json(settings: str, index: _Index) -> str:
     return json.dumps(fields)
 
 
-def _index_of_json(path: Path, text: str) -> tuple[str, _Index]:
+def _index_of_json(path: Path, text: str) -> tuple[str, Index]:
     """Settings and index as `_index_as_json` wrote them; ValueError, KeyError or TypeError for anything else."""
     fields = json.loads(text)
     images, report = fields["images"], fields["report"]
     reader = TfdsImages(**images) if "key" in images else ImageFolder(**images | {"path": epath.Path(images["path"])})
     counts = {key: Counter[str](report.pop(key)) for key in ("kept", "dropped", "noted")}
-    return fields["settings"], _Index(
+    return fields["settings"], Index(
         path, fields["count"], fields["boxes"], tuple(fields["names"]), reader, Report(**counts, **report), fields["inputs"], fields["published"],
     )  # fmt: skip
 
@@ -328,26 +356,22 @@ def file_digest(path: epath.Path) -> dict[str, Any]:
     return {"file": str(path), "bytes": size, "sha256": digest.hexdigest()}
 
 
-def _merge(
-    plan: BuildPlan,
-    partial: Path,
-    index: _Index,
-    files: list[str],
-    origins: list[dict[str, Any]],
-    known: published.Published | None,
-) -> tuple[Manifest, BuildReport]:
-    """Merges the descriptions of the shards, writes report and manifest, and publishes the folder."""
+def merge(
+    plan: BuildPlan, partial: Path, index: Index, origins: list[dict[str, Any]], described: Sequence[tuple[shards.Written, Report]]
+) -> tuple[Manifest, BuildReport]:  # fmt: skip
+    """Merges the descriptions of the shards, in order, and writes columns, report and manifest into `partial`.
+
+    Raises ShardError if there is no record, SourceError if too much was lost.
+    """
     report, labels = Report(), Counter[int]()
     report.merge(index.report)
-
-    def written() -> Iterator[shards.Written]:
-        for file in files:
-            part, found = read_shard_info(partial, file)
-            report.merge(found)
-            labels.update(part.labels)
-            yield part
-
-    parts = list(written())
+    for part, found in described:
+        report.merge(found)
+        labels.update(part.labels)
+    parts = [part for part, _ in described]
+    known = published.find(plan.source, plan.published)
+    if known is None and index.published:
+        known = published.find(plan.source, index.published)
     if not any(part.records for part in parts):
         reasons = ", ".join(f"{reason} {n} (first: {report.first[reason]})" for reason, n in report.dropped.items())
         raise ShardError(
@@ -365,6 +389,4 @@ def _merge(
         hashes = columns["hash"]
     build_report = summary(manifest, report, labels, hashes, index.inputs, origins, known, plan.settings)
     (partial / "report.json").write_text(json.dumps(asdict(build_report), indent=1, ensure_ascii=False))
-    temporary = [*(partial / f"{file}.json" for file in files), partial / "excluded.npy", partial / "lock", index.path]
-    shards.publish(partial, plan.out, temporary)
     return manifest, build_report

@@ -19,7 +19,9 @@ __all__ = ["differences", "input_differences", "options_of", "read_report"]
 
 logger = logging.getLogger(__name__)
 
-_ELSEWHERE = ("out", "name", "processes", "strict", "shards", "exclude")
+_ELSEWHERE = (
+    "out", "name", "processes", "strict", "shards", "exclude", "part", "ray", "ray_workers", "ray_resources",
+)  # fmt: skip
 """Options that do not decide the result, or are compared in a way of their own."""
 
 

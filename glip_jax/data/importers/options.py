@@ -12,6 +12,7 @@ from glip_jax.config import Orientation
 from glip_jax.config.ranges import Count, Processes
 from glip_jax.data.importers.entry import ImportSource
 from glip_jax.io import gcs
+from glip_jax.io.sharing import SharingFlags
 
 __all__ = ["BuildOptions", "PathArgument"]
 
@@ -29,7 +30,7 @@ PathArgument = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildOptions(ABC):
+class BuildOptions(SharingFlags, ABC):
     """Options of every import; a format adds those for its annotations and images."""
 
     out: PathArgument

@@ -10,7 +10,7 @@ import sqlite3
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -26,7 +26,17 @@ from glip_jax.data.shards import ShardWriter, Written
 from glip_jax.io.cores import available_cores
 from glip_jax.io.processes import end_with_parent
 
-__all__ = ["BuildError", "Job", "Task", "WorkerError", "read_shard_info", "run"]
+__all__ = [
+    "BuildError",
+    "Job",
+    "Task",
+    "WorkerError",
+    "lines_of",
+    "read_shard_info",
+    "run",
+    "shard_info",
+    "write_shard",
+]
 
 _ENTRIES_PER_PROCESS = 200
 """Minimum number of entries per process; fewer take less time than the start of a process."""
@@ -66,26 +76,37 @@ class Task(NamedTuple):
     """Index after the last entry."""
 
 
-def run(job: Job, tasks: Sequence[Task], processes: int) -> None:
+def run(
+    job: Job, tasks: Sequence[Task], processes: int, finished: Callable[[str], object] = lambda _: None
+) -> None:  # fmt: skip
     """Writes the shards that do not exist yet; an error of a worker is raised here.
 
     `processes` 0: one per core, limited by the numbers of shards and entries. With one process, the work is done in the calling process.
+    `finished` is called in this process with the file of each shard that exists, or that has been written.
     """
     missing = [task for task in tasks if not _is_complete(job.folder, task.file)]
-    total, todo = tasks[-1].end, sum(task.end - task.begin for task in missing)
+    for task in tasks:
+        if task not in missing:
+            finished(task.file)
+    total, todo = (sum(task.end - task.begin for task in some) for some in (tasks, missing))
     processes = min(processes or min(available_cores(), max(1, todo // _ENTRIES_PER_PROCESS)), max(1, len(missing)))
     with tqdm(desc="records", total=total, initial=total - todo, unit="record", disable=None) as bar:
         if processes == 1:
             excluded = _excluded(job)
             for task in missing:
-                _write_shard(job, task, excluded, bar.update)
+                write_shard(job, task.file, lines_of(job.index, task), excluded, bar.update)
+                finished(task.file)
         else:
-            _run_workers(job, missing, processes, bar)
+            _run_workers(job, missing, processes, bar, finished)
 
 
 def read_shard_info(folder: Path, file: str) -> tuple[Written, Report]:
     """Reads the description of a shard."""
-    fields = json.loads((folder / f"{file}.json").read_text())
+    return shard_info(json.loads((folder / f"{file}.json").read_text()))
+
+
+def shard_info(fields: dict[str, Any]) -> tuple[Written, Report]:
+    """The description of a shard, of JSON."""
     written = fields["written"]
     written["labels"] = {int(label): count for label, count in written["labels"].items()}
     written["columns"] = tuple(written["columns"])
@@ -105,31 +126,41 @@ def _excluded(job: Job) -> frozenset[int]:
     return frozenset(np.load(job.folder / "excluded.npy").tolist())
 
 
-def _write_shard(job: Job, task: Task, excluded: frozenset[int], progress: Callable[[int], Any]) -> None:
-    """Writes one shard; `progress` is called for each entry."""
-    path, report = job.folder / task.file, Report(strict=job.strict)
-    writing = job.folder / f"{task.file}.{os.getpid()}.writing"
+def lines_of(index: Path, task: Task) -> Iterator[str]:
+    """The packed entries of a task."""
+    with contextlib.closing(sqlite3.connect(f"file:{index}?mode=ro", uri=True)) as base:
+        query = "SELECT line FROM entries WHERE position > ? AND position <= ? ORDER BY position"
+        for (line,) in base.execute(query, (task.begin, task.end)):
+            yield line
+
+
+def write_shard(
+    job: Job, file: str, lines: Iterable[str], excluded: frozenset[int], progress: Callable[[int], Any]
+) -> None:
+    """Writes one shard of packed entries, and its description; `progress` is called for each entry."""
+    path, report = job.folder / file, Report(strict=job.strict)
+    writing = job.folder / f"{file}.{os.getpid()}.writing"
     writer = ShardWriter(writing, job.names)
     try:
-        with contextlib.closing(sqlite3.connect(f"file:{job.index}?mode=ro", uri=True)) as base:
-            query = "SELECT line FROM entries WHERE position > ? AND position <= ? ORDER BY position"
-            for (line,) in base.execute(query, (task.begin, task.end)):
-                record = make_record(unpack(line), job.images, report, excluded, job.orientation)
-                if record is not None:
-                    writer.add(record)
-                progress(1)
-        written = asdict(writer.close()) | {"file": task.file}
+        for line in lines:
+            record = make_record(unpack(line), job.images, report, excluded, job.orientation)
+            if record is not None:
+                writer.add(record)
+            progress(1)
+        written = asdict(writer.close()) | {"file": file}
     except BaseException:
         writer.abandon()
         writing.unlink(missing_ok=True)
         raise
     writing.rename(path)
-    description = job.folder / f"{task.file}.json.{os.getpid()}.writing"
+    description = job.folder / f"{file}.json.{os.getpid()}.writing"
     description.write_text(json.dumps({"written": written, "report": vars(report)}))
-    description.rename(job.folder / f"{task.file}.json")
+    description.rename(job.folder / f"{file}.json")
 
 
-def _run_workers(job: Job, tasks: Sequence[Task], processes: int, bar: tqdm) -> None:
+def _run_workers(
+    job: Job, tasks: Sequence[Task], processes: int, bar: tqdm, finished: Callable[[str], object]
+) -> None:  # fmt: skip
     """Distributes the shards over new processes, and receives their messages."""
     context = multiprocessing.get_context("spawn")
     workers: dict[Connection, Any] = {}
@@ -157,7 +188,10 @@ def _run_workers(job: Job, tasks: Sequence[Task], processes: int, bar: tqdm) -> 
                     continue
                 if isinstance(message, BaseException):
                     raise message
-                bar.update(message)
+                if isinstance(message, str):
+                    finished(message)
+                else:
+                    bar.update(message)
     finally:
         for worker in workers.values():
             worker.terminate()
@@ -174,7 +208,8 @@ def _worker(job: Job, tasks: Sequence[Task], parent: Connection) -> None:
         try:
             excluded = _excluded(job)
             for task in tasks:
-                _write_shard(job, task, excluded, progress)
+                write_shard(job, task.file, lines_of(job.index, task), excluded, progress)
+                parent.send(task.file)
         except BrokenPipeError:
             return
         except Exception as error:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
 from glip_jax.data.importers import build as build_module
-from glip_jax.data.importers import published, workers
+from glip_jax.data.importers import published, shared_build, workers
 from glip_jax.data.importers.build import BuildPlan, build, excluded_hashes
 from glip_jax.data.importers.coco import open_coco
 from glip_jax.data.importers.entry import (
@@ -32,6 +33,8 @@ from glip_jax.data.importers.entry import (
 from glip_jax.data.records import content_hash
 from glip_jax.data.shards import ShardError, Shards, verify
 from glip_jax.distributed import exit_codes
+from glip_jax.io import gcs
+from glip_jax.io.task_results import TaskError
 from tests.data.conftest import coco_json, write_image
 from tests.run_job import run_job
 
@@ -108,6 +111,58 @@ def test_any_number_of_processes_gives_the_same_bytes(source, whole, tmp_path):
         shutil.rmtree(tmp_path / "set")
 
 
+def test_parts_give_the_same_bytes(source, whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GLIP_JAX_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "set"
+    for part, missing in (("2/4", 4), ("4/4", 3), ("3/4", 2)):
+        assert run_job("data", command(source, out, "--processes=1", f"--part={part}")) == 0
+        assert f"part {part} is done; {missing} of 6 files are missing (first: records-00000" in capsys.readouterr().out
+        assert not (out / "manifest.json").exists()
+    # Another command into the same folder, as a part and alone; and a part that does not exist.
+    for more in (["--part=1/4", "--licence=CC0"], ["--licence=CC1"]):
+        assert run_job("data", command(source, out, *more)) == exit_codes.BAD_INPUT
+        assert "was begun with other settings (existing -> given: licence: " in capsys.readouterr().err
+    assert run_job("data", command(source, out, "--part=5/4")) == exit_codes.BAD_INPUT
+    assert "--part=5/4: expected I/N with I from 1 to N" in capsys.readouterr().err
+    # One is interrupted, and the command without --part does what is missing.
+    interrupt_in(monkeypatch, shared_build, "_publish", 1)
+    assert run_job("data", command(source, out, "--processes=1", "--part=1/4")) == exit_codes.CANCELLED
+    monkeypatch.undo()
+    monkeypatch.setenv("GLIP_JAX_CACHE", str(tmp_path / "cache"))
+    there = {path.name: path.stat().st_ino for path in out.glob("records*")}
+    assert run_job("data", command(source, out, "--processes=1")) == 0
+    assert "kept boxes" in capsys.readouterr().out and same_but_for_the_command(whole, out) and len(there) == 4
+    assert there.items() <= {path.name: path.stat().st_ino for path in out.glob("records*")}.items()
+    assert run_job("data", command(source, out, "--part=1/4")) == 0
+    assert "nothing is made twice" in capsys.readouterr().out
+
+
+def test_parts_into_a_bucket_give_the_same_bytes(source, whole, tmp_path, running, monkeypatch):
+    out = f"{running.fresh(monkeypatch, tmp_path / 'cache', timeout=2)}/set"
+    with running.arm("lost", "late", share=0.3, only="ifGenerationMatch") as came:
+        for part in (1, 2):
+            assert run_job("data", command(source, out, "--processes=2", f"--part={part}/2")) == 0
+    assert came.total() and set(gcs.list_files(out)) == {path.name for path in whole.iterdir()}
+    (tmp_path / "set").mkdir()
+    for name in gcs.list_files(out):
+        (tmp_path / "set" / name).write_bytes(
+            gcs.read(f"{out}/{name}").replace(out.encode(), str(tmp_path / "set").encode())
+        )
+    assert same_but_for_the_command(whole, tmp_path / "set")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()], "nothing is left on this machine"
+
+
+def test_a_machine_without_the_images_is_refused(source, tmp_path):
+    """It would drop every image as missing."""
+    job = workers.Job(tmp_path, tmp_path / "none", ImageFolder(epath.Path(tmp_path / "absent")), 0, False, "auto")
+    with pytest.raises(SourceError, match="absent does not exist"):
+        shared_build.ImportWorker(str(tmp_path), ["a"], {}, job, frozenset())
+    with pytest.raises(TaskError, match="is not the folder of this job on .* all nodes see"):
+        shared_build.ImportWorker(
+            str(tmp_path), ["a"], {}, dataclasses.replace(job, images=ImageFolder(epath.Path(source))), frozenset()
+        )
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_build_that_is_resumed_gives_the_same_bytes(source, whole, tmp_path, processes):
@@ -174,7 +229,7 @@ def test_an_index_of_other_inputs_or_settings_is_not_used(source, whole, tmp_pat
 
 def test_a_second_build_of_the_same_folder_is_refused(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(build_module, "_WAIT", 0.3)
-    with build_module._build_lock((tmp_path / ".set.partial").absolute(), tmp_path / "set"):
+    with build_module.build_lock((tmp_path / ".set.partial").absolute(), tmp_path / "set"):
         assert run_job("data", command(source, tmp_path / "set")) == 2
     assert "another process is making this folder" in capsys.readouterr().err
     assert run_job("data", command(source, tmp_path / "set")) == 0
@@ -309,7 +364,7 @@ def test_the_bundled_manifests_are_complete():
 
 def test_an_index_of_others_is_not_unpickled(source, tmp_path, monkeypatch):
     """The folder of an interrupted build lies beside --out, where others may write."""
-    interrupt_in(monkeypatch, build_module, "_merge", 1)
+    interrupt_in(monkeypatch, build_module, "merge", 1)
     with pytest.raises(KeyboardInterrupt):
         build(
             _plan(tmp_path, source),
