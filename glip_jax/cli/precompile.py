@@ -63,6 +63,10 @@ def _absent_chips(name: str) -> Topology:
         raise PlanError(
             f"--topology={name}: programs of GPUs are compiled where the GPUs are: give the same command there, without --topology"
         )
+    if chips.devices == 1:
+        raise PlanError(
+            f"--topology={name}: the program of one chip has another key there: give the same command on the chip, without --topology"
+        )
     if importlib.util.find_spec("libtpu") is None:
         raise PlanError(f"--topology={name}: libtpu is not installed: pip install -r requirements-tpu.txt")
     return chips

@@ -26,6 +26,7 @@ from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.io import fsspec_gcs
 from glip_jax.io.compiler_lines import without_slow_compile_alarms
 from glip_jax.io.processes import end_with_parent
+from glip_jax.io.retry import StorageError
 from glip_jax.planning.compile import PlanError, abstract_batch, devices_of, environment
 from glip_jax.structures.canvas import canvas_size
 from glip_jax.training.monitoring.cached_programs import program_counts
@@ -37,6 +38,9 @@ from glip_jax.training.step import glip_objective, make_step
 __all__ = ["Precompiled", "canvases", "precompile"]
 
 Canvas = tuple[int, int]
+
+_NEEDS_CHIPS = "must be constructed with a Client"
+"""What libtpu says of a program that is in the cache and cannot be loaded, as its chips are not here."""
 
 
 class Precompiled(NamedTuple):
@@ -116,8 +120,9 @@ class _Compiler:
     def __init__(self, job: _Job) -> None:
         fsspec_gcs.install()
         self._config = job.config
-        enable_compilation_cache(job.workdir)
-        # Every program is kept, however quickly it compiles.
+        self._folder = enable_compilation_cache(job.workdir)
+        # A program that cannot be kept was compiled for nothing; and every one is kept, however quickly it compiles.
+        jax.config.update("jax_raise_persistent_cache_errors", True)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         program_counts()
         self._mesh = make_mesh(job.config.mesh, devices_of(job.topology, "tpu-whole") if job.topology else None)
@@ -130,14 +135,19 @@ class _Compiler:
         begin, before = time.perf_counter(), program_counts(of_this_thread=True)
         batch = abstract_batch(self._config, canvas, self._mesh)
         try:
-            with jax.set_mesh(self._mesh):  # Pallas kernels for TPUs look up the chip
-                self._step.lower(self._state, batch).compile()
-        except jax.errors.JaxRuntimeError as fault:
-            line = " ".join(str(fault).split())[:300]
-            raise PlanError(f"canvas {canvas[0]}x{canvas[1]}: the compiler refuses the step ({line})") from None
-        return Precompiled(
-            canvas, time.perf_counter() - begin, bool(program_counts(of_this_thread=True).since(before).cached)
-        )
+            # Not within a mesh, unlike a plan: the key is to be that of the training loop.
+            self._step.lower(self._state, batch).compile()
+        except StorageError:
+            raise
+        except Exception as fault:  # of the compiler, or of a program that cannot be read
+            if _NEEDS_CHIPS not in str(fault):
+                line = " ".join(f"{type(fault).__name__}: {fault}".split())[:300]
+                raise PlanError(
+                    f"canvas {canvas[0]}x{canvas[1]} cannot be compiled, or its program in {self._folder} cannot be read ({line})"
+                ) from None
+            return Precompiled(canvas, time.perf_counter() - begin, cached=True)
+        found = program_counts(of_this_thread=True).since(before)
+        return Precompiled(canvas, time.perf_counter() - begin, bool(found.cached))
 
 
 _compiler: _Compiler | None = None

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import multiprocessing
 import os
 import re
 import subprocess
@@ -33,6 +34,7 @@ def config(tmp_path):
     [
         (["--topology=h100:8"], "programs of GPUs are compiled where the GPUs are"),
         (["--topology=v5e:2x2"], "libtpu is not installed: pip install -r requirements-tpu.txt"),
+        (["--topology=v5e:1x1"], "the program of one chip has another key there"),
         (["--topology=v9:2x2"], "expected one of v4"),
         (["--workers=-1"], "--workers"),
         (["--config.mesh.data=3"], "mesh is"),
@@ -60,11 +62,16 @@ def _die(canvas):
     os._exit(3)
 
 
+def test_the_canvases_are_those_of_the_config_the_largest_first():
+    config = tiny_run.replace(tiny_run.config(), "data", short_sides=(64, 96), aspects=(0.5, 1.0), long_side=128)
+    assert precompile.canvases(config) == [(96, 96), (64, 128), (64, 64)]
+
+
 @pytest.mark.processes
 def test_a_compiler_that_dies_is_one_line(monkeypatch):
     @contextlib.contextmanager
     def pool(job, workers):
-        with ProcessPoolExecutor(workers) as pool:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
             yield pool, _die
 
     monkeypatch.setattr(precompile, "_pool", pool)
@@ -77,28 +84,29 @@ def test_training_finds_what_threads_have_compiled(tmp_path, monkeypatch):
     """As where accelerators are: one process holds them."""
     stand_in.install(monkeypatch)
     sources = tiny_run.write_sources(tmp_path)
-    config = tiny_run.replace(tiny_run.config(sources), "data", short_sides=(64, 96), long_side=96)
+    config = tiny_run.config(sources)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     monkeypatch.setattr(precompile, "glip_objective", stand_in.objective)
     monkeypatch.setattr(precompile, "make_mesh", lambda config, devices: make_mesh(config, jax.devices()[:1]))
-    least = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+    names = ("jax_persistent_cache_min_compile_time_secs", "jax_raise_persistent_cache_errors")
+    before_it = {name: jax.config.values[name] for name in names}
     try:
-        assert precompile.canvases(config) == [(96, 96), (64, 64)]
-        done = list(precompile.precompile(config, None, str(tmp_path), workers=2))
-        assert {each.canvas for each in done} == {(96, 96), (64, 64)} and not any(each.cached for each in done)
+        (done,) = precompile.precompile(config, None, str(tmp_path), workers=2)
+        assert done.canvas == (64, 64) and not done.cached
         jax.clear_caches()
         assert all(each.cached for each in precompile.precompile(config, None, str(tmp_path)))
         kept = sorted(path.name for path in (tmp_path / "cache").glob("jit_step-*"))
-        assert len(kept) == 2
+        assert len(kept) == 1
         jax.clear_caches()
         stand_in._STEPS.clear()
         before = program_counts()
         fingerprint(train(config, str(tmp_path / "run")).params)
         assert sorted(path.name for path in (tmp_path / "cache").glob("jit_step-*")) == kept
-        assert program_counts().since(before).cached >= 2
+        assert program_counts().since(before).cached >= 1
     finally:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+        for name, value in before_it.items():
+            jax.config.update(name, value)
         monkeypatch.undo()
         enable_compilation_cache()
 
