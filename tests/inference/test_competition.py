@@ -32,14 +32,18 @@ def _random(count: int = 60) -> Detections:
 
 def test_a_box_gives_way_to_a_higher_one_of_another_name_in_its_place() -> None:
     boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 8], [0, 0, 10, 5], [30, 30, 30, 40]], np.float32)
-    found = compete(Detections(boxes, np.float32([0.8, 0.4, 0.6, 0.5, 0.3]), np.int32([0, 1, 0, 1, -1])), RULE)
+    found = compete(
+        Detections(boxes, np.array([0.8, 0.4, 0.6, 0.5, 0.3], np.float32), np.array([0, 1, 0, 1, -1], np.int32)), RULE
+    )
     # 1 against 0 and 2, the higher counts: 0.4 * (0.4 / 0.8)^2. 2 is of the name of 0. Of 3 the IoU is 0.5 with 0, and 5 / 8 with 2.
     np.testing.assert_allclose(found.scores, [0.8, 0.6, 0.5 * (5 / 6) ** 2, 0.1], rtol=1e-6)
     assert found.phrases.tolist() == [0, 0, 1, 1] and found.boxes[:, 3].tolist() == [10, 8, 5, 9]
     assert found.alignment is None
-    rival = compete(Detections(boxes, np.float32([0.8, 0.4, 0.6, 0.5, 0.3]), np.int32([-1, 1, -1, 1, 0])), RULE)
+    rival = compete(
+        Detections(boxes, np.array([0.8, 0.4, 0.6, 0.5, 0.3], np.float32), np.array([-1, 1, -1, 1, 0], np.int32)), RULE
+    )
     np.testing.assert_allclose(rival.scores, [0.5 * (5 / 6) ** 2, 0.3, 0.1], rtol=1e-6)
-    nothing = compete(Detections(boxes[:0], np.float32([]), np.int32([])), RULE)
+    nothing = compete(Detections(boxes[:0], np.array([], np.float32), np.array([], np.int32)), RULE)
     assert len(nothing.scores) == 0
 
 
