@@ -256,7 +256,7 @@ class _Manager(ocp.CheckpointManager):
     for later ones; the service would take the processes to be there, and name a step that some have passed.
     """
 
-    def reached_preemption(self, step: int) -> bool:
+    def reached_preemption(self, step: int) -> bool:  # noqa: ARG002
         return False
 
 

@@ -386,8 +386,7 @@ def _train_steps(
     hooks = [
         _Hook(saves, save),
         _Hook(
-            lambda now: now.stops and (not now.last or run.evaluations.due(now.step)),
-            lambda now: run.stop(now.step),
+            lambda now: now.stops and (not now.last or run.evaluations.due(now.step)), lambda now: run.stop(now.step)
         ),
         _Hook(lambda now: run.evaluations.due(now.step), evaluation),
         _Hook(lambda now: profiler.ends(now.step, now.last or run.decisions.stop), end_profile),
