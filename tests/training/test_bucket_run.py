@@ -136,6 +136,7 @@ def test_a_cache_that_does_not_answer_any_more_is_done_without(config, place, ca
     with running.arm("503", share=1.0, only="compilation_cache"), pytest.raises(gcs.StorageError, match="in a row"):
         list(precompile.precompile(config, None, place))
     jax.config.update("jax_raise_persistent_cache_errors", False)
+    monkeypatch.setenv("GLIP_JAX_STORAGE_RETRY_SECONDS", "60")
     # The next start asks again.
     _again()
     before = program_counts()
