@@ -12,10 +12,11 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -72,16 +73,15 @@ def canvases(config: Config) -> list[Canvas]:
     return sorted(sizes, key=lambda size: (size[0] * size[1], size[1]), reverse=True)
 
 
-def precompile(
-    config: Config, topology: Topology | None, workdir: str, workers: int = 0, chosen: Sequence[Canvas] = ()
-) -> Iterator[Precompiled]:
-    """Compiles the step of `config` on `chosen` canvases (default: all), `workers` at once, and yields each as it ends.
+def precompile(config: Config, topology: Topology | None, workdir: str, workers: int = 0) -> Iterator[Precompiled]:
+    """Compiles the step of `config` on all its canvases, `workers` at once, and yields each as it ends.
 
     `topology`: TPU chips that are not there; None: all devices of the processes that have joined. `workers` 0: one for every four cores, at most
-    eight, at least one. Raises PlanError where a compiler fails or its process dies, MeshError where batch, mesh and devices do not fit.
+    eight, at least one. Raises PlanError where a compiler fails or its process dies, MeshError where batch, mesh and devices do not fit,
+    StorageError where the cache is in a bucket that does not answer.
     """
     job = _Job(config, topology, workdir)
-    sizes = list(chosen) or canvases(config)
+    sizes = canvases(config)
     with _pool(job, min(workers or max(1, default_workers()), len(sizes))) as (pool, work):
         waiting = {pool.submit(work, size): size for size in sizes}
         try:
@@ -92,6 +92,7 @@ def precompile(
                 "a process that compiled ended without a result, perhaps for want of memory: give fewer --workers; the same command goes on"
             ) from None
         finally:
+            # What still compiles after an error or a signal ends with this process.
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -100,15 +101,17 @@ def _pool(job: _Job, workers: int) -> Iterator[tuple[Executor, Callable[[Canvas]
     """What compiles, and the function to give it."""
     if job.topology is None and (jax.default_backend() != "cpu" or jax.process_count() > 1):
         compiler = _Compiler(job)
-        with without_slow_compile_alarms(), ThreadPoolExecutor(workers, "compile") as pool:
-            yield pool, compiler
+        with without_slow_compile_alarms():
+            yield ThreadPoolExecutor(workers, "compile"), compiler
         return
     before = dict(os.environ)
     os.environ.update(environment(job.topology, "tpu-whole") if job.topology else {})
     try:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(job,)) as pool:
-            yield pool, _in_process
+        yield (
+            ProcessPoolExecutor(workers, context, initializer=_start, initargs=(job.topology,)),
+            partial(_in_process, job),
+        )
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -154,16 +157,15 @@ _compiler: _Compiler | None = None
 """Of a process of the pool."""
 
 
-def _start(job: _Job) -> None:
-    global _compiler
+def _start(topology: Topology | None) -> None:
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    if job.topology is not None:
+    if topology is not None:
         jax.config.update("jax_platforms", "cpu")
-    _compiler = _Compiler(job)
 
 
-def _in_process(canvas: Canvas) -> Precompiled:
-    assert _compiler is not None
+def _in_process(job: _Job, canvas: Canvas) -> Precompiled:
+    global _compiler
     with without_slow_compile_alarms():
+        _compiler = _compiler or _Compiler(job)
         return _compiler(canvas)

@@ -32,6 +32,7 @@ from glip_jax.io.checkpoint import (
     unfinished,
 )
 from glip_jax.io.workdir import prepare
+from glip_jax.planning import precompile
 from glip_jax.structures.prompts import PromptError, load_tokenizer
 from glip_jax.training.loop import train
 from glip_jax.training.monitoring import metrics, writer
@@ -128,6 +129,14 @@ def test_a_cache_that_does_not_answer_any_more_is_done_without(config, place, ca
     captured = capsys.readouterr()
     assert captured.err.count(f"{cache} is not used any more: ") == 1 and captured.err.count("\n") == 1, captured.err
     assert injected["503"] < 12, "one request was tried for half a second; later programs ask for nothing"
+    # Precompiling would be for nothing: it ends.
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(precompile, "glip_objective", stand_in.objective)
+    fsspec_gcs._spare.clear()
+    with running.arm("503", share=1.0, only="compilation_cache"), pytest.raises(gcs.StorageError, match="in a row"):
+        list(precompile.precompile(config, None, place))
+    jax.config.update("jax_raise_persistent_cache_errors", False)
+    monkeypatch.setenv("GLIP_JAX_STORAGE_RETRY_SECONDS", "60")
     # The next start asks again.
     _again()
     before = program_counts()
