@@ -103,7 +103,7 @@ def ray_runs(count: int, settings: Settings) -> Runs:
     make = functools.partial(_worker, folder, job.rules.threshold)
     stack = contextlib.ExitStack()
     resources = {"CPU": settings.threads / count}
-    work = stack.enter_context(ray_workers(cluster.address, make, count=count, resources=resources))
+    work = stack.enter_context(ray_workers(str(cluster.address), make, count=count, resources=resources))
 
     def once() -> list[str]:
         with _new(folder) as out:
@@ -119,7 +119,11 @@ def ray_runs(count: int, settings: Settings) -> Runs:
         run(dataclasses.replace(job, out=out))
         if once() != _hashes(out):
             raise SystemExit("the shards that were labelled on Ray differ from those of the plain job")
-    return {"demo": lambda: once() and None}
+
+    def timed() -> None:
+        once()
+
+    return {"demo": timed}
 
 
 if __name__ == "__main__":

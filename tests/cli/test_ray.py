@@ -176,6 +176,9 @@ class _Absent:
     def __reduce__(self):
         return __import__, ("glip_absent",)
 
+    def __call__(self):
+        raise AssertionError("it cannot be read")
+
 
 def test_a_machine_without_the_package_is_said(cluster):
     with ray_workers(cluster.address, _Absent()) as run, pytest.raises(RayError) as caught:
