@@ -43,7 +43,7 @@ def _captions() -> list[str]:
     return [f"{' near '.join(rng.sample(WORDS, rng.randint(3, 5)))} at number {i}" for i in range(CAPTIONS)]
 
 
-def write_captions(folder: Path, files: int = 1) -> None:
+def write_captions(folder: Path, files: int = 1, count: int = CAPTIONS) -> None:
     """Writes the shards `captions` in `folder`."""
     from benchmarks.data import pictures
     from glip_jax.data import shards
@@ -51,7 +51,7 @@ def write_captions(folder: Path, files: int = 1) -> None:
 
     images = pictures()
     records = []
-    for number, caption in enumerate(_captions()):
+    for number, caption in enumerate(_captions()[:count]):
         data = images[number % len(images)]
         # Identical images would share their features; bytes after the end of a JPEG do not change the image.
         data += number.to_bytes(4, "little")

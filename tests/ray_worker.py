@@ -19,7 +19,7 @@ def slow_labels(folder, real, *arguments):
         time.sleep(0.03)
         return detect_async(*args)
 
-    OutsideTeacher.detect_async = delayed
+    OutsideTeacher.detect_async = delayed  # type: ignore[method-assign]
     return real(*arguments)
 
 

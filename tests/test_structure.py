@@ -116,17 +116,7 @@ def test_data_and_words_know_no_jax():
     # boxes serves numpy and jax arrays alike through the array's own namespace; batch only names types.
     wanted = [p for p in MODULES if package(p) in ("config", "data", "structures")]
     # What those use of files, buckets and exit codes.
-    beside = (
-        "assets",
-        "checkpoint_steps",
-        "checksums",
-        "errors",
-        "fsspec_gcs",
-        "gcs",
-        "retry",
-        "sharing",
-        "task_results",
-    )
+    beside = ("assets", "checkpoint_steps", "checksums", "errors", "fsspec_gcs", "gcs", "retry", "sharing", "task_results")  # fmt: skip
     wanted += [PACKAGE / "io" / f"{name}.py" for name in beside]
     wanted += [PACKAGE / "distributed" / "exit_codes.py", PACKAGE / "training" / "monitoring" / "chips.py"]
     accelerated = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")

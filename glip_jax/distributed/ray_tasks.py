@@ -69,11 +69,8 @@ def ray_workers(
     raises.
     """
     address = check_cluster(address)
-    handler = signal.getsignal(signal.SIGTERM)
     import ray
 
-    with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, handler)  # ray has set its own, with another exit code
     _connect(ray, address)
     try:
         nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
@@ -104,11 +101,14 @@ def check_cluster(address: str) -> str:
 
 def _connect(ray: Any, address: str) -> None:
     """Joins the cluster; RayError if there is none."""
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise RayError(f"--ray={address}: the cluster cannot be joined ({reason}); {_WANTED}") from None
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, handler)  # ray has set its own, with another exit code
 
 
 def _workers(

@@ -48,8 +48,8 @@ class SharingFlags:
     ray_workers: Limit = 0
     """Workers to ask the Ray cluster for, which an autoscaler may start machines for; 0: as many as its machines offer now."""
     ray_resources: str = ""
-    """What Ray reserves for a worker, such as TPU=4 or CPU=8,GPU=1; default: one TPU or one GPU where a machine has any, else for `label` a machine,
-    for `data` a core."""
+    """What Ray reserves for a worker, such as TPU=4 or CPU=8,GPU=1; default: one TPU or one GPU where a machine has any, else for `label` a machine
+    (with --ray-workers a core), for `data` a core."""
 
     def static_part(self) -> Part | None:
         """The part that --part names; None without it. SharingError for anything but I/N with 1 <= I <= N, or for --part beside --ray."""

@@ -118,7 +118,7 @@ class LabelingWorker:
 
 def run(
     job: LabelingJob, part: Part | None = None, engine: Engine | None = None,
-    make: Callable[[], LabelingWorker] | None = None,
+    make: Callable[[], Callable[[Any], Any]] | None = None,
 ) -> bool:  # fmt: skip
     """Labels the shards that are missing, of `part` or all, and completes the output folder if none is missing then.
 

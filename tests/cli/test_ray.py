@@ -139,7 +139,9 @@ def test_the_tasks_of_a_lost_node_are_done_by_others(cluster, tmp_path):
     thread.start()
     names = [f"t{i}" for i in range(8)]
     make = functools.partial(ray_worker.by_node, str(tmp_path), node.node_id)
+    handler = signal.getsignal(signal.SIGTERM)
     with ray_workers(cluster.address, make) as run:
+        assert signal.getsignal(signal.SIGTERM) == handler, "a signal ends the job with its own exit code"
         done = list(run(names, lambda name: (name, f"{name} of here")))
     thread.join()
     assert sorted(done) == names and all((tmp_path / name).read_text() == f"{name} of here" for name in names)
@@ -175,6 +177,9 @@ class _Absent:
 
     def __reduce__(self):
         return __import__, ("glip_absent",)
+
+    def __call__(self):
+        raise AssertionError("it cannot be read")
 
 
 def test_a_machine_without_the_package_is_said(cluster):

@@ -58,7 +58,7 @@ def source(tmp_path_factory) -> Path:
     return root
 
 
-def command(source: Path, out: Path, *more: str) -> list[str]:
+def command(source: Path, out: Path | str, *more: str) -> list[str]:
     return ["coco", f"{source}/boxes.json", f"--images={source}/pictures", f"--out={out}", "--shards=6", *more]
 
 
