@@ -13,6 +13,7 @@ divide --images (300) by the seconds.
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -112,6 +113,7 @@ def ray_runs(count: int, settings: Settings) -> Runs:
     cluster = Cluster(initialize_head=True, head_node_args=node)
     make = functools.partial(_worker, folder, job.rules.threshold)
     stack = contextlib.ExitStack()
+    atexit.register(stack.close)  # which also keeps the workers
     resources = {"CPU": settings.threads / count}
     work = stack.enter_context(ray_workers(str(cluster.address), make, count=count, resources=resources))
 
