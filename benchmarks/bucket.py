@@ -4,6 +4,9 @@ Sides: `far`, an emulator on loopback that delays every response by 20 ms, like 
 without delay; `local`, the folder. Modes: `read-cold`, 128 records in random order by eight threads with an empty cache;
 `read-warm`, the same records from the cache; `batches-cold` and `batches-warm`, 12 batches of 8 on canvases of short side 480. The
 256 records are noise JPEGs of 480 x 640 in four shards. The emulator runs on the same cores.
+
+`own_far`, `own_near`: the records alone, by the gs:// of array_record's own reader in place of the cache; `read-cold` opens the shards anew,
+`read-warm` has them open.
 """
 
 import atexit
@@ -109,6 +112,48 @@ def _side(delay: str | None) -> Callable[[Settings], Runs]:
     return side
 
 
+def _own_reader(delay: str) -> Callable[[Settings], Runs]:
+    def side(settings: Settings) -> Runs:
+        del settings
+        root = Path(tempfile.mkdtemp(prefix="bucket-benchmark-"))
+        atexit.register(shutil.rmtree, root, ignore_errors=True)
+        shards.write(_records(), root / "set", name="set", names=["one", "other"], shards=4)
+        _server(delay)
+        names = {path.name: path for path in (root / "set").iterdir()}
+        gcs.upload_files(names, "gs://bucket/set", "manifest.json")
+        # Google's C++ client has a variable of its own for the emulator.
+        os.environ["CLOUD_STORAGE_EMULATOR_ENDPOINT"] = os.environ["STORAGE_EMULATOR_HOST"]
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        files = sorted(f"gs://bucket/set/{name}" for name in names if name.endswith(".array_record"))
+        order = np.random.default_rng(1).permutation(_RECORDS)[:_READ].tolist()
+        opened: list[ArrayRecordReader] = []
+
+        def warm() -> None:
+            if not opened:
+                opened.extend(ArrayRecordReader(file) for file in files)
+            where = [(number, row) for number, reader in enumerate(opened) for row in range(reader.num_records())]
+            if len(where) != _RECORDS:
+                raise SystemExit(f"array_record found {len(where)} records, expected {_RECORDS}")
+            with ThreadPoolExecutor(8) as pool:
+                if not all(pool.map(lambda i: opened[where[i][0]].read([where[i][1]])[0], order)):
+                    raise SystemExit("a record is empty")
+
+        def cold() -> None:
+            opened.clear()
+            warm()
+
+        return {"read-cold": cold, "read-warm": warm}
+
+    return side
+
+
 if __name__ == "__main__":
-    sides = {"far": _side("0.02"), "near": _side("0"), "local": _side(None)}
+    sides = {
+        "far": _side("0.02"),
+        "near": _side("0"),
+        "local": _side(None),
+        "own_far": _own_reader("0.02"),
+        "own_near": _own_reader("0"),
+    }
     main("benchmarks.bucket", __doc__ or "", sides, _MODES)
