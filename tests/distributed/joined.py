@@ -83,6 +83,7 @@ def all_fail(cluster):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has all that it starts ignore
     log.install()
     work = globals()[sys.argv[1]]
     arguments = flags(sys.argv[2:], ProcessArguments, "train", "")

@@ -347,7 +347,8 @@ class TestProcessor:
         wanted = reference(raw, phrases, size, np.array([canvas], np.int32), canvas, model, settings)
         corners = torch.from_numpy(np.asarray(box.decode(raw.deltas[0], anchors), np.float32))
         levels = [int(np.prod(box.level_shape(canvas, s))) for s in model.pyramid.strides]
-        kept = {name: value for name, value in dataclasses.asdict(settings).items() if not name.startswith("sink_")}
+        others = ("sink_", "name_decay", "rivals")
+        kept = {name: value for name, value in dataclasses.asdict(settings).items() if not name.startswith(others)}
         boxes, scores, labels = best_detections(
             torch.from_numpy(raw.logits[0]), corners, torch.from_numpy(raw.centerness[0]),
             torch.from_numpy(phrases[0].astype(np.float32)), torch.tensor([60, 90]), levels, **kept,
