@@ -114,11 +114,11 @@ print(json.dumps([{"scores": f["scores"].tolist(), "boxes": f["boxes"].tolist(),
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sinks", [0, 4])
-def test_transformers_finds_the_same_boxes_without_us(workdir, exported, tmp_path, sinks):
-    """In a process of its own, offline, elsewhere; two images of different extents in one batch."""
-    folder = tmp_path / "model" if sinks else exported("huggingface")
-    assert not sinks or run(workdir, folder, "huggingface", "--config.detection.sinks=4") == exit_codes.DONE
+def test_transformers_finds_the_same_boxes_without_us(workdir, tmp_path):
+    """In a process of its own, offline, elsewhere; two images of different extents in one batch; with sinks and names that compete."""
+    folder, given = tmp_path / "model", {"sinks": 4, "name_decay": 2.0, "name_decay_iou": 0.3}
+    flags = [f"--config.detection.{name.replace('_', '-')}={value}" for name, value in given.items()]
+    assert run(workdir, folder, "huggingface", *flags) == exit_codes.DONE
     pictures = verification.sample_images()
     paths = []
     for number, picture in enumerate(pictures):
@@ -131,7 +131,7 @@ def test_transformers_finds_the_same_boxes_without_us(workdir, exported, tmp_pat
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     config = open_checkpoint(str(workdir)).config
-    config = dataclasses.replace(config, detection=dataclasses.replace(config.detection, sinks=sinks))
+    config = dataclasses.replace(config, detection=dataclasses.replace(config.detection, **given))
     detector = Detector(config, open_checkpoint(str(workdir)).parameters(), batch_size=2)
     for theirs, ours in zip(found, detector.categories(pictures, NAMES), strict=True):
         assert len(theirs["scores"]) == len(ours.scores) > 3
