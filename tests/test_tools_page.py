@@ -1,4 +1,4 @@
-"""The calls of docs/guides/tools.md run as they stand there, on the network of configs/debug.py."""
+"""The calls of docs/tools/ run as they stand there, on the network of configs/debug.py."""
 
 import importlib.util
 import re
@@ -18,13 +18,16 @@ from tests.run_job import run_job
 
 pytestmark = pytest.mark.compiles
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "guides" / "tools.md"
-BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+PAGES = Path(__file__).resolve().parents[1] / "docs" / "tools"
+# Those of Label Studio ask a server: tests/cli/test_serve.py.
+ORDER = ("coco-files", "fiftyone", "videos", "supervision", "transformers", "onnx", "space")
+TEXT = "\n".join((PAGES / f"{name}.md").read_text() for name in ORDER)
+BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def place(trained, tmp_path_factory):
-    """A folder with what the page names: runs/demo, pictures/, photo.jpg, and clip.mp4 where PyAV is installed."""
+    """A folder with what the pages name: runs/demo, pictures/, photo.jpg, and clip.mp4 where PyAV is installed."""
     folder = tmp_path_factory.mktemp("tools")
     (folder / "runs").mkdir()
     (folder / "runs" / "demo").symlink_to(trained.workdir)
@@ -37,7 +40,7 @@ def place(trained, tmp_path_factory):
 
 
 def run_command(line):
-    """A command of the page: a job, with a low threshold where it detects, or a script in this process."""
+    """A command of a page: a job, with a low threshold where it detects, or a script in this process."""
     words = shlex.split(line)
     if words[1:3] == ["-m", "glip_jax"]:
         assert run_job(words[3], [*words[4:], *(["--threshold=0.02"] if words[3] == "predict" else [])]) == 0
@@ -64,7 +67,7 @@ def check(code, variables):
 
 @pytest.mark.slow
 def test_the_calls_run(place, monkeypatch, capsys):
-    """In the order of the page, but exports first, which earlier sections use."""
+    """In the order of the pages, but exports first, which others use."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(verification, "differences", lambda *_: verification.Difference(0.0, 0.0))  # tested elsewhere
@@ -81,7 +84,7 @@ def test_the_calls_run(place, monkeypatch, capsys):
             run_command(code)
         else:
             variables: dict[str, Any] = {}
-            exec(compile(code, str(PAGE), "exec"), variables)
+            exec(compile(code, str(PAGES), "exec"), variables)
             check(code, variables)
     assert len(ran) >= 7 and sum("glip_jax" in code for code in ran) >= 3
     assert '"file": "photo.jpg"' in capsys.readouterr().out

@@ -508,8 +508,8 @@ def test_sigterm_answers_what_runs_and_leaves(run, tmp_path):
 @pytest.mark.processes
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on this machine")
 def test_the_calls_of_the_guide_run(server, service, tmp_path):
-    """Those of docs/guides/serving.md, against servers of the tiny network."""
-    guide = (ROOT / "docs" / "guides" / "serving.md").read_text()
+    """Those of docs/guides/serving.md and docs/tools/label-studio.md, against servers of the tiny network."""
+    guide = "\n".join((ROOT / "docs" / page).read_text() for page in ("guides/serving.md", "tools/label-studio.md"))
     calls = [
         line
         for block in re.findall(r"```bash\n(.*?)```", guide, re.DOTALL)
