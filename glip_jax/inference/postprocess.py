@@ -98,18 +98,20 @@ def compete(found: Detections, config: DetectionConfig) -> Detections:
     """Detections of a list of names (numpy) in order of descending score, after `config.name_decay`; without those of rivals (phrase -1).
 
     A score is multiplied by (own / highest)^name_decay: the highest of the boxes of other names whose IoU with it is above `name_decay_iou`,
-    if that is higher; all scores are those of before. As Soft-NMS (arXiv 1704.04503) between classes, by scores instead of the overlap.
+    if that is higher; all scores are those of before. The alignment takes the square of that factor, so that a score stays the root of alignment
+    times centerness. As Soft-NMS (arXiv 1704.04503) between classes, by scores instead of the overlap.
     """
-    scores, phrases = found.scores, found.phrases
+    scores, phrases, alignment = found.scores, found.phrases, found.alignment
     if config.name_decay and len(scores):
         other = phrases[:, None] != phrases
         # Exclusive corners: the same for the pixels of any size of the image. A box without area is in no place.
         with np.errstate(invalid="ignore"):
             near = other & (box.iou(found.boxes[:, None], found.boxes, plus_one=False) > config.name_decay_iou)
         highest = np.maximum(np.where(near, scores, 0.0).max(1), scores)
-        scores = (
-            scores * np.divide(scores, highest, where=highest > 0, out=np.ones_like(scores)) ** config.name_decay
-        ).astype(np.float32)
+        factor = np.divide(scores, highest, where=highest > 0, out=np.ones_like(scores)) ** config.name_decay
+        scores = (scores * factor).astype(np.float32)
+        alignment = None if alignment is None else (alignment * factor**2).astype(np.float32)
     order = np.argsort(-scores, kind="stable")
     order = order[phrases[order] >= 0]
-    return Detections(*(None if field is None else field[order] for field in found._replace(scores=scores)))
+    found = found._replace(scores=scores, alignment=alignment)
+    return Detections(*(None if field is None else field[order] for field in found))

@@ -95,3 +95,4 @@ def test_what_a_rival_takes_is_not_found_under_a_name() -> None:
     assert len(found.scores) > 20 and (found.scores < 0.9 * -np.sort(-every.scores[own.phrases >= 0])).any()
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
+    np.testing.assert_allclose(found.scores, np.sqrt(found.alignment * found.centerness), rtol=1e-5)
