@@ -31,8 +31,10 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
+    handler = signal.getsignal(signal.SIGTERM)
     made = Cluster(initialize_head=True, head_node_args=node)
     made.add_node(**{**node, "include_dashboard": None})
+    signal.signal(signal.SIGTERM, handler)  # ray has set its own, for the tests of this process too
     yield made
     made.shutdown()
 
