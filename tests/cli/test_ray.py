@@ -129,6 +129,7 @@ def test_an_import_on_the_cluster_gives_the_bytes_of_one_process(cluster, tmp_pa
     assert {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()} == whole and len(whole) == 7
 
 
+@pytest.mark.slow
 def test_the_tasks_of_a_lost_node_are_done_by_others(cluster, tmp_path):
     node = cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
 
@@ -149,6 +150,7 @@ def test_the_tasks_of_a_lost_node_are_done_by_others(cluster, tmp_path):
     assert sorted(done) == names and all((tmp_path / name).read_text() == f"{name} of here" for name in names)
 
 
+@pytest.mark.slow
 def test_a_task_at_which_workers_die_ends_the_job(cluster, tmp_path, caplog):
     names = [f"t{i}" for i in range(6)]
     make = functools.partial(ray_worker.by_node, str(tmp_path), dies="t3")
