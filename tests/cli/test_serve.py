@@ -478,6 +478,7 @@ def test_a_job_that_cannot_start_says_why_in_a_line(run, tmp_path, capsys):
             assert error.startswith(f"serve: {line}") and error.count("\n") == 1, error
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_sigterm_answers_what_runs_and_leaves(run, tmp_path):
     environment = os.environ | {"XLA_FLAGS": re.sub(r"(device_count)=\d+", r"\1=1", os.environ["XLA_FLAGS"])}

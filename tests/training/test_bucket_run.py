@@ -89,6 +89,7 @@ def _again() -> None:
     jax.clear_caches()
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing_from_the_cache_in_the_bucket(config, place, cache, running, capsys):
     first = fingerprint(train(config, place).params)
     assert [name for name in gcs.list_files(cache) if name.startswith("jit_step-")]
@@ -266,7 +267,10 @@ def test_a_storage_that_does_not_answer_is_one_line(place, running, monkeypatch)
         "the checkpoint of step 2 could not be written to gs://" in message
         and "the one of step 1 is complete" in message
     )
-    assert latest_step(place) == 1 and unfinished(place) == []
+    assert latest_step(place) == 1
+    # A thread of Orbax that asks on a little longer than the others may write after them; the next start removes that, too.
+    with Checkpoints(place, 2):
+        assert unfinished(place) == []
 
 
 def test_paths_in_a_bucket_are_files_and_folders(place, running):
