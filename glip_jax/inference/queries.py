@@ -29,8 +29,9 @@ def category_prompts(
     """Prompts for `names`: each with the indices in `names` of its phrases.
 
     A prompt holds as many consecutive names, with their descriptions where `data.captions.descriptions.use` is `prompt`, as
-    `config.evaluation.chunk` and the token budget allow. `config.detection.rivals` that are no names follow, with the index -1. Raises PromptError for a name that is empty after cleaning or exceeds the
-    budget alone, for an empty list and for a bad file of descriptions, AssetError where that is missing.
+    `config.evaluation.chunk` and the token budget allow. `config.detection.rivals` that are no names follow, with the index -1.
+    Raises PromptError for a name that is empty after cleaning or exceeds the budget alone, for an empty list and for a bad file of
+    descriptions, AssetError where that is missing.
     """
     if not names:
         raise prompts.PromptError("there are no names to detect: expected at least one")
