@@ -25,16 +25,26 @@ pytestmark = pytest.mark.processes
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def sigterm():
+    """The handler of SIGTERM that this process had. Each node that is made here sets one of ray's."""
+    return signal.getsignal(signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def _sigterm_as_before(sigterm):
+    yield
+    signal.signal(signal.SIGTERM, sigterm)
+
+
+@pytest.fixture(scope="module")
+def cluster(sigterm):
     """Two nodes of one core."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
-    handler = signal.getsignal(signal.SIGTERM)
     made = Cluster(initialize_head=True, head_node_args=node)
     made.add_node(**{**node, "include_dashboard": None})
-    signal.signal(signal.SIGTERM, handler)  # ray has set its own, for the tests of this process too
     yield made
     made.shutdown()
 
