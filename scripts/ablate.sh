@@ -4,7 +4,7 @@
 #   scripts/ablate.sh                      seeds 0, 1 and 2: about three hours on two CPU cores; all files are in runs/ablations
 #   scripts/ablate.sh 0 1                  these seeds
 #   scripts/ablate.sh --absence [SEED...]  a second table: what has been shown to pay since, each setting alone with the first seed, C and
-#                                          D (all that paid) with every seed: false alarms, AP at their rates, never-seen names, relations
+#                                          D (what paid) with every seed: false alarms, AP at their rates, never-seen names, relations
 #   scripts/ablate.sh --short              the second table of C and D with tens of scenes and 8 steps, to check that everything works
 # The same command resumes an interrupted run, and adds further seeds. Ctrl-C is safe.
 set -euo pipefail
@@ -20,7 +20,7 @@ case "${1:-}" in
     ;;
 --absence)
     table=absence
-    alone=(empty negatives presence phrase_mask light_fusion descriptions positions)
+    alone=(empty negatives presence presence_negatives phrase_mask descriptions positions)
     shift
     ;;
 --short)
@@ -91,19 +91,30 @@ if [ "$table" = paper ]; then
         "C/B=grounding_names/AP50,scenes/AP50,$everywhere" \
         "T/C=caption_names/AP50,scenes/AP50,$everywhere"
 else
+    # again CONFIG RUN SEED OUT [SETTING...]: a network under other settings of inference.
+    again() {
+        job evaluate --config="configs/ablations/scenes_$1.py" --checkpoint="$folder/$2-$3" --config.train.seed="$3" "${short[@]}" \
+            --out="$folder/$4-$3" --unless-done "${@:5}"
+        runs+=("$folder/$4-$3")
+    }
     for name in "${alone[@]}"; do
         run "$name" "$1"
         runs+=("$folder/$name-$1")
     done
+    names=$(.venv/bin/python -c 'import json, sys; print(",".join(c["name"] for c in json.load(open(sys.argv[1]))["categories"]))' \
+        "$folder/scenes/validation/annotations.json")
     for seed in "$@"; do
         for name in c absence; do
             run "$name" "$seed"
             runs+=("$folder/$name-$seed")
         done
+        again c c "$seed" competing --config.name="C, names compete" --config.detection.name-decay=2
+        again light_fusion absence "$seed" light_fusion # D is trained so
+        again absence absence "$seed" rivals --config.name="D, rivals" --config.detection.rivals="$names"
     done
     # Sinks belong to inference: C with them.
     .venv/bin/python -m benchmarks.sinks --checkpoint="$folder/c-$1" --set=absent --images=64 --seeds 0
-    numbers=scenes/AP50,scenes/AP_at_0.01,scenes/AP_at_0.05,scenes/absent_found,scenes/present_found,scenes/alone/absent_found
+    numbers=scenes/AP50,scenes/AP_at_0.01,scenes/AP_at_0.05,scenes/false_alarms,scenes/absent_found,scenes/present_found,scenes/alone/absent_found
     numbers+=,scenes/alone/present_found,style/AP50,caption_names/AP50,unseen/AP50,phrases/relational/recall@1
-    job compare "${runs[@]}" --out="$folder/absence" --steps "D/C=$numbers"
+    job compare "${runs[@]}" --out="$folder/absence" --steps "D/C=$numbers" "D, rivals/C=$numbers"
 fi

@@ -1,15 +1,13 @@
-"""Ablation of absence on synthetic scenes, D: C with the negatives of `scenes_negatives`, presence, and names that do not read one another."""
+"""Ablation of absence on synthetic scenes, D: what paid of the settings alone. C with the lighter fusion, and names that compete for a place."""
 
 import dataclasses
 
-from configs.ablations import scenes_negatives
+from configs.ablations import scenes_light_fusion
 from glip_jax.config import Config
 
 __all__ = ["get_config"]
 
 
 def get_config() -> Config:
-    base = scenes_negatives.get_config()
-    text = dataclasses.replace(base.model.text, mask="phrase")
-    head = dataclasses.replace(base.model.head, presence=True)
-    return dataclasses.replace(base, name="D", model=dataclasses.replace(base.model, text=text, head=head))
+    base = scenes_light_fusion.get_config()
+    return dataclasses.replace(base, name="D", detection=dataclasses.replace(base.detection, name_decay=2.0))

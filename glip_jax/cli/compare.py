@@ -33,6 +33,7 @@ from glip_jax.evaluation.comparison import (
     run_of,
 )
 from glip_jax.io.workdir import prepare, write_atomic
+from glip_jax.training.monitoring import metrics
 
 __all__ = ["Compare", "main", "table", "write_comparison"]
 
@@ -136,7 +137,7 @@ def _read(folder: str) -> Run:
         summary = json.loads(path.read_text())
         if summary.get("format") != FORMAT or "seed" not in summary:
             raise ComparisonError(f"{path} is of another version of glip_jax: run `evaluate` again")
-        return run_of(folder, summary)
+        return run_of(folder, summary, _step_seconds(folder, summary.get("workdir", "")))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ComparisonError(
             f"{folder} holds no evaluation.json: expected a folder that `python -m glip_jax evaluate` wrote to"
@@ -145,6 +146,14 @@ def _read(folder: str) -> Run:
         if isinstance(error, ComparisonError):
             raise
         raise ComparisonError(f"{path} cannot be read ({error!r}): run `evaluate` again") from error
+
+
+def _step_seconds(folder: str, workdir: str) -> list[float]:
+    """Of the training whose metrics.jsonl lies beside the evaluation or, if that is elsewhere, in its working folder; empty without one."""
+    for where in (folder, workdir):
+        if where and (found := [line["step_seconds"] for line in metrics.read(where) if "step_seconds" in line]):
+            return found
+    return []
 
 
 def _content(compared: Comparison) -> dict[str, Any]:

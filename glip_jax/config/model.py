@@ -93,7 +93,7 @@ class TextConfig:
     """Tokens that a token attends to, here and in the BERT layers of the head: `padding`, all of the prompt, as released weights; `phrase`, those of its own
     name, [CLS] and [SEP], as in Grounding DINO (arXiv 2303.05499, 3.4). Then the states of a name depend on no other name of the prompt before fusion."""
     separators: tuple[_Token, ...] = (101, 102, 1012)
-    """For `mask` phrase: ids of [CLS], of [SEP], and of the tokens between names (the full stop), in the vocabulary."""
+    """For `mask` phrase and `head.presence`: ids of [CLS], of [SEP], and of the tokens between names (the full stop), in the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,11 @@ class HeadConfig:
     """False: offsets stay 0, so that DyConv is made of regular convolutions. The parameters of the offsets are there, and are 0. A training
     step on a CPU takes a third of the time."""
     presence: bool = False
-    """Whether the image shows a phrase at all: one logit a token, from its state after the last block, pooled over the tokens of a phrase. Trained by a
+    """Whether the image shows a phrase at all: a logit, the mean of one of each of its tokens, from their states after the last block. Trained by a
     loss of its own (`loss.presence_weight`); its probability is a factor of the phrase's alignment. For networks with fusion."""
     positions: bool = False
-    """A linear map of each cell's place in its image is added to the pyramid before the first block. Without it the finest level hardly knows where
-    a cell is, and "left of" cannot be answered."""
+    """Where a cell is in its image: a linear map of its place is added to the pyramid before the first block, and the alignment of a token adds another,
+    which the token chooses. Without it the finest level hardly knows where a cell is, and "left of" cannot be answered."""
     log_scale: Annotated[float, Range(-20, 20)] = 0.0
     """Initial log scale of the alignment logits, which are divided by exp(log_scale)."""
     box_scale: Annotated[float, Range(0, 1000, above=True)] = 1.0
@@ -209,8 +209,8 @@ def model_checks(model: ModelConfig) -> list[tuple[bool, str]]:
          f"model.pyramid.strides is {strides}: expected consecutive powers of two from 8 or 16 to 32 or more"),
         (model.pyramid.channels % model.head.groups == 0,
          f"model.pyramid.channels {model.pyramid.channels} is not a multiple of model.head.groups {model.head.groups}"),
-        (text.mask == "padding" or len(text.separators) > 2,
-         f"model.text.separators is {text.separators}: mask phrase needs the ids of [CLS], of [SEP] and of at least one token between names"),
+        ((text.mask == "padding" and not model.head.presence) or len(text.separators) > 2,
+         f"model.text.separators is {text.separators}: mask phrase and presence need the ids of [CLS], of [SEP] and of at least one token between names"),
         (model.fusion.enabled or not model.head.presence,
          "model.head.presence is true, and model.fusion.enabled false: only with fusion do the states of the text know the image"),
         (text.width % text.heads == 0, f"model.text.width {text.width} is not a multiple of model.text.heads {text.heads}"),

@@ -405,7 +405,7 @@ def _tokenizer(config: Config) -> prompts.Tokenizer:
     text = config.model.text
     try:
         tokenizer = prompts.load_tokenizer(str(resolve(text.vocabulary)))
-        if text.mask == "phrase":
+        if text.mask == "phrase" or config.model.head.presence:
             prompts.check_separators(tokenizer, text.separators, config.data.captions.separator)
     except (AssetError, prompts.PromptError) as error:
         raise ConfigError(str(error)) from None

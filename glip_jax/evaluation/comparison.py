@@ -1,5 +1,6 @@
 """Compares evaluated runs. Runs of one config that differ in the seed are replicas and give a mean and a standard deviation."""
 
+import json
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ _DETECTION_METRICS = ("AP50", "AP", _CHANCE)
 _RECALL = "recall@1"
 _RATES = ("0.01", "0.05")
 _ALARM = "0.3"
-_SHARES = {"absent_found": "alarmed_pairs", "present_found": "found_pairs"}
+_AT_ALARM = {"false_alarms": "false_alarms", "absent_found": "alarmed_pairs", "present_found": "found_pairs"}
 
 
 class ComparisonError(UserError, ValueError):
@@ -83,8 +84,11 @@ class Comparison:
     """Settings of evaluation, and hashes of the code, that differ between runs, with the values of each config."""
 
 
-def run_of(path: str, summary: Mapping[str, Any]) -> Run:
-    """A run from the content of its evaluation.json. Raises KeyError or TypeError for other content."""
+def run_of(path: str, summary: Mapping[str, Any], step_seconds: Sequence[float] = ()) -> Run:
+    """A run from the content of its evaluation.json. Raises KeyError or TypeError for other content.
+
+    `step_seconds`: means of the logged windows of its training, of which the median is a number too.
+    """
     numbers: dict[str, float] = {}
     for name, entry in summary["sets"].items():
         measured = entry["numbers"]
@@ -97,18 +101,20 @@ def run_of(path: str, summary: Mapping[str, Any]) -> Run:
         else:
             kinds = [f"{kind}/{_RECALL}" if kind else _RECALL for kind in entry["phrases"]]
             numbers |= {f"{name}/{metric}": float(measured[metric]) for metric in kinds}
+    if step_seconds:
+        numbers["train/step_seconds"] = statistics.median(step_seconds)
     summary = {**summary, "settings": current_names(summary["settings"])}
     return Run(path, str(summary["name"]), int(summary["seed"]), summary, numbers)
 
 
 def _of_absence(measured: Mapping[str, Any]) -> dict[str, float]:
-    """Of `metrics.absence`: AP from the threshold of a rate of false alarms on, and shares of pairs with a box of `_ALARM` or more."""
+    """Of `metrics.absence`: AP from the threshold of a rate of false alarms on; of boxes of `_ALARM` or more, those a pair and the shares of pairs with one."""
     if not measured:
         return {}
     found = {f"AP_at_{rate}": measured["rates"][rate]["AP"] for rate in _RATES}
     for kind, own in (("", measured), ("alone/", measured.get("alone"))):
         if own:
-            found |= {f"{kind}{short}": own["thresholds"][_ALARM][key] for short, key in _SHARES.items()}
+            found |= {f"{kind}{short}": own["thresholds"][_ALARM][key] for short, key in _AT_ALARM.items()}
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
@@ -172,8 +178,10 @@ def _check_once(runs: Sequence[Run]) -> None:
     seen: dict[Any, Run] = {}
     for run in runs:
         weights = run.summary["hashes"]["parameters"]
+        # One network with and without a setting of inference are two runs.
+        evaluated = weights, json.dumps(run.summary["settings"], sort_keys=True)
         keys: dict[str, Any] = {
-            f"the same parameters ({weights:.12})": weights,
+            f"the same parameters ({weights:.12}) and settings": evaluated,
             f"config {run.name} with seed {run.seed}": (run.name, run.seed),
         }
         for what, key in keys.items():
@@ -182,7 +190,7 @@ def _check_once(runs: Sequence[Run]) -> None:
                     f"{seen[key].path} and {run.path} are both of {what}: expected each run once; replicas differ in "
                     "config.train.seed"
                 )
-        seen[weights] = seen[run.name, run.seed] = run
+        seen[evaluated] = seen[run.name, run.seed] = run
 
 
 def _step(wanted: DifferenceRequest, groups: Mapping[str, Sequence[Run]], keys: Sequence[str]) -> PairedDifference:

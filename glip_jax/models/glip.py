@@ -104,13 +104,14 @@ class _Head(nn.Module):
     ) -> tuple[Predictions | None, tuple[Float[Array, "B _ _ C"], ...]]:  # fmt: skip
         """Predictions (None without text) and the levels after the blocks; `refined`: `levels` are those already."""
         config, channels, levels, fused = self.config, self.config.pyramid.channels, tuple(levels), text
+        sizes = tuple(level_size(extent, stride) for stride in config.pyramid.strides)
+        places = [place_features(size, *grid(x)) for x, size in zip(levels, sizes)] if config.head.positions else []
         if not refined:
-            sizes = tuple(level_size(extent, stride) for stride in config.pyramid.strides)
-            if config.head.positions:
-                places = nn.Dense(
+            if places:
+                placed = nn.Dense(
                     channels, use_bias=False, dtype=self.dtype, kernel_init=small_normal, name="positions"
                 )
-                levels = tuple(x + places(place_features(size, *grid(x))) for x, size in zip(levels, sizes))
+                levels = tuple(x + placed(place) for x, place in zip(levels, places))
             (levels, fused), _ = self._blocks(config.head)((levels, text), sizes, mask)
         if text is None or mask is None or fused is None:
             return None, levels
@@ -133,6 +134,16 @@ class _Head(nn.Module):
         per_anchor = jnp.repeat(scales, np.array([h * w for h, w in map(grid, levels)]))
         deltas = box(visual) * per_anchor[:, None]
         aligned = jnp.einsum("bac,btc->bat", visual, tokens.astype(visual.dtype), preferred_element_type=jnp.float32)
+        if places:
+            # The blocks leave little of the place in the features. A token says itself where it is sought.
+            features = nn.Dense(
+                places[0].shape[-1],
+                use_bias=False,
+                dtype=jnp.float32,
+                kernel_init=nn.initializers.zeros,
+                name="directions",
+            )
+            aligned += jnp.einsum("baf,btf->bat", pack(places), features(embedding))
         logits = clamped(aligned / jnp.exp(log_scale) + (embedding @ bias_text + bias)[:, None, :])
         found = Predictions(logits, deltas, center(visual)[..., 0])
         if config.head.presence:

@@ -173,7 +173,7 @@ def load_tokenizer(vocabulary_path: str | os.PathLike[str], lowercase: bool = Tr
 
 
 def segment_ids(tokens: Any, mask: Any, separators: Sequence[int]) -> Any:
-    """Int32[... T]: the segment of each token, for the mask `phrase`: 0 for padding, 1 for [CLS] and [SEP], from 2 on names and separators.
+    """Int32[... T]: the segment of each token, for the mask `phrase` and the loss of presence: 0 for padding, 1 for [CLS] and [SEP], from 2 on names and separators.
 
     `tokens`, `mask`: Int32, Bool[... T], arrays of numpy or jax. `separators`: `TextConfig.separators`. A name ends at each of these ids, so a
     sentence between two full stops is one segment.
@@ -194,7 +194,7 @@ def check_separators(tokenizer: Tokenizer, separators: Sequence[int], text: str)
     first, *between, last = tokenizer.encode(text).ids
     if not between:
         raise PromptError(
-            f"data.captions.separator is {text!r}, of which the vocabulary has no token: model.text.mask phrase needs one between two names"
+            f"data.captions.separator is {text!r}, of which the vocabulary has no token: model.text.mask phrase and model.head.presence need one between two names"
         )
     if [first, last] != list(separators[:2]) or not set(between) <= set(separators[2:]):
         raise PromptError(

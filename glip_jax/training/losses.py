@@ -4,6 +4,7 @@ Sums are per image, denominators are global (glip-reference 3.4, 3.5), so a batc
 devices without changing the loss.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from glip_jax.config import Config, LossConfig
 from glip_jax.structures import boxes as box
 from glip_jax.structures.batch import Batch, Predictions, Targets
+from glip_jax.structures.prompts import segment_ids
 from glip_jax.training.assignment import anchors_inside
 
 __all__ = [
@@ -36,7 +38,7 @@ class LossSums(NamedTuple):
     offsets_clamped: Any = ()
     """Share of each image's deformable offsets that were beyond `head.offset_bound`, mean over blocks; () without a bound."""
     presence: Any = ()
-    """Cross-entropy of the presence of each token, sum over the tokens; () without `head.presence`."""
+    """Cross-entropy of the presence of each phrase, sum over the phrases; () without `head.presence`."""
     description: Any = ()
     """Side loss on descriptions; () without."""
 
@@ -110,11 +112,31 @@ def loss_sums(
     centerness = jnp.where(targets.positive, cross_entropy * weight, 0.0).sum(1)
     sums = LossSums(token, boxes, centerness)
     if model.head.presence:
-        shown = jnp.any(batch.positive_map & batch.box_mask[:, :, None], 1)
-        counted = batch.token_mask & (batch.token_loss_mask | shown)
-        absence = jax.nn.softplus(jnp.where(shown, -predictions.presence, predictions.presence))
-        sums = sums._replace(presence=jnp.where(counted, absence, 0.0).sum(1))
+        sums = sums._replace(presence=_presence_sums(predictions.presence, batch, model.text.separators))
     return jax.tree.map(lambda part: jnp.where(batch.valid, part, 0.0), sums)
+
+
+def _presence_sums(presence: Float[Array, "B T"], batch: Batch, separators: Sequence[int]) -> Float[Array, " B"]:
+    """Cross-entropy of the presence of each phrase, whose logit is the mean of its tokens', as `inference.postprocess` pools it.
+
+    Phrases that the image shows are those of the boxes, each once; those that it does not are the names between separators without a token of
+    a box. A name with a token whose loss is masked is unknown.
+    """
+    boxes = batch.positive_map & batch.box_mask[:, :, None]
+    common, sizes = jnp.einsum("bnt,bmt->bnm", boxes, boxes, preferred_element_type=jnp.int32), boxes.sum(2)
+    same = (common == sizes[:, :, None]) & (common == sizes[:, None])
+    first = ~jnp.any(same & jnp.tri(sizes.shape[1], k=-1, dtype=bool), 2) & (sizes > 0)
+    segments = segment_ids(batch.tokens, batch.token_mask, separators)
+    between = jnp.isin(batch.tokens, jnp.asarray(separators))
+    names = (segments[:, None] == jnp.arange(2, 2 + segments.shape[1])[:, None]) & ~between[:, None]
+    out = boxes.any(1) | ~batch.token_loss_mask
+    absent = names.any(2) & ~(names & out[:, None]).any(2)
+
+    def pooled(phrases: Bool[Array, "B P T"]) -> Float[Array, "B P"]:
+        return jnp.where(phrases, presence[:, None], 0.0).sum(2) / jnp.maximum(phrases.sum(2), 1)
+
+    shown = jnp.where(first, jax.nn.softplus(-pooled(boxes)), 0.0).sum(1)
+    return shown + jnp.where(absent, jax.nn.softplus(pooled(names)), 0.0).sum(1)
 
 
 def description_sums(

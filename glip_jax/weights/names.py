@@ -253,7 +253,10 @@ def entries(config: ModelConfig) -> list[Entry]:
     if config.head.presence:  # in exports of glip_jax only, as the next
         table += _layer(f"{head}.presence", "head/presence", None)
     if config.head.positions:
-        table += [Entry(f"{head}.positions.weight", "head/positions/kernel", None, "linear")]
+        table += [
+            Entry(f"{head}.{name}.weight", f"head/{name}/kernel", None, "linear")
+            for name in ("positions", "directions")
+        ]
     table += _layer(f"{head}.dot_product_projection_text", "head/projection", None)
     table += [
         Entry(f"{head}.log_scale", "head/log_scale", None, "same"),

@@ -66,7 +66,7 @@ def test_seeds_are_replicas_and_steps_are_taken_seed_by_seed(runs, tmp_path, cap
 
 def test_absent_names_are_compared(tmp_path, capsys):
     def found(share, **more):
-        thresholds = {"0.3": {"alarmed_pairs": share, "found_pairs": 0.9}}
+        thresholds = {"0.3": {"alarmed_pairs": share, "found_pairs": 0.9, "false_alarms": 2 * share}}
         return {"thresholds": thresholds, "rates": {rate: {"AP": share / 2} for rate in ("0.01", "0.05")}, **more}
 
     folders = []
@@ -79,8 +79,30 @@ def test_absent_names_are_compared(tmp_path, capsys):
         folders.append(folder)
     assert run_job("compare", [*folders, f"--out={tmp_path / 'out'}"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    for row in ("absent, found 0.3000 ±0.1414", "AP at 0.05 0.1500 ±0.0707", "alone absent, found 0.5000 ±0.1414"):
+    for row in (
+        "false alarms 0.6000 ±0.2828",
+        "absent, found 0.3000 ±0.1414",
+        "AP at 0.05 0.1500 ±0.0707",
+        "alone absent, found 0.5000 ±0.1414",
+    ):
         assert row in lines
+
+
+def test_one_network_under_two_settings_and_the_seconds_of_its_steps(tmp_path, capsys):
+    run = evaluation(tmp_path, "a", 0, 0.5)
+    seconds = [
+        {"step": 20, "step_seconds": 9.0},
+        {"step": 40, "step_seconds": 1.0},
+        {"step": 60, "step_seconds": 2.0},
+        {"step": 60, "loss": 1.0},
+    ]
+    (tmp_path / "a-0" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in seconds))
+    hashes = json.loads((tmp_path / "a-0" / "evaluation.json").read_text())["hashes"]
+    other = evaluation(tmp_path, "competing", 0, 0.6, hashes=hashes, workdir=run)
+    assert run_job("compare", [run, other, f"--out={tmp_path / 'out'}", "--steps=competing/a=cells/AP50"]) == 0
+    assert "train seconds a step 2.0000 2.0000" in [
+        " ".join(line.split()) for line in capsys.readouterr().out.splitlines()
+    ]
 
 
 def test_the_page_needs_no_other_file_and_escapes(tmp_path):
@@ -117,8 +139,8 @@ def _other_annotations(folder):
         (lambda folder: [folder / "x" / ".." / "a-0"], "the same folder: expected each run once"),
         (lambda folder: [evaluation(folder / "x", "a", 0, 0.3, hashes={"checkpoint": "z", "parameters": "z"})],
          "both of config a with seed 0"),
-        (lambda folder: [evaluation(folder, "b", 0, 0.3, hashes={"checkpoint": "z", "parameters": "pa0"})],
-         r"both of the same parameters \(pa0\)"),
+        (lambda folder: [evaluation(folder, "b", 0, 0.3, hashes={"checkpoint": "z", "parameters": "pa0"}, settings={"model.fusion.enabled": False})],
+         r"both of the same parameters \(pa0\) and settings"),
         (lambda folder: [evaluation(folder, "b", 0, 0.3, format=1)], "another version of glip_jax: run `evaluate` again"),
         (lambda folder: [evaluation(folder, "b", 0, 0.3, sets={"cells": {}})], "cannot be read .*: run `evaluate` again"),
         (lambda folder: ["--steps", "b/a"], "step b/a: no run is of config b; there are a"),

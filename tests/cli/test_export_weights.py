@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from glip_jax.cli import checkpoint_argument
+from glip_jax.config import Config
 from glip_jax.distributed import exit_codes
 from glip_jax.inference import Detector
 from glip_jax.io.checkpoint import fingerprint, open_checkpoint
@@ -241,19 +242,33 @@ def test_bad_input_is_one_line_and_leaves_nothing(workdir, tmp_path, capsys, arg
     assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
 
 
+@pytest.mark.parametrize("name", ["presence", "positions"])
+def test_a_network_that_no_format_holds_is_refused(tmp_path, name):
+    head = dataclasses.replace(Config().model.head, **{name: True})
+    config = dataclasses.replace(Config(), model=dataclasses.replace(Config().model, head=head))
+    for form in ("glip-pth", "huggingface", "onnx"):
+        with pytest.raises(
+            export.ExportError, match=f"model.head.{name} is true: no exported .* train with {name}=False"
+        ):
+            export.write(form, tmp_path / "x", {}, config)
+    assert not list(tmp_path.iterdir())
+
+
 def test_networks_that_glip_cannot_be_are_refused(workdir, tmp_path, monkeypatch, capsys):
     settings_of = checkpoint_argument.settings_of
 
     def resized(*arguments):
         config = settings_of(*arguments)
         head = dataclasses.replace(config.model.head, coarse_offsets="resized", offset_bound=3)
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, head=head))
+        text = dataclasses.replace(config.model.text, mask="phrase")
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, head=head, text=text))
 
     monkeypatch.setattr(checkpoint_argument, "settings_of", resized)
     assert run(workdir, tmp_path / "x.pth", "glip-pth") == exit_codes.BAD_INPUT
     err = capsys.readouterr().err
     assert "model.head.coarse_offsets is resized, GLIP's is flat" in err
     assert "model.head.offset_bound is 3, GLIP's is 0" in err
+    assert "model.text.mask is phrase, GLIP's is padding" in err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -35,6 +35,7 @@ from glip_jax.data.mixture import DataWorkerError, Mixture, schedule
 from glip_jax.data.shards import Shards
 from glip_jax.structures.batch import DROPS, Batch
 from glip_jax.structures.canvas import pixels_of
+from tests import tiny_run
 
 VOCABULARY = str(Path(__file__).parents[1] / "fixtures" / "vocab_tiny1.txt")
 STEPS = 7
@@ -116,6 +117,24 @@ def test_workers_outlast_the_signals_of_a_group_and_their_death_is_one_line(sour
         assert fault.value.exit_code == 76, "launchers start the run again"
     finally:
         batches.close()  # type: ignore[attr-defined]
+
+
+def test_with_every_later_setting_off_batches_are_those_of_before(tmp_path: Path) -> None:
+    """The digest was written by the code before empty prompts, the dictionary, look-alikes and descriptions (commit 3f226e5)."""
+    content = hashlib.sha256()
+    for batch in draw(Mixture(tiny_run.config(tiny_run.write_sources(tmp_path))), 20):
+        parts = (
+            batch.size,
+            batch.extent,
+            batch.tokens,
+            batch.token_mask,
+            batch.boxes,
+            batch.box_mask,
+            batch.positive_map,
+        )
+        for part in (*parts, batch.token_loss_mask, batch.record):
+            content.update(np.ascontiguousarray(part).tobytes())
+    assert content.hexdigest() == "f5f96ea548f15fc00153a51e248bc0a9a5ede0d1132fc82b0943bd47d10bbb2f"
 
 
 def test_batches_depend_on_the_seed_and_do_not_repeat(sources: dict[str, SourceConfig], expected: list[str]) -> None:

@@ -129,9 +129,20 @@ def test_positions_tell_cells_apart_by_their_place_in_the_image() -> None:
         )
         return np.asarray(found.logits)
 
-    kernel = params["head"].pop("positions")["kernel"]
+    kernels = {name: params["head"].pop(name)["kernel"] for name in ("positions", "directions")}
     without = logits(MODEL, params["head"])
-    np.testing.assert_allclose(
-        logits(placed, params["head"] | {"positions": {"kernel": 0 * kernel}}), without, atol=1e-5
+
+    def having(*names: str) -> np.ndarray:
+        own = {name: {"kernel": kernel if name in names else 0 * kernel} for name, kernel in kernels.items()}
+        return logits(placed, params["head"] | own)
+
+    np.testing.assert_allclose(having(), without, atol=1e-5)
+    assert np.abs(having("positions") - without).max() > 1e-3
+    # The places of the cells, as far as each token points: a product with the place, whatever the cell shows.
+    added = (having("directions") - without)[0]
+    places = np.concatenate(
+        [np.asarray(place_features(jnp.array([[n, n]]), n, n)).reshape(n * n, -1) for n in (4, 2, 1)]
     )
-    assert np.abs(logits(placed, params["head"] | {"positions": {"kernel": kernel}}) - without).max() > 1e-3
+    assert np.abs(added).max() > 1e-3
+    solved = np.linalg.lstsq(places, added, rcond=None)[0]
+    np.testing.assert_allclose(places @ solved, added, atol=1e-4)

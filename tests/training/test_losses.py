@@ -116,15 +116,26 @@ def test_box_and_centerness_losses_by_hand() -> None:
 
 def test_presence_is_the_cross_entropy_of_what_the_image_shows() -> None:
     predictions, targets, batch = _case()
-    logits = np.random.default_rng(4).normal(size=(2, TOKENS)).astype(np.float32)
-    known = np.array([[1, 0, 1, 0, 1], [1, 1, 1, 1, 1]], bool)
-    batch = batch._replace(token_loss_mask=known, box_mask=np.array([[True, False], [False, False]]))
-    batch.positive_map[0, 0] = [1, 1, 0, 0, 0]
+    logits = np.random.default_rng(4).normal(size=(2, 8)).astype(np.float32)
+    # [CLS] a b . c . d [SEP], of which a b has two boxes and d is unknown; [CLS] a . b c [SEP], padded, shows nothing.
+    tokens = np.array([[101, 1, 2, 1012, 3, 1012, 4, 102], [101, 1, 1012, 2, 3, 102, 0, 0]], np.int32)
+    known = np.ones((2, 8), bool)
+    known[0, 6] = False
+    boxes = np.zeros((2, 3, 8), bool)
+    boxes[0, :, 1:3] = True  # the third slot is not in use, nor are those of the second image
+    batch = batch._replace(
+        tokens=tokens, token_mask=tokens > 0, token_loss_mask=known, positive_map=boxes,
+        box_mask=np.array([[1, 1, 0], [0, 0, 0]], bool), box_weight=np.ones((2, 3), np.float32),
+    )  # fmt: skip
     model = dataclasses.replace(MODEL, head=dataclasses.replace(MODEL.head, presence=True))
-    found = _sums(predictions._replace(presence=logits), targets, batch, model=model)
-    p = 1 / (1 + np.exp(-logits.astype(np.float64)))
-    # Of image 0: tokens 0 and 1 have a box, the second though it is unlabelled; 2 is absent, 3 unknown, 4 padding. Of image 1 all three are absent.
-    wanted = [-np.log(p[0, :2]).sum() - np.log(1 - p[0, 2]), -np.log(1 - p[1, :3]).sum()]
+    wide = np.zeros((*predictions.logits.shape[:2], 8), np.float32)
+    found = _sums(predictions._replace(logits=wide, presence=logits), targets, batch, model=model)
+
+    def absence(*own: float) -> float:
+        return float(np.log1p(np.exp(np.mean(own, dtype=np.float64))))
+
+    a, b = logits
+    wanted = [absence(*-a[1:3]) + absence(a[4]), absence(b[1]) + absence(*b[3:5])]
     np.testing.assert_allclose(found.presence, wanted, rtol=1e-5)
     found = jax.tree.map(jax.numpy.asarray, found)
     counted = Denominators(jax.numpy.asarray(4.0), jax.numpy.asarray(1.0))

@@ -10,7 +10,7 @@ __all__ = ["label", "labels", "render"]
 
 _SHORT_NAMES = {
     "AP50_permuted": "chance", "recall@1": "R@1", "AP_at_0.01": "AP at 0.01", "AP_at_0.05": "AP at 0.05",
-    "absent_found": "absent, found", "present_found": "present, found",
+    "false_alarms": "false alarms", "absent_found": "absent, found", "present_found": "present, found", "step_seconds": "seconds a step",
 }  # fmt: skip
 
 
@@ -49,7 +49,8 @@ def render(compared: Comparison, plot: bytes) -> str:
         "compare.html.j2", title=f"comparison: {', '.join(compared.runs)}",
         about=f"{count} runs of {len(compared.runs)} configs; a set's annotations and pictures are the same for all.",
         legend="AP50 and AP of detection sets, with the level of chance (the same boxes, names exchanged); R@1: phrases whose "
-        "best box is right. AP at 0.05: from the threshold of 0.05 false alarms per image and absent name on. Found: share of the pairs of an "
+        "best box is right. AP at 0.05: from the threshold of 0.05 false alarms per image and absent name on. False alarms: boxes of 0.3 or more per "
+        "image and absent name. Found: share of the pairs of an "
         "image and an absent (present) name with a box of 0.3 or more, in prompts of many names or alone." + (" Means ± standard deviation over seeds (n - 1)." if replicas else " One run each: no spread."),
         runs=compared.runs, numbers=numbers, rows=labels(next(iter(numbers.values()))), plot=svg_uri(plot),
         steps=compared.steps, differing=compared.differing, label=label,
