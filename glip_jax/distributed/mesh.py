@@ -77,7 +77,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"head/tower/convolution/(offset|relu/squeeze)/kernel", _FIRST),
     (r"head/tower/convolution/attention/kernel", ()),
     (r"head/projection/kernel", _FIRST),
-    (r"head/(box|centerness|presence|positions|description)/kernel", ()),
+    (r"head/(box|centerness|presence|positions|directions|description)/kernel", ()),
     # Low-rank deltas are small; in BERT's layers their wide sides are split over tensor as those of the kernels. Tuned prompts.
     (r"(text/layers|head/tower/text)/(query|key|value)_lora_b", ("tensor",)),
     (r"(text/layers|head/tower/text)/attention_output_lora_a", ("tensor", None)),
