@@ -1,4 +1,4 @@
-"""Ablation of relations on synthetic scenes: C with the place of every cell in the visual features (`head.positions`)."""
+"""Ablation of relations on synthetic scenes: C with the place of every cell in the visual features and in its alignment (`head.positions`)."""
 
 import dataclasses
 

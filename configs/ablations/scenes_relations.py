@@ -1,4 +1,4 @@
-"""Relations: two blocks of the head, positions, and captions only.
+"""Relations: positions, and captions only.
 
 Half of the 12,000 captions have a relational phrase, four times as many as C sees. Draw the scenes first:
 
@@ -15,7 +15,7 @@ __all__ = ["get_config"]
 
 def get_config() -> Config:
     base = demo("runs/ablations/relations")
-    head = dataclasses.replace(base.model.head, blocks=2, unroll=2, positions=True)
+    head = dataclasses.replace(base.model.head, positions=True)
     sources = {"grounding": base.data.sources["grounding"]}
     return dataclasses.replace(
         base,
