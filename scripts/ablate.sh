@@ -108,13 +108,13 @@ else
             run "$name" "$seed"
             runs+=("$folder/$name-$seed")
         done
-        again c c "$seed" competing --config.name="C, names compete" --config.detection.name-decay=2
+        again c c "$seed" competing --config.name="C competing" --config.detection.name-decay=2
         again light_fusion absence "$seed" light_fusion # D is trained so
-        again absence absence "$seed" rivals --config.name="D, rivals" --config.detection.rivals="$names"
+        again absence absence "$seed" rivals --config.name="D with rivals" --config.detection.rivals="$names"
     done
     # Sinks belong to inference: C with them.
     .venv/bin/python -m benchmarks.sinks --checkpoint="$folder/c-$1" --set=absent --images=64 --seeds 0
     numbers=scenes/AP50,scenes/AP_at_0.01,scenes/AP_at_0.05,scenes/false_alarms,scenes/absent_found,scenes/present_found,scenes/alone/absent_found
     numbers+=,scenes/alone/present_found,style/AP50,caption_names/AP50,unseen/AP50,phrases/relational/recall@1
-    job compare "${runs[@]}" --out="$folder/absence" --steps "D/C=$numbers" "D, rivals/C=$numbers"
+    job compare "${runs[@]}" --out="$folder/absence" --steps "D/C=$numbers" "D with rivals/C=$numbers"
 fi
