@@ -133,8 +133,8 @@ class HeadConfig:
     """Whether the image shows a phrase at all: a logit, the mean of one of each of its tokens, from their states after the last block. Trained by a
     loss of its own (`loss.presence_weight`); its probability is a factor of the phrase's alignment. For networks with fusion."""
     positions: bool = False
-    """Where a cell is in its image: a linear map of its place is added to the pyramid before the first block, and the alignment of a token adds another,
-    which the token chooses. Without it the finest level hardly knows where a cell is, and "left of" cannot be answered."""
+    """Where a cell is in its image: a linear map of its place is added to the pyramid before the first block, and the alignment of a token with a cell
+    has a second product, of a linear map of the token's state with that place. Without it the finest level hardly knows where a cell is, and "left of" cannot be answered."""
     log_scale: Annotated[float, Range(-20, 20)] = 0.0
     """Initial log scale of the alignment logits, which are divided by exp(log_scale)."""
     box_scale: Annotated[float, Range(0, 1000, above=True)] = 1.0
