@@ -5,8 +5,9 @@
     WORKDIR/profile          a request, made while the run goes: the next five steps, or as many as the file says, are profiled
     WORKDIR/tensorboard/plugins/profile/    profiles, for TensorBoard's profile plugin or xprof
 
-The stacks are written by a thread of faulthandler, which needs no Python: they are written even where a library holds the
-interpreter's lock.
+The thread writes the stacks with the interpreter's lock held. Where a library keeps the lock, faulthandler's own thread writes
+them, which needs no Python. It comes second: it reads the frames of threads that may run, and ends the process by a segmentation
+fault if one returns meanwhile. While a library keeps the lock none runs.
 """
 
 import contextlib
@@ -43,6 +44,10 @@ _POLL_SECONDS = 5.0
 _PROFILED_STEPS = 5
 """Where WORKDIR/profile names no number."""
 
+_LOCK_SECONDS = 5.0
+"""A library that keeps the interpreter's lock for so long after the limit (or for the limit again, where that is shorter) is why
+the thread has not written the stacks."""
+
 WriteFile = Callable[[str, bytes], None]
 """Takes name and content of a file of the working folder: `Writer.file`."""
 
@@ -55,6 +60,8 @@ class _Deadline(NamedTuple):
     """Seconds; 0: no limit."""
     usual: float
     """Seconds that it usually takes; 0: not known."""
+    written: int = 0
+    """Bytes of the file of stacks at `begin`."""
 
 
 class Watchdog:
@@ -80,6 +87,8 @@ class Watchdog:
         self._name = f"stacks-{process}.txt" if process else "stacks.txt"
         self._times: deque[float] = deque(maxlen=_MEDIAN_STEPS)
         self._deadline = _Deadline(0.0, 0.0, 0.0)
+        self._timer = threading.Lock()
+        """Held where the deadline or faulthandler's timer changes: two threads do."""
         self._skip = True
         """The next step is not like the others: its time is not recorded."""
         self._end = threading.Event()
@@ -139,33 +148,44 @@ class Watchdog:
 
     def _set_deadline(self, limit: float, usual: float = 0.0) -> None:
         """Starts to wait for `limit` seconds (0: no limit); `usual` is named in the message."""
-        faulthandler.cancel_dump_traceback_later()
         limit = limit if self._multiple else 0.0
-        self._deadline = _Deadline(time.monotonic(), limit, usual)
-        if not limit:
-            return
-        if self._file is None:
+        if limit and self._file is None:
             folder = Path(tempfile.mkdtemp()) if self._remote else Path(self._folder)
             # Appended to: stacks of an earlier run in this folder may tell why it was restarted.
             self._file = (folder / self._name).open("a+")
-        faulthandler.dump_traceback_later(limit, file=self._file)
+        with self._timer:
+            faulthandler.cancel_dump_traceback_later()
+            written = os.fstat(self._file.fileno()).st_size if self._file is not None else 0
+            self._deadline = _Deadline(time.monotonic(), limit, usual, written)
+            if limit:
+                faulthandler.dump_traceback_later(limit + min(_LOCK_SECONDS, limit), file=self._file)
 
     def _watch(self) -> None:
-        """The thread: reports what faulthandler wrote, and polls for requested profiles."""
+        """The thread: writes and reports the stacks, and polls for requested profiles."""
         polled, reported = 0.0, None
         while not self._end.wait(min(1.0, self._min_seconds / 4)):
             deadline = self._deadline
-            if deadline.limit and deadline is not reported and time.monotonic() - deadline.begin > deadline.limit + 0.2:
+            if deadline.limit and deadline is not reported and time.monotonic() - deadline.begin > deadline.limit:
                 reported = deadline
-                self._report(deadline)
+                if self._write_stacks(deadline):
+                    self._report(deadline)
             if self._write_file is not None and time.monotonic() - polled > _POLL_SECONDS:
                 polled = time.monotonic()
                 with contextlib.suppress(OSError, ValueError):  # the next poll tries again
                     self._poll()
 
+    def _write_stacks(self, deadline: _Deadline) -> bool:
+        """False: the step has ended meanwhile."""
+        with self._timer:
+            if self._file is None or self._deadline is not deadline:
+                return False
+            faulthandler.cancel_dump_traceback_later()
+            if os.fstat(self._file.fileno()).st_size == deadline.written:  # else faulthandler's thread wrote them
+                faulthandler.dump_traceback(self._file, all_threads=True)
+        return True
+
     def _report(self, deadline: _Deadline) -> None:
-        if self._file is None:
-            return
+        assert self._file is not None
         what = f"step {self._step + 1} has taken {deadline.limit:.0f} s"
         cause = "it hangs, or its data or storage does"
         if deadline.usual:

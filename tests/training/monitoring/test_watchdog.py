@@ -97,6 +97,7 @@ def test_a_step_that_hangs_leaves_the_stacks_and_a_line(config, workdir, tmp_pat
     assert line.endswith(f"{workdir}/stacks.txt")
     stacks = (tmp_path / "run" / "stacks.txt").read_text()
     assert "stuck_in_here" in stacks and "in slow" in stacks and stacks.count("Thread 0x") > 2
+    assert "Timeout (" not in stacks, "faulthandler's thread reads the frames of running threads: a step that is slow crashed"
 
 
 def test_a_first_step_that_hangs_leaves_the_stacks_too(config, workdir, tmp_path, monkeypatch, capsys):
@@ -139,7 +140,7 @@ def test_stacks_are_written_while_a_library_holds_the_interpreter_lock(tmp_path)
         # Through PyDLL the interpreter's lock is held: no Python runs meanwhile.
         ctypes.PyDLL(None).usleep(900_000)
         stacks = (tmp_path / "stacks.txt").read_text()
-    assert "test_stacks_are_written_while" in stacks
+    assert "test_stacks_are_written_while" in stacks and "Timeout (" in stacks
 
 
 def test_stacks_that_someone_removes_are_not_missed(tmp_path):
