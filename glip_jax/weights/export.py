@@ -67,11 +67,10 @@ def write(form: Format, out: Path, params: Mapping[str, Any], config: Config) ->
     Low-rank deltas must have been merged (`glip_jax.weights.tuned_parameters.merged`). Raises ExportError for a network that the
     format cannot represent, AssetError if the vocabulary does not exist.
     """
-    for name in ("presence", "positions"):
-        if getattr(config.model.head, name):
-            raise ExportError(
-                f"model.head.{name} is true: no exported format holds it, and without it scores would differ; train with {name}=False to export"
-            )
+    if config.model.head.presence:
+        raise ExportError(
+            "model.head.presence is true: no exported format holds it, and without it scores would differ; train with presence=False to export"
+        )
     if (described := config.data.captions.descriptions.use) != "none":
         raise ExportError(
             f"--format={form}: data.captions.descriptions.use is {described!r}, and exports hold no descriptions: export with "
@@ -104,6 +103,8 @@ def network_settings(model: ModelConfig) -> dict[str, Any]:
     }
     if model.text.mask != "padding":
         kept["text"] += ("mask", "separators")
+    if model.head.positions:
+        kept["head"] += ("positions",)
     if model.prompts.names:
         kept["prompts"] = ("names", "tokens")
     return {part: {field: sizes[part][field] for field in fields} for part, fields in kept.items()}
@@ -172,6 +173,7 @@ def write_glip_pth(path: Path, params: Mapping[str, Any], model: ModelConfig) ->
             ("model.head.coarse_offsets", model.head.coarse_offsets, "flat"),
             # microsoft/GLIP has no bound on offsets, and would sample where this network does not.
             ("model.head.offset_bound", model.head.offset_bound, 0),
+            ("model.head.positions", model.head.positions, False),
             ("model.input.order", model.input.order, "bgr"),
             ("model.text.mask", model.text.mask, "padding"),
         )
@@ -201,6 +203,8 @@ def write_huggingface(folder: Path, params: Mapping[str, Any], config: Config) -
     _write_tokenizer(folder, config)
     for file in (
         "glip_network.py",
+        "text_encoder.py",
+        "cell_places.py",
         "tuned_prompts.py",
         "sinks.py",
         "phrase_mask.py",

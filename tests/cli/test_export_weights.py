@@ -20,6 +20,7 @@ from glip_jax.distributed import exit_codes
 from glip_jax.inference import Detector
 from glip_jax.io.checkpoint import fingerprint, open_checkpoint
 from glip_jax.weights import export, verification
+from glip_jax.weights.names import parameter_shapes
 from tests.parity.folder import model_config, read_meta
 from tests.run_job import run_job
 
@@ -242,14 +243,30 @@ def test_bad_input_is_one_line_and_leaves_nothing(workdir, tmp_path, capsys, arg
     assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
 
 
-@pytest.mark.parametrize("name", ["presence", "positions"])
-def test_a_network_that_no_format_holds_is_refused(tmp_path, name):
-    head = dataclasses.replace(Config().model.head, **{name: True})
+@pytest.mark.parametrize("form", ["huggingface", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_an_exported_network_knows_where_cells_are(workdir, tmp_path, form):
+    """With `head.positions`, at other sizes than those that were traced."""
+    config, params = open_checkpoint(str(workdir)).config, open_checkpoint(str(workdir)).parameters()
+    head = dataclasses.replace(config.model.head, positions=True)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, head=head))
+    rng, shapes = np.random.default_rng(0), parameter_shapes(config.model)
+    made = {
+        name: {"kernel": rng.normal(size=shapes[f"head/{name}/kernel"].shape).astype(np.float32)}
+        for name in ("positions", "directions")
+    }
+    params = {**params, "head": {**params["head"], **made}}
+    export.write(form, tmp_path / "x", params, config)
+    found = verification.reader(form, tmp_path / "x", config)
+    verification.differences(params, config, verification.sample_images(), found).check(form)
+    none = {**params, "head": {**params["head"], "directions": {"kernel": 0 * made["directions"]["kernel"]}}}
+    assert verification.differences(none, config, verification.sample_images(1), found).logits > 0.1
+
+
+def test_presence_is_refused_as_no_format_holds_it(tmp_path):
+    head = dataclasses.replace(Config().model.head, presence=True)
     config = dataclasses.replace(Config(), model=dataclasses.replace(Config().model, head=head))
     for form in ("glip-pth", "huggingface", "onnx"):
-        with pytest.raises(
-            export.ExportError, match=f"model.head.{name} is true: no exported .* train with {name}=False"
-        ):
+        with pytest.raises(export.ExportError, match=r"model.head.presence is true: no exported .* presence=False"):
             export.write(form, tmp_path / "x", {}, config)
     assert not list(tmp_path.iterdir())
 
@@ -259,7 +276,7 @@ def test_networks_that_glip_cannot_be_are_refused(workdir, tmp_path, monkeypatch
 
     def resized(*arguments):
         config = settings_of(*arguments)
-        head = dataclasses.replace(config.model.head, coarse_offsets="resized", offset_bound=3)
+        head = dataclasses.replace(config.model.head, coarse_offsets="resized", offset_bound=3, positions=True)
         text = dataclasses.replace(config.model.text, mask="phrase")
         return dataclasses.replace(config, model=dataclasses.replace(config.model, head=head, text=text))
 
@@ -268,6 +285,7 @@ def test_networks_that_glip_cannot_be_are_refused(workdir, tmp_path, monkeypatch
     err = capsys.readouterr().err
     assert "model.head.coarse_offsets is resized, GLIP's is flat" in err
     assert "model.head.offset_bound is 3, GLIP's is 0" in err
+    assert "model.head.positions is True, GLIP's is False" in err
     assert "model.text.mask is phrase, GLIP's is padding" in err
     assert list(tmp_path.iterdir()) == []
 

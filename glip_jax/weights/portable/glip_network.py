@@ -13,28 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .phrase_mask import places, readable, segments
+from .cell_places import PLACE_FEATURES, place_features
+from .phrase_mask import segments
 from .sinks import Sinks
+from .text_encoder import Bert, BertLayer, clamped
 from .tuned_prompts import TunedPrompts
 
 __all__ = ["GlipNetwork", "deformable_convolution"]
 
 Side = Any
 """Number of cells or pixels: an int, or a tensor while torch traces the network for ONNX."""
-BOUND = 50000.0
-"""Limit to which attention logits and activations of the head are clipped."""
-
-
-def _bounded(x: Tensor) -> Tensor:
-    return x.clamp(-BOUND, BOUND)
 
 
 def _hard_sigmoid(x: Tensor) -> Tensor:
     return F.relu6(x + 3) / 6
-
-
-def _dense_and_norm(inputs: int, outputs: int) -> nn.ModuleDict:
-    return nn.ModuleDict({"dense": nn.Linear(inputs, outputs), "LayerNorm": nn.LayerNorm(outputs, eps=1e-12)})
 
 
 # --- Swin Transformer v1 (arXiv 2103.14030) ---------------------------------------------------------------------------
@@ -276,57 +268,6 @@ class Pyramid(nn.Module):
         return [outputs[stride] for stride in self.strides]
 
 
-# --- BERT (arXiv 1810.04805) ------------------------------------------------------------------------------------------
-
-
-class BertLayer(nn.Module):
-    """Post-norm attention and feed-forward; `clip` adds the bounds that the layers inside the head have."""
-
-    def __init__(self, width: int, heads: int, hidden: int, clip: bool = False) -> None:
-        super().__init__()
-        self.heads = heads
-        self.clip = _bounded if clip else nn.Identity()
-        projections = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
-        self.attention = nn.ModuleDict({"self": projections, "output": _dense_and_norm(width, width)})
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, hidden)})
-        self.output = _dense_and_norm(hidden, width)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """`x`: [B T C]; `mask`: [B T], see `readable`."""
-        projections: Any = self.attention["self"]
-        q, k, v = (
-            projections[name](x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in ("query", "key", "value")
-        )
-        logits = self.clip(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5)
-        logits = logits.masked_fill(~readable(mask)[:, None], torch.finfo(logits.dtype).min)
-        attended: Any = self.attention["output"]
-        x = attended["LayerNorm"](attended["dense"]((logits.softmax(-1) @ v).transpose(1, 2).flatten(2)) + x)
-        hidden = self.clip(F.gelu(self.clip(self.intermediate["dense"](x))))
-        return self.clip(self.output["LayerNorm"](self.clip(self.output["dense"](hidden)) + x))
-
-
-class Bert(nn.Module):
-    """The text encoder without pooler."""
-
-    def __init__(self, vocabulary: int, width: int, layers: int, heads: int, hidden: int, positions: int) -> None:
-        super().__init__()
-        self.embeddings = nn.ModuleDict({
-            "word_embeddings": nn.Embedding(vocabulary, width),
-            "position_embeddings": nn.Embedding(positions, width),
-            "token_type_embeddings": nn.Embedding(2, width),
-            "LayerNorm": nn.LayerNorm(width, eps=1e-12),
-        })  # fmt: skip
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(BertLayer(width, heads, hidden) for _ in range(layers))})
-
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        parts = self.embeddings
-        x = parts["word_embeddings"](tokens) + parts["position_embeddings"](places(mask))
-        x = parts["LayerNorm"](x + parts["token_type_embeddings"](torch.zeros_like(tokens)))
-        for layer in cast(nn.ModuleList, self.encoder["layer"]):
-            x = layer(x, mask)
-        return x
-
-
 # --- The head: deep fusion (paper section 3.2) and dynamic convolutions (arXiv 2106.08322) ----------------------------
 
 
@@ -345,7 +286,7 @@ class FusionAttention(nn.Module):
             return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
         query, key = split(self.v_proj(visual)), split(self.l_proj(text))
-        logits = _bounded(query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2))
+        logits = clamped(query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2))
         over_text = logits.masked_fill(~mask[:, None, None, :], torch.finfo(logits.dtype).min).softmax(-1)
         over_image = logits.transpose(-1, -2).softmax(-1)
         for_image = (over_text @ split(self.values_l_proj(text))).transpose(1, 2).flatten(2)
@@ -510,9 +451,16 @@ class Head(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(1))
         self.bias_lang = nn.Parameter(torch.zeros(text["width"]))
         self.bias0 = nn.Parameter(torch.full((1,), -math.log(99)))
+        self.placed = head.get("positions", False)
+        if self.placed:
+            self.positions = nn.Linear(PLACE_FEATURES, channels, bias=False)
+            self.directions = nn.Linear(text["width"], PLACE_FEATURES, bias=False)
 
     def forward(self, levels: Sequence[Tensor], text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pyramid levels, text states [B T D] and `GlipNetwork.text_mask` to logits [B A T], deltas [B A 4], centerness [B A]."""
+        places = [place_features(x) for x in levels] if self.placed else []
+        if self.placed:
+            levels = [x + self.positions(place).permute(2, 0, 1) for x, place in zip(levels, places)]
         for part in self.dyhead_tower:
             match part:
                 case Fusion():
@@ -528,10 +476,14 @@ class Head(nn.Module):
         def packed(maps: Sequence[Tensor]) -> Tensor:
             return torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)
 
-        aligned = packed(levels) @ tokens.transpose(1, 2) / self.log_scale.exp()
+        aligned = packed(levels) @ tokens.transpose(1, 2)
+        if self.placed:
+            cells = torch.cat([place.flatten(0, 1) for place in places])
+            aligned = aligned + cells @ self.directions(embedding).transpose(1, 2)
+        aligned = aligned / self.log_scale.exp()
         deltas: list[Tensor] = [self.bbox_pred(x) * s.scale for x, s in zip(levels, self.scales)]  # type: ignore[attr-defined]
         center = packed([self.centerness(x) for x in levels])[..., 0]
-        return _bounded(aligned + token_bias[:, None, :]), packed(deltas), center
+        return clamped(aligned + token_bias[:, None, :]), packed(deltas), center
 
 
 class GlipNetwork(nn.Module):

@@ -97,7 +97,9 @@ def test_a_step_that_hangs_leaves_the_stacks_and_a_line(config, workdir, tmp_pat
     assert line.endswith(f"{workdir}/stacks.txt")
     stacks = (tmp_path / "run" / "stacks.txt").read_text()
     assert "stuck_in_here" in stacks and "in slow" in stacks and stacks.count("Thread 0x") > 2
-    assert "Timeout (" not in stacks, "faulthandler's thread reads the frames of running threads: a step that is slow crashed"
+    assert "Timeout (" not in stacks, (
+        "faulthandler's thread reads the frames of running threads: a step that is slow crashed"
+    )
 
 
 def test_a_first_step_that_hangs_leaves_the_stacks_too(config, workdir, tmp_path, monkeypatch, capsys):
