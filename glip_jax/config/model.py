@@ -101,10 +101,13 @@ class FusionConfig:
     """Bidirectional image-text attention (deep fusion) of each head block."""
 
     enabled: bool = True
+    """False: image and text meet in the alignment alone, so that the text is encoded once for all images, as in GLIP-T (A)."""
     width: Channels = 2048
     """Width of queries, keys and values over all attention heads."""
     heads: Channels = 8
+    """Attention heads, each of `width` / `heads` channels."""
     dropout: BelowOne = 0.1
+    """Rate of dropped attention weights, in both directions."""
     drop_path: BelowOne = 0.0
     """Stochastic depth rate of both directions. Grounding DINO trains with 0.1, a width of 1024, 4 heads and no dropout."""
     gamma: Annotated[float, Range(-100, 100)] = 1 / 6

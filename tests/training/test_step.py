@@ -338,3 +338,14 @@ def test_a_loss_that_is_not_finite_is_flagged_with_its_examples(sources):
     assert not metrics["finite"] and metrics["bad"][3]
     expected = [used in row[mask] for row, mask in zip(batch.tokens, batch.token_mask)]
     assert metrics["bad"].tolist() == expected
+
+
+def test_a_batch_without_a_positive_in_any_source_teaches_absence(sources):
+    config = tiny_run.config(sources, dropout=0.0)
+    (batch,) = _batches(config, 1)
+    nothing = batch._replace(box_mask=np.zeros_like(batch.box_mask), positive_map=np.zeros_like(batch.positive_map))
+    _, (before, after) = _train(config, _mesh(ONE), [nothing, nothing])
+    assert before["finite"] and not before["bad"].any() and before["positives"] == 0
+    assert before["loss/box"] == before["loss/centerness"] == 0 and before["loss"] == before["loss/token"] > 0
+    assert np.isfinite(before["gradient_norm"]) and before["gradient_norm"] > 0
+    assert after["loss/token"] < before["loss/token"]
