@@ -5,7 +5,7 @@
 #   scripts/ablate.sh 0 1                  these seeds
 #   scripts/ablate.sh --absence [SEED...]  a second table: what has been shown to pay since, each setting alone with the first seed, C and
 #                                          D (what paid) with every seed: false alarms, AP at their rates, never-seen names, relations
-#   scripts/ablate.sh --short              the second table of positions, C and D with tens of scenes and 8 steps, to check that everything works
+#   scripts/ablate.sh --short              the second table of C and D with tens of scenes and 8 steps, to check that everything works
 # The same command resumes an interrupted run, and adds further seeds. Ctrl-C is safe.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -25,7 +25,6 @@ case "${1:-}" in
     ;;
 --short)
     folder=runs/ablations-short table=absence
-    alone=(positions)
     scenes=(--count=40 --captions=0 --validation=8)
     short=(--config.train.steps=8 --config.train.batch-size=4 --config.checkpoint.every=8)
     # The configs name the scenes of the long form.
