@@ -123,6 +123,11 @@ def main() -> None:
         ):
             counts = counted(group, run)
             named = counts["meant"] + counts["another of the name"]
+            if not named:
+                parser.error(
+                    f"{run}: no box of its {len(group)} phrases of {words} is on an object of their names, so its detections are of another set "
+                    f"than {arguments.scenes}, or the network has learnt nothing"
+                )
             shares = [f"{counts[key] / len(group):.3f}" for key in ("meant", "another of the name", "elsewhere")]
             rows.append(
                 [

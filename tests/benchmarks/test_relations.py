@@ -1,11 +1,12 @@
 """Relational phrases: classes of the best boxes, chance level, and redrawn scenes."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 
-from benchmarks.relations import RelationalPhrase, counted, relational_phrases
+from benchmarks.relations import RelationalPhrase, counted, main, relational_phrases
 from glip_jax.cli.scenes import Names, Scenes, _sets
 from glip_jax.data.scenes.draw import SceneError
 from glip_jax.data.scenes.sets import make_scenes
@@ -64,3 +65,11 @@ def test_scenes_of_other_pictures_are_refused(scenes, tmp_path):
     (tmp_path / "annotations.json").write_text(json.dumps(truth))
     with pytest.raises(SceneError, match="differ in pictures"):
         relational_phrases(tmp_path)
+
+
+def test_detections_of_another_set_are_refused(scenes, tmp_path, monkeypatch, capsys):
+    (tmp_path / "detections_phrases.json").write_text(json.dumps([_found(999, 0, 0, 0.9)]))
+    monkeypatch.setattr(sys, "argv", ["relations", str(scenes), str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "its detections are of another set than" in capsys.readouterr().err
