@@ -2,14 +2,14 @@
 
 import dataclasses
 
-from configs.demo import demo
+from configs.demo import absence, demo
 from glip_jax.config import CheckpointConfig, Config
 
 __all__ = ["get_config", "short"]
 
 
 def get_config() -> Config:
-    return dataclasses.replace(short(demo("runs/demo-short/scenes")), name="demo-short")
+    return dataclasses.replace(short(absence(demo("runs/demo-short/scenes"))), name="demo-short")
 
 
 def short(base: Config) -> Config:

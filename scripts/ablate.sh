@@ -20,7 +20,7 @@ case "${1:-}" in
     ;;
 --absence)
     table=absence
-    alone=(empty negatives presence presence_negatives phrase_mask descriptions positions)
+    alone=(empty negatives presence presence_negatives light_fusion descriptions positions)
     shift
     ;;
 --short)
@@ -109,7 +109,7 @@ else
             runs+=("$folder/$name-$seed")
         done
         again c c "$seed" competing --config.name="C competing" --config.detection.name-decay=2
-        again light_fusion absence "$seed" light_fusion # D is trained so
+        again phrase_mask absence "$seed" phrase_mask # D is trained so
         again absence absence "$seed" rivals --config.name="D with rivals" --config.detection.rivals="$names"
     done
     # Sinks belong to inference: C with them.

@@ -1,13 +1,13 @@
-"""Ablation of absence on synthetic scenes, D: what paid of the settings alone. C with the lighter fusion, and names that compete for a place."""
+"""Ablation of absence on synthetic scenes, D, which is the demo: C with what paid of the settings alone, the mask by phrase and names that compete."""
 
 import dataclasses
 
-from configs.ablations import scenes_light_fusion
+from configs.ablations import scenes_c
+from configs.demo import absence
 from glip_jax.config import Config
 
 __all__ = ["get_config"]
 
 
 def get_config() -> Config:
-    base = scenes_light_fusion.get_config()
-    return dataclasses.replace(base, name="D", detection=dataclasses.replace(base.detection, name_decay=2.0))
+    return dataclasses.replace(absence(scenes_c.get_config()), name="D")

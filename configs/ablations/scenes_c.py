@@ -1,4 +1,4 @@
-"""Ablation on synthetic scenes, C: detection and grounding mixed, which is the demo. `scripts/ablate.sh` runs all four.
+"""Ablation on synthetic scenes, C: detection and grounding mixed. `scripts/ablate.sh` runs all four.
 
 A: detection only, text and image are combined only in the scores; B: A with fusion; C: B with captions whose phrases have boxes;
 T: C with captions that C labelled. Network, solver, steps and batch size are those of the demo, so all see equally many images.
