@@ -182,6 +182,8 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
             if os.fstat(self._file.fileno()).st_size == deadline.written:  # else faulthandler's thread wrote them
                 faulthandler.dump_traceback(self._file, all_threads=True)
+            self._file.write(f"(above: step {self._step + 1}, {time.strftime('%Y-%m-%d %H:%M:%S')})\n\n")
+            self._file.flush()
         return True
 
     def _report(self, deadline: _Deadline) -> None:
@@ -194,8 +196,6 @@ class Watchdog:
             what = f"{what}, with what is compiled for it (train.hang_first)"
             cause += ", or the compiler takes that long"
         stacks = self._folder / self._name
-        self._file.write(f"(above: step {self._step + 1}, {time.strftime('%Y-%m-%d %H:%M:%S')})\n\n")
-        self._file.flush()
         self._file.seek(0)
         text = self._file.read()
         if not self._remote:
