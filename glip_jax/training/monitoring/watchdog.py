@@ -153,12 +153,13 @@ class Watchdog:
             folder = Path(tempfile.mkdtemp()) if self._remote else Path(self._folder)
             # Appended to: stacks of an earlier run in this folder may tell why it was restarted.
             self._file = (folder / self._name).open("a+")
+        file = self._file
         with self._timer:
             faulthandler.cancel_dump_traceback_later()
-            written = os.fstat(self._file.fileno()).st_size if self._file is not None else 0
+            written = os.fstat(file.fileno()).st_size if file is not None else 0
             self._deadline = _Deadline(time.monotonic(), limit, usual, written)
-            if limit:
-                faulthandler.dump_traceback_later(limit + min(_LOCK_SECONDS, limit), file=self._file)
+            if limit and file is not None:
+                faulthandler.dump_traceback_later(limit + min(_LOCK_SECONDS, limit), file=file)
 
     def _watch(self) -> None:
         """The thread: writes and reports the stacks, and polls for requested profiles."""
