@@ -255,6 +255,8 @@ def test_an_exported_network_knows_where_cells_are_and_has_sinks(workdir, tmp_pa
     export.write(form, tmp_path / "x", params, config)
     found = verification.reader(form, tmp_path / "x", config)
     verification.differences(params, config, verification.sample_images(), found).check(form)
+    if form == "onnx":
+        assert json.loads((tmp_path / "x" / "settings.json").read_text())["detection"]["sinks"] == 3
 
 
 def test_presence_is_refused_as_no_format_holds_it(tmp_path):
