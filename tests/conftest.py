@@ -29,6 +29,7 @@ _FLAGS = {
     "--xla_cpu_opt_preset": "CPU_OPT_PRESET_FAST_COMPILE",
     "--xla_backend_optimization_level": "0",
     "--xla_llvm_disable_expensive_passes": "true",
+    "--xla_cpu_parallel_codegen_split_count": "1",  # the processes of pytest keep the cores busy; parts cost a tenth
 }
 for _name, _value in _FLAGS.items():
     if _name not in os.environ.get("XLA_FLAGS", ""):

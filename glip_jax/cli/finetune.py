@@ -420,17 +420,16 @@ class FinetuneJob:
         import jax
 
         from glip_jax.data.mixture import Mixture
-        from glip_jax.distributed.mesh import make_mesh, place_batch, shardings
+        from glip_jax.distributed.mesh import make_mesh, place_batch
         from glip_jax.io.compiler_lines import without_slow_compile_alarms
         from glip_jax.training.finetuning.recipe import with_steps
         from glip_jax.training.monitoring.decisions import Decisions
-        from glip_jax.training.state import initial_state
+        from glip_jax.training.state import fresh_state
         from glip_jax.training.step import make_step
 
         config = with_steps(config, 1, 1)
         mesh, mixture = make_mesh(config.mesh), Mixture(config)
-        state = initial_state(start, config)
-        state = jax.device_put(state, shardings(state, mesh))
+        state = fresh_state(start, config, mesh)
         feed = self._feed(config, mixture, state)
         step = make_step(config, mesh, feed.objective, state, tuple(mixture.source_names), True)
         batch = place_batch(next(iter(feed.batches(0, 0, 1))), mesh)

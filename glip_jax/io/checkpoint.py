@@ -58,6 +58,10 @@ __all__ = [
 ]
 
 
+_MIN_PART_BYTES = 1 << 20
+"""An array is written by several replicas if each part has this size at least."""
+
+
 class NotSavedError(UserError, RuntimeError):
     """A checkpoint that could not be written; the message names the newest complete one and says what to do."""
 
@@ -263,6 +267,10 @@ class _Manager(ocp.CheckpointManager):
 def _manager(folder: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     # Orbax logs every step of its own work, and prints tracebacks of errors that it raises too.
     logging.set_verbosity(logging.FATAL)
+    # Each replica writes a part of an array, cut out by a program for every shape and part: hundreds are compiled at the first
+    # save, which only large arrays repay.
+    parallel = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_PART_BYTES)
+    ocp.type_handlers.register_type_handler(jax.Array, parallel, override=True)
     arrays = ("params", "optimizer", "ema")
     handlers = {name: ocp.StandardCheckpointHandler() for name in arrays} | {"run": ocp.JsonCheckpointHandler()}
     return _Manager(folder, options=options, item_handlers=handlers)

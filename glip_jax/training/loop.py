@@ -23,7 +23,7 @@ from glip_jax.config import Config, ConfigError, resumed, validate
 from glip_jax.data.mixture import Mixture
 from glip_jax.distributed.cluster import Cluster
 from glip_jax.distributed.exit_codes import CANCELLED, PREEMPTED
-from glip_jax.distributed.mesh import check_fits, make_mesh, place_batch, replicated, shardings
+from glip_jax.distributed.mesh import check_fits, make_mesh, place_batch, replicated
 from glip_jax.distributed.runtime import enable_compilation_cache
 from glip_jax.io import fsspec_gcs
 from glip_jax.io.checkpoint import Checkpoints, Saved, complete_steps, fingerprint
@@ -56,7 +56,7 @@ from glip_jax.training.monitoring.watchdog import Watchdog
 from glip_jax.training.monitoring.writer import Writer, wandb_module, wandb_run
 from glip_jax.training.optimizer import make_optimizer
 from glip_jax.training.programs import Programs
-from glip_jax.training.state import State, abstract_state, fresh_parameters, initial_state
+from glip_jax.training.state import State, abstract_state, fresh_parameters, fresh_state
 from glip_jax.training.step import Objective, glip_objective, make_step
 
 __all__ = ["Feed", "InitialParameters", "NonFiniteLossError", "train"]
@@ -209,8 +209,7 @@ def _start(
             overview = parameter_overview.get_parameter_overview(params, include_stats=False)
             (workdir_path(workdir) / "parameters.txt").write_text(overview + "\n")
             write_started_from(workdir, record)
-        state = initial_state(params, config)
-        return jax.device_put(state, shardings(state, mesh))
+        return fresh_state(params, config, mesh)
     changes = check_config(workdir, step, checkpoints.run(step), config, accept=resume_with_changes)
     changes += check_sources(workdir, step, config, accept=resume_with_changes)
     for line in changes:
@@ -219,8 +218,7 @@ def _start(
     if checkpoints.imported(step):
         params = checkpoints.restore(step, Saved(like.params, {}, {})).params
         log(f"starting at step {step} from imported weights, {checkpoints.folder / str(step)}")
-        state = initial_state(params, config)
-        return jax.device_put(state, shardings(state, mesh))
+        return fresh_state(params, config, mesh)
     params, optimizer, ema = checkpoints.restore(step, Saved(like.params, like.optimizer, like.ema))
     log(f"resuming at step {step} from {checkpoints.folder / str(step)}")
     return State(params, optimizer, ema, jax.device_put(jnp.int32(step), like.step.sharding))

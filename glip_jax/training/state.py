@@ -12,7 +12,7 @@ from glip_jax.distributed.mesh import abstract, shardings
 from glip_jax.models.glip import GLIP
 from glip_jax.training import optimizer as optim
 
-__all__ = ["State", "abstract_state", "evaluation_parameters", "fresh_parameters", "initial_state"]
+__all__ = ["State", "abstract_state", "evaluation_parameters", "fresh_parameters", "fresh_state", "initial_state"]
 
 
 class State(NamedTuple):
@@ -74,3 +74,15 @@ def initial_state(params: Any, config: Config) -> State:
     group = optim.groups(params, config.model, config.optimizer)
     optimizer = optim.make_optimizer(group, config.train.steps, config.optimizer)
     return State(params, optimizer.init(trainable), ema, jnp.zeros((), jnp.int32))
+
+
+def fresh_state(params: Any, config: Config, mesh: Mesh) -> State:
+    """`initial_state`, placed on `mesh`.
+
+    One program makes moments and averages where they belong: operation by operation there is one for each shape.
+    """
+    placed = shardings(jax.eval_shape(lambda params: initial_state(params, config), params), mesh)
+    made = jax.jit(
+        lambda params: initial_state(params, config)._replace(params={}), out_shardings=placed._replace(params={})
+    )
+    return made(params)._replace(params=jax.device_put(params, placed.params))

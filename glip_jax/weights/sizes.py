@@ -28,6 +28,7 @@ __all__ = ["infer_model", "infer_swin", "variant"]
 _TEXT = "language_backbone.body.model."
 _TOWER = "rpn.head.dyhead_tower."
 _PROMPTS = "prompts.tokens"
+_POSITIONS = "rpn.head.positions.weight"
 _LARGE = 192
 """Minimum width of a Swin that is trained as that of GLIP-L: stem and first stage frozen, drop path 0.4, gamma 1/8."""
 
@@ -59,7 +60,11 @@ def infer_model(state: Mapping[str, Any], origin: str = "the state dict") -> Mod
         fusion=FusionConfig(width=sizes.of(f"{_TOWER}0.b_attn.attn.v_proj.weight", 0), gamma=1 / 8 if large else 1 / 6)
         if fused
         else FusionConfig(enabled=False),
-        head=HeadConfig(blocks=sizes.count(rf"{re.escape(_TOWER)}(\d+)\.DyConv\."), coarse_offsets="flat"),
+        head=HeadConfig(
+            blocks=sizes.count(rf"{re.escape(_TOWER)}(\d+)\.DyConv\."),
+            coarse_offsets="flat",
+            positions=sizes.has(_POSITIONS),
+        ),
         anchors=AnchorConfig(tuple(8 * stride for stride in strides)),
         prompts=PromptsConfig(sizes.of(_PROMPTS, 0) - SPECIAL_ROWS, sizes.of(_PROMPTS, 1))
         if sizes.has(_PROMPTS)

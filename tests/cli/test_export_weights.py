@@ -18,7 +18,7 @@ from glip_jax.cli import checkpoint_argument
 from glip_jax.config import Config
 from glip_jax.distributed import exit_codes
 from glip_jax.inference import Detector
-from glip_jax.io.checkpoint import fingerprint, open_checkpoint
+from glip_jax.io.checkpoint import Checkpoints, Saved, fingerprint, open_checkpoint
 from glip_jax.weights import export, verification
 from glip_jax.weights.names import parameter_shapes
 from tests.parity.folder import model_config, read_meta
@@ -51,14 +51,36 @@ def run(workdir, out, form, *more):
 
 
 @pytest.fixture(scope="module")
-def exported(workdir, tmp_path_factory):
-    """Exports by format, made once."""
+def later(workdir, tmp_path_factory):
+    """What the original has not: the network knows where cells are, sinks say a text, and names compete."""
+    folder, checkpoint = tmp_path_factory.mktemp("later"), open_checkpoint(str(workdir))
+    config, params = checkpoint.config, checkpoint.parameters()
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, head=dataclasses.replace(config.model.head, positions=True)),
+        detection=dataclasses.replace(
+            config.detection, sinks=3, sink_start="red ball", name_decay=2.0, name_decay_iou=0.3
+        ),
+    )
+    rng, shapes = np.random.default_rng(0), parameter_shapes(config.model)
+    made = {
+        name: {"kernel": rng.normal(size=shapes[f"head/{name}/kernel"].shape).astype(np.float32)}
+        for name in ("positions", "directions")
+    }
+    with Checkpoints(str(folder), 1) as checkpoints:
+        checkpoints.save(0, Saved({**params, "head": {**params["head"], **made}}, {}, {}), config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(workdir, later, tmp_path_factory):
+    """Exports by format, made once; `export` itself compares each with the network that it came from."""
     made = {}
 
     def get(form):
         if form not in made:
             out = tmp_path_factory.mktemp(form) / ("glip.pth" if form == "glip-pth" else "model")
-            assert run(workdir, out, form) == exit_codes.DONE
+            assert run(workdir if form == "glip-pth" else later, out, form) == exit_codes.DONE
             made[form] = out
         return made[form]
 
@@ -82,17 +104,18 @@ def test_glip_pth_has_exactly_the_original_s_tensors(exported):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["glip-pth", "huggingface"])
-def test_import_export_import_is_the_same_bits(workdir, exported, tmp_path, form):
+def test_import_export_import_is_the_same_bits(workdir, later, exported, tmp_path, form):
+    source = str(workdir if form == "glip-pth" else later)
     heads = (
         [f"--config.model.text.heads={open_checkpoint(str(workdir)).config.model.text.heads}"]
         if form == "glip-pth"
         else []
     )
     assert run_job("import", [str(exported(form)), f"--workdir={tmp_path / 'again'}", *heads]) == exit_codes.DONE
-    first, second = (fingerprint(open_checkpoint(str(folder)).parameters()) for folder in (workdir, tmp_path / "again"))
+    first, second = (fingerprint(open_checkpoint(folder).parameters()) for folder in (source, str(tmp_path / "again")))
     assert first == second
     if form == "huggingface":
-        assert open_checkpoint(str(tmp_path / "again")).config == open_checkpoint(str(workdir)).config
+        assert open_checkpoint(str(tmp_path / "again")).config == open_checkpoint(source).config
 
 
 _USER = """
@@ -116,11 +139,9 @@ print(json.dumps([{"scores": f["scores"].tolist(), "boxes": f["boxes"].tolist(),
 
 
 @pytest.mark.slow
-def test_transformers_finds_the_same_boxes_without_us(workdir, tmp_path):
-    """In a process of its own, offline, elsewhere; two images of different extents in one batch; with sinks and names that compete."""
-    folder, given = tmp_path / "model", {"sinks": 4, "name_decay": 2.0, "name_decay_iou": 0.3}
-    flags = [f"--config.detection.{name.replace('_', '-')}={value}" for name, value in given.items()]
-    assert run(workdir, folder, "huggingface", *flags) == exit_codes.DONE
+def test_transformers_finds_the_same_boxes_without_us(later, exported, tmp_path):
+    """In a process of its own, offline, elsewhere; two images of different extents in one batch."""
+    folder = exported("huggingface")
     pictures = verification.sample_images()
     paths = []
     for number, picture in enumerate(pictures):
@@ -132,9 +153,8 @@ def test_transformers_finds_the_same_boxes_without_us(workdir, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=clean, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    config = open_checkpoint(str(workdir)).config
-    config = dataclasses.replace(config, detection=dataclasses.replace(config.detection, **given))
-    detector = Detector(config, open_checkpoint(str(workdir)).parameters(), batch_size=2)
+    checkpoint = open_checkpoint(str(later))
+    detector = Detector(checkpoint.config, checkpoint.parameters(), batch_size=2)
     for theirs, ours in zip(found, detector.categories(pictures, NAMES), strict=True):
         assert len(theirs["scores"]) == len(ours.scores) > 3
         np.testing.assert_allclose(theirs["scores"], ours.scores, atol=1e-4)
@@ -170,6 +190,7 @@ def test_onnx_takes_other_sizes_and_batches(exported):
     assert sorted(path.name for path in exported("onnx").iterdir()) == [
         "model.onnx", "run_onnx.py", "settings.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
     ]  # fmt: skip
+    assert json.loads((exported("onnx") / "settings.json").read_text())["detection"]["sinks"] == 3
 
 
 @pytest.mark.slow
@@ -233,30 +254,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(workdir, tmp_path, capsys, arg
     assert message in err
     assert err.startswith("export: ") and err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", ["huggingface", "onnx"])
-def test_an_exported_network_knows_where_cells_are_and_has_sinks(workdir, tmp_path, form):
-    """`head.positions`, at other sizes than those that were traced, and sinks that say a text."""
-    checkpoint = open_checkpoint(str(workdir))
-    config, params = checkpoint.config, checkpoint.parameters()
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, head=dataclasses.replace(config.model.head, positions=True)),
-        detection=dataclasses.replace(config.detection, sinks=3, sink_start="red ball"),
-    )
-    rng, shapes = np.random.default_rng(0), parameter_shapes(config.model)
-    made = {
-        name: {"kernel": rng.normal(size=shapes[f"head/{name}/kernel"].shape).astype(np.float32)}
-        for name in ("positions", "directions")
-    }
-    params = {**params, "head": {**params["head"], **made}}
-    export.write(form, tmp_path / "x", params, config)
-    found = verification.reader(form, tmp_path / "x", config)
-    verification.differences(params, config, verification.sample_images(), found).check(form)
-    if form == "onnx":
-        assert json.loads((tmp_path / "x" / "settings.json").read_text())["detection"]["sinks"] == 3
 
 
 def test_presence_is_refused_as_no_format_holds_it(tmp_path):

@@ -302,7 +302,9 @@ def _step(case: Case, stored: _Stored, found: Mapping[str, np.ndarray]) -> list[
     groups = optimizer.groups(case.params, case.config.model, settings)
     ours = {entry.name: groups[entry.path] for entry in entries(case.config.model)}
     state = {name: jnp.asarray(value) for name, value in export_state(case.params, case.config.model).items()}
-    gradients, norm = optimizer.clip({name: jnp.asarray(found[name]) for name in state}, settings.clip_norm)
+    # Jitted: one program, instead of one for each operation of each shape.
+    clip = jax.jit(optimizer.clip, static_argnums=1)
+    gradients, norm = clip({name: jnp.asarray(found[name]) for name in state}, settings.clip_norm)
     factor = min(1.0, settings.clip_norm / float(norm))
     clipped = abs(stored.scale - factor) < abs(stored.scale - 1)
     gradients |= {
@@ -311,8 +313,13 @@ def _step(case: Case, stored: _Stored, found: Mapping[str, np.ndarray]) -> list[
         if name in state
     }
     chain = optimizer.make_optimizer(ours, 1000, settings)
-    updates, _ = chain.update(gradients, chain.init(state), state, step=0)
-    new: Any = optax.apply_updates(state, updates)
+
+    @jax.jit
+    def updated(gradients: Any, state: Any) -> Any:
+        updates, _ = chain.update(gradients, chain.init(state), state, step=0)
+        return optax.apply_updates(state, updates)
+
+    new: Any = updated(gradients, state)
     lines, wanted, floor = [], case.wanted, ZERO * float(norm)
     for name, rate, decay, delta in zip(
         wanted["step.names"].tolist(), wanted["step.lr"], wanted["step.weight_decay"], wanted["step.delta_norms"]

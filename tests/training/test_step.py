@@ -204,10 +204,10 @@ def _five_real_steps(config, batches, params, shape):
 def test_eight_devices_equal_one_with_the_real_network(sources):
     """Split over all axes. Beside `_traffic`, the program sends the sums of the layers split over tensor, and nothing else."""
     config, shape = tiny_run.config(sources), MeshConfig(data=2, fsdp=2, tensor=2)
-    batches, params = _batches(config, 5), jax.device_get(fresh_parameters(config, _mesh(ONE)))
+    batches, params = _batches(config, 5), tiny_run.parameters(config.model)
     gradients, one, _ = _five_real_steps(config, batches, params, ONE)
     found, eight, compiled = _five_real_steps(config, batches, params, shape)
-    _close(gradients, found, tolerance=1e-5)
+    _close(gradients, found, tolerance=2e-5)
     same_path(config, one, eight, 5)
     layers = config.model.text.layers + config.model.head.blocks
     over_tensor = _sums_over_tensor(config, _mesh(shape), layers, (64, 64))
