@@ -58,12 +58,19 @@ def test_initial_scales_are_the_settings() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("remat", "unroll"), [("blocks", 2), ("kernels", 1)])
-def test_remat_and_unrolling_change_nothing(
-    remat: Any, unroll: int, params: Any, plain: tuple[Predictions, Any]
-) -> None:
-    other = dataclasses.replace(MODEL, remat=remat, head=dataclasses.replace(MODEL.head, unroll=unroll))
+@pytest.mark.parametrize("remat", ["blocks", "kernels"])
+def test_remat_changes_nothing(remat: Any, params: Any, plain: tuple[Predictions, Any]) -> None:
+    other = dataclasses.replace(MODEL, remat=remat)
     for a, b in zip(jax.tree.leaves(_gradients(other, params)), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4 * max(1.0, float(jnp.abs(b).max())))
+
+
+@pytest.mark.slow
+def test_unrolling_changes_nothing(params: Any, plain: tuple[Predictions, Any]) -> None:
+    # Forward alone: two blocks that are unrolled take three times as long to compile backward.
+    other = dataclasses.replace(MODEL, head=dataclasses.replace(MODEL.head, unroll=2))
+    found = jax.jit(GLIP(other).apply)({"params": params}, *_inputs())
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(plain[0]), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4 * max(1.0, float(jnp.abs(b).max())))
 
 
