@@ -111,6 +111,10 @@ def test_training_finds_what_threads_have_compiled(tmp_path, monkeypatch):
         enable_compilation_cache()
 
 
+# Less to compile.
+_SMALL = ("--config.model.fusion.enabled=False", "--config.model.head.deformable=False")
+
+
 def _job(name, config, folder, *flags):
     environment = {
         **os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
@@ -125,10 +129,10 @@ def _job(name, config, folder, *flags):
 @pytest.mark.slow
 def test_training_finds_what_processes_have_compiled(tmp_path):
     config = tiny_run.config_file(tmp_path, tiny_run.write_sources(tmp_path))
-    out = _job("precompile", config, tmp_path)
+    out = _job("precompile", config, tmp_path, *_SMALL)
     assert "compiling 1 canvases for 1 x cpu of this machine" in out and "1 canvases compiled, 0 found" in out
     (program,) = (tmp_path / "cache").glob("jit_step-*")
-    out = _job("train", config, tmp_path, "--config.train.steps=6")
+    out = _job("train", config, tmp_path, *_SMALL, "--config.train.steps=6")
     assert re.search(r"step ready in [\d.]+ s; programs so far: \d+ compiled, [1-9]\d* from the cache", out), out
     assert list((tmp_path / "cache").glob("jit_step-*")) == [program], "the step was not compiled again"
 
@@ -136,7 +140,7 @@ def test_training_finds_what_processes_have_compiled(tmp_path):
 @pytest.mark.tpu
 def test_programs_for_absent_chips_have_the_same_keys_in_every_process(tmp_path):
     config = tiny_run.config_file(tmp_path, tiny_run.write_sources(tmp_path))
-    out = _job("precompile", config, tmp_path, "--topology=v5e:2x2")
+    out = _job("precompile", config, tmp_path, *_SMALL, "--topology=v5e:2x2")
     assert "1 canvases compiled, 0 found" in out and "the run finds these programs only with the same jax" in out
-    out = _job("precompile", config, tmp_path, "--topology=v5e:2x2")
+    out = _job("precompile", config, tmp_path, *_SMALL, "--topology=v5e:2x2")
     assert "canvas 1 of 1 (64x64): was in the cache" in out

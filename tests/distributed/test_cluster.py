@@ -375,7 +375,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(number, kind, code):
     ("number", "came_to", "kind", "code"),
     [
         (2, 1, "SIGTERM", exit_codes.PREEMPTED),
-        pytest.param(4, 0, "SIGHUP", exit_codes.PREEMPTED, marks=pytest.mark.slow),
+        pytest.param(3, 0, "SIGHUP", exit_codes.PREEMPTED, marks=pytest.mark.slow),
         pytest.param(4, 0, "SIGINT", exit_codes.CANCELLED, marks=pytest.mark.slow),
     ],
 )
