@@ -37,6 +37,7 @@ def _xywh(box: np.ndarray) -> list[float]:
     return [x1, y1, x2 - x1 + 1, y2 - y1 + 1]
 
 
+@pytest.mark.slow
 def test_eight_devices_find_what_one_finds(params: Any) -> None:
     """Images with no, one and several prompts, in batches that are full, partial and empty: the same boxes in the same order.
 

@@ -48,6 +48,7 @@ def test_a_text_as_start_is_its_mean_state_and_must_be_known() -> None:
         sink_states(params, _config(sinks=2, sink_start="斑马"), TOKENIZER)
 
 
+@pytest.mark.slow
 def test_a_prompt_may_fill_the_token_budget() -> None:
     """The sinks are no part of the budget, take no detection's place, and change scores through fusion alone."""
     config, image = _config(sinks=4), np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)

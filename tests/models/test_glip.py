@@ -116,6 +116,7 @@ def test_without_fusion_the_blocks_of_the_head_run_once_for_all_prompts() -> Non
             np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_positions_tell_cells_apart_by_their_place_in_the_image() -> None:
     """Of the image, not of the canvas: the batch-invariance test has them too."""
     small, large = (

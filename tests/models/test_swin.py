@@ -57,6 +57,7 @@ def test_rows_of_windows_equal_all_windows(monkeypatch: pytest.MonkeyPatch, row:
         np.testing.assert_allclose(one, other, atol=1e-4 * max(1.0, float(jnp.abs(other).max())))
 
 
+@pytest.mark.slow
 def test_patches_equal_pixels() -> None:
     """The input exactly, with pixels beyond the image at any place of a patch; the maps but for rounding."""
     rng = np.random.default_rng(0)

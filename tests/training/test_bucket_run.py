@@ -98,7 +98,7 @@ def test_a_second_start_compiles_nothing_from_the_cache_in_the_bucket(config, pl
     before = program_counts()
     assert fingerprint(train(config, f"{place}-again").params) == first
     found = program_counts().since(before)
-    assert found.compiled == 0 and found.cached >= 3, found
+    assert found.compiled == 0 and 3 <= found.cached < 10, found  # not one for each shape
     assert "from the cache" in capsys.readouterr().out
 
 

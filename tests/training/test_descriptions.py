@@ -107,6 +107,7 @@ def _blank() -> DescriptionTable:
     return DescriptionTable(np.zeros((3, 16), np.float32), np.zeros(3, np.float32))
 
 
+@pytest.mark.slow
 def test_its_gradient_reaches_its_head_and_the_visual_tower_alone(described: Config) -> None:
     params = fresh_parameters(described, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
     batch: Any = jax.tree.map(jnp.asarray, next(iter(Mixture(described).batches())))
@@ -141,6 +142,7 @@ def test_the_side_loss_is_a_weighted_part_of_the_loss() -> None:
     assert "description" not in none[1] and found[1]["description"] == found[0] - none[0] == 3.0 * 3.0 / 4.0
 
 
+@pytest.mark.slow
 def test_training_averages_the_text_states_of_described_names(described: Config) -> None:
     config = tiny_run.replace(_averaging(described), "loss", description_weight=0.0)
     params = jax.tree.map(jnp.asarray, tiny_run.parameters(config.model))
